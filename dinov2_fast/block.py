@@ -1,0 +1,155 @@
+"""One transformer block: ``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, with stochastic depth.
+
+Takes a batch of pictures (batch, seq_len, hidden), or a list of such batches with different sequence lengths, which run
+packed: every linear sees all tokens at once, and attention stays within each picture.
+Source: facebookresearch/dinov2, dinov2/layers/block.py; Oquab et al., arXiv:2304.07193, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
+
+# Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
+SUBSET_THRESHOLD = 0.1
+
+
+class Block(nn.Module):
+    """See the module's docstring. `drop_path` is the probability that a picture skips a branch in training."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | Tensor | None = None,
+        drop_path: float = 0.0,
+        act_layer: Callable[..., nn.Module] = GELU,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        attn_class: Callable[..., nn.Module] = Attention,
+        ffn_layer: Callable[..., nn.Module] = Mlp,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attn_class(
+            dim, num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=drop
+        )
+        self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = ffn_layer(
+            in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop, bias=ffn_bias
+        )
+        self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.sample_drop_ratio = drop_path
+        self.subset_threshold = SUBSET_THRESHOLD
+
+    def forward(self, x: Tensor | list[Tensor]) -> Any:
+        if isinstance(x, list):
+            return self._forward_list(x)
+        if self.training and self.sample_drop_ratio > self.subset_threshold:
+            x = self._add_on_subset(x, lambda x: self.attn(self.norm1(x)), self.ls1)
+            return self._add_on_subset(x, lambda x: self.mlp(self.norm2(x)), self.ls2)
+        x, y = _add_and_norm(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1, self.norm2)
+        return _add(x, self.mlp(y), self.ls2, self.drop_path1)  # drop_path1 twice, as the reference does
+
+    def _add_on_subset(self, x: Tensor, branch: Callable[[Tensor], Tensor], layer_scale: nn.Module) -> Tensor:
+        index, scale = self._draw_subset(x)
+        return _scatter_add(x, index, branch(ops.gather_rows(x, index)), layer_scale, scale)
+
+    def _draw_subset(self, x: Tensor) -> tuple[Tensor, float]:
+        """Random pictures whose branch is computed, and the factor that keeps the expectation."""
+        batch = x.shape[0]
+        subset = max(int(batch * (1 - self.sample_drop_ratio)), 1)
+        return torch.randperm(batch, device=x.device)[:subset], batch / subset
+
+    def _forward_list(self, x_list: list[Tensor]) -> list[Tensor]:
+        if self.training and self.sample_drop_ratio > 0.0:
+            x_list = self._add_on_subsets(
+                x_list, lambda x, seq_lens: self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1
+            )
+            return self._add_on_subsets(x_list, lambda x, seq_lens: self.mlp(self.norm2(x)), self.ls2)
+        x, seq_lens = _pack(x_list)
+        x, y = _add_and_norm(x, self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1, nn.Identity(), self.norm2)
+        return _unpack(_add(x, self.mlp(y), self.ls2, nn.Identity()), x_list)
+
+    def _add_on_subsets(
+        self, x_list: list[Tensor], branch: Callable[[Tensor, tuple[int, ...]], Tensor], layer_scale: nn.Module
+    ) -> list[Tensor]:
+        draws = [self._draw_subset(x) for x in x_list]
+        subsets = [ops.gather_rows(x, index) for x, (index, _) in zip(x_list, draws, strict=True)]
+        branches = _unpack(branch(*_pack(subsets)), subsets)
+        return [
+            _scatter_add(x, index, part, layer_scale, scale)
+            for x, (index, scale), part in zip(x_list, draws, branches, strict=True)
+        ]
+
+
+NestedTensorBlock = Block  # the reference's name for the class its models use
+
+
+def _pack(x_list: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """Batches of different lengths as (1, total_tokens, hidden), with the length of every sequence."""
+    seq_lens = tuple(x.shape[1] for x in x_list for _ in range(x.shape[0]))
+    return torch.cat([x.flatten(0, 1) for x in x_list])[None], seq_lens
+
+
+def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = packed[0].split([x.shape[0] * x.shape[1] for x in like])
+    return [part.view(x.shape[0], x.shape[1], -1) for part, x in zip(parts, like, strict=True)]
+
+
+# The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, or a
+# module somebody put in its place, would be passed over, so then they are called one by one. The result is the same.
+
+
+def _add_and_norm(
+    x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    if _plain(layer_scale) and _plain(drop_path) and type(norm) is LayerNorm and not _watched(norm):
+        gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
+        return ops.add_layer_norm(x, branch, gamma, drop_scale, norm.weight, norm.bias, norm.eps)
+    x = _add(x, branch, layer_scale, drop_path)
+    return x, norm(x)
+
+
+def _add(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
+    if _plain(layer_scale) and _plain(drop_path):
+        return ops.add_residual(x, branch, _gamma(layer_scale), _drop_scale(drop_path, branch))
+    return x + drop_path(layer_scale(branch))
+
+
+def _scatter_add(x: Tensor, index: Tensor, branch: Tensor, layer_scale: nn.Module, scale: float) -> Tensor:
+    if _plain(layer_scale):
+        return ops.scatter_add_residual(x, index, branch, _gamma(layer_scale), scale)
+    return ops.scatter_add_residual(x, index, layer_scale(branch), None, scale)
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module) in (LayerScale, DropPath, nn.Identity) and not _watched(module)
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _gamma(layer_scale: nn.Module) -> Tensor | None:
+    return layer_scale.gamma if isinstance(layer_scale, LayerScale) else None
+
+
+def _drop_scale(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
+    return drop_path.scale(branch) if isinstance(drop_path, DropPath) else None

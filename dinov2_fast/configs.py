@@ -1,0 +1,95 @@
+"""The eight DINOv2 backbones, as one table of plain values."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes and sources of one backbone; patch 14, LayerScale, 518 px position table throughout."""
+
+    name: str  # the reference's torch.hub entry point
+    arch: str  # the reference's factory in its vision_transformer module
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn_layer: str
+    num_register_tokens: int
+    huggingface_id: str
+    timm_name: str
+
+    @property
+    def dialect(self) -> str:
+        """Position-embedding dialect of the reference's hub model (:mod:`dinov2_fast.position_embeddings`)."""
+        return "antialias" if self.num_register_tokens else "offset"
+
+    @property
+    def file_stem(self) -> str:
+        """Name of the official checkpoint file, without its ending."""
+        base = self.name.removesuffix("_reg")
+        return f"{base}_reg{self.num_register_tokens}_pretrain" if self.num_register_tokens else f"{base}_pretrain"
+
+    @property
+    def url(self) -> str:
+        """Address of the official checkpoint."""
+        return f"{OFFICIAL_URL}/{self.name.removesuffix('_reg')}/{self.file_stem}.pth"
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`dinov2_fast.DinoVisionTransformer` for this backbone."""
+        return {
+            "img_size": 518,
+            "patch_size": 14,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_ratio": 4.0,
+            "ffn_layer": self.ffn_layer,
+            "init_values": 1.0,
+            "block_chunks": 0,
+            "num_register_tokens": self.num_register_tokens,
+            "interpolate_antialias": self.num_register_tokens > 0,
+            "interpolate_offset": 0.0 if self.num_register_tokens else 0.1,
+        }
+
+
+#        letter  factory       hidden depth heads feed-forward   hub name
+_SIZES = (
+    ("s", "vit_small", 384, 12, 6, "mlp", "small"),
+    ("b", "vit_base", 768, 12, 12, "mlp", "base"),
+    ("l", "vit_large", 1024, 24, 16, "mlp", "large"),
+    ("g", "vit_giant2", 1536, 40, 24, "swiglufused", "giant"),
+)
+
+BACKBONES: dict[str, BackboneConfig] = {
+    f"dinov2_vit{letter}14{'_reg' if registers else ''}": BackboneConfig(
+        name=f"dinov2_vit{letter}14{'_reg' if registers else ''}",
+        arch=arch,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        ffn_layer=ffn_layer,
+        num_register_tokens=registers,
+        huggingface_id=f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        timm_name=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
+    )
+    for registers in (0, 4)
+    for letter, arch, embed_dim, depth, num_heads, ffn_layer, size in _SIZES
+}
+
+
+def backbone(name: str) -> BackboneConfig:
+    """The backbone called `name`.
+
+    Raises:
+        ValueError: unknown name; the message lists the nearest ones.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"The backbones are {', '.join(BACKBONES)}."
+    raise ValueError(f"There is no DINOv2 backbone called {name!r}. {hint}")

@@ -1,0 +1,284 @@
+"""`Dinov2Config` and `Dinov2WithRegistersConfig`: transformers' fields, defaults and ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dinov2_fast.position_embeddings import dialect
+from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.weights.sources import CONFIG_NAME, find_config
+
+Size = int | Sequence[int]
+
+# Fields that are written to config.json only where they differ from this.
+_UNWRITTEN: dict[str, Any] = {
+    "architectures": None,
+    "dtype": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "problem_type": None,
+    "return_dict": True,
+    "position_dialect": None,
+}
+
+
+class Dinov2Config:
+    """Sizes and settings of a Dinov2 model; the arguments and defaults are transformers'.
+
+    Besides those: `position_dialect` ("offset", "size", "antialias") sets how positions are resampled; None takes what
+    transformers does for this kind of model. Other keyword arguments are kept as attributes.
+
+    Raises:
+        ValueError: sizes that do not fit together, or stages that do not exist.
+    """
+
+    model_type: ClassVar[str] = "dinov2"
+    default_dialect: ClassVar[str] = "size"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        mlp_ratio: float = 4,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-6,
+        image_size: Size = 224,
+        patch_size: Size = 14,
+        num_channels: int = 3,
+        qkv_bias: bool = True,
+        layerscale_value: float = 1.0,
+        drop_path_rate: float = 0.0,
+        use_swiglu_ffn: bool = False,
+        out_features: list[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        apply_layernorm: bool = True,
+        reshape_hidden_states: bool = True,
+        use_mask_token: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.mlp_ratio = mlp_ratio
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.initializer_range = initializer_range
+        self.layer_norm_eps = layer_norm_eps
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.qkv_bias = qkv_bias
+        self.layerscale_value = layerscale_value
+        self.drop_path_rate = drop_path_rate
+        self.use_swiglu_ffn = use_swiglu_ffn
+        self.apply_layernorm = apply_layernorm
+        self.reshape_hidden_states = reshape_hidden_states
+        self.use_mask_token = use_mask_token
+        self._set_labels(kwargs)
+        self.architectures: list[str] | None = kwargs.pop("architectures", None)
+        self.dtype: Any = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        self.output_attentions: bool = kwargs.pop("output_attentions", False)
+        self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
+        self.problem_type: str | None = kwargs.pop("problem_type", None)
+        self.return_dict: bool = kwargs.pop("return_dict", True)
+        self.position_dialect: str | None = kwargs.pop("position_dialect", None)
+        if self.position_dialect is not None:
+            dialect(self.position_dialect)
+        for name in ("model_type", "stage_names", "transformers_version"):
+            kwargs.pop(name, None)
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, num_hidden_layers + 1))]
+        self._set_stages(out_features, out_indices)
+
+    # Labels
+
+    def _set_labels(self, kwargs: dict[str, Any]) -> None:
+        id2label = kwargs.pop("id2label", None)
+        num_labels = kwargs.pop("num_labels", None)
+        label2id = kwargs.pop("label2id", None)
+        if id2label is not None and num_labels not in (None, len(id2label)):
+            id2label = label2id = None
+        if id2label is None:
+            self.num_labels = 2 if num_labels is None else num_labels
+            return
+        self.id2label = {int(index): label for index, label in id2label.items()}
+        self.label2id = label2id or {label: index for index, label in self.id2label.items()}
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the classification head. Setting it names them LABEL_0, LABEL_1, …"""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+        self.label2id = {label: index for index, label in self.id2label.items()}
+
+    # Stages of a backbone
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages `Dinov2Backbone` returns; "stem" is the embedding, "stageN" the N-th block's output."""
+        return self._out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str]) -> None:
+        self._set_stages(names, None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """The same stages as indices into `stage_names`; negative ones are kept as given."""
+        return self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, indices: Sequence[int]) -> None:
+        self._set_stages(None, indices)
+
+    def _set_stages(self, names: list[str] | None, indices: Sequence[int] | None) -> None:
+        stages, count = self.stage_names, len(self.stage_names)
+        if names is None and indices is None:
+            indices = [count - 1]
+        if indices is not None:
+            outside = [i for i in indices if not -count <= i < count]
+            if outside:
+                raise ValueError(f"out_indices {outside} do not exist; the stages are 0 to {count - 1} ({stages}).")
+            from_indices = [stages[i] for i in indices]
+            if names is not None and list(names) != from_indices:
+                raise ValueError(f"out_features {list(names)} and out_indices {list(indices)} name different stages.")
+            names = from_indices
+        assert names is not None
+        unknown = [name for name in names if name not in stages]
+        if unknown:
+            raise ValueError(f"out_features {unknown} do not exist; the stages are {stages}.")
+        in_order = [stage for stage in stages if stage in names]
+        if list(names) != in_order:
+            raise ValueError(f"Stages must be distinct and in order: {in_order}, got {list(names)}.")
+        self._out_features = list(names)
+        self._out_indices = list(indices) if indices is not None else [stages.index(name) for name in names]
+
+    # What the model is built from
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `DinoVisionTransformer` for this configuration."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"The hidden size {self.hidden_size} is not a multiple of the number of attention heads "
+                f"{self.num_attention_heads}."
+            )
+        resample = dialect(self.position_dialect or self.default_dialect)
+        return {
+            "img_size": _pair(self.image_size),
+            "patch_size": _square(self.patch_size),
+            "in_chans": self.num_channels,
+            "embed_dim": self.hidden_size,
+            "depth": self.num_hidden_layers,
+            "num_heads": self.num_attention_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "drop_path_rate": self.drop_path_rate,
+            "drop_path_uniform": True,
+            "init_values": 1.0,
+            "ffn_layer": "swiglufused" if self.use_swiglu_ffn else "mlp",
+            "block_chunks": 0,
+            "num_register_tokens": getattr(self, "num_register_tokens", 0),
+            "interpolate_antialias": resample.antialias,
+            "interpolate_offset": resample.offset,
+        }
+
+    # config.json
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as ``config.json`` holds them."""
+        fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        fields = {name: value for name, value in fields.items() if name not in _UNWRITTEN or value != _UNWRITTEN[name]}
+        if "dtype" in fields:
+            fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+        fields["out_features"], fields["out_indices"] = self.out_features, self.out_indices
+        fields["model_type"] = self.model_type
+        return fields
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], **overrides: Any) -> Dinov2Config:
+        """A configuration from the fields of a ``config.json``.
+
+        Raises:
+            ValueError: the fields are another model's.
+        """
+        kind = fields.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {kind!r} model; {cls.__name__} is for {cls.model_type!r}."
+            )
+        if {"out_features", "out_indices"} & overrides.keys():  # either one replaces both
+            fields = {name: value for name, value in fields.items() if name not in ("out_features", "out_indices")}
+        return cls(**{**fields, **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Dinov2Config:
+        """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields."""
+        path = find_config(str(name_or_path), revision, local_files_only)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WeightsError(f"{path} is not JSON ({error}).") from error
+        return cls.from_dict(fields, **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` into `folder`, which is made if it does not exist."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+class Dinov2WithRegistersConfig(Dinov2Config):
+    """`Dinov2Config` of a model with register tokens. As in transformers, `patch_size` is 16 unless given."""
+
+    model_type = "dinov2_with_registers"
+    default_dialect = "antialias"
+
+    def __init__(self, *, patch_size: Size = 16, num_register_tokens: int = 4, **kwargs: Any) -> None:
+        self.num_register_tokens = num_register_tokens
+        super().__init__(patch_size=patch_size, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["use_mask_token"]  # these models always have one
+        return fields
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _square(size: Size) -> int:
+    height, width = _pair(size)
+    if height != width:
+        raise ValueError(f"Patches must be square, got patch_size {size}.")
+    return height

@@ -1,0 +1,80 @@
+"""What the models return: ordered dictionaries that are read by attribute, key, index or as a tuple.
+
+Only fields that are not None are items, so ``output[1]`` and ``output.to_tuple()`` count those alone; as an attribute a
+missing field is None.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """An output with the fields that a subclass annotates, in their order."""
+
+    def __init__(self, **fields: Any) -> None:
+        known = list(type(self).__annotations__)
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+        super().__init__((name, fields[name]) for name in known if fields.get(name) is not None)
+
+    def __init_subclass__(cls) -> None:
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).__annotations__:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self), dict(self))
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order."""
+        return tuple(self.values())
+
+
+def _rebuild(cls: type[ModelOutput], fields: dict[str, Any]) -> ModelOutput:
+    return cls(**fields)
+
+
+class BaseModelOutputWithPooling(ModelOutput):
+    """Tokens (batch, seq_len, hidden), CLS token (batch, hidden), and what else was asked for."""
+
+    last_hidden_state: Tensor | None
+    pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor | None, ...] | None
+
+
+class ImageClassifierOutput(ModelOutput):
+    """Loss (a scalar, if labels were given), logits (batch, num_labels), and what else was asked for."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor | None, ...] | None
+
+
+class BackboneOutput(ModelOutput):
+    """One feature map for each stage asked for, (batch, hidden, rows, columns), and what else was asked for."""
+
+    feature_maps: tuple[Tensor, ...] | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor | None, ...] | None

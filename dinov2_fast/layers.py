@@ -1,0 +1,236 @@
+"""The parts of a DINOv2 block: patch embedding, attention, feed-forward, LayerScale, stochastic depth.
+
+Module and parameter names are the reference's (facebookresearch/dinov2, dinov2/layers). What is computed is in `ops/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a picture into patches and projects each to a token: (batch, channels, H, W) -> (batch, H/p * W/p, hidden).
+
+    Raises (in `forward`):
+        ValueError: wrong rank, wrong number of channels, or a size that is not a multiple of the patch size.
+        TypeError: an integer image tensor.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        flatten_embedding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.img_size = _pair(img_size)
+        self.patch_size = _pair(patch_size)
+        self.patches_resolution = (
+            self.img_size[0] // self.patch_size[0],
+            self.img_size[1] // self.patch_size[1],
+        )
+        self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.flatten_embedding = flatten_embedding
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def check(self, x: Tensor) -> None:
+        """Raises if `x` is no batch of pictures this model takes."""
+        if x.ndim != 4:
+            raise ValueError(
+                f"The model takes a batch of pictures (batch, {self.in_chans}, height, width), got a tensor of shape "
+                f"{tuple(x.shape)}." + (" Add a batch dimension with x[None]." if x.ndim == 3 else "")
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"The model takes normalised floating-point pictures, got {x.dtype}. "
+                "Use dinov2_fast.Dinov2ImageProcessor, or divide by 255 and normalise."
+            )
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f"The model takes {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
+        for name, size, patch in zip(("height", "width"), x.shape[2:], self.patch_size, strict=True):
+            if size % patch != 0:
+                below, above = size // patch * patch, (size // patch + 1) * patch
+                nearest = f"{below} or {above}" if below else f"{above}"
+                raise ValueError(
+                    f"Input image {name} {size} is not a multiple of patch {name} {patch}. Resize, crop or pad "
+                    f"it to {nearest}."
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        x = self.proj(x)  # (batch, hidden, H/p, W/p)
+        if not self.flatten_embedding:
+            return self.norm(x.permute(0, 2, 3, 1))
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last dimension, computed by the op `layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learned `gamma` (hidden,)."""
+
+    def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.gamma.copy_(torch.as_tensor(self.init_values, device=self.gamma.device).expand_as(self.gamma))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth for each picture: the branch is zeroed with probability `drop_prob`, or scaled by 1/(1 - p)."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """Each picture's factor, (batch,); None outside training."""
+        if not self.training or not self.drop_prob:
+            return None
+        keep = 1 - self.drop_prob
+        scale = x.new_empty(x.shape[0]).bernoulli_(keep)
+        return scale / keep if keep > 0 else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x)
+        return x if scale is None else x * scale.view(-1, *(1,) * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
+class GELU(nn.GELU):
+    """The exact GELU, computed by the op `activation`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gelu(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qkv` projects to queries, keys and values, heads within each."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"The hidden size {dim} is not a multiple of the number of attention heads {num_heads}.")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., 3, heads, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
+
+    def forward(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+        """Attends within each picture of `x` (batch, seq_len, hidden).
+
+        With `seq_lens`, `x` is (1, total_tokens, hidden) and holds sequences of those lengths, one after the other.
+        """
+        dropout_p = self.attn_drop if self.training else 0.0
+        qkv = self.project_qkv(x)
+        if seq_lens is None:
+            out = ops.attention(qkv, dropout_p)
+        else:
+            out = ops.attention_varlen(qkv[0], seq_lens, dropout_p)[None]
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The attention weights for the block input's norm `x`: (batch, heads, rows, seq_len)."""
+        return ops.attention_probabilities(self.project_qkv(x), rows)
+
+
+MemEffAttention = Attention  # the reference's name for the class its models use
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = GELU,
+        drop: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class SwiGLUFFN(nn.Module):
+    """Gated feed-forward: ``w3(silu(x1) * x2)`` with x1, x2 the halves of ``w12(x)``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(ops.swiglu(self.w12(x)))
+
+
+class SwiGLUFFNFused(SwiGLUFFN):
+    """`SwiGLUFFN` whose hidden size is two thirds of the one given, rounded up to a multiple of 8."""
+
+    def __init__(self, in_features: int, hidden_features: int | None = None, **kwargs: Any) -> None:
+        hidden_features = (int((hidden_features or in_features) * 2 / 3) + 7) // 8 * 8
+        super().__init__(in_features, hidden_features, **kwargs)

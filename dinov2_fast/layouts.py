@@ -1,0 +1,301 @@
+"""State-dict layouts: every way DINOv2 weights are named and packed, to and from the model's own.
+
+    "facebook"            the model's own: facebookresearch/dinov2, the official .pth files
+    "huggingface"         transformers, on disk and on its hub (in memory too before 5.x)
+    "huggingface_memory"  transformers 5.x models in memory
+    "timm"                timm, which has no mask token
+
+Wrappers are looked through: ``{"teacher": …}``, ``module.``, FSDP, ``torch.compile``, ``backbone.``, the reference's
+block chunks. What belongs to no layout keeps its name, so that strict loading reports it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("dinov2_fast")
+
+LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
+
+# Own name -> theirs, without the ending .weight or .bias. Several names: the own tensor is theirs, joined along dim 0.
+_HUGGINGFACE_TOP = {
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "register_tokens": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_HUGGINGFACE_BLOCK = {
+    "ls1.gamma": ("layer_scale1.lambda1",),
+    "ls2.gamma": ("layer_scale2.lambda1",),
+}
+_TOP: dict[str, dict[str, str]] = {
+    "facebook": {},
+    "huggingface": _HUGGINGFACE_TOP,
+    "huggingface_memory": _HUGGINGFACE_TOP,
+    "timm": {"register_tokens": "reg_token"},
+}
+_BLOCK: dict[str, dict[str, tuple[str, ...]]] = {
+    "facebook": {},
+    "huggingface": {
+        **_HUGGINGFACE_BLOCK,
+        "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "attn.proj": ("attention.output.dense",),
+        "mlp.w12": ("mlp.weights_in",),
+        "mlp.w3": ("mlp.weights_out",),
+    },
+    "huggingface_memory": {
+        **_HUGGINGFACE_BLOCK,
+        "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attn.proj": ("attention.o_proj",),
+        "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.w3": ("mlp.down_proj",),
+    },
+    "timm": {"mlp.w12": ("mlp.fc1",), "mlp.w3": ("mlp.fc2",)},
+}
+_BLOCK_PREFIX = {"huggingface": "encoder.layer", "huggingface_memory": "encoder.layer"}
+
+# Parts of a key that wrappers add anywhere, and prefixes of a backbone inside a larger model.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PREFIXES = {"teacher", "backbone", "dinov2", "dinov2_with_registers"}
+_TRAINING_HEADS = ("dino_head.", "ibot_head.")
+_NESTED = ("teacher", "model", "state_dict")
+
+
+class Recipe(NamedTuple):
+    """How one own tensor is made: `combine` of the source's tensors `keys`."""
+
+    keys: tuple[str, ...]
+    combine: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a source in some layout gives the tensors of the own layout, one at a time."""
+
+    layout: str
+    source: Mapping[str, Tensor]
+    recipes: dict[str, Recipe]
+
+    def read(self, key: str) -> Tensor:
+        """The own tensor `key`; a source that loads lazily loads only what it needs."""
+        keys, combine = self.recipes[key]
+        return combine(*(self.source[k] for k in keys))
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: int = 0) -> dict[str, Tensor]:
+    """The weights of `state_dict`, in whatever layout it is, in the layout `to`.
+
+    Args:
+        state_dict: weights in any layout, wrapped or not; a classification head (``classifier.*``) goes along.
+        to: "facebook", "huggingface" (what transformers loads from disk), "huggingface_memory" or "timm".
+        block_chunks: for "facebook": name the blocks as a model with so many `block_chunks` does.
+
+    Returns:
+        A new dictionary. Tensors are copied only where the layouts pack them differently. Converting back gives the
+        same bits, with two exceptions: timm has no mask token (it becomes zeros), and for models with registers timm
+        keeps the CLS token's position added into the CLS token.
+
+    Raises:
+        ValueError: unknown `to`, or `block_chunks` with another layout.
+        KeyError: the weights are in no known layout.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    if block_chunks and to != "facebook":
+        raise ValueError(f"Only the layout 'facebook' has block chunks, not {to!r}.")
+    plan = plan_conversion(state_dict)
+    if "cls_token" not in plan.recipes:
+        some = ", ".join(list(state_dict)[:5])
+        raise KeyError(f"These are no DINOv2 weights in a layout known here: there is no CLS token among {some}, …")
+    own = {key: plan.read(key) for key in plan.recipes}
+    if to == "timm":
+        own = _merge_cls_position(own)
+    converted: dict[str, Tensor] = {}
+    prefix = _classifier_prefix(own) if to.startswith("huggingface") else ""
+    for key, tensor in own.items():
+        names = _names_in(to, key, block_chunks, _depth(own))
+        parts = [tensor] if len(names) == 1 else [part.clone() for part in tensor.chunk(len(names))]
+        for name, part in zip(names, parts, strict=True):
+            converted[name if name.startswith("classifier.") else prefix + name] = part
+    return converted
+
+
+def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
+    """Recognises the layout of `state_dict` and says how to read the own tensors from it.
+
+    Raises:
+        ValueError: two of its keys name the same tensor.
+    """
+    source = _unwrap(state_dict)
+    names: dict[str, str] = {}
+    for key in source:
+        name = plain_key(key)
+        if name.startswith(_TRAINING_HEADS):
+            continue
+        if name in names:
+            raise ValueError(f"The keys {names[name]!r} and {key!r} both name the tensor {name!r}.")
+        names[name] = key
+    if len(names) < len(source):
+        logger.info("Left out the training heads (%s) of this checkpoint.", ", ".join(_TRAINING_HEADS))
+    layout = recognise(names)
+    recipes = _recipes(layout, names)
+    if layout == "timm":
+        _complete_timm(recipes, source)
+    return Plan(layout, source, recipes)
+
+
+def plain_key(key: str) -> str:
+    """`key` without wrappers, prefixes of the backbone and block chunks."""
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _PREFIXES:
+        del parts[0]
+    if len(parts) > 2 and parts[0] == "blocks" and parts[2].isdigit():
+        del parts[1]
+    return ".".join(parts)
+
+
+def recognise(keys: Iterable[str]) -> str:
+    """The layout of weights with these (plain) keys: one of `LAYOUTS`."""
+    keys = set(keys)
+    if any(".attention.q_proj." in key for key in keys):
+        return "huggingface_memory"
+    if any(key.startswith(("embeddings.", "encoder.layer.")) for key in keys):
+        return "huggingface"
+    is_facebook = "mask_token" in keys or "register_tokens" in keys or any(".mlp.w12." in key for key in keys)
+    return "timm" if "cls_token" in keys and not is_facebook else "facebook"
+
+
+def misfit(layout: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
+    """The message for weights that do not fit a model."""
+    lines = [f"The weights do not fit this model (recognised layout: {layout})."]
+    for title, keys in (("Missing", missing), ("Unexpected", unexpected), ("Wrong shape", misshapen)):
+        if keys:
+            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+            lines.append(f"{title} ({len(keys)}): {shown}.")
+    return "\n  ".join(lines)
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    for name in _NESTED:
+        if isinstance(state_dict.get(name), Mapping):
+            return _unwrap(state_dict[name])
+    if any(key.startswith("teacher.") for key in state_dict):
+        return {key: value for key, value in state_dict.items() if key.startswith("teacher.")}
+    return state_dict
+
+
+def _recipes(layout: str, names: Mapping[str, str]) -> dict[str, Recipe]:
+    """Recipes from plain names to own names, where `names` gives the source's key of each plain name."""
+    recipes: dict[str, Recipe] = {}
+    top = {theirs: own for own, theirs in _TOP[layout].items()}
+    block = {names_[0]: (own, names_) for own, names_ in _BLOCK[layout].items() if layout != "timm"}
+    later = {name for _, names_ in block.values() for name in names_[1:]}
+    prefix = _BLOCK_PREFIX.get(layout, "blocks")
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+?)(\.weight|\.bias)?$")
+    for name, key in names.items():
+        match = pattern.match(name)
+        if match is None:
+            stem, ending = _split_ending(name)
+            own = top.get(name) or (top[stem] + ending if stem in top else name)
+            recipes[own] = Recipe((key,), _same)
+            continue
+        index, stem, ending = match[1], match[2], match[3] or ""
+        if stem in later:
+            continue
+        own, theirs = block.get(stem, (stem, (stem,)))
+        siblings = [f"{prefix}.{index}.{their}{ending}" for their in theirs]
+        if all(sibling in names for sibling in siblings):
+            keys = tuple(names[sibling] for sibling in siblings)
+            recipes[f"blocks.{index}.{own}{ending}"] = Recipe(keys, _same if len(keys) == 1 else _join)
+        else:
+            recipes[name] = Recipe((key,), _same)
+    return recipes
+
+
+def _split_ending(name: str) -> tuple[str, str]:
+    for ending in (".weight", ".bias"):
+        if name.endswith(ending):
+            return name.removesuffix(ending), ending
+    return name, ""
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _join(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
+
+
+def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> None:
+    """What timm packs otherwise: SwiGLU under the names of an MLP, positions without CLS, no mask token."""
+    first, second = (recipes.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if first and second and source[first.keys[0]].shape[0] == 2 * source[second.keys[0]].shape[1]:
+        for own, (theirs,) in _BLOCK["timm"].items():
+            for key in [key for key in recipes if f".{theirs}." in key]:
+                recipes[key.replace(theirs, own)] = recipes.pop(key)
+    if "register_tokens" in recipes and "pos_embed" in recipes:
+        recipes["pos_embed"] = Recipe(recipes["pos_embed"].keys, _prepend_zero)
+    if "mask_token" not in recipes:
+        recipes["mask_token"] = Recipe(recipes["cls_token"].keys, _zero_token)
+        _log_once("These weights are timm's, which have no mask token: it is set to zeros.")
+
+
+def _prepend_zero(positions: Tensor) -> Tensor:
+    return torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+
+
+def _zero_token(cls_token: Tensor) -> Tensor:
+    return torch.zeros_like(cls_token[0])
+
+
+def _merge_cls_position(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's registers models have no CLS position: it goes into the CLS token. No mask token either."""
+    own = {key: tensor for key, tensor in own.items() if key != "mask_token"}
+    if "register_tokens" in own:
+        positions = own["pos_embed"]
+        own["cls_token"] = own["cls_token"] + positions[:, :1]
+        own["pos_embed"] = positions[:, 1:].clone()
+    return own
+
+
+def _names_in(layout: str, key: str, block_chunks: int, depth: int) -> list[str]:
+    """What `layout` calls the own tensor `key`; several names for one that it keeps in parts."""
+    match = re.match(r"blocks\.(\d+)\.(.+?)(\.weight|\.bias)?$", key)
+    if match is None:
+        stem, ending = _split_ending(key)
+        top = _TOP[layout]
+        return [top.get(key) or (top[stem] + ending if stem in top else key)]
+    index, stem, ending = match[1], match[2], match[3] or ""
+    prefix = _BLOCK_PREFIX.get(layout, "blocks")
+    if block_chunks:
+        prefix = f"blocks.{int(index) // max(depth // block_chunks, 1)}"
+    return [f"{prefix}.{index}.{name}{ending}" for name in _BLOCK[layout].get(stem, (stem,))]
+
+
+def _depth(own: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(key.split(".")[1]) for key in own if key.startswith("blocks.")), default=-1)
+
+
+def _classifier_prefix(own: Mapping[str, Tensor]) -> str:
+    if not any(key.startswith("classifier.") for key in own):
+        return ""
+    return "dinov2_with_registers." if "register_tokens" in own else "dinov2."
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)

@@ -1,0 +1,407 @@
+"""DINOv2, a vision transformer: a picture becomes a sequence of tokens, a stack of blocks refines them.
+
+    tokens = [CLS, registers, patches]     CLS and patches carry a position, registers none
+    tokens = block(tokens)                 depth times
+    tokens = norm(tokens)                  CLS describes the picture, each patch token its place in it
+
+The class has the constructor, attributes, methods and state-dict keys of the reference (facebookresearch/dinov2,
+dinov2/models/vision_transformer.py), so its checkpoints and the code written for it work unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinov2_fast import backends, layouts
+from dinov2_fast.block import Block
+from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, resample_position_embeddings
+
+
+class BlockChunk(nn.ModuleList):
+    """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict."""
+
+    def forward(self, x: Any) -> Any:
+        for block in self:
+            x = block(x)
+        return x
+
+
+def _identity_ffn(**kwargs: Any) -> nn.Module:
+    return nn.Identity()
+
+
+_FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFNFused,
+    "swiglufused": SwiGLUFFNFused,
+    "identity": _identity_ffn,
+}
+
+
+class AnyLayout(nn.Module):
+    """A DINOv2 backbone, or one and a head, that loads weights in any layout of `dinov2_fast.layouts`."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """`nn.Module.load_state_dict`, for weights named and packed as any DINOv2 implementation does.
+
+        Args:
+            state_dict: the weights; see `dinov2_fast.layouts` for what is recognised.
+            strict: raise if keys are missing or unexpected; otherwise they are returned.
+            assign: make the tensors the parameters instead of copying into them.
+
+        Returns:
+            The named tuple ``(missing_keys, unexpected_keys)``.
+
+        Raises:
+            RuntimeError: the weights do not fit; the message names the keys and the layout. Nothing is changed then.
+        """
+        plan = layouts.plan_conversion(state_dict)
+        own = self.state_dict()
+        own_keys = {layouts.plain_key(key): key for key in own}
+        converted = {own_keys.get(key, key): plan.read(key) for key in plan.recipes}
+        missing = [key for key in own if key not in converted]
+        unexpected = [key for key in converted if key not in own]
+        misshapen = [
+            f"{key} {tuple(tensor.shape)} where the model has {tuple(own[key].shape)}"
+            for key, tensor in converted.items()
+            if key in own and tensor.shape != own[key].shape
+        ]
+        if misshapen or (strict and (missing or unexpected)):
+            raise RuntimeError(layouts.misfit(plan.layout, missing, unexpected, misshapen))
+        return super().load_state_dict(converted, strict=strict, assign=assign)
+
+
+class DinoVisionTransformer(AnyLayout):
+    """A DINOv2 backbone. The arguments are the reference's; the eight published models are in `dinov2_fast.configs`.
+
+    Args:
+        img_size: size in pixels of the pictures the position table is made for, an int or (height, width).
+        patch_size: side of a patch in pixels.
+        in_chans: channels of a picture.
+        embed_dim: hidden size.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden size of the feed-forward network over `embed_dim` (SwiGLU takes two thirds of it).
+        qkv_bias, ffn_bias, proj_bias: biases of these linears.
+        drop_path_rate: stochastic depth, growing linearly to this rate in the last block, or the same in all blocks if
+            `drop_path_uniform`.
+        init_values: initial LayerScale; None or 0 for none.
+        embed_layer, act_layer, block_fn: classes to build from.
+        ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
+        block_chunks: groups of blocks (`BlockChunk`); 0 for a flat list, as in the published checkpoints.
+        num_register_tokens: registers between CLS and patches.
+        interpolate_antialias, interpolate_offset: how positions are resampled, see `position_dialect`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        init_values: float | None = None,
+        embed_layer: Callable[..., PatchEmbed] = PatchEmbed,
+        act_layer: Callable[..., nn.Module] = GELU,
+        block_fn: Callable[..., nn.Module] = Block,
+        ffn_layer: str = "mlp",
+        block_chunks: int = 1,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if ffn_layer not in _FFN_LAYERS:
+            raise ValueError(f"There is no ffn_layer {ffn_layer!r}; choose one of {', '.join(_FFN_LAYERS)}.")
+        if num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must not be negative, got {num_register_tokens}.")
+        norm_layer = partial(LayerNorm, eps=1e-6)
+        self.embed_dim = embed_dim
+        self.num_features: Any = embed_dim
+        self.num_tokens = 1
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+        self.grad_checkpointing = False
+
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_tokens, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+
+        rates = [drop_path_rate] * depth if drop_path_uniform else np.linspace(0, drop_path_rate, depth).tolist()
+        blocks = [
+            block_fn(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                ffn_layer=_FFN_LAYERS[ffn_layer],
+                init_values=init_values,
+            )
+            for rate in rates
+        ]
+        self.chunked_blocks = block_chunks > 0
+        self.blocks: Any = nn.ModuleList(_chunk(blocks, block_chunks) if self.chunked_blocks else blocks)
+        self.norm = norm_layer(embed_dim)
+        self.head: nn.Module = nn.Identity()
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, embed_dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The reference's initialisation, from torch's global generator."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # Positions
+
+    @property
+    def position_dialect(self) -> str:
+        """How the position table is resampled: "offset", "size" or "antialias" (`dinov2_fast.position_embeddings`).
+
+        Setting it sets `interpolate_offset` and `interpolate_antialias`; another pair of those is called "custom".
+        """
+        current = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
+        return next((name for name, known in DIALECTS.items() if known == current), "custom")
+
+    @position_dialect.setter
+    def position_dialect(self, name: str) -> None:
+        self.interpolate_offset, self.interpolate_antialias = dialect(name)
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """The position embeddings for a picture of `w` rows and `h` columns of pixels (the reference's names).
+
+        Args:
+            x: anything of the hidden size, for its dtype.
+            w, h: height and width of the picture in pixels.
+
+        Returns:
+            (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
+        """
+        rows, columns = w // self.patch_size, h // self.patch_size
+        how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
+        patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how)
+        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
+
+    # From pictures to tokens
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Embeds pictures as tokens with positions.
+
+        Args:
+            x: (batch, channels, height, width), floating point, height and width multiples of the patch size.
+            masks: (batch, patches) bool; masked patches are replaced by the mask token, before positions are added.
+
+        Returns:
+            (batch, 1 + registers + patches, hidden).
+        """
+        height, width = x.shape[-2:]
+        x = self.patch_embed(x)
+        if masks is not None:
+            assert self.mask_token is not None, "this model has no mask token"
+            x = torch.where(_check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        positions = self.interpolate_pos_encoding(x, height, width)
+        tokens = [(self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens.expand(x.shape[0], -1, -1))
+        return torch.cat((*tokens, x + positions[:, 1:]), dim=1)
+
+    # Forward passes
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Features of a batch of pictures.
+
+        Args:
+            *args, **kwargs: those of `forward_features`.
+            is_training: return everything `forward_features` gives instead of the CLS token alone.
+
+        Returns:
+            The normalised CLS token (batch, hidden), or with `is_training` the dictionary (for a list of batches, the
+            list of dictionaries).
+        """
+        features = self.forward_features(*args, **kwargs)
+        if is_training:
+            return features
+        if isinstance(features, list):
+            raise TypeError(
+                "A list of batches has one result for each: call the model with is_training=True, or use "
+                "forward_features."
+            )
+        return self.head(features["x_norm_clstoken"])
+
+    def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
+        """All tokens of the last block.
+
+        Args:
+            x: (batch, channels, height, width), or a list of such batches of different sizes, which run as one.
+            masks: (batch, patches) bool or None; for a list, a list of those (or None for no masks at all).
+
+        Returns:
+            Dictionary with `x_norm_clstoken` (batch, hidden), `x_norm_regtokens` (batch, registers, hidden),
+            `x_norm_patchtokens` (batch, patches, hidden), `x_prenorm` (batch, tokens, hidden; before the last norm) and
+            `masks`. For a list, a list of them.
+        """
+        if isinstance(x, list):
+            return self.forward_features_list(x, masks)
+        tokens = self._run_blocks(self.prepare_tokens_with_masks(x, masks))
+        return self._split_tokens(tokens, masks)
+
+    def forward_features_list(
+        self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
+    ) -> list[dict[str, Tensor | None]]:
+        """`forward_features` of a list of batches of different sizes, computed together."""
+        if not x_list:
+            raise ValueError("The list of batches is empty.")
+        masks_list = [None] * len(x_list) if masks_list is None else masks_list
+        if len(masks_list) != len(x_list):
+            raise ValueError(f"Got {len(x_list)} batches but {len(masks_list)} masks; give one (or None) for each.")
+        tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
+        outputs = self._run_blocks(tokens)
+        return [self._split_tokens(x, masks) for x, masks in zip(outputs, masks_list, strict=True)]
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Patch tokens after chosen blocks.
+
+        Args:
+            x: (batch, channels, height, width).
+            n: the number of last blocks, or the indices of blocks (0 is the first), returned in ascending order.
+            reshape: give (batch, hidden, rows, columns) instead of (batch, patches, hidden).
+            return_class_token: give pairs (patches, CLS token (batch, hidden)).
+            norm: apply the final norm.
+
+        Returns:
+            A tuple with one entry for each block; CLS and registers are left out of the patches.
+        """
+        blocks = self._flat_blocks()
+        take = set(range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n)
+        missing = sorted(take - set(range(len(blocks))))
+        if missing:
+            found = len(take) - len(missing)
+            raise AssertionError(
+                f"only {found} / {len(take)} blocks found: there is no block {', '.join(map(str, missing))}; "
+                f"the blocks are 0 to {len(blocks) - 1}"
+            )
+        rows, columns = (size // self.patch_size for size in x.shape[-2:])
+        outputs = []
+        x = self.prepare_tokens_with_masks(x)
+        for i, block in enumerate(blocks):
+            x = self._call(block, x)
+            if i in take:
+                outputs.append(self.norm(x) if norm else x)
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            patches = [p.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for p in patches]
+        if return_class_token:
+            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
+        return tuple(patches)
+
+    def _run_blocks(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = self._call(block, x)
+        return x
+
+    def _call(self, block: nn.Module, x: Any) -> Any:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _flat_blocks(self) -> list[nn.Module]:
+        """The blocks in order, without chunks."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+
+    def _split_tokens(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+        x_norm = self.norm(x)
+        first_patch = 1 + self.num_register_tokens
+        return {
+            "x_norm_clstoken": x_norm[:, 0],
+            "x_norm_regtokens": x_norm[:, 1:first_patch],
+            "x_norm_patchtokens": x_norm[:, first_patch:],
+            "x_prenorm": x,
+            "masks": masks,
+        }
+
+    # Settings and reports
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def backends(self) -> list[backends.Row]:
+        """Which implementation of each op runs for this model's device, dtype and mode, and why not the others."""
+        weight = self.norm.weight
+        return backends.table(weight.device, weight.dtype, self.training)
+
+    def extra_repr(self) -> str:
+        chosen = ", ".join(f"{row.op}={row.backend}" for row in self.backends() if row.chosen)
+        return f"position_dialect={self.position_dialect}\nbackends: {chosen}"
+
+
+def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:
+    size = max(len(blocks) // chunks, 1)
+    return [BlockChunk([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def _check_masks(masks: Tensor, x: Tensor) -> Tensor:
+    if masks.shape != x.shape[:2]:
+        raise ValueError(
+            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these pictures, got {tuple(masks.shape)}."
+        )
+    if masks.dtype != torch.bool:
+        raise TypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
+    return masks
+
+
+def _factory(**sizes: Any) -> Callable[..., DinoVisionTransformer]:
+    def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+        return DinoVisionTransformer(
+            patch_size=patch_size, num_register_tokens=num_register_tokens, mlp_ratio=4, **sizes, **kwargs
+        )
+
+    return make
+
+
+vit_small = _factory(embed_dim=384, depth=12, num_heads=6)
+vit_base = _factory(embed_dim=768, depth=12, num_heads=12)
+vit_large = _factory(embed_dim=1024, depth=24, num_heads=16)
+vit_giant2 = _factory(embed_dim=1536, depth=40, num_heads=24)

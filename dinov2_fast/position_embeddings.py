@@ -1,0 +1,159 @@
+"""Resampling the position table to a picture's grid of patches: bicubic, in three dialects, as two small matrices.
+
+DINOv2's table is trained for a 37 x 37 grid (518 px). At any other size it is resampled, and the implementations
+people use do that differently; the results agree only at the trained size:
+
+    "offset"     the reference's models without registers: scale factor (n + 0.1) / 37, no antialiasing
+    "size"       transformers' Dinov2 since 4.45: the output size, no antialiasing
+    "antialias"  every model with registers, and all of timm's: the output size, with antialiasing
+
+Bicubic resampling is separable and linear, so the new table is ``W_h @ table @ W_w^T`` with one row of weights for
+each output position (:func:`resample_matrix`). That is exact, differentiable, exports to any format as standard
+operators, and runs where torch has no bicubic kernel.
+
+Kernels: Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -0.75 without and a = -0.5
+with antialiasing, which are the constants torch uses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dialect(NamedTuple):
+    """How the table is resampled: `offset` is added to the output size before the step is computed."""
+
+    offset: float
+    antialias: bool
+
+
+DIALECTS = {
+    "offset": Dialect(0.1, False),
+    "size": Dialect(0.0, False),
+    "antialias": Dialect(0.0, True),
+}
+
+
+def dialect(name: str) -> Dialect:
+    """The dialect called `name`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in DIALECTS:
+        raise ValueError(f"There is no position-embedding dialect {name!r}; choose one of {', '.join(DIALECTS)}.")
+    return DIALECTS[name]
+
+
+def resample_position_embeddings(table: Tensor, height: int, width: int, dialect: Dialect) -> Tensor:
+    """Resamples the table of a square grid to `height` x `width` patches.
+
+    Args:
+        table: (positions, hidden) of a square grid in row-major order.
+        height, width: the new grid, in patches; may be symbolic under tracing.
+        dialect: how.
+
+    Returns:
+        (height * width, hidden) in float32, or float64 if the table is; at the native grid the table itself.
+
+    Raises:
+        ValueError: `table` is no square grid.
+    """
+    grid = round(table.shape[0] ** 0.5)
+    if grid * grid != table.shape[0]:
+        raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
+    table = table if table.dtype == torch.float64 else table.float()
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if not tracing and height == grid and width == grid:
+        return table
+    make = _matrices if tracing or type(table.data) is not torch.Tensor else _cached_matrices
+    rows, columns = make(height, width, grid, dialect, table.device)
+    with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
+    return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
+
+
+def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
+    """``rows @ table @ columns^T`` for a table of vectors, never in a lower precision."""
+    if torch.is_autocast_enabled(table.device.type):
+        with torch.autocast(table.device.type, enabled=False):
+            return _apply(rows, columns, table)
+    grid, hidden = rows.shape[1], table.shape[1]
+    partial = rows @ table.reshape(grid, grid * hidden)  # (height, grid * hidden)
+    return (columns @ partial.reshape(-1, grid, hidden)).reshape(-1, hidden)
+
+
+_CACHE: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+_CACHE_SIZE = 256
+
+
+def _cached_matrices(
+    height: int, width: int, grid: int, dialect: Dialect, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`_matrices`, kept for each size and device; a few kilobytes each."""
+    key = (height, width, grid, dialect, device)
+    if key not in _CACHE:
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.pop(next(iter(_CACHE)), None)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+            _CACHE[key] = _matrices(height, width, grid, dialect, device)
+    return _CACHE[key]
+
+
+def _matrices(height: int, width: int, grid: int, dialect: Dialect, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices of both axes, (height, grid) and (width, grid).
+
+    At the native grid the table is taken as it is in every dialect, so there the offset does not count. Written with
+    tensor operations only, so that a traced graph decides it for each size.
+    """
+    sizes = torch.stack([torch.full((), height, device=device), torch.full((), width, device=device)])
+    offset = dialect.offset * (sizes != grid).any()
+    steps = grid / (sizes.to(_precise(device)) + offset)
+    return (
+        resample_matrix(height, grid, steps[0], dialect.antialias),
+        resample_matrix(width, grid, steps[1], dialect.antialias),
+    )
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+
+
+def resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Tensor:
+    """The weights of a bicubic resampling of `grid` samples to `size`, as a (size, grid) matrix in the dtype of `step`.
+
+    Row i holds the weights of the input samples around ``step * (i + 0.5) - 0.5``, at most four without antialiasing,
+    where samples beyond the border count as the border's. With antialiasing the kernel is widened by `step` when
+    shrinking, cut off at the border, and normalised.
+    """
+    output = torch.arange(size, device=step.device, dtype=step.dtype)
+    source = torch.arange(grid, device=step.device, dtype=step.dtype)
+    centre = (output + 0.5) * step
+    if antialias:
+        return _antialiased_rows(centre[:, None], source, step)
+    first = torch.floor(centre - 0.5)
+    fraction = centre - 0.5 - first
+    matrix = torch.zeros(1, device=step.device, dtype=step.dtype)
+    for tap in (-1, 0, 1, 2):
+        position = (first + tap).clamp(0, grid - 1)
+        matrix = matrix + (position[:, None] == source) * _cubic(fraction - tap, a=-0.75)[:, None]
+    return matrix
+
+
+def _antialiased_rows(centre: Tensor, source: Tensor, step: Tensor) -> Tensor:
+    widening = step.clamp(min=1.0)
+    first = torch.trunc(centre - 2 * widening + 0.5)
+    last = torch.trunc(centre + 2 * widening + 0.5)
+    inside = (source >= first) & (source < last)
+    weights = _cubic((source - centre + 0.5) / widening, a=-0.5) * inside
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel."""
+    x = x.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
