@@ -1,0 +1,70 @@
+# Every target sets itself up first. `make setup PYTHON=python3.12` chooses the interpreter of the environment.
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The newest torch the package is checked with, in an environment of its own, and the triton that goes with it.
+NEWEST := .venv-torch213
+NEWEST_TORCH := torch==2.13.0 triton==3.7.1
+
+PYTEST := -m pytest tests -n $(WORKERS)
+FAST := not aot and not gpu and not slow
+SLOW := slow and not aot and not gpu
+INPUTS := constraints.txt pyproject.toml setup.py
+
+# A finished environment holds a file that names the checkout it was made for. One that lacks it (an installation that
+# was cut short), was moved or copied here, or has no working interpreter any more, is made anew.
+complete = $(1)/.complete
+intact = $(filter ok,$(shell { [ "$$(cat $(call complete,$(1)))" = "$(CURDIR)" ] && $(1)/bin/python -c "print('ok')"; } 2>/dev/null))
+install = $(1)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
+define make_venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+	    "The reference environment needs Python 3.11 or 3.12, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@echo "Setting up $(1) ($(2)): downloads up to 3 GB and takes some minutes."
+	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
+endef
+
+.PHONY: setup demo test test-slow test-newest-torch lint types bench clean broken
+
+setup: $(call complete,$(VENV))
+	@:
+
+$(call complete,$(VENV)): $(INPUTS) $(if $(call intact,$(VENV)),,broken)
+	$(call make_venv,$(VENV),the reference environment)
+	@$(call install,$(VENV)) --constraint constraints.txt pip setuptools wheel
+	@$(call install,$(VENV)) --constraint constraints.txt --no-build-isolation --editable '.[test,peers,dev]'
+	@printf '%s' '$(CURDIR)' > $@
+
+$(call complete,$(NEWEST)): $(INPUTS) Makefile $(if $(call intact,$(NEWEST)),,broken)
+	$(call make_venv,$(NEWEST),$(NEWEST_TORCH))
+	@sed -E '/^(torch|triton|torchvision|timm|xformers)==/d' constraints.txt > $(NEWEST)/constraints.txt
+	@$(call install,$(NEWEST)) --constraint $(NEWEST)/constraints.txt pip setuptools wheel
+	@$(call install,$(NEWEST)) --constraint $(NEWEST)/constraints.txt --no-build-isolation $(NEWEST_TORCH) --editable '.[test]'
+	@printf '%s' '$(CURDIR)' > $@
+
+demo: setup
+	@$(PY) examples/demo.py
+
+test: setup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(SLOW)"
+
+test-newest-torch: $(call complete,$(NEWEST))
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) -m bench.model --device cpu
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	find . -name .venv\* -prune -o -name __pycache__ -type d -exec rm -rf {} +
