@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
         if x.shape[1] != self.in_chans:
             raise ValueError(f"The model takes {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
         for name, size, patch in zip(("height", "width"), x.shape[2:], self.patch_size, strict=True):
-            if size % patch != 0:
+            if size % patch != 0 or size < patch:
                 below, above = size // patch * patch, (size // patch + 1) * patch
                 nearest = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(

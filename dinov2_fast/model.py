@@ -25,13 +25,11 @@ from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused
 from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, resample_position_embeddings
 
 
-class BlockChunk(nn.ModuleList):
-    """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict."""
+class BlockChunk(nn.Sequential):
+    """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict.
 
-    def forward(self, x: Any) -> Any:
-        for block in self:
-            x = block(x)
-        return x
+    The reference's is an `nn.ModuleList`, which FSDP2 refuses.
+    """
 
 
 def _identity_ffn(**kwargs: Any) -> nn.Module:
@@ -379,7 +377,7 @@ class DinoVisionTransformer(AnyLayout):
 
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:
     size = max(len(blocks) // chunks, 1)
-    return [BlockChunk([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, len(blocks), size)]
+    return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 
 def _check_masks(masks: Tensor, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def resample_position_embeddings(table: Tensor, height: int, width: int, dialect
     Raises:
         ValueError: `table` is no square grid.
     """
-    grid = round(table.shape[0] ** 0.5)
+    grid = round(int(table.shape[0]) ** 0.5)
     if grid * grid != table.shape[0]:
         raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
     table = table if table.dtype == torch.float64 else table.float()
@@ -108,17 +108,13 @@ def _matrices(height: int, width: int, grid: int, dialect: Dialect, device: torc
     At the native grid the table is taken as it is in every dialect, so there the offset does not count. Written with
     tensor operations only, so that a traced graph decides it for each size.
     """
-    sizes = torch.stack([torch.full((), height, device=device), torch.full((), width, device=device)])
-    offset = dialect.offset * (sizes != grid).any()
-    steps = grid / (sizes.to(_precise(device)) + offset)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+    sizes = torch.stack([torch.full((), size, dtype=dtype, device=device) for size in (height, width)])
+    steps = grid / (sizes + dialect.offset * (sizes != grid).any().to(dtype))
     return (
         resample_matrix(height, grid, steps[0], dialect.antialias),
         resample_matrix(width, grid, steps[1], dialect.antialias),
     )
-
-
-def _precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
 
 
 def resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Tensor:

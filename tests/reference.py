@@ -1,0 +1,73 @@
+"""The ops in fp64, written from their formulas and independently of the package, and the rule that results must meet.
+
+The rule (both at once), with `torch_result` plain PyTorch's in the dtype under test:
+    max|y - ref| <= 2 max|torch - ref| + ulp(max|ref|)
+    ||y - ref||  <= 2 ||torch - ref|| + ||ref|| 2^-p        p = 8 for bf16, 11 for fp16, 24 for fp32
+For fp64 results p is 49, since the reference is rounded too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 49}
+
+
+def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor) -> None:
+    """Fails if `y` is further from the fp64 `ref` than the rule allows."""
+    assert y.shape == ref.shape
+    assert y.dtype == torch_result.dtype
+    bits = _BITS[y.dtype]
+    wrong, usual = y.double() - ref, torch_result.double() - ref
+    if ref.numel() == 0:
+        return
+    ulp = 2.0 ** (math.floor(math.log2(max(ref.abs().max().item(), 1e-300))) + 1 - bits)
+    assert wrong.abs().max() <= 2 * usual.abs().max() + ulp
+    assert wrong.norm() <= 2 * usual.norm() + ref.norm() * 2.0**-bits
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+    variance = (centred * centred).sum(-1, keepdim=True) / x.shape[-1]
+    return centred / (variance + eps) ** 0.5 * weight.double() + bias.double()
+
+
+def add_residual(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> Tensor:
+    out = residual.double().clone()
+    for picture in range(residual.shape[0]):
+        scale = 1.0 if drop_scale is None else drop_scale[picture].item()
+        out[picture] += branch[picture].double() * scale * (1.0 if gamma is None else gamma.double())
+    return out
+
+
+def scatter_add_residual(residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
+    out = residual.double().clone()
+    for row, picture in enumerate(index.tolist()):
+        out[picture] += branch[row].double() * scale * (1.0 if gamma is None else gamma.double())
+    return out
+
+
+def gelu(x: Tensor) -> Tensor:
+    x = x.double()
+    return x * 0.5 * torch.erfc(-x / math.sqrt(2.0))
+
+
+def swiglu(x12: Tensor) -> Tensor:
+    hidden = x12.shape[-1] // 2
+    gate, value = x12[..., :hidden].double(), x12[..., hidden:].double()
+    return gate / (1.0 + torch.exp(-gate)) * value
+
+
+def attention_probabilities(qkv: Tensor) -> Tensor:
+    q, k, _ = qkv.double().unbind(2)  # (batch, seq_len, heads, head_dim)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(qkv.shape[-1])
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def attention(qkv: Tensor) -> Tensor:
+    return torch.einsum("bhij,bjhd->bihd", attention_probabilities(qkv), qkv[:, :, 2].double())

@@ -1,0 +1,155 @@
+"""Dispatch: precedence, refusals, fallbacks, and what is reported."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dinov2_fast import backends, ops
+from dinov2_fast.backends import BackendError, Implementation, Op, use_backend
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """An op with a kernel for small meta tensors, one for small tensors anywhere, and the torch reference.
+
+    "meta" stands for the device a kernel is made for: tensors of it exist on every machine.
+    """
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
+
+    def refuses_large(x: torch.Tensor) -> str | None:
+        return f"takes at most 4 elements, got {x.numel()}" if x.numel() > 4 else None
+
+    return Op(
+        "toy",
+        "toy",
+        (
+            Implementation("kernel", lambda x: "kernel", refuses_large, devices=("meta",)),
+            Implementation("small", lambda x: "small", refuses_large),
+            Implementation("torch", lambda x: "torch"),
+        ),
+        lambda device, dtype: (torch.empty(2, device=device, dtype=dtype),),
+    )
+
+
+def test_auto_takes_the_first_that_does_not_refuse(toy: Op) -> None:
+    assert toy(torch.zeros(2)) == "small"
+    assert toy(torch.zeros(5)) == "torch"
+    assert toy(torch.zeros(2, device="meta")) == "kernel"
+
+
+def test_a_fallback_is_logged_once_and_another_device_is_none(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dinov2_fast"):
+        toy(torch.zeros(2))
+        assert not caplog.records
+        toy(torch.zeros(5))
+        toy(torch.zeros(5))
+    (record,) = caplog.records
+    assert record.getMessage() == "toy: falling back to torch: small takes at most 4 elements, got 5"
+
+
+def test_precedence_is_argument_then_context_then_environment(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOV2_FAST_BACKEND", "toy=torch")
+    monkeypatch.setattr(backends, "_setting", backends._setting)
+    backends.apply_environment()
+    assert toy(torch.zeros(2)) == "torch"
+    with use_backend("small"):
+        assert toy(torch.zeros(2)) == "small"
+        assert toy(torch.zeros(2), backend="torch") == "torch"
+        with use_backend("toy=torch"):
+            assert toy(torch.zeros(2)) == "torch"
+        assert toy(torch.zeros(2)) == "small"
+    assert toy(torch.zeros(2)) == "torch"
+
+
+def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
+    with use_backend("small"), pytest.raises(BackendError, match=r"'small' was asked for but .* at most 4 elements"):
+        toy(torch.zeros(5))
+    with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
+        toy(torch.zeros(2), backend="kernel")
+
+
+def test_a_forced_name_leaves_ops_without_it_alone(toy: Op) -> None:
+    x = torch.randn(2, 8)
+    with use_backend("small"):
+        assert torch.equal(ops.gelu(x), torch.nn.functional.gelu(x))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("tritn", "'tritn' is no backend of any op"),
+        ("toy=cudnn", "'cudnn' is no backend of toy. There are: kernel, small, torch"),
+        ("atention=torch", "there is no op 'atention'. The ops are activation, attention,"),
+        ("", "'' is no backend"),
+        ("toy=", "'' is no backend of toy"),
+    ],
+)
+def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, message: str) -> None:
+    before = backends._setting
+    with pytest.raises(BackendError, match=message), use_backend(setting):
+        pass
+    assert backends._setting is before
+
+
+def test_a_setting_ends_with_its_block_also_on_error(toy: Op) -> None:
+    with pytest.raises(KeyError), use_backend("small"):
+        raise KeyError
+    assert toy(torch.zeros(5)) == "torch"
+
+
+def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
+    only = Implementation("kernel", lambda x: x, devices=("meta",))
+    op = Op("lonely", "lonely", (only,), lambda device, dtype: (torch.empty(1, device=device),))
+    with pytest.raises(BackendError, match="lonely: no implementation runs this input: kernel needs a meta tensor"):
+        op(torch.zeros(1))
+    rows = [row for row in backends.table("cpu") if row.op == "lonely"]
+    assert rows == [backends.Row("lonely", "kernel", False, "needs a meta tensor, got one on cpu")]
+
+
+def test_the_table_tells_what_runs_and_why_not_the_rest(toy: Op) -> None:
+    rows = {row.backend: row for row in backends.table("cpu") if row.op == "toy"}
+    assert rows["small"].chosen
+    assert rows["kernel"].reason == "needs a meta tensor, got one on cpu"
+    assert rows["torch"].reason == "small comes first"
+    with use_backend("toy=torch"):
+        rows = {row.backend: row for row in backends.table("meta") if row.op == "toy"}
+    assert [name for name, row in rows.items() if row.chosen] == ["torch"]
+    assert rows["kernel"].reason == "another backend was asked for"
+
+
+def test_every_op_is_in_the_table_on_every_device() -> None:
+    for device in ("cpu", "meta", *(["cuda"] if torch.backends.cuda.is_built() else [])):
+        chosen = {row.op: row.backend for row in backends.table(device) if row.chosen}
+        assert set(chosen) == set(ops.__all__) - {"use_backend"}
+        assert set(chosen.values()) == {"torch"}
+
+
+@pytest.mark.parametrize(("value", "good"), [("torch", True), ("attention=torch,layer_norm=torch", True), ("x", False)])
+def test_the_environment_variable_is_read_and_checked(value: str, good: bool) -> None:
+    code = "import dinov2_fast.ops, dinov2_fast.backends as b; print(b._setting)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"DINOV2_FAST_BACKEND": value, "PATH": "", "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode == 0) == good, run.stderr
+    assert ("torch" in run.stdout) if good else ("'x' is no backend of any op" in run.stderr)
+
+
+def test_compiled_code_follows_the_setting(toy: Op) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if toy(x) == "torch" else 2)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 2
+    with use_backend("toy=torch"):
+        assert compiled(torch.zeros(1)).item() == 1
+    assert compiled(torch.zeros(1)).item() == 2
