@@ -1,0 +1,47 @@
+"""The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
+
+Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some pictures failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import dinov2_fast
+from dinov2_fast.cli import extract, info
+
+ABORTED = 1
+INTERRUPTED = 130
+COMMANDS = (extract, info)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (by default the process's) and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        return code
+    except KeyboardInterrupt:
+        print("dinov2-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)
+        return ABORTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dinov2-fast", description="DINOv2 features from pictures.")
+    parser.add_argument("--version", action="version", version=f"dinov2_fast {dinov2_fast.__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def _message(error: Exception) -> str:
+    """The error's text; its type as well where the text was not written for the user."""
+    text = str(error) or "no further information"
+    written_for_users = type(error).__module__.startswith("dinov2_fast") or isinstance(error, (ValueError, OSError))
+    return text if written_for_users else f"{type(error).__name__}: {text}"

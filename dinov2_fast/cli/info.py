@@ -1,0 +1,100 @@
+"""``dinov2-fast info``: versions, device, which implementation of each op runs and why, and the cache."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+OPTIONAL = ("triton", "xformers", "transformers", "timm")
+REQUIRED = ("torch", "numpy", "pillow", "pyarrow", "safetensors", "huggingface_hub")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "info",
+        help="show versions, device, ops and cache",
+        description="Shows versions, the device, which implementation of each op runs and why, and the cached weights.",
+    )
+    parser.add_argument("--device", help="for the table of ops: cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--training", action="store_true", help="the table of ops for training")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints everything to stdout; always 0."""
+    sections = {
+        "Versions": _versions(),
+        "Device": _device(),
+        f"Ops ({args.dtype}, {'training' if args.training else 'inference'})": _ops(args),
+        "Settings": _settings(),
+        "Weights": _weights(),
+    }
+    for number, (title, lines) in enumerate(sections.items()):
+        print(("\n" if number else "") + title)
+        for line in lines:
+            print(f"  {line}")
+    return 0
+
+
+def _versions() -> Iterator[str]:
+    import dinov2_fast
+
+    yield f"{'dinov2_fast':16} {dinov2_fast.__version__}"
+    yield f"{'python':16} {platform.python_version()}"
+    for name in (*REQUIRED, *OPTIONAL):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed" + (" (optional)" if name in OPTIONAL else "")
+        yield f"{name:16} {version}"
+
+
+def _device() -> Iterator[str]:
+    import torch
+
+    yield f"cpu              {platform.machine()}, {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index:<11} {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
+
+
+def _ops(args: argparse.Namespace) -> Iterator[str]:
+    import torch
+
+    import dinov2_fast.ops  # noqa: F401  (the table has the ops that were imported)
+    from dinov2_fast import backends
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = backends.table(device=device, dtype=getattr(torch, args.dtype), training=args.training)
+    for row in rows:
+        state = f"runs on {device}" if row.chosen else row.reason or "not chosen"
+        yield f"{row.op:24} {row.backend:8} {state}"
+
+
+def _settings() -> Iterator[str]:
+    from dinov2_fast import environment
+
+    folder = environment.cache_dir()
+    yield f"DINOV2_FAST_BACKEND  {environment.backend_setting() or 'not set: each op takes the first that can run'}"
+    yield f"DINOV2_FAST_CACHE    {folder}{'' if folder.is_dir() else ' (no such folder yet)'}"
+    if environment.xformers_disabled():
+        yield "XFORMERS_DISABLED    set: xformers is not used"
+
+
+def _weights() -> Iterator[str]:
+    from huggingface_hub import try_to_load_from_cache
+
+    from dinov2_fast.configs import BACKBONES
+    from dinov2_fast.weights.sources import FILE_NAMES, cached
+
+    for name, config in BACKBONES.items():
+        on_hub = (try_to_load_from_cache(config.huggingface_id, file) for file in FILE_NAMES)
+        path = cached(config) or next((found for found in on_hub if isinstance(found, str)), None)
+        yield f"{name:20} {path or 'not on this machine'}"

@@ -1,0 +1,251 @@
+"""Reading pictures safely, and listing them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_fast.extraction import ImageError, list_images, read_image
+
+PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
+
+
+def colourful(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    )
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty.jpg": (lambda: b"", "empty file"),
+    "ten_bytes.jpg": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", "Truncated|not a picture"),
+    "half.jpg": (lambda: (PICTURES / "coffee.jpg").read_bytes()[:36000], "cannot be decoded: .*truncated"),
+    "html.jpg": (lambda: b"<!DOCTYPE html><html><body>Not found</body></html>", "not a picture of a known format"),
+    "bomb.png": (lambda: png_header(20_000, 20_000), "too large"),
+    "121_mpx.png": (lambda: png_header(11_000, 11_000), "too large: 11000 x 11000 pixels, the limit is 50000000"),
+    "narrow_bomb.png": (lambda: png_header(2**31 - 1, 1), "too large|damaged header"),
+    "postscript.jpg": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture of a known format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_an_error_with_its_reason(tmp_path: Path, name: str) -> None:
+    content, reason = BAD[name]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(ImageError, match=reason) as caught:
+        read_image(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+def test_each_format_is_read_and_half_of_it_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture.anything"
+    colourful(200, 150).save(path, kind)
+    assert read_image(path).size == (200, 150)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageError):
+        read_image(path)
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    colourful().save(tmp_path / "picture.ppm")
+    with pytest.raises(ImageError, match=r"not a picture of a known format \(JPEG, PNG, WEBP, GIF, BMP, TIFF\)"):
+        read_image(tmp_path / "picture.ppm")
+
+
+def test_the_limit_is_checked_before_decoding(tmp_path: Path) -> None:
+    colourful(100, 100).save(tmp_path / "picture.png")
+    assert read_image(tmp_path / "picture.png", max_pixels=10_000).size == (100, 100)
+    with pytest.raises(ImageError, match="too large: 100 x 100"):
+        read_image(tmp_path / "picture.png", max_pixels=9_999)
+
+    (tmp_path / "large.png").write_bytes(png_header(9_000, 9_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ImageError, match="too large"):
+        read_image(tmp_path / "large.png")
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert kib / (1024 if sys.platform == "darwin" else 1) < 100_000  # decoded it would take 243 MB
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    rgb = colourful()
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
+    assert np.array_equal(read_image(tmp_path / "cmyk.tif"), rgb)
+
+    values = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
+    for name in ("grey16.png", "grey16.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.abs(np.asarray(read_image(tmp_path / name))[..., 1] - values / 257).max() <= 0.5
+
+    palette = rgb.quantize(16)
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(0, 256, 16)))
+    assert np.array_equal(read_image(tmp_path / "palette.png"), palette.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_many(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "frames", kind, save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "frames") as image:
+        assert image.n_frames == 3
+    red = np.asarray(read_image(tmp_path / "frames")).reshape(-1, 3).mean(axis=0)
+    assert np.abs(red - [255, 0, 0]).max() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    upright = colourful()
+    # The standard names the visual side of the stored row 0 and of the stored column 0.
+    row_0, column_0 = {
+        1: ("top", "left"),
+        2: ("top", "right"),
+        3: ("bottom", "right"),
+        4: ("bottom", "left"),
+        5: ("left", "top"),
+        6: ("right", "top"),
+        7: ("right", "bottom"),
+        8: ("left", "bottom"),
+    }[orientation]
+    stored = np.asarray(upright)
+    if row_0 in ("left", "right"):
+        stored = stored.transpose(1, 0, 2)
+    stored = stored[:: -1 if row_0 in ("bottom", "right") else 1, :: -1 if column_0 in ("bottom", "right") else 1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "turned.png"), upright)
+
+
+def test_damaged_exif_does_not_hide_the_picture(tmp_path: Path) -> None:
+    colourful().save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
+    assert read_image(tmp_path / "exif.jpg").size == (40, 30)
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_image(tmp_path)
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(tmp_path / "missing.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(ImageError, match="symbolic links"):
+        read_image(tmp_path / "loop.jpg")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    errors: list[str] = []
+
+    def read() -> None:
+        try:
+            read_image(tmp_path / "pipe.jpg")
+        except ImageError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert errors == ["not a regular file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    colourful().save(tmp_path / "secret.png")
+    (tmp_path / "secret.png").chmod(0)
+    with pytest.raises(ImageError, match="Permission denied"):
+        read_image(tmp_path / "secret.png")
+
+
+def test_an_input_error_of_the_disk_is_an_image_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colourful().save(tmp_path / "picture.png")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", "picture.png")
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(ImageError, match=r"^Permission denied$"):
+        read_image(tmp_path / "picture.png")
+
+
+def touch(folder: Path, *names: str | bytes) -> None:
+    for name in names:
+        path = os.path.join(os.fsencode(folder), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb"):
+            pass
+
+
+def test_listing_is_recursive_sorted_and_takes_pictures_only(tmp_path: Path) -> None:
+    touch(tmp_path, "b.JPG", "a/z.png", "a/y/x.webp", "c.txt", "README.md", "a.jpeg", "a/notes.jpg.txt")
+    expected = [tmp_path / name for name in ("a/y/x.webp", "a/z.png", "a.jpeg", "b.JPG")]
+    assert list_images([tmp_path]) == [str(path) for path in expected]
+
+
+def test_listing_keeps_what_was_given(tmp_path: Path) -> None:
+    touch(tmp_path, "one.jpg", "picture_without_ending", "folder/two.jpg")
+    given = [tmp_path / "picture_without_ending", tmp_path / "folder", tmp_path / "one.jpg", tmp_path / "one.jpg"]
+    names = [os.path.basename(path) for path in list_images(given)]
+    assert names == ["picture_without_ending", "two.jpg", "one.jpg", "one.jpg"]
+    assert list_images([]) == []
+    (tmp_path / "empty").mkdir()
+    assert list_images([tmp_path / "empty"]) == []
+
+
+def test_a_missing_path_is_an_error_before_anything_is_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "one.jpg")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder '.*missing'"):
+        list_images([tmp_path, tmp_path / "missing"])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/one.jpg", "b/two.jpg")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("dinov2_fast.extraction.images.os.scandir", refuse)
+    with pytest.raises(PermissionError):
+        list_images([tmp_path])
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    touch(tmp_path, "root/inner/one.jpg", "elsewhere/two.jpg")
+    root = tmp_path / "root"
+    (root / "inner" / "back").symlink_to(root)
+    (root / "inner" / "itself").symlink_to("itself")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "dead.jpg").symlink_to("nowhere.jpg")
+    (root / "loop.jpg").symlink_to("loop.jpg")
+    found = [os.path.relpath(path, root) for path in list_images([root])]
+    assert found == ["dead.jpg", "inner/one.jpg", "linked/two.jpg", "loop.jpg"]
+
+
+def test_strange_names_survive(tmp_path: Path) -> None:
+    names = [b"new\nline.jpg", b"caf\xe9.jpg", "日本.jpg".encode(), b" blank.jpg", b"-dash.jpg", b"\x1b[31m.jpg"]
+    touch(tmp_path, *names)
+    assert sorted(os.path.basename(os.fsencode(path)) for path in list_images([tmp_path])) == sorted(names)
+    assert list_images([os.fsencode(tmp_path)]) == list_images([tmp_path])
