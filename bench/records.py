@@ -1,0 +1,111 @@
+"""Benchmark results as JSON lines, one file for each device and task: ``bench/results/<device>/<task>.jsonl``.
+
+Every row has every key, null where it does not apply. A row measured again at the same commit replaces the old one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = (
+    "task",
+    "model",
+    "resolution",
+    "batch",
+    "output",
+    "precision",
+    "implementation",
+    "mode",
+    "value",
+    "unit",
+    "p20",
+    "p80",
+    "floor_share",
+    "outputs_max_error",
+    "gpu",
+    "torch",
+    "triton",
+    "versions",
+    "commit",
+    "date",
+)
+IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "implementation", "mode", "commit")
+PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The keys that are the same for every row of a run: hardware, versions, commit, date."""
+    versions: dict[str, Any] = {name: version(name) for name in PACKAGES}
+    versions |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "versions": versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_folder(device: torch.device) -> str:
+    """The folder of a device's results: "cpu", "nvidia-h200", …"""
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-") if device.type == "cuda" else "cpu"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a file, replacing those of the same identity.
+
+    Raises:
+        ValueError: a row lacks a key or has one too many.
+    """
+    for row in rows:
+        if set(row) != set(KEYS):
+            raise ValueError(f"A row must have the keys {KEYS}; wrong: {sorted(set(row) ^ set(KEYS))}.")
+    kept = {tuple(row[key] for key in IDENTITY): row for row in [*read(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({key: row[key] for key in KEYS}) for row in kept.values()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with "-dirty" if its code is changed; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return head.stdout.strip() + ("-dirty" if changed.stdout else "")
