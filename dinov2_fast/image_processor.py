@@ -195,18 +195,22 @@ class Dinov2ImageProcessor:
         source: str | Path,
         *,
         revision: str | None = None,
-        cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        **overrides: Any,
     ) -> Dinov2ImageProcessor:
         """Reads the settings from a file, a folder or a repository of the Hugging Face hub.
 
         A setting that the file leaves out has the value that transformers gives it, which is not DINOv2's.
+        `overrides` are settings of the constructor that replace the file's.
 
         Raises:
-            OSError: no such file or repository, or it cannot be reached.
+            WeightsError: no such file or repository, or it cannot be reached.
             ValueError: not a file of this kind of processor.
+            TypeError: an unknown setting in `overrides`.
         """
-        path = _config_file(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        from dinov2_fast.weights.sources import find_config  # imports torch, which the settings alone do without
+
+        path = find_config(str(source), revision, local_files_only, CONFIG_NAME)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -218,7 +222,7 @@ class Dinov2ImageProcessor:
             what = f"a {kind}" if kind not in _FILE_TYPES else "a processor that pads (do_pad)"
             raise ValueError(f"{path} describes {what}; DINOv2 checkpoints have a plain {_FILE_TYPES[0]}.")
         given = {name: found[name] for name in _SETTINGS if found.get(name) is not None}
-        return cls(**{**_FILE_DEFAULTS, **given})
+        return cls(**{**_FILE_DEFAULTS, **given})._with(overrides)
 
     def _with(self, overrides: dict[str, Any]) -> Dinov2ImageProcessor:
         for name in overrides:
@@ -325,26 +329,6 @@ def _channel_setting(name: str, value: float | Sequence[float]) -> list[float]:
     if len(values) != 3 or not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be one finite number or three (red, green, blue), got {value!r}.")
     return values
-
-
-def _config_file(source: str | Path, **hub_options: Any) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / CONFIG_NAME).is_file():
-            raise FileNotFoundError(f"The folder {path} holds no {CONFIG_NAME}.")
-        return path / CONFIG_NAME
-    parts = str(source).split("/")
-    if len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise FileNotFoundError(f"There is no file or folder {path}, and it is no repository name (owner/name).")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(str(source), CONFIG_NAME, **hub_options))
-    except (OSError, HfHubHTTPError) as error:
-        raise OSError(f"{CONFIG_NAME} of {source} cannot be had from the hub: {error}") from error
 
 
 def _flat_list(images: Any) -> list[Any]:

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,14 @@ _BLOCK: dict[str, dict[str, tuple[str, ...]]] = {
 }
 _BLOCK_PREFIX = {"huggingface": "encoder.layer", "huggingface_memory": "encoder.layer"}
 
+# What only this layout has in its blocks: the names in memory that are not also names on disk.
+_ONLY_IN_MEMORY = {
+    name
+    for own, names in _BLOCK["huggingface_memory"].items()
+    for name in names
+    if name not in _BLOCK["huggingface"][own]
+}
+
 # Parts of a key that wrappers add anywhere, and prefixes of a backbone inside a larger model.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = {"teacher", "backbone", "dinov2", "dinov2_with_registers"}
@@ -84,13 +93,16 @@ class Plan:
     layout: str
     source: Mapping[str, Tensor]
     recipes: dict[str, Recipe]
+    made_up: frozenset[str]  # keys of `recipes` that the source lacks, of no use to a model that lacks them too
 
+    @torch.no_grad()
     def read(self, key: str) -> Tensor:
         """The own tensor `key`; a source that loads lazily loads only what it needs."""
         keys, combine = self.recipes[key]
         return combine(*(self.source[k] for k in keys))
 
 
+@torch.no_grad()
 def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: int = 0) -> dict[str, Tensor]:
     """The weights of `state_dict`, in whatever layout it is, in the layout `to`.
 
@@ -113,9 +125,10 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
     if block_chunks and to != "facebook":
         raise ValueError(f"Only the layout 'facebook' has block chunks, not {to!r}.")
     plan = plan_conversion(state_dict)
-    if "cls_token" not in plan.recipes:
-        some = ", ".join(list(state_dict)[:5])
-        raise KeyError(f"These are no DINOv2 weights in a layout known here: there is no CLS token among {some}, …")
+    for needed in ("cls_token", "pos_embed"):
+        if needed not in plan.recipes:
+            some = ", ".join(list(plan.source)[:5])
+            raise KeyError(f"These are no DINOv2 weights in a layout known here: no {needed} among {some}, …")
     own = {key: plan.read(key) for key in plan.recipes}
     if to == "timm":
         own = _merge_cls_position(own)
@@ -134,28 +147,34 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
 
     Raises:
         ValueError: two of its keys name the same tensor.
+        TypeError: it is no dictionary of names.
     """
     source = _unwrap(state_dict)
+    if not all(isinstance(key, str) for key in source):
+        raise TypeError(f"The keys of a state dict are names, but these are {list(source)[:5]}, …")
+    has_teacher = any(_is_teacher(key) for key in source)
     names: dict[str, str] = {}
     for key in source:
         name = plain_key(key)
-        if name.startswith(_TRAINING_HEADS):
+        if name.startswith(_TRAINING_HEADS) or (has_teacher and not _is_teacher(key)):
             continue
         if name in names:
-            raise ValueError(f"The keys {names[name]!r} and {key!r} both name the tensor {name!r}.")
+            raise ValueError(_doubled(names[name], key, name))
         names[name] = key
     if len(names) < len(source):
-        logger.info("Left out the training heads (%s) of this checkpoint.", ", ".join(_TRAINING_HEADS))
+        logger.info("Left out what is not the (teacher's) backbone: %d keys.", len(source) - len(names))
     layout = recognise(names)
     recipes = _recipes(layout, names)
+    has_mask_token = "mask_token" in recipes
     if layout == "timm":
         _complete_timm(recipes, source)
-    return Plan(layout, source, recipes)
+    made_up = frozenset() if has_mask_token else frozenset({"mask_token"} & recipes.keys())
+    return Plan(layout, source, recipes, made_up)
 
 
 def plain_key(key: str) -> str:
     """`key` without wrappers, prefixes of the backbone and block chunks."""
-    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    parts = _parts(key)
     while len(parts) > 1 and parts[0] in _PREFIXES:
         del parts[0]
     if len(parts) > 2 and parts[0] == "blocks" and parts[2].isdigit():
@@ -166,12 +185,15 @@ def plain_key(key: str) -> str:
 def recognise(keys: Iterable[str]) -> str:
     """The layout of weights with these (plain) keys: one of `LAYOUTS`."""
     keys = set(keys)
-    if any(".attention.q_proj." in key for key in keys):
-        return "huggingface_memory"
-    if any(key.startswith(("embeddings.", "encoder.layer.")) for key in keys):
-        return "huggingface"
+    if any(key.startswith(("embeddings.", "encoder.layer.", "layernorm.")) for key in keys):
+        in_memory = any(f".{name}." in key for key in keys for name in _ONLY_IN_MEMORY)
+        return "huggingface_memory" if in_memory else "huggingface"
+    if "reg_token" in keys:
+        return "timm"
+    # Without registers, all that tells a whole timm model is what it has not; a part of a model tells nothing.
+    is_whole = keys >= {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"}
     is_facebook = "mask_token" in keys or "register_tokens" in keys or any(".mlp.w12." in key for key in keys)
-    return "timm" if "cls_token" in keys and not is_facebook else "facebook"
+    return "timm" if is_whole and not is_facebook else "facebook"
 
 
 def misfit(layout: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
@@ -185,40 +207,53 @@ def misfit(layout: str, missing: list[str], unexpected: list[str], misshapen: li
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"A state dict is a dictionary of tensors, not a {type(state_dict).__name__}.")
     for name in _NESTED:
         if isinstance(state_dict.get(name), Mapping):
             return _unwrap(state_dict[name])
-    if any(key.startswith("teacher.") for key in state_dict):
-        return {key: value for key, value in state_dict.items() if key.startswith("teacher.")}
     return state_dict
+
+
+def _parts(key: str) -> list[str]:
+    return [part for part in key.split(".") if part not in _WRAPPERS]
+
+
+def _is_teacher(key: str) -> bool:
+    return _parts(key)[:1] == ["teacher"]
 
 
 def _recipes(layout: str, names: Mapping[str, str]) -> dict[str, Recipe]:
     """Recipes from plain names to own names, where `names` gives the source's key of each plain name."""
     recipes: dict[str, Recipe] = {}
+
+    def add(own: str, keys: tuple[str, ...]) -> None:
+        if own in recipes:
+            raise ValueError(_doubled(recipes[own].keys[0], keys[0], own))
+        recipes[own] = Recipe(keys, _same if len(keys) == 1 else _join)
+
     top = {theirs: own for own, theirs in _TOP[layout].items()}
-    block = {names_[0]: (own, names_) for own, names_ in _BLOCK[layout].items() if layout != "timm"}
-    later = {name for _, names_ in block.values() for name in names_[1:]}
+    block = {their: (own, theirs) for own, theirs in _BLOCK[layout].items() for their in theirs if layout != "timm"}
     prefix = _BLOCK_PREFIX.get(layout, "blocks")
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+?)(\.weight|\.bias)?$")
     for name, key in names.items():
         match = pattern.match(name)
         if match is None:
             stem, ending = _split_ending(name)
-            own = top.get(name) or (top[stem] + ending if stem in top else name)
-            recipes[own] = Recipe((key,), _same)
+            add(top.get(name) or (top[stem] + ending if stem in top else name), (key,))
             continue
         index, stem, ending = match[1], match[2], match[3] or ""
-        if stem in later:
-            continue
         own, theirs = block.get(stem, (stem, (stem,)))
         siblings = [f"{prefix}.{index}.{their}{ending}" for their in theirs]
-        if all(sibling in names for sibling in siblings):
-            keys = tuple(names[sibling] for sibling in siblings)
-            recipes[f"blocks.{index}.{own}{ending}"] = Recipe(keys, _same if len(keys) == 1 else _join)
-        else:
-            recipes[name] = Recipe((key,), _same)
+        if not all(sibling in names for sibling in siblings):
+            add(name, (key,))  # a part alone makes no own tensor: it keeps its name
+        elif stem == theirs[0]:
+            add(f"blocks.{index}.{own}{ending}", tuple(names[sibling] for sibling in siblings))
     return recipes
+
+
+def _doubled(key: str, other: str, name: str) -> str:
+    return f"The keys {key!r} and {other!r} both name the tensor {name!r}."
 
 
 def _split_ending(name: str) -> tuple[str, str]:
@@ -246,16 +281,13 @@ def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> 
     if "register_tokens" in recipes and "pos_embed" in recipes:
         recipes["pos_embed"] = Recipe(recipes["pos_embed"].keys, _prepend_zero)
     if "mask_token" not in recipes:
-        recipes["mask_token"] = Recipe(recipes["cls_token"].keys, _zero_token)
+        cls_token = source[recipes["cls_token"].keys[0]]
+        recipes["mask_token"] = Recipe((), partial(torch.zeros_like, cls_token[0]))
         _log_once("These weights are timm's, which have no mask token: it is set to zeros.")
 
 
 def _prepend_zero(positions: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
-
-
-def _zero_token(cls_token: Tensor) -> Tensor:
-    return torch.zeros_like(cls_token[0])
 
 
 def _merge_cls_position(own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -64,7 +64,8 @@ class AnyLayout(nn.Module):
         plan = layouts.plan_conversion(state_dict)
         own = self.state_dict()
         own_keys = {layouts.plain_key(key): key for key in own}
-        converted = {own_keys.get(key, key): plan.read(key) for key in plan.recipes}
+        used = [key for key in plan.recipes if key in own_keys or key not in plan.made_up]
+        converted = {own_keys.get(key, key): plan.read(key) for key in used}
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
         misshapen = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import ops
 from tests import reference
@@ -77,6 +78,12 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     out = torch.stack([ops.attention(qkv, 0.5) for _ in range(20)])
     assert out.std() > 0.01
     torch.testing.assert_close(out.mean(), torch.tensor(1.0), atol=0.02, rtol=0)
+
+
+def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            assert ops.attention(_qkv(2, 9)).is_contiguous()
 
 
 def test_strides_and_nan() -> None:

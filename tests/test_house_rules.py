@@ -21,7 +21,7 @@ ORDER = (
     ("integrations", "evaluate"),
     ("extraction",),
     ("inference",),
-    ("huggingface", "hub"),
+    ("huggingface", "hub", "image_processor"),
     ("weights",),
     ("model",),
     ("block",),
@@ -29,7 +29,7 @@ ORDER = (
     ("ops",),
     ("backends",),
     ("kernels",),
-    ("image_processor", "visualize"),
+    ("visualize",),
     ("configs", "environment"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessorPil
 
 from dinov2_fast.image_processor import Dinov2ImageProcessor, to_rgb
+from dinov2_fast.weights import WeightsError
+from tests.places import isolate, refuse_network
 
 PICTURES = sorted((Path(__file__).parents[1] / "examples" / "pictures").glob("*.jpg"))
 SETTINGS: dict[str, Any] = {
@@ -173,6 +175,7 @@ def test_settings_round_trip_and_transformers_reads_them(tmp_path: Path) -> None
     path = processor.save_pretrained(tmp_path / "new")
     for source in (path, path.parent, str(path.parent)):
         assert Dinov2ImageProcessor.from_pretrained(source).to_dict() == processor.to_dict()
+    pytest.importorskip("torchvision", reason="AutoImageProcessor needs torchvision, which is not installed")
     theirs = AutoImageProcessor.from_pretrained(path.parent, backend="pil")
     assert isinstance(theirs, BitImageProcessorPil)
     image = Image.open(PICTURES[3])
@@ -187,6 +190,7 @@ def test_a_file_with_left_out_settings_means_what_transformers_says(tmp_path: Pa
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "BitImageProcessor", "crop_size": 98}')
     image = Image.open(PICTURES[4])
     ours = Dinov2ImageProcessor.from_pretrained(tmp_path)(image, "np").pixel_values
+    pytest.importorskip("torchvision", reason="AutoImageProcessor needs torchvision, which is not installed")
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(image, return_tensors="np").pixel_values
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
@@ -226,23 +230,31 @@ def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> 
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no preprocessor_config\.json"):
-        Dinov2ImageProcessor.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        Dinov2ImageProcessor.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(OSError, match="cannot be had from the hub"):
-        Dinov2ImageProcessor.from_pretrained("nobody/nothing", cache_dir=tmp_path, local_files_only=True)
+    for source in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(WeightsError, match=r"No preprocessor_config\.json was found for"):
+            Dinov2ImageProcessor.from_pretrained(source)
+    with pytest.raises(WeightsError, match="nobody/nothing is not in the Hugging Face cache"):
+        Dinov2ImageProcessor.from_pretrained("nobody/nothing", local_files_only=True)
 
 
-def test_a_hub_repository_is_read_from_its_cache(tmp_path: Path) -> None:
-    commit, repository = "0" * 40, tmp_path / "models--somebody--something"
+def test_a_hub_repository_is_read_from_its_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = isolate(monkeypatch, tmp_path).huggingface
+    attempts = refuse_network(monkeypatch)
+    commit, repository = "0" * 40, cache / "models--somebody--something"
     Dinov2ImageProcessor(crop_size=98).save_pretrained(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "v2").write_text(commit)
-    processor = Dinov2ImageProcessor.from_pretrained(
-        "somebody/something", revision="v2", cache_dir=tmp_path, local_files_only=True
-    )
+    processor = Dinov2ImageProcessor.from_pretrained("somebody/something", revision="v2")
     assert processor.output_size == (98, 98)
+    assert not attempts
+
+
+def test_settings_of_a_file_can_be_overridden(tmp_path: Path) -> None:
+    Dinov2ImageProcessor(crop_size=98).save_pretrained(tmp_path)
+    processor = Dinov2ImageProcessor.from_pretrained(tmp_path, crop_size=56)
+    assert processor.output_size == (56, 56)
+    with pytest.raises(TypeError, match="no setting 'crop'"):
+        Dinov2ImageProcessor.from_pretrained(tmp_path, crop=56)
 
 
 GOOD = np.full((20, 20, 3), 9, np.uint8)

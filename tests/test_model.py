@@ -233,3 +233,18 @@ def test_print_shows_backends_and_dialect() -> None:
     assert "position_dialect=offset" in text
     assert "layer_norm=torch" in text
     assert {row.op for row in model.backends() if row.chosen} >= {"attention", "gelu", "add_layer_norm"}
+
+
+@pytest.mark.parametrize("name", golden.cases("timm"))
+@torch.no_grad()
+def test_golden_features_of_timm(name: str) -> None:
+    arguments, weights, tensors = golden.load_case(name)
+    model = DinoVisionTransformer(**arguments).eval()
+    model.load_state_dict(weights)
+    assert model.position_dialect == "antialias"
+    for i in INPUTS:
+        features = model.forward_features(tensors[f"{i}.input"])
+        keys = ("x_norm_regtokens", "x_norm_patchtokens")
+        tokens = torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
+        close(tokens, tensors[f"{i}.forward_features"])
+        close(model(tensors[f"{i}.input"]), tensors[f"{i}.forward"])

@@ -75,7 +75,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 def test_matrices_made_in_inference_mode_serve_training() -> None:
     position_embeddings._CACHE.clear()
-    table = torch.randn(25, 8, requires_grad=True)
+    table = torch.randn(25, 8, dtype=torch.float64, requires_grad=True)  # the matrices' own dtype: they are used as is
     with torch.inference_mode():
         resample_position_embeddings(table, 3, 7, dialect("antialias"))
     assert position_embeddings._CACHE

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from dinov2_fast.position_embeddings import dialect
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.sources import CONFIG_NAME, find_config
@@ -63,20 +65,21 @@ class Dinov2Config:
         use_mask_token: bool = True,
         **kwargs: Any,
     ) -> None:
+        # int and float are told apart below because transformers refuses a config.json with the wrong one.
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.mlp_ratio = mlp_ratio
+        self.mlp_ratio = int(mlp_ratio) if mlp_ratio == int(mlp_ratio) else mlp_ratio
         self.hidden_act = hidden_act
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = float(initializer_range)
+        self.layer_norm_eps = float(layer_norm_eps)
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.qkv_bias = qkv_bias
-        self.layerscale_value = layerscale_value
+        self.layerscale_value = float(layerscale_value)
         self.drop_path_rate = drop_path_rate
         self.use_swiglu_ffn = use_swiglu_ffn
         self.apply_layernorm = apply_layernorm
@@ -84,10 +87,13 @@ class Dinov2Config:
         self.use_mask_token = use_mask_token
         self._set_labels(kwargs)
         self.architectures: list[str] | None = kwargs.pop("architectures", None)
-        self.dtype: Any = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        old_name = kwargs.pop("torch_dtype", None)
+        self.dtype: torch.dtype | None = as_dtype(kwargs.pop("dtype", old_name))
         self.output_attentions: bool = kwargs.pop("output_attentions", False)
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("single_label_classification needs two labels or more; for one, use regression.")
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.position_dialect: str | None = kwargs.pop("position_dialect", None)
         if self.position_dialect is not None:
@@ -200,8 +206,8 @@ class Dinov2Config:
         """All fields, as ``config.json`` holds them."""
         fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         fields = {name: value for name, value in fields.items() if name not in _UNWRITTEN or value != _UNWRITTEN[name]}
-        if "dtype" in fields:
-            fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+        if self.dtype is not None:
+            fields["dtype"] = str(self.dtype).removeprefix("torch.")
         fields["out_features"], fields["out_indices"] = self.out_features, self.out_indices
         fields["model_type"] = self.model_type
         return fields
@@ -221,9 +227,13 @@ class Dinov2Config:
             raise ValueError(
                 f"This is the configuration of a {kind!r} model; {cls.__name__} is for {cls.model_type!r}."
             )
-        if {"out_features", "out_indices"} & overrides.keys():  # either one replaces both
-            fields = {name: value for name, value in fields.items() if name not in ("out_features", "out_indices")}
-        return cls(**{**fields, **overrides})
+        stale: set[str] = set()
+        if {"out_features", "out_indices", "num_hidden_layers"} & overrides.keys():
+            stale |= {"out_features", "out_indices"}
+        if {"id2label", "num_labels"} & overrides.keys():
+            stale |= {"label2id"}
+        kept = {name: value for name, value in fields.items() if name not in stale}
+        return cls(**{**kept, **overrides})
 
     @classmethod
     def from_pretrained(
@@ -234,12 +244,19 @@ class Dinov2Config:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Dinov2Config:
-        """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields."""
+        """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields.
+
+        Raises:
+            WeightsError: there is no ``config.json``, or it is damaged.
+            ValueError: it is another model's, or the values do not fit together.
+        """
         path = find_config(str(name_or_path), revision, local_files_only)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise WeightsError(f"{path} is not JSON ({error}).") from error
+        if not isinstance(fields, dict):
+            raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
         return cls.from_dict(fields, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -265,11 +282,26 @@ class Dinov2WithRegistersConfig(Dinov2Config):
     def __init__(self, *, patch_size: Size = 16, num_register_tokens: int = 4, **kwargs: Any) -> None:
         self.num_register_tokens = num_register_tokens
         super().__init__(patch_size=patch_size, **kwargs)
+        self.use_mask_token = True  # transformers has no such field here: these models always have the token
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        del fields["use_mask_token"]  # these models always have one
+        del fields["use_mask_token"]
         return fields
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from itself or its name ("bfloat16", "torch.bfloat16"); None stays None.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    named = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
+    return named
 
 
 def _pair(size: Size) -> tuple[int, int]:

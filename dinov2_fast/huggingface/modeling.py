@@ -173,13 +173,9 @@ class Dinov2ForImageClassification(PreTrainedModel):
             nn.init.zeros_(self.classifier.bias)
 
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.classifier.to_empty(device=device).to(dtype)
-        self._init_classifier()
-
-    @property
-    def base_model(self) -> Dinov2Model:
-        """The model without the classifier."""
-        return getattr(self, self.base_model_prefix)
+        self.classifier.to_empty(device=device).float()
+        self._init_classifier()  # in float32, since trunc_normal_ puts outliers into a bfloat16 tensor
+        self.classifier.to(dtype)
 
     def forward(
         self,

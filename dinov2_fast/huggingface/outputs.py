@@ -7,6 +7,7 @@ missing field is None.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,14 +15,21 @@ from torch.utils import _pytree as pytree
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """An output with the fields that a subclass annotates, in their order."""
+    """An output with the fields that a subclass annotates, in their order.
 
-    def __init__(self, **fields: Any) -> None:
+    As a dictionary it can also be made from pairs or another dictionary, which is how torch's `DataParallel` and
+    training frameworks rebuild the outputs that they gather or cast.
+    """
+
+    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **fields: Any) -> None:
+        fields = {**dict(items), **fields}
         known = list(type(self).__annotations__)
         unknown = [name for name in fields if name not in known]
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-        super().__init__((name, fields[name]) for name in known if fields.get(name) is not None)
+        super().__init__()
+        for name in known:
+            self[name] = fields.get(name)
 
     def __init_subclass__(cls) -> None:
         pytree.register_pytree_node(
@@ -39,19 +47,20 @@ class ModelOutput(OrderedDict[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in type(self).__annotations__:
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+        if value is not None:
+            super().__setitem__(name, value)
+        elif name in self:
+            del self[name]
+
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def __reduce__(self) -> Any:
-        return _rebuild, (type(self), dict(self))
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None, in order."""
         return tuple(self.values())
-
-
-def _rebuild(cls: type[ModelOutput], fields: dict[str, Any]) -> ModelOutput:
-    return cls(**fields)
 
 
 class BaseModelOutputWithPooling(ModelOutput):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from dinov2_fast.huggingface.configuration import Dinov2Config
-from dinov2_fast.layouts import convert_state_dict
+from dinov2_fast.huggingface.configuration import Dinov2Config, as_dtype
+from dinov2_fast.layouts import convert_state_dict, plain_key
 from dinov2_fast.model import AnyLayout, DinoVisionTransformer
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import fill
 from dinov2_fast.weights.sources import find_checkpoint
 
 logger = logging.getLogger("dinov2_fast")
+
+HEAD = "classifier."
+
+# Arguments of transformers' from_pretrained that change nothing here, or nothing that is done otherwise.
+_WITHOUT_EFFECT = {"attn_implementation", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors", "weights_only"}
+# device_map values with which transformers places a model by itself.
+_PLACEMENTS = {"auto", "balanced", "balanced_low_0", "sequential"}
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -36,63 +45,98 @@ class PreTrainedModel(AnyLayout):
         cls: type[Model],
         name_or_path: str | Path,
         *,
-        config: Dinov2Config | None = None,
+        config: Dinov2Config | str | Path | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         local_files_only: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Model:
         """A model in eval mode with the weights of a folder, a file or a hub repository, in any layout.
 
         Args:
             name_or_path: folder with ``config.json`` and weights, or hub id such as ``facebook/dinov2-base``.
-            config: instead of the one beside the weights.
+            config: instead of the one beside the weights; a configuration or where one is.
             revision: branch, tag or commit on the hub.
-            dtype: of the parameters, also as a name ("bfloat16"); None or "auto" for that of the weights. `torch_dtype`
-                is the same.
+            dtype: of the parameters, also as a name ("bfloat16"); None or "auto" for the config's, or if it has none
+                that of the weights. `torch_dtype` is the same.
             device: where the model goes; `device_map` with one device, or "auto", is the same.
             local_files_only: do not touch the network.
+            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one.
             **kwargs: fields of the config to override (``num_labels=10``, ``out_indices=[2, 5]``, …).
 
+        A classification head that the weights lack is initialised, with a warning; one that the model has not is left
+        out.
+
         Raises:
-            WeightsError: the weights or the config cannot be found or read, or do not fit. A classification head that
-                is missing is initialised, and one that is left over ignored, with a warning.
+            WeightsError: the weights or the config cannot be found or read, or do not fit.
+            TypeError: an argument that is none of these and no field of the config.
         """
-        dtype = _dtype(kwargs.pop("torch_dtype", dtype))
+        old_name = kwargs.pop("torch_dtype", None)
+        dtype = dtype if dtype is not None else old_name
         device = _device(kwargs.pop("device_map", device))
-        if kwargs.pop("attn_implementation", None) is not None:
-            logger.info("attn_implementation is ignored: dinov2_fast.use_backend chooses how attention is computed.")
         checkpoint = find_checkpoint(str(name_or_path), revision, local_files_only)
-        if config is None:
-            beside = checkpoint.config or name_or_path
-            config = cls.config_class.from_pretrained(
-                beside, revision=revision, local_files_only=local_files_only, **kwargs
-            )
+        if isinstance(config, Dinov2Config):
+            config = copy.deepcopy(config)
+            _refuse_unknown(kwargs, None)
+        else:
+            where = config or checkpoint.config or name_or_path
+            read = cls.config_class.from_pretrained(where, revision=revision, local_files_only=local_files_only)
+            _refuse_unknown(kwargs, read)
+            overrides = {name: value for name, value in kwargs.items() if hasattr(read, name)}
+            config = cls.config_class.from_dict(read.to_dict(), **overrides)
+        wanted = config.dtype if dtype in (None, "auto") else as_dtype(dtype)
         with torch.device("meta"):
             model = cls(config)
         state_dict = open_weights(checkpoint.weights)
-        head = ("classifier.",)
-        missing = fill(model, state_dict, device=device, dtype=dtype, may_miss=head, may_leave=head)
+        if ignore_mismatched_sizes:
+            state_dict = _without_misfit_head(state_dict, model)
+        may_leave = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
+        missing = fill(model, state_dict, device=device, dtype=wanted, may_miss=(HEAD,), may_leave=may_leave)
         if missing:
-            logger.warning("%s has no %s: initialised at random, train it.", name_or_path, ", ".join(missing))
+            logger.warning(
+                "%s has no %s that fits: the classification head is initialised at random, train it.",
+                name_or_path,
+                ", ".join(missing),
+            )
             model.initialise_head(device=device or "cpu", dtype=model.dtype)
+        config.dtype = model.dtype
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, safe_serialization: bool = True
+    ) -> None:
         """Writes ``config.json`` and ``model.safetensors`` in transformers' layout into `folder`.
 
         ``transformers.AutoModel.from_pretrained(folder)`` and this class's `from_pretrained` load it.
+
+        Args:
+            folder: made if it does not exist.
+            state_dict: weights to write instead of the model's own, in any layout (gathered by FSDP, for instance).
+            safe_serialization: accepted as transformers does; only safetensors files are written.
+
+        Raises:
+            ValueError: `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise ValueError("Only safetensors files are written; call with safe_serialization=True.")
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
         self.config.save_pretrained(folder)
-        tensors = convert_state_dict(self.state_dict(), to="huggingface")
+        tensors = convert_state_dict(self.state_dict() if state_dict is None else state_dict, to="huggingface")
+        if not self.config.use_mask_token:
+            tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("mask_token")}
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Gives a classification head that no checkpoint filled its initial values."""
+
+    @property
+    def base_model(self) -> Any:
+        """The model without a head."""
+        return getattr(self, self.base_model_prefix, self)
 
     @property
     def device(self) -> torch.device:
@@ -130,22 +174,51 @@ class PreTrainedModel(AnyLayout):
         return next(m.patch_embed for m in self.modules() if isinstance(m, DinoVisionTransformer))
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    named = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(named, torch.dtype):
-        raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
-    return named
+def _refuse_unknown(kwargs: Mapping[str, Any], config: Dinov2Config | None) -> None:
+    """Raises for arguments that are not in `config`, which else a typing error, or a secret, would slip into."""
+    asked = (name for name, value in kwargs.items() if value is not None and value is not False)
+    unknown = sorted(name for name in asked if name not in _WITHOUT_EFFECT and not hasattr(config, name))
+    if not unknown:
+        return
+    if config is None:
+        raise TypeError(f"{', '.join(unknown)} cannot be set together with config; set it in the config.")
+    raise TypeError(
+        f"from_pretrained has no argument {', '.join(unknown)}, nor is that a field of {type(config).__name__}. Access "
+        "to the hub is set by its own environment variables (HF_TOKEN, HF_HOME)."
+    )
+
+
+class _Without(Mapping[str, Tensor]):
+    """A state dict without some of its keys; tensors are read from the source when asked for."""
+
+    def __init__(self, source: Mapping[str, Tensor], left_out: set[str]) -> None:
+        self._source = source
+        self._keys = [key for key in source if key not in left_out]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._source[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def _without_misfit_head(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """`state_dict` without its classification head, if that is of another number of labels than the model's."""
+    own = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(HEAD)}
+    theirs = {key: plain_key(key) for key in state_dict if plain_key(key).startswith(HEAD)}
+    misfit = any(plain in own and state_dict[key].shape != own[plain] for key, plain in theirs.items())
+    return _Without(state_dict, set(theirs)) if misfit else state_dict
 
 
 def _device(device: Any) -> Any:
-    if device == "auto":
+    if isinstance(device, Mapping):
+        places = {str(place) for place in device.values()}
+        if len(places) != 1:
+            raise ValueError(f"The model runs on one device; device_map {dict(device)} would spread it over several.")
+        device = next(iter(device.values()))
+    if device in _PLACEMENTS:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device, dict):
-        if list(device) != [""]:
-            raise ValueError(f"The model runs on one device; device_map {device} would spread it over several.")
-        return device[""]
     return device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import zlib
 from collections.abc import Mapping
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoint
 
-HEAD_DIM = 64  # of every published DINOv2
+logger = logging.getLogger("dinov2_fast")
+
+# Classifiers of transformers, of timm and of the reference, which a backbone has no use for.
+_HEADS = ("classifier.", "head.", "linear_head.")
 
 
 def load(
@@ -36,6 +40,7 @@ def load(
     """A DINOv2 backbone in eval mode.
 
     Memory: the model is built without storage and filled tensor by tensor, so this takes the weights and one tensor.
+    A classification head in the checkpoint is left out.
 
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
@@ -64,9 +69,9 @@ def load(
         known = backbone(name).constructor_arguments() if name in BACKBONES else None
         arguments = known or read_architecture(state_dict, checkpoint.config)
     model = _on_meta({**arguments, **kwargs})
-    fill(model, state_dict, device=device, dtype=dtype)
     if dialect is not None:
         model.position_dialect = dialect
+    fill(model, state_dict, device=device, dtype=dtype, may_leave=_HEADS)
     return model.eval()
 
 
@@ -110,74 +115,59 @@ def fill(
     Raises:
         WeightsError: the weights do not fit.
     """
-    plan = layouts.plan_conversion(state_dict)
+    plan = plan_weights(state_dict)
     own = {layouts.plain_key(key): (key, tensor) for key, tensor in model.state_dict().items()}
     missing = [key for plain, (key, _) in own.items() if plain not in plan.recipes]
-    unexpected = [plain for plain in plan.recipes if plain not in own and not plain.startswith(may_leave)]
     fatal = [key for key in missing if not key.startswith(may_miss)]
-    if fatal or unexpected:
-        raise WeightsError(layouts.misfit(plan.layout, fatal, unexpected, []))
+    left_over = [plain for plain in plan.recipes if plain not in own and plain not in plan.made_up]
+    unexpected = [plain for plain in left_over if not plain.startswith(may_leave)]
+    if len(left_over) > len(unexpected):
+        logger.info("Left out %d keys the model does not have, such as %s.", len(left_over), left_over[0])
+    misshapen = []
     for plain, (key, like) in own.items():
-        if plain not in plan.recipes:
-            continue
-        tensor = plan.read(plain)
-        if tensor.shape != like.shape:
-            wrong = f"{key} {tuple(tensor.shape)} where the model has {tuple(like.shape)}"
-            raise WeightsError(layouts.misfit(plan.layout, [], [], [wrong]))
-        _set_parameter(model, key, tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype))
-        if isinstance(plan.source, dict):
-            for source_key in plan.recipes[plain].keys:
-                plan.source[source_key] = plan.source[source_key].to("meta")
+        if plain in plan.recipes:
+            shape = _fill_parameter(model, key, plan, plain, device, dtype)
+            if shape != like.shape:
+                misshapen.append(f"{key} {tuple(shape)} where the model has {tuple(like.shape)}")
+    if fatal or unexpected or misshapen:
+        raise WeightsError(layouts.misfit(plan.layout, fatal, unexpected, misshapen))
     return missing
 
 
-def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
+def _fill_parameter(
+    model: nn.Module,
+    key: str,
+    plan: layouts.Plan,
+    plain: str,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> torch.Size:
+    """Gives the model its parameter `key` from the plan's tensor `plain`; its shape is returned, not looked at."""
+    tensor = read_tensor(plan, plain)
+    placed = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
+    source_keys = plan.recipes[plain].keys
+    # A mapping that is no dictionary may give tensors that lie in a file; joined ones are new.
+    is_borrowed = placed is tensor and len(source_keys) == 1 and not isinstance(plan.source, dict)
     path, _, name = key.rpartition(".")
-    model.get_submodule(path).register_parameter(name, nn.Parameter(tensor))
+    parameter = nn.Parameter(_with_own_storage(placed, is_borrowed))
+    model.get_submodule(path).register_parameter(name, parameter)
+    if isinstance(plan.source, dict):
+        for source_key in source_keys:
+            del plan.source[source_key]
+    return parameter.shape
 
 
-def read_architecture(state_dict: Mapping[str, Any], config: Path | None = None) -> dict[str, Any]:
-    """Constructor arguments of the backbone these weights belong to, from the shapes of its tensors.
-
-    Args:
-        state_dict: weights in any layout.
-        config: a transformers ``config.json``, for the number of heads (otherwise heads of 64 channels are assumed).
-
-    Raises:
-        WeightsError: not the weights of a DINOv2.
-    """
-    plan = layouts.plan_conversion(state_dict)
-    required = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
-    absent = [key for key in required if key not in plan.recipes]
-    if absent:
-        raise WeightsError(f"These are not the weights of a DINOv2 backbone: {', '.join(absent)} not found.")
-    embed_dim, in_chans, patch_size, _ = plan.read("patch_embed.proj.weight").shape
-    swiglu = "blocks.0.mlp.w12.weight" in plan.recipes
-    registers = plan.read("register_tokens").shape[1] if "register_tokens" in plan.recipes else 0
-    heads = json.loads(config.read_text()).get("num_attention_heads") if config else None
-    return {
-        "img_size": patch_size * math.isqrt(plan.read("pos_embed").shape[1] - 1),
-        "patch_size": patch_size,
-        "in_chans": in_chans,
-        "embed_dim": embed_dim,
-        "depth": 1 + max(int(key.split(".")[1]) for key in plan.recipes if key.startswith("blocks.")),
-        "num_heads": heads or max(embed_dim // HEAD_DIM, 1),
-        "mlp_ratio": 4.0 if swiglu else plan.read("blocks.0.mlp.fc1.weight").shape[0] / embed_dim,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in plan.recipes,
-        "ffn_layer": "swiglufused" if swiglu else "mlp",
-        "init_values": 1.0 if "blocks.0.ls1.gamma" in plan.recipes else None,
-        "block_chunks": 0,
-        "num_register_tokens": registers,
-        "interpolate_antialias": registers > 0,
-        "interpolate_offset": 0.0 if registers else 0.1,
-    }
+def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:
+    """`tensor`, contiguous; copied if its storage is not its own, or is larger than it and would be kept for it."""
+    is_part = not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone(memory_format=torch.contiguous_format) if is_borrowed or is_part else tensor.contiguous()
 
 
 class RandomWeights(Mapping[str, Tensor]):
     """Random weights with the statistics of a trained model, for a model on the meta device.
 
-    Each tensor depends on the seed and its name alone. LayerScale, norms and biases are not at their initial values, so
-    that no part of the computation is trivial.
+    Each tensor depends on the seed and its name (without block chunks) alone. LayerScale, norms and biases are not at
+    their initial values, so that no part of the computation is trivial.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -185,7 +175,9 @@ class RandomWeights(Mapping[str, Tensor]):
         self._seed = seed
 
     def __getitem__(self, key: str) -> Tensor:
-        generator = torch.Generator().manual_seed((self._seed << 32) + zlib.crc32(key.encode()))
+        # torch's CPU generator looks at 32 bits of its seed.
+        own_seed = zlib.crc32(f"{self._seed} {layouts.plain_key(key)}".encode())
+        generator = torch.Generator().manual_seed(own_seed)
         noise = torch.randn(self._shapes[key], generator=generator)
         if key.endswith("gamma"):
             return 0.3 * noise.abs() + 0.1
@@ -204,7 +196,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
 def _seed(weights: str) -> int:
     text = weights.removeprefix("random:")
-    if not text.isdigit() or int(text) >= 1 << 31:
+    if not text.isdecimal() or int(text) >= 1 << 31:
         raise ValueError(
             f"Random weights are asked for as random:SEED with a seed from 0 to 2147483647, got {weights!r}."
         )

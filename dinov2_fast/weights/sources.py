@@ -5,22 +5,26 @@ Nothing here touches the network unless the weights are in no cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import logging
 import os
 import re
 import shutil
-import urllib.error
 import urllib.request
+import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.environment import cache_dir
 from dinov2_fast.weights.errors import WeightsError
-from dinov2_fast.weights.files import SAFETENSORS, TORCH
+from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -34,6 +38,9 @@ FILE_NAMES = (
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TIMEOUT_SECONDS = 20
+_PICKLE_START = b"\x80"
+
+Found = TypeVar("Found")
 
 
 class Checkpoint(NamedTuple):
@@ -99,43 +106,62 @@ def find_on_hub(repository: str, revision: str | None = None, local_files_only: 
     Raises:
         WeightsError: not there, or no network.
     """
-    import huggingface_hub
+    return _from_hub(_checkpoint_on_hub, repository, revision, local_files_only)
 
-    reason = "it was not to be fetched"
-    for only_cache in (True,) if local_files_only else (True, False):
-        if not only_cache and not _hub_answers():
-            reason = "the hub does not answer; is there a network?"
-            break
-        for name in FILE_NAMES:
-            try:
-                weights = Path(_hub_file(repository, name, revision, only_cache))
-            except _HubMiss as error:
-                reason = str(error)
-                if error.final:
-                    break
-                continue
-            if name.endswith(".index.json"):
-                patterns = [name, CONFIG_NAME, name.removesuffix(".index.json").replace(".", "-*.")]
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision, local_files_only=only_cache, allow_patterns=patterns
-                )
-            return Checkpoint(weights, _hub_config(repository, revision, only_cache))
+
+def _from_hub(
+    find: Callable[[str, str | None, bool], Found], repository: str, revision: str | None, local_files_only: bool
+) -> Found:
+    """What `find` finds in the hub's cache, or else on the hub."""
+    with contextlib.suppress(_HubMissError):
+        return find(repository, revision, True)
+    if local_files_only:
+        reason = "only local files were to be used"
+    elif not _hub_answers():
+        reason = "the hub does not answer; is there a network?"
+    else:
+        try:
+            return find(repository, revision, False)
+        except _HubMissError as error:
+            reason = str(error)
     raise WeightsError(f"{repository} is not in the Hugging Face cache and could not be fetched ({reason})")
+
+
+def _checkpoint_on_hub(repository: str, revision: str | None, only_cache: bool) -> Checkpoint:
+    for name in FILE_NAMES:
+        try:
+            weights = _hub_file(repository, name, revision, only_cache)
+        except _HubMissError as error:
+            if error.final or name == FILE_NAMES[-1]:
+                raise
+            continue
+        if name.endswith(INDEX_ENDING):
+            for shard in shards(weights):
+                _hub_file(repository, shard.name, revision, only_cache)
+        try:
+            return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, revision, only_cache))
+        except _HubMissError:
+            return Checkpoint(weights, None)  # sizes are read from the tensors then
+    raise AssertionError(FILE_NAMES)
+
+
+def _file_on_hub(name: str, repository: str, revision: str | None, only_cache: bool) -> Path:
+    return _hub_file(repository, name, revision, only_cache)
 
 
 def _hub_answers() -> bool:
     """One short request, since the hub's client tries for half a minute before it gives up."""
     import httpx
-    import huggingface_hub
+    from huggingface_hub import constants, get_session
 
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except (httpx.HTTPError, huggingface_hub.errors.OfflineModeIsEnabled):
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
+    except (httpx.HTTPError, OSError):  # the client's offline mode is an OSError
         return False
     return True
 
 
-class _HubMiss(Exception):
+class _HubMissError(Exception):
     """A file the hub does not give; `final` if no other file of the repository will come either."""
 
     def __init__(self, reason: str, final: bool) -> None:
@@ -143,25 +169,23 @@ class _HubMiss(Exception):
         self.final = final
 
 
-def _hub_file(repository: str, name: str, revision: str | None, only_cache: bool) -> str:
+def _hub_file(repository: str, name: str, revision: str | None, only_cache: bool) -> Path:
     import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return huggingface_hub.hf_hub_download(repository, name, revision=revision, local_files_only=only_cache)
-    except (errors.EntryNotFoundError, errors.LocalEntryNotFoundError) as error:
-        network_failed = isinstance(error, errors.LocalEntryNotFoundError) and not only_cache
-        raise _HubMiss(_first_line(error), final=network_failed) from error
+        if only_cache:  # hf_hub_download sends a request even when it is told to look at local files only
+            found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+            if isinstance(found, str):
+                return Path(found)
+            raise _HubMissError(f"there is no {name}", final=False)
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+    except errors.EntryNotFoundError as error:
+        network_failed = isinstance(error, errors.LocalEntryNotFoundError)
+        raise _HubMissError(_first_line(error), final=network_failed) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
-        raise _HubMiss(_first_line(error), final=True) from error
-
-
-def _hub_config(repository: str, revision: str | None, only_cache: bool) -> Path | None:
-    try:
-        return Path(_hub_file(repository, CONFIG_NAME, revision, only_cache))
-    except _HubMiss:
-        return None  # a repository without config (timm's have another kind): sizes are read from the tensors
+        raise _HubMissError(_first_line(error), final=True) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -184,22 +208,22 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
     raise WeightsError(f"{name!r} is no file or folder here and no hub id (owner/name).")
 
 
-def find_config(name: str, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The transformers ``config.json`` that `name` is, or that a folder or hub repository of that name holds.
+def find_config(
+    name: str, revision: str | None = None, local_files_only: bool = False, file_name: str = CONFIG_NAME
+) -> Path:
+    """The JSON file (``config.json`` unless told) that `name` is, or that a folder or hub repository `name` holds.
 
     Raises:
         WeightsError: it is not there.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        path = path / CONFIG_NAME
+        path = path / file_name
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
-        found = find_on_hub(name, revision, local_files_only).config
-        if found is not None:
-            return found
-    raise WeightsError(f"No {CONFIG_NAME} was found for {name!r}.")
+        return _from_hub(partial(_file_on_hub, file_name), name, revision, local_files_only)
+    raise WeightsError(f"No {file_name} was found for {name!r}.")
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
@@ -211,12 +235,12 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
         sha256: expected digest (or its beginning); None where the publisher gives none.
 
     Raises:
-        WeightsError: no answer, a short answer, or a wrong digest. No file is left then.
+        WeightsError: no answer, a short answer, a damaged file or a wrong digest. No file is left then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     logger.info("Downloading %s to %s", url, path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, part.open("wb") as file:
             shutil.copyfileobj(answer, file, length=1 << 20)
             expected = answer.headers.get("Content-Length")
@@ -224,14 +248,32 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
             raise WeightsError(f"{url} broke off after {part.stat().st_size} of {expected} bytes; try again")
         if sha256 is not None and not _digest(part).startswith(sha256):
             raise WeightsError(f"{url} has SHA-256 {_digest(part)}, expected {sha256}; it was removed")
+        if path.suffix in TORCH and not _is_whole(part):
+            raise WeightsError(f"{url} is damaged or no PyTorch file; it was removed")
         os.replace(part, path)
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise WeightsError(f"{url} could not be fetched ({_first_line(error)})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # most often it is gone, having been renamed
+            part.unlink()
     return path
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """False if a PyTorch file fails the checksums of its archive, or is something else, such as a web page."""
+    if not zipfile.is_zipfile(path):  # files older than the archive format have no checksums
+        with path.open("rb") as file:
+            return file.read(1) == _PICKLE_START
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises whatever the damage causes
+        return False

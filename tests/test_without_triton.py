@@ -1,0 +1,51 @@
+"""The package where optional parts are missing: no triton, no peers. Everything runs on torch alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HIDE = """
+import importlib.abc, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"triton", "xformers", "transformers", "timm", "torchvision"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+USE = """
+import torch, dinov2_fast
+from dinov2_fast import Dinov2Config, Dinov2Model
+from dinov2_fast.cli import main
+
+x = torch.randn(2, 3, 28, 42)
+model = dinov2_fast.DinoVisionTransformer(img_size=28, patch_size=14, embed_dim=64, depth=1, num_heads=1)
+model.train()
+model(x, is_training=True)["x_norm_patchtokens"].sum().backward()
+model.forward_features([x, x[:, :, :, :28]])
+config = Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28)
+assert Dinov2Model(config)(x, output_attentions=True).attentions[0].shape == (2, 1, 7, 7)
+assert main(["info"]) == 0
+"""
+
+
+def test_the_model_runs_and_info_says_what_is_missing() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HIDE + USE],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "attention                torch    runs on" in run.stdout
+
+
+def test_hiding_really_hides() -> None:
+    run = subprocess.run([sys.executable, "-c", HIDE + "import triton"], capture_output=True, text=True, check=False)
+    assert "No module named 'triton'" in run.stderr
