@@ -22,6 +22,7 @@ from bench.peers import PEERS, Peer
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 
 TASK = "throughput"
+WARM_UP = 3  # rounds
 MAX_ERROR = 1e-4  # worst element of the outputs in fp32, which have unit variance
 
 
@@ -103,16 +104,19 @@ def disagreement(config: BackboneConfig, peer: Peer, model: nn.Module, ours: nn.
 
 
 def interleave(runs: dict[Peer, Callable[[], Any]], seconds: float, device: torch.device) -> dict[Peer, list[float]]:
-    """Seconds of each run, taken in turn so that a change of the machine's speed meets all alike, without the first."""
+    """Seconds of each run, taken in turn so that a change of the machine's speed meets all alike.
+
+    The first rounds are not kept: the allocator still asks the system for memory then, which costs whoever comes first.
+    """
     times: dict[Peer, list[float]] = {peer: [] for peer in runs}
     order, start, rounds = list(runs), time.perf_counter(), 0
-    while rounds < 4 or time.perf_counter() - start < seconds:
+    while rounds < WARM_UP + 3 or time.perf_counter() - start < seconds:
         for peer in order:
             before = time.perf_counter()
             runs[peer]()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if rounds:
+            if rounds >= WARM_UP:
                 times[peer].append(time.perf_counter() - before)
         order = order[1:] + order[:1]
         rounds += 1
