@@ -21,10 +21,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` makes a model from ours, `tokens` runs it, `dialect` is how it resamples positions.
-
-    A None for `dialect` means the reference's, whatever the model's is.
-    """
+    """`build` makes a model from ours, `tokens` runs it, `dialect` is how it resamples positions."""
 
     name: str
     package: str | None

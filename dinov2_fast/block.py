@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
 from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
@@ -111,8 +112,9 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [part.view(x.shape[0], x.shape[1], -1) for part, x in zip(parts, like, strict=True)]
 
 
-# The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, or a
-# module somebody put in its place, would be passed over, so then they are called one by one. The result is the same.
+# The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, a
+# `forward` somebody set on it, or another module in its place would be passed over, so then they are called one by one.
+# The result is the same.
 
 
 def _add_and_norm(
@@ -142,9 +144,8 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

@@ -14,7 +14,6 @@ class BackboneConfig:
     """Sizes and sources of one backbone; patch 14, LayerScale, 518 px position table throughout."""
 
     name: str  # the reference's torch.hub entry point
-    arch: str  # the reference's factory in its vision_transformer module
     embed_dim: int
     depth: int
     num_heads: int
@@ -57,18 +56,17 @@ class BackboneConfig:
         }
 
 
-#        letter  factory       hidden depth heads feed-forward   hub name
+# letter, hidden, depth, heads, feed-forward, hub name
 _SIZES = (
-    ("s", "vit_small", 384, 12, 6, "mlp", "small"),
-    ("b", "vit_base", 768, 12, 12, "mlp", "base"),
-    ("l", "vit_large", 1024, 24, 16, "mlp", "large"),
-    ("g", "vit_giant2", 1536, 40, 24, "swiglufused", "giant"),
+    ("s", 384, 12, 6, "mlp", "small"),
+    ("b", 768, 12, 12, "mlp", "base"),
+    ("l", 1024, 24, 16, "mlp", "large"),
+    ("g", 1536, 40, 24, "swiglufused", "giant"),
 )
 
 BACKBONES: dict[str, BackboneConfig] = {
     f"dinov2_vit{letter}14{'_reg' if registers else ''}": BackboneConfig(
         name=f"dinov2_vit{letter}14{'_reg' if registers else ''}",
-        arch=arch,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=num_heads,
@@ -78,7 +76,7 @@ BACKBONES: dict[str, BackboneConfig] = {
         timm_name=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
     )
     for registers in (0, 4)
-    for letter, arch, embed_dim, depth, num_heads, ffn_layer, size in _SIZES
+    for letter, embed_dim, depth, num_heads, ffn_layer, size in _SIZES
 }
 
 

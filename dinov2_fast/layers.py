@@ -19,6 +19,15 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+def check_is_tensor(x: object) -> None:
+    """Raises `TypeError` if `x` is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"The model takes a tensor (batch, channels, height, width), got {type(x).__name__}. "
+            "Dinov2ImageProcessor makes one of pictures and arrays."
+        )
+
+
 class PatchEmbed(nn.Module):
     """Cuts a picture into patches and projects each to a token: (batch, channels, H, W) -> (batch, H/p * W/p, hidden).
 
@@ -52,9 +61,10 @@ class PatchEmbed(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises if `x` is no batch of pictures this model takes."""
+        in_chans = getattr(self.proj, "in_channels", self.in_chans)  # people replace `proj` for other channels
         if x.ndim != 4:
             raise ValueError(
-                f"The model takes a batch of pictures (batch, {self.in_chans}, height, width), got a tensor of shape "
+                f"The model takes a batch of pictures (batch, {in_chans}, height, width), got a tensor of shape "
                 f"{tuple(x.shape)}." + (" Add a batch dimension with x[None]." if x.ndim == 3 else "")
             )
         if not x.is_floating_point():
@@ -62,8 +72,8 @@ class PatchEmbed(nn.Module):
                 f"The model takes normalised floating-point pictures, got {x.dtype}. "
                 "Use dinov2_fast.Dinov2ImageProcessor, or divide by 255 and normalise."
             )
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"The model takes {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
+        if x.shape[1] != in_chans:
+            raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
         for name, size, patch in zip(("height", "width"), x.shape[2:], self.patch_size, strict=True):
             if size % patch != 0 or size < patch:
                 below, above = size // patch * patch, (size // patch + 1) * patch

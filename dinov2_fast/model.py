@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import backends, layouts
 from dinov2_fast.block import Block
-from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
 from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, resample_position_embeddings
 
 
@@ -61,11 +61,13 @@ class AnyLayout(nn.Module):
         Raises:
             RuntimeError: the weights do not fit; the message names the keys and the layout. Nothing is changed then.
         """
-        plan = layouts.plan_conversion(state_dict)
         own = self.state_dict()
-        own_keys = {layouts.plain_key(key): key for key in own}
-        used = [key for key in plan.recipes if key in own_keys or key not in plan.made_up]
-        converted = {own_keys.get(key, key): plan.read(key) for key in used}
+        layout, converted = "facebook", dict(state_dict)
+        if converted.keys() != own.keys():
+            plan = layouts.plan_conversion(state_dict)
+            own_keys = {layouts.plain_key(key): key for key in own}
+            used = [key for key in plan.recipes if key in own_keys or key not in plan.made_up]
+            layout, converted = plan.layout, {own_keys.get(key, key): plan.read(key) for key in used}
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
         misshapen = [
@@ -74,7 +76,7 @@ class AnyLayout(nn.Module):
             if key in own and tensor.shape != own[key].shape
         ]
         if misshapen or (strict and (missing or unexpected)):
-            raise RuntimeError(layouts.misfit(plan.layout, missing, unexpected, misshapen))
+            raise RuntimeError(layouts.misfit(layout, missing, unexpected, misshapen))
         return super().load_state_dict(converted, strict=strict, assign=assign)
 
 
@@ -140,6 +142,7 @@ class DinoVisionTransformer(AnyLayout):
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
         self.grad_checkpointing = False
+        self.loaded_from: str | None = None  # set by `dinov2_fast.load`: the file, or "random:SEED"
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -203,7 +206,7 @@ class DinoVisionTransformer(AnyLayout):
         """The position embeddings for a picture of `w` rows and `h` columns of pixels (the reference's names).
 
         Args:
-            x: anything of the hidden size, for its dtype.
+            x: the CLS token and patch tokens (batch, 1 + patches, hidden), for their dtype.
             w, h: height and width of the picture in pixels.
 
         Returns:
@@ -226,16 +229,18 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             (batch, 1 + registers + patches, hidden).
         """
+        check_is_tensor(x)
         height, width = x.shape[-2:]
         x = self.patch_embed(x)
         if masks is not None:
-            assert self.mask_token is not None, "this model has no mask token"
+            if self.mask_token is None:
+                raise ValueError("masks were given, but this model has no mask token.")
             x = torch.where(_check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        positions = self.interpolate_pos_encoding(x, height, width)
-        tokens = [(self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)]
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = x + self.interpolate_pos_encoding(x, height, width)
         if self.register_tokens is not None:
-            tokens.append(self.register_tokens.expand(x.shape[0], -1, -1))
-        return torch.cat((*tokens, x + positions[:, 1:]), dim=1)
+            x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
+        return x
 
     # Forward passes
 
@@ -310,7 +315,28 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             A tuple with one entry for each block; CLS and registers are left out of the patches.
         """
-        blocks = self._flat_blocks()
+        get = (
+            self._get_intermediate_layers_chunked if self.chunked_blocks else self._get_intermediate_layers_not_chunked
+        )
+        outputs = [self.norm(out) if norm else out for out in get(x, n)]
+        rows, columns = (size // self.patch_size for size in x.shape[-2:])
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            patches = [p.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for p in patches]
+        if return_class_token:
+            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
+        return tuple(patches)
+
+    def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
+        """All tokens, before the norm, after the blocks `n` of `get_intermediate_layers`."""
+        return self._outputs_after(list(self.blocks), x, n)
+
+    def _get_intermediate_layers_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
+        """The same for a model with block chunks."""
+        blocks = [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+        return self._outputs_after(blocks, x, n)
+
+    def _outputs_after(self, blocks: list[nn.Module], x: Tensor, n: int | Sequence[int]) -> list[Tensor]:
         take = set(range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n)
         missing = sorted(take - set(range(len(blocks))))
         if missing:
@@ -319,19 +345,13 @@ class DinoVisionTransformer(AnyLayout):
                 f"only {found} / {len(take)} blocks found: there is no block {', '.join(map(str, missing))}; "
                 f"the blocks are 0 to {len(blocks) - 1}"
             )
-        rows, columns = (size // self.patch_size for size in x.shape[-2:])
         outputs = []
         x = self.prepare_tokens_with_masks(x)
         for i, block in enumerate(blocks):
             x = self._call(block, x)
             if i in take:
-                outputs.append(self.norm(x) if norm else x)
-        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
-        if reshape:
-            patches = [p.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for p in patches]
-        if return_class_token:
-            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
-        return tuple(patches)
+                outputs.append(x)
+        return outputs
 
     def _run_blocks(self, x: Any) -> Any:
         for block in self.blocks:
@@ -342,12 +362,6 @@ class DinoVisionTransformer(AnyLayout):
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
-
-    def _flat_blocks(self) -> list[nn.Module]:
-        """The blocks in order, without chunks."""
-        if not self.chunked_blocks:
-            return list(self.blocks)
-        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
     def _split_tokens(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         x_norm = self.norm(x)
@@ -368,8 +382,8 @@ class DinoVisionTransformer(AnyLayout):
 
     def backends(self) -> list[backends.Row]:
         """Which implementation of each op runs for this model's device, dtype and mode, and why not the others."""
-        weight = self.norm.weight
-        return backends.table(weight.device, weight.dtype, self.training)
+        parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
+        return backends.table(parameter.device, parameter.dtype, self.training)
 
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{row.op}={row.backend}" for row in self.backends() if row.chosen)

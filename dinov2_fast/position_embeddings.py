@@ -69,7 +69,7 @@ def resample_position_embeddings(table: Tensor, height: int, width: int, dialect
     tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if not tracing and height == grid and width == grid:
         return table
-    make = _matrices if tracing or type(table.data) is not torch.Tensor else _cached_matrices
+    make = _matrices if tracing or type(table) is not torch.Tensor else _cached_matrices
     rows, columns = make(height, width, grid, dialect, table.device)
     with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
     return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
@@ -77,7 +77,7 @@ def resample_position_embeddings(table: Tensor, height: int, width: int, dialect
 
 def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     """``rows @ table @ columns^T`` for a table of vectors, never in a lower precision."""
-    if torch.is_autocast_enabled(table.device.type):
+    if table.device.type != "meta" and torch.is_autocast_enabled(table.device.type):
         with torch.autocast(table.device.type, enabled=False):
             return _apply(rows, columns, table)
     grid, hidden = rows.shape[1], table.shape[1]
@@ -94,12 +94,13 @@ def _cached_matrices(
 ) -> tuple[Tensor, Tensor]:
     """`_matrices`, kept for each size and device; a few kilobytes each."""
     key = (height, width, grid, dialect, device)
-    if key not in _CACHE:
+    found = _CACHE.get(key)
+    if found is None:
         if len(_CACHE) >= _CACHE_SIZE:
-            _CACHE.pop(next(iter(_CACHE)), None)
+            _CACHE.clear()
         with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
-            _CACHE[key] = _matrices(height, width, grid, dialect, device)
-    return _CACHE[key]
+            found = _CACHE[key] = _matrices(height, width, grid, dialect, device)
+    return found
 
 
 def _matrices(height: int, width: int, grid: int, dialect: Dialect, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,6 @@ def tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> BackboneConfig:
     """A ninth backbone, small enough to be written to disk in a test; its name is `TINY`."""
     backbone = BackboneConfig(
         name=TINY,
-        arch="vit_tiny",
         embed_dim=64,
         depth=2,
         num_heads=1,

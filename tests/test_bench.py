@@ -50,7 +50,7 @@ def test_wrong_outputs_are_refused_before_timing() -> None:
 
 def test_rows_have_every_key_and_a_slower_peer_is_seen(tmp_path) -> None:
     def slow(model, x):
-        time.sleep(0.02)
+        time.sleep(0.2)
         model.position_dialect = "size"
         tokens = OURS.tokens(model, x)
         model.position_dialect = "offset"
@@ -61,7 +61,7 @@ def test_rows_have_every_key_and_a_slower_peer_is_seen(tmp_path) -> None:
     rows = bench.measure(CONFIG, models, x, 0.5, records.environment(torch.device("cpu")))
     fast, slower = rows
     assert (fast["implementation"], slower["implementation"]) == ("dinov2_fast", "slow")
-    assert slower["value"] < 100 < fast["value"]
+    assert slower["value"] < fast["value"] / 2
     assert fast["p20"] <= fast["value"] <= fast["p80"]
     path = tmp_path / "throughput.jsonl"
     records.write(path, rows)

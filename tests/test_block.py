@@ -43,6 +43,25 @@ class _Double(nn.Module):
         return 2 * x
 
 
+@pytest.mark.parametrize("name", ["ls1", "norm2", "ls2"])
+def test_a_forward_set_on_a_module_is_run(name: str) -> None:
+    model, x = small(), torch.randn(2, 3, 42, 42)
+    hooked = copy.deepcopy(model)
+    hooked.blocks[1].get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+    module = model.blocks[1].get_submodule(name)
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(model(x), hooked(x), atol=1e-5, rtol=0)
+
+
+def test_a_global_hook_sees_every_module() -> None:
+    model, x, names = small(), torch.randn(1, 3, 28, 28), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(type(module).__name__))
+    model(x)
+    handle.remove()
+    assert (names.count("LayerScale"), names.count("LayerNorm")) == (6, 7)
+
+
 def test_a_backward_hook_on_layer_scale_fires() -> None:
     model, seen = small(), []
     model.blocks[0].ls1.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs))

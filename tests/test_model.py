@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.layers import GELU, Attention, LayerScale
 from dinov2_fast.model import DinoVisionTransformer
 from tests import golden
 
 SIZES = {"img_size": 70, "patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 2, "block_chunks": 0}
-TOLERANCE = 1e-4  # of the contract with the reference; measured 4e-6
+TOLERANCE = 1e-4  # of the worst element against the reference; measured 4e-6
 INPUTS = range(4)
 
 
@@ -64,6 +66,7 @@ def test_golden_intermediate_layers(reference, i: int) -> None:
     model, tensors = reference
     x = tensors[f"{i}.input"]
     pairs = model.get_intermediate_layers(x, n=2, reshape=True, return_class_token=True)
+    assert len(pairs) == 2
     for j, (patches, cls_token) in enumerate(pairs):
         close(patches, tensors[f"{i}.intermediate.{j}.patch"])
         close(cls_token, tensors[f"{i}.intermediate.{j}.cls"])
@@ -88,7 +91,7 @@ def test_every_flag_of_get_intermediate_layers(chunks: int) -> None:
     model = small(block_chunks=chunks, num_register_tokens=2)
     x = torch.randn(2, 3, 42, 56)
     tokens, every = model.prepare_tokens_with_masks(x), []
-    for block in model._flat_blocks():
+    for block in (block for block in model.modules() if isinstance(block, Block)):
         tokens = block(tokens)
         every.append(tokens)
     (last,) = model.get_intermediate_layers(x)
@@ -102,6 +105,8 @@ def test_every_flag_of_get_intermediate_layers(chunks: int) -> None:
     assert torch.equal(patches.flatten(2).transpose(1, 2), model.norm(every[1])[:, 3:])
     assert torch.equal(cls_token, model.norm(every[1])[:, 0])
     assert len(model.get_intermediate_layers(x, n=3)) == 3
+    get = model._get_intermediate_layers_chunked if chunks else model._get_intermediate_layers_not_chunked
+    assert [torch.equal(out, every[i]) for out, i in zip(get(x, [0, 2]), (0, 2), strict=True)] == [True, True]
     for n in (4, [3], [-1]):
         with pytest.raises(AssertionError, match="blocks found: there is no block"):
             model.get_intermediate_layers(x, n=n)
@@ -163,8 +168,10 @@ def test_stochastic_depth_grows_with_depth_unless_uniform(uniform: bool, rates: 
         (torch.zeros(1, 3, 0, 14), ValueError, "height 0 is not a multiple"),
         (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), TypeError, "floating-point pictures, got torch.uint8"),
         ([], ValueError, "list of batches is empty"),
+        ((torch.zeros(1, 3, 56, 56),), TypeError, "takes a tensor .* got tuple"),
+        (np.zeros((1, 3, 56, 56), np.float32), TypeError, "takes a tensor .* got ndarray. Dinov2ImageProcessor"),
     ],
-    ids=["channels", "rank", "height", "width", "small", "empty", "integers", "empty list"],
+    ids=["channels", "rank", "height", "width", "small", "empty", "integers", "empty list", "tuple", "array"],
 )
 def test_bad_pictures_get_a_clear_error(x, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -213,11 +220,50 @@ def test_other_precisions_stay_near_fp32(dtype: torch.dtype) -> None:
     assert (out.double() - expected).norm() / expected.norm() < 0.03
 
 
-def test_autocast_runs_the_linears_in_bf16_and_keeps_the_stream() -> None:
-    model, x = small(), torch.randn(1, 3, 56, 70)
+@torch.no_grad()
+def test_autocast_runs_the_linears_in_bf16_and_keeps_stream_and_positions_in_fp32() -> None:
+    model, x, seen = small(num_register_tokens=2), torch.randn(1, 3, 56, 70), []
+    model.blocks[1].attn.qkv.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = model.forward_features(x)
-    torch.testing.assert_close(features["x_prenorm"].float(), model.forward_features(x)["x_prenorm"], atol=0.2, rtol=0)
+        tokens = model.prepare_tokens_with_masks(x)
+        assert model.forward_features(x)["x_prenorm"].dtype == torch.float32
+        patches = model.patch_embed(x)
+    assert seen == [torch.bfloat16]
+    assert patches.dtype == torch.bfloat16
+    positions = model.interpolate_pos_encoding(tokens, 56, 70)
+    assert torch.equal(tokens[:, 3:], patches.float() + positions[:, 1:])
+
+
+def test_surgery_that_people_do_on_the_reference() -> None:
+    model, x = small(), torch.randn(1, 3, 56, 56)
+    model.patch_embed.proj = nn.Conv2d(6, 32, 14, 14)
+    assert model(torch.randn(1, 6, 56, 56)).shape == (1, 32)
+    with pytest.raises(ValueError, match="takes 6 channels, got 3"):
+        model(x)
+    model.norm = nn.Identity()
+    assert "layer_norm=torch" in str(model)
+    overlapping, seen = small(), []
+
+    def positions(x: torch.Tensor, w: int, h: int) -> torch.Tensor:
+        seen.append(x.shape)
+        return torch.zeros(1, 1, 32)
+
+    overlapping.patch_embed.proj.stride = (7, 7)
+    overlapping.interpolate_pos_encoding = positions
+    assert overlapping(x).shape == (1, 32)
+    assert seen == [(1, 1 + 7 * 7, 32)]  # CLS and the patches, as the reference's method is called
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_a_forward_pass_on_the_meta_device_and_an_ensemble() -> None:
+    with torch.device("meta"):
+        assert small()(torch.empty(2, 3, 42, 98)).shape == (2, 32)
+    models, x = [small(), small()], torch.randn(2, 3, 42, 98)
+    parameters, buffers = torch.func.stack_module_state(models)
+    together = torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), x))(parameters, buffers)
+    for out, model in zip(together, models, strict=True):
+        torch.testing.assert_close(out, model(x), atol=1e-5, rtol=0)
 
 
 def test_meta_device_construction_takes_no_memory() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
-from dinov2_fast.layers import GELU, LayerNorm, LayerScale
+from dinov2_fast.layers import GELU, LayerNorm, LayerScale, check_is_tensor
 from dinov2_fast.model import DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -73,6 +73,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         """
         if pixel_values is None:
             raise ValueError("pixel_values is missing: give a batch of pictures (batch, channels, height, width).")
+        check_is_tensor(pixel_values)
         if pixel_values.ndim == 4:
             rows, columns = self.grid(pixel_values)
             if not rows or not columns:
@@ -95,23 +96,30 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         return height // self.patch_size, width // self.patch_size
 
     def encode(
-        self, x: Tensor, output_hidden_states: bool, output_attentions: Layers, blocks: int | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor | None, ...] | None]:
+        self, x: Tensor, hidden_states: Collection[int], output_attentions: Layers, blocks: int | None = None
+    ) -> tuple[Tensor, dict[int, Tensor], tuple[Tensor | None, ...] | None]:
         """Runs the (first `blocks`) blocks on tokens.
 
+        Args:
+            x: (batch, tokens, hidden), from `embed`.
+            hidden_states: which to keep: 0 is `x`, i the output of the i-th block.
+            output_attentions: for which blocks to compute the attention weights.
+            blocks: how many to run; None for all.
+
         Returns:
-            The last block's output before the norm; with `output_hidden_states` the input of every block and that
-            output; with `output_attentions` the attention weights (batch, heads, seq_len, seq_len) of the blocks asked
-            for, None for the others. The fast attention keeps no weights: they are computed anew from a block's input.
+            The last block's output before the norm; the hidden states kept, by index; and the attention weights (batch,
+            heads, seq_len, seq_len) of the blocks asked for, None for the others. The fast attention keeps no weights:
+            they are computed anew from a block's input.
         """
         asked = _asked_layers(output_attentions, len(self.blocks))
-        hidden_states, attentions = [x], []
+        kept, attentions = {0: x} if 0 in hidden_states else {}, []
         for i, block in enumerate(self.blocks[:blocks]):
             if asked:
                 attentions.append(block.attn.probabilities(block.norm1(x)) if i in asked else None)
             x = self._call(block, x)
-            hidden_states.append(x)
-        return x, tuple(hidden_states) if output_hidden_states else None, tuple(attentions) if asked else None
+            if i + 1 in hidden_states:
+                kept[i + 1] = x
+        return x, kept, tuple(attentions) if asked else None
 
 
 class Dinov2Model(Dinov2PreTrainedBackbone):
@@ -145,10 +153,14 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
         _refuse_masks(attention_mask, kwargs)
         wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
         tokens = self.embed(pixel_values, bool_masked_pos)
-        x, hidden_states, attentions = self.encode(tokens, wanted.hidden_states, wanted.attentions)
+        every = range(len(self.blocks) + 1) if wanted.hidden_states else ()
+        x, hidden_states, attentions = self.encode(tokens, every, wanted.attentions)
         x = self.norm(x)
         output = BaseModelOutputWithPooling(
-            last_hidden_state=x, pooler_output=x[:, 0], hidden_states=hidden_states, attentions=attentions
+            last_hidden_state=x,
+            pooler_output=x[:, 0],
+            hidden_states=tuple(hidden_states.values()) or None,
+            attentions=attentions,
         )
         return output if wanted.dictionary else output.to_tuple()
 
@@ -278,16 +290,13 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
         _refuse_masks(attention_mask, kwargs)
         wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
         stages = [self.stage_names.index(name) for name in self.out_features]
-        needs_all = wanted.hidden_states or wanted.attentions
-        tokens = self.embed(pixel_values)
-        _, hidden_states, attentions = self.encode(
-            tokens, True, wanted.attentions, blocks=None if needs_all else max(stages)
-        )
-        assert hidden_states is not None
-        assert pixel_values is not None
+        kept = range(len(self.stage_names)) if wanted.hidden_states else stages
+        needed = None if wanted.hidden_states or wanted.attentions else max(stages)
+        _, hidden_states, attentions = self.encode(self.embed(pixel_values), kept, wanted.attentions, blocks=needed)
+        assert pixel_values is not None  # else `embed` raised
         output = BackboneOutput(
             feature_maps=tuple(self._feature_map(hidden_states[stage], self.grid(pixel_values)) for stage in stages),
-            hidden_states=hidden_states if wanted.hidden_states else None,
+            hidden_states=tuple(hidden_states.values()) if wanted.hidden_states else None,
             attentions=attentions,
         )
         return output if wanted.dictionary else output.to_tuple()
