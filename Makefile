@@ -63,7 +63,8 @@ types: setup
 	$(PY) -m mypy
 
 bench: setup
-	$(PY) -m bench.model --device cpu
+	$(PY) -m bench.model --device cpu --write
+	$(PY) -m bench.report
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output

@@ -28,19 +28,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Pictures per second of each implementation, and ours over the best of the others; of the commit measured last."""
     if not rows:
         return "\nNo result has been recorded yet.\n\n"
-    newest = rows[-1]["commit"]
+    last = max(enumerate(rows), key=lambda numbered: (numbered[1]["date"], numbered[0]))[1]
+    newest = last["commit"]
     rows = [row for row in rows if row["commit"] == newest]
     groups: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in rows:
         key = (row["model"], row["resolution"], row["batch"])
         groups.setdefault(key, {})[row["implementation"]] = row["value"]
-    first = rows[0]
-    versions = first["versions"]
+    versions, commit = last["versions"], (newest or "unknown")[:8]
     lines = [
         "",
-        f"Pictures per second on a CPU, {first['precision']}, all tokens, side by side in one process: "
-        f"{versions['cpu']}, {versions['threads']} threads, torch {first['torch']}, "
-        f"transformers {versions['transformers']}, timm {versions['timm']}, commit {newest[:8]}, {first['date']} "
+        f"Pictures per second on a CPU, {last['precision']}, all tokens, side by side in one process: "
+        f"{versions['cpu']}, {versions['threads']} threads, torch {last['torch']}, "
+        f"transformers {versions['transformers']}, timm {versions['timm']}, commit {commit}, {last['date']} "
         "(`make bench`).",
         "",
         "| model | pixels | batch | dinov2_fast | transformers | timm | ours / best peer |",
@@ -48,9 +48,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for (model, resolution, batch), values in groups.items():
         speeds = [f"{values[name]:.{_decimals(values[name])}f}" if name in values else "–" for name in IMPLEMENTATIONS]
-        ratio = values["dinov2_fast"] / max(value for name, value in values.items() if name != "dinov2_fast")
+        best = max((value for name, value in values.items() if name != "dinov2_fast"), default=None)
+        ratio = "–" if best is None else f"{values['dinov2_fast'] / best:.2f}"
         name = f"ViT-{model.removeprefix('dinov2_vit')[0].upper()}/14" + (" reg" if model.endswith("_reg") else "")
-        lines.append(f"| {name} | {resolution} | {batch} | {' | '.join(speeds)} | {ratio:.2f} |")
+        lines.append(f"| {name} | {resolution} | {batch} | {' | '.join(speeds)} | {ratio} |")
     return "\n".join(lines) + "\n\n"
 
 

@@ -9,9 +9,10 @@ What is decided once, here:
 - Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's and transformers' pipelines.
   Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
-- Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1 or 3 channels, or a batch of the latter two; where
-  both readings fit, channels come first. They hold uint8, or floats: 0 to 255 if `do_rescale`, 0 to 1 if not. A float
-  picture in 0 to 255 whose largest value is at most 1 is refused, because it was almost surely scaled already.
+- Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels (alpha is dropped), or a batch of
+  the latter two; where both readings fit, channels come first. They hold uint8, uint16 (scaled as 16-bit grey), or
+  floats: 0 to 255 if `do_rescale`, 0 to 1 if not. A float picture in 0 to 255 whose largest value is at most 1 is
+  refused, because it was almost surely scaled already.
 - Resizing works on 8 bits. Floats in 0 to 1 are cut to 8 bits (as transformers does), floats in 0 to 255 rounded.
 - NaN, infinite and out-of-range values are refused.
 """
@@ -252,8 +253,14 @@ class Dinov2ImageProcessor:
                 raise ValueError(f"The picture's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
             return np.asarray(to_rgb(image))
         array = _channels_last(_to_numpy(image), data_format)
+        if array.dtype == np.uint16:
+            array = _to_8_bits(array)
         if array.dtype != np.uint8:
             array = _checked_floats(array, 255 if self.do_rescale else 1)
+        if array.shape[2] == 4:
+            if not self.do_convert_rgb:
+                raise ValueError("The picture has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
+            array = array[:, :, :3]
         if array.shape[2] == 1:
             if not self.do_convert_rgb:
                 raise ValueError("The picture has one channel, not 3; set do_convert_rgb=True.")
@@ -302,10 +309,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ValueError("A picture of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_to_8_bits(values)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """0 to 65535 as 0 to 255, rounded."""
+    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
 def _size_setting(name: str, value: Any, *, square: bool) -> dict[str, int]:
@@ -350,18 +362,19 @@ def _to_numpy(image: Any) -> NDArray[Any]:
 
 
 def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]:
-    """(height, width, channels) with 1 or 3 channels."""
+    """(height, width, channels) with 1, 3 or 4 channels."""
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"A picture must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
     if array.ndim == 2:
         return array[:, :, None]
     if data_format not in ("channels_first", "channels_last", None):
         raise ValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
-    if data_format != "channels_last" and array.shape[0] in (1, 3):
-        return array.transpose(1, 2, 0)
-    if data_format != "channels_first" and array.shape[2] in (1, 3):
-        return array
-    raise ValueError(f"A picture must have 1 or 3 channels, first or last, got shape {array.shape}.")
+    for channels in ((1, 3), (4,)):  # four is the less likely reading, so it comes second
+        if data_format != "channels_last" and array.shape[0] in channels:
+            return array.transpose(1, 2, 0)
+        if data_format != "channels_first" and array.shape[2] in channels:
+            return array
+    raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
 
 
 def _checked_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 """State-dict layouts: every way DINOv2 weights are named and packed, to and from the model's own.
 
     "facebook"            the model's own: facebookresearch/dinov2, the official .pth files
-    "huggingface"         transformers, on disk and on its hub (in memory too before 5.x)
-    "huggingface_memory"  transformers 5.x models in memory
+    "huggingface"         transformers, on disk and on its hub (in memory too until 5.17 at least)
+    "huggingface_memory"  transformers' newer models in memory (checked with 5.23)
     "timm"                timm, which has no mask token
 
 Wrappers are looked through: ``{"teacher": …}``, ``module.``, FSDP, ``torch.compile``, ``backbone.``, the reference's
@@ -74,7 +74,7 @@ _ONLY_IN_MEMORY = {
 
 # Parts of a key that wrappers add anywhere, and prefixes of a backbone inside a larger model.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PREFIXES = {"teacher", "backbone", "dinov2", "dinov2_with_registers"}
+_PREFIXES = {"teacher", "model", "backbone", "dinov2", "dinov2_with_registers"}
 _TRAINING_HEADS = ("dino_head.", "ibot_head.")
 _NESTED = ("teacher", "model", "state_dict")
 
@@ -283,7 +283,7 @@ def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> 
     if "mask_token" not in recipes:
         cls_token = source[recipes["cls_token"].keys[0]]
         recipes["mask_token"] = Recipe((), partial(torch.zeros_like, cls_token[0]))
-        _log_once("These weights are timm's, which have no mask token: it is set to zeros.")
+        _log_once("These weights have no mask token, as timm's: it is set to zeros.")
 
 
 def _prepend_zero(positions: Tensor) -> Tensor:

@@ -32,12 +32,13 @@ def pca_rgb(
     so that a few outliers (high-norm patches) do not decide the colours; one without variance is mid-grey.
 
     Args:
-        features: patch tokens, a tensor or array (patches, dim), (batch, patches, dim) or (batch, height, width, dim).
+        features: patch tokens, a tensor or array (patches, dim), (batch, patches, dim) or (batch, height, width, dim);
+            channels are last (permute the maps of ``get_intermediate_layers(reshape=True)``).
         grid: (height, width) in patches where the tokens are flat and the picture is not square.
         foreground: ``"threshold"`` separates foreground from background by the sign of a first PCA's first component,
             as in the DINOv2 paper (Oquab et al., 2023): the side that is rarer on the border of the pictures than
-            elsewhere is the foreground, and a second PCA sees it alone. A boolean array (batch, height, width) names
-            the foreground instead. The background is black.
+            elsewhere is the foreground, and a second PCA sees it alone. A boolean array (batch, height, width) or
+            (batch, patches) names the foreground instead. The background is black.
         percentiles: the values that become 0 and 255.
 
     Returns:
@@ -146,6 +147,8 @@ def _foreground(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
             raise ValueError(f'foreground must be None, "threshold" or a boolean array, got {foreground!r}.')
         return _threshold(tokens)
     mask = np.asarray(foreground)
+    if mask.ndim < 3 and mask.size == np.prod(shape):
+        mask = mask.reshape(shape)
     if mask.dtype != bool or mask.shape != shape:
         raise ValueError(f"The foreground must be boolean of shape {shape}, got {mask.dtype} of shape {mask.shape}.")
     return mask

@@ -7,13 +7,14 @@ import http.server
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
 from dinov2_fast import configs
-from tests.places import COMMIT
+from tests.places import COMMIT, Places, isolate, tiny_backbone
 
 REPOSITORY = "facebook/dinov2-tiny"
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -32,6 +33,14 @@ def unused_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Places:
+    """Empty caches in `folder`, the tiny backbone, no proxy, and addresses at which nobody answers."""
+    tiny_backbone(monkeypatch)
+    monkeypatch.setenv("NO_PROXY", "*")
+    point_to(monkeypatch, hub=unused_address(), official=unused_address())
+    return isolate(monkeypatch, folder)
 
 
 class Server:
@@ -56,7 +65,10 @@ class Server:
         self.requests.append(f"{request.command} {request.path}")
         self.answers.get(request.path, not_found)(request)
 
-    def close(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -100,7 +100,18 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str, capsys: py
 
 def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    arguments = ["extract", str(PICTURES), "--model", "dinov2_vits14", "--weights", "random:0", "--out", out]
+    arguments = [
+        "extract",
+        str(PICTURES),
+        "--model",
+        "dinov2_vits14",
+        "--weights",
+        "random:0",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
     done = run(*arguments, "--batch-size", "2", "--workers", "1")
     assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (0, "5/5 pictures, 0 failed"), done.stderr
     assert not CONTROL_CHARACTERS.search(done.stdout + done.stderr)
@@ -126,6 +137,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
         np.testing.assert_allclose(np.array(table[name].to_pylist()), expected.numpy(), atol=1e-4)
     metadata = read_metadata(tmp_path / "out" / "features.parquet")
     assert (metadata["model"], metadata["weights"]) == ("dinov2_vits14", "random:0")
+    assert metadata["position_dialect"] == "offset"
 
 
 def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +218,7 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("DINOV2_FAST_CACHE", str(tmp_path))
     monkeypatch.setenv("DINOV2_FAST_BACKEND", "layer_norm=torch")
     (tmp_path / "dinov2_vitb14_reg4_pretrain.pth").touch()
-    assert main(["info"]) == 0
+    assert main(["info", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for pattern in (
         rf"  dinov2_fast +{re.escape(dinov2_fast.__version__)}",

@@ -24,7 +24,13 @@ def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path),
     }
-    environment |= {"TORCH_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9"}
+    environment |= {
+        "no_proxy": "",
+        "NO_PROXY": "",
+        "TORCH_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "http_proxy": "http://127.0.0.1:9",
+    }
     environment |= {"https_proxy": "http://127.0.0.1:9"}
     run = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py"), str(tmp_path / "out")],

@@ -49,6 +49,7 @@ def _train(rank: int, kind: str, chunks: int, folder: str) -> None:
         state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(state, f"{folder}/state.pth")
+    dist.barrier()  # a process that leaves while the other is still in a collective aborts it
     dist.destroy_process_group()
 
 

@@ -35,7 +35,7 @@ PICTURES = ROOT / "examples" / "pictures"
 class MeanColour(nn.Module):
     """The model's interface on features that can be computed by hand: colours, averaged over picture and patches."""
 
-    patch_size, embed_dim = 14, 3
+    patch_size, embed_dim, position_dialect = 14, 3, "offset"
 
     def __init__(self) -> None:
         super().__init__()

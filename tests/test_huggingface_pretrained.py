@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -402,3 +403,45 @@ def test_given_weights_are_saved_and_other_formats_refused(tmp_path: Path) -> No
     assert all(torch.equal(value, pair.ours.state_dict()[key] + 1) for key, value in loaded.state_dict().items())
     with pytest.raises(ValueError, match="Only safetensors files are written"):
         pair.ours.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_the_dialect_is_kept_and_harmless_arguments_of_transformers_are_taken(tmp_path: Path) -> None:
+    model = make_pair("Dinov2", **SMALL).ours
+    model.position_dialect = "antialias"
+    model.save_pretrained(tmp_path, is_main_process=True, push_to_hub=False, max_shard_size="5GB")
+    assert Dinov2Model.from_pretrained(tmp_path).position_dialect == "antialias"
+    assert transformers.AutoModel.from_pretrained(tmp_path).config.hidden_size == SMALL["hidden_size"]
+    model.position_dialect = "size"
+    model.save_pretrained(tmp_path)
+    assert "position_dialect" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match="Nothing is uploaded"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_transformers_configurations_are_taken_and_another_model_s_refused(folder: Path) -> None:
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    ours = Dinov2Config.from_pretrained(folder)
+    assert Dinov2Model(theirs).config.constructor_arguments() == ours.constructor_arguments()
+    assert Dinov2Model.from_pretrained(folder, config=theirs).config.hidden_size == SMALL["hidden_size"]
+    for other in (transformers.ViTConfig(), transformers.Dinov2WithRegistersConfig(), {"hidden_size": 3}):
+        with pytest.raises(TypeError, match=r"A Dinov2Config is needed \(or transformers' own\), got a "):
+            Dinov2Model(other)
+
+
+def test_hidden_states_are_kept_only_when_asked_for() -> None:
+    pair, alive, most = make_pair("Dinov2", **{**SMALL, "num_hidden_layers": 6}), weakref.WeakSet(), []
+    for block in pair.ours.blocks:
+
+        def note(module: Any, args: Any, output: torch.Tensor) -> None:
+            alive.add(output)
+            most.append(len(alive))
+
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        pair.ours(pictures(70))
+        assert max(most) <= 2
+        most.clear()
+        pair.ours(pictures(70), output_hidden_states=True)
+        assert max(most) == 6

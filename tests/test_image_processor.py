@@ -267,10 +267,10 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
         (np.zeros((0, 3, 20, 20), np.uint8), {}, ValueError, "not empty"),
         (np.zeros((2, 2, 3, 20, 20), np.uint8), {}, ValueError, "got shape"),
         (np.zeros(5, np.uint8), {}, ValueError, "got shape"),
-        (np.zeros((20, 20, 4), np.uint8), {}, ValueError, "1 or 3 channels"),
-        (torch.zeros(2, 20, 20, dtype=torch.uint8), {}, ValueError, "1 or 3 channels"),
+        (np.zeros((20, 20, 5), np.uint8), {}, ValueError, "1, 3 or 4 channels"),
+        (torch.zeros(2, 20, 20, dtype=torch.uint8), {}, ValueError, "1, 3 or 4 channels"),
         (torch.zeros(3, 20, 20, dtype=torch.int64), {}, ValueError, "got int64; convert them to uint8"),
-        (GOOD.astype(np.uint16), {}, ValueError, "got uint16"),
+        (GOOD.astype(np.int16), {}, ValueError, "got int16"),
         (GOOD > 5, {}, ValueError, "got bool"),
         (np.full((20, 20, 3), np.nan), {}, ValueError, "values from nan"),
         (GOOD * 100.0, {}, ValueError, "between 0 and 255, got values from 900.0"),
@@ -282,7 +282,7 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
         (GOOD, {"do_resized": True}, TypeError, "no setting 'do_resized'; did you mean do_resize"),
         (GOOD, {"return_tensors": "tf"}, ValueError, "return_tensors"),
         (GOOD, {"input_data_format": "last"}, ValueError, "input_data_format"),
-        (GOOD, {"input_data_format": "channels_first"}, ValueError, "1 or 3 channels"),
+        (GOOD, {"input_data_format": "channels_first"}, ValueError, "1, 3 or 4 channels"),
         (GOOD, {"size": 0}, ValueError, "size must be made of positive whole numbers"),
         (GOOD, {"crop_size": {"shortest_edge": 3}}, ValueError, "crop_size must have the keys height and width,"),
         (GOOD, {"image_mean": [1, 2]}, ValueError, "image_mean"),
@@ -299,3 +299,17 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
 def test_bad_input_is_a_clear_error(images: Any, settings: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         Dinov2ImageProcessor()(images, **settings)
+
+
+def test_rgba_and_16_bit_arrays_are_read_as_the_same_pil_pictures() -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (260, 300, 4), np.uint8)
+    processor = Dinov2ImageProcessor()
+    expected = processor(Image.fromarray(rgba), "np").pixel_values
+    np.testing.assert_array_equal(processor(rgba, "np").pixel_values, expected)
+    np.testing.assert_array_equal(processor(rgba.transpose(2, 0, 1), "np").pixel_values, expected)
+    grey = np.random.default_rng(0).integers(0, 65536, (260, 300)).astype(np.uint16)
+    expected = processor(Image.fromarray(grey), "np").pixel_values
+    np.testing.assert_array_equal(processor(grey, "np").pixel_values, expected)
+    assert expected.max() > 2  # not clipped to black or white alone
+    with pytest.raises(ValueError, match="4 channels, not 3"):
+        processor(rgba, do_convert_rgb=False)

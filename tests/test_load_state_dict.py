@@ -179,7 +179,7 @@ def test_timms_missing_mask_token_is_zeros_and_logged_once(
     assert report.missing_keys == []
     assert not model.mask_token.any()
     assert [record.message for record in caplog.records if "no mask token" in record.message] == [
-        "These weights are timm's, which have no mask token: it is set to zeros."
+        "These weights have no mask token, as timm's: it is set to zeros."
     ]
 
 
@@ -243,3 +243,21 @@ def test_a_model_without_mask_token_loads_its_own_state_dict() -> None:
     model = _huggingface("Model", "facebook_mlp", use_mask_token=False)
     assert "mask_token" not in model.state_dict()
     model.load_state_dict(model.state_dict())
+
+
+def test_a_subclass_with_wrapper_like_names_loads_its_own_state_dict() -> None:
+    class Subclass(DinoVisionTransformer):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.module, self.backbone = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    arguments, _, _ = golden.load_case("facebook_mlp")
+    model = Subclass(**arguments)
+    model.load_state_dict(model.state_dict())
+
+
+def test_lightning_checkpoints_are_looked_into() -> None:
+    _, weights, _ = golden.load_case("facebook_mlp")
+    model = _reference("facebook_mlp")
+    model.load_state_dict({"epoch": 3, "state_dict": {f"model.{key}": value for key, value in weights.items()}})
+    assert torch.equal(model.state_dict()["cls_token"], weights["cls_token"])

@@ -236,3 +236,17 @@ def test_random_weights_leave_nothing_trivial() -> None:
 def test_a_seed_that_is_none(weights: str) -> None:
     with pytest.raises(ValueError, match="random:SEED with a seed from 0 to 2147483647"):
         load(TINY, weights=weights)
+
+
+def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
+    model = load(TINY, weights="random:3", dtype="bfloat16")
+    assert model.loaded_from == "random:3"
+    assert model.norm.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no dtype 'float61'"):
+        load(TINY, weights="random:3", dtype="float61")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere", "/nowhere/model"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(WeightsError, match="is no file or folder here and no hub id"):
+        load(name)

@@ -15,24 +15,19 @@ import torch
 from dinov2_fast import WeightsError, load
 from dinov2_fast.weights import sources
 from tests.checkpoints import assert_same
-from tests.loopback import Answer, Server, answer, point_to, unused_address
-from tests.places import TINY, Places, isolate, tiny_backbone, tiny_weights
+from tests.loopback import Answer, Server, answer, nowhere, point_to, unused_address
+from tests.places import TINY, Places, tiny_weights
 
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Places:
-    """Empty caches, the tiny backbone, no proxy, and addresses at which nobody answers."""
-    tiny_backbone(monkeypatch)
-    monkeypatch.setenv("NO_PROXY", "*")
-    point_to(monkeypatch, hub=unused_address(), official=unused_address())
-    return isolate(monkeypatch, tmp_path / "places")
+    return nowhere(monkeypatch, tmp_path / "places")
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
+    with Server() as server:
+        yield server
 
 
 def pth(weights: dict[str, Any]) -> bytes:

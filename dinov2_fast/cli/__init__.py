@@ -6,6 +6,7 @@ Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some pictures f
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dinov2-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        return ABORTED
     except Exception as error:
         print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)
         return ABORTED

@@ -32,6 +32,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the output, made where it is missing")
     parser.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
+    parser.add_argument(
+        "--dialect",
+        choices=("offset", "size", "antialias"),
+        help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
+    )
     parser.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -64,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.extraction.extract import extract
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype=getattr(torch, args.dtype))
+    model = dinov2_fast.load(
+        args.model, weights=args.weights, device=_device(device), dtype=args.dtype, dialect=args.dialect
+    )
     progress = Progress(len(files))
     summary = extract(
         files,
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         workers=args.workers,
         overwrite=args.overwrite,
-        metadata={"model": args.model, "weights": args.weights},
+        metadata={"model": args.model, "weights": model.loaded_from},
         progress=progress,
     )
     progress.end()
@@ -127,6 +134,20 @@ def _processor(args: argparse.Namespace) -> Dinov2ImageProcessor:
     if (Path(args.model) / CONFIG_NAME).is_file():
         return Dinov2ImageProcessor.from_pretrained(args.model)
     return Dinov2ImageProcessor()
+
+
+def _device(name: str) -> Any:
+    """torch's device of that name.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
 
 
 def _size(text: str) -> tuple[int, int]:

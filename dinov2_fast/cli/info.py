@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints everything to stdout; always 0."""
+    """Prints everything to stdout; 0."""
     sections = {
         "Versions": _versions(),
         "Device": _device(),
@@ -72,6 +72,11 @@ def _ops(args: argparse.Namespace) -> Iterator[str]:
     from dinov2_fast import backends
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        yield f"this torch has no device {device!r}"
+        return
     rows = backends.table(device=device, dtype=getattr(torch, args.dtype), training=args.training)
     for row in rows:
         state = f"runs on {device}" if row.chosen else row.reason or "not chosen"

@@ -105,6 +105,7 @@ def _describe(model: Any, processor: Dinov2ImageProcessor) -> dict[str, Any]:
     parameter = next(model.parameters())
     return {
         "processor": processor.to_dict(),
+        "position_dialect": model.position_dialect,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
         "versions": {

@@ -11,6 +11,7 @@ import torch
 
 from dinov2_fast.position_embeddings import dialect
 from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.weights.load import as_dtype
 from dinov2_fast.weights.sources import CONFIG_NAME, find_config
 
 Size = int | Sequence[int]
@@ -236,6 +237,18 @@ class Dinov2Config:
         return cls(**{**kept, **overrides})
 
     @classmethod
+    def of(cls, config: Any) -> Dinov2Config:
+        """`config` itself, or the same from a transformers configuration of this kind.
+
+        Raises:
+            TypeError: it is no configuration, or another model's.
+        """
+        if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
+            got = f"{type(config).__module__}.{type(config).__qualname__}"
+            raise TypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
+        return config if isinstance(config, cls) else cls.from_dict(config.to_dict())
+
+    @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | Path,
@@ -288,20 +301,6 @@ class Dinov2WithRegistersConfig(Dinov2Config):
         fields = super().to_dict()
         del fields["use_mask_token"]
         return fields
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from itself or its name ("bfloat16", "torch.bfloat16"); None stays None.
-
-    Raises:
-        ValueError: there is no such dtype.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    named = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(named, torch.dtype):
-        raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
-    return named
 
 
 def _pair(size: Size) -> tuple[int, int]:

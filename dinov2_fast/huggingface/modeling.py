@@ -34,8 +34,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
     """A `DinoVisionTransformer` built from a config, with transformers' initialisation and dropouts."""
 
     def __init__(self, config: Dinov2Config) -> None:
-        if not isinstance(config, self.config_class):
-            raise TypeError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}.")
+        config = self.config_class.of(config)
         if config.hidden_act not in _ACTIVATIONS:
             raise ValueError(f"There is no hidden_act {config.hidden_act!r}; choose one of {', '.join(_ACTIVATIONS)}.")
         self.config = config  # first, since the constructor initialises the weights by it
@@ -172,7 +171,7 @@ class Dinov2ForImageClassification(PreTrainedModel):
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = self.config_class.of(config)
         self.num_labels = config.num_labels
         self.add_module(self.base_model_prefix, self.backbone_class(config))
         inputs = 2 * config.hidden_size

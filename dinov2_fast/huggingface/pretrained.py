@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinov2_fast.huggingface.configuration import Dinov2Config, as_dtype
+from dinov2_fast.huggingface.configuration import Dinov2Config
 from dinov2_fast.layouts import convert_state_dict, plain_key
 from dinov2_fast.model import AnyLayout, DinoVisionTransformer
 from dinov2_fast.weights.files import open_weights
-from dinov2_fast.weights.load import fill
+from dinov2_fast.weights.load import as_dtype, fill
 from dinov2_fast.weights.sources import find_checkpoint
 
 logger = logging.getLogger("dinov2_fast")
@@ -77,8 +77,8 @@ class PreTrainedModel(AnyLayout):
         dtype = dtype if dtype is not None else old_name
         device = _device(kwargs.pop("device_map", device))
         checkpoint = find_checkpoint(str(name_or_path), revision, local_files_only)
-        if isinstance(config, Dinov2Config):
-            config = copy.deepcopy(config)
+        if config is not None and not isinstance(config, str | Path):
+            config = copy.deepcopy(cls.config_class.of(config))
             _refuse_unknown(kwargs, None)
         else:
             where = config or checkpoint.config or name_or_path
@@ -105,7 +105,14 @@ class PreTrainedModel(AnyLayout):
         return model.eval()
 
     def save_pretrained(
-        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, safe_serialization: bool = True
+        self,
+        folder: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
     ) -> None:
         """Writes ``config.json`` and ``model.safetensors`` in transformers' layout into `folder`.
 
@@ -113,14 +120,23 @@ class PreTrainedModel(AnyLayout):
 
         Args:
             folder: made if it does not exist.
+            is_main_process: False writes nothing.
             state_dict: weights to write instead of the model's own, in any layout (gathered by FSDP, for instance).
-            safe_serialization: accepted as transformers does; only safetensors files are written.
+            safe_serialization, push_to_hub, max_shard_size: accepted as transformers does; one safetensors file is
+                written, here.
+
+        The position dialect is written too if it is not the default; transformers does not look at it.
 
         Raises:
-            ValueError: `safe_serialization` is False.
+            ValueError: `safe_serialization` is False or `push_to_hub` True.
         """
         if not safe_serialization:
             raise ValueError("Only safetensors files are written; call with safe_serialization=True.")
+        if push_to_hub:
+            raise ValueError("Nothing is uploaded here; save to a folder and upload that with huggingface_hub.")
+        if not is_main_process:
+            return
+        self.config.position_dialect = self._dialect_to_save()
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
         self.config.save_pretrained(folder)
@@ -129,6 +145,12 @@ class PreTrainedModel(AnyLayout):
             tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("mask_token")}
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    def _dialect_to_save(self) -> str | None:
+        dialect = self.base_model.position_dialect
+        if dialect == "custom":
+            logger.warning("Positions are resampled in a way that config.json cannot hold; the default is saved.")
+        return None if dialect in ("custom", self.config.default_dialect) else dialect
 
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Gives a classification head that no checkpoint filled its initial values."""

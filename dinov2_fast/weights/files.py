@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_fast.weights.errors import WeightsError
 
 SAFETENSORS = (".safetensors",)
-TORCH = (".pth", ".pt", ".bin")
+TORCH = (".pth", ".pt", ".bin", ".ckpt")
 INDEX_ENDING = ".index.json"
 
 

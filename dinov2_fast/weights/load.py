@@ -31,7 +31,7 @@ def load(
     *,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     dialect: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -48,7 +48,7 @@ def load(
         weights: for a name: a file to take instead of the published weights, or ``"random:SEED"`` for random weights
             that depend on the seed alone.
         device: where the model goes; default the CPU.
-        dtype: of the parameters; default that of the checkpoint.
+        dtype: of the parameters, also as a name ("bfloat16"); default that of the checkpoint.
         dialect: how positions are resampled ("offset", "size", "antialias"); default as the reference does for this
             kind of model.
         revision: of the hub repository.
@@ -61,18 +61,34 @@ def load(
     """
     name = str(name_or_path)
     if weights is not None and str(weights).startswith("random:"):
-        arguments = backbone(name).constructor_arguments()
+        source, arguments = str(weights), backbone(name).constructor_arguments()
         state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), _seed(str(weights)))
     else:
         checkpoint = _find(name, weights, revision, local_files_only)
+        source = str(checkpoint.weights)
         state_dict = open_weights(checkpoint.weights)
         known = backbone(name).constructor_arguments() if name in BACKBONES else None
         arguments = known or read_architecture(state_dict, checkpoint.config)
     model = _on_meta({**arguments, **kwargs})
     if dialect is not None:
         model.position_dialect = dialect
-    fill(model, state_dict, device=device, dtype=dtype, may_leave=_HEADS)
+    fill(model, state_dict, device=device, dtype=as_dtype(dtype), may_leave=_HEADS)
+    model.loaded_from = source
     return model.eval()
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from itself or its name ("bfloat16", "torch.bfloat16"); None stays None.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    named = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
+    return named
 
 
 def _find(name: str, weights: str | Path | None, revision: str | None, local_files_only: bool) -> Checkpoint:

@@ -36,7 +36,7 @@ FILE_NAMES = (
     "pytorch_model.bin.index.json",
 )
 CONFIG_NAME = "config.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
 _PICKLE_START = b"\x80"
 
@@ -118,7 +118,7 @@ def _from_hub(
     if local_files_only:
         reason = "only local files were to be used"
     elif not _hub_answers():
-        reason = "the hub does not answer; is there a network?"
+        reason = "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it"
     else:
         try:
             return find(repository, revision, False)
