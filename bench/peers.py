@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,20 @@ from bench import records
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
-Forward = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` makes a model from ours, `tokens` runs it, `dialect` is how it resamples positions."""
+    """One implementation.
+
+    `build` makes a model from ours, `forward` runs it (this is what is timed), `tokens` takes (batch, tokens, hidden)
+    from what it returns, `dialect` is how it resamples positions.
+    """
 
     name: str
     package: str | None
     build: Callable[[BackboneConfig, nn.Module], nn.Module]
-    tokens: Callable[[nn.Module, Tensor], Tensor]
+    forward: Callable[[nn.Module, Tensor], Any]
+    tokens: Callable[[Any], Tensor]
     dialect: Callable[[BackboneConfig], str]
 
     @property
@@ -38,8 +42,11 @@ def _ours(config: BackboneConfig, model: nn.Module) -> nn.Module:
     return model
 
 
-def _our_tokens(model: nn.Module, x: Tensor) -> Tensor:
-    features = model.forward_features(x)
+def _forward_features(model: nn.Module, x: Tensor) -> Any:
+    return model.forward_features(x)
+
+
+def _our_tokens(features: dict[str, Tensor]) -> Tensor:
     keys = ("x_norm_regtokens", "x_norm_patchtokens")
     return torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
 
@@ -71,13 +78,14 @@ def _timm(config: BackboneConfig, model: nn.Module) -> nn.Module:
 
 
 PEERS = (
-    Peer("dinov2_fast", None, _ours, _our_tokens, lambda config: config.dialect),
+    Peer("dinov2_fast", None, _ours, _forward_features, _our_tokens, lambda config: config.dialect),
     Peer(
         "transformers",
         "transformers",
         _transformers,
-        lambda model, x: model(x).last_hidden_state,
+        lambda model, x: model(x),
+        lambda output: output.last_hidden_state,
         lambda config: "antialias" if config.num_register_tokens else "size",
     ),
-    Peer("timm", "timm", _timm, lambda model, x: model.forward_features(x), lambda config: "antialias"),
+    Peer("timm", "timm", _timm, _forward_features, lambda tokens: tokens, lambda config: "antialias"),
 )

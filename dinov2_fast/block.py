@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
-from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
+from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, is_watched
 
 # Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
 SUBSET_THRESHOLD = 0.1
@@ -120,7 +119,7 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
 def _add_and_norm(
     x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, norm: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    if _plain(layer_scale) and _plain(drop_path) and type(norm) is LayerNorm and not _watched(norm):
+    if _plain(layer_scale) and _plain(drop_path) and type(norm) is LayerNorm and not is_watched(norm):
         gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
         return ops.add_layer_norm(x, branch, gamma, drop_scale, norm.weight, norm.bias, norm.eps)
     x = _add(x, branch, layer_scale, drop_path)
@@ -140,12 +139,7 @@ def _scatter_add(x: Tensor, index: Tensor, branch: Tensor, layer_scale: nn.Modul
 
 
 def _plain(module: nn.Module) -> bool:
-    return type(module) in (LayerScale, DropPath, nn.Identity) and not _watched(module)
-
-
-def _watched(module: nn.Module) -> bool:
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
+    return type(module) in (LayerScale, DropPath, nn.Identity) and not is_watched(module)
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
 
@@ -89,6 +90,12 @@ class PatchEmbed(nn.Module):
         if not self.flatten_embedding:
             return self.norm(x.permute(0, 2, 3, 1))
         return self.norm(x.flatten(2).transpose(1, 2))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook, or a `forward` set on the instance, makes calling `module` more than its class's computation."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 class LayerNorm(nn.LayerNorm):
@@ -214,7 +221,21 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.fc1(x)
+        if self._owns_hidden():
+            hidden = ops.gelu(hidden, overwrite=True)
+        else:
+            hidden = self.act(hidden)
+        return self.drop(self.fc2(self.drop(hidden)))
+
+    def _owns_hidden(self) -> bool:
+        """Whether nobody else can hold what `fc1` returns, so that the GELU may overwrite it.
+
+        On a CPU that saves up to 6 % of a forward pass: fresh pages for the largest tensor of a block are slow to get.
+        """
+        plain = type(self.fc1) is nn.Linear and type(self.act) is GELU
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return plain and not recorded and not is_watched(self.fc1) and not is_watched(self.act)
 
 
 class SwiGLUFFN(nn.Module):

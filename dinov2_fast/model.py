@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dinov2_fast import backends, layouts
 from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
-from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, resample_position_embeddings
+from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, is_native, resample_position_embeddings
 
 
 class BlockChunk(nn.Sequential):
@@ -213,6 +213,8 @@ class DinoVisionTransformer(AnyLayout):
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
         """
         rows, columns = w // self.patch_size, h // self.patch_size
+        if is_native(self.pos_embed[0, 1:], rows, columns):
+            return self.pos_embed.to(x.dtype)
         how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how)
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)

@@ -66,13 +66,21 @@ def resample_position_embeddings(table: Tensor, height: int, width: int, dialect
     if grid * grid != table.shape[0]:
         raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
     table = table if table.dtype == torch.float64 else table.float()
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if not tracing and height == grid and width == grid:
+    if is_native(table, height, width):
         return table
-    make = _matrices if tracing or type(table) is not torch.Tensor else _cached_matrices
+    make = _matrices if _tracing() or type(table) is not torch.Tensor else _cached_matrices
     rows, columns = make(height, width, grid, dialect, table.device)
     with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
     return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
+
+
+def is_native(table: Tensor, height: int, width: int) -> bool:
+    """Whether `height` x `width` is the table's own grid; False while a graph for any size is traced."""
+    return not _tracing() and height == width and height * width == table.shape[0]
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:

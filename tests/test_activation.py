@@ -44,6 +44,15 @@ def test_gradients_in_fp64() -> None:
     assert torch.autograd.gradcheck(ops.swiglu, (x,))
 
 
+def test_gelu_may_overwrite_its_input() -> None:
+    x = torch.randn(9, 64)
+    expected = ops.gelu(x)
+    assert not torch.equal(x, expected)
+    out = ops.gelu(x, overwrite=True)
+    assert out.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize("op", [ops.gelu, ops.swiglu])
 def test_strides_nan_and_huge_values(op) -> None:
     x = torch.randn(6, 4, 32)

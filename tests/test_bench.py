@@ -23,8 +23,8 @@ def _ours() -> DinoVisionTransformer:
     return DinoVisionTransformer(**CONFIG.constructor_arguments()).eval()
 
 
-def _peer(name: str, tokens) -> Peer:
-    return dataclasses.replace(OURS, name=name, tokens=tokens, dialect=lambda config: "size")
+def _peer(name: str, **changes) -> Peer:
+    return dataclasses.replace(OURS, name=name, dialect=lambda config: "size", **changes)
 
 
 def test_peers_share_weights_and_agree() -> None:
@@ -41,8 +41,8 @@ def test_peers_share_weights_and_agree() -> None:
 
 def test_wrong_outputs_are_refused_before_timing() -> None:
     ours, x = _ours(), torch.randn(1, 3, 56, 56)
-    broken = _peer("broken", lambda model, x: OURS.tokens(model, x) + 1e-3)
-    not_finite = _peer("nan", lambda model, x: OURS.tokens(model, x) * float("nan"))
+    broken = _peer("broken", tokens=lambda features: OURS.tokens(features) + 1e-3)
+    not_finite = _peer("nan", tokens=lambda features: OURS.tokens(features) * float("nan"))
     for peer in (broken, not_finite):
         with pytest.raises(RuntimeError, match=rf"disagree with ours: {{'{peer.name}'"):
             bench.measure(CONFIG, {OURS: ours, peer: ours}, x, 0.1, records.environment(torch.device("cpu")))
@@ -52,12 +52,12 @@ def test_rows_have_every_key_and_a_slower_peer_is_seen(tmp_path) -> None:
     def slow(model, x):
         time.sleep(0.2)
         model.position_dialect = "size"
-        tokens = OURS.tokens(model, x)
+        features = OURS.forward(model, x)
         model.position_dialect = "offset"
-        return tokens
+        return features
 
     ours, x = _ours(), torch.randn(2, 3, 56, 56)
-    models = {OURS: ours, _peer("slow", slow): ours}
+    models = {OURS: ours, _peer("slow", forward=slow): ours}
     rows = bench.measure(CONFIG, models, x, 0.5, records.environment(torch.device("cpu")))
     fast, slower = rows
     assert (fast["implementation"], slower["implementation"]) == ("dinov2_fast", "slow")
@@ -74,9 +74,9 @@ def test_rows_have_every_key_and_a_slower_peer_is_seen(tmp_path) -> None:
 
 def test_runs_take_turns() -> None:
     calls: list[str] = []
-    runs = {_peer(name, None): (lambda name=name: calls.append(name)) for name in "abc"}
+    runs = {_peer(name): (lambda name=name: calls.append(name)) for name in "abc"}
     bench.interleave(runs, 0.0, torch.device("cpu"))
-    assert calls == list("abcbcacab" * 2)
+    assert calls == list("abcbcacababcbca")
 
 
 def test_readme_shows_what_was_measured() -> None:

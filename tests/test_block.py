@@ -62,6 +62,31 @@ def test_a_global_hook_sees_every_module() -> None:
     assert (names.count("LayerScale"), names.count("LayerNorm")) == (6, 7)
 
 
+@pytest.mark.parametrize("name", ["mlp.fc1", "mlp.act"])
+@torch.no_grad()
+def test_what_a_hook_saw_of_the_feed_forward_is_not_overwritten(name: str) -> None:
+    model, x, seen = small(), torch.randn(2, 3, 42, 42), []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.extend((value, value.clone()) for value in (*args, output))
+
+    expected = model(x)
+    model.blocks[1].get_submodule(name).register_forward_hook(note)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
+    assert len(seen) == 2
+    assert all(torch.equal(value, copied) for value, copied in seen)
+
+
+@torch.no_grad()
+def test_without_gradients_the_gelu_takes_no_memory_of_its_own() -> None:
+    mlp, x = small().blocks[0].mlp, torch.randn(1, 9, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        mlp(x)
+    assert "aten::gelu_" in {event.key for event in profile.key_averages()}
+    with torch.enable_grad():
+        torch.testing.assert_close(mlp(x), mlp.fc2(nn.functional.gelu(mlp.fc1(x))), atol=1e-6, rtol=0)
+
+
 def test_a_backward_hook_on_layer_scale_fires() -> None:
     model, seen = small(), []
     model.blocks[0].ls1.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs))

@@ -15,9 +15,12 @@ from torch import Tensor
 from dinov2_fast.backends import Implementation, Op
 
 
-def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """Exact (erf) GELU of `x`, any shape, in its dtype."""
-    return _GELU(x, backend=backend)
+def gelu(x: Tensor, overwrite: bool = False, *, backend: str | None = None) -> Tensor:
+    """Exact (erf) GELU of `x`, any shape, in its dtype.
+
+    With `overwrite` the result may be written over `x`, which saves memory; not while gradients are recorded.
+    """
+    return _GELU(x, overwrite, backend=backend)
 
 
 def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
@@ -25,8 +28,8 @@ def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
     return _SWIGLU(x12, backend=backend)
 
 
-def gelu_torch(x: Tensor) -> Tensor:
-    return F.gelu(x)
+def gelu_torch(x: Tensor, overwrite: bool = False) -> Tensor:
+    return torch.ops.aten.gelu_(x) if overwrite else F.gelu(x)
 
 
 def swiglu_torch(x12: Tensor) -> Tensor:
