@@ -37,6 +37,19 @@ def load_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, T
     return arguments, weights, tensors
 
 
+def huggingface_fields(arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The Hugging Face family of a case's model, and the fields of its configuration."""
+    family = "Dinov2WithRegisters" if arguments["num_register_tokens"] else "Dinov2"
+    return family, {
+        "hidden_size": arguments["embed_dim"],
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "image_size": arguments["img_size"],
+        "patch_size": arguments["patch_size"],
+        "use_swiglu_ffn": arguments["ffn_layer"] != "mlp",
+    }
+
+
 def timm_model(name: str) -> Any:
     """timm's own model of a ``timm_…`` case, in eval mode, with random weights; needs timm."""
     import timm

@@ -177,15 +177,8 @@ def test_refused_conversions() -> None:
 def test_transformers_loads_what_is_converted(case: str, tmp_path: Any) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     arguments, weights, tensors = golden.load_case(case)
-    family = "Dinov2WithRegisters" if arguments["num_register_tokens"] else "Dinov2"
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=70,
-        patch_size=14,
-        use_swiglu_ffn=arguments["ffn_layer"] != "mlp",
-    )
+    family, fields = golden.huggingface_fields(arguments)
+    config = getattr(transformers, f"{family}Config")(**fields)
     config.save_pretrained(tmp_path)
     converted = convert_state_dict(weights, to="huggingface")
     save_file(converted, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -23,17 +23,8 @@ def _reference(case: str, **overrides: Any) -> nn.Module:
 
 def _huggingface(head: str, case: str, **fields: Any) -> nn.Module:
     arguments, _, _ = golden.load_case(case)
-    family = "Dinov2WithRegisters" if arguments["num_register_tokens"] else "Dinov2"
-    config = getattr(dinov2_fast, f"{family}Config")(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=70,
-        patch_size=14,
-        use_swiglu_ffn=arguments["ffn_layer"] != "mlp",
-        num_labels=5,
-        **fields,
-    )
+    family, sizes = golden.huggingface_fields(arguments)
+    config = getattr(dinov2_fast, f"{family}Config")(**sizes, num_labels=5, **fields)
     return getattr(dinov2_fast, family + head)(config)
 
 
