@@ -39,7 +39,8 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
     Args:
         pretrained: load the published weights; otherwise initialise at random.
         weights: which weights, only "LVD142M".
-        **kwargs: arguments of `dinov2_fast.DinoVisionTransformer`.
+        **kwargs: arguments of `dinov2_fast.DinoVisionTransformer`; with `pretrained` also those of `dinov2_fast.load`
+            (device, dtype, dialect, …).
 
     Returns:
         The model in training mode, as torch.hub's users expect; call ``.eval()`` for features.
