@@ -63,7 +63,7 @@ def measure(
     Raises:
         RuntimeError: a peer's outputs are not ours.
     """
-    ours = next(model for peer, model in models.items() if peer.name == "dinov2_fast")
+    ours = models[PEERS[0]]
     errors = {peer: disagreement(config, peer, model, ours, x) for peer, model in models.items()}
     wrong = {peer.name: error for peer, error in errors.items() if not error <= MAX_ERROR}
     if wrong:

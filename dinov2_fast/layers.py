@@ -231,7 +231,8 @@ class Mlp(nn.Module):
     def _owns_hidden(self) -> bool:
         """Whether nobody else can hold what `fc1` returns, so that the GELU may overwrite it.
 
-        On a CPU that saves up to 6 % of a forward pass: fresh pages for the largest tensor of a block are slow to get.
+        On a CPU that saved 6 % of a forward pass (ViT-S, 518 px, batch 1, 2 cores of an AMD EPYC): fresh pages for the
+        largest tensor of a block are slow to get.
         """
         plain = type(self.fc1) is nn.Linear and type(self.act) is GELU
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()

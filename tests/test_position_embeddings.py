@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dinov2_fast import position_embeddings
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import DIALECTS, dialect, resample_position_embeddings
+from dinov2_fast.weights import load
 
 GRID = 37
 SIZES = [(n, n) for n in range(1, 75)] + [(16, 24), (37, 19), (4, 74), (1, 37), (24, 16)]
@@ -140,3 +141,14 @@ def test_interpolate_pos_encoding_keeps_the_cls_position_and_the_dtype() -> None
 def test_a_table_that_is_no_square_is_refused() -> None:
     with pytest.raises(ValueError, match="24 positions, which is not a square grid"):
         resample_position_embeddings(torch.zeros(24, 2), 3, 3, dialect("size"))
+
+
+@torch.inference_mode()
+def test_the_dialects_differ_at_224_px_as_readme_says() -> None:
+    model, x, features = load("dinov2_vits14", weights="random:0"), torch.randn(2, 3, 224, 224), {}
+    for name in DIALECTS:
+        model.position_dialect = name
+        features[name] = model.forward_features(x)["x_norm_patchtokens"]
+    worst = {name: (f - features["offset"]).abs().max() / features["offset"].std() for name, f in features.items()}
+    assert worst["size"] == pytest.approx(0.2, abs=0.05)
+    assert worst["antialias"] == pytest.approx(0.4, abs=0.05)
