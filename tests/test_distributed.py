@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +33,8 @@ def _loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _train(rank: int, kind: str, chunks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     model = _model(chunks)
     if kind == "ddp":
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -49,8 +52,11 @@ def _train(rank: int, kind: str, chunks: int, folder: str) -> None:
         state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(state, f"{folder}/state.pth")
-    dist.barrier()  # a process that leaves while the other is still in a collective aborts it
-    dist.destroy_process_group()
+    # A process that leaves while the other is still in a collective aborts it, so both wait, by files, until both are
+    # done. Then they leave without the interpreter's teardown, in which gloo's threads have aborted.
+    store.set(f"done{rank}", "")
+    store.wait([f"done{other}" for other in range(WORLD)])
+    os._exit(0)
 
 
 @pytest.mark.parametrize("chunks", [0, 3])
