@@ -4,19 +4,20 @@ An :class:`Op` holds a literal tuple of :class:`Implementation`, best first. Eac
 refuse an input, from device, dtype, sizes, grad and determinism, never from data. Precedence: the `backend` argument
 of an op, then :func:`use_backend`, then ``DINOV2_FAST_BACKEND``, then the first implementation that does not refuse. A
 setting is one name for every op (``"triton"``) or one per op (``"attention=triton,layer_norm=torch"``). A forced name
-holds for the ops that have such an implementation; the others take their default. A forced implementation that refuses
-raises.
+holds for the ops that have such an implementation for the mode (training or inference); the others take their default.
+A forced implementation that refuses raises.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import environment
@@ -49,18 +50,24 @@ class Implementation:
     """One way to compute an op.
 
     `refuses` takes the op's own arguments and returns the reason it cannot run them, or None. On a device whose type is
-    not in `devices` (None: any) it is not a candidate at all, which is no reason for a warning.
+    not in `devices` (None: any) it is not a candidate at all, which is no reason for a warning; `elsewhere` says
+    whether it can be forced to run on another device all the same. `trains` says whether it has a backward.
     """
 
     backend: str
     function: Callable[..., Any]
     refuses: Callable[..., str | None] = _never
     devices: tuple[str, ...] | None = None
+    elsewhere: Callable[[torch.device], bool] = lambda device: False
+    trains: bool = True
 
-    def reason_against(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why this implementation cannot run the op on these arguments (the first is a tensor), or None."""
-        if self.devices is not None and args[0].device.type not in self.devices:
-            return f"needs a {' or '.join(self.devices)} tensor, got one on {args[0].device.type}"
+    def reason_against(self, *args: Any, forced: bool = False, **kwargs: Any) -> str | None:
+        """Why this implementation cannot run the op on these arguments, or None."""
+        device = device_of(args)
+        if self.devices is not None and device.type not in self.devices and not (forced and self.elsewhere(device)):
+            return f"needs a {' or '.join(self.devices)} tensor, got one on {device.type}"
+        if not self.trains and records_gradient(args):
+            return "is for inference only, and gradients are recorded"
         return self.refuses(*args, **kwargs)
 
 
@@ -84,6 +91,11 @@ class Op:
     def backends(self) -> list[str]:
         return [implementation.backend for implementation in self.implementations]
 
+    @property
+    def trains(self) -> bool:
+        """Whether any implementation has a backward; the others are ops of the inference engine."""
+        return any(implementation.trains for implementation in self.implementations)
+
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         return choose(self, *args, backend=backend, **kwargs).function(*args, **kwargs)
 
@@ -97,8 +109,8 @@ def choose(op: Op, *args: Any, backend: str | None = None, **kwargs: Any) -> Imp
     name = backend or _setting.by_word.get(op.word) or _setting.everywhere
     if name:
         forced = next((i for i in op.implementations if i.backend == name), None)
-        if forced is not None:
-            reason = forced.reason_against(*args, **kwargs)
+        if forced is not None and not (op.trains and not forced.trains and not backend and records_gradient(args)):
+            reason = forced.reason_against(*args, forced=True, **kwargs)
             if reason is not None:
                 raise BackendError(f"{op.name}: backend {name!r} was asked for but cannot run: {reason}.")
             return forced
@@ -109,10 +121,29 @@ def choose(op: Op, *args: Any, backend: str | None = None, **kwargs: Any) -> Imp
         reason = implementation.reason_against(*args, **kwargs)
         if reason is None:
             if refusals and not torch.compiler.is_compiling():
-                _warn_of_fallback(op, implementation, refusals, args[0].device.type)
+                _warn_of_fallback(op, implementation, refusals, device_of(args).type)
             return implementation
         refusals.append((implementation, reason))
     raise BackendError(f"{op.name}: no implementation runs this input: {_sentence(refusals)}.")
+
+
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an op, those in lists included."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from tensors_of(arg)
+
+
+def device_of(args: Iterable[Any]) -> torch.device:
+    """The device of the first tensor."""
+    return next(tensors_of(args)).device
+
+
+def records_gradient(args: Iterable[Any]) -> bool:
+    """Whether autograd records an op on these arguments."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args))
 
 
 def _warn_of_fallback(op: Op, chosen: Implementation, refusals: list[tuple[Implementation, str]], device: str) -> None:
@@ -194,26 +225,45 @@ class Row:
     reason: str | None
 
 
-def table(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, training: bool = False) -> list[Row]:
+def table(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+    only_trainable: bool = False,
+) -> list[Row]:
     """Every implementation of every op, which one runs for this device, dtype and mode, and why not the others.
 
-    Asked with fake tensors, so no device is touched or needed.
+    Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
+    inference engine uses.
     """
     rows = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
         for op in _OPS.values():
-            arguments = op.sample(torch.device(device), dtype)
-            try:
-                chosen, error = choose(op, *arguments), None
-            except BackendError as exception:
-                chosen, error = None, str(exception)
-            for implementation in op.implementations:
-                reason = None
-                if implementation is not chosen:
-                    reason = implementation.reason_against(*arguments) or error
-                    reason = reason or _outranked(op, implementation, chosen)
-                rows.append(Row(op.name, implementation.backend, implementation is chosen, reason))
+            if op.trains or not only_trainable:
+                rows += _rows(op, _recorded(op.sample(torch.device(device), dtype), training))
     return rows
+
+
+def _rows(op: Op, arguments: tuple[Any, ...]) -> Iterator[Row]:
+    try:
+        chosen, error = choose(op, *arguments), None
+    except BackendError as exception:
+        chosen, error = None, str(exception)
+    for implementation in op.implementations:
+        reason = None
+        if implementation is not chosen:
+            reason = implementation.reason_against(*arguments) or error
+            reason = reason or _outranked(op, implementation, chosen)
+        yield Row(op.name, implementation.backend, implementation is chosen, reason)
+
+
+def _recorded(arguments: Any, training: bool) -> Any:
+    """The sample arguments as a training step would give them."""
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_recorded(argument, training) for argument in arguments)
+    if isinstance(arguments, Tensor) and arguments.is_floating_point():
+        return arguments.detach().requires_grad_(training)
+    return arguments
 
 
 def _outranked(op: Op, implementation: Implementation, chosen: Implementation | None) -> str:

@@ -385,7 +385,7 @@ class DinoVisionTransformer(AnyLayout):
     def backends(self) -> list[backends.Row]:
         """Which implementation of each op runs for this model's device, dtype and mode, and why not the others."""
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-        return backends.table(parameter.device, parameter.dtype, self.training)
+        return backends.table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{row.op}={row.backend}" for row in self.backends() if row.chosen)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests import devices
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # set by pytest-xdist in its workers
         torch.set_num_threads(1)
+    if devices.interpreting():
+        devices.round_bf16_in_the_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -1,47 +1,110 @@
-"""The op activation: GELU and SwiGLU."""
+"""The op activation: GELU and SwiGLU, with and without a bias."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
+from dinov2_fast.backends import BackendError, use_backend
 from tests import reference
+from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_op = pytest.mark.parametrize("name", ["gelu", "swiglu"])
 
 
-@pytest.mark.parametrize("shape", [(0, 384), (1, 1), (257, 1536), (3, 5, 383)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gelu_obeys_the_rule(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x = (3 * torch.randn(shape)).to(dtype)
-    reference.assert_obeys_rule(ops.gelu(x), reference.gelu(x), F.gelu(x))
-
-
-@pytest.mark.parametrize("shape", [(0, 768), (1, 2), (257, 1024), (3, 5, 766)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_swiglu_obeys_the_rule(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x = (3 * torch.randn(shape)).to(dtype)
+def _plain(name: str, x: Tensor) -> Tensor:
+    if name == "gelu":
+        return F.gelu(x)
     gate, value = x.tensor_split(2, dim=-1)
-    reference.assert_obeys_rule(ops.swiglu(x), reference.swiglu(x), F.silu(gate) * value)
+    return F.silu(gate) * value
 
 
-def test_gelu_is_the_exact_one() -> None:
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
-    assert (ops.gelu(x) - reference.gelu(x)).abs().max() < 1e-15
-    assert (F.gelu(x, approximate="tanh") - reference.gelu(x)).abs().max() > 1e-4  # so the bound above tells them apart
+def _op(name: str, backend: str):
+    return lambda x, bias=None: getattr(ops, name)(x, bias, backend=backend)
 
 
-def test_swiglu_gates_with_the_first_half() -> None:
-    x = torch.tensor([[-30.0, 30.0, 2.0, 3.0]], dtype=torch.float64)
-    torch.testing.assert_close(ops.swiglu(x), torch.tensor([[0.0, 90.0]], dtype=torch.float64), atol=1e-10, rtol=0)
+@pytest.mark.parametrize("shape", [(0, 384), (1, 2), (257, 1536), (3, 5, 766)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@each_dtype
+@each_op
+@each_backend
+def test_forward_obeys_the_rule(
+    backend: str, name: str, dtype: torch.dtype, with_bias: bool, shape: tuple[int, ...]
+) -> None:
+    x, bias = random(*shape, dtype=dtype, scale=3), random(shape[-1], dtype=dtype)
+    with poisoned_memory():
+        y = _op(name, backend)(x, bias if with_bias else None)
+    exact = x.double() + bias.double() if with_bias else x
+    plain = x + bias if with_bias else x
+    reference.assert_obeys_rule(y, getattr(reference, name)(exact), _plain(name, plain))
 
 
-def test_gradients_in_fp64() -> None:
-    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ops.gelu, (x,))
-    assert torch.autograd.gradcheck(ops.swiglu, (x,))
+@each_dtype
+@each_op
+@each_backend
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, name: str, dtype: torch.dtype) -> None:
+    x = random(7, 512, dtype=dtype, scale=3)
+    x[3] /= 1000
+    y, exact, plain = _op(name, backend)(x), getattr(reference, name)(x), _plain(name, x)
+    for row in range(7):
+        reference.assert_obeys_rule(y[row], exact[row], plain[row])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@each_dtype
+@each_op
+@each_backend
+def test_gradients_obey_the_rule(backend: str, name: str, dtype: torch.dtype, with_bias: bool) -> None:
+    inputs = [random(37, 2, 1038, dtype=dtype, scale=2), random(1038, dtype=dtype) if with_bias else None]
+    with poisoned_memory():
+        ours = gradients(_op(name, backend), inputs)
+    plain = gradients(_op(name, "torch"), inputs)
+    exact = gradients(_op(name, "torch"), [None if x is None else x.double() for x in inputs])
+    for gradient, ref, usual in zip(ours, exact, plain, strict=True):
+        if ref is not None:
+            reference.assert_obeys_rule(gradient, ref, usual)
+
+
+@each_backend
+def test_gelu_is_the_exact_one(backend: str) -> None:
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device=DEVICE)
+    assert (ops.gelu(x, backend=backend) - reference.gelu(x)).abs().max() < 1e-15
+    assert (F.gelu(x, approximate="tanh") - reference.gelu(x)).abs().max() > 1e-4  # the bound above tells them apart
+    single = ops.gelu(x.float(), backend=backend).double()
+    assert (single - reference.gelu(x.float())).abs().max() < 1e-6
+
+
+@runs_triton
+def test_the_polynomial_is_as_near_as_it_says_for_every_bf16_number() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(DEVICE)
+    every = every[every.isfinite()]
+    y, exact = ops.gelu(every, backend="triton").double(), reference.gelu(every)
+    spacing = exact.abs().bfloat16().double() * 2.0**-7  # at least one unit in the last place
+    assert ((y - exact).abs() <= 3.2e-6 + spacing).all()
+    assert y.isfinite().all()
+
+
+@each_backend
+def test_swiglu_gates_with_the_first_half(backend: str) -> None:
+    x = torch.tensor([[-30.0, 30.0, 2.0, 3.0]], dtype=torch.float64, device=DEVICE)
+    expected = torch.tensor([[0.0, 90.0]], dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(ops.swiglu(x, backend=backend), expected, atol=1e-10, rtol=0)
+
+
+@each_op
+@each_backend
+def test_gradients_in_fp64(backend: str, name: str) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(_op(name, backend), (x,))
+    assert torch.autograd.gradcheck(_op(name, backend), (x, bias))
 
 
 def test_gelu_may_overwrite_its_input() -> None:
@@ -53,11 +116,112 @@ def test_gelu_may_overwrite_its_input() -> None:
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("op", [ops.gelu, ops.swiglu])
-def test_strides_nan_and_huge_values(op) -> None:
-    x = torch.randn(6, 4, 32)
+@runs_triton
+def test_a_kernel_leaves_its_input_alone() -> None:
+    x = random(9, 64)
+    before = x.clone()
+    with use_backend("triton"):
+        torch.testing.assert_close(ops.gelu(x, overwrite=True), ops.gelu(x))
+    assert torch.equal(x, before)
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "columns": lambda x: x[..., ::2],
+    "slice": lambda x: x[..., 1:33],
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_op
+@each_backend
+def test_strided_input_gives_what_a_copy_gives(backend: str, name: str, make) -> None:
+    x = make(random(6, 4, 64))
+    op = _op(name, backend)
     # torch takes another code path for strided input, which differs by single roundings
-    torch.testing.assert_close(op(x.transpose(0, 1)), op(x.transpose(0, 1).contiguous()), atol=2e-6, rtol=0)
-    extreme = torch.tensor([[float("nan"), 6e4, -6e4, 0.0]])
+    torch.testing.assert_close(op(x), op(x.contiguous()), atol=2e-6, rtol=0)
+    if backend == "triton":
+        inputs = x.detach().contiguous().requires_grad_()
+        y = op(inputs)
+        dy = random(2, *y.shape)[1].transpose(0, 1).contiguous().transpose(0, 1)
+        strided, copied = (torch.autograd.grad(y, inputs, g, retain_graph=True)[0] for g in (dy, dy.contiguous()))
+        assert torch.equal(strided, copied)
+
+
+@each_dtype
+@each_op
+@each_backend
+def test_nan_stays_and_huge_values_do_not_overflow(backend: str, name: str, dtype: torch.dtype) -> None:
+    extreme = torch.tensor([[float("nan"), 6e4, -6e4, 0.0] + [1.0] * 4], dtype=dtype, device=DEVICE)
+    op = _op(name, backend)
     assert op(extreme).isnan().sum() == 1
     assert not op(extreme).isinf().any()
+    (gradient,) = gradients(op, [extreme])
+    assert gradient.isnan().sum() == (1 if name == "gelu" else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_op
+@each_backend
+def test_fp8_forms_are_one_step_from_the_formula(backend: str, name: str, dtype: torch.dtype) -> None:
+    x, bias, scale = random(33, 766, dtype=dtype, scale=3), random(766, dtype=dtype), 1 / 64
+    with poisoned_memory():
+        y = getattr(ops, f"{name}_fp8")(x, bias, scale, backend=backend)
+    exact = (getattr(reference, name)(x.double() + bias.double()) / scale).clamp(-448, 448)
+    away = reference.e4m3_steps(y, exact.to(torch.float8_e4m3fn))
+    assert away.max() <= 1
+    assert (away > 0).double().mean() < 0.01
+    assert y.float().max() == 448
+    with pytest.raises(BackendError, match="inference only"):
+        getattr(ops, f"{name}_fp8")(x.requires_grad_(), bias, scale, backend=backend)
+
+
+@each_op
+@each_backend
+def test_autocast_gives_the_dtype_torch_gives(backend: str, name: str) -> None:
+    x, bias = random(3, 8, dtype=torch.bfloat16), random(8)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert _op(name, backend)(x).dtype == _op(name, "torch")(x).dtype
+        assert _op(name, backend)(x, bias).dtype == _op(name, "torch")(x, bias).dtype
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@each_op
+def test_opcheck(name: str, requires_grad: bool, strided: bool) -> None:
+    x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
+    bias = random(64).requires_grad_(requires_grad)
+    library = torch.ops.dinov2_fast
+    torch.library.opcheck(getattr(library, name).default, (x.requires_grad_(requires_grad), bias))
+    torch.library.opcheck(getattr(library, name).default, (x, None))
+    if not requires_grad:
+        torch.library.opcheck(getattr(library, f"{name}_fp8").default, (x, None, 0.1))
+        swiglu = name == "swiglu"
+        dy = x[..., :32] if swiglu else x
+        torch.library.opcheck(library.activation_backward.default, (dy, x, bias, swiglu))
+        torch.library.opcheck(library.activation_backward.default, (dy, x, None, swiglu))
+
+
+@runs_triton
+@each_op
+def test_compiled_whole_with_gradients(name: str) -> None:
+    op = _op(name, "triton")
+    inputs = [random(5, 64), random(64)]
+    compiled = torch.compile(lambda x, bias: op(x * 2, bias), fullgraph=True, backend="aot_eager")
+    eager = gradients(lambda x, bias: op(x * 2, bias), inputs)
+    for ours, theirs in zip(gradients(compiled, inputs), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(*inputs), op(inputs[0] * 2, inputs[1]))
+
+
+@runs_triton
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
+        ops.gelu(random(4).int(), backend="triton")
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    with FakeTensorMode(), pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
+        ops.gelu_fp8(torch.empty(4, device="cuda"), None, 1.0, backend="triton")

@@ -5,94 +5,343 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
+from dinov2_fast.backends import BackendError
 from tests import reference
+from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ROWS = [0, 1, 257]
 HIDDEN = [384, 768, 1024, 1536, 383, 1, 8192]
 EPS = 1e-6
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def _parameters(hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.rand(hidden).add(0.5).to(dtype), torch.randn(hidden).to(dtype)
+def _parameters(hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.rand(hidden).add(0.5).to(DEVICE, dtype), random(hidden, dtype=dtype)
+
+
+def _stream(dtype: torch.dtype, hidden: int = 96, seq_len: int = 17) -> list[Tensor]:
+    """residual, branch, gamma, drop_scale, deferred_bias"""
+    residual, branch = random(3, seq_len, hidden, dtype=dtype), random(3, seq_len, hidden, dtype=dtype)
+    drop_scale = torch.tensor([0.0, 1.25, 1.25], device=DEVICE, dtype=dtype)
+    return [residual, branch, torch.rand(hidden).to(DEVICE, dtype), drop_scale, random(hidden, dtype=dtype)]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_obeys_the_rule(dtype: torch.dtype, rows: int, hidden: int) -> None:
-    x = (3 * torch.randn(rows, hidden) + 1).to(dtype)
+@each_dtype
+@each_backend
+def test_forward_obeys_the_rule(backend: str, dtype: torch.dtype, rows: int, hidden: int) -> None:
+    x = random(rows, hidden, dtype=dtype, scale=3, shift=1)
     weight, bias = _parameters(hidden, dtype)
-    y = ops.layer_norm(x, weight, bias, EPS)
+    with poisoned_memory():
+        y = ops.layer_norm(x, weight, bias, EPS, backend=backend)
     plain = F.layer_norm(x, (hidden,), weight, bias, EPS)
     reference.assert_obeys_rule(y, reference.layer_norm(x, weight, bias, EPS), plain)
 
 
-def test_fp64_equals_the_formula() -> None:
-    x = torch.randn(5, 384, dtype=torch.float64)
+@each_dtype
+@each_backend
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, dtype: torch.dtype) -> None:
+    x = random(9, 384, dtype=dtype, scale=1000)
+    x[4] /= 1000
+    weight, bias = _parameters(384, dtype)
+    y, plain = ops.layer_norm(x, weight, bias, EPS, backend=backend), F.layer_norm(x, (384,), weight, bias, EPS)
+    for row, ref in enumerate(reference.layer_norm(x, weight, bias, EPS)):
+        reference.assert_obeys_rule(y[row], ref, plain[row])
+
+
+@each_backend
+def test_fp64_equals_the_formula(backend: str) -> None:
+    x = random(5, 384, dtype=torch.float64)
     weight, bias = _parameters(384, torch.float64)
-    torch.testing.assert_close(
-        ops.layer_norm(x, weight, bias, EPS), reference.layer_norm(x, weight, bias, EPS), rtol=0, atol=1e-13
+    y = ops.layer_norm(x, weight, bias, EPS, backend=backend)
+    torch.testing.assert_close(y, reference.layer_norm(x, weight, bias, EPS), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("left_out", [(), ("gamma",), ("drop_scale",), ("deferred_bias",), ("all",)], ids=str)
+@each_dtype
+@each_backend
+def test_add_layer_norm_obeys_the_rule(backend: str, dtype: torch.dtype, left_out: tuple[str, ...]) -> None:
+    residual, branch, gamma, drop_scale, deferred = _stream(dtype)
+    gamma = None if {"gamma", "all"} & {*left_out} else gamma
+    drop_scale = None if {"drop_scale", "all"} & {*left_out} else drop_scale
+    deferred = None if {"deferred_bias", "all"} & {*left_out} else deferred
+    weight, bias = _parameters(96, dtype)
+    with poisoned_memory():
+        total, y = ops.add_layer_norm(residual, branch, gamma, drop_scale, weight, bias, EPS, deferred, backend=backend)
+    ref = reference.add_residual(residual, branch, gamma, drop_scale)
+    plain = branch if drop_scale is None else branch * drop_scale[:, None, None]
+    plain = residual + (plain if gamma is None else plain * gamma)
+    if deferred is not None:
+        ref, plain = ref + deferred.double(), plain + deferred
+    reference.assert_obeys_rule(total, ref, plain)
+    # The norm is of the sum as it is stored, so it is held to the rule for that.
+    reference.assert_obeys_rule(
+        y, reference.layer_norm(total, weight, bias, EPS), F.layer_norm(total, (96,), weight, bias, EPS)
     )
 
 
-@pytest.mark.parametrize("with_gamma", [True, False])
-@pytest.mark.parametrize("with_drop_scale", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_add_layer_norm_equals_its_parts(dtype: torch.dtype, with_drop_scale: bool, with_gamma: bool) -> None:
-    residual, branch = torch.randn(2, 3, 17, 64, dtype=dtype)
-    gamma = torch.rand(64, dtype=dtype) if with_gamma else None
-    drop_scale = torch.tensor([0.0, 1.25, 1.25], dtype=dtype) if with_drop_scale else None
-    weight, bias = _parameters(64, dtype)
-    total, y = ops.add_layer_norm(residual, branch, gamma, drop_scale, weight, bias, EPS)
-    expected = reference.add_residual(residual, branch, gamma, drop_scale)
-    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-    torch.testing.assert_close(total.double(), expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(
-        y.double(), reference.layer_norm(expected, weight, bias, EPS), rtol=0, atol=4 * tolerance
-    )
+@pytest.mark.parametrize("hidden", [96, 383])
+@each_dtype
+@each_backend
+def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, hidden: int) -> None:
+    residual, branch, gamma, drop_scale, deferred = _stream(dtype, hidden)
+    weight, bias = _parameters(hidden, dtype)
+
+    def run(backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        residual, branch, gamma, weight, bias, deferred = inputs
+        scale = drop_scale.to(residual.dtype)
+        total, y = ops.add_layer_norm(residual, branch, gamma, scale, weight, bias, EPS, deferred, backend=backend)
+        return total, y, ops.layer_norm(total, weight, bias, EPS, backend=backend)
+
+    inputs = [residual, branch, gamma, weight, bias, deferred]
+    with poisoned_memory():
+        ours = gradients(lambda *x: run(backend, *x), inputs)
+    plain = gradients(lambda *x: run("torch", *x), inputs)
+    exact = gradients(lambda *x: run("torch", *x), [x.double() for x in inputs])
+    for gradient, ref, usual in zip(ours, exact, plain, strict=True):
+        reference.assert_obeys_rule(gradient, ref, usual)
 
 
-def test_gradients_in_fp64() -> None:
-    residual, branch = torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True).unbind(0)
-    gamma, weight, bias = torch.randn(3, 5, dtype=torch.float64, requires_grad=True).unbind(0)
-    scale = torch.tensor([0.0, 2.0], dtype=torch.float64)
+@each_backend
+def test_mixed_dtypes_promote_as_in_torch(backend: str) -> None:
+    residual, branch = random(2, 3, 64), random(2, 3, 64, dtype=torch.bfloat16)
+    gamma, (weight, bias) = torch.rand(64, device=DEVICE), _parameters(64, torch.float32)
+
+    def run(backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        residual, branch, gamma, weight, bias = inputs
+        return ops.add_layer_norm(residual, branch, gamma, None, weight, bias, EPS, backend=backend)
+
+    inputs = [residual, branch, gamma, weight, bias]
+    for result, plain in zip(run(backend, *inputs), run("torch", *inputs), strict=True):
+        assert result.dtype == plain.dtype == torch.float32
+        torch.testing.assert_close(result, plain, atol=1e-5, rtol=0)
+    plain = gradients(lambda *x: run("torch", *x), inputs)
+    for result, usual in zip(gradients(lambda *x: run(backend, *x), inputs), plain, strict=True):
+        torch.testing.assert_close(result, usual, atol=1e-4, rtol=0.01)
+    x = branch[0]
+    assert ops.layer_norm(x, weight.bfloat16(), bias.bfloat16(), EPS, backend=backend).dtype == torch.bfloat16
+
+
+@each_backend
+def test_gradients_in_fp64(backend: str) -> None:
+    residual, branch = torch.randn(2, 2, 3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
+    vectors = torch.randn(4, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
+    scale = torch.tensor([0.0, 2.0], dtype=torch.float64, device=DEVICE)
     assert torch.autograd.gradcheck(
-        lambda r, b, g, w, c: ops.add_layer_norm(r, b, g, scale, w, c, EPS), (residual, branch, gamma, weight, bias)
+        lambda r, b, g, w, c, d: ops.add_layer_norm(r, b, g, scale, w, c, EPS, d, backend=backend),
+        (residual, branch, *vectors),
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, c: ops.layer_norm(x, w, c, EPS, backend=backend), (residual, *vectors[:2])
     )
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x.transpose(0, 1),
-        lambda x: x[:, ::2],
-        lambda x: x[:1].expand(4, -1, -1),
-        lambda x: x[1:, 1:],
-    ],
-    ids=["transposed", "strided", "expanded", "offset"],
-)
-def test_strided_input_gives_what_a_copy_gives(make) -> None:
-    x = make(torch.randn(4, 6, 64))
-    weight, bias = _parameters(64, torch.float32)
-    assert torch.equal(ops.layer_norm(x, weight, bias, EPS), ops.layer_norm(x.contiguous(), weight, bias, EPS))
+@runs_triton
+def test_a_gradient_of_only_one_output_and_of_few_inputs() -> None:
+    residual, branch, gamma, *_ = _stream(torch.float32)
+    weight, bias = _parameters(96, torch.float32)
+    for output in (0, 1):
+        found = []
+        for backend in ("torch", "triton"):
+            x = residual.clone().requires_grad_()
+            outputs = ops.add_layer_norm(x, branch, gamma, None, weight, bias, EPS, backend=backend)
+            outputs[output].pow(2).sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
 
-def test_nan_and_inf_stay_in_their_row_and_constant_rows_give_the_bias() -> None:
-    x = torch.randn(4, 64)
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "offset": lambda x: x[1:, 1:],
+    "columns": lambda x: x[..., ::2],
+    "misaligned": lambda x: x.flatten()[1:1281].view(5, 4, 64),
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_backend
+def test_strided_input_gives_what_a_copy_gives(backend: str, make) -> None:
+    x = make(random(4, 6, 64))
+    weight, bias = _parameters(x.shape[-1], torch.float32)
+    copy = x.contiguous()
+
+    def norm(x: Tensor) -> Tensor:
+        return ops.layer_norm(x, weight, bias, EPS, backend=backend)
+
+    assert torch.equal(norm(x), norm(copy))
+    sums = [ops.add_layer_norm(r, copy, weight, None, weight, bias, EPS, backend=backend) for r in (x, copy)]
+    assert torch.equal(sums[0][0], sums[1][0])
+    assert torch.equal(sums[0][1], sums[1][1])
+
+
+@runs_triton
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+def test_strided_gradients_give_what_a_copy_gives(make) -> None:
+    dy = make(random(4, 6, 64))
+    x = random(*dy.shape).requires_grad_()
+    weight, bias = (v.requires_grad_() for v in _parameters(dy.shape[-1], torch.float32))
+    y = ops.layer_norm(x, weight, bias, EPS, backend="triton")
+    both = [torch.autograd.grad(y, (x, weight, bias), g, retain_graph=True) for g in (dy, dy.contiguous())]
+    for strided, copied in zip(*both, strict=True):
+        assert torch.equal(strided, copied)
+
+
+@each_backend
+def test_nan_and_inf_stay_in_their_row_and_constant_rows_give_the_bias(backend: str) -> None:
+    x = random(4, 64)
     x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 7.0
     weight, bias = _parameters(64, torch.float32)
-    y = ops.layer_norm(x, weight, bias, EPS)
+    y = ops.layer_norm(x, weight, bias, EPS, backend=backend)
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
     assert y[2].isnan().all()
     torch.testing.assert_close(y[3], bias)
 
 
+@each_backend
+def test_huge_and_tiny_values(backend: str) -> None:
+    weight, bias = _parameters(384, torch.float16)
+    huge = random(3, 384, dtype=torch.float16).sign() * 6e4
+    tiny = random(3, 384, dtype=torch.float16, scale=1e-4)  # eps counts as much as the variance
+    for x in (huge, tiny):
+        y = ops.layer_norm(x, weight, bias, 1e-8, backend=backend)
+        plain = F.layer_norm(x, (384,), weight, bias, 1e-8)
+        reference.assert_obeys_rule(y, reference.layer_norm(x, weight, bias, 1e-8), plain)
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_gives_the_dtype_torch_gives(dtype: torch.dtype) -> None:
-    x, (weight, bias) = torch.randn(2, 8, dtype=dtype), _parameters(8, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.layer_norm(x, weight, bias, EPS).dtype == F.layer_norm(x, (8,), weight, bias, EPS).dtype
+def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) -> None:
+    x, (weight, bias) = random(2, 3, 8, dtype=dtype), _parameters(8, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = ops.layer_norm(x, weight, bias, EPS, backend=backend)
+        assert y.dtype == F.layer_norm(x, (8,), weight, bias, EPS).dtype
+        total, y = ops.add_layer_norm(x.float(), x.bfloat16(), weight, None, weight, bias, EPS, backend=backend)
+    assert total.dtype == y.dtype == torch.float32
+
+
+# e4m3
+
+
+def _assert_one_step(quantized: Tensor, exact: Tensor) -> None:
+    """At most one e4m3 step from the saturating quantisation of the exact result, and mostly none."""
+    assert quantized.dtype == torch.float8_e4m3fn
+    expected = exact.clamp(-448, 448).to(torch.float8_e4m3fn)
+    away = reference.e4m3_steps(quantized, expected)
+    assert away.max() <= 1
+    assert (away > 0).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("hidden", [384, 383])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_fp8_forms_are_one_step_from_the_formula(backend: str, dtype: torch.dtype, hidden: int) -> None:
+    residual, branch, gamma, _, deferred = _stream(dtype, hidden)
+    weight, bias = _parameters(hidden, dtype)
+    scale = 0.01  # large values saturate
+    exact = reference.layer_norm(residual, weight, bias, EPS)
+    with poisoned_memory():
+        y = ops.layer_norm_fp8(residual, weight, bias, EPS, scale, backend=backend)
+        rows, row_scale = ops.layer_norm_fp8_rows(residual, weight, bias, EPS, backend=backend)
+    _assert_one_step(y, exact / scale)
+    assert y.float().abs().max() == 448
+    torch.testing.assert_close(row_scale.double(), exact.abs().amax(-1, keepdim=True) / 448, rtol=1e-5, atol=0)
+    _assert_one_step(rows, exact / row_scale.double())
+
+    plain = [residual, branch, gamma, weight, bias, EPS, deferred]
+    total, _ = ops.add_layer_norm(*plain[:3], None, *plain[3:], backend=backend)
+    exact = reference.layer_norm(total, weight, bias, EPS)
+    sum_static, y = ops.add_layer_norm_fp8(*plain, scale, backend=backend)
+    sum_rows, rows, row_scale = ops.add_layer_norm_fp8_rows(*plain, backend=backend)
+    assert torch.equal(sum_static, total)
+    assert torch.equal(sum_rows, total)
+    _assert_one_step(y, exact / scale)
+    _assert_one_step(rows, exact / row_scale.double())
+
+
+@each_backend
+def test_a_row_of_zeros_has_a_scale(backend: str) -> None:
+    x, zero = torch.ones(2, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    y, scale = ops.layer_norm_fp8_rows(x, zero, zero, EPS, backend=backend)
+    assert (y.float() == 0).all()
+    torch.testing.assert_close(scale, torch.full((2, 1), 1e-12, device=DEVICE))
+
+
+@each_backend
+def test_fp8_forms_are_for_inference(backend: str) -> None:
+    x = random(2, 64).requires_grad_()
+    with pytest.raises(BackendError, match="inference only"):
+        ops.layer_norm_fp8(x, x[0], x[0], EPS, 1.0, backend=backend)
+    with torch.no_grad():
+        ops.layer_norm_fp8(x, x[0], x[0], EPS, 1.0, backend=backend)
+
+
+# The registered ops
+
+
+def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
+    vector = torch.rand(residual.shape[-1], device=DEVICE)
+    return residual, branch, vector, None, vector + 1, vector - 1, EPS, None
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool, strided: bool) -> None:
+    x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
+    x.requires_grad_(requires_grad)
+    vector = torch.rand(64, device=DEVICE, requires_grad=requires_grad)
+    library = torch.ops.dinov2_fast
+    torch.library.opcheck(library.layer_norm.default, (x, vector, vector, EPS))
+    torch.library.opcheck(library.add_layer_norm.default, _add_arguments(x, x.detach()))
+    if not requires_grad:
+        rest = _add_arguments(x, x)
+        fp8 = (*rest[:3], *rest[4:])
+        torch.library.opcheck(library.layer_norm_forward.default, (x, vector, vector, EPS))
+        torch.library.opcheck(library.add_layer_norm_forward.default, rest)
+        torch.library.opcheck(library.layer_norm_fp8.default, (x, vector, vector, EPS, 0.1))
+        torch.library.opcheck(library.layer_norm_fp8_rows.default, (x, vector, vector, EPS))
+        torch.library.opcheck(library.add_layer_norm_fp8.default, (*fp8, 0.1))
+        torch.library.opcheck(library.add_layer_norm_fp8_rows.default, fp8)
+        row = torch.rand(x.shape[:-1], device=DEVICE)
+        torch.library.opcheck(library.layer_norm_backward.default, (x, x, vector, row, row))
+        backward = (x, x, x, x, vector, None, vector, row, row, torch.float32)
+        torch.library.opcheck(library.add_layer_norm_backward.default, backward)
+
+
+@runs_triton
+def test_compiled_whole_with_gradients() -> None:
+    def step(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        total, y = ops.add_layer_norm(residual, branch, weight, None, weight, bias, EPS, backend="triton")
+        return ops.layer_norm(total * y, weight, bias, EPS, backend="triton")
+
+    inputs = [random(2, 5, 64), random(2, 5, 64), *_parameters(64, torch.float32)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled, inputs), gradients(step, inputs), strict=True):
+        torch.testing.assert_close(ours, eager)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(*inputs), step(*inputs))
+
+
+@runs_triton
+def test_refusals_say_why() -> None:
+    x, weight = random(2, 8).to(torch.int32), random(8)
+    with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
+        ops.layer_norm(x, weight, weight, EPS, backend="triton")
+    with FakeTensorMode():
+        wide = torch.empty(2, 20000, device="cuda")
+        with pytest.raises(BackendError, match="hidden size up to 16384, got 20000"):
+            ops.layer_norm(wide, wide[0], wide[0], EPS, backend="triton")
+        x = torch.empty(2, 3, 8, device="cuda")
+        scale = torch.ones(2, device="cuda", requires_grad=True)
+        with pytest.raises(BackendError, match="no gradient for drop_scale"):
+            ops.add_layer_norm(x, x, None, scale, x[0, 0], x[0, 0], EPS, backend="triton")

@@ -2,23 +2,36 @@
 
 from dinov2_fast import backends
 from dinov2_fast.backends import use_backend
-from dinov2_fast.ops.activation import gelu, swiglu
+from dinov2_fast.ops.activation import gelu, gelu_fp8, swiglu, swiglu_fp8
 from dinov2_fast.ops.attention import attention, attention_probabilities, attention_varlen
-from dinov2_fast.ops.layer_norm import add_layer_norm, layer_norm
+from dinov2_fast.ops.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_fp8,
+    add_layer_norm_fp8_rows,
+    layer_norm,
+    layer_norm_fp8,
+    layer_norm_fp8_rows,
+)
 from dinov2_fast.ops.residual import add_residual, gather_rows, scatter_add_residual
 
 backends.apply_environment()
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_fp8",
+    "add_layer_norm_fp8_rows",
     "add_residual",
     "attention",
     "attention_probabilities",
     "attention_varlen",
     "gather_rows",
     "gelu",
+    "gelu_fp8",
     "layer_norm",
+    "layer_norm_fp8",
+    "layer_norm_fp8_rows",
     "scatter_add_residual",
     "swiglu",
+    "swiglu_fp8",
     "use_backend",
 ]

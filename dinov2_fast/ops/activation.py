@@ -3,43 +3,188 @@
     gelu(x)     = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))         the exact form, as DINOv2 was trained
     swiglu(x12) = silu(x1) * x2,  x1 the first half of the last dimension (the gate), x2 the second
 
-Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
+Either adds a bias first if it is given one, which a linear left to it. The `_fp8` forms return e4m3 values, divided by
+a given scale. Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.ops import _fp8, _registry
 
 
-def gelu(x: Tensor, overwrite: bool = False, *, backend: str | None = None) -> Tensor:
-    """Exact (erf) GELU of `x`, any shape, in its dtype.
+def gelu(x: Tensor, bias: Tensor | None = None, overwrite: bool = False, *, backend: str | None = None) -> Tensor:
+    """Exact (erf) GELU of `x` (..., hidden), or of `x + bias` with a bias (hidden,), in its dtype.
 
     With `overwrite` the result may be written over `x`, which saves memory; not while gradients are recorded.
     """
-    return _GELU(x, overwrite, backend=backend)
+    return _GELU(x, bias, overwrite, backend=backend)
 
 
-def swiglu(x12: Tensor, *, backend: str | None = None) -> Tensor:
-    """SwiGLU of packed halves: (..., 2 * hidden) with the gate first, to (..., hidden), in the dtype of `x12`."""
-    return _SWIGLU(x12, backend=backend)
+def swiglu(x12: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """SwiGLU of packed halves: (..., 2 * hidden) with the gate first, to (..., hidden), in the dtype of `x12`.
+
+    `bias` (2 * hidden,) is added to `x12`.
+    """
+    return _SWIGLU(x12, bias, backend=backend)
 
 
-def gelu_torch(x: Tensor, overwrite: bool = False) -> Tensor:
+def gelu_fp8(x: Tensor, bias: Tensor | None, scale: float, *, backend: str | None = None) -> Tensor:
+    """`gelu` as e4m3 values, to be multiplied by `scale`. For inference only."""
+    return _GELU_FP8(x, bias, scale, backend=backend)
+
+
+def swiglu_fp8(x12: Tensor, bias: Tensor | None, scale: float, *, backend: str | None = None) -> Tensor:
+    """`swiglu` as e4m3 values, to be multiplied by `scale`. For inference only."""
+    return _SWIGLU_FP8(x12, bias, scale, backend=backend)
+
+
+# The torch references
+
+
+def gelu_torch(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
+    if bias is not None:
+        x = x + bias
     return torch.ops.aten.gelu_(x) if overwrite else F.gelu(x)
 
 
-def swiglu_torch(x12: Tensor) -> Tensor:
-    gate, value = x12.chunk(2, dim=-1)
+def swiglu_torch(x12: Tensor, bias: Tensor | None = None) -> Tensor:
+    gate, value = (x12 if bias is None else x12 + bias).chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
-def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
-    return (torch.empty(1, 257, 1536, device=device, dtype=dtype),)
+def gelu_fp8_torch(x: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return _fp8.quantize(gelu_torch(x.float(), bias), scale)
 
 
-_GELU = Op("gelu", "activation", (Implementation("torch", gelu_torch),), _sample)
-_SWIGLU = Op("swiglu", "activation", (Implementation("torch", swiglu_torch),), _sample)
+def swiglu_fp8_torch(x12: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return _fp8.quantize(swiglu_torch(x12.float(), bias), scale)
+
+
+# The kernels
+
+
+def _launch(x: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    from dinov2_fast.kernels.activation import activation_forward
+
+    return activation_forward(x, bias, **options)
+
+
+def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
+    from dinov2_fast.kernels.activation_backward import activation_backward
+
+    dx, dbias = activation_backward(dy, x, bias, swiglu=swiglu)
+    return dx, x.new_empty(0) if dbias is None else dbias
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, swiglu: bool) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.swiglu = swiglu
+        return (_swiglu if swiglu else _gelu)(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias = _backward(dy, x, bias, ctx.swiglu)
+        return dx, None if bias is None else dbias.to(bias.dtype), None
+
+
+def _fake(x: Tensor, bias: Tensor | None, halves: int, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // halves), dtype=dtype or _registry.promoted(x, bias))
+
+
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
+    if bias is None:
+        return x.new_empty(x.shape), x.new_empty(0)
+    wide = torch.promote_types(torch.float32, _registry.promoted(dy, x, bias))
+    return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=wide)
+
+
+_gelu = _registry.register(
+    "gelu(Tensor x, Tensor? bias) -> Tensor",
+    _launch,
+    lambda x, bias: _fake(x, bias, 1),
+    lambda x, bias: _Activation.apply(x, bias, False),
+)
+_swiglu = _registry.register(
+    "swiglu(Tensor x12, Tensor? bias) -> Tensor",
+    lambda x, bias: _launch(x, bias, swiglu=True),
+    lambda x, bias: _fake(x, bias, 2),
+    lambda x, bias: _Activation.apply(x, bias, True),
+)
+_backward = _registry.register(
+    "activation_backward(Tensor dy, Tensor x, Tensor? bias, bool swiglu) -> (Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+_gelu_fp8 = _registry.register(
+    "gelu_fp8(Tensor x, Tensor? bias, float scale) -> Tensor",
+    lambda x, bias, scale: _launch(x, bias, e4m3=True, scale=scale),
+    lambda x, bias, scale: _fake(x, bias, 1, torch.float8_e4m3fn),
+)
+_swiglu_fp8 = _registry.register(
+    "swiglu_fp8(Tensor x12, Tensor? bias, float scale) -> Tensor",
+    lambda x, bias, scale: _launch(x, bias, swiglu=True, e4m3=True, scale=scale),
+    lambda x, bias, scale: _fake(x, bias, 2, torch.float8_e4m3fn),
+)
+
+
+def _gelu_kernel(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
+    return _gelu(x, bias)  # a device's allocator hands out the same memory again: overwriting would gain nothing
+
+
+def _swiglu_kernel(x12: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _swiglu(x12, bias)
+
+
+def _refuses(x: Tensor, *rest: Any) -> str | None:
+    return None if x.dtype in _registry.FLOATS else f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
+
+
+def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x) or _refuses(x)
+
+
+def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.empty(1, 257, 1536, device=device, dtype=dtype), None
+
+
+def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return *_sample(device, dtype), 0.0625
+
+
+# torch stands first: none of these kernels has run on a GPU yet.
+_GELU = Op(
+    "gelu", "activation", (Implementation("torch", gelu_torch), _registry.triton(_gelu_kernel, _refuses)), _sample
+)
+_SWIGLU = Op(
+    "swiglu", "activation", (Implementation("torch", swiglu_torch), _registry.triton(_swiglu_kernel, _refuses)), _sample
+)
+_GELU_FP8 = Op(
+    "gelu_fp8",
+    "activation",
+    (
+        Implementation("torch", gelu_fp8_torch, trains=False),
+        _registry.triton(_gelu_fp8, _refuses_fp8, trains=False),
+    ),
+    _sample_fp8,
+)
+_SWIGLU_FP8 = Op(
+    "swiglu_fp8",
+    "activation",
+    (
+        Implementation("torch", swiglu_fp8_torch, trains=False),
+        _registry.triton(_swiglu_fp8, _refuses_fp8, trains=False),
+    ),
+    _sample_fp8,
+)

@@ -1,20 +1,30 @@
 """Layer normalisation, alone and fused with the residual addition before it.
 
     layer_norm(x)[i] = (x[i] - mean(x)) / sqrt(var(x) + eps) * weight[i] + bias[i]      over the last dimension
-    add_layer_norm:    r' = r + drop_scale * gamma * branch,    y = layer_norm(r'),     returns (r', y)
+    add_layer_norm:    r' = r + drop_scale * gamma * branch + deferred_bias,    y = layer_norm(r'),    returns (r', y)
 
-`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-picture factor of stochastic depth.
+`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-picture factor of stochastic depth,
+`deferred_bias` what earlier linears left out of the stream (an inference engine adds the biases of in-place matrix
+products here). The `_fp8` forms return y in e4m3, divided by a given scale, the `_fp8_rows` forms by one of each row.
 Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.backends import Implementation, Op, records_gradient
+from dinov2_fast.ops import _fp8, _registry
 from dinov2_fast.ops.residual import add_residual_torch
+
+MAX_HIDDEN = 16384  # the kernels keep a row in registers
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
@@ -40,6 +50,7 @@ def add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    deferred_bias: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -51,12 +62,61 @@ def add_layer_norm(
         drop_scale: (batch,) factor of each picture's branch (stochastic depth), or None for 1.
         weight, bias: (hidden,) of the norm.
         eps: added to the variance.
+        deferred_bias: (hidden,) added to every token, or None for 0.
         backend: the implementation to use instead of the default.
 
     Returns:
         The new residual stream and its norm, both (batch, seq_len, hidden).
     """
-    return _ADD_LAYER_NORM(residual, branch, gamma, drop_scale, weight, bias, eps, backend=backend)
+    return _ADD_LAYER_NORM(residual, branch, gamma, drop_scale, weight, bias, eps, deferred_bias, backend=backend)
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float, *, backend: str | None = None
+) -> Tensor:
+    """`layer_norm` as e4m3 values (..., hidden), to be multiplied by `scale`. For inference only."""
+    return _LAYER_NORM_FP8(x, weight, bias, eps, scale, backend=backend)
+
+
+def layer_norm_fp8_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm` as e4m3 values (..., hidden) and the fp32 scale (..., 1) of each row. For inference only."""
+    return _LAYER_NORM_FP8_ROWS(x, weight, bias, eps, backend=backend)
+
+
+def add_layer_norm_fp8(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    scale: float,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` with the norm as e4m3 values, to be multiplied by `scale`. For inference only."""
+    return _ADD_LAYER_NORM_FP8(residual, branch, gamma, weight, bias, eps, deferred_bias, scale, backend=backend)
+
+
+def add_layer_norm_fp8_rows(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm` with the norm as e4m3 values and the fp32 scale (..., 1) of each row. For inference only."""
+    return _ADD_LAYER_NORM_FP8_ROWS(residual, branch, gamma, weight, bias, eps, deferred_bias, backend=backend)
+
+
+# The torch references
 
 
 def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -71,20 +131,316 @@ def add_layer_norm_torch(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    deferred_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     residual = add_residual_torch(residual, branch, gamma, drop_scale)
+    if deferred_bias is not None:
+        residual = residual + deferred_bias
     return residual, layer_norm_torch(residual, weight, bias, eps)
 
 
-def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float]:
+def layer_norm_fp8_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> Tensor:
+    return _fp8.quantize(_wide_norm(x, weight, bias, eps), scale)
+
+
+def layer_norm_fp8_rows_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _fp8.quantize_rows(_wide_norm(x, weight, bias, eps))
+
+
+def add_layer_norm_fp8_torch(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
+    return total, layer_norm_fp8_torch(total, weight, bias, eps, scale)
+
+
+def add_layer_norm_fp8_rows_torch(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
+    return total, *layer_norm_fp8_rows_torch(total, weight, bias, eps)
+
+
+def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return layer_norm_torch(x.float(), weight.float(), bias.float(), eps)
+
+
+# The kernels
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, **options: Any) -> Any:
+    from dinov2_fast.kernels.layer_norm import layer_norm_forward
+
+    return layer_norm_forward(x, weight, bias, eps, **options)
+
+
+def _launch_add(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    **options: Any,
+) -> Any:
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred_bias": deferred_bias}
+    return _launch(residual, weight, bias, eps, **addends, **options)
+
+
+def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, **options: Any) -> Any:
+    from dinov2_fast.kernels.layer_norm_backward import layer_norm_backward
+
+    return layer_norm_backward(dy, x, weight, mean, rstd, **options)
+
+
+def _launch_add_backward(
+    dtotal: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+) -> Any:
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale}
+    return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.bias_dtype = bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, sums = _backward(dy, x, weight, mean, rstd)
+        return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        gamma, drop_scale, weight, bias, _, deferred_bias = rest
+        total, y, mean, rstd = _add_forward(residual, branch, *rest)
+        ctx.save_for_backward(total, branch, gamma, drop_scale, weight, mean, rstd)
+        ctx.dtypes = residual.dtype, bias.dtype, None if deferred_bias is None else deferred_bias.dtype
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gamma, weight = ctx.saved_tensors[2], ctx.saved_tensors[4]
+        dtype, bias_dtype, deferred_dtype = ctx.dtypes
+        dresidual, dbranch, sums = _add_backward(dtotal, dy, *ctx.saved_tensors, dtype)
+        dweight, dbias, dgamma, ddeferred = sums.unbind(0)
+        dgamma = None if gamma is None else dgamma.to(gamma.dtype)
+        ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
+        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
+
+
+def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """A new contiguous tensor of the shape of `x`, in `dtype` or the common dtype."""
+    return x.new_empty(x.shape, dtype=dtype or _registry.promoted(x, *others))
+
+
+def _e4m3_like(x: Tensor) -> Tensor:
+    return _like(x, dtype=torch.float8_e4m3fn)
+
+
+def _row_scales(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _registry.promoted(x, *others)))
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return _like(x), _wide(x, x.shape[:-1], weight), _wide(x, x.shape[:-1], weight)
+
+
+def _fake_add(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, b: Tensor, eps: float, deferred: Any) -> Any:
+    return _like(r, o, gamma, drop, deferred), _like(r, o, gamma, drop, deferred)
+
+
+def _fake_add_forward(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    rows = [_wide(r, r.shape[:-1], o, gamma, drop, rest[-1], w) for _ in range(2)]
+    return *_fake_add(r, o, gamma, drop, w, *rest), *rows
+
+
+def _fake_add_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _like(total, dtype=rest[-1]), _like(o), _wide(total, (4, total.shape[-1]), o, gamma, drop, w)
+
+
+_NORM = "Tensor weight, Tensor bias, float eps"
+_ADDEND = "Tensor residual, Tensor branch, Tensor? gamma"
+_ADD = f"({_ADDEND}, Tensor? drop_scale, {_NORM}, Tensor? deferred_bias)"
+
+_layer_norm = _registry.register(
+    f"layer_norm(Tensor x, {_NORM}) -> Tensor",
+    lambda *args: _launch(*args).y,
+    lambda x, weight, bias, eps: _like(x),
+    _LayerNorm.apply,
+    autocast=lambda device: torch.float32 if device == "cuda" else None,
+)
+_forward = _registry.register(
+    f"layer_norm_forward(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _launch(*args, statistics=True)[1:4],
+    _fake_forward,
+)
+_backward = _registry.register(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    lambda *args: _launch_backward(*args)[::2],
+    lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (4, x.shape[-1]), weight)),
+)
+_add_layer_norm = _registry.register(
+    f"add_layer_norm{_ADD} -> (Tensor, Tensor)", lambda *args: _launch_add(*args)[:2], _fake_add, _AddLayerNorm.apply
+)
+_add_forward = _registry.register(
+    f"add_layer_norm_forward{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: _launch_add(*args, statistics=True)[:4],
+    _fake_add_forward,
+)
+_add_backward = _registry.register(
+    "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
+    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _launch_add_backward,
+    _fake_add_backward,
+)
+_layer_norm_fp8 = _registry.register(
+    f"layer_norm_fp8(Tensor x, {_NORM}, float scale) -> Tensor",
+    lambda x, w, b, eps, scale: _launch(x, w, b, eps, scale=scale, e4m3=True).y,
+    lambda x, w, b, eps, scale: _e4m3_like(x),
+)
+_layer_norm_fp8_rows = _registry.register(
+    f"layer_norm_fp8_rows(Tensor x, {_NORM}) -> (Tensor, Tensor)",
+    lambda *args: _launch(*args, e4m3=True)[1::3],
+    lambda x, w, b, eps: (_e4m3_like(x), _row_scales(x)),
+)
+_add_layer_norm_fp8 = _registry.register(
+    f"add_layer_norm_fp8({_ADDEND}, {_NORM}, Tensor? deferred_bias, float scale) -> (Tensor, Tensor)",
+    lambda r, o, g, w, b, eps, d, scale: _launch_add(r, o, g, None, w, b, eps, d, scale=scale, e4m3=True)[:2],
+    lambda r, o, g, w, b, eps, d, scale: (_like(r, o, g, d), _e4m3_like(r)),
+)
+_add_layer_norm_fp8_rows = _registry.register(
+    f"add_layer_norm_fp8_rows({_ADDEND}, {_NORM}, Tensor? deferred_bias) -> (Tensor, Tensor, Tensor)",
+    lambda r, o, g, w, b, eps, d: itemgetter(0, 1, 4)(_launch_add(r, o, g, None, w, b, eps, d, e4m3=True)),
+    lambda r, o, g, w, b, eps, d: (_like(r, o, g, d), _e4m3_like(r), _row_scales(r)),
+)
+
+
+def _refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
+    if x.dtype not in _registry.FLOATS:
+        return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
+    if x.shape[-1] > MAX_HIDDEN:
+        return f"takes a hidden size up to {MAX_HIDDEN}, got {x.shape[-1]}"
+    return None
+
+
+def _refuses_add(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None = None,
+) -> str | None:
+    if records_gradient([drop_scale]):
+        return "gives no gradient for drop_scale"
+    return _refuses(residual, weight, bias, eps)
+
+
+def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x) or _refuses(x, *rest[:3])
+
+
+def _refuses_add_fp8(residual: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> str | None:
+    return _refuses_fp8(residual, *rest)
+
+
+def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.empty(1, 257, 384, device=device, dtype=dtype)
     return x, x[0, 0], x[0, 0], 1e-6
 
 
-def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, weight, bias, eps = _sample(device, dtype)
-    return x, x, weight, None, weight, bias, eps
+    return x, x, weight, None, weight, bias, eps, None
 
 
-_LAYER_NORM = Op("layer_norm", "layer_norm", (Implementation("torch", layer_norm_torch),), _sample)
-_ADD_LAYER_NORM = Op("add_layer_norm", "layer_norm", (Implementation("torch", add_layer_norm_torch),), _sample_add)
+def _sample_add_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    residual, branch, gamma, _, *norm = _sample_add(device, dtype)
+    return residual, branch, gamma, *norm
+
+
+def _inference(function: Callable[..., Any]) -> Implementation:
+    return Implementation("torch", function, trains=False)
+
+
+# torch stands first: none of these kernels has run on a GPU yet.
+_LAYER_NORM = Op(
+    "layer_norm",
+    "layer_norm",
+    (Implementation("torch", layer_norm_torch), _registry.triton(_layer_norm, _refuses)),
+    _sample,
+)
+_ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    "layer_norm",
+    (Implementation("torch", add_layer_norm_torch), _registry.triton(_add_layer_norm, _refuses_add)),
+    _sample_add,
+)
+_LAYER_NORM_FP8 = Op(
+    "layer_norm_fp8",
+    "layer_norm",
+    (_inference(layer_norm_fp8_torch), _registry.triton(_layer_norm_fp8, _refuses_fp8, trains=False)),
+    lambda device, dtype: (*_sample(device, dtype), 0.125),
+)
+_LAYER_NORM_FP8_ROWS = Op(
+    "layer_norm_fp8_rows",
+    "layer_norm",
+    (_inference(layer_norm_fp8_rows_torch), _registry.triton(_layer_norm_fp8_rows, _refuses_fp8, trains=False)),
+    _sample,
+)
+_ADD_LAYER_NORM_FP8 = Op(
+    "add_layer_norm_fp8",
+    "layer_norm",
+    (_inference(add_layer_norm_fp8_torch), _registry.triton(_add_layer_norm_fp8, _refuses_add_fp8, trains=False)),
+    lambda device, dtype: (*_sample_add_fp8(device, dtype), 0.125),
+)
+_ADD_LAYER_NORM_FP8_ROWS = Op(
+    "add_layer_norm_fp8_rows",
+    "layer_norm",
+    (
+        _inference(add_layer_norm_fp8_rows_torch),
+        _registry.triton(_add_layer_norm_fp8_rows, _refuses_add_fp8, trains=False),
+    ),
+    _sample_add_fp8,
+)

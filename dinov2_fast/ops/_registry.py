@@ -1,0 +1,141 @@
+"""Makes kernels into torch ops, ``torch.ops.dinov2_fast.<name>``, and into implementations an op can choose.
+
+Only kernels are registered: the torch references are called directly. An op has a schema, a kernel, a fake (shapes and
+strides without data), and where it can be trained an `autograd.Function`. Functions registered here import Triton when
+they first run, never when the package is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import Implementation, records_gradient
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported; nothing is."""
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_IS_INSTALLED = is_installed("triton")
+LIBRARY = torch.library.Library("dinov2_fast", "DEF")
+
+
+def register(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+    autocast: Callable[[str], torch.dtype | None] | None = None,
+) -> Callable[..., Any]:
+    """Defines ``dinov2_fast::<schema>`` and returns it.
+
+    Args:
+        schema: in torch's notation, with a fixed number of outputs, none of which is an input.
+        kernel: computes it on tensors of a device.
+        fake: allocates outputs of the same shapes, dtypes and strides.
+        autograd: records it where a gradient is needed: the `apply` of an `autograd.Function`.
+        autocast: device type to the dtype that autocast gives the floating-point inputs, or None to leave them.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    op = getattr(torch.ops.dinov2_fast, name).default
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dinov2_fast::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        LIBRARY.impl(name, _recording(op, autograd), "Autograd")
+    if autocast is not None:
+        for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+            LIBRARY.impl(name, _casting(op, device, key, autocast), key)
+    return op
+
+
+def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if records_gradient(args):
+            return autograd(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
+
+
+def _casting(
+    op: Callable[..., Any], device: str, key: str, autocast: Callable[[str], torch.dtype | None]
+) -> Callable[..., Any]:
+    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def run(*args: Any) -> Any:
+        dtype = autocast(device)
+        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+            return op(*(_cast(arg, dtype) if dtype is not None else arg for arg in args))
+
+    return run
+
+
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    """What autocast does to an argument: fp64 stays."""
+    castable = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+    return arg.to(dtype) if castable else arg
+
+
+def triton(
+    function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
+) -> Implementation:
+    """The `triton` implementation of an op; `refuses` holds what this kernel cannot do beside what none can."""
+
+    def reason(*args: Any, **kwargs: Any) -> str | None:
+        if not TRITON_IS_INSTALLED:
+            return "needs triton, which is not installed"
+        if _is_exporting():
+            return "does not export: an exported graph holds standard ops only"
+        return refuses(*args, **kwargs)
+
+    return Implementation("triton", function, reason, ("cuda",), _interprets, trains)
+
+
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the sum or product of tensors (None: left out)."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def refuses_e4m3(x: Tensor) -> str | None:
+    """Why no kernel on the device of `x` can write or multiply e4m3, or None."""
+    if x.is_cuda and _capability(x.device.index) < (8, 9):
+        major, minor = _capability(x.device.index)
+        return f"needs a device with e4m3, sm_89 or newer, got sm_{major}{minor}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+
+
+@torch.compiler.assume_constant_result  # traced, `is_exporting` would be True in torch.compile as well
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    if not TRITON_IS_INSTALLED:
+        return False
+    from dinov2_fast.kernels import common
+
+    return common.interpreting()
+
+
+def _interprets(device: torch.device) -> bool:
+    """Whether Triton's interpreter runs kernels on `device`: the tests' way to run them without a GPU."""
+    return device.type == "cpu" and _interpreting()

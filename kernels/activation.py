@@ -1,0 +1,119 @@
+"""GELU and SwiGLU between the linears of a feed-forward network, with the first one's bias if it is left to them.
+
+The device functions serve the epilogues of matrix products as well. The polynomial GELU is within 3.1e-6 of the exact
+one: far below a rounding of bf16 or e4m3, not of fp16 or fp32, whose outputs take the error function.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+from dinov2_fast.kernels.common import to_e4m3
+
+TILE = 4096  # elements in flight in one program
+
+
+@triton.jit
+def gelu_erf(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def normal_cdf_polynomial(x):
+    """The normal distribution function as a sigmoid of an odd polynomial of degree 9, without overflow for any x."""
+    t = x * x
+    p = 2.22435329e-6 * t - 6.09182100e-5
+    p = (p * t - 2.51040285e-4) * t + 0.0729400251
+    return 1.0 / (1.0 + tl.exp(-x * (p * t + 1.59565507)))
+
+
+@triton.jit
+def gelu_polynomial(x):
+    return x * normal_cdf_polynomial(x)
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _activation_forward_kernel(
+    x_ptr,  # (rows, hidden); for SwiGLU (rows, 2 * hidden), the gate first
+    bias_ptr,  # (hidden,) or (2 * hidden,), or None
+    y_ptr,  # (rows, hidden), out
+    rows,
+    hidden,
+    x_stride,
+    inverse_scale,  # of e4m3
+    SWIGLU: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = column < hidden
+    mask = (row < rows)[:, None] & column_mask[None, :]
+    row64 = row.to(tl.int64)[:, None]
+
+    x_ptrs = x_ptr + row64 * x_stride + column[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(COMPUTE)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+    if SWIGLU:
+        value = tl.load(x_ptrs + hidden, mask=mask, other=0.0).to(COMPUTE)
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + hidden + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+        y = silu(x) * value
+    elif POLYNOMIAL:
+        y = gelu_polynomial(x)
+    else:
+        y = gelu_erf(x)
+    if y_ptr.dtype.element_ty == tl.float8e4nv:
+        y = to_e4m3(y * inverse_scale)
+    tl.store(y_ptr + row64 * hidden + column[None, :], y, mask=mask)
+
+
+def configuration(hidden: int, elements: int) -> dict[str, int]:
+    """Rows and columns of a program's tile: whole columns where a power of two divides them, else a masked rest."""
+    block = next((block for block in (1024, 512, 256) if hidden % block == 0), None)
+    block = block or min(triton.next_power_of_2(hidden), 1024)
+    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 8}
+
+
+def activation_forward(
+    x: Tensor, bias: Tensor | None = None, *, swiglu: bool = False, e4m3: bool = False, scale: float = 1.0
+) -> Tensor:
+    """GELU of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden); e4m3 values are over `scale`.
+
+    The result has the dtype of `x + bias`, or is e4m3.
+    """
+    hidden = x.shape[-1] // 2 if swiglu else x.shape[-1]
+    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+    y = x.new_empty((*x.shape[:-1], hidden), dtype=torch.float8_e4m3fn if e4m3 else dtype)
+    if x.numel():
+        compute = common.compute_dtype(x, bias)
+        x = common.rows(x)
+        meta = configuration(hidden, TILE)
+        grid = (triton.cdiv(x.shape[0], meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"]))
+        with common.on_device(x):
+            _activation_forward_kernel[grid](
+                x,
+                None if bias is None else bias.contiguous(),
+                y,
+                x.shape[0],
+                hidden,
+                x.stride(0),
+                1.0 / scale,
+                SWIGLU=swiglu,
+                POLYNOMIAL=y.dtype in (torch.bfloat16, torch.float8_e4m3fn),
+                COMPUTE=compute,
+                **meta,
+            )
+    return y

@@ -1,0 +1,62 @@
+"""What several kernels need: what a launcher asks of its device, rows of a tensor, and the step to e4m3."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
+E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_ROW_SCALE = tl.constexpr(1e-12)  # the e4m3 scale of a row of zeros
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (``TRITON_INTERPRET=1``)."""
+    return INTERPRETING.value
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (9, 0) for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 2 for the interpreter, so that persistent loops turn."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def compute_dtype(*tensors: Tensor | None) -> tl.dtype:
+    """In what a kernel computes: fp64 if any tensor is fp64, else fp32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return tl.float64 if wide else tl.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` (..., hidden) as (rows, hidden) with neighbouring elements in a row; a copy only where no view can be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def to_e4m3(x):
+    """Rounds fp32 to e4m3 after clamping to ±448, as torch's saturating quantisation does; NaN stays NaN."""
+    x = tl.minimum(x, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(x, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETING:  # its cast loses the carry into the exponent, so what it is given is rounded already
+        split = x * 1048577.0  # 2**20 + 1 leaves 4 of 24 significant bits (Veltkamp)
+        normal = split - (split - x)
+        subnormal = (x + 24576.0) - 24576.0  # a neighbour of 1.5 * 2**14 is 2**-9 away
+        x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+    return x.to(tl.float8e4nv)

@@ -1,0 +1,174 @@
+"""Layer normalisation, alone or after the residual addition, in one pass over the stream.
+
+A program holds whole rows in registers, so that mean and variance are taken in two passes without reading twice. What
+is normalised is the sum as it is stored: the backward, which reads it again, sees the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+from dinov2_fast.kernels.common import E4M3_MAX, SMALLEST_ROW_SCALE, to_e4m3
+
+MAX_HIDDEN = 16384  # a row in the registers of one program
+TILE = 4096  # elements in flight in one program
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x_ptr,  # (rows, hidden), the residual stream if there is a branch
+    branch_ptr,  # (rows, hidden) or None
+    gamma_ptr,  # (hidden,) or None
+    drop_scale_ptr,  # (pictures,) or None
+    deferred_bias_ptr,  # (hidden,) or None
+    weight_ptr,  # (hidden,)
+    bias_ptr,  # (hidden,)
+    total_ptr,  # (rows, hidden), out: the sum; None without a branch
+    y_ptr,  # (rows, hidden), out
+    mean_ptr,  # (rows,), out, or None
+    rstd_ptr,  # (rows,), out, or None
+    scale_ptr,  # (rows,), out: the row's e4m3 scale, or None
+    rows,
+    hidden,
+    x_stride,
+    branch_stride,
+    rows_per_picture,
+    inverse_scale,  # of a static e4m3 scale
+    EPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    row_mask, column_mask = row < rows, column < hidden
+    mask = row_mask[:, None] & column_mask[None, :]
+    row64 = row.to(tl.int64)[:, None]
+    out = row64 * hidden + column[None, :]
+
+    x = tl.load(x_ptr + row64 * x_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+    if branch_ptr is not None:
+        branch = tl.load(branch_ptr + row64 * branch_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+        if gamma_ptr is not None:
+            branch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+        if drop_scale_ptr is not None:
+            picture = row // rows_per_picture
+            branch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+        x += branch
+        if deferred_bias_ptr is not None:
+            x += tl.load(deferred_bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + out, total, mask=mask)
+        x = total.to(COMPUTE)
+
+    mean = tl.sum(x, axis=1) / hidden
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / hidden + EPS)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=row_mask)
+        tl.store(rstd_ptr + row, rstd, mask=row_mask)
+
+    weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
+    bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    if y_ptr.dtype.element_ty == tl.float8e4nv:
+        if scale_ptr is not None:
+            scale = tl.maximum(tl.max(tl.abs(y), axis=1) / E4M3_MAX, SMALLEST_ROW_SCALE)
+            tl.store(scale_ptr + row, scale, mask=row_mask)
+            y /= scale[:, None]
+        else:
+            y *= inverse_scale
+        tl.store(y_ptr + out, to_e4m3(y), mask=mask)
+    else:
+        tl.store(y_ptr + out, y, mask=mask)
+
+
+class Normed(NamedTuple):
+    """What `layer_norm_forward` gives; None for what was not asked for."""
+
+    total: Tensor | None  # (..., hidden), the sum
+    y: Tensor  # (..., hidden)
+    mean: Tensor | None  # (...,)
+    rstd: Tensor | None  # (...,)
+    scale: Tensor | None  # (..., 1), fp32
+
+
+def _configuration(rows: int, hidden: int, device: torch.device) -> dict[str, int]:
+    """Rows and columns of a program's tile: fewer rows where the device would stand idle."""
+    block = triton.next_power_of_2(hidden)
+    tile_rows = max(1, TILE // block)
+    while tile_rows > 1 and triton.cdiv(rows, tile_rows) < 2 * common.multiprocessors(device):
+        tile_rows //= 2
+    return {"ROWS": tile_rows, "BLOCK": block, "num_warps": 4 if tile_rows * block < TILE else 8}
+
+
+def layer_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    deferred_bias: Tensor | None = None,
+    statistics: bool = False,
+    e4m3: bool = False,
+    scale: float | None = None,
+) -> Normed:
+    """Normalises `x` (..., hidden), or its sum with a branch, which has the dtype that torch's promotion gives it.
+
+    `y` has the dtype of what was normalised; with `e4m3` it is e4m3, over `scale` or, without one, over row scales.
+    """
+    hidden = x.shape[-1]
+    addends = [t for t in (branch, gamma, drop_scale, deferred_bias) if t is not None]
+    dtype = x.dtype
+    for addend in addends:
+        dtype = torch.promote_types(dtype, addend.dtype)
+    compute = common.compute_dtype(x, weight, *addends)
+    shape, lead = x.shape, x.shape[:-1]
+    wide = torch.float64 if compute == tl.float64 else torch.float32
+    total = x.new_empty(shape, dtype=dtype) if branch is not None else None
+    y = x.new_empty(shape, dtype=torch.float8_e4m3fn if e4m3 else dtype)
+    mean = x.new_empty(lead, dtype=wide) if statistics else None
+    rstd = x.new_empty(lead, dtype=wide) if statistics else None
+    row_scale = x.new_empty((*lead, 1), dtype=torch.float32) if e4m3 and scale is None else None
+    if x.numel():
+        per_picture = x.numel() // hidden // shape[0]
+        x, branch = common.rows(x), None if branch is None else common.rows(branch)
+        configuration = _configuration(x.shape[0], hidden, x.device)
+        with common.on_device(x):
+            _layer_norm_forward_kernel[(triton.cdiv(x.shape[0], configuration["ROWS"]),)](
+                x,
+                branch,
+                _vector(gamma),
+                _vector(drop_scale),
+                _vector(deferred_bias),
+                _vector(weight),
+                _vector(bias),
+                total,
+                y,
+                mean,
+                rstd,
+                row_scale,
+                x.shape[0],
+                hidden,
+                x.stride(0),
+                0 if branch is None else branch.stride(0),
+                per_picture,
+                1.0 if scale is None else 1.0 / scale,
+                EPS=eps,
+                COMPUTE=compute,
+                **configuration,
+            )
+    return Normed(total, y, mean, rstd, row_scale)
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()

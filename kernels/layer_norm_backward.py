@@ -1,0 +1,153 @@
+"""The gradients of layer normalisation, alone or after the residual addition.
+
+Each of a fixed number of programs walks over its row tiles and keeps the sums over rows (of LayerScale, weight and
+bias) in registers; their partial sums are added afterwards, in one order, so that no atomics are needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+
+TILE = 2048  # elements of a tile
+SUMS = 4  # vectors summed over rows: weight, bias, gamma, deferred bias
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    dy_ptr,  # (rows, hidden)
+    dtotal_ptr,  # (rows, hidden), the gradient of the sum itself, or None
+    x_ptr,  # (rows, hidden), what was normalised
+    branch_ptr,  # (rows, hidden) or None
+    gamma_ptr,  # (hidden,) or None
+    drop_scale_ptr,  # (pictures,) or None
+    weight_ptr,  # (hidden,)
+    mean_ptr,  # (rows,)
+    rstd_ptr,  # (rows,)
+    dx_ptr,  # (rows, hidden), out
+    dbranch_ptr,  # (rows, hidden), out, or None
+    partial_ptr,  # (programs, SUMS, hidden), out
+    rows,
+    hidden,
+    dy_stride,
+    dtotal_stride,
+    x_stride,
+    branch_stride,
+    rows_per_picture,
+    COMPUTE: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    column_mask = column < hidden
+    weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+    dweight = tl.zeros((BLOCK,), COMPUTE)
+    dbias = tl.zeros((BLOCK,), COMPUTE)
+    dgamma = tl.zeros((BLOCK,), COMPUTE)
+    ddeferred = tl.zeros((BLOCK,), COMPUTE)
+
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        row_mask = row < rows
+        mask = row_mask[:, None] & column_mask[None, :]
+        row64 = row.to(tl.int64)[:, None]
+        out = row64 * hidden + column[None, :]
+
+        x = tl.load(x_ptr + row64 * x_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+        dy = tl.load(dy_ptr + row64 * dy_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+        mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)[:, None]
+        normed = tl.where(mask, (x - mean) * rstd, 0.0)
+        dweight += tl.sum(dy * normed, axis=0)
+        dbias += tl.sum(dy, axis=0)
+
+        dnormed = dy * weight
+        along = tl.sum(dnormed * normed, axis=1)[:, None] / hidden
+        dx = (dnormed - tl.sum(dnormed, axis=1)[:, None] / hidden - normed * along) * rstd
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + row64 * dtotal_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+        tl.store(dx_ptr + out, dx, mask=mask)
+
+        if branch_ptr is not None:
+            dx = tl.where(mask, dx, 0.0)
+            ddeferred += tl.sum(dx, axis=0)
+            if drop_scale_ptr is not None:
+                dx *= tl.load(drop_scale_ptr + row // rows_per_picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+            if gamma_ptr is not None:
+                branch = tl.load(branch_ptr + row64 * branch_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
+                dgamma += tl.sum(dx * branch, axis=0)
+                dx *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+            tl.store(dbranch_ptr + out, dx, mask=mask)
+
+    partial = partial_ptr + tl.program_id(0) * SUMS * hidden + column
+    tl.store(partial, dweight, mask=column_mask)
+    tl.store(partial + hidden, dbias, mask=column_mask)
+    tl.store(partial + 2 * hidden, dgamma, mask=column_mask)
+    tl.store(partial + 3 * hidden, ddeferred, mask=column_mask)
+
+
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    dtotal: Tensor | None = None,
+    dx_dtype: torch.dtype | None = None,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of what was added or normalised, of the branch, and (4, hidden): of weight, bias, gamma, deferred bias.
+
+    The sums are in fp32 (fp64 if anything is), those that do not apply are zero.
+    """
+    hidden = x.shape[-1]
+    compute = common.compute_dtype(x, weight, branch, gamma, drop_scale)
+    wide = torch.float64 if compute == tl.float64 else torch.float32
+    dx = x.new_empty(x.shape, dtype=dx_dtype)
+    dbranch = None if branch is None else x.new_empty(x.shape, dtype=branch.dtype)
+    if not x.numel():
+        return dx, dbranch, x.new_zeros((SUMS, hidden), dtype=wide)
+    per_picture = x.numel() // hidden // x.shape[0]
+    x, dy = common.rows(x), common.rows(dy)
+    dtotal = None if dtotal is None else common.rows(dtotal)
+    branch = None if branch is None else common.rows(branch)
+    block = triton.next_power_of_2(hidden)
+    tile_rows = max(1, TILE // block)
+    programs = min(triton.cdiv(x.shape[0], tile_rows), 2 * common.multiprocessors(x.device))
+    partial = x.new_empty((programs, SUMS, hidden), dtype=wide)
+    with common.on_device(x):
+        _layer_norm_backward_kernel[(programs,)](
+            dy,
+            dtotal,
+            x,
+            branch,
+            None if gamma is None else gamma.contiguous(),
+            None if drop_scale is None else drop_scale.contiguous(),
+            weight.contiguous(),
+            mean,
+            rstd,
+            dx,
+            dbranch,
+            partial,
+            x.shape[0],
+            hidden,
+            dy.stride(0),
+            0 if dtotal is None else dtotal.stride(0),
+            x.stride(0),
+            0 if branch is None else branch.stride(0),
+            per_picture,
+            COMPUTE=compute,
+            SUMS=SUMS,
+            ROWS=tile_rows,
+            BLOCK=block,
+            num_warps=8,
+        )
+    return dx, dbranch, partial.sum(0)
