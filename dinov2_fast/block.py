@@ -67,7 +67,8 @@ class Block(nn.Module):
 
     def _add_on_subset(self, x: Tensor, branch: Callable[[Tensor], Tensor], layer_scale: nn.Module) -> Tensor:
         index, scale = self._draw_subset(x)
-        return _scatter_add(x, index, branch(ops.gather_rows(x, index)), layer_scale, scale)
+        part, gamma = _unscaled(branch(ops.gather_rows(x, index)), layer_scale)
+        return ops.scatter_add_residual(x, index, part, gamma, scale)
 
     def _draw_subset(self, x: Tensor) -> tuple[Tensor, float]:
         """Random pictures whose branch is computed, and the factor that keeps the expectation."""
@@ -88,13 +89,11 @@ class Block(nn.Module):
     def _add_on_subsets(
         self, x_list: list[Tensor], branch: Callable[[Tensor, tuple[int, ...]], Tensor], layer_scale: nn.Module
     ) -> list[Tensor]:
-        draws = [self._draw_subset(x) for x in x_list]
-        subsets = [ops.gather_rows(x, index) for x, (index, _) in zip(x_list, draws, strict=True)]
-        branches = _unpack(branch(*_pack(subsets)), subsets)
-        return [
-            _scatter_add(x, index, part, layer_scale, scale)
-            for x, (index, scale), part in zip(x_list, draws, branches, strict=True)
-        ]
+        indices, scales = map(list, zip(*[self._draw_subset(x) for x in x_list], strict=True))
+        packed = ops.gather_rows_packed(x_list, indices)[None]  # (1, total_tokens, hidden)
+        seq_lens = tuple(x.shape[1] for x, index in zip(x_list, indices, strict=True) for _ in range(index.shape[0]))
+        part, gamma = _unscaled(branch(packed, seq_lens), layer_scale)
+        return ops.scatter_add_residual_packed(x_list, indices, part[0], gamma, scales)
 
 
 NestedTensorBlock = Block  # the reference's name for the class its models use
@@ -132,10 +131,9 @@ def _add(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module
     return x + drop_path(layer_scale(branch))
 
 
-def _scatter_add(x: Tensor, index: Tensor, branch: Tensor, layer_scale: nn.Module, scale: float) -> Tensor:
-    if _plain(layer_scale):
-        return ops.scatter_add_residual(x, index, branch, _gamma(layer_scale), scale)
-    return ops.scatter_add_residual(x, index, layer_scale(branch), None, scale)
+def _unscaled(branch: Tensor, layer_scale: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The branch and the gamma that the addition has to multiply it with."""
+    return (branch, _gamma(layer_scale)) if _plain(layer_scale) else (layer_scale(branch), None)
 
 
 def _plain(module: nn.Module) -> bool:

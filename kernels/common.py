@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -47,6 +48,12 @@ def rows(x: Tensor) -> Tensor:
     """`x` (..., hidden) as (rows, hidden) with neighbouring elements in a row; a copy only where no view can be."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def in_two(number: float) -> tuple[float, float]:
+    """`number` as a sum of two fp32 numbers: a kernel gets its scalar arguments in fp32."""
+    nearest = struct.unpack("f", struct.pack("f", number))[0]
+    return nearest, number - nearest
 
 
 @triton.jit

@@ -71,3 +71,33 @@ def attention_probabilities(qkv: Tensor) -> Tensor:
 
 def attention(qkv: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", attention_probabilities(qkv), qkv[:, :, 2].double())
+
+
+def e4m3_steps(y: Tensor, expected: Tensor) -> Tensor:
+    """How many representable e4m3 numbers lie between two tensors of e4m3, element by element."""
+
+    def position(x: Tensor) -> Tensor:
+        code = x.view(torch.uint8).int()
+        return torch.where(code >= 128, 128 - code, code)  # both zeros at 0
+
+    return (position(y) - position(expected)).abs()
+
+
+def patches(images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int) -> Tensor:
+    is_uint8, values = images.dtype == torch.uint8, images.double()
+    if mean is None:
+        values = values - 128 * is_uint8
+    else:
+        values = values / (255 if is_uint8 else 1)
+        values = torch.stack([(values[:, c] - mean[c].double()) / std[c].double() for c in range(images.shape[1])], 1)
+    columns = torch.nn.functional.unfold(values, patch_size, stride=patch_size).mT  # (batch, patches, c * p * p)
+    out = torch.zeros(*columns.shape[:2], padded_to, dtype=torch.float64, device=images.device)
+    out[..., : columns.shape[2]] = columns
+    return out
+
+
+def attention_pool(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    y = layer_norm(x, weight, bias, eps)
+    scores = torch.einsum("bjd,bhd->bhj", y, absorbed.double())
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return torch.einsum("bhj,bjd->bhd", weights / weights.sum(-1, keepdim=True), y)

@@ -1,72 +1,265 @@
-"""The op residual: adding a branch for all pictures, or for a subset of them."""
+"""The op residual: adding a branch for all pictures, or for a subset of them, dense and packed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
+from dinov2_fast.backends import BackendError
 from tests import reference
+from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+INDICES = [[2], [3, 0], [1, 3, 0, 2], []]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def _stream(dtype: torch.dtype, pictures: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    residual, branch = torch.randn(2, pictures, 9, 64).to(dtype).unbind(0)
-    return residual, branch, torch.rand(64).to(dtype)
+def _stream(dtype: torch.dtype, hidden: int = 64, pictures: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    gamma = torch.rand(hidden).to(DEVICE, dtype)
+    return random(pictures, 9, hidden, dtype=dtype), random(pictures, 9, hidden, dtype=dtype), gamma
 
 
+def _index(*pictures: int) -> Tensor:
+    return torch.tensor(pictures, device=DEVICE, dtype=torch.int64)
+
+
+def _drop_scale(dtype: torch.dtype) -> Tensor:
+    return torch.tensor([0.0, 1.5, 1.5, 0.0], dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [64, 383, 1536])
 @pytest.mark.parametrize("with_gamma", [True, False])
 @pytest.mark.parametrize("with_drop_scale", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_obeys_the_rule(dtype: torch.dtype, with_drop_scale: bool, with_gamma: bool) -> None:
-    residual, branch, gamma = _stream(dtype)
+@each_dtype
+@each_backend
+def test_add_obeys_the_rule(
+    backend: str, dtype: torch.dtype, with_drop_scale: bool, with_gamma: bool, hidden: int
+) -> None:
+    residual, branch, gamma = _stream(dtype, hidden)
     gamma = gamma if with_gamma else None
-    drop_scale = torch.tensor([0.0, 1.5, 1.5, 0.0], dtype=dtype) if with_drop_scale else None
+    drop_scale = _drop_scale(dtype) if with_drop_scale else None
     before = residual.clone()
     plain = branch if gamma is None else branch * gamma
     plain = residual + (plain if drop_scale is None else plain * drop_scale[:, None, None])
-    out = ops.add_residual(residual, branch, gamma, drop_scale)
+    with poisoned_memory():
+        out = ops.add_residual(residual, branch, gamma, drop_scale, backend=backend)
     reference.assert_obeys_rule(out, reference.add_residual(residual, branch, gamma, drop_scale), plain)
     assert torch.equal(residual, before)
 
 
-@pytest.mark.parametrize("index", [[2], [3, 0], [1, 3, 0, 2]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scatter_add_obeys_the_rule_and_leaves_other_pictures(dtype: torch.dtype, index: list[int]) -> None:
+@pytest.mark.parametrize("with_gamma", [True, False])
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@each_dtype
+@each_backend
+def test_scatter_add_obeys_the_rule_and_leaves_other_pictures(
+    backend: str, dtype: torch.dtype, index: list[int], with_gamma: bool
+) -> None:
     residual, branch, gamma = _stream(dtype)
-    rows, scale = torch.tensor(index), 4 / len(index)
+    gamma = gamma if with_gamma else None
+    rows, part, scale = _index(*index), branch[: len(index)], 4 / 3
     before = residual.clone()
-    out = ops.scatter_add_residual(residual, rows, branch[: len(index)], gamma, scale)
+    with poisoned_memory():
+        out = ops.scatter_add_residual(residual, rows, part, gamma, scale, backend=backend)
     plain = residual.clone()
-    plain[rows] += branch[: len(index)] * gamma * scale
-    ref = reference.scatter_add_residual(residual, rows, branch[: len(index)], gamma, scale)
+    plain[rows] += (part if gamma is None else part * gamma) * scale
+    ref = reference.scatter_add_residual(residual, rows, part, gamma, scale)
     reference.assert_obeys_rule(out, ref, plain)
     others = [i for i in range(4) if i not in index]
     assert torch.equal(out[others], residual[others])
     assert torch.equal(residual, before)
 
 
-def test_gather_takes_the_pictures_in_order() -> None:
-    x = torch.randn(4, 9, 8)
-    assert torch.equal(ops.gather_rows(x, torch.tensor([3, 1])), torch.stack([x[3], x[1]]))
-
-
-def test_gradients_in_fp64() -> None:
-    residual, branch = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True).unbind(0)
-    gamma = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64)
-    index = torch.tensor([2, 0])
-    assert torch.autograd.gradcheck(lambda r, b, g: ops.add_residual(r, b, g, scale), (residual, branch, gamma))
-    assert torch.autograd.gradcheck(
-        lambda r, b, g: ops.scatter_add_residual(r, index, ops.gather_rows(b, index), g, 1.5),
-        (residual, branch, gamma),
-    )
-
-
-def test_autocast_keeps_the_stream_in_fp32() -> None:
+@each_backend
+def test_nan_stays_in_its_picture_and_a_picture_without_branch_is_untouched(backend: str) -> None:
     residual, branch, gamma = _stream(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.add_residual(residual, branch.bfloat16(), gamma, None).dtype == torch.float32
-        index = torch.tensor([1])
-        assert ops.scatter_add_residual(residual, index, branch[:1].bfloat16(), gamma, 4.0).dtype == torch.float32
+    branch[1, 2, 3] = float("nan")
+    out = ops.add_residual(residual, branch, gamma, None, backend=backend)
+    assert out.isnan().sum() == 1
+    residual[3] = -0.0
+    out = ops.scatter_add_residual(residual, _index(0, 2), branch[:2], gamma, 2.0, backend=backend)
+    assert out[2].isnan().sum() == 1
+    assert out[[0, 1, 3]].isfinite().all()
+    assert out[3].signbit().all()
+
+
+@each_dtype
+@each_backend
+def test_gather_takes_the_pictures_in_order(backend: str, dtype: torch.dtype) -> None:
+    x = random(4, 9, 33, dtype=dtype)
+    with poisoned_memory():
+        assert torch.equal(ops.gather_rows(x, _index(3, 1), backend=backend), torch.stack([x[3], x[1]]))
+    assert ops.gather_rows(x, _index(), backend=backend).shape == (0, 9, 33)
+
+
+def _functions(backend: str) -> dict[str, Any]:
+    index, drop_scale = _index(2, 0), _drop_scale(torch.float64)
+    return {
+        "add": lambda r, o, g: ops.add_residual(r, o, g, drop_scale.to(o.dtype), backend=backend),
+        "add_gamma": lambda r, o, g: ops.add_residual(r, o, g, None, backend=backend),
+        "add_plain": lambda r, o, g: ops.add_residual(r * g.sum(), o, None, None, backend=backend),
+        "scatter": lambda r, o, g: ops.scatter_add_residual(r, index, o[:2], g, 4 / 3, backend=backend),
+        "scatter_plain": lambda r, o, g: ops.scatter_add_residual(r * g, index, o[1:3], None, 1.5, backend=backend),
+        "gather": lambda r, o, g: ops.gather_rows(r * o * g, index, backend=backend),
+    }
+
+
+@pytest.mark.parametrize("name", _functions("torch"))
+@each_dtype
+@each_backend
+def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, name: str) -> None:
+    inputs = _stream(dtype, 383)
+    with poisoned_memory():
+        ours = gradients(_functions(backend)[name], inputs)
+    plain = gradients(_functions("torch")[name], inputs)
+    exact = gradients(_functions("torch")[name], [x.double() for x in inputs])
+    for gradient, ref, usual in zip(ours, exact, plain, strict=True):
+        reference.assert_obeys_rule(gradient, ref, usual)
+
+
+@pytest.mark.parametrize("name", _functions("torch"))
+@each_backend
+def test_gradients_in_fp64(backend: str, name: str) -> None:
+    inputs = tuple(x[..., :3].detach().contiguous().requires_grad_() for x in _stream(torch.float64))
+    assert torch.autograd.gradcheck(_functions(backend)[name], inputs)
+
+
+# Lists of batches with different sequence lengths, packed
+
+
+def _lists(dtype: torch.dtype, hidden: int = 40) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    xs = [random(3, 5, hidden, dtype=dtype), random(2, 1, hidden, dtype=dtype), random(4, 9, hidden, dtype=dtype)]
+    return xs, [_index(2, 0), _index(1), _index(0, 3, 1)], [1.5, 2.0, 4 / 3]
+
+
+@each_dtype
+@each_backend
+def test_packed_forms_do_what_the_dense_ones_do_to_each_batch(backend: str, dtype: torch.dtype) -> None:
+    xs, indices, scales = _lists(dtype)
+    gamma = torch.rand(40).to(DEVICE, dtype)
+    with poisoned_memory():
+        packed = ops.gather_rows_packed(xs, indices, backend=backend)
+        branch = random(*packed.shape, dtype=dtype)
+        outs = ops.scatter_add_residual_packed(xs, indices, branch, gamma, scales, backend=backend)
+    assert torch.equal(packed, torch.cat([x[index].flatten(0, 1) for x, index in zip(xs, indices, strict=True)]))
+    parts = branch.split([10, 1, 27])
+    for x, index, part, scale, out in zip(xs, indices, parts, scales, outs, strict=True):
+        part = part.view(len(index), -1, 40)
+        ref = reference.scatter_add_residual(x, index, part, gamma, scale)
+        plain = ops.scatter_add_residual(x, index, part, gamma, scale, backend="torch")
+        reference.assert_obeys_rule(out, ref, plain)
+
+
+@each_dtype
+@each_backend
+def test_packed_gradients_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
+    xs, indices, scales = _lists(dtype)
+    inputs = [*xs, torch.rand(40).to(DEVICE, dtype)]
+
+    def run(backend: str, *inputs: Tensor) -> list[Tensor]:
+        *xs, gamma = inputs
+        packed = ops.gather_rows_packed(xs, indices, backend=backend)
+        return ops.scatter_add_residual_packed(xs, indices, packed * 2, gamma, scales, backend=backend)
+
+    ours = gradients(lambda *x: run(backend, *x), inputs)
+    plain = gradients(lambda *x: run("torch", *x), inputs)
+    exact = gradients(lambda *x: run("torch", *x), [x.double() for x in inputs])
+    for gradient, ref, usual in zip(ours, exact, plain, strict=True):
+        reference.assert_obeys_rule(gradient, ref, usual)
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "columns": lambda x: x[..., ::2],
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_backend
+def test_strided_input_gives_what_a_copy_gives(backend: str, make) -> None:
+    x, branch = make(random(4, 6, 64)), make(random(4, 6, 64))
+    gamma, index = torch.rand(x.shape[-1], device=DEVICE), _index(3, 1)
+
+    def results(copy: bool) -> list[Tensor]:
+        a, b = (x.contiguous(), branch.contiguous()) if copy else (x, branch)
+        added = ops.add_residual(a, b, gamma, None, backend=backend)
+        gathered = ops.gather_rows(a, index, backend=backend)
+        return [added, gathered, ops.scatter_add_residual(a, index, b[:2], gamma, 2.0, backend=backend)]
+
+    for strided, copied in zip(results(copy=False), results(copy=True), strict=True):
+        assert torch.equal(strided, copied)
+
+
+@each_backend
+def test_autocast_keeps_the_stream_in_fp32(backend: str) -> None:
+    residual, branch, gamma = _stream(torch.float32)
+    index = _index(1)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        added = ops.add_residual(residual, branch.bfloat16(), gamma, None, backend=backend)
+        scattered = ops.scatter_add_residual(residual, index, branch[:1].bfloat16(), gamma, 4.0, backend=backend)
+    assert added.dtype == scattered.dtype == torch.float32
+
+
+# The registered ops
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool, strided: bool) -> None:
+    x = random(9, 4, 64).transpose(0, 1) if strided else random(4, 9, 64)
+    gamma = random(64).requires_grad_(requires_grad)
+    x.requires_grad_(requires_grad)
+    index, library = _index(2, 0), torch.ops.dinov2_fast
+    torch.library.opcheck(library.add_residual.default, (x, x.detach(), gamma, None))
+    torch.library.opcheck(library.gather_rows.default, (x, index))
+    torch.library.opcheck(library.gather_rows_packed.default, ([x, x.detach()], [index, index]))
+    torch.library.opcheck(library.scatter_add_residual.default, (x, index, x.detach()[:2], gamma, 2.0))
+    if not requires_grad:
+        torch.library.opcheck(library.add_residual_backward.default, (x, x, gamma, None))
+        torch.library.opcheck(library.add_residual_backward.default, (x, x, None, _drop_scale(x.dtype)))
+        torch.library.opcheck(library.gather_rows_backward.default, (x[:2], index, 4))
+        torch.library.opcheck(library.scatter_add_residual_backward.default, (x, index, x[:2], gamma, 2.0))
+
+
+@runs_triton
+@pytest.mark.parametrize("name", _functions("torch"))
+def test_compiled_whole_with_gradients(name: str) -> None:
+    inputs, function = _stream(torch.float32), _functions("triton")[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@runs_triton
+def test_packed_forms_are_compiled_whole() -> None:
+    xs, indices, scales = _lists(torch.float32)
+
+    def run(*xs: Tensor) -> list[Tensor]:
+        packed = ops.gather_rows_packed(list(xs), indices, backend="triton")
+        return ops.scatter_add_residual_packed(list(xs), indices, packed, xs[0][0, 0], scales, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled, xs), gradients(run, xs), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@runs_triton
+def test_refusals_say_why() -> None:
+    x = random(2, 3, 8).int()
+    with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
+        ops.add_residual(x, x, None, None, backend="triton")
+    with pytest.raises(BackendError, match="batches of one dtype"):
+        ops.gather_rows_packed([x.float(), x.double()], [_index(0)] * 2, backend="triton")
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 8, device="cuda")
+        scale = torch.ones(2, device="cuda", requires_grad=True)
+        with pytest.raises(BackendError, match="no gradient for drop_scale"):
+            ops.add_residual(x, x, None, scale, backend="triton")

@@ -12,7 +12,13 @@ from dinov2_fast.ops.layer_norm import (
     layer_norm_fp8,
     layer_norm_fp8_rows,
 )
-from dinov2_fast.ops.residual import add_residual, gather_rows, scatter_add_residual
+from dinov2_fast.ops.residual import (
+    add_residual,
+    gather_rows,
+    gather_rows_packed,
+    scatter_add_residual,
+    scatter_add_residual_packed,
+)
 
 backends.apply_environment()
 
@@ -25,12 +31,14 @@ __all__ = [
     "attention_probabilities",
     "attention_varlen",
     "gather_rows",
+    "gather_rows_packed",
     "gelu",
     "gelu_fp8",
     "layer_norm",
     "layer_norm_fp8",
     "layer_norm_fp8_rows",
     "scatter_add_residual",
+    "scatter_add_residual_packed",
     "swiglu",
     "swiglu_fp8",
     "use_backend",

@@ -1,0 +1,165 @@
+"""The residual stream's additions and moves, picture by picture: one pass, nothing copied first.
+
+Where only a subset of the pictures has a branch, each picture looks up its row of the subset, or -1, in a map, so that
+the copy of the others and the addition are one write of the result, and no two programs write one place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+
+TILE = 4096  # elements in flight in one program
+
+
+@triton.jit
+def _add_residual_kernel(
+    residual_ptr,  # (pictures * seq_len, hidden)
+    branch_ptr,  # (subset * seq_len, hidden)
+    gamma_ptr,  # (hidden,) or None
+    drop_scale_ptr,  # (pictures,) or None
+    position_ptr,  # (pictures,) row in the subset, or -1; None: every picture has a branch
+    out_ptr,  # as residual, out
+    rows,
+    hidden,
+    seq_len,
+    residual_stride,
+    branch_stride,
+    scale,
+    scale_rest,  # what fp32, in which numbers are passed, leaves of it
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_mask, column_mask = row < rows, column < hidden
+    mask = row_mask[:, None] & column_mask[None, :]
+    row64 = row.to(tl.int64)
+    picture = row64 // seq_len
+    source, has_branch = row64, row_mask
+    if position_ptr is not None:
+        position = tl.load(position_ptr + picture, mask=row_mask, other=-1)
+        source = position * seq_len + row64 % seq_len
+        has_branch = position >= 0
+
+    residual_ptrs = residual_ptr + row64[:, None] * residual_stride + column[None, :]
+    residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(COMPUTE)
+    branch_mask = has_branch[:, None] & column_mask[None, :]
+    branch_ptrs = branch_ptr + source[:, None] * branch_stride + column[None, :]
+    branch = tl.load(branch_ptrs, mask=branch_mask, other=0.0).to(COMPUTE) * (
+        tl.full((1, 1), scale, COMPUTE) + scale_rest
+    )
+    if gamma_ptr is not None:
+        branch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+    if drop_scale_ptr is not None:
+        branch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+    total = tl.where(branch_mask, residual + branch, residual)
+    tl.store(out_ptr + row64[:, None] * hidden + column[None, :], total, mask=mask)
+
+
+@triton.jit
+def _gather_rows_kernel(
+    x_ptr,  # (pictures * seq_len, hidden)
+    index_ptr,  # (subset,), a negative one stands for zeros
+    out_ptr,  # (subset * seq_len, hidden), out
+    rows,
+    hidden,
+    seq_len,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_mask, column_mask = row < rows, column < hidden
+    row64 = row.to(tl.int64)
+    picture = tl.load(index_ptr + row64 // seq_len, mask=row_mask, other=-1)
+    source = picture * seq_len + row64 % seq_len
+    there = (picture >= 0)[:, None] & column_mask[None, :]
+    x = tl.load(x_ptr + source[:, None] * x_stride + column[None, :], mask=there, other=0.0)
+    mask = row_mask[:, None] & column_mask[None, :]
+    tl.store(out_ptr + row64[:, None] * hidden + column[None, :], x, mask=mask)
+
+
+def configuration(hidden: int) -> dict[str, int]:
+    """Rows and columns of a program's tile."""
+    block = min(triton.next_power_of_2(hidden), 1024 if hidden % 1024 == 0 else 512)
+    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": 8}
+
+
+def _grid(rows: int, hidden: int, meta: dict[str, int]) -> tuple[int, int]:
+    return triton.cdiv(rows, meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"])
+
+
+def positions(index: Tensor, pictures: int) -> Tensor:
+    """For each picture its place in `index`, or -1."""
+    places = torch.arange(index.shape[0], device=index.device)
+    return torch.full((pictures,), -1, device=index.device).scatter(0, index, places)
+
+
+def add_residual_forward(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``residual + scale * drop_scale * gamma * branch`` (pictures, seq_len, hidden), in `dtype` or the common one.
+
+    With `index` (subset,) the branch holds those pictures only, (subset, seq_len, hidden) or with its first two
+    dimensions flattened; the others are copied.
+    """
+    addends = [t for t in (branch, gamma, drop_scale) if t is not None]
+    for addend in [] if dtype else addends:
+        dtype = torch.promote_types(dtype or residual.dtype, addend.dtype)
+    out = residual.new_empty(residual.shape, dtype=dtype)
+    if residual.numel():
+        pictures, seq_len, hidden = residual.shape
+        position = None if index is None else positions(index, pictures)
+        residual_rows, branch_rows = common.rows(residual), common.rows(branch)
+        meta = configuration(hidden)
+        with common.on_device(residual):
+            _add_residual_kernel[_grid(residual_rows.shape[0], hidden, meta)](
+                residual_rows,
+                branch_rows,
+                None if gamma is None else gamma.contiguous(),
+                None if drop_scale is None else drop_scale.contiguous(),
+                position,
+                out,
+                residual_rows.shape[0],
+                hidden,
+                seq_len,
+                residual_rows.stride(0),
+                branch_rows.stride(0),
+                *common.in_two(scale),
+                COMPUTE=common.compute_dtype(residual, *addends),
+                **meta,
+            )
+    return out
+
+
+def gather_rows_forward(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """The pictures `index` (subset,) of `x` (pictures, seq_len, hidden); a negative index gives zeros.
+
+    Written to `out`, contiguous and of as many elements, if it is given.
+    """
+    _, seq_len, hidden = x.shape
+    if out is None:
+        out = x.new_empty((index.shape[0], seq_len, hidden))
+    if out.numel():
+        x = common.rows(x)
+        meta = configuration(hidden)
+        rows = index.shape[0] * seq_len
+        with common.on_device(x):
+            _gather_rows_kernel[_grid(rows, hidden, meta)](
+                x, index.contiguous(), out, rows, hidden, seq_len, x.stride(0), **meta
+            )
+    return out

@@ -1,0 +1,105 @@
+"""The gradients of the residual additions by the branch and by LayerScale; that by the stream is what comes in.
+
+A program keeps LayerScale's gradient of its columns in registers while it walks over row tiles; the partial sums are
+added afterwards, in one order, so that no atomics are needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+from dinov2_fast.kernels.residual import configuration
+
+
+@triton.jit
+def _add_residual_backward_kernel(
+    dout_ptr,  # (pictures * seq_len, hidden)
+    branch_ptr,  # (subset * seq_len, hidden), or None without gamma
+    gamma_ptr,  # (hidden,) or None
+    drop_scale_ptr,  # (pictures,) or None
+    index_ptr,  # (subset,) pictures, or None: all of them
+    dbranch_ptr,  # (subset * seq_len, hidden), out
+    partial_ptr,  # (programs, hidden), out, or None without gamma
+    rows,
+    hidden,
+    seq_len,
+    dout_stride,
+    branch_stride,
+    scale,
+    scale_rest,  # what fp32, in which numbers are passed, leaves of it
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = column < hidden
+    dgamma = tl.zeros((BLOCK,), COMPUTE)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        row_mask = row < rows
+        mask = row_mask[:, None] & column_mask[None, :]
+        row64 = row.to(tl.int64)
+        picture, source = row64 // seq_len, row64
+        if index_ptr is not None:
+            picture = tl.load(index_ptr + picture, mask=row_mask, other=0)
+            source = picture * seq_len + row64 % seq_len
+        dout_ptrs = dout_ptr + source[:, None] * dout_stride + column[None, :]
+        dbranch = tl.load(dout_ptrs, mask=mask, other=0.0).to(COMPUTE) * (tl.full((1, 1), scale, COMPUTE) + scale_rest)
+        if drop_scale_ptr is not None:
+            dbranch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+        if gamma_ptr is not None:
+            branch_ptrs = branch_ptr + row64[:, None] * branch_stride + column[None, :]
+            dgamma += tl.sum(dbranch * tl.load(branch_ptrs, mask=mask, other=0.0).to(COMPUTE), axis=0)
+            dbranch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
+        tl.store(dbranch_ptr + row64[:, None] * hidden + column[None, :], dbranch, mask=mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * hidden + column, dgamma, mask=column_mask)
+
+
+def add_residual_backward(
+    dout: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `branch`, in its shape and dtype, and of `gamma` (in fp32, fp64 if anything is)."""
+    _, seq_len, hidden = dout.shape
+    compute = common.compute_dtype(dout, branch, gamma, drop_scale)
+    wide = torch.float64 if compute == tl.float64 else torch.float32
+    dbranch = branch.new_empty(branch.shape)
+    if not branch.numel():
+        return dbranch, None if gamma is None else gamma.new_zeros((hidden,), dtype=wide)
+    dout, branch = common.rows(dout), common.rows(branch)
+    meta = configuration(hidden)
+    columns = triton.cdiv(hidden, meta["BLOCK"])
+    programs = triton.cdiv(branch.shape[0], meta["ROWS"])
+    partial = None
+    if gamma is not None:
+        programs = min(programs, max(1, 8 * common.multiprocessors(dout.device) // columns))
+        partial = branch.new_empty((programs, hidden), dtype=wide)
+    with common.on_device(dout):
+        _add_residual_backward_kernel[(programs, columns)](
+            dout,
+            branch,
+            None if gamma is None else gamma.contiguous(),
+            None if drop_scale is None else drop_scale.contiguous(),
+            None if index is None else index.contiguous(),
+            dbranch,
+            partial,
+            branch.shape[0],
+            hidden,
+            seq_len,
+            dout.stride(0),
+            branch.stride(0),
+            *common.in_two(scale),
+            COMPUTE=compute,
+            **meta,
+        )
+    return dbranch, None if partial is None else partial.sum(0)
