@@ -15,7 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # set by pytest-xdist in its workers
         torch.set_num_threads(1)
     if devices.interpreting():
-        devices.round_bf16_in_the_interpreter()
+        devices.make_the_interpreter_strict()
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,12 @@ def interpreting() -> bool:
     return common.interpreting()
 
 
-def round_bf16_in_the_interpreter() -> None:
-    """Triton's interpreter cuts fp32 off to bf16; with this it rounds to nearest even, as a GPU does."""
+def make_the_interpreter_strict() -> None:
+    """Two ways in which Triton's interpreter differs from a GPU, mended.
+
+    It cuts fp32 off to bf16: with this it rounds to nearest even. What a masked load without `other` leaves out is 0
+    there and anything on a GPU: with this it is NaN, or -1 if integer.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -36,7 +40,18 @@ def round_bf16_in_the_interpreter() -> None:
         rounded = torch.from_numpy(np.array(data, np.float32)).bfloat16()
         return rounded.view(torch.uint16).numpy()
 
+    def load(builder: Any, pointers: Any, mask: Any, other: Any, *options: Any) -> Any:
+        if other is None:
+            dtype = pointers.get_element_ty()
+            unknown = np.full(pointers.data.shape, 255, np.uint8)
+            unknown = np.repeat(unknown[..., None], interpreter._get_np_dtype(dtype).itemsize, -1)
+            unknown = unknown.view(interpreter._get_np_dtype(dtype)).reshape(pointers.data.shape)
+            other = interpreter.TensorHandle(unknown, dtype)
+        return masked_load(builder, pointers, mask, other, *options)
+
+    masked_load = interpreter.InterpreterBuilder.create_masked_load
     interpreter._convert_float = rounding
+    interpreter.InterpreterBuilder.create_masked_load = load
 
 
 runs_triton = pytest.mark.skipif(
@@ -45,14 +60,35 @@ runs_triton = pytest.mark.skipif(
 BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
 
 
+GUARD = 256  # bytes before and after each output
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is filled with NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    """What kernels write to lies between guards, and all of it is filled with NaN (every bit set) first.
+
+    So an element that is never written shows as NaN; a guard that is written fails here.
+    """
+    buffers: list[tuple[Tensor, int]] = []
+
+    plain = Tensor.new_empty
+
+    def new_empty(like: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        if rest:  # Triton's interpreter, which moves arguments to the host
+            return plain(like, *size, dtype=dtype, **rest)
+        dtype, shape = dtype or like.dtype, torch.Size(size if isinstance(size[0], int) else size[0])
+        used = shape.numel() * dtype.itemsize
+        buffer = torch.full((used + 2 * GUARD,), 255, dtype=torch.uint8, device=like.device)
+        buffers.append((buffer, used))
+        return buffer[GUARD : GUARD + used].view(dtype).view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", lambda x, **_: new_empty(x, x.shape))
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for buffer, used in buffers:
+        assert (buffer[:GUARD] == 255).all(), "written before the beginning of an output"
+        assert (buffer[GUARD + used :] == 255).all(), "written after the end of an output"
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0) -> Tensor:

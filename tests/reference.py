@@ -101,3 +101,20 @@ def attention_pool(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, ep
     scores = torch.einsum("bjd,bhd->bhj", y, absorbed.double())
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     return torch.einsum("bhj,bjd->bhd", weights / weights.sum(-1, keepdim=True), y)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.einsum("...i,oi->...o", x.double(), weight.double())
+    return out if bias is None else out + bias.double()
+
+
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    pairs = linear(x, weight, bias).unflatten(-1, (-1, 2))  # (..., hidden, gate and value)
+    return pairs[..., 0] / (1.0 + torch.exp(-pairs[..., 0])) * pairs[..., 1]
+
+
+def attention_lse(qkv: Tensor) -> Tensor:
+    q, k, _ = qkv.double().unbind(2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(qkv.shape[-1])
+    greatest = scores.amax(-1, keepdim=True)
+    return (torch.exp(scores - greatest).sum(-1, keepdim=True).log() + greatest)[..., 0]

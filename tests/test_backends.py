@@ -11,6 +11,7 @@ import torch
 
 from dinov2_fast import backends, ops
 from dinov2_fast.backends import BackendError, Implementation, Op, use_backend
+from tests import devices
 
 
 @pytest.fixture
@@ -94,6 +95,68 @@ def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, 
     with pytest.raises(BackendError, match=message), use_backend(setting):
         pass
     assert backends._setting is before
+
+
+def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
+    fast = Implementation("fast", lambda x: "fast", trains=False)
+    op = Op("toy", "toy", (fast, Implementation("torch", lambda x: "torch")), lambda device, dtype: (torch.empty(1),))
+    weight = torch.zeros(1, requires_grad=True)
+    assert op(weight.detach()) == "fast"
+    assert op(weight) == "torch"
+    with use_backend("fast"):
+        assert op(weight) == "torch"  # the name holds for inference alone
+        with torch.no_grad():
+            assert op(weight) == "fast"
+    with pytest.raises(BackendError, match="is for inference only, and gradients are recorded"):
+        op(weight, backend="fast")
+    with use_backend("fast"):
+        rows = {row.backend: row for row in backends.table(training=True) if row.op == "toy"}
+    assert rows["torch"].chosen
+    assert rows["fast"].reason == "is for inference only, and gradients are recorded"
+
+
+def test_an_op_for_inference_alone_refuses_training_and_is_not_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
+    fast = Implementation("fast", lambda x: "fast", trains=False)
+    op = Op("toy", "toy", (fast,), lambda device, dtype: (torch.empty(1),))
+    for setting in ("fast", "torch"):
+        with use_backend(setting), pytest.raises(BackendError, match="inference only"):
+            op(torch.zeros(1, requires_grad=True))
+    assert "toy" in {row.op for row in backends.table()}
+    assert "toy" not in {row.op for row in backends.table(only_trainable=True)}
+
+
+def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
+    kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), elsewhere=lambda d: d.type == "cpu")
+    op = Op("toy", "toy", (kernel, Implementation("torch", lambda x: "torch")), lambda device, dtype: (torch.empty(1),))
+    assert op(torch.zeros(1)) == "torch"
+    assert op(torch.zeros(1), backend="kernel") == "kernel"
+    with use_backend("kernel"):
+        assert op(torch.zeros(1)) == "kernel"
+        with pytest.raises(BackendError, match="needs a cuda tensor, got one on meta"):
+            op(torch.zeros(1, device="meta"))
+
+
+def test_tensors_in_lists_count() -> None:
+    inner = torch.zeros(1, device="meta", requires_grad=True)
+    assert backends.device_of(([inner], 1)).type == "meta"
+    assert backends.records_gradient(([inner.detach(), inner],))
+    assert not backends.records_gradient(([inner.detach()], None, 2.0))
+
+
+@devices.runs_triton
+def test_kernels_do_not_export_and_a_forced_one_says_so() -> None:
+    class Norm(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ops.layer_norm(x, x[0], x[0], 1e-6)
+
+    x = torch.randn(2, 8)
+    assert "dinov2_fast" not in str(torch.export.export(Norm(), (x,)).graph)
+    for strict in (False, True):
+        with use_backend("triton"), pytest.raises(Exception, match="does not export"):
+            torch.export.export(Norm(), (x,), strict=strict)
 
 
 def test_a_setting_ends_with_its_block_also_on_error(toy: Op) -> None:

@@ -109,6 +109,20 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, hidden: int) 
         reference.assert_obeys_rule(gradient, ref, usual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@each_backend
+def test_gradients_far_from_zero_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
+    """Statistics kept in half precision would be off by more than the spread of the values."""
+    inputs = [random(33, 96, dtype=dtype, shift=50), *_parameters(96, dtype)]
+
+    def norm(backend: str):
+        return lambda x, weight, bias: ops.layer_norm(x, weight, bias, EPS, backend=backend)
+
+    exact = gradients(norm("torch"), [x.double() for x in inputs])
+    for ours, ref, usual in zip(gradients(norm(backend), inputs), exact, gradients(norm("torch"), inputs), strict=True):
+        reference.assert_obeys_rule(ours, ref, usual)
+
+
 @each_backend
 def test_mixed_dtypes_promote_as_in_torch(backend: str) -> None:
     residual, branch = random(2, 3, 64), random(2, 3, 64, dtype=torch.bfloat16)

@@ -125,7 +125,9 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, name: str) ->
 @pytest.mark.parametrize("name", _functions("torch"))
 @each_backend
 def test_gradients_in_fp64(backend: str, name: str) -> None:
-    inputs = tuple(x[..., :3].detach().contiguous().requires_grad_() for x in _stream(torch.float64))
+    inputs = tuple(x[..., :3].detach() for x in _stream(torch.float64))
+    inputs = tuple(x.narrow(-2, 0, 2) if x.ndim == 3 else x for x in inputs)
+    inputs = tuple(x.contiguous().requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(_functions(backend)[name], inputs)
 
 

@@ -252,9 +252,10 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gamma, weight = ctx.saved_tensors[2], ctx.saved_tensors[4]
+        saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
+        gamma, weight = saved[2], saved[4]
         dtype, bias_dtype, deferred_dtype = ctx.dtypes
-        dresidual, dbranch, sums = _add_backward(dtotal, dy, *ctx.saved_tensors, dtype)
+        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype)
         dweight, dbias, dgamma, ddeferred = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
         ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
