@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_fast.backends import tensors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -89,6 +92,18 @@ def poisoned_memory() -> Iterator[None]:
     for buffer, used in buffers:
         assert (buffer[:GUARD] == 255).all(), "written before the beginning of an output"
         assert (buffer[GUARD + used :] == 255).all(), "written after the end of an output"
+
+
+def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
+    """`torch.library.opcheck`, and that the fake's strides are the real ones, which it compares on a GPU only."""
+    torch.library.opcheck(op, arguments)
+    with torch.no_grad():
+        real = op(*arguments)
+        mode = FakeTensorMode()
+        with mode:
+            fake = op(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+    for a, b in zip(tensors_of([real]), tensors_of([fake]), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0) -> Tensor:

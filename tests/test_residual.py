@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2_fast import ops
 from dinov2_fast.backends import BackendError
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, gradients, opcheck, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 INDICES = [[2], [3, 0], [1, 3, 0, 2], []]
@@ -220,15 +220,15 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
     gamma = random(64).requires_grad_(requires_grad)
     x.requires_grad_(requires_grad)
     index, library = _index(2, 0), torch.ops.dinov2_fast
-    torch.library.opcheck(library.add_residual.default, (x, x.detach(), gamma, None))
-    torch.library.opcheck(library.gather_rows.default, (x, index))
-    torch.library.opcheck(library.gather_rows_packed.default, ([x, x.detach()], [index, index]))
-    torch.library.opcheck(library.scatter_add_residual.default, (x, index, x.detach()[:2], gamma, 2.0))
+    opcheck(library.add_residual.default, (x, x.detach(), gamma, None))
+    opcheck(library.gather_rows.default, (x, index))
+    opcheck(library.gather_rows_packed.default, ([x, x.detach()], [index, index]))
+    opcheck(library.scatter_add_residual.default, (x, index, x.detach()[:2], gamma, 2.0))
     if not requires_grad:
-        torch.library.opcheck(library.add_residual_backward.default, (x, x, gamma, None))
-        torch.library.opcheck(library.add_residual_backward.default, (x, x, None, _drop_scale(x.dtype)))
-        torch.library.opcheck(library.gather_rows_backward.default, (x[:2], index, 4))
-        torch.library.opcheck(library.scatter_add_residual_backward.default, (x, index, x[:2], gamma, 2.0))
+        opcheck(library.add_residual_backward.default, (x, x, gamma, None))
+        opcheck(library.add_residual_backward.default, (x, x, None, _drop_scale(x.dtype)))
+        opcheck(library.gather_rows_backward.default, (x[:2], index, 4))
+        opcheck(library.scatter_add_residual_backward.default, (x, index, x[:2], gamma, 2.0))
 
 
 @runs_triton
