@@ -236,7 +236,7 @@ def table(
     Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
     inference engine uses.
     """
-    rows = []
+    rows: list[Row] = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
         for op in _OPS.values():
             if op.trains or not only_trainable:

@@ -43,14 +43,14 @@ def make_the_interpreter_strict() -> None:
         rounded = torch.from_numpy(np.array(data, np.float32)).bfloat16()
         return rounded.view(torch.uint16).numpy()
 
-    def load(builder: Any, pointers: Any, mask: Any, other: Any, *options: Any) -> Any:
+    def load(builder: Any, pointers: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
         if other is None:
             dtype = pointers.get_element_ty()
             unknown = np.full(pointers.data.shape, 255, np.uint8)
             unknown = np.repeat(unknown[..., None], interpreter._get_np_dtype(dtype).itemsize, -1)
             unknown = unknown.view(interpreter._get_np_dtype(dtype)).reshape(pointers.data.shape)
             other = interpreter.TensorHandle(unknown, dtype)
-        return masked_load(builder, pointers, mask, other, *options)
+        return masked_load(builder, pointers, mask, other, *args, **kwargs)
 
     masked_load = interpreter.InterpreterBuilder.create_masked_load
     interpreter._convert_float = rounding

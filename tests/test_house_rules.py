@@ -190,7 +190,7 @@ def ops_without_entries(root: Path) -> list[str]:
     ops = {path.stem for path in root.glob("dinov2_fast/ops/*.py") if not path.stem.startswith("_")}
     found = [f"op {op} has no tests/test_{op}.py" for op in sorted(ops) if not (root / f"tests/test_{op}.py").is_file()]
     for path in sorted([*root.glob("kernels/*.py"), *root.glob("csrc/*.cu")]):
-        if path.stem not in ("__init__", "tuning") and path.stem.removesuffix("_backward") not in ops:
+        if path.stem not in ("__init__", "common", "tuning") and path.stem.removesuffix("_backward") not in ops:
             found.append(f"{path.relative_to(root).as_posix()} has no dinov2_fast/ops/{path.stem}.py")
     return found
 

@@ -4,6 +4,7 @@ from dinov2_fast import backends
 from dinov2_fast.backends import use_backend
 from dinov2_fast.ops.activation import gelu, gelu_fp8, swiglu, swiglu_fp8
 from dinov2_fast.ops.attention import attention, attention_probabilities, attention_varlen
+from dinov2_fast.ops.attention_pool import attention_pool
 from dinov2_fast.ops.layer_norm import (
     add_layer_norm,
     add_layer_norm_fp8,
@@ -12,6 +13,17 @@ from dinov2_fast.ops.layer_norm import (
     layer_norm_fp8,
     layer_norm_fp8_rows,
 )
+from dinov2_fast.ops.linear import (
+    linear,
+    linear_fp8,
+    linear_gelu,
+    linear_gelu_fp8,
+    linear_residual_,
+    linear_residual_fp8_,
+    linear_swiglu,
+    linear_swiglu_fp8,
+)
+from dinov2_fast.ops.patches import patches
 from dinov2_fast.ops.residual import (
     add_residual,
     gather_rows,
@@ -28,6 +40,7 @@ __all__ = [
     "add_layer_norm_fp8_rows",
     "add_residual",
     "attention",
+    "attention_pool",
     "attention_probabilities",
     "attention_varlen",
     "gather_rows",
@@ -37,6 +50,15 @@ __all__ = [
     "layer_norm",
     "layer_norm_fp8",
     "layer_norm_fp8_rows",
+    "linear",
+    "linear_fp8",
+    "linear_gelu",
+    "linear_gelu_fp8",
+    "linear_residual_",
+    "linear_residual_fp8_",
+    "linear_swiglu",
+    "linear_swiglu_fp8",
+    "patches",
     "scatter_add_residual",
     "scatter_add_residual_packed",
     "swiglu",

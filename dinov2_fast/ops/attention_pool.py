@@ -1,0 +1,136 @@
+"""The attention of one query per head over the norm of the residual stream, without keys and values. Inference only.
+
+    y = layer_norm(x),    p = softmax over tokens of y . absorbed,    pooled = sum over tokens of p y
+
+With W_q, W_k, W_v the rows of one head, b_q, b_v their biases and q = W_q y_cls + b_q, the attention of CLS is
+
+    absorbed = W_k^T q / sqrt(head_dim),    out = W_v pooled + b_v
+
+because y . (W_k^T q) = (W_k y) . q, because the bias of the keys adds the same to every score of a head, which the
+softmax ignores, and because p sums to 1. No token but CLS needs its query, key or value, which spares the last block of
+a model that returns the CLS token alone nearly all its work. Exact but for rounding.
+The formula of attention: Vaswani et al., arXiv:1706.03762.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.ops import _registry
+
+MAX_HEADS = 32  # the kernels hold a tile of all heads
+
+
+def attention_pool(
+    x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
+) -> Tensor:
+    """The mean of `layer_norm(x)` over tokens, weighted for each head by the softmax of its product with a query.
+
+    Args:
+        x: (batch, seq_len, hidden), the residual stream.
+        absorbed: (batch, num_heads, hidden), the queries in the hidden space, already scaled.
+        weight, bias: (hidden,) of the norm.
+        eps: added to the variance.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (batch, num_heads, hidden), contiguous, in the dtype of `x` (under autocast: its dtype).
+
+    Raises:
+        ValueError: shapes that do not fit together, or no token.
+    """
+    if x.ndim != 3 or absorbed.ndim != 3 or absorbed.shape[::2] != x.shape[::2]:
+        raise ValueError(
+            "attention_pool takes x (batch, seq_len, hidden) and absorbed (batch, num_heads, hidden), "
+            f"got {tuple(x.shape)} and {tuple(absorbed.shape)}."
+        )
+    if x.shape[1] == 0:
+        raise ValueError("attention_pool needs at least one token.")
+    return _ATTENTION_POOL(x, absorbed, weight, bias, eps, backend=backend)
+
+
+def cls_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """What a block's attention gives the first token (CLS), before the output projection.
+
+    Args:
+        x: (batch, seq_len, hidden), the residual stream that enters the block.
+        norm_weight, norm_bias, eps: of the block's first norm; (hidden,).
+        qkv_weight: (3 * hidden, hidden), the packed projection.
+        qkv_bias: (3 * hidden,) or None.
+        num_heads: heads within each of queries, keys and values.
+        backend: the implementation of `attention_pool` to use instead of the default.
+
+    Returns:
+        (batch, hidden).
+    """
+    hidden = x.shape[-1]
+    heads = (num_heads, hidden // num_heads)
+    query_weight, key_weight, value_weight = qkv_weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
+    query_bias, value_bias = (None, None) if qkv_bias is None else (qkv_bias[:hidden], qkv_bias[2 * hidden :])
+
+    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, eps)
+    query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
+    absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
+    pooled = attention_pool(x, absorbed, norm_weight, norm_bias, eps, backend=backend)
+    out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
+    return out if value_bias is None else out + value_bias
+
+
+def attention_pool_torch(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return (absorbed @ y.transpose(1, 2)).softmax(-1).to(y.dtype) @ y
+
+
+def _attention_pool_kernel(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from dinov2_fast.kernels.attention_pool import attention_pool_forward
+
+    return attention_pool_forward(x, absorbed, weight, bias, eps)
+
+
+def _attention_pool_fake(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return x.new_empty(absorbed.shape)
+
+
+def _refuses(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
+    if x.dtype not in _registry.FLOATS:
+        return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
+    if absorbed.shape[1] > MAX_HEADS:
+        return f"takes at most {MAX_HEADS} heads, got {absorbed.shape[1]}"
+    return None
+
+
+def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+    x = torch.empty(2, 257, 384, device=device, dtype=dtype)
+    return x, x[:, :6], x[0, 0], x[0, 0], 1e-6
+
+
+_attention_pool = _registry.register(
+    "attention_pool(Tensor x, Tensor absorbed, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _attention_pool_kernel,
+    _attention_pool_fake,
+    autocast=torch.get_autocast_dtype,
+)
+
+# torch first: the kernels have not been measured on a GPU.
+_ATTENTION_POOL = Op(
+    "attention_pool",
+    "attention_pool",
+    (
+        Implementation("torch", attention_pool_torch, trains=False),
+        _registry.triton(_attention_pool, _refuses, trains=False),
+    ),
+    _sample,
+)

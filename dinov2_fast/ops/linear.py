@@ -1,0 +1,609 @@
+"""Linear layers with what follows them, for inference only.
+
+    linear(x)               z = x @ weight^T + bias
+    linear_gelu(x)          z * Phi(z), the exact (erf) GELU
+    linear_swiglu(x)        silu(z[0::2]) * z[1::2], gate and value features in turn (:func:`interleave` orders them)
+    linear_residual_(r, x)  r += gamma * z, in place
+
+The `_fp8` forms take e4m3 operands: `x` times one scale or a scale of each row, `weight` times a scale of each output
+feature. A scale is what the e4m3 value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has
+it. Their sums are precise: where the tensor cores add e4m3 products with fewer bits than fp32, short partial sums are
+added in fp32.
+Sources: GELU: Hendrycks & Gimpel, arXiv:1606.08415; SwiGLU: Shazeer, arXiv:2002.05202; LayerScale: Touvron et al.,
+arXiv:2103.17239; e4m3: Micikevicius et al., arXiv:2209.05433.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.ops import _fp8, _registry
+
+E4M3 = torch.float8_e4m3fn
+HALF = (torch.float16, torch.bfloat16)
+
+
+def interleave(packed: Tensor) -> Tensor:
+    """Reorders a packed SwiGLU parameter, (2 * hidden, ...) with all gates first, for :func:`linear_swiglu`.
+
+    Row 2j of the result is gate j, row 2j + 1 value j. For weights, biases and weight scales; a copy.
+    """
+    return packed.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+    """`x` @ `weight`^T + `bias`.
+
+    Args:
+        x: (..., in_features), fp16, bf16, fp32 or fp64.
+        weight: (out_features, in_features), in the dtype of `x`.
+        bias: (out_features,) or None.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (..., out_features), contiguous, in the dtype of `x`.
+
+    Raises:
+        ValueError: sizes do not go together.
+        BackendError: gradients are recorded.
+    """
+    _check(x, weight, bias=bias)
+    return _LINEAR(x, weight, bias, backend=backend)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+    """GELU of :func:`linear`, with the same arguments, result and errors."""
+    _check(x, weight, bias=bias)
+    return _LINEAR_GELU(x, weight, bias, backend=backend)
+
+
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
+    """SwiGLU of :func:`linear`.
+
+    Args:
+        x: (..., in_features).
+        weight: (2 * hidden, in_features), its rows in the order of :func:`interleave`.
+        bias: (2 * hidden,) in that order, or None.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (..., hidden), contiguous, in the dtype of `x`.
+
+    Raises:
+        As :func:`linear`.
+    """
+    _check(x, weight, swiglu=True, bias=bias)
+    return _LINEAR_SWIGLU(x, weight, bias, backend=backend)
+
+
+def linear_residual_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Adds `gamma` * :func:`linear` to the residual stream, in place.
+
+    Args:
+        residual: (..., out_features), which may be wider (fp32) than `x`, and may not overlap the other arguments.
+        x, weight, bias: as for :func:`linear`.
+        gamma: LayerScale, (out_features,), or None for 1.
+        backend: the implementation to use instead of the default.
+
+    Raises:
+        As :func:`linear`.
+    """
+    _check(x, weight, residual, bias=bias, gamma=gamma)
+    _LINEAR_RESIDUAL(residual, x, weight, bias, gamma, backend=backend)
+
+
+def linear_fp8(
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`linear` of e4m3 operands.
+
+    Args:
+        x: (..., in_features), e4m3.
+        x_scale: one number, or the fp32 scale (..., 1) of each row.
+        weight: (out_features, in_features), e4m3.
+        weight_scale: (out_features,), fp32.
+        bias: (out_features,) or None.
+        dtype: of the result, bf16 or fp16.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (..., out_features), contiguous.
+
+    Raises:
+        ValueError: sizes or dtypes do not go together.
+        BackendError: gradients are recorded.
+    """
+    _check(x, weight, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check_dtypes(x, weight, dtype, HALF)
+    return _LINEAR_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, backend=backend)
+
+
+def linear_gelu_fp8(
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    out_scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """GELU of :func:`linear_fp8`; `dtype` may be e4m3, the values of which are to be multiplied by `out_scale`."""
+    _check(x, weight, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check_dtypes(x, weight, dtype, (*HALF, E4M3))
+    return _LINEAR_GELU_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, out_scale, backend=backend)
+
+
+def linear_swiglu_fp8(
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    out_scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """SwiGLU of :func:`linear_fp8`, rows of the weight as for :func:`linear_swiglu`, `dtype` as for the GELU form."""
+    _check(x, weight, swiglu=True, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check_dtypes(x, weight, dtype, (*HALF, E4M3))
+    return _LINEAR_SWIGLU_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, out_scale, backend=backend)
+
+
+def linear_residual_fp8_(
+    residual: Tensor,
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """:func:`linear_residual_` of the e4m3 operands of :func:`linear_fp8`."""
+    _check(x, weight, residual, x_scale=x_scale, bias=bias, weight_scale=weight_scale, gamma=gamma)
+    _check_dtypes(x, weight, residual.dtype, (*HALF, torch.float32))
+    _LINEAR_RESIDUAL_FP8(residual, x, *_split(x_scale), weight, weight_scale, bias, gamma, backend=backend)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    x_scale: Tensor | float = 1.0,
+    **vectors: Tensor | None,
+) -> None:
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, which does not go with x {tuple(x.shape)}.")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, but there are {weight.shape[0]} output features."
+            )
+    if swiglu and weight.shape[0] % 2:
+        raise ValueError(f"SwiGLU takes pairs of gate and value features, not {weight.shape[0]} features.")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, not {(*x.shape[:-1], weight.shape[0])}.")
+    if isinstance(x_scale, Tensor) and x_scale.shape != (*x.shape[:-1], 1):
+        raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, not {(*x.shape[:-1], 1)}.")
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, dtype: torch.dtype, allowed: tuple[torch.dtype, ...]) -> None:
+    if x.dtype != E4M3 or weight.dtype != E4M3:
+        raise ValueError(f"x and weight must be e4m3, got {x.dtype} and {weight.dtype}.")
+    if dtype not in allowed:
+        raise ValueError(f"the result can be {', '.join(map(str, allowed))}, not {dtype}.")
+
+
+def _split(x_scale: Tensor | float) -> tuple[Tensor | None, float]:
+    """Scale of each row, and scale of all."""
+    return (x_scale, 1.0) if isinstance(x_scale, Tensor) else (None, x_scale)
+
+
+# The torch references
+
+
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def linear_gelu_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.gelu(linear_torch(x, weight, bias))
+
+
+def linear_swiglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _swiglu(linear_torch(x, weight, bias))
+
+
+def linear_residual_torch_(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> None:
+    _add_(residual, linear_torch(x, weight, bias), gamma)
+
+
+def linear_fp8_torch(
+    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _dequantized_linear(x, row_scale, scale, weight, weight_scale, bias).to(dtype)
+
+
+def linear_gelu_fp8_torch(
+    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, out_scale: float,
+) -> Tensor:  # fmt: skip
+    return _rounded(F.gelu(_dequantized_linear(x, row_scale, scale, weight, weight_scale, bias)), dtype, out_scale)
+
+
+def linear_swiglu_fp8_torch(
+    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, out_scale: float,
+) -> Tensor:  # fmt: skip
+    return _rounded(_swiglu(_dequantized_linear(x, row_scale, scale, weight, weight_scale, bias)), dtype, out_scale)
+
+
+def linear_residual_fp8_torch_(
+    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, gamma: Tensor | None,
+) -> None:  # fmt: skip
+    _add_(residual, _dequantized_linear(x, row_scale, scale, weight, weight_scale, bias), gamma)
+
+
+def _swiglu(z: Tensor) -> Tensor:
+    return F.silu(z[..., 0::2]) * z[..., 1::2]
+
+
+def _add_(residual: Tensor, branch: Tensor, gamma: Tensor | None) -> None:
+    if gamma is None:
+        residual.add_(branch)
+    else:
+        residual.addcmul_(branch, gamma)
+
+
+def _dequantized_linear(
+    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    wide = x.float() * (scale if row_scale is None else row_scale)
+    return linear_torch(wide, weight.float() * weight_scale[:, None], bias)
+
+
+def _rounded(y: Tensor, dtype: torch.dtype, out_scale: float) -> Tensor:
+    return _fp8.quantize(y.float(), out_scale) if dtype == E4M3 else y.to(dtype)
+
+
+# cuBLAS, through torch
+
+
+def linear_gelu_cublas(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """With the GELU in the epilogue of the product, which on CUDA is the tanh form (the erf form on the CPU)."""
+    y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_residual_cublas_(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> None:
+    residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+
+
+def linear_fp8_cublas(*args: Any) -> Tensor:
+    *operands, dtype = args
+    return _scaled_mm(dtype, *operands)
+
+
+def linear_gelu_fp8_cublas(*args: Any) -> Tensor:
+    *operands, dtype, out_scale = args
+    return _rounded(F.gelu(_scaled_mm(torch.bfloat16, *operands)), dtype, out_scale)
+
+
+def linear_swiglu_fp8_cublas(*args: Any) -> Tensor:
+    *operands, dtype, out_scale = args
+    return _rounded(_swiglu(_scaled_mm(torch.bfloat16, *operands)), dtype, out_scale)
+
+
+def linear_residual_fp8_cublas_(residual: Tensor, *args: Any) -> None:
+    *operands, gamma = args
+    _add_(residual, _scaled_mm(torch.bfloat16, *operands), gamma)
+
+
+def _scaled_mm(
+    dtype: torch.dtype, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rows, by_row = x.reshape(-1, x.shape[-1]).contiguous(), F.ScalingType.RowWise
+    if row_scale is None:
+        row_scale = weight_scale.new_full((rows.shape[0], 1), scale)
+    y = F.scaled_mm(
+        rows, weight.t(), row_scale.reshape(-1, 1), by_row, weight_scale[None], by_row, bias=bias, output_dtype=dtype
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+# The kernel
+
+
+def _launch(epilogue: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from dinov2_fast.kernels.linear import linear_forward
+
+    return linear_forward(x, weight, bias, epilogue)
+
+
+def _launch_residual_(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, **scales: Any
+) -> None:
+    from dinov2_fast.kernels.linear import linear_residual_forward_
+
+    linear_residual_forward_(residual, x, weight, bias, gamma, **scales)
+
+
+def _launch_fp8(
+    epilogue: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    from dinov2_fast.kernels.linear import linear_forward
+
+    return linear_forward(
+        x, weight, bias, epilogue, row_scale=row_scale, scale=scale, weight_scale=weight_scale, dtype=dtype,
+        out_scale=out_scale,
+    )  # fmt: skip
+
+
+def _launch_residual_fp8_(
+    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, gamma: Tensor | None,
+) -> None:  # fmt: skip
+    _launch_residual_(
+        residual, x, weight, bias, gamma, row_scale=row_scale, scale=scale, weight_scale=weight_scale
+    )  # fmt: skip
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _fake_fp8(x: Tensor, row_scale: Any, scale: float, weight: Tensor, weight_scale: Any, bias: Any, *rest: Any) -> Any:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=rest[0])
+
+
+def _fake_swiglu_fp8(*args: Any) -> Tensor:
+    return _fake_fp8(*args)[..., ::2].contiguous()
+
+
+_OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
+_FP8 = "Tensor x, Tensor? row_scale, float scale, Tensor weight, Tensor weight_scale, Tensor? bias"
+
+_linear = _registry.register(
+    f"linear({_OPERANDS}) -> Tensor", lambda *args: _launch("linear", *args), _fake, autocast=torch.get_autocast_dtype
+)
+_linear_gelu = _registry.register(
+    f"linear_gelu({_OPERANDS}) -> Tensor",
+    lambda *args: _launch("gelu", *args),
+    _fake,
+    autocast=torch.get_autocast_dtype,
+)
+_linear_swiglu = _registry.register(
+    f"linear_swiglu({_OPERANDS}) -> Tensor",
+    lambda *args: _launch("swiglu", *args),
+    _fake_swiglu,
+    autocast=torch.get_autocast_dtype,
+)
+_linear_residual = _registry.register(
+    f"linear_residual_(Tensor(a!) residual, {_OPERANDS}, Tensor? gamma) -> ()", _launch_residual_, lambda *args: None
+)
+_linear_fp8 = _registry.register(
+    f"linear_fp8({_FP8}, ScalarType dtype) -> Tensor", lambda *args: _launch_fp8("linear", *args), _fake_fp8
+)
+_linear_gelu_fp8 = _registry.register(
+    f"linear_gelu_fp8({_FP8}, ScalarType dtype, float out_scale) -> Tensor",
+    lambda *args: _launch_fp8("gelu", *args),
+    _fake_fp8,
+)
+_linear_swiglu_fp8 = _registry.register(
+    f"linear_swiglu_fp8({_FP8}, ScalarType dtype, float out_scale) -> Tensor",
+    lambda *args: _launch_fp8("swiglu", *args),
+    _fake_swiglu_fp8,
+)
+_linear_residual_fp8 = _registry.register(
+    f"linear_residual_fp8_(Tensor(a!) residual, {_FP8}, Tensor? gamma) -> ()",
+    _launch_residual_fp8_,
+    lambda *args: None,
+)
+
+
+def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if x.dtype not in (*HALF, torch.float32):
+        return f"takes fp16, bf16 and fp32, got {x.dtype}"
+    if weight.dtype != x.dtype:
+        return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
+    return None
+
+
+def _refuses_residual(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> str | None:
+    return _refuses(x, weight, bias) or _refuses_stream(residual)
+
+
+def _refuses_stream(residual: Tensor) -> str | None:
+    """A matrix that is written in place has evenly spaced rows that do not overlap."""
+    if residual.dtype not in (*HALF, torch.float32):
+        return f"adds to fp16, bf16 and fp32, not to {residual.dtype}"
+    shape, strides = residual.shape, residual.stride()
+    even = all(shape[i] == 1 or strides[i] == shape[i + 1] * strides[i + 1] for i in range(residual.ndim - 2))
+    overlapping = residual.numel() > shape[-1] and strides[-2] < shape[-1]
+    if not even or overlapping or (shape[-1] > 1 and strides[-1] != 1):
+        return f"needs a residual that is a view of evenly spaced rows, got strides {strides} for shape {tuple(shape)}"
+    return None
+
+
+def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x)
+
+
+def _refuses_residual_fp8(residual: Tensor, x: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x) or _refuses_stream(residual)
+
+
+def _cublas_refuses_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if x.dtype != torch.bfloat16:
+        return f"computes the tanh form of GELU, which is near enough for bf16 results only, not for {x.dtype}"
+    if bias is None or {weight.dtype, bias.dtype} != {x.dtype}:
+        return "needs weight and bias in the dtype of x"
+    return None
+
+
+def _cublas_refuses_residual(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> str | None:
+    if bias is not None or gamma is not None:
+        return "adds neither bias nor gamma: fold gamma into the weight and add the bias with the next norm"
+    if {residual.dtype, weight.dtype} != {x.dtype}:
+        return f"needs one dtype, got residual {residual.dtype}, x {x.dtype} and weight {weight.dtype}"
+    return _refuses_stream(residual)
+
+
+def _cublas_refuses_fp8(
+    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16, out_scale: float = 1.0,
+) -> str | None:  # fmt: skip
+    if weight.shape[0] % 16 or weight.shape[1] % 16:
+        return f"needs features in multiples of 16, got {weight.shape[1]} in and {weight.shape[0]} out"
+    if not weight.is_contiguous():
+        return "needs a contiguous weight"
+    if dtype == torch.float16 or (bias is not None and bias.dtype != torch.bfloat16):
+        return "gives bf16 (or e4m3 made of it) and takes a bf16 bias"
+    return _registry.refuses_e4m3(x)
+
+
+def _cublas_refuses_residual_fp8(residual: Tensor, *args: Any) -> str | None:
+    if residual.dtype == torch.float16:
+        return "gives bf16, which is too coarse for an fp16 stream"
+    return _cublas_refuses_fp8(*args[:-1])
+
+
+def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.empty(1, 257, 384, device=device, dtype=dtype)
+    return x, x.new_empty(1536, 384), x.new_empty(1536)
+
+
+def _sample_residual(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, weight, bias = _sample(device, dtype)
+    return x.new_empty(1, 257, 1536), x, weight, bias, bias
+
+
+def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, weight, bias = _sample(device, torch.bfloat16)
+    return x.to(E4M3), None, 0.125, weight.to(E4M3), bias.float(), bias, torch.bfloat16
+
+
+def _sample_activation_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return *_sample_fp8(device, dtype)[:-1], E4M3, 0.0625
+
+
+def _sample_residual_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    *operands, _ = _sample_fp8(device, dtype)
+    return _sample_residual(device, torch.bfloat16)[0], *operands, None
+
+
+def _torch(function: Callable[..., Any]) -> Implementation:
+    return Implementation("torch", function, trains=False)
+
+
+def _cublas(function: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
+    return Implementation("cublas", function, refuses, ("cuda",), trains=False)
+
+
+def _triton(function: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
+    return _registry.triton(function, refuses, trains=False)
+
+
+# torch stands first: none of the others has been measured on a GPU. Its plain linear is cuBLAS there already.
+_LINEAR = Op("linear", "linear", (_torch(linear_torch), _triton(_linear, _refuses)), _sample)
+_LINEAR_GELU = Op(
+    "linear_gelu",
+    "linear",
+    (_torch(linear_gelu_torch), _cublas(linear_gelu_cublas, _cublas_refuses_gelu), _triton(_linear_gelu, _refuses)),
+    _sample,
+)
+_LINEAR_SWIGLU = Op(
+    "linear_swiglu", "linear", (_torch(linear_swiglu_torch), _triton(_linear_swiglu, _refuses)), _sample
+)
+_LINEAR_RESIDUAL = Op(
+    "linear_residual_",
+    "linear",
+    (
+        _torch(linear_residual_torch_),
+        _cublas(linear_residual_cublas_, _cublas_refuses_residual),
+        _triton(_linear_residual, _refuses_residual),
+    ),
+    _sample_residual,
+)
+_LINEAR_FP8 = Op(
+    "linear_fp8",
+    "linear",
+    (
+        _torch(linear_fp8_torch),
+        _cublas(linear_fp8_cublas, _cublas_refuses_fp8),
+        _triton(_linear_fp8, _refuses_fp8),
+    ),
+    _sample_fp8,
+)
+_LINEAR_GELU_FP8 = Op(
+    "linear_gelu_fp8",
+    "linear",
+    (
+        _torch(linear_gelu_fp8_torch),
+        _cublas(linear_gelu_fp8_cublas, _cublas_refuses_fp8),
+        _triton(_linear_gelu_fp8, _refuses_fp8),
+    ),
+    _sample_activation_fp8,
+)
+_LINEAR_SWIGLU_FP8 = Op(
+    "linear_swiglu_fp8",
+    "linear",
+    (
+        _torch(linear_swiglu_fp8_torch),
+        _cublas(linear_swiglu_fp8_cublas, _cublas_refuses_fp8),
+        _triton(_linear_swiglu_fp8, _refuses_fp8),
+    ),
+    _sample_activation_fp8,
+)
+_LINEAR_RESIDUAL_FP8 = Op(
+    "linear_residual_fp8_",
+    "linear",
+    (
+        _torch(linear_residual_fp8_torch_),
+        _cublas(linear_residual_fp8_cublas_, _cublas_refuses_residual_fp8),
+        _triton(_linear_residual_fp8, _refuses_residual_fp8),
+    ),
+    _sample_residual_fp8,
+)

@@ -1,0 +1,298 @@
+"""GEMM with a fused epilogue, forward only: x @ weight^T, then bias, activation or the step of the residual stream.
+
+One kernel serves every form. It is persistent: each program takes every n-th tile of the result, in groups of rows
+whose operands stay in L2, and the loads of its next tile overlap the epilogue of the last. From sm_90 on, operands are
+read with TMA through descriptors that the launcher makes; elsewhere, and where TMA's 16-byte alignment is not met, with
+masked loads. Invariants: elements of a row are neighbours in `x`, `weight` and the output; `weight` holds one output
+feature per row, with gate and value rows in turn for SwiGLU; row offsets are int64; the sum over in_features is in
+fp32, for e4m3 operands as well, of which no more than BLOCK_K products are summed at the tensor cores' lower precision.
+e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dinov2_fast.kernels import common
+from dinov2_fast.kernels.activation import gelu_erf, gelu_polynomial, silu
+from dinov2_fast.kernels.common import to_e4m3
+
+E4M3 = torch.float8_e4m3fn
+TMA_ALIGNMENT = 16  # bytes
+
+
+@triton.jit
+def _tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles are walked column by column, so that neighbours share operands."""
+    in_group = GROUP * column_tiles
+    first = tile // in_group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + tile % in_group % height, tile % in_group // height
+
+
+@triton.jit
+def _load_block(
+    matrix, start, rows, stride, column, columns,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A block of a matrix (rows, columns), zero outside of it; EVEN if columns is a multiple of BLOCK_COLUMNS."""
+    if TMA:
+        block = matrix.load([start, column])
+    else:
+        i = start + tl.arange(0, BLOCK_ROWS)
+        j = column + tl.arange(0, BLOCK_COLUMNS)
+        mask = (i < rows)[:, None]
+        if not EVEN:
+            mask = mask & (j < columns)[None, :]
+        block = tl.load(matrix + i.to(tl.int64)[:, None] * stride + j[None, :], mask=mask, other=0.0)
+    return block
+
+
+@triton.jit
+def _write_tile(
+    y, start_m, start_n, bias_ptr, row_scale_ptr, weight_scale_ptr, gamma_ptr, out_ptr, rows, out_features, out_stride,
+    scale, inverse_out_scale, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Finishes a tile of x @ weight^T whose first element stands at (start_m, start_n), and stores it."""
+    BLOCK_M: tl.constexpr = y.shape[0]
+    BLOCK_N: tl.constexpr = y.shape[1]
+    m = start_m + tl.arange(0, BLOCK_M)
+    n = start_n + tl.arange(0, BLOCK_N)
+    if weight_scale_ptr is not None:
+        y *= tl.load(weight_scale_ptr + n, mask=n < out_features, other=0.0)[None, :] * scale
+    if row_scale_ptr is not None:
+        y *= tl.load(row_scale_ptr + m, mask=m < rows, other=0.0)[:, None]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+    if gamma_ptr is not None:
+        y *= tl.load(gamma_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == "gelu_erf":
+        y = gelu_erf(y)
+    elif EPILOGUE == "gelu_polynomial":
+        y = gelu_polynomial(y)
+    elif EPILOGUE == "swiglu":
+        gate, value = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+        y = silu(gate) * value
+        n = start_n // 2 + tl.arange(0, BLOCK_N // 2)
+        out_features = out_features // 2
+    at = out_ptr + m.to(tl.int64)[:, None] * out_stride + n[None, :]
+    mask = (m < rows)[:, None] & (n < out_features)[None, :]
+    if EPILOGUE == "residual":
+        y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        tl.store(at, to_e4m3(y * inverse_out_scale), mask=mask)
+    else:
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_forward_kernel(
+    x,  # (rows, in_features), pointer or descriptor
+    weight,  # (out_features, in_features), pointer or descriptor
+    bias_ptr,  # (out_features,) or None
+    row_scale_ptr,  # (rows,) fp32 or None: dequantisation factor of each row of x
+    weight_scale_ptr,  # (out_features,) fp32 or None
+    gamma_ptr,  # (out_features,) or None, for "residual"
+    out_ptr,  # (rows, out_features), (rows, out_features / 2) for "swiglu"; the stream itself for "residual"
+    rows,
+    out_features,
+    in_features,
+    x_stride,
+    weight_stride,
+    out_stride,
+    scale,  # dequantisation factor of all of x
+    inverse_out_scale,
+    EPILOGUE: tl.constexpr,  # "linear", "gelu_erf", "gelu_polynomial", "swiglu" or "residual"
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCKWISE_SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    column_tiles = tl.cdiv(out_features, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = _tile_position(tile, row_tiles, column_tiles, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, in_features, BLOCK_K):
+            a = _load_block(x, m, rows, x_stride, k, in_features, BLOCK_M, BLOCK_K, TMA, EVEN_K)
+            b = _load_block(weight, n, out_features, weight_stride, k, in_features, BLOCK_N, BLOCK_K, TMA, EVEN_K)
+            if UPCAST:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            if BLOCKWISE_SUM:
+                y += tl.dot(a, b.T, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+            else:
+                y = tl.dot(a, b.T, y, input_precision="ieee")
+        # Half a tile at a time: fewer registers, and what the residual needs fits in them.
+        halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            _write_tile(
+                halves[half], m, n + half * (BLOCK_N // 2), bias_ptr, row_scale_ptr, weight_scale_ptr, gamma_ptr,
+                out_ptr, rows, out_features, out_stride, scale, inverse_out_scale, EPILOGUE,
+            )  # fmt: skip
+
+
+class _Tile(NamedTuple):
+    """A tile of the result and how many programs that compute such tiles a multiprocessor should hold."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[_Tile, ...]:
+    """The tiles to choose from, largest first.
+
+    The tensor cores of sm_90 want 256 columns, which leaves room for one program per multiprocessor; two programs with
+    128 columns each hide the epilogue of one behind the products of the other. Precise sums of e4m3 need a second set
+    of registers.
+    """
+    small = _Tile(64, 64, 4, 4, 3)
+    if dtype == torch.float32:
+        return (_Tile(64, 64, 8, 3, 2),)
+    if dtype == E4M3:
+        return _Tile(128, 128, 8, 4 if tma else 3, 1), small
+    if tma:
+        return _Tile(128, 256, 8, 3, 1), _Tile(128, 128, 4, 3, 2), small
+    if capability >= (9, 0):
+        return _Tile(128, 128, 8, 3, 1), small
+    return _Tile(128, 128, 4, 4 if capability == (8, 0) else 3, 2), small
+
+
+def _configuration(x: Tensor, weight: Tensor, epilogue: str, tma: bool) -> tuple[_Tile, int]:
+    """The largest tile of which every multiprocessor gets one, else the smallest; and in_features per step."""
+    (rows, in_features), out_features = x.shape, weight.shape[0]
+    light = epilogue in ("linear", "residual") or in_features >= 1024  # an epilogue that need not be hidden
+    for tile in _tiles(x.dtype, tma, common.capability(x.device)):
+        fits = tile.n < 256 or (out_features % 256 == 0 and light)
+        if fits and triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n) >= common.multiprocessors(x.device):
+            break
+    step = 128 if tma and x.dtype != torch.float32 else 64  # bytes
+    return tile, step // x.itemsize
+
+
+def _can_use_tma(matrix: Tensor) -> bool:
+    """Whether TMA can read a matrix: its base and rows start at multiples of 16 bytes.
+
+    sm_120 has TMA as well, but the tensor cores of sm_80, which do not read what it brings.
+    """
+    start = matrix.storage_offset() * matrix.itemsize if is_fake(matrix) else matrix.data_ptr()
+    row = matrix.stride(0) * matrix.itemsize
+    aligned = row > 0 and row % TMA_ALIGNMENT == 0 and start % TMA_ALIGNMENT == 0
+    return aligned and matrix.stride(1) == 1 and common.capability(matrix.device)[0] in (9, 10)
+
+
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    epilogue: str,
+    row_scale: Tensor | None,
+    scale: float,
+    weight_scale: Tensor | None,
+    out_scale: float,
+) -> None:
+    """Runs the kernel on matrices and contiguous vectors."""
+    (rows, in_features), out_features = x.shape, weight.shape[0]
+    if rows == 0 or out_features == 0:
+        return
+    tma = _can_use_tma(x) and _can_use_tma(weight)
+    if epilogue == "gelu":
+        epilogue = "gelu_polynomial" if out.dtype in (torch.bfloat16, E4M3) else "gelu_erf"
+    tile, block_k = _configuration(x, weight, epilogue, tma)
+    programs = min(
+        triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n),
+        common.multiprocessors(x.device) * tile.programs,
+    )
+    with common.on_device(x):
+        _linear_forward_kernel[(programs,)](
+            TensorDescriptor.from_tensor(x, [tile.m, block_k]) if tma else x,
+            TensorDescriptor.from_tensor(weight, [tile.n, block_k]) if tma else weight,
+            bias,
+            row_scale,
+            weight_scale,
+            gamma,
+            out,
+            rows,
+            out_features,
+            in_features,
+            x.stride(0),
+            weight.stride(0),
+            out.stride(0),
+            scale,
+            1.0 / out_scale,
+            EPILOGUE=epilogue,
+            TMA=tma,
+            EVEN_K=in_features % block_k == 0,
+            UPCAST=common.interpreting() and x.dtype == torch.bfloat16,
+            BLOCKWISE_SUM=x.dtype == E4M3 and common.capability(x.device)[0] != 10,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=block_k,
+            GROUP=8,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "linear",
+    *,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+    weight_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out_scale: float = 1.0,
+) -> Tensor:
+    """`x` (..., in_features) times `weight`^T, through "linear", "gelu" or "swiglu", in `dtype` or that of `x`.
+
+    e4m3 operands are multiplied by `scale`, by the `row_scale` (..., 1) of each row of `x` and by the `weight_scale`
+    (out_features,) of each row of `weight`; an e4m3 result is over `out_scale`.
+    """
+    width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
+    out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
+    _launch(
+        common.rows(out), common.rows(x), common.rows(weight), _vector(bias), None, epilogue,
+        _vector(row_scale), scale, _vector(weight_scale), out_scale,
+    )  # fmt: skip
+    return out
+
+
+def linear_residual_forward_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    row_scale: Tensor | None = None,
+    scale: float = 1.0,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """Adds `gamma` * (`x` @ `weight`^T + `bias`) to `residual` (..., out_features), a view of evenly spaced rows."""
+    _launch(
+        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), _vector(bias), _vector(gamma),
+        "residual", _vector(row_scale), scale, _vector(weight_scale), 1.0,
+    )  # fmt: skip
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.reshape(-1).contiguous()

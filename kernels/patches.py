@@ -1,0 +1,103 @@
+"""Pictures cut into patch rows, (batch, patches, channels * patch * patch), for the matrix product that embeds them.
+
+A program writes a tile of rows and columns: neighbouring columns are neighbouring pixels of a line of one channel, and
+neighbouring rows neighbouring patches, so lines are read whole by neighbouring lanes and programs. Pictures are read in
+place with their own strides, so both memory formats are read as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_fast.kernels import common
+
+
+@triton.jit
+def _patches_forward_kernel(
+    images_ptr,  # (batch, channels, height, width)
+    mean_ptr,  # (channels,) or None
+    std_ptr,  # (channels,) or None
+    out_ptr,  # (batch, patches, padded), out
+    rows,  # batch * patches
+    grid_height,  # patches in a column of a picture
+    grid_width,
+    width,  # channels * PATCH * PATCH
+    padded,
+    batch_stride,
+    channel_stride,
+    line_stride,
+    pixel_stride,
+    COMPUTE: tl.constexpr,
+    PATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column_blocks = tl.cdiv(padded, BLOCK)
+    row = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_blocks * BLOCK + tl.arange(0, BLOCK)
+    row_mask, column_mask = row < rows, column < width
+
+    picture = row // (grid_height * grid_width)
+    line = row // grid_width % grid_height * PATCH
+    pixel = row % grid_width * PATCH
+    channel = column // (PATCH * PATCH)
+    corner = picture * batch_stride + line * line_stride + pixel * pixel_stride  # of a row's patch
+    within = (column // PATCH % PATCH).to(tl.int64) * line_stride + (column % PATCH).to(tl.int64) * pixel_stride
+    within += channel.to(tl.int64) * channel_stride
+    mask = row_mask[:, None] & column_mask[None, :]
+    value = tl.load(images_ptr + corner[:, None] + within[None, :], mask=mask, other=0).to(COMPUTE)
+
+    if mean_ptr is not None:
+        if images_ptr.dtype.element_ty == tl.uint8:
+            value /= 255.0
+        mean = tl.load(mean_ptr + channel, mask=column_mask, other=0.0).to(COMPUTE)
+        std = tl.load(std_ptr + channel, mask=column_mask, other=1.0).to(COMPUTE)
+        value = (value - mean[None, :]) / std[None, :]
+    elif images_ptr.dtype.element_ty == tl.uint8:
+        value -= 128.0
+    value = tl.where(column_mask[None, :], value, 0.0)
+    out_mask = row_mask[:, None] & (column < padded)[None, :]
+    tl.store(out_ptr + row[:, None] * padded + column[None, :], value, mask=out_mask)
+
+
+def _configuration() -> dict[str, int]:
+    """A row of patches of a 224-pixel picture, and a good quarter of the columns of a patch of 3 x 14 x 14."""
+    return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
+
+
+def patches_forward(
+    images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows (batch, patches, padded_to) of `images` (batch, channels, height, width), which are uint8 or floating.
+
+    Height and width are multiples of `patch_size`, `padded_to` is at least channels * patch_size ** 2, and `mean` and
+    `std` (channels,) are both given or both None.
+    """
+    batch, channels, height, width = images.shape
+    grid_height, grid_width = height // patch_size, width // patch_size
+    out = images.new_empty(batch, grid_height * grid_width, padded_to, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    configuration = _configuration()
+    rows = batch * grid_height * grid_width
+    grid = (triton.cdiv(rows, configuration["ROWS"]) * triton.cdiv(padded_to, configuration["BLOCK"]),)
+    with common.on_device(images):
+        _patches_forward_kernel[grid](
+            images,
+            None if mean is None else mean.contiguous(),
+            None if std is None else std.contiguous(),
+            out,
+            rows,
+            grid_height,
+            grid_width,
+            channels * patch_size**2,
+            padded_to,
+            *images.stride(),
+            COMPUTE=common.compute_dtype(out),
+            PATCH=patch_size,
+            **configuration,
+        )
+    return out

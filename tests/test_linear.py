@@ -1,0 +1,450 @@
+"""The op linear: a matrix product and what follows it, in place or not, in e4m3 or not. Inference only."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_fast.backends import BackendError
+from tests import reference
+from tests.devices import BACKENDS, DEVICE, poisoned_memory, random, runs_triton
+
+op = import_module("dinov2_fast.ops.linear")  # not the function of that name
+E4M3 = torch.float8_e4m3fn
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMS = ["linear", "gelu", "swiglu", "residual"]
+# (rows, out_features, in_features): each leads the launcher to another tile; all tails, and none
+SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
+
+each_form = pytest.mark.parametrize("form", FORMS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_path = pytest.mark.parametrize(
+    "backend", [*BACKENDS, pytest.param("triton without TMA", marks=runs_triton)], indirect=True
+)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, without_tma = request.param.partition(" ")
+    if without_tma:
+        monkeypatch.setattr("dinov2_fast.kernels.linear._can_use_tma", lambda matrix: False)
+    return name
+
+
+def _operands(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(rows, in_features, dtype=dtype)
+    weight = random(out_features, in_features, dtype=dtype, scale=in_features**-0.5)
+    return x, weight, random(out_features, dtype=dtype)
+
+
+def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A residual stream and a gamma, the same whenever the sizes are."""
+    generator = torch.Generator().manual_seed(3)
+    residual = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator)
+    gamma = torch.rand(weight.shape[0], generator=generator) + 0.5
+    return residual.to(x.device, dtype or x.dtype), gamma.to(x.device, x.dtype)
+
+
+def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if form == "linear":
+        return op.linear(x, weight, bias, backend=backend)
+    if form != "residual":
+        return getattr(op, f"linear_{form}")(x, weight, bias, backend=backend)
+    residual, gamma = _stream(x, weight)
+    assert op.linear_residual_(residual, x, weight, bias, gamma, backend=backend) is None
+    return residual
+
+
+def _finish(form: str, z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+    """What follows the product, in plain torch."""
+    if form == "gelu":
+        return F.gelu(z)
+    if form == "swiglu":
+        return F.silu(z[..., 0::2]) * z[..., 1::2]
+    return z if form == "linear" else residual + gamma * z
+
+
+def _exact(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if form == "swiglu":
+        return reference.linear_swiglu(x, weight, bias)
+    z = reference.linear(x, weight, bias)
+    if form == "residual":
+        residual, gamma = _stream(x, weight)
+        return reference.add_residual(residual[None], z[None], gamma, None)[0]
+    return reference.gelu(z) if form == "gelu" else z
+
+
+def _plain(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    stream = _stream(x, weight) if form == "residual" else ()
+    return _finish(form, F.linear(x, weight, bias), *stream)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@each_dtype
+@each_form
+@each_path
+def test_every_form_obeys_the_rule(backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    operands = _operands(*size, dtype)
+    with poisoned_memory():
+        y = _run(form, backend, *operands)
+    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+
+
+@each_form
+@each_path
+def test_many_tiles_in_groups_and_no_bias(backend: str, form: str) -> None:
+    x, weight, _ = _operands(1100, 258, 16, torch.float16)
+    with poisoned_memory():
+        y = _run(form, backend, x, weight, None)
+    reference.assert_obeys_rule(y, _exact(form, x, weight, None), _plain(form, x, weight, None))
+
+
+@each_dtype
+@each_form
+@each_backend
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, form: str, dtype: torch.dtype) -> None:
+    x, weight, _ = _operands(7, 66, 72, dtype)
+    x[3] /= 1000
+    y, exact, plain = (f(x, weight) for f in (
+        lambda x, w: _run(form, backend, x, w, None),
+        lambda x, w: _exact(form, x, w, None),
+        lambda x, w: _plain(form, x, w, None),
+    ))  # fmt: skip
+    for row in range(7):
+        reference.assert_obeys_rule(y[row], exact[row], plain[row])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_the_stream_may_be_wider_and_the_rest_stays(
+    backend: str, dtype: torch.dtype, with_gamma: bool, with_bias: bool
+) -> None:
+    x, weight, bias = (t.view(2, 5, -1) if t.ndim == 2 and len(t) == 10 else t for t in _operands(10, 72, 40, dtype))
+    residual, gamma = _stream(x, weight, torch.float32)
+    arguments = [x, weight, bias if with_bias else None, gamma if with_gamma else None]
+    before = [None if t is None else t.clone() for t in arguments]
+    exact = residual.double() + reference.linear(*arguments[:3]) * (gamma.double() if with_gamma else 1.0)
+    plain = residual + F.linear(x, weight, arguments[2]) * (gamma if with_gamma else 1.0)
+    op.linear_residual_(residual, *arguments, backend=backend)
+    reference.assert_obeys_rule(residual, exact, plain)
+    for now, then in zip(arguments, before, strict=True):
+        assert now is then is None or torch.equal(now, then)
+
+
+@each_path
+def test_the_surroundings_of_the_stream_stay(backend: str) -> None:
+    x, weight, bias = _operands(131, 70, 40, torch.float32)
+    residual, gamma = _stream(x, weight)
+    buffer = torch.full((133, 90), float("nan"), device=DEVICE)
+    buffer[1:-1, 8:78] = residual
+    op.linear_residual_(buffer[1:-1, 8:78], x, weight, bias, gamma, backend=backend)
+    reference.assert_obeys_rule(
+        buffer[1:-1, 8:78], _exact("residual", x, weight, bias), _plain("residual", x, weight, bias)
+    )
+    buffer[1:-1, 8:78] = float("nan")
+    assert buffer.isnan().all()
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "columns": lambda x: x[..., ::2],
+    "misaligned": lambda x: x[..., 1:33],
+    "slice": lambda x: x[..., 8:40],
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_form
+@each_path
+def test_strided_operands_give_what_copies_give(backend: str, form: str, make: Any) -> None:
+    x, weight = make(random(6, 4, 64)), make(random(6, 4, 64))[0]
+    weight = weight[: len(weight) // 2 * 2]  # pairs, for SwiGLU
+    bias = random(1).expand(weight.shape[0])
+    strided = _run(form, backend, x, weight, bias)
+    copied = _run(form, backend, x.contiguous(), weight.contiguous(), bias.contiguous())
+    torch.testing.assert_close(strided, copied, atol=2e-6, rtol=1e-6)
+
+
+@each_form
+@each_path
+def test_what_lies_around_the_operands_is_not_read(backend: str, form: str) -> None:
+    x, weight, bias = _operands(67, 66, 40, torch.float16)
+    wide_x, wide_weight = (
+        torch.full((len(t) + 2, 56), float("nan"), device=DEVICE, dtype=t.dtype) for t in (x, weight)
+    )
+    wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48] = x, weight
+    y = _run(form, backend, wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48], bias)
+    reference.assert_obeys_rule(y, _exact(form, x, weight, bias), _plain(form, x, weight, bias))
+
+
+@each_form
+@each_path
+def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> None:
+    x, weight, bias = _operands(70, 66, 40, torch.float32)
+    x[3, 7], weight[10, 2] = float("nan"), float("nan")
+    wrong = _run(form, backend, x, weight, bias).isnan()
+    expected = torch.zeros_like(wrong)
+    expected[3], expected[:, 5 if form == "swiglu" else 10] = True, True
+    assert torch.equal(wrong, expected)
+    x[3, 7], weight[10, 2] = float("inf"), 0.0
+    y = _run(form, backend, x, weight, bias)
+    assert torch.equal(y.isfinite(), torch.arange(70, device=DEVICE)[:, None].expand_as(y) != 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@each_path
+def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype) -> None:
+    x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).to(dtype)
+    y = op.linear_gelu(x, torch.eye(8, device=DEVICE, dtype=dtype), None, backend=backend)
+    exact = reference.gelu(x)
+    rounding = exact.abs() * 2.0 ** (-10 if dtype == torch.float16 else -22)
+    assert ((y.double() - exact).abs() <= 1e-6 + rounding).all()  # the polynomial is off by 3e-6, the tanh by 5e-4
+
+
+@each_path
+def test_swiglu_takes_gate_and_value_in_turn(backend: str) -> None:
+    weight = torch.tensor([[-30.0], [30.0], [2.0], [3.0]], device=DEVICE)
+    y = op.linear_swiglu(torch.ones(1, 1, device=DEVICE), weight, None, backend=backend)
+    torch.testing.assert_close(y, _swish(torch.tensor([[-30.0, 2.0]], device=DEVICE)) * weight[1::2].T)
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x / (1.0 + torch.exp(-x))
+
+
+@each_backend
+def test_interleaved_parameters_give_the_swiglu_of_packed_halves(backend: str) -> None:
+    x, weight, bias = _operands(9, 12, 16, torch.float32)
+    packed = F.linear(x, weight, bias)
+    y = op.linear_swiglu(x, op.interleave(weight), op.interleave(bias), backend=backend)
+    torch.testing.assert_close(y, _swish(packed[:, :6]) * packed[:, 6:])
+    assert op.interleave(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+# e4m3
+
+
+def _fp8_operands(size: tuple[int, int, int], by_row: bool) -> tuple[Any, ...]:
+    """x, its scale, weight, its scale, bias, and the first four as the matrices that they stand for."""
+    rows, out_features, in_features = size
+    x, weight = random(rows, in_features, scale=50).to(E4M3), random(out_features, in_features, scale=50).to(E4M3)
+    x_scale = torch.rand(rows, 1).add(0.5).div(40).to(DEVICE) if by_row else 0.02
+    weight_scale = torch.rand(out_features).add(0.5).div(50 * in_features**0.5).to(DEVICE)
+    bias = random(out_features, dtype=torch.bfloat16)
+    return (x, x_scale, weight, weight_scale, bias), (
+        x.double() * x_scale,
+        weight.double() * weight_scale[:, None].double(),
+    )
+
+
+def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dtype, out_scale: float = 1.0) -> Tensor:
+    if form == "residual":
+        residual, gamma = _stream(operands[0], operands[2], dtype)
+        op.linear_residual_fp8_(residual, *operands, gamma.float(), backend=backend)
+        return residual
+    if form == "linear":
+        return op.linear_fp8(*operands, dtype, backend=backend)
+    return getattr(op, f"linear_{form}_fp8")(*operands, dtype, out_scale, backend=backend)
+
+
+def _exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if form == "residual":
+        residual, gamma = _stream(operands[0], operands[2], dtype)
+        return residual.double() + gamma.double() * reference.linear(x, weight, operands[-1])
+    return _exact(form, x, weight, operands[-1])
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("size", [(0, 32, 32), (1, 6, 16), (130, 258, 144), (65, 66, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_form
+@each_path
+def test_fp8_operands_obey_the_rule(
+    backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int], by_row: bool
+) -> None:
+    operands, matrices = _fp8_operands(size, by_row)
+    with poisoned_memory():
+        y = _run_fp8(form, backend, operands, dtype)
+    exact = _exact_fp8(form, operands, *matrices, dtype)
+    reference.assert_obeys_rule(y, exact, exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+@each_path
+def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str, by_row: bool) -> None:
+    operands, matrices = _fp8_operands((130, 258, 144), by_row)
+    with poisoned_memory():
+        y = _run_fp8(form, backend, operands, E4M3, 1 / 300)
+    exact = (_exact(form, *matrices, operands[-1]) * 300).clamp(-448, 448)
+    away = reference.e4m3_steps(y, exact.to(E4M3))
+    assert away.max() <= 1
+    assert (away > 0).double().mean() < 0.01
+    assert y.float().max() == 448
+
+
+@runs_triton
+def test_fp8_residual_in_fp32() -> None:
+    operands, matrices = _fp8_operands((66, 40, 48), True)
+    y = _run_fp8("residual", "triton", operands, torch.float32)
+    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
+    reference.assert_obeys_rule(y, exact, _run_fp8("residual", "torch", operands, torch.float32))
+
+
+# cuBLAS, which CPUs have under other names as far as the first two go
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_cublas_forms_obey_the_rule(rows: int) -> None:
+    x, weight, bias = (t.cpu() for t in _operands(rows, 48, 40, torch.bfloat16))
+    y = op.linear_gelu_cublas(x.view(1, rows, 40), weight, bias)
+    assert y.shape == (1, rows, 48)
+    reference.assert_obeys_rule(y[0], _exact("gelu", x, weight, bias), _plain("gelu", x, weight, bias))
+    residual, _ = _stream(x, weight)
+    exact = residual.double() + reference.linear(x, weight, None)
+    plain = residual + F.linear(x, weight)
+    op.linear_residual_cublas_(residual, x, weight, None, None)
+    reference.assert_obeys_rule(residual, exact, plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 64, device="cuda").to(E4M3) for n in (10, 48))
+        operands = (x.view(2, 5, 64), 0.5, weight, torch.empty(48, device="cuda"), None)
+        y, expected = (_run_fp8(form, backend, operands, torch.bfloat16) for backend in ("cublas", "torch"))
+        assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+# How torch sees the ops
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+def test_opcheck(strided: bool) -> None:
+    x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
+    weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
+    library, check = torch.ops.dinov2_fast, torch.library.opcheck
+    for name in ("linear", "linear_gelu", "linear_swiglu"):
+        check(getattr(library, name).default, (x, weight, bias))
+    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, None, bias))
+    row_scale = torch.rand(*x.shape[:-1], 1, device=DEVICE)
+    fp8 = (x.to(E4M3), row_scale, 1.0, weight.to(E4M3), torch.rand(8, device=DEVICE), bias)
+    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    check(library.linear_fp8.default, (*fp8, torch.float16), test_utils=most)
+    for name in ("linear_gelu_fp8", "linear_swiglu_fp8"):
+        check(getattr(library, name).default, (*fp8, torch.bfloat16, 1.0), test_utils=most)
+        check(getattr(library, name).default, (*fp8, E4M3, 0.5), test_utils=most)
+    check(library.linear_residual_fp8_.default, (random(5, 3, 8), *fp8, bias), test_utils=most)
+
+
+@each_backend
+def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        residual = x * 2
+        op.linear_residual_(residual, op.linear(x, weight, bias, backend=backend), weight, bias, bias, backend=backend)
+        hidden = op.linear_gelu(residual, weight, bias, backend=backend)
+        return op.linear_swiglu(hidden, weight, bias, backend=backend) + residual[..., ::2]
+
+    arguments = random(2, 5, 32), random(32, 32, scale=0.2), random(32)
+    eager = block(*arguments)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), eager)
+    with torch.inference_mode():
+        assert torch.equal(block(*arguments), eager)
+        torch.testing.assert_close(compiled(*arguments), eager)
+
+
+@each_form
+@each_backend
+def test_autocast_gives_the_dtype_torch_gives(backend: str, form: str) -> None:
+    operands = _operands(3, 8, 16, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert _run(form, backend, *operands).dtype == _run(form, "torch", *operands).dtype
+
+
+def test_torch_comes_first_until_the_others_are_measured() -> None:
+    x, weight, bias = _operands(2, 4, 8, torch.float32)
+    assert torch.equal(op.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@each_backend
+def test_gradients_are_refused(backend: str) -> None:
+    x, weight, bias = _operands(2, 4, 8, torch.float32)
+    weight.requires_grad_()
+    for run in (op.linear, op.linear_gelu, op.linear_swiglu):
+        with pytest.raises(BackendError, match="inference only"):
+            run(x, weight, bias, backend=backend)
+    with pytest.raises(BackendError, match="inference only"):
+        op.linear_residual_(bias.expand(2, 4).clone(), x, weight, bias, None, backend=backend)
+    with torch.no_grad():
+        op.linear(x, weight, bias, backend=backend)
+
+
+REFUSALS = {
+    "takes fp16, bf16 and fp32, got torch.float64": lambda x, w, b: op.linear(x.double(), w, b, backend="triton"),
+    "takes x and weight of one dtype": lambda x, w, b: op.linear_gelu(x, w.half(), b, backend="triton"),
+    "is near enough for bf16 results only": lambda x, w, b: op.linear_gelu(x, w, b, backend="cublas"),
+    "needs weight and bias in the dtype of x": lambda x, w, b: op.linear_gelu(
+        x.bfloat16(), w.bfloat16(), b, backend="cublas"
+    ),
+    "adds neither bias nor gamma": lambda x, w, b: op.linear_residual_(x, x, w, b, None, backend="cublas"),
+    "needs one dtype": lambda x, w, b: op.linear_residual_(x.half(), x, w, None, None, backend="cublas"),
+    "evenly spaced rows": lambda x, w, b: op.linear_residual_(x[:1].expand(4, 16), x, w, b, None, backend="triton"),
+    "adds to fp16, bf16 and fp32": lambda x, w, b: op.linear_residual_(x.double(), x, w, b, None, backend="triton"),
+    "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: op.linear_fp8(
+        x.to(E4M3), 1.0, w[:8].to(E4M3), b[:8], None, backend="cublas"
+    ),
+    "takes a bf16 bias": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b, b, backend="cublas"),
+    "there is no backend 'cublas'": lambda x, w, b: op.linear(x, w, b, backend="cublas"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
+        with pytest.raises(BackendError, match=reason):
+            REFUSALS[reason](x, weight, bias)
+
+
+@pytest.mark.parametrize("backend", ["cublas", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    with FakeTensorMode():
+        x, scale = torch.empty(16, 16, device="cuda").to(E4M3), torch.empty(16, device="cuda")
+        with pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
+            _run_fp8(form, backend, (x, 1.0, x, scale, None), torch.bfloat16)
+
+
+MISTAKES = {
+    "weight has shape": lambda x, w, b: op.linear(x, w[:, 1:], b),
+    "bias has shape": lambda x, w, b: op.linear_gelu(x, w, b[1:]),
+    "pairs of gate and value": lambda x, w, b: op.linear_swiglu(x, w[1:], b[1:]),
+    "residual has shape": lambda x, w, b: op.linear_residual_(x[1:], x, w, b, None),
+    "gamma has shape": lambda x, w, b: op.linear_residual_(x, x, w, b, x),
+    "x_scale has shape": lambda x, w, b: op.linear_fp8(x.to(E4M3), b, w.to(E4M3), b, b),
+    "weight_scale has shape": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b[:1], b),
+    "must be e4m3": lambda x, w, b: op.linear_fp8(x, 1.0, w, b, b),
+    "the result can be": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b, b, E4M3),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_sizes_that_do_not_go_together_are_an_error(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MISTAKES[message](random(4, 8), random(8, 8), random(8))

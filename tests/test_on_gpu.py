@@ -1,0 +1,230 @@
+"""What only a GPU can show, for every op: races, streams, CUDA graphs, sizes beyond 2^31, e4m3's edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_fast import ops
+from dinov2_fast.backends import tensors_of, use_backend
+from tests import reference
+
+pytestmark = pytest.mark.gpu
+EPS = 1e-6
+BF16 = torch.bfloat16
+
+
+def _x(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape).to("cuda", dtype)
+
+
+def _stream(pictures: int = 8, seq_len: int = 257, hidden: int = 768) -> tuple[Tensor, Tensor, Tensor]:
+    return _x(pictures, seq_len, hidden), _x(pictures, seq_len, hidden), _x(hidden)
+
+
+def _index(*pictures: int) -> Tensor:
+    return torch.tensor(pictures, device="cuda")
+
+
+def _e4m3(*shape: int) -> Tensor:
+    return _x(*shape).to(torch.float8_e4m3fn)
+
+
+def _linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
+    out = residual.clone()
+    ops.linear_residual_(out, x, weight, bias, gamma)
+    return out
+
+
+# Function and arguments, by name; every floating-point argument can be differentiated where the op can be trained.
+CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
+    "layer_norm": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
+    "add_layer_norm": (
+        ops.add_layer_norm,
+        lambda: [*_stream(), None, _x(768), _x(768), EPS, _x(768)],
+    ),
+    "layer_norm_fp8": (ops.layer_norm_fp8, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS, 0.1]),
+    "layer_norm_fp8_rows": (ops.layer_norm_fp8_rows, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
+    "add_layer_norm_fp8": (ops.add_layer_norm_fp8, lambda: [*_stream(), _x(768), _x(768), EPS, None, 0.1]),
+    "add_layer_norm_fp8_rows": (ops.add_layer_norm_fp8_rows, lambda: [*_stream(), _x(768), _x(768), EPS, _x(768)]),
+    "gelu": (lambda x, b: ops.gelu(x, b), lambda: [_x(8, 257, 3072), _x(3072)]),
+    "swiglu": (ops.swiglu, lambda: [_x(8, 257, 4096), _x(4096)]),
+    "gelu_fp8": (ops.gelu_fp8, lambda: [_x(8, 257, 3072), _x(3072), 0.1]),
+    "swiglu_fp8": (ops.swiglu_fp8, lambda: [_x(8, 257, 4096), _x(4096), 0.1]),
+    "add_residual": (ops.add_residual, lambda: [*_stream(), None]),
+    "gather_rows": (ops.gather_rows, lambda: [_x(8, 257, 768), _index(6, 1, 3)]),
+    "gather_rows_packed": (
+        lambda x, y, index: ops.gather_rows_packed([x, y], [index, index]),
+        lambda: [_x(8, 257, 768), _x(5, 50, 768), _index(4, 1)],
+    ),
+    "scatter_add_residual": (
+        ops.scatter_add_residual,
+        lambda: [_x(8, 257, 768), _index(6, 1, 3), _x(3, 257, 768), _x(768), 8 / 3],
+    ),
+    "attention": (ops.attention, lambda: [_x(8, 257, 3, 12, 64)]),
+    "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, (257, 1, 300, 50)), lambda: [_x(608, 3, 12, 64)]),
+    "attention_probabilities": (
+        lambda qkv: ops.attention_probabilities(qkv, slice(0, 1)),
+        lambda: [_x(8, 257, 3, 6, 64)],
+    ),
+    "attention_pool": (
+        ops.attention_pool,
+        lambda: [_x(8, 257, 768), _x(8, 12, 768, dtype=torch.float32), _x(768), _x(768), EPS],
+    ),
+    "patches": (
+        lambda images: ops.patches(images, 14, padded_to=592, dtype=BF16),
+        lambda: [_x(8, 3, 224, 224)],
+    ),
+    "linear": (ops.linear, lambda: [_x(2056, 768), _x(2304, 768), _x(2304)]),
+    "linear_gelu": (ops.linear_gelu, lambda: [_x(2056, 768), _x(3072, 768), _x(3072)]),
+    "linear_swiglu": (ops.linear_swiglu, lambda: [_x(2056, 768), _x(4096, 768), _x(4096)]),
+    "linear_residual_": (_linear_residual, lambda: [_x(2056, 768), _x(2056, 3072), _x(768, 3072), _x(768), _x(768)]),
+    "linear_fp8": (
+        lambda x, w, scale: ops.linear_fp8(x, 0.1, w, scale, None, dtype=BF16),
+        lambda: [_e4m3(2056, 768), _e4m3(2304, 768), torch.rand(2304, device="cuda")],
+    ),
+    "linear_gelu_fp8": (
+        lambda x, w, scale: ops.linear_gelu_fp8(x, 0.01, w, scale, None, dtype=BF16),
+        lambda: [_e4m3(2056, 768), _e4m3(3072, 768), torch.rand(3072, device="cuda")],
+    ),
+}
+TRAINABLE = [
+    *("layer_norm", "add_layer_norm", "gelu", "swiglu", "add_residual", "gather_rows", "gather_rows_packed"),
+    *("scatter_add_residual", "attention", "attention_varlen", "attention_probabilities"),
+]
+
+
+def _leaves(arguments: list[Any]) -> list[Any]:
+    def is_float(a: Any) -> bool:
+        return isinstance(a, Tensor) and a.is_floating_point()
+
+    return [a.detach().requires_grad_() if is_float(a) else a for a in arguments]
+
+
+def _results(name: str, arguments: list[Any], train: bool) -> list[Tensor]:
+    """Outputs, and when training the gradients of all floating-point arguments."""
+    function = CASES[name][0]
+    with use_backend("triton"):
+        if not train:
+            with torch.no_grad():
+                return list(tensors_of([function(*arguments)]))
+        outputs = list(tensors_of([function(*arguments)]))
+        wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        gradients = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+        return [*(y.detach() for y in outputs), *gradients]
+
+
+def _prepared(name: str, train: bool) -> list[Any]:
+    arguments = CASES[name][1]()
+    return _leaves(arguments) if train else arguments
+
+
+each_case = pytest.mark.parametrize(
+    ("name", "train"), [(name, False) for name in CASES] + [(name, True) for name in TRAINABLE]
+)
+
+
+def test_every_op_has_a_case() -> None:
+    covered = {*CASES, "scatter_add_residual_packed", "linear_swiglu_fp8", "linear_residual_fp8_"}
+    assert set(ops.__all__) - {"use_backend"} <= covered
+
+
+@each_case
+def test_fifty_repeats_are_equal_bit_by_bit_while_the_device_is_busy(name: str, train: bool) -> None:
+    arguments = _prepared(name, train)
+    noise, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    first = _results(name, arguments, train)
+    for _ in range(50):
+        with torch.cuda.stream(other):
+            noise @ noise
+        again = _results(name, arguments, train)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(again, first, strict=True))
+    torch.cuda.synchronize()
+
+
+@each_case
+def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool) -> None:
+    arguments, new = _prepared(name, train), _prepared(name, train)
+    expected = _results(name, new, train)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _results(name, arguments, train)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = _results(name, arguments, train)
+        with torch.no_grad():
+            for old, fresh in zip(arguments, new, strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(fresh)
+        graph.replay()
+        eager = _results(name, arguments, train)
+    torch.cuda.current_stream().wait_stream(side)
+    for results in (captured, eager):
+        for ours, right in zip(results, expected, strict=True):
+            assert torch.equal(ours.view(torch.uint8), right.view(torch.uint8))
+
+
+LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a small run
+    "layer_norm": lambda n: [_x(n, 1024), _x(1024), _x(1024), EPS],
+    "gelu": lambda n: [_x(n, 1024), None],
+    "swiglu": lambda n: [_x(n, 1024), None],
+    "linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
+    "linear": lambda n: [_x(n, 64), _x(1024, 64), None],
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_more_than_two_to_the_31_elements(name: str) -> None:
+    small = LARGE[name](64)
+    rows, last = 2**31 // 1024 + 64, small[0]
+    x = last.repeat(rows // 64 + 1, 1)[:rows]
+    assert x.shape[0] * 1024 > 2**31
+    whole = _results(name, [x, *small[1:]], train=False)
+    part = _results(name, [x[-64:].contiguous(), *small[1:]], train=False)
+    for ours, right in zip(whole, part, strict=True):
+        assert torch.equal(ours[-64:], right)
+
+
+def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> None:
+    pictures, seq_len, hidden = 2**31 // (256 * 1024) + 2, 256, 1024
+    residual, branch, gamma = _stream(2, seq_len, hidden)
+    index = _index(pictures - 1, 0)
+    stream = residual.repeat(pictures // 2, 1, 1)
+    assert stream.numel() > 2**31
+    for train in (False, True):
+        arguments = [stream, index, branch, gamma, 2.0]
+        whole = _results("scatter_add_residual", _leaves(arguments) if train else arguments, train)
+        arguments = [stream[-2:], _index(1, 0), branch, gamma, 2.0]
+        part = _results("scatter_add_residual", _leaves(arguments) if train else arguments, train)
+        assert torch.equal(whole[0][-1], part[0][-1])
+        if train:
+            assert torch.equal(whole[1][-1], part[1][-1])
+            assert torch.equal(whole[2], part[2])
+        del whole
+
+
+@pytest.mark.parametrize("name", ["layer_norm_fp8", "gelu_fp8"])
+def test_e4m3_saturates_and_keeps_nan(name: str) -> None:
+    values = torch.tensor(
+        [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0], device="cuda"
+    )
+    with use_backend("triton"), torch.no_grad():
+        if name == "gelu_fp8":
+            y = ops.gelu_fp8(values, None, 1.0).float()
+            assert y[0].isnan()
+            assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
+            assert y[4] == 0
+        else:  # a weight of zero makes the bias what is quantised
+            bias = values[3:]
+            x = torch.randn(3, bias.shape[0], device="cuda")
+            y = ops.layer_norm_fp8(x, torch.zeros_like(bias), bias, EPS, 1.0)
+            expected = bias.clamp(-448, 448).to(torch.float8_e4m3fn).expand_as(y)
+            assert reference.e4m3_steps(y, expected).max() <= 1
+            x[1, 0] = math.nan
+            assert ops.layer_norm_fp8(x, torch.ones_like(bias), bias, EPS, 1.0)[1].float().isnan().all()
