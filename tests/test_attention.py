@@ -2,67 +2,171 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import ops
+from dinov2_fast.backends import BackendError
+from dinov2_fast.ops import _attention_peers
 from tests import reference
+from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-def _qkv(batch: int, seq_len: int, heads: int = 2, head_dim: int = 64, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(batch, seq_len, 3, heads, head_dim).to(dtype)
-
-
-def _plain(qkv: torch.Tensor) -> torch.Tensor:
-    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-    return ((q @ k.transpose(-2, -1) * qkv.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
+VARLEN = (1, 57, 1, 16, 1, 16)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.mark.parametrize("seq_len", [1, 5, 257, 261])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_obeys_the_rule(dtype: torch.dtype, seq_len: int) -> None:
-    qkv = _qkv(2, seq_len, dtype=dtype)
-    out = ops.attention(qkv)
+def _qkv(batch: int, seq_len: int, heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    return random(batch, seq_len, 3, heads, head_dim, dtype=dtype)
+
+
+def _plain_scores(qkv: Tensor) -> Tensor:
+    q, k, _ = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return q @ k.transpose(-2, -1) * qkv.shape[-1] ** -0.5
+
+
+def _plain(qkv: Tensor) -> Tensor:
+    return (_plain_scores(qkv).softmax(-1) @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2)
+
+
+def _each_sequence(function: Callable[[Tensor], Tensor], qkv: Tensor, seq_lens: tuple[int, ...]) -> Tensor:
+    """What a dense function gives for each packed sequence."""
+    return torch.cat([function(part[None])[0] for part in qkv.split(list(seq_lens))])
+
+
+def _assert_gradient_obeys_the_rule(ours: Tensor, ref: Tensor, usual: Tensor) -> None:
+    """As a whole, and by itself for q, k and v, which stand in dimension -3."""
+    reference.assert_obeys_rule(ours, ref, usual)
+    for parts in zip(*(x.unbind(-3) for x in (ours, ref, usual)), strict=True):
+        reference.assert_obeys_rule(*parts)
+
+
+# Dense
+
+
+@pytest.mark.parametrize("seq_len", SEQ_LENS)
+@each_dtype
+@each_backend
+def test_attention_obeys_the_rule(backend: str, dtype: torch.dtype, seq_len: int) -> None:
+    qkv = _qkv(1, seq_len, dtype=dtype) if seq_len > 100 else _qkv(2, seq_len, dtype=dtype)
+    with poisoned_memory():
+        out = ops.attention(qkv, backend=backend)
     assert out.is_contiguous()
     reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
 
 
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("seq_len", [49, 65])
+@each_dtype
+@each_backend
+def test_other_head_dims(backend: str, dtype: torch.dtype, seq_len: int, head_dim: int) -> None:
+    qkv = _qkv(1, seq_len, heads=1, head_dim=head_dim, dtype=dtype)
+    with poisoned_memory():
+        out = ops.attention(qkv, backend=backend)
+        ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
+    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
+    _assert_gradient_obeys_the_rule(ours, exact, plain)
+
+
 @pytest.mark.parametrize("seq_len", [1370, 2000])
-def test_long_sequences(seq_len: int) -> None:
-    qkv = _qkv(1, seq_len, heads=1)
-    reference.assert_obeys_rule(ops.attention(qkv), reference.attention(qkv), _plain(qkv))
+@each_backend
+def test_long_sequences(backend: str, seq_len: int) -> None:
+    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    out = ops.attention(qkv, backend=backend)
+    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
 
 
-def test_equal_keys_average_the_values_and_one_sharp_key_wins() -> None:
-    qkv = _qkv(1, 7, dtype=torch.float64)
-    qkv[:, :, 1] = 1.0
-    mean = qkv[:, :, 2].mean(1, keepdim=True).expand(-1, 7, -1, -1)
-    torch.testing.assert_close(ops.attention(qkv), mean, atol=1e-12, rtol=0)
-    qkv[:, :, 0] = 1.0
-    qkv[:, :, 1] = 0.0
-    qkv[:, 3, 1] = 100.0
-    winner = qkv[:, 3:4, 2].expand(-1, 7, -1, -1)
-    torch.testing.assert_close(ops.attention(qkv), winner, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("seq_lens", [(5,), (5, 5, 9), (1, 257, 1, 30, 30)], ids=str)
-def test_varlen_keeps_sequences_apart(seq_lens: tuple[int, ...]) -> None:
-    qkv = torch.randn(sum(seq_lens), 3, 2, 64)
-    out = ops.attention_varlen(qkv, seq_lens)
-    each = [ops.attention(part[None])[0] for part in qkv.split(list(seq_lens))]
-    torch.testing.assert_close(out, torch.cat(each), atol=2e-6, rtol=0)
-    assert out.is_contiguous()
-
-
-@pytest.mark.parametrize("rows", [slice(None), slice(0, 1), slice(2, 5)], ids=str)
-def test_probabilities_are_the_weights_of_the_rows_asked_for(rows: slice) -> None:
+def test_fp64_equals_the_formula() -> None:
     qkv = _qkv(2, 9, dtype=torch.float64)
-    weights = ops.attention_probabilities(qkv, rows)
-    torch.testing.assert_close(weights, reference.attention_probabilities(qkv)[:, :, rows], atol=1e-13, rtol=0)
-    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), atol=1e-13, rtol=0)
+    torch.testing.assert_close(ops.attention(qkv), reference.attention(qkv), atol=1e-13, rtol=0)
+
+
+def _exact_gradient(function: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
+    return gradients(function, [qkv.double()])[0]
+
+
+@pytest.mark.parametrize("seq_len", [5, 50, 69, 257])
+@each_dtype
+@each_backend
+def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, seq_len: int) -> None:
+    qkv = _qkv(1, seq_len, heads=2 if seq_len < 100 else 1, dtype=dtype)
+    with poisoned_memory():
+        ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
+    assert ours.is_contiguous() or backend == "torch"
+    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
+    _assert_gradient_obeys_the_rule(ours, exact, plain)
+
+
+@each_dtype
+@each_backend
+def test_one_token_passes_its_gradient_to_its_value(backend: str, dtype: torch.dtype) -> None:
+    qkv = _qkv(2, 1, dtype=dtype)
+    dq, dk, dv = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0].unbind(2)
+    exact = _exact_gradient(reference.attention, qkv)[:, :, 2]
+    torch.testing.assert_close(dv.double(), exact, atol=0, rtol=torch.finfo(dtype).eps)
+    # 0 but for the rounding of two sums of 64 products, which cancel
+    assert max(dq.abs().max(), dk.abs().max()) <= 64 * torch.finfo(torch.float32).eps * qkv.abs().max() ** 2
+
+
+@runs_triton
+@pytest.mark.parametrize("seq_len", [5, 50, 65])
+def test_lse_obeys_the_rule(seq_len: int) -> None:
+    qkv = _qkv(2, seq_len)
+    with poisoned_memory():
+        _, lse = torch.ops.dinov2_fast.attention_forward(qkv)
+    ref, plain = reference.attention_lse(qkv), _plain_scores(qkv).logsumexp(-1)
+    reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # it is kept to base 2
+
+
+@pytest.mark.parametrize("seq_len", [7, 257])
+@each_backend
+def test_equal_keys_average_the_values_and_one_sharp_key_wins(backend: str, seq_len: int) -> None:
+    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    qkv[:, :, 1] = 1.0
+    mean = qkv[:, :, 2].double().mean(1, keepdim=True).expand(-1, seq_len, -1, -1)
+    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), mean, _plain(qkv))
+    qkv[:, :, 0] = 1.0
+    for sharp in (0, 3, seq_len - 1):
+        qkv[:, :, 1] = 0.0
+        qkv[:, sharp, 1] = 100.0
+        winner = qkv[:, sharp : sharp + 1, 2].expand(-1, seq_len, -1, -1)
+        assert torch.equal(ops.attention(qkv, backend=backend), winner)
+
+
+@each_dtype
+@each_backend
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, dtype: torch.dtype) -> None:
+    qkv = _qkv(1, 65, heads=1, dtype=dtype)
+    qkv[:, 3, 2] /= 1000
+    qkv[:, 3, :2] = 2.0  # the token of the small value looks at little else
+    out, ref, plain = ops.attention(qkv, backend=backend), reference.attention(qkv), _plain(qkv)
+    reference.assert_obeys_rule(out[:, 3], ref[:, 3], plain[:, 3])
+    reference.assert_obeys_rule(out, ref, plain)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("seq_len", [3, 50, 65])
+@each_backend
+def test_scores_far_from_zero(backend: str, seq_len: int, sign: int) -> None:
+    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    qkv[:, :, 0] += 6 * sign  # scores and lse of some hundred, all of one sign: exp(-lse) is beyond fp32
+    qkv[:, :, 1] += 6
+    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), reference.attention(qkv), _plain(qkv))
+    ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
+    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
+    reference.assert_obeys_rule(ours, exact, plain)
 
 
 def test_gradients_in_fp64() -> None:
@@ -77,20 +181,418 @@ def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     qkv[:, :, 2] = 1.0
     out = torch.stack([ops.attention(qkv, 0.5) for _ in range(20)])
     assert out.std() > 0.01
-    torch.testing.assert_close(out.mean(), torch.tensor(1.0), atol=0.02, rtol=0)
+    torch.testing.assert_close(out.mean(), torch.tensor(1.0, device=DEVICE), atol=0.02, rtol=0)
+
+
+STRIDES = {
+    "transposed": lambda x: x[:, :9].transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(3, -1, -1, -1, -1),
+    "offset": lambda x: x[1:, 2:],
+    "heads": lambda x: x[:, :, :, 1:],
+    "heads first": lambda x: x.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4),
+    "columns": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "misaligned": lambda x: x.flatten()[1 : 1 + 2 * 9 * 3 * 2 * 64].view(2, 9, 3, 2, 64),
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_backend
+def test_strided_input_gives_what_a_copy_gives(backend: str, make: Callable[[Tensor], Tensor]) -> None:
+    dtype, atol = (torch.float64, 1e-12) if backend == "torch" else (torch.float16, 0.0)
+    qkv = make(_qkv(3, 19, dtype=dtype))
+    dout = random(*qkv.shape[:2], *qkv.shape[-2:], dtype=qkv.dtype)
+    results = []
+    for x in (qkv.detach(), qkv.contiguous()):
+        x.requires_grad_()
+        out = ops.attention(x, backend=backend)
+        varlen = ops.attention_varlen(x[0], (1, x.shape[1] - 1), backend=backend)
+        p = ops.attention_probabilities(x, slice(1, 8, 3), backend=backend)
+        results.append([out, varlen, p, *torch.autograd.grad([out, varlen, p], x, [dout, dout[0], p.detach()])])
+    for strided, copied in zip(*results, strict=True):
+        torch.testing.assert_close(strided, copied, atol=atol, rtol=0)
+
+
+@runs_triton
+def test_a_strided_gradient_gives_what_a_copy_gives() -> None:
+    qkv = _qkv(2, 9).requires_grad_()
+    out = ops.attention(qkv, backend="triton")
+    dout = random(2, 2, 9, 64).transpose(1, 2)
+    for g in (dout, random(1, 1, 1, 64).expand(2, 9, 2, 64)):
+        strided, copied = (torch.autograd.grad(out, qkv, d, retain_graph=True)[0] for d in (g, g.contiguous()))
+        assert torch.equal(strided, copied)
+
+
+@pytest.mark.parametrize("seq_len", [1, 9, 80])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@each_backend
+def test_nan_and_inf_stay_in_their_picture_and_head(backend: str, bad: float, seq_len: int) -> None:
+    for part in range(3):
+        qkv = _qkv(3, seq_len, dtype=torch.float16)
+        qkv[1, seq_len // 2, part, 0, 5] = bad
+        packed = ops.attention_varlen(qkv.flatten(0, 1), (seq_len,) * 3, backend=backend)
+        for out in (ops.attention(qkv, backend=backend), packed.unflatten(0, (3, -1))):
+            assert out[::2].isfinite().all()
+            assert out[1, :, 1].isfinite().all()
+            if backend == "triton":  # torch's CPU kernel loses some
+                assert torch.equal(out.isfinite(), reference.attention(qkv).isfinite())
+
+
+@each_backend
+def test_nothing_in_gives_nothing(backend: str) -> None:
+    for shape in ((0, 5), (2, 0)):
+        qkv = _qkv(*shape).requires_grad_()
+        out = ops.attention(qkv, backend=backend)
+        assert out.shape == (*shape, 2, 64)
+        assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    assert ops.attention_probabilities(_qkv(1, 5), slice(3, 3), backend=backend).shape == (1, 2, 0, 5)
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("seq_lens", [(5,), VARLEN, (70, 3)], ids=str)
+@each_dtype
+@each_backend
+def test_varlen_obeys_the_rule(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
+    qkv = _qkv(1, sum(seq_lens), dtype=dtype)[0]
+    with poisoned_memory():
+        out = ops.attention_varlen(qkv, seq_lens, backend=backend)
+        ours = gradients(lambda x: ops.attention_varlen(x, seq_lens, backend=backend), [qkv])[0]
+    assert out.is_contiguous()
+    ref, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
+    reference.assert_obeys_rule(out, ref, plain)
+    for one, exact, usual in zip(*(x.split(list(seq_lens)) for x in (out, ref, plain)), strict=True):
+        reference.assert_obeys_rule(one, exact, usual)
+    exact = _exact_gradient(lambda x: _each_sequence(reference.attention, x, seq_lens), qkv)
+    plain = gradients(lambda x: ops.attention_varlen(x, seq_lens), [qkv])[0]
+    _assert_gradient_obeys_the_rule(ours, exact, plain)
+
+
+def test_lengths_packed_in_inference_mode_serve_training_later() -> None:
+    seq_lens = (2, 11, 3)
+    qkv = _qkv(1, 16)[0]
+    with torch.inference_mode():
+        offsets = _attention_peers.cu_seqlens(seq_lens, qkv.device)
+    assert not offsets.is_inference()
+    assert offsets.tolist() == [0, 2, 13, 16]
+    assert _attention_peers.cu_seqlens(seq_lens, qkv.device) is offsets  # no second copy to the device
+
+
+def test_fake_lengths_are_not_kept() -> None:
+    with FakeTensorMode():
+        _attention_peers.cu_seqlens((4, 12), torch.device(DEVICE))
+    assert _attention_peers.cu_seqlens((4, 12), torch.device(DEVICE)).tolist() == [0, 4, 16]
+
+
+# Weights
+
+ROWS = [slice(None), slice(0, 1), slice(2, 5), slice(-3, None), slice(1, 70, 3)]
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@each_dtype
+@each_backend
+def test_probabilities_obey_the_rule(backend: str, dtype: torch.dtype, rows: slice) -> None:
+    qkv = _qkv(2, 75, dtype=dtype)
+
+    def weights(x: Tensor, backend: str) -> Tensor:
+        return ops.attention_probabilities(x, rows, backend=backend)
+
+    with poisoned_memory():
+        p = weights(qkv, backend)
+        ours = gradients(lambda x: weights(x, backend), [qkv])[0]
+    assert p.is_contiguous()
+    reference.assert_obeys_rule(p, reference.attention_probabilities(qkv)[:, :, rows], weights(qkv, "torch"))
+    exact = _exact_gradient(lambda x: reference.attention_probabilities(x)[:, :, rows], qkv)
+    plain = gradients(lambda x: weights(x, "torch"), [qkv])[0]
+    for ours_, exact_, plain_ in zip(*(x.unbind(2)[:2] for x in (ours, exact, plain)), strict=True):
+        reference.assert_obeys_rule(ours_, exact_, plain_)
+    assert (ours[:, :, 2] == 0).all()
+
+
+# Other implementations
 
 
 def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(kernel):
-            assert ops.attention(_qkv(2, 9)).is_contiguous()
+            assert ops.attention(_qkv(2, 9, dtype=torch.float16)).is_contiguous()
 
 
-def test_strides_and_nan() -> None:
-    qkv = _qkv(3, 9)
-    assert torch.equal(ops.attention(qkv[1:, 2:]), ops.attention(qkv[1:, 2:].contiguous()))
-    qkv[0, 4, 2, 0, 0] = float("nan")
-    out = ops.attention(qkv)
-    assert out[0, :, 0].isnan().any()
-    assert out[1:].isfinite().all()
-    assert out[0, :, 1].isfinite().all()
+def test_flash_attention_of_torch_by_name() -> None:
+    qkv = _qkv(2, 9, dtype=torch.bfloat16)
+    out = ops.attention(qkv, backend="sdpa_flash")
+    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+    packed = ops.attention_varlen(qkv.flatten(0, 1), (9, 9), backend="sdpa_flash")
+    torch.testing.assert_close(packed.unflatten(0, (2, 9)), out)
+
+
+DENSE_REFUSALS = [
+    ("triton", torch.float64, 64, 0.0, r"takes fp16, bf16 and fp32, got torch\.float64"),
+    ("triton", torch.float16, 48, 0.0, "takes a head_dim of 32, 64, 128, got 48"),
+    ("triton", torch.float16, 64, 0.1, "has no dropout, asked for with p = 0.1"),
+    ("sdpa_cudnn", torch.float32, 64, 0.0, "takes float16, bfloat16, got torch.float32"),
+    ("sdpa_cudnn", torch.float16, 136, 0.0, "takes a head_dim up to 128, got 136"),
+    ("sdpa_flash", torch.float32, 64, 0.0, "takes float16, bfloat16, got torch.float32"),
+    ("sdpa_flash", torch.float16, 264, 0.0, "takes a head_dim up to 256, got 264"),
+    ("sdpa_efficient", torch.float64, 64, 0.0, "takes float16, bfloat16, float32, got torch.float64"),
+    ("sdpa_efficient", torch.float16, 12, 0.0, "takes a head_dim that 8 divides, got 12"),
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "head_dim", "dropout_p", "reason"), DENSE_REFUSALS)
+def test_refusals_say_why(backend: str, dtype: torch.dtype, head_dim: int, dropout_p: float, reason: str) -> None:
+    with FakeTensorMode():
+        qkv = torch.empty(2, 9, 3, 2, head_dim, device="cuda", dtype=dtype)
+        with pytest.raises(BackendError, match=reason):
+            ops.attention(qkv, dropout_p, backend=backend)
+        with pytest.raises(BackendError, match=reason):
+            ops.attention_varlen(qkv[0], (4, 5), dropout_p, backend=backend)
+
+
+def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = _qkv(1, 9).cpu()
+    for backend in ("sdpa_cudnn", "sdpa_efficient", "xformers"):
+        with pytest.raises(BackendError, match="needs a cuda tensor, got one on cpu"):
+            ops.attention(cpu, backend=backend)
+    with pytest.raises(BackendError, match="no dropout on the CPU"):
+        ops.attention(cpu, 0.5, backend="sdpa_flash")
+    with FakeTensorMode():
+        qkv = torch.empty(2, 1, 3, 2, 64, device="cuda", dtype=torch.float16)
+        with pytest.raises(BackendError, match="no sequence of one token"):
+            ops.attention(qkv, backend="sdpa_cudnn")
+        packed = torch.empty(9, 3, 2, 64, device="cuda", dtype=torch.float16)
+        with pytest.raises(BackendError, match="no sequence of one token"):
+            ops.attention_varlen(packed, (8, 1), backend="sdpa_cudnn")
+        with pytest.raises(BackendError, match=r"has no dropout, asked for with p = 0\.5"):
+            ops.attention_varlen(packed, (4, 5), 0.5, backend="varlen_attn")
+        with pytest.raises(BackendError, match=r"takes float16, bfloat16, got torch\.float32"):
+            ops.attention_varlen(packed.float(), (4, 5), backend="varlen_attn")
+        monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", True)
+        with pytest.raises(BackendError, match=r"takes float16, bfloat16, float32, got torch\.float64"):
+            ops.attention(qkv.double(), backend="xformers")
+        monkeypatch.setenv("XFORMERS_DISABLED", "1")
+        with pytest.raises(BackendError, match="switched off by XFORMERS_DISABLED"):
+            ops.attention(qkv, backend="xformers")
+        monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", False)
+        with pytest.raises(BackendError, match="xformers, which is not installed"):
+            ops.attention_varlen(packed, (4, 5), backend="xformers")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("backend", ["sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen_attn", "xformers"])
+def test_peers_obey_the_rule(backend: str) -> None:
+    if backend == "xformers":
+        pytest.importorskip("xformers.ops")
+    qkv = _qkv(2, 257, dtype=torch.bfloat16)
+    if backend != "varlen_attn":
+        out = ops.attention(qkv, backend=backend)
+        assert out.is_contiguous()
+        reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+        gradient, exact = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0], reference.attention
+        reference.assert_obeys_rule(gradient, _exact_gradient(exact, qkv), gradients(_plain, [qkv])[0])
+    packed, seq_lens = qkv.flatten(0, 1), (200, 57, 257)
+    out = ops.attention_varlen(packed, seq_lens, backend=backend)
+    ref, plain = (_each_sequence(f, packed, seq_lens) for f in (reference.attention, _plain))
+    reference.assert_obeys_rule(out, ref, plain)
+
+
+# The registered ops
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool, strided: bool) -> None:
+    qkv = _qkv(3, 5, heads=1, head_dim=32).transpose(0, 1) if strided else _qkv(5, 3, heads=1, head_dim=32)
+    qkv.requires_grad_(requires_grad)
+    packed = qkv[:, 1].detach().requires_grad_(requires_grad)
+    cu_seqlens = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE)
+    library = torch.ops.dinov2_fast
+    torch.library.opcheck(library.attention.default, (qkv,))
+    torch.library.opcheck(library.attention_varlen.default, (packed, cu_seqlens, 4))
+    torch.library.opcheck(library.attention_probabilities.default, (qkv, 0, 3, 2))
+    if strided and not requires_grad:
+        torch.library.opcheck(library.attention_forward.default, (qkv,))
+        torch.library.opcheck(library.attention_varlen_forward.default, (packed, cu_seqlens, 4))
+        torch.library.opcheck(library.attention_probabilities_forward.default, (qkv, 0, 3, 2))
+        out, lse = library.attention_forward(qkv)
+        torch.library.opcheck(library.attention_backward.default, (qkv[:, :, 0], qkv, out, lse))
+        out, lse = library.attention_varlen_forward(packed, cu_seqlens, 4)
+        backward = (packed[:, 0], packed, out, lse, cu_seqlens, 4)
+        torch.library.opcheck(library.attention_varlen_backward.default, backward)
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+def test_fakes_have_the_strides_of_results(strided: bool) -> None:
+    """`opcheck` does not look at strides."""
+    qkv = _qkv(3, 5).transpose(0, 1) if strided else _qkv(5, 3)
+    packed, cu_seqlens = qkv[:, 1], torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE)
+    library = torch.ops.dinov2_fast
+    saved, packed_saved = library.attention_forward(qkv), library.attention_varlen_forward(packed, cu_seqlens, 4)
+    calls = [
+        (library.attention, (qkv,)),
+        (library.attention_forward, (qkv,)),
+        (library.attention_backward, (qkv[:, :, 0], qkv, *saved)),
+        (library.attention_varlen, (packed, cu_seqlens, 4)),
+        (library.attention_varlen_forward, (packed, cu_seqlens, 4)),
+        (library.attention_varlen_backward, (packed[:, 0], packed, *packed_saved, cu_seqlens, 4)),
+        (library.attention_probabilities, (qkv, 0, 3, 2)),
+        (library.attention_probabilities_forward, (qkv, 0, 3, 2)),
+    ]
+    for op, args in calls:
+        with FakeTensorMode() as mode:
+            fakes = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+        for fake, real in zip(*((x,) if isinstance(x, Tensor) else x for x in (fakes, op(*args))), strict=True):
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@runs_triton
+def test_compiled_whole_with_gradients() -> None:
+    def step(qkv: Tensor) -> Tensor:
+        out = ops.attention(qkv, backend="triton") * 2
+        packed = ops.attention_varlen(qkv.flatten(0, 1), (3, 1, 6), backend="triton")
+        p = ops.attention_probabilities(qkv, slice(0, 1), backend="triton")
+        return out.sum((1, 2)) + packed.sum() + p.square().sum()
+
+    qkv = _qkv(2, 5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled, [qkv])[0], gradients(step, [qkv])[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(qkv), step(qkv))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) -> None:
+    qkv = _qkv(1, 5, dtype=dtype).requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = ops.attention(qkv, backend=backend)
+        packed = ops.attention_varlen(qkv[0], (2, 3), backend=backend)
+        p = ops.attention_probabilities(qkv, backend=backend)
+        assert out.dtype == packed.dtype == F.scaled_dot_product_attention(*qkv.unbind(2)).dtype == torch.bfloat16
+        assert p.dtype == ops.attention_probabilities(qkv, backend="torch").dtype
+    assert torch.autograd.grad(out.sum() + packed.sum() + p.square().sum(), qkv)[0].dtype == dtype
+
+
+@runs_triton
+def test_the_surroundings_of_results_stay_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result lies between two strips of a number that nothing here computes."""
+    new_empty, strips = Tensor.new_empty, []
+
+    def between_strips(self: Tensor, *size: object, **options: object) -> Tensor:
+        plain = new_empty(self, *size, **options)
+        if plain.numel() == 0:  # the interpreter's own
+            return plain
+        whole = plain.new_full((plain.numel() + 8192,), -1234.0)
+        strips.extend((whole[:4096], whole[-4096:]))
+        return whole[4096:-4096].view(plain.shape)
+
+    for dtype in DTYPES[:2]:
+        for seq_len in (50, 65):
+            qkv, seq_lens = _qkv(1, seq_len, dtype=dtype), (1, seq_len - 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(Tensor, "new_empty", between_strips)
+                gradients(lambda x: ops.attention(x, backend="triton"), [qkv])
+                gradients(lambda x: ops.attention_varlen(x, seq_lens, backend="triton"), [qkv[0]])  # noqa: B023
+                ops.attention_probabilities(qkv, slice(0, 3), backend="triton")
+    assert len(strips) == 2 * 4 * (2 * 4 + 1)  # out, lse, dqkv and delta; p
+    assert all((strip == -1234.0).all() for strip in strips)
+
+
+# On a GPU only
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("seq_len", [50, 257, 1370])
+@each_dtype
+def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtype, seq_len: int) -> None:
+    qkv = _qkv(8, seq_len, heads=6, dtype=dtype)
+    seq_lens = (seq_len, 1, seq_len - 1) + (2 * seq_len,) * 3
+    noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+
+    def run() -> list[Tensor]:
+        with torch.cuda.stream(other):
+            noise.matmul(noise)
+        packed = qkv.flatten(0, 1)
+        return [
+            *gradients(lambda x: ops.attention(x, backend="triton"), [qkv]),
+            *gradients(lambda x: ops.attention_varlen(x, seq_lens, backend="triton"), [packed]),
+            ops.attention(qkv, backend="triton"),
+            ops.attention_probabilities(qkv, slice(0, 17), backend="triton"),
+        ]
+
+    first = run()
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("form", ["dense", "varlen"])
+def test_more_than_two_to_the_31_elements(form: str) -> None:
+    """The last picture of a batch that large gets what it gets alone."""
+    batch, seq_len = 2750, 257
+
+    def run(qkv: Tensor, dout: Tensor) -> list[Tensor]:
+        qkv = qkv.detach().requires_grad_()
+        if form == "dense":
+            out = ops.attention(qkv, backend="triton")
+        else:
+            packed = ops.attention_varlen(qkv.flatten(0, 1), (seq_len,) * len(qkv), backend="triton")
+            out = packed.unflatten(0, (-1, seq_len))
+        return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+
+    qkv = torch.randn(1, seq_len, 3, 16, 64, device="cuda", dtype=torch.bfloat16).repeat(batch, 1, 1, 1, 1)
+    assert qkv.numel() > 2**31
+    qkv[-1] = torch.randn_like(qkv[-1])
+    dout = torch.randn_like(qkv[:1, :, 0])
+    for large, alone in zip(run(qkv, dout.expand(batch, -1, -1, -1)), run(qkv[-1:], dout), strict=True):
+        assert torch.equal(large[-1:], alone)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_than_two_to_the_31_weights() -> None:
+    qkv = torch.randn(2100, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
+    p = ops.attention_probabilities(qkv, backend="triton")
+    assert p.numel() > 2**31
+    assert torch.equal(p[-1:], ops.attention_probabilities(qkv[-1:], backend="triton"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("on_a_side_stream", [False, True])
+def test_cuda_graphs_and_streams(on_a_side_stream: bool) -> None:
+    qkv, seq_lens = _qkv(2, 257, dtype=torch.bfloat16).requires_grad_(), (1, 200, 313)
+    dout = random(2, 257, 2, 64, dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        out = ops.attention(qkv, backend="triton")
+        packed = ops.attention_varlen(qkv.flatten(0, 1), seq_lens, backend="triton")
+        p = ops.attention_probabilities(qkv, slice(0, 1), backend="triton")
+        gradient = torch.autograd.grad([out, packed], qkv, [dout, dout.flatten(0, 1)])
+        return [out, packed, p, *gradient]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    with torch.no_grad():
+        qkv.copy_(torch.randn_like(qkv))
+    with torch.cuda.stream(side) if on_a_side_stream else nullcontext():
+        side.wait_stream(torch.cuda.default_stream())
+        graph.replay()
+        replayed = [x.detach().clone() for x in results]
+        expected = run()
+    torch.cuda.synchronize()
+    for x, y in zip(replayed, expected, strict=True):
+        assert torch.equal(x, y)

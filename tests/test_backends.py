@@ -146,6 +146,13 @@ def test_tensors_in_lists_count() -> None:
     assert not backends.records_gradient(([inner.detach()], None, 2.0))
 
 
+def test_kernels_refuse_devices_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda index: (7, 5))
+    rows = [row for row in backends.table("cuda") if row.backend == "triton"]
+    assert rows
+    assert {row.reason for row in rows} == {"needs a device of sm_80 or newer, got sm_75"}
+
+
 @devices.runs_triton
 def test_kernels_do_not_export_and_a_forced_one_says_so() -> None:
     class Norm(torch.nn.Module):

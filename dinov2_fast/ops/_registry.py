@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.backends import Implementation, records_gradient
+from dinov2_fast.backends import Implementation, device_of, records_gradient
 
 
 def is_installed(package: str) -> bool:
@@ -97,6 +97,10 @@ def triton(
     def reason(*args: Any, **kwargs: Any) -> str | None:
         if not TRITON_IS_INSTALLED:
             return "needs triton, which is not installed"
+        device = device_of(args)
+        if device.type == "cuda" and _capability(device.index) < (8, 0):
+            major, minor = _capability(device.index)
+            return f"needs a device of sm_80 or newer, got sm_{major}{minor}"
         if _is_exporting():
             return "does not export: an exported graph holds standard ops only"
         return refuses(*args, **kwargs)

@@ -11,12 +11,18 @@ Source: Vaswani et al., arXiv:1706.03762.
 from __future__ import annotations
 
 from itertools import groupby
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.ops import _attention_peers, _registry
+
+HEAD_DIMS = (32, 64, 128)  # those of the kernels
 
 
 def attention(qkv: Tensor, dropout_p: float = 0.0, *, backend: str | None = None) -> Tensor:
@@ -84,6 +90,165 @@ def attention_probabilities_torch(qkv: Tensor, rows: slice = slice(None)) -> Ten
     return ((q[:, :, rows] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
 
+# The kernels
+
+
+def _forward_kernels() -> ModuleType:
+    from dinov2_fast.kernels import attention
+
+    return attention
+
+
+def _backward_kernels() -> ModuleType:
+    from dinov2_fast.kernels import attention_backward
+
+    return attention_backward
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        out, lse = _forward(qkv)
+        ctx.save_for_backward(qkv, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return _backward(dout, *ctx.saved_tensors)
+
+
+class _AttentionVarlen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out, lse = _varlen_forward(qkv, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+        ctx.max_seqlen = max_seqlen
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _varlen_backward(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None
+
+
+class _AttentionProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
+        p = _probabilities_forward(qkv, start, stop, step)
+        ctx.save_for_backward(qkv, p)
+        ctx.rows = slice(start, stop, step)
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, p = ctx.saved_tensors  # p is there in full, so plain products need no more memory than a kernel would
+        q, k = qkv[:, ctx.rows, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
+        dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) * qkv.shape[-1] ** -0.5
+        dqkv = qkv.new_zeros(qkv.shape)
+        dqkv[:, ctx.rows, 0] = (dscores @ k).transpose(1, 2)
+        dqkv[:, :, 1] = (dscores.transpose(-2, -1) @ q).transpose(1, 2)
+        return dqkv, None, None, None
+
+
+def _fake_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *batch, tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty((*batch, tokens, heads, head_dim))
+    return out, qkv.new_empty((*batch, heads, tokens), dtype=torch.float32)
+
+
+def _fake_backward(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _fake_probabilities(qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
+    batch, tokens, _, heads, _ = qkv.shape
+    return qkv.new_empty((batch, heads, max(0, (stop - start + step - 1) // step), tokens))
+
+
+_FORWARD = "(Tensor qkv) ->"
+_VARLEN = "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen) ->"
+_PROBABILITIES = "(Tensor qkv, SymInt start, SymInt stop, SymInt step) -> Tensor"
+_SAVED = "Tensor dout, Tensor qkv, Tensor out, Tensor lse"
+
+_attention = _registry.register(
+    f"attention{_FORWARD} Tensor",
+    lambda qkv: _forward_kernels().attention_forward(qkv)[0],
+    lambda qkv: _fake_forward(qkv)[0],
+    _Attention.apply,
+    autocast=torch.get_autocast_dtype,
+)
+_forward = _registry.register(
+    f"attention_forward{_FORWARD} (Tensor, Tensor)",
+    lambda qkv: _forward_kernels().attention_forward(qkv),
+    _fake_forward,
+)
+_backward = _registry.register(
+    f"attention_backward({_SAVED}) -> Tensor",
+    lambda *args: _backward_kernels().attention_backward(*args),
+    _fake_backward,
+)
+_varlen = _registry.register(
+    f"attention_varlen{_VARLEN} Tensor",
+    lambda *args: _forward_kernels().attention_varlen_forward(*args)[0],
+    lambda *args: _fake_forward(*args)[0],
+    _AttentionVarlen.apply,
+    autocast=torch.get_autocast_dtype,
+)
+_varlen_forward = _registry.register(
+    f"attention_varlen_forward{_VARLEN} (Tensor, Tensor)",
+    lambda *args: _forward_kernels().attention_varlen_forward(*args),
+    _fake_forward,
+)
+_varlen_backward = _registry.register(
+    f"attention_varlen_backward({_SAVED}, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
+    lambda *args: _backward_kernels().attention_varlen_backward(*args),
+    _fake_backward,
+)
+_probabilities = _registry.register(
+    f"attention_probabilities{_PROBABILITIES}",
+    lambda *args: _forward_kernels().attention_probabilities_forward(*args),
+    _fake_probabilities,
+    _AttentionProbabilities.apply,
+    autocast=lambda device: torch.float32 if device == "cuda" else torch.get_autocast_dtype(device),  # softmax's
+)
+_probabilities_forward = _registry.register(
+    f"attention_probabilities_forward{_PROBABILITIES}",
+    lambda *args: _forward_kernels().attention_probabilities_forward(*args),
+    _fake_probabilities,
+)
+
+
+def attention_triton(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    return _attention(qkv)
+
+
+def attention_varlen_triton(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) -> Tensor:
+    return _varlen(qkv, _attention_peers.cu_seqlens(tuple(seq_lens), qkv.device), max(seq_lens, default=0))
+
+
+def attention_probabilities_triton(qkv: Tensor, rows: slice = slice(None)) -> Tensor:
+    chosen = range(qkv.shape[1])[rows]
+    return _probabilities(qkv, chosen.start, chosen.stop, chosen.step)
+
+
+def _refuses(qkv: Tensor, dropout_p: float = 0.0) -> str | None:
+    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"takes fp16, bf16 and fp32, got {qkv.dtype}"
+    if qkv.shape[-1] not in HEAD_DIMS:
+        return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {qkv.shape[-1]}"
+    return f"has no dropout, asked for with p = {dropout_p}" if dropout_p > 0 else None
+
+
+def _refuses_varlen(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) -> str | None:
+    return _refuses(qkv, dropout_p)
+
+
+def _refuses_probabilities(qkv: Tensor, rows: slice = slice(None)) -> str | None:
+    return _refuses(qkv)
+
+
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.empty(1, 257, 3, 6, 64, device=device, dtype=dtype),)
 
@@ -92,10 +257,36 @@ def _sample_varlen(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, tu
     return _sample(device, dtype)[0][0], (200, 57)
 
 
-_ATTENTION = Op("attention", "attention", (Implementation("torch", attention_torch),), _sample)
+# torch stands first: none of these kernels has run on a GPU yet.
+_ATTENTION = Op(
+    "attention",
+    "attention",
+    (
+        Implementation("torch", attention_torch),
+        _registry.triton(attention_triton, _refuses),
+        *_attention_peers.sdpa(attention_torch),
+        _attention_peers.XFORMERS,
+    ),
+    _sample,
+)
 _ATTENTION_VARLEN = Op(
-    "attention_varlen", "attention", (Implementation("torch", attention_varlen_torch),), _sample_varlen
+    "attention_varlen",
+    "attention",
+    (
+        Implementation("torch", attention_varlen_torch),
+        _registry.triton(attention_varlen_triton, _refuses_varlen),
+        _attention_peers.VARLEN_ATTN,
+        *_attention_peers.sdpa(attention_varlen_torch),
+        _attention_peers.XFORMERS_VARLEN,
+    ),
+    _sample_varlen,
 )
 _ATTENTION_PROBABILITIES = Op(
-    "attention_probabilities", "attention", (Implementation("torch", attention_probabilities_torch),), _sample
+    "attention_probabilities",
+    "attention",
+    (
+        Implementation("torch", attention_probabilities_torch),
+        _registry.triton(attention_probabilities_triton, _refuses_probabilities),
+    ),
+    _sample,
 )
