@@ -9,6 +9,8 @@ NEWEST := .venv-torch213
 NEWEST_TORCH := torch==2.13.0 triton==3.7.1
 
 PYTEST := -m pytest tests -n $(WORKERS)
+# One process either interprets kernels or compiles them, so `test` runs pytest twice.
+AOT := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) $(PYTEST)
 FAST := not aot and not gpu and not slow
 SLOW := slow and not aot and not gpu
 INPUTS := constraints.txt pyproject.toml setup.py
@@ -25,7 +27,7 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-slow test-newest-torch lint types bench clean broken
+.PHONY: setup demo test test-aot test-slow test-newest-torch lint types bench clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -48,9 +50,15 @@ demo: setup
 
 test: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)"
+	$(AOT) -m "aot and not slow"
+
+# Triton's cache, by content, makes the second run short.
+test-aot: setup
+	TRITON_CACHE_DIR=$(CURDIR)/$(VENV)/triton-cache $(AOT) -m "aot and slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(SLOW)"
+	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)" -k test_golden
 
 test-newest-torch: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"

@@ -16,7 +16,6 @@ from torch import Tensor
 from dinov2_fast.kernels import common
 from dinov2_fast.kernels.common import E4M3_MAX, SMALLEST_ROW_SCALE, to_e4m3
 
-MAX_HIDDEN = 16384  # a row in the registers of one program
 TILE = 4096  # elements in flight in one program
 
 

@@ -1,17 +1,23 @@
-"""The benchmark: records keep their form, a wrong peer is refused, peers take turns, README shows what was measured."""
+"""The benchmarks: records keep their form, what is wrong is refused, all take turns, README shows what was measured."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import model as bench
+from bench import ops as ops_bench
 from bench import records, report
 from bench.peers import PEERS, Peer
+from bench.workloads import WORKLOADS, Workload
+from dinov2_fast import backends
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -110,3 +116,173 @@ def test_the_table_comes_from_the_newest_rows_of_each_kind() -> None:
     assert "aaaaaaaa" in text
     newer = [r | {"value": 2 * r["value"], "commit": "b" * 40, "date": "2026-01-02"} for r in rows]
     assert "| 60.0 | 50.0 | 40.0 | 1.20 |" in report.table(rows + newer)
+
+
+TINY = ops_bench.Shape(
+    dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=64, num_heads=2),
+    28,
+    2,
+    torch.device("cpu"),
+    torch.float32,
+)
+SPEEDS = ops_bench.Speeds(copy=1e9, product=1e9, e4m3=4e9)
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SECONDS", "FLUSH"):
+        monkeypatch.setattr(ops_bench, name, {"cpu": 0})
+
+
+def _workload(name: str) -> Workload:
+    return next(workload for workload in WORKLOADS if workload.op == name)
+
+
+def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
+    """Puts implementations beside torch's."""
+    monkeypatch.setattr(
+        ops_bench, "candidates", lambda op, torch_function, *rest: [("torch", torch_function), *functions.items()]
+    )
+
+
+def test_every_op_has_a_row_and_every_row_an_op() -> None:
+    assert {workload.op for workload in WORKLOADS} == set(backends._OPS)
+    labels = [workload.label for workload in WORKLOADS]
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.label)
+def test_each_op_gives_rows(workload: Workload, tmp_path) -> None:
+    config = BACKBONES["dinov2_vitg14"] if workload.of_swiglu else TINY.config
+    shape = dataclasses.replace(TINY, config=dataclasses.replace(config, embed_dim=64, num_heads=2))
+    assert workload.applies(shape)
+    modes = ["forward"] if workload.saved is None else ["forward", "backward"]
+    for mode in modes:
+        (row,), refused = ops_bench.measure(workload, shape, mode == "backward", SPEEDS)
+        assert not refused
+        assert (row["output"], row["mode"], row["implementation"]) == (workload.label, mode, "torch")
+        assert row["p20"] <= row["value"] <= row["p80"]
+        assert row["outputs_max_error"] < 1e-5
+        records.write(tmp_path / "ops.jsonl", [row | records.environment(TINY.device)])
+    assert len(records.read(tmp_path / "ops.jsonl")) == len(modes)
+
+
+@pytest.mark.usefixtures("_short")
+def test_an_op_that_computes_something_else_is_refused_before_timing(monkeypatch, capsys) -> None:
+    def failing(*args):
+        raise RuntimeError("no such kernel")
+
+    gelu = torch.nn.functional.gelu
+    _against(
+        monkeypatch,
+        tanh=lambda x: gelu(x, approximate="tanh"),
+        nan=lambda x: gelu(x) * float("nan"),
+        half=lambda x: gelu(x).half(),
+        shape=lambda x: gelu(x)[0],
+        failing=failing,
+        same=lambda x: gelu(x),
+    )
+    rows, refused = ops_bench.measure(_workload("gelu"), TINY, False, SPEEDS)
+    assert ([row["implementation"] for row in rows], refused) == (["torch", "same"], 5)
+    said = capsys.readouterr().out
+    for name in ("tanh", "nan", "half", "shape"):
+        assert re.search(rf"{name} +REFUSED: (an element is|the results have other)", said)
+    assert re.search(r"failing +REFUSED: no such kernel", said)
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_wrong_gradient_is_refused(monkeypatch) -> None:
+    gelu = torch.nn.functional.gelu
+    _against(
+        monkeypatch,
+        wrong=lambda x: gelu(x.detach()) + (x - x.detach()),
+        compiled=torch.compile(gelu, backend="aot_eager"),
+    )
+    rows, refused = ops_bench.measure(_workload("gelu"), TINY, True, SPEEDS)
+    assert ([row["implementation"] for row in rows], refused) == (["torch", "compiled"], 1)
+
+
+def test_few_wrong_elements_and_many_slightly_wrong_ones_are_seen() -> None:
+    usual = [1 + torch.rand(1000)]
+    reference = [usual[0].double()]
+    one, all_ = usual[0].clone(), torch.nextafter(usual[0], torch.tensor(2.0))
+    one[3] += 1e-6
+    assert ops_bench.worst_error(usual, reference, usual) == 0
+    with pytest.raises(ValueError, match="an element is"):
+        ops_bench.worst_error([one], reference, usual)
+    with pytest.raises(ValueError, match="the error is"):
+        ops_bench.worst_error([all_], reference, usual)
+
+
+def test_the_floor_comes_from_bytes_or_from_products() -> None:
+    def work(name: str, backward: bool) -> tuple[int, float]:
+        workload = _workload(name)
+        arguments = ops_bench.recorded(workload.arguments(TINY), backward)
+        function = ops_bench.op_of(workload).implementations[0].function
+        return ops_bench.work(workload, TINY, function, arguments, backward)
+
+    stream, vector = 4 * 2 * 5 * 64, 4 * 64  # bytes: fp32, 2 pictures of 5 tokens, hidden 64
+    assert work("layer_norm", False) == (2 * stream + 2 * vector, 0.0)
+    assert work("layer_norm", True) == (3 * stream + 3 * vector, 0.0)
+    assert work("add_layer_norm", False) == (4 * stream + 3 * vector, 0.0)
+    assert work("gather_rows", False) == (stream, 0.0)
+    assert work("add_residual", True) == (3 * stream + 2 * vector, 0.0)
+    assert work("attention", False) == (4 * stream, 4 * 2 * 5 * 5 * 64)
+    assert work("attention", True)[1] == 2.5 * 4 * 2 * 5 * 5 * 64
+    x = (torch.zeros(1),)
+    assert SPEEDS.floor(2000, 1000, x) == ops_bench.Floor(2e-6, True)
+    assert SPEEDS.floor(1000, 2000, x) == ops_bench.Floor(2e-6, False)
+    assert SPEEDS.floor(100, 2000, (None, x[0].to(torch.float8_e4m3fn))) == ops_bench.Floor(5e-7, False)
+    assert work("linear_residual_", False) == (4 * (3 * 640 + 64 * 64 + 2 * 64), 2 * 10 * 64 * 64)
+
+
+@pytest.mark.usefixtures("_short")
+def test_ops_take_turns_on_a_cold_cache() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.zero_.default:
+                calls.append("flush")
+            return function(*args, **kwargs or {})
+
+    calls: list[str] = []
+    runs = {name: (lambda name=name: [calls.append(name)]) for name in "abc"}
+    with Watch():
+        times = ops_bench.in_turn(runs, torch.device("cpu"))
+    assert calls[::2] == ["flush"] * 15
+    assert calls[1::2] == list("abcbcacababcbca")
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 5)
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_torch_implementation_and_its_compiled_form_run_on_a_cpu_only_if_asked() -> None:
+    op = ops_bench.op_of(_workload("gelu"))
+    function, x = op.implementations[0].function, (torch.randn(3, 8),)
+    assert list(ops_bench.candidates(op, function, x, compiled=False)) == [("torch", function)]
+    assert [name for name, _ in ops_bench.candidates(op, function, x, compiled=True)] == ["torch", "torch.compile"]
+
+
+def test_a_compiled_backward_can_be_run_again_and_again(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    op, x12 = ops_bench.op_of(_workload("swiglu")), torch.randn(3, 8, requires_grad=True)
+    function = op.implementations[0].function
+    compiled = dict(ops_bench.candidates(op, function, (x12,), compiled=True))["torch.compile"]
+    run, expected = ops_bench.gradients(compiled, (x12,)), ops_bench.gradients(function, (x12,))()[0]
+    for _ in range(3):
+        torch.testing.assert_close(run()[0], expected)
+
+
+@pytest.mark.usefixtures("_short")
+def test_the_command_chooses_ops_and_says_what_a_cpu_lacks(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ops_bench, "COPY", {"cpu": 1 << 20})
+    monkeypatch.setattr(ops_bench, "PRODUCT", {"cpu": 64})
+    assert ops_bench.main(["--device", "cpu", "--ops", "layer_norm,residual", "--models", "S", "--sizes", "224"]) == 0
+    said = capsys.readouterr().out
+    assert "On a CPU only the torch implementations run" in said
+    assert "gather_rows backward: dinov2_vits14, 224 px, batch 2" in said
+    assert "gelu" not in said
+    _against(monkeypatch, wrong=lambda x, *rest: x)
+    assert ops_bench.main(["--device", "cpu", "--ops", "layer_norm", "--models", "S", "--sizes", "224"]) == 1
+    with pytest.raises(SystemExit):
+        ops_bench.main(["--ops", "layer_norms"])
+    assert "layer_norms: there are activation, attention" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from dinov2_fast.ops import _registry
 
 _HALF = (torch.float16, torch.bfloat16)
 _XFORMERS_IS_INSTALLED = _registry.is_installed("xformers")
+_VARLEN_IS_INSTALLED = _registry.is_installed("torch.nn.attention.varlen")
 
 
 def sdpa(function: Callable[..., Tensor]) -> tuple[Implementation, ...]:
@@ -98,12 +99,12 @@ def varlen_attn(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) 
 
 
 def _refuses_varlen_attn(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) -> str | None:
-    if not _registry.is_installed("torch.nn.attention.varlen"):
+    if not _VARLEN_IS_INSTALLED:
         return "needs a newer torch"
     return _refuses_dropout(dropout_p) or _refuses_dtype(qkv, _HALF) or _refuses_head_dim(qkv, 256)
 
 
-@torch.compiler.assume_constant_result  # the lengths are constants of a compiled graph
+@_registry.constant_when_traced  # the lengths are constants of a compiled graph
 def cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: the first token of each sequence, and at the end the number of tokens.
 
@@ -152,7 +153,7 @@ def _refuses_xformers(qkv: Tensor, *rest: Any) -> str | None:
     return _refuses_dtype(qkv, (*_HALF, torch.float32)) or _refuses_head_dim(qkv)
 
 
-@torch.compiler.assume_constant_result
+@_registry.constant_when_traced
 def _xformers_disabled() -> bool:
     return environment.xformers_disabled()
 

@@ -26,6 +26,12 @@ def is_installed(package: str) -> bool:
         return False
 
 
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which would import torch._dynamo, and with it Triton, at once."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_IS_INSTALLED = is_installed("triton")
 LIBRARY = torch.library.Library("dinov2_fast", "DEF")
@@ -121,17 +127,17 @@ def refuses_e4m3(x: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
-@torch.compiler.assume_constant_result  # traced, `is_exporting` would be True in torch.compile as well
+@constant_when_traced  # itself traced, `is_exporting` would be True in torch.compile as well
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _interpreting() -> bool:
     if not TRITON_IS_INSTALLED:
         return False

@@ -1,0 +1,355 @@
+"""Speed of each op, all implementations side by side: ``python -m bench.ops --ops layer_norm --models S --sizes 224``.
+
+An implementation's result is first held to the rule of the tests, against plain PyTorch in a wider dtype; one that
+breaks it is refused. Then they run in turn, each time on a cold L2 cache, and the medians count. The floor is the time
+that the bytes an op must move take at the speed of a copy, or its matrix products at the speed of a large one,
+whichever is longer; both speeds are measured in the same run. Beside the package's own implementations runs
+``torch.compile`` of the torch one. On a CPU only the torch implementations run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dinov2_fast.ops  # noqa: F401  registers them
+from bench import records
+from bench.model import quantiles
+from bench.workloads import E4M3, WORKLOADS, Shape, Workload
+from dinov2_fast import backends
+from dinov2_fast.backends import Op, device_of, tensors_of
+from dinov2_fast.configs import BACKBONES
+
+TASK = "ops"
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # in a batch, of two pictures at least
+SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a row, and ROUNDS of each at least
+ROUNDS = 5
+# Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
+FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
+COPY = {"cpu": 128 << 20, "cuda": 4 << 30}  # bytes of the copy that sets the floor
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that set it
+BITS = {E4M3: 4, torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of precision
+PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
+
+Run = Callable[[], list[Tensor]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    common, speeds = records.environment(device), Speeds.measured(device, dtype)
+    common["versions"] |= {f"{name}_per_s": rate for name, rate in asdict(speeds).items()}
+    print(f"{common['gpu'] or common['versions']['cpu']}, torch {torch.__version__}, {PRECISION[dtype]}, {speeds}")
+    if device.type == "cpu":
+        print("On a CPU only the torch implementations run: no kernel, no torch.compile.")
+    rows, refused = [], 0
+    for name in options.models:
+        for resolution in options.sizes:
+            shape = Shape(BACKBONES[f"dinov2_vit{name.lower()}14"], resolution, 1, device, dtype)
+            shape = shape.with_batch(max(2, BATCH_TOKENS[device.type] // shape.tokens))
+            for workload in WORKLOADS:
+                if workload.applies(shape) and op_of(workload).word in options.ops:
+                    for backward in (False,) if workload.saved is None else (False, True):
+                        found, wrong = measure(workload, shape, backward, speeds, options.compile)
+                        rows += [row | common for row in found]
+                        refused += wrong
+    if options.write:
+        path = records.RESULTS / records.device_folder(device) / f"{TASK}.jsonl"
+        records.write(path, rows)
+        print(f"wrote {path}")
+    if refused:
+        print(f"{refused} rows were refused.", file=sys.stderr)
+    return int(refused > 0)
+
+
+def measure(
+    workload: Workload, shape: Shape, backward: bool, speeds: Speeds, compiled: bool = True
+) -> tuple[list[dict[str, Any]], int]:
+    """A row for each implementation that keeps the rule, and the number of those that break it or fail."""
+    op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
+    prepare = gradients if backward else forward
+    torch_function = next(i.function for i in op.implementations if i.backend == "torch")
+    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype)))()
+    usual = prepare(torch_function, own(op, arguments))()
+    print(f"{workload.label}{' backward' if backward else ''}: {shape}")
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    refused = 0
+    for name, function in candidates(op, torch_function, arguments, compiled and shape.device.type != "cpu"):
+        try:
+            run = prepare(function, own(op, arguments))
+            errors[name] = worst_error(run(), reference, usual)
+            runs[name] = run
+        except Exception as exception:  # what stops one implementation must not stop the others
+            refused += 1
+            print(f"  {name:14} REFUSED: {(str(exception) or type(exception).__name__).splitlines()[0]}")
+    moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
+    floor = speeds.floor(moved, flops, arguments)
+    rows = []
+    times = in_turn(runs, shape.device) if runs else {}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        fastest, median, slowest = quantiles(values)
+        achieved = f"{moved / median / 1e9:5.3g} GB/s" if floor.by_bytes else f"{flops / median / 1e12:5.3g} TFLOP/s"
+        ratios = ", ".join(f"{medians[other] / median:.2f}x {other}" for other in medians if other != name)
+        print(f"  {name:14} {1e6 * median:9.1f} us {achieved}, {floor.seconds / median:4.0%} of the floor  {ratios}")
+        rows.append(
+            {
+                "task": TASK,
+                "model": shape.config.name,
+                "resolution": shape.resolution,
+                "batch": shape.batch,
+                "output": workload.label,
+                "precision": PRECISION[shape.dtype],
+                "implementation": name,
+                "mode": "backward" if backward else "forward",
+                "value": 1e6 * median,
+                "unit": "us",
+                "p20": 1e6 * fastest,
+                "p80": 1e6 * slowest,
+                "floor_share": floor.seconds / median,
+                "outputs_max_error": errors[name],
+            }
+        )
+    return rows, refused
+
+
+def op_of(workload: Workload) -> Op:
+    return backends._OPS[workload.op]
+
+
+def candidates(
+    op: Op, torch_function: Callable[..., Any], arguments: tuple[Any, ...], compiled: bool
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The implementations that run on these arguments, by name."""
+    on_cpu = device_of(arguments).type == "cpu"
+    for implementation in op.implementations:
+        reason = implementation.reason_against(*arguments)
+        if on_cpu and implementation.backend != "torch":
+            continue
+        if reason is None:
+            yield implementation.backend, implementation.function
+        else:
+            print(f"  {implementation.backend:14} not run: {reason}")
+    if compiled:
+        torch._dynamo.reset()  # each shape is compiled for itself, none falls back to eager at a limit
+        yield "torch.compile", torch.compile(torch_function, dynamic=False, fullgraph=True)
+
+
+def own(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments for one run of an op, which may change the first."""
+    return (arguments[0].clone(), *arguments[1:]) if op.name.endswith("_") else arguments
+
+
+def forward(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Run:
+    """Runs an op as inference does."""
+
+    def run() -> list[Tensor]:
+        with torch.inference_mode():
+            results = function(*arguments)
+            return _tensors(arguments[0] if results is None else results)
+
+    return run
+
+
+def gradients(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Run:
+    """Runs the backward of an op that has run forward once."""
+    outputs, incoming = run_forward(function, arguments)
+    inputs = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
+    return lambda: list(torch.autograd.grad(outputs, inputs, incoming, retain_graph=True))
+
+
+def run_forward(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of an op, recorded, and gradients for them: the same numbers in every dtype."""
+    outputs = _tensors(function(*arguments))
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(0)
+    noise = [torch.randn(y.shape, device=device, generator=generator).to(torch.bfloat16) for y in outputs]
+    return outputs, [x.to(y.dtype) for x, y in zip(noise, outputs, strict=True)]
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return list(tensors_of([results]))
+
+
+def recorded(arguments: Any, backward: bool) -> Any:
+    """The arguments, with gradients wanted of all floating-point ones if `backward`."""
+    return _each_tensor(arguments, lambda x: x.requires_grad_(backward) if x.is_floating_point() else x)
+
+
+def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `dtype` in fp32, or in fp64 if that is fp32; one that names the dtype names the wider one.
+
+    An op on e4m3 values computes in fp32 whatever it is given: its fp32 arguments stay.
+    """
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    if wide == torch.float64 and any(x.dtype == E4M3 for x in tensors_of(arguments)):
+        return arguments
+
+    def widen(x: Tensor) -> Tensor:
+        return x.detach().to(wide).requires_grad_(x.requires_grad) if x.dtype == dtype else x
+
+    return tuple(wide if isinstance(x, torch.dtype) and x == dtype else x for x in _each_tensor(arguments, widen))
+
+
+def _each_tensor(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_each_tensor(argument, change) for argument in arguments)
+    return change(arguments) if isinstance(arguments, Tensor) else arguments
+
+
+def worst_error(results: list[Tensor], reference: list[Tensor], usual: list[Tensor]) -> float:
+    """The largest error of an element, relative to the largest element of its tensor.
+
+    Raises:
+        ValueError: an implementation's results are not those of the reference: another shape or dtype, or further from
+            it than twice what torch in the same dtype (`usual`) is, and a rounding.
+    """
+    if [(y.shape, y.dtype) for y in results] != [(y.shape, y.dtype) for y in usual]:
+        raise ValueError("the results have other shapes or dtypes than torch's")
+    worst = 0.0
+    for y, wide, plain in zip(results, reference, usual, strict=True):
+        bits, largest, size = BITS[y.dtype], wide.double().abs().max().item(), wide.double().norm().item()
+        wrong, allowed = (x.double() - wide.double() for x in (y, plain))
+        ulp = 2.0 ** (math.floor(math.log2(max(largest, 1e-300))) + 1 - bits)
+        if not wrong.abs().max() <= 2 * allowed.abs().max() + ulp:
+            raise ValueError(f"an element is {wrong.abs().max():.3g} off, torch's worst {allowed.abs().max():.3g}")
+        if not wrong.norm() <= 2 * allowed.norm() + size * 2.0**-bits:
+            raise ValueError(
+                f"the error is {wrong.norm() / size:.3g} of the result, torch's {allowed.norm() / size:.3g}"
+            )
+        worst = max(worst, wrong.abs().max().item() / max(largest, 1e-300))
+    return worst
+
+
+def work(
+    workload: Workload, shape: Shape, torch_function: Callable[..., Any], arguments: tuple[Any, ...], backward: bool
+) -> tuple[int, float]:
+    """Bytes that must be moved and flops of matrix products."""
+    if not backward:
+        return workload.moved(arguments, forward(torch_function, arguments)()), workload.flops(shape)
+    assert workload.saved is not None
+    outputs, incoming = run_forward(torch_function, arguments)
+    inputs = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
+    outgoing = torch.autograd.grad(outputs, inputs, incoming)
+    saved = tensors_of([arguments[place] for place in workload.saved])
+    each = {x.data_ptr(): x.nbytes for x in [*incoming, *outgoing, *saved]}  # what is passed on costs nothing
+    return sum(each.values()), BACKWARD_FLOPS * workload.flops(shape)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The time that no implementation can beat; `by_bytes` says what sets it."""
+
+    seconds: float
+    by_bytes: bool
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What this device reaches: bytes per second of a copy, flops per second of a large matrix product.
+
+    `e4m3` is the product of e4m3 matrices, where the device has it.
+    """
+
+    copy: float
+    product: float
+    e4m3: float | None = None
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> Speeds:
+        source = torch.empty(COPY[device.type], dtype=torch.uint8, device=device)
+        target, size = torch.empty_like(source), PRODUCT[device.type]
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        runs: dict[str, Run] = {"copy": lambda: [target.copy_(source)], "product": lambda: [a @ b.T]}
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+            one, a8, b8 = torch.ones((), device=device), a.to(E4M3), b.to(E4M3)
+            runs["e4m3"] = lambda: [torch._scaled_mm(a8, b8.T, one, one, out_dtype=dtype)]
+        for run in runs.values():
+            run()
+        work = {"copy": 2 * source.nbytes, "product": 2 * size**3, "e4m3": 2 * size**3}
+        times = in_turn(runs, device)
+        return cls(**{name: work[name] / statistics.median(values) for name, values in times.items()})
+
+    def floor(self, moved: int, flops: float, arguments: tuple[Any, ...]) -> Floor:
+        in_e4m3 = any(x.dtype == E4M3 for x in tensors_of(arguments))
+        by_bytes, by_flops = moved / self.copy, flops / ((in_e4m3 and self.e4m3) or self.product)
+        return Floor(max(by_bytes, by_flops), by_bytes >= by_flops)
+
+    def __str__(self) -> str:
+        products = f"product {self.product / 1e12:.3g} TFLOP/s"
+        e4m3 = f", in e4m3 {self.e4m3 / 1e12:.3g} TFLOP/s" if self.e4m3 else ""
+        return f"copy {self.copy / 1e9:.3g} GB/s, {products}{e4m3}"
+
+
+def in_turn(runs: dict[Any, Run], device: torch.device) -> dict[Any, list[float]]:
+    """Seconds of each run, taken in turn, each after the L2 cache was filled with other data."""
+    flush = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device)
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    order, start = list(runs), time.perf_counter()
+    while len(times[order[0]]) < ROUNDS or time.perf_counter() - start < SECONDS[device.type]:
+        for name in order:
+            flush.zero_()
+            times[name].append(clock(runs[name]))
+        order = order[1:] + order[:1]
+    return times
+
+
+def _cuda_seconds(run: Run) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _cpu_seconds(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    def some_of(*known: Any) -> Callable[[str], list[Any]]:
+        names = {str(value): value for value in known}
+
+        def parse(text: str) -> list[Any]:
+            unknown = [name for name in text.split(",") if name not in names]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}")
+            return [names[name] for name in text.split(",")]
+
+        return parse
+
+    words = backends.words()
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--ops", type=some_of(*words), default=words, help=f"some of {','.join(words)}")
+    parser.add_argument("--models", type=some_of(*"SBLg"), help="some of S,B,L,g (default: all, on a CPU S,B)")
+    parser.add_argument("--sizes", type=some_of(224, 518, 1036), help="pixels (default: all, on a CPU 224,518)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a peer"
+    )
+    parser.add_argument("--write", action="store_true", help="keep the rows in bench/results")
+    options = parser.parse_args(arguments)
+    on_cpu = options.device == "cpu"
+    options.models = options.models or (["S", "B"] if on_cpu else list("SBLg"))
+    options.sizes = options.sizes or ([224, 518] if on_cpu else [224, 518, 1036])
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""What :mod:`bench.ops` runs: for every op its arguments at the sizes of a backbone, and the work it cannot avoid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_fast.backends import tensors_of
+from dinov2_fast.configs import BackboneConfig
+
+PATCH = 14
+LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
+EPS = 1e-6
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of square pictures in a backbone."""
+
+    config: BackboneConfig
+    resolution: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def with_batch(self, batch: int) -> Shape:
+        return replace(self, batch=batch)
+
+    def __str__(self) -> str:
+        return f"{self.config.name}, {self.resolution} px, batch {self.batch}"
+
+    @property
+    def tokens(self) -> int:
+        return (self.resolution // PATCH) ** 2 + 1 + self.config.num_register_tokens
+
+    @property
+    def hidden(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_heads
+
+    @property
+    def swiglu(self) -> bool:
+        return self.config.ffn_layer != "mlp"
+
+    @property
+    def ffn(self) -> int:
+        """Width of the hidden layer of the feed-forward network; of one half of it with SwiGLU."""
+        return (self.hidden * 8 // 3 + 7) // 8 * 8 if self.swiglu else 4 * self.hidden
+
+    def random(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, device=self.device, dtype=self.dtype)
+
+    def stream(self) -> Tensor:
+        return self.random(self.batch, self.tokens, self.hidden)
+
+    def vector(self) -> Tensor:
+        return self.random(self.hidden)
+
+    def norm(self) -> tuple[Tensor, Tensor, float]:
+        return self.vector(), self.vector(), EPS
+
+    def qkv(self, *lead: int) -> Tensor:
+        return self.random(*lead, 3, self.heads, self.hidden // self.heads)
+
+    def half(self) -> Tensor:
+        """Every second picture."""
+        return torch.arange(0, self.batch, 2, device=self.device)
+
+    def mixed_lengths(self) -> tuple[int, ...]:
+        """Large and small crops, as many of each, packed one kind after the other."""
+        return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
+
+
+def _no_products(shape: Shape) -> float:
+    return 0.0
+
+
+def _arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in [*tensors_of(arguments), *results])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An op, by the name of its function, and what it is given.
+
+    Args:
+        op: name. One that ends in "_" changes its first argument and returns nothing, as torch has it.
+        arguments: for a shape.
+        flops: of its matrix products, forward.
+        moved: bytes that it must read or write, forward, from its arguments and results.
+        saved: positions of the arguments that its backward must read (or something as large); None: it has none.
+        of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
+        place: where in the model, if an op has several.
+    """
+
+    op: str
+    arguments: Callable[[Shape], tuple[Any, ...]]
+    flops: Callable[[Shape], float] = _no_products
+    moved: Callable[[tuple[Any, ...], list[Tensor]], int] = _arguments_and_results
+    saved: tuple[int, ...] | None = None
+    of_swiglu: bool | None = None
+    place: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} ({self.place})" if self.place else self.op
+
+    def applies(self, shape: Shape) -> bool:
+        return self.of_swiglu in (None, shape.swiglu)
+
+
+def _attention_flops(shape: Shape) -> float:
+    return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
+
+
+def _varlen_flops(shape: Shape) -> float:
+    return 4.0 * sum(length**2 for length in shape.mixed_lengths()) * shape.hidden
+
+
+def _pool_flops(shape: Shape) -> float:
+    return 4.0 * shape.batch * shape.tokens * shape.heads * shape.hidden
+
+
+def _varlen(shape: Shape) -> tuple[Tensor, tuple[int, ...]]:
+    return shape.qkv(sum(shape.mixed_lengths())), shape.mixed_lengths()
+
+
+def _packed(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
+    """Large and small crops of the same pictures, and the half of them that stochastic depth keeps."""
+    small = shape.random(shape.batch, LOCAL_TOKENS, shape.hidden)
+    return [shape.stream(), small], [shape.half(), shape.half()]
+
+
+def _scatter(shape: Shape) -> tuple[Any, ...]:
+    residual, index = shape.stream(), shape.half()
+    return residual, index, residual[: len(index)].clone(), shape.vector(), shape.batch / len(index)
+
+
+def _scatter_packed(shape: Shape) -> tuple[Any, ...]:
+    residuals, indices = _packed(shape)
+    tokens = sum(len(index) * x.shape[1] for x, index in zip(residuals, indices, strict=True))
+    scales = [shape.batch / len(index) for index in indices]
+    return residuals, indices, shape.random(tokens, shape.hidden), shape.vector(), scales
+
+
+def _pictures(shape: Shape) -> tuple[Any, ...]:
+    size = (shape.batch, 3, shape.resolution, shape.resolution)
+    pictures = torch.randint(256, size, device=shape.device, dtype=torch.uint8)
+    return pictures, PATCH, None, None, 592, shape.dtype
+
+
+def _pool(shape: Shape) -> tuple[Any, ...]:
+    return shape.stream(), shape.random(shape.batch, shape.heads, shape.hidden) / shape.hidden**0.5, *shape.norm()
+
+
+Features = Callable[[Shape], tuple[int, int]]  # in_features and out_features of a linear
+
+
+def _qkv(shape: Shape) -> tuple[int, int]:
+    return shape.hidden, 3 * shape.hidden
+
+
+def _proj(shape: Shape) -> tuple[int, int]:
+    return shape.hidden, shape.hidden
+
+
+def _fc1(shape: Shape) -> tuple[int, int]:
+    return shape.hidden, shape.ffn * (1 + shape.swiglu)
+
+
+def _fc2(shape: Shape) -> tuple[int, int]:
+    return shape.ffn, shape.hidden
+
+
+def _operands(shape: Shape, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias."""
+    in_features, out_features = features(shape)
+    x, weight = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features, in_features)
+    return x, weight / in_features**0.5, shape.random(out_features)
+
+
+def _operands_fp8(shape: Shape, features: Features) -> tuple[Tensor, None, float, Tensor, Tensor, Tensor]:
+    """x in e4m3 with one scale, weight in e4m3 with a scale for each output, bias."""
+    x, weight, bias = _operands(shape, features)
+    scales = torch.full_like(bias, 0.125 / features(shape)[0] ** 0.5, dtype=torch.float32)
+    return (x * 8).to(E4M3), None, 0.125, (weight / scales[:, None]).to(E4M3), scales, bias
+
+
+def _flops_of(features: Features) -> Callable[[Shape], float]:
+    def flops(shape: Shape) -> float:
+        in_features, out_features = features(shape)
+        return 2.0 * shape.batch * shape.tokens * in_features * out_features
+
+    return flops
+
+
+def _linears() -> Iterator[Workload]:
+    forms: tuple[tuple[str, Features, str, bool | None], ...] = (
+        ("linear", _qkv, "qkv", None),
+        ("linear_gelu", _fc1, "fc1", False),
+        ("linear_swiglu", _fc1, "fc1", True),
+    )
+    for op, features, place, of_swiglu in forms:
+        yield Workload(op, partial(_operands, features=features), _flops_of(features), of_swiglu=of_swiglu, place=place)
+        after = () if op == "linear" else (E4M3, 0.0625)
+        yield Workload(
+            f"{op}_fp8",
+            lambda s, features=features, after=after: (*_operands_fp8(s, features), *(after or (s.dtype,))),
+            _flops_of(features),
+            of_swiglu=of_swiglu,
+            place=place,
+        )
+    for features, place in ((_proj, "proj"), (_fc2, "fc2")):
+        yield Workload(
+            "linear_residual_",
+            lambda s, features=features: (s.stream(), *_operands(s, features), s.vector()),
+            _flops_of(features),
+            place=place,
+        )
+        yield Workload(
+            "linear_residual_fp8_",
+            lambda s, features=features: (s.stream(), *_operands_fp8(s, features), s.vector()),
+            _flops_of(features),
+            place=place,
+        )
+
+
+def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+    """What a gather moves: it reads what it writes."""
+    return 2 * sum(result.nbytes for result in results)
+
+
+def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+    """What the weights of a few queries need: the keys, a third of qkv."""
+    return arguments[0].nbytes // 3 + results[0].nbytes
+
+
+WORKLOADS = (
+    Workload("layer_norm", lambda s: (s.stream(), *s.norm()), saved=(0, 1)),
+    Workload("layer_norm_fp8", lambda s: (s.stream(), *s.norm(), 0.125)),
+    Workload("layer_norm_fp8_rows", lambda s: (s.stream(), *s.norm())),
+    Workload("add_layer_norm", lambda s: (s.stream(), s.stream(), s.vector(), None, *s.norm()), saved=(0, 1, 2, 4)),
+    Workload("add_layer_norm_fp8", lambda s: (s.stream(), s.stream(), s.vector(), *s.norm(), None, 0.125)),
+    Workload("add_layer_norm_fp8_rows", lambda s: (s.stream(), s.stream(), s.vector(), *s.norm(), None)),
+    Workload("gelu", lambda s: (s.random(s.batch, s.tokens, s.ffn),), saved=(0,), of_swiglu=False),
+    Workload("gelu_fp8", lambda s: (s.random(s.batch, s.tokens, s.ffn), None, 0.0625), of_swiglu=False),
+    Workload("swiglu", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn),), saved=(0,), of_swiglu=True),
+    Workload("swiglu_fp8", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn), None, 0.0625), of_swiglu=True),
+    Workload("attention", lambda s: (s.qkv(s.batch, s.tokens),), _attention_flops, saved=(0,)),
+    Workload("attention_varlen", _varlen, _varlen_flops, saved=(0,)),
+    Workload("attention_probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
+    Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None), saved=(1, 2)),
+    Workload("gather_rows", lambda s: (s.stream(), s.half()), moved=_copied, saved=()),
+    Workload("gather_rows_packed", _packed, moved=_copied, saved=()),
+    Workload("scatter_add_residual", _scatter, saved=(2, 3)),
+    Workload("scatter_add_residual_packed", _scatter_packed, saved=(2, 3)),
+    Workload("attention_pool", _pool, _pool_flops),
+    Workload("patches", _pictures),
+    *_linears(),
+)
