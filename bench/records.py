@@ -85,8 +85,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             raise ValueError(f"A row must have the keys {KEYS}; wrong: {sorted(set(row) ^ set(KEYS))}.")
     kept = {tuple(row[key] for key in IDENTITY): row for row in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({key: row[key] for key in KEYS}) for row in kept.values()]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in kept.values()))
 
 
 def _cpu_name() -> str:

@@ -43,8 +43,8 @@ def _activation_backward_kernel(
         bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
         if SWIGLU:
             value_bias = tl.load(bias_ptr + hidden + column, mask=column_mask, other=0.0).to(COMPUTE)
-    dbias = tl.zeros((BLOCK,), COMPUTE)
-    dvalue_bias = tl.zeros((BLOCK,), COMPUTE)
+    dbias = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
+    dvalue_bias = tl.zeros((ROWS, BLOCK), COMPUTE)
 
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -60,7 +60,7 @@ def _activation_backward_kernel(
             dvalue = dy * x * sigmoid
             dx = dy * value * sigmoid * (1.0 + x * (1.0 - sigmoid))
             tl.store(dx_ptrs + hidden, dvalue, mask=mask)
-            dvalue_bias += tl.sum(dvalue, axis=0)
+            dvalue_bias += dvalue
         else:
             if POLYNOMIAL:
                 cdf = normal_cdf_polynomial(x)
@@ -68,13 +68,13 @@ def _activation_backward_kernel(
                 cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
             dx = dy * (cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327)
         tl.store(dx_ptrs, dx, mask=mask)
-        dbias += tl.sum(dx, axis=0)
+        dbias += dx
 
     if partial_ptr is not None:
         partial_ptrs = partial_ptr + tl.program_id(0) * width + column
-        tl.store(partial_ptrs, dbias, mask=column_mask)
+        tl.store(partial_ptrs, tl.sum(dbias, axis=0), mask=column_mask)
         if SWIGLU:
-            tl.store(partial_ptrs + hidden, dvalue_bias, mask=column_mask)
+            tl.store(partial_ptrs + hidden, tl.sum(dvalue_bias, axis=0), mask=column_mask)
 
 
 def activation_backward(
@@ -107,7 +107,7 @@ def activation_backward(
             dy.stride(0),
             x.stride(0),
             SWIGLU=swiglu,
-            POLYNOMIAL=x.dtype == torch.bfloat16,
+            POLYNOMIAL=x.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16),
             COMPUTE=compute,
             **meta,
         )

@@ -10,7 +10,7 @@ What the kernels rely on:
   cu_seqlens[i + 1] of a batch of 1.
 - The first `tokens % block` tokens, where they are few (the class token and the registers before a square of patches),
   are a narrow tile of their own in front of exact tiles; otherwise the last tile is masked. See `Tiling`.
-- Every tile of keys holds one that counts, so that the greatest score is finite and no -inf is taken from another.
+- Every tile of keys holds one that counts.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def _attend(
     k = load_rows(k_ptr, start, stop, stride_token, KEYS, HEAD_DIM, MASKED, UPCAST)
     scores = _scores(q, k, start, stop, SCALE, KEYS, MASKED)
     new_greatest = tl.maximum(greatest, tl.max(scores, 1) * SCALE)
-    weights = tl.exp2(scores * SCALE - new_greatest[:, None])
-    correction = tl.exp2(greatest - new_greatest)
+    shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)  # no -inf from -inf: keys may have such scores
+    weights = tl.exp2(scores * SCALE - shift[:, None])
+    correction = tl.exp2(greatest - shift)
     total = total * correction + tl.sum(weights, 1)
     v = load_rows(v_ptr, start, stop, stride_token, KEYS, HEAD_DIM, MASKED, UPCAST)
     acc = dot(weights.to(v.dtype), v, acc * correction[:, None])
@@ -168,7 +169,8 @@ def _attention_probabilities_kernel(
         k = load_rows(k_ptr, key, tokens, stride_token, BLOCK_K, HEAD_DIM, True, UPCAST)
         scores = _scores(q, k, key, tokens, SCALE, BLOCK_K, True) * SCALE
         new_greatest = tl.maximum(greatest, tl.max(scores, 1))
-        total = total * tl.exp2(greatest - new_greatest) + tl.sum(tl.exp2(scores - new_greatest[:, None]), 1)
+        shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)
+        total = total * tl.exp2(greatest - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         greatest = new_greatest
 
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)

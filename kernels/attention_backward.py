@@ -35,16 +35,17 @@ LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _attention_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, rows, tokens, heads, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
+    out_ptr, dout_ptr, delta_ptr, tokens, heads, tiles, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """delta (batch, heads, tokens) from out and dout, (batch, tokens, heads, head_dim)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # of (batch, heads, tokens)
-    kept = row < rows
-    token, head, batch = row % tokens, row // tokens % heads, row // tokens // heads
+    program = tl.program_id(0)
+    head, batch = program // tiles % heads, (program // tiles // heads).to(tl.int64)
+    token = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    kept = token < tokens
     offsets = ((batch * tokens + token) * heads + head)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     out = tl.load(out_ptr + offsets, mask=kept[:, None], other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + offsets, mask=kept[:, None], other=0.0).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(out * dout, 1), mask=kept)
+    tl.store(delta_ptr + (batch * heads + head) * tokens + token, tl.sum(out * dout, 1), mask=kept)
 
 
 @triton.jit
@@ -219,8 +220,9 @@ def attention_backward(
     if dqkv.numel() == 0:
         return dqkv
     with common.on_device(qkv):
-        _attention_delta_kernel[(triton.cdiv(delta.numel(), 64),)](
-            out, dout, delta, delta.numel(), tokens, heads, HEAD_DIM=head_dim, BLOCK=64, num_warps=4
+        tiles = triton.cdiv(tokens, 64)
+        _attention_delta_kernel[(tiles * delta.numel() // tokens,)](
+            out, dout, delta, tokens, heads, tiles, HEAD_DIM=head_dim, BLOCK=64, num_warps=4
         )
         own, inner, options = _configuration(qkv, seq_len, varlen)
         tiles = own.tiles(seq_len)

@@ -58,7 +58,8 @@ def in_two(number: float) -> tuple[float, float]:
 
 @triton.jit
 def to_e4m3(x):
-    """Rounds fp32 to e4m3 after clamping to ±448, as torch's saturating quantisation does; NaN stays NaN."""
+    """Rounds to e4m3 after clamping to ±448, as torch's saturating quantisation does; NaN stays NaN."""
+    x = x.to(tl.float32)  # there is no step from fp64 to e4m3
     x = tl.minimum(x, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     x = tl.maximum(x, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETING:  # its cast loses the carry into the exponent, so what it is given is rounded already

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_fast.kernels import common
 
 TILE = 2048  # elements of a tile
-SUMS = 4  # vectors summed over rows: weight, bias, gamma, deferred bias
+SUMS = 4  # vectors summed over rows: weight, bias, gamma, deferred bias; without a branch the first two
 
 
 @triton.jit
@@ -40,16 +40,17 @@ def _layer_norm_backward_kernel(
     rows_per_picture,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
+    DEFERRED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
     column_mask = column < hidden
     weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
-    dweight = tl.zeros((BLOCK,), COMPUTE)
-    dbias = tl.zeros((BLOCK,), COMPUTE)
-    dgamma = tl.zeros((BLOCK,), COMPUTE)
-    ddeferred = tl.zeros((BLOCK,), COMPUTE)
+    dweight = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
+    dbias = tl.zeros((ROWS, BLOCK), COMPUTE)
+    dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)
+    ddeferred = tl.zeros((ROWS, BLOCK), COMPUTE)
 
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -63,8 +64,8 @@ def _layer_norm_backward_kernel(
         mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)[:, None]
         normed = tl.where(mask, (x - mean) * rstd, 0.0)
-        dweight += tl.sum(dy * normed, axis=0)
-        dbias += tl.sum(dy, axis=0)
+        dweight += dy * normed
+        dbias += dy
 
         dnormed = dy * weight
         along = tl.sum(dnormed * normed, axis=1)[:, None] / hidden
@@ -75,20 +76,22 @@ def _layer_norm_backward_kernel(
 
         if branch_ptr is not None:
             dx = tl.where(mask, dx, 0.0)
-            ddeferred += tl.sum(dx, axis=0)
+            if DEFERRED:
+                ddeferred += dx
             if drop_scale_ptr is not None:
                 dx *= tl.load(drop_scale_ptr + row // rows_per_picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
             if gamma_ptr is not None:
                 branch = tl.load(branch_ptr + row64 * branch_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
-                dgamma += tl.sum(dx * branch, axis=0)
+                dgamma += dx * branch
                 dx *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
             tl.store(dbranch_ptr + out, dx, mask=mask)
 
     partial = partial_ptr + tl.program_id(0) * SUMS * hidden + column
-    tl.store(partial, dweight, mask=column_mask)
-    tl.store(partial + hidden, dbias, mask=column_mask)
-    tl.store(partial + 2 * hidden, dgamma, mask=column_mask)
-    tl.store(partial + 3 * hidden, ddeferred, mask=column_mask)
+    tl.store(partial, tl.sum(dweight, axis=0), mask=column_mask)
+    tl.store(partial + hidden, tl.sum(dbias, axis=0), mask=column_mask)
+    if branch_ptr is not None:
+        tl.store(partial + 2 * hidden, tl.sum(dgamma, axis=0), mask=column_mask)
+        tl.store(partial + 3 * hidden, tl.sum(ddeferred, axis=0), mask=column_mask)
 
 
 def layer_norm_backward(
@@ -103,18 +106,21 @@ def layer_norm_backward(
     branch: Tensor | None = None,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
+    deferred: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of what was added or normalised, of the branch, and (4, hidden): of weight, bias, gamma, deferred bias.
+    """Gradients of what was added or normalised, of the branch, and of weight and bias, (2, hidden).
 
-    The sums are in fp32 (fp64 if anything is), those that do not apply are zero.
+    With a branch the third holds those of gamma and of a deferred bias as well, (4, hidden), zero where there is none.
+    It is in fp32, fp64 if anything is.
     """
     hidden = x.shape[-1]
     compute = common.compute_dtype(x, weight, branch, gamma, drop_scale)
     wide = torch.float64 if compute == tl.float64 else torch.float32
     dx = x.new_empty(x.shape, dtype=dx_dtype)
     dbranch = None if branch is None else x.new_empty(x.shape, dtype=branch.dtype)
+    sums = 2 if branch is None else SUMS
     if not x.numel():
-        return dx, dbranch, x.new_zeros((SUMS, hidden), dtype=wide)
+        return dx, dbranch, x.new_zeros((sums, hidden), dtype=wide)
     per_picture = x.numel() // hidden // x.shape[0]
     x, dy = common.rows(x), common.rows(dy)
     dtotal = None if dtotal is None else common.rows(dtotal)
@@ -122,7 +128,7 @@ def layer_norm_backward(
     block = triton.next_power_of_2(hidden)
     tile_rows = max(1, TILE // block)
     programs = min(triton.cdiv(x.shape[0], tile_rows), 2 * common.multiprocessors(x.device))
-    partial = x.new_empty((programs, SUMS, hidden), dtype=wide)
+    partial = x.new_empty((programs, sums, hidden), dtype=wide)
     with common.on_device(x):
         _layer_norm_backward_kernel[(programs,)](
             dy,
@@ -145,7 +151,8 @@ def layer_norm_backward(
             0 if branch is None else branch.stride(0),
             per_picture,
             COMPUTE=compute,
-            SUMS=SUMS,
+            SUMS=sums,
+            DEFERRED=deferred,
             ROWS=tile_rows,
             BLOCK=block,
             num_warps=8,

@@ -40,11 +40,11 @@ def _add_residual_kernel(
     row_mask, column_mask = row < rows, column < hidden
     mask = row_mask[:, None] & column_mask[None, :]
     row64 = row.to(tl.int64)
-    picture = row64 // seq_len
+    picture = row // seq_len
     source, has_branch = row64, row_mask
     if position_ptr is not None:
         position = tl.load(position_ptr + picture, mask=row_mask, other=-1)
-        source = position * seq_len + row64 % seq_len
+        source = position * seq_len + row % seq_len
         has_branch = position >= 0
 
     residual_ptrs = residual_ptr + row64[:, None] * residual_stride + column[None, :]
@@ -78,8 +78,8 @@ def _gather_rows_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_mask, column_mask = row < rows, column < hidden
     row64 = row.to(tl.int64)
-    picture = tl.load(index_ptr + row64 // seq_len, mask=row_mask, other=-1)
-    source = picture * seq_len + row64 % seq_len
+    picture = tl.load(index_ptr + row // seq_len, mask=row_mask, other=-1)
+    source = picture * seq_len + row % seq_len
     there = (picture >= 0)[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + source[:, None] * x_stride + column[None, :], mask=there, other=0.0)
     mask = row_mask[:, None] & column_mask[None, :]

@@ -37,27 +37,28 @@ def _add_residual_backward_kernel(
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column_mask = column < hidden
-    dgamma = tl.zeros((BLOCK,), COMPUTE)
+    dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
         row_mask = row < rows
         mask = row_mask[:, None] & column_mask[None, :]
         row64 = row.to(tl.int64)
-        picture, source = row64 // seq_len, row64
+        picture, source = row // seq_len, row64
         if index_ptr is not None:
             picture = tl.load(index_ptr + picture, mask=row_mask, other=0)
-            source = picture * seq_len + row64 % seq_len
+            source = picture * seq_len + row % seq_len
         dout_ptrs = dout_ptr + source[:, None] * dout_stride + column[None, :]
         dbranch = tl.load(dout_ptrs, mask=mask, other=0.0).to(COMPUTE) * (tl.full((1, 1), scale, COMPUTE) + scale_rest)
         if drop_scale_ptr is not None:
             dbranch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
         if gamma_ptr is not None:
             branch_ptrs = branch_ptr + row64[:, None] * branch_stride + column[None, :]
-            dgamma += tl.sum(dbranch * tl.load(branch_ptrs, mask=mask, other=0.0).to(COMPUTE), axis=0)
+            dgamma += dbranch * tl.load(branch_ptrs, mask=mask, other=0.0).to(COMPUTE)
             dbranch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
         tl.store(dbranch_ptr + row64[:, None] * hidden + column[None, :], dbranch, mask=mask)
     if partial_ptr is not None:
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * hidden + column, dgamma, mask=column_mask)
+        partial_ptrs = partial_ptr + tl.program_id(0) * hidden + column
+        tl.store(partial_ptrs, tl.sum(dgamma, axis=0), mask=column_mask)
 
 
 def add_residual_backward(

@@ -72,6 +72,16 @@ def test_gradients_obey_the_rule(backend: str, name: str, dtype: torch.dtype, wi
             reference.assert_obeys_rule(gradient, ref, usual)
 
 
+@each_op
+@each_backend
+def test_gradients_with_a_wider_bias_obey_the_rule(backend: str, name: str) -> None:
+    inputs = [random(37, 64, dtype=torch.bfloat16, scale=2), random(64)]
+    exact = gradients(_op(name, "torch"), [x.double() for x in inputs])
+    both = zip(gradients(_op(name, backend), inputs), exact, gradients(_op(name, "torch"), inputs), strict=True)
+    for gradient, ref, usual in both:
+        reference.assert_obeys_rule(gradient, ref, usual)
+
+
 @each_backend
 def test_gelu_is_the_exact_one(backend: str) -> None:
     x = torch.linspace(-8, 8, 4001, dtype=torch.float64, device=DEVICE)
@@ -162,7 +172,7 @@ def test_nan_stays_and_huge_values_do_not_overflow(backend: str, name: str, dtyp
     assert gradient.isnan().sum() == (1 if name == "gelu" else 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_dtype
 @each_op
 @each_backend
 def test_fp8_forms_are_one_step_from_the_formula(backend: str, name: str, dtype: torch.dtype) -> None:
@@ -222,6 +232,10 @@ def test_compiled_whole_with_gradients(name: str) -> None:
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
         ops.gelu(random(4).int(), backend="triton")
+    with pytest.raises(BackendError, match="takes halves of one width"):
+        ops.swiglu(random(4, 3), backend="triton")
+    with pytest.raises(BackendError, match=r"takes a bias of shape \(4,\), got \(1,\)"):
+        ops.gelu(random(4), random(1), backend="triton")
     monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
     with FakeTensorMode(), pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
         ops.gelu_fp8(torch.empty(4, device="cuda"), None, 1.0, backend="triton")

@@ -380,6 +380,40 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.attention_varlen(packed, (4, 5), backend="xformers")
 
 
+@each_backend
+def test_lengths_that_do_not_sum_up_are_refused(backend: str) -> None:
+    for seq_lens in ((4, 8), (4, 4)):
+        with pytest.raises(ValueError, match=rf"seq_lens sum to {sum(seq_lens)}, but qkv has 10 tokens"):
+            ops.attention_varlen(random(10, 3, 2, 64), seq_lens, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("key", [0, 64], ids=["in the prefix", "in a tile"])
+def test_a_key_of_infinite_negative_score_gets_no_weight(backend: str, key: int) -> None:
+    qkv = random(1, 65, 3, 1, 64)
+    qkv[:, :, 0] = qkv[:, :, 0].abs()
+    qkv[0, key, 1, 0, 5] = float("-inf")
+    without = torch.cat([qkv[:, :key, 1:], qkv[:, key + 1 :, 1:]], dim=1)
+    scores = torch.einsum("bihd,bjhd->bhij", qkv[:, :, 0].double(), without[:, :, 0].double()) / 8
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), without[:, :, 1].double())
+    torch.testing.assert_close(ops.attention(qkv, backend=backend).double(), expected, atol=1e-5, rtol=0)
+    p = ops.attention_probabilities(qkv, backend=backend)
+    assert (p[..., key] == 0).all()
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(p[..., 0]))
+
+
+@runs_triton
+def test_probabilities_of_any_length_are_one_graph() -> None:
+    def rest(qkv: Tensor) -> Tensor:
+        return ops.attention_probabilities(qkv, slice(1, None), backend="triton")
+
+    compiled = torch.compile(rest, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seq_len in (7, 9, 12):
+            qkv = random(2, seq_len, 3, 2, 32)
+            torch.testing.assert_close(compiled(qkv), rest(qkv), atol=1e-5, rtol=0)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("backend", ["sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen_attn", "xformers"])

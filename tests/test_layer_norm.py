@@ -256,7 +256,7 @@ def _assert_one_step(quantized: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("hidden", [384, 383])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_dtype
 @each_backend
 def test_fp8_forms_are_one_step_from_the_formula(backend: str, dtype: torch.dtype, hidden: int) -> None:
     residual, branch, gamma, _, deferred = _stream(dtype, hidden)
@@ -328,7 +328,7 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
         opcheck(library.add_layer_norm_fp8_rows.default, fp8)
         row = torch.rand(x.shape[:-1], device=DEVICE)
         opcheck(library.layer_norm_backward.default, (x, x, vector, row, row))
-        backward = (x, x, x, x.bfloat16(), vector, None, vector, row, row, torch.float16)
+        backward = (x, x, x, x.bfloat16(), vector, None, vector, row, row, torch.float16, True)
         opcheck(library.add_layer_norm_backward.default, backward)
 
 
@@ -347,11 +347,34 @@ def test_compiled_whole_with_gradients() -> None:
 
 
 @runs_triton
-def test_refusals_say_why() -> None:
+def test_forward_mode_differentiation_is_refused_not_dropped() -> None:
+    x, (weight, bias) = random(2, 8), _parameters(8, torch.float32)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.layer_norm(x, weight, bias, EPS, backend="triton"), (x,), (x,))
+
+
+@runs_triton
+def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = random(2, 8).to(torch.int32), random(8)
     with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
         ops.layer_norm(x, weight, weight, EPS, backend="triton")
+    x = random(4, 3, 8)
+    for branch, gamma, message in (
+        (x[:1], None, r"takes branch of shape \(4, 3, 8\), got \(1, 3, 8\)"),
+        (x, x[0, 0, :1], r"takes gamma of shape \(8,\), got \(1,\)"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            ops.add_layer_norm(x, branch, gamma, None, x[0, 0], x[0, 0], EPS, backend="triton")
+        with pytest.raises(BackendError, match=message), torch.no_grad():
+            ops.add_layer_norm_fp8_rows(x, branch, gamma, x[0, 0], x[0, 0], EPS, None, backend="triton")
+    with pytest.raises(BackendError, match=r"takes weight and bias of shape \(8,\)"):
+        ops.layer_norm(x, x[0, 0, :4], x[0, 0], EPS, backend="triton")
     with FakeTensorMode():
+        half = torch.empty(2, 3, 8, device="cuda", dtype=torch.bfloat16)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # needs no device so
+            with pytest.raises(BackendError, match="where autocast gives it in fp32"):
+                ops.add_layer_norm(half, half, None, None, half[0, 0], half[0, 0], EPS, backend="triton")
         wide = torch.empty(2, 8193, device="cuda")
         with pytest.raises(BackendError, match="hidden size up to 8192, got 8193"):
             ops.layer_norm(wide, wide[0], wide[0], EPS, backend="triton")

@@ -260,6 +260,13 @@ def test_refusals_say_why() -> None:
         ops.add_residual(x, x, None, None, backend="triton")
     with pytest.raises(BackendError, match="batches of one dtype"):
         ops.gather_rows_packed([x.float(), x.double()], [_index(0)] * 2, backend="triton")
+    x = random(4, 3, 8)
+    with pytest.raises(BackendError, match=r"takes branch of shape \(4, 3, 8\), got \(2, 3, 8\)"):
+        ops.add_residual(x, x[:2], None, None, backend="triton")
+    with pytest.raises(BackendError, match=r"takes branch of shape \(2, 3, 8\), got \(1, 3, 8\)"):
+        ops.scatter_add_residual(x, _index(0, 1), x[:1], None, 1.0, backend="triton")
+    with pytest.raises(BackendError, match=r"takes drop_scale of shape \(4,\), got \(1,\)"):
+        ops.add_residual(x, x, None, x[0, 0, :1], backend="triton")
     with FakeTensorMode():
         x = torch.empty(2, 3, 8, device="cuda")
         scale = torch.ones(2, device="cuda", requires_grad=True)

@@ -6,7 +6,7 @@ The arguments are those of the op: packed qkv, for sequences of different length
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -108,14 +108,15 @@ def _refuses_varlen_attn(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: floa
 def cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: the first token of each sequence, and at the end the number of tokens.
 
-    Kept from call to call, because the copy waits for the device, which a capture into a CUDA graph does not allow.
+    Kept for good: the copy waits for the device, so that it cannot be part of a CUDA graph, and a graph reads it later.
+    The first call for some lengths comes before the capture.
     """
     is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     make = _copy_cu_seqlens.__wrapped__ if is_fake else _copy_cu_seqlens
     return make(seq_lens, device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _copy_cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not save it later
         return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
@@ -137,7 +138,7 @@ def xformers_attention_varlen(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p:
     return memory_efficient_attention(*qkv[None].unbind(2), attn_bias=mask, p=dropout_p)[0].contiguous()
 
 
-@lru_cache(maxsize=256)
+@cache
 def _block_diagonal_mask(seq_lens: tuple[int, ...], device: torch.device) -> Any:
     from xformers.ops.fmha import BlockDiagonalMask
 

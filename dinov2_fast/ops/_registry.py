@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dinov2_fast.backends import Implementation, device_of, records_gradient
+from dinov2_fast.backends import Implementation, device_of, records_gradient, tensors_of
 
 
 def is_installed(package: str) -> bool:
@@ -66,8 +67,14 @@ def register(
     return op
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors_of(args)):
+            raise NotImplementedError(f"{op} has no forward-mode derivative: use the torch backend for it.")
         if records_gradient(args):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -117,6 +124,18 @@ def triton(
 def promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the sum or product of tensors (None: left out)."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def refuses_to_broadcast(
+    x: Tensor, branch: Tensor, drop_scale: Tensor | None = None, **vectors: Tensor | None
+) -> str | None:
+    """Why a kernel that adds a branch to `x` (batch, seq_len, hidden) takes none of these shapes, or None."""
+    shapes = {"branch": (branch, x.shape), "drop_scale": (drop_scale, x.shape[:1])}
+    shapes |= {name: (vector, x.shape[-1:]) for name, vector in vectors.items()}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            return f"broadcasts nothing: takes {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}"
+    return None
 
 
 def refuses_e4m3(x: Tensor) -> str | None:

@@ -147,12 +147,22 @@ def _swiglu_kernel(x12: Tensor, bias: Tensor | None = None) -> Tensor:
     return _swiglu(x12, bias)
 
 
-def _refuses(x: Tensor, *rest: Any) -> str | None:
+def _refuses(x: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
+    if bias is not None and bias.shape != x.shape[-1:]:
+        return f"takes a bias of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
     return None if x.dtype in _registry.FLOATS else f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
 
 
+def _refuses_swiglu(x12: Tensor, *rest: Any) -> str | None:
+    return _refuses(x12, *rest) or ("takes halves of one width" if x12.shape[-1] % 2 else None)
+
+
 def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x) or _refuses(x)
+    return _registry.refuses_e4m3(x) or _refuses(x, *rest)
+
+
+def _refuses_swiglu_fp8(x12: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x12) or _refuses_swiglu(x12, *rest)
 
 
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -168,7 +178,10 @@ _GELU = Op(
     "gelu", "activation", (Implementation("torch", gelu_torch), _registry.triton(_gelu_kernel, _refuses)), _sample
 )
 _SWIGLU = Op(
-    "swiglu", "activation", (Implementation("torch", swiglu_torch), _registry.triton(_swiglu_kernel, _refuses)), _sample
+    "swiglu",
+    "activation",
+    (Implementation("torch", swiglu_torch), _registry.triton(_swiglu_kernel, _refuses_swiglu)),
+    _sample,
 )
 _GELU_FP8 = Op(
     "gelu_fp8",
@@ -184,7 +197,7 @@ _SWIGLU_FP8 = Op(
     "activation",
     (
         Implementation("torch", swiglu_fp8_torch, trains=False),
-        _registry.triton(_swiglu_fp8, _refuses_fp8, trains=False),
+        _registry.triton(_swiglu_fp8, _refuses_swiglu_fp8, trains=False),
     ),
     _sample_fp8,
 )

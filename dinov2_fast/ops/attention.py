@@ -52,7 +52,12 @@ def attention_varlen(
 
     Returns:
         (total_tokens, heads, head_dim), contiguous, in the dtype of `qkv`.
+
+    Raises:
+        ValueError: the sequences and `qkv` differ in their number of tokens.
     """
+    if sum(seq_lens) != qkv.shape[0]:
+        raise ValueError(f"seq_lens sum to {sum(seq_lens)}, but qkv has {qkv.shape[0]} tokens.")
     return _ATTENTION_VARLEN(qkv, seq_lens, dropout_p, backend=backend)
 
 
@@ -229,8 +234,15 @@ def attention_varlen_triton(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: f
 
 
 def attention_probabilities_triton(qkv: Tensor, rows: slice = slice(None)) -> Tensor:
-    chosen = range(qkv.shape[1])[rows]
-    return _probabilities(qkv, chosen.start, chosen.stop, chosen.step)
+    tokens = qkv.shape[1]  # a symbol in compiled code with dynamic sizes, which `range(tokens)[rows]` would fix
+
+    def place(index: int | None, default: int) -> int:
+        if index is None:
+            return default
+        return max(index + tokens, 0) if index < 0 else min(index, tokens)
+
+    step = 1 if rows.step is None else rows.step
+    return _probabilities(qkv, place(rows.start, 0), place(rows.stop, tokens), step)
 
 
 def _refuses(qkv: Tensor, dropout_p: float = 0.0) -> str | None:

@@ -219,8 +219,9 @@ def _launch_add_backward(
     mean: Tensor,
     rstd: Tensor,
     dtype: torch.dtype,
+    deferred: bool,
 ) -> Any:
-    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale}
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred": deferred}
     return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
 
 
@@ -255,7 +256,7 @@ class _AddLayerNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
         gamma, weight = saved[2], saved[4]
         dtype, bias_dtype, deferred_dtype = ctx.dtypes
-        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype)
+        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
         dweight, dbias, dgamma, ddeferred = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
         ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
@@ -295,7 +296,7 @@ def _fake_add_forward(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *r
 def _fake_add_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _like(total, dtype=rest[-1]), _like(o), _wide(total, (4, total.shape[-1]), o, gamma, drop, w)
+    return _like(total, dtype=rest[-2]), _like(o), _wide(total, (4, total.shape[-1]), o, gamma, drop, w)
 
 
 _NORM = "Tensor weight, Tensor bias, float eps"
@@ -317,7 +318,7 @@ _forward = _registry.register(
 _backward = _registry.register(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
     lambda *args: _launch_backward(*args)[::2],
-    lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (4, x.shape[-1]), weight)),
+    lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
 )
 _add_layer_norm = _registry.register(
     f"add_layer_norm{_ADD} -> (Tensor, Tensor)", lambda *args: _launch_add(*args)[:2], _fake_add, _AddLayerNorm.apply
@@ -329,7 +330,7 @@ _add_forward = _registry.register(
 )
 _add_backward = _registry.register(
     "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
-    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
     _launch_add_backward,
     _fake_add_backward,
 )
@@ -358,6 +359,8 @@ _add_layer_norm_fp8_rows = _registry.register(
 def _refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
     if x.dtype not in _registry.FLOATS:
         return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        return f"takes weight and bias of shape {tuple(x.shape[-1:])}"
     if x.shape[-1] > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {x.shape[-1]}"
     return None
@@ -375,15 +378,31 @@ def _refuses_add(
 ) -> str | None:
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
-    return _refuses(residual, weight, bias, eps)
+    vectors = {"gamma": gamma, "deferred_bias": deferred_bias}
+    reason = _registry.refuses_to_broadcast(residual, branch, drop_scale, **vectors)
+    if residual.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = _registry.promoted(residual, branch, gamma, drop_scale, deferred_bias)
+        if dtype in (torch.float16, torch.bfloat16):
+            reason = "gives the norm in the dtype of the sum, where autocast gives it in fp32"
+    return reason or _refuses(residual, weight, bias, eps)
 
 
 def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
     return _registry.refuses_e4m3(x) or _refuses(x, *rest[:3])
 
 
-def _refuses_add_fp8(residual: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> str | None:
-    return _refuses_fp8(residual, *rest)
+def _refuses_add_fp8(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    *scale: float,
+) -> str | None:
+    reason = _registry.refuses_e4m3(residual)
+    return reason or _refuses_add(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
 
 
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

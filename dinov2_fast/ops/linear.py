@@ -205,6 +205,8 @@ def _check(
             raise ValueError(
                 f"{name} has shape {tuple(vector.shape)}, but there are {weight.shape[0]} output features."
             )
+    if 0 in weight.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: there is nothing to multiply.")
     if swiglu and weight.shape[0] % 2:
         raise ValueError(f"SwiGLU takes pairs of gate and value features, not {weight.shape[0]} features.")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
@@ -359,6 +361,8 @@ def _launch_residual_(
     from dinov2_fast.kernels.linear import linear_residual_forward_
 
     linear_residual_forward_(residual, x, weight, bias, gamma, **scales)
+    if not residual.is_inference():
+        torch.autograd.graph.increment_version(residual)  # so that autograd sees that it was overwritten
 
 
 def _launch_fp8(

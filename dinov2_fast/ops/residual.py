@@ -298,7 +298,14 @@ def _refuses(x: Tensor | list[Tensor], *rest: Any) -> str | None:
 
 
 def _refuses_add(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> str | None:
-    return "gives no gradient for drop_scale" if records_gradient([drop_scale]) else _refuses(residual)
+    if records_gradient([drop_scale]):
+        return "gives no gradient for drop_scale"
+    return _registry.refuses_to_broadcast(residual, branch, drop_scale, gamma=gamma) or _refuses(residual)
+
+
+def _refuses_scatter(residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> str | None:
+    subset = residual[: index.shape[0]]
+    return _registry.refuses_to_broadcast(subset, branch, gamma=gamma) or _refuses(residual)
 
 
 def _refuses_packed(xs: list[Tensor], *rest: Any) -> str | None:
@@ -353,7 +360,7 @@ _GATHER_ROWS_PACKED = Op(
 _SCATTER_ADD_RESIDUAL = Op(
     "scatter_add_residual",
     "residual",
-    (Implementation("torch", scatter_add_residual_torch), _registry.triton(_scatter_add_residual, _refuses)),
+    (Implementation("torch", scatter_add_residual_torch), _registry.triton(_scatter_add_residual, _refuses_scatter)),
     _sample_scatter,
 )
 _SCATTER_ADD_RESIDUAL_PACKED = Op(
