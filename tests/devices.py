@@ -60,6 +60,9 @@ def make_the_interpreter_strict() -> None:
 runs_triton = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreting(), reason="kernels need a GPU, or TRITON_INTERPRET=1"
 )
+fakes_cuda = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a torch that is built for CUDA"
+)
 BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
 
 

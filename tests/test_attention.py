@@ -17,7 +17,7 @@ from dinov2_fast import ops
 from dinov2_fast.backends import BackendError
 from dinov2_fast.ops import _attention_peers
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, gradients, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, gradients, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
@@ -341,6 +341,7 @@ DENSE_REFUSALS = [
 ]
 
 
+@fakes_cuda
 @pytest.mark.parametrize(("backend", "dtype", "head_dim", "dropout_p", "reason"), DENSE_REFUSALS)
 def test_refusals_say_why(backend: str, dtype: torch.dtype, head_dim: int, dropout_p: float, reason: str) -> None:
     with FakeTensorMode():

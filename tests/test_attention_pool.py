@@ -14,7 +14,7 @@ from dinov2_fast.backends import BackendError
 from dinov2_fast.block import Block
 from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch, cls_attention
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, opcheck, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, opcheck, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 EPS = 1e-6
@@ -223,6 +223,7 @@ def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
         attention_pool(x[:, :0], absorbed, *rest)
 
 
+@fakes_cuda
 @pytest.mark.parametrize("backend", [None, "torch", "triton"])
 def test_is_for_inference_only(backend: str | None) -> None:
     with FakeTensorMode():

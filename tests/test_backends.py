@@ -146,6 +146,7 @@ def test_tensors_in_lists_count() -> None:
     assert not backends.records_gradient(([inner.detach()], None, 2.0))
 
 
+@devices.fakes_cuda
 def test_kernels_refuse_devices_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda index: (7, 5))
     rows = [row for row in backends.table("cuda") if row.backend == "triton"]

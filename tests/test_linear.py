@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast.backends import BackendError
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, poisoned_memory, random, runs_triton
 
 op = import_module("dinov2_fast.ops.linear")  # not the function of that name
 E4M3 = torch.float8_e4m3fn
@@ -318,6 +318,7 @@ def test_cublas_forms_obey_the_rule(rows: int) -> None:
     reference.assert_obeys_rule(residual, exact, plain)
 
 
+@fakes_cuda
 @pytest.mark.parametrize("form", FORMS)
 def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
     with FakeTensorMode():
@@ -412,6 +413,7 @@ REFUSALS = {
 }
 
 
+@fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
