@@ -80,7 +80,7 @@ def _ops(args: argparse.Namespace) -> Iterator[str]:
     rows = backends.table(device=device, dtype=getattr(torch, args.dtype), training=args.training)
     for row in rows:
         state = f"runs on {device}" if row.chosen else row.reason or "not chosen"
-        yield f"{row.op:24} {row.backend:8} {state}"
+        yield f"{row.op:27} {row.backend:14} {state}"
 
 
 def _settings() -> Iterator[str]:
