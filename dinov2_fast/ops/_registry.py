@@ -151,6 +151,16 @@ def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
+def torch_and_triton(
+    reference: Callable[..., Any],
+    kernel: Callable[..., Any],
+    refuses: Callable[..., str | None] = lambda *args: None,
+    trains: bool = True,
+) -> tuple[Implementation, Implementation]:
+    """The implementations of an op that has no others. torch stands first: no kernel has run on a GPU yet."""
+    return Implementation("torch", reference, trains=trains), triton(kernel, refuses, trains)
+
+
 @constant_when_traced  # itself traced, `is_exporting` would be True in torch.compile as well
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()

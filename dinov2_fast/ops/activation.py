@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.backends import Op
 from dinov2_fast.ops import _fp8, _registry
 
 
@@ -173,31 +173,17 @@ def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return *_sample(device, dtype), 0.0625
 
 
-# torch stands first: none of these kernels has run on a GPU yet.
-_GELU = Op(
-    "gelu", "activation", (Implementation("torch", gelu_torch), _registry.triton(_gelu_kernel, _refuses)), _sample
-)
-_SWIGLU = Op(
-    "swiglu",
-    "activation",
-    (Implementation("torch", swiglu_torch), _registry.triton(_swiglu_kernel, _refuses_swiglu)),
-    _sample,
-)
+_GELU = Op("gelu", "activation", _registry.torch_and_triton(gelu_torch, _gelu_kernel, _refuses), _sample)
+_SWIGLU = Op("swiglu", "activation", _registry.torch_and_triton(swiglu_torch, _swiglu_kernel, _refuses_swiglu), _sample)
 _GELU_FP8 = Op(
     "gelu_fp8",
     "activation",
-    (
-        Implementation("torch", gelu_fp8_torch, trains=False),
-        _registry.triton(_gelu_fp8, _refuses_fp8, trains=False),
-    ),
+    _registry.torch_and_triton(gelu_fp8_torch, _gelu_fp8, _refuses_fp8, trains=False),
     _sample_fp8,
 )
 _SWIGLU_FP8 = Op(
     "swiglu_fp8",
     "activation",
-    (
-        Implementation("torch", swiglu_fp8_torch, trains=False),
-        _registry.triton(_swiglu_fp8, _refuses_swiglu_fp8, trains=False),
-    ),
+    _registry.torch_and_triton(swiglu_fp8_torch, _swiglu_fp8, _refuses_swiglu_fp8, trains=False),
     _sample_fp8,
 )

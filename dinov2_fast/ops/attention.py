@@ -296,9 +296,6 @@ _ATTENTION_VARLEN = Op(
 _ATTENTION_PROBABILITIES = Op(
     "attention_probabilities",
     "attention",
-    (
-        Implementation("torch", attention_probabilities_torch),
-        _registry.triton(attention_probabilities_triton, _refuses_probabilities),
-    ),
+    _registry.torch_and_triton(attention_probabilities_torch, attention_probabilities_triton, _refuses_probabilities),
     _sample,
 )

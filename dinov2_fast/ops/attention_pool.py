@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.backends import Op
 from dinov2_fast.ops import _registry
 
 MAX_HEADS = 32  # the kernels hold a tile of all heads
@@ -124,13 +124,9 @@ _attention_pool = _registry.register(
     autocast=torch.get_autocast_dtype,
 )
 
-# torch first: the kernels have not been measured on a GPU.
 _ATTENTION_POOL = Op(
     "attention_pool",
     "attention_pool",
-    (
-        Implementation("torch", attention_pool_torch, trains=False),
-        _registry.triton(_attention_pool, _refuses, trains=False),
-    ),
+    _registry.torch_and_triton(attention_pool_torch, _attention_pool, _refuses, trains=False),
     _sample,
 )

@@ -11,7 +11,6 @@ Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.1723
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op, records_gradient
+from dinov2_fast.backends import Op, records_gradient
 from dinov2_fast.ops import _fp8, _registry
 from dinov2_fast.ops.residual import add_residual_torch
 
@@ -420,47 +419,36 @@ def _sample_add_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]
     return residual, branch, gamma, *norm
 
 
-def _inference(function: Callable[..., Any]) -> Implementation:
-    return Implementation("torch", function, trains=False)
-
-
-# torch stands first: none of these kernels has run on a GPU yet.
 _LAYER_NORM = Op(
-    "layer_norm",
-    "layer_norm",
-    (Implementation("torch", layer_norm_torch), _registry.triton(_layer_norm, _refuses)),
-    _sample,
+    "layer_norm", "layer_norm", _registry.torch_and_triton(layer_norm_torch, _layer_norm, _refuses), _sample
 )
 _ADD_LAYER_NORM = Op(
     "add_layer_norm",
     "layer_norm",
-    (Implementation("torch", add_layer_norm_torch), _registry.triton(_add_layer_norm, _refuses_add)),
+    _registry.torch_and_triton(add_layer_norm_torch, _add_layer_norm, _refuses_add),
     _sample_add,
 )
 _LAYER_NORM_FP8 = Op(
     "layer_norm_fp8",
     "layer_norm",
-    (_inference(layer_norm_fp8_torch), _registry.triton(_layer_norm_fp8, _refuses_fp8, trains=False)),
+    _registry.torch_and_triton(layer_norm_fp8_torch, _layer_norm_fp8, _refuses_fp8, trains=False),
     lambda device, dtype: (*_sample(device, dtype), 0.125),
 )
 _LAYER_NORM_FP8_ROWS = Op(
     "layer_norm_fp8_rows",
     "layer_norm",
-    (_inference(layer_norm_fp8_rows_torch), _registry.triton(_layer_norm_fp8_rows, _refuses_fp8, trains=False)),
+    _registry.torch_and_triton(layer_norm_fp8_rows_torch, _layer_norm_fp8_rows, _refuses_fp8, trains=False),
     _sample,
 )
 _ADD_LAYER_NORM_FP8 = Op(
     "add_layer_norm_fp8",
     "layer_norm",
-    (_inference(add_layer_norm_fp8_torch), _registry.triton(_add_layer_norm_fp8, _refuses_add_fp8, trains=False)),
+    _registry.torch_and_triton(add_layer_norm_fp8_torch, _add_layer_norm_fp8, _refuses_add_fp8, trains=False),
     lambda device, dtype: (*_sample_add_fp8(device, dtype), 0.125),
 )
 _ADD_LAYER_NORM_FP8_ROWS = Op(
     "add_layer_norm_fp8_rows",
     "layer_norm",
-    (
-        _inference(add_layer_norm_fp8_rows_torch),
-        _registry.triton(_add_layer_norm_fp8_rows, _refuses_add_fp8, trains=False),
-    ),
+    _registry.torch_and_triton(add_layer_norm_fp8_rows_torch, _add_layer_norm_fp8_rows, _refuses_add_fp8, trains=False),
     _sample_add_fp8,
 )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.backends import Op
 from dinov2_fast.ops import _registry
 
 UINT8_SHIFT = 128
@@ -162,10 +162,9 @@ _patches = _registry.register(
     _patches_fake,
 )
 
-# torch first: the kernel has not been measured on a GPU.
 _PATCHES = Op(
     "patches",
     "patches",
-    (Implementation("torch", patches_torch, trains=False), _registry.triton(_patches, trains=False)),
+    _registry.torch_and_triton(patches_torch, _patches, trains=False),
     _sample,
 )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op, records_gradient
+from dinov2_fast.backends import Op, records_gradient
 from dinov2_fast.ops import _registry
 
 
@@ -338,37 +338,30 @@ def _sample_scatter_packed(device: torch.device, dtype: torch.dtype) -> tuple[An
     return xs, indices, xs[0].new_empty((314, 384)), xs[0][0, 0], [2.0, 2.0]
 
 
-# torch stands first: none of these kernels has run on a GPU yet.
 _ADD_RESIDUAL = Op(
     "add_residual",
     "residual",
-    (Implementation("torch", add_residual_torch), _registry.triton(_add_residual, _refuses_add)),
+    _registry.torch_and_triton(add_residual_torch, _add_residual, _refuses_add),
     _sample_add,
 )
 _GATHER_ROWS = Op(
-    "gather_rows",
-    "residual",
-    (Implementation("torch", gather_rows_torch), _registry.triton(_gather_rows, _refuses)),
-    _sample_gather,
+    "gather_rows", "residual", _registry.torch_and_triton(gather_rows_torch, _gather_rows, _refuses), _sample_gather
 )
 _GATHER_ROWS_PACKED = Op(
     "gather_rows_packed",
     "residual",
-    (Implementation("torch", gather_rows_packed_torch), _registry.triton(_gather_rows_packed, _refuses_packed)),
+    _registry.torch_and_triton(gather_rows_packed_torch, _gather_rows_packed, _refuses_packed),
     _sample_gather_packed,
 )
 _SCATTER_ADD_RESIDUAL = Op(
     "scatter_add_residual",
     "residual",
-    (Implementation("torch", scatter_add_residual_torch), _registry.triton(_scatter_add_residual, _refuses_scatter)),
+    _registry.torch_and_triton(scatter_add_residual_torch, _scatter_add_residual, _refuses_scatter),
     _sample_scatter,
 )
 _SCATTER_ADD_RESIDUAL_PACKED = Op(
     "scatter_add_residual_packed",
     "residual",
-    (
-        Implementation("torch", scatter_add_residual_packed_torch),
-        _registry.triton(_scatter_add_packed, _refuses_packed),
-    ),
+    _registry.torch_and_triton(scatter_add_residual_packed_torch, _scatter_add_packed, _refuses_packed),
     _sample_scatter_packed,
 )
