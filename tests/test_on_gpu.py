@@ -13,10 +13,14 @@ from torch import Tensor
 from dinov2_fast import ops
 from dinov2_fast.backends import tensors_of, use_backend
 from tests import reference
+from tests.devices import DEVICE
 
-pytestmark = pytest.mark.gpu
 EPS = 1e-6
 BF16 = torch.bfloat16
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
 def _x(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -38,6 +42,12 @@ def _e4m3(*shape: int) -> Tensor:
 def _linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
     out = residual.clone()
     ops.linear_residual_(out, x, weight, bias, gamma)
+    return out
+
+
+def _linear_residual_fp8(residual: Tensor, x: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    out = residual.clone()
+    ops.linear_residual_fp8_(out, x, row_scale, weight, scale, None, None)
     return out
 
 
@@ -66,6 +76,12 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         ops.scatter_add_residual,
         lambda: [_x(8, 257, 768), _index(6, 1, 3), _x(3, 257, 768), _x(768), 8 / 3],
     ),
+    "scatter_add_residual_packed": (
+        lambda x, y, index, branch, gamma: ops.scatter_add_residual_packed(
+            [x, y], [index, index], branch, gamma, [4.0, 2.5]
+        ),
+        lambda: [_x(8, 257, 768), _x(5, 50, 768), _index(4, 1), _x(614, 768), _x(768)],
+    ),
     "attention": (ops.attention, lambda: [_x(8, 257, 3, 12, 64)]),
     "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, (257, 1, 300, 50)), lambda: [_x(608, 3, 12, 64)]),
     "attention_probabilities": (
@@ -74,7 +90,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     ),
     "attention_pool": (
         ops.attention_pool,
-        lambda: [_x(8, 257, 768), _x(8, 12, 768, dtype=torch.float32), _x(768), _x(768), EPS],
+        lambda: [_x(8, 257, 768), _x(8, 12, 768), _x(768), _x(768), EPS],
     ),
     "patches": (
         lambda images: ops.patches(images, 14, padded_to=592, dtype=BF16),
@@ -93,9 +109,23 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         lambda: [_e4m3(2056, 768), _e4m3(3072, 768), torch.rand(3072, device="cuda")],
     ),
 }
+CASES["linear_swiglu_fp8"] = (
+    lambda x, w, scale: ops.linear_swiglu_fp8(x, 0.01, w, scale, None, dtype=torch.float8_e4m3fn, out_scale=0.1),
+    CASES["linear_gelu_fp8"][1],
+)
+CASES["linear_residual_fp8_"] = (
+    _linear_residual_fp8,
+    lambda: [_x(2056, 768), _e4m3(2056, 3072), torch.rand(2056, 1, device="cuda"), _e4m3(768, 3072), _x(768).float()],
+)
 TRAINABLE = [
     *("layer_norm", "add_layer_norm", "gelu", "swiglu", "add_residual", "gather_rows", "gather_rows_packed"),
-    *("scatter_add_residual", "attention", "attention_varlen", "attention_probabilities"),
+    *(
+        "scatter_add_residual",
+        "scatter_add_residual_packed",
+        "attention",
+        "attention_varlen",
+        "attention_probabilities",
+    ),
 ]
 
 
@@ -130,10 +160,10 @@ each_case = pytest.mark.parametrize(
 
 
 def test_every_op_has_a_case() -> None:
-    covered = {*CASES, "scatter_add_residual_packed", "linear_swiglu_fp8", "linear_residual_fp8_"}
-    assert set(ops.__all__) - {"use_backend"} <= covered
+    assert set(ops.__all__) - {"use_backend"} == {*CASES}
 
 
+@on_gpu
 @each_case
 def test_fifty_repeats_are_equal_bit_by_bit_while_the_device_is_busy(name: str, train: bool) -> None:
     arguments = _prepared(name, train)
@@ -147,6 +177,7 @@ def test_fifty_repeats_are_equal_bit_by_bit_while_the_device_is_busy(name: str, 
     torch.cuda.synchronize()
 
 
+@on_gpu
 @each_case
 def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool) -> None:
     arguments, new = _prepared(name, train), _prepared(name, train)
@@ -179,6 +210,7 @@ LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a s
 }
 
 
+@on_gpu
 @pytest.mark.parametrize("name", LARGE)
 def test_more_than_two_to_the_31_elements(name: str) -> None:
     small = LARGE[name](64)
@@ -191,6 +223,7 @@ def test_more_than_two_to_the_31_elements(name: str) -> None:
         assert torch.equal(ours[-64:], right)
 
 
+@on_gpu
 def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> None:
     pictures, seq_len, hidden = 2**31 // (256 * 1024) + 2, 256, 1024
     residual, branch, gamma = _stream(2, seq_len, hidden)
@@ -209,6 +242,7 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
         del whole
 
 
+@on_gpu
 @pytest.mark.parametrize("name", ["layer_norm_fp8", "gelu_fp8"])
 def test_e4m3_saturates_and_keeps_nan(name: str) -> None:
     values = torch.tensor(
