@@ -23,8 +23,8 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
-def _x(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(*shape).to("cuda", dtype)
+def _x(*shape: int) -> Tensor:
+    return torch.randn(*shape).to("cuda", BF16)
 
 
 def _stream(pictures: int = 8, seq_len: int = 257, hidden: int = 768) -> tuple[Tensor, Tensor, Tensor]:
