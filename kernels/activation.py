@@ -105,7 +105,7 @@ def activation_forward(
         with common.on_device(x):
             _activation_forward_kernel[grid](
                 x,
-                None if bias is None else bias.contiguous(),
+                common.vector(bias),
                 y,
                 x.shape[0],
                 hidden,

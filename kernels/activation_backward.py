@@ -99,7 +99,7 @@ def activation_backward(
         _activation_backward_kernel[(programs, columns)](
             dy,
             x,
-            None if bias is None else bias.contiguous(),
+            common.vector(bias),
             dx,
             partial,
             x.shape[0],

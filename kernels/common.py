@@ -50,6 +50,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def vector(v: Tensor | None) -> Tensor | None:
+    """`v` with neighbouring elements, as kernels read it; None stays."""
+    return None if v is None else v.contiguous()
+
+
 def in_two(number: float) -> tuple[float, float]:
     """`number` as a sum of two fp32 numbers: a kernel gets its scalar arguments in fp32."""
     nearest = struct.unpack("f", struct.pack("f", number))[0]

@@ -146,11 +146,11 @@ def layer_norm_forward(
             _layer_norm_forward_kernel[(triton.cdiv(x.shape[0], configuration["ROWS"]),)](
                 x,
                 branch,
-                _vector(gamma),
-                _vector(drop_scale),
-                _vector(deferred_bias),
-                _vector(weight),
-                _vector(bias),
+                common.vector(gamma),
+                common.vector(drop_scale),
+                common.vector(deferred_bias),
+                common.vector(weight),
+                common.vector(bias),
                 total,
                 y,
                 mean,
@@ -167,7 +167,3 @@ def layer_norm_forward(
                 **configuration,
             )
     return Normed(total, y, mean, rstd, row_scale)
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()

@@ -87,8 +87,8 @@ def patches_forward(
     with common.on_device(images):
         _patches_forward_kernel[grid](
             images,
-            None if mean is None else mean.contiguous(),
-            None if std is None else std.contiguous(),
+            common.vector(mean),
+            common.vector(std),
             out,
             rows,
             grid_height,

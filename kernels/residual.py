@@ -130,8 +130,8 @@ def add_residual_forward(
             _add_residual_kernel[_grid(residual_rows.shape[0], hidden, meta)](
                 residual_rows,
                 branch_rows,
-                None if gamma is None else gamma.contiguous(),
-                None if drop_scale is None else drop_scale.contiguous(),
+                common.vector(gamma),
+                common.vector(drop_scale),
                 position,
                 out,
                 residual_rows.shape[0],

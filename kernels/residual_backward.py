@@ -89,9 +89,9 @@ def add_residual_backward(
         _add_residual_backward_kernel[(programs, columns)](
             dout,
             branch,
-            None if gamma is None else gamma.contiguous(),
-            None if drop_scale is None else drop_scale.contiguous(),
-            None if index is None else index.contiguous(),
+            common.vector(gamma),
+            common.vector(drop_scale),
+            common.vector(index),
             dbranch,
             partial,
             branch.shape[0],

@@ -63,6 +63,13 @@ runs_triton = pytest.mark.skipif(
 fakes_cuda = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="fake CUDA tensors need a torch that is built for CUDA"
 )
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a GPU: left out by default, and skipped where it is asked for without one."""
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
+
+
 BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
 
 

@@ -17,13 +17,12 @@ from dinov2_fast import ops
 from dinov2_fast.backends import BackendError
 from dinov2_fast.ops import _attention_peers
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, gradients, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, gradients, on_gpu, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
 VARLEN = (1, 57, 1, 16, 1, 16)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -415,8 +414,7 @@ def test_probabilities_of_any_length_are_one_graph() -> None:
             torch.testing.assert_close(compiled(qkv), rest(qkv), atol=1e-5, rtol=0)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("backend", ["sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen_attn", "xformers"])
 def test_peers_obey_the_rule(backend: str) -> None:
     if backend == "xformers":
@@ -541,8 +539,7 @@ def test_the_surroundings_of_results_stay_untouched(monkeypatch: pytest.MonkeyPa
 # On a GPU only
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("seq_len", [50, 257, 1370])
 @each_dtype
 def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtype, seq_len: int) -> None:
@@ -566,8 +563,7 @@ def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtyp
         assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("form", ["dense", "varlen"])
 def test_more_than_two_to_the_31_elements(form: str) -> None:
     """The last picture of a batch that large gets what it gets alone."""
@@ -590,8 +586,7 @@ def test_more_than_two_to_the_31_elements(form: str) -> None:
         assert torch.equal(large[-1:], alone)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 def test_more_than_two_to_the_31_weights() -> None:
     qkv = torch.randn(2100, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
     p = ops.attention_probabilities(qkv, backend="triton")
@@ -599,8 +594,7 @@ def test_more_than_two_to_the_31_weights() -> None:
     assert torch.equal(p[-1:], ops.attention_probabilities(qkv[-1:], backend="triton"))
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("on_a_side_stream", [False, True])
 def test_cuda_graphs_and_streams(on_a_side_stream: bool) -> None:
     qkv, seq_lens = _qkv(2, 257, dtype=torch.bfloat16).requires_grad_(), (1, 200, 313)

@@ -14,7 +14,7 @@ from dinov2_fast.backends import BackendError
 from dinov2_fast.block import Block
 from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch, cls_attention
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, opcheck, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, on_gpu, opcheck, poisoned_memory, random, runs_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 EPS = 1e-6
@@ -273,11 +273,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         torch.testing.assert_close(compiled(x), run(x))
 
 
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-
-
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 def test_more_than_2_to_the_31_elements() -> None:
     x, absorbed, *rest = _arguments(torch.bfloat16, 1, 257, 6, 384)
     x, absorbed = (t.expand(22000, -1, -1).contiguous() for t in (x, absorbed))
@@ -287,8 +283,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     _assert_obeys_rule(pooled[-1:], (x[-1:], absorbed[-1:], *rest))
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 def test_repeats_are_equal_and_a_graph_replays_on_new_data() -> None:
     arguments = _arguments(torch.bfloat16, 3, 257, 12, 768)
     first = attention_pool(*arguments, backend="triton")

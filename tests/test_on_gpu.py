@@ -13,14 +13,10 @@ from torch import Tensor
 from dinov2_fast import ops
 from dinov2_fast.backends import tensors_of, use_backend
 from tests import reference
-from tests.devices import DEVICE
+from tests.devices import on_gpu
 
 EPS = 1e-6
 BF16 = torch.bfloat16
-
-
-def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
 def _x(*shape: int) -> Tensor:

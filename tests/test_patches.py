@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2_fast.backends import BackendError
 from dinov2_fast.ops.patches import fold_normalization, patches, patches_torch
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, opcheck, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, on_gpu, opcheck, poisoned_memory, random, runs_triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -241,8 +241,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         torch.testing.assert_close(compiled(images, weight), embed(images, weight))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@on_gpu
 def test_more_than_2_to_the_31_elements() -> None:
     images = _pictures(torch.uint8, 1, 3, 224, 224).expand(14300, -1, -1, -1).contiguous()
     rows = patches(images, 14, padded_to=592, dtype=torch.bfloat16, backend="triton")

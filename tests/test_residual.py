@@ -261,6 +261,9 @@ def test_refusals_say_why() -> None:
     with pytest.raises(BackendError, match="batches of one dtype"):
         ops.gather_rows_packed([x.float(), x.double()], [_index(0)] * 2, backend="triton")
     x = random(4, 3, 8)
+    for branch, gamma in ((x[0, :, :4], None), (x[0], x[0, 0, :1])):
+        with pytest.raises(BackendError, match="takes branch and gamma of 8 features"):
+            ops.scatter_add_residual_packed([x], [_index(0)], branch, gamma, [1.0], backend="triton")
     with pytest.raises(BackendError, match=r"takes branch of shape \(4, 3, 8\), got \(2, 3, 8\)"):
         ops.add_residual(x, x[:2], None, None, backend="triton")
     with pytest.raises(BackendError, match=r"takes branch of shape \(2, 3, 8\), got \(1, 3, 8\)"):

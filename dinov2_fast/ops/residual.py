@@ -314,6 +314,15 @@ def _refuses_packed(xs: list[Tensor], *rest: Any) -> str | None:
     return _refuses(xs)
 
 
+def _refuses_scatter_packed(
+    residuals: list[Tensor], indices: list[Tensor], branch: Tensor, gamma: Tensor | None, scales: list[float]
+) -> str | None:
+    hidden = residuals[0].shape[-1:]
+    if branch.shape[-1:] != hidden or (gamma is not None and gamma.shape != hidden):
+        return f"broadcasts nothing: takes branch and gamma of {hidden[0]} features"
+    return _refuses_packed(residuals)
+
+
 def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.empty(2, 257, 384, device=device, dtype=dtype)
     return x, x, x[0, 0], None
@@ -362,6 +371,6 @@ _SCATTER_ADD_RESIDUAL = Op(
 _SCATTER_ADD_RESIDUAL_PACKED = Op(
     "scatter_add_residual_packed",
     "residual",
-    _registry.torch_and_triton(scatter_add_residual_packed_torch, _scatter_add_packed, _refuses_packed),
+    _registry.torch_and_triton(scatter_add_residual_packed_torch, _scatter_add_packed, _refuses_scatter_packed),
     _sample_scatter_packed,
 )
