@@ -1,171 +1,315 @@
-"""Throughput of whole models, side by side in one process: ``python -m bench.model --device cpu``.
+"""Whole models side by side in one process: throughput of batches, latency of small ones.
 
-The peers get the same weights and the same random pictures. Their outputs are compared first (ours resampling positions
-as that peer does), and a peer that disagrees is refused. Then they run in turn, A B C A B C, and the medians count.
+All get the same weights and the same random pictures. Before anything is timed, the first and the last picture's
+outputs are held to the rule of the tests: the error, against our model in a wider dtype, is at most twice that of our
+model on plain PyTorch in the same precision (each time resampling positions as that peer does). What breaks the rule is
+refused; what cannot run is a row that says why. Then all run in turn, A B C A B C, and the medians count.
+
+Throughput counts pictures per second of calls that follow each other without waiting; latency is the time of one call
+until its result is there, in milliseconds. Each is also given as a share of the floor that bench.roofline sets.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from bench import records
-from bench.peers import PEERS, Peer
-from dinov2_fast.configs import BACKBONES, BackboneConfig
+from bench import options as shared
+from bench import records, roofline
+from bench.accuracy import worst_error
+from bench.modes import DTYPES, MODES, contexts, modes_of, prepare
+from bench.peers import OURS, OUTPUTS, Peer, peers
+from bench.records import Recorder
+from bench.timing import Run, in_turn, quantiles, warm_up
+from dinov2_fast.backends import use_backend
+from dinov2_fast.configs import BackboneConfig
 
-TASK = "throughput"
-WARM_UP = 2  # rounds
-MAX_ERROR = 1e-4  # worst element of the outputs in fp32, which have unit variance
+TASKS = ("throughput", "latency")
+SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls that one time of throughput is taken of, at least
+PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
+MODES_OF_TASK = {
+    ("throughput", "cpu"): ["eager"],
+    ("throughput", "cuda"): ["eager", "triton", "compile", "max-autotune"],
+    ("latency", "cpu"): ["eager"],
+    ("latency", "cuda"): ["eager", "triton", "graphs", "compile", "reduce-overhead", "max-autotune"],
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    common = records.environment(device)
-    for peer in PEERS:
-        if not peer.installed:
-            print(f"{peer.name} is not installed: its rows are missing", file=sys.stderr)
-    print(f"{common['gpu'] or common['versions']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows = []
-    for name in options.models:
-        config = BACKBONES[name]
-        ours = dinov2_fast.load(name, weights="random:0", device=device)
-        models = {peer: peer.build(config, ours).to(device).eval() for peer in PEERS if peer.installed}
-        for resolution in options.resolutions:
-            for batch in options.batches:
-                x = torch.randn(batch, 3, resolution, resolution, device=device)
-                rows += measure(config, models, x, options.seconds, common)
-                _print_group(rows[-len(models) :])
-    if options.write:
-        path = records.RESULTS / records.device_folder(device) / f"{TASK}.jsonl"
-        records.write(path, rows)
-        print(f"wrote {path}")
-    _print_ratios(rows)
-    return 0
+@dataclass(frozen=True)
+class Setting:
+    """What is asked of all alike."""
+
+    task: str
+    config: BackboneConfig
+    resolution: int
+    batch: int
+    output: str
+    precision: str
+
+    def pictures(self, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        size = (self.batch, 3, self.resolution, self.resolution)
+        return torch.randn(size, device=device, generator=generator).to(DTYPES[self.precision])
+
+    def row(self, peer: Peer, mode: str) -> dict[str, Any]:
+        """The keys that say what a row is about."""
+        return {
+            "task": self.task,
+            "model": self.config.name,
+            "resolution": self.resolution,
+            "batch": self.batch,
+            "output": self.output,
+            "precision": self.precision,
+            "implementation": peer.name,
+            "mode": peer.mode(mode),
+        }
+
+    def __str__(self) -> str:
+        output = "all tokens" if self.output == "all" else "class token"
+        return f"{shared.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
+
+
+class Models:
+    """A backbone in every implementation, made when it is first asked for, in one dtype at a time.
+
+    Args:
+        ours: our model in fp32, on the device.
+    """
+
+    def __init__(self, config: BackboneConfig, ours: nn.Module) -> None:
+        self.config, self.ours = config, ours
+        self.device = next(ours.parameters()).device
+        self._made: dict[tuple[Peer, torch.dtype], nn.Module] = {}
+
+    def get(self, peer: Peer, dtype: torch.dtype) -> nn.Module:
+        self._made = {key: model for key, model in self._made.items() if key[1] == dtype}
+        if (peer, dtype) not in self._made:
+            with self.device:
+                made = peer.build(self.config, self.ours, 0.0)
+            self._made[peer, dtype] = made.to(self.device, dtype).eval()
+        return self._made[peer, dtype]
+
+
+class Judge:
+    """Knows what the outputs must be, on the first and the last picture."""
+
+    def __init__(self, setting: Setting, models: Models, x: Tensor) -> None:
+        self._setting = setting
+        self._models = models
+        self._rows = [0, -1] if len(x) > 1 else [0]
+        self._x = x[self._rows]
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def error(self, peer: Peer, result: Any) -> float:
+        """The largest error of an element.
+
+        Raises:
+            ValueError: the outputs are not the model's.
+        """
+        dialect = peer.dialect(self._models.config)
+        if dialect not in self._known:
+            self._known[dialect] = self._expected(dialect)
+        wide, usual = self._known[dialect]
+        result = peer.take[self._setting.output](result)[self._rows]
+        return worst_error([result.to(usual.dtype)], [wide], [usual])
+
+    def _expected(self, dialect: str) -> tuple[Tensor, Tensor]:
+        """Our outputs in a wider dtype, and in this precision, both on plain PyTorch."""
+        precision, device = self._setting.precision, self._x.device
+        wide = torch.float64 if precision == "fp32" else torch.float32
+        model = self._models.ours if wide == torch.float32 else copy.deepcopy(self._models.ours).double()
+        same = self._models.get(OURS, DTYPES[precision])
+        with use_backend("torch"), _exact_fp32(), resampling(model, dialect):
+            reference = OURS.result(model, self._x.to(wide), self._setting.output)
+        with use_backend("torch"), contexts(precision, "eager", device)(), resampling(same, dialect):
+            return reference, OURS.result(same, self._x, self._setting.output)
+
+
+@contextmanager
+def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
+    """Our model with another way of resampling positions."""
+    before, model.position_dialect = model.position_dialect, dialect
+    try:
+        yield
+    finally:
+        model.position_dialect = before
+
+
+@contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """Convolutions in fp32, which a GPU computes in TF32 by default."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 @torch.inference_mode()
 def measure(
-    config: BackboneConfig, models: dict[Peer, nn.Module], x: Tensor, seconds: float, common: dict[str, Any]
+    setting: Setting, entrants: Iterable[tuple[Peer, str]], models: Models, seconds: float, known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row for each peer, measured in turn for about `seconds` in all.
+    """A row for each implementation and mode, measured in turn for about `seconds` in all.
 
-    Raises:
-        RuntimeError: a peer's outputs are not ours.
+    Args:
+        known: rows of bench.roofline, for the floor.
     """
-    ours = models[PEERS[0]]
-    errors = {peer: disagreement(config, peer, model, ours, x) for peer, model in models.items()}
-    wrong = {peer.name: error for peer, error in errors.items() if not error <= MAX_ERROR}
-    if wrong:
-        raise RuntimeError(f"Not timed: the outputs for {config.name} at {tuple(x.shape)} disagree with ours: {wrong}.")
-    runs = {peer: (lambda peer=peer, model=model: peer.forward(model, x)) for peer, model in models.items()}
-    times = interleave(runs, seconds, x.device)
-    rows = []
-    for peer, values in times.items():
-        fastest, median, slowest = (x.shape[0] / t for t in quantiles(values))
-        rows.append(
-            {
-                "task": TASK,
-                "model": config.name,
-                "resolution": x.shape[-1],
-                "batch": x.shape[0],
-                "output": "all",
-                "precision": "fp32",
-                "implementation": peer.name,
-                "mode": "eager",
-                "value": median,
-                "unit": "images/s",
-                "p20": slowest,
-                "p80": fastest,
-                "floor_share": None,
-                "outputs_max_error": errors[peer],
-                **common,
-            }
-        )
-    return rows
+    x = setting.pictures(models.device)
+    rows: dict[tuple[Peer, str], dict[str, Any]] = {}
+    runs: dict[tuple[Peer, str], Run] = {}
+    calls: dict[tuple[Peer, str], int] = {}
+    judge = Judge(setting, models, x)
+    for peer, mode in entrants:
+        rows[peer, mode] = setting.row(peer, mode)
+        if peer.missing:
+            rows[peer, mode] |= records.not_measured(peer.missing)
+            continue
+        try:
+            run = prepare(peer, models.get(peer, x.dtype), x, setting.output, setting.precision, mode)
+            rows[peer, mode]["outputs_max_error"] = judge.error(peer, run())
+            last = warm_up(run, x.device)
+            calls[peer, mode] = max(1, round(SAMPLE[x.device.type] / last)) if setting.task == "throughput" else 1
+            runs[peer, mode] = run
+        except Exception as exception:  # what stops one must not stop the others
+            rows[peer, mode] |= records.not_measured(sentence(exception))
+    floor = _floor(setting, known)
+    for entrant, times in (in_turn(runs, x.device, seconds, calls=calls) if runs else {}).items():
+        rows[entrant] |= values(setting, times, floor)
+    torch._dynamo.reset()  # what was compiled for this setting
+    return list(rows.values())
 
 
-def disagreement(config: BackboneConfig, peer: Peer, model: nn.Module, ours: nn.Module, x: Tensor) -> float:
-    """The worst element between a peer's output and ours, with positions resampled as the peer does."""
-    ours.position_dialect = peer.dialect(config)
-    expected = run(PEERS[0], ours, x)
-    ours.position_dialect = config.dialect
-    return (run(peer, model, x) - expected).abs().max().item()
+def values(setting: Setting, times: list[float], floor: float | None) -> dict[str, Any]:
+    """The measured keys of a row, from seconds."""
+    fast, median, slow = quantiles(times)
+    share = {"floor_share": floor and floor / median}
+    if setting.task == "latency":
+        return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
+    batch = setting.batch
+    return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
 
 
-def run(peer: Peer, model: nn.Module, x: Tensor) -> Tensor:
-    """All tokens after the final norm, (batch, tokens, hidden)."""
-    return peer.tokens(peer.forward(model, x))
+def _floor(setting: Setting, known: list[dict[str, Any]]) -> float | None:
+    """Seconds, or None where bench.roofline has not measured what it takes."""
+    precision = setting.precision.removeprefix("autocast-")
+    try:
+        ceilings = roofline.ceilings_of(known, precision)
+        return roofline.floor(setting.config, setting.resolution, setting.batch, setting.output, ceilings).seconds
+    except ValueError:
+        return None
 
 
-def interleave(runs: dict[Peer, Callable[[], Any]], seconds: float, device: torch.device) -> dict[Peer, list[float]]:
-    """Seconds of each run, taken in turn so that a change of the machine's speed meets all alike.
-
-    The first rounds are not kept: the allocator still asks the system for memory then, which costs whoever comes first.
-    """
-    times: dict[Peer, list[float]] = {peer: [] for peer in runs}
-    order, start, rounds = list(runs), time.perf_counter(), 0
-    while rounds < WARM_UP + 3 or time.perf_counter() - start < seconds:
-        for peer in order:
-            before = time.perf_counter()
-            runs[peer]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if rounds >= WARM_UP:
-                times[peer].append(time.perf_counter() - before)
-        order = order[1:] + order[:1]
-        rounds += 1
-    return times
+KINDS = {torch.OutOfMemoryError: "out of memory", ValueError: "refused", NotImplementedError: "cannot run here"}
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[3]
+def sentence(exception: Exception) -> str:
+    kind = KINDS.get(type(exception), "failed")
+    return f"{kind}: {(str(exception) or type(exception).__name__).splitlines()[0]}"
 
 
-def _print_group(rows: list[dict[str, Any]]) -> None:
-    first = rows[0]
-    best = max((row["value"] for row in rows[1:]), default=first["value"])
-    shown = "  ".join(f"{row['implementation']} {row['value']:8.3f}" for row in rows)
-    print(
-        f"{first['model']:15} {first['resolution']:5} px  batch {first['batch']:3}  {shown}  images/s"
-        f"  ours/best peer {first['value'] / best:.3f}"
-    )
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    recorder = Recorder(options.task, options)
+    print(recorder)
+    known = recorder.known(roofline.TASK)
+    everyone = peers(options.reference_path)
+    installed = [peer for peer in everyone if not peer.missing]
+    entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
+    for config in options.models:
+        models = None
+        for setting in settings(options, config):
+            if all(recorder.has(**setting.row(*entrant)) for entrant in entrants):
+                continue
+            if models is None:
+                ours = dinov2_fast.load(config.name, weights="random:0", device=recorder.device)
+                models = Models(config, ours)
+            rows = measure(setting, entrants, models, options.seconds, known)
+            recorder.keep(rows)
+            show(str(setting), rows)
+    recorder.finish()
+    return summary(recorder.rows)
 
 
-def _print_ratios(rows: list[dict[str, Any]]) -> None:
-    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
+    for precision, resolution in itertools.product(options.precisions, options.sizes):
+        batches = options.batches or shared.batches(options.task, options.device, resolution)
+        for batch, output in itertools.product(batches, options.outputs):
+            yield Setting(options.task, config, resolution, batch, output, precision)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints what was measured together, and ours over each of the others in the same mode and at its best."""
+    print(title)
+    ours = best(row for row in rows if row["implementation"] == OURS.name)
     for row in rows:
-        key = (row["model"], row["resolution"], row["batch"])
-        groups.setdefault(key, {})[row["implementation"]] = row["value"]
-    ratios = [g.pop("dinov2_fast") / max(g.values()) for g in groups.values() if len(g) > 1]
+        name = f"  {row['implementation']:12} {row['mode']:18}"
+        if row["value"] is None:
+            print(f"{name} {'–':>10}  {records.reason(row)}")
+            continue
+        share = f", {row['floor_share']:.0%} of the floor" if row["floor_share"] else ""
+        times = "" if ours is None or row is ours else f"  ours {ratio(ours, row):.3f}x"
+        print(f"{name} {row['value']:10.3f} {row['unit']} ({row['p20']:.3f} to {row['p80']:.3f}){share}{times}")
+
+
+def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of rows of one setting, or None."""
+    measured = [row for row in rows if row["value"] is not None]
+    return max(measured, key=lambda row: -row["value"] if row["unit"] == "ms" else row["value"], default=None)
+
+
+def ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times faster a row is than another."""
+    value = row["value"] / other["value"]
+    return 1 / value if row["unit"] == "ms" else value
+
+
+def summary(rows: list[dict[str, Any]]) -> int:
+    """Prints ours over the best peer in all settings; the exit status says whether something was refused or failed."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("model", "resolution", "batch", "output", "precision"))
+        groups.setdefault(key, []).append(row)
+    ratios = []
+    for group in groups.values():
+        ours = best(row for row in group if row["implementation"] == OURS.name)
+        peer = best(row for row in group if row["implementation"] != OURS.name)
+        if ours and peer:
+            ratios.append(ratio(ours, peer))
     if ratios:
-        print(
-            f"ours over the best peer: geometric mean {statistics.geometric_mean(ratios):.3f}, worst {min(ratios):.3f}"
-        )
+        mean = statistics.geometric_mean(ratios)
+        print(f"ours over the best peer: geometric mean {mean:.3f}, worst {min(ratios):.3f}, of {len(ratios)}")
+    wrong = [row for row in rows if (records.reason(row) or "").startswith(("refused", "failed"))]
+    if wrong:
+        print(f"{len(wrong)} rows were refused or failed.", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--models", nargs="+", default=["dinov2_vits14", "dinov2_vitb14"], choices=list(BACKBONES))
-    parser.add_argument("--resolutions", nargs="+", type=int, default=[224, 518])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser = shared.parser("model", __doc__)
+    parser.add_argument("--task", default="throughput", choices=TASKS)
+    shared.add_models(parser)
+    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518, for throughput on a GPU 1036)")
+    parser.add_argument("--batches", type=shared.numbers, help="pictures (default: large for throughput, else 1,4,16)")
+    parser.add_argument("--outputs", type=shared.some_of(OUTPUTS), default=list(OUTPUTS), help="all,cls")
+    parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help=",".join(DTYPES))
+    parser.add_argument("--modes", type=shared.some_of(MODES), help=",".join(MODES))
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--write", action="store_true", help="keep the rows in bench/results")
-    return parser.parse_args(arguments)
+    shared.add_peers(parser)
+    options = parser.parse_args(arguments)
+    on = options.device
+    options.models = options.models or shared.models(on)
+    options.sizes = options.sizes or shared.sizes(options.task, on)
+    options.precisions = options.precisions or PRECISIONS[on]
+    options.modes = options.modes or MODES_OF_TASK[options.task, on]
+    return options
 
 
 if __name__ == "__main__":

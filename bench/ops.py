@@ -10,10 +10,8 @@ whichever is longer; both speeds are measured in the same run. Beside the packag
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,22 +20,19 @@ import torch
 from torch import Tensor
 
 import dinov2_fast.ops  # noqa: F401  registers them
-from bench import records
-from bench.model import quantiles
+from bench import options as shared
+from bench.accuracy import worst_error
+from bench.records import Recorder
+from bench.timing import in_turn, quantiles
 from bench.workloads import E4M3, WORKLOADS, Shape, Workload
 from dinov2_fast import backends
 from dinov2_fast.backends import Op, device_of, tensors_of
-from dinov2_fast.configs import BACKBONES
 
 TASK = "ops"
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # in a batch, of two pictures at least
-SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a row, and ROUNDS of each at least
-ROUNDS = 5
-# Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
-FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
+SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a row
 COPY = {"cpu": 128 << 20, "cuda": 4 << 30}  # bytes of the copy that sets the floor
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that set it
-BITS = {E4M3: 4, torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}  # of precision
 PRECISION = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
 
@@ -46,31 +41,43 @@ Run = Callable[[], list[Tensor]]
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    device = torch.device(options.device)
+    recorder = Recorder(TASK, options)
+    device = recorder.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    common, speeds = records.environment(device), Speeds.measured(device, dtype)
-    common["versions"] |= {f"{name}_per_s": rate for name, rate in asdict(speeds).items()}
-    print(f"{common['gpu'] or common['versions']['cpu']}, torch {torch.__version__}, {PRECISION[dtype]}, {speeds}")
+    speeds = Speeds.measured(device, dtype)
+    recorder.common["versions"] |= {f"{name}_per_s": rate for name, rate in asdict(speeds).items()}
+    print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
     if device.type == "cpu":
         print("On a CPU only the torch implementations run: no kernel, no torch.compile.")
-    rows, refused = [], 0
-    for name in options.models:
+    refused = 0
+    for config in options.models:
         for resolution in options.sizes:
-            shape = Shape(BACKBONES[f"dinov2_vit{name.lower()}14"], resolution, 1, device, dtype)
+            shape = Shape(config, resolution, 1, device, dtype)
             shape = shape.with_batch(max(2, BATCH_TOKENS[device.type] // shape.tokens))
             for workload in WORKLOADS:
                 if workload.applies(shape) and op_of(workload).word in options.ops:
                     for backward in (False,) if workload.saved is None else (False, True):
-                        found, wrong = measure(workload, shape, backward, speeds, options.compile)
-                        rows += [row | common for row in found]
-                        refused += wrong
-    if options.write:
-        path = records.RESULTS / records.device_folder(device) / f"{TASK}.jsonl"
-        records.write(path, rows)
-        print(f"wrote {path}")
+                        if not recorder.has(**row_of(workload, shape, backward)):
+                            found, wrong = measure(workload, shape, backward, speeds, options.compile)
+                            recorder.keep(found)
+                            refused += wrong
+    recorder.finish()
     if refused:
         print(f"{refused} rows were refused.", file=sys.stderr)
     return int(refused > 0)
+
+
+def row_of(workload: Workload, shape: Shape, backward: bool) -> dict[str, Any]:
+    """The keys that say what a row is about."""
+    return {
+        "task": TASK,
+        "model": shape.config.name,
+        "resolution": shape.resolution,
+        "batch": shape.batch,
+        "output": workload.label,
+        "precision": PRECISION[shape.dtype],
+        "mode": "backward" if backward else "forward",
+    }
 
 
 def measure(
@@ -97,7 +104,7 @@ def measure(
     moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
     floor = speeds.floor(moved, flops, arguments)
     rows = []
-    times = in_turn(runs, shape.device) if runs else {}
+    times = in_turn(runs, shape.device, SECONDS[shape.device.type], flush=True) if runs else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         fastest, median, slowest = quantiles(values)
@@ -105,15 +112,9 @@ def measure(
         ratios = ", ".join(f"{medians[other] / median:.2f}x {other}" for other in medians if other != name)
         print(f"  {name:14} {1e6 * median:9.1f} us {achieved}, {floor.seconds / median:4.0%} of the floor  {ratios}")
         rows.append(
-            {
-                "task": TASK,
-                "model": shape.config.name,
-                "resolution": shape.resolution,
-                "batch": shape.batch,
-                "output": workload.label,
-                "precision": PRECISION[shape.dtype],
+            row_of(workload, shape, backward)
+            | {
                 "implementation": name,
-                "mode": "backward" if backward else "forward",
                 "value": 1e6 * median,
                 "unit": "us",
                 "p20": 1e6 * fastest,
@@ -126,7 +127,7 @@ def measure(
 
 
 def op_of(workload: Workload) -> Op:
-    return backends._OPS[workload.op]
+    return backends.ops()[workload.op]
 
 
 def candidates(
@@ -209,30 +210,6 @@ def _each_tensor(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(arguments) if isinstance(arguments, Tensor) else arguments
 
 
-def worst_error(results: list[Tensor], reference: list[Tensor], usual: list[Tensor]) -> float:
-    """The largest error of an element, relative to the largest element of its tensor.
-
-    Raises:
-        ValueError: an implementation's results are not those of the reference: another shape or dtype, or further from
-            it than twice what torch in the same dtype (`usual`) is, and a rounding.
-    """
-    if [(y.shape, y.dtype) for y in results] != [(y.shape, y.dtype) for y in usual]:
-        raise ValueError("the results have other shapes or dtypes than torch's")
-    worst = 0.0
-    for y, wide, plain in zip(results, reference, usual, strict=True):
-        bits, largest, size = BITS[y.dtype], wide.double().abs().max().item(), wide.double().norm().item()
-        wrong, allowed = (x.double() - wide.double() for x in (y, plain))
-        ulp = 2.0 ** (math.floor(math.log2(max(largest, 1e-300))) + 1 - bits)
-        if not wrong.abs().max() <= 2 * allowed.abs().max() + ulp:
-            raise ValueError(f"an element is {wrong.abs().max():.3g} off, torch's worst {allowed.abs().max():.3g}")
-        if not wrong.norm() <= 2 * allowed.norm() + size * 2.0**-bits:
-            raise ValueError(
-                f"the error is {wrong.norm() / size:.3g} of the result, torch's {allowed.norm() / size:.3g}"
-            )
-        worst = max(worst, wrong.abs().max().item() / max(largest, 1e-300))
-    return worst
-
-
 def work(
     workload: Workload, shape: Shape, torch_function: Callable[..., Any], arguments: tuple[Any, ...], backward: bool
 ) -> tuple[int, float]:
@@ -279,7 +256,7 @@ class Speeds:
         for run in runs.values():
             run()
         work = {"copy": 2 * source.nbytes, "product": 2 * size**3, "e4m3": 2 * size**3}
-        times = in_turn(runs, device)
+        times = in_turn(runs, device, SECONDS[device.type], flush=True)
         return cls(**{name: work[name] / statistics.median(values) for name, values in times.items()})
 
     def floor(self, moved: int, flops: float, arguments: tuple[Any, ...]) -> Floor:
@@ -293,61 +270,18 @@ class Speeds:
         return f"copy {self.copy / 1e9:.3g} GB/s, {products}{e4m3}"
 
 
-def in_turn(runs: dict[Any, Run], device: torch.device) -> dict[Any, list[float]]:
-    """Seconds of each run, taken in turn, each after the L2 cache was filled with other data."""
-    flush = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device)
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    times: dict[Any, list[float]] = {name: [] for name in runs}
-    order, start = list(runs), time.perf_counter()
-    while len(times[order[0]]) < ROUNDS or time.perf_counter() - start < SECONDS[device.type]:
-        for name in order:
-            flush.zero_()
-            times[name].append(clock(runs[name]))
-        order = order[1:] + order[:1]
-    return times
-
-
-def _cuda_seconds(run: Run) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def _cpu_seconds(run: Run) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    def some_of(*known: Any) -> Callable[[str], list[Any]]:
-        names = {str(value): value for value in known}
-
-        def parse(text: str) -> list[Any]:
-            unknown = [name for name in text.split(",") if name not in names]
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}")
-            return [names[name] for name in text.split(",")]
-
-        return parse
-
     words = backends.words()
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--ops", type=some_of(*words), default=words, help=f"some of {','.join(words)}")
-    parser.add_argument("--models", type=some_of(*"SBLg"), help="some of S,B,L,g (default: all, on a CPU S,B)")
-    parser.add_argument("--sizes", type=some_of(224, 518, 1036), help="pixels (default: all, on a CPU 224,518)")
+    parser = shared.parser("ops", __doc__)
+    parser.add_argument("--ops", type=shared.some_of(words), default=words, help=f"some of {','.join(words)}")
+    shared.add_models(parser)
+    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a peer"
     )
-    parser.add_argument("--write", action="store_true", help="keep the rows in bench/results")
     options = parser.parse_args(arguments)
-    on_cpu = options.device == "cpu"
-    options.models = options.models or (["S", "B"] if on_cpu else list("SBLg"))
-    options.sizes = options.sizes or ([224, 518] if on_cpu else [224, 518, 1036])
+    options.models = options.models or shared.models(options.device)
+    options.sizes = options.sizes or shared.sizes("throughput", options.device)
     return options
 
 

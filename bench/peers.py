@@ -1,13 +1,25 @@
-"""The implementations that are compared, behind one interface: pictures in, all tokens after the final norm out.
+"""The implementations that are compared, behind one interface: pictures in, all tokens or the class token out.
 
-Every peer gets the same weights, converted with this project's tools. A peer that is not installed is named as missing.
+Every peer gets the same weights, converted with this project's tools. One that cannot run here says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+import importlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +29,67 @@ from bench import records
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
+OUTPUTS = ("all", "cls")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Peer:
     """One implementation.
 
-    `build` makes a model from ours, `forward` runs it (this is what is timed), `tokens` takes (batch, tokens, hidden)
-    from what it returns, `dialect` is how it resamples positions.
+    Args:
+        name: of the implementation.
+        build: makes a model in fp32 from ours, with a rate of stochastic depth that is the same in all layers, where
+            the current default device is.
+        call: for an output, how the model is run; this is what is timed.
+        take: for an output, the tensor in what `call` returns: all tokens after the final norm (batch, tokens, hidden)
+            with output "all", the class token (batch, hidden) with "cls".
+        dialect: how it resamples positions.
+        variant: what tells two peers of the same name apart.
+        missing: why it cannot run here, or None.
     """
 
     name: str
-    package: str | None
-    build: Callable[[BackboneConfig, nn.Module], nn.Module]
-    forward: Callable[[nn.Module, Tensor], Any]
-    tokens: Callable[[Any], Tensor]
+    build: Callable[[BackboneConfig, nn.Module, float], nn.Module]
+    call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
+    take: Mapping[str, Callable[[Any], Tensor]]
     dialect: Callable[[BackboneConfig], str]
+    variant: str = ""
+    missing: str | None = None
 
-    @property
-    def installed(self) -> bool:
-        return self.package is None or records.version(self.package) is not None
+    def mode(self, mode: str) -> str:
+        """The mode as records name it."""
+        return f"{self.variant}-{mode}" if self.variant else mode
 
-
-def _ours(config: BackboneConfig, model: nn.Module) -> nn.Module:
-    return model
-
-
-def _forward_features(model: nn.Module, x: Tensor) -> Any:
-    return model.forward_features(x)
+    def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
+        return self.take[output](self.call[output](model, x))
 
 
-def _our_tokens(features: dict[str, Tensor]) -> Tensor:
-    keys = ("x_norm_regtokens", "x_norm_patchtokens")
-    return torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
+def peers(reference_path: Path | None = None) -> list[Peer]:
+    """All of them, ours first.
+
+    Args:
+        reference_path: a checkout of facebookresearch/dinov2.
+    """
+    return [OURS, TRANSFORMERS, TIMM, *(facebook(reference_path, xformers) for xformers in (False, True))]
 
 
-def _transformers(config: BackboneConfig, model: nn.Module) -> nn.Module:
+def not_installed(package: str) -> str | None:
+    return None if records.version(package) else f"{package} is not installed"
+
+
+def _ours(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+    if not drop_path:
+        return copy.deepcopy(model)
+    arguments = config.constructor_arguments() | {"drop_path_rate": drop_path, "drop_path_uniform": True}
+    return _loaded(dinov2_fast.DinoVisionTransformer(**arguments), model.state_dict())
+
+
+def _loaded(made: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    made.load_state_dict(weights)
+    return made
+
+
+def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
     import transformers
 
     kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
@@ -63,29 +101,117 @@ def _transformers(config: BackboneConfig, model: nn.Module) -> nn.Module:
         use_swiglu_ffn=config.ffn_layer != "mlp",
         image_size=518,
         patch_size=14,
+        drop_path_rate=drop_path,
     ).to_dict()
-    peer = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**fields))
-    peer.load_state_dict(dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface"))
-    return peer
+    made = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**fields))
+    return _loaded(made, dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface"))
 
 
-def _timm(config: BackboneConfig, model: nn.Module) -> nn.Module:
+def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
     import timm
 
-    peer = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True)
-    peer.load_state_dict(dinov2_fast.convert_state_dict(model.state_dict(), to="timm"))
-    return peer
+    name = config.timm_name.partition(".")[0]
+    made = timm.create_model(name, dynamic_img_size=True, drop_path_rate=drop_path)
+    for module in made.modules():
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = drop_path  # the same in all layers, not growing with depth
+    if drop_path:
+        # The first layer, where timm's own rate is 0.
+        for place in ("drop_path1", "drop_path2"):
+            setattr(made.blocks[0], place, timm.layers.DropPath(drop_path))
+    return _loaded(made, dinov2_fast.convert_state_dict(model.state_dict(), to="timm"))
 
 
-PEERS = (
-    Peer("dinov2_fast", None, _ours, _forward_features, _our_tokens, lambda config: config.dialect),
-    Peer(
-        "transformers",
-        "transformers",
-        _transformers,
-        lambda model, x: model(x),
-        lambda output: output.last_hidden_state,
-        lambda config: "antialias" if config.num_register_tokens else "size",
-    ),
-    Peer("timm", "timm", _timm, _forward_features, lambda tokens: tokens, lambda config: "antialias"),
+def _forward(model: nn.Module, x: Tensor) -> Any:
+    return model(x)
+
+
+def _forward_features(model: nn.Module, x: Tensor) -> Any:
+    return model.forward_features(x)
+
+
+def _as_it_is(result: Tensor) -> Tensor:
+    return result
+
+
+def _tokens(features: dict[str, Tensor]) -> Tensor:
+    keys = ("x_norm_regtokens", "x_norm_patchtokens")
+    return torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
+
+
+def _own_dialect(config: BackboneConfig) -> str:
+    return config.dialect
+
+
+OURS = Peer(
+    "dinov2_fast",
+    _ours,
+    {"all": _forward_features, "cls": _forward},
+    {"all": _tokens, "cls": _as_it_is},
+    _own_dialect,
 )
+TRANSFORMERS = Peer(
+    "transformers",
+    _transformers,
+    {"all": _forward, "cls": _forward},
+    {"all": lambda output: output.last_hidden_state, "cls": lambda output: output.pooler_output},
+    lambda config: "antialias" if config.num_register_tokens else "size",
+    missing=not_installed("transformers"),
+)
+TIMM = Peer(
+    "timm",
+    _timm,
+    {"all": _forward_features, "cls": _forward},
+    {"all": _as_it_is, "cls": _as_it_is},
+    lambda config: "antialias",
+    missing=not_installed("timm"),
+)
+
+
+def facebook(path: Path | None, xformers: bool) -> Peer:
+    """The reference, from a checkout, with or without xformers. It looks for that package when it is imported.
+
+    Raises:
+        ValueError: there is no such code at `path`.
+    """
+    if path is not None and not (path / "dinov2" / "hub" / "backbones.py").is_file():
+        raise ValueError(f"--reference-path: {path} is no checkout of facebookresearch/dinov2.")
+    missing = "no --reference-path was given" if path is None else not_installed("xformers") if xformers else None
+
+    def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+        assert path is not None
+        make = getattr(_reference(path, xformers), config.name)
+        made = make(pretrained=False, drop_path_rate=drop_path, drop_path_uniform=True)
+        return _loaded(made, model.state_dict())
+
+    return Peer(
+        "facebook", build, OURS.call, OURS.take, _own_dialect, variant="xformers" if xformers else "", missing=missing
+    )
+
+
+@functools.cache
+def _reference(path: Path, xformers: bool) -> ModuleType:
+    """The module of the reference's entry points.
+
+    It decides about xformers when it is imported. So that both ways stand side by side, each is imported from a copy
+    under a name of its own.
+    """
+    folder = Path(_copies().name)
+    name = f"dinov2_{'with' if xformers else 'without'}_xformers"
+    shutil.copytree(path / "dinov2", folder / name)
+    for file in (folder / name).rglob("*.py"):
+        file.write_text(re.sub(r"^(\s*)(from|import) dinov2\b", rf"\1\2 {name}", file.read_text(), flags=re.MULTILINE))
+    environment = {key: value for key, value in os.environ.items() if key != "XFORMERS_DISABLED"}
+    environment |= {} if xformers else {"XFORMERS_DISABLED": "1"}
+    with mock.patch.dict(os.environ, environment, clear=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of what it found
+        importlib.import_module(f"{name}.models.vision_transformer")
+        return importlib.import_module(f"{name}.hub.backbones")
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    """A folder on the path of modules, until the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    sys.path.append(folder.name)
+    return folder

@@ -5,6 +5,7 @@ Every row has every key, null where it does not apply. A row measured again at t
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
@@ -42,7 +43,73 @@ IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "impl
 PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
+SENSORS = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "temperature_c": "temperature.gpu",
+    "power_w": "power.draw",
+}
+
+
+class Recorder:
+    """Keeps the rows of a task, at once, so that what fails later costs nothing that was measured.
+
+    Args:
+        task: the name of the file.
+        options: those of :func:`bench.options.parser`.
+    """
+
+    def __init__(self, task: str, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        self.folder: Path = options.results / device_folder(self.device)
+        self.path = self.folder / f"{task}.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        self.common = environment(self.device, options.commit)
+        self._task, self._write = task, options.write
+        self._known = read(self.path) if options.resume else []
+
+    def __str__(self) -> str:
+        """The hardware and the versions, for a person."""
+        versions = self.common["versions"]
+        name = self.common["gpu"] or f"{versions['cpu']}, {versions['threads']} threads"
+        return f"{name}, torch {self.common['torch']}, commit {self.common['commit']}"
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows; keys that they lack are null, or the same for the whole run."""
+        state = sensors(self.device)
+        for row in rows:
+            full = dict.fromkeys(KEYS) | {"task": self._task} | self.common | row
+            full["versions"] = self.common["versions"] | state | (row.get("versions") or {})
+            self.rows.append(full)
+        if self._write:
+            write(self.path, self.rows[len(self.rows) - len(rows) :])
+
+    def has(self, **wanted: Any) -> bool:
+        """Whether, when resuming, a row with these keys is there already for this commit."""
+        wanted["commit"] = self.common["commit"]
+        return any(all(row[key] == value for key, value in wanted.items()) for row in self._known)
+
+    def known(self, task: str) -> list[dict[str, Any]]:
+        """The rows of another task on this device, of whatever commit."""
+        return read(self.folder / f"{task}.jsonl")
+
+    def finish(self) -> None:
+        if self._write:
+            print(f"wrote {self.path}")
+
+
+def not_measured(reason: str) -> dict[str, Any]:
+    """What a row holds in place of a value."""
+    return {"value": None, "versions": {NOT_MEASURED: reason}}
+
+
+def reason(row: dict[str, Any]) -> str | None:
+    """Why a row has no value."""
+    return (row.get("versions") or {}).get(NOT_MEASURED)
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """The keys that are the same for every row of a run: hardware, versions, commit, date."""
     versions: dict[str, Any] = {name: version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
@@ -51,7 +118,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
@@ -62,6 +129,21 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def sensors(device: torch.device) -> dict[str, Any]:
+    """Clocks, temperature and power of a GPU at this moment; nothing on a CPU or where they cannot be read."""
+    if device.type != "cuda":
+        return {}
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SENSORS.values())}"]
+    try:
+        output = subprocess.run(
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+        return {name: float(value) for name, value in zip(SENSORS, output.split(","), strict=True)}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
 
 
 def device_folder(device: torch.device) -> str:

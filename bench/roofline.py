@@ -24,6 +24,7 @@ the floor above 1 is possible: a kernel may be better than the one whose rate wa
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,16 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import records
-from bench.model import quantiles
-from bench.ops import PRECISION, ROUNDS, Run, Speeds, in_turn, worst_error
+from bench import options as shared
+from bench.accuracy import worst_error
+from bench.ops import PRECISION, SECONDS, Run, Speeds
+from bench.records import Recorder
+from bench.timing import ROUNDS, in_turn, quantiles
 from bench.workloads import E4M3, PATCH, Shape
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 
 TASK = "roofline"
 WARM_UP = 3  # runs before timing: libraries choose and build their kernels then
-SIZES = (224, 518, 1036)
-BATCHES = {"cpu": {}, "cuda": {224: 256, 518: 64, 1036: 16}}  # by pixels; 1 where none is given
 OUTPUTS = ("all", "cls")
 SKINNY_LAYERS = {"all": 0, "cls": 1}  # layers of which only the class token's row is computed
 POSITIONS = (518 // PATCH) ** 2 + 1  # of the table of position embeddings
@@ -302,7 +303,7 @@ def _warm_times(runs: dict[str, Run], device: torch.device) -> dict[str, list[fl
     for run in runs.values():
         for _ in range(WARM_UP):
             run()
-    return in_turn(runs, device) if runs else {}
+    return in_turn(runs, device, SECONDS[device.type], flush=True) if runs else {}
 
 
 def _row(output: str, precision: str | None, unit: str, rates: list[float], **place: Any) -> dict[str, Any]:
@@ -327,43 +328,40 @@ def _row(output: str, precision: str | None, unit: str, rates: list[float], **pl
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    device = torch.device(options.device)
-    common = records.environment(device)
-    print(f"{common['gpu'] or common['versions']['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    rows: list[dict[str, Any]] = []
+    recorder = Recorder(TASK, options)
+    device = recorder.device
+    print(recorder)
+    before = recorder.known(TASK) if options.resume else []
 
-    def keep(found: list[dict[str, Any]]) -> None:
-        rows.extend(found)
-        _print_rows(found)
-        if options.write:  # at once: what comes later may fail
-            records.write(path, [row | common for row in found])
+    def keep(rows: list[dict[str, Any]]) -> None:
+        recorder.keep(rows)
+        _print_rows(rows)
 
-    path = records.RESULTS / records.device_folder(device) / f"{TASK}.jsonl"
     for dtype in dict.fromkeys(DTYPES[precision] for precision in options.precisions):
-        keep(measure_device(device, dtype))
-    left_out = [f"ViT-{letter}" for letter in "SBLg" if letter not in options.models]
-    left_out += [f"{size} px" for size in SIZES if size not in options.sizes]
-    if "fp8" in options.precisions and not any(row["precision"] == "fp8" for row in rows):
+        if not recorder.has(output="large product", precision=PRECISION[dtype]):
+            keep(measure_device(device, dtype))
+    if "fp8" in options.precisions and not any(row["precision"] == "fp8" for row in [*before, *recorder.rows]):
         options.precisions.remove("fp8")
-    left_out += [precision for precision in DTYPES if precision not in options.precisions]
-    if left_out:
-        print(f"Left out: {', '.join(left_out)}.")
-    for letter in options.models:
-        config = BACKBONES[f"dinov2_vit{letter.lower()}14"]
-        for resolution in options.sizes:
-            batch = options.batch or BATCHES[device.type].get(resolution, 1)
+        print("Left out: fp8, which this device has no products for.")
+    for config, resolution in itertools.product(options.models, options.sizes):
+        for batch in options.batches or _batches(options.device, resolution):
             flops = [f(config, resolution, 1, "all") / 1e9 for f in (product_flops, attention_flops)]
             print(
                 f"{config.name}, {parameters(config) / 1e6:.2f} M parameters, {resolution} px, batch {batch}, for each "
                 f"picture {flops[0]:.4g} GFLOP of products, {flops[1]:.4g} of attention"
             )
             for precision in options.precisions:
-                keep(measure(config, resolution, batch, precision, device))
+                if not recorder.has(model=config.name, resolution=resolution, batch=batch, precision=precision):
+                    keep(measure(config, resolution, batch, precision, device))
             for precision in options.precisions:
-                _print_floors(config, resolution, batch, ceilings_of(rows, precision))
-    if options.write:
-        print(f"wrote {path}")
+                _print_floors(config, resolution, batch, ceilings_of([*before, *recorder.rows], precision))
+    recorder.finish()
     return 0
+
+
+def _batches(device: str, resolution: int) -> list[int]:
+    """Those of throughput and of latency."""
+    return list(dict.fromkeys(batch for task in shared.BATCHES for batch in shared.batches(task, device, resolution)))
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
@@ -388,29 +386,20 @@ def _print_floors(config: BackboneConfig, resolution: int, batch: int, ceilings:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", help="some of S,B,L,g (default: all, on a CPU S,B)")
-    parser.add_argument("--sizes", help="pixels (default: 224,518,1036, on a CPU 224,518)")
-    parser.add_argument("--batch", type=int, help="pictures (default: 256, 64, 16 for the three sizes, else 1)")
-    parser.add_argument("--precisions", help="some of bf16,fp8,fp32 (default: bf16,fp8, on a CPU fp32)")
-    parser.add_argument("--write", action="store_true", help="keep the rows in bench/results")
+    parser = shared.parser("roofline", __doc__)
+    shared.add_models(parser)
+    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
+    parser.add_argument("--batches", type=shared.numbers, help="pictures (default: those of bench.model)")
+    parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help="default: bf16,fp8, on a CPU fp32")
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"
-    options.models = (options.models or ("S,B" if on_cpu else "S,B,L,g")).split(",")
-    options.sizes = (options.sizes or ("224,518" if on_cpu else "224,518,1036")).split(",")
-    options.precisions = (options.precisions or ("fp32" if on_cpu else "bf16,fp8")).split(",")
-    if unknown := set(options.models) - set("SBLg"):
-        parser.error(f"--models: {', '.join(sorted(unknown))}: there are S, B, L, g")
-    if wrong := [size for size in options.sizes if not size.isdecimal() or not int(size) or int(size) % PATCH]:
-        parser.error(f"--sizes: {', '.join(wrong)}: a size is a multiple of {PATCH}")
-    if unknown := set(options.precisions) - set(["fp32"] if on_cpu else DTYPES):
-        parser.error(f"--precisions: {', '.join(sorted(unknown))}: not on this device")
+    options.models = options.models or shared.models(options.device)
+    options.sizes = options.sizes or shared.sizes("throughput", options.device)
+    options.precisions = options.precisions or (["fp32"] if on_cpu else ["bf16", "fp8"])
+    if on_cpu and options.precisions != ["fp32"]:
+        parser.error(f"--precisions: {','.join(options.precisions)}: only fp32 on a CPU")
     if "fp8" in options.precisions and "bf16" not in options.precisions:
         parser.error("--precisions: fp8 needs bf16 beside it, for the patch embedding and attention")
-    if options.batch is not None and options.batch < 1:
-        parser.error("--batch: at least 1")
-    options.sizes = [int(size) for size in options.sizes]
     return options
 
 

@@ -210,6 +210,11 @@ def apply_environment() -> None:
         _setting = parse_setting(environment.backend_setting())
 
 
+def ops() -> dict[str, Op]:
+    """Every op, by the name of its function."""
+    return dict(_OPS)
+
+
 def words() -> list[str]:
     """The op words, sorted."""
     return sorted({op.word for op in _OPS.values()})

@@ -1,88 +1,21 @@
-"""The benchmarks: records keep their form, what is wrong is refused, all take turns, README shows what was measured."""
+"""What the benchmarks share, and that of the ops: what is wrong is refused, all take turns on a cold cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
-import time
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import model as bench
 from bench import ops as ops_bench
-from bench import records, report
-from bench.peers import PEERS, Peer
+from bench import records, report, timing
+from bench.accuracy import worst_error
 from bench.workloads import WORKLOADS, Workload
 from dinov2_fast import backends
 from dinov2_fast.configs import BACKBONES
-from dinov2_fast.model import DinoVisionTransformer
-
-CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=1, num_heads=2)
-OURS = PEERS[0]
-
-
-def _ours() -> DinoVisionTransformer:
-    return DinoVisionTransformer(**CONFIG.constructor_arguments()).eval()
-
-
-def _peer(name: str, **changes) -> Peer:
-    return dataclasses.replace(OURS, name=name, dialect=lambda config: "size", **changes)
-
-
-def test_peers_share_weights_and_agree() -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    ours, x = _ours(), torch.randn(1, 3, 56, 84)
-    peer = next(peer for peer in PEERS if peer.name == "transformers")
-    model = peer.build(CONFIG, ours).eval()
-    with torch.inference_mode():
-        assert bench.disagreement(CONFIG, peer, model, ours, x) < 1e-5
-        wrong_dialect = dataclasses.replace(peer, dialect=lambda config: "antialias")
-        assert bench.disagreement(CONFIG, wrong_dialect, model, ours, x) > bench.MAX_ERROR
-    assert ours.position_dialect == "offset"
-
-
-def test_wrong_outputs_are_refused_before_timing() -> None:
-    ours, x = _ours(), torch.randn(1, 3, 56, 56)
-    broken = _peer("broken", tokens=lambda features: OURS.tokens(features) + 1e-3)
-    not_finite = _peer("nan", tokens=lambda features: OURS.tokens(features) * float("nan"))
-    for peer in (broken, not_finite):
-        with pytest.raises(RuntimeError, match=rf"disagree with ours: {{'{peer.name}'"):
-            bench.measure(CONFIG, {OURS: ours, peer: ours}, x, 0.1, records.environment(torch.device("cpu")))
-
-
-def test_rows_have_every_key_and_a_slower_peer_is_seen(tmp_path) -> None:
-    def slow(model, x):
-        time.sleep(0.2)
-        model.position_dialect = "size"
-        features = OURS.forward(model, x)
-        model.position_dialect = "offset"
-        return features
-
-    ours, x = _ours(), torch.randn(2, 3, 56, 56)
-    models = {OURS: ours, _peer("slow", forward=slow): ours}
-    rows = bench.measure(CONFIG, models, x, 0.5, records.environment(torch.device("cpu")))
-    fast, slower = rows
-    assert (fast["implementation"], slower["implementation"]) == ("dinov2_fast", "slow")
-    assert slower["value"] < fast["value"] / 2
-    assert fast["p20"] <= fast["value"] <= fast["p80"]
-    path = tmp_path / "throughput.jsonl"
-    records.write(path, rows)
-    assert [tuple(json.loads(line)) for line in path.read_text().splitlines()] == [records.KEYS] * 2
-    records.write(path, [{**fast, "value": 1.0}])
-    assert sorted(row["value"] for row in records.read(path)) == sorted([1.0, slower["value"]])
-    with pytest.raises(ValueError, match="wrong: \\['unit'\\]"):
-        records.write(path, [{key: value for key, value in fast.items() if key != "unit"}])
-
-
-def test_runs_take_turns() -> None:
-    calls: list[str] = []
-    runs = {_peer(name): (lambda name=name: calls.append(name)) for name in "abc"}
-    bench.interleave(runs, 0.0, torch.device("cpu"))
-    assert calls == list("abcbcacababcbca")
 
 
 def test_readme_shows_what_was_measured() -> None:
@@ -130,8 +63,8 @@ SPEEDS = ops_bench.Speeds(copy=1e9, product=1e9, e4m3=4e9)
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SECONDS", "FLUSH"):
-        monkeypatch.setattr(ops_bench, name, {"cpu": 0})
+    monkeypatch.setattr(ops_bench, "SECONDS", {"cpu": 0})
+    monkeypatch.setattr(timing, "FLUSH", {"cpu": 0})
 
 
 def _workload(name: str) -> Workload:
@@ -146,7 +79,7 @@ def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
 
 
 def test_every_op_has_a_row_and_every_row_an_op() -> None:
-    assert {workload.op for workload in WORKLOADS} == set(backends._OPS)
+    assert {workload.op for workload in WORKLOADS} == set(backends.ops())
     labels = [workload.label for workload in WORKLOADS]
     assert len(set(labels)) == len(labels)
 
@@ -208,11 +141,11 @@ def test_few_wrong_elements_and_many_slightly_wrong_ones_are_seen() -> None:
     reference = [usual[0].double()]
     one, all_ = usual[0].clone(), torch.nextafter(usual[0], torch.tensor(2.0))
     one[3] += 1e-6
-    assert ops_bench.worst_error(usual, reference, usual) == 0
+    assert worst_error(usual, reference, usual) == 0
     with pytest.raises(ValueError, match="an element is"):
-        ops_bench.worst_error([one], reference, usual)
+        worst_error([one], reference, usual)
     with pytest.raises(ValueError, match="the error is"):
-        ops_bench.worst_error([all_], reference, usual)
+        worst_error([all_], reference, usual)
 
 
 def test_the_floor_comes_from_bytes_or_from_products() -> None:
@@ -248,7 +181,7 @@ def test_ops_take_turns_on_a_cold_cache() -> None:
     calls: list[str] = []
     runs = {name: (lambda name=name: [calls.append(name)]) for name in "abc"}
     with Watch():
-        times = ops_bench.in_turn(runs, torch.device("cpu"))
+        times = timing.in_turn(runs, torch.device("cpu"), 0, flush=True)
     assert calls[::2] == ["flush"] * 15
     assert calls[1::2] == list("abcbcacababcbca")
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 5)

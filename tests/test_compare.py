@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, records
+from bench import compare, records, timing
 from bench import model as bench
-from bench.peers import PEERS
+from bench.peers import OURS, Peer
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -258,21 +258,24 @@ class _Clock:
         model.blocks[0].register_forward_hook(pass_time)
         return model
 
+    def peer(self, name: str, plain: DinoVisionTransformer, seconds: float) -> Peer:
+        return dataclasses.replace(OURS, name=name, build=lambda *_: self.charge(copy.deepcopy(plain), seconds))
+
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, 0), (1.03, 0), (1.1, 1)])
 def test_a_slower_model_is_seen_from_its_measurement(factor, status, tmp_path, capsys, monkeypatch) -> None:
     config = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=1, num_heads=2)
     plain = DinoVisionTransformer(**config.constructor_arguments()).eval()
-    other = dataclasses.replace(PEERS[0], name="other", dialect=lambda config: config.dialect)
+    setting = bench.Setting("throughput", config, 28, 2, "all", "fp32")
     path = tmp_path / "throughput.jsonl"
     for commit, cost in (("a" * 40, 0.010), ("b" * 40, 0.010 * factor)):
         clock = _Clock()
-        monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
-        ours, peer = (clock.charge(copy.deepcopy(plain), seconds) for seconds in (cost, 0.012))
-        common = records.environment(torch.device("cpu")) | {"commit": commit}
-        rows = bench.measure(config, {PEERS[0]: ours, other: peer}, torch.randn(2, 3, 28, 28), 0.5, common)
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
+        ours, other = clock.peer("dinov2_fast", plain, cost), clock.peer("other", plain, 0.012)
+        rows = bench.measure(setting, [(ours, "eager"), (other, "eager")], bench.Models(config, plain), 0.5, [])
         assert rows[0]["value"] == pytest.approx(2 / cost)
-        records.write(path, rows)
+        common = dict.fromkeys(records.KEYS) | records.environment(torch.device("cpu"), commit)
+        records.write(path, [common | row for row in rows])
     assert compare.main([f"{path}@a", f"{path}@b"]) == status
     said = capsys.readouterr().out
     assert f"(dinov2_fast {1 / factor:.3f}, other 1.000)" in said

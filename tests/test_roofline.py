@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ops as ops_bench
-from bench import records, roofline
+from bench import records, roofline, timing
 from bench.workloads import WORKLOADS, Shape
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
@@ -135,15 +135,16 @@ def test_the_last_layer_of_a_class_token_costs_5_9_megaflop_instead_of_1011() ->
 
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "SECONDS", {"cpu": 0})
     monkeypatch.setattr(ops_bench, "SECONDS", {"cpu": 0})
-    monkeypatch.setattr(ops_bench, "FLUSH", {"cpu": 0})
+    monkeypatch.setattr(timing, "FLUSH", {"cpu": 0})
     monkeypatch.setattr(ops_bench, "COPY", {"cpu": 1 << 16})
     monkeypatch.setattr(ops_bench, "PRODUCT", {"cpu": 32})
 
 
 def _timed(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
     """Every run takes these seconds."""
-    monkeypatch.setattr(roofline, "in_turn", lambda runs, device: dict.fromkeys(runs, times))
+    monkeypatch.setattr(roofline, "in_turn", lambda runs, *rest, **options: dict.fromkeys(runs, times))
 
 
 def test_rows_are_work_over_time_and_come_back_from_a_file(monkeypatch, tmp_path) -> None:
@@ -278,27 +279,38 @@ def test_each_backend_of_attention_runs_alone(monkeypatch) -> None:
 @pytest.mark.usefixtures("_short")
 def test_runs_are_warm_before_they_are_timed(monkeypatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(roofline, "in_turn", lambda runs, device: calls.append("timed") or {})
+    monkeypatch.setattr(roofline, "in_turn", lambda runs, *rest, **options: calls.append("timed") or {})
     roofline._warm_times({"a": lambda: calls.append("a")}, CPU)
     assert calls == ["a"] * roofline.WARM_UP + ["timed"]
     assert roofline._warm_times({}, CPU) == {}
 
 
 @pytest.mark.usefixtures("_short")
-def test_the_command_measures_and_says_what_it_leaves_out(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
-    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batch", "2"]
+def test_the_command_measures_keeps_and_resumes(tmp_path, capsys) -> None:
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "2", "--results", str(tmp_path)]
     assert roofline.main(command) == 0
     said = capsys.readouterr().out
-    assert "Left out: ViT-B, ViT-L, ViT-g, 224 px, 518 px, 1036 px, bf16, fp8." in said
     assert "dinov2_vits14, 22.06 M parameters, 28 px, batch 2" in said
     assert said.count("floor fp32, ") == 2
     assert not list(tmp_path.iterdir())
     assert roofline.main([*command, "--write"]) == 0
-    rows = records.read(tmp_path / "cpu" / "roofline.jsonl")
+    path = tmp_path / "cpu" / "roofline.jsonl"
+    rows = records.read(path)
     assert len(rows) == 2 + 8 + 2
     assert {row["task"] for row in rows} == {"roofline"}
     assert roofline.floor(S, 28, 2, "all", roofline.ceilings_of(rows, "fp32")).seconds > 0
+    capsys.readouterr()
+    assert roofline.main([*command, "--write", "--resume"]) == 0
+    assert records.read(path) == rows
+    assert capsys.readouterr().out.count("floor fp32, ") == 2
+    assert roofline.main([*command, "--write", "--resume", "--commit", "another"]) == 0
+    assert len(records.read(path)) == 2 * len(rows)
+
+
+def test_floors_are_measured_for_the_batches_of_both_tasks() -> None:
+    assert roofline._batches("cuda", 224) == [256, 1, 4, 16]
+    assert roofline._batches("cuda", 1036) == [16, 1]
+    assert roofline._batches("cpu", 224) == [8, 1]
 
 
 @pytest.mark.parametrize(
@@ -306,10 +318,11 @@ def test_the_command_measures_and_says_what_it_leaves_out(monkeypatch, tmp_path,
     [
         (["--models", "S,H"], "H: there are S, B, L, g"),
         (["--sizes", "224,225"], "225: a size is a multiple of 14"),
-        (["--sizes", "0"], "0: a size is a multiple of 14"),
-        (["--batch", "0"], "at least 1"),
-        (["--device", "cpu", "--precisions", "fp8"], "fp8: not on this device"),
+        (["--sizes", "0"], "0: positive numbers"),
+        (["--batches", "4,-1"], "4,-1: positive numbers"),
+        (["--device", "cpu", "--precisions", "fp8"], "fp8: only fp32 on a CPU"),
         (["--device", "cuda", "--precisions", "fp8"], "fp8 needs bf16"),
+        (["--precisions", "int8"], "int8: there are fp32, bf16, fp8"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(arguments, said, capsys) -> None:

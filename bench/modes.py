@@ -1,0 +1,95 @@
+"""How a model is run: in which precision, eagerly, compiled, as a CUDA graph, or on a backend of ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers import OURS, TIMM, TRANSFORMERS, Peer
+from bench.timing import Run
+from dinov2_fast.backends import use_backend
+
+# Of weights and pictures.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "autocast-bf16": torch.float32}
+COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
+BACKENDS = ("triton",)  # of ours, forced for every op
+MODES = ("eager", *COMPILED, "graphs", *BACKENDS)
+WARM_UP = 3  # runs before a capture
+
+
+def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
+    """The modes that are worth running of a peer.
+
+    The graph that max-autotune gets is the same from every peer, and it takes minutes: one of them is enough.
+    """
+    autotuned = next((p for p in (TIMM, TRANSFORMERS, OURS) if p in installed), None)
+    return [m for m in among if (m not in BACKENDS or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
+
+
+def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
+    """A forward pass on `x`, ready to be called again and again; call it in inference mode.
+
+    Args:
+        model: of that peer, its weights in the dtype of the precision.
+        x: pictures (batch, 3, height, width) in the dtype of the precision.
+    """
+    call = peer.call[output]
+
+    def forward(x: Tensor) -> Any:
+        return call(model, x)
+
+    if mode in COMPILED:
+        forward = torch.compile(forward, dynamic=False, mode=COMPILED[mode])
+    context = contexts(precision, mode, x.device)
+    if mode == "graphs":
+        return _captured(forward, x, context)
+
+    def run() -> Any:
+        with context():
+            return forward(x)
+
+    return run
+
+
+def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes the surroundings of one run."""
+    if precision == "autocast-bf16" and mode in BACKENDS:
+        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(mode))
+    if precision == "autocast-bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return (lambda: use_backend(mode)) if mode in BACKENDS else contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _both(*managers: contextlib.AbstractContextManager[Any]) -> Any:
+    with contextlib.ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
+        yield
+
+
+def _captured(
+    forward: Callable[[Tensor], Any], x: Tensor, context: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> Run:
+    """A CUDA graph of the forward pass, with the copy of new pictures into its input."""
+    static = x.clone()
+    side = torch.cuda.Stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side), context():
+        for _ in range(WARM_UP):
+            forward(static)
+    torch.cuda.current_stream(x.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), context():
+        result = forward(static)
+
+    def run() -> Any:
+        static.copy_(x)
+        graph.replay()
+        return result
+
+    return run

@@ -1,0 +1,304 @@
+"""The benchmark of whole models: peers share weights, wrong outputs are refused, what is missing says so."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import model as bench
+from bench import modes, options, peers, records, roofline, timing
+from bench.peers import OURS, Peer
+from dinov2_fast import backends
+from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.model import DinoVisionTransformer
+
+CPU = torch.device("cpu")
+CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=2, num_heads=2)
+SETTING = bench.Setting("throughput", CONFIG, 56, 2, "all", "fp32")
+
+
+def _models(config: BackboneConfig = CONFIG) -> bench.Models:
+    torch.manual_seed(0)
+    ours = DinoVisionTransformer(**config.constructor_arguments()).eval()
+    torch.nn.init.normal_(ours.pos_embed)  # so that each way of resampling positions gives other outputs
+    return bench.Models(config, ours)
+
+
+def _peer(name: str, **changes: Any) -> Peer:
+    return dataclasses.replace(OURS, name=name, **changes)
+
+
+def _measure(*entrants: Peer, setting: bench.Setting = SETTING, known: list[dict[str, Any]] | None = None) -> list[Any]:
+    return bench.measure(setting, [(peer, "eager") for peer in entrants], _models(), 0.0, known or [])
+
+
+def _options(tmp_path: Path, **changes: Any) -> argparse.Namespace:
+    given = {"device": "cpu", "results": tmp_path, "commit": "c0ffee", "write": True, "resume": False}
+    return argparse.Namespace(**(given | changes))
+
+
+@pytest.mark.parametrize("output", peers.OUTPUTS)
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("peer", [peers.TRANSFORMERS, peers.TIMM], ids=lambda peer: peer.name)
+def test_peers_have_our_weights_and_our_outputs(peer: Peer, registers: int, output: str, monkeypatch) -> None:
+    if peer.missing:
+        pytest.skip(peer.missing)
+    config = BACKBONES[f"dinov2_vits14{'_reg' if registers else ''}"]
+    models = _models(config)
+    setting = bench.Setting("throughput", config, 56, 1, output, "fp32")
+    (row,) = bench.measure(setting, [(peer, "eager")], models, 0.0, [])
+    assert (row["implementation"], row["unit"]) == (peer.name, "images/s")
+    assert row["outputs_max_error"] < 1e-5
+    wrong = dataclasses.replace(peer, dialect=lambda config: "offset")
+    (row,) = bench.measure(setting, [(wrong, "eager")], models, 0.0, [])
+    assert row["value"] is None
+    assert records.reason(row).startswith("refused: an element is")
+
+
+def test_wrong_outputs_are_refused_and_the_others_timed(capsys) -> None:
+    def raising(model: Any, x: Tensor) -> Any:
+        raise NotImplementedError("no such operator")
+
+    def off(factor: float) -> dict[str, Any]:
+        return {"all": lambda features: OURS.take["all"](features) * factor}
+
+    def last_picture_off(features: Any) -> Tensor:
+        tokens = OURS.take["all"](features).clone()
+        tokens[-1, -1, -1] += 1e-2
+        return tokens
+
+    rows = _measure(
+        OURS,
+        _peer("scaled", take=off(1 + 1e-4)),
+        _peer("nan", take=off(float("nan"))),
+        _peer("half", take={"all": lambda features: OURS.take["all"](features).half()}),
+        _peer("last", take={"all": last_picture_off}),
+        _peer("unable", call={"all": raising}),
+        _peer("absent", missing="absent is not installed"),
+    )
+    assert [row["implementation"] for row in rows if row["value"] is not None] == ["dinov2_fast"]
+    reasons = {row["implementation"]: records.reason(row) for row in rows[1:]}
+    assert all(reasons[name].startswith("refused: ") for name in ("scaled", "nan", "half", "last"))
+    assert reasons["unable"] == "cannot run here: no such operator"
+    assert reasons["absent"] == "absent is not installed"
+    bench.show("title", rows)
+    assert bench.summary(rows) == 1
+    said = capsys.readouterr()
+    assert "4 rows were refused or failed" in said.err
+    assert "absent is not installed" in said.out
+    assert bench.summary([rows[0], *rows[5:]]) == 0
+
+
+def test_out_of_memory_stops_nothing() -> None:
+    def raising(model: Any, x: Tensor) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    full, fine = _measure(_peer("full", call={"all": raising}), OURS)
+    assert records.reason(full) == "out of memory: tried to allocate much"
+    assert fine["value"] > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "autocast-bf16"])
+def test_each_precision_is_held_to_its_own_error(precision: str) -> None:
+    setting = dataclasses.replace(SETTING, precision=precision)
+    right, wrong = _measure(
+        _peer("right"),
+        _peer("wrong", take={"all": lambda features: OURS.take["all"](features) + torch.tensor(0.5)}),
+        setting=setting,
+    )
+    assert right["value"] > 0
+    assert right["precision"] == precision
+    assert (right["outputs_max_error"] > 1e-4) == (precision != "fp32")
+    assert records.reason(wrong).startswith("refused")
+
+
+def test_the_other_dtype_is_forgotten() -> None:
+    models = _models()
+    fp32 = models.get(OURS, torch.float32)
+    assert fp32 is models.get(OURS, torch.float32)
+    assert next(models.get(OURS, torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert models.get(OURS, torch.float32) is not fp32
+    assert next(models.ours.parameters()).dtype == torch.float32
+
+
+def test_a_row_is_pictures_over_time_or_time_and_has_every_key(tmp_path) -> None:
+    times = [0.1, 0.2, 0.25, 0.4, 0.5]
+    fast = bench.values(SETTING, times, 0.05)
+    assert fast == pytest.approx({"value": 8, "p20": 2 / 0.42, "p80": 2 / 0.18, "unit": "images/s", "floor_share": 0.2})
+    latency = dataclasses.replace(SETTING, task="latency")
+    slow = bench.values(latency, times, None)
+    assert slow == pytest.approx({"value": 250, "p20": 180, "p80": 420, "unit": "ms", "floor_share": None})
+    recorder = records.Recorder("latency", _options(tmp_path))
+    recorder.keep([latency.row(OURS, "eager") | slow, latency.row(_peer("x", variant="v"), "eager")])
+    kept = [json.loads(line) for line in (tmp_path / "cpu" / "latency.jsonl").read_text().splitlines()]
+    assert [tuple(row) for row in kept] == [records.KEYS] * 2
+    assert [(row["task"], row["commit"], row["mode"]) for row in kept] == [
+        ("latency", "c0ffee", "eager"),
+        ("latency", "c0ffee", "v-eager"),
+    ]
+    recorder.keep([latency.row(OURS, "eager") | slow | {"value": 1.0}])
+    assert [row["value"] for row in records.read(recorder.path)] == [1.0, None]
+
+
+def test_what_is_there_already_is_left_out(tmp_path) -> None:
+    first = records.Recorder("latency", _options(tmp_path))
+    first.keep([SETTING.row(OURS, "eager") | records.not_measured("no time")])
+    again = records.Recorder("latency", _options(tmp_path, resume=True))
+    assert again.has(**SETTING.row(OURS, "eager"))
+    assert not again.has(**SETTING.row(OURS, "compile"))
+    assert not records.Recorder("latency", _options(tmp_path)).has(**SETTING.row(OURS, "eager"))
+    other = records.Recorder("latency", _options(tmp_path, resume=True, commit="deadbeef"))
+    assert not other.has(**SETTING.row(OURS, "eager"))
+
+
+def test_a_slower_implementation_is_seen_and_all_are_shares_of_the_floor(monkeypatch) -> None:
+    def slow(model: Any, x: Tensor) -> Any:
+        time.sleep(0.2)
+        return OURS.call["all"](model, x)
+
+    monkeypatch.setitem(BACKBONES, CONFIG.name, CONFIG)
+    place = {"model": CONFIG.name, "resolution": 56, "batch": 2}
+    parts = [product.place for product in roofline.products_of(CONFIG, 56, 2, "cls")]
+    known = [roofline._row(part, "fp32", "TFLOP/s", [1e12, 1e12], **place) for part in [*parts, "attention"]]
+    known.append(roofline._row("copy", None, "GB/s", [1e9, 1e9]))
+    fast, slower = _measure(OURS, _peer("slow", call={"all": slow}), known=known)
+    assert slower["value"] < fast["value"] / 2
+    assert fast["p20"] <= fast["value"] <= fast["p80"]
+    floor = roofline.floor(CONFIG, 56, 2, "all", roofline.ceilings_of(known, "fp32")).seconds
+    assert fast["floor_share"] == pytest.approx(floor * fast["value"] / 2)
+    (without,) = _measure(OURS)
+    assert without["floor_share"] is None
+
+
+def test_runs_take_turns_and_calls_follow_each_other() -> None:
+    calls: list[str] = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timing.in_turn(runs, CPU, 0.0)
+    assert "".join(calls) == "abcbcacababcbca"
+    calls.clear()
+    timing.in_turn(runs, CPU, 0.0, calls={"a": 1, "b": 3, "c": 1})
+    assert "".join(calls) == "abbbcbbbcacabbbabbbcbbbca"
+
+
+def test_a_run_is_warm_when_its_time_is_steady(monkeypatch) -> None:
+    times = iter([9.0, 5.0, 3.0, 2.8, 1.0])
+    monkeypatch.setattr(timing, "elapsed", lambda run, device: next(times))
+    assert timing.warm_up(lambda: None, CPU) == 2.8
+
+
+def test_modes_are_those_worth_running() -> None:
+    everyone = [OURS, peers.TRANSFORMERS, peers.TIMM]
+    wanted = ["eager", "triton", "compile", "max-autotune"]
+    assert modes.modes_of(OURS, wanted, everyone) == ["eager", "triton", "compile"]
+    assert modes.modes_of(peers.TIMM, wanted, everyone) == ["eager", "compile", "max-autotune"]
+    assert modes.modes_of(peers.TRANSFORMERS, wanted, everyone) == ["eager", "compile"]
+    assert modes.modes_of(peers.TRANSFORMERS, wanted, everyone[:2]) == ["eager", "compile", "max-autotune"]
+
+
+def test_a_mode_is_what_it_says(monkeypatch) -> None:
+    seen: list[Any] = []
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        seen.append((backends._setting.everywhere, torch.is_autocast_enabled("cpu")))
+        return x + 1
+
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **given: compiled.append(given) or forward)
+    peer = _peer("any", call={"all": call})
+    for precision in ("fp32", "autocast-bf16"):
+        for mode in ("eager", "triton"):
+            modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", precision, mode)()
+    assert seen == [("", False), ("triton", False), ("", True), ("triton", True)]
+    assert backends._setting.everywhere == ""
+    for mode in ("compile", "reduce-overhead", "max-autotune"):
+        modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", "fp32", mode)
+    assert compiled == [{"dynamic": False, "mode": m} for m in ("default", "reduce-overhead", "max-autotune")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A package with the layout of the reference, which notes whether it was allowed to use xformers."""
+    for folder in ("hub", "models"):
+        (tmp_path / "dinov2" / folder).mkdir(parents=True)
+        (tmp_path / "dinov2" / folder / "__init__.py").touch()
+    (tmp_path / "dinov2" / "__init__.py").touch()
+    (tmp_path / "dinov2" / "models" / "vision_transformer.py").write_text(
+        "import os\nALLOWED = 'XFORMERS_DISABLED' not in os.environ\n"
+    )
+    (tmp_path / "dinov2" / "hub" / "backbones.py").write_text(
+        "def made(**given):\n    from dinov2.models import vision_transformer\n"
+        "    return vision_transformer.ALLOWED, vision_transformer.__name__\n"
+    )
+    return tmp_path
+
+
+def test_the_reference_stands_beside_itself_with_and_without_xformers(checkout: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XFORMERS_DISABLED", "1")  # the user's own setting does not hold for the peer that needs it
+    with_, without = (peers._reference(checkout, xformers).made() for xformers in (True, False))
+    assert with_ == (True, "dinov2_with_xformers.models.vision_transformer")
+    assert without == (False, "dinov2_without_xformers.models.vision_transformer")
+
+
+def test_a_reference_that_is_not_there_is_a_row_or_an_error(tmp_path) -> None:
+    plain, xformers = peers.peers()[3:]
+    assert (plain.name, plain.mode("eager"), plain.missing) == ("facebook", "eager", "no --reference-path was given")
+    assert (xformers.name, xformers.mode("eager")) == ("facebook", "xformers-eager")
+    with pytest.raises(ValueError, match="no checkout of facebookresearch/dinov2"):
+        peers.peers(tmp_path)
+
+
+@pytest.mark.parametrize("peer", [OURS, peers.TRANSFORMERS, peers.TIMM], ids=lambda peer: peer.name)
+def test_stochastic_depth_is_the_same_for_all(peer: Peer) -> None:
+    if peer.missing:
+        pytest.skip(peer.missing)
+    config = dataclasses.replace(BACKBONES["dinov2_vits14"])
+    ours = DinoVisionTransformer(**config.constructor_arguments())
+    drops = [m for m in peer.build(config, ours, 0.3).modules() if type(m).__name__.endswith("DropPath")]
+    rates = {getattr(drop, "drop_prob", getattr(drop, "drop_path_rate", None)) for drop in drops}
+    assert rates == {0.3}
+    assert len(drops) in (config.depth, 2 * config.depth)
+    assert not any(getattr(m, "drop_prob", 0) for m in peer.build(config, ours, 0.0).modules())
+
+
+def test_the_command_measures_keeps_and_resumes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench.dinov2_fast, "load", lambda name, **given: _models().ours)
+    monkeypatch.setattr(bench, "peers", lambda path: [OURS, _peer("absent", missing="absent is not installed")])
+    monkeypatch.setitem(options.MODELS, "S", CONFIG)
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "1,2", "--seconds", "0"]
+    command += ["--results", str(tmp_path), "--write", "--task", "latency"]
+    assert bench.main(command) == 0
+    rows = records.read(tmp_path / "cpu" / "latency.jsonl")
+    assert [(row["batch"], row["output"], row["implementation"], row["unit"]) for row in rows] == [
+        (batch, output, *rest)
+        for batch in (1, 2)
+        for output in ("all", "cls")
+        for rest in (("dinov2_fast", "ms"), ("absent", None))
+    ]
+    assert "ViT-S/14 28 px, batch 2, class token, fp32" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "measure", None)  # nothing is left to measure
+    assert bench.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--models", "S,H"], "H: there are S, B, L, g, dinov2_vits14"),
+        (["--sizes", "225"], "225: a size is a multiple of 14"),
+        (["--batches", "two"], "two: positive numbers"),
+        (["--outputs", "some"], "some: there are all, cls"),
+        (["--modes", "fast"], "fast: there are eager, compile"),
+        (["--precisions", "int8"], "int8: there are fp32, fp16, bf16, autocast-bf16"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(arguments, said, capsys) -> None:
+    with pytest.raises(SystemExit):
+        bench._parse(arguments)
+    assert said in capsys.readouterr().err
