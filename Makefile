@@ -27,7 +27,7 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-aot test-slow test-newest-torch lint types bench clean broken
+.PHONY: setup demo test test-aot test-slow test-newest-torch lint types bench report gpu clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -70,9 +70,29 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
+# On the CPU, some 8 minutes on 2 idle cores. What else runs meanwhile shows in the figures.
+BENCH := $(PY) -m bench
+CPU := --device cpu --write
 bench: setup
-	$(PY) -m bench.model --device cpu --write
-	$(PY) -m bench.report
+	$(BENCH).roofline $(CPU)
+	$(BENCH).model $(CPU) --task throughput --sizes 224
+	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10
+	$(BENCH).training $(CPU)
+	$(BENCH).memory $(CPU)
+	$(BENCH).extraction $(CPU)
+	$(BENCH).ops $(CPU) --sizes 224
+	$(BENCH).report
+
+# README's tables and plots, from bench/results.
+report: setup
+	$(BENCH).report
+
+# No setup: runs on the torch of $(PYTHON), on a machine with a GPU. `$(PYTHON) -m bench.gpu --help` says what comes of it.
+gpu:
+	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
+	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
+	    $(if $(REFERENCE),--reference-path '$(REFERENCE)') $(if $(QUICK),--quick) \
+	    $(if $(DRY_RUN),--dry-run $(filter-out 1,$(DRY_RUN)))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output

@@ -86,7 +86,8 @@ def load(name: str) -> dict[tuple[Any, ...], Row]:
         path = Path(before)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    # steps.jsonl is bench.gpu's, and holds no results
+    files = sorted(set(path.glob("*.jsonl")) - {path / "steps.jsonl"}) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no .jsonl file")
     contents = [rows for file in files if (rows := _read(file))]

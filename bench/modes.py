@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-aut
 BACKENDS = ("triton",)  # of ours, forced for every op
 MODES = ("eager", *COMPILED, "graphs", *BACKENDS)
 WARM_UP = 3  # runs before a capture
+RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
 
 
 def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
@@ -53,6 +54,14 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
             return forward(x)
 
     return run
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, as many runs as wanted can be compiled; they are forgotten at the end."""
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        yield
+    torch._dynamo.reset()
 
 
 def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import dinov2_fast.ops  # noqa: F401  registers them
 from bench import options as shared
+from bench import records
 from bench.accuracy import worst_error
 from bench.records import Recorder
 from bench.timing import in_turn, quantiles
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
     if device.type == "cpu":
         print("On a CPU only the torch implementations run: no kernel, no torch.compile.")
-    refused = 0
+    # The last row of a workload: rows without it were measured without torch.compile.
+    last = {"implementation": "torch.compile"} if options.compile and device.type != "cpu" else {}
     for config in options.models:
         for resolution in options.sizes:
             shape = Shape(config, resolution, 1, device, dtype)
@@ -57,14 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             for workload in WORKLOADS:
                 if workload.applies(shape) and op_of(workload).word in options.ops:
                     for backward in (False,) if workload.saved is None else (False, True):
-                        if not recorder.has(**row_of(workload, shape, backward)):
-                            found, wrong = measure(workload, shape, backward, speeds, options.compile)
-                            recorder.keep(found)
-                            refused += wrong
-    recorder.finish()
-    if refused:
-        print(f"{refused} rows were refused.", file=sys.stderr)
-    return int(refused > 0)
+                        if not recorder.has(**row_of(workload, shape, backward), **last):
+                            recorder.keep(measure(workload, shape, backward, speeds, options.compile))
+    return recorder.finish()
 
 
 def row_of(workload: Workload, shape: Shape, backward: bool) -> dict[str, Any]:
@@ -82,8 +79,8 @@ def row_of(workload: Workload, shape: Shape, backward: bool) -> dict[str, Any]:
 
 def measure(
     workload: Workload, shape: Shape, backward: bool, speeds: Speeds, compiled: bool = True
-) -> tuple[list[dict[str, Any]], int]:
-    """A row for each implementation that keeps the rule, and the number of those that break it or fail."""
+) -> list[dict[str, Any]]:
+    """A row for each implementation; those that break the rule or fail have no value."""
     op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
     prepare = gradients if backward else forward
     torch_function = next(i.function for i in op.implementations if i.backend == "torch")
@@ -91,19 +88,18 @@ def measure(
     usual = prepare(torch_function, own(op, arguments))()
     print(f"{workload.label}{' backward' if backward else ''}: {shape}")
     runs: dict[str, Run] = {}
-    errors: dict[str, float] = {}
-    refused = 0
+    rows: dict[str, dict[str, Any]] = {}
     for name, function in candidates(op, torch_function, arguments, compiled and shape.device.type != "cpu"):
+        rows[name] = row_of(workload, shape, backward) | {"implementation": name}
         try:
             run = prepare(function, own(op, arguments))
-            errors[name] = worst_error(run(), reference, usual)
+            rows[name]["outputs_max_error"] = worst_error(run(), reference, usual)
             runs[name] = run
         except Exception as exception:  # what stops one implementation must not stop the others
-            refused += 1
-            print(f"  {name:14} REFUSED: {(str(exception) or type(exception).__name__).splitlines()[0]}")
+            rows[name] |= records.stopped(exception)
+            print(f"  {name:14} {records.reason(rows[name])}")
     moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
     floor = speeds.floor(moved, flops, arguments)
-    rows = []
     times = in_turn(runs, shape.device, SECONDS[shape.device.type], flush=True) if runs else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
@@ -111,19 +107,9 @@ def measure(
         achieved = f"{moved / median / 1e9:5.3g} GB/s" if floor.by_bytes else f"{flops / median / 1e12:5.3g} TFLOP/s"
         ratios = ", ".join(f"{medians[other] / median:.2f}x {other}" for other in medians if other != name)
         print(f"  {name:14} {1e6 * median:9.1f} us {achieved}, {floor.seconds / median:4.0%} of the floor  {ratios}")
-        rows.append(
-            row_of(workload, shape, backward)
-            | {
-                "implementation": name,
-                "value": 1e6 * median,
-                "unit": "us",
-                "p20": 1e6 * fastest,
-                "p80": 1e6 * slowest,
-                "floor_share": floor.seconds / median,
-                "outputs_max_error": errors[name],
-            }
-        )
-    return rows, refused
+        measured = {"value": 1e6 * median, "unit": "us", "p20": 1e6 * fastest, "p80": 1e6 * slowest}
+        rows[name] |= measured | {"floor_share": floor.seconds / median}
+    return list(rows.values())
 
 
 def op_of(workload: Workload) -> Op:

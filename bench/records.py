@@ -10,6 +10,7 @@ import datetime
 import json
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
 
 
 NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
+KINDS = {torch.OutOfMemoryError: "out of memory", ValueError: "refused", NotImplementedError: "cannot run here"}
+MISSING = "missing: "  # the beginning of that reason where an implementation is not there
 SENSORS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -83,25 +86,47 @@ class Recorder:
             full["versions"] = self.common["versions"] | state | (row.get("versions") or {})
             self.rows.append(full)
         if self._write:
-            write(self.path, self.rows[len(self.rows) - len(rows) :])
+            write(self.path, self.rows)
 
     def has(self, **wanted: Any) -> bool:
-        """Whether, when resuming, a row with these keys is there already for this commit."""
+        """Whether, when resuming, a row with these keys is there already for this commit, of what is not missing."""
         wanted["commit"] = self.common["commit"]
-        return any(all(row[key] == value for key, value in wanted.items()) for row in self._known)
+        return any(
+            all(row[key] == value for key, value in wanted.items()) for row in self._known if not is_missing(row)
+        )
 
     def known(self, task: str) -> list[dict[str, Any]]:
         """The rows of another task on this device, of whatever commit."""
         return read(self.folder / f"{task}.jsonl")
 
-    def finish(self) -> None:
+    def finish(self) -> int:
+        """Says where the rows are and how many were refused or failed; the exit status."""
         if self._write:
             print(f"wrote {self.path}")
+        wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
+        if wrong:
+            print(f"{len(wrong)} rows were refused or failed.", file=sys.stderr)
+        return int(bool(wrong))
 
 
 def not_measured(reason: str) -> dict[str, Any]:
     """What a row holds in place of a value."""
     return {"value": None, "versions": {NOT_MEASURED: reason}}
+
+
+def stopped(exception: Exception) -> dict[str, Any]:
+    """The same for one that an exception stopped."""
+    kind = KINDS.get(type(exception), "failed")
+    return not_measured(f"{kind}: {(str(exception) or type(exception).__name__).splitlines()[0]}")
+
+
+def missing(reason: str) -> dict[str, Any]:
+    """The same for an implementation that is not there at all, but may be the next time."""
+    return not_measured(f"{MISSING}{reason}")
+
+
+def is_missing(row: dict[str, Any]) -> bool:
+    return (reason(row) or "").startswith(MISSING)
 
 
 def reason(row: dict[str, Any]) -> str | None:
@@ -167,7 +192,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             raise ValueError(f"A row must have the keys {KEYS}; wrong: {sorted(set(row) ^ set(KEYS))}.")
     kept = {tuple(row[key] for key in IDENTITY): row for row in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in kept.values()))
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in kept.values()))
+    part.replace(path)  # whole or not at all: a run may be stopped at any moment
 
 
 def _cpu_name() -> str:

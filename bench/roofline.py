@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _batches(device: str, resolution: int) -> list[int]:
-    """Those of throughput and of latency."""
+    """Those of throughput, latency and training."""
     return list(dict.fromkeys(batch for task in shared.BATCHES for batch in shared.batches(task, device, resolution)))
 
 

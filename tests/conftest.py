@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, and one torch thread in each parallel worker."""
+"""What every test runs under: fixed seeds, true fp32, and one torch thread in each parallel worker."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests import devices
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # set by pytest-xdist in its workers
         torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions on a GPU in fp32, for which the tolerances are made
     if devices.interpreting():
         devices.make_the_interpreter_strict()
 

@@ -17,7 +17,17 @@ from dinov2_fast import ops
 from dinov2_fast.backends import BackendError
 from dinov2_fast.ops import _attention_peers
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, gradients, on_gpu, poisoned_memory, random, runs_triton
+from tests.devices import (
+    BACKENDS,
+    DEVICE,
+    fakes_cuda,
+    gradients,
+    on_gpu,
+    poisoned_memory,
+    random,
+    runs_triton,
+    skip_without_opcheck,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
@@ -439,6 +449,7 @@ def test_peers_obey_the_rule(backend: str) -> None:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, strided: bool) -> None:
+    skip_without_opcheck()
     qkv = _qkv(3, 5, heads=1, head_dim=32).transpose(0, 1) if strided else _qkv(5, 3, heads=1, head_dim=32)
     qkv.requires_grad_(requires_grad)
     packed = qkv[:, 1].detach().requires_grad_(requires_grad)

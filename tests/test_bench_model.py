@@ -63,7 +63,7 @@ def test_peers_have_our_weights_and_our_outputs(peer: Peer, registers: int, outp
     assert records.reason(row).startswith("refused: an element is")
 
 
-def test_wrong_outputs_are_refused_and_the_others_timed(capsys) -> None:
+def test_wrong_outputs_are_refused_and_the_others_timed(tmp_path, capsys) -> None:
     def raising(model: Any, x: Tensor) -> Any:
         raise NotImplementedError("no such operator")
 
@@ -88,13 +88,17 @@ def test_wrong_outputs_are_refused_and_the_others_timed(capsys) -> None:
     reasons = {row["implementation"]: records.reason(row) for row in rows[1:]}
     assert all(reasons[name].startswith("refused: ") for name in ("scaled", "nan", "half", "last"))
     assert reasons["unable"] == "cannot run here: no such operator"
-    assert reasons["absent"] == "absent is not installed"
+    assert reasons["absent"] == "missing: absent is not installed"
     bench.show("title", rows)
-    assert bench.summary(rows) == 1
+    recorder = records.Recorder("throughput", _options(tmp_path, write=False))
+    recorder.keep([rows[0], *rows[5:]])
+    assert recorder.finish() == 0
+    recorder.keep(rows[1:5])
+    assert recorder.finish() == 1
     said = capsys.readouterr()
     assert "4 rows were refused or failed" in said.err
     assert "absent is not installed" in said.out
-    assert bench.summary([rows[0], *rows[5:]]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_out_of_memory_stops_nothing() -> None:
@@ -154,7 +158,10 @@ def test_what_is_there_already_is_left_out(tmp_path) -> None:
     again = records.Recorder("latency", _options(tmp_path, resume=True))
     assert again.has(**SETTING.row(OURS, "eager"))
     assert not again.has(**SETTING.row(OURS, "compile"))
+    first.keep([SETTING.row(OURS, "eager") | records.missing("not installed")])
+    assert not records.Recorder("latency", _options(tmp_path, resume=True)).has(**SETTING.row(OURS, "eager"))
     assert not records.Recorder("latency", _options(tmp_path)).has(**SETTING.row(OURS, "eager"))
+    first.keep([SETTING.row(OURS, "eager") | {"value": 1.0}])
     other = records.Recorder("latency", _options(tmp_path, resume=True, commit="deadbeef"))
     assert not other.has(**SETTING.row(OURS, "eager"))
 

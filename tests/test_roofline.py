@@ -307,10 +307,10 @@ def test_the_command_measures_keeps_and_resumes(tmp_path, capsys) -> None:
     assert len(records.read(path)) == 2 * len(rows)
 
 
-def test_floors_are_measured_for_the_batches_of_both_tasks() -> None:
-    assert roofline._batches("cuda", 224) == [256, 1, 4, 16]
+def test_floors_are_measured_for_the_batches_of_all_tasks() -> None:
+    assert roofline._batches("cuda", 224) == [256, 1, 4, 16, 64]
     assert roofline._batches("cuda", 1036) == [16, 1]
-    assert roofline._batches("cpu", 224) == [8, 1]
+    assert roofline._batches("cpu", 224) == [8, 1, 3]
 
 
 @pytest.mark.parametrize(
