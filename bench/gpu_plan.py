@@ -16,10 +16,11 @@ from dinov2_fast import backends, ops  # noqa: F401  ops registers the ops
 ROOT = Path(__file__).parents[1]
 EVERY_MODEL = "S,B,L,g"
 PIXELS = ("224", "518", "1036")
-UNCOMPILED = "eager,triton"
+TRAINABLE = "eager,triton"  # all that training and memory know but torch.compile
+UNCOMPILED = "eager,engine,engine-triton,triton"
 COMPILED = f"{UNCOMPILED},compile"
 TUNED = f"{COMPILED},max-autotune"
-GRAPHS = "eager,triton,graphs"
+GRAPHS = "eager,triton,engine,engine-graphs,engine-triton-graphs,graphs"
 TRAINED = "autocast-bf16,bf16"
 SMALL_TESTS = "triton and (nan and stay or packed_gradients or wider_bias)"  # a few of every op
 LARGE_TESTS = "to_the_31"  # tensors of many GB: one at a time
@@ -96,7 +97,7 @@ def _uncompiled(peers: tuple[str, ...]) -> Iterator[Step]:
         yield throughput(peers, size, EVERY_MODEL, "bf16", UNCOMPILED, minutes)
     for size in PIXELS[:2]:
         yield latency(peers, size, EVERY_MODEL, GRAPHS, 2.0)
-    yield training(peers, TRAINED, UNCOMPILED, 2.0)
+    yield training(peers, TRAINED, TRAINABLE, 2.0)
     for size in PIXELS:
         yield bench(f"ops-{size}", 1.0, "ops", models=EVERY_MODEL, sizes=size, compile=None)
 
@@ -105,24 +106,24 @@ def _compiled(peers: tuple[str, ...]) -> Iterator[Step]:
     for size in PIXELS:
         for model, minutes in COMPILING.items():
             yield throughput(peers, size, model, "bf16", COMPILED, minutes)
-    yield bench("memory", 3.0, "memory", peers, models=EVERY_MODEL, precisions="bf16", modes=UNCOMPILED)
+    yield bench("memory", 3.0, "memory", peers, models=EVERY_MODEL, precisions="bf16", modes=TRAINABLE)
     yield bench("extraction", 4.0, "extraction", peers, models="S,L")
     for size in PIXELS[:2]:
         for model, minutes in COMPILING.items():
             yield latency(peers, size, model, f"{GRAPHS},reduce-overhead", minutes, "1")
-    yield training(peers, TRAINED, COMPILED, 8.0)
+    yield training(peers, TRAINED, f"{TRAINABLE},compile", 8.0)
     for size in PIXELS:
         yield bench(f"ops-{size}-compile", 6.0, "ops", models=EVERY_MODEL, sizes=size)
 
 
 def _other_precisions(peers: tuple[str, ...]) -> Iterator[Step]:
     for size in PIXELS:
-        yield throughput(peers, size, EVERY_MODEL, "autocast-bf16", UNCOMPILED, 2.0)
+        yield throughput(peers, size, EVERY_MODEL, "autocast-bf16", TRAINABLE, 2.0)
     yield bench("roofline-fp32", 2.5, "roofline", models=EVERY_MODEL, precisions="fp32")
     for size, minutes in zip(PIXELS, (2.5, 5.0, 12.0), strict=True):
         yield throughput(peers, size, EVERY_MODEL, "fp32", UNCOMPILED, minutes)
-    yield training(peers, "fp32", UNCOMPILED, 3.0)
-    others = {"precisions": "autocast-bf16,fp32", "modes": UNCOMPILED}
+    yield training(peers, "fp32", TRAINABLE, 3.0)
+    others = {"precisions": "autocast-bf16,fp32", "modes": TRAINABLE}
     yield bench("memory-others", 6.0, "memory", peers, models=EVERY_MODEL, **others)
 
 

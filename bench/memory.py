@@ -45,6 +45,7 @@ KINDS = (*OUTPUTS, "training")
 BACKBONES = {"cpu": "S", "cuda": "SBLg"}
 BATCH = {"cpu": 2, "cuda": 64}
 BUDGET = {"cpu": 0.5, "cuda": 16.0}  # GiB
+FEWER = 8  # times fewer pictures are tried next to a first batch, and until some fit
 GROWTH = 4  # times a batch that fits: no larger one is tried next, as few pictures tell little of many
 MIB, GIB = 2**20, 2**30
 
@@ -106,8 +107,7 @@ class Entrant:
             self._model = build(self._peer, setting.config, ours, setting.precision, self._device)
             self._step = Step(self._peer, self._model, setting.precision, self._mode, self._device)
         else:
-            with self._device:
-                made = self._peer.build(setting.config, ours, 0.0)
+            made = self._peer.build(setting.config, ours, 0.0)
             self._model = made.to(self._device, DTYPES[setting.precision]).eval()
 
     def peak(self, batch: int) -> float:
@@ -151,9 +151,13 @@ def largest_batch(peak: Callable[[int], float], budget: float, known: dict[int, 
         budget: bytes.
         known: peaks that are known already; those measured are added.
     """
-    if 1 not in known:
-        known[1] = peak(1)
-    if known[1] > budget:
+    # One picture only as a last resort: stochastic depth has nothing to choose from there, which Inductor (torch 2.11)
+    # does not compile.
+    smallest = min(known)
+    while smallest > 1 and (len(known) == 1 or known[smallest] > budget):
+        smallest = max(1, smallest // FEWER)
+        known[smallest] = peak(smallest)
+    if known[smallest] > budget:
         return 0
     while True:
         fits = max(batch for batch, size in known.items() if size <= budget)
@@ -227,7 +231,7 @@ def _values(entrant: Entrant, budget: float | None) -> tuple[list[dict[str, Any]
         return values, sample
     largest = largest_batch(entrant.peak, budget * GIB, known)
     if not largest:
-        return [*values, records.not_measured(f"out of memory: one picture takes {known[1] / GIB:.3g} GiB")], sample
+        return [*values, records.not_measured("out of memory: not even one picture fits")], sample
     return [*values, {"value": largest, "unit": "images"}], sample
 
 

@@ -3,7 +3,8 @@
 All get the same weights and the same random pictures. Before anything is timed, the first and the last picture's
 outputs are held to the rule of the tests: the error, against our model in a wider dtype, is at most twice that of our
 model on plain PyTorch in the same precision (each time resampling positions as that peer does). What breaks the rule is
-refused; what cannot run is a row that says why. Then all run in turn, A B C A B C, and the medians count.
+refused; what cannot run is a row that says why. In fp8, which only our engine has, each token's cosine with that of our
+model in fp32 counts instead. Then all run in turn, A B C A B C, and the medians count.
 
 Throughput counts pictures per second of calls that follow each other without waiting; latency is the time of one call
 until its result is there, in milliseconds. Each is also given as a share of the floor that bench.roofline sets.
@@ -28,7 +29,7 @@ import dinov2_fast
 from bench import options as shared
 from bench import records, roofline
 from bench.accuracy import worst_error
-from bench.modes import DTYPES, MODES, compiling, contexts, modes_of, prepare
+from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare
 from bench.peers import OURS, OUTPUTS, Peer, peers
 from bench.records import Recorder
 from bench.timing import Run, in_turn, quantiles, warm_up
@@ -39,11 +40,15 @@ TASKS = ("throughput", "latency")
 SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls that one time of throughput is taken of, at least
 PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
 MODES_OF_TASK = {
-    ("throughput", "cpu"): ["eager"],
-    ("throughput", "cuda"): ["eager", "triton", "compile", "max-autotune"],
-    ("latency", "cpu"): ["eager"],
-    ("latency", "cuda"): ["eager", "triton", "graphs", "compile", "reduce-overhead", "max-autotune"],
+    ("throughput", "cpu"): ["eager", "engine"],
+    ("throughput", "cuda"): ["eager", "triton", "engine", "engine-triton", "compile", "max-autotune"],
+    ("latency", "cpu"): ["eager", "engine"],
+    ("latency", "cuda"): [
+        *("eager", "triton", "graphs", "engine", "engine-graphs", "engine-triton-graphs"),
+        *("compile", "reduce-overhead", "max-autotune"),
+    ],
 }
+COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,7 @@ class Models:
     def get(self, peer: Peer, dtype: torch.dtype) -> nn.Module:
         self._made = {key: model for key, model in self._made.items() if key[1] == dtype}
         if (peer, dtype) not in self._made:
-            with self.device:
-                made = peer.build(self.config, self.ours, 0.0)
+            made = peer.build(self.config, self.ours, 0.0)
             self._made[peer, dtype] = made.to(self.device, dtype).eval()
         return self._made[peer, dtype]
 
@@ -111,18 +115,37 @@ class Judge:
         self._x = x[self._rows]
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def verdict(self, peer: Peer, result: Any) -> dict[str, Any]:
+        """What a row says about the outputs.
+
+        Raises:
+            ValueError: they are not the model's.
+        """
+        if self._setting.precision != "fp8":
+            return {"outputs_max_error": self.error(peer, result)}
+        wide, _ = self._expectation(peer)
+        result = peer.take[self._setting.output](result)[self._rows].float()
+        cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
+        if not cosine >= COSINE:  # NaN is none
+            raise ValueError(f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}")
+        error = ((result - wide).abs().max() / wide.abs().max()).item()
+        return {"outputs_max_error": error, "versions": {"cosine": cosine}}
+
     def error(self, peer: Peer, result: Any) -> float:
         """The largest error of an element.
 
         Raises:
             ValueError: the outputs are not the model's.
         """
+        wide, usual = self._expectation(peer)
+        result = peer.take[self._setting.output](result)[self._rows]
+        return worst_error([result.to(usual.dtype)], [wide], [usual])
+
+    def _expectation(self, peer: Peer) -> tuple[Tensor, Tensor]:
         dialect = peer.dialect(self._models.config)
         if dialect not in self._known:
             self._known[dialect] = self._expected(dialect)
-        wide, usual = self._known[dialect]
-        result = peer.take[self._setting.output](result)[self._rows]
-        return worst_error([result.to(usual.dtype)], [wide], [usual])
+        return self._known[dialect]
 
     def _expected(self, dialect: str) -> tuple[Tensor, Tensor]:
         """Our outputs in a wider dtype, and in this precision, both on plain PyTorch."""
@@ -174,8 +197,9 @@ def measure(
             rows[peer, mode] |= records.missing(peer.missing)
             continue
         try:
-            run = prepare(peer, models.get(peer, x.dtype), x, setting.output, setting.precision, mode)
-            rows[peer, mode]["outputs_max_error"] = judge.error(peer, run())
+            model = models.ours if mode in ENGINES else models.get(peer, x.dtype)
+            run = prepare(peer, model, x, setting.output, setting.precision, mode)
+            rows[peer, mode] |= judge.verdict(peer, run())
             last = warm_up(run, x.device)
             calls[peer, mode] = max(1, round(SAMPLE[x.device.type] / last)) if setting.task == "throughput" else 1
             runs[peer, mode] = run
@@ -218,12 +242,13 @@ def main(arguments: list[str] | None = None) -> int:
     for config in options.models:
         models = None
         for setting in settings(options, config):
-            if all(peer.missing or recorder.has(**setting.row(peer, mode)) for peer, mode in entrants):
+            taking_part = [(peer, mode) for peer, mode in entrants if goes_with(mode, setting.precision)]
+            if all(peer.missing or recorder.has(**setting.row(peer, mode)) for peer, mode in taking_part):
                 continue
             if models is None:
                 ours = dinov2_fast.load(config.name, weights="random:0", device=recorder.device)
                 models = Models(config, ours)
-            rows = measure(setting, entrants, models, options.seconds, known)
+            rows = measure(setting, taking_part, models, options.seconds, known)
             recorder.keep(rows)
             show(str(setting), rows)
     summary(recorder.rows)

@@ -1,4 +1,4 @@
-"""How a model is run: in which precision, eagerly, compiled, as a CUDA graph, or on a backend of ours."""
+"""How a model is run: in which precision, eagerly, compiled, as a CUDA graph, on a backend or the engine of ours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,29 @@ from torch import Tensor, nn
 
 from bench.peers import OURS, TIMM, TRANSFORMERS, Peer
 from bench.timing import Run
+from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
 
-# Of weights and pictures.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "autocast-bf16": torch.float32}
+# Of weights and pictures; in fp8 the engine alone runs, with weights of its own.
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "autocast-bf16": torch.float32,
+    "fp8": torch.bfloat16,
+}
 COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
 BACKENDS = ("triton",)  # of ours, forced for every op
-MODES = ("eager", *COMPILED, "graphs", *BACKENDS)
+# Our engine, which makes its weights from fp32 ones: whether as a CUDA graph, and the backend forced for every op.
+ENGINES = {
+    "engine": (False, None),
+    "engine-graphs": (True, None),
+    "engine-triton": (False, "triton"),
+    "engine-triton-graphs": (True, "triton"),
+}
+MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES)
 WARM_UP = 3  # runs before a capture
+CALIBRATING = 8  # pictures, for the scales of fp8
 RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
 
 
@@ -28,17 +43,25 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
     The graph that max-autotune gets is the same from every peer, and it takes minutes: one of them is enough.
     """
     autotuned = next((p for p in (TIMM, TRANSFORMERS, OURS) if p in installed), None)
-    return [m for m in among if (m not in BACKENDS or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
+    ours = (*BACKENDS, *ENGINES)
+    return [m for m in among if (m not in ours or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
+
+
+def goes_with(mode: str, precision: str) -> bool:
+    """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8."""
+    return precision != "autocast-bf16" if mode in ENGINES else precision != "fp8"
 
 
 def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
     """A forward pass on `x`, ready to be called again and again; call it in inference mode.
 
     Args:
-        model: of that peer, its weights in the dtype of the precision.
+        model: of that peer, its weights in the dtype of the precision; in fp32 for the engine.
         x: pictures (batch, 3, height, width) in the dtype of the precision.
     """
     call = peer.call[output]
+    if mode in ENGINES:
+        model = engine(model, x, output, precision, ENGINES[mode][0])
 
     def forward(x: Tensor) -> Any:
         return call(model, x)
@@ -56,6 +79,14 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
     return run
 
 
+def engine(model: nn.Module, x: Tensor, output: str, precision: str, graphs: bool) -> nn.Module:
+    """Our engine, from weights in fp32, for what :func:`prepare` runs; also where it is slower than fp32."""
+    made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True)
+    if precision == "fp8":
+        made.calibrate(x[:CALIBRATING])
+    return made
+
+
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Inside, as many runs as wanted can be compiled; they are forgotten at the end."""
@@ -66,11 +97,12 @@ def compiling() -> Iterator[None]:
 
 def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Makes the surroundings of one run."""
-    if precision == "autocast-bf16" and mode in BACKENDS:
-        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(mode))
+    backend = mode if mode in BACKENDS else ENGINES.get(mode, (False, None))[1]
+    if precision == "autocast-bf16" and backend:
+        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend))
     if precision == "autocast-bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
-    return (lambda: use_backend(mode)) if mode in BACKENDS else contextlib.nullcontext
+    return (lambda: use_backend(backend)) if backend else contextlib.nullcontext
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ class Peer:
 
     Args:
         name: of the implementation.
-        build: makes a model in fp32 from ours, with a rate of stochastic depth that is the same in all layers, where
-            the current default device is.
+        build: makes a model in fp32 from ours, with a rate of stochastic depth that is the same in all layers, on the
+            device of ours.
         call: for an output, how the model is run; this is what is timed.
         take: for an output, the tensor in what `call` returns: all tokens after the final norm (batch, tokens, hidden)
             with output "all", the class token (batch, hidden) with "cls".
@@ -81,11 +81,14 @@ def _ours(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Modu
     if not drop_path:
         return copy.deepcopy(model)
     arguments = config.constructor_arguments() | {"drop_path_rate": drop_path, "drop_path_uniform": True}
-    return _loaded(dinov2_fast.DinoVisionTransformer(**arguments), model.state_dict())
+    return _loaded(lambda: dinov2_fast.DinoVisionTransformer(**arguments), model.state_dict())
 
 
-def _loaded(made: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    made.load_state_dict(weights)
+def _loaded(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """A model with copies of these weights; none of its own are drawn, which takes longer than all else."""
+    with torch.device("meta"):
+        made = make()
+    made.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
     return made
 
 
@@ -103,23 +106,20 @@ def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) ->
         patch_size=14,
         drop_path_rate=drop_path,
     ).to_dict()
-    made = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**fields))
-    return _loaded(made, dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface"))
+    make, configuration = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")(**fields)
+    return _loaded(lambda: make(configuration), dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface"))
 
 
 def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
     import timm
 
-    name = config.timm_name.partition(".")[0]
-    made = timm.create_model(name, dynamic_img_size=True, drop_path_rate=drop_path)
-    for module in made.modules():
-        if isinstance(module, timm.layers.DropPath):
-            module.drop_prob = drop_path  # the same in all layers, not growing with depth
-    if drop_path:
-        # The first layer, where timm's own rate is 0.
-        for place in ("drop_path1", "drop_path2"):
-            setattr(made.blocks[0], place, timm.layers.DropPath(drop_path))
-    return _loaded(made, dinov2_fast.convert_state_dict(model.state_dict(), to="timm"))
+    def make() -> nn.Module:
+        made = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, drop_path_rate=drop_path)
+        for block in made.blocks if drop_path else ():  # timm's own rate grows with depth, from none at all
+            block.drop_path1, block.drop_path2 = (timm.layers.DropPath(drop_path) for _ in range(2))
+        return made
+
+    return _loaded(make, dinov2_fast.convert_state_dict(model.state_dict(), to="timm"))
 
 
 def _forward(model: nn.Module, x: Tensor) -> Any:
@@ -181,8 +181,8 @@ def facebook(path: Path | None, xformers: bool) -> Peer:
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
         assert path is not None
         make = getattr(_reference(path, xformers), config.name)
-        made = make(pretrained=False, drop_path_rate=drop_path, drop_path_uniform=True)
-        return _loaded(made, model.state_dict())
+        given = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
+        return _loaded(lambda: make(**given), model.state_dict())
 
     return Peer(
         "facebook", build, OURS.call, OURS.take, _own_dialect, variant="xformers" if xformers else "", missing=missing

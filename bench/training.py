@@ -82,8 +82,7 @@ class Step:
 
 def build(peer: Peer, config: BackboneConfig, ours: nn.Module, precision: str, device: torch.device) -> nn.Module:
     """A model to train, with the weights of ours."""
-    with device:
-        made = peer.build(config, ours, DROP_PATH)
+    made = peer.build(config, ours, DROP_PATH)
     return made.to(device, DTYPES[precision]).train()
 
 

@@ -30,6 +30,7 @@ _PUBLIC = {
     "WeightsError": "weights",
     "convert_state_dict": "weights",
     "load": "weights",
+    "optimize_for_inference": "inference",
     "use_backend": "ops",
 }
 

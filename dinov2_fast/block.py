@@ -107,7 +107,7 @@ def _pack(x_list: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
 
 def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
     parts = packed[0].split([x.shape[0] * x.shape[1] for x in like])
-    return [part.view(x.shape[0], x.shape[1], -1) for part, x in zip(parts, like, strict=True)]
+    return [part.view_as(x) for part, x in zip(parts, like, strict=True)]
 
 
 # The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, a

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import model as bench
 from bench import modes, options, peers, records, roofline, timing
 from bench.peers import OURS, Peer
-from dinov2_fast import backends
+from dinov2_fast import backends, optimize_for_inference
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -203,8 +203,8 @@ def test_a_run_is_warm_when_its_time_is_steady(monkeypatch) -> None:
 
 def test_modes_are_those_worth_running() -> None:
     everyone = [OURS, peers.TRANSFORMERS, peers.TIMM]
-    wanted = ["eager", "triton", "compile", "max-autotune"]
-    assert modes.modes_of(OURS, wanted, everyone) == ["eager", "triton", "compile"]
+    wanted = ["eager", "triton", "engine", "engine-graphs", "compile", "max-autotune"]
+    assert modes.modes_of(OURS, wanted, everyone) == ["eager", "triton", "engine", "engine-graphs", "compile"]
     assert modes.modes_of(peers.TIMM, wanted, everyone) == ["eager", "compile", "max-autotune"]
     assert modes.modes_of(peers.TRANSFORMERS, wanted, everyone) == ["eager", "compile"]
     assert modes.modes_of(peers.TRANSFORMERS, wanted, everyone[:2]) == ["eager", "compile", "max-autotune"]
@@ -228,6 +228,67 @@ def test_a_mode_is_what_it_says(monkeypatch) -> None:
     for mode in ("compile", "reduce-overhead", "max-autotune"):
         modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", "fp32", mode)
     assert compiled == [{"dynamic": False, "mode": m} for m in ("default", "reduce-overhead", "max-autotune")]
+
+
+@pytest.mark.parametrize("output", peers.OUTPUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_engine_is_made_of_fp32_weights_for_what_is_asked(precision: str, output: str, monkeypatch) -> None:
+    made: list[Any] = []
+
+    def noting(model: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append((next(model.parameters()).dtype, args, kwargs))
+        return optimize_for_inference(model, *args, **kwargs)
+
+    monkeypatch.setattr(modes, "optimize_for_inference", noting)
+    setting = dataclasses.replace(SETTING, precision=precision, output=output)
+    (engine,) = bench.measure(setting, [(OURS, "engine")], _models(), 0.0, [])
+    asked = {"outputs": output, "cuda_graphs": False, "allow_slow": True}
+    assert made == [(torch.float32, (precision,), asked)]
+    assert (engine["mode"], engine["unit"]) == ("engine", "images/s")
+    assert engine["outputs_max_error"] < (1e-5 if precision == "fp32" else 0.1)
+    for mode in ("engine-graphs", "engine-triton-graphs"):
+        with pytest.raises(ValueError, match="cuda_graphs=True needs a model on a GPU"):
+            modes.prepare(OURS, _models().ours, torch.zeros(1, 3, 28, 28), output, precision, mode)
+        assert made[-1][2]["cuda_graphs"] is True
+    with modes.contexts(precision, "engine-triton", CPU)():
+        assert backends._setting.everywhere == "triton"
+
+
+def test_a_wrong_engine_is_refused() -> None:
+    def off(features: Any) -> Tensor:
+        return OURS.take["all"](features) * (1 + 1e-3)
+
+    (row,) = bench.measure(SETTING, [(_peer("dinov2_fast", take={"all": off}), "engine")], _models(), 0.0, [])
+    assert records.reason(row).startswith("refused: an element is")
+
+
+@pytest.mark.parametrize("output", peers.OUTPUTS)
+def test_fp8_is_held_to_the_cosine_with_fp32(output: str) -> None:
+    setting = dataclasses.replace(SETTING, precision="fp8", output=output)
+
+    def one_token_off(result: Any) -> Tensor:
+        tokens = OURS.take[output](result).clone()
+        tokens.view(-1, CONFIG.embed_dim)[-1, :16] += 2
+        return tokens
+
+    peers_ = [
+        OURS,
+        _peer("off", take={output: one_token_off}),
+        _peer("nan", take={output: lambda r: OURS.take[output](r) * float("nan")}),
+    ]
+    right, *wrong = bench.measure(setting, [(peer, "engine") for peer in peers_], _models(), 0.0, [])
+    assert right["value"] > 0
+    assert right["precision"] == "fp8"
+    assert bench.COSINE <= right["versions"]["cosine"] < 0.999999
+    assert 1e-4 < right["outputs_max_error"] < 0.5
+    for row in wrong:
+        assert records.reason(row).startswith("refused: the cosine of a token with that in fp32 is ")
+
+
+def test_modes_go_with_precisions() -> None:
+    with_engine = {precision: modes.goes_with("engine", precision) for precision in modes.DTYPES}
+    assert with_engine == {"fp32": True, "fp16": True, "bf16": True, "autocast-bf16": False, "fp8": True}
+    assert [precision for precision in modes.DTYPES if not modes.goes_with("triton", precision)] == ["fp8"]
 
 
 @pytest.fixture
@@ -283,11 +344,11 @@ def test_the_command_measures_keeps_and_resumes(tmp_path, monkeypatch, capsys) -
     command += ["--results", str(tmp_path), "--write", "--task", "latency"]
     assert bench.main(command) == 0
     rows = records.read(tmp_path / "cpu" / "latency.jsonl")
-    assert [(row["batch"], row["output"], row["implementation"], row["unit"]) for row in rows] == [
+    assert [(row["batch"], row["output"], row["implementation"], row["mode"], row["unit"]) for row in rows] == [
         (batch, output, *rest)
         for batch in (1, 2)
         for output in ("all", "cls")
-        for rest in (("dinov2_fast", "ms"), ("absent", None))
+        for rest in (("dinov2_fast", "eager", "ms"), ("dinov2_fast", "engine", "ms"), ("absent", "eager", None))
     ]
     assert "ViT-S/14 28 px, batch 2, class token, fp32" in capsys.readouterr().out
     monkeypatch.setattr(bench, "measure", None)  # nothing is left to measure
@@ -302,7 +363,7 @@ def test_the_command_measures_keeps_and_resumes(tmp_path, monkeypatch, capsys) -
         (["--batches", "two"], "two: positive numbers"),
         (["--outputs", "some"], "some: there are all, cls"),
         (["--modes", "fast"], "fast: there are eager, compile"),
-        (["--precisions", "int8"], "int8: there are fp32, fp16, bf16, autocast-bf16"),
+        (["--precisions", "int8"], "int8: there are fp32, fp16, bf16, autocast-bf16, fp8"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(arguments, said, capsys) -> None:

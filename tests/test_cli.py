@@ -25,6 +25,7 @@ from dinov2_fast.cli.extract import Progress
 from dinov2_fast.extraction import read_image
 from dinov2_fast.extraction.features_file import read_metadata
 from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.inference import Engine
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples" / "pictures"
@@ -87,7 +88,8 @@ EXTRACT = ["extract", "x.jpg", "--model", "dinov2_vits14", "--out", "out"]
         ([*EXTRACT, "--workers", "many"], "invalid number value: 'many'"),
         ([*EXTRACT, "--size", "500"], "500 is not a multiple of the patch size 14; nearest: 490 or 504"),
         ([*EXTRACT, "--size", "14x14x3"], "neither a number of pixels nor HEIGHTxWIDTH"),
-        ([*EXTRACT, "--dtype", "int8"], "invalid choice: 'int8'"),
+        ([*EXTRACT, "--precision", "int8"], "invalid choice: 'int8'"),
+        ([*EXTRACT, "--engine", "fast"], "invalid choice: 'fast'"),
         (["info", "--verbose"], "unrecognized arguments: --verbose"),
     ],
 )
@@ -138,20 +140,49 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     metadata = read_metadata(tmp_path / "out" / "features.parquet")
     assert (metadata["model"], metadata["weights"]) == ("dinov2_vits14", "random:0")
     assert metadata["position_dialect"] == "offset"
+    assert (metadata["dtype"], metadata["precision"], metadata["engine"]) == ("float32", "fp32", True)
 
 
 def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     arguments = ["extract", str(bad), str(PICTURES / "coffee.jpg"), "--model", checkpoint, "--workers", "0"]
-    assert main([*arguments, "--out", str(tmp_path / "a"), "--size", "28x42", "--dtype", "bfloat16"]) == 3
+    options = ["--size", "28x42", "--precision", "bf16", "--engine", "off"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     assert "2 pictures, 1 failed" in capsys.readouterr().out
     metadata = read_metadata(tmp_path / "a" / "features.parquet")
-    assert metadata["dtype"] == "bfloat16"
+    assert (metadata["dtype"], metadata["precision"], metadata["engine"]) == ("bfloat16", "bf16", False)
     assert metadata["processor"]["crop_size"] == {"height": 28, "width": 42}
     table = pq.read_table(tmp_path / "a" / "features.parquet")
     assert table["error"].to_pylist()[1] is None
     assert table["error"].to_pylist()[0].startswith("not a picture")
+
+
+@pytest.mark.parametrize("engine", ["on", "off"])
+def test_the_engine_and_its_precision_are_chosen(
+    checkpoint: str, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mean and a std of its own, which the engine takes over."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})  # or the engine refuses bf16
+    dtypes, forward_features = [], Engine.forward_features
+    monkeypatch.setattr(Engine, "forward_features", lambda self, x: dtypes.append(x.dtype) or forward_features(self, x))
+    folder = tmp_path / "model"
+    processor = Dinov2ImageProcessor(size=56, crop_size=42, image_mean=(0.7, 0.2, 0.4), image_std=(0.5, 0.3, 0.1))
+    processor.save_pretrained(folder)
+    os.link(checkpoint, folder / "model.safetensors")
+    arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", str(folder), "--workers", "0", "--device", "cpu"]
+    pixels = processor(read_image(PICTURES / "coffee.jpg")).pixel_values
+    with torch.inference_mode():
+        expected = dinov2_fast.load(str(folder)).forward_features(pixels)["x_norm_clstoken"].numpy()
+    for precision, bound in (("auto", 1e-4), ("bf16", 0.1)):
+        out = tmp_path / precision
+        assert main([*arguments, "--precision", precision, "--engine", engine, "--out", str(out)]) == 0
+        table, metadata = pq.read_table(out / "features.parquet"), read_metadata(out / "features.parquet")
+        np.testing.assert_allclose(np.array(table["cls"].to_pylist()), expected, atol=bound)
+        assert metadata["precision"] == precision.replace("auto", "fp32")
+        assert metadata["engine"] == (engine == "on")
+        assert metadata["processor"] == processor.to_dict()
+    assert dtypes == ([torch.uint8] * 2 if engine == "on" else [])
 
 
 def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +213,7 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
         (str(PICTURES), "dinov2_vits14", ["--weights", str(PICTURES / "README.md")], "README.md"),
         (str(PICTURES), "dinov2_vits14", ["--weights", "random:x"], "random:SEED"),
         (str(PICTURES), "dinov2_vits14", ["--weights", "random:0", "--device", "abacus"], "abacus"),
+        (str(PICTURES), "dinov2_vits14", ["--precision", "fp8", "--engine", "off"], "fp8 exists in the engine only"),
     ],
 )
 def test_an_abort_exits_with_1_and_one_message(

@@ -27,6 +27,8 @@ from dinov2_fast.extraction.decoding import decode_all
 from dinov2_fast.extraction.extract import Summary, extract
 from dinov2_fast.extraction.features_file import read_metadata
 from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.inference import optimize_for_inference
+from tests.test_model import small
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples" / "pictures"
@@ -219,6 +221,52 @@ def test_the_models_dtype_is_used(plain: list[str], tmp_path: Path) -> None:
     assert read_metadata(summary.path)["dtype"] == "bfloat16"
     expected = [expected_features(file)[1] for file in plain]
     np.testing.assert_allclose(np.array(table["patch_mean"].to_pylist()), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("processor", "workers", "uint8"),
+    [
+        (Dinov2ImageProcessor(), 0, True),
+        (Dinov2ImageProcessor(), 1, True),
+        (Dinov2ImageProcessor(size=20, crop_size=(42, 56)), 0, True),
+        (Dinov2ImageProcessor(image_mean=0.5), 0, False),
+        (Dinov2ImageProcessor(rescale_factor=1 / 127.5), 0, False),
+        (Dinov2ImageProcessor(do_normalize=False), 0, False),
+    ],
+    ids=["default", "worker", "padded", "other mean", "other scale", "not normalised"],
+)
+def test_an_engine_gives_the_features_of_its_model(
+    plain: list[str],
+    tmp_path: Path,
+    processor: Dinov2ImageProcessor,
+    workers: int,
+    uint8: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = small(embed_dim=64, num_register_tokens=2)
+    engine, dtypes = optimize_for_inference(model, "fp32"), []
+    forward_features = engine.forward_features
+    monkeypatch.setattr(engine, "forward_features", lambda x: dtypes.append(x.dtype) or forward_features(x))
+    files = [*plain[:3], "missing", *plain[3:]]
+    tables = [
+        pq.read_table(extract(files, runs, tmp_path / name, processor=processor, batch_size=3, workers=workers).path)
+        for name, runs in (("model", model), ("engine", engine))
+    ]
+    for name in ("cls", "patch_mean"):
+        expected, found = (np.array([row for row in table[name].to_pylist() if row]) for table in tables)
+        assert len(found) == 7
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert set(dtypes) == {torch.uint8 if uint8 else torch.float32}
+    metadata = [read_metadata(tmp_path / name / "features.parquet") for name in ("model", "engine")]
+    assert [(found.pop("engine"), found["precision"]) for found in metadata] == [(False, "fp32"), (True, "fp32")]
+    assert metadata[0] == metadata[1]
+
+
+def test_the_engine_s_precision_is_recorded(plain: list[str], tmp_path: Path) -> None:
+    engine = optimize_for_inference(small(), "bf16", allow_slow=True)
+    metadata = read_metadata(extract(plain, engine, tmp_path).path)
+    assert (metadata["dtype"], metadata["precision"], metadata["device"]) == ("bfloat16", "bf16", "cpu")
 
 
 def test_the_file_says_how_it_was_made(plain: list[str], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast.backends import BackendError
+from dinov2_fast.backends import BackendError, choose
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, poisoned_memory, random, runs_triton
+from tests.devices import BACKENDS, DEVICE, fakes_cuda, poisoned_memory, random, runs_triton, skip_without_opcheck
 
 op = import_module("dinov2_fast.ops.linear")  # not the function of that name
 E4M3 = torch.float8_e4m3fn
@@ -334,6 +334,7 @@ def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
 @runs_triton
 @pytest.mark.parametrize("strided", [False, True])
 def test_opcheck(strided: bool) -> None:
+    skip_without_opcheck()
     x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
     weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
@@ -376,9 +377,20 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, form: str) -> None:
         assert _run(form, backend, *operands).dtype == _run(form, "torch", *operands).dtype
 
 
-def test_torch_comes_first_until_the_others_are_measured() -> None:
-    x, weight, bias = _operands(2, 4, 8, torch.float32)
-    assert torch.equal(op.linear(x, weight, bias), F.linear(x, weight, bias))
+def test_what_was_measured_comes_first(monkeypatch) -> None:
+    """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
+    for capability, backend in (("AVX512", "onednn"), ("AVX2", "torch")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        tried = op._onednn(op.linear_onednn), op._torch(op.linear_torch)
+        x, weight, bias = _operands(2, 4, 8, torch.float32)
+        x, weight, bias = x.cpu(), weight.cpu(), bias.cpu()
+        with torch.no_grad():
+            assert next(i.backend for i in tried if i.reason_against(x, weight, bias) is None) == backend
+    with FakeTensorMode(), torch.no_grad():
+        if torch.backends.cuda.is_built():
+            x, weight, bias = (torch.empty(size, device="cuda") for size in ((2, 8), (4, 8), (4,)))
+            for each in (op._LINEAR, op._LINEAR_GELU, op._LINEAR_SWIGLU):
+                assert choose(each, x, weight, bias).backend == "torch"
 
 
 @each_backend

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dinov2_fast.extraction.extract import Summary
 
 SOME_FAILED = 3
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -39,7 +40,20 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *DTYPES, "fp8"),
+        default="auto",
+        help="of the computation; features are stored in fp32, and the file says which it was. auto is bf16 on a GPU "
+        "and fp32 on a CPU; fp8 needs a GPU that has it, and its errors are several times those of bf16 "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("on", "off"),
+        default="on",
+        help="off runs the model as it is, instead of its faster form for inference (default: on)",
+    )
     parser.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="(default: 32)")
     parser.add_argument(
         "--workers",
@@ -68,14 +82,22 @@ def run(args: argparse.Namespace) -> int:
     import dinov2_fast
     from dinov2_fast.extraction.extract import extract
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = dinov2_fast.load(
-        args.model, weights=args.weights, device=_device(device), dtype=args.dtype, dialect=args.dialect
-    )
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp8" and args.engine == "off":
+        raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")
+    dtype = "float32" if args.engine == "on" else DTYPES[precision]  # the engine folds weights in fp32
+    model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype=dtype, dialect=args.dialect)
+    runs: Any = model
+    if args.engine == "on":
+        mean, std = processor.image_mean, processor.image_std
+        runs = dinov2_fast.optimize_for_inference(model, precision, mean=mean, std=std)
     progress = Progress(len(files))
     summary = extract(
         files,
-        model,
+        runs,
         args.out,
         processor=processor,
         batch_size=args.batch_size,

@@ -22,6 +22,9 @@ from dinov2_fast.extraction.decoding import Decoded, decode_all
 from dinov2_fast.extraction.features_file import FeaturesFile, output_path
 from dinov2_fast.extraction.images import MAX_PIXELS
 from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.inference import Engine
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Features = NDArray[np.float32]  # (batch, embed_dim)
 
@@ -56,13 +59,17 @@ def extract(
 
     Args:
         files: pictures, from :func:`dinov2_fast.extraction.list_images` for instance.
-        model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode; its device and dtype are used.
+        model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one by
+            :func:`dinov2_fast.optimize_for_inference`; its device and dtype are used. An engine with the processor's
+            mean and std gets uint8 pictures and normalises them itself: a quarter of the bytes from worker processes
+            and to the device.
         processor: by default the checkpoints' (224 x 224). Its outputs must have one size, a multiple of the patch.
         batch_size: pictures in one forward pass. A batch is a fixed range of rows, unreadable pictures included.
         workers: processes that decode; 0 decodes in this one.
         max_pixels: larger pictures are refused.
         overwrite: replace features that are there already.
-        metadata: what to record in the file besides processor, dtype, device, batch size and versions.
+        metadata: what to record in the file besides processor, dtype, engine, precision, device, batch size and
+            versions.
         progress: called after each batch with the number of pictures done and, among them, of failures.
 
     Raises:
@@ -74,7 +81,8 @@ def extract(
     path = output_path(out, overwrite=overwrite)
     recorded = {**(metadata or {}), **_describe(model, processor), "batch_size": batch_size}
     start, failures = time.perf_counter(), 0
-    decoding = decode_all(files, processor, max_pixels=max_pixels, workers=workers, ahead=max(2 * batch_size, 8))
+    decoder = _without_normalization(processor) if _normalizes(model, processor) else processor
+    decoding = decode_all(files, decoder, max_pixels=max_pixels, workers=workers, ahead=max(2 * batch_size, 8))
     with FeaturesFile(path, model.embed_dim, recorded) as file, closing(decoding) as decoded:
         for first in range(0, len(files), batch_size):
             pictures, cls, patch_mean = _features(model, list(islice(decoded, batch_size)))
@@ -101,13 +109,32 @@ def _check(files: Sequence[str], model: Any, processor: Dinov2ImageProcessor, ba
         )
 
 
+def _normalizes(model: Any, processor: Dinov2ImageProcessor) -> bool:
+    """Whether the model does to uint8 pictures what the processor does last: scaling by 1/255 and normalisation."""
+    if not isinstance(model, Engine) or not processor.do_rescale or not processor.do_normalize:
+        return False
+    settings = processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std)
+    return settings == (1 / 255, tuple(model.plan.mean), tuple(model.plan.std))
+
+
+def _without_normalization(processor: Dinov2ImageProcessor) -> Dinov2ImageProcessor:
+    return Dinov2ImageProcessor(**{**processor.settings(), "do_rescale": False, "do_normalize": False})
+
+
+def _place(model: Any) -> Any:
+    """What has the device and the dtype of the model: a parameter, or the engine itself."""
+    return model if isinstance(model, Engine) else next(model.parameters())
+
+
 def _describe(model: Any, processor: Dinov2ImageProcessor) -> dict[str, Any]:
-    parameter = next(model.parameters())
+    place, engine = _place(model), isinstance(model, Engine)
     return {
         "processor": processor.to_dict(),
         "position_dialect": model.position_dialect,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "engine": engine,
+        "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
+        "device": place.device.type,
         "versions": {
             "dinov2_fast": __version__,
             "python": platform.python_version(),
@@ -124,10 +151,9 @@ def _features(model: Any, pictures: list[Decoded]) -> tuple[list[Decoded], Featu
     patch_mean = np.zeros_like(cls)
     pixels = {row: picture.pixels for row, picture in enumerate(pictures) if picture.pixels is not None}
     if pixels:
-        parameter = next(model.parameters())
+        batch = torch.from_numpy(np.stack(list(pixels.values()))).to(_place(model).device)
         with torch.inference_mode():
-            batch = torch.from_numpy(np.stack(list(pixels.values()))).to(parameter.device, parameter.dtype)
-            output = model.forward_features(batch)
+            output = model.forward_features(batch if isinstance(model, Engine) else batch.to(_place(model).dtype))
             cls[list(pixels)] = output["x_norm_clstoken"].float().cpu().numpy()
             patch_mean[list(pixels)] = output["x_norm_patchtokens"].float().mean(dim=1).cpu().numpy()
     for row in np.flatnonzero(~np.isfinite(cls + patch_mean).all(axis=1)):

@@ -6,7 +6,7 @@ The arguments are those of the op: packed qkv, for sequences of different length
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,7 @@ from dinov2_fast import environment
 from dinov2_fast.backends import Implementation
 from dinov2_fast.ops import _registry
 
+PACKED_KINDS = 1024  # packings whose boundaries are kept: in lists of natural pictures hardly any comes twice
 _HALF = (torch.float16, torch.bfloat16)
 _XFORMERS_IS_INSTALLED = _registry.is_installed("xformers")
 _VARLEN_IS_INSTALLED = _registry.is_installed("torch.nn.attention.varlen")
@@ -116,7 +117,7 @@ def cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     return make(seq_lens, device)
 
 
-@cache
+@lru_cache(maxsize=PACKED_KINDS)
 def _copy_cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not save it later
         return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
@@ -138,7 +139,7 @@ def xformers_attention_varlen(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p:
     return memory_efficient_attention(*qkv[None].unbind(2), attn_bias=mask, p=dropout_p)[0].contiguous()
 
 
-@cache
+@lru_cache(maxsize=PACKED_KINDS)
 def _block_diagonal_mask(seq_lens: tuple[int, ...], device: torch.device) -> Any:
     from xformers.ops.fmha import BlockDiagonalMask
 

@@ -1,0 +1,5 @@
+"""The inference engine: a model folded into fewer and larger steps, with the same methods and outputs."""
+
+from dinov2_fast.inference.engine import Engine, optimize_for_inference
+
+__all__ = ["Engine", "optimize_for_inference"]

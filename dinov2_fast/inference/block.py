@@ -1,0 +1,114 @@
+"""A transformer block of the engine: six steps, LayerScale folded away, the residual stream updated in place.
+
+    x += proj(attention(qkv(norm1(x))))        gamma of LayerScale is in the weight and bias of proj
+    x += down(act(up(norm2(x))))               and of down; act is GELU or SwiGLU, in the epilogue of up
+
+Which implementation of a step runs is for the tables in `ops/` to say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+from dinov2_fast.block import Block
+from dinov2_fast.inference.fold import FoldedNorm, expect, fold_linear, gamma_of
+from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
+from dinov2_fast.ops.attention_pool import cls_attention
+from dinov2_fast.ops.linear import interleave
+
+
+class FoldedAttention(nn.Module):
+    """Self-attention, with the LayerScale behind it."""
+
+    def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.qkv = fold_linear(attention.qkv, f"{name}.qkv", dtype)
+        self.proj = fold_linear(attention.proj, f"{name}.proj", dtype, gamma)
+
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """(..., hidden) -> (..., 3, heads, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+
+    def add_to_(self, stream: Tensor, x: Tensor, seq_lens: tuple[int, ...] | None) -> None:
+        """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
+        qkv = self.project_qkv(x)
+        out = ops.attention(qkv) if seq_lens is None else ops.attention_varlen(qkv[0], seq_lens)[None]
+        self.proj.add_to_(stream, out.flatten(-2))
+
+    def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The attention weights for the norm `x`: (batch, heads, rows, seq_len)."""
+        return ops.attention_probabilities(self.project_qkv(x), rows)
+
+
+class FoldedMlp(nn.Module):
+    """Feed-forward network, with the LayerScale behind it."""
+
+    def __init__(self, mlp: nn.Module, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        expect(mlp, name, Mlp, SwiGLUFFN, SwiGLUFFNFused)
+        self.gated = isinstance(mlp, SwiGLUFFN)
+        if isinstance(mlp, SwiGLUFFN):
+            self.up = fold_linear(mlp.w12, f"{name}.w12", dtype, order=interleave)
+            self.down = fold_linear(mlp.w3, f"{name}.w3", dtype, gamma)
+        elif isinstance(mlp, Mlp):
+            expect(mlp.act, f"{name}.act", GELU)
+            self.up = fold_linear(mlp.fc1, f"{name}.fc1", dtype)
+            self.down = fold_linear(mlp.fc2, f"{name}.fc2", dtype, gamma)
+
+    def add_to_(self, stream: Tensor, x: Tensor) -> None:
+        """Adds the branch for the norm `x` to `stream`, both (..., hidden)."""
+        self.down.add_to_(stream, self.up.swiglu(x) if self.gated else self.up.gelu(x))
+
+
+class FoldedBlock(nn.Module):
+    """One block.
+
+    Args:
+        block: the model's.
+        name: of it, for errors.
+        dtype: of the linears and what they read.
+        stream: of the residual stream.
+    """
+
+    def __init__(self, block: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+        super().__init__()
+        expect(block, name, Block)
+        for part in ("drop_path1", "drop_path2"):
+            expect(getattr(block, part), f"{name}.{part}", DropPath, nn.Identity)
+        attention = expect(block.attn, f"{name}.attn", Attention)
+        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, stream)
+        self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
+        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, stream)
+        self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output for the residual stream `x` (batch, seq_len, hidden), which is left as it is."""
+        return self.update_(x.clone())
+
+    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+        """`forward`, in place; with `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths."""
+        self.attn.add_to_(x, self.norm1(x), seq_lens)
+        self.mlp.add_to_(x, self.norm2(x))
+        return x
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """The CLS token alone of the block's output, (batch, hidden), without computing the others.
+
+        The keys and values of the other tokens are never made, see `ops.attention_pool`.
+        """
+        norm, qkv = self.norm1, self.attn.qkv
+        weight, bias = norm.weight.to(norm.dtype), norm.bias.to(norm.dtype)
+        out = cls_attention(x.to(norm.dtype), weight, bias, norm.eps, qkv.weight, qkv.bias, self.attn.num_heads)
+        row = x[:, 0].clone()
+        self.attn.proj.add_to_(row, out)
+        self.mlp.add_to_(row, self.norm2(row))
+        return row
+
+    def op_names(self) -> set[str]:
+        """The ops of its linears and its norms."""
+        return {"layer_norm", "linear", "linear_swiglu" if self.mlp.gated else "linear_gelu", "linear_residual_"}

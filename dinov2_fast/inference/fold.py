@@ -1,0 +1,169 @@
+"""Turns a model's parameters into the tensors of the inference engine: computed in fp64, rounded once.
+
+    gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale disappears into the linear before it
+    rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, see `ops.linear.interleave`
+
+What is folded no longer has a module of its own, so only modules whose computation is known are taken.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """`exact` (fp64) in `dtype`, contiguous and without a gradient."""
+    return exact.detach().to(dtype).contiguous()
+
+
+def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
+    """`module`, if it is exactly one of `kinds`: a subclass or a wrapper may compute something else.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if type(module) not in kinds:
+        raise TypeError(
+            f"{name} is a {type(module).__name__}; the engine can fold {' or '.join(kind.__name__ for kind in kinds)} "
+            "only. Merge what was added to the model into its weights first, or use the model itself."
+        )
+    return module
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raises `TypeError` if a hook, or a `forward` set on an instance, changes what some module computes."""
+    for name, module in model.named_modules():
+        if is_watched(module):
+            where = name or "the model"
+            raise TypeError(
+                f"{where} has a hook or its own forward, which the engine would pass over; remove it first."
+            )
+
+
+def hollow(module: nn.Module, kind: type[nn.Module] | None = None) -> Any:
+    """A module of class `kind` (default: the same) in eval mode with copies of the plain attributes of `module`.
+
+    It has no parameters, buffers, submodules or hooks.
+    """
+    made = (kind or type(module)).__new__(kind or type(module))
+    nn.Module.__init__(made)
+    plain = {key: value for key, value in vars(module).items() if key not in vars(made)}
+    plain.pop("_compiled_call_impl", None)  # would run the original
+    made.__dict__.update(copy.deepcopy(plain), training=False)
+    return made
+
+
+def frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `module` in eval mode with its floating-point tensors in `dtype` and its parameters as buffers."""
+    made = hollow(module)
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        made.register_buffer(name, None if tensor is None else _frozen_tensor(tensor, dtype))
+    for name, child in module._modules.items():
+        made.add_module(name, None if child is None else frozen(child, dtype))
+    return made
+
+
+def _frozen_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+class FoldedLinear(nn.Module):
+    """A linear whose weight (out_features, in_features) and bias (or None) are buffers."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return ops.linear_gelu(x, self.weight, self.bias)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        return ops.linear_swiglu(x, self.weight, self.bias)
+
+    def add_to_(self, stream: Tensor, x: Tensor) -> None:
+        ops.linear_residual_(stream, x, self.weight, self.bias, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.weight.dtype}"
+
+
+def fold_exactly(
+    linear: Any,
+    name: str,
+    gamma: Tensor | None = None,
+    order: Callable[[Tensor], Tensor] | None = None,
+    norm: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Folds what follows an `nn.Linear`, and the norm before it, into its weight and bias, which are returned in fp64.
+
+    Args:
+        linear: the model's.
+        name: of it, for errors.
+        gamma: LayerScale, (out_features,), or None.
+        order: puts the output features in another order.
+        norm: the layer norm whose weight and bias it takes over, or None.
+    """
+    expect(linear, name, nn.Linear)
+    weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    if norm is not None:
+        shift = weight @ norm.bias.double()
+        weight, bias = weight * norm.weight.double(), shift if bias is None else bias + shift
+    if gamma is not None:
+        weight = weight * gamma.double()[:, None]
+        bias = None if bias is None else bias * gamma.double()
+    if order is not None:
+        weight, bias = order(weight), None if bias is None else order(bias)
+    return weight, bias
+
+
+def fold_linear(
+    linear: Any,
+    name: str,
+    dtype: torch.dtype,
+    gamma: Tensor | None = None,
+    order: Callable[[Tensor], Tensor] | None = None,
+) -> FoldedLinear:
+    """`fold_exactly`, rounded to `dtype`."""
+    weight, bias = fold_exactly(linear, name, gamma, order)
+    return FoldedLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
+
+
+class FoldedNorm(nn.Module):
+    """A layer norm of the residual stream, in the dtype of the linears that read it."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+        super().__init__()
+        expect(norm, name, LayerNorm, nn.LayerNorm)
+        self.eps: float = norm.eps
+        self.dtype = dtype
+        self.register_buffer("weight", rounded(norm.weight.double(), stream))
+        self.register_buffer("bias", rounded(norm.bias.double(), stream))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:
+    """LayerScale's factors, None where there is no LayerScale."""
+    return getattr(expect(layer_scale, name, LayerScale, nn.Identity), "gamma", None)

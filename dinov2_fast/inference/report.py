@@ -1,0 +1,148 @@
+"""What a precision costs: features of engines beside those in fp32, block by block, on pictures of the user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dinov2_fast.inference.backbone import FoldedBackbone
+
+TIE = 1e-6  # neighbours whose cosines differ by no more are equally near
+
+
+@dataclass(frozen=True)
+class Row:
+    """How near the features of one precision are to those in fp32, at one place of the model.
+
+    `layer` is "block i", whose output is taken through the last norm as `get_intermediate_layers` gives it, or "final",
+    what a plain call returns before any head: CLS is from a last block that ran for it alone, if the engine has that.
+    The cosines are those between the CLS tokens, and between the patch tokens, of the same picture: mean and smallest.
+    `neighbours` is the share of pictures whose nearest neighbour among the others, by the cosine of CLS tokens, is the
+    same as in fp32; NaN for fewer than three pictures.
+    """
+
+    layer: str
+    precision: str
+    cls_mean: float
+    cls_worst: float
+    patch_mean: float
+    patch_worst: float
+    neighbours: float
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The rows of a report, block by block; printed, a table."""
+
+    rows: tuple[Row, ...]
+    pictures: int
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Cosine to the features in fp32 (same neighbour: of the CLS tokens of {self.pictures} pictures)",
+            f"{'layer':<10}{'precision':<11}{'CLS mean':>10}{'worst':>10}{'patches mean':>14}{'worst':>10}"
+            f"{'same neighbour':>16}",
+        ]
+        for row in self.rows:
+            same = "-" if math.isnan(row.neighbours) else f"{row.neighbours:.1%}"
+            lines.append(
+                f"{row.layer:<10}{row.precision:<11}{row.cls_mean:>10.5f}{row.cls_worst:>10.5f}"
+                f"{row.patch_mean:>14.5f}{row.patch_worst:>10.5f}{same:>16}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass
+class _Tally:
+    """What one row needs, collected over batches."""
+
+    cls: list[Tensor] = field(default_factory=list)  # (batch, hidden), fp32
+    exact_cls: list[Tensor] = field(default_factory=list)
+    patch_sum: float = 0.0
+    patch_count: int = 0
+    patch_worst: float = math.inf
+
+    def add(self, cls: Tensor, exact_cls: Tensor, patches: Tensor, exact_patches: Tensor) -> None:
+        self.cls.append(cls.to(torch.float32, copy=True))  # not a view that keeps all tokens
+        self.exact_cls.append(exact_cls.clone())
+        cosine = F.cosine_similarity(patches.float(), exact_patches, dim=-1)
+        self.patch_sum += cosine.sum(dtype=torch.float64).item()
+        self.patch_count += cosine.numel()
+        self.patch_worst = torch.minimum(cosine.new_tensor(self.patch_worst), cosine.min()).item()  # keeps NaN
+
+    def row(self, layer: str, precision: str) -> Row:
+        cls, exact = torch.cat(self.cls), torch.cat(self.exact_cls)
+        cosine = F.cosine_similarity(cls, exact, dim=-1)
+        return Row(
+            layer,
+            precision,
+            cosine.mean().item(),
+            cosine.min().item(),
+            self.patch_sum / self.patch_count,
+            self.patch_worst,
+            same_neighbours(cls, exact),
+        )
+
+
+def same_neighbours(cls: Tensor, exact: Tensor) -> float:
+    """The share of rows whose nearest other row in `cls` is one of the nearest in `exact`; (pictures, hidden)."""
+    if len(cls) < 3:
+        return math.nan
+    itself = torch.eye(len(cls), dtype=torch.bool, device=cls.device)
+    found, wanted = (
+        (F.normalize(x.double()) @ F.normalize(x.double()).T).masked_fill(itself, -math.inf) for x in (cls, exact)
+    )
+    of_found = wanted.gather(1, found.argmax(1, keepdim=True))[:, 0]
+    return (of_found >= wanted.amax(1) - TIE).float().mean().item()
+
+
+def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches: Iterable[Tensor]) -> Report:
+    """Runs batches through the backbones of engines side by side.
+
+    Args:
+        exact: of the engine in fp32.
+        others: those it is compared with, by the names of their precisions.
+        batches: pictures, (batch, channels, height, width) each.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    tallies: dict[tuple[str, str], _Tally] = {}
+    pictures, last = 0, len(exact.blocks) - 1
+    for batch in batches:
+        if len(batch) == 0:
+            continue
+        pictures += len(batch)
+        streams = {name: backbone.embed(batch) for name, backbone in others.items()}  # type: ignore[operator]
+        stream = exact.embed(batch)  # type: ignore[operator]
+        for i in range(last + 1):
+            wanted_cls, wanted = _step_(exact, i, stream)
+            for name, backbone in others.items():
+                alone = _cls_alone(backbone, streams[name]) if backbone.cls_only and i == last else None
+                cls, patches = _step_(backbone, i, streams[name])
+                tallies.setdefault((f"block {i}", name), _Tally()).add(cls, wanted_cls, patches, wanted)
+                if i == last:
+                    cls = cls if alone is None else alone
+                    tallies.setdefault(("final", name), _Tally()).add(cls, wanted_cls, patches, wanted)
+    if pictures == 0:
+        raise ValueError("report needs at least one picture.")
+    order = sorted(tallies, key=lambda key: key[0] == "final")  # which stands behind every block
+    return Report(tuple(tallies[key].row(*key) for key in order), pictures)
+
+
+def _step_(backbone: FoldedBackbone, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Updates the stream `x` by block `i`; its CLS token and patch tokens through the last norm, (batch, …, hidden)."""
+    normed = backbone.norm(backbone.blocks[i].update_(x))
+    return normed[:, 0], normed[:, 1 + backbone.num_register_tokens :]
+
+
+def _cls_alone(backbone: FoldedBackbone, x: Tensor) -> Tensor:
+    """The CLS token as the last block computes it alone from the stream `x`, through the last norm."""
+    return backbone.norm(backbone.blocks[-1].first_token(x).unsqueeze(1))[:, 0]
