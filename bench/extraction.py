@@ -55,13 +55,13 @@ from bench.modes import DTYPES
 from bench.peers import OURS, Peer, peers
 from bench.records import Recorder
 from bench.timing import quantiles
+from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.extract import extract
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD, Dinov2ImageProcessor
 
 TASK = "extraction"
-MODE = "eager"
 RESOLUTION = 224  # pixels that the model gets
 SIZE = (500, 375)  # of the files: width and height
 QUALITY = 90
@@ -357,13 +357,12 @@ def measure(
     rows: dict[Peer, dict[str, Any]] = {}
     pipelines: dict[Peer, Pipeline] = {}
     for peer in entrants:
-        rows[peer] = setting.row(peer, MODE)
+        rows[peer] = setting.row(peer, mode_of(peer))
         if peer.missing:
             rows[peer] |= records.missing(peer.missing)
             continue
         try:
-            model = models.get(peer, DTYPES[setting.precision])
-            pipeline = Ours(setting, model, workers) if peer is OURS else Theirs(peer, setting, model, workers)
+            pipeline = _pipeline(peer, setting, models, workers)
             rows[peer] |= {"outputs_max_error": judge.warm_up(pipeline, peer), "versions": about}
             pipelines[peer] = pipeline
         except Exception as exception:  # what stops one must not stop the others
@@ -384,6 +383,18 @@ def measure(
     return list(rows.values())
 
 
+def mode_of(peer: Peer) -> str:
+    """Ours runs the engine, as the command does."""
+    return "engine" if peer is OURS else "eager"
+
+
+def _pipeline(peer: Peer, setting: Setting, models: Models, workers: int) -> Pipeline:
+    if peer is OURS:
+        engine = optimize_for_inference(models.ours, setting.precision, outputs="all", allow_slow=True)
+        return Ours(setting, engine, workers)
+    return Theirs(peer, setting, models.get(peer, DTYPES[setting.precision]), workers)
+
+
 def values(pictures: int, taken: Sequence[Pass]) -> Mapping[str, Any]:
     """The measured keys of a row."""
     fast, median, slow = quantiles([took.seconds for took in taken])
@@ -398,7 +409,9 @@ def main(arguments: list[str] | None = None) -> int:
     entrants = [peer for peer in peers(options.reference_path) if not peer.variant]
     precision = PRECISION[options.device]
     wanted = [Setting(TASK, config, RESOLUTION, options.batch, "cls", precision) for config in options.models]
-    wanted = [s for s in wanted if not all(peer.missing or recorder.has(**s.row(peer, MODE)) for peer in entrants)]
+    wanted = [
+        s for s in wanted if not all(peer.missing or recorder.has(**s.row(peer, mode_of(peer))) for peer in entrants)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder), options.pictures) if wanted else []
         for setting in wanted:

@@ -42,6 +42,7 @@ from bench.records import Recorder
 from bench.timing import ROUNDS, in_turn, quantiles
 from bench.workloads import E4M3, PATCH, Shape
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.ops.linear import linear_onednn
 
 TASK = "roofline"
 WARM_UP = 3  # runs before timing: libraries choose and build their kernels then
@@ -232,10 +233,9 @@ def measure(
     rows = []
     for product in products_of(config, resolution, batch, "cls"):
         if _precision_of(product.place, precision) == precision:
-            run = product_run(product, precision, device)
-            (times,) = _warm_times({"torch": run}, device).values()
-            rates = [product.flops / seconds for seconds in times]
-            rows.append(_row(product.place, precision, "TFLOP/s", rates, **place))
+            for name, times in _warm_times(product_runs(product, precision, device), device).items():
+                rates = [product.flops / seconds for seconds in times]
+                rows.append(_row(product.place, precision, "TFLOP/s", rates, **place) | {"implementation": name})
     if _precision_of("attention", precision) == precision:
         shape = Shape(config, resolution, batch, device, DTYPES[precision])
         runs, errors = attention_runs(shape)
@@ -247,8 +247,8 @@ def measure(
     return rows
 
 
-def product_run(product: Product, precision: str, device: torch.device) -> Run:
-    """Runs one product on random operands.
+def product_runs(product: Product, precision: str, device: torch.device) -> dict[str, Run]:
+    """Runs one product on random operands, with each library that there is for it: on a CPU oneDNN beside torch's own.
 
     Rows are padded to a multiple of 8 elements, which fast kernels of 16-bit operands ask for: the 588 values of a
     patch to 592. The padding counts as time, not as work.
@@ -256,10 +256,13 @@ def product_run(product: Product, precision: str, device: torch.device) -> Run:
     in_features = -(-product.in_features // 8) * 8
     sizes = ((product.rows, in_features), (product.out_features, in_features))
     x, weight = (torch.randn(size, device=device, dtype=DTYPES[precision]) for size in sizes)
-    if precision != "fp8":
-        return lambda: [x @ weight.T]
-    one, x8, weight8 = torch.ones((), device=device), x.to(E4M3), weight.to(E4M3)
-    return lambda: [torch._scaled_mm(x8, weight8.T, one, one, out_dtype=DTYPES[precision])]
+    if precision == "fp8":
+        one, x8, weight8 = torch.ones((), device=device), x.to(E4M3), weight.to(E4M3)
+        return {"torch": lambda: [torch._scaled_mm(x8, weight8.T, one, one, out_dtype=DTYPES[precision])]}
+    runs: dict[str, Run] = {"torch": lambda: [x @ weight.T]}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        runs["onednn"] = lambda: [linear_onednn(x, weight, None)]
+    return runs
 
 
 def attention_runs(shape: Shape) -> tuple[dict[str, Run], dict[str, float]]:
