@@ -367,15 +367,18 @@ def test_with_every_block_skipped_it_is_the_bf16_engine(kind: dict[str, Any]) ->
 
 @torch.no_grad()
 def test_skipped_blocks_alone_are_in_bf16() -> None:
-    model, x = wild({}), torch.randn(8, 3, 56, 56)
-    exact = copy.deepcopy(model).double().forward_features(x.double())["x_prenorm"]
-    errors = []
-    for skipped in ((), (0, 2), range(4)):
-        engine = in_fp8(model, skip_layers=skipped)
-        in_e4m3 = [linear.weight.dtype == E4M3 for b in engine.blocks for linear in (b.attn.qkv, b.mlp.down)]
-        assert in_e4m3 == [i not in skipped for i in range(4) for _ in range(2)]
-        errors.append((engine.forward_features(x)["x_prenorm"] - exact).norm())
-    assert errors[0] > 1.1 * errors[1] > 4 * errors[2]
+    errors = torch.zeros(3, dtype=torch.float64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = wild({}), torch.randn(8, 3, 56, 56)
+        exact = copy.deepcopy(model).double().forward_features(x.double())["x_prenorm"]
+        for place, skipped in enumerate(((), (0, 2), range(4))):
+            engine = in_fp8(model, skip_layers=skipped)
+            in_e4m3 = [linear.weight.dtype == E4M3 for b in engine.blocks for linear in (b.attn.qkv, b.mlp.down)]
+            assert in_e4m3 == [i not in skipped for i in range(4) for _ in range(2)]
+            errors[place] += ((engine.forward_features(x)["x_prenorm"] - exact) / exact.norm()).square().sum()
+    in_all, in_two, in_none = errors.sqrt()
+    assert in_all > in_two > 3 * in_none
 
 
 @torch.no_grad()
