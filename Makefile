@@ -70,17 +70,17 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-# On the CPU, some 8 minutes on 2 idle cores. What else runs meanwhile shows in the figures.
+# On the CPU, some 9 minutes on 2 idle cores. What else runs meanwhile shows in the figures.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
 bench: setup
 	$(BENCH).roofline $(CPU)
-	$(BENCH).model $(CPU) --task throughput --sizes 224
+	$(BENCH).model $(CPU) --task throughput --sizes 224 --seconds 40
 	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10
 	$(BENCH).training $(CPU)
-	$(BENCH).memory $(CPU)
+	$(BENCH).memory $(CPU) --outputs all,training
 	$(BENCH).extraction $(CPU)
-	$(BENCH).ops $(CPU) --sizes 224
+	$(BENCH).ops $(CPU) --models S --sizes 224
 	$(BENCH).report
 
 # README's tables and plots, from bench/results.

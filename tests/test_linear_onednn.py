@@ -45,6 +45,18 @@ def test_outputs_obey_the_rule(form: str, shape: tuple[int, ...], has_bias: bool
     reference.assert_obeys_rule(found, exact, plain)
 
 
+@pytest.mark.parametrize("in_features", [768, 1536, 3072])
+@pytest.mark.parametrize("form", FORMS)
+def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
+    x, weight, bias = torch.randn(257, in_features), torch.randn(384, in_features) / in_features**0.5, torch.randn(384)
+    exact = _run(form, "torch", x.double(), weight.double(), bias.double())
+    if form == "residual":
+        residual = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+        exact = residual.double() + F.linear(x.double(), weight.double(), bias.double()) * weight[:, 0].double()
+    found, plain = (_run(form, backend, x, weight, bias) for backend in ("onednn", "torch"))
+    reference.assert_obeys_rule(found, exact, plain)
+
+
 def test_strided_operands() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
     torch.testing.assert_close(op.linear(x, weight, None, backend="onednn"), x @ weight.T)
