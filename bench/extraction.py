@@ -54,7 +54,7 @@ from bench.model import Models, Setting, resampling, show, summary
 from bench.modes import DTYPES
 from bench.peers import OURS, Peer, peers
 from bench.records import Recorder
-from bench.timing import quantiles
+from bench.timing import keep_freed_memory, quantiles
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
 from dinov2_fast.extraction.decoding import decode
@@ -352,6 +352,7 @@ def measure(
     setting: Setting, entrants: Sequence[Peer], models: Models, paths: Sequence[str], workers: int, passes: int
 ) -> list[dict[str, Any]]:
     """A row for each implementation, from whole passes in turn."""
+    keep_freed_memory()
     judge = Judge(setting, models, paths)
     about = {"workers": workers, "pictures": len(paths), "pillow": records.version("pillow")}
     rows: dict[Peer, dict[str, Any]] = {}
