@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         precision = "bf16" if device.type == "cuda" else "fp32"
     if precision == "fp8" and args.engine == "off":
         raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")
+    if args.engine == "on":
+        _refuse_slow(precision, device)
     dtype = "float32" if args.engine == "on" else DTYPES[precision]  # the engine folds weights in fp32
     model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype=dtype, dialect=args.dialect)
     runs: Any = model
@@ -156,6 +158,23 @@ def _processor(args: argparse.Namespace) -> Dinov2ImageProcessor:
     if (Path(args.model) / CONFIG_NAME).is_file():
         return Dinov2ImageProcessor.from_pretrained(args.model)
     return Dinov2ImageProcessor()
+
+
+def _refuse_slow(precision: str, device: Any) -> None:
+    """What the engine would refuse, in the words of the command line and before any weights are read.
+
+    Raises:
+        ValueError: the precision is slower on the device than one of more bits.
+    """
+    from dinov2_fast.inference.engine import why_slow
+
+    reason = why_slow(precision, device)
+    if reason:
+        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        raise ValueError(
+            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
+            f"{instead}{otherwise}."
+        )
 
 
 def _device(name: str) -> Any:
