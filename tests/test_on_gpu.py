@@ -47,6 +47,17 @@ def _linear_residual_fp8(residual: Tensor, x: Tensor, row_scale: Tensor, weight:
     return out
 
 
+def _linear_residual_statistics(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    out, statistics = residual.clone(), ops.row_statistics(residual)
+    ops.linear_residual_statistics_(out, statistics, x, weight, bias, None)
+    return out, statistics
+
+
+def _of_stream(op: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An op that reads a stream with its statistics."""
+    return lambda x, weight, bias: op(x, ops.row_statistics(x), weight, bias, EPS)
+
+
 # Function and arguments, by name; every floating-point argument can be differentiated where the op can be trained.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "layer_norm": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
@@ -80,6 +91,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     ),
     "attention": (ops.attention, lambda: [_x(8, 257, 3, 12, 64)]),
     "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, (257, 1, 300, 50)), lambda: [_x(608, 3, 12, 64)]),
+    "attention_fp8": (lambda qkv: ops.attention_fp8(qkv, 0.01), lambda: [_x(8, 257, 3, 12, 64)]),
+    "attention_varlen_fp8": (
+        lambda qkv: ops.attention_varlen_fp8(qkv, (257, 1, 300, 50), 0.01),
+        lambda: [_x(608, 3, 12, 64)],
+    ),
     "attention_probabilities": (
         lambda qkv: ops.attention_probabilities(qkv, slice(0, 1)),
         lambda: [_x(8, 257, 3, 6, 64)],
@@ -103,6 +119,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "linear_gelu_fp8": (
         lambda x, w, scale: ops.linear_gelu_fp8(x, 0.01, w, scale, None, dtype=BF16),
         lambda: [_e4m3(2056, 768), _e4m3(3072, 768), torch.rand(3072, device="cuda")],
+    ),
+}
+CASES |= {
+    "row_statistics": (ops.row_statistics, lambda: [_x(8, 257, 768)]),
+    "norm_linear": (_of_stream(ops.norm_linear), CASES["linear"][1]),
+    "norm_linear_gelu": (_of_stream(ops.norm_linear_gelu), CASES["linear_gelu"][1]),
+    "norm_linear_swiglu": (_of_stream(ops.norm_linear_swiglu), CASES["linear_swiglu"][1]),
+    "linear_residual_statistics_": (
+        _linear_residual_statistics,
+        lambda: [_x(2056, 768), _x(2056, 3072), _x(768, 3072), _x(768)],
     ),
 }
 CASES["linear_swiglu_fp8"] = (
@@ -203,6 +229,7 @@ LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a s
     "swiglu": lambda n: [_x(n, 1024), None],
     "linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
     "linear": lambda n: [_x(n, 64), _x(1024, 64), None],
+    "norm_linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
 }
 
 
@@ -239,7 +266,7 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["layer_norm_fp8", "gelu_fp8"])
+@pytest.mark.parametrize("name", ["layer_norm_fp8", "gelu_fp8", "attention_fp8"])
 def test_e4m3_saturates_and_keeps_nan(name: str) -> None:
     values = torch.tensor(
         [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0], device="cuda"
@@ -250,6 +277,12 @@ def test_e4m3_saturates_and_keeps_nan(name: str) -> None:
             assert y[0].isnan()
             assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
             assert y[4] == 0
+        elif name == "attention_fp8":  # of one token, whose value is the result
+            qkv = torch.zeros(1, 1, 3, 1, 32, device="cuda")
+            qkv[..., 2, 0, : len(values)] = values
+            y = ops.attention_fp8(qkv, 1.0)[..., : len(values)].flatten()
+            assert y[0].float().isnan()
+            assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(torch.float8_e4m3fn)).max() == 0
         else:  # a weight of zero makes the bias what is quantised
             bias = values[3:]
             x = torch.randn(3, bias.shape[0], device="cuda")
