@@ -27,9 +27,11 @@ _PUBLIC = {
     "Dinov2WithRegistersConfig": "huggingface",
     "Dinov2WithRegistersForImageClassification": "huggingface",
     "Dinov2WithRegistersModel": "huggingface",
+    "Extractor": "extraction.extractor",
     "WeightsError": "weights",
     "convert_state_dict": "weights",
     "load": "weights",
+    "load_features": "extraction.features",
     "optimize_for_inference": "inference",
     "use_backend": "ops",
 }
