@@ -265,7 +265,7 @@ LIMITS = {
     "layer_norm_backward": (128, 0, 0),
     "activation_forward": (128, 0, 0),
     "activation_backward": (128, 0, 0),
-    "linear": (168, 48, 48),  # of 384 threads, all that there are
+    "linear": (168, 16, 16),  # of 384 threads, all that there are
 }
 
 
