@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 import dinov2_fast
-from dinov2_fast.cli import extract, info
+from dinov2_fast.cli import export, extract, info, knn, linear
 
 ABORTED = 1
 INTERRUPTED = 130
-COMMANDS = (extract, info)
+COMMANDS = (extract, export, knn, linear, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
