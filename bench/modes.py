@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import OURS, TIMM, TRANSFORMERS, Peer
+from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
 from bench.timing import Run
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
@@ -31,7 +31,7 @@ ENGINES = {
     "engine-triton": (False, "triton"),
     "engine-triton-graphs": (True, "triton"),
 }
-MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES)
+MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
 WARM_UP = 3  # runs before a capture
 CALIBRATING = 8  # pictures, for the scales of fp8
 RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
@@ -44,6 +44,7 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
     """
     autotuned = next((p for p in (TIMM, TRANSFORMERS, OURS) if p in installed), None)
     ours = (*BACKENDS, *ENGINES)
+    among = [mode for mode in among if mode not in ACCELERATED]
     return [m for m in among if (m not in ours or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
 
 

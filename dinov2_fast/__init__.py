@@ -27,10 +27,15 @@ _PUBLIC = {
     "Dinov2WithRegistersConfig": "huggingface",
     "Dinov2WithRegistersForImageClassification": "huggingface",
     "Dinov2WithRegistersModel": "huggingface",
+    "TimmVisionTransformer": "timm_adapter",
     "WeightsError": "weights",
+    "accelerate": "integrations",
+    "accelerated": "integrations",
     "convert_state_dict": "weights",
+    "create_model": "timm_adapter",
     "load": "weights",
     "optimize_for_inference": "inference",
+    "restore": "integrations",
     "use_backend": "ops",
 }
 
