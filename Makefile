@@ -7,6 +7,9 @@ PY := $(VENV)/bin/python
 # The newest torch the package is checked with, in an environment of its own, and the triton that goes with it.
 NEWEST := .venv-torch213
 NEWEST_TORCH := torch==2.13.0 triton==3.7.1
+# Headers that the extension is compiled with (setup.py names the same); none of what pip would bring beside them is used.
+CUTLASS := nvidia-cutlass==4.2.0.0
+CUDA_TESTS := $(addprefix tests/test_,layer_norm.py activation.py linear.py linear_cuda.py cuda_checks.py)
 
 PYTEST := -m pytest tests -n $(WORKERS)
 # One process either interprets kernels or compiles them, so `test` runs pytest twice.
@@ -27,7 +30,8 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-aot test-slow test-newest-torch lint types bench report gpu clean broken
+.PHONY: setup demo test test-aot test-slow test-newest-torch build test-extension test-cuda-on-host sanitize lint types bench report gpu clean \
+    broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -63,9 +67,33 @@ test-slow: setup
 test-newest-torch: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
 
+# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH; only what has changed is
+# compiled again. TORCH_CUDA_ARCH_LIST and MAX_JOBS as for torch's own extensions.
+build: setup
+	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
+	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension
+	@$(PY) -c 'import sys; from dinov2_fast import extension as e; print(e.describe()); sys.exit(e.load().reason is not None)'
+
+# That it loads without a GPU, the compiler's reports on its kernels, and their machine code.
+test-extension: build
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_extension.py
+
+# The tests of the ops over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a GPU.
+test-cuda-on-host: setup
+	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -p tests.cuda_on_host -m "not aot and not gpu" -k "cuda" $(CUDA_TESTS)
+
+# compute-sanitizer's four tools over the same tests, on a machine with a GPU.
+sanitize: build
+	@for tool in memcheck racecheck initcheck synccheck; do \
+	    echo "compute-sanitizer --tool $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	        $(PY) -m pytest -q -m "not aot and not slow" -k "cuda" $(CUDA_TESTS) || exit 1; \
+	done
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/cuda_on_host/*.h tests/cuda_on_host/*.cu
 
 types: setup
 	$(PY) -m mypy

@@ -1,27 +1,164 @@
-"""Packages and their folders; everything else about the distribution stands in pyproject.toml.
+"""Packages, their folders, and the CUDA extension; everything else about the distribution stands in pyproject.toml.
 
 The folders `kernels` and `csrc` at the top level are installed inside the package, as `dinov2_fast.kernels` and
 `dinov2_fast.csrc`: a top-level module named `kernels` would collide with another distribution of that name.
+
+The extension is one library for every torch from 2.10 on with CUDA 13 and every Python: it knows torch by its stable
+ABI and holds no Python at all (dinov2_fast/extension.py loads it). It is built where nvcc, such a torch and CUTLASS are
+there; elsewhere the package is pure Python. nvcc is the one of CUDA_HOME, or that on the PATH, or CUDA's usual place.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") replaces ARCHITECTURES, MAX_JOBS says how many compilers run at once.
 """
 
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
 
 NOT_PACKAGES = ["*__pycache__"]
+ARCHITECTURES = "8.0;8.9;9.0a;9.0+PTX_ONLY"  # PTX for later ones
+HOPPER = "linear"  # sources that begin so hold code for sm_90a alone, and take long to compile
+CUDA = "13"
+CUTLASS = "nvidia-cutlass==4.2.0.0"
+FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler=-fPIC"]
+FLAGS += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xfatbin=-compress-all"]
 
-packages = find_namespace_packages(include=["dinov2_fast", "dinov2_fast.*"], exclude=NOT_PACKAGES)
-package_dir = {}
-for folder in ("kernels", "csrc"):
-    if Path(folder).is_dir():
-        package_dir[f"dinov2_fast.{folder}"] = folder
-        below = find_namespace_packages(folder, exclude=NOT_PACKAGES)
-        packages += [f"dinov2_fast.{folder}", *(f"dinov2_fast.{folder}.{name}" for name in below)]
 
-print("dinov2_fast: pure Python build, without a CUDA extension", file=sys.stderr)
-setup(
-    packages=packages,
-    package_dir=package_dir,
-    package_data={"": ["*.json"], "dinov2_fast.csrc": ["*.cu", "*.cuh", "*.cpp"]},
-)
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def reason_against_extension() -> str | None:
+    """Why the extension cannot be built here, or None."""
+    if not Path("csrc", "bindings.cpp").is_file():
+        return "csrc is not there"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "nvcc is not there"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    if f"release {CUDA}." not in version:
+        return f"{nvcc} is not of CUDA {CUDA}"
+    try:
+        import torch
+    except ImportError:
+        return "torch is not there (with pip: --no-build-isolation)"
+    if torch.__version__ < (2, 10) or not (torch.version.cuda or "").startswith(f"{CUDA}."):
+        return f"torch {torch.__version__} is older than 2.10 or not of CUDA {CUDA}"
+    if find_spec("cutlass_library") is None:
+        return f"CUTLASS is not there: pip install --no-deps {CUTLASS}"
+    return None
+
+
+def code_flags(architectures: str) -> list[str]:
+    """nvcc's for a list as in TORCH_CUDA_ARCH_LIST; "+PTX" adds code for later devices, "+PTX_ONLY" is that alone."""
+    flags = []
+    for item in re.split(r"[; ,]+", architectures.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX|\+PTX_ONLY)?", item)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {item!r} is no architecture such as 9.0a or 8.0+PTX")
+        major, minor, variant, ptx = match.groups()
+        arch = f"{major}{minor}{variant}"
+        if ptx != "+PTX_ONLY":
+            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
+
+
+class BuildExtension(build_ext):
+    """Compiles each source with nvcc, several at once, unless its object is newer than everything in csrc."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # it would take minutes; `make build` puts the extension beside the package
+            self.extensions = []
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+
+        root = Path(torch.__file__).parent
+        cutlass = Path(next(iter(find_spec("cutlass_library").submodule_search_locations)), "source")
+        includes = [root / "include", cutlass / "include"]
+        self.folder = Path(self.build_temp, "csrc")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.compiler_command = [find_nvcc(), *FLAGS, *(f"-isystem={path}" for path in includes)]
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(self.compile, sorted(map(Path, ext.sources), key=_longest_first)))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        torch_libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+        command = [find_nvcc(), "-shared", "-cudart=shared", "-o", library, *objects, *torch_libraries]
+        run([*command, "-Xlinker=--no-as-needed,--no-undefined"])
+
+    def compile(self, source: Path) -> Path:
+        """The object of a source; ptxas' report on it is kept beside it, as is the command."""
+        hopper = source.stem.startswith(HOPPER)
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        flags = code_flags("9.0a" if hopper and "9.0a" in listed else listed)
+        target = self.folder / f"{source.stem}.o"
+        command = [*self.compiler_command, *flags, "-c", source, "-o", target]
+        written, report = target.with_suffix(".command"), target.with_suffix(".ptxas")
+        newest = max(path.stat().st_mtime for path in source.parent.iterdir() if path.suffix in (".h", ".cuh"))
+        newest = max(newest, source.stat().st_mtime)
+        fresh = target.is_file() and target.stat().st_mtime > newest
+        if not fresh or not written.is_file() or written.read_text() != text(command):
+            report.write_text(run(command))
+            written.write_text(text(command))
+        return target
+
+
+def _longest_first(source: Path) -> tuple[bool, int]:
+    return not source.stem.startswith(HOPPER), -source.stat().st_size
+
+
+def text(command: list) -> str:
+    return shlex.join(str(word) for word in command)
+
+
+def run(command: list) -> str:
+    """What a command says on its standard error; ends the build if it fails."""
+    print(text(command), file=sys.stderr)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}\ndinov2_fast: the CUDA extension could not be built")
+    return done.stderr
+
+
+def packages() -> dict:
+    names = find_namespace_packages(include=["dinov2_fast", "dinov2_fast.*"], exclude=NOT_PACKAGES)
+    folders = {}
+    for folder in ("kernels", "csrc"):
+        if Path(folder).is_dir():
+            folders[f"dinov2_fast.{folder}"] = folder
+            below = find_namespace_packages(folder, exclude=NOT_PACKAGES)
+            names += [f"dinov2_fast.{folder}", *(f"dinov2_fast.{folder}.{name}" for name in below)]
+    data = {"": ["*.json"], "dinov2_fast.csrc": ["*.cu", "*.cuh", "*.cpp", "*.h"]}
+    return {"packages": names, "package_dir": folders, "package_data": data}
+
+
+def extension() -> dict:
+    reason = reason_against_extension()
+    if reason is not None:
+        print(f"dinov2_fast: pure Python build, without the CUDA extension: {reason}", file=sys.stderr)
+        return {}
+    sources = sorted(str(path) for suffix in ("cu", "cpp") for path in Path("csrc").glob(f"*.{suffix}"))
+    return {
+        "ext_modules": [Extension("dinov2_fast._cuda", sources, py_limited_api=True)],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+if __name__ == "__main__":
+    setup(**packages(), **extension())

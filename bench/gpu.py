@@ -45,6 +45,7 @@ import torch
 from bench import options as shared
 from bench import records
 from bench.gpu_plan import ROOT, Step, plan
+from dinov2_fast import extension
 
 BUDGET, QUICK_BUDGET = 8.0, 2.75  # minutes
 RESERVE = 30.0  # seconds of the budget kept for stopping the last step, the report and the archive
@@ -360,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("There is no GPU that torch can use here. DRY_RUN=1 shows the plan without one.", file=sys.stderr)
         return 2
     if options.extension:
-        shutil.copy(options.extension, ROOT / "dinov2_fast")
+        shutil.copy(options.extension, ROOT / "dinov2_fast" / extension.FILE.name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step ends, too, and the archive is written
     return carry_out(steps, Gpu(), options)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,23 @@ DTYPES = {
 }
 COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
 BACKENDS = ("triton",)  # of ours, forced for every op
-# Our engine, which makes its weights from fp32 ones: whether as a CUDA graph, and the backend forced for every op.
+
+
+class EngineMode(NamedTuple):
+    """Our engine: whether as a CUDA graph, the backend forced for every op, and what else it is made with."""
+
+    graphs: bool
+    backend: str | None
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+# It makes its weights from fp32 ones.
 ENGINES = {
-    "engine": (False, None),
-    "engine-graphs": (True, None),
-    "engine-triton": (False, "triton"),
-    "engine-triton-graphs": (True, "triton"),
+    "engine": EngineMode(False, None),
+    "engine-graphs": EngineMode(True, None),
+    "engine-triton": EngineMode(False, "triton"),
+    "engine-triton-graphs": EngineMode(True, "triton"),
+    "engine-no-ln-graphs": EngineMode(True, "triton", {"norm": "folded"}),  # beside engine-triton-graphs
 }
 MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
 WARM_UP = 3  # runs before a capture
@@ -49,8 +61,13 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
 
 
 def goes_with(mode: str, precision: str) -> bool:
-    """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8."""
-    return precision != "autocast-bf16" if mode in ENGINES else precision != "fp8"
+    """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8.
+
+    In fp8 its norms are not folded.
+    """
+    if precision == "fp8":
+        return mode in ENGINES and "norm" not in ENGINES[mode].options
+    return precision != "autocast-bf16" or mode not in ENGINES
 
 
 def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
@@ -62,7 +79,7 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
     """
     call = peer.call[output]
     if mode in ENGINES:
-        model = engine(model, x, output, precision, ENGINES[mode][0])
+        model = engine(model, x, output, precision, ENGINES[mode].graphs, **ENGINES[mode].options)
 
     def forward(x: Tensor) -> Any:
         return call(model, x)
@@ -80,9 +97,9 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
     return run
 
 
-def engine(model: nn.Module, x: Tensor, output: str, precision: str, graphs: bool) -> nn.Module:
+def engine(model: nn.Module, x: Tensor, output: str, precision: str, graphs: bool, **options: Any) -> nn.Module:
     """Our engine, from weights in fp32, for what :func:`prepare` runs; also where it is slower than fp32."""
-    made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True)
+    made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True, **options)
     if precision == "fp8":
         made.calibrate(x[:CALIBRATING])
     return made
@@ -98,7 +115,7 @@ def compiling() -> Iterator[None]:
 
 def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Makes the surroundings of one run."""
-    backend = mode if mode in BACKENDS else ENGINES.get(mode, (False, None))[1]
+    backend = mode if mode in BACKENDS else ENGINES[mode].backend if mode in ENGINES else None
     if precision == "autocast-bf16" and backend:
         return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend))
     if precision == "autocast-bf16":

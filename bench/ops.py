@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,23 +83,23 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each implementation; those that break the rule or fail have no value."""
     op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
-    prepare = gradients if backward else forward
+    prepare = gradients if backward else partial(forward, changes=workload.changes)
     torch_function = next(i.function for i in op.implementations if i.backend == "torch")
-    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype)))()
-    usual = prepare(torch_function, own(op, arguments))()
+    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype), workload.changes))()
+    usual = prepare(torch_function, own(op, arguments, workload.changes))()
     print(f"{workload.label}{' backward' if backward else ''}: {shape}")
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, function in candidates(op, torch_function, arguments, compiled and shape.device.type != "cpu"):
         rows[name] = row_of(workload, shape, backward) | {"implementation": name}
         try:
-            run = prepare(function, own(op, arguments))
+            run = prepare(function, own(op, arguments, workload.changes))
             rows[name]["outputs_max_error"] = worst_error(run(), reference, usual)
             runs[name] = run
         except Exception as exception:  # what stops one implementation must not stop the others
             rows[name] |= records.stopped(exception)
             print(f"  {name:14} {records.reason(rows[name])}")
-    moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
+    moved, flops = work(workload, shape, torch_function, own(op, arguments, workload.changes), backward)
     floor = speeds.floor(moved, flops, arguments)
     times = in_turn(runs, shape.device, SECONDS[shape.device.type], flush=True) if runs else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -132,18 +133,20 @@ def candidates(
         yield "torch.compile", torch.compile(torch_function, dynamic=False, fullgraph=True)
 
 
-def own(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for one run of an op, which may change the first."""
-    return (arguments[0].clone(), *arguments[1:]) if op.name.endswith("_") else arguments
+def own(op: Op, arguments: tuple[Any, ...], changes: int = 1) -> tuple[Any, ...]:
+    """The arguments for one run of an op, which may change the first `changes`."""
+    if not op.name.endswith("_"):
+        return arguments
+    return *(argument.clone() for argument in arguments[:changes]), *arguments[changes:]
 
 
-def forward(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Run:
+def forward(function: Callable[..., Any], arguments: tuple[Any, ...], changes: int = 1) -> Run:
     """Runs an op as inference does."""
 
     def run() -> list[Tensor]:
         with torch.inference_mode():
             results = function(*arguments)
-            return _tensors(arguments[0] if results is None else results)
+            return _tensors(arguments[:changes] if results is None else results)
 
     return run
 
@@ -199,7 +202,8 @@ def work(
 ) -> tuple[int, float]:
     """Bytes that must be moved and flops of matrix products."""
     if not backward:
-        return workload.moved(arguments, forward(torch_function, arguments)()), workload.flops(shape)
+        results = forward(torch_function, arguments, workload.changes)()
+        return workload.moved(arguments, results), workload.flops(shape)
     assert workload.saved is not None
     outputs, incoming = run_forward(torch_function, arguments)
     inputs = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]

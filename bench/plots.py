@@ -53,7 +53,7 @@ def _panel(axes: Axes, chosen: list[Comparison], names: list[str]) -> None:
             if row:
                 axes.bar(x, row["value"] / scale, 0.92 * width, color=COLOURS.get(name, OTHERS))
             text = number(row["value"]) if row else one.why_not(name) or ""
-            # Above the bar where that is free: for times the floor is a line across the bars.
+            # Above the bar where that is free: for times the floor is a line across the bars; the text interrupts it.
             above = row and one.less_is_better
             axes.text(
                 x,
@@ -64,6 +64,8 @@ def _panel(axes: Axes, chosen: list[Comparison], names: list[str]) -> None:
                 ha="center",
                 va="bottom",
                 fontsize=7,
+                zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0} if above else None,
             )
         if one.floor:
             axes.hlines(one.floor / scale, place - 0.45, place + 0.45, color="black", linewidth=1.4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +20,7 @@ ROUNDS = 5  # of each run at least
 FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
 STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
 PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def in_turn(
@@ -33,6 +37,7 @@ def in_turn(
         flush: fill the L2 cache with other data before each.
         calls: how often each is called for one time, one call behind the other without waiting; once by default.
     """
+    keep_freed_memory()
     cold = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device) if flush else None
     times: dict[Name, list[float]] = {name: [] for name in runs}
     order, start = list(runs), time.perf_counter()
@@ -44,6 +49,19 @@ def in_turn(
             times[name].append(elapsed(runs[name], device, count) / count)
         order = order[1:] + order[:1]
     return times
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed, for the next allocation, where it would give large blocks back.
+
+    How much it gives back depends on what the process did before, and fetching it anew is a part of the time of a
+    forward pass on a CPU that is not the same in the next run. With this every implementation has its best case.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def warm_up(run: Run, device: torch.device) -> float:

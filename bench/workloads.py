@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov2_fast.backends import tensors_of
 from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.ops import row_statistics
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
@@ -93,13 +94,14 @@ class Workload:
     """An op, by the name of its function, and what it is given.
 
     Args:
-        op: name. One that ends in "_" changes its first argument and returns nothing, as torch has it.
+        op: name. One that ends in "_" changes its first arguments and returns nothing, as torch has it.
         arguments: for a shape.
         flops: of its matrix products, forward.
         moved: bytes that it must read or write, forward, from its arguments and results.
         saved: positions of the arguments that its backward must read (or something as large); None: it has none.
         of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
         place: where in the model, if an op has several.
+        changes: how many arguments such an op changes.
     """
 
     op: str
@@ -109,6 +111,7 @@ class Workload:
     saved: tuple[int, ...] | None = None
     of_swiglu: bool | None = None
     place: str = ""
+    changes: int = 1
 
     @property
     def label(self) -> str:
@@ -234,6 +237,37 @@ def _linears() -> Iterator[Workload]:
         )
 
 
+def _statistics(stream: Tensor) -> Tensor:
+    return row_statistics(stream, backend="torch")
+
+
+def _norm_linears() -> Iterator[Workload]:
+    def normed(shape: Shape, features: Features) -> tuple[Any, ...]:
+        x, weight, bias = _operands(shape, features)
+        return x, _statistics(x), weight, bias, EPS
+
+    def residual(shape: Shape, features: Features) -> tuple[Any, ...]:
+        stream = shape.stream()
+        return stream, _statistics(stream), *_operands(shape, features), None
+
+    yield Workload("row_statistics", lambda s: (s.stream(),))
+    for op, features, place, of_swiglu in (
+        ("norm_linear", _qkv, "qkv", None),
+        ("norm_linear_gelu", _fc1, "fc1", False),
+        ("norm_linear_swiglu", _fc1, "fc1", True),
+    ):
+        yield Workload(op, partial(normed, features=features), _flops_of(features), of_swiglu=of_swiglu, place=place)
+    for features, place in ((_proj, "proj"), (_fc2, "fc2")):
+        yield Workload(
+            "linear_residual_statistics_",
+            partial(residual, features=features),
+            _flops_of(features),
+            moved=lambda arguments, results: _arguments_and_results(arguments, results) - arguments[1].nbytes,  # stale
+            place=place,
+            changes=2,
+        )
+
+
 def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
     """What a gather moves: it reads what it writes."""
     return 2 * sum(result.nbytes for result in results)
@@ -257,6 +291,8 @@ WORKLOADS = (
     Workload("swiglu_fp8", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn), None, 0.0625), of_swiglu=True),
     Workload("attention", lambda s: (s.qkv(s.batch, s.tokens),), _attention_flops, saved=(0,)),
     Workload("attention_varlen", _varlen, _varlen_flops, saved=(0,)),
+    Workload("attention_fp8", lambda s: (s.qkv(s.batch, s.tokens), 0.0625), _attention_flops),
+    Workload("attention_varlen_fp8", lambda s: (*_varlen(s), 0.0625), _varlen_flops),
     Workload("attention_probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
     Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None), saved=(1, 2)),
     Workload("gather_rows", lambda s: (s.stream(), s.half()), moved=_copied, saved=()),
@@ -266,4 +302,5 @@ WORKLOADS = (
     Workload("attention_pool", _pool, _pool_flops),
     Workload("patches", _pictures),
     *_linears(),
+    *_norm_linears(),
 )

@@ -11,6 +11,7 @@ What the kernels rely on:
 - The first `tokens % block` tokens, where they are few (the class token and the registers before a square of patches),
   are a narrow tile of their own in front of exact tiles; otherwise the last tile is masked. See `Tiling`.
 - Every tile of keys holds one that counts.
+- With `inverse_scale` out is e4m3, multiplied by it, and nothing asks for lse; otherwise it is None.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
+from dinov2_fast.kernels.common import to_e4m3
 
 PREFIX_BLOCK = 16  # rows of the narrow tile: the fewest that a matrix product takes
 
@@ -94,11 +96,11 @@ def _attend(
 
 @triton.jit
 def _forward_rows(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stop, length, prefix_k, stride_token, stride_out,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, stop, length, prefix_k, stride_token, stride_out, inverse_scale,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PREFIX_K: tl.constexpr,
     RAGGED_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of the queries start ... stop - 1 of one head, ROWS of them at most."""
+    """out and lse (unless that is None) of the queries start ... stop - 1 of one head, ROWS of them at most."""
     q = load_rows(q_ptr, start, stop, stride_token, ROWS, HEAD_DIM, True, UPCAST)
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -117,15 +119,19 @@ def _forward_rows(
             greatest, total, acc = _attend(
                 q, k_ptr, v_ptr, key, length, stride_token, greatest, total, acc, SCALE, HEAD_DIM, BLOCK_K, True, UPCAST
             )
-    store_rows(out_ptr, acc / total[:, None], start, stop, stride_out, ROWS, HEAD_DIM)
-    rows = start + tl.arange(0, ROWS)
-    tl.store(lse_ptr + rows, greatest + tl.log2(total), mask=rows < stop)
+    out = acc / total[:, None]
+    if inverse_scale is not None:
+        out = to_e4m3(out * inverse_scale)
+    store_rows(out_ptr, out, start, stop, stride_out, ROWS, HEAD_DIM)
+    if lse_ptr is not None:
+        rows = start + tl.arange(0, ROWS)
+        tl.store(lse_ptr + rows, greatest + tl.log2(total), mask=rows < stop)
 
 
 @triton.jit
 def _attention_forward_kernel(
     qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, tokens, heads, tiles,
-    stride_batch, stride_token, stride_kind, stride_head, prefix_q, prefix_k,
+    stride_batch, stride_token, stride_kind, stride_head, prefix_q, prefix_k, inverse_scale,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, PREFIX_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PREFIX_K: tl.constexpr, RAGGED_K: tl.constexpr, VARLEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -137,18 +143,19 @@ def _attention_forward_kernel(
     v_ptr = k_ptr + stride_kind
     stride_out = heads * HEAD_DIM
     out_ptr += (batch * tokens + first) * stride_out + head * HEAD_DIM
-    lse_ptr += (batch * heads + head) * tokens + first
+    if lse_ptr is not None:
+        lse_ptr += (batch * heads + head) * tokens + first
     if PREFIX_Q > 0:
         if tile == tiles - 1:
             _forward_rows(
                 q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, 0, prefix_q, length, prefix_k, stride_token, stride_out,
-                SCALE, HEAD_DIM, PREFIX_Q, BLOCK_K, PREFIX_K, RAGGED_K, UPCAST,
+                inverse_scale, SCALE, HEAD_DIM, PREFIX_Q, BLOCK_K, PREFIX_K, RAGGED_K, UPCAST,
             )  # fmt: skip
     start = prefix_q + tile * BLOCK_Q
     if start < length:  # else it is the program of the prefix, or beyond a short sequence
         _forward_rows(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start, length, length, prefix_k, stride_token, stride_out,
-            SCALE, HEAD_DIM, BLOCK_Q, BLOCK_K, PREFIX_K, RAGGED_K, UPCAST,
+            inverse_scale, SCALE, HEAD_DIM, BLOCK_Q, BLOCK_K, PREFIX_K, RAGGED_K, UPCAST,
         )  # fmt: skip
 
 
@@ -246,23 +253,24 @@ def _configuration(qkv: Tensor, seq_len: int, varlen: bool) -> tuple[Tiling, Til
 
 
 def attention_forward(
-    qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, *, scale: float | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention of each picture of a batch, or with cu_seqlens of each sequence of a batch of 1.
 
     Args:
         qkv: (batch, tokens, 3, heads, head_dim).
         cu_seqlens: (sequences + 1,) int32, the first token of each sequence, and the number of tokens.
         max_seqlen: the greatest length of a sequence.
+        scale: of an e4m3 out; None for one in the dtype of `qkv`.
 
     Returns:
         out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous. lse is fp32: the logarithm,
-        to base 2 as the backward reads it, of the sum of the exponentials of the scaled scores.
+        to base 2 as the backward reads it, of the sum of the exponentials of the scaled scores; with `scale`, None.
     """
     qkv = rows_in_place(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(batch, tokens, heads, head_dim)
-    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    out = qkv.new_empty(batch, tokens, heads, head_dim, dtype=qkv.dtype if scale is None else torch.float8_e4m3fn)
+    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32) if scale is None else None
     varlen = cu_seqlens is not None
     sequences, seq_len = (cu_seqlens.shape[0] - 1, max_seqlen) if varlen else (batch, tokens)
     if out.numel() == 0:
@@ -272,6 +280,7 @@ def attention_forward(
     with common.on_device(qkv):
         _attention_forward_kernel[(tiles * heads * sequences,)](
             qkv, out, lse, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4], queries.prefix, keys.prefix,
+            None if scale is None else 1.0 / scale,
             SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=queries.block, PREFIX_Q=queries.prefix_block,
             BLOCK_K=keys.block, PREFIX_K=keys.prefix_block, RAGGED_K=keys.ragged, VARLEN=varlen, UPCAST=upcast(qkv),
             **options,
@@ -279,10 +288,12 @@ def attention_forward(
     return out, lse
 
 
-def attention_varlen_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def attention_varlen_forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The same for packed qkv (total, 3, heads, head_dim): out (total, heads, head_dim) and lse (heads, total)."""
-    out, lse = attention_forward(qkv[None], cu_seqlens, max_seqlen)
-    return out[0], lse[0]
+    out, lse = attention_forward(qkv[None], cu_seqlens, max_seqlen, scale=scale)
+    return out[0], None if lse is None else lse[0]
 
 
 def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinov2_fast import extension
 from dinov2_fast.backends import tensors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +72,27 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
+
+
+def has_extension() -> bool:
+    """Whether the CUDA extension can run on the device under test: on a CPU only what `tests.cuda_on_host` builds."""
+    return extension.load().reason is None and extension.is_built_for(DEVICE)
+
+
+runs_cuda = pytest.mark.skipif(
+    not has_extension(), reason="needs the CUDA extension and a GPU, or -p tests.cuda_on_host"
+)
+CUDA_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=runs_cuda)]
+
+
+def skip_what_csrc_refuses(
+    backend: str, *dtypes: torch.dtype, width: int = 8, multiple: int = 8, largest: int | None = None
+) -> None:
+    """The kernels of csrc take no fp64, vectors of one dtype alone, and rows of whole chunks: other tests hold that."""
+    if backend != "cuda":
+        return
+    if torch.float64 in dtypes or len({*dtypes}) > 1 or width % multiple or (largest and width > largest):
+        pytest.skip("not for the kernels of csrc")
 
 
 GUARD = 256  # bytes before and after each output

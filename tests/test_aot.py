@@ -27,6 +27,7 @@ from dinov2_fast.kernels import (
     layer_norm,
     layer_norm_backward,
     linear,
+    norm_linear,
     patches,
     residual,
     residual_backward,
@@ -356,6 +357,15 @@ def _attention_varlen(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim:
     attention_backward.attention_backward(out, qkv, out, lse, cu_seqlens, max_seqlen)
 
 
+def _attention_e4m3(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:
+    attention.attention_forward(_cuda(8, seq_len, 3, heads, head_dim, dtype=dtype), scale=0.0625)
+
+
+def _attention_varlen_e4m3(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int) -> None:
+    qkv, cu_seqlens = _cuda(4096, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
+    attention.attention_varlen_forward(qkv, cu_seqlens, max_seqlen, scale=0.0625)
+
+
 def _attention_probabilities(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:
     qkv = _cuda(8, seq_len, 3, heads, head_dim, dtype=dtype)
     attention.attention_probabilities_forward(qkv, 0, 1)
@@ -390,6 +400,17 @@ def _linear_e4m3(dtype: torch.dtype, rows: int, in_features: int, out_features: 
             linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias, bias, **scales)
 
 
+def _norm_linear(dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> None:
+    x, weight = _cuda(rows, in_features, dtype=dtype), _cuda(out_features, in_features, dtype=dtype)
+    bias, statistics = _cuda(out_features, dtype=dtype), norm_linear.row_statistics_forward(x)
+    for epilogue in ("linear", "gelu", "swiglu"):
+        norm_linear.norm_linear_forward(x, statistics, weight, bias, 1e-6, epilogue)
+    for stream in {dtype, torch.float32}:
+        residual = _cuda(rows, out_features, dtype=stream)
+        own = norm_linear.row_statistics_forward(residual)
+        norm_linear.linear_residual_statistics_forward_(residual, own, x, weight, bias, bias)
+
+
 def _patches(dtype: torch.dtype, pixels: int, padded_to: int) -> None:
     mean = _cuda(3)
     for source in (torch.uint8, dtype):
@@ -418,6 +439,9 @@ FP16_AND_64 = (torch.float16, torch.float64)
 # 592: patches padded for TMA, 588: not padded, so without it; few rows: a small tile
 FEATURES = ((16448, 384, 1536), (16448, 1024, 4096), (16448, 4096, 1536))
 MORE_FEATURES = ((16448, 592, 384), (16448, 588, 384), (257, 384, 384), (257, 383, 386))
+# the same from a stream, whose widths are those of the backbones
+STREAMS = ((16448, 384, 1536), (16448, 1536, 8192))
+MORE_STREAMS = ((16448, 588, 384), (257, 384, 384))
 HEADS = {
     "sizes": ((257, 6, 64), (257, 16, 64)),
     "more": ((261, 6, 64), (200, 6, 64), (129, 6, 64), (257, 6, 32), (257, 6, 128)),
@@ -446,6 +470,14 @@ CASES = {
     "attention_varlen": Case(
         _attention_varlen, ((257, 6, 64),), ((64, 16, 64), (257, 6, 32), (257, 6, 128)), max_spill=24
     ),
+    "attention_e4m3": Case(_attention_e4m3, **HEADS, architectures=FP8_ARCHITECTURES, fast="mostly"),
+    "attention_ragged_e4m3": Case(_attention_e4m3, **RAGGED_HEADS, architectures=FP8_ARCHITECTURES),
+    "attention_varlen_e4m3": Case(
+        _attention_varlen_e4m3,
+        ((257, 6, 64),),
+        ((64, 16, 64), (257, 6, 32), (257, 6, 128)),
+        architectures=FP8_ARCHITECTURES,
+    ),
     # one query row in a tile of 16, besides all rows in tiles of 64
     "attention_probabilities": Case(
         _attention_probabilities, ((257, 6, 64),), ((1370, 16, 64), (257, 6, 32), (257, 6, 128)), fast="never"
@@ -460,6 +492,9 @@ CASES = {
     ),
     "linear": Case(_linear, FEATURES, MORE_FEATURES),
     "linear_e4m3": Case(_linear_e4m3, FEATURES, MORE_FEATURES, (torch.bfloat16,), architectures=FP8_ARCHITECTURES),
+    "norm_linear": Case(_norm_linear, STREAMS, MORE_STREAMS),
+    # a width that no DINOv2 has, of which each element is loaded and stored by itself
+    "norm_linear_odd": Case(_norm_linear, ((257, 383, 386),), max_spill=32),
     "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640)), alike=FP16_AND_64),
 }
 

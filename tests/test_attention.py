@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import ops
 from dinov2_fast.backends import BackendError
-from dinov2_fast.ops import _attention_peers
+from dinov2_fast.ops import _attention_peers, _registry
 from tests import reference
 from tests.devices import (
     BACKENDS,
@@ -30,6 +30,7 @@ from tests.devices import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+E4M3 = torch.float8_e4m3fn
 SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
 VARLEN = (1, 57, 1, 16, 1, 16)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -294,6 +295,140 @@ def test_fake_lengths_are_not_kept() -> None:
     assert _attention_peers.cu_seqlens((4, 12), torch.device(DEVICE)).tolist() == [0, 4, 16]
 
 
+# e4m3
+
+
+def _spread(batch: int, seq_len: int, dtype: torch.dtype, head_dim: int = 64) -> Tensor:
+    """qkv with values of one sign and size in a channel: no sum cancels, so that the errors of a dtype are far below a
+    step of e4m3, and results saturate in some channels and are subnormal in others."""
+    qkv = _qkv(batch, seq_len, head_dim=head_dim)
+    sizes = torch.logspace(-4, 2, head_dim, device=DEVICE) * torch.tensor([1.0, -1.0], device=DEVICE).repeat(
+        head_dim // 2
+    )
+    qkv[:, :, 2] = qkv[:, :, 2].abs() * sizes
+    return qkv.to(dtype)
+
+
+def _quantized(exact: Tensor, scale: float) -> Tensor:
+    return (exact / scale).clamp(-448, 448).to(E4M3)
+
+
+def _assert_one_step(y: Tensor, exact: Tensor, usual: Tensor, scale: float) -> None:
+    """At most one e4m3 step from the saturating quantisation of the exact result, and seldom more often than `usual`,
+    plain PyTorch's, in the same dtype."""
+    assert y.dtype == E4M3
+    assert y.is_contiguous()
+    expected = _quantized(exact, scale)
+    away, usually = (reference.e4m3_steps(x, expected) > 0 for x in (y, _quantized(usual.double(), scale)))
+    assert reference.e4m3_steps(y, expected).max() <= 1
+    assert away.double().mean() <= 2 * usually.double().mean() + 0.005
+    assert {y.float().max().item(), y.float().min().item()} == {448.0, -448.0}
+    assert ((y.float() != 0) & (y.float().abs() < 2**-6)).any(), "none is subnormal"
+
+
+@pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 64), (50, 32), (65, 128), (257, 64)])
+@each_dtype
+@each_backend
+def test_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_len: int, head_dim: int) -> None:
+    qkv = _spread(1 if seq_len > 100 else 2, seq_len, dtype, head_dim)
+    with poisoned_memory():
+        y = ops.attention_fp8(qkv, 0.1, backend=backend)
+    _assert_one_step(y, reference.attention(qkv), _plain(qkv), 0.1)
+
+
+@pytest.mark.parametrize("seq_lens", [VARLEN, (70, 3)], ids=str)
+@each_dtype
+@each_backend
+def test_varlen_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
+    qkv = _spread(1, sum(seq_lens), dtype)[0]
+    with poisoned_memory():
+        y = ops.attention_varlen_fp8(qkv, seq_lens, 0.1, backend=backend)
+    exact, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
+    _assert_one_step(y, exact, plain, 0.1)
+
+
+@pytest.mark.parametrize("scale", [2.0**-9, 0.003])
+@pytest.mark.parametrize("seq_len", [50, 65])
+@each_dtype
+@each_backend
+def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len: int, scale: float) -> None:
+    """Where sums cancel, the errors of fp16 and bf16 are many steps, but those of both forms are the same, up to the
+    rounding of the other to fp16 or bf16.
+    """
+    qkv, rounding = _qkv(1, seq_len, dtype=dtype), max(torch.finfo(dtype).eps / 2, 1e-6)
+    packed, seq_lens = qkv[0], (seq_len - 7, 7)
+    for y, out in (
+        (ops.attention_fp8(qkv, scale, backend=backend), ops.attention(qkv, backend=backend)),
+        (
+            ops.attention_varlen_fp8(packed, seq_lens, scale, backend=backend),
+            ops.attention_varlen(packed, seq_lens, backend=backend),
+        ),
+    ):
+        ends = [_quantized(out.double() * (1 + sign * rounding), scale) for sign in (-1, 1)]
+        assert torch.minimum(*(reference.e4m3_steps(y, end) for end in ends)).max() == 0
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_backend
+def test_fp8_of_strided_input_is_that_of_a_copy(backend: str, make: Callable[[Tensor], Tensor]) -> None:
+    qkv = make(_qkv(3, 19, dtype=torch.float64 if backend == "torch" else torch.float16))
+    both = [ops.attention_fp8(x, 0.01, backend=backend) for x in (qkv, qkv.contiguous())]
+    assert reference.e4m3_steps(*both).max() == 0
+    assert both[0].shape == (*qkv.shape[:2], *qkv.shape[-2:])
+    assert both[0].is_contiguous()
+
+
+@each_backend
+def test_fp8_of_nothing_is_nothing(backend: str) -> None:
+    for shape in ((0, 5), (2, 0)):
+        y = ops.attention_fp8(_qkv(*shape), 0.1, backend=backend)
+        assert (y.shape, y.dtype) == ((*shape, 2, 64), E4M3)
+
+
+@each_backend
+def test_fp8_is_for_inference(backend: str) -> None:
+    qkv = _qkv(1, 5).requires_grad_()
+    for run in (
+        lambda: ops.attention_fp8(qkv, 0.1, backend=backend),
+        lambda: ops.attention_varlen_fp8(qkv[0], (2, 3), 0.1, backend=backend),
+    ):
+        with pytest.raises(BackendError, match="inference only"):
+            run()
+        with torch.no_grad():
+            run()
+
+
+@fakes_cuda
+def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(qkv: Tensor, reason: str) -> None:
+        for run in (
+            lambda: ops.attention_fp8(qkv, 0.1, backend="triton"),
+            lambda: ops.attention_varlen_fp8(qkv[0], (4, 5), 0.1, backend="triton"),
+        ):
+            with pytest.raises(BackendError, match=reason):
+                run()
+
+    with FakeTensorMode():
+        qkv = torch.empty(2, 9, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
+        refused(qkv.double(), r"takes fp16, bf16 and fp32, got torch\.float64")
+        refused(qkv[..., :48], "takes a head_dim of 32, 64, 128, got 48")
+        monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
+        refused(qkv, "needs a device with e4m3, sm_89 or newer, got sm_86")
+        assert ops.attention_fp8(qkv, 0.1).dtype == E4M3  # torch's form runs anywhere
+
+
+@runs_triton
+def test_fp8_compiled_whole() -> None:
+    def step(qkv: Tensor) -> Tensor:
+        packed = ops.attention_varlen_fp8(qkv.flatten(0, 1), (3, 1, 6), 0.05, backend="triton")
+        return torch.stack([ops.attention_fp8(qkv, 0.1, backend="triton").float().flatten(0, 1), packed.float()])
+
+    qkv = _qkv(2, 5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(qkv), step(qkv))
+
+
 # Weights
 
 ROWS = [slice(None), slice(0, 1), slice(2, 5), slice(-3, None), slice(1, 70, 3)]
@@ -393,8 +528,9 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_backend
 def test_lengths_that_do_not_sum_up_are_refused(backend: str) -> None:
     for seq_lens in ((4, 8), (4, 4)):
-        with pytest.raises(ValueError, match=rf"seq_lens sum to {sum(seq_lens)}, but qkv has 10 tokens"):
-            ops.attention_varlen(random(10, 3, 2, 64), seq_lens, backend=backend)
+        for run in (ops.attention_varlen, lambda qkv, *rest, **kw: ops.attention_varlen_fp8(qkv, *rest, 0.1, **kw)):
+            with pytest.raises(ValueError, match=rf"seq_lens sum to {sum(seq_lens)}, but qkv has 10 tokens"):
+                run(random(10, 3, 2, 64), seq_lens, backend=backend)
 
 
 @each_backend
@@ -459,6 +595,8 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
     torch.library.opcheck(library.attention_varlen.default, (packed, cu_seqlens, 4))
     torch.library.opcheck(library.attention_probabilities.default, (qkv, 0, 3, 2))
     if strided and not requires_grad:
+        torch.library.opcheck(library.attention_fp8.default, (qkv, 0.1))
+        torch.library.opcheck(library.attention_varlen_fp8.default, (packed, cu_seqlens, 4, 0.1))
         torch.library.opcheck(library.attention_forward.default, (qkv,))
         torch.library.opcheck(library.attention_varlen_forward.default, (packed, cu_seqlens, 4))
         torch.library.opcheck(library.attention_probabilities_forward.default, (qkv, 0, 3, 2))
@@ -479,6 +617,8 @@ def test_fakes_have_the_strides_of_results(strided: bool) -> None:
     saved, packed_saved = library.attention_forward(qkv), library.attention_varlen_forward(packed, cu_seqlens, 4)
     calls = [
         (library.attention, (qkv,)),
+        (library.attention_fp8, (qkv, 0.1)),
+        (library.attention_varlen_fp8, (packed, cu_seqlens, 4, 0.1)),
         (library.attention_forward, (qkv,)),
         (library.attention_backward, (qkv[:, :, 0], qkv, *saved)),
         (library.attention_varlen, (packed, cu_seqlens, 4)),

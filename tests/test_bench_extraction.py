@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench import decoding as pipeline
 from bench import extraction, records
 from bench import model as bench
 from bench.peers import OURS, TRANSFORMERS, Peer
@@ -109,7 +110,7 @@ def test_workers_change_no_feature(files: list[str]) -> None:
 
 def test_workers_of_ours_start_as_under_the_command() -> None:
     main = sys.modules["__main__"]
-    with extraction._as_the_command():
+    with pipeline.as_the_command():
         started = multiprocessing.spawn.get_preparation_data("a worker")
         assert started["init_main_from_name"] == "dinov2_fast.__main__"
     assert sys.modules["__main__"] is main
@@ -230,6 +231,8 @@ def test_the_share_is_the_time_of_the_model(files: list[str], monkeypatch: pytes
         return lambda *arguments, **keywords: (time.sleep(seconds), function(*arguments, **keywords))[1]
 
     with torch.inference_mode():
+        for pipeline in pipelines():
+            pipeline.features(files[:4])  # imports what it needs
         with monkeypatch.context() as patch:
             patch.setattr(ours, "prepare_tokens_with_masks", slow(ours.prepare_tokens_with_masks, 0.5))
             for pipeline in pipelines():
@@ -238,7 +241,7 @@ def test_the_share_is_the_time_of_the_model(files: list[str], monkeypatch: pytes
                 assert took.share > 0.7
         with monkeypatch.context() as patch:
             patch.setattr(Image.Image, "convert", slow(Image.Image.convert, 0.2))
-            patch.setattr(decoding, "read_image", slow(decoding.read_image, 0.2))
+            patch.setattr(decoding, "decode_image", slow(decoding.decode_image, 0.2))
             for pipeline in pipelines():
                 took, _ = extraction.run_pass(pipeline, files[:4], CPU)
                 assert took.seconds > 0.8
@@ -280,16 +283,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(extraction.dinov2_fast, "load", lambda *names, **options: model)
     monkeypatch.setitem(extraction.shared.MODELS, "S", CONFIG)
     monkeypatch.setattr(extraction, "peers", lambda path: [OURS, dataclasses.replace(TIMM, missing="not here")])
+    monkeypatch.setattr(pipeline, "PICTURES", 20)
     command = ["--device", "cpu", "--pictures", "5", "--workers", "0", "--batch", "2", "--write", "--resume"]
     command += ["--results", str(tmp_path), "--commit", "a" * 40]
     assert extraction.main(command) == 0
     assert "5 JPEG files, 0 workers" in capsys.readouterr().out
     rows = records.read(tmp_path / "cpu" / "extraction.jsonl")
-    assert [(row["implementation"], records.reason(row)) for row in rows] == [
-        ("dinov2_fast", None),
-        ("timm", "missing: not here"),
+    assert [(row["model"], row["implementation"], records.reason(row)) for row in rows] == [
+        (CONFIG.name, "dinov2_fast", None),
+        (CONFIG.name, "timm", "missing: not here"),
+        ("tiny", "dinov2_fast", None),
+        ("tiny", "decoding alone", None),
     ]
-    monkeypatch.setattr(extraction, "measure", lambda *arguments: pytest.fail("measured again"))
+    assert all(row["value"] > 0 for row in rows if row["model"] == "tiny")
+    for module in (extraction, pipeline):
+        monkeypatch.setattr(module, "measure", lambda *arguments: pytest.fail("measured again"))
     assert extraction.main(command) == 0
 
 
@@ -299,7 +307,26 @@ def test_the_command_says_that_something_was_refused(tmp_path: Path, monkeypatch
     monkeypatch.setitem(extraction.shared.MODELS, "S", CONFIG)
     monkeypatch.setattr(extraction, "peers", lambda path: [OURS])
     monkeypatch.setattr(extraction.Ours, "features", lambda self, paths: np.zeros((1, 1), np.float32))
+    monkeypatch.setattr(pipeline, "PICTURES", 20)
     assert extraction.main(["--device", "cpu", "--pictures", "2", "--workers", "0", "--results", str(tmp_path)]) == 1
+
+
+def test_the_rates_are_those_after_the_first_batches(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an extraction adds to each batch counts."""
+    model = _models().ours
+
+    def slow(seconds):
+        return lambda *arguments: (time.sleep(seconds), original(*arguments))[1]
+
+    original = decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", slow(0.05))
+    alone = pipeline.decoding_rate(files * 3, 9, 0)
+    assert 10 < alone < 20
+    with torch.inference_mode():
+        assert 0.5 < pipeline.extraction_rate(model, files * 3, 9, 0) / alone < 1.2
+        prepare = model.prepare_tokens_with_masks
+        monkeypatch.setattr(model, "prepare_tokens_with_masks", lambda *rest: (time.sleep(0.9), prepare(*rest))[1])
+        assert pipeline.extraction_rate(model, files * 3, 9, 0) / alone < 0.6
 
 
 @pytest.mark.parametrize("wrong", [["--pictures", "0"], ["--batch", "x"], ["--workers", "-1"], ["--passes", "2"]])

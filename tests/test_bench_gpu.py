@@ -367,7 +367,7 @@ def test_an_extension_is_put_into_the_package(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main(["--commit", COMMIT, "--extension", str(built), "--results", str(tmp_path)]) == 0
-    assert (tmp_path / "dinov2_fast" / "fast.abi3.so").read_bytes() == b"code"
+    assert (tmp_path / "dinov2_fast" / "_cuda.abi3.so").read_bytes() == b"code"
 
 
 def test_without_git_the_commit_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +196,27 @@ def test_runs_take_turns_and_calls_follow_each_other() -> None:
     calls.clear()
     timing.in_turn(runs, CPU, 0.0, calls={"a": 1, "b": 3, "c": 1})
     assert "".join(calls) == "abbbcbbbcacabbbabbbcbbbca"
+
+
+FAULTS = """
+import resource, torch
+from bench import timing
+
+def run():
+    first = torch.ones(8 << 20)
+    return first + torch.ones(16 << 20)[: 8 << 20]
+
+timing.in_turn({"a": run}, torch.device("cpu"), 0.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed, or cannot be told")
+def test_memory_that_was_freed_is_kept_on_a_cpu() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # of 32,768 pages that a run needs
 
 
 def test_a_run_is_warm_when_its_time_is_steady(monkeypatch) -> None:

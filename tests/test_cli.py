@@ -11,10 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,7 +22,8 @@ import dinov2_fast
 from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import Progress
 from dinov2_fast.extraction import read_image
-from dinov2_fast.extraction.features_file import read_metadata
+from dinov2_fast.extraction.extract import Status
+from dinov2_fast.extraction.features import read_manifest
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 from dinov2_fast.inference import Engine
 
@@ -48,7 +48,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dinov2_fast", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["extract", "--help"], ["info", "--help"]])
+COMMANDS = ("extract", "show", "knn", "linear", "convert", "verify", "export", "info")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -90,6 +93,13 @@ EXTRACT = ["extract", "x.jpg", "--model", "dinov2_vits14", "--out", "out"]
         ([*EXTRACT, "--size", "14x14x3"], "neither a number of pixels nor HEIGHTxWIDTH"),
         ([*EXTRACT, "--precision", "int8"], "invalid choice: 'int8'"),
         ([*EXTRACT, "--engine", "fast"], "invalid choice: 'fast'"),
+        ([*EXTRACT, "--format", "csv"], "invalid choice: 'csv'"),
+        ([*EXTRACT, "--dtype", "bf16"], "invalid choice: 'bf16'"),
+        ([*EXTRACT, "--shard-size", "0"], "must be at least 1, got 0"),
+        ([*EXTRACT, "--max-seconds", "0"], "must be at least 1, got 0"),
+        ([*EXTRACT, "--shard", "0/4"], "'0/4' is not I/N with I from 1 to N, such as 1/4"),
+        ([*EXTRACT, "--shard", "5/4"], "'5/4' is not I/N"),
+        ([*EXTRACT, "--shard", "2"], "'2' is not I/N"),
         (["info", "--verbose"], "unrecognized arguments: --verbose"),
     ],
 )
@@ -119,16 +129,15 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     assert not CONTROL_CHARACTERS.search(done.stdout + done.stderr)
 
     summary, where, how = done.stdout.splitlines()
-    assert re.fullmatch(r"5 pictures, 0 failed, \d+\.\d s, \d+\.\d pictures/s", summary)
-    assert where == f"Features: {out}/features.parquet"
+    assert re.fullmatch(r"5 pictures, 0 failed, \d+\.\d s, \d+\.\d pictures/s, model busy \d+%", summary)
+    assert where == f"Features: {out}"
     code = how.removeprefix("Read it:  ")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
-    table = names["table"]
-    assert isinstance(table, pa.Table)
+    found = names["features"]
 
     files = sorted(PICTURES.glob("*.jpg"))
-    assert table["path"].to_pylist() == [str(file) for file in files]
+    assert found.path == [str(file) for file in files]
     model = dinov2_fast.load("dinov2_vits14", weights="random:0")
     with torch.inference_mode():
         features = model.forward_features(Dinov2ImageProcessor()([read_image(file) for file in files]).pixel_values)
@@ -136,11 +145,12 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
         ("cls", features["x_norm_clstoken"]),
         ("patch_mean", features["x_norm_patchtokens"].mean(dim=1)),
     ):
-        np.testing.assert_allclose(np.array(table[name].to_pylist()), expected.numpy(), atol=1e-4)
-    metadata = read_metadata(tmp_path / "out" / "features.parquet")
-    assert (metadata["model"], metadata["weights"]) == ("dinov2_vits14", "random:0")
-    assert metadata["position_dialect"] == "offset"
-    assert (metadata["dtype"], metadata["precision"], metadata["engine"]) == ("float32", "fp32", True)
+        np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-4)
+    manifest = found.manifest
+    assert (manifest["about"]["model"], manifest["about"]["weights"]) == ("dinov2_vits14", "random:0")
+    assert manifest["position_dialect"] == "offset"
+    assert (manifest["dtype"], manifest["precision"], bool(manifest["engine"])) == ("float32", "fp32", True)
+    assert done.stderr.startswith("5 pictures, 15.4 kB of features in 1 shard (")
 
 
 def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,12 +160,16 @@ def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pyt
     options = ["--size", "28x42", "--precision", "bf16", "--engine", "off"]
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     assert "2 pictures, 1 failed" in capsys.readouterr().out
-    metadata = read_metadata(tmp_path / "a" / "features.parquet")
-    assert (metadata["dtype"], metadata["precision"], metadata["engine"]) == ("bfloat16", "bf16", False)
-    assert metadata["processor"]["crop_size"] == {"height": 28, "width": 42}
-    table = pq.read_table(tmp_path / "a" / "features.parquet")
-    assert table["error"].to_pylist()[1] is None
-    assert table["error"].to_pylist()[0].startswith("not a picture")
+    manifest = read_manifest(tmp_path / "a")
+    assert (manifest["dtype"], manifest["precision"], manifest["engine"]) == ("bfloat16", "bf16", None)
+    assert manifest["processor"]["crop_size"] == {"height": 28, "width": 42}
+    found = dinov2_fast.load_features(tmp_path / "a")
+    assert found.error[1] is None
+    assert str(found.error[0]).startswith("not a picture")
+    assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
+    captured = capsys.readouterr()
+    assert "2 pictures, 1 failed, 2 were there already, 0.0 s, nothing to do" in captured.out
+    assert captured.err.startswith("2 pictures, 2 of them there already, ")
 
 
 @pytest.mark.parametrize("engine", ["on", "off"])
@@ -177,11 +191,11 @@ def test_the_engine_and_its_precision_are_chosen(
     for precision, bound in (("auto", 1e-4), ("bf16", 0.1)):
         out = tmp_path / precision
         assert main([*arguments, "--precision", precision, "--engine", engine, "--out", str(out)]) == 0
-        table, metadata = pq.read_table(out / "features.parquet"), read_metadata(out / "features.parquet")
-        np.testing.assert_allclose(np.array(table["cls"].to_pylist()), expected, atol=bound)
-        assert metadata["precision"] == precision.replace("auto", "fp32")
-        assert metadata["engine"] == (engine == "on")
-        assert metadata["processor"] == processor.to_dict()
+        found = dinov2_fast.load_features(out)
+        np.testing.assert_allclose(found["cls"], expected, atol=bound)
+        assert found.manifest["precision"] == precision.replace("auto", "fp32")
+        assert bool(found.manifest["engine"]) == (engine == "on")
+        assert found.manifest["processor"] == processor.to_dict()
     assert dtypes == ([torch.uint8] * 2 if engine == "on" else [])
 
 
@@ -189,9 +203,38 @@ def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytes
     arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", checkpoint, "--out", str(tmp_path)]
     arguments += ["--workers", "0", "--size", "14"]
     assert main(arguments) == 0
+    arguments[-1] = "28"
     assert main(arguments) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "were made otherwise: processor.size.shortest_edge is 14 there and 28 here" in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{PICTURES / 'coffee.jpg'}\nmissing.jpg\n")
+    arguments = [
+        "extract",
+        str(tmp_path / "list.txt"),
+        str(PICTURES / "c*.jpg"),
+        "--model",
+        checkpoint,
+        "--size",
+        "28x42",
+    ]
+    arguments += ["--no-crop", "--features", "cls@0,patches", "--dtype", "fp16", "--format", "npy", "--shard-size", "2"]
+    arguments += ["--max-pixels", "200000", "--max-seconds", "30", "--batch-size", "3", "--workers", "1"]
+    for part, code in (("1/2", 3), ("2/2", 3)):
+        assert main([*arguments, "--shard", part, "--out", str(tmp_path / "out")]) == code
+    found = dinov2_fast.load_features(tmp_path / "out")
+    assert [Path(path).name for path in found.path] == ["coffee.jpg", "missing.jpg", "chelsea.jpg", "coffee.jpg"]
+    errors = ["too large: 600 x 400 pixels, the limit is 200000", "No such file or directory", None]
+    assert found.error == [*errors, errors[0]]
+    assert {name: (found[name].shape, str(found[name].dtype)) for name in found} == {
+        "cls@0": ((4, 64), "float16"),
+        "patches": ((4, 6, 64), "float16"),
+    }
+    assert (tmp_path / "out" / "features-00001.patches.npy").is_file()
+    manifest = found.manifest
+    assert (manifest["batch_size"], manifest["shard_size"], manifest["processor"]["do_center_crop"]) == (3, 2, False)
 
 
 def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> None:
@@ -201,7 +244,7 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
     os.link(checkpoint, folder / "model.safetensors")
     arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", str(folder), "--workers", "0"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
-    assert read_metadata(tmp_path / "features.parquet")["processor"] == processor.to_dict()
+    assert read_manifest(tmp_path)["processor"] == processor.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -214,6 +257,9 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
         (str(PICTURES), "dinov2_vits14", ["--weights", "random:x"], "random:SEED"),
         (str(PICTURES), "dinov2_vits14", ["--weights", "random:0", "--device", "abacus"], "abacus"),
         (str(PICTURES), "dinov2_vits14", ["--precision", "fp8", "--engine", "off"], "fp8 exists in the engine only"),
+        (str(PICTURES), "dinov2_vits14", ["--no-crop"], "--no-crop needs --size"),
+        (str(PICTURES), "dinov2_vits14", ["--weights", "random:0", "--features", "tokens"], "no feature 'tokens'"),
+        ("s3x://bucket/", "dinov2_vits14", [], "'s3x://bucket/' cannot be opened: Protocol not known: s3x"),
     ],
 )
 def test_an_abort_exits_with_1_and_one_message(
@@ -230,20 +276,24 @@ def test_an_abort_exits_with_1_and_one_message(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_control_c_exits_with_130(checkpoint: str, tmp_path: Path, workers: str) -> None:
-    pictures = [str(PICTURES / "coffee.jpg")] * 3000
+@pytest.mark.parametrize(("workers", "name"), [("0", "SIGINT"), ("1", "SIGINT"), ("1", "SIGTERM")])
+def test_control_c_and_sigterm_exit_with_130(checkpoint: str, tmp_path: Path, workers: str, name: str) -> None:
+    out, pictures = tmp_path / "out", [str(PICTURES / "coffee.jpg")] * 3000
     command = [sys.executable, "-m", "dinov2_fast", "extract", *pictures, "--model", checkpoint, "--size", "14"]
-    command += ["--out", str(tmp_path / "out"), "--workers", workers]
+    command += ["--out", str(out), "--workers", workers, "--shard-size", "8", "--batch-size", "4"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == "0/3000 pictures, 0 failed\n"
-        time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        assert process.stderr.readline().startswith("3000 pictures, 1.5 MB of features in 375 shards (")
+        while not list(out.glob("features-*.parquet")):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.Signals[name])  # a terminal sends it to the whole group
         rest = process.stderr.read()
     assert process.returncode == 130, rest
     assert rest == "dinov2-fast: interrupted\n"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert {path.suffix for path in out.iterdir()} == {".parquet", ".json"}
+    part = dinov2_fast.load_features(out, partial=True)
+    assert len(part) % 8 == 0
+    assert part.error == [None] * len(part)
 
 
 def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,14 +329,25 @@ class Terminal(io.StringIO):
 
 
 def test_progress_rewrites_its_line_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, rewrites in ((Terminal(), 3), (io.StringIO(), 0)):
+    for stream, rewrites in ((Terminal(), 2), (io.StringIO(), 0)):
         monkeypatch.setattr("sys.stderr", stream)
-        progress = Progress(100)
-        progress(50, 1)
-        progress(100, 2)
+        progress = Progress()
+        progress(Status(done=50, failures=1, total=100, resumed=20, seconds=6.0, busy=0.256))
+        progress(Status(done=100, failures=2, total=100, resumed=20, seconds=16.0, busy=0.5))
         progress.end()
         text = stream.getvalue()
         assert text.count("\r") == rewrites
         assert text.endswith("\n")
-        assert "100/100 pictures, 2 failed" in text
-        assert ("50/100" in text) == bool(rewrites)
+        assert "100/100 pictures, 2 failed, 5.0 pictures/s, 0:00:00 left, model busy 50%" in text
+        assert ("50/100 pictures, 1 failed, 5.0 pictures/s, 0:00:10 left, model busy 26%" in text) == bool(rewrites)
+
+
+def test_elsewhere_a_line_comes_every_30_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = [100.0], io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    progress = Progress()
+    for second in range(1, 100):
+        clock[0] += 1
+        progress(Status(done=second, failures=0, total=1000, resumed=0, seconds=float(second), busy=1.0))
+    assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == ["30", "60", "90"]

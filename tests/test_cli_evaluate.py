@@ -189,7 +189,7 @@ def test_what_is_not_possible_exits_with_1(
     train, val = str(photos / "train"), str(photos / "val")
     stored = tmp_path / "features"
     stored.mkdir()
-    (stored / "features.parquet").touch()
+    (stored / "manifest.json").touch()
     shutil.copytree(photos / "val" / "3", tmp_path / "one" / "3")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "elephant")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "3")

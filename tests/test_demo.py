@@ -7,47 +7,63 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction.features_file import read_metadata
+import dinov2_fast
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
+def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A run without network, and nothing in any cache."""
     environment = {
         **os.environ,
-        "DINOV2_FAST_CACHE": str(tmp_path / "cache"),
+        "DINOV2_FAST_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-    }
-    environment |= {
-        "no_proxy": "",
-        "NO_PROXY": "",
-        "TORCH_HOME": str(tmp_path),
+        "HF_HOME": str(folder),
+        "TORCH_HOME": str(folder),
         "PYTHONPATH": str(ROOT),
         "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+        "NO_PROXY": "",
     }
-    environment |= {"https_proxy": "http://127.0.0.1:9"}
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "demo.py"), str(tmp_path / "out")],
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py"), str(folder / "out")],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
-    assert "RANDOM WEIGHTS" in run.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features-random-weights", "pca-random-weights.png"}
-    features = tmp_path / "out" / "features-random-weights" / "features.parquet"
-    table = pq.read_table(features)
-    assert table.num_rows == len(list((ROOT / "examples" / "pictures").glob("*.jpg"))) == 5
-    assert table["error"].null_count == 5
-    assert read_metadata(features)["weights"] == "random:0"
-    with Image.open(tmp_path / "out" / "pca-random-weights.png") as sheet:
-        assert sheet.width > 600
-    assert str(features) in run.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
+    demo, out = run_demo(tmp_path), tmp_path / "out"
+    assert demo.returncode == 0, demo.stderr
+    assert "RANDOM WEIGHTS" in demo.stderr
+    sheets = {kind: out / f"{kind}-random-weights.png" for kind in ("pca", "attention", "neighbours")}
+    assert set(out.iterdir()) == {out / "features-random-weights", *sheets.values()}
+    features = dinov2_fast.load_features(out / "features-random-weights")
+    assert len(features) == len(list((ROOT / "examples" / "pictures").glob("*.jpg"))) == 5
+    assert features.error == [None] * 5
+    assert features.manifest["about"]["weights"] == "random:0"
+    commands = [line for line in demo.stdout.splitlines() if line.startswith("$ dinov2-fast ")]
+    assert [line.split()[2] for line in commands] == ["extract", "show", "show"]
+    assert demo.stdout.endswith("All of it was made with RANDOM weights.\n")
+    for kind, sheet in sheets.items():
+        assert str(sheet) in demo.stdout
+        check_readme_shows(kind, sheet)
+
+
+def check_readme_shows(kind: str, sheet: Path) -> None:
+    """README's picture is that sheet: of its size and, but for the rounding of another machine, of its colours."""
+    assert f"(examples/{kind}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    shown, drawn = (
+        np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (ROOT / "examples" / f"{kind}.png", sheet)
+    )
+    assert shown.shape == drawn.shape
+    assert (np.abs(shown - drawn) > 8).mean() < 0.01

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from dinov2_fast import optimize_for_inference
-from dinov2_fast.inference.fold import fold_linear
+from dinov2_fast import ops, optimize_for_inference
+from dinov2_fast.inference.fold import fold_linear, fold_norm_linear
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from tests.huggingface_peers import our_class, small_config
@@ -28,6 +28,31 @@ def test_layer_scale_is_folded_exactly_and_rounded_once(dtype: torch.dtype) -> N
     assert torch.equal(folded.bias, (linear.bias.double() * gamma.double()).to(dtype))
     assert torch.equal(fold_linear(linear, "proj", dtype).weight, linear.weight.to(dtype))
     assert fold_linear(nn.Linear(96, 64, bias=False), "proj", dtype, gamma).bias is None
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@torch.no_grad()
+def test_a_norm_is_folded_exactly_and_rounded_once(dtype: torch.dtype) -> None:
+    linear, norm = nn.Linear(96, 64), nn.LayerNorm(96, eps=1e-3)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    folded = fold_norm_linear(linear, "qkv", dtype, norm, order=lambda rows: rows.flip(0))
+    scaled = linear.weight.double() * norm.weight.double()
+    centred = (scaled - scaled.mean(1, keepdim=True)).flip(0)
+    shifted = (linear.bias.double() + linear.weight.double() @ norm.bias.double()).flip(0)
+    assert torch.equal(folded.weight, centred.to(dtype))
+    assert torch.equal(folded.bias, shifted.to(dtype))
+    assert folded.eps == 1e-3
+    without = nn.Linear(96, 64, bias=False)
+    assert torch.equal(
+        fold_norm_linear(without, "qkv", dtype, norm).bias, (without.weight.double() @ norm.bias.double()).to(dtype)
+    )
+    if dtype == torch.float64:
+        x = torch.randn(5, 96).double() + 7
+        bare = nn.functional.layer_norm(x, (96,), eps=1e-3)
+        expected = nn.functional.linear(norm.double()(x), linear.double().weight, linear.bias).flip(1)
+        torch.testing.assert_close(folded(bare), expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(folded(x, ops.row_statistics(x)), expected, atol=1e-12, rtol=1e-12)
 
 
 @torch.no_grad()

@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr("dinov2_fast.extraction.images.os.scandir", refuse)
+    monkeypatch.setattr("dinov2_fast.extraction.inputs.os.scandir", refuse)
     with pytest.raises(PermissionError):
         list_images([tmp_path])
 

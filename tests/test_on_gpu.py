@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast import ops
+from dinov2_fast import backends, ops
 from dinov2_fast.backends import tensors_of, use_backend
 from tests import reference
-from tests.devices import on_gpu
+from tests.devices import on_gpu, runs_cuda
 
 EPS = 1e-6
 BF16 = torch.bfloat16
@@ -45,6 +45,17 @@ def _linear_residual_fp8(residual: Tensor, x: Tensor, row_scale: Tensor, weight:
     out = residual.clone()
     ops.linear_residual_fp8_(out, x, row_scale, weight, scale, None, None)
     return out
+
+
+def _linear_residual_statistics(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    out, statistics = residual.clone(), ops.row_statistics(residual)
+    ops.linear_residual_statistics_(out, statistics, x, weight, bias, None)
+    return out, statistics
+
+
+def _of_stream(op: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An op that reads a stream with its statistics."""
+    return lambda x, weight, bias: op(x, ops.row_statistics(x), weight, bias, EPS)
 
 
 # Function and arguments, by name; every floating-point argument can be differentiated where the op can be trained.
@@ -80,6 +91,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     ),
     "attention": (ops.attention, lambda: [_x(8, 257, 3, 12, 64)]),
     "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, (257, 1, 300, 50)), lambda: [_x(608, 3, 12, 64)]),
+    "attention_fp8": (lambda qkv: ops.attention_fp8(qkv, 0.01), lambda: [_x(8, 257, 3, 12, 64)]),
+    "attention_varlen_fp8": (
+        lambda qkv: ops.attention_varlen_fp8(qkv, (257, 1, 300, 50), 0.01),
+        lambda: [_x(608, 3, 12, 64)],
+    ),
     "attention_probabilities": (
         lambda qkv: ops.attention_probabilities(qkv, slice(0, 1)),
         lambda: [_x(8, 257, 3, 6, 64)],
@@ -103,6 +119,16 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "linear_gelu_fp8": (
         lambda x, w, scale: ops.linear_gelu_fp8(x, 0.01, w, scale, None, dtype=BF16),
         lambda: [_e4m3(2056, 768), _e4m3(3072, 768), torch.rand(3072, device="cuda")],
+    ),
+}
+CASES |= {
+    "row_statistics": (ops.row_statistics, lambda: [_x(8, 257, 768)]),
+    "norm_linear": (_of_stream(ops.norm_linear), CASES["linear"][1]),
+    "norm_linear_gelu": (_of_stream(ops.norm_linear_gelu), CASES["linear_gelu"][1]),
+    "norm_linear_swiglu": (_of_stream(ops.norm_linear_swiglu), CASES["linear_swiglu"][1]),
+    "linear_residual_statistics_": (
+        _linear_residual_statistics,
+        lambda: [_x(2056, 768), _x(2056, 3072), _x(768, 3072), _x(768)],
     ),
 }
 CASES["linear_swiglu_fp8"] = (
@@ -132,10 +158,10 @@ def _leaves(arguments: list[Any]) -> list[Any]:
     return [a.detach().requires_grad_() if is_float(a) else a for a in arguments]
 
 
-def _results(name: str, arguments: list[Any], train: bool) -> list[Tensor]:
+def _results(name: str, arguments: list[Any], train: bool, backend: str = "triton") -> list[Tensor]:
     """Outputs, and when training the gradients of all floating-point arguments."""
     function = CASES[name][0]
-    with use_backend("triton"):
+    with use_backend(backend):
         if not train:
             with torch.no_grad():
                 return list(tensors_of([function(*arguments)]))
@@ -150,9 +176,21 @@ def _prepared(name: str, train: bool) -> list[Any]:
     return _leaves(arguments) if train else arguments
 
 
-each_case = pytest.mark.parametrize(
-    ("name", "train"), [(name, False) for name in CASES] + [(name, True) for name in TRAINABLE]
-)
+def _each_backend(name: str) -> list[Any]:
+    has_cuda = name in backends.ops() and "cuda" in backends.ops()[name].backends()
+    return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
+
+
+def _cases(names: Iterable[str], *rest: Any) -> list[Any]:
+    """A case for each backend of each of these; `rest` stands before the backend."""
+    return [
+        pytest.param(name, *rest, *getattr(backend, "values", [backend]), marks=getattr(backend, "marks", ()))
+        for name in names
+        for backend in _each_backend(name)
+    ]
+
+
+each_case = pytest.mark.parametrize(("name", "train", "backend"), [*_cases(CASES, False), *_cases(TRAINABLE, True)])
 
 
 def test_every_op_has_a_case() -> None:
@@ -161,36 +199,36 @@ def test_every_op_has_a_case() -> None:
 
 @on_gpu
 @each_case
-def test_fifty_repeats_are_equal_bit_by_bit_while_the_device_is_busy(name: str, train: bool) -> None:
+def test_fifty_repeats_are_equal_bit_by_bit_while_the_device_is_busy(name: str, train: bool, backend: str) -> None:
     arguments = _prepared(name, train)
     noise, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
-    first = _results(name, arguments, train)
+    first = _results(name, arguments, train, backend)
     for _ in range(50):
         with torch.cuda.stream(other):
             noise @ noise
-        again = _results(name, arguments, train)
+        again = _results(name, arguments, train, backend)
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(again, first, strict=True))
     torch.cuda.synchronize()
 
 
 @on_gpu
 @each_case
-def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool) -> None:
+def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool, backend: str) -> None:
     arguments, new = _prepared(name, train), _prepared(name, train)
-    expected = _results(name, new, train)
+    expected = _results(name, new, train, backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        _results(name, arguments, train)
+        _results(name, arguments, train, backend)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            captured = _results(name, arguments, train)
+            captured = _results(name, arguments, train, backend)
         with torch.no_grad():
             for old, fresh in zip(arguments, new, strict=True):
                 if isinstance(old, Tensor):
                     old.copy_(fresh)
         graph.replay()
-        eager = _results(name, arguments, train)
+        eager = _results(name, arguments, train, backend)
     torch.cuda.current_stream().wait_stream(side)
     for results in (captured, eager):
         for ours, right in zip(results, expected, strict=True):
@@ -203,18 +241,19 @@ LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a s
     "swiglu": lambda n: [_x(n, 1024), None],
     "linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
     "linear": lambda n: [_x(n, 64), _x(1024, 64), None],
+    "norm_linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
 }
 
 
 @on_gpu
-@pytest.mark.parametrize("name", LARGE)
-def test_more_than_two_to_the_31_elements(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), _cases(LARGE))
+def test_more_than_two_to_the_31_elements(name: str, backend: str) -> None:
     small = LARGE[name](64)
     rows, last = 2**31 // 1024 + 64, small[0]
     x = last.repeat(rows // 64 + 1, 1)[:rows]
     assert x.shape[0] * 1024 > 2**31
-    whole = _results(name, [x, *small[1:]], train=False)
-    part = _results(name, [x[-64:].contiguous(), *small[1:]], train=False)
+    whole = _results(name, [x, *small[1:]], False, backend)
+    part = _results(name, [x[-64:].contiguous(), *small[1:]], False, backend)
     for ours, right in zip(whole, part, strict=True):
         assert torch.equal(ours[-64:], right)
 
@@ -239,19 +278,25 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["layer_norm_fp8", "gelu_fp8"])
-def test_e4m3_saturates_and_keeps_nan(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), _cases(["layer_norm_fp8", "gelu_fp8", "attention_fp8"]))
+def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
     values = torch.tensor(
-        [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0], device="cuda"
+        [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0] + 6 * [0.0], device="cuda"
     )
-    with use_backend("triton"), torch.no_grad():
+    with use_backend(backend), torch.no_grad():
         if name == "gelu_fp8":
             y = ops.gelu_fp8(values, None, 1.0).float()
             assert y[0].isnan()
             assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
             assert y[4] == 0
+        elif name == "attention_fp8":  # of one token, whose value is the result
+            qkv = torch.zeros(1, 1, 3, 1, 32, device="cuda")
+            qkv[..., 2, 0, : len(values)] = values
+            y = ops.attention_fp8(qkv, 1.0)[..., : len(values)].flatten()
+            assert y[0].float().isnan()
+            assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(torch.float8_e4m3fn)).max() == 0
         else:  # a weight of zero makes the bias what is quantised
-            bias = values[3:]
+            bias = values[3:11]
             x = torch.randn(3, bias.shape[0], device="cuda")
             y = ops.layer_norm_fp8(x, torch.zeros_like(bias), bias, EPS, 1.0)
             expected = bias.clamp(-448, 448).to(torch.float8_e4m3fn).expand_as(y)

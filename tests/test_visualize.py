@@ -1,4 +1,4 @@
-"""PCA colours: planted structure comes back, the batch shares one PCA, signs are fixed, errors are clear."""
+"""PCA colours, attention maps, nearest neighbours and the sheets they are drawn on: what was planted comes back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2_fast.visualize import pca_rgb, save_pca_png
+from dinov2_fast import DinoVisionTransformer, visualize
+from dinov2_fast.visualize import Tile, attention_rgb, nearest, pca_rgb, recorded_attention, save_sheet
+from tests import golden
 
 
 def planted(batch: int = 2, height: int = 6, width: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -129,11 +131,148 @@ def test_bad_input_is_a_clear_error(features: Any, options: dict[str, Any], mess
         pca_rgb(features, **options)
 
 
-def test_the_sheet_shows_picture_and_colours(tmp_path: Path) -> None:
-    pictures = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue", "lime")]
-    rgb = np.zeros((3, 3, 4, 3), np.uint8)
-    rgb[:, 0, 0] = 255
-    path = save_pca_png(tmp_path / "new" / "sheet.png", pictures, rgb, names=["a", "b\nc", "d" * 300], height=60)
+def tiny_model(**arguments: Any) -> DinoVisionTransformer:
+    """2 heads, 3 blocks, with random weights that are not those of the initialisation."""
+    sizes, weights, _ = golden.load_case("facebook_reg4" if arguments.get("num_register_tokens") else "facebook_mlp")
+    model = DinoVisionTransformer(**{**sizes, **arguments}).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def attention_by_hand(model: DinoVisionTransformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """The CLS token's row of every block's softmax, (batch, heads, tokens), from the formula."""
+    rows, x = [], model.prepare_tokens_with_masks(pixels)
+    for block in (block for block in model.blocks.modules() if hasattr(block, "attn")):
+        qkv = block.attn.qkv(block.norm1(x)).double()
+        q, k, _ = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        rows.append(torch.einsum("bhd,bhkd->bhk", q[:, :, 0] / 8, k).softmax(-1))  # 64 channels in a head
+        x = block(x)
+    return rows
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_register_tokens": 4}, {"block_chunks": 3}])
+def test_attention_is_the_cls_row_of_the_blocks_asked_for(arguments: dict[str, Any]) -> None:
+    model = tiny_model(**arguments)
+    pixels = torch.randn(2, 3, 42, 28)
+    with torch.no_grad():
+        expected = attention_by_hand(model, pixels)
+        without = model.forward_features(pixels)["x_prenorm"]
+        with recorded_attention(model, [0, -1]) as recorded:
+            found = model.forward_features(pixels)["x_prenorm"]
+        assert torch.equal(found, without)
+        assert sorted(recorded) == [0, 2]
+        for block, weights in recorded.items():
+            assert weights.shape == (2, 2, 1 + model.num_register_tokens + 6)
+            torch.testing.assert_close(weights.double(), expected[block], atol=1e-5, rtol=1e-4)
+        recorded.clear()
+        model(pixels)
+        assert recorded == {}  # the hooks went with the block
+    with (
+        pytest.raises(ValueError, match="There is no block 3; the blocks of this model are 0 to 2"),
+        recorded_attention(model, [3]),
+    ):
+        pass
+
+
+def test_a_heat_map_is_brightest_where_the_weights_are() -> None:
+    weights = np.zeros((2, 3, 300))
+    weights[:, :, 47:52] = 0.1
+    weights[1] *= 0.01
+    weights[:, 1] = 0
+    rgb = attention_rgb(torch.from_numpy(weights), (15, 20))
+    assert rgb.shape == (2, 3, 15, 20, 3)
+    assert rgb.dtype == np.uint8
+    assert np.array_equal(rgb[0], rgb[1])  # each map is scaled on its own
+    bright = rgb[0, 0].astype(int).sum(axis=-1) > 0
+    assert np.array_equal(np.flatnonzero(bright), np.arange(47, 52))
+    assert (rgb[:, 1] == 0).all()
+
+
+def test_brighter_is_more() -> None:
+    rgb = attention_rgb(np.arange(256.0)).reshape(-1, 3).astype(int)
+    brightness = rgb @ [299, 587, 114]
+    assert (np.diff(brightness) >= 0).all()
+    assert (np.diff(brightness) > 0).mean() > 0.9
+    assert rgb[0].tolist() == [0, 0, 0]
+    assert rgb[-1].min() > 150
+
+
+def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
+    weights = np.full(1369, 1e-4)
+    weights[5] = 0.9
+    assert attention_rgb(weights)[0, 6].max() > 200
+
+
+@pytest.mark.parametrize(
+    "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0)]
+)
+def test_what_are_no_attention_weights_is_an_error(weights: Any) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        attention_rgb(weights, (1, 2))
+
+
+def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:
+    cosines = [
+        float(features[row] @ other / np.linalg.norm(features[row]) / np.linalg.norm(other)) for other in features
+    ]
+    return sorted((i for i in range(len(features)) if i != row), key=lambda i: -cosines[i])[:count]
+
+
+@pytest.mark.parametrize("chunk", [7, 50, 1000])
+def test_neighbours_are_those_of_the_largest_cosine(chunk: int) -> None:
+    features = np.random.default_rng(0).standard_normal((50, 6)) * np.random.default_rng(1).uniform(0.1, 9, (50, 1))
+    indices, cosines = nearest(features, [3, 49, 0], 4, chunk=chunk)
+    assert indices.tolist() == [neighbours_by_hand(features, row, 4) for row in (3, 49, 0)]
+    units = features / np.linalg.norm(features, axis=1, keepdims=True)
+    expected = np.take_along_axis(units[[3, 49, 0]] @ units.T, indices, 1)
+    np.testing.assert_allclose(cosines, expected, atol=1e-6)
+
+
+def test_equally_near_rows_come_in_order_and_a_row_is_not_its_own_neighbour() -> None:
+    features = np.ones((5, 3))
+    for chunk in (1, 2, 5):
+        indices, cosines = nearest(features, [2], 3, chunk=chunk)
+        assert indices.tolist() == [[0, 1, 3]]
+        np.testing.assert_allclose(cosines, 1, atol=1e-6)
+
+
+def test_rows_without_features_are_no_neighbours(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
+    features[[0, 4]] = np.nan
+    features[5] = 0  # a vector of zeros has no direction, and is far from all
+    np.save(tmp_path / "features.npy", features)
+    for given in (features, np.load(tmp_path / "features.npy", mmap_mode="r")):
+        indices, cosines = nearest(given, [1, 5], 9)
+        assert sorted(indices[0].tolist()) == [2, 3, 5]
+        assert np.isfinite(cosines).all()
+        assert indices.shape == (2, 3)
+    with pytest.raises(ValueError, match="Row 4 has no features"):
+        nearest(features, [1, 4])
+
+
+@pytest.mark.parametrize(
+    ("features", "rows", "message"),
+    [
+        (np.ones((3, 4)), [3], "rows from 0 to 2"),
+        (np.ones((3, 4)), [], "rows from 0 to 2"),
+        (np.ones((1, 4)), [0], "no other row"),
+        (np.ones(4), [0], r"features \(rows, dim\)"),
+    ],
+)
+def test_queries_that_cannot_be_answered_are_errors(features: np.ndarray, rows: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nearest(features, rows)
+
+
+def test_the_sheet_shows_pictures_and_maps(tmp_path: Path) -> None:
+    patches = np.zeros((3, 4, 3), np.uint8)
+    patches[0, 0] = 255
+    colours = Image.fromarray(patches)
+    strips = [
+        [Tile(Image.new("RGB", (80, 60), colour), name), Tile(colours, smooth=False)]
+        for colour, name in (("red", "a"), ("blue", "b\nc"), ("lime", "d" * 300))
+    ]
+    path = save_sheet(tmp_path / "new" / "sheet.png", strips, columns=2, height=60)
     sheet = np.asarray(Image.open(path))
     assert path == tmp_path / "new" / "sheet.png"
     assert sheet.shape == (16 + 2 * (60 + 24 + 16), 16 + 2 * (80 + 4 + 80 + 16), 3)
@@ -145,18 +284,55 @@ def test_the_sheet_shows_picture_and_colours(tmp_path: Path) -> None:
     assert (sheet[:, -16:] == 255).all()  # the long name does not run out of its cell
 
 
-def test_the_sheet_is_wide_enough_for_its_title(tmp_path: Path) -> None:
-    path = save_pca_png(
-        tmp_path / "s.png", [Image.new("RGB", (9, 9))], np.zeros((1, 3, 3, 3), np.uint8), title="w" * 90
-    )
-    sheet = np.asarray(Image.open(path))
-    assert sheet.shape[1] > 800
-    assert (sheet[:, -8:] == 255).all()
+def dark(sheet: np.ndarray, rows: slice, columns: slice) -> bool:
+    return bool((sheet[rows, columns] < 128).any())
 
 
-def test_the_sheet_refuses_what_does_not_match(tmp_path: Path) -> None:
-    picture, rgb = Image.new("RGB", (9, 9)), np.zeros((1, 3, 3, 3), np.uint8)
-    with pytest.raises(ValueError, match="2 pictures, 1 PCAs and 2 names"):
-        save_pca_png(tmp_path / "s.png", [picture, picture], rgb)
-    with pytest.raises(ValueError, match="0 pictures"):
-        save_pca_png(tmp_path / "s.png", [], rgb[:0])
+def test_text_runs_on_under_tiles_without_one_and_stops_before_the_next(tmp_path: Path) -> None:
+    white = Image.new("RGB", (50, 50), "white")
+    for second, runs_on in (("", True), (".", False)):
+        strip = [Tile(white, "W" * 20), Tile(white, second), Tile(white)]
+        sheet = np.asarray(Image.open(save_sheet(tmp_path / "s.png", [strip], height=50)))
+        under = slice(16 + 50, 16 + 50 + 24)
+        assert dark(sheet, under, slice(16, 66))
+        assert dark(sheet, under, slice(66 + 20, 66 + 104)) == runs_on
+
+
+def test_the_sheet_is_wide_enough_for_its_title_and_note(tmp_path: Path) -> None:
+    strip = [Tile(Image.new("RGB", (9, 9)))]
+    for heading in ({"title": "w" * 90}, {"note": "w" * 120}, {"title": "w" * 90, "note": "w" * 120}):
+        sheet = np.asarray(Image.open(save_sheet(tmp_path / "s.png", [strip], height=9, **heading)))
+        assert sheet.shape[1] > 800
+        assert (sheet[:, -8:] == 255).all()
+        assert dark(sheet, slice(0, 16 + 24 * len(heading)), slice(700, None))
+        assert sheet.shape[0] == 16 + 24 * len(heading) + 8 + 9 + 24 + 16  # the picture lies below
+
+
+def test_the_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
+    for strips in ([], [[]], [[Tile(Image.new("RGB", (9, 9)))], []]):
+        with pytest.raises(ValueError, match="at least one strip"):
+            save_sheet(tmp_path / "s.png", strips)
+
+
+def test_strips_show_what_they_are_given() -> None:
+    pictures = [Image.new("RGB", (28, 14), colour) for colour in ("red", "blue")]
+    rgb = {2: np.full((2, 1, 2, 3), 7, np.uint8), 5: np.full((2, 1, 2, 3), 9, np.uint8)}
+    strips = visualize.pca_strips("ab", pictures, rgb)
+    assert [[tile.text for tile in strip] for strip in strips] == [
+        ["a", "block 2", "block 5"],
+        ["b", "block 2", "block 5"],
+    ]
+    assert np.asarray(strips[1][2].picture).max() == 9
+
+    weights = {4: [np.array([[1.0, 0], [0, 1], [1, 0]]) for _ in pictures]}
+    strips = visualize.attention_strips("ab", pictures, weights, (1, 2), [2, 1])
+    assert [tile.text for tile in strips[0]] == ["a", "mean of all heads", "head 2", "head 1"]
+    brightest = [int(np.asarray(tile.picture).sum(axis=-1).argmax()) for tile in strips[0][1:]]
+    assert brightest == [0, 0, 1]
+    both = visualize.attention_strips("ab", pictures, {4: weights[4], 5: weights[4]}, (1, 2), [0])
+    assert [strip[0].text for strip in both] == ["a, block 4", "a, block 5", "b, block 4", "b, block 5"]
+
+    found, cosines = np.array([[1]]), np.array([[0.25]], np.float32)
+    ((tile, neighbour),) = visualize.neighbour_strips({0: "a", 1: "b"}, dict(enumerate(pictures)), [0], found, cosines)
+    assert (tile.text, neighbour.text) == ("a", "0.250 b")
+    assert neighbour.picture is pictures[1]

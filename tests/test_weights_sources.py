@@ -127,7 +127,7 @@ for name in ("getaddrinfo", "create_connection", "gethostbyname"):
 socket.socket.connect = refuse
 import dinov2_fast
 for module in pkgutil.walk_packages(dinov2_fast.__path__[:1], "dinov2_fast."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith(("__main__", "._cuda")):  # the extension is no module
         importlib.import_module(module.name)
 import hubconf
 [getattr(dinov2_fast, name) for name in dinov2_fast.__all__]

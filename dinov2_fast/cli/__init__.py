@@ -1,6 +1,7 @@
 """The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
 
-Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some pictures failed, 130 interrupted.
+Exit codes: 0 all good, 1 aborted (or `verify` found a difference), 2 wrong usage, 3 finished but some pictures failed,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,11 +12,27 @@ import sys
 from collections.abc import Sequence
 
 import dinov2_fast
-from dinov2_fast.cli import export, extract, info, knn, linear
+from dinov2_fast.cli import convert, export, extract, info, knn, linear, show, verify
 
 ABORTED = 1
 INTERRUPTED = 130
-COMMANDS = (extract, export, knn, linear, info)
+COMMANDS = (extract, show, knn, linear, convert, verify, export, info)
+
+DESCRIPTION = """\
+DINOv2 on the command line: features of pictures, sheets that show what the
+model sees in them, how well they tell classes apart, and checkpoints in the
+layouts of Meta's code, of Hugging Face transformers and of timm, or exported.
+"""
+EPILOG = """\
+examples:
+  dinov2-fast extract photos/ --model dinov2_vits14 --out features/
+  dinov2-fast show photos/ --model dinov2_vits14 --out sheets/
+  dinov2-fast knn train/ val/ --model dinov2_vits14
+  dinov2-fast convert dinov2_vits14 small.safetensors --to timm
+  dinov2-fast verify dinov2_vits14 small.safetensors photos/
+
+`dinov2-fast COMMAND --help` says everything about a command.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dinov2-fast", description="DINOv2 features from pictures.")
+    parser = argparse.ArgumentParser(
+        prog="dinov2-fast",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"dinov2_fast {dinov2_fast.__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli.extract import _at_least, _size
+from dinov2_fast.cli.options import at_least, size
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def add_parser(subparsers: Any) -> None:
         default="fp32",
         help="of weights, input and outputs; bf16 for torch-export only (default: fp32)",
     )
-    graph.add_argument("--opset", type=_at_least(1), metavar="N", help="of ONNX, 18 or newer (default: 20)")
+    graph.add_argument("--opset", type=at_least(1), metavar="N", help="of ONNX, 18 or newer (default: 20)")
     graph.add_argument(
         "--size",
-        type=_size,
+        type=size,
         metavar="N|HxW",
         help="fix the size in pixels, a multiple of 14; such a graph holds no float64",
     )
-    graph.add_argument("--batch-size", type=_at_least(1), metavar="N", help="fix the number of pictures")
+    graph.add_argument("--batch-size", type=at_least(1), metavar="N", help="fix the number of pictures")
     parser.add_argument("--check", nargs="+", metavar="PATH", help="pictures, or folders of them, to compare on")
     parser.set_defaults(run=run)
 

@@ -1,202 +1,306 @@
-"""``dinov2-fast extract``: pictures in files and folders to a Parquet file of features."""
+"""``dinov2-fast extract``: pictures to a folder of features."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
+from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
-    from dinov2_fast.extraction.extract import Summary
+    from dinov2_fast.extraction.extract import Announcement, Status, Summary
 
 SOME_FAILED = 3
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 30.0
+
+DESCRIPTION = """\
+Writes the features of pictures to the folder DIR: one row for each picture, in
+order, in shards (features-00000.parquet, ...) with the columns id, path, width,
+height, sha256, error and the features. A picture that cannot be read is a row
+with its error, and shifts no other. Read it all with
+dinov2_fast.load_features(DIR).
+
+PATH is a picture, a folder that is searched for pictures, a glob in quotes, a
+list (.txt with a path in each line; .csv or .parquet with the column path), a
+.tar archive as webdataset writes them, or a URL (s3://..., https://...) that
+fsspec can open.
+
+When it is interrupted, the same command does what is missing. When DIR holds
+features that were made otherwise, it says what differs and stops."""
+
+EPILOG = """\
+examples:
+  dinov2-fast extract photos/ --model dinov2_vits14 --out features/
+  dinov2-fast extract 'shards/*.tar' --model dinov2_vitb14 --out out/ --batch-size 256
+  dinov2-fast extract photos/ --model dinov2_vits14 --out dense/ --features patches --size 448
+
+Several GPUs or machines, a process for each part:
+  CUDA_VISIBLE_DEVICES=0 dinov2-fast extract photos/ ... --out out/ --shard 1/2 &
+  CUDA_VISIBLE_DEVICES=1 dinov2-fast extract photos/ ... --out out/ --shard 2/2
+
+Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some pictures
+failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 whole shards stay."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "extract",
-        help="extract the features of pictures into a Parquet file",
-        description="Writes one row for each picture, in order, to DIR/features.parquet: id, path, width, height, "
-        "error, cls and patch_mean. A picture that cannot be read is a row with its error.",
-        epilog="Exit codes: 0 all good, 1 aborted (nothing written), 2 wrong usage, 3 finished but some pictures "
-        "failed, 130 interrupted.",
+        help="extract the features of pictures to a folder",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders to search for pictures")
-    parser.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the output, made where it is missing")
-    parser.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
-    parser.add_argument(
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or where they are (see above)")
+    what = parser.add_argument_group("what is extracted")
+    what.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
+    what.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
+    what.add_argument(
+        "--features",
+        type=_names,
+        default=("cls", "patch_mean"),
+        metavar="NAME,...",
+        help="cls, patch_mean, patches, registers; cls@K, patch_mean@K, patches@K after block K, of which 0 is the "
+        "first (default: cls,patch_mean)",
+    )
+    what.add_argument("--size", type=size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
+    what.add_argument(
+        "--no-crop", action="store_true", help="squeeze whole pictures into --size instead of cutting out the centre"
+    )
+    what.add_argument(
         "--dialect",
-        choices=("offset", "size", "antialias"),
+        choices=DIALECTS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
-    parser.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", *DTYPES, "fp8"),
+    where = parser.add_argument_group("where it goes")
+    where.add_argument("--out", required=True, metavar="DIR", help="folder of the output, made where it is missing")
+    where.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="(default: parquet)")
+    where.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "fp16"),
         default="auto",
-        help="of the computation; features are stored in fp32, and the file says which it was. auto is bf16 on a GPU "
-        "and fp32 on a CPU; fp8 needs a GPU that has it, and its errors are several times those of bf16 "
-        "(default: auto)",
+        help="of the stored features; auto is fp16 for patches and registers, fp32 for the others (default: auto)",
     )
-    parser.add_argument(
+    where.add_argument(
+        "--shard-size", type=at_least(1), metavar="N", help="rows of a shard (default: 8192, fewer above 256 MB)"
+    )
+    where.add_argument("--overwrite", action="store_true", help="delete features that are there, and begin anew")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    how.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16", "fp8"),
+        default="auto",
+        help="of the computation; the manifest says which it was. auto is bf16 on a GPU and fp32 on a CPU; fp8 needs a "
+        "GPU that has it, and its errors are several times those of bf16 (default: auto)",
+    )
+    how.add_argument(
         "--engine",
         choices=("on", "off"),
         default="on",
         help="off runs the model as it is, instead of its faster form for inference (default: on)",
     )
-    parser.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="(default: 32)")
-    parser.add_argument(
+    how.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(default: 32)")
+    how.add_argument(
         "--workers",
-        type=_at_least(0),
-        default=_default_workers(),
+        type=at_least(0),
+        default=default_workers(),
         metavar="N",
         help="processes that decode pictures, 0 for none (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace features that are there already")
+    how.add_argument(
+        "--shard", type=_part, default=(0, 1), metavar="I/N", help="do the shards of part I of N (1/N to N/N) alone"
+    )
+    how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="refuse larger pictures (default: 50000000)")
+    how.add_argument(
+        "--max-seconds",
+        type=at_least(1),
+        metavar="N",
+        help="give up pictures that take longer to read and decode; not with --workers 0 (default: 60)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Extracts; 0 if every picture has features, 3 if some have not."""
-    from dinov2_fast.extraction.features_file import output_path
-    from dinov2_fast.extraction.images import list_images
+    from dinov2_fast.extraction.inputs import find_pictures
 
-    output_path(args.out, overwrite=args.overwrite)
-    files = list_images(args.paths)
-    if not files:
-        raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
-    processor = _processor(args)
-
-    import torch
-
-    import dinov2_fast
-    from dinov2_fast.extraction.extract import extract
-
-    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    if precision == "fp8" and args.engine == "off":
+    if args.engine == "off" and args.precision == "fp8":
         raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")
-    dtype = "float32" if args.engine == "on" else DTYPES[precision]  # the engine folds weights in fp32
-    model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype=dtype, dialect=args.dialect)
-    runs: Any = model
-    if args.engine == "on":
-        mean, std = processor.image_mean, processor.image_std
-        runs = dinov2_fast.optimize_for_inference(model, precision, mean=mean, std=std)
-    progress = Progress(len(files))
-    summary = extract(
-        files,
-        runs,
-        args.out,
-        processor=processor,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        overwrite=args.overwrite,
-        metadata={"model": args.model, "weights": model.loaded_from},
-        progress=progress,
+    if args.no_crop and not args.size:
+        raise ValueError("--no-crop needs --size.")
+    pictures = find_pictures(args.paths)
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError(
+            f"There are no pictures in {', '.join(map(repr, args.paths))}. Archives and lists in a folder must be "
+            "named, as in 'folder/*.tar'."
+        )
+    with _terminated_as_interrupted():
+        return _extract(args, first, pictures)
+
+
+def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
+    from itertools import chain
+
+    from dinov2_fast.extraction.extract import check_folder, extract
+    from dinov2_fast.extraction.extractor import find_device, load_model, processor_for
+
+    check_folder(Path(args.out))
+    if args.engine == "on" and args.precision != "auto":
+        _refuse_slow(args.precision, find_device(args.device))
+    processor = processor_for(args.model, args.size)
+    if args.no_crop:
+        processor = Dinov2ImageProcessor.for_size(args.size, crop=False)
+    model = load_model(
+        args.model,
+        processor,
+        weights=args.weights,
+        dialect=args.dialect,
+        device=args.device,
+        precision=args.precision,
+        engine=args.engine == "on",
     )
-    progress.end()
+    progress = Progress()
+    limits = {"max_pixels": args.max_pixels, "max_seconds": args.max_seconds}
+    try:
+        summary = extract(
+            chain([first], rest),
+            model,
+            args.out,
+            processor=processor,
+            features=args.features,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            workers=args.workers,
+            part=args.shard,
+            format=args.format,
+            overwrite=args.overwrite,
+            metadata={"model": args.model, "weights": _source(model)},
+            announce=announce,
+            progress=progress,
+            **{name: limit for name, limit in limits.items() if limit is not None},
+        )
+    finally:
+        progress.end()
     print(describe(summary))
     return SOME_FAILED if summary.failures else 0
 
 
+def _source(model: Any) -> Any:
+    return getattr(model, "loaded_from", None)
+
+
 def describe(summary: Summary) -> str:
-    """What was done, where the file is and how to read it, in three lines."""
-    rate = summary.pictures / summary.seconds
+    """What was done, where the features are and how to read them, in three lines."""
+    made = summary.pictures - summary.resumed
+    resumed = f", {summary.resumed} were there already" if summary.resumed else ""
+    speed = f"{made / summary.seconds:.1f} pictures/s, model busy {summary.busy:.0%}" if made else "nothing to do"
     return (
-        f"{summary.pictures} pictures, {summary.failures} failed, {summary.seconds:.1f} s, {rate:.1f} pictures/s\n"
+        f"{summary.pictures} pictures, {summary.failures} failed{resumed}, {summary.seconds:.1f} s, {speed}\n"
         f"Features: {summary.path}\n"
-        f"Read it:  import pyarrow.parquet as pq; table = pq.read_table({str(summary.path)!r})"
+        f"Read it:  import dinov2_fast; features = dinov2_fast.load_features({str(summary.path)!r})"
     )
+
+
+def announce(about: Announcement) -> None:
+    """Says on stderr what will be done and how large it will be."""
+    there = f", {about.done} of them there already" if about.done else ""
+    shards = f"{about.shards} shard{'s' * (about.shards != 1)}"
+    sizes = f"{_bytes(about.bytes)} of features in {shards} ({_bytes(about.free)} free)"
+    print(f"{about.pictures} pictures{there}, {sizes}", file=sys.stderr, flush=True)
 
 
 class Progress:
     """How far it is, on stderr: one line rewritten on a terminal, otherwise a line now and then."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.start = time.perf_counter()
+    def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._last_line = self.start
+        self._last_line = time.perf_counter()
         self._width = 0
-        self(0, 0)
 
-    def __call__(self, done: int, failures: int) -> None:
+    def __call__(self, status: Status) -> None:
+        text = f"{status.done}/{status.total} pictures, {status.failures} failed"
+        rate = (status.done - status.resumed) / status.seconds
+        text += f", {rate:.1f} pictures/s, {_time((status.total - status.done) / rate)} left"
+        text += f", model busy {status.busy:.0%}"
         now = time.perf_counter()
-        text = f"{done}/{self.total} pictures, {failures} failed"
-        if done:
-            text += f", {done / (now - self.start):.1f} pictures/s"
         if self._terminal:
             print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
             self._width = len(text)
-        elif done in (0, self.total) or now - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif status.done == status.total or now - self._last_line >= SECONDS_BETWEEN_LINES:
             print(text, file=sys.stderr, flush=True)
             self._last_line = now
 
     def end(self) -> None:
         """Leaves the cursor on a fresh line."""
-        if self._terminal:
+        if self._width:
             print(file=sys.stderr)
 
 
-def _processor(args: argparse.Namespace) -> Dinov2ImageProcessor:
-    if args.size:
-        return Dinov2ImageProcessor.for_size(args.size)
-    if (Path(args.model) / CONFIG_NAME).is_file():
-        return Dinov2ImageProcessor.from_pretrained(args.model)
-    return Dinov2ImageProcessor()
+def _bytes(count: int) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
 
 
-def _device(name: str) -> Any:
-    """torch's device of that name.
+def _refuse_slow(precision: str, device: Any) -> None:
+    """What the engine would refuse, in the words of the command line and before any weights are read.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the precision is slower on the device than one of more bits.
     """
-    import torch
+    from dinov2_fast.inference.engine import why_slow
 
+    reason = why_slow(precision, device)
+    if reason:
+        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        raise ValueError(
+            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
+            f"{instead}{otherwise}."
+        )
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does; Python handles signals in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        sides = [int(side) for side in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
-    size = sides[0], sides[-1]
-    try:
-        Dinov2ImageProcessor.for_size(size)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return size
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
-def _at_least(lowest: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {value}")
-        return value
-
-    return number
-
-
-def _default_workers() -> int:
-    """Half the cores, since the model uses them as well; never more than 8."""
-    return min(8, max(1, (os.cpu_count() or 1) // 2))
+def _part(text: str) -> tuple[int, int]:
+    """I/N, from 1 on, as (index from 0, count)."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
+    return int(number) - 1, int(count)

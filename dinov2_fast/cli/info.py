@@ -57,12 +57,15 @@ def _versions() -> Iterator[str]:
 def _device() -> Iterator[str]:
     import torch
 
+    from dinov2_fast import extension
+
     yield f"cpu              {platform.machine()}, {torch.get_num_threads()} threads"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield f"cuda:{index:<11} {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
+    yield f"extension: {extension.describe()}"
 
 
 def _ops(args: argparse.Namespace) -> Iterator[str]:

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED, _at_least
+from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.options import at_least
 
 DESCRIPTION = f"""\
 Classifies the pictures of VAL by their nearest neighbours among those of TRAIN,
@@ -55,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates; 0, or 3 if pictures had to be left out."""
     from dinov2_fast.evaluate import NEIGHBOURS, knn
+    from dinov2_fast.extraction.extractor import find_device
 
     folders = [args.train] if args.val is None else [args.train, args.val]
     read, weights = labelled.read_all(args, folders, blocks=1)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     most = len(read[0].names) - (len(read) == 1)
     neighbours = args.k or [k for k in NEIGHBOURS if k <= most] or [most]
     pairs = [value for pair in zip(features, labels, strict=True) for value in pair]
-    found = knn(*pairs, neighbours=neighbours, temperature=args.temperature, device=labelled.device(args))
+    found = knn(*pairs, neighbours=neighbours, temperature=args.temperature, device=find_device(args.device))
 
     rows = [{"k": k, "top1": 100 * top1, "top5": 100 * top5} for k, (top1, top5) in found.items()]
     results = {"task": "knn", "model": args.model, "weights": weights, "temperature": args.temperature}
@@ -76,4 +78,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    return [_at_least(1)(part) for part in text.split(",")]
+    return [at_least(1)(part) for part in text.split(",")]

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dinov2_fast
-from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES, _at_least, _default_workers, _device, _processor, _size
+from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES
+from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluate import Tokens
@@ -57,33 +58,26 @@ def add_options(parser: Any) -> None:
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     model.add_argument(
         "--dialect",
-        choices=("offset", "size", "antialias"),
+        choices=DIALECTS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
-    model.add_argument("--size", type=_size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
+    model.add_argument("--size", type=size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
     model.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
         help="auto is bf16 on a GPU and fp32 on a CPU (default: auto)",
     )
-    model.add_argument("--batch-size", type=_at_least(1), default=32, metavar="N", help="(default: 32)")
+    model.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(default: 32)")
     model.add_argument(
         "--workers",
-        type=_at_least(0),
-        default=_default_workers(),
+        type=at_least(0),
+        default=default_workers(),
         metavar="N",
         help="processes that decode pictures, 0 for none (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
-
-
-def device(args: argparse.Namespace) -> Any:
-    """Where everything runs."""
-    import torch
-
-    return _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> tuple[list[Labelled], str | None]:
@@ -101,11 +95,13 @@ def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> t
         raise ValueError("Give folders of pictures or folders of features, not both: features of two models differ.")
     if not args.model:
         raise ValueError("--model is missing: these folders hold no features, and pictures need a model.")
+    from dinov2_fast.extraction.extractor import find_device, processor_for
+
     files = [_list_labelled(folder) for folder in folders]
     model = dinov2_fast.load(
-        args.model, weights=args.weights, device=device(args), dtype="float32", dialect=args.dialect
+        args.model, weights=args.weights, device=find_device(args.device), dtype="float32", dialect=args.dialect
     )
-    processor = _processor(args)
+    processor = processor_for(args.model, args.size)
     engine = dinov2_fast.optimize_for_inference(model, args.precision)
     blocks = min(blocks, model.n_blocks)
     read = [
@@ -147,33 +143,17 @@ def report(args: argparse.Namespace, read: Sequence[Labelled], results: dict[str
 
 def is_stored(folder: Path) -> bool:
     """Whether `dinov2-fast extract` wrote this folder."""
-    return any((folder / name).is_file() for name in ("manifest.json", "features.parquet"))
+    return (folder / "manifest.json").is_file()
 
 
 def _read_stored(folder: str) -> Labelled:
-    paths, errors, cls, patch_mean = _stored_features(Path(folder))
-    good = np.array([error is None for error in errors], bool)
+    features = dinov2_fast.load_features(folder)
+    good = np.array([error is None for error in features.error], bool)
     if not good.any():
         raise ValueError(f"No picture in {folder!r} has features.")
-    names = [
-        os.path.basename(os.path.dirname(path)) for path, error in zip(paths, errors, strict=True) if error is None
-    ]
-    return Labelled(folder, _tokens(cls[good, None], patch_mean[good]), names, int((~good).sum()))
-
-
-def _stored_features(folder: Path) -> tuple[list[str], list[str | None], NDArray[Any], NDArray[Any]]:
-    """Paths, errors, cls and patch_mean (pictures, dim) of a folder of features; NaN where there is an error."""
-    load = getattr(dinov2_fast, "load_features", None)
-    if load is not None:
-        features = load(folder)
-        return features.path, features.error, features["cls"], features["patch_mean"]
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(folder / "features.parquet")
-    path, error, *vectors = (table[name].to_pylist() for name in ("path", "error", "cls", "patch_mean"))
-    nothing = [np.nan] * table.schema.field("cls").type.list_size
-    cls, patch_mean = (np.array([row or nothing for row in rows], np.float32) for rows in vectors)
-    return path, error, cls, patch_mean
+    names = [os.path.basename(os.path.dirname(features.path[row])) for row in np.flatnonzero(good)]
+    tokens = _tokens(features["cls"][good, None], features["patch_mean"][good])
+    return Labelled(folder, tokens, names, int((~good).sum()))
 
 
 def _list_labelled(folder: str) -> list[str]:
@@ -208,10 +188,12 @@ def _batches(
     folder: str, files: Sequence[str], processor: Any, args: argparse.Namespace
 ) -> Iterator[tuple[list[str], NDArray[Any]]]:
     """The pictures that can be read and their pixels (batch, 3, height, width), and on stderr how far it is."""
-    from dinov2_fast.extraction.decoding import decode_all
+    from dinov2_fast.extraction.inputs import Picture
+    from dinov2_fast.extraction.workers import decode_all
 
     done, said = 0, time.perf_counter()
-    decoded = zip(files, decode_all(files, processor, workers=args.workers, ahead=2 * args.batch_size), strict=True)
+    answers = decode_all(map(Picture, files), processor, workers=args.workers, ahead=2 * args.batch_size)
+    decoded = zip(files, answers, strict=True)
     while batch := list(islice(decoded, args.batch_size)):
         good = [(file, picture.pixels) for file, picture in batch if picture.pixels is not None]
         if good:

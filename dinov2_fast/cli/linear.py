@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED, _at_least
+from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.options import at_least
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluate import Accuracy, Probe
@@ -62,11 +63,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="R,R",
         help="for batches of 256, scaled to others (default: 13 from 1e-5 to 0.1)",
     )
-    grid.add_argument("--steps", type=_at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
+    grid.add_argument("--steps", type=at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
     grid.add_argument(
-        "--step-pictures", type=_at_least(1), default=128, metavar="N", help="pictures in an update (default: 128)"
+        "--step-pictures", type=at_least(1), default=128, metavar="N", help="pictures in an update (default: 128)"
     )
-    grid.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="(default: 0)")
+    grid.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
     labelled.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -74,6 +75,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains and evaluates; 0, or 3 if pictures had to be left out."""
     from dinov2_fast.evaluate import BLOCKS, LEARNING_RATES, linear_probes
+    from dinov2_fast.extraction.extractor import find_device
 
     folders = [args.train, args.val, *([args.test] if args.test else [])]
     read, weights = labelled.read_all(args, folders, blocks=max(args.blocks or BLOCKS))
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         batch_size=args.step_pictures,
         seed=args.seed,
-        device=labelled.device(args),
+        device=find_device(args.device),
     )
     accuracies = [probe.accuracy(read[1].tokens, labels[1]) for probe in probes]
     best = max(range(len(probes)), key=lambda row: accuracies[row].top1)
@@ -129,7 +131,7 @@ def _percent(accuracy: Accuracy) -> dict[str, float]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [_at_least(1)(part) for part in text.split(",")]
+    return [at_least(1)(part) for part in text.split(",")]
 
 
 def _rates(text: str) -> list[float]:

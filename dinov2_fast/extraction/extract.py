@@ -1,161 +1,284 @@
-"""The main job: pictures in, one Parquet file of features out."""
+"""The main job: pictures in, a folder of features out, which can be interrupted at any time and goes on."""
 
 from __future__ import annotations
 
 import os
-import platform
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-import torch
-from numpy.typing import NDArray
-
-from dinov2_fast import __version__
-from dinov2_fast.extraction.decoding import Decoded, decode_all
-from dinov2_fast.extraction.features_file import FeaturesFile, output_path
+from dinov2_fast.extraction import manifest, shards
+from dinov2_fast.extraction.batches import Batch, Pending, run_batches
+from dinov2_fast.extraction.decoding import Decoded
 from dinov2_fast.extraction.images import MAX_PIXELS
+from dinov2_fast.extraction.inputs import Picture, PictureList
+from dinov2_fast.extraction.lock import lock
+from dinov2_fast.extraction.outputs import DEFAULT, Outputs
+from dinov2_fast.extraction.workers import MAX_SECONDS, decode_all
 from dinov2_fast.image_processor import Dinov2ImageProcessor
-from dinov2_fast.inference import Engine
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-Features = NDArray[np.float32]  # (batch, embed_dim)
+@dataclass(frozen=True)
+class Announcement:
+    """What an extraction is going to do, known before its first picture.
+
+    Attributes:
+        folder: the output folder.
+        pictures, shards: of this process, those that are there already included.
+        done, failures: pictures that are there already, and those with an error among them.
+        bytes: that the features of all `pictures` take on disk, without the other columns.
+        free: bytes on the disk.
+    """
+
+    folder: Path
+    pictures: int
+    shards: int
+    done: int
+    failures: int
+    bytes: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far an extraction is.
+
+    Attributes:
+        done, failures: pictures, those that were there already included.
+        total, resumed: pictures of this process, and those of them that were there already.
+        seconds: since the first picture of this run was asked for.
+        busy: share of this time in which the device ran the model.
+    """
+
+    done: int
+    failures: int
+    total: int
+    resumed: int
+    seconds: float
+    busy: float
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction did: the counts, the time it took (model already loaded) and where the file is."""
+    """What an extraction did.
+
+    Attributes:
+        path: the output folder.
+        pictures, failures: of this process, those that were there already included.
+        resumed: pictures that were there already.
+        seconds: that it took, with the model loaded and the pictures listed.
+        busy: share of this time in which the device ran the model.
+    """
 
     path: Path
     pictures: int
     failures: int
+    resumed: int
     seconds: float
+    busy: float
 
 
 def extract(
-    files: Sequence[str],
+    pictures: Iterable[str | os.PathLike[str] | Picture],
     model: Any,
     out: str | os.PathLike[str],
     *,
     processor: Dinov2ImageProcessor | None = None,
+    features: Sequence[str] = DEFAULT,
+    dtype: str = "auto",
     batch_size: int = 32,
+    shard_size: int | None = None,
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
+    max_seconds: float = MAX_SECONDS,
+    part: tuple[int, int] = (0, 1),
+    format: str = "parquet",
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[Announcement], None] | None = None,
+    progress: Callable[[Status], None] | None = None,
 ) -> Summary:
-    """Writes the features of every file to ``features.parquet`` in the folder `out`: one row each, in order.
+    """Writes the features of every picture to the folder `out`: one row each, in order, in shards.
 
-    A picture that cannot be read, or whose features are not finite, is a row with its error. The columns are those of
-    :mod:`dinov2_fast.extraction.features_file`.
+    The folder is described in :mod:`dinov2_fast.extraction.shards`; :func:`dinov2_fast.load_features` reads it. A
+    picture that cannot be read, or whose features are not finite, is a row with its error. A shard is there whole or
+    not at all, and those that are there are not made again: after an interruption the same call does the rest, with the
+    same bits. Only a shard for which memory ran out, so that its batches were halved, may differ in rounding; it says
+    so. One shard is held in memory at most.
 
     Args:
-        files: pictures, from :func:`dinov2_fast.extraction.list_images` for instance.
+        pictures: paths of pictures, each one row, or what :func:`dinov2_fast.extraction.inputs.find_pictures` yields.
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one by
             :func:`dinov2_fast.optimize_for_inference`; its device and dtype are used. An engine with the processor's
             mean and std gets uint8 pictures and normalises them itself: a quarter of the bytes from worker processes
             and to the device.
         processor: by default the checkpoints' (224 x 224). Its outputs must have one size, a multiple of the patch.
-        batch_size: pictures in one forward pass. A batch is a fixed range of rows, unreadable pictures included.
-        workers: processes that decode; 0 decodes in this one.
+        features: names, see :mod:`dinov2_fast.extraction.outputs`.
+        dtype: of the stored features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens. The
+            precision of the computation is the model's; bf16 values fit fp32 exactly, and npy and Parquet have no bf16.
+        batch_size: pictures in one forward pass. A batch is a fixed range of rows, unreadable pictures included, and
+            batches begin anew with each shard.
+        shard_size: rows of a shard; by default whole batches of at most 8192 rows or 256 MB.
+        workers: processes that decode; 0 decodes in this one, without a limit of time.
         max_pixels: larger pictures are refused.
-        overwrite: replace features that are there already.
-        metadata: what to record in the file besides processor, dtype, engine, precision, device, batch size and
-            versions.
-        progress: called after each batch with the number of pictures done and, among them, of failures.
+        max_seconds: pictures that take longer to read and decode are given up.
+        part: (index from 0, count): this process does the shards `index`, `index` + `count`, and so on. `count`
+            processes with the same arguments write together what one would write.
+        format: "parquet" or "npy".
+        overwrite: delete the features that are there and begin anew.
+        metadata: what to record in the manifest, under ``about``.
+        announce: called once before the first picture.
+        progress: called after each batch.
 
     Raises:
-        ValueError: nothing to do, a model in training mode, or a processor that does not fit the model.
-        FileExistsError: there are features already.
+        ValueError: nothing to do, a model in training mode, a processor that does not fit the model, or a setting that
+            does not exist.
+        ManifestError: the folder holds features that were made otherwise; it names what differs.
+        LockedError: another process writes there.
+        NotADirectoryError: `out` is a file.
     """
-    processor = processor or Dinov2ImageProcessor()
-    _check(files, model, processor, batch_size, workers)
-    path = output_path(out, overwrite=overwrite)
-    recorded = {**(metadata or {}), **_describe(model, processor), "batch_size": batch_size}
-    start, failures = time.perf_counter(), 0
-    decoder = _without_normalization(processor) if _normalizes(model, processor) else processor
-    decoding = decode_all(files, decoder, max_pixels=max_pixels, workers=workers, ahead=max(2 * batch_size, 8))
-    with FeaturesFile(path, model.embed_dim, recorded) as file, closing(decoding) as decoded:
-        for first in range(0, len(files), batch_size):
-            pictures, cls, patch_mean = _features(model, list(islice(decoded, batch_size)))
-            file.write(files[first : first + batch_size], pictures, cls, patch_mean)
-            failures += sum(picture.error is not None for picture in pictures)
-            if progress:
-                progress(first + len(pictures), failures)
-    return Summary(path, len(files), failures, time.perf_counter() - start)
-
-
-def _check(files: Sequence[str], model: Any, processor: Dinov2ImageProcessor, batch_size: int, workers: int) -> None:
-    if not files:
+    processor, folder = processor or Dinov2ImageProcessor(), Path(out)
+    outputs = Outputs(model, processor, features, dtype)
+    _check(batch_size, shard_size, workers, part, overwrite)
+    size = shard_size or shards.default_shard_size(outputs.features, batch_size)
+    store = _Store(folder, shards.format_named(format), outputs.features)
+    given = iter(pictures)
+    first = next(given, None)
+    if first is None:
         raise ValueError("There are no pictures to extract.")
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}.")
-    if model.training:
-        raise ValueError("The model is in training mode; call model.eval() first.")
-    size = processor.output_size
-    if size is None:
-        raise ValueError("The processor's outputs differ in size; set do_center_crop, or an exact height and width.")
-    if any(side % model.patch_size for side in size):
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    decoding = {"max_pixels": max_pixels, "max_seconds": max_seconds, "workers": workers}
+    all_pictures = map(_as_picture, chain([first], given))
+    with lock(folder, part), closing(PictureList(all_pictures, size, part, folder)) as listed:
+        claimed = {**manifest.describe(outputs, processor, max_pixels), "batch_size": batch_size}
+        claimed |= {"shard_size": size, "format": format, "about": {**manifest.about(), **(metadata or {})}}
+        claimed |= {"inputs": {"pictures": listed.count, "sha256": listed.sha256}}
+        if overwrite:
+            shards.remove(folder)
+        manifest.claim(folder, claimed)
+        return _run(store, outputs, listed, batch_size, decoding, announce, progress)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises NotADirectoryError where the folder is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"The output folder {str(folder)!r} is a file.")
+
+
+def _check(batch_size: int, shard_size: int | None, workers: int, part: tuple[int, int], overwrite: bool) -> None:
+    if batch_size < 1 or (shard_size is not None and shard_size < 1) or workers < 0:
         raise ValueError(
-            f"The processor's output is {size[0]} x {size[1]}, not a multiple of the patch size {model.patch_size}."
+            f"batch_size and shard_size must be at least 1 and workers at least 0, got {batch_size}, {shard_size} and "
+            f"{workers}."
         )
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"part is (index, count) with an index from 0 to count - 1, got {part}.")
+    if overwrite and part[1] > 1:
+        raise ValueError("overwrite would delete what the other parts have written: delete the folder first.")
 
 
-def _normalizes(model: Any, processor: Dinov2ImageProcessor) -> bool:
-    """Whether the model does to uint8 pictures what the processor does last: scaling by 1/255 and normalisation."""
-    if not isinstance(model, Engine) or not processor.do_rescale or not processor.do_normalize:
-        return False
-    settings = processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std)
-    return settings == (1 / 255, tuple(model.plan.mean), tuple(model.plan.std))
+def _as_picture(given: str | os.PathLike[str] | Picture) -> Picture:
+    return given if isinstance(given, Picture) else Picture(os.fsdecode(given))
 
 
-def _without_normalization(processor: Dinov2ImageProcessor) -> Dinov2ImageProcessor:
-    return Dinov2ImageProcessor(**{**processor.settings(), "do_rescale": False, "do_normalize": False})
+class _Store:
+    """The shards of a folder."""
+
+    def __init__(self, folder: Path, format: shards.Format, features: Sequence[shards.Feature]) -> None:
+        self.folder, self.features, self._format = folder, features, format
+
+    def failures(self, shard: int, rows: int) -> int | None:
+        """The failures in a shard of so many rows; None if it must be made."""
+        found = self._format.count(shards.stem(self.folder, shard), self.features)
+        return found[1] if found is not None and found[0] == rows else None
+
+    def write(self, shard: int, rows: Sequence[shards.Rows], note: Mapping[str, Any]) -> None:
+        """Puts a shard there, whole."""
+        self._format.write(shards.stem(self.folder, shard), rows, self.features, note)
 
 
-def _place(model: Any) -> Any:
-    """What has the device and the dtype of the model: a parameter, or the engine itself."""
-    return model if isinstance(model, Engine) else next(model.parameters())
+def _run(
+    store: _Store,
+    outputs: Outputs,
+    listed: PictureList,
+    batch_size: int,
+    decoding: Mapping[str, Any],
+    announce: Callable[[Announcement], None] | None,
+    progress: Callable[[Status], None] | None,
+) -> Summary:
+    shards.remove_leftovers(store.folder, lambda shard: shard in listed.shards)
+    known = {shard: store.failures(shard, len(listed.rows(shard))) for shard in listed.shards}
+    todo = [shard for shard, failures in known.items() if failures is None]
+    total = sum(len(listed.rows(shard)) for shard in listed.shards)
+    resumed = total - sum(len(listed.rows(shard)) for shard in todo)
+    failures = sum(failures or 0 for failures in known.values())
+    if announce:
+        size = total * sum(feature.nbytes for feature in outputs.features)
+        free = shutil.disk_usage(store.folder).free
+        announce(Announcement(store.folder, total, len(known), resumed, failures, size, free))
+    begin, done, worked = time.perf_counter(), resumed, 0.0
+    stream = (picture for shard in todo for picture in listed.shard(shard))
+    growing: _Growing | None = None
+    with closing(decode_all(stream, outputs.decoder, ahead=max(2 * batch_size, 8), **decoding)) as decoded:
+        for shard, pending in _lagging(_batches(outputs, listed, todo, decoded, batch_size)):
+            growing, batch = growing or _Growing(listed, shard, batch_size), pending.result()
+            if growing.add(batch, pending.size):
+                store.write(shard, growing.rows, growing.note)
+                growing = None
+            failures += sum(picture.error is not None for picture in batch.pictures)
+            done, worked = done + len(batch.pictures), worked + batch.seconds
+            if progress:
+                seconds = time.perf_counter() - begin
+                progress(Status(done, failures, total, resumed, seconds, worked / seconds))
+    seconds = time.perf_counter() - begin
+    return Summary(store.folder, total, failures, resumed, seconds, worked / seconds)
 
 
-def _describe(model: Any, processor: Dinov2ImageProcessor) -> dict[str, Any]:
-    place, engine = _place(model), isinstance(model, Engine)
-    return {
-        "processor": processor.to_dict(),
-        "position_dialect": model.position_dialect,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "engine": engine,
-        "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
-        "device": place.device.type,
-        "versions": {
-            "dinov2_fast": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
-    }
+class _Growing:
+    """The shard whose batches are coming."""
+
+    def __init__(self, listed: PictureList, shard: int, batch_size: int) -> None:
+        self.rows: list[shards.Rows] = []
+        self.note: dict[str, Any] = {}
+        self._paths = [picture.path for picture in listed.shard(shard)]
+        self._first, self._count, self._batch_size = listed.rows(shard).start, 0, batch_size
+
+    def add(self, batch: Batch, size: int) -> bool:
+        """Takes the next batch, which ran in parts of `size`; whether it was the last."""
+        paths = self._paths[self._count : self._count + len(batch.pictures)]
+        self.rows.append(shards.Rows(self._first + self._count, paths, batch.pictures, batch.features))
+        self._count += len(paths)
+        if size < self._batch_size:
+            self.note = {"batch_size": size}
+        return self._count == len(self._paths)
 
 
-def _features(model: Any, pictures: list[Decoded]) -> tuple[list[Decoded], Features, Features]:
-    """The pictures, with an error added where features are not finite, and their vectors (zeros without features)."""
-    cls = np.zeros((len(pictures), model.embed_dim), np.float32)
-    patch_mean = np.zeros_like(cls)
-    pixels = {row: picture.pixels for row, picture in enumerate(pictures) if picture.pixels is not None}
-    if pixels:
-        batch = torch.from_numpy(np.stack(list(pixels.values()))).to(_place(model).device)
-        with torch.inference_mode():
-            output = model.forward_features(batch if isinstance(model, Engine) else batch.to(_place(model).dtype))
-            cls[list(pixels)] = output["x_norm_clstoken"].float().cpu().numpy()
-            patch_mean[list(pixels)] = output["x_norm_patchtokens"].float().mean(dim=1).cpu().numpy()
-    for row in np.flatnonzero(~np.isfinite(cls + patch_mean).all(axis=1)):
-        pictures[row] = replace(pictures[row], error="the model's features are not finite")
-    return pictures, cls, patch_mean
+def _batches(
+    outputs: Outputs, listed: PictureList, todo: Sequence[int], decoded: Iterator[Decoded], batch_size: int
+) -> Iterator[tuple[int, Pending]]:
+    """All batches of the shards, started one after the other."""
+    for shard in todo:
+        for pending in run_batches(outputs, decoded, listed.rows(shard), batch_size):
+            yield shard, pending
+
+
+def _lagging(batches: Iterator[tuple[int, Pending]]) -> Iterator[tuple[int, Pending]]:
+    """The same, each handed out when the next has been started, so that a GPU is never without work.
+
+    What stops the next one, an interrupt or an error, comes after it, so that a shard that is complete gets written.
+    """
+    before = next(batches, None)
+    while before is not None:
+        try:
+            after = next(batches, None)
+        except BaseException:
+            yield before
+            raise
+        yield before
+        before = after

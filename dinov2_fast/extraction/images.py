@@ -1,4 +1,4 @@
-"""Finding pictures and reading them safely.
+"""Reading pictures safely.
 
 Decided once, for every caller:
 
@@ -12,19 +12,17 @@ Decided once, for every caller:
 
 from __future__ import annotations
 
+import io
 import os
-import stat
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
+from dinov2_fast.extraction.files import FileError, read_bytes, reason
 from dinov2_fast.image_processor import to_rgb
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 
 _EXIF_ORIENTATION = 0x0112
 _UNDO_ORIENTATION = {
@@ -46,7 +44,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     """The picture in a file, as an RGB image in memory.
 
     Args:
-        path: a regular file.
+        path: a regular file, or a URL that fsspec can open.
         max_pixels: larger pictures are refused. Pillow's own limit (twice ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million)
             holds as well.
 
@@ -54,90 +52,45 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         ImageError: missing, unreadable, not a picture of an allowed format, too large, truncated or damaged.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise ImageError("not a regular file")
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about sizes, palettes and EXIF, all of which is decided here
-            return _decode(file, max_pixels)
-    except OSError as error:
-        raise ImageError(_reason(error)) from error
+        content = read_bytes(os.fspath(path))
+    except FileError as error:
+        raise ImageError(str(error)) from error
+    return decode_image(content, max_pixels)
 
 
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files given, and those in the folders given, as paths in a fixed order.
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture that a file's bytes hold, as `read_image` gives it.
 
-    A file given is taken whatever its name. A folder is searched, with everything below it, for names that end as
-    pictures do (`ENDINGS`), in the order of the names. Links are followed, but each folder is entered once, so that a
-    loop ends. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        OSError: a folder that cannot be listed.
+    Whatever Pillow's parsers raise on damaged input becomes an ImageError.
     """
-    given = [os.fsdecode(path) for path in paths]
-    for path in given:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"There is no file or folder {path!r}.")
-    found: list[str] = []
-    for path in given:
-        found.extend(_walk(path, set()) if os.path.isdir(path) else [path])
-    return found
+    if not content:
+        raise ImageError("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about sizes, palettes and EXIF, all of which is decided here
+        image = _open(content, max_pixels)
+        try:
+            image.load()
+            return to_rgb(_upright(image))
+        except Exception as error:
+            raise ImageError(f"cannot be decoded: {reason(error)}") from error
 
 
-def _walk(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in entered:
-        return
-    entered.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        children = sorted((entry.name, _is_folder(entry)) for entry in entries)
-    for name, is_folder in children:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from _walk(path, entered)
-        elif name.lower().endswith(ENDINGS):
-            yield path
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink():  # DirEntry.is_dir raises for a link to itself
-        return os.path.isdir(entry.path)
-    return entry.is_dir()
-
-
-def _decode(file: IO[bytes], max_pixels: int) -> Image.Image:
-    """Decodes an open file; whatever Pillow's parsers raise on damaged input becomes an ImageError."""
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    """The picture with its size known and checked, and nothing decoded."""
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(_unidentified(file)) from None
+        raise ImageError(f"not a picture of a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {error}") from error
     except Exception as error:
-        raise ImageError(f"damaged header: {_reason(error)}") from error
+        raise ImageError(f"damaged header: {reason(error)}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, the limit is {max_pixels}")
-    try:
-        image.load()
-        return to_rgb(_upright(image))
-    except Exception as error:
-        raise ImageError(f"cannot be decoded: {_reason(error)}") from error
-
-
-def _unidentified(file: IO[bytes]) -> str:
-    if os.fstat(file.fileno()).st_size == 0:
-        return "empty file"
-    return f"not a picture of a known format ({', '.join(FORMATS)})"
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
     undo = _UNDO_ORIENTATION.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     return image if undo is None else image.transpose(undo)
-
-
-def _reason(error: BaseException) -> str:
-    """One line that says what happened, without the path that the system adds to its errors."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,6 +2,7 @@
 
     gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale disappears into the linear before it
     rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, see `ops.linear.interleave`
+    norm(x) @ W^T          =  rstd (x @ W'^T) + b'             a layer norm in the linear that reads it, if asked for
 
 What is folded no longer has a module of its own, so only modules whose computation is known are taken.
 """
@@ -98,6 +99,10 @@ class FoldedLinear(nn.Module):
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
         ops.linear_residual_(stream, x, self.weight, self.bias, None)
 
+    def add_with_statistics_(self, stream: Tensor, statistics: Tensor, x: Tensor) -> None:
+        """`add_to_` that overwrites `statistics` with those of the new stream, see `ops.norm_linear`."""
+        ops.linear_residual_statistics_(stream, statistics, x, self.weight, self.bias, None)
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.weight.dtype}"
 
@@ -143,6 +148,48 @@ def fold_linear(
     return FoldedLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
 
 
+class NormLinear(FoldedLinear):
+    """A linear that has taken over the layer norm before it, whose `eps` it keeps.
+
+    With the row statistics of a residual stream it reads the stream itself, without them what a `BareNorm` gives.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        super().__init__(weight, bias)
+        self.eps = eps
+
+    def forward(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+        if statistics is None:
+            return super().forward(x)
+        return ops.norm_linear(x, statistics, self.weight, self.bias, self.eps)
+
+    def gelu(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+        if statistics is None:
+            return super().gelu(x)
+        return ops.norm_linear_gelu(x, statistics, self.weight, self.bias, self.eps)
+
+    def swiglu(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+        if statistics is None:
+            return super().swiglu(x)
+        return ops.norm_linear_swiglu(x, statistics, self.weight, self.bias, self.eps)
+
+
+def fold_norm_linear(
+    linear: Any,
+    name: str,
+    dtype: torch.dtype,
+    norm: Any,
+    order: Callable[[Tensor], Tensor] | None = None,
+) -> NormLinear:
+    """`fold_exactly` with the norm, each row of the weight less its mean, rounded to `dtype`.
+
+    A constant added to a row of `x` then changes no product, as it changes no norm.
+    """
+    weight, bias = fold_exactly(linear, name, order=order, norm=norm)
+    weight = weight - weight.mean(1, keepdim=True)
+    return NormLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype), norm.eps)
+
+
 class FoldedNorm(nn.Module):
     """A layer norm of the residual stream, in the dtype of the linears that read it."""
 
@@ -162,6 +209,15 @@ class FoldedNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class BareNorm(FoldedNorm):
+    """A layer norm without its weight and bias, which the linear behind it has taken over."""
+
+    def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+        super().__init__(norm, name, dtype, stream)
+        self.weight.fill_(1)
+        self.bias.zero_()
 
 
 def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:

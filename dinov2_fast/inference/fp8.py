@@ -10,7 +10,8 @@ the same whatever LayerScale is. `s` is one power of two for all of `x`, by whic
 - of what attention and the activation give, from the largest values that calibration met, or a constant before it.
 
 Since e4m3 is a floating-point format with 15 binary orders of magnitude, room above the largest value costs no
-precision. The residual stream, attention, the patch embedding, the last norm and the head stay in the engine's dtype.
+precision. The residual stream, the products inside attention, the patch embedding, the last norm and the head stay in
+the engine's dtype.
 Sources: e4m3: Micikevicius et al., arXiv:2209.05433.
 """
 
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.inference.block import FoldedBlock
-from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
+from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
+from dinov2_fast.inference.fold import BareNorm, FoldedLinear, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3_MAX, quantize
 from dinov2_fast.ops.linear import interleave
 
@@ -56,13 +57,11 @@ class Calibration:
     checksum: int
 
 
-class Fp8Norm(FoldedNorm):
+class Fp8Norm(BareNorm):
     """A layer norm without its weight and bias, in e4m3 over `scale`."""
 
     def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
         super().__init__(norm, name, dtype, stream)
-        self.weight.fill_(1)
-        self.bias.zero_()
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,11 +105,26 @@ class Fp8Linear(FoldedLinear):
         return ops.linear_swiglu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        x = x if x.dtype == E4M3 else quantize(x, self.scale)  # attention gives the engine's dtype
         ops.linear_residual_fp8_(stream, x, self.scale, self.weight, self.weight_scale, self.bias, None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
+
+
+class Fp8Attention(FoldedAttention):
+    """Self-attention between e4m3 linears, which writes what `proj` reads in e4m3."""
+
+    qkv: Fp8Linear
+    proj: Fp8Linear
+
+    def __init__(self, num_heads: int, qkv: Fp8Linear, proj: Fp8Linear) -> None:
+        nn.Module.__init__(self)  # there is nothing else to fold
+        self.num_heads, self.qkv, self.proj = num_heads, qkv, proj
+
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
+        if seq_lens is None:
+            return ops.attention_fp8(qkv, self.proj.scale)
+        return ops.attention_varlen_fp8(qkv[0], seq_lens, self.proj.scale)[None]
 
 
 class Fp8Block(FoldedBlock):
@@ -132,9 +146,12 @@ class Fp8Block(FoldedBlock):
         self.norm1 = Fp8Norm(block.norm1, f"{name}.norm1", dtype, stream)
         self.norm2 = Fp8Norm(block.norm2, f"{name}.norm2", dtype, stream)
         qkv = fold_exactly(attention.qkv, f"{name}.attn.qkv", norm=block.norm1)
-        self.attn.qkv = Fp8Linear(*qkv, dtype, self.norm1.scale)
         proj = fold_exactly(attention.proj, f"{name}.attn.proj", gamma_of(block.ls1, f"{name}.ls1"))
-        self.attn.proj = Fp8Linear(*proj, dtype, scales.attention)
+        self.attn = Fp8Attention(
+            attention.num_heads,
+            Fp8Linear(*qkv, dtype, self.norm1.scale),
+            Fp8Linear(*proj, dtype, scales.attention),
+        )
         first = fold_exactly(getattr(mlp, up), f"{name}.mlp.{up}", order=order, norm=block.norm2)
         self.mlp.up = Fp8Linear(*first, dtype, self.norm2.scale, scales.hidden)
         second = fold_exactly(getattr(mlp, down), f"{name}.mlp.{down}", gamma_of(block.ls2, f"{name}.ls2"))
@@ -146,6 +163,7 @@ class Fp8Block(FoldedBlock):
     def op_names(self) -> set[str]:
         activation = "linear_swiglu_fp8" if self.mlp.gated else "linear_gelu_fp8"
         names = {"layer_norm_fp8", "linear_fp8", activation, "linear_residual_fp8_"}
+        names |= {"attention_fp8", "attention_varlen_fp8"}
         return names if self.for_cls is None else names | self.for_cls.op_names()
 
 
@@ -235,7 +253,8 @@ def describe(backbone: FoldedBackbone, model: nn.Module) -> list[str]:
         "output feature, norms over their bound",
         f"calibration: {_describe(plan.calibration, blocks, model)}",
     ]
-    slow = [row.op for row in backbone.backends() if row.chosen and row.backend == "torch" and "fp8" in row.op]
+    of_torch = [row.op for row in backbone.backends() if row.chosen and row.backend == "torch" and "fp8" in row.op]
+    slow = [op for op in of_torch if not op.startswith("attention")]  # whose form has a pass more, no slow product
     if slow:
         others = "; use_backend(...) chooses others" if backbone.cls_token.is_cuda else ""
         lines.append(f"speed: no faster than bf16 here: torch's forms of {', '.join(slow)} compute in fp32{others}")

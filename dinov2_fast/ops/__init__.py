@@ -3,7 +3,13 @@
 from dinov2_fast import backends
 from dinov2_fast.backends import use_backend
 from dinov2_fast.ops.activation import gelu, gelu_fp8, swiglu, swiglu_fp8
-from dinov2_fast.ops.attention import attention, attention_probabilities, attention_varlen
+from dinov2_fast.ops.attention import (
+    attention,
+    attention_fp8,
+    attention_probabilities,
+    attention_varlen,
+    attention_varlen_fp8,
+)
 from dinov2_fast.ops.attention_pool import attention_pool
 from dinov2_fast.ops.layer_norm import (
     add_layer_norm,
@@ -23,6 +29,13 @@ from dinov2_fast.ops.linear import (
     linear_swiglu,
     linear_swiglu_fp8,
 )
+from dinov2_fast.ops.norm_linear import (
+    linear_residual_statistics_,
+    norm_linear,
+    norm_linear_gelu,
+    norm_linear_swiglu,
+    row_statistics,
+)
 from dinov2_fast.ops.patches import patches
 from dinov2_fast.ops.residual import (
     add_residual,
@@ -40,9 +53,11 @@ __all__ = [
     "add_layer_norm_fp8_rows",
     "add_residual",
     "attention",
+    "attention_fp8",
     "attention_pool",
     "attention_probabilities",
     "attention_varlen",
+    "attention_varlen_fp8",
     "gather_rows",
     "gather_rows_packed",
     "gelu",
@@ -56,9 +71,14 @@ __all__ = [
     "linear_gelu_fp8",
     "linear_residual_",
     "linear_residual_fp8_",
+    "linear_residual_statistics_",
     "linear_swiglu",
     "linear_swiglu_fp8",
+    "norm_linear",
+    "norm_linear_gelu",
+    "norm_linear_swiglu",
     "patches",
+    "row_statistics",
     "scatter_add_residual",
     "scatter_add_residual_packed",
     "swiglu",

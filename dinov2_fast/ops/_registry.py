@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dinov2_fast import extension
 from dinov2_fast.backends import Implementation, device_of, records_gradient, tensors_of
 
 
@@ -110,15 +111,43 @@ def triton(
     def reason(*args: Any, **kwargs: Any) -> str | None:
         if not TRITON_IS_INSTALLED:
             return "needs triton, which is not installed"
-        device = device_of(args)
-        if device.type == "cuda" and _capability(device.index) < (8, 0):
-            major, minor = _capability(device.index)
-            return f"needs a device of sm_80 or newer, got sm_{major}{minor}"
-        if _is_exporting():
-            return "does not export: an exported graph holds standard ops only"
-        return refuses(*args, **kwargs)
+        return _refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
 
     return Implementation("triton", function, reason, ("cuda",), _interprets, trains)
+
+
+def cuda(
+    function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
+) -> Implementation:
+    """The `cuda` implementation of an op, whose launches are the extension's; `refuses` as for :func:`triton`."""
+
+    def reason(*args: Any, **kwargs: Any) -> str | None:
+        absent = _extension_is_absent()
+        if absent is not None:
+            return f"needs the CUDA extension, which is not available ({absent})"
+        return _refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
+
+    return Implementation("cuda", function, reason, ("cuda",), _extension_runs_on, trains)
+
+
+def _refuses_any_kernel(device: torch.device) -> str | None:
+    if device.type == "cuda" and _capability(device.index) < (8, 0):
+        major, minor = _capability(device.index)
+        return f"needs a device of sm_80 or newer, got sm_{major}{minor}"
+    if _is_exporting():
+        return "does not export: an exported graph holds standard ops only"
+    return None
+
+
+@constant_when_traced
+def _extension_is_absent() -> str | None:
+    return extension.load().reason
+
+
+@constant_when_traced
+def _extension_runs_on(device: torch.device) -> bool:
+    """Whether the launches can be forced to run on a device that is none of CUDA's: those the tests build for a CPU."""
+    return _extension_is_absent() is None and extension.is_built_for(device.type)
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:

@@ -9,6 +9,7 @@ a given scale. Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:200
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Op
-from dinov2_fast.ops import _fp8, _registry
+from dinov2_fast.backends import Implementation, Op
+from dinov2_fast.ops import _activation_cuda, _fp8, _registry
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, overwrite: bool = False, *, backend: str | None = None) -> Tensor:
@@ -71,13 +72,13 @@ def swiglu_fp8_torch(x12: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 # The kernels
 
 
-def _launch(x: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+def _triton_forward(x: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
     from dinov2_fast.kernels.activation import activation_forward
 
     return activation_forward(x, bias, **options)
 
 
-def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
+def _triton_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
     from dinov2_fast.kernels.activation_backward import activation_backward
 
     dx, dbias = activation_backward(dy, x, bias, swiglu=swiglu)
@@ -86,17 +87,17 @@ def _launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, swiglu: bool) -> Tensor:
+    def forward(ctx: Any, kernels: _Kernels, x: Tensor, bias: Tensor | None, swiglu: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.swiglu = swiglu
-        return (_swiglu if swiglu else _gelu)(x, bias)
+        ctx.kernels, ctx.swiglu = kernels, swiglu
+        return (kernels.swiglu if swiglu else kernels.gelu)(x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias = _backward(dy, x, bias, ctx.swiglu)
-        return dx, None if bias is None else dbias.to(bias.dtype), None
+        dx, dbias = ctx.kernels.backward(dy, x, bias, ctx.swiglu)
+        return None, dx, None if bias is None else dbias.to(bias.dtype), None
 
 
 def _fake(x: Tensor, bias: Tensor | None, halves: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,41 +111,48 @@ def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> 
     return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=wide)
 
 
-_gelu = _registry.register(
-    "gelu(Tensor x, Tensor? bias) -> Tensor",
-    _launch,
-    lambda x, bias: _fake(x, bias, 1),
-    lambda x, bias: _Activation.apply(x, bias, False),
-)
-_swiglu = _registry.register(
-    "swiglu(Tensor x12, Tensor? bias) -> Tensor",
-    lambda x, bias: _launch(x, bias, swiglu=True),
-    lambda x, bias: _fake(x, bias, 2),
-    lambda x, bias: _Activation.apply(x, bias, True),
-)
-_backward = _registry.register(
-    "activation_backward(Tensor dy, Tensor x, Tensor? bias, bool swiglu) -> (Tensor, Tensor)",
-    _launch_backward,
-    _fake_backward,
-)
-_gelu_fp8 = _registry.register(
-    "gelu_fp8(Tensor x, Tensor? bias, float scale) -> Tensor",
-    lambda x, bias, scale: _launch(x, bias, e4m3=True, scale=scale),
-    lambda x, bias, scale: _fake(x, bias, 1, torch.float8_e4m3fn),
-)
-_swiglu_fp8 = _registry.register(
-    "swiglu_fp8(Tensor x12, Tensor? bias, float scale) -> Tensor",
-    lambda x, bias, scale: _launch(x, bias, swiglu=True, e4m3=True, scale=scale),
-    lambda x, bias, scale: _fake(x, bias, 2, torch.float8_e4m3fn),
-)
+class _Kernels:
+    """The torch ops of one backend, `gelu` and its kin with a suffix, made of its launchers."""
+
+    def __init__(self, suffix: str, launch: Callable[..., Any], launch_backward: Callable[..., Any]) -> None:
+        self.gelu = _registry.register(
+            f"gelu{suffix}(Tensor x, Tensor? bias) -> Tensor",
+            launch,
+            lambda x, bias: _fake(x, bias, 1),
+            lambda x, bias: _Activation.apply(self, x, bias, False),
+        )
+        self.swiglu = _registry.register(
+            f"swiglu{suffix}(Tensor x12, Tensor? bias) -> Tensor",
+            lambda x, bias: launch(x, bias, swiglu=True),
+            lambda x, bias: _fake(x, bias, 2),
+            lambda x, bias: _Activation.apply(self, x, bias, True),
+        )
+        self.backward = _registry.register(
+            f"activation_backward{suffix}(Tensor dy, Tensor x, Tensor? bias, bool swiglu) -> (Tensor, Tensor)",
+            launch_backward,
+            _fake_backward,
+        )
+        self.gelu_fp8 = _registry.register(
+            f"gelu_fp8{suffix}(Tensor x, Tensor? bias, float scale) -> Tensor",
+            lambda x, bias, scale: launch(x, bias, e4m3=True, scale=scale),
+            lambda x, bias, scale: _fake(x, bias, 1, torch.float8_e4m3fn),
+        )
+        self.swiglu_fp8 = _registry.register(
+            f"swiglu_fp8{suffix}(Tensor x12, Tensor? bias, float scale) -> Tensor",
+            lambda x, bias, scale: launch(x, bias, swiglu=True, e4m3=True, scale=scale),
+            lambda x, bias, scale: _fake(x, bias, 2, torch.float8_e4m3fn),
+        )
+
+    # A device's allocator hands out the same memory again: overwriting would gain nothing.
+    def gelu_or_overwrite(self, x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        return self.gelu(x, bias)
+
+    def swiglu_with_default(self, x12: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.swiglu(x12, bias)
 
 
-def _gelu_kernel(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
-    return _gelu(x, bias)  # a device's allocator hands out the same memory again: overwriting would gain nothing
-
-
-def _swiglu_kernel(x12: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _swiglu(x12, bias)
+_TRITON = _Kernels("", _triton_forward, _triton_backward)
+_CUDA = _Kernels("_cuda", _activation_cuda.forward, _activation_cuda.backward)
 
 
 def _refuses(x: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
@@ -165,6 +173,22 @@ def _refuses_swiglu_fp8(x12: Tensor, *rest: Any) -> str | None:
     return _registry.refuses_e4m3(x12) or _refuses_swiglu(x12, *rest)
 
 
+def _cuda_refuses(x: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
+    return _refuses(x, bias) or _activation_cuda.refuses(x, bias, swiglu=False)
+
+
+def _cuda_refuses_swiglu(x12: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
+    return _refuses_swiglu(x12, bias) or _activation_cuda.refuses(x12, bias, swiglu=True)
+
+
+def _cuda_refuses_fp8(x: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x) or _cuda_refuses(x, *rest)
+
+
+def _cuda_refuses_swiglu_fp8(x12: Tensor, *rest: Any) -> str | None:
+    return _registry.refuses_e4m3(x12) or _cuda_refuses_swiglu(x12, *rest)
+
+
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.empty(1, 257, 1536, device=device, dtype=dtype), None
 
@@ -173,17 +197,44 @@ def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return *_sample(device, dtype), 0.0625
 
 
-_GELU = Op("gelu", "activation", _registry.torch_and_triton(gelu_torch, _gelu_kernel, _refuses), _sample)
-_SWIGLU = Op("swiglu", "activation", _registry.torch_and_triton(swiglu_torch, _swiglu_kernel, _refuses_swiglu), _sample)
+# torch stands first, as no kernel has run on a GPU yet.
+_GELU = Op(
+    "gelu",
+    "activation",
+    (
+        Implementation("torch", gelu_torch),
+        _registry.triton(_TRITON.gelu_or_overwrite, _refuses),
+        _registry.cuda(_CUDA.gelu_or_overwrite, _cuda_refuses),
+    ),
+    _sample,
+)
+_SWIGLU = Op(
+    "swiglu",
+    "activation",
+    (
+        Implementation("torch", swiglu_torch),
+        _registry.triton(_TRITON.swiglu_with_default, _refuses_swiglu),
+        _registry.cuda(_CUDA.swiglu_with_default, _cuda_refuses_swiglu),
+    ),
+    _sample,
+)
 _GELU_FP8 = Op(
     "gelu_fp8",
     "activation",
-    _registry.torch_and_triton(gelu_fp8_torch, _gelu_fp8, _refuses_fp8, trains=False),
+    (
+        Implementation("torch", gelu_fp8_torch, trains=False),
+        _registry.triton(_TRITON.gelu_fp8, _refuses_fp8, trains=False),
+        _registry.cuda(_CUDA.gelu_fp8, _cuda_refuses_fp8, trains=False),
+    ),
     _sample_fp8,
 )
 _SWIGLU_FP8 = Op(
     "swiglu_fp8",
     "activation",
-    _registry.torch_and_triton(swiglu_fp8_torch, _swiglu_fp8, _refuses_swiglu_fp8, trains=False),
+    (
+        Implementation("torch", swiglu_fp8_torch, trains=False),
+        _registry.triton(_TRITON.swiglu_fp8, _refuses_swiglu_fp8, trains=False),
+        _registry.cuda(_CUDA.swiglu_fp8, _cuda_refuses_swiglu_fp8, trains=False),
+    ),
     _sample_fp8,
 )

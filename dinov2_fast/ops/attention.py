@@ -4,7 +4,8 @@
 
 `qkv` is what the qkv linear writes, (batch, seq_len, 3, heads, head_dim), read in place; the result is token-major,
 (batch, seq_len, heads, head_dim), as the output projection reads it. `attention_varlen` takes pictures of different
-sizes packed along one token axis. `attention_probabilities` is p itself, which the fast forms never write out.
+sizes packed along one token axis. `attention_probabilities` is p itself, which the fast forms never write out. The
+`_fp8` forms return e4m3 values, divided by a given scale, for a projection of e4m3 operands.
 Source: Vaswani et al., arXiv:1706.03762.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _attention_peers, _registry
+from dinov2_fast.ops import _attention_peers, _fp8, _registry
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
 
@@ -56,9 +57,28 @@ def attention_varlen(
     Raises:
         ValueError: the sequences and `qkv` differ in their number of tokens.
     """
-    if sum(seq_lens) != qkv.shape[0]:
-        raise ValueError(f"seq_lens sum to {sum(seq_lens)}, but qkv has {qkv.shape[0]} tokens.")
+    _check_lengths(qkv, seq_lens)
     return _ATTENTION_VARLEN(qkv, seq_lens, dropout_p, backend=backend)
+
+
+def attention_fp8(qkv: Tensor, scale: float, *, backend: str | None = None) -> Tensor:
+    """:func:`attention` as e4m3 values (batch, seq_len, heads, head_dim), to be multiplied by `scale`.
+
+    Values beyond ±448 times `scale` saturate. For inference only.
+    """
+    return _ATTENTION_FP8(qkv, scale, backend=backend)
+
+
+def attention_varlen_fp8(qkv: Tensor, seq_lens: tuple[int, ...], scale: float, *, backend: str | None = None) -> Tensor:
+    """:func:`attention_varlen` as e4m3 values (total_tokens, heads, head_dim), to be multiplied by `scale`.
+
+    Values beyond ±448 times `scale` saturate. For inference only.
+
+    Raises:
+        ValueError: the sequences and `qkv` differ in their number of tokens.
+    """
+    _check_lengths(qkv, seq_lens)
+    return _ATTENTION_VARLEN_FP8(qkv, seq_lens, scale, backend=backend)
 
 
 def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: str | None = None) -> Tensor:
@@ -75,6 +95,11 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
     return _ATTENTION_PROBABILITIES(qkv, rows, backend=backend)
 
 
+def _check_lengths(qkv: Tensor, seq_lens: tuple[int, ...]) -> None:
+    if sum(seq_lens) != qkv.shape[0]:
+        raise ValueError(f"seq_lens sum to {sum(seq_lens)}, but qkv has {qkv.shape[0]} tokens.")
+
+
 def attention_torch(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, seq_len, head_dim)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).contiguous()
@@ -88,6 +113,14 @@ def attention_varlen_torch(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: fl
         outputs.append(attention_torch(packed, dropout_p).flatten(0, 1))
         start += batch * seq_len
     return torch.cat(outputs)
+
+
+def attention_fp8_torch(qkv: Tensor, scale: float) -> Tensor:
+    return _fp8.quantize(attention_torch(qkv).float(), scale)
+
+
+def attention_varlen_fp8_torch(qkv: Tensor, seq_lens: tuple[int, ...], scale: float) -> Tensor:
+    return _fp8.quantize(attention_varlen_torch(qkv, seq_lens).float(), scale)
 
 
 def attention_probabilities_torch(qkv: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -163,6 +196,10 @@ def _fake_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((*batch, heads, tokens), dtype=torch.float32)
 
 
+def _fake_fp8(qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:-3], *qkv.shape[-2:]), dtype=torch.float8_e4m3fn)
+
+
 def _fake_backward(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
@@ -173,7 +210,8 @@ def _fake_probabilities(qkv: Tensor, start: int, stop: int, step: int) -> Tensor
 
 
 _FORWARD = "(Tensor qkv) ->"
-_VARLEN = "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen) ->"
+_PACKED = "Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen"
+_VARLEN = f"({_PACKED}) ->"
 _PROBABILITIES = "(Tensor qkv, SymInt start, SymInt stop, SymInt step) -> Tensor"
 _SAVED = "Tensor dout, Tensor qkv, Tensor out, Tensor lse"
 
@@ -211,6 +249,16 @@ _varlen_backward = _registry.register(
     lambda *args: _backward_kernels().attention_varlen_backward(*args),
     _fake_backward,
 )
+_fp8_forward = _registry.register(
+    "attention_fp8(Tensor qkv, float scale) -> Tensor",
+    lambda qkv, scale: _forward_kernels().attention_forward(qkv, scale=scale)[0],
+    _fake_fp8,
+)
+_varlen_fp8_forward = _registry.register(
+    f"attention_varlen_fp8({_PACKED}, float scale) -> Tensor",
+    lambda *args: _forward_kernels().attention_varlen_forward(*args[:-1], scale=args[-1])[0],
+    _fake_fp8,
+)
 _probabilities = _registry.register(
     f"attention_probabilities{_PROBABILITIES}",
     lambda *args: _forward_kernels().attention_probabilities_forward(*args),
@@ -230,7 +278,16 @@ def attention_triton(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 def attention_varlen_triton(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) -> Tensor:
-    return _varlen(qkv, _attention_peers.cu_seqlens(tuple(seq_lens), qkv.device), max(seq_lens, default=0))
+    return _varlen(qkv, *_packing(qkv, seq_lens))
+
+
+def attention_varlen_fp8_triton(qkv: Tensor, seq_lens: tuple[int, ...], scale: float) -> Tensor:
+    return _varlen_fp8_forward(qkv, *_packing(qkv, seq_lens), scale)
+
+
+def _packing(qkv: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, int]:
+    """cu_seqlens and max_seqlen."""
+    return _attention_peers.cu_seqlens(tuple(seq_lens), qkv.device), max(seq_lens, default=0)
 
 
 def attention_probabilities_triton(qkv: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -255,6 +312,14 @@ def _refuses(qkv: Tensor, dropout_p: float = 0.0) -> str | None:
 
 def _refuses_varlen(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float = 0.0) -> str | None:
     return _refuses(qkv, dropout_p)
+
+
+def _refuses_fp8(qkv: Tensor, scale: float) -> str | None:
+    return _registry.refuses_e4m3(qkv) or _refuses(qkv)
+
+
+def _refuses_varlen_fp8(qkv: Tensor, seq_lens: tuple[int, ...], scale: float) -> str | None:
+    return _refuses_fp8(qkv, scale)
 
 
 def _refuses_probabilities(qkv: Tensor, rows: slice = slice(None)) -> str | None:
@@ -292,6 +357,20 @@ _ATTENTION_VARLEN = Op(
         _attention_peers.XFORMERS_VARLEN,
     ),
     _sample_varlen,
+)
+_ATTENTION_FP8 = Op(
+    "attention_fp8",
+    "attention",
+    _registry.torch_and_triton(attention_fp8_torch, _fp8_forward, _refuses_fp8, trains=False),
+    lambda device, dtype: (*_sample(device, dtype), 0.0625),
+)
+_ATTENTION_VARLEN_FP8 = Op(
+    "attention_varlen_fp8",
+    "attention",
+    _registry.torch_and_triton(
+        attention_varlen_fp8_torch, attention_varlen_fp8_triton, _refuses_varlen_fp8, trains=False
+    ),
+    lambda device, dtype: (*_sample_varlen(device, dtype), 0.0625),
 )
 _ATTENTION_PROBABILITIES = Op(
     "attention_probabilities",

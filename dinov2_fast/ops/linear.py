@@ -16,6 +16,7 @@ arXiv:2103.17239; e4m3: Micikevicius et al., arXiv:2209.05433.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _fp8, _registry
+from dinov2_fast.ops import _cuda, _fp8, _registry
 
 E4M3 = torch.float8_e4m3fn
 HALF = (torch.float16, torch.bfloat16)
@@ -385,7 +386,7 @@ def linear_residual_onednn_(
     _add_(residual, linear_onednn(x, weight, bias), gamma)
 
 
-# The kernel
+# The Triton kernel
 
 
 def _launch(epilogue: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -400,8 +401,13 @@ def _launch_residual_(
     from dinov2_fast.kernels.linear import linear_residual_forward_
 
     linear_residual_forward_(residual, x, weight, bias, gamma, **scales)
+    _was_written(residual)
+
+
+def _was_written(residual: Tensor) -> None:
+    """Tells autograd, which does not see what a launch overwrites."""
     if not residual.is_inference():
-        torch.autograd.graph.increment_version(residual)  # so that autograd sees that it was overwritten
+        torch.autograd.graph.increment_version(residual)
 
 
 def _launch_fp8(
@@ -423,6 +429,66 @@ def _launch_residual_fp8_(
     _launch_residual_(
         residual, x, weight, bias, gamma, row_scale=row_scale, scale=scale, weight_scale=weight_scale
     )  # fmt: skip
+
+
+# The CUDA kernels, which are CUTLASS' with epilogues of their own
+
+_FORMS = ("linear", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
+
+
+def _launch_cuda(
+    form: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None,
+    row_scale: Tensor | None = None, scale: float = 1.0, weight_scale: Tensor | None = None, out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    row_scale = None if row_scale is None else row_scale.reshape(-1).contiguous()
+    bias, gamma, weight_scale = (_cuda.vector(vector) for vector in (bias, gamma, weight_scale))
+    _cuda.launches().linear_forward(
+        _operand_cuda(x), _operand_cuda(weight), bias, gamma, row_scale, weight_scale, scale, 1.0 / out_scale,
+        _FORMS.index(form), _cuda.flat_rows(out),
+    )  # fmt: skip
+
+
+def _operand_cuda(x: Tensor) -> Tensor:
+    """`x` (..., in_features) as rows that TMA can read: they start at multiples of 16 bytes and do not overlap."""
+    rows = _cuda.rows(x)
+    starts_aligned = (rows.data_ptr() | rows.stride(0) * rows.itemsize) % 16 == 0
+    return (
+        rows
+        if starts_aligned and rows.stride(0) >= rows.shape[1]
+        else rows.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _output_cuda(form: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if form == "swiglu" else 1), dtype=dtype)
+
+
+def _forward_cuda(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _output_cuda(form, x, weight, x.dtype)
+    _launch_cuda(form, out, x, weight, bias)
+    return out
+
+
+def _forward_fp8_cuda(
+    form: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    out = _output_cuda(form, x, weight, dtype)
+    _launch_cuda(form, out, x, weight, bias, None, row_scale, scale, weight_scale, out_scale)
+    return out
+
+
+def _residual_cuda_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> None:
+    _launch_cuda("residual", residual, x, weight, bias, gamma)
+    _was_written(residual)
+
+
+def _residual_fp8_cuda_(
+    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, gamma: Tensor | None,
+) -> None:  # fmt: skip
+    _launch_cuda("residual", residual, x, weight, bias, gamma, row_scale, scale, weight_scale)
+    _was_written(residual)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -480,6 +546,33 @@ _linear_residual_fp8 = _registry.register(
     _launch_residual_fp8_,
     lambda *args: None,
 )
+_linear_gelu_cuda = _registry.register(
+    f"linear_gelu_cuda({_OPERANDS}) -> Tensor", partial(_forward_cuda, "gelu"), _fake
+)
+_linear_swiglu_cuda = _registry.register(
+    f"linear_swiglu_cuda({_OPERANDS}) -> Tensor", partial(_forward_cuda, "swiglu"), _fake_swiglu
+)
+_linear_residual_cuda = _registry.register(
+    f"linear_residual_cuda_(Tensor(a!) residual, {_OPERANDS}, Tensor? gamma) -> ()", _residual_cuda_, lambda *args: None
+)
+_linear_fp8_cuda = _registry.register(
+    f"linear_fp8_cuda({_FP8}, ScalarType dtype) -> Tensor", partial(_forward_fp8_cuda, "linear"), _fake_fp8
+)
+_linear_gelu_fp8_cuda = _registry.register(
+    f"linear_gelu_fp8_cuda({_FP8}, ScalarType dtype, float out_scale) -> Tensor",
+    partial(_forward_fp8_cuda, "gelu"),
+    _fake_fp8,
+)
+_linear_swiglu_fp8_cuda = _registry.register(
+    f"linear_swiglu_fp8_cuda({_FP8}, ScalarType dtype, float out_scale) -> Tensor",
+    partial(_forward_fp8_cuda, "swiglu"),
+    _fake_swiglu_fp8,
+)
+_linear_residual_fp8_cuda = _registry.register(
+    f"linear_residual_fp8_cuda_(Tensor(a!) residual, {_FP8}, Tensor? gamma) -> ()",
+    _residual_fp8_cuda_,
+    lambda *args: None,
+)
 
 
 def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -514,6 +607,72 @@ def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
 
 def _refuses_residual_fp8(residual: Tensor, x: Tensor, *rest: Any) -> str | None:
     return _registry.refuses_e4m3(x) or _refuses_stream(residual)
+
+
+def _cuda_refuses_any(form: str, x: Tensor, weight: Tensor, *vectors: Tensor | None) -> str | None:
+    """What no CUDA kernel does. Operands that TMA cannot read in place are copied, so their strides do not matter."""
+    if x.is_cuda and _registry._capability(x.device.index) != (9, 0):
+        major, minor = _registry._capability(x.device.index)
+        return f"is for sm_90 only, got sm_{major}{minor}"
+    if weight.dtype != x.dtype:
+        return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "does not follow autocast"
+    out_features, in_features = weight.shape
+    step, columns = 16 // x.itemsize, 16 if form == "swiglu" else 8
+    if in_features % step or out_features % columns:
+        return (
+            f"needs in_features in multiples of {step} and out_features in multiples of {columns}, "
+            f"got {in_features} and {out_features}"
+        )
+    for vector in vectors:
+        if vector is not None and vector.dtype not in (*HALF, torch.float32):
+            return f"takes a bias and gamma of fp16, bf16 or fp32, got {vector.dtype}"
+    return None
+
+
+def _cuda_refuses(form: str, x: Tensor, weight: Tensor, *vectors: Tensor | None) -> str | None:
+    if x.dtype not in HALF:
+        return f"takes fp16 and bf16, got {x.dtype}"
+    return _cuda_refuses_any(form, x, weight, *vectors)
+
+
+def _cuda_refuses_fp8(
+    form: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+) -> str | None:  # fmt: skip
+    if dtype == torch.float16:
+        return "gives bf16, or e4m3 behind an activation, not fp16"
+    return _refuses_scales(row_scale, weight_scale) or _cuda_refuses_any(form, x, weight, bias)
+
+
+def _cuda_refuses_residual(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
+) -> str | None:
+    return _cuda_refuses("residual", x, weight, bias, gamma) or _cuda_refuses_stream(residual, x.dtype)
+
+
+def _cuda_refuses_residual_fp8(
+    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, gamma: Tensor | None,
+) -> str | None:  # fmt: skip
+    reason = _refuses_scales(row_scale, weight_scale) or _cuda_refuses_any("residual", x, weight, bias, gamma)
+    return reason or _cuda_refuses_stream(residual, torch.bfloat16)
+
+
+def _refuses_scales(*scales: Tensor | None) -> str | None:
+    wrong = [scale.dtype for scale in scales if scale is not None and scale.dtype != torch.float32]
+    return f"takes scales in fp32, got {wrong[0]}" if wrong else None
+
+
+def _cuda_refuses_stream(residual: Tensor, narrow: torch.dtype) -> str | None:
+    """The stream is written in place, in accesses of 16 bytes, so no copy of it would do."""
+    if residual.dtype not in (narrow, torch.float32):
+        return f"adds to {narrow} or fp32, not to {residual.dtype}"
+    start = 0 if torch.compiler.is_compiling() else residual.storage_offset()  # not traced; the launch checks it anyway
+    if any(step * residual.itemsize % 16 for step in (start, *residual.stride()[:-1])):
+        return "needs a residual whose rows start at multiples of 16 bytes"
+    return _refuses_stream(residual)
 
 
 def _onednn_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -616,6 +775,10 @@ def _triton(function: Callable[..., Any], refuses: Callable[..., str | None]) ->
     return _registry.triton(function, refuses, trains=False)
 
 
+def _cutlass(function: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:
+    return _registry.cuda(function, refuses, trains=False)
+
+
 # On a GPU torch stands first: none of the others has been measured there, and its plain linear is cuBLAS already.
 _LINEAR = Op("linear", "linear", (_onednn(linear_onednn), _torch(linear_torch), _triton(_linear, _refuses)), _sample)
 _LINEAR_GELU = Op(
@@ -626,13 +789,19 @@ _LINEAR_GELU = Op(
         _torch(linear_gelu_torch),
         _cublas(linear_gelu_cublas, _cublas_refuses_gelu),
         _triton(_linear_gelu, _refuses),
+        _cutlass(_linear_gelu_cuda, partial(_cuda_refuses, "gelu")),
     ),
     _sample,
 )
 _LINEAR_SWIGLU = Op(
     "linear_swiglu",
     "linear",
-    (_onednn(linear_swiglu_onednn), _torch(linear_swiglu_torch), _triton(_linear_swiglu, _refuses)),
+    (
+        _onednn(linear_swiglu_onednn),
+        _torch(linear_swiglu_torch),
+        _triton(_linear_swiglu, _refuses),
+        _cutlass(_linear_swiglu_cuda, partial(_cuda_refuses, "swiglu")),
+    ),
     _sample,
 )
 _LINEAR_RESIDUAL = Op(
@@ -643,6 +812,7 @@ _LINEAR_RESIDUAL = Op(
         _torch(linear_residual_torch_),
         _cublas(linear_residual_cublas_, _cublas_refuses_residual),
         _triton(_linear_residual, _refuses_residual),
+        _cutlass(_linear_residual_cuda, _cuda_refuses_residual),
     ),
     _sample_residual,
 )
@@ -653,6 +823,7 @@ _LINEAR_FP8 = Op(
         _torch(linear_fp8_torch),
         _cublas(linear_fp8_cublas, _cublas_refuses_fp8),
         _triton(_linear_fp8, _refuses_fp8),
+        _cutlass(_linear_fp8_cuda, partial(_cuda_refuses_fp8, "linear")),
     ),
     _sample_fp8,
 )
@@ -663,6 +834,7 @@ _LINEAR_GELU_FP8 = Op(
         _torch(linear_gelu_fp8_torch),
         _cublas(linear_gelu_fp8_cublas, _cublas_refuses_fp8),
         _triton(_linear_gelu_fp8, _refuses_fp8),
+        _cutlass(_linear_gelu_fp8_cuda, partial(_cuda_refuses_fp8, "gelu")),
     ),
     _sample_activation_fp8,
 )
@@ -673,6 +845,7 @@ _LINEAR_SWIGLU_FP8 = Op(
         _torch(linear_swiglu_fp8_torch),
         _cublas(linear_swiglu_fp8_cublas, _cublas_refuses_fp8),
         _triton(_linear_swiglu_fp8, _refuses_fp8),
+        _cutlass(_linear_swiglu_fp8_cuda, partial(_cuda_refuses_fp8, "swiglu")),
     ),
     _sample_activation_fp8,
 )
@@ -683,6 +856,7 @@ _LINEAR_RESIDUAL_FP8 = Op(
         _torch(linear_residual_fp8_torch_),
         _cublas(linear_residual_fp8_cublas_, _cublas_refuses_residual_fp8),
         _triton(_linear_residual_fp8, _refuses_residual_fp8),
+        _cutlass(_linear_residual_fp8_cuda, _cuda_refuses_residual_fp8),
     ),
     _sample_residual_fp8,
 )

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 Array = NDArray[np.float64]
 
-_GAP, _TEXT_HEIGHT = 16, 24
-_TITLE_FONT, _NAME_FONT = ImageFont.load_default(18), ImageFont.load_default(14)
 _FLAT = 1e-9  # a component with a smaller share of the variance than this is rounding noise
 
 
@@ -60,54 +54,6 @@ def pca_rgb(
     return rgb
 
 
-def save_pca_png(
-    path: str | os.PathLike[str],
-    pictures: Sequence[Image.Image],
-    rgb: NDArray[np.uint8],
-    *,
-    names: Sequence[str] | None = None,
-    title: str | None = None,
-    columns: int = 2,
-    height: int = 224,
-) -> Path:
-    """A sheet with each picture and its PCA side by side.
-
-    Args:
-        pictures: what the model saw, one for each row of `rgb`.
-        rgb: (batch, rows, columns, 3) uint8, from `pca_rgb`; enlarged without smoothing.
-        names, title: text under each pair and on top of the sheet.
-        columns: pairs in one row of the sheet.
-        height: of each picture on the sheet, in pixels.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: pictures, PCAs and names differ in number, or there are none.
-    """
-    names = [""] * len(pictures) if names is None else names
-    if not len(pictures) == len(rgb) == len(names) > 0:
-        raise ValueError(f"Got {len(pictures)} pictures, {len(rgb)} PCAs and {len(names)} names; they must match.")
-    pairs = [_pair(picture, colours, height) for picture, colours in zip(pictures, rgb, strict=True)]
-    columns = min(columns, len(pairs))
-    cell_width, cell_height = max(pair.width for pair in pairs) + _GAP, height + _TEXT_HEIGHT + _GAP
-    top = _GAP + (_TEXT_HEIGHT + _GAP // 2 if title else 0)
-    rows = -(-len(pairs) // columns)
-    width = max(columns * cell_width, int(_TITLE_FONT.getlength(title or "")) + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, rows * cell_height + top), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, _GAP), title or "", fill="black", font=_TITLE_FONT)
-    for index, (pair, name) in enumerate(zip(pairs, names, strict=True)):
-        left, upper = _GAP + index % columns * cell_width, top + index // columns * cell_height
-        sheet.paste(pair, (left, upper))
-        text = _shortened(name, cell_width - _GAP)
-        draw.text((left, upper + height + 4), text, fill="black", font=_NAME_FONT)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
-    return path
-
-
 def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
     if hasattr(features, "detach"):
         features = features.detach().cpu().double().numpy()
@@ -118,7 +64,7 @@ def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
             f"got shape {tokens.shape}."
         )
     if tokens.ndim < 4:
-        tokens = tokens.reshape(-1, *_grid(tokens.shape[-2], grid), tokens.shape[-1])
+        tokens = tokens.reshape(-1, *patch_grid(tokens.shape[-2], grid), tokens.shape[-1])
     if tokens.shape[-1] < 3:
         raise ValueError(f"Three colours need features of at least 3 dimensions, got {tokens.shape[-1]}.")
     broken = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2, 3)))
@@ -127,7 +73,7 @@ def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
     return tokens
 
 
-def _grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     if grid is None:
         side = round(patches**0.5)
         if side * side != patches:
@@ -173,23 +119,3 @@ def _principal_scores(samples: Array, count: int) -> Array:
     vectors = vectors * np.sign(vectors[largest, np.arange(count)])
     noise = _FLAT * max(float(values[0]), _FLAT * float((samples**2).sum()))
     return np.where(values > noise, centred @ vectors, 0.0)
-
-
-def _shortened(name: str, width: int) -> str:
-    """The name on one line, its middle left out where it is wider than `width` pixels."""
-    name = " ".join(name.split())
-    kept = len(name)
-    shown = name
-    while kept > 2 and _NAME_FONT.getlength(shown) > width:
-        kept -= 1
-        shown = f"{name[: kept // 2]}...{name[-(kept // 2) :]}"
-    return shown
-
-
-def _pair(picture: Image.Image, colours: NDArray[np.uint8], height: int) -> Image.Image:
-    rows, columns = colours.shape[:2]
-    size = round(height * columns / rows), height
-    pair = Image.new("RGB", (2 * size[0] + 4, height), "white")
-    pair.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (0, 0))
-    pair.paste(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), (size[0] + 4, 0))
-    return pair

@@ -1,0 +1,99 @@
+// What a launcher is told of a tensor, and the checks it makes before it launches: plain C++, without CUDA or torch, so
+// that the tests compile them for the host. A check that fails throws a sentence that says what was wrong.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace dinov2_fast {
+
+enum class Dtype { bf16, fp16, fp32, e4m3, other };
+
+inline const char* name(Dtype dtype) {
+  constexpr const char* NAMES[] = {"bf16", "fp16", "fp32", "e4m3", "another dtype"};
+  return NAMES[static_cast<int>(dtype)];
+}
+
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::e4m3 ? 1 : 2; }
+
+// A tensor of one or two dimensions; without data, one that was left out. Strides are in elements.
+struct Tensor {
+  const char* name = "";
+  void* data = nullptr;
+  Dtype dtype = Dtype::other;
+  int device = 0;
+  int dim = 0;
+  int64_t sizes[2] = {0, 0};
+  int64_t strides[2] = {0, 0};
+  bool given = false;
+
+  explicit operator bool() const { return given; }
+  int64_t rows() const { return sizes[0]; }
+  int64_t columns() const { return sizes[dim - 1]; }
+  int64_t row_stride() const { return strides[0]; }
+};
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::invalid_argument(sentence.str());
+}
+
+inline std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int d = 0; d < tensor.dim && d < 2; ++d) text << (d ? ", " : "") << tensor.sizes[d];
+  text << (tensor.dim > 2 ? ", ...)" : ")");
+  return text.str();
+}
+
+inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allowed) {
+  std::string names;
+  for (Dtype dtype : allowed) {
+    if (tensor.dtype == dtype) return;
+    names += (names.empty() ? "" : " or ") + std::string(name(dtype));
+  }
+  fail(tensor.name, " must be ", names, ", got ", name(tensor.dtype));
+}
+
+// Chunks of 16 bytes are read and written at once (8 bytes of e4m3), so every row has to begin at a multiple of that.
+inline void check_aligned(const Tensor& tensor) {
+  const int64_t bytes = tensor.dtype == Dtype::e4m3 ? 8 : 16;
+  if (reinterpret_cast<uintptr_t>(tensor.data) % bytes) {
+    fail(tensor.name, " must begin at a multiple of ", bytes, " bytes");
+  }
+  if (tensor.dim == 2 && tensor.strides[0] * item_size(tensor.dtype) % bytes) {
+    fail(tensor.name, " must have rows a multiple of ", bytes, " bytes apart, got a stride of ", tensor.strides[0]);
+  }
+}
+
+// (rows, columns) in memory, neighbouring elements of a row side by side, on the device.
+inline void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, int device) {
+  if (tensor.dim != 2 || tensor.sizes[0] != rows || tensor.sizes[1] != columns) {
+    fail(tensor.name, " must have the shape (", rows, ", ", columns, "), got ", shape(tensor));
+  }
+  if (columns > 1 && tensor.strides[1] != 1) fail(tensor.name, " must have neighbouring elements side by side");
+  if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
+  check_aligned(tensor);
+}
+
+// As check_matrix, without gaps between the rows: what is written.
+inline void check_output(const Tensor& tensor, int64_t rows, int64_t columns, int device) {
+  check_matrix(tensor, rows, columns, device);
+  if (rows > 1 && tensor.strides[0] != columns) fail(tensor.name, " must be contiguous");
+}
+
+inline void check_vector(const Tensor& tensor, int64_t size, int device, bool aligned = true) {
+  if (tensor.dim != 1 || tensor.sizes[0] != size) {
+    fail(tensor.name, " must have the shape (", size, "), got ", shape(tensor));
+  }
+  if (size > 1 && tensor.strides[0] != 1) fail(tensor.name, " must have neighbouring elements side by side");
+  if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
+  if (aligned) check_aligned(tensor);
+}
+
+}  // namespace dinov2_fast

@@ -1,0 +1,210 @@
+// What follows the product in linear.cu, from the accumulators of the tensor cores to the result in memory.
+//
+// wgmma leaves a 64-row slice of the product spread over the 4 warps of a warp group: lane l of warp w holds, of each 8
+// neighbouring columns (a group), columns 2 (l % 4) and 2 (l % 4) + 1 of the rows 16 w + l / 4 and 8 below that. Here
+// the 4 lanes that share these rows (a quad) exchange what they hold until each has all 8 columns of groups of its own.
+// From there on a thread sees neighbouring columns of one row: it reads and writes them at once, and a gate and its
+// value are both its own.
+#pragma once
+
+#include <type_traits>
+
+#include "common.cuh"
+#include "linear.h"
+
+namespace dinov2_fast {
+
+// (out_features,), in any floating-point dtype; without data, left out.
+struct ColumnVector {
+  const void* data;
+  Dtype dtype;
+};
+
+struct EpilogueArguments {
+  void* out;
+  Dtype out_dtype;
+  int64_t out_stride;  // elements from row to row
+  int64_t rows;
+  int64_t out_features;
+  ColumnVector bias;
+  ColumnVector gamma;
+  const float* row_scale;     // (rows,) or null
+  const float* weight_scale;  // (out_features,) of e4m3 operands
+  float scale;
+  float inverse_scale;
+};
+
+inline EpilogueArguments epilogue_of(const LinearForward& args) {
+  return {args.out.data,
+          args.out.dtype,
+          args.out.row_stride(),
+          args.x.rows(),
+          args.weight.rows(),
+          {args.bias.data, args.bias.dtype},
+          {args.gamma.data, args.gamma.dtype},
+          pointer<float>(args.row_scale),
+          pointer<float>(args.weight_scale),
+          static_cast<float>(args.scale),
+          static_cast<float>(args.inverse_scale)};
+}
+
+__device__ __forceinline__ void load(const ColumnVector& vector, int64_t column, float (&to)[WIDTH]) {
+  if (vector.dtype == Dtype::bf16) {
+    load(static_cast<const __nv_bfloat16*>(vector.data) + column, to);
+  } else if (vector.dtype == Dtype::fp16) {
+    load(static_cast<const __half*>(vector.data) + column, to);
+  } else {
+    load(static_cast<const float*>(vector.data) + column, to);
+  }
+}
+
+// Transposes the 4 x 4 numbers of a quad: x[i] of lane j becomes x[j] of lane i.
+__device__ __forceinline__ void transpose_in_quad(float (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const float received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
+      x[i] = upper ? received : x[i];
+      x[i + bit] = upper ? x[i + bit] : received;
+    }
+  }
+}
+
+// The coefficients of 8 columns.
+struct Columns {
+  float scale[WIDTH], bias[WIDTH], gamma[WIDTH];
+};
+
+__device__ __forceinline__ Columns read_columns(const EpilogueArguments& args, int64_t column) {
+  Columns columns;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) {
+    columns.scale[i] = columns.gamma[i] = 1.0f;
+    columns.bias[i] = 0.0f;
+  }
+  if (column >= args.out_features) return columns;
+  if (args.weight_scale) load(args.weight_scale + column, columns.scale);
+  if (args.bias.data) load(args.bias, column, columns.bias);
+  if (args.gamma.data) load(args.gamma, column, columns.gamma);
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) columns.scale[i] *= args.scale;
+  return columns;
+}
+
+template <typename Out>
+__device__ __forceinline__ float gelu_for(float x) {
+  if constexpr (std::is_same_v<Out, __half>) return gelu_erf(x);
+  return gelu_polynomial(x);
+}
+
+// For results of 2 bytes or fewer.
+__device__ __forceinline__ float fast_silu(float x) { return x * fast_reciprocal(1.0f + fast_exp(-x)); }
+
+// As store. Here the compiler splits plain stores at times, and then spills.
+template <typename T>
+__device__ __forceinline__ void store_at_once(T* to, const float (&from)[WIDTH]) {
+  const Chunk<T> chunk = pack<T>(from);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+  for (int i = 0; i < chunk.ACCESSES; ++i) {
+    __stwb(reinterpret_cast<typename Chunk<T>::Access*>(to) + i, chunk.words[i]);
+  }
+#else
+  write(to, chunk);
+#endif
+}
+
+// From z = x @ weight^T + bias to the result: 8 columns of one row, of z 16 for SwiGLU.
+template <Form FORM, typename Out, int CHUNKS>
+__device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], const Columns& columns, float inverse_scale,
+                                       Out* to) {
+  float y[WIDTH];
+  if constexpr (FORM == Form::residual) load(to, y);
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) {
+    if constexpr (FORM == Form::residual) {
+      y[i] += columns.gamma[i] * z[0][i];
+    } else if constexpr (FORM == Form::swiglu) {
+      y[i] = fast_silu(z[2 * i / WIDTH][2 * i % WIDTH]) * z[2 * i / WIDTH][2 * i % WIDTH + 1];
+    } else {
+      y[i] = FORM == Form::gelu ? gelu_for<Out>(z[0][i]) : z[0][i];
+    }
+    if constexpr (std::is_same_v<Out, __nv_fp8_e4m3>) y[i] *= inverse_scale;
+  }
+  store_at_once(to, y);
+}
+
+// Writes a tile of ROWS x COLUMNS that begins at (tile_row, tile_column) of the product. `accumulators(i)` are those of
+// thread `thread` of THREADS: two columns, then 8 rows apart, then from group to group, then from slice to slice;
+// slices go to the warp groups in turn.
+template <Form FORM, bool SCALED, typename Out, int ROWS, int COLUMNS, int THREADS, typename Accumulators>
+__device__ __forceinline__ void write_tile(const Accumulators& accumulators, int thread, int64_t tile_row,
+                                           int64_t tile_column, const EpilogueArguments& args) {
+  constexpr int GROUPS = COLUMNS / WIDTH, SLICE_ROWS = THREADS / 2, SLICES = ROWS / SLICE_ROWS;
+  constexpr int CHUNKS = FORM == Form::swiglu ? 2 : 1;  // neighbouring groups that a lane comes to own at once
+  const int lane = thread % WARP;
+  const int64_t first_row = tile_row + 16 * (thread / WARP) + lane / 4;
+#pragma unroll
+  for (int start = 0; start < GROUPS; start += 4 * CHUNKS) {
+    const int64_t column = tile_column + WIDTH * (start + CHUNKS * (lane % 4));
+    Columns columns[CHUNKS];
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) columns[chunk] = read_columns(args, column + WIDTH * chunk);
+#pragma unroll
+    for (int half = 0; half < 2 * SLICES; ++half) {
+      const int64_t row = first_row + half / 2 * SLICE_ROWS + half % 2 * 8;
+      const float row_scale = SCALED && args.row_scale && row < args.rows ? args.row_scale[row] : 1.0f;
+      float z[CHUNKS][WIDTH];
+#pragma unroll
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          float own[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int group = start + chunk + CHUNKS * i;
+            own[i] = accumulators(((half / 2 * GROUPS + group) * 2 + half % 2) * 2 + side);
+          }
+          transpose_in_quad(own, lane);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) z[chunk][2 * i + side] = own[i];
+        }
+#pragma unroll
+        for (int i = 0; i < WIDTH; ++i) {
+          if constexpr (SCALED) z[chunk][i] *= columns[chunk].scale[i] * row_scale;
+          z[chunk][i] += columns[chunk].bias[i];
+        }
+      }
+      if (row < args.rows && column < args.out_features) {
+        Out* to = static_cast<Out*>(args.out) + row * args.out_stride + column / CHUNKS;
+        finish<FORM>(z, columns[0], args.inverse_scale, to);
+      }
+    }
+  }
+}
+
+// As write_tile, for the dtypes of the result that go with operands of a dtype.
+template <Form FORM, Dtype OPERAND, int ROWS, int COLUMNS, int THREADS, typename Accumulators>
+__device__ __forceinline__ void write_tile(const Accumulators& accumulators, int thread, int64_t tile_row,
+                                           int64_t tile_column, const EpilogueArguments& args) {
+  constexpr bool SCALED = OPERAND == Dtype::e4m3;
+  using Narrow = std::conditional_t<OPERAND == Dtype::fp16, __half, __nv_bfloat16>;
+  using Wide = std::conditional_t<FORM == Form::residual, float, Narrow>;
+  using Small = std::conditional_t<SCALED && is_activation(FORM), __nv_fp8_e4m3, Narrow>;
+  const auto write = [&](auto out) {
+    using Out = typename decltype(out)::type;
+    write_tile<FORM, SCALED, Out, ROWS, COLUMNS, THREADS>(accumulators, thread, tile_row, tile_column, args);
+  };
+  if (!std::is_same_v<Wide, Narrow> && args.out_dtype == Dtype::fp32) {
+    write(Type<Wide>{});
+  } else if (!std::is_same_v<Small, Narrow> && args.out_dtype == Dtype::e4m3) {
+    write(Type<Small>{});
+  } else {
+    write(Type<Narrow>{});
+  }
+}
+
+}  // namespace dinov2_fast

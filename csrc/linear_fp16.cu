@@ -1,0 +1,8 @@
+// The kernels of linear.cu for fp16 operands, in a file of their own because they take minutes to compile.
+#include "linear.cuh"
+
+namespace dinov2_fast {
+
+template void launch_linear<Dtype::fp16>(const LinearForward&, int, int, void*);
+
+}  // namespace dinov2_fast

@@ -1,0 +1,64 @@
+// Arithmetic that kernels and their epilogues share. It compiles for the host as well, where the tests check it.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include <cmath>
+
+namespace dinov2_fast {
+
+constexpr float SMALLEST_ROW_SCALE = 1e-12f;  // the e4m3 scale of a row of zeros
+constexpr float E4M3_MAX = 448.0f;
+
+// For results that are rounded to bf16 or e4m3: some ulp of fp32 away from exp.
+__host__ __device__ inline float fast_exp(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);
+#else
+  return std::exp(x);
+#endif
+}
+
+// 1 / x; 0 for infinity.
+__host__ __device__ inline float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+__host__ __device__ inline float normal_cdf_erf(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752f)); }
+
+// The normal distribution function as a sigmoid of an odd polynomial of degree 9: x times it is within 3.1e-6 of GELU.
+// It neither overflows nor turns NaN for any finite x.
+__host__ __device__ inline float normal_cdf_polynomial(float x) {
+  const float t = x * x;
+  float p = 2.22435329e-6f * t - 6.09182100e-5f;
+  p = (p * t - 2.51040285e-4f) * t + 0.0729400251f;
+  return fast_reciprocal(1.0f + fast_exp(-x * (p * t + 1.59565507f)));
+}
+
+__host__ __device__ inline float gelu_erf(float x) { return x * normal_cdf_erf(x); }
+__host__ __device__ inline float gelu_polynomial(float x) { return x * normal_cdf_polynomial(x); }
+
+__host__ __device__ inline float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+  return __frsqrt_rn(x);
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
+__host__ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__host__ __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// The scale with which a row whose largest element is `largest` fills the range of e4m3.
+__host__ __device__ inline float e4m3_row_scale(float largest) { return fmaxf(largest / E4M3_MAX, SMALLEST_ROW_SCALE); }
+
+// Two numbers rounded to e4m3, saturated at ±448; NaN stays NaN.
+__host__ __device__ inline __nv_fp8x2_storage_t to_e4m3(float a, float b) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+}
+
+}  // namespace dinov2_fast

@@ -1,0 +1,340 @@
+"""``dinov2-fast show``: PNGs of what a model finds in pictures, to look at."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dinov2_fast import visualize
+from dinov2_fast.cli import options
+from dinov2_fast.image_processor import Dinov2ImageProcessor
+
+if TYPE_CHECKING:
+    from dinov2_fast.extraction.features import Features
+    from dinov2_fast.extraction.inputs import Picture
+
+SOME_FAILED = 3
+KINDS = ("pca", "attention", "neighbours")
+THUMBNAIL = (252, 252)  # pixels
+SETTINGS = Dinov2ImageProcessor().settings().keys()
+DESCRIPTION = """\
+Draws PNGs of what a model finds in pictures:
+
+  pca.png         each picture beside the first three principal components of
+                  its patch features, as red, green and blue. One PCA serves
+                  all pictures: equal colours are equal features.
+  attention.png   where the CLS token looks, for each head
+  neighbours.png  each picture and those nearest to it, by the cosine of their
+                  CLS tokens
+
+All that can be drawn are, unless you ask for some of them. PATH are pictures,
+or folders of pictures, on which --model runs; or one folder that `dinov2-fast
+extract` wrote, which needs no model: its neighbours are those of the stored
+features, and the PCA of the patches if they were stored.
+
+With random weights the sheets say so, in their titles and in their names.
+"""
+EPILOG = """\
+examples:
+  dinov2-fast show photos/ --model dinov2_vits14 --out sheets/
+  dinov2-fast show photos/ --model dinov2_vits14_reg --pca --foreground --out sheets/
+  dinov2-fast show cat.jpg --model dinov2_vits14 --attention --layer 5,11 --head 0,3 --out sheets/
+  dinov2-fast show features/ --neighbours --count 8 --out sheets/
+
+Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some pictures could not
+be read and are left out.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "show",
+        help="draw PCA colours, attention maps and nearest neighbours",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures and folders of them, or one of features")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the PNGs; those there are replaced")
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--pca", action="store_true", help="colours of the patch features")
+    what.add_argument("--attention", action="store_true", help="attention maps of the CLS token")
+    what.add_argument("--neighbours", action="store_true", help="nearest neighbours")
+    what.add_argument(
+        "--foreground",
+        action="store_true",
+        help="in the PCA: background black, and the colours for the foreground alone, as in the DINOv2 paper",
+    )
+    what.add_argument(
+        "--layer",
+        type=options.indices,
+        default=(-1,),
+        metavar="N,N|all",
+        help="blocks for PCA and attention; 0 is the first (default: the last)",
+    )
+    what.add_argument(
+        "--head", type=options.indices, metavar="N,N|all", help="heads for the attention maps; 0 is the first"
+    )
+    what.add_argument(
+        "--count", type=options.at_least(1), default=5, metavar="N", help="neighbours of a picture (default: 5)"
+    )
+    what.add_argument(
+        "--limit",
+        type=options.at_least(1),
+        default=24,
+        metavar="N",
+        help="draw the first N pictures only. With a folder of features their neighbours are looked for among all "
+        "pictures in it (default: 24)",
+    )
+    model = parser.add_argument_group("the model, for pictures")
+    model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
+    model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
+    options.add_pictures_and_device(model, default_size=518)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws; 0, or 3 if pictures had to be left out."""
+    from dinov2_fast.extraction.shards import MANIFEST
+
+    asked = [kind for kind in KINDS if getattr(args, kind)]
+    if len(args.paths) == 1 and (Path(args.paths[0]) / MANIFEST).is_file():
+        if args.model or args.weights:
+            raise ValueError("A folder of features needs no --model; to run one, give the pictures instead.")
+        return show_features(args, asked)
+    return show_pictures(args, asked)
+
+
+def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
+    """Runs the model on pictures and draws what was asked for, by default everything."""
+    import dinov2_fast
+    from dinov2_fast.extraction.extractor import find_device
+
+    if not args.model:
+        raise ValueError("--model is missing: pictures are shown as a model sees them.")
+    seen, failures = _read_pictures(args)
+    if "neighbours" in asked and len(seen.pictures) < 2:
+        raise ValueError("Neighbours need two pictures or more.")
+    device = find_device(args.device)
+    model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype="float32", dialect=args.dialect)
+    layers = _resolved(args.layer, model.n_blocks, "block")
+    heads = _resolved(args.head, model.num_heads, "head")
+    grid = args.size[0] // model.patch_size, args.size[1] // model.patch_size
+    size = f"{args.size[0]} x {args.size[1]}"
+    print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
+    _look(model, seen, layers, device)
+    sheets = _Sheets(Path(args.out), args.model, str(model.loaded_from))
+    if not asked or "pca" in asked:
+        foreground = "threshold" if args.foreground else None
+        rgb = {
+            layer: visualize.pca_rgb(np.stack(patches), grid, foreground=foreground)
+            for layer, patches in seen.patches.items()
+        }
+        sheets.save_pca(visualize.pca_strips(seen.names, seen.pictures, rgb), f"{size}, {_blocks(layers)}", foreground)
+    if not asked or "attention" in asked:
+        strips = visualize.attention_strips(seen.names, seen.pictures, seen.attention, grid, heads)
+        sheets.save_attention(strips, f"{size}, {_blocks(layers)}")
+    if "neighbours" in asked or (not asked and len(seen.pictures) > 1):
+        rows = range(len(seen.pictures))
+        found, cosines = visualize.nearest(np.stack(seen.cls), rows, args.count)
+        pictures = {row: _square(picture) for row, picture in enumerate(seen.pictures)}
+        strips = visualize.neighbour_strips(dict(enumerate(seen.names)), pictures, rows, found, cosines)
+        sheets.save_neighbours(strips, len(rows))
+    return SOME_FAILED if failures else 0
+
+
+@dataclass
+class _Seen:
+    """What a model sees and finds, one of each for every picture."""
+
+    names: list[str] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)  # cut to size
+    cls: list[Any] = field(default_factory=list)  # (hidden,)
+    patches: dict[int, list[Any]] = field(default_factory=dict)  # block -> (patches, hidden)
+    attention: dict[int, list[Any]] = field(default_factory=dict)  # block -> (heads, patches)
+
+
+def _read_pictures(args: argparse.Namespace) -> tuple[_Seen, int]:
+    """Names and pictures, and how many could not be read."""
+    from dinov2_fast.extraction.inputs import find_pictures
+
+    found = list(islice(find_pictures(args.paths), args.limit + 1))
+    if not found:
+        raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
+    if len(found) > args.limit:
+        print(f"The first {args.limit} pictures are shown; --limit sets how many.", file=sys.stderr)
+    processor = Dinov2ImageProcessor.for_size(args.size, do_rescale=False, do_normalize=False)
+    seen, failures = _Seen(), 0
+    for picture in found[: args.limit]:
+        image = _cut(picture, processor)
+        if image is None:
+            failures += 1
+        else:
+            seen.names.append(Path(picture.path).stem)
+            seen.pictures.append(image)
+    if not seen.pictures:
+        raise ValueError("None of the pictures could be read.")
+    return seen, failures
+
+
+def _cut(picture: Picture, processor: Dinov2ImageProcessor) -> Image.Image | None:
+    """A picture as the processor cuts it; None, and the reason on stderr, if it cannot be read."""
+    from dinov2_fast.extraction.decoding import decode
+
+    decoded = decode(picture, processor)
+    if decoded.pixels is None:
+        print(f"{picture.path!r} cannot be shown: {decoded.error}", file=sys.stderr)
+        return None
+    return Image.fromarray(np.ascontiguousarray(decoded.pixels.transpose(1, 2, 0)))
+
+
+def _grey(processor: Dinov2ImageProcessor) -> Image.Image:
+    """In the place of a picture that cannot be read any more."""
+    height, width = processor.output_size or THUMBNAIL
+    return Image.new("RGB", (width, height), "lightgrey")
+
+
+def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
+    """One forward pass for each picture, which adds what the model finds."""
+    import torch
+
+    normalize = Dinov2ImageProcessor(do_resize=False, do_center_crop=False)
+    last, first_patch = model.n_blocks - 1, 1 + model.num_register_tokens
+    kept = sorted({*layers, last})
+    with torch.inference_mode(), visualize.recorded_attention(model, layers) as attention:
+        for picture in seen.pictures:
+            pixels = normalize(picture).pixel_values.to(device)
+            outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
+            found = dict(zip(kept, outputs, strict=True))
+            seen.cls.append(found[last][1][0].cpu().numpy())
+            for layer in layers:
+                seen.patches.setdefault(layer, []).append(found[layer][0][0].cpu().numpy())
+                seen.attention.setdefault(layer, []).append(attention[layer][0, :, first_patch:].cpu().numpy())
+
+
+def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
+    """Draws what stored features allow: neighbours, and the PCA of patches."""
+    import dinov2_fast
+    from dinov2_fast.extraction.inputs import Picture
+
+    features = dinov2_fast.load_features(args.paths[0])
+    if "attention" in asked:
+        raise ValueError("Features hold no attention maps: give the pictures, and --model.")
+    for kind, name in (("pca", "patches"), ("neighbours", "cls")):
+        if kind in asked and name not in features:
+            raise ValueError(f"--{kind} needs the feature {name!r}; stored are {', '.join(features)}.")
+    there = [row for row, error in enumerate(features.error) if error is None]
+    rows = there[: args.limit]
+    if not rows:
+        raise ValueError(f"No picture in {args.paths[0]!r} has features.")
+    if len(there) > len(rows):
+        print(f"The first {len(rows)} pictures are shown; --limit sets how many.", file=sys.stderr)
+    sheets, processor = _Sheets(Path(args.out), *_origin(features)), _stored_processor(features)
+    paths = features.path
+    names = [Path(path).stem for path in paths]
+    if "pca" in asked or (not asked and "patches" in features):
+        foreground = "threshold" if args.foreground else None
+        patch_size = features.manifest["model"]["patch_size"]
+        grid = tuple(side // patch_size for side in processor.output_size or ())
+        rgb = visualize.pca_rgb(_stored_patches(features, rows), grid, foreground=foreground)
+        pictures = [_cut(Picture(paths[row]), processor) or _grey(processor) for row in rows]
+        strips = visualize.pca_strips([names[row] for row in rows], pictures, {0: rgb})
+        sheets.save_pca(strips, "as they were stored", foreground)
+    if "neighbours" in asked or (not asked and "cls" in features and len(there) > 1):
+        found, cosines = visualize.nearest(features["cls"], rows, args.count)
+        drawn = {
+            row: _square(_cut(Picture(paths[row]), processor) or _grey(processor))
+            for row in sorted({*rows, *found.ravel().tolist()})
+        }
+        strips = visualize.neighbour_strips(dict(enumerate(names)), drawn, rows, found, cosines)
+        sheets.save_neighbours(strips, len(there))
+    return 0
+
+
+def _origin(features: Features) -> tuple[str, str]:
+    """The model and its weights, as an extraction recorded them."""
+    about = features.manifest.get("about", {})
+    return str(about.get("model", "stored features")), str(about.get("weights", ""))
+
+
+def _stored_processor(features: Features) -> Dinov2ImageProcessor:
+    """What cut the pictures to size, without scaling and normalisation."""
+    settings = {name: value for name, value in features.manifest["processor"].items() if name in SETTINGS}
+    return Dinov2ImageProcessor(**{**settings, "do_rescale": False, "do_normalize": False})
+
+
+def _stored_patches(features: Features, rows: list[int]) -> Any:
+    """The patch tokens of some rows, in order, (rows, patches, hidden); shards behind the last row are not read."""
+    found, first = [], 0
+    for shard in features.shards():
+        inside = [row - first for row in rows if first <= row < first + len(shard)]
+        if inside:
+            found.append(shard["patches"][inside])
+        first += len(shard)
+        if first > rows[-1]:
+            break
+    return np.concatenate(found)
+
+
+class _Sheets:
+    """Where the sheets go, and the mark of random weights on each."""
+
+    def __init__(self, folder: Path, model: str, weights: str) -> None:
+        self._folder, self._model, self._random = folder, model, weights if weights.startswith("random:") else None
+
+    def save_pca(self, strips: visualize.Strips, what: str, foreground: str | None) -> None:
+        note = "One PCA for all pictures: equal colours are equal features." + (
+            " The background is black." if foreground else ""
+        )
+        columns = max(6 // len(strips[0]), 1)
+        self._save(
+            "pca",
+            strips,
+            f"first three principal components of the patch tokens, {what}",
+            note,
+            columns=columns,
+            height=200,
+        )
+
+    def save_attention(self, strips: visualize.Strips, what: str) -> None:
+        note = "Each map is scaled on its own: it shows where a head looks, not how strongly beside another."
+        self._save("attention", strips, f"attention of the CLS token, {what}", note, height=150)
+
+    def save_neighbours(self, strips: visualize.Strips, pictures: int) -> None:
+        note = f"On the left a picture, then those nearest to it among {pictures}, with the cosine of the CLS tokens."
+        self._save("neighbours", strips, "nearest neighbours", note, height=150)
+
+    def _save(self, kind: str, strips: visualize.Strips, title: str, note: str, **layout: int) -> None:
+        """Writes the sheet and says where it is."""
+        name, title = f"{kind}.png", f"{self._model}, {title}"
+        if self._random is not None:
+            name, title = f"{kind}-random-weights.png", f"RANDOM WEIGHTS ({self._random}): {title}"
+        path = visualize.save_sheet(self._folder / name, strips, title=title, note=note, **layout)
+        print(f"{kind + ':':12}{path}")
+
+
+def _blocks(layers: list[int]) -> str:
+    return f"block{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _square(picture: Image.Image) -> Image.Image:
+    """The centre of a picture."""
+    return ImageOps.fit(picture, THUMBNAIL)
+
+
+def _resolved(asked: tuple[int, ...] | None, number: int, what: str) -> list[int]:
+    """Indices from 0 on, in order; None is all."""
+    indices = range(number) if asked is None else asked
+    outside = [index for index in indices if not -number <= index < number]
+    if outside:
+        raise ValueError(f"There is no {what} {outside[0]}; the {what}s of this model are 0 to {number - 1}.")
+    return sorted({index % number for index in indices})

@@ -1,0 +1,234 @@
+"""``dinov2-fast verify``: two checkpoints, or a checkpoint and another implementation, on pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from dinov2_fast.cli import options
+from dinov2_fast.cli.convert import describe, find
+from dinov2_fast.cli.peers import is_peer, load_peer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dinov2_fast.weights.compare import FeatureDifference, Tokens, WeightDifference
+    from dinov2_fast.weights.sources import Checkpoint
+
+SAME, DIFFERENT = 0, 1
+TOLERANCE = 1e-3
+ROUNDING = 1e-4  # what fp32 reaches when the same sums are taken in another order
+BATCH = 8
+DESCRIPTION = """\
+Compares two DINOv2 checkpoints, in whatever layouts, or a checkpoint and
+another implementation: the weights, and what each makes of your pictures.
+
+A and B are checkpoint files, folders, hub ids, or names such as dinov2_vits14.
+B may be `transformers` or `timm` instead: that library's own model with the
+weights of A. With `transformers:MODEL` and `timm:MODEL` the library loads
+MODEL itself.
+
+Both run in fp32 on the same pixels. Differences of features are in standard
+deviations of B's, so they mean the same for every model.
+"""
+EPILOG = """\
+examples:
+  dinov2-fast verify original.pth converted.safetensors photos/
+  dinov2-fast verify dinov2_vits14 transformers photos/
+  dinov2-fast verify my-finetuned/ facebook/dinov2-base photo.jpg --size 518
+
+Exit codes: 0 the same within the tolerance, 1 different (or not comparable:
+the reason is on stderr), 2 wrong usage.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare two checkpoints, or one and another implementation",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="a checkpoint")
+    parser.add_argument("b", metavar="B", help="a checkpoint, transformers[:MODEL] or timm[:MODEL]")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders to search for pictures")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="X",
+        help="largest difference of one element, in standard deviations, that counts as the same "
+        f"(default: {TOLERANCE:g}; rounding in fp32 stays below {ROUNDING:g} as a rule)",
+    )
+    options.add_pictures_and_device(parser, default_size=224)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares; 0 if the features are the same within the tolerance, else 1."""
+    from dinov2_fast.extraction.extractor import find_device
+    from dinov2_fast.extraction.inputs import find_pictures
+    from dinov2_fast.weights.compare import compare_features
+
+    if not any(True for _ in find_pictures(args.paths)):
+        raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
+    device = find_device(args.device)
+    pictures = _Pictures(args.paths, args.size, device)
+    checkpoint, other = find(args.a), None if is_peer(args.b) else find(args.b)
+    print(f"A: {_describe(checkpoint)}")
+    model = _load(checkpoint, args.dialect, device)
+    if other is None:
+        peer = load_peer(args.b, checkpoint, device)
+        print(f"B: {peer.description}")
+        b = peer.tokens
+    else:
+        print(f"B: {_describe(other)}\nWeights: {in_words(_compare_weights(checkpoint, other))}")
+        b = _tokens(_load(other, args.dialect, device))
+    difference = compare_features(_tokens(model), b, pictures)
+    print(f"\n{_table(difference, args.size, device)}\n\n{_verdict(difference, args.tolerance)}")
+    if difference.worst <= args.tolerance:
+        return SAME
+    _explain(model, b, pictures, args.tolerance)
+    return DIFFERENT
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Batches of pixel values (batch, 3, height, width), read anew each time they are gone through."""
+
+    paths: list[str]
+    size: tuple[int, int]
+    device: Any
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import numpy as np
+        import torch
+
+        from dinov2_fast.extraction.decoding import decode
+        from dinov2_fast.extraction.inputs import find_pictures
+        from dinov2_fast.image_processor import Dinov2ImageProcessor
+
+        processor = Dinov2ImageProcessor.for_size(self.size)
+        pictures = find_pictures(self.paths)
+        while batch := list(islice(pictures, BATCH)):
+            pixels = []
+            for picture in batch:
+                decoded = decode(picture, processor)
+                if decoded.pixels is None:
+                    raise ValueError(f"{picture.path!r} cannot be read: {decoded.error}.")
+                pixels.append(decoded.pixels)
+            yield torch.from_numpy(np.stack(pixels)).to(self.device)
+
+
+def in_words(weights: WeightDifference) -> str:
+    """What differs between two sets of weights."""
+    parts = []
+    if weights.misshapen:
+        parts.append(f"of other shapes: {_some(weights.misshapen)}")
+    for side, keys in (("A", weights.only_in_a), ("B", weights.only_in_b)):
+        if keys:
+            parts.append(f"only in {side}: {_some(keys)}")
+    if weights.rounded is not None:
+        fine, dtype = weights.rounded
+        coarse = "B" if fine == "a" else "A"
+        parts.append(f"{coarse} has the values of {fine.upper()} rounded to {dtype}")
+    elif weights.different == ("mask_token",):
+        parts.append("the same but for the mask token, which plays no part unless patches are masked")
+    elif weights.different:
+        parts.append(
+            f"{len(weights.different)} of {weights.compared} tensors differ ({_some(weights.different)}), the most by "
+            f"{weights.worst:.3g} in {weights.worst_key}"
+        )
+    if not weights.different and not weights.misshapen:
+        parts.append(f"{weights.compared} tensors are the same, bit for bit")
+    return "; ".join(parts)
+
+
+def _verdict(difference: FeatureDifference, tolerance: float) -> str:
+    worst = difference.worst
+    if worst == 0:
+        return "The features are the same, bit for bit."
+    if math.isnan(worst):
+        return "DIFFERENT: there are features that are no numbers (NaN)."
+    if worst > tolerance:
+        return f"DIFFERENT: the worst difference is {worst:.2g}, the tolerance {tolerance:g}."
+    if worst <= ROUNDING:
+        return f"The features are the same up to rounding: the worst difference is {worst:.2g}."
+    return f"The features are the same within the tolerance of {tolerance:g}: the worst difference is {worst:.2g}."
+
+
+def _explain(model: Any, b: Any, pictures: _Pictures, tolerance: float) -> None:
+    """Says so if A with another way of resampling positions agrees with B."""
+    from dinov2_fast.position_embeddings import DIALECTS
+    from dinov2_fast.weights.compare import compare_features
+
+    own = model.position_dialect
+    for dialect in DIALECTS:
+        if dialect == own:
+            continue
+        model.position_dialect = dialect
+        worst = compare_features(_tokens(model), b, pictures).worst
+        if worst <= tolerance:
+            print(
+                f"Position resampling differs, and nothing else: A resamples positions as {own!r}, and with "
+                f"--dialect {dialect}\nit agrees with B (worst difference {worst:.2g})."
+            )
+            return
+
+
+def _table(difference: FeatureDifference, size: tuple[int, int], device: Any) -> str:
+    lines = [
+        f"{difference.pictures} picture(s) of {size[0]} x {size[1]}, fp32, {device}; differences in "
+        "standard deviations of B",
+        f"{'':14}{'worst':>10}{'mean':>10}{'cosine: smallest':>19}{'mean':>10}{'deviation':>11}",
+    ]
+    for name, tokens in (("CLS token", difference.cls), ("patch tokens", difference.patches)):
+        lines.append(
+            f"{name:14}{tokens.worst:>10.2g}{tokens.mean:>10.2g}{tokens.cosine_worst:>19.6f}{tokens.cosine_mean:>10.6f}"
+            f"{tokens.std:>11.3g}"
+        )
+    return "\n".join(lines)
+
+
+def _tokens(model: Any) -> Any:
+    """What `compare_features` calls, for a model of this package."""
+
+    def tokens(pixels: Tensor) -> Tokens:
+        features = model.forward_features(pixels)
+        return features["x_norm_clstoken"], features["x_norm_patchtokens"]
+
+    return tokens
+
+
+def _compare_weights(a: Checkpoint, b: Checkpoint) -> WeightDifference:
+    from dinov2_fast.weights.architecture import plan_weights
+    from dinov2_fast.weights.compare import compare_weights
+    from dinov2_fast.weights.files import open_weights
+
+    return compare_weights(plan_weights(open_weights(a.weights)), plan_weights(open_weights(b.weights)))
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    from dinov2_fast.weights.architecture import plan_weights, read_architecture
+    from dinov2_fast.weights.files import open_weights
+
+    state_dict = open_weights(checkpoint.weights)
+    architecture = read_architecture(state_dict, checkpoint.config)
+    return f"{checkpoint.weights}\n   {describe(plan_weights(state_dict), architecture)}"
+
+
+def _load(checkpoint: Checkpoint, dialect: str | None, device: Any) -> Any:
+    import dinov2_fast
+
+    where = checkpoint.config.parent if checkpoint.config else checkpoint.weights
+    return dinov2_fast.load(where, device=device, dtype="float32", dialect=dialect)
+
+
+def _some(keys: tuple[str, ...]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,0 +1,203 @@
+"""`Extractor`: features of batches that come as dictionaries, as Ray Data, Spark and data loaders hand them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinov2_fast.extraction.batches import Pending
+from dinov2_fast.extraction.decoding import Decoded, decode_bytes
+from dinov2_fast.extraction.images import MAX_PIXELS
+from dinov2_fast.extraction.outputs import DEFAULT, Outputs
+from dinov2_fast.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.inference import optimize_for_inference
+from dinov2_fast.weights import load
+
+COLUMNS = ("image", "bytes")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Extractor:
+    """A function from a batch of pictures to the same batch with their features, cheap to send to other processes.
+
+    It holds settings alone until it is first called; the model is then loaded where that happens. A pickle holds the
+    settings, also of one that has loaded (a model given as an object is pickled with them).
+
+    ::
+
+        dataset.map_batches(dinov2_fast.Extractor, fn_constructor_args=("dinov2_vitb14",), batch_size=256)
+
+    Args:
+        model: a name, file, folder or hub id for :func:`dinov2_fast.load`, or a model or engine in eval mode.
+        weights, dialect: for `load`.
+        size: pixels, an int or (height, width), multiples of 14: what is not square is cropped. By default the size of
+            the processor.
+        processor: by default the one beside the model in a folder, or the checkpoints' (224 x 224).
+        features: names, see :mod:`dinov2_fast.extraction.outputs`.
+        dtype: of the features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
+        device: by default a GPU where there is one.
+        precision: of the computation, "fp32", "bf16", "fp16", "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
+        engine: run the model's faster form for inference (:func:`dinov2_fast.optimize_for_inference`).
+        column: of the pictures; by default "image", or "bytes" where that is missing.
+        batch_size: pictures in one forward pass at most; halved for good where memory runs out.
+        max_pixels: larger pictures are refused.
+
+    Raises:
+        ValueError: two settings that exclude each other.
+    """
+
+    def __init__(
+        self,
+        model: Any = "dinov2_vits14",
+        *,
+        weights: str | Path | None = None,
+        dialect: str | None = None,
+        size: int | tuple[int, int] | None = None,
+        processor: Dinov2ImageProcessor | None = None,
+        features: Sequence[str] = DEFAULT,
+        dtype: str = "auto",
+        device: str | None = None,
+        precision: str = "auto",
+        engine: bool = True,
+        column: str | None = None,
+        batch_size: int = 256,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if size is not None and processor is not None:
+            raise ValueError("Give size or processor, not both.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self._model = model
+        self._loading: dict[str, Any] = {"weights": weights, "dialect": dialect, "device": device}
+        self._loading |= {"precision": precision, "engine": engine}
+        self._processor = Dinov2ImageProcessor.for_size(size) if size is not None else processor
+        self._features, self._dtype = tuple(features), dtype
+        self._column, self._batch_size, self._max_pixels = column, batch_size, max_pixels
+        self._loaded: Outputs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    @property
+    def outputs(self) -> Outputs:
+        """Model, preprocessing and features, loaded at the first request.
+
+        Raises:
+            WeightsError: the weights cannot be had.
+            ValueError: a setting that does not exist or does not go with the model.
+        """
+        if self._loaded is None:
+            processor, model = self._processor or processor_for(self._model), self._model
+            if isinstance(model, (str, Path)):
+                model = load_model(model, processor, **self._loading)
+            self._loaded = Outputs(model, processor, self._features, self._dtype)
+        return self._loaded
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds the features of each picture.
+
+        Args:
+            batch: columns of one length. That of the pictures holds the bytes of files, or what
+                :class:`dinov2_fast.Dinov2ImageProcessor` takes: arrays (height, width, 3), PIL pictures. An array
+                (batch, height, width, 3) is a batch of them.
+
+        Returns:
+            The other columns as they are, each feature as an array (batch, …), NaN where there is none, and ``error``
+            (batch,), None or the reason. Length and order are those of the batch.
+
+        Raises:
+            KeyError: no column of pictures.
+            ValueError: columns that differ in length.
+        """
+        name = self._name_of_pictures(batch)
+        outputs, pictures = self.outputs, batch[name]
+        lengths = {key: len(column) for key, column in batch.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The columns differ in length: {lengths}.")
+        decoded = [self._decode(picture, outputs) for picture in pictures]
+        errors: list[str | None] = []
+        parts: dict[str, list[NDArray[Any]]] = {f.name: [np.empty((0, *f.shape), f.dtype)] for f in outputs.features}
+        while len(errors) < len(decoded):
+            pending = Pending(outputs, decoded[len(errors) : len(errors) + self._batch_size], self._batch_size)
+            self._batch_size, done = pending.size, pending.result()
+            errors += [picture.error for picture in done.pictures]
+            for key, values in done.features.items():
+                parts[key].append(values)
+        found = {key: column for key, column in batch.items() if key != name}
+        failed = np.array([error is not None for error in errors], bool)
+        for key, arrays in parts.items():
+            found[key] = np.concatenate(arrays)
+            found[key][failed] = np.nan
+        return {**found, "error": np.array(errors, object)}
+
+    def _name_of_pictures(self, batch: Mapping[str, Any]) -> str:
+        wanted = COLUMNS if self._column is None else (self._column,)
+        name = next((name for name in wanted if name in batch), None)
+        if name is None:
+            raise KeyError(
+                f"the batch has no column {' or '.join(wanted)}, but {', '.join(batch) or 'none'}: give column="
+            )
+        return name
+
+    def _decode(self, picture: Any, outputs: Outputs) -> Decoded:
+        if isinstance(picture, (bytes, bytearray, memoryview)):
+            return decode_bytes(bytes(picture), outputs.decoder, self._max_pixels)
+        try:
+            return Decoded(pixels=outputs.decoder(picture, return_tensors=None).pixel_values[0])
+        except (ValueError, TypeError, MemoryError) as error:
+            return Decoded(error=f"cannot be processed: {error}")
+
+
+def load_model(
+    model: str | Path,
+    processor: Dinov2ImageProcessor,
+    *,
+    weights: str | Path | None = None,
+    dialect: str | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    engine: bool = True,
+) -> Any:
+    """The model of an extraction: an engine that takes the processor's uint8 pictures, or the model as it is.
+
+    Raises:
+        WeightsError: the weights cannot be had.
+        ValueError: a device, precision or dialect that does not exist, or is not for this model.
+    """
+    place = find_device(device)
+    if precision == "auto":
+        precision = "bf16" if place.type == "cuda" else "fp32"
+    if not engine and precision not in DTYPES:
+        raise ValueError(f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}.")
+    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
+    loaded = load(model, weights=weights, device=place, dtype=dtype, dialect=dialect)
+    if not engine:
+        return loaded
+    return optimize_for_inference(loaded, precision, mean=processor.image_mean, std=processor.image_std)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; without one a GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
+
+
+def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
+    """The preprocessing for `size`, or that of a model's folder, or that of the checkpoints."""
+    if size is not None:
+        return Dinov2ImageProcessor.for_size(size)
+    if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():
+        return Dinov2ImageProcessor.from_pretrained(model)
+    return Dinov2ImageProcessor()

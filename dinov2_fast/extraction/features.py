@@ -1,0 +1,154 @@
+"""`load_features`: what an extraction wrote, as numpy arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov2_fast.extraction.shards import MANIFEST, Feature, format_named, stem
+
+
+def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:
+    """What ``dinov2-fast extract`` or :func:`dinov2_fast.extraction.extract.extract` wrote to a folder.
+
+    At once only what says which shards are there is read. Columns and features are read when they are asked for, all
+    rows of one: for more features than memory holds go through `Features.shards`.
+
+    Args:
+        folder: the output folder.
+        partial: take the shards that are there where the extraction is not finished; otherwise that is an error.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest.
+        ValueError: the extraction is not finished, or the manifest is not one of this version.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    rows, shard_size = manifest["inputs"]["pictures"], manifest["shard_size"]
+    wanted = range(-(-rows // shard_size))
+    features = stored_features(manifest)
+    format_ = format_named(manifest["format"])
+    there = [shard for shard in wanted if format_.count(stem(folder, shard), features) is not None]
+    if len(there) < len(wanted) and not partial:
+        raise ValueError(
+            f"{len(wanted) - len(there)} of the {len(wanted)} shards in {str(folder)!r} are missing: the extraction is "
+            "not finished. Run it again, which does what is missing, or pass partial=True."
+        )
+    return Features(folder, manifest, tuple(there))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["inputs"]["pictures"], manifest["shard_size"], stored_features(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
+    return dict(manifest)
+
+
+def stored_features(manifest: Mapping[str, Any]) -> list[Feature]:
+    """The features that a manifest lists."""
+    return [Feature(name, tuple(about["shape"]), about["dtype"]) for name, about in manifest["features"].items()]
+
+
+class Features:
+    """The rows of an extraction, one for each picture, in the order of the pictures; made by `load_features`.
+
+    ``len(features)`` is their number. ``features["cls"]`` is a feature by its name (:mod:`.outputs`), a numpy array
+    with one entry for each row: (rows, dim) for "cls" and "patch_mean", (rows, patches, dim) for "patches",
+    (rows, registers, dim) for "registers", in float32 or float16 as it was stored. Rows with an error are NaN there. It
+    is read at each request; as npy files in one shard it is a read-only memory map. Iterating gives the names.
+
+    Attributes:
+        folder: where they are.
+        manifest: the dictionary of ``manifest.json``.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: tuple[int, ...]) -> None:
+        self.folder, self.manifest, self._shards = folder, manifest, shards
+        self._features = {feature.name: feature for feature in stored_features(manifest)}
+        self._format = format_named(manifest["format"])
+
+    @property
+    def id(self) -> NDArray[np.int64]:
+        """Positions among all pictures of the extraction; these are the row numbers, unless shards are left out."""
+        return np.array(self._columns["id"], np.int64)
+
+    @property
+    def path(self) -> list[str]:
+        """As given or found; bytes that are not UTF-8 are written as ``\\xNN``."""
+        return self._columns["path"]
+
+    @property
+    def error(self) -> list[str | None]:
+        """Why a row has no features; None where it has."""
+        return self._columns["error"]
+
+    @property
+    def width(self) -> NDArray[np.int32]:
+        """Pixels, EXIF rotation applied; 0 where the picture could not be read."""
+        return np.array([width or 0 for width in self._columns["width"]], np.int32)
+
+    @property
+    def height(self) -> NDArray[np.int32]:
+        """As `width`."""
+        return np.array([height or 0 for height in self._columns["height"]], np.int32)
+
+    @property
+    def sha256(self) -> list[str | None]:
+        """Of the file's bytes, in hexadecimal; None where they could not be read."""
+        return self._columns["sha256"]
+
+    def shards(self) -> Iterator[Features]:
+        """The same rows in parts, one for each shard."""
+        for shard in self._shards:
+            yield Features(self.folder, self.manifest, (shard,))
+
+    def __len__(self) -> int:
+        total, size = self.manifest["inputs"]["pictures"], self.manifest["shard_size"]
+        return sum(min(size, total - shard * size) for shard in self._shards)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._features)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._features
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._features:
+            raise KeyError(f"no feature {name!r} was extracted; there are {', '.join(self._features)}")
+        feature = self._features[name]
+        if len(self._shards) == 1:
+            return self._format.feature(stem(self.folder, self._shards[0]), feature)
+        values, first = np.empty((len(self), *feature.shape), feature.dtype), 0
+        for shard in self._shards:
+            part = self._format.feature(stem(self.folder, shard), feature)
+            values[first : first + len(part)] = part
+            first += len(part)
+        return values
+
+    def __repr__(self) -> str:
+        described = ", ".join(f"{f.name} {f.shape} {f.dtype}" for f in self._features.values())
+        return f"<Features of {len(self)} pictures in {str(self.folder)!r}: {described}>"
+
+    @cached_property
+    def _columns(self) -> dict[str, list[Any]]:
+        parts = [self._format.columns(stem(self.folder, shard)) for shard in self._shards]
+        names = parts[0] if parts else ("id", "path", "width", "height", "sha256", "error")
+        return {name: [value for part in parts for value in part[name]] for name in names}

@@ -1,0 +1,140 @@
+"""The manifest of an output folder: of what the features are and how they were made, so that only the same goes on.
+
+Everything in it is compared when an extraction is resumed or shared, but the entry ``about``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from torch import nn
+
+from dinov2_fast import __version__
+from dinov2_fast.extraction.features import read_manifest
+from dinov2_fast.extraction.images import FORMATS
+from dinov2_fast.extraction.outputs import Outputs, place_of
+from dinov2_fast.extraction.shards import MANIFEST, PREFIX
+from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.inference import Engine
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ABOUT = "about"
+
+
+class ManifestError(ValueError):
+    """The folder holds features that were made otherwise; the message names what differs."""
+
+
+def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int) -> dict[str, Any]:
+    """The part of a manifest that model, preprocessing and machine decide."""
+    model, place = outputs.model, place_of(outputs.model)
+    engine = isinstance(model, Engine)
+    return {
+        "model": _architecture(model),
+        "weights": fingerprint(model._model if engine else model),
+        "position_dialect": model.position_dialect,
+        "processor": processor.to_dict(),
+        "decoder": {"pillow": PIL.__version__, "formats": list(FORMATS), "max_pixels": max_pixels},
+        "features": {f.name: {"shape": list(f.shape), "dtype": f.dtype} for f in outputs.features},
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
+        "engine": _engine(model) if engine else None,
+        "device": place.device.type,
+        "backends": {row.op: row.backend for row in getattr(model, "backends", list)() if row.chosen},
+        "versions": {"dinov2_fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def about() -> dict[str, Any]:
+    """What is recorded and not compared."""
+    return {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Makes `manifest` that of the folder, unless it has one, which must then be the same.
+
+    Raises:
+        ManifestError: the folder's differs, or it holds shards and no manifest.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        if any(folder.glob(f"{PREFIX}[0-9]*.*")):
+            raise ManifestError(
+                f"{str(folder)!r} holds features without a {MANIFEST}. Choose another folder, or overwrite."
+            )
+        _create(path, manifest)
+    differing = list(_differences(read_manifest(folder), json.loads(json.dumps(manifest))))
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise ManifestError(
+            f"The features in {str(folder)!r} were made otherwise: {'; '.join(differing[:3])}{more}. Choose another "
+            "folder, or overwrite them."
+        )
+
+
+def _create(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the file, unless another process was faster."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(part, path)  # fails where there is one, unlike a rename
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """One sentence for each value that differs, by its dotted name."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys([*there, *here]):
+            if name or key != ABOUT:
+                yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name} is {_shown(there)} there and {_shown(here)} here"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    """What the weights do not show."""
+    names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
+    return {name: getattr(model, name) for name in names if hasattr(model, name)}
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    plan = engine.plan
+    calibration = hashlib.sha256(repr(plan.calibration.scales).encode()).hexdigest() if plan.calibration else None
+    return {
+        "residual": str(plan.stream).removeprefix("torch."),
+        "skip_layers": list(plan.skip_layers),
+        "calibration": calibration,
+    }

@@ -1,0 +1,169 @@
+"""The output folder of an extraction: a manifest and shards, each of which is there whole or not at all.
+
+::
+
+    DIR/manifest.json             of what the features are and how they were made (:mod:`.manifest`)
+    DIR/features-00000.parquet    the first `shard_size` pictures
+    DIR/features-00001.parquet    the next, and so on
+
+One row for each picture, in the order of the pictures:
+
+====================  =====================  ====================================================================
+id                    int64                  position among all pictures
+path                  string                 as given, or found; bytes that are not UTF-8 are written as ``\\xNN``.
+                                             ``archive.tar/member`` for a member of a tar archive
+width, height         int32                  of the picture, EXIF rotation applied; null where it cannot be read
+sha256                string                 of the file's bytes; null where it cannot be read
+error                 string                 null, or why there are no features
+cls, patch_mean, …    fixed_size_list        the features that were asked for (:mod:`.outputs`), in float or halffloat;
+                                             null where there is an error. Those of several tokens lie flat, their
+                                             shape stands in the manifest
+====================  =====================  ====================================================================
+
+As npy files a shard is ``features-00000.<feature>.npy``, arrays (rows, …) with NaN where there is an error, and
+``features-00000.jsonl``, the other columns as one JSON object in each line, which is written last.
+
+A shard whose batches were made smaller because memory ran out says so: ``batch_size`` in the metadata of its Parquet
+file (key ``dinov2_fast``, JSON), or in each line of its JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from numpy.typing import NDArray
+
+from dinov2_fast.extraction.decoding import Decoded
+
+MANIFEST = "manifest.json"
+PREFIX = "features-"
+SHARD_ROWS = 8192
+SHARD_BYTES = 1 << 28
+COLUMNS = ("id", "path", "width", "height", "sha256", "error")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature as it is stored: of each picture an array of `shape`, of dtype "float32" or "float16"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Values of one picture."""
+        size = 1
+        for side in self.shape:
+            size *= side
+        return size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one picture."""
+        return self.size * (2 if self.dtype == "float16" else 4)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows from id `first` on; what `features` (rows, …) has where there is an error does not count."""
+
+    first: int
+    paths: Sequence[str]
+    pictures: Sequence[Decoded]
+    features: Mapping[str, NDArray[Any]]
+
+
+class Format(Protocol):
+    """How shards are stored: the modules `parquet_shards` and `npy_shards`."""
+
+    def write(self, stem: Path, rows: Sequence[Rows], features: Sequence[Feature], note: Mapping[str, Any]) -> None:
+        """Writes a shard; `note` is what is special about it, empty as a rule."""
+
+    def count(self, stem: Path, features: Sequence[Feature]) -> tuple[int, int] | None:
+        """The rows and failures of a shard; None where it is not there, or damaged."""
+
+    def columns(self, stem: Path) -> dict[str, list[Any]]:
+        """The columns that are no features (`COLUMNS`), None where there is nothing."""
+
+    def feature(self, stem: Path, feature: Feature) -> NDArray[Any]:
+        """A feature of all rows, (rows, …), NaN where there is none."""
+
+
+def format_named(name: str) -> Format:
+    """The format "parquet" or "npy".
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if name == "parquet":
+        from dinov2_fast.extraction import parquet_shards
+
+        return parquet_shards
+    if name == "npy":
+        from dinov2_fast.extraction import npy_shards
+
+        return npy_shards
+    raise ValueError(f"There is no format {name!r}; choose parquet or npy.")
+
+
+def stem(folder: Path, shard: int) -> Path:
+    """What the names of a shard's files begin with."""
+    return folder / f"{PREFIX}{shard:05}"
+
+
+def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
+    """As many rows as `SHARD_BYTES` hold, at most `SHARD_ROWS`: whole batches, at least one."""
+    rows = min(SHARD_ROWS, SHARD_BYTES // sum(feature.nbytes for feature in features))
+    return max(rows // batch_size, 1) * batch_size
+
+
+def remove(folder: Path) -> None:
+    """Deletes manifest and shards, the manifest last so that what is left when it is interrupted is still refused."""
+    for path in folder.glob(f"{PREFIX}[0-9]*.*"):
+        path.unlink()
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, is_ours: Callable[[int], bool]) -> None:
+    """Deletes the temporary files that a killed process left, of the shards for which `is_ours(shard)` is true."""
+    for path in folder.glob(f".{PREFIX}*.part"):
+        number = path.name.removeprefix(f".{PREFIX}").split(".")[0]
+        if number.isdecimal() and is_ours(int(number)):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside `path`, which is on the disk and takes its place when the ``with`` block ends well."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts a rename on the disk, where the system can open folders."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def as_text(path: str) -> str:
+    """A path with what is not UTF-8 written as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

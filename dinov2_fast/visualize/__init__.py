@@ -1,0 +1,20 @@
+"""Pictures of what a model finds: patch features as colours, attention maps, nearest neighbours, on sheets."""
+
+from dinov2_fast.visualize.attention import attention_rgb, recorded_attention
+from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
+from dinov2_fast.visualize.neighbours import nearest
+from dinov2_fast.visualize.pca import pca_rgb
+from dinov2_fast.visualize.sheet import Tile, save_sheet
+
+__all__ = [
+    "Strips",
+    "Tile",
+    "attention_rgb",
+    "attention_strips",
+    "nearest",
+    "neighbour_strips",
+    "pca_rgb",
+    "pca_strips",
+    "recorded_attention",
+    "save_sheet",
+]

@@ -1,0 +1,418 @@
+"""The CUDA kernels of the op linear, by the rules of tests/test_linear.py, and what they do not take.
+
+Without a GPU, `-p tests.cuda_on_host` runs all but the products themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_fast.backends import BackendError, choose
+from tests import reference
+from tests.devices import DEVICE, fakes_cuda, poisoned_memory, random, runs_cuda, skip_without_opcheck
+from tests.test_linear import (
+    E4M3,
+    _exact,
+    _exact_fp8,
+    _fp8_operands,
+    _operands,
+    _plain,
+    _run,
+    _run_fp8,
+    _stream,
+    _swish,
+)
+
+op = import_module("dinov2_fast.ops.linear")
+FORMS = ["gelu", "swiglu", "residual"]
+FP8_FORMS = ["linear", *FORMS]
+# (rows, out_features, in_features): whole tiles and tails, and each tile of the table on a device of 2 multiprocessors
+SIZES = [(0, 96, 40), (1, 16, 8), (70, 128, 24), (130, 272, 40), (257, 256, 72), (150, 512, 16)]
+
+each_form = pytest.mark.parametrize("form", FORMS)
+each_fp8_form = pytest.mark.parametrize("form", FP8_FORMS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@runs_cuda
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@each_dtype
+@each_form
+def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    operands = _operands(*size, dtype)
+    with poisoned_memory():
+        y = _run(form, "cuda", *operands)
+    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+
+
+@runs_cuda
+@each_dtype
+@each_form
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(form: str, dtype: torch.dtype) -> None:
+    x, weight, _ = _operands(7, 80, 72, dtype)
+    x[3] /= 1000
+    y, exact, plain = _run(form, "cuda", x, weight, None), _exact(form, x, weight, None), _plain(form, x, weight, None)
+    for row in range(7):
+        reference.assert_obeys_rule(y[row], exact[row], plain[row])
+
+
+@runs_cuda
+@pytest.mark.parametrize("vectors", [torch.float32, torch.float16, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize("size", [(10, 72, 40), (200, 256, 16)], ids=str)
+@each_dtype
+def test_the_stream_may_be_wider_and_vectors_of_any_dtype(
+    dtype: torch.dtype, size: tuple[int, int, int], vectors: torch.dtype | None
+) -> None:
+    x, weight, bias = _operands(*size, dtype)
+    residual, gamma = _stream(x, weight, torch.float32)
+    bias, gamma = (None if vectors is None else vector.to(vectors) for vector in (bias, gamma))
+    scale = 1.0 if gamma is None else gamma.double()
+    exact = residual.double() + reference.linear(x, weight, bias) * scale
+    plain = residual + F.linear(x, weight, None if bias is None else bias.to(dtype)) * scale
+    op.linear_residual_(residual, x, weight, bias, gamma, backend="cuda")
+    reference.assert_obeys_rule(residual, exact, plain.float())
+
+
+@runs_cuda
+@each_dtype
+def test_the_surroundings_of_the_stream_stay(dtype: torch.dtype) -> None:
+    x, weight, bias = _operands(131, 72, 40, dtype)
+    residual, gamma = _stream(x, weight)
+    buffer = torch.full((133, 96), float("nan"), device=DEVICE, dtype=dtype)
+    inside = buffer[1:-1, 8:80]
+    inside.copy_(residual)
+    op.linear_residual_(inside, x, weight, bias, gamma, backend="cuda")
+    reference.assert_obeys_rule(inside, _exact("residual", x, weight, bias), _plain("residual", x, weight, bias))
+    inside.fill_(float("nan"))
+    assert buffer.isnan().all()
+
+
+@runs_cuda
+@each_form
+def test_what_lies_around_the_operands_is_not_read(form: str) -> None:
+    x, weight, bias = _operands(67, 80, 40, torch.float16)
+    wide_x, wide_weight = (torch.full((len(t) + 2, 56), float("nan"), device=DEVICE).to(t) for t in (x, weight))
+    wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48] = x, weight
+    y = _run(form, "cuda", wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48], bias)
+    assert torch.equal(y, _run(form, "cuda", x, weight, bias))
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "columns": lambda x: x[..., ::2],
+    "misaligned": lambda x: x[..., 1:33],
+    "slice": lambda x: x[..., 8:40],
+}
+
+
+@runs_cuda
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_form
+def test_strided_operands_give_what_copies_give(form: str, make: Any) -> None:
+    x, bias = make(random(6, 16, 64, dtype=torch.float16)), random(1, dtype=torch.float16).expand(16)
+    weight = make(random(16, 16, 64, dtype=torch.float16))[0].expand(16, -1)
+    strided = _run(form, "cuda", x, weight, bias)
+    assert torch.equal(strided, _run(form, "cuda", x.contiguous(), weight.contiguous(), bias.contiguous()))
+
+
+@runs_cuda
+@each_dtype
+@each_form
+def test_nan_and_inf_stay_in_their_row_and_column(form: str, dtype: torch.dtype) -> None:
+    x, weight, bias = _operands(70, 80, 40, dtype)
+    x[3, 7], weight[10, 2] = float("nan"), float("nan")
+    wrong = _run(form, "cuda", x, weight, bias).isnan()
+    expected = torch.zeros_like(wrong)
+    expected[3], expected[:, 5 if form == "swiglu" else 10] = True, True
+    assert torch.equal(wrong, expected)
+    x[3, 7], weight[10, 2] = float("inf"), 0.0
+    y = _run(form, "cuda", x, weight, bias)
+    assert torch.equal(y.isfinite(), torch.arange(70, device=DEVICE)[:, None].expand_as(y) != 3)
+
+
+@runs_cuda
+def test_gelu_is_the_exact_one_where_that_shows() -> None:
+    x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).half()
+    y = op.linear_gelu(x, torch.eye(8, device=DEVICE).half(), None, backend="cuda")
+    exact = reference.gelu(x)
+    assert ((y.double() - exact).abs() <= 1e-6 + exact.abs() * 2.0**-10).all()  # the polynomial is off by 3e-6
+
+
+@runs_cuda
+def test_swiglu_takes_gate_and_value_in_turn() -> None:
+    weight = torch.zeros(16, 8, device=DEVICE, dtype=torch.bfloat16)
+    weight[:, 0] = torch.arange(-8, 8)
+    x = torch.zeros(1, 8, device=DEVICE, dtype=torch.bfloat16)
+    x[0, 0] = 1.0
+    gate, value = weight[0::2, 0].float(), weight[1::2, 0].float()
+    y = op.linear_swiglu(x, weight, None, backend="cuda")
+    torch.testing.assert_close(y[0], (_swish(gate) * value).bfloat16(), atol=0.0, rtol=2.0**-8)
+
+
+# e4m3
+
+
+@runs_cuda
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("size", [(0, 32, 32), (1, 16, 16), (130, 272, 144), (70, 128, 32)], ids=str)
+@each_fp8_form
+def test_fp8_operands_obey_the_rule(form: str, size: tuple[int, int, int], by_row: bool) -> None:
+    operands, matrices = _fp8_operands(size, by_row)
+    with poisoned_memory():
+        y = _run_fp8(form, "cuda", operands, torch.bfloat16)
+    exact = _exact_fp8(form, operands, *matrices, torch.bfloat16)
+    reference.assert_obeys_rule(y, exact, exact.float().bfloat16())
+
+
+@runs_cuda
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+def test_e4m3_results_are_one_step_from_the_formula(form: str, by_row: bool) -> None:
+    operands, matrices = _fp8_operands((130, 272, 144), by_row)
+    with poisoned_memory():
+        y = _run_fp8(form, "cuda", operands, E4M3, 1 / 300)
+    exact = (_exact(form, *matrices, operands[-1]) * 300).clamp(-448, 448)
+    away = reference.e4m3_steps(y, exact.to(E4M3))
+    assert away.max() <= 1
+    assert (away > 0).double().mean() < 0.01
+    assert y.float().max() == 448
+
+
+@runs_cuda
+def test_fp8_residual_in_fp32() -> None:
+    operands, matrices = _fp8_operands((66, 40, 48), True)
+    y = _run_fp8("residual", "cuda", operands, torch.float32)
+    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
+    reference.assert_obeys_rule(y, exact, _run_fp8("residual", "torch", operands, torch.float32))
+
+
+# How torch sees the ops
+
+
+@runs_cuda
+def test_opcheck() -> None:
+    skip_without_opcheck()
+    x, weight, bias = (random(*size, dtype=torch.bfloat16) for size in ((5, 3, 32), (16, 32), (16,)))
+    library, check = torch.ops.dinov2_fast, torch.library.opcheck
+    for name in ("linear_gelu_cuda", "linear_swiglu_cuda"):
+        check(getattr(library, name).default, (x, weight, bias))
+    check(library.linear_residual_cuda_.default, (random(5, 3, 16, dtype=torch.bfloat16), x, weight, None, bias))
+    fp8 = (x.to(E4M3), torch.rand(5, 3, 1, device=DEVICE), 1.0, weight.to(E4M3), torch.rand(16, device=DEVICE), bias)
+    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    check(library.linear_fp8_cuda.default, (*fp8, torch.bfloat16), test_utils=most)
+    for name in ("linear_gelu_fp8_cuda", "linear_swiglu_fp8_cuda"):
+        check(getattr(library, name).default, (*fp8, torch.bfloat16, 1.0), test_utils=most)
+        check(getattr(library, name).default, (*fp8, E4M3, 0.5), test_utils=most)
+    check(library.linear_residual_fp8_cuda_.default, (random(5, 3, 16), *fp8, bias), test_utils=most)
+
+
+@runs_cuda
+def test_compiled_whole_and_in_inference_mode() -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        residual = x * 2
+        op.linear_residual_(residual, x, weight, bias, bias, backend="cuda")
+        hidden = op.linear_gelu(residual, weight, bias, backend="cuda")
+        return op.linear_swiglu(hidden, weight, bias, backend="cuda") + residual[..., ::2]
+
+    arguments = [random(*size, dtype=torch.float16) for size in ((2, 5, 32), (32, 32), (32,))]
+    eager = block(*arguments)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), eager)
+    with torch.inference_mode():
+        assert torch.equal(block(*arguments), eager)
+
+
+@runs_cuda
+def test_autograd_sees_that_the_stream_was_overwritten() -> None:
+    x, weight, _ = _operands(3, 8, 8, torch.float16)
+    residual = torch.zeros(3, 8, device=DEVICE, dtype=torch.float16)
+    before = residual._version
+    op.linear_residual_(residual, x, weight, None, None, backend="cuda")
+    assert residual._version > before
+
+
+# What is refused, and in which words
+
+
+def _half(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return x.half(), weight.half(), bias.half()
+
+
+REFUSALS = {
+    "takes fp16 and bf16, got torch.float32": lambda x, w, b: op.linear_gelu(x, w, b, backend="cuda"),
+    "takes x and weight of one dtype": lambda x, w, b: op.linear_gelu(x.half(), w.bfloat16(), b, backend="cuda"),
+    "in_features in multiples of 8 and out_features in multiples of 8, got 12 and 16": lambda x, w, b: op.linear_gelu(
+        *_half(x[:, :12], w[:, :12], b), backend="cuda"
+    ),
+    "out_features in multiples of 16, got 16 and 8": lambda x, w, b: op.linear_swiglu(
+        *_half(x, w[:8], b[:8]), backend="cuda"
+    ),
+    "in_features in multiples of 16 and": lambda x, w, b: op.linear_fp8(
+        x[:, :8].to(E4M3), 1.0, w[:, :8].to(E4M3), b, None, backend="cuda"
+    ),
+    "a bias and gamma of fp16, bf16 or fp32, got torch.float64": lambda x, w, b: op.linear_residual_(
+        x.half(), x.half(), w.half(), None, b.double(), backend="cuda"
+    ),
+    "gives bf16, or e4m3 behind an activation": lambda x, w, b: op.linear_gelu_fp8(
+        x.to(E4M3), 1.0, w.to(E4M3), b, None, torch.float16, backend="cuda"
+    ),
+    "takes scales in fp32, got torch.float16": lambda x, w, b: op.linear_fp8(
+        x.to(E4M3), 1.0, w.to(E4M3), b.half(), None, backend="cuda"
+    ),
+    "adds to torch.float16 or fp32, not to torch.bfloat16": lambda x, w, b: op.linear_residual_(
+        x.bfloat16(), *_half(x, w, b), None, backend="cuda"
+    ),
+    "adds to torch.bfloat16 or fp32, not to torch.float16": lambda x, w, b: op.linear_residual_fp8_(
+        x.half(), x.to(E4M3), 1.0, w.to(E4M3), b, b, None, backend="cuda"
+    ),
+    "rows start at multiples of 16 bytes": lambda x, w, b: op.linear_residual_(
+        torch.empty(4, 20, device="cuda", dtype=torch.half)[:, 2:18], *_half(x, w, b), None, backend="cuda"
+    ),
+    "whose rows start at multiples of 16 bytes": lambda x, w, b: op.linear_residual_(
+        torch.empty(4, 1, 20, device="cuda", dtype=torch.half)[..., :16], *_half(x[:, None], w, b), None, backend="cuda"
+    ),
+    "evenly spaced rows": lambda x, w, b: op.linear_residual_(
+        x[:1].half().expand(4, 16), *_half(x, w, b), None, backend="cuda"
+    ),
+    "there is no backend 'cuda'": lambda x, w, b: op.linear(*_half(x, w, b), backend="cuda"),
+}
+
+
+@fakes_cuda
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
+        with pytest.raises(BackendError, match=reason):
+            REFUSALS[reason](x, weight, bias)
+
+
+@fakes_cuda
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
+def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: capability)
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    with FakeTensorMode():
+        x, weight = (torch.empty(16, 16, device="cuda", dtype=torch.half) for _ in range(2))
+        with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
+            op.linear_gelu(x, weight, None, backend="cuda")
+        monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        with pytest.raises(BackendError, match="does not follow autocast"):
+            op.linear_gelu(x, weight, None, backend="cuda")
+
+
+@fakes_cuda
+def test_it_is_not_chosen_until_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, bias = (torch.empty(size, device="cuda").half() for size in ((2, 16), (16, 16), (16,)))
+        for each in (op._LINEAR_GELU, op._LINEAR_SWIGLU):
+            assert choose(each, x, weight, bias).backend == "torch"
+            assert choose(each, x, weight, bias, backend="cuda").backend == "cuda"
+
+
+def _wrong(**changes: Any) -> dict[str, Any]:
+    """Arguments of the raw launch, right but for the changes."""
+    x, weight, out = (random(16, 16, dtype=torch.float16) for _ in range(3))
+    right = {"x": x, "weight": weight, "bias": None, "gamma": None, "row_scale": None, "weight_scale": None}
+    return {**right, "scale": 1.0, "inverse_scale": 1.0, "form": 1, "out": out, **changes}
+
+
+def _half_matrix(*size: int) -> Tensor:
+    return random(*size, dtype=torch.float16)
+
+
+MISTAKES = {
+    "x must be bf16 or fp16 or e4m3, got fp32": lambda: _wrong(x=random(16, 16)),
+    "weight must be fp16, got bf16": lambda: _wrong(weight=random(16, 16, dtype=torch.bfloat16)),
+    "weight must have the shape": lambda: _wrong(weight=_half_matrix(16, 24)),
+    "x must have rows a multiple of 16 bytes apart": lambda: _wrong(x=_half_matrix(16, 20)[:, :16]),
+    "x must have rows that start at multiples of 16 bytes": lambda: _wrong(
+        x=_half_matrix(16, 24).to(E4M3)[:, :16], weight=_half_matrix(16, 16).to(E4M3), weight_scale=random(16)
+    ),
+    "weight must have rows that start at multiples of 16 bytes": lambda: _wrong(
+        weight=_half_matrix(1, 16).expand(16, 16)
+    ),
+    "in_features must be a multiple of 8, got 4": lambda: _wrong(
+        x=_half_matrix(16, 8)[:, :4], weight=_half_matrix(16, 8)[:, :4]
+    ),
+    "out_features must be a multiple of 16, got 8": lambda: _wrong(form=2, weight=_half_matrix(8, 16)),
+    "bias must have the shape": lambda: _wrong(bias=_half_matrix(8)),
+    "bias must begin at a multiple of 16 bytes": lambda: _wrong(bias=_half_matrix(17)[1:]),
+    "gamma goes with the residual form only": lambda: _wrong(gamma=_half_matrix(16)),
+    "scales go with e4m3 operands": lambda: _wrong(row_scale=random(16)),
+    "row_scale must have the shape": lambda: _wrong(
+        x=_half_matrix(16, 16).to(E4M3), weight=_half_matrix(16, 16).to(E4M3), row_scale=random(8),
+        weight_scale=random(16),
+    ),
+    "weight_scale must be fp32, got fp16": lambda: _wrong(
+        x=_half_matrix(16, 16).to(E4M3), weight=_half_matrix(16, 16).to(E4M3), weight_scale=_half_matrix(16)
+    ),
+    "out must be fp16, got fp32": lambda: _wrong(out=random(16, 16)),
+    "out must be fp16 or fp32, got bf16": lambda: _wrong(form=3, out=random(16, 16, dtype=torch.bfloat16)),
+    "out must have the shape": lambda: _wrong(out=_half_matrix(16, 8)),
+    "out must have rows that do not overlap": lambda: _wrong(form=3, out=_half_matrix(1, 16).expand(16, 16)),
+    "is cuBLAS' to compute": lambda: _wrong(form=0),
+    "form must be 0": lambda: _wrong(form=4),
+}  # fmt: skip
+
+
+@runs_cuda
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None:
+    arguments = MISTAKES[sentence]()
+    with pytest.raises(ValueError, match=sentence):
+        torch.ops.dinov2_fast_cuda.linear_forward(*arguments.values())
+
+
+# The table of tiles
+
+BF16_LARGE, BF16_MEDIUM, BF16_SMALL, E4M3_LARGE, E4M3_SMALL = range(5)
+TILES = [  # rows, out_features, form, bytes of an operand's element, tile
+    (64 * 257, 1024, "residual", 2, BF16_LARGE),
+    (64 * 257, 4096, "gelu", 2, BF16_MEDIUM),  # an activation is hidden
+    (64 * 257, 8192, "swiglu", 2, BF16_MEDIUM),
+    (64 * 257, 384, "residual", 2, BF16_MEDIUM),  # 256 columns would pad 384 to 512
+    (257, 384, "residual", 2, BF16_SMALL),
+    (257, 1536, "gelu", 2, BF16_SMALL),
+    (128 * 65, 128, "residual", 2, BF16_SMALL),  # 65 tiles are too few for 132 multiprocessors
+    (128 * 132, 128, "residual", 2, BF16_MEDIUM),
+    (64 * 257, 1024, "residual", 1, E4M3_LARGE),
+    (64 * 257, 1024, "linear", 1, E4M3_LARGE),
+    (64 * 257, 4096, "gelu", 1, E4M3_SMALL),
+    (257, 1024, "linear", 1, E4M3_SMALL),
+]
+CHOOSE = """
+import ctypes, json, sys, torch
+choose_tile = ctypes.CDLL(sys.argv[1]).dinov2_fast_choose_tile
+choose_tile.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+print([choose_tile(*arguments, 132) for arguments in json.loads(sys.argv[2])])
+"""
+
+
+def test_the_tile_goes_by_shape() -> None:
+    from tests import cuda_on_host
+
+    if cuda_on_host.reason_against():
+        pytest.skip(cuda_on_host.reason_against())
+    arguments = [[rows, features, op._FORMS.index(form), size] for rows, features, form, size, _ in TILES]
+    # in a process of its own, as torch takes the library's ops once and this one may have the extension
+    command = [sys.executable, "-c", CHOOSE, str(cuda_on_host.build()), json.dumps(arguments)]
+    chosen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(chosen) == [tile for *_, tile in TILES]
