@@ -30,7 +30,7 @@ from bench import options as shared
 from bench import records, roofline
 from bench.accuracy import worst_error
 from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare
-from bench.peers import OURS, OUTPUTS, Peer, peers
+from bench.peers import ACCELERATED, OURS, OUTPUTS, Peer, peers
 from bench.records import Recorder
 from bench.timing import Run, in_turn, quantiles, warm_up
 from dinov2_fast.backends import use_backend
@@ -239,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     everyone = peers(options.reference_path)
     installed = [peer for peer in everyone if not peer.missing]
     entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
+    entrants += [(ACCELERATED[mode], mode) for mode in options.modes if mode in ACCELERATED]
     for config in options.models:
         models = None
         for setting in settings(options, config):

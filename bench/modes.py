@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.peers import OURS, TIMM, TRANSFORMERS, Peer
+from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
 from bench.timing import Run
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
@@ -43,7 +43,7 @@ ENGINES = {
     "engine-triton-graphs": EngineMode(True, "triton"),
     "engine-no-ln-graphs": EngineMode(True, "triton", {"norm": "folded"}),  # beside engine-triton-graphs
 }
-MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES)
+MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
 WARM_UP = 3  # runs before a capture
 CALIBRATING = 8  # pictures, for the scales of fp8
 RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
@@ -56,6 +56,7 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
     """
     autotuned = next((p for p in (TIMM, TRANSFORMERS, OURS) if p in installed), None)
     ours = (*BACKENDS, *ENGINES)
+    among = [mode for mode in among if mode not in ACCELERATED]
     return [m for m in among if (m not in ours or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
 
 

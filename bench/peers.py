@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,6 +166,19 @@ TIMM = Peer(
     lambda config: "antialias",
     missing=not_installed("timm"),
 )
+
+
+def _accelerated(peer: Peer) -> Peer:
+    """Our blocks inside a peer's model."""
+
+    def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+        return dinov2_fast.accelerate(peer.build(config, model, drop_path))
+
+    return replace(peer, name=OURS.name, build=build)
+
+
+# By the mode that stands for them: these rows are ours.
+ACCELERATED = {f"accelerated-{peer.name}": _accelerated(peer) for peer in (TRANSFORMERS, TIMM)}
 
 
 def facebook(path: Path | None, xformers: bool) -> Peer:

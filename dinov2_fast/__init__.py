@@ -28,11 +28,16 @@ _PUBLIC = {
     "Dinov2WithRegistersForImageClassification": "huggingface",
     "Dinov2WithRegistersModel": "huggingface",
     "Extractor": "extraction.extractor",
+    "TimmVisionTransformer": "timm_adapter",
     "WeightsError": "weights",
+    "accelerate": "integrations",
+    "accelerated": "integrations",
     "convert_state_dict": "weights",
+    "create_model": "timm_adapter",
     "load": "weights",
     "load_features": "extraction.features",
     "optimize_for_inference": "inference",
+    "restore": "integrations",
     "use_backend": "ops",
 }
 

@@ -28,15 +28,31 @@ class BackboneConfig:
         return "antialias" if self.num_register_tokens else "offset"
 
     @property
+    def stem(self) -> str:
+        """What the names of the official files begin with, such as "dinov2_vits14_reg4"."""
+        base = self.name.removesuffix("_reg")
+        return f"{base}_reg{self.num_register_tokens}" if self.num_register_tokens else base
+
+    @property
     def file_stem(self) -> str:
         """Name of the official checkpoint file, without its ending."""
-        base = self.name.removesuffix("_reg")
-        return f"{base}_reg{self.num_register_tokens}_pretrain" if self.num_register_tokens else f"{base}_pretrain"
+        return f"{self.stem}_pretrain"
 
     @property
     def url(self) -> str:
         """Address of the official checkpoint."""
-        return f"{OFFICIAL_URL}/{self.name.removesuffix('_reg')}/{self.file_stem}.pth"
+        return self._address(self.file_stem)
+
+    def head_stem(self, head: str) -> str:
+        """Name of an official head's file, without its ending; `head` is such as "linear4" or "ade20k_linear"."""
+        return f"{self.stem}_{head}_head"
+
+    def head_url(self, head: str) -> str:
+        """Address of an official head."""
+        return self._address(self.head_stem(head))
+
+    def _address(self, file_stem: str) -> str:
+        return f"{OFFICIAL_URL}/{self.name.removesuffix('_reg')}/{file_stem}.pth"
 
     def constructor_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`dinov2_fast.DinoVisionTransformer` for this backbone."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import model as bench
 from bench import modes, options, peers, records, roofline, timing
 from bench.peers import OURS, Peer
-from dinov2_fast import backends, optimize_for_inference
+from dinov2_fast import accelerated, backends, optimize_for_inference
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -234,6 +234,23 @@ def test_modes_are_those_worth_running() -> None:
     assert modes.modes_of(peers.TRANSFORMERS, wanted, everyone[:2]) == ["eager", "compile", "max-autotune"]
 
 
+@pytest.mark.parametrize("output", peers.OUTPUTS)
+@pytest.mark.parametrize("mode", peers.ACCELERATED)
+def test_accelerated_models_of_others_are_rows_of_ours(mode: str, output: str) -> None:
+    peer = peers.ACCELERATED[mode]
+    if peer.missing:
+        pytest.skip(peer.missing)
+    assert all(mode not in modes.modes_of(p, list(modes.MODES), peers.peers()) for p in (OURS, *peers.peers()))
+    config = BACKBONES["dinov2_vits14_reg"]
+    models = _models(config)
+    setting = bench.Setting("throughput", config, 56, 1, output, "fp32")
+    (row,) = bench.measure(setting, [(peer, mode)], models, 0.0, [])
+    assert (row["implementation"], row["mode"], row["unit"]) == ("dinov2_fast", mode, "images/s")
+    assert row["outputs_max_error"] < 1e-5
+    (report,) = accelerated(models.get(peer, torch.float32)).rows
+    assert (report.accelerated, report.reasons) == (config.depth, ())
+
+
 def test_a_mode_is_what_it_says(monkeypatch) -> None:
     seen: list[Any] = []
 
@@ -375,6 +392,10 @@ def test_the_command_measures_keeps_and_resumes(tmp_path, monkeypatch, capsys) -
         for rest in (("dinov2_fast", "eager", "ms"), ("dinov2_fast", "engine", "ms"), ("absent", "eager", None))
     ]
     assert "ViT-S/14 28 px, batch 2, class token, fp32" in capsys.readouterr().out
+    monkeypatch.setitem(bench.ACCELERATED, "accelerated-timm", _peer("dinov2_fast"))
+    assert bench.main([*command, "--resume", "--modes", "eager,accelerated-timm"]) == 0
+    rows = records.read(tmp_path / "cpu" / "latency.jsonl")
+    assert {row["implementation"] for row in rows if row["mode"] == "accelerated-timm"} == {"dinov2_fast"}
     monkeypatch.setattr(bench, "measure", None)  # nothing is left to measure
     assert bench.main([*command, "--resume"]) == 0
 

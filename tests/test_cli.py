@@ -48,7 +48,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dinov2_fast", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-COMMANDS = ("extract", "info", "show", "convert", "verify")
+COMMANDS = ("extract", "show", "knn", "linear", "convert", "verify", "export", "info")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])

@@ -18,9 +18,10 @@ SHIPPED = ("dinov2_fast", "kernels", "bench", "examples", "hubconf.py")
 ORDER = (
     ("__main__",),
     ("cli",),
-    ("integrations", "evaluate"),
+    ("integrations", "evaluate", "export"),
     ("extraction",),
     ("inference",),
+    ("timm_adapter",),
     ("huggingface", "hub", "image_processor"),
     ("weights",),
     ("model",),

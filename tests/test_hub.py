@@ -18,6 +18,10 @@ from tests.places import TINY, Places, isolate, refuse_network, tiny_backbone, t
 
 ROOT = Path(hubconf.__file__).parent
 NAMES = [f"dinov2_vit{size}14{registers}" for registers in ("", "_reg") for size in "sblg"]
+WITH_HEADS = [
+    *(f"{name}_lc" for name in NAMES),
+    *(f"dinov2_vit{size}14_{head}" for head in ("ld", "dd", "ls") for size in "sblg"),
+]
 
 
 @pytest.fixture
@@ -27,10 +31,11 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     assert attempts == []
 
 
-def test_hubconf_offers_the_references_backbones() -> None:
+def test_hubconf_offers_the_references_models() -> None:
     assert sorted(NAMES) == sorted(BACKBONES)
     offered = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert offered == set(NAMES)
+    assert offered == {*NAMES, *WITH_HEADS}
+    assert all(getattr(hubconf, name).__name__ == name for name in offered)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +87,7 @@ def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, 
 
 @pytest.mark.parametrize("weights", ["LVD142M", hub.Weights.LVD142M])
 def test_published_weights_are_loaded(weights: Any, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry_point = hub._entry_point(tiny_backbone(monkeypatch))
+    entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))
     assert entry_point.__name__ == TINY
     own = tiny_weights(1)
     write(own, places.torch_hub / "dinov2_vitt14_pretrain.pth")

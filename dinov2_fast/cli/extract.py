@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli.options import DIALECTS, at_least, size
+from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument(
         "--workers",
         type=at_least(0),
-        default=_default_workers(),
+        default=default_workers(),
         metavar="N",
         help="processes that decode pictures, 0 for none (default: %(default)s)",
     )
@@ -305,8 +304,3 @@ def _part(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 1/4")
     return int(number) - 1, int(count)
-
-
-def _default_workers() -> int:
-    """Half the cores, since the model uses them as well; never more than 8."""
-    return min(8, max(1, (os.cpu_count() or 1) // 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from dinov2_fast.image_processor import Dinov2ImageProcessor
@@ -65,15 +66,6 @@ def indices(text: str) -> tuple[int, ...] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor numbers such as 2,5,11") from None
 
 
-def device(name: str | None) -> Any:
-    """torch's device of that name; a GPU if there is one and no name was given.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    import torch
-
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
+def default_workers() -> int:
+    """Half the cores, since the model uses them as well; never more than 8."""
+    return min(8, max(1, (os.cpu_count() or 1) // 2))

@@ -117,13 +117,14 @@ def run(args: argparse.Namespace) -> int:
 def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Runs the model on pictures and draws what was asked for, by default everything."""
     import dinov2_fast
+    from dinov2_fast.extraction.extractor import find_device
 
     if not args.model:
         raise ValueError("--model is missing: pictures are shown as a model sees them.")
     seen, failures = _read_pictures(args)
     if "neighbours" in asked and len(seen.pictures) < 2:
         raise ValueError("Neighbours need two pictures or more.")
-    device = options.device(args.device)
+    device = find_device(args.device)
     model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype="float32", dialect=args.dialect)
     layers = _resolved(args.layer, model.n_blocks, "block")
     heads = _resolved(args.head, model.num_heads, "head")

@@ -72,12 +72,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares; 0 if the features are the same within the tolerance, else 1."""
+    from dinov2_fast.extraction.extractor import find_device
     from dinov2_fast.extraction.inputs import find_pictures
     from dinov2_fast.weights.compare import compare_features
 
     if not any(True for _ in find_pictures(args.paths)):
         raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
-    device = options.device(args.device)
+    device = find_device(args.device)
     pictures = _Pictures(args.paths, args.size, device)
     checkpoint, other = find(args.a), None if is_peer(args.b) else find(args.b)
     print(f"A: {_describe(checkpoint)}")

@@ -52,7 +52,12 @@ class Checkpoint(NamedTuple):
 
 def cached(backbone: BackboneConfig) -> Path | None:
     """The checkpoint of a backbone in the cache folder or torch.hub's, if it is there."""
-    names = [backbone.file_stem + ending for ending in SAFETENSORS + TORCH]
+    return find_cached(backbone.file_stem)
+
+
+def find_cached(stem: str) -> Path | None:
+    """The file called `stem`, with any ending of a checkpoint, in the cache folder or torch.hub's."""
+    names = [stem + ending for ending in SAFETENSORS + TORCH]
     folders = [cache_dir(), Path(torch.hub.get_dir()) / "checkpoints"]
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 

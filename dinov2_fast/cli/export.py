@@ -1,0 +1,147 @@
+"""``dinov2-fast export``: a model as a file for onnxruntime, TensorRT and others, or for torch.export."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dinov2_fast.cli.options import at_least, size
+from dinov2_fast.image_processor import Dinov2ImageProcessor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DESCRIPTION = """\
+Writes a model as a graph of standard operators that runs without this package:
+an ONNX file for onnxruntime and what else reads ONNX, or a torch.export
+program (.pt2). It takes pictures of any size, a multiple of 14 and at least
+28 pixels a side, in batches of any size, unless --size and --batch-size fix
+them. The input, pixel_values (batch, 3, height, width), is scaled and
+normalised as the image processor does it.
+
+Before the file takes its place it is run, an ONNX file in onnxruntime, and its
+outputs are compared with the model's: on the pictures of --check, otherwise on
+noise. A file that computes something else is not kept.
+"""
+EPILOG = """\
+examples:
+  dinov2-fast export --model dinov2_vits14 --out vits14.onnx --check photos/
+  dinov2-fast export --model dinov2_vitb14_reg --out vitb14.onnx --outputs cls --dtype fp16
+  dinov2-fast export --model dinov2_vits14 --out vits14_518.onnx --size 518 --batch-size 1
+  dinov2-fast export --model dinov2_vits14 --out vits14.pt2 --format torch-export
+
+ONNX needs the packages onnx and onnxscript, and onnxruntime for the check.
+
+Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command and its options."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a model as ONNX or torch.export",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
+    parser.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
+    parser.add_argument(
+        "--dialect",
+        choices=("offset", "size", "antialias"),
+        help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    graph = parser.add_argument_group("the graph")
+    graph.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="(default: onnx)")
+    graph.add_argument(
+        "--outputs",
+        type=_names,
+        default=("cls", "patches"),
+        metavar="NAME,...",
+        help="of cls, patch_mean, patches and registers, in this order (default: cls,patches)",
+    )
+    graph.add_argument(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of weights, input and outputs; bf16 for torch-export only (default: fp32)",
+    )
+    graph.add_argument("--opset", type=at_least(1), metavar="N", help="of ONNX, 18 or newer (default: 20)")
+    graph.add_argument(
+        "--size",
+        type=size,
+        metavar="N|HxW",
+        help="fix the size in pixels, a multiple of 14; such a graph holds no float64",
+    )
+    graph.add_argument("--batch-size", type=at_least(1), metavar="N", help="fix the number of pictures")
+    parser.add_argument("--check", nargs="+", metavar="PATH", help="pictures, or folders of them, to compare on")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and prints how far the file is from the model; 0."""
+    pictures = _pictures(args.check, args.size) if args.check else None
+
+    import dinov2_fast
+    from dinov2_fast.export import METADATA, export
+
+    model = dinov2_fast.load(args.model, weights=args.weights, dtype="float32", dialect=args.dialect)
+    processor = Dinov2ImageProcessor()
+    exported = export(
+        model,
+        args.out,
+        format=args.format,
+        outputs=args.outputs,
+        dtype=args.dtype,
+        opset=args.opset,
+        batch_size=args.batch_size,
+        size=args.size,
+        pictures=pictures,
+        metadata={
+            "model": args.model,
+            "weights": model.loaded_from,
+            "mean": processor.image_mean,
+            "std": processor.image_std,
+        },
+        overwrite=args.overwrite,
+    )
+    for file in exported.files:
+        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+    if not exported.differences:
+        print("Not checked: onnxruntime is not installed (pip install onnxruntime).", file=sys.stderr)
+        return 0
+    print(f"\nDifference from the model, on {'pictures' if pictures else 'noise'}:")
+    print(f"  {'output':12} {'shape':18} {'relative':>9} {'worst':>9}")
+    for each in exported.differences:
+        shape = " x ".join(map(str, each.shape))
+        print(f"  {each.output:12} {shape:18} {each.relative:9.1e} {each.worst:9.1e}")
+    print(f"\nModel, weights, mean and std are stored in the file as JSON, under {METADATA!r}.")
+    return 0
+
+
+def _pictures(paths: list[str], size: tuple[int, int] | None) -> list[Tensor]:
+    """The pictures in one batch of the fixed size; otherwise of 224 x 224, and once more the first, of another size.
+
+    Raises:
+        ValueError: there are none, or one cannot be read.
+    """
+    from dinov2_fast.extraction import ImageError, list_images, read_image
+
+    images = []
+    for path in list_images(paths):
+        try:
+            images.append(read_image(path))
+        except ImageError as error:
+            raise ValueError(f"{path!r} cannot be compared on: {error}") from None
+    if not images:
+        raise ValueError(f"There are no pictures in {', '.join(map(repr, paths))}.")
+    sizes = [(size, images)] if size else [((224, 224), images), ((154, 280), images[:1])]
+    return [Dinov2ImageProcessor.for_size(sides)(some).pixel_values for sides, some in sizes]
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))

@@ -1,0 +1,240 @@
+"""How good features are at telling classes apart: weighted k-NN and linear probes, as DINOv2 is evaluated.
+
+The protocols are those of the reference (facebookresearch/dinov2, dinov2/eval/knn.py and linear.py), with one
+difference: both work on features of pictures as they are at evaluation, while the reference trains its linear probes on
+random crops and flips. Figures of linear probes are therefore not comparable with published ones to the last digit.
+
+Accuracies are fractions. A picture is right in the top k if fewer than k other classes score as high or higher: ties,
+among them those of classes without a vote, count against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+BLOCKS = (1, 4)
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+STEPS = 12500  # the reference's 10 epochs of 1250
+BATCH_SIZE = 128
+
+_MOMENTUM = 0.9
+_SIMILARITIES = 2**27  # held at a time, half a gigabyte
+
+
+class Accuracy(NamedTuple):
+    """Fractions of pictures whose class is the best, and among the best five."""
+
+    top1: float
+    top5: float
+
+
+def knn(
+    train: Any,
+    train_labels: Any,
+    val: Any = None,
+    val_labels: Any = None,
+    *,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> dict[int, Accuracy]:
+    """Weighted k-NN: the k nearest training pictures by cosine vote for their classes, each with exp(cosine / T).
+
+    Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (2018), section 3.4.
+
+    Args:
+        train, val: features (pictures, dim), array or tensor, normalised here. Without `val` each training picture is
+            classified by the others (leave-one-out).
+        train_labels, val_labels: (pictures,) classes as whole numbers from 0 on.
+        neighbours: the values of k.
+        temperature: T.
+        device: where to compute.
+
+    Returns:
+        The accuracies by k.
+
+    Raises:
+        ValueError: shapes, labels or settings that do not fit, more neighbours than there are, NaN or infinity.
+    """
+    train, train_labels = _checked("train", train, train_labels)
+    alone = val is None
+    val, val_labels = (train, train_labels) if alone else _checked("val", val, val_labels)
+    if train.shape[1] != val.shape[1]:
+        raise ValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
+    most = len(train) - alone
+    if not neighbours or min(neighbours) < 1 or max(neighbours) > most:
+        raise ValueError(
+            f"k must be between 1 and the {most} training pictures, got {', '.join(map(str, neighbours))}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"The temperature must be positive, got {temperature}.")
+    bank, candidates = normalize(train.to(device), dim=1), train_labels.to(device)
+    classes = int(max(train_labels.max(), val_labels.max())) + 1
+    right: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    chunk = max(1, _SIMILARITIES // len(bank))
+    for start in range(0, len(val), chunk):
+        similarity = normalize(val[start : start + chunk].to(device), dim=1) @ bank.T  # (chunk, train)
+        if alone:
+            similarity.diagonal(start).fill_(-torch.inf)
+        nearest = similarity.topk(max(neighbours), dim=1)
+        weights = (nearest.values / temperature).softmax(dim=1)  # the scale of a row does not change its order
+        voters, labels = candidates[nearest.indices], val_labels[start : start + chunk].to(device)
+        for k in neighbours:
+            votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
+            right[k].append(_ranks(votes, labels))
+    return {k: _accuracy(torch.cat(ranks)) for k, ranks in right.items()}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What linear probes see of pictures.
+
+    Args:
+        cls: (pictures, blocks, dim) class tokens after the last blocks, the last block last, the final norm applied.
+        patch_mean: (pictures, dim) mean of the last block's patch tokens, or None.
+    """
+
+    cls: Tensor
+    patch_mean: Tensor | None = None
+
+    def joined(self, blocks: int, avgpool: bool) -> Tensor:
+        """(pictures, features) fp32: the class tokens of the last `blocks` side by side, then the patches' mean."""
+        parts = [self.cls[:, -blocks:].flatten(1)]
+        if avgpool:
+            assert self.patch_mean is not None
+            parts.append(self.patch_mean)
+        return torch.cat(parts, dim=1).float()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier, and what it was trained on and with; weight (features, classes), bias (classes,)."""
+
+    blocks: int
+    avgpool: bool
+    learning_rate: float
+    weight: Tensor
+    bias: Tensor
+
+    def accuracy(self, tokens: Tokens, labels: Any) -> Accuracy:
+        """On pictures with labels, whole numbers below the number of classes."""
+        logits = tokens.joined(self.blocks, self.avgpool).to(self.weight.device) @ self.weight + self.bias
+        return _accuracy(_ranks(logits, torch.as_tensor(labels).to(logits.device)))
+
+
+def linear_probes(
+    tokens: Tokens,
+    labels: Any,
+    *,
+    blocks: Sequence[int] = BLOCKS,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> list[Probe]:
+    """Trains the reference's grid of linear classifiers, all on the same batches.
+
+    One for each number of last blocks, without and (if there is a `patch_mean`) with the mean of the patches, and each
+    learning rate. SGD with momentum 0.9 and no weight decay, the rate times batch_size / 256, down to 0 as a cosine.
+    Training pictures are shuffled anew whenever all were seen; a rest smaller than a batch is left out.
+
+    Args:
+        tokens: of the training pictures.
+        labels: (pictures,) classes as whole numbers from 0 on.
+        blocks: numbers of last blocks, at most those in `tokens`.
+        learning_rates: before scaling.
+        steps: updates.
+        batch_size: pictures in an update, or all of them where there are fewer; the scale of the rates follows.
+        seed: of initial weights and order.
+        device: where to compute.
+
+    Returns:
+        The classifiers, by number of blocks, mean of patches, and learning rate.
+
+    Raises:
+        ValueError: labels or settings that do not fit, NaN or infinity.
+    """
+    available = tokens.cls.shape[1]
+    if not blocks or min(blocks) < 1 or max(blocks) > available:
+        raise ValueError(
+            f"There are the class tokens of {available} last blocks, asked for {', '.join(map(str, blocks))}."
+        )
+    if steps < 1 or batch_size < 1 or not learning_rates or not min(learning_rates) > 0:
+        raise ValueError("There must be a step, a picture in each batch, and learning rates above 0.")
+    kinds = [(n, avgpool) for n in blocks for avgpool in (False, True)[: 1 if tokens.patch_mean is None else 2]]
+    target = _checked("train", tokens.joined(*kinds[-1]), labels)[1].to(device)
+    batch_size = min(batch_size, len(target))
+    inputs = [tokens.joined(*kind).to(device) for kind in kinds]
+    rates = torch.tensor(learning_rates, device=device) * (batch_size / 256)
+    generator = torch.Generator().manual_seed(seed)
+    grids = [_Grid(x.shape[1], int(target.max()) + 1, rates, generator) for x in inputs]
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(len(target), generator=generator)
+        batch, order = order[:batch_size].to(device), order[batch_size:]
+        decay = (1 + math.cos(math.pi * step / steps)) / 2
+        for grid, x in zip(grids, inputs, strict=True):
+            grid.update(x[batch], target[batch], decay)
+    return [
+        Probe(*kind, rate, weight.detach(), bias.detach())
+        for kind, grid in zip(kinds, grids, strict=True)
+        for rate, weight, bias in zip(learning_rates, grid.weight, grid.bias.squeeze(1), strict=True)
+    ]
+
+
+class _Grid:
+    """The classifiers on one input, one for each learning rate, as one weight (rates, features, classes)."""
+
+    def __init__(self, features: int, classes: int, rates: Tensor, generator: torch.Generator) -> None:
+        weight = 0.01 * torch.randn(len(rates), features, classes, generator=generator)
+        self.weight = weight.to(rates.device).requires_grad_()
+        self.bias = torch.zeros(len(rates), 1, classes, device=rates.device, requires_grad=True)
+        self.rates = rates[:, None, None]
+        self.velocities = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+
+    def update(self, x: Tensor, target: Tensor, decay: float) -> None:
+        """One step of every classifier; the sum of their losses gives each its own gradient."""
+        logits = x @ self.weight + self.bias  # (rates, batch, classes)
+        loss = cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(x)
+        gradients = torch.autograd.grad(loss, [self.weight, self.bias])
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip((self.weight, self.bias), self.velocities, gradients, strict=True):
+                velocity.mul_(_MOMENTUM).add_(gradient)
+                parameter.sub_(decay * self.rates * velocity)
+
+
+def _checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Features (pictures, dim) in fp32 and labels in int64."""
+    features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
+        raise ValueError(
+            f"{name} must be features (pictures, dim) and labels (pictures,), got {tuple(features.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(f"The labels of {name} must be whole numbers from 0 on.")
+    if not features.isfinite().all():
+        raise ValueError(f"The features of {name} contain NaN or infinity.")
+    return features, labels.long()
+
+
+def _ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many other classes score as high as a picture's own, or higher; too many for any top if that is NaN."""
+    own = scores.gather(1, labels[:, None])
+    ranks = (scores >= own).sum(dim=1) - 1
+    return torch.where(own.squeeze(1).isnan(), scores.shape[1] + 5, ranks)
+
+
+def _accuracy(ranks: Tensor) -> Accuracy:
+    return Accuracy(*((ranks < k).double().mean().item() for k in (1, 5)))

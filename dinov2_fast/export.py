@@ -1,0 +1,339 @@
+"""`export`: a backbone as an ONNX or torch.export file, compared with the model before it takes its place.
+
+The graph takes `pixel_values` (batch, 3, height, width), scaled and normalised as the image processor does, and gives
+the outputs asked for, in its own dtype:
+
+==========  =======================  ==================================================
+cls         (batch, dim)             class token after the final norm
+patch_mean  (batch, dim)             mean of the patch tokens after the final norm
+patches     (batch, patches, dim)    patch tokens after the final norm
+registers   (batch, registers, dim)  register tokens after the final norm
+==========  =======================  ==================================================
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from dinov2_fast import __version__
+from dinov2_fast.backends import BackendError
+from dinov2_fast.model import DinoVisionTransformer
+
+ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPSET = 20  # the first with Gelu as one operator
+LOWEST_OPSET = 18  # torch's exporter has nothing older
+INPUT = "pixel_values"
+METADATA = "dinov2_fast"  # key of the JSON object in the file
+ONE_FILE_BYTES = 1_900_000_000  # a protobuf ends at 2 GB; larger weights go into a second file
+# Of the relative L2 difference from the model. Rounding stays far below (a ViT-S: fp32 1e-6, fp16 1e-3, bf16 1e-2);
+# a lost bias or a wrong operator lies far above.
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+
+OUTPUTS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "cls": lambda features: features["x_norm_clstoken"],
+    "patch_mean": lambda features: features["x_norm_patchtokens"].mean(dim=1),
+    "patches": lambda features: features["x_norm_patchtokens"],
+    "registers": lambda features: features["x_norm_regtokens"],
+}
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported this way, or the file does not compute what the model does."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of the file is from the model's, for one batch: relative in L2, and the worst element."""
+
+    output: str
+    shape: tuple[int, ...]
+    relative: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files written, the graph's file first, and how far they are from the model (empty: no runtime to check)."""
+
+    files: tuple[Path, ...]
+    differences: tuple[Difference, ...]
+
+
+def export(
+    model: DinoVisionTransformer,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "onnx",
+    outputs: Sequence[str] = ("cls", "patches"),
+    dtype: str = "fp32",
+    opset: int | None = None,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    pictures: Sequence[Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes the model to `path`. The file is there only if it computes what the model does.
+
+    Any batch size and any height and width of two patches or more run, unless they are fixed. With a fixed size the
+    positions are resampled beforehand, and the graph holds no float64, which some runtimes lack.
+
+    Args:
+        model: in eval mode; it stays as it is.
+        path: ends in ``.onnx`` or ``.pt2``. Weights above 1.9 GB go into a second file, ``PATH.data``.
+        format: "onnx" holds operators of the standard alone (domain ""), "torch-export" those of aten alone.
+        outputs: names, in the order wanted; see the module's description.
+        dtype: of weights, input and outputs, "fp32", "fp16" or, for "torch-export", "bf16".
+        opset: of ONNX, 18 or newer; default 20.
+        batch_size: fixes the number of pictures.
+        size: fixes (height, width) in pixels.
+        pictures: batches (pictures, 3, height, width) in fp32 to compare file and model with, default noise of two
+            sizes. With a fixed batch size each batch is repeated or cut to it.
+        metadata: what to store as JSON in the file besides outputs, dtype, position dialect and version.
+        overwrite: replace what is there.
+
+    Raises:
+        TypeError: not a `DinoVisionTransformer`.
+        ValueError: a setting that does not exist or does not go with the model or another one.
+        FileExistsError: `path` exists and `overwrite` is not set.
+        ExportError: torch cannot export the model, a package is missing, or the file computes something else.
+    """
+    _check_model(model)
+    _check_settings(model, format, outputs, dtype, opset, batch_size, size)
+    path = Path(path)
+    _check_path(path, format, overwrite)
+    about = {"outputs": list(outputs), "dtype": dtype, "position_dialect": model.position_dialect}
+    text = json.dumps({**(metadata or {}), **about, "version": __version__})
+    program = _trace(_Pictures(_prepared(model, DTYPES[dtype], size), outputs), batch_size, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        if format == "onnx":
+            _write_onnx(program, written, outputs, opset or OPSET, text)
+        else:
+            torch.export.save(program, written, extra_files={METADATA: text})
+        del program
+        run = _runner(written, format)
+        batches = _noise(model, size) if pictures is None else pictures
+        differences = _compare(run, _Pictures(model, outputs), batches, dtype, batch_size) if run else ()
+        return Exported(_move(written, path), differences)
+
+
+class _Pictures(nn.Module):
+    """The model as a function of pictures alone, with a tuple of outputs."""
+
+    def __init__(self, model: DinoVisionTransformer, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.outputs = model, tuple(outputs)
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        features = self.model.forward_features(pixel_values)
+        return tuple(OUTPUTS[name](features) for name in self.outputs)
+
+
+class _FixedSize(DinoVisionTransformer):
+    """A model whose position table is already that of its only size."""
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        return self.pos_embed.to(x.dtype)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, DinoVisionTransformer):
+        raise TypeError(
+            f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
+            "dinov2_fast.load, which reads every layout. An engine's is the model that it was made of."
+        )
+    if model.training:
+        raise ValueError("The model is in training mode; call model.eval() first.")
+
+
+def _check_settings(
+    model: DinoVisionTransformer,
+    format: str,
+    outputs: Sequence[str],
+    dtype: str,
+    opset: int | None,
+    batch_size: int | None,
+    size: tuple[int, int] | None,
+) -> None:
+    for name, value, known in (("format", format, ENDINGS), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs or len(set(outputs)) < len(outputs):
+        raise ValueError(f"outputs are some of {', '.join(OUTPUTS)}, each once; got {', '.join(outputs) or 'none'}.")
+    if "registers" in outputs and not model.num_register_tokens:
+        raise ValueError("This model has no registers: leave them out of the outputs.")
+    if format == "onnx" and dtype == "bf16":
+        raise ValueError(
+            "bf16 cannot be exported to ONNX here: onnxruntime computes it on no CPU, so the file could not be "
+            "checked. Use fp32 or fp16, or the format torch-export."
+        )
+    if format != "onnx" and opset is not None:
+        raise ValueError("Only ONNX has opsets: leave opset out, or use the format onnx.")
+    if opset is not None and opset < LOWEST_OPSET:
+        raise ValueError(f"opset {opset} is too old: torch's exporter writes {LOWEST_OPSET} and newer.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None for any; got {batch_size}.")
+    if size is not None and any(side < 1 or side % model.patch_size for side in size):
+        raise ValueError(f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}.")
+
+
+def _check_path(path: Path, format: str, overwrite: bool) -> None:
+    if path.suffix != ENDINGS[format]:
+        raise ValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists already; choose another name or ask to overwrite it.")
+    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX files are written with {' and '.join(missing)}: pip install onnx onnxscript")
+
+
+def _prepared(model: DinoVisionTransformer, dtype: torch.dtype, size: tuple[int, int] | None) -> DinoVisionTransformer:
+    """A copy on the CPU in `dtype`, for one size alone if that is given."""
+    copied = copy.deepcopy(model).to("cpu", dtype)
+    if size is not None:
+        with torch.no_grad():
+            table = model.interpolate_pos_encoding(torch.empty(0), *size)
+        copied.__class__ = _FixedSize
+        copied.pos_embed = nn.Parameter(table.to("cpu", dtype))
+    return copied.requires_grad_(False)
+
+
+def _trace(pictures: _Pictures, batch_size: int | None, size: tuple[int, int] | None) -> ExportedProgram:
+    """The graph, for every batch and size that is not fixed."""
+    model = pictures.model
+    patch, parameter = model.patch_size, model.pos_embed
+    height, width = size or (5 * patch, 4 * patch)
+    example = torch.zeros(batch_size or 2, model.patch_embed.in_chans, height, width, dtype=parameter.dtype)
+    free: dict[int, Any] = {} if batch_size else {0: Dim("batch", min=1)}
+    if size is None:  # torch.export takes a size of one for a constant, so one patch a side is left out
+        free |= {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    try:
+        with torch.no_grad():
+            return torch.export.export(pictures, (example,), dynamic_shapes={INPUT: free})
+    except BackendError as error:
+        raise ExportError(
+            f"Exported graphs hold torch's own operators, not kernels: unset the backend. {error}"
+        ) from error
+    except Exception as error:
+        raise ExportError(f"torch cannot export this model: {type(error).__name__}: {error}") from error
+
+
+def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], opset: int, metadata: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the exporter's own code
+            onnx: Any = torch.onnx.export(
+                program,
+                input_names=[INPUT],
+                output_names=list(outputs),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(f"torch cannot write this model as ONNX: {type(error).__name__}: {error}") from error
+    graph = onnx.model
+    if graph.opset_imports.get("") != opset:
+        raise ExportError(f"torch's exporter has no opset {opset}: it wrote {graph.opset_imports.get('')}.")
+    foreign = sorted(
+        {f"{node.domain}::{node.op_type}" for node in graph.graph if node.domain} | set(map(str, graph.functions))
+    )
+    if foreign:
+        raise ExportError(f"The graph would hold operators that are not of the ONNX standard: {', '.join(foreign)}.")
+    _name_dimensions(graph.graph.inputs[0].shape, ("batch", "channels", "height", "width"))
+    for name, value in zip(outputs, graph.graph.outputs, strict=True):
+        _name_dimensions(value.shape, ("batch", name, "hidden"))
+    graph.metadata_props[METADATA] = metadata
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    onnx.save(path, external_data=weights > ONE_FILE_BYTES)
+
+
+def _name_dimensions(shape: Any, names: Sequence[str]) -> None:
+    """Gives the sizes that are free names for readers, in place of torch's symbols."""
+    for axis, side in enumerate(shape):
+        if not isinstance(side, int):
+            shape[axis] = names[axis]
+
+
+def _runner(path: Path, format: str) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """What runs the file; None without onnxruntime."""
+    if format != "onnx":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's reader, about its own buffers
+            module = torch.export.load(path).module()
+        return lambda pixels: module(pixels)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: [torch.from_numpy(output) for output in session.run(None, {INPUT: pixels.numpy()})]
+
+
+def _noise(model: DinoVisionTransformer, size: tuple[int, int] | None) -> list[Tensor]:
+    """Pictures to compare with, of the fixed size or of two others."""
+    patch, generator = model.patch_size, torch.Generator().manual_seed(0)
+    sizes = [size] if size else [(16 * patch, 16 * patch), (11 * patch, 14 * patch)]
+    channels = model.patch_embed.in_chans
+    return [torch.randn(count, channels, *sides, generator=generator) for count, sides in enumerate(sizes, start=1)]
+
+
+def _compare(
+    run: Callable[[Tensor], Sequence[Tensor]],
+    model: _Pictures,
+    batches: Sequence[Tensor],
+    dtype: str,
+    batch_size: int | None,
+) -> tuple[Difference, ...]:
+    place = next(model.parameters())
+    found = []
+    for pixels in batches:
+        if batch_size:
+            pixels = pixels[torch.arange(batch_size) % len(pixels)]
+        with torch.no_grad():
+            expected = model(pixels.to(place))
+            ours = run(pixels.to(DTYPES[dtype]))
+        for name, one, other in zip(model.outputs, ours, expected, strict=True):
+            found.append(_difference(name, one.double(), other.double().cpu()))
+    wrong = [each for each in found if not each.relative <= TOLERANCES[dtype]]  # NaN is wrong as well
+    if wrong:
+        worst = wrong[0]
+        raise ExportError(
+            f"The file does not compute what the model does: {worst.output} {worst.shape} differs by "
+            f"{worst.relative:.1e} (relative; {dtype} allows {TOLERANCES[dtype]:.0e}). Nothing was written."
+        )
+    return tuple(found)
+
+
+def _difference(name: str, ours: Tensor, expected: Tensor) -> Difference:
+    if ours.shape != expected.shape:
+        raise ExportError(f"The file gives {name} {tuple(ours.shape)}, the model {tuple(expected.shape)}.")
+    error = ours - expected
+    relative = float(error.norm() / expected.norm())
+    return Difference(name, tuple(ours.shape), relative, float(error.abs().max()))
+
+
+def _move(written: Path, path: Path) -> tuple[Path, ...]:
+    """Puts the files in their place, the graph's last, as it is what a reader looks for."""
+    names = sorted((file.name for file in written.parent.iterdir()), reverse=True)  # PATH.data, PATH
+    for name in names:
+        os.replace(written.with_name(name), path.with_name(name))
+    return tuple(path.with_name(name) for name in reversed(names))

@@ -1,0 +1,86 @@
+"""The eight backbones, without a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.weights import load
+from dinov2_fast.weights.heads import find_head, load_head
+
+Published = TypeVar("Published", bound=Enum)
+
+
+class Weights(Enum):
+    """The published weights of a backbone."""
+
+    LVD142M = "LVD142M"
+
+
+def choose_weights(weights: Enum | str, published: type[Published]) -> Published:
+    """The member of `published` that `weights` is or names.
+
+    Raises:
+        AssertionError: there are no such weights, as in the reference.
+    """
+    name = str(getattr(weights, "name", weights))
+    if name not in published.__members__:
+        known = ", ".join(published.__members__)
+        raise AssertionError(f"Unsupported weights: {name}; the published ones are {known}")
+    return published[name]
+
+
+def make_backbone(config: BackboneConfig, pretrained: bool, **kwargs: Any) -> DinoVisionTransformer:
+    """A backbone in training mode, with the published weights or at random."""
+    if not pretrained:
+        return DinoVisionTransformer(**{**config.constructor_arguments(), **kwargs})
+    return load(config.name, **kwargs).train()
+
+
+def fill_from_published(
+    head: nn.Module, prefix: str, config: BackboneConfig, name: str, backbone: DinoVisionTransformer, **kwargs: Any
+) -> None:
+    """Gives `head` the published weights called `name`, and the device and dtype of its backbone.
+
+    `kwargs` are those the backbone was loaded with, for `local_files_only`.
+    """
+    load_head(head, find_head(config, name, kwargs.get("local_files_only", False)), prefix)
+    head.to(device=backbone.cls_token.device, dtype=backbone.cls_token.dtype)
+
+
+def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
+    def make(
+        *, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs: Any
+    ) -> DinoVisionTransformer:
+        choose_weights(weights, Weights)
+        return make_backbone(config, pretrained, **kwargs)
+
+    registers = " with registers" if config.num_register_tokens else ""
+    make.__name__ = make.__qualname__ = config.name
+    make.__doc__ = f"""DINOv2 ViT-{config.name[10]}/14{registers}.
+
+    Args:
+        pretrained: load the published weights; otherwise initialise at random.
+        weights: which weights, only "LVD142M".
+        **kwargs: arguments of `dinov2_fast.DinoVisionTransformer`; with `pretrained` also those of `dinov2_fast.load`
+            (device, dtype, dialect, …).
+
+    Returns:
+        The model in training mode, as torch.hub's users expect; call ``.eval()`` for features.
+    """
+    return make
+
+
+dinov2_vits14 = _entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14 = _entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14 = _entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14 = _entry_point(BACKBONES["dinov2_vitg14"])
+dinov2_vits14_reg = _entry_point(BACKBONES["dinov2_vits14_reg"])
+dinov2_vitb14_reg = _entry_point(BACKBONES["dinov2_vitb14_reg"])
+dinov2_vitl14_reg = _entry_point(BACKBONES["dinov2_vitl14_reg"])
+dinov2_vitg14_reg = _entry_point(BACKBONES["dinov2_vitg14_reg"])

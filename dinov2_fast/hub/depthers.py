@@ -1,0 +1,175 @@
+"""Backbones with a depth estimator, trained on NYU Depth v2 (indoors, to 10 m) or KITTI (streets, to 80 m).
+
+Source: facebookresearch/dinov2, dinov2/hub/depthers.py; Oquab et al., arXiv:2304.07193, section 7.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
+from dinov2_fast.hub.classifiers import check_layers
+from dinov2_fast.hub.depth_heads import DPTHead, LinearDepthHead
+from dinov2_fast.hub.pixels import EncoderDecoder, resize, slide
+
+# The four blocks whose tokens the heads take, by the number of blocks.
+FOUR_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
+
+
+class Weights(Enum):
+    """What a published depth estimator was trained on."""
+
+    NYU = "NYU"
+    KITTI = "KITTI"
+
+
+class DepthEstimator(EncoderDecoder):
+    """Pictures to depth maps in metres: the reference's DepthEncoderDecoder, without its training."""
+
+    def extract_feat(self, img: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Map (batch, hidden, rows, columns) and CLS token of each block of `out_index`, before the last norm."""
+        return self.backbone.get_intermediate_layers(
+            self._pad(img), n=self.out_index, reshape=True, return_class_token=True, norm=False
+        )
+
+    def encode_decode(
+        self,
+        img: Tensor,
+        img_metas: Sequence[Mapping[str, Any]] | None = None,
+        rescale: bool = True,
+        size: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The depth of pictures taken as a whole.
+
+        Args:
+            img: (batch, channels, height, width), normalised.
+            img_metas: None, or dictionaries whose first has the size to give as "ori_shape".
+            rescale: give a map of the pictures' size (or `size`); otherwise of the head's.
+            size: (height, width) of the map.
+
+        Returns:
+            (batch, 1, height, width), within the head's `min_depth` and `max_depth`.
+        """
+        depth = self.decode_head(self.extract_feat(img))
+        depth = depth.clamp(self.decode_head.min_depth, self.decode_head.max_depth)
+        if not rescale:
+            return depth
+        if size is None:
+            size = img_metas[0]["ori_shape"][:2] if img_metas is not None else img.shape[2:]
+        return resize(depth, size)
+
+    def whole_inference(
+        self,
+        img: Tensor,
+        img_meta: Sequence[Mapping[str, Any]] | None = None,
+        rescale: bool = True,
+        size: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`encode_decode`; the reference's notebook calls this name."""
+        return self.encode_decode(img, img_meta, rescale, size)
+
+    def slide_inference(
+        self,
+        img: Tensor,
+        img_meta: Sequence[Mapping[str, Any]] | None,
+        rescale: bool,
+        stride: tuple[int, int],
+        crop_size: tuple[int, int],
+    ) -> Tensor:
+        """The mean depth over overlapping windows (see `slide`), always of the pictures' size."""
+        return slide(self.encode_decode, img, crop_size, stride)
+
+
+def make_linear_depther(
+    config: BackboneConfig,
+    layers: int,
+    pretrained: bool,
+    weights: Weights | str,
+    depth_range: tuple[float, float] | None = None,
+    **kwargs: Any,
+) -> DepthEstimator:
+    """What the entry points ``…_ld`` give."""
+    check_layers(layers)
+    name = choose_weights(weights, Weights).value.lower()
+    backbone = make_backbone(config, pretrained, **kwargs)
+    # The range of the reference's, whatever the head was trained for.
+    head = LinearDepthHead(backbone.embed_dim, layers, *(depth_range or (0.001, 80.0)))
+    if pretrained:
+        published = f"{name}_linear" if layers == 1 else f"{name}_linear{layers}"
+        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+    out_index = FOUR_BLOCKS[config.depth] if layers == 4 else (config.depth - 1,)
+    return DepthEstimator(backbone, head, out_index)
+
+
+def make_dpt_depther(
+    config: BackboneConfig,
+    pretrained: bool,
+    weights: Weights | str,
+    depth_range: tuple[float, float] | None = None,
+    **kwargs: Any,
+) -> DepthEstimator:
+    """What the entry points ``…_dd`` give."""
+    dataset = choose_weights(weights, Weights)
+    if depth_range is None:
+        depth_range = (0.001, 80.0) if pretrained and dataset is Weights.KITTI else (0.001, 10.0)
+    backbone = make_backbone(config, pretrained, **kwargs)
+    head = DPTHead(backbone.embed_dim, *depth_range)
+    if pretrained:
+        published = f"{dataset.value.lower()}_dpt"
+        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+    return DepthEstimator(backbone, head, FOUR_BLOCKS[config.depth])
+
+
+_ARGUMENTS = """pretrained: load the published weights, of the backbone and of the head; otherwise initialise at random.
+        weights: what the head was trained on, "NYU" or "KITTI".
+        **kwargs: `depth_range`, the smallest and largest depth in metres; others as for the backbone's entry point.
+
+    Returns:
+        A `DepthEstimator` in training mode."""
+
+
+def _linear(config: BackboneConfig) -> Callable[..., DepthEstimator]:
+    def make(
+        *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.NYU, **kwargs: Any
+    ) -> DepthEstimator:
+        return make_linear_depther(config, layers, pretrained, weights, **kwargs)
+
+    make.__name__ = make.__qualname__ = f"{config.name}_ld"
+    make.__doc__ = f"""Linear depth estimator on a DINOv2 ViT-{config.name[10]}/14.
+
+    The reference's has depths from 0.001 to 80 m for both data sets, and so has this one. A head trained on NYU knows
+    10 m: with ``depth_range=(0.001, 10.0)`` its depths are in metres, without they are 8 times too large.
+
+    Args:
+        layers: of how many blocks it takes the tokens, 1 or 4.
+        {_ARGUMENTS}
+    """
+    return make
+
+
+def _dpt(config: BackboneConfig) -> Callable[..., DepthEstimator]:
+    def make(*, pretrained: bool = True, weights: Weights | str = Weights.NYU, **kwargs: Any) -> DepthEstimator:
+        return make_dpt_depther(config, pretrained, weights, **kwargs)
+
+    make.__name__ = make.__qualname__ = f"{config.name}_dd"
+    make.__doc__ = f"""DPT depth estimator on a DINOv2 ViT-{config.name[10]}/14.
+
+    Args:
+        {_ARGUMENTS}
+    """
+    return make
+
+
+dinov2_vits14_ld = _linear(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_ld = _linear(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_ld = _linear(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_ld = _linear(BACKBONES["dinov2_vitg14"])
+dinov2_vits14_dd = _dpt(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_dd = _dpt(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_dd = _dpt(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_dd = _dpt(BACKBONES["dinov2_vitg14"])

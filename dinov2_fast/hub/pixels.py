@@ -1,0 +1,106 @@
+"""A backbone and a head that decodes its feature maps to a map of the picture: depth, classes.
+
+Source: facebookresearch/dinov2, dinov2/hub/utils.py and dinov2/hub/depth/encoder_decoder.py, and the model of the same
+name in mmsegmentation, which the reference's segmenters are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CenterPadding(nn.Module):
+    """Pads pictures (..., height, width) with zeros to multiples of a size, the odd pixel below and on the right."""
+
+    def __init__(self, multiple: int) -> None:
+        super().__init__()
+        self.multiple = multiple
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (-size % self.multiple for size in x.shape[-2:])
+        return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+    def extra_repr(self) -> str:
+        return f"multiple={self.multiple}"
+
+
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Maps (batch, channels, height, width) at another size (height, width), bilinearly."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+class EncoderDecoder(nn.Module):
+    """Pictures of any size to maps of that size.
+
+    A picture is padded around to whole patches, and the map of the padded picture is resized to the picture's own size,
+    as the reference does: it does not cut the padding off.
+
+    Args:
+        backbone: a `DinoVisionTransformer`, or its engine.
+        decode_head: takes what `extract_feat` gives.
+        out_index: the blocks whose outputs the head takes.
+    """
+
+    def __init__(self, backbone: nn.Module, decode_head: nn.Module, out_index: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.decode_head: Any = decode_head
+        self.out_index = tuple(out_index)
+
+    def extract_feat(self, img: Tensor) -> tuple[Any, ...]:
+        """What the head takes of pictures (batch, channels, height, width)."""
+        raise NotImplementedError
+
+    def encode_decode(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The map of pictures taken as a whole."""
+        raise NotImplementedError
+
+    def forward(self, img: Tensor) -> Tensor:
+        """The map of pictures (batch, channels, height, width), taken as a whole: (batch, maps, height, width)."""
+        return self.encode_decode(img)
+
+    def _pad(self, img: Tensor) -> Tensor:
+        return CenterPadding(self.backbone.patch_size)(img)
+
+
+def slide(
+    decode: Callable[[Tensor], Tensor], img: Tensor, crop_size: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """The mean of what `decode` gives of overlapping windows.
+
+    Args:
+        decode: maps (batch, channels, h, w) to (batch, maps, h, w).
+        img: (batch, channels, height, width); where it is smaller than a window, the window is as small.
+        crop_size, stride: height and width of a window, and how far the next one is, in pixels. The last of a row
+            or column ends with the picture.
+
+    Returns:
+        (batch, maps, height, width).
+
+    Raises:
+        ValueError: windows of no size, or farther apart than they are large.
+    """
+    for size, step in zip(crop_size, stride, strict=True):
+        if not 0 < step <= size:
+            raise ValueError(f"Windows of {crop_size} pixels every {stride} do not cover a picture.")
+    height, width = img.shape[-2:]
+    total, count = None, img.new_zeros(height, width)
+    for rows in _windows(height, crop_size[0], stride[0]):
+        for columns in _windows(width, crop_size[1], stride[1]):
+            part = decode(img[:, :, rows, columns])
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height, width)
+            total[:, :, rows, columns] += part
+            count[rows, columns] += 1
+    assert total is not None  # there is at least one window
+    return total / count
+
+
+def _windows(length: int, size: int, step: int) -> Iterator[slice]:
+    for first in range(0, max(length - size + step - 1, 0) + 1, step):
+        end = min(first + size, length)
+        yield slice(max(end - size, 0), end)

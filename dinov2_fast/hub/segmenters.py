@@ -1,0 +1,153 @@
+"""Backbones with a linear segmenter, trained on ADE20K (150 classes) or VOC2012 (20 classes and the background).
+
+The reference publishes these heads as files of mmsegmentation, of which nothing is needed here. Source:
+facebookresearch/dinov2, dinov2/eval/segmentation; Oquab et al., arXiv:2304.07193, section 7.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
+from dinov2_fast.hub.classifiers import check_layers
+from dinov2_fast.hub.pixels import EncoderDecoder, resize, slide
+
+CLASSES = {"ADE20K": 150, "VOC2012": 21}
+
+# What the published heads are called and the windows they were tested with, (side, stride), by the number of blocks.
+_FILES = {1: "linear", 4: "ms"}
+_WINDOWS = {1: (512, 341), 4: (640, 320)}
+
+
+class Weights(Enum):
+    """What a published segmenter was trained on."""
+
+    ADE20K = "ADE20K"
+    VOC2012 = "VOC2012"
+
+
+class LinearSegmentationHead(nn.Module):
+    """A batch norm and a linear layer on the patch tokens of `layers` blocks: the reference's BNHead.
+
+    The batch norm is that of one process; `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the reference's of it.
+    """
+
+    def __init__(self, embed_dim: int, layers: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv_seg = nn.Conv2d(embed_dim * layers, num_classes, kernel_size=1)
+        self.bn = nn.BatchNorm2d(embed_dim * layers)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.get_parameter("conv_seg.bias"))
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Maps (batch, hidden, rows, columns) of each block to logits (batch, classes, rows, columns)."""
+        return self.conv_seg(self.bn(torch.cat(list(inputs), dim=1)))
+
+
+class Segmenter(EncoderDecoder):
+    """Pictures to the logits of a class for each pixel: mmsegmentation's EncoderDecoder, without its training.
+
+    Args:
+        backbone, decode_head, out_index: as for `EncoderDecoder`.
+        crop_size, stride: of the windows that `slide_inference` takes, (height, width) in pixels.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decode_head: nn.Module,
+        out_index: Sequence[int],
+        crop_size: tuple[int, int] = (512, 512),
+        stride: tuple[int, int] = (341, 341),
+    ) -> None:
+        super().__init__(backbone, decode_head, out_index)
+        self.crop_size = crop_size
+        self.stride = stride
+
+    def extract_feat(self, img: Tensor) -> tuple[Tensor, ...]:
+        """The normalised map (batch, hidden, rows, columns) of each block of `out_index`."""
+        return self.backbone.get_intermediate_layers(self._pad(img), n=self.out_index, reshape=True)
+
+    def encode_decode(self, img: Tensor, img_metas: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
+        """The logits of pictures (batch, channels, height, width) taken as a whole: (batch, classes, height, width)."""
+        return resize(self.decode_head(self.extract_feat(img)), img.shape[2:])
+
+    def whole_inference(
+        self, img: Tensor, img_meta: Sequence[Mapping[str, Any]] | None = None, rescale: bool = True
+    ) -> Tensor:
+        """`encode_decode`; with `rescale`, of the size that the first of `img_meta` has as "ori_shape"."""
+        return _rescale(self.encode_decode(img), img_meta if rescale else None)
+
+    def slide_inference(
+        self, img: Tensor, img_meta: Sequence[Mapping[str, Any]] | None = None, rescale: bool = True
+    ) -> Tensor:
+        """The mean logits over overlapping windows, which is how the published heads were tested; see `slide`."""
+        return _rescale(slide(self.encode_decode, img, self.crop_size, self.stride), img_meta if rescale else None)
+
+    def inference(
+        self,
+        img: Tensor,
+        img_meta: Sequence[Mapping[str, Any]] | None = None,
+        rescale: bool = True,
+        mode: str = "slide",
+    ) -> Tensor:
+        """The probabilities of the classes, (batch, classes, height, width), by windows or ("whole") as a whole."""
+        if mode not in ("slide", "whole"):
+            raise ValueError(f"There is no mode {mode!r}; choose one of slide, whole.")
+        infer = self.slide_inference if mode == "slide" else self.whole_inference
+        return infer(img, img_meta, rescale).softmax(dim=1)
+
+
+def _rescale(logits: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
+    return logits if img_meta is None else resize(logits, img_meta[0]["ori_shape"][:2])
+
+
+def make_segmenter(
+    config: BackboneConfig, layers: int, pretrained: bool, weights: Weights | str, **kwargs: Any
+) -> Segmenter:
+    """What the entry points below give."""
+    check_layers(layers)
+    dataset = choose_weights(weights, Weights).value
+    backbone = make_backbone(config, pretrained, **kwargs)
+    head = LinearSegmentationHead(backbone.embed_dim, layers, CLASSES[dataset])
+    if pretrained:
+        published = f"{dataset.lower()}_{_FILES[layers]}"
+        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+    side, stride = _WINDOWS[layers]
+    out_index = range(config.depth - layers, config.depth)
+    return Segmenter(backbone, head, out_index, (side, side), (stride, stride))
+
+
+def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
+    def make(
+        *, layers: int = 1, pretrained: bool = True, weights: Weights | str = Weights.ADE20K, **kwargs: Any
+    ) -> Segmenter:
+        return make_segmenter(config, layers, pretrained, weights, **kwargs)
+
+    make.__name__ = make.__qualname__ = f"{config.name}_ls"
+    make.__doc__ = f"""Linear segmenter on a DINOv2 ViT-{config.name[10]}/14.
+
+    Args:
+        layers: of how many last blocks it takes the patch tokens: 1, the head that is published as "linear", or 4, the
+            one published as "ms", with which the reference also averages over sizes and mirror images.
+        pretrained: load the published weights, of the backbone and of the head; otherwise initialise at random.
+        weights: what the head was trained on, "ADE20K" or "VOC2012".
+        **kwargs: as for the backbone's entry point.
+
+    Returns:
+        A `Segmenter` in training mode.
+    """
+    return make
+
+
+dinov2_vits14_ls = _entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_ls = _entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_ls = _entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_ls = _entry_point(BACKBONES["dinov2_vitg14"])

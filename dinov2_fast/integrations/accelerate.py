@@ -1,0 +1,180 @@
+"""`accelerate`: fast blocks inside a model of transformers, timm or torch.hub that exists already."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dinov2_fast.integrations.blocks import AcceleratedBlock, accelerate_block, face_of, path, reason_against
+from dinov2_fast.integrations.joining import Joined, separate
+from dinov2_fast.integrations.towers import AcceleratedTower, Behind, accelerate_tower, is_tower
+
+logger = logging.getLogger("dinov2_fast")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A group of blocks in a model, or a backbone behind an engine.
+
+    `name` is its place in the model and `kind` its class; `accelerated` of `count` are accelerated, and `reasons` says
+    which are not and why.
+    """
+
+    name: str
+    kind: str
+    accelerated: int
+    count: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        line = f"{self.name or 'the model'}: {self.accelerated} of {self.count} {self.kind} accelerated"
+        return "\n  ".join([line, *self.reasons])
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What in a model is accelerated, and what is not and why; print it."""
+
+    rows: tuple[Row, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self.rows)) or "no blocks of a DINOv2"
+
+
+def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
+    """Makes the DINOv2 blocks inside `model` compute with this package's ops.
+
+    It takes the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
+    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as towers inside larger models. The
+    object stays the same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained,
+    compiled, copied and saved as before, be given adapters before or after, and be sharded afterwards. Everything else
+    in the model is left alone. Calls with masks or lists of pictures run the blocks' own code, and attention for which
+    the user chose another implementation than torch's runs in that.
+
+    Args:
+        model: already built and loaded; changed in place.
+        inference: also let the engine of `optimize_for_inference` answer plain calls of the backbones in eval mode,
+            through their own `forward`. Outputs have the dtype of the model and the precision of the engine, and carry
+            no gradient. Calls in training mode, with masks, of uint8 pictures, for hidden states or attentions,
+            compiled, or while hooks hang on modules inside, run the accelerated blocks instead. The engine follows the
+            weights; after writes through ``.data``, which nobody sees, call `accelerate` again.
+        **options: with `inference`, those of `optimize_for_inference`.
+
+    Returns:
+        `model`. ``print(dinov2_fast.accelerated(model))`` says what was found in it.
+
+    Raises:
+        TypeError: nothing in the model can be accelerated, or with `inference` no backbone can; the message says why.
+        ValueError: `options` that `optimize_for_inference` refuses.
+        In either case the model is as it was.
+    """
+    if options and not inference:
+        raise TypeError(f"{', '.join(options)}: the engine's options need inference=True.")
+    taken = [block for name, block in _blocks(model) if _reason(block) is None]
+    if not taken:
+        raise TypeError(_nothing_to_take(model))
+    towers = _engines(model, options) if inference else []
+    for block in taken:
+        if not isinstance(block, AcceleratedBlock):
+            accelerate_block(block)
+    for tower, behind in towers:
+        accelerate_tower(tower, behind)
+    for row in accelerated(model).rows:
+        logger.log(logging.WARNING if row.reasons else logging.INFO, "%s", row)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`: every block and backbone computes with the code of its own class again.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: after it was accelerated, FSDP or the like made classes of its own of the accelerated ones.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Joined):
+            separate(module)
+    return model
+
+
+def accelerated(model: nn.Module) -> Report:
+    """What in `model` is accelerated: a row for each group of blocks, and for each backbone behind an engine."""
+    groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
+    for name, block in _blocks(model):
+        groups.setdefault((_group(name), type(block).__qualname__), []).append((name, block))
+    rows = [_row_of_blocks(name, kind, blocks) for (name, kind), blocks in groups.items()]
+    towers = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedTower)]
+    return Report((*rows, *(_row_of_tower(name, tower) for name, tower in towers)))
+
+
+def _row_of_blocks(name: str, kind: str, blocks: list[tuple[str, nn.Module]]) -> Row:
+    names_by_reason: dict[str, list[str]] = {}
+    for place, block in blocks:
+        if not isinstance(block, AcceleratedBlock):
+            names_by_reason.setdefault(_reason(block) or "accelerate was not called", []).append(place)
+    reasons = tuple(f"{', '.join(places)}: {reason}" for reason, places in names_by_reason.items())
+    done = sum(isinstance(block, AcceleratedBlock) for _, block in blocks)
+    return Row(name, kind, done, len(blocks), reasons)
+
+
+def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
+    reason = tower.behind.reason
+    return Row(name, f"{type(tower).__qualname__} by an engine", int(not reason), 1, (reason,) if reason else ())
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
+            yield name, module
+
+
+def _reason(block: nn.Module) -> str | None:
+    return None if isinstance(block, AcceleratedBlock) else reason_against(block)
+
+
+def _group(name: str) -> str:
+    """The place of the list that a block is in: "encoder.layer" for "encoder.layer.3"."""
+    return re.sub(r"(^|\.)\d+(\.\d+)*$", "", name)
+
+
+def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, Behind]]:
+    """The backbones in `model` whose calls an engine can answer, each with its engine."""
+    found: list[tuple[nn.Module, Behind]] = []
+    reasons = []
+    for name, module in model.named_modules():
+        if is_tower(module):
+            behind = Behind(module, options)
+            if behind.reason is None:
+                found.append((module, behind))
+            else:
+                reasons.append(f"{name or 'the model'}: {behind.reason}")
+    if not found:
+        why = "; ".join(reasons) or "its blocks are in no backbone whose calls are known here"
+        raise TypeError(f"inference=True cannot put an engine behind this {type(model).__name__}. {why}.")
+    for reason in reasons:
+        logger.warning("No engine behind %s", reason)
+    return found
+
+
+def _nothing_to_take(model: nn.Module) -> str:
+    message = f"Nothing in this {type(model).__name__} can be accelerated"
+    rows = accelerated(model).rows
+    if rows:
+        return "\n".join([f"{message}:", *(reason for row in rows for reason in row.reasons)])
+    repeated = {type(m[0]) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1}
+    if any(kind.__module__.startswith("dinov2_fast.") for kind in repeated):
+        return f"{message}: it is a model of this package, which has these blocks already. See optimize_for_inference."
+    has = ", ".join(sorted(path(kind) for kind in repeated)) or "none"
+    return (
+        f"{message}: it has no blocks of transformers' Dinov2 or Dinov2WithRegisters, of timm's VisionTransformer, or "
+        f"of Meta's DINOv2. The repeated modules it has are: {has}."
+    )

@@ -1,0 +1,152 @@
+"""``dinov2-fast export``: README's command and example, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dinov2_fast
+from dinov2_fast.cli import main
+from dinov2_fast.extraction import read_image
+from dinov2_fast.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
+from tests import readme
+
+PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A very small DINOv2 in a file."""
+    torch.manual_seed(0)
+    model = dinov2_fast.DinoVisionTransformer(
+        img_size=518, patch_size=14, embed_dim=64, depth=1, num_heads=1, init_values=1.0, block_chunks=0
+    )
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(model.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["export", "knn", "linear"])
+def test_help_fits_a_terminal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: dinov2-fast {command} ")
+    assert f"  dinov2-fast {command} " in "\n".join(lines[1:])
+    written = lines[: next(row for row, line in enumerate(lines) if line.endswith("arguments:") or line == "options:")]
+    assert max(map(len, written)) <= 80
+
+
+def test_readmes_command_and_example(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to(PICTURES)
+    (command,) = re.findall(
+        r"^    dinov2-fast (export .*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert main(shlex.split(command.replace("dinov2_vits14", checkpoint))) == 0
+
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    file, _, title, header, *rows, _, stored = captured.out.splitlines()
+    assert re.fullmatch(r"vits14\.onnx  \d\.\d MB", file)
+    assert title == "Difference from the model, on pictures:"
+    assert header.split() == ["output", "shape", "relative", "worst"]
+    assert [row.split()[:-2] for row in rows] == [
+        ["cls", "5", "x", "64"],
+        ["patches", "5", "x", "256", "x", "64"],
+        ["cls", "1", "x", "64"],
+        ["patches", "1", "x", "220", "x", "64"],
+    ]
+    assert all(0 < float(row.split()[-2]) < 1e-5 for row in rows)
+    assert "'dinov2_fast'" in stored
+
+    pixels = Dinov2ImageProcessor()([read_image(path) for path in sorted(PICTURES.glob("*.jpg"))]).pixel_values
+    names: dict[str, Any] = {"pictures": pixels}
+    exec(readme.example('InferenceSession("vits14.onnx")'), names)
+    with torch.no_grad():
+        features = dinov2_fast.load(checkpoint).forward_features(pixels)
+    for ours, name in ((names["cls_token"], "x_norm_clstoken"), (names["patches"], "x_norm_patchtokens")):
+        torch.testing.assert_close(torch.from_numpy(ours), features[name], atol=1e-4, rtol=0)
+    session = names["session"]
+    assert f'"weights": "{checkpoint}"' in session.get_modelmeta().custom_metadata_map["dinov2_fast"]
+    assert f'"mean": {list(IMAGENET_MEAN)}' in session.get_modelmeta().custom_metadata_map["dinov2_fast"]
+
+
+def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt2"
+    arguments = ["export", "--model", checkpoint, "--out", str(path), "--format", "torch-export", "--dtype", "fp16"]
+    arguments += ["--outputs", "patch_mean", "--size", "28x42", "--batch-size", "3", "--dialect", "size"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "on noise" in captured.out
+    pixels = torch.randn(3, 3, 28, 42)
+    program = torch.export.load(path)
+    (given,) = [node.meta["val"] for node in program.graph.nodes if node.name == "pixel_values"]
+    assert given.shape == (3, 3, 28, 42)
+    (ours,) = program.module()(pixels.half())
+    model = dinov2_fast.load(checkpoint, dialect="size")
+    with torch.no_grad():
+        expected = model.forward_features(pixels)["x_norm_patchtokens"].mean(dim=1)
+    assert (ours.float() - expected).norm() < 1e-2 * expected.norm()
+    assert main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "bf16"], "bf16 cannot be exported to ONNX"),
+        (["--opset", "16"], "opset 16 is too old"),
+        (["--outputs", "cls,logits"], "outputs are some of"),
+        (["--outputs", "registers"], "has no registers"),
+        (["--format", "torch-export"], "ends in .pt2"),
+        (["--check", str(PICTURES / "README.md")], "cannot be compared on: not a picture"),
+        (["--check", "tests"], "There are no pictures in 'tests'"),
+    ],
+)
+def test_what_is_not_possible_exits_with_1(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    assert main(["export", "--model", checkpoint, "--out", "model.onnx", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("dinov2-fast: error: ")
+    assert message in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["tests"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "tflite"], "invalid choice: 'tflite'"),
+        (["--size", "100"], "100 is not a multiple of the patch size 14"),
+        (["--batch-size", "0"], "must be at least 1"),
+    ],
+)
+def test_wrong_usage_exits_with_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["export", "--model", "dinov2_vits14", "--out", "model.onnx", *options])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

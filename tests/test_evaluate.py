@@ -1,0 +1,194 @@
+"""k-NN and linear probes against scikit-learn and torch's own modules, on the digits that scikit-learn ships."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2_fast import evaluate
+from dinov2_fast.evaluate import Accuracy, Tokens, knn, linear_probes
+
+datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+
+
+class Digits:
+    """8 x 8 grey values, centred so that their cosines differ; 1000 for training, 797 for validation."""
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    pixels = (pixels - pixels.mean()).astype(np.float32)
+    train, val = pixels[:1000], pixels[1000:]
+    train_labels, val_labels = labels[:1000], labels[1000:]
+
+
+def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Top 1 and top 5 of scores (pictures, classes), by sorting: of equal scores the picture's own comes last."""
+    right = []
+    for row, label in zip(scores, labels, strict=True):
+        order = sorted(range(len(row)), key=lambda one: (-row[one], one == label))
+        right.append([label in order[:k] for k in (1, 5)])
+    return tuple(np.mean(right, axis=0).tolist())
+
+
+def sklearns(k: int, temperature: float) -> np.ndarray:
+    votes = neighbors.KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    votes.fit(Digits.train.astype(np.float64), Digits.train_labels)
+    return votes.predict_proba(Digits.val.astype(np.float64))
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("held", [2**27, 1000 * 100])
+def test_knn_is_scikit_learns(temperature: float, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the similarities do not fit in memory at once."""
+    monkeypatch.setattr(evaluate, "_SIMILARITIES", held)
+    ks = (1, 10, 20, 100, 200)
+    found = knn(
+        Digits.train, Digits.train_labels, Digits.val, Digits.val_labels, neighbours=ks, temperature=temperature
+    )
+    assert list(found) == list(ks)
+    for k, accuracy in found.items():
+        assert accuracy == pytest.approx(accuracy_of(sklearns(k, temperature), Digits.val_labels), abs=1e-12), k
+    assert found[10].top1 > 0.93
+    assert found[200].top1 < found[10].top1
+    assert found[10].top1 < found[10].top5 < 1
+
+
+@pytest.mark.parametrize("held", [2**27, 300 * 70])
+def test_without_validation_each_picture_is_left_out(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_SIMILARITIES", held)
+    features, labels = Digits.train[:300].astype(np.float64), Digits.train_labels[:300]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    scores = np.zeros((300, 10))
+    for row in range(300):
+        others = [column for column in np.argsort(-cosine[row], kind="stable") if column != row]
+        for column in others[:5]:
+            scores[row, labels[column]] += np.exp(cosine[row, column] / 0.07)
+    found = knn(features, labels, neighbours=(5,))
+    assert found == {5: pytest.approx(accuracy_of(scores, labels), abs=1e-12)}
+    assert (
+        knn(features, labels, features, labels, neighbours=(1,))[1].top1
+        == 1
+        > knn(features, labels, neighbours=(1,))[1].top1
+    )
+
+
+def test_ties_and_missing_scores_count_against() -> None:
+    scores = torch.tensor([[3.0, 1, 0, 0, 0, 0, 0], [2, 2, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 5], [torch.nan] * 7])
+    ranks = evaluate._ranks(scores, torch.tensor([0, 0, 0, 0]))
+    assert ranks[:3].tolist() == [0, 1, 6]
+    assert evaluate._accuracy(ranks) == Accuracy(0.25, 0.5)
+    two = evaluate._ranks(torch.full((1, 2), torch.nan), torch.tensor([0]))
+    assert evaluate._accuracy(two).top5 == 0
+
+
+def tokens_of(pixels: np.ndarray) -> Tokens:
+    """Three "blocks" of 20 numbers, and a "mean of the patches" of 4."""
+    x = torch.from_numpy(pixels)
+    return Tokens(x[:, :60].unflatten(1, (3, 20)), x[:, 60:])
+
+
+def torchs(x: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, rate: float, order: Any, steps: int) -> Any:
+    """One classifier, trained as the reference trains it."""
+    linear = torch.nn.Linear(x.shape[1], 10)
+    with torch.no_grad():
+        linear.weight.copy_(weight.T)
+        linear.bias.zero_()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.9, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0)
+    for batch in order:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(linear(x[batch]), labels[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return linear
+
+
+def test_linear_probes_are_trained_as_torch_would() -> None:
+    tokens, labels = tokens_of(Digits.train[:100]), torch.from_numpy(Digits.train_labels[:100])
+    settings: dict[str, Any] = {"blocks": (1, 2), "learning_rates": (0.001, 0.02), "steps": 7, "batch_size": 32}
+    probes = linear_probes(tokens, labels, seed=3, **settings)
+    expected = [(n, mean, rate) for n in (1, 2) for mean in (False, True) for rate in (0.001, 0.02)]
+    assert [(probe.blocks, probe.avgpool, probe.learning_rate) for probe in probes] == expected
+
+    generator = torch.Generator().manual_seed(3)
+    sizes = [20, 24, 40, 44]
+    weights = [0.01 * torch.randn(2, size, 10, generator=generator) for size in sizes]
+    orders = [torch.randperm(100, generator=generator) for _ in range(3)]
+    batches = [order[first : first + 32] for order in orders for first in (0, 32, 64)][:7]
+    pixels = torch.from_numpy(Digits.train[:100])
+    inputs = [pixels[:, 40:60], pixels[:, 40:], pixels[:, 20:60], pixels[:, 20:]]
+    for number, probe in enumerate(probes):
+        x, initial = inputs[number // 2], weights[number // 2][number % 2]
+        linear = torchs(x, labels, initial, probe.learning_rate * 32 / 256, batches, 7)
+        torch.testing.assert_close(probe.weight, linear.weight.T, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(probe.bias, linear.bias, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(probe.weight, initial, atol=1e-3)
+        scores = linear(x).detach().numpy()
+        assert probe.accuracy(tokens, labels) == pytest.approx(accuracy_of(scores, labels.numpy()), abs=1e-12)
+
+
+def test_linear_probes_learn_the_digits() -> None:
+    probes = linear_probes(tokens_of(Digits.train), Digits.train_labels, blocks=(1, 3), steps=400)
+    assert len(probes) == 2 * 2 * 13
+    val = tokens_of(Digits.val)
+    found = {(p.blocks, p.avgpool, p.learning_rate): p.accuracy(val, Digits.val_labels).top1 for p in probes}
+    assert max(found.values()) == max(top1 for kind, top1 in found.items() if kind[:2] == (3, True)) > 0.92
+    assert max(top1 for kind, top1 in found.items() if kind[0] == 1) < 0.9
+    again = linear_probes(tokens_of(Digits.train), Digits.train_labels, blocks=(1,), steps=3, seed=1)
+    same = linear_probes(tokens_of(Digits.train), Digits.train_labels, blocks=(1,), steps=3, seed=1)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(again, same, strict=True))
+
+
+def test_without_patches_and_with_few_pictures() -> None:
+    tokens = Tokens(torch.randn(10, 1, 4))
+    labels = torch.arange(10) % 2
+    probes = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=128)
+    (same,) = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=10)
+    assert [(probe.blocks, probe.avgpool) for probe in probes] == [(1, False)]
+    assert torch.equal(probes[0].weight, same.weight)
+
+
+X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((X, Y), {"neighbours": (6,)}, "between 1 and the 5 training pictures, got 6"),
+        ((X, Y, X, Y), {"neighbours": (2, 7)}, "between 1 and the 6 training pictures, got 2, 7"),
+        ((X, Y), {"neighbours": (0,)}, "between 1 and"),
+        ((X, Y), {"neighbours": ()}, "between 1 and"),
+        ((X, Y), {"neighbours": (1,), "temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ((X, Y[:5]), {}, r"train must be features \(pictures, dim\) and labels \(pictures,\), got \(6, 4\) and \(5,\)"),
+        ((X, Y, X[0], Y), {}, r"val must be features .* got \(4,\)"),
+        ((X, Y, X[:, :3], Y), {"neighbours": (1,)}, "train has features of 4 dimensions, val of 3"),
+        ((X, Y - 1), {}, "labels of train must be whole numbers from 0 on"),
+        ((X, Y / 2), {}, "labels of train must be whole numbers"),
+        ((X * np.nan, Y), {}, "features of train contain NaN or infinity"),
+    ],
+)
+def test_knn_says_what_does_not_fit(arguments: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        knn(*arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks": (1, 4)}, "class tokens of 3 last blocks, asked for 1, 4"),
+        ({"blocks": (0,)}, "asked for 0"),
+        ({"blocks": (1,), "steps": 0}, "There must be a step"),
+        ({"blocks": (1,), "learning_rates": (0.1, -0.1)}, "learning rates above 0"),
+        ({"blocks": (1,), "labels": Digits.labels[:7]}, "got .* and"),
+    ],
+)
+def test_linear_probes_say_what_does_not_fit(settings: dict[str, Any], message: str) -> None:
+    labels = settings.pop("labels", Digits.labels[:10])
+    with pytest.raises(ValueError, match=message):
+        linear_probes(tokens_of(Digits.pixels[:10]), labels, **settings)
