@@ -351,3 +351,21 @@ def test_elsewhere_a_line_comes_every_30_seconds(monkeypatch: pytest.MonkeyPatch
         clock[0] += 1
         progress(Status(done=second, failures=0, total=1000, resumed=0, seconds=float(second), busy=1.0))
     assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == ["30", "60", "90"]
+
+
+@pytest.mark.parametrize(("given", "arguments", "policy"), [
+    (None, [], "PASSIVE"), ("active", [], "active"), (None, ["--workers", "0"], None),
+])  # fmt: skip
+def test_threads_of_the_model_leave_the_cores_to_decoding(
+    given: str | None, arguments: list[str], policy: str | None, tmp_path: Path
+) -> None:
+    script = (
+        "import os, sys; from dinov2_fast.cli import main; main(sys.argv[1:]); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", script, "extract", str(tmp_path / "none"), "--model", "m", "--out", "o"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=variables | ({"OMP_WAIT_POLICY": given} if given else {}),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(policy)]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2_fast import environment
 from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
@@ -131,6 +132,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Extracts; 0 if every picture has features, 3 if some have not."""
+    if args.workers:
+        environment.let_idle_threads_sleep()
     from dinov2_fast.extraction.inputs import find_pictures
 
     if args.engine == "off" and args.precision == "fp8":
