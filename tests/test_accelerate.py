@@ -19,6 +19,7 @@ from dinov2_fast import accelerate, accelerated, ops, restore
 from dinov2_fast.integrations import blocks as integrated
 from dinov2_fast.integrations.blocks import AcceleratedBlock
 from dinov2_fast.integrations.steps import is_layer_norm
+from tests.devices import runs_triton
 from tests.foreign_models import (
     KINDS,
     SOME,
@@ -185,6 +186,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     assert counts == expected
 
 
+@runs_triton
 def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
     model, untouched = pair(some)
     with torch.no_grad(), dinov2_fast.use_backend("attention=triton,layer_norm=triton,activation=triton"):

@@ -91,7 +91,7 @@ def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Captu
     assert found["results"] == [{"k": k, **as_percent(expected[k])} for k in (10, 20, 100, 200)]
     assert found["train"] == {"folder": train, "pictures": 300, "classes": 10, "failures": 0}
     assert (found["val"]["pictures"], found["temperature"], found["weights"]) == (100, 0.07, checkpoint)
-    assert expected[10].top1 > 0.7
+    assert expected[10].top1 > 0.5  # chance is 0.1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[:2] == [f"{train}: 300 pictures in 10 classes", f"{val}: 100 pictures in 10 classes"]
@@ -127,7 +127,7 @@ def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Ca
         assert row["top1"] == pytest.approx(100 * accuracy.top1, abs=1.01)  # one picture, by rounding
     best = max(range(12), key=lambda row: found["results"][row]["top1"])
     assert found["best"] == found["results"][best]
-    assert found["best"]["top1"] > 70
+    assert found["best"]["top1"] > 60
     assert found["best_on_test"]["top1"] == pytest.approx(100 * probes[best].accuracy(*test).top1, abs=2.01)
 
     lines = capsys.readouterr().out.splitlines()
