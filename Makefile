@@ -4,9 +4,13 @@ WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# The newest torch the package is checked with, in an environment of its own, and the triton that goes with it.
-NEWEST := .venv-torch213
-NEWEST_TORCH := torch==2.13.0 triton==3.7.1
+# The newest torch and transformers that the package is checked with, in an environment of their own, and the triton
+# that goes with them.
+NEWEST := .venv-newest
+NEWEST_VERSIONS := torch==2.13.0 triton==3.7.1 transformers==5.23.0
+# The oldest transformers and timm whose models are accelerated, laid over the reference environment.
+OLDEST := $(VENV)/oldest
+OLDEST_VERSIONS := transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.2 timm==1.0.9
 # Headers that the extension is compiled with (setup.py names the same); none of what pip would bring beside them is used.
 CUTLASS := nvidia-cutlass==4.2.0.0
 CUDA_TESTS := $(addprefix tests/test_,layer_norm.py activation.py linear.py linear_cuda.py cuda_checks.py)
@@ -30,8 +34,8 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-aot test-slow test-newest-torch build test-extension test-cuda-on-host sanitize lint types bench report gpu clean \
-    broken
+.PHONY: setup demo test test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
+    types bench report gpu clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -43,11 +47,16 @@ $(call complete,$(VENV)): $(INPUTS) $(if $(call intact,$(VENV)),,broken)
 	@printf '%s' '$(CURDIR)' > $@
 
 $(call complete,$(NEWEST)): $(INPUTS) Makefile $(if $(call intact,$(NEWEST)),,broken)
-	$(call make_venv,$(NEWEST),$(NEWEST_TORCH))
-	@sed -E '/^(torch|triton|torchvision|timm|xformers)==/d' constraints.txt > $(NEWEST)/constraints.txt
+	$(call make_venv,$(NEWEST),$(NEWEST_VERSIONS))
+	@sed -E '/^(torch|triton|torchvision|timm|xformers|transformers|tokenizers)==/d' constraints.txt > $(NEWEST)/constraints.txt
 	@$(call install,$(NEWEST)) --constraint $(NEWEST)/constraints.txt pip setuptools wheel
-	@$(call install,$(NEWEST)) --constraint $(NEWEST)/constraints.txt --no-build-isolation $(NEWEST_TORCH) --editable '.[test]'
+	@$(call install,$(NEWEST)) --constraint $(NEWEST)/constraints.txt --no-build-isolation $(NEWEST_VERSIONS) --editable '.[test]'
 	@printf '%s' '$(CURDIR)' > $@
+
+$(OLDEST)/.complete: $(call complete,$(VENV)) Makefile
+	@rm -rf $(OLDEST)
+	@$(call install,$(VENV)) --no-deps --target $(OLDEST) $(OLDEST_VERSIONS)
+	@touch $@
 
 demo: setup
 	@$(PY) examples/demo.py
@@ -64,8 +73,11 @@ test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(SLOW)"
 	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)" -k test_golden
 
-test-newest-torch: $(call complete,$(NEWEST))
+test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
+
+test-oldest: $(OLDEST)/.complete
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/test_accelerate*.py
 
 # The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH; only what has changed is
 # compiled again. TORCH_CUDA_ARCH_LIST and MAX_JOBS as for torch's own extensions.

@@ -182,7 +182,10 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     separate = "Dinov2" in some.name
     expected = dict.fromkeys(("layer_norm", "add_layer_norm", "add_residual"), depth)
     expected |= {"attend" if separate else "attend_packed": depth, "linear": depth * (6 if separate else 4)}
-    expected |= {"swiglu" if "swiglu" in some.name or "giant" in some.name else "gelu": depth}
+    if any(name.endswith("gate_proj") for name, _ in model.named_modules()):  # newer transformers: apart, so no SwiGLU
+        expected["linear"] += depth
+    else:
+        expected |= {"swiglu" if "swiglu" in some.name or "giant" in some.name else "gelu": depth}
     assert counts == expected
 
 
@@ -406,7 +409,8 @@ def test_masks_and_settings_of_timm_run_its_own_code() -> None:
     untouched = copy.deepcopy(model)
     accelerate(model)
     mask = torch.ones(26, 26, dtype=torch.bool).tril()
-    for asked in ({"attn_mask": mask}, {"is_causal": True}):
+    takes_masks = "attn_mask" in inspect.signature(untouched.forward_features).parameters  # not in 1.0.9
+    for asked in ({"attn_mask": mask}, {"is_causal": True}) if takes_masks else ():
         with torch.no_grad():
             assert_same(model.forward_features(pictures(), **asked), untouched.forward_features(pictures(), **asked))
     weights: list[Tensor] = []

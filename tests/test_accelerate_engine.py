@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -187,7 +188,9 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
         for each in (model, untouched):
             setattr(each.config, name, True)
         assert_same(model(pictures()), untouched(pictures()))
-    with pytest.raises(ValueError, match="pixel_values"):
+    with pytest.raises((ValueError, AttributeError)) as wanted:  # newer transformers does not check it
+        untouched()
+    with pytest.raises(wanted.type, match=re.escape(str(wanted.value))):
         model()
     assert not answered
 

@@ -32,7 +32,9 @@ class Dinov2Config:
     """Sizes and settings of a Dinov2 model; the arguments and defaults are transformers'.
 
     Besides those: `position_dialect` ("offset", "size", "antialias") sets how positions are resampled; None takes what
-    transformers does for this kind of model. Other keyword arguments are kept as attributes.
+    transformers does for this kind of model. Other keyword arguments are kept as attributes. In training,
+    `hidden_dropout_prob` drops of what is embedded and of what each attention returns, as transformers does up to 5.17
+    at least (5.23 drops the former alone).
 
     Raises:
         ValueError: sizes that do not fit together, or stages that do not exist.
