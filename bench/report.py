@@ -23,6 +23,8 @@ from bench.tables import (
     SETTING,
     Comparison,
     Row,
+    accelerated_peers,
+    accelerated_table,
     commit,
     comparisons,
     facts,
@@ -182,7 +184,19 @@ def _device_section(folder: Path) -> str:
         "These are the rows that most people would run, each implementation in its best mode (in brackets where that "
         f"is not eager); [all that was measured]({place}/README.md).{_floor_and_ceilings(folder)}\n"
     )
+    parts += [f"{sentence}\n" for sentence in [_accelerated(folder)] if sentence]
     return "\n".join(parts)
+
+
+def _accelerated(folder: Path) -> str:
+    """What `accelerate` makes of peers' models, in one sentence; "" if that was not measured."""
+    every = [one for task in PLOTTED for one in comparisons(rows_of(folder, task))]
+    parts = []
+    for peer in accelerated_peers(every):
+        times = [ratio for one in every if (ratio := one.accelerated(peer))]
+        parts.append(f"{peer}'s are {min(times):.2f} to {max(times):.2f} times as fast ({len(times)} rows)")
+    found = " and ".join(parts)
+    return f"Models with our blocks in them, by `dinov2_fast.accelerate(model)`, both eager: {found}." if found else ""
 
 
 def _source(folder: Path, task: str) -> str:
@@ -232,6 +246,8 @@ def _tables(folder: Path, task: str, chosen: list[Comparison]) -> Iterator[str]:
         with_workers = f" with {workers} decoding processes" if workers else ""
         yield f"{description[0].upper()}{description[1:]}{with_workers}. {_source(folder, task)}\n"
         yield table(some, SETTING, share)
+        if accelerated := accelerated_table(some):
+            yield f"With our blocks in them, by `dinov2_fast.accelerate(model)`, both eager:\n\n{accelerated}"
     missing: dict[tuple[str, str], list[str]] = {}
     for row in (row for one in chosen for row in one.rows if row["value"] is None):
         why = " ".join((records.reason(row) or "no reason given").replace("`", "'").split())

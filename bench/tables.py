@@ -14,6 +14,7 @@ from dinov2_fast.configs import BACKBONES
 Row = dict[str, Any]
 
 OURS = "dinov2_fast"
+ACCELERATED = "accelerated-"  # a mode of ours: our blocks in the model of the peer whose name follows
 SETTING = ("model", "resolution", "batch", "output", "precision")  # what is asked of all alike
 HEADINGS = {"resolution": "pixels"}
 PRECISIONS = ("bf16", "autocast-bf16", "fp16", "fp32")  # what most people would run on a device comes first
@@ -39,6 +40,11 @@ class Comparison:
         """The best row that has a value."""
         return self._best(row for row in self.rows if row["implementation"] == implementation)
 
+    def measured(self, implementation: str, mode: str) -> Row | None:
+        """The row of one mode, if it has a value."""
+        rows = (row for row in self.rows if (row["implementation"], row["mode"]) == (implementation, mode))
+        return self._best(rows)
+
     @property
     def peer(self) -> Row | None:
         """The best row of all other implementations."""
@@ -52,10 +58,16 @@ class Comparison:
     @property
     def ratio(self) -> float | None:
         """How many times better ours is than the best peer."""
-        ours, peer = self.best(OURS), self.peer
-        if ours is None or peer is None:
+        return self._times(self.best(OURS), self.peer)
+
+    def accelerated(self, peer: str) -> float | None:
+        """How many times better a peer's model is with our blocks in it than without, both eager."""
+        return self._times(self.measured(OURS, f"{ACCELERATED}{peer}"), self.measured(peer, "eager"))
+
+    def _times(self, ours: Row | None, theirs: Row | None) -> float | None:
+        if ours is None or theirs is None:
             return None
-        return peer["value"] / ours["value"] if self.less_is_better else ours["value"] / peer["value"]
+        return theirs["value"] / ours["value"] if self.less_is_better else ours["value"] / theirs["value"]
 
     @property
     def floor(self) -> float | None:
@@ -129,6 +141,34 @@ def table(chosen: list[Comparison], columns: Iterable[str] = SETTING, share: str
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
     below = ", ".join(f"{_raised(number)} {note}" for note, number in notes.items())
     return f"{text}\n\n{below}\n" if below else f"{text}\n"
+
+
+def accelerated_peers(chosen: Iterable[Comparison]) -> list[str]:
+    """Those whose models were measured with our blocks in them and without."""
+    every = list(chosen)
+    modes = dict.fromkeys(row["mode"] or "" for one in every for row in one.rows)
+    names = (mode.removeprefix(ACCELERATED) for mode in modes if mode.startswith(ACCELERATED))
+    return [name for name in names if any(one.accelerated(name) for one in every)]
+
+
+def accelerated_table(chosen: list[Comparison]) -> str:
+    """Peers' models without and with our blocks in them; "" if none was measured."""
+    peers = accelerated_peers(chosen)
+    if not peers:
+        return ""
+    heads = [HEADINGS.get(key, key) for key in SETTING]
+    for name in peers:
+        heads += [name, "accelerated", "times"]
+    lines = []
+    for one in chosen:
+        if any(one.accelerated(name) for name in peers):
+            cells = [title(one["model"]), *(str(one[key]) for key in SETTING[1:])]
+            for name in peers:
+                rows = one.measured(name, "eager"), one.measured(OURS, f"{ACCELERATED}{name}")
+                cells += [_or_dash(row and row["value"], number) for row in rows]
+                cells.append(_or_dash(one.accelerated(name), "{:.2f}".format))
+            lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def _cell(one: Comparison, implementation: str, notes: dict[str, int]) -> str:

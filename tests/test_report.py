@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bench import records, report
-from bench.tables import comparisons, newest, number, table
+from bench.tables import accelerated_table, comparisons, newest, number, table
 
 ROW = dict.fromkeys(records.KEYS) | {
     "task": "throughput",
@@ -109,6 +109,37 @@ def test_less_is_better_for_times_and_memory() -> None:
         assert (one.ratio, one.floor) == (1.5, 1.5)
         assert "| dinov2_fast | timm | best peer / ours |" in table([one], ["model"])
         assert lines(table([one], ["model"])) == ["| ViT-S/14 | 2.00 (graphs) | 3.00 (compile) | 1.50 | 75% |"]
+
+
+def test_models_with_our_blocks_stand_beside_what_they_are_without(tmp_path: Path) -> None:
+    accelerated = {"mode": "accelerated-timm"}
+    rows = [
+        ROW | {"value": 90.0, "mode": "engine"},
+        ROW | TIMM | {"value": 20.0},
+        ROW | TIMM | {"value": 60.0, "mode": "compile"},
+        ROW | accelerated | {"value": 30.0},
+        *(row | {"batch": 1} for row in (ROW | TIMM | {"value": 10.0}, ROW | accelerated | {"value": 11.0})),
+        ROW | accelerated | {"batch": 2},  # beside nothing
+        ROW | LATENCY | TIMM | {"value": 6.0},
+        ROW | LATENCY | accelerated | {"value": 3.0},
+    ]
+    found = comparisons(rows[:7])
+    assert [(one["batch"], one.accelerated("timm"), one.accelerated("transformers")) for one in found] == [
+        (1, pytest.approx(1.1), None),
+        (2, None, None),
+        (8, 1.5, None),
+    ]
+    assert lines(accelerated_table(found)) == [
+        "| ViT-S/14 | 224 | 1 | all | fp32 | 10.0 | 11.0 | 1.10 |",
+        "| ViT-S/14 | 224 | 8 | all | fp32 | 20.0 | 30.0 | 1.50 |",
+    ]
+    folder = keep(tmp_path / "cpu", *rows)
+    text = report.device_readme(folder)
+    for head in ("pixels | batch | output | precision | timm | accelerated | times |", "| 6.00 | 3.00 | 2.00 |"):
+        assert head in text
+    assert "both eager: timm's are 1.10 to 2.00 times as fast (3 rows)." in report.speed(tmp_path)
+    without = keep(tmp_path / "other" / "cpu", ROW, ROW | TIMM)
+    assert "accelerate" not in report.device_readme(without) + report.speed(without.parent)
 
 
 def test_what_has_no_value_says_why() -> None:
