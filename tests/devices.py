@@ -144,6 +144,16 @@ def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+def assert_compiles_whole(block: Callable[..., Tensor], arguments: Sequence[Tensor]) -> None:
+    """Compiled as one graph, and in inference mode, `block` gives what it gives eagerly."""
+    eager = block(*arguments)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), eager)
+    with torch.inference_mode():
+        assert torch.equal(block(*arguments), eager)
+        torch.testing.assert_close(compiled(*arguments), eager)
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, shift: float = 0.0) -> Tensor:
     """Normal numbers on the device under test, the same on every device."""
     return (scale * torch.randn(*shape) + shift).to(DEVICE, dtype)

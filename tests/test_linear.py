@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast.backends import BackendError, choose
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, poisoned_memory, random, runs_triton, skip_without_opcheck
+from tests.devices import (
+    BACKENDS,
+    DEVICE,
+    assert_compiles_whole,
+    fakes_cuda,
+    poisoned_memory,
+    random,
+    runs_triton,
+    skip_without_opcheck,
+)
 
 op = import_module("dinov2_fast.ops.linear")  # not the function of that name
 E4M3 = torch.float8_e4m3fn
@@ -360,13 +369,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         hidden = op.linear_gelu(residual, weight, bias, backend=backend)
         return op.linear_swiglu(hidden, weight, bias, backend=backend) + residual[..., ::2]
 
-    arguments = random(2, 5, 32), random(32, 32, scale=0.2), random(32)
-    eager = block(*arguments)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), eager)
-    with torch.inference_mode():
-        assert torch.equal(block(*arguments), eager)
-        torch.testing.assert_close(compiled(*arguments), eager)
+    assert_compiles_whole(block, (random(2, 5, 32), random(32, 32, scale=0.2), random(32)))
 
 
 @each_form
@@ -377,11 +380,22 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, form: str) -> None:
         assert _run(form, backend, *operands).dtype == _run(form, "torch", *operands).dtype
 
 
+@each_backend
+def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
+    x, weight, bias = _operands(3, 8, 16, torch.float32)
+    residual, gamma = _stream(x, weight)
+    versions = [residual._version]
+    op.linear_residual_(residual, x, weight, bias, gamma, backend=backend)
+    versions.append(residual._version)
+    op.linear_residual_fp8_(residual, x.to(E4M3), 1.0, weight.to(E4M3), gamma, bias, None, backend=backend)
+    assert versions[0] < versions[1] < residual._version
+
+
 def test_what_was_measured_comes_first(monkeypatch) -> None:
     """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
     for capability, backend in (("AVX512", "onednn"), ("AVX2", "torch")):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        tried = op._onednn(op.linear_onednn), op._torch(op.linear_torch)
+        tried = op.onednn(op.linear_onednn), op._torch(op.linear_torch)
         x, weight, bias = _operands(2, 4, 8, torch.float32)
         x, weight, bias = x.cpu(), weight.cpu(), bias.cpu()
         with torch.no_grad():

@@ -18,8 +18,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast.backends import BackendError, choose
+from dinov2_fast.ops import _linear_cuda
 from tests import reference
-from tests.devices import DEVICE, fakes_cuda, poisoned_memory, random, runs_cuda, skip_without_opcheck
+from tests.devices import (
+    DEVICE,
+    assert_compiles_whole,
+    fakes_cuda,
+    poisoned_memory,
+    random,
+    runs_cuda,
+    skip_without_opcheck,
+)
 from tests.test_linear import (
     E4M3,
     _exact,
@@ -226,12 +235,7 @@ def test_compiled_whole_and_in_inference_mode() -> None:
         hidden = op.linear_gelu(residual, weight, bias, backend="cuda")
         return op.linear_swiglu(hidden, weight, bias, backend="cuda") + residual[..., ::2]
 
-    arguments = [random(*size, dtype=torch.float16) for size in ((2, 5, 32), (32, 32), (32,))]
-    eager = block(*arguments)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), eager)
-    with torch.inference_mode():
-        assert torch.equal(block(*arguments), eager)
+    assert_compiles_whole(block, [random(*size, dtype=torch.float16) for size in ((2, 5, 32), (32, 32), (32,))])
 
 
 @runs_cuda
@@ -411,7 +415,7 @@ def test_the_tile_goes_by_shape() -> None:
 
     if cuda_on_host.reason_against():
         pytest.skip(cuda_on_host.reason_against())
-    arguments = [[rows, features, op._FORMS.index(form), size] for rows, features, form, size, _ in TILES]
+    arguments = [[rows, features, _linear_cuda.FORMS.index(form), size] for rows, features, form, size, _ in TILES]
     # in a process of its own, as torch takes the library's ops once and this one may have the extension
     command = [sys.executable, "-c", CHOOSE, str(cuda_on_host.build()), json.dumps(arguments)]
     chosen = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast.backends import BackendError, choose
 from tests import reference
-from tests.devices import BACKENDS, DEVICE, fakes_cuda, opcheck, poisoned_memory, random, runs_triton
+from tests.devices import (
+    BACKENDS,
+    DEVICE,
+    assert_compiles_whole,
+    fakes_cuda,
+    opcheck,
+    poisoned_memory,
+    random,
+    runs_triton,
+)
 
 op = import_module("dinov2_fast.ops.norm_linear")  # not the function of that name
 EPS = 1e-6
@@ -308,13 +317,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         op.linear_residual_statistics_(stream, statistics, y, weight, bias, bias, backend=backend)
         return op.norm_linear_swiglu(stream, statistics, weight, bias, EPS, backend=backend) + stream[..., ::2]
 
-    arguments = random(2, 5, 72), random(72, 72, scale=0.2), random(72)
-    eager = block(*arguments)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), eager)
-    with torch.inference_mode():
-        assert torch.equal(block(*arguments), eager)
-        torch.testing.assert_close(compiled(*arguments), eager)
+    assert_compiles_whole(block, (random(2, 5, 72), random(72, 72, scale=0.2), random(72)))
 
 
 @each_form

@@ -28,14 +28,8 @@ from torch import Tensor
 
 from dinov2_fast.backends import Op
 from dinov2_fast.ops import _registry
-from dinov2_fast.ops.linear import (
-    HALF,
-    _check,
-    _refuses,
-    _refuses_residual,
-    _swiglu,
-    linear_residual_torch_,
-)
+from dinov2_fast.ops._linear_epilogue import HALF, swiglu
+from dinov2_fast.ops.linear import _check, _refuses, _refuses_residual, linear_residual_torch_
 
 PART = 64  # columns; the kernels' own is in kernels/linear.py
 
@@ -180,7 +174,7 @@ def norm_linear_gelu_torch(x: Tensor, statistics: Tensor, weight: Tensor, bias: 
 
 
 def norm_linear_swiglu_torch(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return _swiglu(_normed(x, statistics, weight, bias, eps)).to(x.dtype)
+    return swiglu(_normed(x, statistics, weight, bias, eps)).to(x.dtype)
 
 
 def linear_residual_statistics_torch_(
