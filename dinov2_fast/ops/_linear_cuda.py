@@ -127,9 +127,6 @@ def _launch(
 def _operand(x: Tensor) -> Tensor:
     """`x` (..., in_features) as rows that TMA can read: they start at multiples of 16 bytes and do not overlap."""
     rows = _cuda.rows(x)
-    starts_aligned = (rows.data_ptr() | rows.stride(0) * rows.itemsize) % 16 == 0
-    return (
-        rows
-        if starts_aligned and rows.stride(0) >= rows.shape[1]
-        else rows.clone(memory_format=torch.contiguous_format)
-    )
+    aligned = (rows.data_ptr() | rows.stride(0) * rows.itemsize) % 16 == 0
+    readable = aligned and rows.stride(0) >= rows.shape[1]
+    return rows if readable else rows.clone(memory_format=torch.contiguous_format)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dinov2_fast.backends import Op
 from dinov2_fast.ops import _registry
-from dinov2_fast.ops._linear_epilogue import HALF, swiglu
+from dinov2_fast.ops._linear_epilogue import HALF, swiglu, was_written
 from dinov2_fast.ops.linear import _check, _refuses, _refuses_residual, linear_residual_torch_
 
 PART = 64  # columns; the kernels' own is in kernels/linear.py
@@ -215,8 +215,7 @@ def _launch_residual_statistics_(
 
     linear_residual_statistics_forward_(residual, statistics, x, weight, bias, gamma)
     for written in (residual, statistics):
-        if not written.is_inference():
-            torch.autograd.graph.increment_version(written)  # so that autograd sees that it was overwritten
+        was_written(written)
 
 
 def _fake(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
