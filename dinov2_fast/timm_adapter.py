@@ -8,6 +8,7 @@ timm is not needed. Parameters have this package's names, and weights in any lay
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
-from dinov2_fast.layers import LayerNorm, check_is_tensor
+from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.position_embeddings import Dialect, _tracing, resample_matrix
 from dinov2_fast.weights import load
 from dinov2_fast.weights.files import open_weights
 
@@ -29,6 +31,10 @@ TAG = ".lvd142m"  # of the weights, which timm's names end with
 TRAINED_SIZE = 518  # pixels that the position table of the published weights is for
 Indices = int | Sequence[int] | None
 
+# Arguments that timm's scripts give: those that say what is so anyway, and those that have to be off.
+IGNORED = ("exportable", "no_jit")
+OFF = ("scriptable", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
+
 
 def create_model(
     model_name: str,
@@ -36,6 +42,8 @@ def create_model(
     checkpoint_path: str | Path | None = None,
     features_only: bool = False,
     out_indices: int | Sequence[int] = 3,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> Any:
     """A DINOv2 by timm's name.
@@ -49,21 +57,25 @@ def create_model(
         checkpoint_path: a file to load afterwards, in any layout.
         features_only: give a `FeatureGetter`, whose forward pass returns feature maps.
         out_indices: its blocks: the last so many, or their indices, which may be negative.
-        **kwargs: arguments of `TimmVisionTransformer`; those that are None count as not given.
+        device, dtype: of the parameters; None for the CPU and float32.
+        **kwargs: arguments of `TimmVisionTransformer`; those that are None count as not given. With `img_size` the
+            published position table, of 518 pixels, is resampled, as `TimmVisionTransformer.set_input_size` does.
 
     Returns:
         A `TimmVisionTransformer` or `FeatureGetter` in training mode.
 
     Raises:
+        TypeError: an argument that this model does not have; the message lists those it has.
         ValueError: timm has no DINOv2 of this name; the message lists the nearest.
         WeightsError: the weights cannot be found, fetched or read.
     """
     config = _find(model_name)
-    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    arguments = _own_arguments(kwargs)
     model = _with_published_weights(config, arguments) if pretrained else _build(config, arguments)
     if checkpoint_path is not None:
         model.load_state_dict(open_weights(Path(checkpoint_path).expanduser()))
         model.loaded_from = str(checkpoint_path)
+    model.to(device=device, dtype=dtype)
     model.default_cfg = model.pretrained_cfg = _data_config(config)
     return FeatureGetter(model, out_indices) if features_only else model
 
@@ -79,8 +91,8 @@ class TimmVisionTransformer(DinoVisionTransformer):
         drop_rate: dropout before the head.
         dynamic_img_size: has no effect, see `create_model`.
         dynamic_img_pad: pad pictures below and on the right to whole patches.
-        **kwargs: arguments of `DinoVisionTransformer`, such as `drop_path_rate`; `img_size` has no effect on published
-            weights, whose position table is for 518 pixels.
+        **kwargs: arguments of `DinoVisionTransformer`, such as `drop_path_rate` or `img_size`, the size in pixels that
+            the position table is for.
     """
 
     def __init__(
@@ -102,7 +114,9 @@ class TimmVisionTransformer(DinoVisionTransformer):
             block.subset_threshold = 1.0  # timm drops branches of single pictures at every rate
         self.num_classes = num_classes
         self.global_pool = _check_pool(global_pool)
+        self.dynamic_img_size = True
         self.dynamic_img_pad = dynamic_img_pad
+        self._set_grid(self.patch_embed.img_size)
         self.in_chans = self.patch_embed.in_chans
         self.head_hidden_size = self.embed_dim
         self.has_class_token = True
@@ -128,6 +142,55 @@ class TimmVisionTransformer(DinoVisionTransformer):
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head.to(self.cls_token.dtype)  # only now, since trunc_normal_ puts outliers into a bfloat16 tensor
+
+    # Positions
+
+    def _set_grid(self, img_size: tuple[int, int]) -> None:
+        """Says in timm's names, and in the reference's, which pictures the position table is for."""
+        embed: Any = self.patch_embed
+        embed.img_size = img_size
+        embed.grid_size = embed.patches_resolution = img_size[0] // self.patch_size, img_size[1] // self.patch_size
+        embed.num_patches = embed.grid_size[0] * embed.grid_size[1]
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Resamples the position table for pictures of another size; the new one is a new parameter.
+
+        The model still takes pictures of every size, whose positions are resampled from the new table.
+
+        Args:
+            img_size: in pixels, an int or (height, width), which may be no square; None leaves it.
+            patch_size: the model's own, or None: there is no resampling of the patch embedding.
+
+        Raises:
+            ValueError: another patch size, or pictures smaller than a patch.
+        """
+        if patch_size is not None and _pair(patch_size) != self.patch_embed.patch_size:
+            raise ValueError(
+                f"patch_size={patch_size} cannot be set: the patch embedding is for patches of {self.patch_size} "
+                "pixels. Resize the pictures instead."
+            )
+        height, width = self.patch_embed.img_size if img_size is None else _pair(img_size)
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
+        if (height // self.patch_size, width // self.patch_size) != self.patch_embed.patches_resolution:
+            with torch.no_grad():
+                table = self.interpolate_pos_encoding(self.pos_embed, height, width)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self._set_grid((height, width))
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """`DinoVisionTransformer.interpolate_pos_encoding`, also from a table that is for no square pictures."""
+        grid = self.patch_embed.patches_resolution
+        if grid[0] == grid[1]:
+            return super().interpolate_pos_encoding(x, w, h)
+        size = w // self.patch_size, h // self.patch_size
+        if not _tracing() and size == grid:  # a graph for any size decides that for each
+            return self.pos_embed.to(x.dtype)
+        how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
+        patches = _resample(self.pos_embed[0, 1:].unflatten(0, grid), size, how).flatten(0, 1)
+        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
 
     # Forward passes
 
@@ -338,6 +401,7 @@ class FeatureGetter(nn.Module):
     """Pictures to a list of feature maps (batch, hidden, rows, columns), of the blocks `out_indices`.
 
     All have the resolution of the patches, as timm's have. `model` loses the blocks and the norm that they do not need.
+    For inference it may be replaced by its engine: ``features.model = optimize_for_inference(features.model)``.
     """
 
     def __init__(
@@ -363,11 +427,26 @@ class FeatureGetter(nn.Module):
 
 def _find(model_name: str) -> BackboneConfig:
     named = {config.timm_name.removesuffix(TAG): config for config in BACKBONES.values()}
-    plain = model_name.removeprefix("timm/").removesuffix(TAG)
+    plain = model_name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/").removesuffix(TAG)
     if plain in named:
         return named[plain]
     near = difflib.get_close_matches(plain, named, n=3, cutoff=0.5) or list(named)
     raise ValueError(f"timm has no DINOv2 called {model_name!r}; did you mean {' or '.join(near)}?")
+
+
+def _own_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that a `TimmVisionTransformer` takes; None, and what is as it should be, is left out."""
+    given = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
+    given = {name: value for name, value in given.items() if value or name not in OFF}
+    signatures = (inspect.signature(kind.__init__) for kind in (TimmVisionTransformer, DinoVisionTransformer))
+    known = [name for signature in signatures for name in signature.parameters if name not in ("self", "kwargs")]
+    unknown = [f"{name}={value!r}" for name, value in given.items() if name not in known]
+    if unknown:
+        raise TypeError(
+            f"create_model has no {', '.join(unknown)}. A model takes {', '.join(known)}. Weights of your own go in as "
+            "checkpoint_path; `dinov2_fast.load` says where published ones are looked for."
+        )
+    return given
 
 
 def _build(config: BackboneConfig, arguments: dict[str, Any]) -> TimmVisionTransformer:
@@ -387,6 +466,7 @@ def _with_published_weights(config: BackboneConfig, arguments: dict[str, Any]) -
     backbone = load(config.name)
     model.load_state_dict(backbone.state_dict(), assign=True)
     model.loaded_from = backbone.loaded_from
+    model.set_input_size(arguments.get("img_size"))
     model.reset_classifier(arguments.get("num_classes", 0))
     return model
 
@@ -426,6 +506,20 @@ def _take_indices(blocks: int, indices: Indices) -> list[int]:
     if not all(-blocks <= i < blocks for i in indices) or not indices:
         raise ValueError(f"The blocks are 0 to {blocks - 1}, or -{blocks} to -1 from the last; got {list(indices)}.")
     return [i % blocks for i in indices]
+
+
+def _resample(table: Tensor, size: tuple[int, int], how: Dialect) -> Tensor:
+    """A table of positions (rows, columns, hidden) with another number of rows and columns, in fp64 where there is."""
+    dtype = torch.float32 if table.device.type == "mps" else torch.float64
+    sizes, grid = (
+        torch.stack([torch.full((), n, dtype=dtype, device=table.device) for n in pair])
+        for pair in (size, table.shape[:2])
+    )
+    steps = grid / (sizes + how.offset * (sizes != grid).any())
+    rows, columns = (
+        resample_matrix(n, old, step, how.antialias) for n, old, step in zip(size, table.shape[:2], steps, strict=True)
+    )
+    return torch.einsum("yr,rxh->yxh", rows, torch.einsum("xc,rch->rxh", columns, table.to(dtype)))
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

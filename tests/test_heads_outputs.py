@@ -218,6 +218,12 @@ def test_depths_are_clamped_before_they_are_resized(backbone: DinoVisionTransfor
     torch.testing.assert_close(model.encode_decode(x, size=(5, 6)), upsample(clamped, (5, 6)))
     meta = [{"ori_shape": (50, 60, 3)}]
     torch.testing.assert_close(model.encode_decode(x, meta), upsample(clamped, (50, 60)))
+    torch.testing.assert_close(model.inference(x, meta, size=(5, 6)), upsample(clamped, (5, 6)))
+    for direction, axis in (("horizontal", 3), ("vertical", 2)):
+        mirrored = [{**meta[0], "flip": True, "flip_direction": direction}]
+        torch.testing.assert_close(model.inference(x, mirrored), upsample(clamped, (50, 60)).flip(axis))
+    with pytest.raises(ValueError, match="no mode 'slide', only whole; slide_inference takes"):
+        model.inference(x, mode="slide")
 
 
 # Segments
@@ -265,6 +271,22 @@ def test_segmenter_by_windows(backbone: DinoVisionTransformer) -> None:
     torch.testing.assert_close(model.slide_inference(x, meta), upsample(total / count, (30, 40)), **EXACT)
     with pytest.raises(ValueError, match="no mode 'whales'; choose one of slide, whole"):
         model.inference(x, mode="whales")
+
+
+def test_what_mmsegmentation_says_of_a_picture(backbone: DinoVisionTransformer) -> None:
+    """Padding below and on the right is cut off, and what was a mirror image is mirrored back."""
+    head = make(LinearSegmentationHead(D, 1, 3))
+    model = hub.Segmenter(backbone, head, [11], crop_size=(28, 42), stride=(20, 30))
+    x = pictures(45, 64)
+    meta = {"ori_shape": (30, 40, 3), "img_shape": (42, 60, 3)}
+    for mode, logits in (("whole", segmentation_logits(head, backbone, x, 1)), ("slide", model.slide_inference(x))):
+        wanted = F.softmax(upsample(logits[:, :, :42, :60], (30, 40)), 1)
+        for flip, axis in ((None, None), ("horizontal", 3), ("vertical", 2)):
+            metas = [{**meta, "flip": flip is not None, "flip_direction": flip}] * 2
+            mirrored = wanted if axis is None else wanted.flip(axis)
+            torch.testing.assert_close(model.inference(x, metas, mode=mode), mirrored, **EXACT)
+        unscaled = model.inference(x, [{**meta, "flip": True}] * 2, rescale=False, mode=mode)
+        torch.testing.assert_close(unscaled, F.softmax(logits, 1).flip(3), **EXACT)
 
 
 def test_depth_by_windows_is_the_whole_of_a_picture_that_fits_in_one(backbone: DinoVisionTransformer) -> None:
@@ -326,6 +348,20 @@ def test_the_engine_can_be_the_backbone(backbone: DinoVisionTransformer, name: s
         wanted = model(x)
         model.backbone = optimize_for_inference(model.backbone)
         torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_that_were_not_normalised_are_not_padded(backbone: DinoVisionTransformer) -> None:
+    """The engine takes them, but zero is black in them, and the mean once they are normalised."""
+    model = hub.Segmenter(backbone, make(LinearSegmentationHead(D, 1, 7)), [11]).float()
+    model.backbone = optimize_for_inference(model.backbone)
+    pixels = torch.randint(256, (1, 3, 42, 70), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), model((pixels / 255 - mean) / std), atol=1e-4, rtol=1e-4)
+        with pytest.raises(
+            TypeError, match=r"\(42, 69\) pixels are padded with zeros .* these are torch.uint8: normalise"
+        ):
+            model(pixels[..., :69])
 
 
 def test_readmes_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

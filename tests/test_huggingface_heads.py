@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
+import dinov2_fast
+from dinov2_fast import optimize_for_inference
 from dinov2_fast.huggingface import BackboneOutput, ImageClassifierOutput
-from tests.huggingface_peers import FAMILIES, Pair, assert_close, both, make_pair, pictures
+from tests.huggingface_peers import (
+    FAMILIES,
+    TOLERANCE,
+    Pair,
+    assert_close,
+    both,
+    fill_like_trained,
+    make_pair,
+    pictures,
+)
+from tests.readme import example
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -128,6 +141,16 @@ def test_feature_maps(backbone: Pair, indices: list[int], norm: bool, reshape: b
     assert all(maps.is_contiguous() for maps in ours.feature_maps)
 
 
+@pytest.mark.parametrize("size", [(60, 75), (14, 27), (98, 42)], ids=str)
+@pytest.mark.parametrize("features", [["stem", "stage2"], ["stage3"]], ids=str)
+def test_feature_maps_of_any_size(backbone: Pair, features: list[str], size: tuple[int, int]) -> None:
+    for side in backbone:
+        side.out_features = features
+    ours, theirs = both(backbone, pictures(*size))
+    assert_close(ours.feature_maps, theirs.feature_maps)
+    assert [tuple(maps.shape[2:]) for maps in ours.feature_maps] == [(size[0] // 14, size[1] // 14)] * len(features)
+
+
 def test_backbone_gives_states_attentions_and_tuples_as_transformers(backbone: Pair) -> None:
     for side in backbone:
         side.out_features = ["stage1"]
@@ -149,6 +172,69 @@ def test_backbone_attributes(backbone: Pair) -> None:
         assert getattr(backbone.ours, name) == getattr(backbone.theirs, name), name
     ours, x = backbone.ours, pictures(56)
     assert_close(ours.forward_with_filtered_kwargs(x).feature_maps, ours(x).feature_maps, 0.0)
+    ours.out_features = []
+    assert ours(x).feature_maps == ()
+
+
+# Inside transformers' own models for depth and segmentation
+
+
+def depth_anything(config: Any, **kwargs: Any) -> nn.Module:
+    kwargs |= {"reassemble_hidden_size": 128, "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16}
+    return transformers.DepthAnythingForDepthEstimation(
+        transformers.DepthAnythingConfig(backbone_config=config, head_hidden_size=8, patch_size=14, **kwargs)
+    )
+
+
+def dpt(config: Any, **kwargs: Any) -> nn.Module:
+    kwargs |= {"hidden_size": 128, "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16, "image_size": 98}
+    return transformers.DPTForDepthEstimation(transformers.DPTConfig(backbone_config=config, **kwargs))
+
+
+def upernet(config: Any, **kwargs: Any) -> nn.Module:
+    kwargs |= {"hidden_size": 16, "auxiliary_channels": 8, "auxiliary_in_channels": 128, "num_labels": 5}
+    return transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=config, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("family", "make", "reshaped"),
+    [
+        ("Dinov2", depth_anything, False),  # these two take a CLS token and patches, no registers
+        ("Dinov2", dpt, False),
+        ("Dinov2", upernet, True),
+        ("Dinov2WithRegisters", upernet, True),
+    ],
+)
+def test_a_model_of_transformers_on_this_backbone(family: str, make: Any, reshaped: bool) -> None:
+    stages = {"num_hidden_layers": 4, "out_indices": [1, 2, -2, -1], "reshape_hidden_states": reshaped}
+    pair = make_pair(family, "Backbone", **stages)
+    model = make(pair.theirs.config, attn_implementation="eager").eval()
+    fill_like_trained(model)
+    [part for part in model.modules() if isinstance(part, nn.Conv2d)][-1].bias.data.fill_(1.0)  # a ReLU follows
+    pair.ours.load_state_dict(model.backbone.state_dict())
+    x, asked = pictures(70, 98), {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = model(x, **asked)
+        for backbone in (pair.ours, optimize_for_inference(pair.ours, "fp32")):
+            model.backbone = backbone
+            found = model(x, **asked)
+            assert list(found) == list(expected)
+            tolerance = TOLERANCE * max(1.0, expected[0].abs().max().item())
+            assert_close(found.to_tuple(), expected.to_tuple(), tolerance)
+            assert expected[0].std() > 100 * tolerance
+
+
+@torch.no_grad()
+def test_readmes_example() -> None:
+    config = make_pair("Dinov2", "Backbone", num_hidden_layers=4, out_indices=[1, 2, 3, 4]).theirs.config
+    config.reshape_hidden_states = False
+    names: dict[str, Any] = {"dinov2_fast": dinov2_fast, "depth_model": depth_anything(config).eval()}
+    fill_like_trained(names["depth_model"])
+    x = pictures(70, 98)
+    expected = names["depth_model"](x).predicted_depth
+    exec(example("depth_model.backbone = "), names)
+    assert isinstance(names["depth_model"].backbone, dinov2_fast.Dinov2Backbone)
+    assert_close(names["depth_model"](x).predicted_depth, expected)
 
 
 def test_backbone_stops_after_the_last_stage_asked_for(backbone: Pair) -> None:

@@ -158,6 +158,79 @@ def test_a_timm_model_of_another_size(pair: Pair) -> None:
     assert_close(pair.ours(x), theirs(x))
 
 
+# Sizes of the position table
+
+TABLES = [98, (70, 98), (28, 112)]  # the last has as many patches as a square picture of 56 pixels
+
+
+@pytest.mark.parametrize("img_size", TABLES, ids=str)
+@torch.no_grad()
+def test_set_input_size(img_size: Any) -> None:
+    pair = make_pair(NAMES[1], num_classes=5)
+    for model in pair:
+        model.set_input_size(img_size, patch_size=14)
+    assert_same_table(pair)
+    for size in ((70, 98), (98, 98), (56, 56), (28, 112)):
+        x = pictures(*size, batch=1)
+        assert_close(pair.ours(x), pair.theirs(x))
+    for model in pair:
+        model.set_input_size((56, 84))
+        model.set_input_size()
+    assert_same_table(pair)
+    x = pictures(56, 84)
+    assert_close(pair.ours.forward_intermediates(x), pair.theirs.forward_intermediates(x))
+
+
+def assert_same_table(pair: Pair) -> None:
+    for name in ("img_size", "grid_size", "num_patches"):
+        assert getattr(pair.ours.patch_embed, name) == getattr(pair.theirs.patch_embed, name), name
+    weights = convert_state_dict(pair.ours.state_dict(), to="timm")
+    assert_close(weights, dict(pair.theirs.state_dict()))
+    assert isinstance(pair.ours.pos_embed, torch.nn.Parameter)
+    assert pair.ours.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("img_size", TABLES, ids=str)
+def test_weights_trained_at_another_size(img_size: Any) -> None:
+    """Both are made for that size: the weights load, and training finds the same gradients at other sizes, too."""
+    pair = make_pair(NAMES[1], num_classes=5, img_size=img_size)
+    x = pictures(42, 70)
+    for model in pair:
+        model(x).square().sum().backward()
+    gradients = pair.ours.pos_embed.grad[:, 1:], pair.theirs.pos_embed.grad
+    assert gradients[1].abs().max() > 0.05
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_a_table_that_is_not_resampled_stays_the_same_parameter() -> None:
+    model = create_model(NAMES[0], **SMALL, img_size=(70, 98))
+    model.pos_embed.requires_grad_(False)
+    before = model.pos_embed
+    for img_size in (None, (70, 98), (83, 99)):  # 83 and 99 pixels have as many whole patches
+        model.set_input_size(img_size)
+        assert model.pos_embed is before
+    model.set_input_size(56)
+    assert not model.pos_embed.requires_grad
+
+
+def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = create_model(NAMES[1], **SMALL, img_size=(70, 98)).eval(), pictures(28, 42)
+    compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for picture in (x, pictures(70, 98)):
+            assert_close(compiled(picture), model.forward_features(picture))
+        exact = model.interpolate_pos_encoding(x, 28, 42)
+        with torch.autocast("cpu"):
+            assert torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
+        for name in ("antialias", "size", "offset"):
+            model.position_dialect = name
+            assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
+            with monkeypatch.context() as patch:
+                patch.setattr("dinov2_fast.timm_adapter._tracing", lambda: True)  # nothing is decided for one size
+                assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
+        assert not torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
+
+
 # Feature maps
 
 
@@ -224,6 +297,7 @@ def test_attributes(pair: Pair) -> None:
         "has_class_token",
         "in_chans",
         "grad_checkpointing",
+        "dynamic_img_size",
         "feature_info",
     ):
         assert getattr(pair.ours, name) == getattr(pair.theirs, name), name
@@ -381,11 +455,13 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     assert attempts == []
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch14_dinov2", "timm/vit_tiny_patch14_dinov2.lvd142m"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch14_dinov2", "timm/vit_tiny_patch14_dinov2.lvd142m", "hf-hub:timm/vit_tiny_patch14_dinov2"]
+)
 def test_published_weights(name: str, places: Places) -> None:
     weights = tiny_weights(2)
     path = write(weights, places.cache / "dinov2_vitt14_pretrain.pth")
-    model = create_model(name, pretrained=True, drop_path_rate=0.5, img_size=28)
+    model = create_model(name, pretrained=True, drop_path_rate=0.5)
     assert_same(model.state_dict(), weights)
     assert model.training
     assert model.loaded_from == str(path)
@@ -394,6 +470,18 @@ def test_published_weights(name: str, places: Places) -> None:
     x = pictures(42, 56)
     same = load(TINY, dialect="antialias")
     assert_close(model.eval()(x), same(x))
+
+
+@torch.no_grad()
+def test_published_weights_for_pictures_of_another_size(places: Places) -> None:
+    write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
+    model = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(28, 42)).eval()
+    assert model.pos_embed.shape[1] == 1 + 2 * 3
+    x = pictures(28, 42)
+    assert_close(model(x), load(TINY, dialect="antialias")(x))
+    again = create_model("vit_tiny_patch14_dinov2", img_size=(28, 42)).eval()
+    again.load_state_dict(model.state_dict())
+    assert_close(again(x), model(x))
 
 
 def test_published_weights_with_a_new_classifier(places: Places) -> None:
@@ -426,7 +514,17 @@ def test_errors() -> None:
         create_model(NAMES[0], **SMALL, global_pool="map")
     with pytest.raises(ValueError, match="no block chunks"):
         create_model(NAMES[0], **SMALL, block_chunks=2)
+    with pytest.raises(
+        TypeError, match=r"no patch_drop_rate=0.1, class_token=False. A model takes num_classes, .*depth"
+    ):
+        create_model(NAMES[0], **SMALL, patch_drop_rate=0.1, class_token=False)
+    with pytest.raises(TypeError, match=r"no pretrained_cfg_overlay={'file': 'a.bin'}.* go in as checkpoint_path"):
+        create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"file": "a.bin"})
     model = create_model(NAMES[0], **SMALL, num_classes=None)
+    with pytest.raises(ValueError, match=r"patch_size=16 cannot be set: the patch embedding is for patches of 14"):
+        model.set_input_size(224, patch_size=16)
+    with pytest.raises(ValueError, match=r"img_size=\(28, 13\) is smaller than one patch of 14 pixels"):
+        model.set_input_size((28, 13))
     x = pictures(28, 28)
     with pytest.raises(ValueError, match="The blocks are 0 to 3, or -4 to -1 from the last; got"):
         model.forward_intermediates(x, indices=[4])
@@ -444,6 +542,21 @@ def test_errors() -> None:
         model(pictures(30, 28))
     with pytest.raises(TypeError, match="takes a tensor"):
         model.forward_intermediates([x])
+
+
+def test_what_timms_scripts_give_by_default_is_taken() -> None:
+    """As timm's train.py calls it, with everything that its command line leaves as it is."""
+    unset = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps", "in_chans"))
+    flags = {"scriptable": False, "exportable": True, "no_jit": True, "patch_drop_rate": 0.0}
+    model = create_model(NAMES[0], pretrained=False, **SMALL, num_classes=5, drop_rate=0.0, **unset, **flags)
+    assert model(pictures(28, 28)).shape == (2, 5)
+    with pytest.raises(TypeError, match="no scriptable=True"):
+        create_model(NAMES[0], **SMALL, scriptable=True)
+
+
+def test_device_and_dtype() -> None:
+    model = create_model(NAMES[0], **SMALL, num_classes=5, device="meta", dtype=torch.bfloat16)
+    assert {(str(p.device), p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_timm_is_not_needed() -> None:

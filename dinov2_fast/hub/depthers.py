@@ -15,7 +15,7 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
 from dinov2_fast.hub.depth_heads import DPTHead, LinearDepthHead
-from dinov2_fast.hub.pixels import EncoderDecoder, resize, slide
+from dinov2_fast.hub.pixels import EncoderDecoder, mirror_back, resize, slide
 
 # The four blocks whose tokens the heads take, by the number of blocks.
 FOUR_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
@@ -72,6 +72,19 @@ class DepthEstimator(EncoderDecoder):
     ) -> Tensor:
         """`encode_decode`; the reference's notebook calls this name."""
         return self.encode_decode(img, img_meta, rescale, size)
+
+    def inference(
+        self,
+        img: Tensor,
+        img_meta: Sequence[Mapping[str, Any]] | None = None,
+        rescale: bool = True,
+        size: Sequence[int] | None = None,
+        mode: str = "whole",
+    ) -> Tensor:
+        """`whole_inference`; the depths of mirror images ("flip" in `img_meta`) are mirrored back."""
+        if mode != "whole":
+            raise ValueError(f"There is no mode {mode!r}, only whole; slide_inference takes windows of a given size.")
+        return mirror_back(self.whole_inference(img, img_meta, rescale, size), img_meta)
 
     def slide_inference(
         self,

@@ -6,7 +6,7 @@ name in mmsegmentation, which the reference's segmenters are of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,6 +31,16 @@ class CenterPadding(nn.Module):
 def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Maps (batch, channels, height, width) at another size (height, width), bilinearly."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
+    """Maps (batch, channels, height, width), mirrored if the first of `img_meta` says that the pictures were ("flip").
+
+    It says how as "flip_direction", "horizontal" if it does not, or "vertical".
+    """
+    if img_meta is None or not img_meta[0].get("flip"):
+        return x
+    return x.flip(2 if img_meta[0].get("flip_direction") == "vertical" else 3)
 
 
 class EncoderDecoder(nn.Module):
@@ -64,7 +74,13 @@ class EncoderDecoder(nn.Module):
         return self.encode_decode(img)
 
     def _pad(self, img: Tensor) -> Tensor:
-        return CenterPadding(self.backbone.patch_size)(img)
+        padded = CenterPadding(self.backbone.patch_size)(img)
+        if padded.shape != img.shape and not img.is_floating_point():
+            raise TypeError(
+                f"Pictures of {tuple(img.shape[-2:])} pixels are padded with zeros to multiples of "
+                f"{self.backbone.patch_size} once they are normalised, and these are {img.dtype}: normalise them first."
+            )
+        return padded
 
 
 def slide(

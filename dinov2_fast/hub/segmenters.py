@@ -2,6 +2,11 @@
 
 The reference publishes these heads as files of mmsegmentation, of which nothing is needed here. Source:
 facebookresearch/dinov2, dinov2/eval/segmentation; Oquab et al., arXiv:2304.07193, section 7.4.
+
+The heads were tested on pictures resized to a shorter side of 512 pixels ("linear") or 640 ("ms", for multi-scale). For
+the latter the reference takes the mean of the probabilities at 1, 1.32, 1.73, 2.28 and 3 times that size, each also of
+the mirror image. A `Segmenter` takes pictures as they are given, once, also with an "ms" head: that mean is left to its
+caller, with `img_meta` to bring the probabilities of all to the size and the side of the picture.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from torch import Tensor, nn
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
-from dinov2_fast.hub.pixels import EncoderDecoder, resize, slide
+from dinov2_fast.hub.pixels import EncoderDecoder, mirror_back, resize, slide
 
 CLASSES = {"ADE20K": 150, "VOC2012": 21}
 
@@ -82,7 +87,10 @@ class Segmenter(EncoderDecoder):
     def whole_inference(
         self, img: Tensor, img_meta: Sequence[Mapping[str, Any]] | None = None, rescale: bool = True
     ) -> Tensor:
-        """`encode_decode`; with `rescale`, of the size that the first of `img_meta` has as "ori_shape"."""
+        """`encode_decode`; with `rescale`, of the size that the first of `img_meta` has as "ori_shape".
+
+        If it has "img_shape", too, pixels below and right of that are padding, which is cut off before.
+        """
         return _rescale(self.encode_decode(img), img_meta if rescale else None)
 
     def slide_inference(
@@ -98,15 +106,21 @@ class Segmenter(EncoderDecoder):
         rescale: bool = True,
         mode: str = "slide",
     ) -> Tensor:
-        """The probabilities of the classes, (batch, classes, height, width), by windows or ("whole") as a whole."""
+        """The probabilities of the classes, (batch, classes, height, width), by windows or ("whole") as a whole.
+
+        Those of mirror images, which the first of `img_meta` tells as "flip" and "flip_direction", are mirrored back.
+        """
         if mode not in ("slide", "whole"):
             raise ValueError(f"There is no mode {mode!r}; choose one of slide, whole.")
         infer = self.slide_inference if mode == "slide" else self.whole_inference
-        return infer(img, img_meta, rescale).softmax(dim=1)
+        return mirror_back(infer(img, img_meta, rescale).softmax(dim=1), img_meta)
 
 
 def _rescale(logits: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
-    return logits if img_meta is None else resize(logits, img_meta[0]["ori_shape"][:2])
+    if img_meta is None:
+        return logits
+    height, width = img_meta[0].get("img_shape", logits.shape[2:])[:2]
+    return resize(logits[:, :, :height, :width], img_meta[0]["ori_shape"][:2])
 
 
 def make_segmenter(
@@ -136,7 +150,7 @@ def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
 
     Args:
         layers: of how many last blocks it takes the patch tokens: 1, the head that is published as "linear", or 4, the
-            one published as "ms", with which the reference also averages over sizes and mirror images.
+            one published as "ms".
         pretrained: load the published weights, of the backbone and of the head; otherwise initialise at random.
         weights: what the head was trained on, "ADE20K" or "VOC2012".
         **kwargs: as for the backbone's entry point.

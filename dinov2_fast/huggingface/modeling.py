@@ -290,7 +290,7 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
         wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
         stages = [self.stage_names.index(name) for name in self.out_features]
         kept = range(len(self.stage_names)) if wanted.hidden_states else stages
-        needed = None if wanted.hidden_states or wanted.attentions else max(stages)
+        needed = None if wanted.hidden_states or wanted.attentions else max(stages, default=0)
         _, hidden_states, attentions = self.encode(self.embed(pixel_values), kept, wanted.attentions, blocks=needed)
         assert pixel_values is not None  # else `embed` raised
         output = BackboneOutput(

@@ -24,6 +24,7 @@ from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
 from dinov2_fast.ops.patches import fold_normalization
+from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
 CACHED_SIZES = 16  # sizes of pictures whose position embeddings are kept
@@ -119,7 +120,7 @@ def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
 
 
 class FoldedBackbone(DinoVisionTransformer):
-    """What a folded backbone of either face does differently; see :func:`fold_backbone`.
+    """What a folded backbone of any face does differently; see :func:`fold_backbone`.
 
     `cls_only` says whether a call that needs the CLS token alone runs the last block for it alone.
     """
@@ -252,10 +253,41 @@ class FoldedEncoder(FoldedBackbone, Dinov2PreTrainedBackbone):
         return self._run_for_cls(x) if self.cls_only else self._run_blocks(x), {}, None
 
 
+class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
+    """timm's face."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pictures as tokens, by the name that the Hugging Face face has for it."""
+        return self._embed(x)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        check_is_tensor(x)
+        padded = self.dynamic_img_pad and any(size % self.patch_size for size in x.shape[-2:])
+        if padded and x.dtype == torch.uint8:
+            raise ValueError(
+                f"uint8 pictures of {tuple(x.shape[-2:])} pixels cannot be padded to multiples of {self.patch_size}: "
+                "timm pads after normalising. Give normalised pictures, or other sizes."
+            )
+        return super()._embed(x)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
+        if not self.cls_only:
+            return super().forward(x, attn_mask, is_causal)
+        _refuse_masks(attn_mask, is_causal)
+        return self.forward_head(self.norm(self._run_for_cls(self._embed(x))))
+
+    def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("This changes the model: call it there, and the engine will follow.")
+
+    reset_classifier = set_input_size = prune_intermediate_layers = _refuse_surgery
+
+
 @cache
 def _folded_class(kind: Any) -> type[FoldedBackbone]:
     if kind is DinoVisionTransformer:
         return FoldedVisionTransformer
+    if kind is TimmVisionTransformer:
+        return FoldedTimmVisionTransformer
     return type(f"Folded{kind.__name__}", (FoldedEncoder, kind), {})
 
 
@@ -268,7 +300,7 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
     kind: Any = type(model)
     made = hollow(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}
-    made.cls_only = plan.outputs == "cls" or (plan.outputs == "auto" and not isinstance(model, Dinov2Model))
+    made.cls_only = plan.outputs == "cls" or (plan.outputs == "auto" and _gives_cls_alone(model))
     for name in ("cls_token", "pos_embed", "register_tokens", "mask_token"):
         tensor = getattr(model, name)
         if tensor is not None:
@@ -279,11 +311,16 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
     made.blocks = nn.ModuleList(_fold_blocks(model, plan))
     made.chunked_blocks = False
     for name, child in model.named_children():
-        if name == "norm" and type(child) in (LayerNorm, nn.LayerNorm):
-            made.norm = FoldedNorm(child, name, plan.dtype, plan.stream)
+        if name in ("norm", "fc_norm") and type(child) in (LayerNorm, nn.LayerNorm):
+            made.add_module(name, FoldedNorm(child, name, plan.dtype, plan.stream))
         elif name not in ("patch_embed", "blocks"):
             made.add_module(name, frozen(child, plan.dtype))
     return made
+
+
+def _gives_cls_alone(model: DinoVisionTransformer) -> bool:
+    """Whether what a plain call returns is made of the CLS token alone."""
+    return not isinstance(model, Dinov2Model) and getattr(model, "global_pool", "token") == "token"
 
 
 def _fold_blocks(model: DinoVisionTransformer, plan: Plan) -> list[FoldedBlock]:

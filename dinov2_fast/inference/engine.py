@@ -24,6 +24,7 @@ from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import Watch
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._registry import refuses_e4m3
+from dinov2_fast.timm_adapter import TimmVisionTransformer
 
 # The dtype of activations and outputs.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -37,6 +38,7 @@ BACKBONES = (
     huggingface.Dinov2WithRegistersModel,
     huggingface.Dinov2Backbone,
     huggingface.Dinov2WithRegistersBackbone,
+    TimmVisionTransformer,
 )
 CLASSIFIERS = (huggingface.Dinov2ForImageClassification, huggingface.Dinov2WithRegistersForImageClassification)
 
@@ -66,8 +68,8 @@ def optimize_for_inference(
             is bf16 with e4m3 operands in the linears of the blocks, whose errors are several times larger:
             `Engine.calibrate` fits it to pictures, and `Engine.report` shows what it costs there.
         outputs: "auto" runs the last block for the CLS token alone where a call returns nothing else, which is the
-            reference's ``model(x)``. "cls" does so in the Hugging Face face too, whose outputs then have
-            `pooler_output` and no `last_hidden_state`. "all" never does.
+            reference's ``model(x)``, and timm's where it pools the CLS token. "cls" does so in the Hugging Face face,
+            too, whose outputs then have `pooler_output` and no `last_hidden_state`. "all" never does.
         residual: "fp32" keeps the residual stream in fp32, "same" in the dtype of `precision`. In fp32 the errors of a
             bf16 engine were a quarter smaller (random weights with outliers, 4 blocks), for more memory traffic;
             outputs before the last norm are fp32 then.
@@ -242,7 +244,7 @@ class Engine(nn.Module):
         return BaseModelOutputWithPooling({key: output[key] for key in output if key != "last_hidden_state"})
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        """`DinoVisionTransformer.forward_features`."""
+        """`forward_features` of the model's class."""
         return self._call("forward_features", args, kwargs)
 
     def forward_features_list(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,8 +265,16 @@ class Engine(nn.Module):
         return self._call("cls_tokens", (pictures,), {})
 
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """`DinoVisionTransformer.get_intermediate_layers`."""
+        """`get_intermediate_layers` of the model's class."""
         return self._call("get_intermediate_layers", args, kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """`TimmVisionTransformer.forward_intermediates`; models of other classes have none."""
+        return self._call("forward_intermediates", args, kwargs)
+
+    def forward_head(self, *args: Any, **kwargs: Any) -> Any:
+        """`TimmVisionTransformer.forward_head`; models of other classes have none."""
+        return self._call("forward_head", args, kwargs)
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.compiler.is_compiling() and self._watch.changed():
@@ -393,7 +403,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def _fold(model: Any, plan: Plan) -> Any:
-    """The folded model of either face."""
+    """The folded model of any face."""
     refuse_hooks(model)
     if isinstance(model, DinoVisionTransformer):
         return fold_backbone(model, plan)
@@ -422,7 +432,7 @@ def _check_model(model: nn.Module, outputs: str) -> None:
         )
     if model.training:
         raise ValueError("The model is in training mode, in which it drops paths and activations: call model.eval().")
-    if outputs == "cls" and type(model) not in BACKBONES[:3]:
+    if outputs == "cls" and type(model) not in BACKBONES[:3] and getattr(model, "global_pool", None) != "token":
         raise ValueError(f"A {type(model).__name__} needs the tokens of all patches: outputs='cls' is not for it.")
 
 
