@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from dinov2_fast import backends, layouts
 from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
-from dinov2_fast.position_embeddings import DIALECTS, Dialect, dialect, is_native, resample_position_embeddings
+from dinov2_fast.position_embeddings import (
+    DIALECTS,
+    Dialect,
+    Grid,
+    dialect,
+    is_native,
+    resample_position_embeddings,
+    square_grid,
+)
 
 
 class BlockChunk(nn.Sequential):
@@ -212,12 +220,16 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
         """
-        rows, columns = w // self.patch_size, h // self.patch_size
-        if is_native(self.pos_embed[0, 1:], rows, columns):
+        rows, columns, grid = w // self.patch_size, h // self.patch_size, self._position_grid()
+        if is_native(rows, columns, grid):
             return self.pos_embed.to(x.dtype)
         how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
-        patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how)
+        patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
+
+    def _position_grid(self) -> Grid:
+        """Rows and columns of the position table."""
+        return square_grid(self.pos_embed[0, 1:])
 
     # From pictures to tokens
 

@@ -8,7 +8,7 @@ people use do that differently; the results agree only at the trained size:
     "antialias"  every model with registers, and all of timm's: the output size, with antialiasing
 
 Bicubic resampling is separable and linear, so the new table is ``W_h @ table @ W_w^T`` with one row of weights for
-each output position (:func:`resample_matrix`). That is exact, differentiable, exports to any format as standard
+each output position (:func:`_resample_matrix`). That is exact, differentiable, exports to any format as standard
 operators, and runs where torch has no bicubic kernel.
 
 Kernels: Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -0.75 without and a = -0.5
@@ -48,25 +48,29 @@ def dialect(name: str) -> Dialect:
     return DIALECTS[name]
 
 
-def resample_position_embeddings(table: Tensor, height: int, width: int, dialect: Dialect) -> Tensor:
-    """Resamples the table of a square grid to `height` x `width` patches.
+Grid = tuple[int, int]  # rows and columns of positions
+
+
+def resample_position_embeddings(
+    table: Tensor, height: int, width: int, dialect: Dialect, grid: Grid | None = None
+) -> Tensor:
+    """Resamples the table to `height` x `width` patches.
 
     Args:
-        table: (positions, hidden) of a square grid in row-major order.
+        table: (positions, hidden) in row-major order.
         height, width: the new grid, in patches; may be symbolic under tracing.
         dialect: how.
+        grid: the grid of the table; None if it is square.
 
     Returns:
         (height * width, hidden) in float32, or float64 if the table is; at the native grid the table itself.
 
     Raises:
-        ValueError: `table` is no square grid.
+        ValueError: `table` has another number of positions than its grid.
     """
-    grid = round(int(table.shape[0]) ** 0.5)
-    if grid * grid != table.shape[0]:
-        raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
+    grid = grid or square_grid(table)
     table = table if table.dtype == torch.float64 else table.float()
-    if is_native(table, height, width):
+    if is_native(height, width, grid):
         return table
     make = _matrices if _tracing() or type(table) is not torch.Tensor else _cached_matrices
     rows, columns = make(height, width, grid, dialect, table.device)
@@ -74,9 +78,21 @@ def resample_position_embeddings(table: Tensor, height: int, width: int, dialect
     return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
 
 
-def is_native(table: Tensor, height: int, width: int) -> bool:
+def square_grid(table: Tensor) -> Grid:
+    """The grid of a table (positions, hidden) of a square one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    side = round(int(table.shape[0]) ** 0.5)
+    if side * side != table.shape[0]:
+        raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
+    return side, side
+
+
+def is_native(height: int, width: int, grid: Grid) -> bool:
     """Whether `height` x `width` is the table's own grid; False while a graph for any size is traced."""
-    return not _tracing() and height == width and height * width == table.shape[0]
+    return not _tracing() and (height, width) == grid
 
 
 def _tracing() -> bool:
@@ -88,9 +104,9 @@ def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     if table.device.type != "meta" and torch.is_autocast_enabled(table.device.type):
         with torch.autocast(table.device.type, enabled=False):
             return _apply(rows, columns, table)
-    grid, hidden = rows.shape[1], table.shape[1]
-    partial = rows @ table.reshape(grid, grid * hidden)  # (height, grid * hidden)
-    return (columns @ partial.reshape(-1, grid, hidden)).reshape(-1, hidden)
+    hidden = table.shape[1]
+    partial = rows @ table.reshape(rows.shape[1], -1)  # (height, columns of the grid * hidden)
+    return (columns @ partial.reshape(-1, columns.shape[1], hidden)).reshape(-1, hidden)
 
 
 _CACHE: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
@@ -98,7 +114,7 @@ _CACHE_SIZE = 256
 
 
 def _cached_matrices(
-    height: int, width: int, grid: int, dialect: Dialect, device: torch.device
+    height: int, width: int, grid: Grid, dialect: Dialect, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_matrices`, kept for each size and device; a few kilobytes each."""
     key = (height, width, grid, dialect, device)
@@ -111,22 +127,25 @@ def _cached_matrices(
     return found
 
 
-def _matrices(height: int, width: int, grid: int, dialect: Dialect, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The matrices of both axes, (height, grid) and (width, grid).
+def _matrices(height: int, width: int, grid: Grid, dialect: Dialect, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices of both axes, (height, rows of the grid) and (width, columns of the grid).
 
     At the native grid the table is taken as it is in every dialect, so there the offset does not count. Written with
     tensor operations only, so that a traced graph decides it for each size.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
-    sizes = torch.stack([torch.full((), size, dtype=dtype, device=device) for size in (height, width)])
-    steps = grid / (sizes + dialect.offset * (sizes != grid).any().to(dtype))
+    sizes, old = (
+        torch.stack([torch.full((), size, dtype=dtype, device=device) for size in pair])
+        for pair in ((height, width), grid)
+    )
+    steps = old / (sizes + dialect.offset * (sizes != old).any().to(dtype))
     return (
-        resample_matrix(height, grid, steps[0], dialect.antialias),
-        resample_matrix(width, grid, steps[1], dialect.antialias),
+        _resample_matrix(height, grid[0], steps[0], dialect.antialias),
+        _resample_matrix(width, grid[1], steps[1], dialect.antialias),
     )
 
 
-def resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Tensor:
+def _resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Tensor:
     """The weights of a bicubic resampling of `grid` samples to `size`, as a (size, grid) matrix in the dtype of `step`.
 
     Row i holds the weights of the input samples around ``step * (i + 0.5) - 0.5``, at most four without antialiasing,

@@ -22,7 +22,7 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.position_embeddings import Dialect, _tracing, resample_matrix
+from dinov2_fast.position_embeddings import Grid
 from dinov2_fast.weights import load
 from dinov2_fast.weights.files import open_weights
 
@@ -180,17 +180,9 @@ class TimmVisionTransformer(DinoVisionTransformer):
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         self._set_grid((height, width))
 
-    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """`DinoVisionTransformer.interpolate_pos_encoding`, also from a table that is for no square pictures."""
-        grid = self.patch_embed.patches_resolution
-        if grid[0] == grid[1]:
-            return super().interpolate_pos_encoding(x, w, h)
-        size = w // self.patch_size, h // self.patch_size
-        if not _tracing() and size == grid:  # a graph for any size decides that for each
-            return self.pos_embed.to(x.dtype)
-        how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
-        patches = _resample(self.pos_embed[0, 1:].unflatten(0, grid), size, how).flatten(0, 1)
-        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
+    def _position_grid(self) -> Grid:
+        """Also of a table for pictures that are not square."""
+        return self.patch_embed.patches_resolution
 
     # Forward passes
 
@@ -506,20 +498,6 @@ def _take_indices(blocks: int, indices: Indices) -> list[int]:
     if not all(-blocks <= i < blocks for i in indices) or not indices:
         raise ValueError(f"The blocks are 0 to {blocks - 1}, or -{blocks} to -1 from the last; got {list(indices)}.")
     return [i % blocks for i in indices]
-
-
-def _resample(table: Tensor, size: tuple[int, int], how: Dialect) -> Tensor:
-    """A table of positions (rows, columns, hidden) with another number of rows and columns, in fp64 where there is."""
-    dtype = torch.float32 if table.device.type == "mps" else torch.float64
-    sizes, grid = (
-        torch.stack([torch.full((), n, dtype=dtype, device=table.device) for n in pair])
-        for pair in (size, table.shape[:2])
-    )
-    steps = grid / (sizes + how.offset * (sizes != grid).any())
-    rows, columns = (
-        resample_matrix(n, old, step, how.antialias) for n, old, step in zip(size, table.shape[:2], steps, strict=True)
-    )
-    return torch.einsum("yr,rxh->yxh", rows, torch.einsum("xc,rch->rxh", columns, table.to(dtype)))
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -45,7 +45,7 @@ def test_every_size_equals_interpolate(name: str) -> None:
 def test_the_native_grid_is_the_table_itself(name: str) -> None:
     table = torch.randn(GRID * GRID, 8)
     assert torch.equal(resample_position_embeddings(table, GRID, GRID, dialect(name)), table)
-    matrices = position_embeddings._matrices(GRID, GRID, GRID, dialect(name), torch.device("cpu"))
+    matrices = position_embeddings._matrices(GRID, GRID, (GRID, GRID), dialect(name), torch.device("cpu"))
     for matrix in matrices:  # what a traced graph uses at that size
         assert torch.equal(matrix, torch.eye(GRID, dtype=torch.float64))
 
