@@ -11,7 +11,7 @@ among them those of classes without a vote, count against.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,11 +45,16 @@ def knn(
     *,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    n_per_class: int | None = None,
+    n_tries: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[int, Accuracy]:
     """Weighted k-NN: the k nearest training pictures by cosine vote for their classes, each with exp(cosine / T).
 
     Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (2018), section 3.4.
+
+    With `n_per_class` few training pictures vote: so many of each class, or all of a smaller one, chosen at random. The
+    values of k are then that number and those of `neighbours` below it.
 
     Args:
         train, val: features (pictures, dim), array or tensor, normalised here. Without `val` each training picture is
@@ -57,41 +62,96 @@ def knn(
         train_labels, val_labels: (pictures,) classes as whole numbers from 0 on.
         neighbours: the values of k.
         temperature: T.
+        n_per_class: training pictures of each class; default all. Needs `val`.
+        n_tries: choices of them, the accuracies' mean is taken; number t, from 0 on, is made with the seed t.
         device: where to compute.
 
     Returns:
         The accuracies by k.
 
     Raises:
-        ValueError: shapes, labels or settings that do not fit, more neighbours than there are, NaN or infinity.
+        ValueError: shapes, labels or settings that do not fit, more neighbours or pictures of a class than there are,
+            NaN or infinity.
     """
     train, train_labels = _checked("train", train, train_labels)
     alone = val is None
     val, val_labels = (train, train_labels) if alone else _checked("val", val, val_labels)
     if train.shape[1] != val.shape[1]:
         raise ValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
-    most = len(train) - alone
-    if not neighbours or min(neighbours) < 1 or max(neighbours) > most:
+    neighbours = _checked_neighbours(neighbours, len(train) - alone, n_per_class)
+    if n_per_class is not None:
+        _check_few(train_labels, alone, n_per_class, n_tries)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"The temperature must be positive, got {temperature}.")
+    classes = int(max(train_labels.max(), val_labels.max())) + 1
+    train, train_labels = normalize(train.to(device), dim=1), train_labels.to(device)
+    val, val_labels = normalize(val.to(device), dim=1), val_labels.to(device)
+    tries = [
+        _knn_ranks(train[rows], train_labels[rows], val, val_labels, neighbours, temperature, classes, alone)
+        for rows in _choices(train_labels, n_per_class, n_tries)
+    ]
+    return {k: _accuracy(torch.cat([ranks[k] for ranks in tries])) for k in neighbours}
+
+
+def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int | None) -> Sequence[int]:
+    """The values of k that are evaluated."""
+    if not neighbours or min(neighbours) < 1 or (n_per_class is None and max(neighbours) > most):
         raise ValueError(
             f"k must be between 1 and the {most} training pictures, got {', '.join(map(str, neighbours))}."
         )
-    if not temperature > 0:
-        raise ValueError(f"The temperature must be positive, got {temperature}.")
-    bank, candidates = normalize(train.to(device), dim=1), train_labels.to(device)
-    classes = int(max(train_labels.max(), val_labels.max())) + 1
-    right: dict[int, list[Tensor]] = {k: [] for k in neighbours}
-    chunk = max(1, _SIMILARITIES // len(bank))
+    if n_per_class is None:
+        return neighbours
+    return sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
+
+
+def _check_few(labels: Tensor, alone: bool, n_per_class: int, n_tries: int) -> None:
+    if alone:
+        raise ValueError("n_per_class needs val, the pictures that the few of each class classify.")
+    largest = int(labels.bincount().max())
+    if not 1 <= n_per_class <= largest:
+        raise ValueError(
+            f"n_per_class must be between 1 and {largest}, the size of the largest training class, got {n_per_class}."
+        )
+    if n_tries < 1:
+        raise ValueError(f"There must be a try, got {n_tries}.")
+
+
+def _choices(labels: Tensor, n_per_class: int | None, n_tries: int) -> Iterator[Tensor | slice]:
+    """The rows of training pictures that vote in each try; of few of each class, those that the reference chooses."""
+    if n_per_class is None:
+        yield slice(None)
+        return
+    labels = labels.cpu()
+    by_class = labels.argsort(stable=True).split(labels.bincount().tolist())
+    for seed in range(n_tries):
+        generator = torch.Generator().manual_seed(seed)
+        yield torch.cat([rows[torch.randperm(len(rows), generator=generator)[:n_per_class]] for rows in by_class])
+
+
+def _knn_ranks(
+    train: Tensor,
+    train_labels: Tensor,
+    val: Tensor,
+    val_labels: Tensor,
+    neighbours: Sequence[int],
+    temperature: float,
+    classes: int,
+    alone: bool,
+) -> dict[int, Tensor]:
+    """By k, how many other classes score as high as each picture's own or higher; features of length 1."""
+    found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    chunk = max(1, _SIMILARITIES // len(train))
     for start in range(0, len(val), chunk):
-        similarity = normalize(val[start : start + chunk].to(device), dim=1) @ bank.T  # (chunk, train)
+        similarity = val[start : start + chunk] @ train.T  # (chunk, train)
         if alone:
             similarity.diagonal(start).fill_(-torch.inf)
         nearest = similarity.topk(max(neighbours), dim=1)
         weights = (nearest.values / temperature).softmax(dim=1)  # the scale of a row does not change its order
-        voters, labels = candidates[nearest.indices], val_labels[start : start + chunk].to(device)
+        voters = train_labels[nearest.indices]
         for k in neighbours:
             votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
-            right[k].append(_ranks(votes, labels))
-    return {k: _accuracy(torch.cat(ranks)) for k, ranks in right.items()}
+            found[k].append(_ranks(votes, val_labels[start : start + chunk]))
+    return {k: torch.cat(ranks) for k, ranks in found.items()}
 
 
 @dataclass(frozen=True)
@@ -141,6 +201,7 @@ def linear_probes(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    progress: Callable[[int], None] | None = None,
 ) -> list[Probe]:
     """Trains the reference's grid of linear classifiers, all on the same batches.
 
@@ -157,6 +218,7 @@ def linear_probes(
         batch_size: pictures in an update, or all of them where there are fewer; the scale of the rates follows.
         seed: of initial weights and order.
         device: where to compute.
+        progress: called after each update with the number of updates so far.
 
     Returns:
         The classifiers, by number of blocks, mean of patches, and learning rate.
@@ -186,27 +248,30 @@ def linear_probes(
         decay = (1 + math.cos(math.pi * step / steps)) / 2
         for grid, x in zip(grids, inputs, strict=True):
             grid.update(x[batch], target[batch], decay)
+        if progress:
+            progress(step + 1)
     return [
         Probe(*kind, rate, weight.detach(), bias.detach())
         for kind, grid in zip(kinds, grids, strict=True)
-        for rate, weight, bias in zip(learning_rates, grid.weight, grid.bias.squeeze(1), strict=True)
+        for rate, weight, bias in zip(learning_rates, grid.weight.unbind(1), grid.bias, strict=True)
     ]
 
 
 class _Grid:
-    """The classifiers on one input, one for each learning rate, as one weight (rates, features, classes)."""
+    """The classifiers on one input, one for each learning rate, as one weight (features, rates, classes)."""
 
     def __init__(self, features: int, classes: int, rates: Tensor, generator: torch.Generator) -> None:
         weight = 0.01 * torch.randn(len(rates), features, classes, generator=generator)
-        self.weight = weight.to(rates.device).requires_grad_()
-        self.bias = torch.zeros(len(rates), 1, classes, device=rates.device, requires_grad=True)
-        self.rates = rates[:, None, None]
+        self.weight = weight.to(rates.device).transpose(0, 1).contiguous().requires_grad_()
+        self.bias = torch.zeros(len(rates), classes, device=rates.device, requires_grad=True)
+        self.rates = rates[:, None]
         self.velocities = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
 
     def update(self, x: Tensor, target: Tensor, decay: float) -> None:
         """One step of every classifier; the sum of their losses gives each its own gradient."""
-        logits = x @ self.weight + self.bias  # (rates, batch, classes)
-        loss = cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / len(x)
+        logits = (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias  # (batch, rates, classes)
+        targets = target.repeat_interleave(len(self.rates))
+        loss = cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(x)
         gradients = torch.autograd.grad(loss, [self.weight, self.bias])
         with torch.no_grad():
             for parameter, velocity, gradient in zip((self.weight, self.bias), self.velocities, gradients, strict=True):

@@ -17,10 +17,12 @@ import copy
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def export(
         batch_size: fixes the number of pictures.
         size: fixes (height, width) in pixels.
         pictures: batches (pictures, 3, height, width) in fp32 to compare file and model with, default noise of two
-            sizes. With a fixed batch size each batch is repeated or cut to it.
+            sizes. With a fixed batch size they run in batches of it, the last filled up. ONNX needs onnxruntime for it.
         metadata: what to store as JSON in the file besides outputs, dtype, position dialect and version.
         overwrite: replace what is there.
 
@@ -111,12 +113,16 @@ def export(
         TypeError: not a `DinoVisionTransformer`.
         ValueError: a setting that does not exist or does not go with the model or another one.
         FileExistsError: `path` exists and `overwrite` is not set.
-        ExportError: torch cannot export the model, a package is missing, or the file computes something else.
+        ExportError: torch cannot export the model, a package is missing, `path` cannot be written, or the file computes
+            something else.
     """
     _check_model(model)
     _check_settings(model, format, outputs, dtype, opset, batch_size, size)
     path = Path(path)
     _check_path(path, format, overwrite)
+    _check_packages(format, pictures)
+    batches = _noise(model, size) if pictures is None else pictures
+    _check_pictures(model, batches, size)
     about = {"outputs": list(outputs), "dtype": dtype, "position_dialect": model.position_dialect}
     text = json.dumps({**(metadata or {}), **about, "version": __version__})
     program = _trace(_Pictures(_prepared(model, DTYPES[dtype], size), outputs), batch_size, size)
@@ -129,8 +135,7 @@ def export(
             torch.export.save(program, written, extra_files={METADATA: text})
         del program
         run = _runner(written, format)
-        batches = _noise(model, size) if pictures is None else pictures
-        differences = _compare(run, _Pictures(model, outputs), batches, dtype, batch_size) if run else ()
+        differences = _compare(run, _Pictures(_exact(model), outputs), batches, dtype, batch_size) if run else ()
         return Exported(_move(written, path), differences)
 
 
@@ -199,11 +204,44 @@ def _check_settings(
 def _check_path(path: Path, format: str, overwrite: bool) -> None:
     if path.suffix != ENDINGS[format]:
         raise ValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists already; choose another name or ask to overwrite it.")
-    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and importlib.util.find_spec(name) is None]
+    for file in (path, _data_of(path)) if format == "onnx" else (path,):
+        if file.is_dir() or (file.exists() and not overwrite):
+            raise FileExistsError(f"{str(file)!r} exists already; choose another name or ask to overwrite it.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ExportError(f"{str(path)!r} cannot be written: {str(folder)!r} is no folder in which you may write.")
+
+
+def _check_packages(format: str, pictures: Sequence[Tensor] | None) -> None:
+    needed = ["onnx", "onnxscript"] + ["onnxruntime"] * (pictures is not None)
+    missing = [name for name in needed if format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX files are written with {' and '.join(missing)}: pip install onnx onnxscript")
+        raise ExportError(
+            f"Missing: {', '.join(missing)}. ONNX files are written with onnx and onnxscript, and compared in "
+            "onnxruntime: pip install onnx onnxscript onnxruntime"
+        )
+
+
+def _check_pictures(model: DinoVisionTransformer, batches: Sequence[Tensor], size: tuple[int, int] | None) -> None:
+    channels, patch = model.patch_embed.in_chans, model.patch_size
+    if not batches:
+        raise ValueError("There is no picture to compare on; leave pictures out to compare on noise.")
+    for batch in batches:
+        sides = tuple(batch.shape[2:])
+        right = sides == size if size else all(side > 0 and side % patch == 0 for side in sides)
+        if batch.ndim != 4 or not len(batch) or batch.shape[1] != channels or not right:
+            wanted = f"{size[0]}, {size[1]}" if size else f"multiple of {patch}, multiple of {patch}"
+            raise ValueError(f"pictures must be batches (pictures, {channels}, {wanted}), got {tuple(batch.shape)}.")
+
+
+def _exact(model: DinoVisionTransformer) -> DinoVisionTransformer:
+    """What the file is compared with: the model, in fp32 if its own dtype has fewer bits."""
+    return copy.deepcopy(model).float() if model.pos_embed.dtype.itemsize < 4 else model
+
+
+def _data_of(path: Path) -> Path:
+    """The second file, of weights that are too large for the first."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _prepared(model: DinoVisionTransformer, dtype: torch.dtype, size: tuple[int, int] | None) -> DinoVisionTransformer:
@@ -239,7 +277,7 @@ def _trace(pictures: _Pictures, batch_size: int | None, size: tuple[int, int] | 
 
 def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], opset: int, metadata: str) -> None:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet("onnxscript"):
             warnings.simplefilter("ignore")  # about the exporter's own code
             onnx: Any = torch.onnx.export(
                 program,
@@ -253,7 +291,9 @@ def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], op
         raise ExportError(f"torch cannot write this model as ONNX: {type(error).__name__}: {error}") from error
     graph = onnx.model
     if graph.opset_imports.get("") != opset:
-        raise ExportError(f"torch's exporter has no opset {opset}: it wrote {graph.opset_imports.get('')}.")
+        raise ExportError(
+            f"torch's exporter cannot write opset {opset}: leave it out for {OPSET}, or choose one of a lower number."
+        )
     foreign = sorted(
         {f"{node.domain}::{node.op_type}" for node in graph.graph if node.domain} | set(map(str, graph.functions))
     )
@@ -265,6 +305,18 @@ def _write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], op
     graph.metadata_props[METADATA] = metadata
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     onnx.save(path, external_data=weights > ONE_FILE_BYTES)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without what a package logs, such as the traceback of an opset that it does not have."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _name_dimensions(shape: Any, names: Sequence[str]) -> None:
@@ -284,7 +336,10 @@ def _runner(path: Path, format: str) -> Callable[[Tensor], Sequence[Tensor]] | N
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     onnxruntime: Any = importlib.import_module("onnxruntime")
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot read the file: {error}") from error
     return lambda pixels: [torch.from_numpy(output) for output in session.run(None, {INPUT: pixels.numpy()})]
 
 
@@ -306,11 +361,9 @@ def _compare(
     place = next(model.parameters())
     found = []
     for pixels in batches:
-        if batch_size:
-            pixels = pixels[torch.arange(batch_size) % len(pixels)]
         with torch.no_grad():
             expected = model(pixels.to(place))
-            ours = run(pixels.to(DTYPES[dtype]))
+            ours = _run_all(run, pixels.to(DTYPES[dtype]), batch_size or len(pixels))
         for name, one, other in zip(model.outputs, ours, expected, strict=True):
             found.append(_difference(name, one.double(), other.double().cpu()))
     wrong = [each for each in found if not each.relative <= TOLERANCES[dtype]]  # NaN is wrong as well
@@ -321,6 +374,15 @@ def _compare(
             f"{worst.relative:.1e} (relative; {dtype} allows {TOLERANCES[dtype]:.0e}). Nothing was written."
         )
     return tuple(found)
+
+
+def _run_all(run: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor, batch_size: int) -> list[Tensor]:
+    """The outputs for all pictures, which run in batches of one size; the first pictures fill up the last."""
+    starts = range(0, len(pixels), batch_size)
+    parts = [run(pixels[torch.arange(start, start + batch_size) % len(pixels)]) for start in starts]
+    wholes = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+    filled = len(parts) * batch_size - len(pixels)
+    return [whole[: len(whole) - filled] for whole in wholes]
 
 
 def _difference(name: str, ours: Tensor, expected: Tensor) -> Difference:

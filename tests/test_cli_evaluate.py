@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dinov2_fast
-from dinov2_fast.cli import _parser, labelled, main
+from dinov2_fast.cli import _parser, labelled, linear, main
 from dinov2_fast.evaluate import Tokens, knn, linear_probes
 from dinov2_fast.extraction import read_image
 from dinov2_fast.image_processor import Dinov2ImageProcessor
@@ -69,15 +69,15 @@ def as_percent(accuracy: Any) -> dict[str, float]:
 
 def test_the_features_are_the_models(photos: Path, checkpoint: str) -> None:
     args = _parser().parse_args(["knn", "train", "--model", checkpoint, "--batch-size", "16", *COMMON])
-    (read,), weights = labelled.read_all(args, [str(photos / "test")], blocks=4)
+    (read,) = labelled.read_all(args, [str(photos / "test")], blocks=4)
     expected, labels = tokens_of(photos / "test", checkpoint, 4)
     torch.testing.assert_close(read.tokens.cls, expected.cls, atol=1e-4, rtol=0)
     assert read.tokens.patch_mean is not None
     torch.testing.assert_close(read.tokens.patch_mean, expected.patch_mean, atol=1e-4, rtol=0)
     assert not torch.allclose(expected.cls[:, 0], expected.cls[:, -1], atol=1e-2)
     assert read.names == [str(label) for label in labels]
-    assert weights == checkpoint
-    assert labelled.read_all(args, [str(photos / "test")], blocks=9)[0][0].tokens.cls.shape[1] == 5
+    assert read.model == labelled.Source(checkpoint, checkpoint, blocks=5)
+    assert labelled.read_all(args, [str(photos / "test")], blocks=9)[0].tokens.cls.shape[1] == 5
 
 
 def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Captu
     expected = knn(x.cls[:, 0], y, x2.cls[:, 0], y2)
 
     found = json.loads(out.read_text())
-    assert found["results"] == [{"k": k, **as_percent(expected[k])} for k in (10, 20, 100, 200)]
+    assert found["results"] == [{"n_per_class": None, "k": k, **as_percent(expected[k])} for k in (10, 20, 100, 200)]
     assert found["train"] == {"folder": train, "pictures": 300, "classes": 10, "failures": 0}
     assert (found["val"]["pictures"], found["temperature"], found["weights"]) == (100, 0.07, checkpoint)
     assert expected[10].top1 > 0.5  # chance is 0.1
@@ -107,7 +107,30 @@ def test_knn_of_one_folder_leaves_each_picture_out(photos: Path, checkpoint: str
     for options, ks, temperature in (([], [10, 20], 0.07), (["--k", "3,99", "--temperature", "1"], [3, 99], 1.0)):
         assert main([*arguments, *options]) == 0
         expected = knn(x.cls[:, 0], y, neighbours=ks, temperature=temperature)
-        assert json.loads(out.read_text())["results"] == [{"k": k, **as_percent(expected[k])} for k in ks]
+        rows = [{"n_per_class": None, "k": k, **as_percent(expected[k])} for k in ks]
+        assert json.loads(out.read_text())["results"] == rows
+
+
+def test_knn_of_few_pictures_of_each_class(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "knn.json"
+    arguments = ["knn", str(photos / "val"), str(photos / "test"), "--model", checkpoint, "--json", str(out), *COMMON]
+    assert main([*arguments, "--n-per-class", "2,all", "--n-tries", "3", "--k", "1,20"]) == 0
+    (x, y), (x2, y2) = (tokens_of(photos / split, checkpoint, 1) for split in ("val", "test"))
+    few = knn(x.cls[:, 0], y, x2.cls[:, 0], y2, neighbours=(1,), n_per_class=2, n_tries=3)
+    every = knn(x.cls[:, 0], y, x2.cls[:, 0], y2, neighbours=(1, 20))
+    found = json.loads(out.read_text())
+    assert found["n_tries"] == 3
+    assert found["results"] == [
+        {"n_per_class": n, "k": k, **as_percent(accuracy)}
+        for n, accuracies in ((2, few), (None, every))
+        for k, accuracy in accuracies.items()
+    ]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert table[0] == ["per", "class", "k", "top", "1", "top", "5"]
+    assert [row[:2] for row in table[1:]] == [["2", "1"], ["2", "2"], ["all", "1"], ["all", "20"]]
+    assert [row[2] for row in table[1:]] == [f"{row['top1']:.2f}" for row in found["results"]]
 
 
 def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +155,7 @@ def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Ca
 
     lines = capsys.readouterr().out.splitlines()
     header = next(number for number, line in enumerate(lines) if line.startswith("learning rate"))
-    columns = ["1 block", "1 block + patch mean", "4 blocks", "4 blocks + patch mean"]
+    columns = ["1 block", "1 block + mean", "4 blocks", "4 blocks + mean"]
     assert re.split(r" {2,}", lines[header]) == ["learning rate", *columns]
     shown = np.array([[float(cell) for cell in line.split()] for line in lines[header + 1 : header + 4]])
     np.testing.assert_allclose(shown[:, 1:].T.ravel(), [round(row["top1"], 2) for row in found["results"]])
@@ -159,6 +182,7 @@ def test_stored_features_give_what_pictures_give(
         for command in (["knn", "--k", "5"], ["linear", "--steps", "60", "--blocks", "1"]):
             assert main([command[0], *folders, *command[1:], *options, *more]) == 3
             results.append(json.loads(Path("out.json").read_text()))
+            assert (results[-1]["model"], results[-1]["weights"]) == (checkpoint, checkpoint)
     assert results[0]["train"] | {"folder": ""} == {"folder": "", "pictures": 100, "classes": 10, "failures": 1}
     for pictures, features in zip(results[:2], results[2:], strict=True):
         assert pictures["train"] | {"folder": ""} == features["train"] | {"folder": ""}
@@ -174,6 +198,7 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
 
     class Stored(dict):
         path, error = names, [None] * 5 + ["broken"]
+        manifest: ClassVar = {"weights": "", "model": {"n_blocks": 1}, "about": {}}
 
     monkeypatch.setattr(dinov2_fast, "load_features", lambda folder: Stored(rows), raising=False)
     (tmp_path / "manifest.json").touch()
@@ -183,6 +208,146 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
     assert [row["k"] for row in found["results"]] == [4]
 
 
+@pytest.fixture(scope="module")
+def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folders of features of 50 pictures, and the model of 12 blocks that they are of.
+
+    all/ is what help's command writes, last/ what extract does by itself, three/ has three blocks, bare/ no mean of the
+    patches, other/ is of another model, patches/ has no class tokens, gap/ those of the last and the fourth last block.
+    """
+    torch.manual_seed(1)
+    root = tmp_path_factory.mktemp("stored")
+    settings: dict[str, Any] = {"img_size": 28, "embed_dim": 64, "num_heads": 1, "init_values": 1.0, "block_chunks": 0}
+    for name in ("deep", "other"):
+        model = dinov2_fast.DinoVisionTransformer(patch_size=14, depth=12, **settings)
+        save_file(model.state_dict(), root / f"{name}.safetensors")
+    checkpoint = str(root / "deep.safetensors")
+    (command,) = re.findall(r"^  dinov2-fast (extract .*\\\n.*)$", linear.DESCRIPTION, re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", ""))
+    given = {"photos/train": str(photos / "test"), "dinov2_vits14": checkpoint, "features/train": str(root / "all")}
+    assert set(given) < set(words)
+    assert main([*(given.get(word, word) for word in words), *COMMON]) == 0
+    for name, features in (
+        ("last", "cls,patch_mean"),
+        ("three", "cls@9,cls@10,cls@11,patch_mean"),
+        ("bare", "cls@8,cls@9,cls@10,cls"),
+        ("other", "cls,patch_mean"),
+        ("patches", "patch_mean"),
+        ("gap", "cls@8,cls,patch_mean"),
+    ):
+        model = str(root / "other.safetensors") if name == "other" else checkpoint
+        arguments = ["--model", model, "--features", features, "--out", str(root / name), *COMMON]
+        assert main(["extract", str(photos / "test"), *arguments]) == 0
+    return root, checkpoint
+
+
+def test_linear_on_four_stored_blocks_is_that_on_pictures(photos: Path, stored: tuple[Path, str]) -> None:
+    root, checkpoint = stored
+    options = ["--learning-rates", "0.1", "--steps", "20", "--json", str(root / "out.json"), "--device", "cpu"]
+    results = []
+    for folder, more in ((photos / "test", ["--model", checkpoint, *COMMON]), (root / "all", [])):
+        assert main(["linear", str(folder), str(folder), *options, *more]) == 0
+        results.append(json.loads((root / "out.json").read_text())["results"])
+    assert [(row["blocks"], row["avgpool"]) for row in results[1]] == [(1, False), (1, True), (4, False), (4, True)]
+    for one, other in zip(*results, strict=True):
+        assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one picture, by rounding
+    args = _parser().parse_args(["linear", "train", "val"])
+    read = labelled.read_all(args, [str(root / name) for name in ("all", "three", "bare", "gap")], blocks=4)
+    expected, _ = tokens_of(photos / "test", checkpoint, 4)
+    for each, blocks in zip(read, (4, 3, 4, 1), strict=True):
+        torch.testing.assert_close(each.tokens.cls, expected.cls[:, -blocks:], atol=1e-4, rtol=0)
+        assert each.tokens.cls.shape[1] == blocks
+        if "bare" in each.folder:
+            assert each.tokens.patch_mean is None
+        else:
+            torch.testing.assert_close(each.tokens.patch_mean, expected.patch_mean, atol=1e-4, rtol=0)
+    assert labelled.read_all(args, [str(root / "all")], blocks=1)[0].tokens.cls.shape[1] == 1
+
+
+MORE = "For more: dinov2-fast extract ... --features cls@8,cls@9,cls@10,cls,patch_mean\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said", "tried"),
+    [
+        ("last", "all", "'{}/last' has the class tokens of the last block alone, so n = 4 is not tried. " + MORE, [1]),
+        (
+            "all",
+            "three",
+            "'{}/three' has the class tokens of the last 3 blocks alone, so n = 4 is not tried. " + MORE,
+            [1],
+        ),
+        ("all", "bare", "'{}/bare' has no patch_mean, so classifiers are tried without it alone.\n", [1, 4]),
+        ("all", "all", "", [1, 4]),
+    ],
+)
+def test_what_stored_features_lack_is_said(
+    stored: tuple[Path, str], train: str, val: str, said: str, tried: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = stored[0], stored[0] / "out.json"
+    capsys.readouterr()
+    folders = [str(root / train), str(root / val)]
+    assert main(["linear", *folders, "--steps", "2", "--device", "cpu", "--json", str(out)]) == 0
+    assert capsys.readouterr().err == said.format(root) + "training: 2/2 updates\n"
+    rows = json.loads(out.read_text())["results"]
+    assert sorted({row["blocks"] for row in rows}) == tried
+    assert {row["avgpool"] for row in rows} == ({False} if val == "bare" else {False, True})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["linear", "all", "three", "--blocks", "3,4"],
+            "/three' has the class tokens of the last 3 blocks alone, asked",
+        ),
+        (["linear", "last", "all", "--blocks", "4"], MORE),
+        (["linear", "all", "all", "--blocks", "13"], "The model has 12 blocks, asked for 13"),
+        (["linear", "all", "other"], "/other' are of another model than those in"),
+        (["knn", "patches"], "/patches' has no class tokens of the last block"),
+    ],
+)
+def test_stored_features_that_do_not_do(
+    stored: tuple[Path, str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(stored[0] / word) if (stored[0] / word).is_dir() else word for word in arguments]
+    assert main([*words, "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter((0.0, 29.0, 30.0, 59.0, 61.0, 62.0))
+    monkeypatch.setattr(labelled.time, "perf_counter", lambda: next(seconds))
+    progress = labelled.Progress("training", 5, "updates")
+    for done in range(1, 6):
+        progress(done)
+    assert capsys.readouterr().err == "".join(f"training: {done}/5 updates\n" for done in (2, 4, 5))
+
+
+def test_wrong_input_is_refused_before_the_model_runs(
+    photos: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(labelled, "_run_model", None)
+    (tmp_path / "file").write_text("")
+    shutil.copytree(photos / "val" / "3", tmp_path / "one" / "3")
+    train, model = str(photos / "test"), ["--model", checkpoint, *COMMON]
+    for arguments, message in (
+        (["knn", str(tmp_path / "file")], "file' is a file; give a folder"),
+        (["knn", train, str(tmp_path / "nowhere")], "nowhere' is not there; give a folder"),
+        (["knn", str(tmp_path / "one")], "has one class, '3'"),
+        (["linear", str(tmp_path / "one"), train], "has one class, '3'"),
+        (["knn", train, "--n-per-class", "2"], "--n-per-class needs VAL"),
+        (["knn", train, "--json", str(tmp_path / "file" / "out.json")], "cannot be made: "),
+        (["knn", train, "--json", str(tmp_path)], "is a folder, or may not be written"),
+    ):
+        assert main([*arguments, *model]) == 1, arguments
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+
+
 def test_what_is_not_possible_exits_with_1(
     photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,11 +355,11 @@ def test_what_is_not_possible_exits_with_1(
     stored = tmp_path / "features"
     stored.mkdir()
     (stored / "manifest.json").touch()
-    shutil.copytree(photos / "val" / "3", tmp_path / "one" / "3")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "elephant")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "3")
-    shutil.copytree(photos / "val" / "4", tmp_path / "bad" / "3")
-    for path in (tmp_path / "bad" / "3").iterdir():
+    for folder in ("bad/3", "bad/4", "half/3", "half/4"):
+        shutil.copytree(photos / "val" / "4", tmp_path / folder)
+    for path in [*(tmp_path / "bad").glob("*/*"), *(tmp_path / "half" / "4").iterdir()]:
         path.write_text("<html>")
     model = ["--model", checkpoint, *COMMON]
     for arguments, message in (
@@ -202,11 +367,10 @@ def test_what_is_not_possible_exits_with_1(
         (["knn", str(stored), val, *model], "not both"),
         (["knn", str(stored), *model], "need no --model"),
         (["knn", str(photos / "val" / "3"), *model], "lies in no class folder"),
-        (["knn", str(tmp_path / "one"), *model], "has one class, '3'"),
+        (["knn", str(tmp_path / "half"), *model], "has one class, '3'"),
         (["knn", str(tmp_path / "bad"), *model], "can be read"),
-        (["knn", str(stored.parent / "nowhere"), *model], "no file or folder"),
         (["linear", val, str(tmp_path / "other"), *model], "1 class(es) that"),
-        (["linear", val, val, "--blocks", "1,9", *model], "class tokens of 5 last blocks, asked for 1, 9"),
+        (["linear", val, val, "--blocks", "1,9", *model], "The model has 5 blocks, asked for 1, 9"),
     ):
         assert main(arguments) == 1, arguments
         captured = capsys.readouterr()
@@ -220,7 +384,14 @@ def test_what_is_not_possible_exits_with_1(
         (["knn"], "required: TRAIN"),
         (["linear", "a"], "required: VAL"),
         (["knn", "a", "--k", "0"], "must be at least 1, got 0"),
+        (["knn", "a", "--k", "1,x"], "'1,x' is not a number, or several such as 1,4"),
+        (["knn", "a", "--temperature", "0"], "'0' is not a number above 0"),
+        (["knn", "a", "--temperature", "warm"], "'warm' is not a number above 0"),
+        (["knn", "a", "b", "--n-per-class", "5,some"], "'some' is not a number"),
+        (["knn", "a", "b", "--n-tries", "0"], "must be at least 1, got 0"),
+        (["linear", "a", "b", "--blocks", "last"], "'last' is not a number"),
         (["linear", "a", "b", "--learning-rates", "0"], "learning rates must be above 0"),
+        (["linear", "a", "b", "--learning-rates", "0.1,x"], "'0.1,x' is not a number"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import main
+from dinov2_fast.cli.export import EPILOG
 from dinov2_fast.extraction import read_image
 from dinov2_fast.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
 from tests import readme
@@ -84,6 +85,13 @@ def test_readmes_command_and_example(
     session = names["session"]
     assert f'"weights": "{checkpoint}"' in session.get_modelmeta().custom_metadata_map["dinov2_fast"]
     assert f'"mean": {list(IMAGENET_MEAN)}' in session.get_modelmeta().custom_metadata_map["dinov2_fast"]
+
+
+def test_readmes_extra_is_what_help_names() -> None:
+    assert "`pip install '.[export]'`" in readme.README.read_text(encoding="utf-8")
+    project = (readme.README.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^export = \[(.*)\]$", project, re.MULTILINE)
+    assert f"\npip install {names.replace(',', '').replace(chr(34), '')}\n" in EPILOG
 
 
 def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

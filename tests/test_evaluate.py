@@ -33,11 +33,12 @@ def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return tuple(np.mean(right, axis=0).tolist())
 
 
-def sklearns(k: int, temperature: float) -> np.ndarray:
+def sklearns(k: int, temperature: float, rows: Any = slice(None)) -> np.ndarray:
+    """Scores of the classes for the validation pictures, by the training pictures `rows`."""
     votes = neighbors.KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     )
-    votes.fit(Digits.train.astype(np.float64), Digits.train_labels)
+    votes.fit(Digits.train[rows].astype(np.float64), Digits.train_labels[rows])
     return votes.predict_proba(Digits.val.astype(np.float64))
 
 
@@ -76,6 +77,36 @@ def test_without_validation_each_picture_is_left_out(held: int, monkeypatch: pyt
         == 1
         > knn(features, labels, neighbours=(1,))[1].top1
     )
+
+
+def test_few_of_each_class_are_chosen_as_the_reference_does() -> None:
+    """Its tries are seeded 0, 1, ... and draw from class after class; a class that has no more votes as a whole."""
+    labels = Digits.train_labels.copy()
+    labels[np.flatnonzero(labels == 7)[3:]] = 8
+    found = knn(Digits.train, labels, Digits.val, Digits.val_labels, neighbours=(2, 10, 100), n_per_class=4, n_tries=2)
+    assert list(found) == [2, 4]
+    tries = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        places = [np.flatnonzero(labels == number) for number in range(10)]
+        rows = np.concatenate([place[torch.randperm(len(place))[:4].numpy()] for place in places])
+        assert len(rows) == 39
+        tries.append(knn(Digits.train[rows], labels[rows], Digits.val, Digits.val_labels, neighbours=(2, 4)))
+    for k, accuracy in found.items():
+        assert accuracy == pytest.approx(np.mean([each[k] for each in tries], axis=0), abs=1e-12), k
+        assert tries[0][k] != tries[1][k]
+
+
+def test_few_of_each_class_vote_as_in_scikit_learn() -> None:
+    found = knn(Digits.train, Digits.train_labels, Digits.val, Digits.val_labels, neighbours=(1, 3), n_per_class=3)
+    torch.manual_seed(0)
+    rows = []
+    for number in range(10):
+        place = np.flatnonzero(Digits.train_labels == number)
+        rows += place[torch.randperm(len(place))[:3].numpy()].tolist()
+    for k in (1, 3):
+        assert found[k] == pytest.approx(accuracy_of(sklearns(k, 0.07, rows), Digits.val_labels), abs=1e-12)
+    assert found[1].top1 < 0.9 < knn(Digits.train, Digits.train_labels, Digits.val, Digits.val_labels)[10].top1
 
 
 def test_ties_and_missing_scores_count_against() -> None:
@@ -140,7 +171,11 @@ def test_linear_probes_learn_the_digits() -> None:
     found = {(p.blocks, p.avgpool, p.learning_rate): p.accuracy(val, Digits.val_labels).top1 for p in probes}
     assert max(found.values()) == max(top1 for kind, top1 in found.items() if kind[:2] == (3, True)) > 0.92
     assert max(top1 for kind, top1 in found.items() if kind[0] == 1) < 0.9
-    again = linear_probes(tokens_of(Digits.train), Digits.train_labels, blocks=(1,), steps=3, seed=1)
+    steps: list[int] = []
+    again = linear_probes(
+        tokens_of(Digits.train), Digits.train_labels, blocks=(1,), steps=3, seed=1, progress=steps.append
+    )
+    assert steps == [1, 2, 3]
     same = linear_probes(tokens_of(Digits.train), Digits.train_labels, blocks=(1,), steps=3, seed=1)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(again, same, strict=True))
 
@@ -165,6 +200,12 @@ X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])
         ((X, Y), {"neighbours": (0,)}, "between 1 and"),
         ((X, Y), {"neighbours": ()}, "between 1 and"),
         ((X, Y), {"neighbours": (1,), "temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ((X, Y), {"neighbours": (1,), "temperature": np.inf}, "temperature must be positive, got inf"),
+        ((X, Y), {"n_per_class": 1}, "n_per_class needs val"),
+        ((X, Y, X, Y), {"n_per_class": 0}, "between 1 and 3, the size of the largest training class, got 0"),
+        ((X, Y, X, Y), {"n_per_class": 4}, "between 1 and 3, the size of the largest training class, got 4"),
+        ((X, Y, X, Y), {"n_per_class": 1, "n_tries": 0}, "There must be a try, got 0"),
+        ((X, Y, X, Y), {"n_per_class": 1, "neighbours": (0,)}, "between 1 and the 6 training pictures, got 0"),
         ((X, Y[:5]), {}, r"train must be features \(pictures, dim\) and labels \(pictures,\), got \(6, 4\) and \(5,\)"),
         ((X, Y, X[0], Y), {}, r"val must be features .* got \(4,\)"),
         ((X, Y, X[:, :3], Y), {"neighbours": (1,)}, "train has features of 4 dimensions, val of 3"),

@@ -133,10 +133,10 @@ def test_a_fixed_fp16_graph_holds_no_float64_and_may_have_two_files(
     before = copy.deepcopy(model.state_dict())
     path = tmp_path / "fixed.onnx"
     settings: dict[str, Any] = {"dtype": "fp16", "opset": 18, "batch_size": 2, "size": (56, 84)}
-    exported = export(model, path, pictures=[pictures(56, 84, count=1)], **settings)
+    exported = export(model, path, pictures=[pictures(56, 84, count=3)], **settings)
     assert exported.files == (path, tmp_path / "fixed.onnx.data")
     assert set(tmp_path.iterdir()) == set(exported.files)
-    assert exported.differences[0].shape == (2, 32)
+    assert exported.differences[0].shape == (3, 32)
 
     file = onnx.load(path)
     assert [(opset.domain, opset.version) for opset in file.opset_import] == [("", 18)]
@@ -188,6 +188,21 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert path.read_text() == "as before"
 
 
+def test_every_picture_is_compared_where_the_batch_size_is_fixed() -> None:
+    counts: list[int] = []
+
+    def run(batch: torch.Tensor) -> list[torch.Tensor]:
+        counts.append(len(batch))
+        return [batch, 2 * batch]
+
+    pixels = torch.arange(5.0)[:, None]
+    for batch_size, expected in ((1, [1] * 5), (2, [2] * 3), (5, [5]), (8, [8])):
+        counts.clear()
+        ours, doubled = exporting._run_all(run, pixels, batch_size)
+        assert counts == expected
+        torch.testing.assert_close((ours, doubled), (pixels, 2 * pixels), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(("factor", "dtype"), [(1 + 2e-4, "fp32"), (1.03, "fp16"), (float("nan"), "bf16")])
 def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
     pixels, whole = pictures(28, 28, count=1), exporting._Pictures(model, ("cls",))
@@ -214,6 +229,12 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"size": (224, 225)}, "multiples of the patch size 14, got 224 x 225"),
         ({"format": "torch-export"}, "ends in .pt2"),
+        ({"pictures": []}, "There is no picture to compare on"),
+        ({"pictures": [torch.zeros(0, 3, 28, 28)]}, r"got \(0, 3, 28, 28\)"),
+        ({"pictures": [torch.zeros(3, 28, 28)]}, r"got \(3, 28, 28\)"),
+        ({"pictures": [torch.zeros(1, 1, 28, 28)]}, r"batches \(pictures, 3, .* got \(1, 1, 28, 28\)"),
+        ({"pictures": [torch.zeros(1, 3, 28, 28), torch.zeros(1, 3, 28, 30)]}, r"of 14\), got \(1, 3, 28, 30\)"),
+        ({"pictures": [torch.zeros(1, 3, 28, 28)], "size": (28, 42)}, r"\(pictures, 3, 28, 42\), got"),
     ],
 )
 def test_settings_that_do_not_fit(model: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -250,13 +271,53 @@ def test_a_file_is_replaced_only_when_asked(model: Any, tmp_path: Path) -> None:
     assert path.read_text() == "as before"
 
 
+def test_a_place_that_cannot_be_written(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found out before the model is exported."""
+    monkeypatch.setattr(exporting, "_trace", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ExportError, match=r"model.onnx' cannot be written: .*file' is no folder in which you may write"
+    ):
+        export(model, tmp_path / "file" / "new" / "model.onnx")
+    monkeypatch.setattr(exporting.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ExportError, match=r"model.onnx' cannot be written: .* is no folder in which you may write"):
+        export(model, tmp_path / "new" / "model.onnx")
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(FileExistsError, match=r"model.onnx' exists already"):
+        export(model, tmp_path / "model.onnx", overwrite=True)
+    (tmp_path / "other.onnx.data").write_text("weights of another file")
+    with pytest.raises(FileExistsError, match=r"other.onnx.data' exists already"):
+        export(model, tmp_path / "other.onnx")
+
+
+def test_a_newer_opset_than_the_exporters_is_refused_quietly(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ExportError, match="cannot write opset 99: leave it out for 20"):
+        export(model, tmp_path / "model.onnx", opset=99, size=(28, 28))
+    assert not [record for record in caplog.records if record.name.startswith("onnxscript")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_precision_model_is_compared_in_fp32(model: Any, tmp_path: Path) -> None:
+    """In its own dtype it would differ by more than fp32 allows, and a right file would be refused."""
+    half = copy.deepcopy(model).half()
+    exported = export(half, tmp_path / "model.pt2", format="torch-export")
+    assert max(each.relative for each in exported.differences) < 1e-5
+    assert half.pos_embed.dtype == torch.float16
+
+
 def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     missing = ("onnxscript", "onnxruntime")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in missing else find_spec(name, *a))
-    with pytest.raises(ExportError, match="pip install onnx onnxscript"):
+    with pytest.raises(ExportError, match=r"^Missing: onnxscript\. .*: pip install onnx onnxscript onnxruntime$"):
         export(model, tmp_path / "model.onnx")
     assert exporting._runner(tmp_path / "model.onnx", "onnx") is None
+    missing = ("onnxruntime",)
+    with pytest.raises(ExportError, match=r"^Missing: onnxruntime\. .*: pip install onnx onnxscript onnxruntime$"):
+        export(model, tmp_path / "model.onnx", pictures=[pictures(28, 28, count=1)])
+    assert export(model, tmp_path / "model.onnx", size=(28, 28)).differences == ()
 
 
 def test_positions_of_a_fixed_size_are_those_of_the_dialect() -> None:

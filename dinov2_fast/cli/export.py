@@ -31,7 +31,8 @@ examples:
   dinov2-fast export --model dinov2_vits14 --out vits14_518.onnx --size 518 --batch-size 1
   dinov2-fast export --model dinov2_vits14 --out vits14.pt2 --format torch-export
 
-ONNX needs the packages onnx and onnxscript, and onnxruntime for the check.
+ONNX needs the packages onnx and onnxscript, and onnxruntime for the check:
+pip install onnx onnxscript onnxruntime
 
 Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage.
 """

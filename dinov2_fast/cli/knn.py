@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from dinov2_fast.cli import labelled
@@ -15,12 +17,18 @@ as DINOv2 is evaluated: the k nearest by the cosine of their CLS tokens vote for
 their classes, each with a weight of exp(cosine / temperature). Without VAL each
 picture of TRAIN is classified by the others.
 
+With --n-per-class few pictures of TRAIN vote: so many of each class, or all of
+a smaller one, chosen at random, with the mean of --n-tries choices. k is then
+that number, and the values of --k below it.
+
 {labelled.SOURCES}
 """
 EPILOG = """\
 examples:
   dinov2-fast knn photos/train photos/val --model dinov2_vits14
   dinov2-fast knn photos/ --model dinov2_vits14 --k 5,20
+  dinov2-fast knn photos/train photos/val --model dinov2_vits14 \\
+      --n-per-class 1,5,all --n-tries 5
   dinov2-fast knn features/train features/val --json knn.json
 
 Top 1 and top 5 are the percentages of pictures whose class comes first, and
@@ -44,11 +52,21 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("val", nargs="?", metavar="VAL", help="what they classify")
     parser.add_argument(
         "--k",
-        type=_numbers,
+        type=labelled.counts,
         metavar="N,N",
         help="how many neighbours vote (default: those of 10,20,100,200 that TRAIN has)",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, metavar="T", help="(default: 0.07)")
+    parser.add_argument("--temperature", type=_positive, default=0.07, metavar="T", help="(default: 0.07)")
+    parser.add_argument(
+        "--n-per-class",
+        type=_shots,
+        default=[None],
+        metavar="N,N",
+        help="how many pictures of each class of TRAIN vote (default: all)",
+    )
+    parser.add_argument(
+        "--n-tries", type=at_least(1), default=1, metavar="N", help="choices of these pictures (default: 1)"
+    )
     labelled.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -58,24 +76,52 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.evaluate import NEIGHBOURS, knn
     from dinov2_fast.extraction.extractor import find_device
 
-    folders = [args.train] if args.val is None else [args.train, args.val]
-    read, weights = labelled.read_all(args, folders, blocks=1)
-    labels = labelled.classes_of(read[0], read[1:])
-    features = [each.tokens.cls[:, -1] for each in read]
-    most = len(read[0].names) - (len(read) == 1)
-    neighbours = args.k or [k for k in NEIGHBOURS if k <= most] or [most]
-    pairs = [value for pair in zip(features, labels, strict=True) for value in pair]
-    found = knn(*pairs, neighbours=neighbours, temperature=args.temperature, device=find_device(args.device))
-
-    rows = [{"k": k, "top1": 100 * top1, "top5": 100 * top5} for k, (top1, top5) in found.items()]
-    results = {"task": "knn", "model": args.model, "weights": weights, "temperature": args.temperature}
+    if args.val is None and args.n_per_class != [None]:
+        raise ValueError("--n-per-class needs VAL: without it all pictures of TRAIN but one vote.")
+    read = labelled.read_all(args, [args.train] if args.val is None else [args.train, args.val], blocks=1)
+    labels = labelled.classes_of(read)
+    pairs = [value for each, numbers in zip(read, labels, strict=True) for value in (each.tokens.cls[:, -1], numbers)]
+    most = len(read[0].names) - (args.val is None)
+    rows = []
+    for n_per_class in args.n_per_class:
+        found = knn(
+            *pairs,
+            neighbours=args.k or ([k for k in NEIGHBOURS if k <= most] or [most]),
+            temperature=args.temperature,
+            n_per_class=n_per_class,
+            n_tries=args.n_tries,
+            device=find_device(args.device),
+        )
+        rows += [
+            {"n_per_class": n_per_class, "k": k, "top1": 100 * top1, "top5": 100 * top5}
+            for k, (top1, top5) in found.items()
+        ]
+    results = {"task": "knn", **read[0].model.describe(), "temperature": args.temperature, "n_tries": args.n_tries}
     results |= {"train": read[0].describe(), "val": read[1].describe() if args.val else None, "results": rows}
-    labelled.report(args, read, results)
-    print(f"{'k':>5} {'top 1':>7} {'top 5':>7}")
-    for row in rows:
-        print(f"{row['k']:5d} {row['top1']:7.2f} {row['top5']:7.2f}")
+    labelled.report(args, read, table(rows), results)
     return SOME_FAILED if any(each.failures for each in read) else 0
 
 
-def _numbers(text: str) -> list[int]:
-    return [at_least(1)(part) for part in text.split(",")]
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracies in percent by k, and by the number of pictures of a class where that was chosen."""
+    few = any(row["n_per_class"] for row in rows)
+    lines = ["per class " * few + f"{'k':>5} {'top 1':>7} {'top 5':>7}"]
+    for row in rows:
+        number = f"{row['n_per_class'] or 'all':>9} " * few
+        lines.append(number + f"{row['k']:5d} {row['top1']:7.2f} {row['top5']:7.2f}")
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _shots(text: str) -> list[int | None]:
+    """Numbers of pictures with commas between them; None for ``all``."""
+    return [number for part in text.split(",") for number in ([None] if part == "all" else labelled.counts(part))]

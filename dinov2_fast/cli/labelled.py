@@ -22,11 +22,31 @@ from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluate import Tokens
+    from dinov2_fast.extraction.features import Features
 
 SOURCES = """\
-Each is a folder with a folder of pictures for each class, on which --model
-runs, or a folder that `dinov2-fast extract` wrote, which needs no model. The
-class of a picture is the name of the folder that it lies in."""
+Each folder holds a folder of pictures for each class, on which --model runs, or
+is one that `dinov2-fast extract` wrote, which needs no model. The class of a
+picture is the name of the folder that it lies in."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model.
+
+    Attributes:
+        name: as it was given.
+        weights: where they came from.
+        blocks: how many it has.
+    """
+
+    name: str | None
+    weights: str | None
+    blocks: int
+
+    def describe(self) -> dict[str, Any]:
+        """For the JSON."""
+        return {"model": self.name, "weights": self.weights}
 
 
 @dataclass(frozen=True)
@@ -38,17 +58,32 @@ class Labelled:
         tokens: their features.
         names: the class of each.
         failures: pictures without features, which are left out.
+        model: what the features are of.
     """
 
     folder: str
     tokens: Tokens
     names: list[str]
     failures: int
+    model: Source
 
     def describe(self) -> dict[str, Any]:
         """For the JSON."""
         classes = len(set(self.names))
         return {"folder": self.folder, "pictures": len(self.names), "classes": classes, "failures": self.failures}
+
+
+class Progress:
+    """Says on stderr now and then, and at the end, how many of a total are done."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self._name, self._total, self._unit, self._said = name, total, unit, time.perf_counter()
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if done == self._total or now - self._said >= SECONDS_BETWEEN_LINES:
+            print(f"{self._name}: {done}/{self._total} {self._unit}", file=sys.stderr, flush=True)
+            self._said = now
 
 
 def add_options(parser: Any) -> None:
@@ -80,65 +115,84 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
 
 
-def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> tuple[list[Labelled], str | None]:
-    """The folders, with the class tokens of up to `blocks` last blocks, and where the model's weights came from.
+def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> list[Labelled]:
+    """The folders, with the class tokens of up to `blocks` last blocks.
 
     Raises:
-        ValueError: no class folders, pictures without a model, a model without pictures, nothing readable.
+        ValueError: no class folders, classes that do not fit, pictures without a model, a model without pictures,
+            features of two models, nothing readable, or a file for --json that cannot be written.
     """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ValueError(f"{folder!r} is {'a file' if os.path.exists(folder) else 'not there'}; give a folder.")
+    if args.json:
+        _check_writable(Path(args.json))
     stored = [is_stored(Path(folder)) for folder in folders]
     if all(stored):
         if args.model or args.weights:
             raise ValueError("Folders of features need no --model; to run one, give folders of pictures.")
-        return [_read_stored(folder) for folder in folders], None
+        return _read_stored(folders, blocks)
     if any(stored):
         raise ValueError("Give folders of pictures or folders of features, not both: features of two models differ.")
     if not args.model:
         raise ValueError("--model is missing: these folders hold no features, and pictures need a model.")
-    from dinov2_fast.extraction.extractor import find_device, processor_for
-
-    files = [_list_labelled(folder) for folder in folders]
-    model = dinov2_fast.load(
-        args.model, weights=args.weights, device=find_device(args.device), dtype="float32", dialect=args.dialect
-    )
-    processor = processor_for(args.model, args.size)
-    engine = dinov2_fast.optimize_for_inference(model, args.precision)
-    blocks = min(blocks, model.n_blocks)
-    read = [
-        _run_model(folder, listed, engine, processor, args, blocks)
-        for folder, listed in zip(folders, files, strict=True)
-    ]
-    return read, model.loaded_from
+    return _read_pictures(args, folders, blocks)
 
 
-def classes_of(train: Labelled, others: Sequence[Labelled]) -> list[NDArray[np.int64]]:
-    """The labels of the training pictures and of the others, as numbers of the training classes in alphabetical order.
+def classes_of(read: Sequence[Labelled]) -> list[NDArray[np.int64]]:
+    """The labels of the pictures, as numbers of the classes of the first folder, the training's, in alphabetical order.
 
     Raises:
         ValueError: fewer than two classes, or a class that no training picture has.
     """
-    numbers = {name: number for number, name in enumerate(sorted(set(train.names)))}
+    return _numbers([(each.folder, each.names) for each in read])
+
+
+def _numbers(named: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int64]]:
+    """`classes_of` for folders and the classes of the pictures in each."""
+    train, names = named[0]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(numbers) < 2:
-        raise ValueError(f"{train.folder!r} has one class, {train.names[0]!r}: there is nothing to tell apart.")
-    for other in others:
-        unknown = sorted(set(other.names) - set(numbers))
+        raise ValueError(f"{train!r} has one class, {names[0]!r}: there is nothing to tell apart.")
+    for folder, others in named[1:]:
+        unknown = sorted(set(others) - set(numbers))
         if unknown:
-            raise ValueError(
-                f"{other.folder!r} has {len(unknown)} class(es) that {train.folder!r} lacks, such as {unknown[0]!r}."
-            )
-    return [np.array([numbers[name] for name in labelled.names], np.int64) for labelled in (train, *others)]
+            raise ValueError(f"{folder!r} has {len(unknown)} class(es) that {train!r} lacks, such as {unknown[0]!r}.")
+    return [np.array([numbers[name] for name in names], np.int64) for _, names in named]
 
 
-def report(args: argparse.Namespace, read: Sequence[Labelled], results: dict[str, Any]) -> None:
-    """Prints which pictures there were, and writes the JSON that was asked for."""
+def report(args: argparse.Namespace, read: Sequence[Labelled], table: str, results: dict[str, Any]) -> None:
+    """Prints which pictures there were and the table, and writes the JSON that was asked for."""
     for labelled in read:
         about = labelled.describe()
         failed = f", {about['failures']} left out" if about["failures"] else ""
         print(f"{labelled.folder}: {about['pictures']} pictures in {about['classes']} classes{failed}")
-    print()
+    print(f"\n{table}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def features_for(depth: int, blocks: int) -> str:
+    """What ``extract --features`` stores for linear probes on up to `blocks` last blocks of a model of `depth`."""
+    return ",".join([*(f"cls@{depth - back}" for back in range(blocks, 1, -1)), "cls", "patch_mean"])
+
+
+def counts(text: str) -> list[int]:
+    """The type of options that are whole numbers from 1 on with commas between them."""
+    try:
+        return [at_least(1)(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several such as 1,4") from None
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work that it is to hold the results of; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--json: the folder {str(path.parent)!r} cannot be made: {error.strerror}.") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--json: {str(path)!r} is a folder, or may not be written.")
 
 
 def is_stored(folder: Path) -> bool:
@@ -146,14 +200,61 @@ def is_stored(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def _read_stored(folder: str) -> Labelled:
-    features = dinov2_fast.load_features(folder)
+def _read_stored(folders: Sequence[str], blocks: int) -> list[Labelled]:
+    opened = [dinov2_fast.load_features(folder) for folder in folders]
+    for folder, features in zip(folders[1:], opened[1:], strict=True):
+        if features.manifest["weights"] != opened[0].manifest["weights"]:
+            raise ValueError(f"The features in {folder!r} are of another model than those in {folders[0]!r}.")
+    return [_labelled(folder, features, blocks) for folder, features in zip(folders, opened, strict=True)]
+
+
+def _labelled(folder: str, features: Features, blocks: int) -> Labelled:
+    about = features.manifest["about"]
+    model = Source(about.get("model"), about.get("weights"), features.manifest["model"]["n_blocks"])
     good = np.array([error is None for error in features.error], bool)
     if not good.any():
         raise ValueError(f"No picture in {folder!r} has features.")
-    names = [os.path.basename(os.path.dirname(features.path[row])) for row in np.flatnonzero(good)]
-    tokens = _tokens(features["cls"][good, None], features["patch_mean"][good])
-    return Labelled(folder, tokens, names, int((~good).sum()))
+    names = [_class_of(features.path[row]) for row in np.flatnonzero(good)]
+    stored = _last_blocks(features, model.blocks, blocks)
+    if not stored:
+        raise ValueError(f"{folder!r} has no class tokens of the last block: extract the features cls,patch_mean.")
+    cls = np.stack([features[name][good] for name in stored], axis=1)
+    patch_mean = next((name for name in ("patch_mean", f"patch_mean@{model.blocks - 1}") if name in features), None)
+    tokens = _tokens(cls, features[patch_mean][good] if patch_mean else None)
+    return Labelled(folder, tokens, names, int((~good).sum()), model)
+
+
+def _last_blocks(features: Features, depth: int, blocks: int) -> list[str]:
+    """The names of the class tokens after the last blocks, as many as there are without a gap, up to `blocks`."""
+    found: list[str] = []
+    for layer in range(depth - 1, max(depth - blocks, 0) - 1, -1):
+        names = ["cls"] * (layer == depth - 1) + [f"cls@{layer}"]
+        there = [name for name in names if name in features]
+        if not there:
+            break
+        found.insert(0, there[0])
+    return found
+
+
+def _class_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def _read_pictures(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> list[Labelled]:
+    from dinov2_fast.extraction.extractor import find_device, processor_for
+
+    files = [_list_labelled(folder) for folder in folders]
+    _numbers([(folder, list(map(_class_of, listed))) for folder, listed in zip(folders, files, strict=True)])
+    model = dinov2_fast.load(
+        args.model, weights=args.weights, device=find_device(args.device), dtype="float32", dialect=args.dialect
+    )
+    processor = processor_for(args.model, args.size)
+    engine = dinov2_fast.optimize_for_inference(model, args.precision)
+    source = Source(args.model, model.loaded_from, model.n_blocks)
+    return [
+        _run_model(folder, listed, engine, processor, args, min(blocks, model.n_blocks), source)
+        for folder, listed in zip(folders, files, strict=True)
+    ]
 
 
 def _list_labelled(folder: str) -> list[str]:
@@ -170,7 +271,13 @@ def _list_labelled(folder: str) -> list[str]:
 
 
 def _run_model(
-    folder: str, files: Sequence[str], engine: Any, processor: Any, args: argparse.Namespace, blocks: int
+    folder: str,
+    files: Sequence[str],
+    engine: Any,
+    processor: Any,
+    args: argparse.Namespace,
+    blocks: int,
+    source: Source,
 ) -> Labelled:
     cls, patch_mean, names = [], [], []
     for batch, pixels in _batches(folder, files, processor, args):
@@ -178,10 +285,10 @@ def _run_model(
             if np.isfinite(one).all() and np.isfinite(mean).all():
                 cls.append(one)
                 patch_mean.append(mean)
-                names.append(os.path.basename(os.path.dirname(file)))
+                names.append(_class_of(file))
     if not cls:
         raise ValueError(f"No picture in {folder!r} can be read.")
-    return Labelled(folder, _tokens(np.stack(cls), np.stack(patch_mean)), names, len(files) - len(names))
+    return Labelled(folder, _tokens(np.stack(cls), np.stack(patch_mean)), names, len(files) - len(names), source)
 
 
 def _batches(
@@ -191,7 +298,7 @@ def _batches(
     from dinov2_fast.extraction.inputs import Picture
     from dinov2_fast.extraction.workers import decode_all
 
-    done, said = 0, time.perf_counter()
+    done, progress = 0, Progress(folder, len(files), "pictures")
     answers = decode_all(map(Picture, files), processor, workers=args.workers, ahead=2 * args.batch_size)
     decoded = zip(files, answers, strict=True)
     while batch := list(islice(decoded, args.batch_size)):
@@ -199,9 +306,7 @@ def _batches(
         if good:
             yield [file for file, _ in good], np.stack([pixels for _, pixels in good])
         done += len(batch)
-        if done == len(files) or time.perf_counter() - said >= SECONDS_BETWEEN_LINES:
-            print(f"{folder}: {done}/{len(files)} pictures", file=sys.stderr, flush=True)
-            said = time.perf_counter()
+        progress(done)
 
 
 def _run_batch(engine: Any, pixels: NDArray[Any], blocks: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -216,9 +321,10 @@ def _run_batch(engine: Any, pixels: NDArray[Any], blocks: int) -> tuple[NDArray[
         return cls.cpu().numpy(), layers[-1][0].float().mean(dim=1).cpu().numpy()
 
 
-def _tokens(cls: NDArray[Any], patch_mean: NDArray[Any]) -> Tokens:
+def _tokens(cls: NDArray[Any], patch_mean: NDArray[Any] | None) -> Tokens:
     import torch
 
     from dinov2_fast.evaluate import Tokens
 
-    return Tokens(torch.from_numpy(np.ascontiguousarray(cls)), torch.from_numpy(np.ascontiguousarray(patch_mean)))
+    mean = None if patch_mean is None else torch.from_numpy(np.ascontiguousarray(patch_mean))
+    return Tokens(torch.from_numpy(np.ascontiguousarray(cls)), mean)
