@@ -49,6 +49,7 @@ _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 without a suffix
 _DOT = re.compile(r"\btt\.dot (.*?) : tensor<[0-9x]*x(\w+)> \*")
 _TENSOR_CORES = {"bf16": "HGMMA", "f16": "HGMMA", "f8E4M3FN": "QGMMA"}  # of sm_90, by operand
+_WGMMA = ("HGMMA", "QGMMA", "WARPGROUP.ARRIVE")  # products, and what stands before each group of them
 _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]+)[^;:]*;", re.MULTILINE)
 
 
@@ -88,6 +89,12 @@ class Report:
         return any(found == opcode or found.startswith(opcode + ".") for found in self.opcodes)
 
     @property
+    def serialised(self) -> bool:
+        """Whether on sm_90 each matrix product waits for the one before: what ptxas says as C7510 to C7515."""
+        count = {opcode: sum(n for found, n in self.opcodes.items() if found.startswith(opcode)) for opcode in _WGMMA}
+        return 1 < count["HGMMA"] + count["QGMMA"] <= count["WARPGROUP.ARRIVE"]
+
+    @property
     def spill_stores(self) -> int:
         """Bytes that the instructions of one thread write to local memory, each counted once."""
         return self._local_bytes("STL")
@@ -119,7 +126,7 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
     to tf32, or on sm_90 adds up fp8 products imprecisely; a dot on sm_90 that does not run on that chip's own tensor
-    core instructions, which need 64 rows. `fast` is "always", "mostly" (narrow tiles beside wide ones) or "never".
+    core instructions, which need 64 rows, or whose instructions wait for one another. `fast` is "always", "mostly" (narrow tiles beside wide ones) or "never".
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]
@@ -136,6 +143,8 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
             found += [f"a dot without {opcode}" for opcode in sorted(wanted) if not report.uses(opcode)]
         if fast == "always" and report.uses("HMMA"):
             found.append("a dot on HMMA, the slow path")
+        if report.serialised:
+            found.append("dots whose products wait for one another")
     return [f"{sentence}: {report}" for sentence in found]
 
 
