@@ -73,14 +73,15 @@ def attention(qkv: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", attention_probabilities(qkv), qkv[:, :, 2].double())
 
 
+def e4m3_position(x: Tensor) -> Tensor:
+    """Where the elements of an e4m3 tensor stand in the row of all representable numbers, with zero at 0."""
+    code = x.view(torch.uint8).int()
+    return torch.where(code >= 128, 128 - code, code)  # both zeros at 0
+
+
 def e4m3_steps(y: Tensor, expected: Tensor) -> Tensor:
     """How many representable e4m3 numbers lie between two tensors of e4m3, element by element."""
-
-    def position(x: Tensor) -> Tensor:
-        code = x.view(torch.uint8).int()
-        return torch.where(code >= 128, 128 - code, code)  # both zeros at 0
-
-    return (position(y) - position(expected)).abs()
+    return (e4m3_position(y) - e4m3_position(expected)).abs()
 
 
 def patches(images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int) -> Tensor:

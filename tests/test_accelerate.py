@@ -19,7 +19,7 @@ from dinov2_fast import accelerate, accelerated, ops, restore
 from dinov2_fast.integrations import blocks as integrated
 from dinov2_fast.integrations.blocks import AcceleratedBlock
 from dinov2_fast.integrations.steps import is_layer_norm
-from tests.devices import runs_triton
+from tests.devices import DEVICE, runs_triton
 from tests.foreign_models import (
     KINDS,
     SOME,
@@ -191,11 +191,12 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
 
 @runs_triton
 def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
-    model, untouched = pair(some)
+    model, untouched = (m.to(DEVICE) for m in pair(some))
+    x = pictures(1).to(DEVICE)
     with torch.no_grad(), dinov2_fast.use_backend("attention=triton,layer_norm=triton,activation=triton"):
-        found = some.calls[0](model, pictures(1))
+        found = some.calls[0](model, x)
     with torch.no_grad():
-        assert_same(found, some.calls[0](untouched, pictures(1)))
+        assert_same(found, some.calls[0](untouched, x))
 
 
 # The same object

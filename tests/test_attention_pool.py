@@ -106,16 +106,17 @@ STRIDES = {
 }
 
 
-@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("layout", STRIDES)
 @each_backend
-def test_strided_input_gives_what_a_copy_gives(backend: str, make: Any) -> None:
-    x = make(random(4, 6, 64))
+def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> None:
+    x = STRIDES[layout](random(4, 6, 64))
     batch, _, hidden = x.shape
     absorbed, (weight, bias) = random(batch, hidden, 3).mT, random(2, 2 * hidden)[:, ::2]
     pooled = attention_pool(x, absorbed, weight, bias, EPS, backend=backend)
-    copies = (t.contiguous() for t in (x, absorbed, weight, bias))
+    copies = (t.clone(memory_format=torch.contiguous_format) for t in (x, absorbed, weight, bias))
     expected = attention_pool(*copies, EPS, backend=backend)
-    if backend == "torch":  # whose matrix products depend on the strides
+    # Matrix products of torch's depend on the strides, and narrower loads give the threads other elements to sum.
+    if backend == "torch" or layout == "misaligned":
         torch.testing.assert_close(pooled, expected)
     else:
         assert torch.equal(pooled, expected)

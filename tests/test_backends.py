@@ -160,7 +160,7 @@ def test_kernels_do_not_export_and_a_forced_one_says_so() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return ops.layer_norm(x, x[0], x[0], 1e-6)
 
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 8, device=devices.DEVICE)
     assert "dinov2_fast" not in str(torch.export.export(Norm(), (x,)).graph)
     for strict in (False, True):
         with use_backend("triton"), pytest.raises(Exception, match="does not export"):

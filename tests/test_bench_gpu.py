@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -139,6 +140,17 @@ def test_every_op_and_the_model_are_tested_once() -> None:
         assert _options(step)["-k"] == f"not {gpu_plan.LARGE_TESTS}"
         assert "-m" in step.arguments
         assert "not aot" in step.arguments
+
+
+def test_every_test_that_needs_a_gpu_is_planned() -> None:
+    planned = {argument for step in _plan() for argument in step.arguments if argument.startswith("tests/")}
+    needing = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"(^@|=\s*)(pytest\.mark\.gpu|on_gpu)\b", path.read_text(), re.MULTILINE)
+    }
+    assert {"tests/test_attention.py", "tests/test_cuda_graphs.py", "tests/test_extract.py"} < needing
+    assert needing <= planned
 
 
 def test_the_few_tests_are_of_every_op() -> None:

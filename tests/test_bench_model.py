@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,6 +275,56 @@ def test_a_mode_is_what_it_says(monkeypatch) -> None:
     for mode in ("compile", "reduce-overhead", "max-autotune"):
         modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", "fp32", mode)
     assert compiled == [{"dynamic": False, "mode": m} for m in ("default", "reduce-overhead", "max-autotune")]
+
+
+class Cuda:
+    """A torch.cuda that notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.mode = 0
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.mode = {"error": 2}.get(mode, mode)
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.happened.append("capture")
+        yield
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        replacements = {
+            "Stream": lambda device: stream,
+            "current_stream": lambda device: stream,
+            "stream": contextlib.nullcontext,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.happened.append("replay")),
+            "graph": self.graph,
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": self.set_sync_debug_mode,
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+
+def test_a_peer_that_waits_for_the_device_is_not_captured_and_its_row_says_why(monkeypatch) -> None:
+    cuda = Cuda()
+    cuda.install(monkeypatch)
+
+    def waiting(model: Any, x: Tensor) -> Any:
+        cuda.happened.append("call")
+        if cuda.mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return OURS.call["all"](model, x)
+
+    entrants = [(_peer("waiting", call={"all": waiting}), "graphs"), (OURS, "graphs")]
+    refused, row = bench.measure(SETTING, entrants, _models(), 0.0, [])
+    assert records.reason(refused) == "failed: called a synchronizing CUDA operation"
+    assert cuda.happened[: modes.WARM_UP] == ["call"] * modes.WARM_UP
+    assert cuda.happened[modes.WARM_UP] == "capture", "of the other peer"
+    assert "replay" in cuda.happened
+    assert row["value"] > 0
+    assert cuda.mode == 0
 
 
 @pytest.mark.parametrize("output", peers.OUTPUTS)

@@ -11,6 +11,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference import cuda_graphs
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from tests.devices import on_gpu
+from dinov2_fast.inference.waiting import NoWaiting
+from tests.devices import DEVICE, on_gpu, runs_triton
 from tests.huggingface_peers import make_pair, pictures
 from tests.test_model import small
 
@@ -650,6 +652,155 @@ def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> No
     assert not cuda_graphs._one_at_a_time.locked()
 
 
+# Calls for which the host waits
+
+
+class Head(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+
+WAITING_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "item": lambda x: x * x.sum().item(),
+    "condition": lambda x: x if (x > 0).all() else -x,
+    "nonzero": lambda x: x + x.nonzero().shape[0],
+    "unique": lambda x: x + x.unique().shape[0],
+    "mask": lambda x: x + x[x > 0].sum(),
+    "masked_select": lambda x: x + x.masked_select(x > 0).sum(),
+    "set by a mask": lambda x: x.index_put((x > 0,), x.sum()[None]),
+    "equal": lambda x: x + torch.equal(x, -x),
+    "allclose": lambda x: x + torch.allclose(x, -x),
+    "inverse": lambda x: x @ torch.linalg.inv(torch.eye(x.shape[-1], device=x.device)),
+    "new numbers": lambda x: x + torch.tensor([1.0], device=x.device),
+}
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: nn.functional.linear(x, x),
+    "indices": lambda x: x[torch.arange(1, device=x.device)],
+    "rows set": lambda x: x.index_put((torch.arange(1, device=x.device),), x[0]),
+    "where": lambda x: torch.where(x > 0, x, x.sum()),
+    "top": lambda x: x.topk(2).values,
+}
+
+
+class OnCpu(cuda_graphs.Cuda):
+    """Captures on the CPU, with the torch.cuda of the fixture `calls`."""
+
+    def serves(self, device: torch.device) -> bool:
+        return True
+
+
+def with_a_head(function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    """An engine that captures, and one that does not."""
+    model = small()
+    model.head = Head(function)
+    engine, eager = (optimize_for_inference(model, "fp32", cuda_graphs=False) for _ in range(2))
+    engine._graphs = Graphs(True, OnCpu())
+    return engine, eager
+
+
+@pytest.mark.parametrize("function", WAITING_HEADS.values(), ids=WAITING_HEADS)
+@torch.no_grad()
+def test_no_capture_begins_where_the_host_would_wait(
+    function: Callable[[Tensor], Tensor], calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, eager = with_a_head(function)
+    for _ in range(2):
+        x = random()
+        assert torch.equal(engine(x), eager(x))
+    assert "into side" in calls, "warmed up"
+    assert not [call for call in calls if call.startswith("into capture")]
+    (record,) = caplog.records
+    assert "capturing one failed: RuntimeError: aten." in record.getMessage()
+    assert record.getMessage().endswith("makes the host wait for the device")
+    assert "makes the host wait for the device" in str(engine)
+
+
+@pytest.mark.parametrize("function", HEADS.values(), ids=HEADS)
+@torch.no_grad()
+def test_heads_for_which_nobody_waits_are_captured(
+    function: Callable[[Tensor], Tensor], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
+    engine, eager = with_a_head(function)
+    x = random()
+    assert torch.equal(engine(x), eager(x))
+    assert "into capture on side, pool None, thread_local" in calls
+    assert "replay" in calls
+
+
+LISTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
+    "list": lambda m, x, mask: m.forward_features([x, x[:1]]),
+    "list, masks": lambda m, x, mask: m([x, x[:1]], masks=[mask, mask[:1]], is_training=True),
+    "cls_tokens": lambda m, x, mask: m.cls_tokens([x[0], x[1]]),
+}
+
+
+@pytest.mark.parametrize("call", (CALLS | LISTS).values(), ids=CALLS | LISTS)
+@torch.no_grad()
+def test_no_call_of_the_engine_waits(call: Any) -> None:
+    engine = optimize_for_inference(small(num_register_tokens=2), "fp32")
+    mask = torch.rand(2, 12) < 0.5
+    for x in (random(), torch.randint(256, X).byte(), torch.randint(256, (2, 42, 56, 3)).byte()):
+        expected = call(engine, x, mask)
+        with NoWaiting(x.device):
+            found = call(engine, x, mask)
+        torch.testing.assert_close(found, expected)
+
+
+@runs_triton
+@torch.no_grad()
+def test_no_call_of_the_engine_waits_on_kernels() -> None:
+    engine = optimize_for_inference(small(embed_dim=64, num_heads=2), "fp32").to(DEVICE)
+    x, mask = torch.randint(256, (1, 3, 28, 28)).byte().to(DEVICE), torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
+    with use_backend("triton"):
+        expected = engine(x, mask, is_training=True)["x_prenorm"]
+        with NoWaiting(x.device):
+            found = engine(x, mask, is_training=True)["x_prenorm"]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@torch.no_grad()
+def test_no_call_of_the_engine_mixes_devices(call: Any) -> None:
+    """On the meta device in place of a GPU."""
+    folded = copy.deepcopy(optimize_for_inference(small(num_register_tokens=2), "fp32").folded).to("meta")
+    x, mask = random().to("meta"), torch.zeros(2, 12, dtype=torch.bool, device="meta")
+    with use_backend("torch"):
+        call(folded, x, mask)
+        with NoWaiting(x.device):
+            call(folded, x, mask)
+
+
+NUMBER, NUMBERS = torch.tensor(2.0), torch.tensor([1, 0])
+WAITING_OPS: dict[str, Callable[[Tensor], Any]] = {
+    "to the device": lambda x: x + NUMBERS.to(x.device),
+    "a number to the device": lambda x: x * NUMBER.to(x.device),
+    "into what is there": lambda x: x[0, 0].copy_(NUMBER),
+    "indices": lambda x: x[NUMBERS],
+}
+OPS: dict[str, Callable[[Tensor], Any]] = {
+    "a number": lambda x: x * NUMBER,
+    "a row of a number": lambda x: x[0].fill_(NUMBER),
+    "set by a mask to a number": lambda x: x.index_put((x > 0,), NUMBER),
+    "elsewhere": lambda x: x * NUMBERS.sum().item() + NUMBERS.nonzero().shape[0] + NUMBERS[NUMBERS > 0].shape[0],
+}
+
+
+@pytest.mark.parametrize("op", (WAITING_OPS | OPS).values(), ids=WAITING_OPS | OPS)
+def test_ops_that_copy_between_devices(op: Callable[[Tensor], Any]) -> None:
+    x = torch.empty(2, 2, device="meta")
+    with NoWaiting(x.device):
+        if op in OPS.values():
+            op(x)
+        else:
+            with pytest.raises(RuntimeError, match=r"aten\..* makes the host wait for the device"):
+                op(x)
+
+
 # On a GPU
 
 
@@ -658,6 +809,11 @@ def cuda_engine(mode: bool | str = True, **kwargs: Any) -> tuple[Any, Any]:
     torch.manual_seed(kwargs.pop("seed", 0))
     model = small(embed_dim=128, num_heads=2, **kwargs).cuda()
     return tuple(optimize_for_inference(model, "bf16", cuda_graphs=graphs) for graphs in (mode, False))
+
+
+WAITING_HEADS_ON_A_GPU = {name: WAITING_HEADS[name] for name in ("item", "mask", "new numbers")} | {
+    "numbers of the CPU": lambda x: x + torch.ones(1).to(x.device, x.dtype)
+}
 
 
 def captured(engine: Any) -> int:
@@ -770,14 +926,11 @@ def test_inside_a_graph_of_the_user_s() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("function", WAITING_HEADS_ON_A_GPU.values(), ids=WAITING_HEADS_ON_A_GPU)
 @torch.inference_mode()
-def test_a_head_that_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> None:
-    class Reading(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * x.sum().item()
-
+def test_a_head_that_cannot_be_captured(function: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture) -> None:
     model = small(embed_dim=128, num_heads=2).cuda()
-    model.head = Reading()
+    model.head = Head(function)
     engine, eager = (optimize_for_inference(model, "bf16", cuda_graphs=graphs) for graphs in (True, False))
     before = torch.cuda.current_stream()
     for _ in range(2):
@@ -786,6 +939,13 @@ def test_a_head_that_cannot_be_captured(caplog: pytest.LogCaptureFixture) -> Non
     assert torch.cuda.current_stream() == before
     assert len([record for record in caplog.records if "capturing one failed" in record.getMessage()]) == 1
     assert "none, since capturing one failed" in str(engine)
+    assert torch.randn(1, device="cuda").isfinite(), "random numbers are not in the middle of a capture"
+    torch.cuda.empty_cache()
+    cached = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del cached
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved - 2**28, "nor is the allocator"
 
 
 @on_gpu

@@ -22,6 +22,7 @@ from dinov2_fast.extraction.extract import Announcement, Status, extract
 from dinov2_fast.extraction.features import read_manifest
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 from dinov2_fast.inference import optimize_for_inference
+from tests.devices import on_gpu
 from tests.test_model import small
 
 ROOT = Path(__file__).parents[1]
@@ -417,7 +418,7 @@ def test_what_fp16_cannot_hold_is_an_error(plain: list[str], tmp_path: Path) -> 
     assert rows_of(summary.path)[0]["error"] == "the model's features are not finite or too large for fp16"
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_on_a_gpu_the_features_are_those_of_the_cpu(plain: list[str], tmp_path: Path) -> None:
     """Batches overlap there, in pinned memory, and events measure."""
     torch.manual_seed(0)

@@ -670,7 +670,7 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
 
 @runs_triton
 def test_print_does_not_call_it_slow_for_attention_alone() -> None:
-    engine = in_fp8(small())
+    engine = in_fp8(small().to(DEVICE))
     with use_backend("layer_norm=triton"):
         assert "speed: no faster than bf16 here: torch's forms of linear_fp8, linear_gelu_fp8, " in str(engine)
     with use_backend("layer_norm=triton,linear=triton"):

@@ -38,10 +38,16 @@ def test_golden_features(name: str) -> None:
         torch.testing.assert_close(features[1][key], tensors[f"3.{key}"], atol=TOLERANCE, rtol=0)
 
 
+def _bernoulli_of_the_cpu_(x: Tensor, p: float = 0.5) -> Tensor:
+    return x.copy_(torch.empty(x.shape).bernoulli(p))
+
+
 def _gradients(model: nn.Module, pictures: Tensor | list[Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
-    torch.manual_seed(1)  # of stochastic depth, and of the weights of the loss
-    features = model(pictures, is_training=True)
+    torch.manual_seed(4)  # of stochastic depth, which drops some branches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "bernoulli_", _bernoulli_of_the_cpu_)  # on a GPU fp64 draws others than fp32 and bf16
+        features = model(pictures, is_training=True)
     loss = torch.zeros((), device=DEVICE, dtype=next(model.parameters()).dtype)
     for part in features if isinstance(features, list) else [features]:
         for key in ("x_norm_clstoken", "x_norm_patchtokens", "x_prenorm"):
@@ -55,7 +61,7 @@ def _gradients(model: nn.Module, pictures: Tensor | list[Tensor]) -> dict[str, T
     ("name", "kwargs"),
     [
         ("facebook_mlp", {}),
-        ("facebook_swiglu", {"drop_path_rate": 0.05, "drop_path_uniform": True}),
+        ("facebook_swiglu", {"drop_path_rate": 0.09, "drop_path_uniform": True}),
         ("facebook_reg4", {"drop_path_rate": 0.5, "drop_path_uniform": True}),
     ],
     ids=["plain", "swiglu, scaled branches", "registers, subsets"],
@@ -71,6 +77,8 @@ def test_gradients_of_every_parameter_obey_the_rule(name: str, kwargs: dict, dty
             found[backend] = _gradients(model, pictures)
     exact = _gradients(copy.deepcopy(model).double(), pictures.double())
     assert found["triton"].keys() == exact.keys()
+    off, whole = (torch.cat([(exact[key] - less * found["torch"][key]).flatten() for key in exact]) for less in (1, 0))
+    assert off.norm() < 0.1 * whole.norm(), "the same branches are dropped"
     for key, ref in exact.items():
         reference.assert_obeys_rule(found["triton"][key], ref, found["torch"][key])
 

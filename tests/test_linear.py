@@ -289,26 +289,59 @@ def test_fp8_operands_obey_the_rule(
     reference.assert_obeys_rule(y, exact, exact.float().to(dtype))
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("form", ["gelu", "swiglu"])
-@each_path
-def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str, by_row: bool) -> None:
-    operands, matrices = _fp8_operands((130, 258, 144), by_row)
+def _fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """By how much the products of two e4m3 matrices may be off, element by element, given what these stand for.
+
+    Tensor cores keep some 14 bits of the e4m3 products that they add at once, from the greatest on; these short sums
+    are added in fp32, as everything is elsewhere. Computed so for the data of these tests, with 13 bits, the result is
+    off by up to 2^-12.3 of the sum of the magnitudes.
+    """
+    on_tensor_cores = DEVICE == "cuda" and backend != "torch"
+    return (2.0**-12 if on_tensor_cores else 2.0**-22) * (x.abs() @ weight.abs().T)
+
+
+def _assert_fp8_residual_in_fp32(backend: str) -> None:
+    operands, matrices = _fp8_operands((66, 40, 48), True)
+    y = _run_fp8("residual", backend, operands, torch.float32)
+    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
+    _, gamma = _stream(operands[0], operands[2], torch.float32)
+    rounding = exact.abs().max() * 2.0**-23
+    wrong = (y.double() - exact).abs()
+    assert y.dtype == torch.float32
+    assert (wrong <= gamma.double() * _fp8_slack(*matrices, backend) + rounding).all()
+
+
+def _assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int], by_row: bool) -> None:
+    """At most one step, and seldom, from what the formula gives for products that are off by the slack or less."""
+    operands, matrices = _fp8_operands(size, by_row)
     with poisoned_memory():
         y = _run_fp8(form, backend, operands, E4M3, 1 / 300)
-    exact = (_exact(form, *matrices, operands[-1]) * 300).clamp(-448, 448)
-    away = reference.e4m3_steps(y, exact.to(E4M3))
+    z, slack = reference.linear(*matrices, operands[-1]), _fp8_slack(*matrices, backend)
+    if form == "gelu":  # whose slope is 1.13 or less, and that of SiLU 1.1
+        slack = 1.13 * slack
+    else:
+        gate, value = F.silu(z[:, 0::2]).abs(), z[:, 1::2].abs()
+        slack = 1.1 * slack[:, 0::2] * (value + slack[:, 1::2]) + gate * slack[:, 1::2]
+    exact = _exact(form, *matrices, operands[-1])
+    low, high = (((exact + s) * 300).clamp(-448, 448).to(E4M3) for s in (-slack, slack))
+    below = reference.e4m3_position(low) - reference.e4m3_position(y)
+    above = reference.e4m3_position(y) - reference.e4m3_position(high)
+    away = torch.maximum(below, above)
     assert away.max() <= 1
     assert (away > 0).double().mean() < 0.01
     assert y.float().max() == 448
 
 
-@runs_triton
-def test_fp8_residual_in_fp32() -> None:
-    operands, matrices = _fp8_operands((66, 40, 48), True)
-    y = _run_fp8("residual", "triton", operands, torch.float32)
-    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
-    reference.assert_obeys_rule(y, exact, _run_fp8("residual", "torch", operands, torch.float32))
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+@each_path
+def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str, by_row: bool) -> None:
+    _assert_e4m3_result(form, backend, (130, 258, 144), by_row)
+
+
+@each_backend
+def test_fp8_residual_in_fp32(backend: str) -> None:
+    _assert_fp8_residual_in_fp32(backend)
 
 
 # cuBLAS, which CPUs have under other names as far as the first two go

@@ -31,6 +31,8 @@ from tests.devices import (
 )
 from tests.test_linear import (
     E4M3,
+    _assert_e4m3_result,
+    _assert_fp8_residual_in_fp32,
     _exact,
     _exact_fp8,
     _fp8_operands,
@@ -188,22 +190,12 @@ def test_fp8_operands_obey_the_rule(form: str, size: tuple[int, int, int], by_ro
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("form", ["gelu", "swiglu"])
 def test_e4m3_results_are_one_step_from_the_formula(form: str, by_row: bool) -> None:
-    operands, matrices = _fp8_operands((130, 272, 144), by_row)
-    with poisoned_memory():
-        y = _run_fp8(form, "cuda", operands, E4M3, 1 / 300)
-    exact = (_exact(form, *matrices, operands[-1]) * 300).clamp(-448, 448)
-    away = reference.e4m3_steps(y, exact.to(E4M3))
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
-    assert y.float().max() == 448
+    _assert_e4m3_result(form, "cuda", (130, 272, 144), by_row)
 
 
 @runs_cuda
 def test_fp8_residual_in_fp32() -> None:
-    operands, matrices = _fp8_operands((66, 40, 48), True)
-    y = _run_fp8("residual", "cuda", operands, torch.float32)
-    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
-    reference.assert_obeys_rule(y, exact, _run_fp8("residual", "torch", operands, torch.float32))
+    _assert_fp8_residual_in_fp32("cuda")
 
 
 # How torch sees the ops

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
@@ -279,14 +278,18 @@ STRIDES = {
 }
 
 
-@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("name", STRIDES)
 @each_path
-def test_strided_streams_give_what_copies_give(backend: str, make: Any) -> None:
-    x = make(random(6, 4, 160))
-    weight = make(random(6, 4, 160))[0]
+def test_strided_streams_give_what_copies_give(backend: str, name: str) -> None:
+    x, weight = (STRIDES[name](random(6, 4, 160)) for _ in range(2))
+    weight = weight[0]
     strided, copied = (_run("linear", backend, *pair, None) for pair in ((x, weight), (x.clone(), weight.clone())))
     torch.testing.assert_close(strided, copied, atol=2e-6, rtol=1e-6)
-    assert torch.equal(*(op.row_statistics(t, backend=backend) for t in (x, x.contiguous())))
+    both = [op.row_statistics(t, backend=backend) for t in (x, x.contiguous())]
+    if name == "misaligned":  # compiled for narrower loads, so that a thread sums other elements
+        torch.testing.assert_close(*both, atol=2e-5, rtol=1e-6)
+    else:
+        assert torch.equal(*both)
 
 
 # How torch sees the ops

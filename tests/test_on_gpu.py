@@ -255,7 +255,10 @@ def test_more_than_two_to_the_31_elements(name: str, backend: str) -> None:
     whole = _results(name, [x, *small[1:]], False, backend)
     part = _results(name, [x[-64:].contiguous(), *small[1:]], False, backend)
     for ours, right in zip(whole, part, strict=True):
-        assert torch.equal(ours[-64:], right)
+        if name == "norm_linear_gelu":  # in larger tiles, which sum a row's statistics in another order
+            torch.testing.assert_close(ours[-64:], right, atol=2.0**-16, rtol=2.0**-7)  # an ulp of bf16
+        else:
+            assert torch.equal(ours[-64:], right)
 
 
 @on_gpu

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dinov2_fast import backends
+from dinov2_fast.inference.waiting import NoWaiting
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -74,11 +75,18 @@ class Cuda:
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any, list[Any]]:
         """Captures `run`, after warming it up.
 
+        The last warm-up must not wait for the device. A capture that does fails, and torch 2.11 leaves it half ended:
+        every later random number on the device raises ("Offset increment outside graph capture"), in any thread, and
+        its allocator takes the capture for one still under way.
+
         Args:
             pool: of the graphs that this one shares memory with, or None.
 
         Returns:
             The graph, what `run` returned (memory of the graph), and what it holds (see :func:`held`).
+
+        Raises:
+            RuntimeError: the last warm-up waited for the device; no capture was begun.
         """
         current = torch.cuda.current_stream(device)
         self._side = side = self._side or torch.cuda.Stream(device)
@@ -86,7 +94,9 @@ class Cuda:
         # The outer `stream` brings the caller's back also if the capture fails, which torch.cuda.graph does not.
         with _one_at_a_time, torch.cuda.device(device), torch.cuda.stream(side):
             side.wait_stream(current)
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP - 1):
+                run()
+            with NoWaiting(device):
                 run()
             graph = torch.cuda.CUDAGraph()
             holder: list[Any] = []

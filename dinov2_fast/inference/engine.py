@@ -81,7 +81,9 @@ def optimize_for_inference(
         cuda_graphs: on a GPU, run calls as CUDA graphs: True for all calls but those for lists, hidden states,
             attentions or a loss; "auto" where batches are small enough for the launching of kernels to take longest,
             from the second call of a kind on (print the engine to see up to how many tokens); False for none. Results
-            are copied out of a graph, so they stay. The first call of a kind is slow, and each kind needs memory.
+            are copied out of a graph, so they stay. The first call of a kind is slow, and each kind needs memory. While
+            it is captured no other thread may draw random numbers on the device: torch raises an error there ("Offset
+            increment outside graph capture").
         norm: "pass" writes the norms of the blocks out, each in a pass over the residual stream. "folded" has them in
             the linears that read them: these take the stream itself and divide their products by the standard
             deviations of its rows, for which the linears that write the stream leave statistics. That spares two passes
