@@ -126,7 +126,8 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
     to tf32, or on sm_90 adds up fp8 products imprecisely; a dot on sm_90 that does not run on that chip's own tensor
-    core instructions, which need 64 rows, or whose instructions wait for one another. `fast` is "always", "mostly" (narrow tiles beside wide ones) or "never".
+    core instructions, which need 64 rows, or whose instructions wait for one another. `fast` is "always", "mostly"
+    (narrow tiles beside wide ones) or "never".
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]

@@ -226,7 +226,7 @@ def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytes
             model.position_dialect = name
             assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
             with monkeypatch.context() as patch:
-                patch.setattr("dinov2_fast.position_embeddings._tracing", lambda: True)  # nothing is decided for one size
+                patch.setattr("dinov2_fast.position_embeddings._tracing", lambda: True)  # as in a graph
                 assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
         assert not torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
 
