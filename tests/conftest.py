@@ -1,8 +1,10 @@
-"""What every test runs under: fixed seeds, true fp32, and one torch thread in each parallel worker."""
+"""What every test runs under: fixed seeds, true fp32, one torch thread in each parallel worker, and a working GPU."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -14,9 +16,32 @@ from tests import devices
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # set by pytest-xdist in its workers
         torch.set_num_threads(1)
+        config.pluginmanager.register(LeaveAfterCudaError())
     torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions on a GPU in fp32, for which the tolerances are made
     if devices.interpreting():
         devices.make_the_interpreter_strict()
+
+
+class LeaveAfterCudaError:
+    """Ends a worker of pytest-xdist behind a test that failed with a CUDA error, so that a new one takes its place.
+
+    After an illegal memory access every later CUDA call of the process fails, and so would all the worker's tests. When
+    the worker leaves, what it reported has been sent; xdist adds that it crashed during that test, and gives the tests
+    it had left to others.
+    """
+
+    ERRORS = re.compile(r"CUDA( error)?: |Error \[CUDA\]: ")  # of csrc or torch, of Triton
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def pytest_exception_interact(self, call: pytest.CallInfo[None]) -> None:
+        self.failed |= self.ERRORS.search(str(call.excinfo.value)) is not None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        if self.failed:
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)

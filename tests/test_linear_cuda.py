@@ -6,6 +6,7 @@ Without a GPU, `-p tests.cuda_on_host` runs all but the products themselves.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -24,6 +25,7 @@ from tests.devices import (
     DEVICE,
     assert_compiles_whole,
     fakes_cuda,
+    on_gpu,
     poisoned_memory,
     random,
     runs_cuda,
@@ -50,6 +52,27 @@ FP8_FORMS = ["linear", *FORMS]
 # (rows, out_features, in_features): whole tiles and tails, and each tile of the table on a device of 2 multiprocessors
 SIZES = [(0, 96, 40), (1, 16, 8), (70, 128, 24), (130, 272, 40), (257, 256, 72), (150, 512, 16)]
 
+BF16_LARGE, BF16_MEDIUM, BF16_SMALL, E4M3_LARGE, E4M3_SMALL = range(5)
+# (form, (rows, out_features, in_features), tile on 132 multiprocessors): several tiles for some blocks, so that both
+# warp groups of a ping-pong kernel compute; more steps over in_features than there are stages; tails of all three.
+LARGE = [
+    ("residual", (4104, 2296, 1544), BF16_LARGE),
+    ("gelu", (4104, 3088, 776), BF16_MEDIUM),
+    ("swiglu", (4104, 4112, 776), BF16_MEDIUM),
+    ("residual", (4104, 1144, 1544), BF16_MEDIUM),
+    ("gelu", (1160, 1528, 1544), BF16_SMALL),
+    ("swiglu", (1160, 1520, 1544), BF16_SMALL),
+    ("residual", (1160, 1528, 1544), BF16_SMALL),
+]
+LARGE_FP8 = [
+    ("linear", (4104, 1552, 1552), E4M3_LARGE),
+    ("residual", (4104, 1552, 1552), E4M3_LARGE),
+    ("linear", (1160, 1552, 1552), E4M3_SMALL),
+    ("residual", (1160, 1552, 1552), E4M3_SMALL),
+    ("gelu", (4104, 3088, 1552), E4M3_SMALL),
+    ("swiglu", (4104, 3088, 1552), E4M3_SMALL),
+]
+
 each_form = pytest.mark.parametrize("form", FORMS)
 each_fp8_form = pytest.mark.parametrize("form", FP8_FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -64,6 +87,18 @@ def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[in
     with poisoned_memory():
         y = _run(form, "cuda", *operands)
     reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+
+
+@on_gpu
+@runs_cuda
+@pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE], ids=str)
+@each_dtype
+def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    operands = _operands(*size, dtype)
+    with poisoned_memory():
+        y = _run(form, "cuda", *operands)
+    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+    assert torch.equal(y, _run(form, "cuda", *operands))  # nothing in the order of the sums is left to chance
 
 
 @runs_cuda
@@ -196,6 +231,36 @@ def test_e4m3_results_are_one_step_from_the_formula(form: str, by_row: bool) -> 
 @runs_cuda
 def test_fp8_residual_in_fp32() -> None:
     _assert_fp8_residual_in_fp32("cuda")
+
+
+@on_gpu
+@runs_cuda
+@pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE_FP8], ids=str)
+def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, size: tuple[int, int, int]) -> None:
+    operands, matrices = _fp8_operands(size, by_row=True)
+    with poisoned_memory():
+        y = _run_fp8(form, "cuda", operands, torch.bfloat16)
+    exact = _exact_fp8(form, operands, *matrices, torch.bfloat16)
+    rounding = 2.0**-8 * exact.abs() + 3e-6  # bf16's, and what the polynomial of the GELU is off by
+    assert ((y.double() - exact).abs() <= rounding + _slack(form, operands, *matrices)).all()
+    assert torch.equal(y, _run_fp8(form, "cuda", operands, torch.bfloat16))
+
+
+def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+    """How far a result may be off because Hopper's tensor cores sum products of e4m3 with some 14 bits.
+
+    They lose bits below those 14 of the largest number in a sum of 128 products, which is at most the sum of their
+    magnitudes; such sums are then added in fp32. So x @ weight^T may be off by 2^-12 of |x| @ |weight|^T, and a result
+    by that times the steepest slope of what follows: 1.13 of the GELU, 1.1 of the SiLU, itself below its argument.
+    """
+    lost = 2.0**-12 * reference.linear(x.abs(), weight.abs(), None)
+    if form == "residual":
+        return lost * _stream(operands[0], operands[2])[1].double()
+    if form == "swiglu":
+        gate, value = reference.linear(x, weight, operands[-1]).abs().unflatten(-1, (-1, 2)).unbind(-1)
+        lost_gate, lost_value = lost.unflatten(-1, (-1, 2)).unbind(-1)
+        return 1.1 * (lost_gate * value + gate * lost_value + lost_gate * lost_value)
+    return lost if form == "linear" else 1.13 * lost
 
 
 # How torch sees the ops
@@ -379,7 +444,6 @@ def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None
 
 # The table of tiles
 
-BF16_LARGE, BF16_MEDIUM, BF16_SMALL, E4M3_LARGE, E4M3_SMALL = range(5)
 TILES = [  # rows, out_features, form, bytes of an operand's element, tile
     (64 * 257, 1024, "residual", 2, BF16_LARGE),
     (64 * 257, 4096, "gelu", 2, BF16_MEDIUM),  # an activation is hidden
@@ -393,6 +457,8 @@ TILES = [  # rows, out_features, form, bytes of an operand's element, tile
     (64 * 257, 1024, "linear", 1, E4M3_LARGE),
     (64 * 257, 4096, "gelu", 1, E4M3_SMALL),
     (257, 1024, "linear", 1, E4M3_SMALL),
+    *((rows, features, form, 2, tile) for form, (rows, features, _), tile in LARGE),
+    *((rows, features, form, 1, tile) for form, (rows, features, _), tile in LARGE_FP8),
 ]
 CHOOSE = """
 import ctypes, json, sys, torch
@@ -400,6 +466,21 @@ choose_tile = ctypes.CDLL(sys.argv[1]).dinov2_fast_choose_tile
 choose_tile.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
 print([choose_tile(*arguments, 132) for arguments in json.loads(sys.argv[2])])
 """
+
+
+SHAPES = [(128, 256), (128, 128), (64, 128), (128, 128), (64, 128)]  # of the tiles
+
+
+@pytest.mark.parametrize(("case", "size"), [*((case, 2) for case in LARGE), *((case, 1) for case in LARGE_FP8)])
+def test_large_cases_fill_the_pipeline(case: tuple[str, tuple[int, int, int], int], size: int) -> None:
+    _, (rows, out_features, in_features), tile = case
+    tile_rows, tile_columns = SHAPES[tile]
+    step = 128 // size
+    assert math.ceil(rows / tile_rows) * math.ceil(out_features / tile_columns) > 132
+    assert in_features // step > 9  # the most stages that fit
+    assert rows % tile_rows
+    assert out_features % tile_columns
+    assert in_features % step
 
 
 def test_the_tile_goes_by_shape() -> None:
