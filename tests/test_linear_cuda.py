@@ -38,6 +38,7 @@ from tests.test_linear import (
     _exact,
     _exact_fp8,
     _fp8_operands,
+    _fp8_slack,
     _operands,
     _plain,
     _run,
@@ -247,13 +248,10 @@ def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, si
 
 
 def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
-    """How far a result may be off because Hopper's tensor cores sum products of e4m3 with some 14 bits.
-
-    They lose bits below those 14 of the largest number in a sum of 128 products, which is at most the sum of their
-    magnitudes; such sums are then added in fp32. So x @ weight^T may be off by 2^-12 of |x| @ |weight|^T, and a result
-    by that times the steepest slope of what follows: 1.13 of the GELU, 1.1 of the SiLU, itself below its argument.
+    """How far a result may be off because tensor cores add up products of e4m3 with few bits: what `_fp8_slack` says,
+    times the steepest slope of what follows, 1.13 of the GELU, 1.1 of the SiLU, which is below its argument.
     """
-    lost = 2.0**-12 * reference.linear(x.abs(), weight.abs(), None)
+    lost = _fp8_slack(x, weight, "cuda")
     if form == "residual":
         return lost * _stream(operands[0], operands[2])[1].double()
     if form == "swiglu":

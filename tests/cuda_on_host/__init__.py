@@ -44,7 +44,7 @@ def headers() -> Path | None:
 def build(csrc: Path = ROOT / "csrc") -> Path:
     """The library, in the system's folder for temporary files; built once for the same sources and torch."""
     torch_folder = Path(torch.__file__).parent
-    files = sorted([*csrc.glob("*.*"), *Path(__file__).parent.glob("*.h")])
+    files = sorted([*csrc.glob("*.*"), *Path(__file__).parent.glob("*.h"), *Path(__file__).parent.glob("*.cu")])
     contents = b"".join(file.read_bytes() for file in files) + f"{torch.__version__}{FLAGS}".encode()
     library = Path(tempfile.gettempdir(), f"dinov2_fast_on_host_{hashlib.sha256(contents).hexdigest()[:16]}.so")
     if library.is_file():
