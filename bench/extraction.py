@@ -356,7 +356,7 @@ def measure(
             rows[peer] |= {"outputs_max_error": judge.warm_up(pipeline, peer), "versions": about}
             pipelines[peer] = pipeline
         except Exception as exception:  # what stops one must not stop the others
-            rows[peer] |= records.stopped(exception)
+            records.stop([rows[peer]], exception, models.device)
     taken: dict[Peer, list[Pass]] = {peer: [] for peer in pipelines}
     for turn in range(passes):
         order = list(pipelines)
@@ -366,8 +366,9 @@ def measure(
                 judge.check(pipelines[peer], features)
                 taken[peer].append(took)
             except Exception as exception:
-                rows[peer] |= records.stopped(exception) | {"outputs_max_error": None}
+                rows[peer]["outputs_max_error"] = None
                 del pipelines[peer]
+                records.stop([rows[peer]], exception, models.device)
     for peer in pipelines:
         rows[peer] |= values(len(paths), taken[peer])
     return list(rows.values())
@@ -404,12 +405,13 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     like = Setting(TASK, decoding.TINY, RESOLUTION, options.batch, "cls", precision)
     pipeline = not all(recorder.has(**row) for row in decoding.settings(like))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, recorder.until_lost():
         paths = make_pictures(Path(folder), options.pictures) if wanted or pipeline else []
         for setting in wanted:
             ours = dinov2_fast.load(setting.config.name, weights="random:0", device=recorder.device)
             models = Models(setting.config, ours)
-            rows = measure(setting, entrants, models, paths, options.workers, options.passes)
+            going = [peer for peer in entrants if not recorder.lost_in(**setting.row(peer, mode_of(peer)))]
+            rows = measure(setting, going, models, paths, options.workers, options.passes)
             recorder.keep(rows)
             show(f"{setting}, {options.pictures} JPEG files, {options.workers} workers", rows)
         if pipeline:

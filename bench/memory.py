@@ -34,7 +34,7 @@ import dinov2_fast
 from bench import options as shared
 from bench import records
 from bench.model import PRECISIONS, Judge, Models, Setting
-from bench.modes import COMPILED, DTYPES, compiling, modes_of, prepare
+from bench.modes import BACKENDS, COMPILED, DTYPES, compiling, modes_of, prepare, why_missing
 from bench.peers import OUTPUTS, Peer, peers
 from bench.records import Recorder
 from bench.training import MODES, Step, build, incoming
@@ -194,8 +194,8 @@ def measure(
     samples: dict[tuple[Peer, str], Tensor] = {}
     for peer, mode in entrants:
         rows = pairs[peer, mode] = rows_of(setting, peer, mode, budget)
-        if peer.missing:
-            _set(rows, records.missing(peer.missing))
+        if reason := why_missing(peer, mode):
+            _set(rows, records.missing(reason))
             continue
         try:
             with compiling():
@@ -205,7 +205,7 @@ def measure(
             if sample is not None:
                 samples[peer, mode] = sample
         except Exception as exception:  # what stops one must not stop the others
-            _set(rows, records.stopped(exception))
+            records.stop(rows, exception, device)
     _compare(setting, ours, device, samples, pairs)
     return [row for rows in pairs.values() for row in rows]
 
@@ -255,7 +255,7 @@ def _compare(
         taken = dataclasses.replace(peer, take={setting.output: lambda result: result})
         try:
             with torch.inference_mode():
-                _set(pairs[peer, mode], {"outputs_max_error": judge.error(taken, sample.to(device))})
+                _set(pairs[peer, mode], judge.verdict(taken, sample.to(device)))
         except ValueError as error:
             _set(pairs[peer, mode], records.stopped(error))
 
@@ -267,19 +267,26 @@ def main(arguments: list[str] | None = None) -> int:
     everyone = peers(options.reference_path)
     installed = [peer for peer in everyone if not peer.missing]
     entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
-    for config in options.models:
-        ours = None
-        for setting in settings(options, config):
-            budget = options.budget if setting.output in options.largest else None
-            there = [(peer, mode) for peer, mode in entrants if not peer.missing]
-            wanted = [row for entrant in there for row in rows_of(setting, *entrant, budget)]
-            if all(recorder.has(**row) for row in wanted):
-                continue
-            ours = ours or dinov2_fast.load(config.name, weights="random:0")
-            rows = measure(setting, entrants, ours, recorder.device, budget)
-            recorder.keep(rows)
-            show(setting, rows)
+    with recorder.until_lost():
+        for config in options.models:
+            ours = None
+            for setting in settings(options, config):
+                budget = options.budget if setting.output in options.largest else None
+                there = [(peer, mode) for peer, mode in entrants if not why_missing(peer, mode)]
+                wanted = [row for entrant in there for row in rows_of(setting, *entrant, budget)]
+                if all(recorder.has(**row) for row in wanted):
+                    continue
+                ours = ours or dinov2_fast.load(config.name, weights="random:0")
+                going = [entrant for entrant in entrants if not _lost(recorder, setting, *entrant, budget)]
+                rows = measure(setting, going, ours, recorder.device, budget)
+                recorder.keep(rows)
+                show(setting, rows)
     return recorder.finish()
+
+
+def _lost(recorder: Recorder, setting: Setting, peer: Peer, mode: str, budget: float | None) -> bool:
+    """Whether the device was lost in one of its rows."""
+    return any(recorder.lost_in(**row) for row in rows_of(setting, peer, mode, budget))
 
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
@@ -310,7 +317,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=_gib, help="GiB that the largest batch may take (default: 16, on a CPU 0.5)")
     parser.add_argument("--precisions", type=shared.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
-    parser.add_argument("--modes", type=shared.some_of(MODES["cuda"]), help="default: eager, on a GPU triton too")
+    parser.add_argument(
+        "--modes", type=shared.some_of(MODES["cuda"]), help="default: eager, on a GPU also triton and cuda"
+    )
     shared.add_peers(parser)
     options = parser.parse_args(arguments)
     on = options.device
@@ -319,7 +328,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options.largest = options.largest or (["training"] if on == "cpu" else options.outputs)
     options.budget = options.budget or BUDGET[on]
     options.precisions = options.precisions or PRECISIONS[on]
-    options.modes = options.modes or (["eager"] if on == "cpu" else ["eager", "triton"])
+    options.modes = options.modes or (["eager"] if on == "cpu" else ["eager", *BACKENDS])
     return options
 
 

@@ -17,7 +17,7 @@ import copy
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +29,11 @@ import dinov2_fast
 from bench import options as shared
 from bench import records, roofline
 from bench.accuracy import worst_error
-from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare
-from bench.peers import ACCELERATED, OURS, OUTPUTS, Peer, peers
+from bench.contest import contest
+from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
+from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, Peer, chosen, peers
 from bench.records import Recorder
-from bench.timing import Run, in_turn, quantiles, warm_up
+from bench.timing import Run, quantiles
 from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
 
@@ -41,11 +42,14 @@ SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls that one time of through
 PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
 MODES_OF_TASK = {
     ("throughput", "cpu"): ["eager", "engine"],
-    ("throughput", "cuda"): ["eager", "triton", "engine", "engine-triton", "compile", "max-autotune"],
+    ("throughput", "cuda"): [
+        *("eager", "triton", "cuda", "engine", "engine-triton", "engine-triton-sdpa", "engine-cuda", "engine-mixed"),
+        *("engine-cublas", "compile", "max-autotune"),
+    ],
     ("latency", "cpu"): ["eager", "engine"],
     ("latency", "cuda"): [
-        *("eager", "triton", "graphs", "engine", "engine-graphs", "engine-triton-graphs"),
-        *("compile", "reduce-overhead", "max-autotune"),
+        *("eager", "triton", "cuda", "graphs", "engine", "engine-graphs", "engine-triton-graphs", "engine-cuda-graphs"),
+        *("engine-mixed-graphs", "engine-cublas-graphs", "compile", "reduce-overhead", "max-autotune"),
     ],
 }
 COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
@@ -57,7 +61,7 @@ class Setting:
 
     task: str
     config: BackboneConfig
-    resolution: int
+    resolution: int | str  # pixels of each side, or such as "224-518" for pictures of many sizes
     batch: int
     output: str
     precision: str
@@ -121,42 +125,50 @@ class Judge:
         Raises:
             ValueError: they are not the model's.
         """
-        if self._setting.precision != "fp8":
-            return {"outputs_max_error": self.error(peer, result)}
-        wide, _ = self._expectation(peer)
-        result = peer.take[self._setting.output](result)[self._rows].float()
-        cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
-        if not cosine >= COSINE:  # NaN is none
-            raise ValueError(f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}")
-        error = ((result - wide).abs().max() / wide.abs().max()).item()
-        return {"outputs_max_error": error, "versions": {"cosine": cosine}}
-
-    def error(self, peer: Peer, result: Any) -> float:
-        """The largest error of an element.
-
-        Raises:
-            ValueError: the outputs are not the model's.
-        """
-        wide, usual = self._expectation(peer)
         result = peer.take[self._setting.output](result)[self._rows]
-        return worst_error([result.to(usual.dtype)], [wide], [usual])
+        return judged(self._setting.precision, result, *self._expectation(peer))
 
     def _expectation(self, peer: Peer) -> tuple[Tensor, Tensor]:
         dialect = peer.dialect(self._models.config)
         if dialect not in self._known:
-            self._known[dialect] = self._expected(dialect)
+            self._known[dialect] = expected(self._setting.precision, self._models, dialect, self._outputs)
         return self._known[dialect]
 
-    def _expected(self, dialect: str) -> tuple[Tensor, Tensor]:
-        """Our outputs in a wider dtype, and in this precision, both on plain PyTorch."""
-        precision, device = self._setting.precision, self._x.device
-        wide = torch.float64 if precision == "fp32" else torch.float32
-        model = self._models.ours if wide == torch.float32 else copy.deepcopy(self._models.ours).double()
-        same = self._models.get(OURS, DTYPES[precision])
-        with use_backend("torch"), _exact_fp32(), resampling(model, dialect):
-            reference = OURS.result(model, self._x.to(wide), self._setting.output)
-        with use_backend("torch"), contexts(precision, "eager", device)(), resampling(same, dialect):
-            return reference, OURS.result(same, self._x, self._setting.output)
+    def _outputs(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
+        return OURS.result(model, self._x.to(dtype), self._setting.output)
+
+
+def judged(precision: str, result: Tensor, wide: Tensor, usual: Tensor) -> dict[str, Any]:
+    """What a row says about outputs, beside those of :func:`expected`.
+
+    Raises:
+        ValueError: they are not the model's.
+    """
+    if precision != "fp8":
+        return {"outputs_max_error": worst_error([result.to(usual.dtype)], [wide], [usual])}
+    result = result.float()
+    cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
+    if not cosine >= COSINE:  # NaN is none
+        raise ValueError(f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}")
+    error = ((result - wide).abs().max() / wide.abs().max()).item()
+    return {"outputs_max_error": error, "versions": {"cosine": cosine}}
+
+
+def expected(
+    precision: str, models: Models, dialect: str, run: Callable[[nn.Module, torch.dtype], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Outputs of our model in a wider dtype, and in this precision, both on plain PyTorch.
+
+    Args:
+        run: the outputs of a model for pictures of a dtype.
+    """
+    wide = torch.float64 if precision == "fp32" else torch.float32
+    model = models.ours if wide == torch.float32 else copy.deepcopy(models.ours).double()
+    same = models.get(OURS, DTYPES[precision])
+    with use_backend("torch"), exact_fp32(), resampling(model, dialect):
+        reference = run(model, wide)
+    with use_backend("torch"), contexts(precision, "eager", models.device)(), resampling(same, dialect):
+        return reference, run(same, DTYPES[precision])
 
 
 @contextmanager
@@ -170,9 +182,9 @@ def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
 
 
 @contextmanager
-def _exact_fp32() -> Iterator[None]:
+def exact_fp32() -> Iterator[None]:
     """Convolutions in fp32, which a GPU computes in TF32 by default."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # without `enabled` there is no cuDNN inside
         yield
 
 
@@ -187,28 +199,38 @@ def measure(
         known: rows of bench.roofline, for the floor.
     """
     x = setting.pictures(models.device)
-    rows: dict[tuple[Peer, str], dict[str, Any]] = {}
-    runs: dict[tuple[Peer, str], Run] = {}
-    calls: dict[tuple[Peer, str], int] = {}
+    rows = rows_of(setting, entrants)
     judge = Judge(setting, models, x)
-    for peer, mode in entrants:
-        rows[peer, mode] = setting.row(peer, mode)
-        if peer.missing:
-            rows[peer, mode] |= records.missing(peer.missing)
-            continue
-        try:
-            model = models.ours if mode in ENGINES else models.get(peer, x.dtype)
-            run = prepare(peer, model, x, setting.output, setting.precision, mode)
-            rows[peer, mode] |= judge.verdict(peer, run())
-            last = warm_up(run, x.device)
-            calls[peer, mode] = max(1, round(SAMPLE[x.device.type] / last)) if setting.task == "throughput" else 1
-            runs[peer, mode] = run
-        except Exception as exception:  # what stops one must not stop the others
-            rows[peer, mode] |= records.stopped(exception)
+
+    def ready(entrant: tuple[Peer, str]) -> Run:
+        peer, mode = entrant
+        model = models.ours if mode in ENGINES else models.get(peer, x.dtype)
+        run = prepare(peer, model, x, setting.output, setting.precision, mode)
+        rows[entrant] |= judge.verdict(peer, run())
+        return run
+
+    sample = SAMPLE[x.device.type] if setting.task == "throughput" else 0.0
     floor = _floor(setting, known)
-    for entrant, times in (in_turn(runs, x.device, seconds, calls=calls) if runs else {}).items():
+    for entrant, times in contest(rows, ready, x.device, seconds, sample).items():
         rows[entrant] |= values(setting, times, floor)
     return list(rows.values())
+
+
+def rows_of(setting: Setting, entrants: Iterable[tuple[Peer, str]]) -> dict[tuple[Peer, str], dict[str, Any]]:
+    """A row for each implementation and mode: what it is about, and why it is missing if it is."""
+    rows = {(peer, mode): setting.row(peer, mode) for peer, mode in entrants}
+    for (peer, mode), row in rows.items():
+        if reason := why_missing(peer, mode):
+            row |= records.missing(reason)
+    return rows
+
+
+def left(recorder: Recorder, setting: Setting, entrants: Iterable[tuple[Peer, str]]) -> list[tuple[Peer, str]]:
+    """Those to measure: none if all rows are there that can be, and never what the device was lost in."""
+    every = list(entrants)
+    if all(why_missing(peer, mode) or recorder.has(**setting.row(peer, mode)) for peer, mode in every):
+        return []
+    return [(peer, mode) for peer, mode in every if not recorder.lost_in(**setting.row(peer, mode))]
 
 
 def values(setting: Setting, times: list[float], floor: float | None) -> dict[str, Any]:
@@ -236,24 +258,27 @@ def main(arguments: list[str] | None = None) -> int:
     recorder = Recorder(options.task, options)
     print(recorder)
     known = recorder.known(roofline.TASK)
-    everyone = peers(options.reference_path)
+    everyone = chosen(peers(options.reference_path), options.implementations)
     installed = [peer for peer in everyone if not peer.missing]
     entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
-    entrants += [(ACCELERATED[mode], mode) for mode in options.modes if mode in ACCELERATED]
-    for config in options.models:
-        models = None
-        for setting in settings(options, config):
-            taking_part = [(peer, mode) for peer, mode in entrants if goes_with(mode, setting.precision)]
-            if all(peer.missing or recorder.has(**setting.row(peer, mode)) for peer, mode in taking_part):
-                continue
-            if models is None:
-                ours = dinov2_fast.load(config.name, weights="random:0", device=recorder.device)
-                models = Models(config, ours)
-            rows = measure(setting, taking_part, models, options.seconds, known)
-            recorder.keep(rows)
-            show(str(setting), rows)
+    if OURS in everyone:
+        entrants += [(ACCELERATED[mode], mode) for mode in options.modes if mode in ACCELERATED]
+    with recorder.until_lost():
+        for config in options.models:
+            models = None
+            for setting in settings(options, config):
+                going = [e for e in entrants if goes_with(e[1], setting.precision, setting.output, recorder.device)]
+                if taking_part := left(recorder, setting, going):
+                    models = models or load_models(config, recorder.device)
+                    rows = measure(setting, taking_part, models, options.seconds, known)
+                    recorder.keep(rows)
+                    show(str(setting), rows)
     summary(recorder.rows)
     return recorder.finish()
+
+
+def load_models(config: BackboneConfig, device: torch.device) -> Models:
+    return Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
 
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
@@ -268,7 +293,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(title)
     ours = best(row for row in rows if row["implementation"] == OURS.name)
     for row in rows:
-        name = f"  {row['implementation']:12} {row['mode']:18}"
+        name = f"  {row['implementation']:12} {row['mode']:20}"
         if row["value"] is None:
             print(f"{name} {'–':>10}  {records.reason(row)}")
             continue
@@ -317,7 +342,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help=",".join(DTYPES))
     parser.add_argument("--modes", type=shared.some_of(MODES), help=",".join(MODES))
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    shared.add_peers(parser)
+    shared.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
     options.models = options.models or shared.models(on)

@@ -14,6 +14,7 @@ from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
 from bench.timing import Run
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.backends import use_backend
+from dinov2_fast.extension import load
 
 # Of weights and pictures; in fp8 the engine alone runs, with weights of its own.
 DTYPES = {
@@ -24,11 +25,16 @@ DTYPES = {
     "fp8": torch.bfloat16,
 }
 COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
-BACKENDS = ("triton",)  # of ours, forced for every op
+BACKENDS = ("triton", "cuda")  # of ours, forced for every op that has such an implementation
+# Mixtures. Two leave attention to torch, which takes cuDNN's on an H200; the third is for fp8, in which torch's own
+# linears compute in fp32.
+SDPA = "layer_norm=triton,linear=triton,attention_pool=triton,patches=triton"
+MIXED = "layer_norm=triton,linear=cuda,attention_pool=triton,patches=triton"
+CUBLAS = "layer_norm=triton,attention=triton,attention_pool=triton,patches=triton,linear=cublas"
 
 
 class EngineMode(NamedTuple):
-    """Our engine: whether as a CUDA graph, the backend forced for every op, and what else it is made with."""
+    """Our engine: whether as a CUDA graph, the setting of :func:`use_backend`, and what else it is made with."""
 
     graphs: bool
     backend: str | None
@@ -41,6 +47,13 @@ ENGINES = {
     "engine-graphs": EngineMode(True, None),
     "engine-triton": EngineMode(False, "triton"),
     "engine-triton-graphs": EngineMode(True, "triton"),
+    "engine-triton-sdpa": EngineMode(False, SDPA),
+    "engine-cuda": EngineMode(False, "cuda"),
+    "engine-cuda-graphs": EngineMode(True, "cuda"),
+    "engine-mixed": EngineMode(False, MIXED),
+    "engine-mixed-graphs": EngineMode(True, MIXED),
+    "engine-cublas": EngineMode(False, CUBLAS),
+    "engine-cublas-graphs": EngineMode(True, CUBLAS),
     "engine-no-ln-graphs": EngineMode(True, "triton", {"norm": "folded"}),  # beside engine-triton-graphs
 }
 MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
@@ -60,14 +73,36 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
     return [m for m in among if (m not in ours or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
 
 
-def goes_with(mode: str, precision: str) -> bool:
+def goes_with(mode: str, precision: str, output: str, device: torch.device) -> bool:
     """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8.
 
-    In fp8 its norms are not folded.
+    In fp8 its norms are not folded; and on a GPU its default linears, which are torch's, would compute in fp32. What
+    the last block computes for the class token alone stays in bf16, where cuBLAS' linears do not add their bias.
     """
+    if mode not in ENGINES:
+        return precision != "fp8"
+    engine = ENGINES[mode]
+    if engine.backend == CUBLAS:
+        return precision == "fp8" and output == "all"
     if precision == "fp8":
-        return mode in ENGINES and "norm" not in ENGINES[mode].options
-    return precision != "autocast-bf16" or mode not in ENGINES
+        return "norm" not in engine.options and (device.type != "cuda" or engine.backend is not None)
+    return precision != "autocast-bf16"
+
+
+def why_missing(peer: Peer, mode: str) -> str | None:
+    """Why a peer cannot run in a mode until something is installed or built, or None."""
+    extension = load().reason if "cuda" in _names(_backend(mode)) else None
+    return peer.missing or (extension and f"the CUDA extension is not available ({extension})")
+
+
+def _backend(mode: str) -> str | None:
+    """The setting of :func:`use_backend` that a mode runs under."""
+    return mode if mode in BACKENDS else ENGINES[mode].backend if mode in ENGINES else None
+
+
+def _names(setting: str | None) -> set[str]:
+    """The backends in a setting."""
+    return {part.rpartition("=")[2] for part in (setting or "").split(",")}
 
 
 def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
@@ -77,9 +112,14 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
         model: of that peer, its weights in the dtype of the precision; in fp32 for the engine.
         x: pictures (batch, 3, height, width) in the dtype of the precision.
     """
-    call = peer.call[output]
     if mode in ENGINES:
         model = engine(model, x, output, precision, ENGINES[mode].graphs, **ENGINES[mode].options)
+    return runner(peer, model, x, output, precision, mode)
+
+
+def runner(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
+    """The same of a model that is the engine already where the mode says so."""
+    call = peer.call[output]
 
     def forward(x: Tensor) -> Any:
         return call(model, x)
@@ -97,7 +137,9 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
     return run
 
 
-def engine(model: nn.Module, x: Tensor, output: str, precision: str, graphs: bool, **options: Any) -> nn.Module:
+def engine(
+    model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, graphs: bool, **options: Any
+) -> nn.Module:
     """Our engine, from weights in fp32, for what :func:`prepare` runs; also where it is slower than fp32."""
     made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True, **options)
     if precision == "fp8":
@@ -115,7 +157,7 @@ def compiling() -> Iterator[None]:
 
 def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Makes the surroundings of one run."""
-    backend = mode if mode in BACKENDS else ENGINES[mode].backend if mode in ENGINES else None
+    backend = _backend(mode)
     if precision == "autocast-bf16" and backend:
         return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend))
     if precision == "autocast-bf16":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,11 @@ def add_models(made: argparse.ArgumentParser) -> None:
     made.add_argument("--models", type=some_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
 
 
-def add_peers(made: argparse.ArgumentParser) -> None:
-    """``--reference-path``."""
+def add_peers(made: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """``--reference-path``, and where there are `names` to choose from, ``--implementations``: None unless given."""
     made.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as two more peers")
+    if names:
+        made.add_argument("--implementations", type=some_of(names), help=f"some of {','.join(names)} (default: all)")
 
 
 def sizes(task: str, device: str) -> list[int]:

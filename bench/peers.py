@@ -29,6 +29,7 @@ from bench import records
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
+NAMES = ("dinov2_fast", "transformers", "timm", "facebook")
 OUTPUTS = ("all", "cls")
 
 
@@ -71,6 +72,11 @@ def peers(reference_path: Path | None = None) -> list[Peer]:
         reference_path: a checkout of facebookresearch/dinov2.
     """
     return [OURS, TRANSFORMERS, TIMM, *(facebook(reference_path, xformers) for xformers in (False, True))]
+
+
+def chosen(everyone: list[Peer], names: list[str] | None) -> list[Peer]:
+    """Those of some names, or all."""
+    return [peer for peer in everyone if names is None or peer.name in names]
 
 
 def not_installed(package: str) -> str | None:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dinov2_fast.backends import BackendError
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
@@ -45,14 +51,34 @@ PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
 
 
 NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
-KINDS = {torch.OutOfMemoryError: "out of memory", ValueError: "refused", NotImplementedError: "cannot run here"}
+KINDS = {
+    torch.OutOfMemoryError: "out of memory",
+    ValueError: "refused",
+    NotImplementedError: "cannot run here",
+    BackendError: "cannot run here",
+}
 MISSING = "missing: "  # the beginning of that reason where an implementation is not there
+LOST = "failed: after this the device ran nothing any more: "  # and where it took the device with it
+AGAIN = 75  # exit status of a benchmark that lost the device and kept that: a new process goes on (EX_TEMPFAIL)
+SENSED = 5.0  # seconds for which one reading of the sensors serves
 SENSORS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
     "temperature_c": "temperature.gpu",
     "power_w": "power.draw",
 }
+
+
+class DeviceLost(Exception):
+    """An error, such as an access to memory that is not there, after which this process can run nothing on the GPU.
+
+    Args:
+        rows: those of the implementation that it happened in.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        super().__init__(reason(rows[0]))
+        self.rows = rows
 
 
 class Recorder:
@@ -69,6 +95,7 @@ class Recorder:
         self.path = self.folder / f"{task}.jsonl"
         self.rows: list[dict[str, Any]] = []
         self.common = environment(self.device, options.commit)
+        self.lost = False
         self._task, self._write = task, options.write
         self._known = read(self.path) if options.resume else []
 
@@ -95,18 +122,38 @@ class Recorder:
             all(row[key] == value for key, value in wanted.items()) for row in self._known if not is_missing(row)
         )
 
+    def lost_in(self, **wanted: Any) -> list[dict[str, Any]]:
+        """When resuming, the rows with these keys, for this commit, in which the device was lost: not to be tried."""
+        wanted["commit"] = self.common["commit"]
+        found = [row for row in self._known if all(row[key] == value for key, value in wanted.items())]
+        return [row for row in found if (reason(row) or "").startswith(LOST)]
+
+    @contextmanager
+    def until_lost(self) -> Iterator[None]:
+        """Inside, a lost device ends the work, and what it was lost in is kept: only a new process can go on."""
+        try:
+            yield
+        except DeviceLost as lost:
+            self.lost = True
+            self.keep(lost.rows)
+            print(
+                f"{lost.rows[0]['implementation']} {lost.rows[0].get('mode') or ''}: {lost}\n"
+                "The rest of these rows needs a new process: --resume leaves out what this happened in.",
+                file=sys.stderr,
+            )
+
     def known(self, task: str) -> list[dict[str, Any]]:
         """The rows of another task on this device, of whatever commit."""
         return read(self.folder / f"{task}.jsonl")
 
     def finish(self) -> int:
-        """Says where the rows are and how many were refused or failed; the exit status."""
+        """Says where the rows are and how many were refused or failed; the exit status: AGAIN asks for a new process."""
         if self._write:
             print(f"wrote {self.path}")
         wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
         if wrong:
             print(f"{len(wrong)} rows were refused or failed.", file=sys.stderr)
-        return int(bool(wrong))
+        return AGAIN if self.lost else int(bool(wrong))
 
 
 def not_measured(reason: str) -> dict[str, Any]:
@@ -117,7 +164,38 @@ def not_measured(reason: str) -> dict[str, Any]:
 def stopped(exception: Exception) -> dict[str, Any]:
     """The same for one that an exception stopped."""
     kind = KINDS.get(type(exception), "failed")
-    return not_measured(f"{kind}: {(str(exception) or type(exception).__name__).splitlines()[0]}")
+    return not_measured(f"{kind}: {_first_line(exception)}")
+
+
+def _first_line(exception: Exception) -> str:
+    return (str(exception) or type(exception).__name__).splitlines()[0]
+
+
+def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device) -> None:
+    """Has rows of one implementation say that an exception stopped it.
+
+    Raises:
+        DeviceLost: nothing runs on the device any more in this process, so that all others would fail as well.
+    """
+    lost = is_lost(device)
+    values = not_measured(f"{LOST}{_first_line(exception)}") if lost else stopped(exception)
+    for row in rows:
+        row |= values
+    if lost:
+        raise DeviceLost(rows) from exception
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU answers every call of this process with an error. The first may be about what is over."""
+    return device.type == "cuda" and not any(_answers(device) for _ in range(2))
+
+
+def _answers(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:  # of a class that depends on the version of torch
+        return False
+    return True
 
 
 def missing(reason: str) -> dict[str, Any]:
@@ -157,17 +235,23 @@ def version(package: str) -> str | None:
 
 
 def sensors(device: torch.device) -> dict[str, Any]:
-    """Clocks, temperature and power of a GPU at this moment; nothing on a CPU or where they cannot be read."""
-    if device.type != "cuda":
-        return {}
-    uuid = torch.cuda.get_device_properties(device).uuid
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SENSORS.values())}"]
+    """Clocks, temperature and power of a GPU, some seconds ago at most; nothing on a CPU or where they cannot be read.
+
+    Starting nvidia-smi takes as long as measuring a row of an op.
+    """
+    return dict(_sensors(device, int(time.monotonic() // SENSED))) if device.type == "cuda" else {}
+
+
+@functools.lru_cache(maxsize=1)
+def _sensors(device: torch.device, period: int) -> dict[str, Any]:
     try:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SENSORS.values())}"]
         output = subprocess.run(
             [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=10
         ).stdout
         return {name: float(value) for name, value in zip(SENSORS, output.split(","), strict=True)}
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError, ValueError, RuntimeError):
         return {}
 
 

@@ -27,7 +27,7 @@ import argparse
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import options as shared
+from bench import records
 from bench.accuracy import worst_error
 from bench.ops import PRECISION, SECONDS, Run, Speeds
 from bench.records import Recorder
@@ -192,7 +193,7 @@ def ceilings_of(rows: Iterable[dict[str, Any]], precision: str) -> Ceilings:
     """
     copy, products, attention = 0.0, {}, {}
     for row in rows:
-        rate = row["value"] * UNITS.get(row["unit"], 0)
+        rate = (row["value"] or 0.0) * UNITS.get(row["unit"], 0)
         if row["task"] != TASK or not rate:
             continue
         if row["output"] == "copy":
@@ -226,25 +227,52 @@ def measure_device(device: torch.device, dtype: torch.dtype) -> list[dict[str, A
 
 
 def measure(
-    config: BackboneConfig, resolution: int, batch: int, precision: str, device: torch.device
+    config: BackboneConfig,
+    resolution: int,
+    batch: int,
+    precision: str,
+    device: torch.device,
+    without: Collection[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
-    """Rows of what a backbone runs in a precision; for "fp8" only what is not measured for "bf16"."""
+    """Rows of what a backbone runs in a precision; for "fp8" only what is not measured for "bf16".
+
+    Args:
+        without: outputs and implementations to leave out.
+    """
     place = {"model": config.name, "resolution": resolution, "batch": batch}
     rows = []
     for product in products_of(config, resolution, batch, "cls"):
-        if _precision_of(product.place, precision) == precision:
-            for name, times in _warm_times(product_runs(product, precision, device), device).items():
-                rates = [product.flops / seconds for seconds in times]
-                rows.append(_row(product.place, precision, "TFLOP/s", rates, **place) | {"implementation": name})
+        if _precision_of(product.place, precision) == precision and (product.place, "torch") not in without:
+            rows += _product_rows(product, precision, device, place)
     if _precision_of("attention", precision) == precision:
         shape = Shape(config, resolution, batch, device, DTYPES[precision])
-        runs, errors = attention_runs(shape)
+        left_out = [name for output, name in without if output == "attention"]
+        runs, errors = attention_runs(shape, left_out)
         flops = attention_flops(config, resolution, batch, "all") / config.depth
         for name, times in _warm_times(runs, device).items():
             rates = [flops / seconds for seconds in times]
             row = _row("attention", precision, "TFLOP/s", rates, **place)
             rows.append(row | {"implementation": name, "outputs_max_error": errors[name]})
     return rows
+
+
+def _product_rows(
+    product: Product, precision: str, device: torch.device, place: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for each library, or one that says why a product cannot be measured, for which there is no floor then."""
+    try:
+        times = _warm_times(product_runs(product, precision, device), device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # such as e4m3 products of few rows, which not every cuBLAS takes
+        row = _about(product.place, precision, **place)
+        records.stop([row], error, device)
+        return [row]
+    return [
+        _row(product.place, precision, "TFLOP/s", [product.flops / seconds for seconds in taken], **place)
+        | {"implementation": name}
+        for name, taken in times.items()
+    ]
 
 
 def product_runs(product: Product, precision: str, device: torch.device) -> dict[str, Run]:
@@ -265,11 +293,14 @@ def product_runs(product: Product, precision: str, device: torch.device) -> dict
     return runs
 
 
-def attention_runs(shape: Shape) -> tuple[dict[str, Run], dict[str, float]]:
+def attention_runs(shape: Shape, without: Collection[str] = ()) -> tuple[dict[str, Run], dict[str, float]]:
     """torch's attention with each backend that takes these inputs, and the largest relative error of each.
 
     A backend is left out, and named, if it refuses, or if the result for the first picture breaks the rule of the tests
     (:func:`bench.ops.worst_error`) against the formula in a wider dtype.
+
+    Raises:
+        records.DeviceLost: a backend took the device with it.
     """
     # (batch, tokens, 3, heads, head_dim) -> three views (batch, heads, tokens, head_dim), as in the model
     q, k, v = shape.qkv(shape.batch, shape.tokens).permute(2, 0, 3, 1, 4).unbind()
@@ -280,6 +311,8 @@ def attention_runs(shape: Shape) -> tuple[dict[str, Run], dict[str, float]]:
     errors: dict[str, float] = {}
     for backend in ATTENTION_BACKENDS[shape.device.type]:
         name = backend.name.lower()
+        if name in without:
+            continue
 
         def run(backend: SDPBackend = backend) -> list[Tensor]:
             with sdpa_kernel(backend):
@@ -294,6 +327,9 @@ def attention_runs(shape: Shape) -> tuple[dict[str, Run], dict[str, float]]:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:  # torch: no such kernel; worst_error: a wrong result
+            place = {"model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
+            row = _about("attention", PRECISION[shape.dtype], **place) | {"implementation": name}
+            records.stop([row], error, shape.device)
             print(f"  attention: {name} left out: {str(error).splitlines()[0]}")
     return runs, errors
 
@@ -311,6 +347,11 @@ def _warm_times(runs: dict[str, Run], device: torch.device) -> dict[str, list[fl
 
 def _row(output: str, precision: str | None, unit: str, rates: list[float], **place: Any) -> dict[str, Any]:
     p20, median, p80 = (rate / UNITS[unit] for rate in quantiles(rates))
+    return _about(output, precision, **place) | {"value": median, "unit": unit, "p20": p20, "p80": p80}
+
+
+def _about(output: str, precision: str | None, **place: Any) -> dict[str, Any]:
+    """What a row is about, with nothing measured yet."""
     return {
         "task": TASK,
         "model": None,
@@ -320,10 +361,10 @@ def _row(output: str, precision: str | None, unit: str, rates: list[float], **pl
         "precision": precision,
         "implementation": "torch",
         "mode": "eager",
-        "value": median,
-        "unit": unit,
-        "p20": p20,
-        "p80": p80,
+        "value": None,
+        "unit": None,
+        "p20": None,
+        "p80": None,
         "floor_share": None,
         "outputs_max_error": None,
     } | place
@@ -346,20 +387,25 @@ def main(arguments: list[str] | None = None) -> int:
     if "fp8" in options.precisions and not any(row["precision"] == "fp8" for row in [*before, *recorder.rows]):
         options.precisions.remove("fp8")
         print("Left out: fp8, which this device has no products for.")
-    for config, resolution in itertools.product(options.models, options.sizes):
-        for batch in options.batches or _batches(options.device, resolution):
-            flops = [f(config, resolution, 1, "all") / 1e9 for f in (product_flops, attention_flops)]
-            print(
-                f"{config.name}, {parameters(config) / 1e6:.2f} M parameters, {resolution} px, batch {batch}, for each "
-                f"picture {flops[0]:.4g} GFLOP of products, {flops[1]:.4g} of attention"
-            )
+    with recorder.until_lost():
+        for config, resolution, batch in cases(options):
+            _print_counts(config, resolution, batch)
             for precision in options.precisions:
-                if not recorder.has(model=config.name, resolution=resolution, batch=batch, precision=precision):
-                    keep(measure(config, resolution, batch, precision, device))
+                place = {"model": config.name, "resolution": resolution, "batch": batch, "precision": precision}
+                lost = {(row["output"], row["implementation"]) for row in recorder.lost_in(**place)}
+                if lost or not recorder.has(**place):
+                    keep(measure(config, resolution, batch, precision, device, lost))
             for precision in options.precisions:
                 _print_floors(config, resolution, batch, ceilings_of([*before, *recorder.rows], precision))
     recorder.finish()
-    return 0
+    return int(recorder.lost)
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[BackboneConfig, int, int]]:
+    """Every backbone, size and batch that is asked for."""
+    for config, resolution in itertools.product(options.models, options.sizes):
+        for batch in options.batches or _batches(options.device, resolution):
+            yield config, resolution, batch
 
 
 def _batches(device: str, resolution: int) -> list[int]:
@@ -367,9 +413,20 @@ def _batches(device: str, resolution: int) -> list[int]:
     return list(dict.fromkeys(batch for task in shared.BATCHES for batch in shared.batches(task, device, resolution)))
 
 
+def _print_counts(config: BackboneConfig, resolution: int, batch: int) -> None:
+    flops = [f(config, resolution, 1, "all") / 1e9 for f in (product_flops, attention_flops)]
+    print(
+        f"{config.name}, {parameters(config) / 1e6:.2f} M parameters, {resolution} px, batch {batch}, for each "
+        f"picture {flops[0]:.4g} GFLOP of products, {flops[1]:.4g} of attention"
+    )
+
+
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name = " ".join(filter(None, (row["output"], row["precision"])))
+        if row["value"] is None:
+            print(f"  {name:24} – {records.reason(row)}")
+            continue
         spread = f"{row['p20']:.4g} to {row['p80']:.4g}"
         print(f"  {name:24} {row['value']:8.4g} {row['unit']} ({spread})  {row['implementation']}")
 

@@ -30,24 +30,32 @@ def in_turn(
     *,
     flush: bool = False,
     calls: Mapping[Name, int] | None = None,
+    stop: Callable[[Name, Exception], None] | None = None,
 ) -> dict[Name, list[float]]:
     """Seconds of each run, taken in turn, for about `seconds` in all.
 
     Args:
         flush: fill the L2 cache with other data before each.
         calls: how often each is called for one time, one call behind the other without waiting; once by default.
+        stop: told of a run that raises, which is then left out, and has no times; without it the exception is raised.
     """
     keep_freed_memory()
     cold = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device) if flush else None
     times: dict[Name, list[float]] = {name: [] for name in runs}
     order, start = list(runs), time.perf_counter()
-    while len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds:
+    while order and (len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds):
         for name in order:
             if cold is not None:
                 cold.zero_()
             count = calls[name] if calls else 1
-            times[name].append(elapsed(runs[name], device, count) / count)
-        order = order[1:] + order[:1]
+            try:
+                times[name].append(elapsed(runs[name], device, count) / count)
+            except Exception as exception:
+                if stop is None:
+                    raise
+                del times[name]
+                stop(name, exception)
+        order = [name for name in order[1:] + order[:1] if name in times]
     return times
 
 

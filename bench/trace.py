@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import dinov2_fast
 from bench import options as shared
 from bench import records, roofline
 from bench.model import Models, Setting
-from bench.modes import BACKENDS, DTYPES, ENGINES, engine, goes_with, prepare
-from bench.peers import OURS, OUTPUTS, peers
+from bench.modes import BACKENDS, DTYPES, ENGINES, engine, goes_with, runner
+from bench.peers import OURS, OUTPUTS, Peer, peers
 from bench.timing import Run
+from dinov2_fast.backends import BackendError
 from dinov2_fast.configs import BackboneConfig
 
 MARK = "bench.trace"
@@ -45,7 +46,11 @@ class Line(NamedTuple):
 
 
 def trace(run: Run, model: nn.Module, config: BackboneConfig, repeats: int, gpu: bool) -> list[Line]:
-    """The lines of the middle block of `model`, of any implementation, which `run` runs."""
+    """The lines of the middle block of `model`, of any implementation, which `run` runs.
+
+    Raises:
+        ValueError: not all passes ran the same kernels.
+    """
     for _ in range(WARM_UP):
         run()
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) == config.depth)
@@ -65,6 +70,21 @@ def trace(run: Run, model: nn.Module, config: BackboneConfig, repeats: int, gpu:
         for _ in range(repeats):
             run()
     passes = [list(_lines(event, config, gpu)) for event in seen.events() if event.name == MARK and event.cpu_children]
+    return medians(passes)
+
+
+def medians(passes: list[list[Line]]) -> list[Line]:
+    """The lines of a pass, each with the median of its times.
+
+    Raises:
+        ValueError: not all passes ran the same kernels.
+    """
+    counts = [len(lines) for lines in passes]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"The passes ran {', '.join(map(str, counts))} kernels in the middle block, and times of different kernels "
+            "have no median: take one pass, --repeats 1."
+        )
     each = zip(*passes, strict=True)
     return [same[0]._replace(seconds=statistics.median(line.seconds for line in same)) for same in each]
 
@@ -133,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device)
     known = records.read(options.results / records.device_folder(device) / f"{roofline.TASK}.jsonl")
+    status = 0
     chosen = [peer for peer in peers() if peer.name in options.implementations and not peer.missing]
     for config, size, batch in itertools.product(options.models, options.sizes, options.batches):
         models = Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
@@ -144,16 +165,25 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"no floors: {error}")
             least = {}
         for peer, mode in itertools.product(chosen, options.modes):
-            if (peer is not OURS and mode != "eager") or not goes_with(mode, options.precision):
+            if (peer is not OURS and mode != "eager") or not goes_with(mode, options.precision, options.output, device):
                 continue
-            model, backend = models.get(peer, x.dtype), mode
-            if mode in ENGINES:
-                backend = ENGINES[mode][1] or "eager"
-                model = engine(models.ours, x, options.output, options.precision, graphs=False)
-            run = prepare(peer, model, x, options.output, options.precision, backend)
-            lines = trace(run, model, config, options.repeats, device.type == "cuda")
-            show(f"{peer.name} {mode}, middle block of {setting}", lines, least)
-    return 0
+            title = f"{peer.name} {mode}, middle block of {setting}"
+            try:
+                lines = _lines_of(setting, models, x, peer, mode, options.repeats)
+            except (BackendError, ValueError) as error:  # what one mode cannot run must not stop the others
+                print(f"{title}: {error}")
+                status = 1
+                continue
+            show(title, lines, least)
+    return status
+
+
+def _lines_of(setting: Setting, models: Models, x: Tensor, peer: Peer, mode: str, repeats: int) -> list[Line]:
+    model = models.get(peer, x.dtype)
+    if mode in ENGINES:
+        model = engine(models.ours, x, setting.output, setting.precision, graphs=False, **ENGINES[mode].options)
+    run = runner(peer, model, x, setting.output, setting.precision, mode)
+    return trace(run, model, setting.config, repeats, x.is_cuda)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -30,18 +30,19 @@ import dinov2_fast
 from bench import options as shared
 from bench import records, roofline
 from bench.accuracy import worst_error
-from bench.model import PRECISIONS, SAMPLE, Setting, show, summary, values
-from bench.modes import COMPILED, DTYPES, compiling, contexts, modes_of
-from bench.peers import OURS, Peer, peers
+from bench.contest import contest
+from bench.model import PRECISIONS, SAMPLE, Setting, exact_fp32, left, rows_of, show, summary, values
+from bench.modes import BACKENDS, COMPILED, DTYPES, compiling, contexts, modes_of
+from bench.peers import NAMES, OURS, Peer, chosen, peers
 from bench.records import Recorder
-from bench.timing import Run, in_turn, warm_up
+from bench.timing import Run
 from bench.workloads import Shape
 from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
 
 TASK = "training"
-MODES = {"cpu": ["eager"], "cuda": ["eager", "triton", "compile"]}
+MODES = {"cpu": ["eager"], "cuda": ["eager", *BACKENDS, "compile"]}
 BACKBONES = {"cpu": "S", "cuda": "SBL"}
 DROP_PATH = 0.3  # rate of stochastic depth
 LEARNING_RATE = 1e-5  # small: the weights of all stay near those they began with
@@ -140,7 +141,7 @@ class Judge:
         """Those of our model in a wider dtype, and in this precision, both on plain PyTorch."""
         precision = self._setting.precision
         wide = torch.float64 if precision == "fp32" else torch.float32
-        with use_backend("torch"), torch.backends.cudnn.flags(allow_tf32=False):
+        with use_backend("torch"), exact_fp32():
             step = self._plain(dialect, wide, "fp32")
             reference = self._results(step, self._x.to(wide), self._gradient.to(wide), CHUNK)
         with use_backend("torch"):
@@ -182,27 +183,19 @@ def measure(
     device = next(ours.parameters()).device
     x, gradient = setting.pictures(device), incoming(setting, device)
     judge = Judge(setting, ours, x, gradient)
-    rows: dict[tuple[Peer, str], dict[str, Any]] = {}
-    runs: dict[tuple[Peer, str], Run] = {}
-    calls: dict[tuple[Peer, str], int] = {}
+    rows = rows_of(setting, entrants)
     models: dict[tuple[Peer, str], nn.Module] = {}
-    for peer, mode in entrants:
-        rows[peer, mode] = setting.row(peer, mode)
-        if peer.missing:
-            rows[peer, mode] |= records.missing(peer.missing)
-            continue
-        try:
-            model = build(peer, setting.config, ours, setting.precision, device)
-            step = Step(peer, model, setting.precision, mode, device)
-            rows[peer, mode]["outputs_max_error"] = judge.error(peer, step)
-            run = partial(step, x, gradient)
-            last = warm_up(run, device)
-            calls[peer, mode] = max(1, round(SAMPLE[device.type] / last))
-            runs[peer, mode], models[peer, mode] = run, model
-        except Exception as exception:  # what stops one must not stop the others
-            rows[peer, mode] |= records.stopped(exception)
+
+    def ready(entrant: tuple[Peer, str]) -> Run:
+        peer, mode = entrant
+        model = build(peer, setting.config, ours, setting.precision, device)
+        step = Step(peer, model, setting.precision, mode, device)
+        rows[entrant]["outputs_max_error"] = judge.error(peer, step)
+        models[entrant] = model
+        return partial(step, x, gradient)
+
     least = _floor(setting, known)
-    for entrant, times in (in_turn(runs, device, seconds, calls=calls) if runs else {}).items():
+    for entrant, times in contest(rows, ready, device, seconds, SAMPLE[device.type]).items():
         if all(parameter.isfinite().all() for parameter in models[entrant].parameters()):
             rows[entrant] |= values(setting, times, least)
         else:
@@ -252,18 +245,18 @@ def main(arguments: list[str] | None = None) -> int:
     recorder = Recorder(TASK, options)
     print(recorder)
     known = recorder.known(roofline.TASK)
-    everyone = peers(options.reference_path)
+    everyone = chosen(peers(options.reference_path), options.implementations)
     installed = [peer for peer in everyone if not peer.missing]
     entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
-    for config in options.models:
-        ours = None
-        for setting in settings(options, config):
-            if all(peer.missing or recorder.has(**setting.row(peer, mode)) for peer, mode in entrants):
-                continue
-            ours = ours or dinov2_fast.load(config.name, weights="random:0", device=recorder.device)
-            rows = measure(setting, entrants, ours, options.seconds, known)
-            recorder.keep(rows)
-            show(str(setting), rows)
+    with recorder.until_lost():
+        for config in options.models:
+            ours = None
+            for setting in settings(options, config):
+                if taking_part := left(recorder, setting, entrants):
+                    ours = ours or dinov2_fast.load(config.name, weights="random:0", device=recorder.device)
+                    rows = measure(setting, taking_part, ours, options.seconds, known)
+                    recorder.keep(rows)
+                    show(str(setting), rows)
     summary(recorder.rows)
     return recorder.finish()
 
@@ -282,7 +275,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", type=shared.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
     parser.add_argument("--modes", type=shared.some_of(MODES["cuda"]), help=",".join(MODES["cuda"]))
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    shared.add_peers(parser)
+    shared.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
     options.models = options.models or [shared.MODELS[letter] for letter in BACKBONES[on]]

@@ -334,3 +334,40 @@ def test_wrong_numbers_are_refused(wrong: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         extraction._parse(["--device", "cpu", *wrong])
     assert "is wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["the first", "a timed pass"])
+def test_a_lost_device_ends_the_command_and_the_others_run_next_time(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    broken: list[bool] = []
+    model, right, calls = _models().ours, extraction.Theirs.features, []
+
+    def features(self, paths):
+        if self._peer.name == "timm":
+            calls.append(len(paths))
+            if len(calls) == (1 if at == "the first" else 2):
+                broken.append(True)
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(self, paths)
+
+    monkeypatch.setattr(extraction.Theirs, "features", features)
+    monkeypatch.setattr(extraction.dinov2_fast, "load", lambda *names, **options: model)
+    monkeypatch.setitem(extraction.shared.MODELS, "S", CONFIG)
+    monkeypatch.setitem(extraction.TRANSFORMS, "timm", extraction.TRANSFORMS["facebook"])
+    monkeypatch.setattr(extraction, "peers", lambda path: [OURS, TIMM, FACEBOOK])
+    monkeypatch.setattr(pipeline, "PICTURES", 20)
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    command = ["--device", "cpu", "--pictures", "5", "--workers", "0", "--batch", "2", "--write", "--resume"]
+    command += ["--results", str(tmp_path), "--commit", "a" * 40]
+
+    def kept() -> list[tuple[str, bool]]:
+        rows = records.read(tmp_path / "cpu" / "extraction.jsonl")
+        return [(row["implementation"], row["value"] is not None) for row in rows if row["model"] != "tiny"]
+
+    assert extraction.main(command) == 1
+    assert kept() == [("timm", False)]
+    broken.clear()
+    assert extraction.main(command) == 0
+    assert kept() == [("timm", False), ("dinov2_fast", True), ("facebook", True)]

@@ -315,4 +315,28 @@ def test_the_command_keeps_rows_and_resumes(monkeypatch, tmp_path: Path, capsys)
 def test_what_a_device_gets_by_default() -> None:
     cpu, cuda = (memory._parse(["--device", device]) for device in ("cpu", "cuda"))
     assert (cpu.models, cpu.largest, cpu.modes) == ([options.MODELS["S"]], ["training"], ["eager"])
-    assert (cuda.largest, cuda.budget, cuda.modes) == (list(memory.KINDS), 16.0, ["eager", "triton"])
+    assert (cuda.largest, cuda.budget, cuda.modes) == (list(memory.KINDS), 16.0, ["eager", "triton", "cuda"])
+
+
+def test_a_lost_device_ends_the_command_and_the_others_run_next_time(monkeypatch, tmp_path: Path) -> None:
+    broken: list[bool] = []
+
+    def breaking(model: nn.Module, x: Tensor) -> Any:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(memory, "peers", lambda path: [OURS, _peer("bad", call={"cls": breaking}), _peer("last")])
+    monkeypatch.setattr(memory.dinov2_fast, "load", lambda name, weights: _ours())
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    command = ["--device", "cpu", "--sizes", "28", "--results", str(tmp_path), "--commit", "c0ffee", "--write"]
+    command += ["--outputs", "cls", "--largest", "cls", "--budget", "0.004", "--resume"]
+
+    def kept() -> list[tuple[str, bool]]:
+        rows = records.read(tmp_path / "cpu" / "memory.jsonl")
+        return [(row["implementation"], row["value"] is not None) for row in rows]
+
+    assert memory.main(command) == 1
+    assert kept() == [("bad", False)] * 2
+    broken.clear()
+    assert memory.main(command) == 0
+    assert kept() == [("bad", False)] * 2 + [("dinov2_fast", True)] * 2 + [("last", True)] * 2

@@ -18,15 +18,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import model as bench
 from bench import modes, options, peers, records, roofline, timing
 from bench.peers import OURS, Peer
-from dinov2_fast import accelerated, backends, optimize_for_inference
+from dinov2_fast import accelerated, backends, extension, optimize_for_inference
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops import _registry
+from tests.devices import fakes_cuda
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=2, num_heads=2)
 SETTING = bench.Setting("throughput", CONFIG, 56, 2, "all", "fp32")
 
@@ -383,9 +386,220 @@ def test_fp8_is_held_to_the_cosine_with_fp32(output: str) -> None:
 
 
 def test_modes_go_with_precisions() -> None:
-    with_engine = {precision: modes.goes_with("engine", precision) for precision in modes.DTYPES}
-    assert with_engine == {"fp32": True, "fp16": True, "bf16": True, "autocast-bf16": False, "fp8": True}
-    assert [precision for precision in modes.DTYPES if not modes.goes_with("triton", precision)] == ["fp8"]
+    def precisions(mode: str, device: torch.device, output: str = "all") -> list[str]:
+        return [precision for precision in modes.DTYPES if modes.goes_with(mode, precision, output, device)]
+
+    assert precisions("engine", CPU) == ["fp32", "fp16", "bf16", "fp8"]
+    assert precisions("engine", CUDA) == precisions("engine-no-ln-graphs", CUDA) == ["fp32", "fp16", "bf16"]
+    assert precisions("triton", CUDA) == precisions("eager", CPU) == ["fp32", "fp16", "bf16", "autocast-bf16"]
+    for mode in ("engine-triton", "engine-triton-sdpa", "engine-cuda-graphs", "engine-mixed"):
+        assert precisions(mode, CUDA) == ["fp32", "fp16", "bf16", "fp8"]
+    assert (precisions("engine-cublas", CUDA), precisions("engine-cublas", CUDA, "cls")) == (["fp8"], [])
+
+
+def test_a_cpu_gets_only_the_modes_that_run_there() -> None:
+    assert {bench.MODES_OF_TASK[task, "cpu"][i] for task in bench.TASKS for i in (0, 1)} == {"eager", "engine"}
+    assert all(len(bench.MODES_OF_TASK[task, "cpu"]) == 2 for task in bench.TASKS)
+    for task in bench.TASKS:
+        assert set(bench.MODES_OF_TASK[task, "cuda"]) < set(modes.MODES)
+
+
+@fakes_cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vitg14"])
+def test_no_engine_mode_asks_for_what_an_op_refuses(name: str, precision: str, monkeypatch) -> None:
+    """Every op that an engine calls is asked again, with fake tensors of a GPU of sm_90 that has the extension."""
+    calls: list[tuple[backends.Op, tuple[Any, ...]]] = []
+    choose = backends.choose
+
+    def noting(op: backends.Op, *args: Any, **kwargs: Any) -> Any:
+        calls.append((op, args))
+        return choose(op, *args, **kwargs)
+
+    def on_cuda(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return type(x)(map(on_cuda, x))
+        is_tensor = isinstance(x, Tensor)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if is_tensor else x
+
+    config = dataclasses.replace(BACKBONES[name], embed_dim=192, depth=2, num_heads=3)
+    model, x = _models(config).ours, torch.randn(2, 3, 28, 28).bfloat16()
+    chosen: dict[str, set[tuple[str, str]]] = {}
+    for output in peers.OUTPUTS:
+        made = modes.engine(model, x, output, precision, graphs=False)
+        calls.clear()
+        with monkeypatch.context() as patch, torch.inference_mode():
+            patch.setattr(backends, "choose", noting)
+            OURS.call[output](made, x)
+            made.cls_tokens([x, x[..., :14]])
+        monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
+        for mode in modes.ENGINES:
+            if not modes.goes_with(mode, precision, output, CUDA) or modes.ENGINES[mode].options:
+                continue
+            with FakeTensorMode(), torch.inference_mode(), modes.contexts(precision, mode, CUDA)():
+                found = {(op.word, choose(op, *on_cuda(args)).backend) for op, args in calls}
+            chosen[mode] = chosen.get(mode, set()) | found
+    with_all = {"patches", "layer_norm", "linear", "attention", "attention_pool"}
+    assert chosen["engine-triton"] == {(word, "triton") for word in with_all}
+    torch_attends = ("attention", "torch")
+    assert chosen["engine-triton-sdpa"] == chosen["engine-triton"] - {("attention", "triton")} | {torch_attends}
+    assert {("layer_norm", "cuda"), ("linear", "cuda"), torch_attends} < chosen["engine-cuda"]
+    assert {("layer_norm", "triton"), ("linear", "cuda"), torch_attends} < chosen["engine-mixed"]
+    assert not {("layer_norm", "torch"), ("attention", "triton")} & chosen["engine-mixed"]
+    if precision == "fp8":
+        assert {("linear", "cublas"), ("attention", "triton")} < chosen["engine-cublas"]
+        assert "engine" not in chosen
+
+
+def test_without_the_extension_its_modes_are_missing(monkeypatch) -> None:
+    monkeypatch.setattr(modes, "load", lambda: extension.Extension(extension.FILE, "not built"))
+    wanted = ["cuda", "engine-cuda", "engine-mixed", "eager", "engine-triton-sdpa"]
+    rows = bench.rows_of(SETTING, [(OURS, mode) for mode in wanted])
+    reasons = [records.reason(row) for row in rows.values()]
+    assert reasons == ["missing: the CUDA extension is not available (not built)"] * 3 + [None] * 2
+    monkeypatch.setattr(modes, "load", lambda: extension.Extension(extension.FILE, None))
+    assert not any(records.reason(row) for row in bench.rows_of(SETTING, [(OURS, mode) for mode in wanted]).values())
+
+
+def test_a_backend_that_an_op_refuses_is_a_row_with_the_reason(monkeypatch) -> None:
+    def refusing(model: Any, x: Tensor) -> Any:
+        raise backends.BackendError("layer_norm: backend 'triton' was asked for but cannot run: too wide.")
+
+    refused, fine = _measure(_peer("refused", call={"all": refusing}), OURS)
+    assert records.reason(refused) == (
+        "cannot run here: layer_norm: backend 'triton' was asked for but cannot run: too wide."
+    )
+    assert fine["value"] > 0
+
+
+def test_a_run_that_fails_while_it_is_timed_stops_no_other() -> None:
+    calls = iter(range(100))
+
+    def sometimes(model: Any, x: Tensor) -> Any:
+        if next(calls) == 5:
+            raise RuntimeError("no more")
+        return OURS.call["all"](model, x)
+
+    failed, fine = _measure(_peer("failed", call={"all": sometimes}), OURS)
+    assert (failed["value"], records.reason(failed)) == (None, "failed: no more")
+    assert fine["value"] > 0
+
+    def failing() -> None:
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):  # where nobody is told of it
+        timing.in_turn({"a": failing}, CPU, 0.0)
+
+
+@pytest.mark.parametrize(("failures", "lost"), [(0, False), (1, False), (99, True)])
+def test_a_device_is_lost_when_it_answers_nothing_but_errors(failures: int, lost: bool, monkeypatch) -> None:
+    answers = iter([True] * failures + [False] * 99)
+
+    def synchronize(device: torch.device) -> None:
+        if next(answers):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert records.is_lost(CUDA) is lost
+    assert not records.is_lost(CPU)
+
+
+def test_a_lost_device_ends_the_command_and_what_it_was_lost_in_is_left_out_next_time(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    broken: list[bool] = []
+    ran: list[str] = []
+
+    def named(name: str, breaks: bool) -> Peer:
+        def call(model: Any, x: Tensor) -> Any:
+            ran.append(name)
+            if breaks:
+                broken.append(True)
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+            return OURS.call["all"](model, x)
+
+        return _peer(name, call={"all": call})
+
+    monkeypatch.setattr(bench.dinov2_fast, "load", lambda name, **given: _models().ours)
+    monkeypatch.setattr(bench, "peers", lambda path: [named("first", False), named("bad", True), named("last", False)])
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    monkeypatch.setitem(options.MODELS, "S", CONFIG)
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "1,2", "--outputs", "all"]
+    command += ["--seconds", "0", "--modes", "eager", "--results", str(tmp_path), "--write", "--commit", "c0ffee"]
+
+    def kept() -> list[tuple[str, int, bool]]:
+        rows = records.read(tmp_path / "cpu" / "throughput.jsonl")
+        return [(row["implementation"], row["batch"], row["value"] is not None) for row in rows]
+
+    assert bench.main(command) == 1
+    assert "last" not in ran
+    assert kept() == [("bad", 1, False)]
+    said = capsys.readouterr().err
+    assert "bad eager: failed: after this the device ran nothing any more: CUDA error: an illegal memory" in said
+    assert "--resume" in said
+    broken.clear()
+    assert bench.main([*command, "--resume"]) == 1  # with two pictures it happens again
+    first = [("bad", 1, False), ("first", 1, True), ("last", 1, True)]
+    assert kept() == [*first, ("bad", 2, False)]
+    broken.clear()
+    ran.clear()
+    assert bench.main([*command, "--resume"]) == 0
+    assert kept() == [*first, ("bad", 2, False), ("first", 2, True), ("last", 2, True)]
+    assert set(ran) == {"first", "last"}
+
+
+def test_some_implementations_only(tmp_path, monkeypatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(bench.dinov2_fast, "load", lambda name, **given: _models().ours)
+    monkeypatch.setattr(bench, "measure", lambda setting, some, *rest: seen.extend(p.name for p, _ in some) or [])
+    monkeypatch.setitem(options.MODELS, "S", CONFIG)
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--outputs", "all", "--results", str(tmp_path)]
+    command += ["--modes", "eager,accelerated-timm"]
+    assert bench.main([*command, "--implementations", "timm,facebook"]) == 0
+    assert seen == ["timm", "facebook", "facebook"]
+    seen.clear()
+    assert bench.main([*command, "--implementations", "dinov2_fast"]) == 0
+    assert seen == ["dinov2_fast", "dinov2_fast"]
+    assert [peer.name for peer in peers.peers()] == [*peers.NAMES, "facebook"]
+
+
+def test_the_reference_is_computed_with_cudnn_and_without_tf32() -> None:
+    before = torch.backends.cudnn.enabled
+    with bench.exact_fp32():
+        assert torch.backends.cudnn.enabled
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.enabled == before
+
+
+def test_sensors_are_read_once_in_some_seconds(monkeypatch) -> None:
+    now, started = [100.0], []
+
+    def run(command: list[str], **given: Any) -> Any:
+        started.append(command[0])
+        return SimpleNamespace(stdout="1980, 2619, 40, 120.5\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u"))
+    monkeypatch.setattr(records.subprocess, "run", run)
+    monkeypatch.setattr(records.time, "monotonic", lambda: now[0])
+    records._sensors.cache_clear()
+    expected = {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "temperature_c": 40.0, "power_w": 120.5}
+    for _ in range(3):
+        found = records.sensors(CUDA)
+        assert found == expected
+        found.clear()
+    assert started == ["nvidia-smi"]
+    now[0] += records.SENSED
+    assert records.sensors(CUDA) == expected
+    assert len(started) == 2
+    now[0] += records.SENSED
+
+    def not_installed(command: list[str], **given: Any) -> Any:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(records.subprocess, "run", not_installed)
+    assert records.sensors(CUDA) == {}
+    records._sensors.cache_clear()
+    assert records.sensors(CPU) == {}
 
 
 @pytest.fixture

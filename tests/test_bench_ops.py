@@ -188,3 +188,53 @@ def test_the_command_chooses_ops_and_says_what_a_cpu_lacks(monkeypatch, capsys) 
     with pytest.raises(SystemExit):
         ops_bench.main(["--ops", "layer_norms"])
     assert "layer_norms: there are activation, attention" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_short")
+def test_what_the_device_was_lost_in_is_kept_and_left_out_next_time(monkeypatch, tmp_path, capsys) -> None:
+    broken: list[bool] = []
+    ran: list[str] = []
+
+    def breaking(*args):
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def last(x, *rest):
+        ran.append("last")
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], *rest)
+
+    _against(monkeypatch, breaking=breaking, last=last)
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    monkeypatch.setattr(ops_bench, "WORKLOADS", (_workload("layer_norm"),))
+    monkeypatch.setattr(ops_bench, "COPY", {"cpu": 1 << 20})
+    monkeypatch.setattr(ops_bench, "PRODUCT", {"cpu": 64})
+    command = ["--device", "cpu", "--ops", "layer_norm", "--models", "S", "--sizes", "224", "--write", "--resume"]
+    command += ["--results", str(tmp_path), "--commit", "c0ffee"]
+
+    def kept() -> list[tuple[str, str, bool]]:
+        rows = records.read(tmp_path / "cpu" / "ops.jsonl")
+        return [(row["mode"], row["implementation"], row["value"] is not None) for row in rows]
+
+    assert ops_bench.main(command) == 1
+    assert kept() == [("forward", "breaking", False)]
+    assert not ran
+    assert "breaking" in capsys.readouterr().err
+    broken.clear()
+    assert ops_bench.main(command) == 1
+    forward = [("forward", "breaking", False), ("forward", "torch", True), ("forward", "last", True)]
+    assert kept() == [*forward, ("backward", "breaking", False)]
+    broken.clear()
+    ran.clear()
+    assert ops_bench.main(command) == 0
+    assert [row[:2] for row in kept()[4:]] == [("backward", "torch"), ("backward", "last")]
+    ran.clear()
+    assert ops_bench.main(command) == 0
+    assert not ran
+
+
+def test_on_a_gpu_the_smallest_norm_moves_much_more_than_it_takes_to_start_it() -> None:
+    shape = ops_bench.Shape(BACKBONES["dinov2_vits14"], 224, 1, torch.device("cpu"), torch.bfloat16)
+    batch = ops_bench.BATCH_TOKENS["cuda"] // shape.tokens
+    moved = 2 * batch * shape.tokens * 384 * 2  # read and written
+    assert moved / 4.3e12 > 20e-6  # seconds, at the speed of an H200's copy
+    assert ops_bench.BATCH_TOKENS["cpu"] == 512

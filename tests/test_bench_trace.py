@@ -12,6 +12,7 @@ import torch
 from bench import modes, options, peers, records, roofline, trace
 from bench.model import Models, Setting
 from bench.trace import Line
+from dinov2_fast import backends
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -195,3 +196,41 @@ def _at_28() -> list[dict[str, Any]]:
     rows = [roofline._row(product.place, "fp32", "TFLOP/s", [1e12] * 2, **place) for product in products]
     rows.append(roofline._row("attention", "fp32", "TFLOP/s", [1e12] * 2, **place))
     return [*rows, roofline._row("copy", None, "GB/s", [5e9] * 2)]
+
+
+def test_passes_of_different_kernels_are_an_error_with_a_sentence() -> None:
+    one, two = Line("qkv", "a", 1e-6), Line("qkv", "b", 3e-6)
+    assert trace.medians([[one, two], [one, two._replace(seconds=1e-6)]]) == [one, two._replace(seconds=2e-6)]
+    with pytest.raises(ValueError, match=r"ran 2, 1 kernels in the middle block.*--repeats 1"):
+        trace.medians([[one, two], [one]])
+
+
+def test_an_engine_is_traced_on_the_backends_of_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(trace, "trace", lambda run, model, *rest: run() and [])
+    config, setting = CONFIG, Setting("trace", CONFIG, 56, 2, "all", "fp32")
+    call = {"all": lambda model, x: seen.append((type(model).__name__, dict(backends._setting.by_word))) or [x]}
+    peer = dataclasses.replace(peers.OURS, call=call)
+    models = Models(config, _ours())
+    for mode in ("eager", "engine", "engine-triton-sdpa"):
+        trace._lines_of(setting, models, X, peer, mode, 1)
+    words = {"layer_norm": "triton", "linear": "triton", "attention_pool": "triton", "patches": "triton"}
+    assert seen == [("DinoVisionTransformer", {}), ("Engine", {}), ("Engine", words)]
+
+
+def test_a_mode_that_cannot_run_says_so_and_the_others_are_traced(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(trace.dinov2_fast, "load", lambda name, **given: _ours())
+    monkeypatch.setitem(options.MODELS, "S", CONFIG)
+    usual = trace._lines_of
+
+    def refusing(setting: Any, models: Any, x: Any, peer: Any, mode: str, repeats: int) -> list[Line]:
+        if mode == "cuda":
+            raise backends.BackendError("layer_norm: backend 'cuda' was asked for but cannot run: not built.")
+        return usual(setting, models, x, peer, mode, repeats)
+
+    monkeypatch.setattr(trace, "_lines_of", refusing)
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "2", "--repeats", "1"]
+    assert trace.main([*command, "--modes", "cuda,engine"]) == 1
+    printed = capsys.readouterr().out
+    assert "fp32: layer_norm: backend 'cuda' was asked for but cannot run: not built." in printed
+    assert "dinov2_fast engine, middle block" in printed

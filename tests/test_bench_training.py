@@ -223,3 +223,49 @@ def test_the_command_keeps_rows_and_resumes(monkeypatch, tmp_path: Path, capsys)
     assert training.main([*command, "--write", "--resume"]) == 0
     with pytest.raises(SystemExit):
         training.main([*command, "--precisions", "fp16"])
+
+
+def test_a_lost_device_ends_the_command_and_the_others_run_next_time(monkeypatch, tmp_path: Path) -> None:
+    broken: list[bool] = []
+
+    def breaking(model: nn.Module, x: Tensor) -> Any:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(training, "peers", lambda path: [OURS, _peer("bad", call={"all": breaking}), _peer("last")])
+    monkeypatch.setattr(training.dinov2_fast, "load", lambda name, weights, device: _ours())
+    monkeypatch.setattr(options, "MODELS", options.MODELS | {"S": CONFIG})
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    command = ["--device", "cpu", "--sizes", "28", "--seconds", "0", "--results", str(tmp_path), "--commit", "c0ffee"]
+    command += ["--write", "--resume"]
+
+    def kept() -> list[tuple[str, bool]]:
+        rows = records.read(tmp_path / "cpu" / "training.jsonl")
+        return [(row["implementation"], row["value"] is not None) for row in rows]
+
+    assert training.main(command) == 1
+    assert kept() == [("bad", False)]
+    broken.clear()
+    assert training.main([*command, "--implementations", "dinov2_fast"]) == 0
+    assert kept() == [("bad", False), ("dinov2_fast", True)]
+    assert training.main(command) == 0
+    assert kept() == [("bad", False), ("dinov2_fast", True), ("last", True)]
+
+
+def test_the_reference_is_computed_with_cudnn_and_without_tf32(monkeypatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    usual = training.Judge._results
+
+    def results(self: Any, step: Any, *rest: Any) -> Any:
+        dtype = next(step.model.parameters()).dtype
+        seen.append((dtype, torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return usual(self, step, *rest)
+
+    monkeypatch.setattr(training.Judge, "_results", results)
+    _measure(OURS)
+    assert seen[0] == (torch.float64, True, False)
+    assert all(enabled for _, enabled, _ in seen)
+
+
+def test_training_runs_every_backend_of_ours_on_a_gpu() -> None:
+    assert training.MODES == {"cpu": ["eager"], "cuda": ["eager", "triton", "cuda", "compile"]}

@@ -334,3 +334,71 @@ def test_the_command_refuses_what_it_cannot_do(arguments, said, capsys) -> None:
     with pytest.raises(SystemExit):
         roofline._parse(arguments)
     assert said in capsys.readouterr().err
+
+
+def _product_fails(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> None:
+    """Products of e4m3 fail if they have so many rows."""
+    usual = torch._scaled_mm
+
+    def scaled_mm(x, *rest, **options):
+        if len(x) == rows:
+            raise error
+        return usual(x, *rest, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+
+
+def test_a_product_that_fails_is_a_row_with_the_reason_and_sets_no_floor(monkeypatch, capsys) -> None:
+    _timed(monkeypatch, [0.01, 0.01])
+    _product_fails(monkeypatch, 16, RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore"))  # those of the class tokens
+    rows = [row for precision in ("bf16", "fp8") for row in roofline.measure(S, 28, 16, precision, CPU)]
+    failed = [row for row in rows if row["value"] is None]
+    assert [(row["output"], row["precision"]) for row in failed] == [
+        (place, "fp8") for place in ("cls qkv and proj", "cls fc1", "cls fc2")
+    ]
+    assert {records.reason(row) for row in failed} == {"failed: CUBLAS_STATUS_NOT_SUPPORTED"}
+    roofline._print_rows(rows)
+    assert "cls fc1 fp8              – failed: CUBLAS_STATUS_NOT_SUPPORTED" in capsys.readouterr().out
+    full = [dict.fromkeys(records.KEYS) | row for row in rows]
+    ceilings = roofline.ceilings_of([*full, roofline._row("copy", None, "GB/s", [5e9] * 2)], "fp8")
+    assert roofline.floor(S, 28, 16, "all", ceilings).seconds > 0
+    with pytest.raises(ValueError, match="No rate was measured in fp8"):
+        roofline.floor(S, 28, 16, "cls", ceilings)
+
+
+def test_a_product_out_of_memory_is_an_error(monkeypatch) -> None:
+    _timed(monkeypatch, [0.01, 0.01])
+    _product_fails(monkeypatch, 16, torch.OutOfMemoryError("too much"))
+    with pytest.raises(torch.OutOfMemoryError):
+        roofline.measure(S, 28, 16, "fp8", CPU)
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize(("function", "output"), [("_product_rows", "patch embedding"), ("attention", "attention")])
+def test_what_the_device_was_lost_in_is_left_out_next_time(function, output, monkeypatch, tmp_path, capsys) -> None:
+    broken: list[bool] = []
+
+    def breaking(*args):
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if function == "attention":
+        _attention_with(monkeypatch, breaking)
+    else:
+        usual = roofline.product_runs
+        monkeypatch.setattr(
+            roofline, "product_runs", lambda p, *rest: breaking() if p.place == output else usual(p, *rest)
+        )
+    monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
+    command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "2", "--results", str(tmp_path)]
+    command += ["--commit", "c0ffee", "--write", "--resume"]
+    assert roofline.main(command) == 1
+    path = tmp_path / "cpu" / "roofline.jsonl"
+    (lost,) = (row for row in records.read(path) if row["value"] is None)
+    assert (lost["output"], records.reason(lost).startswith(records.LOST)) == (output, True)
+    broken.clear()
+    assert roofline.main(command) == 0
+    rows = [row for row in records.read(path) if row["model"]]
+    assert [row["output"] for row in rows if row["value"] is None] == [output]
+    assert {"qkv", "cls fc2", "attention"} <= {row["output"] for row in rows if row["value"]}
+    assert "--resume leaves out what this happened in" in capsys.readouterr().err
