@@ -1,18 +1,19 @@
 """All that this project asks of a machine with a GPU, by one command: ``make gpu``, which is ``python -m bench.gpu``.
 
 It runs the checkout as it is, with the Python that runs it: nothing is installed, downloaded, or set on the device. The
-steps follow one another, each a process of its own: the tests of the ops and of the model on the GPU, some of them
-under compute-sanitizer, then the benchmarks. Everything goes to one folder, bench/results/<device>/ or the one in
---results, and into one archive beside it, <device>.tar.gz, below 16 MiB:
+steps follow one another, each a process of its own: whether the CUDA extension loads, the tests of kernels that are new
+to a GPU, some of them under compute-sanitizer, the questions of speed, all other tests, all other benchmarks.
+Everything goes to one folder, bench/results/<device>/ or the one in --results, and into one archive beside it,
+<device>.tar.gz, below 16 MiB:
 
 - <task>.jsonl: the rows of the benchmarks;
 - steps.jsonl: a line for each step that ran;
 - logs/<step>.log: what it printed.
 
 A step gets what is left of the budget, and is stopped then; what it has written stays. One that would need more than
-three times what is left is left out. The next run for the same commit goes on: what is done is not run again, what has
-not been tried comes first, what failed or was stopped comes last. Benchmarks keep each setting as soon as it is
-measured and leave out what is there.
+three times what is left is left out. A step that takes much longer than expected is stopped, too, and has failed. The
+next run for the same commit goes on: what is done is not run again, what was cut off or left out is run in the order of
+the plan, what failed comes last. Benchmarks keep each setting as soon as it is measured and leave out what is there.
 
 Exit status: 0 if all is done; 1 if a test or a benchmark failed, or a result was refused; 2 if nothing could run; 3 if
 something was left for another run.
@@ -45,8 +46,27 @@ import torch
 from bench import options as shared
 from bench import records
 from bench.gpu_plan import ROOT, Step, plan
-from dinov2_fast import extension
+from bench.model import best, ratio
+from bench.peers import OURS
+from dinov2_fast import backends, extension
 
+EPILOG = """\
+The CUDA extension is used if it is in place, as dinov2_fast/_cuda.abi3.so, where `make build` leaves it. EXTENSION
+(--extension) puts one there that was built elsewhere. The first step says whether it loads, and if not, why.
+
+On a machine that forgets everything after each call, and from which only a few files can be fetched, leave --results at
+its default and take the archive, which holds all rows, steps.jsonl and all logs:
+
+    make gpu PYTHON=python3 COMMIT=<sha> BUDGET=9; cp bench/results/*.tar.gz <folder that is fetched>
+
+It comes even if tests fail or time runs out, so the exit status must not stop the copy; give the call a minute more
+than the budget. Before the next call, unpack it into the checkout that is sent there, and name the same commit:
+
+    tar -xzf <device>.tar.gz -C bench/results
+
+So that call goes on from there, and its archive holds the rows of both. What git ignores, the extension and the logs
+among it, may have to be sent by name; the logs need not.
+"""
 BUDGET, QUICK_BUDGET = 8.0, 2.75  # minutes
 RESERVE = 30.0  # seconds of the budget kept for stopping the last step, the report and the archive
 REPORT = 15.0  # seconds of them for the report
@@ -58,6 +78,9 @@ ARCHIVE_BYTES = 16 << 20
 TAIL = 15  # lines of a failed step's log that are shown
 CLEAN = ("env", "-u", "TRITON_INTERPRET", "-u", "DINOV2_FAST_BACKEND", "PYTHONUNBUFFERED=1")  # before every command
 NOT_RUN = ("skipped", "left out", "done before")
+STOPPED = 124  # the exit status noted for a step that reached its own limit, as timeout(1) has it
+AGAIN = 75  # of a benchmark that lost the device and has kept that: a new process goes on behind it (EX_TEMPFAIL)
+COMPARED = ("throughput", "latency", "training", "mixed")  # tasks whose rows are models, ours and others'
 
 
 @dataclass(frozen=True)
@@ -77,10 +100,9 @@ class Job:
         return self.folder / "logs" / f"{step.name}.log"
 
     def command(self, step: Step) -> list[str]:
-        where = [f"--junit-xml={self.log(step).with_suffix('.xml')}"]
-        if step.task:
-            where = ["--results", str(self.folder.parent), "--commit", self.commit]
-        return [*CLEAN, *step.prefix, sys.executable, *step.arguments, *where]
+        values = {"results": self.folder.parent, "commit": self.commit, "junit-xml": self.log(step).with_suffix(".xml")}
+        told = [f"--{name}={values[name]}" for name in step.told]
+        return [*CLEAN, *step.prefix, sys.executable, *step.arguments, *told]
 
     def lines(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Of steps.jsonl, the last for each step of this commit, by its name and arguments."""
@@ -183,7 +205,7 @@ def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None
     state = {step.name: _state(known.get((step.name, step.key))) for step in steps}
     outcomes = []
     interrupted = False
-    for step in sorted(steps, key=lambda step: state[step.name] in ("failed", "cut off")):
+    for step in sorted(steps, key=lambda step: state[step.name] == "failed"):
         left = end - machine.now()
         if step.skip:
             outcome = Outcome(step, "skipped", note=step.skip)
@@ -194,11 +216,13 @@ def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None
         else:
             say(f"{step.name}: about {step.minutes:g} minutes, {left / 60:.1f} left")
             try:
-                outcome = _execute(step, machine, job, min(left, 60 * step.limit))
+                outcome = _execute(step, machine, job, left)
+                while outcome.state == "cut off" and (left := end - machine.now()) >= LEAST:  # with AGAIN
+                    outcome = _execute(step, machine, job, left)
             except KeyboardInterrupt:
                 interrupted, outcome = True, Outcome(step, "cut off", note="interrupted")
             say(_line(outcome))
-            if outcome.state == "failed":
+            if outcome.state == "failed" or step.shown:
                 say(_tail(job.log(step)))
         outcomes.append(outcome)
     return outcomes
@@ -207,14 +231,17 @@ def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None
 def _state(line: dict[str, Any] | None) -> str | None:
     if line is None:
         return None
-    return "cut off" if line["returncode"] is None else "failed" if line["returncode"] else "done"
+    return "cut off" if line["returncode"] in (None, AGAIN) else "failed" if line["returncode"] else "done"
 
 
-def _execute(step: Step, machine: Machine, job: Job, seconds: float) -> Outcome:
-    begin, log = machine.now(), job.log(step)
+def _execute(step: Step, machine: Machine, job: Job, left: float) -> Outcome:
+    """Runs a step for as long as it may: until what is `left` is over, or until its own limit, which is a failure."""
+    begin, log, limit = machine.now(), job.log(step), 60 * step.limit
     returncode: int | None = None
     try:
-        returncode = machine.run(step, job.command(step), log, seconds)
+        returncode = machine.run(step, job.command(step), log, min(left, limit))
+        if returncode is None and limit < left:
+            returncode = STOPPED
     finally:
         took = machine.now() - begin
         counts = _counts(log.with_suffix(".xml"))
@@ -224,8 +251,9 @@ def _execute(step: Step, machine: Machine, job: Job, seconds: float) -> Outcome:
             file.write(json.dumps(line | counts) + "\n")
         if log.is_file():
             log.write_bytes(without_middle(log.read_bytes(), LOG_BYTES))
-    note = "" if counts["passed"] is None else ", ".join(f"{number} {name}" for name, number in counts.items())
-    return Outcome(step, str(_state(line)), took, note)
+    notes = [f"stopped at its limit of {limit:.0f} s"] if returncode == STOPPED else []
+    notes += [] if counts["passed"] is None else [f"{number} {name}" for name, number in counts.items()]
+    return Outcome(step, str(_state(line)), took, ", ".join(notes))
 
 
 def _counts(xml: Path) -> dict[str, int | None]:
@@ -290,23 +318,28 @@ def _write_archive(archive: Path, folder: Path, files: Mapping[Path, bytes]) -> 
 
 
 def numbers(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """For each model, size, output and batch in bf16: our fastest and the fastest peer, in pictures per second."""
+    """For each task, model, size, output and batch: our fastest in bf16 and in fp8, and the fastest peer in bf16."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["task"] == "throughput" and row["precision"] == "bf16" and row["value"] is not None:
-            groups.setdefault(tuple(row[key] for key in ("resolution", "model", "output", "batch")), []).append(row)
+        if row["task"] in COMPARED and row["value"] is not None:
+            key = tuple(row[name] for name in ("task", "model", "resolution", "output", "batch"))
+            groups.setdefault(key, []).append(row)
     if groups:
-        yield f"{'images/s, bf16':34} {'ours':>20} {'best peer':>34}  ratio"
-    for (resolution, model, output, batch), group in groups.items():
-        best: dict[bool, dict[str, Any]] = {}
-        for row in sorted(group, key=lambda row: row["value"]):
-            best[row["implementation"] == "dinov2_fast"] = row
-        ours, peer = best.get(True), best.get(False)
-        ratio = f"{ours['value'] / peer['value']:.3f}" if ours and peer else "–"
-        name = f"{model} {resolution} px, {output}, {batch}"
-        mode = ours and f"{ours['value']:.1f} {ours['mode']}"
-        other = peer and f"{peer['value']:.1f} {peer['implementation']} {peer['mode']}"
-        yield f"{name:34} {mode or '–':>20} {other or '–':>34}  {ratio}"
+        yield f"{'':50} {'ours':>30} {'best peer in bf16':>34}  ratio"
+    for (task, model, resolution, output, batch), group in groups.items():
+        peer = best(row for row in group if row["precision"] == "bf16" and row["implementation"] != OURS.name)
+        for precision in ("bf16", "fp8"):
+            ours = best(row for row in group if row["precision"] == precision and row["implementation"] == OURS.name)
+            if ours or (peer and precision == "bf16"):
+                name = f"{task} {model} {resolution} px, {output}, {batch}, {precision}"
+                faster = f"{ratio(ours, peer):.3f}" if ours and peer else "–"
+                mine = f"{_value(ours)} {ours['mode']}" if ours else "–"
+                other = f"{_value(peer)} {peer['implementation']} {peer['mode']}" if peer else "–"
+                yield f"{name:50} {mine:>30} {other:>34}  {faster}"
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:.3f} ms" if row["unit"] == "ms" else f"{row['value']:.1f}/s"
 
 
 def summary(outcomes: list[Outcome], job: Job) -> int:
@@ -360,10 +393,30 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU that torch can use here. DRY_RUN=1 shows the plan without one.", file=sys.stderr)
         return 2
+    if options.smoke:
+        return smoke()
     if options.extension:
-        shutil.copy(options.extension, ROOT / "dinov2_fast" / extension.FILE.name)
+        put_in_place(options.extension)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step ends, too, and the archive is written
     return carry_out(steps, Gpu(), options)
+
+
+def smoke() -> int:
+    """Says what runs here and whether the CUDA extension loads; 1 if it is in place and does not."""
+    triton = records.version("triton")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton}")
+    print(f"CUDA extension: {extension.describe()}")
+    reason = extension.load().reason
+    if reason:
+        print("The tests of its kernels are skipped, and benchmarks say that the backend cuda does not run.")
+    return int(reason is not None and extension.FILE.is_file())
+
+
+def put_in_place(built: Path) -> None:
+    """Copies an extension into the package, unless it is that one."""
+    place = ROOT / "dinov2_fast" / extension.FILE.name
+    if not (place.is_file() and place.samefile(built)):
+        shutil.copy(built, place)
 
 
 def carry_out(steps: list[Step], machine: Machine, options: argparse.Namespace) -> int:
@@ -410,18 +463,25 @@ def _leaves(step: Step, row: dict[str, Any]) -> bool:
     checks += [("precisions", row["precision"] in wanted.get("precisions", []))]
     checks += [("modes", str(row["mode"]).removeprefix("xformers-") in wanted.get("modes", []))]
     checks += [("batches", str(row["batch"]) in wanted.get("batches", []))]
+    checks += [("outputs", row["output"] in wanted.get("outputs", []))]
+    op = backends.ops().get(str(row["output"]).partition(" ")[0])
+    checks += [("ops", op is not None and op.word in wanted.get("ops", []))]
     return row["task"] == step.task and all(holds for name, holds in checks if name in wanted)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: bench/results")
     parser.add_argument("--commit", help="what is measured (default: the commit that git names)")
     parser.add_argument("--budget", type=float, help=f"minutes in all (default: {BUDGET:g}; --quick: {QUICK_BUDGET:g})")
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: few tests, S and B, 224 pixels")
-    parser.add_argument("--extension", type=Path, help="a built CUDA extension, which is copied into the package")
+    parser.add_argument("--extension", type=Path, help="a built CUDA extension, to put into the package")
+    parser.add_argument("--smoke", action="store_true", help="the first step: say whether the CUDA extension loads")
     parser.add_argument(
         "--dry-run",
         nargs="?",
@@ -433,7 +493,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
     options.commit = options.commit or _commit()
-    if not options.commit:
+    if not options.commit and not options.smoke:
         parser.error("git names no commit here: say what is measured, COMMIT=<sha> (--commit)")
     if options.extension and not options.extension.is_file():
         parser.error(f"EXTENSION (--extension): {options.extension} does not exist; it must be a built extension")

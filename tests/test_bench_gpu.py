@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, gpu, gpu_plan, records
+from bench import compare, gpu, gpu_plan, records, trace
 from bench.gpu import Job, Outcome
 from bench.gpu_plan import Step
-from dinov2_fast import backends
+from dinov2_fast import backends, extension
 
 ROOT = Path(gpu.__file__).parents[1]
 COMMIT = "c0ffee"
@@ -79,37 +79,75 @@ def _row(**keys: Any) -> dict[str, Any]:
 # The plan
 
 
+@pytest.fixture
+def _complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that lacks nothing: 16 cores, every package, the sanitizer and the extension."""
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_plan.os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(records, "version", lambda package: "1.0")
+    monkeypatch.setattr(gpu_plan.extension, "FILE", Path(__file__))
+
+
 def test_what_tells_most_comes_first() -> None:
     names = [step.name for step in _plan()]
-    first = [next(i for i, name in enumerate(names) if name.startswith(start)) for start in (
-        "tests-", "sanitizer", "roofline-224", "throughput-224-bf16", "throughput-518-bf16", "throughput-1036-bf16",
-        "latency-", "training", "ops-", "throughput-224-bf16-compile", "memory", "extraction",
-    )]  # fmt: skip
-    assert first == sorted(first)
-    assert not any(name.startswith("tests") for name in names[names.index("sanitizer") :])
-    compiling = [i for i, step in enumerate(_plan()) if "compile" in step.settings.get("modes", "")]
-    assert min(compiling) > names.index("ops-1036")
+    wanted = [
+        *("smoke", "tests-kernels", "sanitizer-linear-memcheck", "trace-L", "ops-224-linear", "roofline-224"),
+        *("throughput-224-bf16-cls-BL", "throughput-224-fp8-cls-BLg", "latency-224-bf16-cls-SB"),
+        *("throughput-518-bf16-all-BLS", "throughput-518-fp8-all-BL", "mixed-bf16-BL"),
+        "throughput-224-bf16-cls-compile-B",
+        *("training-224-bf16-BL", "throughput-1036-bf16-all-BL", "extraction-S", "training-224-bf16-compile-L"),
+        *("sanitizer-triton-memcheck", "tests-ops", "tests-model", "tests-large", "memory", "throughput-224-fp32"),
+    ]
+    assert [name for name in names if name in wanted] == wanted
+    assert len(set(names)) == len(names)
     tuning = [i for i, step in enumerate(_plan()) if "max-autotune" in step.settings.get("modes", "")]
     assert tuning == list(range(tuning[0], len(names)))
-    for size in gpu_plan.PIXELS:
-        places = [names.index(f"throughput-{size}-{precision}") for precision in ("bf16", "autocast-bf16", "fp32")]
-        assert places == sorted(places)
-    assert names.index("roofline-fp32") < names.index("throughput-224-fp32")
-    assert len(set(names)) == len(names)
+    for step in _plan():
+        if step.task in ("throughput", "latency", "training") and step.settings["precisions"] != "fp32":
+            sizes = step.settings["sizes"]
+            assert any(name.startswith(f"roofline-{sizes}") for name in names[: names.index(step.name)]), "no floor"
+
+
+def _asked(step: Step) -> set[tuple[str, ...]]:
+    """The settings that a benchmark of models measures: task, size, precision, output, model."""
+    asked = {"outputs": "all,cls"} | step.settings
+    each = (asked.get(name, "").split(",") for name in ("sizes", "precisions", "outputs", "models"))
+    return {(str(step.task), *setting) for setting in itertools.product(*each)} if step.task else set()
+
+
+@pytest.mark.usefixtures("_complete")
+def test_three_calls_of_nine_minutes_answer_every_question(tmp_path: Path) -> None:
+    """If each step takes as long as expected."""
+    steps, reached = _plan(), []
+    for _ in range(3):
+        machine = gpu.DryRun("h")
+        outcomes = gpu.run(steps, machine, Job(tmp_path, COMMIT, 9.0), say=lambda text: None)
+        assert machine.now() <= 9 * 60 - gpu.RESERVE
+        reached.append({outcome.step.name for outcome in outcomes if outcome.state in ("done", "done before")})
+    first = {step.name for step in steps[: [step.name for step in steps].index("roofline-224")]}
+    assert reached[0] == first
+    assert {"smoke", "tests-kernels", "trace-L", "ops-224-linear", "ops-224-attention"} < first
+    assert len([name for name in first if name.startswith("sanitizer-")]) == 4
+    measured = set().union(*(_asked(step) for step in steps if step.name in reached[2]))
+    assert measured >= {("throughput", "224", "bf16", "cls", model) for model in "SBLg"}
+    assert measured >= {("throughput", "224", "fp8", "cls", model) for model in "BLg"}
+    assert measured >= {("throughput", "518", precision, "all", "L") for precision in ("bf16", "fp8")}
+    assert measured >= {("throughput", "1036", "bf16", "all", "L")}
+    assert measured >= {("latency", "224", "bf16", "cls", model) for model in "SB"}
+    assert measured >= {("training", "224", "bf16", "all", model) for model in "BL"}
+    compiled = {f"throughput-224-bf16-cls-compile-{model}" for model in "SBL"}
+    assert reached[2] >= {"mixed-bf16-BL", "extraction-S"} | compiled
 
 
 def test_what_is_compared_is_measured_in_turn() -> None:
     """A step that adds a mode runs the modes of earlier steps for the same setting again."""
     seen: dict[tuple[str, ...], set[str]] = {}
     for step in _plan():
-        asked = step.settings
-        if "modes" in asked:
-            batches = asked.get("batches", "").split(",")
-            for model, batch in itertools.product(asked["models"].split(","), batches):
-                setting = (str(step.task), asked.get("sizes", "224"), asked["precisions"], model, batch)
-                modes = set(asked["modes"].split(","))
-                assert seen.setdefault(setting, set()) <= modes, step.name
-                seen[setting] = modes
+        if "modes" in step.settings:
+            modes = set(step.settings["modes"].split(","))
+            for asked, batch in itertools.product(_asked(step), step.settings.get("batches", "").split(",")):
+                assert seen.setdefault((*asked, batch), set()) <= modes, step.name
+                seen[(*asked, batch)] = modes
     assert {"throughput", "latency", "training"} <= {setting[0] for setting in seen}
 
 
@@ -123,23 +161,66 @@ def test_every_benchmark_takes_its_options(arguments: tuple[str, ...], tmp_path:
         options = module._parse(command[begin + 2 :])
         assert (options.device, options.write, options.resume, options.commit) == ("cuda", True, True, COMMIT)
         assert options.results == tmp_path
+        assert step.limit == gpu_plan.BENCH_LIMIT * step.minutes
         task = getattr(module, "TASK", None) or options.task
         assert task == step.task
     assert {step.task for step in steps} >= {"roofline", "throughput", "latency"}
 
 
-def test_every_op_and_the_model_are_tested_once() -> None:
-    tests = [step for step in _plan() if step.name.startswith("tests-") and step.name != "tests-large"]
-    files = [argument for step in tests for argument in step.arguments if argument.startswith("tests/")]
-    assert len(set(files)) == len(files)
-    assert {f"tests/test_{word}.py" for word in backends.words()} < set(files)
-    assert {"tests/test_on_gpu.py", "tests/test_kernels_in_the_model.py"} < set(files)
-    for file in files:
+def test_other_programs_take_their_options(tmp_path: Path) -> None:
+    (step,) = (step for step in _plan() if "bench.trace" in step.arguments)
+    command = _job(tmp_path).command(step)
+    options = trace._parse(command[command.index("-m") + 2 :])
+    assert (options.device, options.results) == ("cuda", tmp_path)
+    (step,) = (step for step in _plan() if step.name == "smoke")
+    command = _job(tmp_path).command(step)
+    assert gpu._parse(command[command.index("-m") + 2 :]).smoke
+
+
+def test_every_op_and_the_model_are_tested(tmp_path: Path) -> None:
+    tests = {step.name: step for step in _plan() if step.name.startswith("tests-")}
+    files = {name: {word for word in step.arguments if word.startswith("tests/")} for name, step in tests.items()}
+    assert list(tests) == ["tests-kernels", "tests-ops", "tests-csrc-ops", "tests-model", "tests-large"]
+    ops = {f"tests/test_{word}.py" for word in backends.words()}
+    assert files["tests-ops"] | files["tests-csrc-ops"] == ops
+    assert files["tests-kernels"] - ops == {"tests/test_linear_cuda.py", "tests/test_on_gpu.py"}
+    assert "tests/test_kernels_in_the_model.py" in files["tests-model"]
+    alone = [files["tests-kernels"] - ops, *(files[name] for name in ("tests-ops", "tests-csrc-ops", "tests-model"))]
+    assert sum(map(len, alone)) == len(set().union(*alone)), "one is run twice"
+    for file in set().union(*files.values()):
         assert (ROOT / file).is_file()
-    for step in tests:
-        assert _options(step)["-k"] == f"not {gpu_plan.LARGE_TESTS}"
-        assert "-m" in step.arguments
-        assert "not aot" in step.arguments
+    selected = {name: _options(step)["-k"] for name, step in tests.items()}
+    assert selected.pop("tests-large") == gpu_plan.LARGE_TESTS
+    assert all(f"not {gpu_plan.LARGE_TESTS}" in words for words in selected.values())
+    assert selected["tests-kernels"].startswith(gpu_plan.OWN_KERNELS)
+    assert selected["tests-csrc-ops"].startswith(f"not {gpu_plan.OWN_KERNELS} "), "the rest of what tests-kernels takes"
+    assert files["tests-csrc-ops"] < files["tests-kernels"]
+    for step in tests.values():
+        assert f"--junit-xml={tmp_path}/{Fake.folder}/logs/{step.name}.xml" in _job(tmp_path).command(step), "to count"
+        assert "not aot and not slow" in step.arguments
+        assert _options(step)["-W"] == "default"
+
+
+def test_every_test_that_needs_a_gpu_is_planned() -> None:
+    planned = {argument for step in _plan() for argument in step.arguments if argument.startswith("tests/")}
+    needing = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"(^@|=\s*)(pytest\.mark\.gpu|on_gpu)\b", path.read_text(), re.MULTILINE)
+    }
+    assert {"tests/test_attention.py", "tests/test_cuda_graphs.py", "tests/test_extract.py"} < needing
+    assert needing <= planned
+
+
+def test_what_is_selected_is_there() -> None:
+    """A word of a selection that no test has would select nothing, silently."""
+    kernels = (ROOT / "tests/test_linear_cuda.py").read_text()
+    assert all(f"def test_{name}" in kernels for name in ("every_form", "fp8_operands", "the_surroundings", "the_tile"))
+    assert gpu_plan.ON_THE_CPU in kernels
+    for file in gpu_plan.CSRC_TESTS:
+        names = [line for line in (ROOT / file).read_text().splitlines() if line.startswith("def test_")]
+        assert any("gradients" in name for name in names)
+        assert "CUDA_BACKENDS" in (ROOT / file).read_text()
 
 
 def test_every_test_that_needs_a_gpu_is_planned() -> None:
@@ -176,22 +257,42 @@ def test_kernels_are_compiled_not_interpreted(tmp_path: Path) -> None:
     assert run.stdout == "None\n"
 
 
-def test_the_sanitizer_sees_every_tensor_and_says_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name: None)
-    assert gpu_plan.sanitizer().skip == "compute-sanitizer is not on PATH"
-    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu_plan.os, "sched_getaffinity", lambda process: set(range(16)))
-    monkeypatch.setattr(records, "version", lambda package: "1.0")
-    step = gpu_plan.sanitizer()
-    assert (step.skip, step.limit) == (None, 1.5)
-    assert step.prefix[0] == "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
-    assert any(argument.startswith("--error-exitcode=") for argument in step.prefix)
-    assert "-n" not in step.arguments
+@pytest.mark.usefixtures("_complete")
+def test_the_sanitizer_sees_every_tensor_and_the_process_of_the_tests_alone() -> None:
+    steps = {step.name: step for step in _plan() if step.name.startswith("sanitizer-")}
+    tools = {f"--tool={tool}" for tool in ("memcheck", "racecheck", "synccheck")}
+    assert tools == {argument for step in steps.values() for argument in step.prefix if argument.startswith("--tool=")}
+    for step in steps.values():
+        assert step.skip is None
+        assert step.prefix[:2] == ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "/usr/bin/compute-sanitizer")
+        assert {"--error-exitcode=9", "--target-processes=application-only", "--print-limit=20"} < set(step.prefix)
+        assert "-n" not in step.arguments
+        if not {"--tool=memcheck"} & set(step.prefix):
+            assert "tests/test_linear_cuda.py" not in step.arguments, "CUTLASS: what it finds there is no verdict"
+    of_csrc = [step.limit for name, step in steps.items() if "triton" not in name]
+    assert of_csrc == [80 / 60, 1.0, 1.0, 40 / 60]
 
 
+@pytest.mark.usefixtures("_complete")
+def test_the_sanitizer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_plan.extension, "FILE", tmp_path / "none")
+    skipped = {step.name: step.skip for step in _plan() if step.skip}
+    assert set(skipped.values()) == {"the CUDA extension is not in place"}
+    assert "sanitizer-triton-memcheck" not in skipped
+    assert len(skipped) == 4
+    built = tmp_path / "fast.abi3.so"
+    built.touch()
+    assert not any(step.skip for step in _plan("--extension", str(built))), "it is put in place before the first step"
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name, path=None: None)
+    (step,) = (step for step in _plan() if step.name == "sanitizer-triton-memcheck")
+    assert step.skip == "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+    monkeypatch.setattr(gpu_plan.shutil, "which", lambda name, path=None: path and f"{path}/{name}")
+    (step,) = (step for step in _plan() if step.name == "sanitizer-triton-memcheck")
+    assert step.prefix[1] == "/usr/local/cuda/bin/compute-sanitizer"
+
+
+@pytest.mark.usefixtures("_complete")
 def test_tests_run_in_parallel_where_that_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_plan.os, "sched_getaffinity", lambda process: set(range(16)))
-    monkeypatch.setattr(records, "version", lambda package: "1.0")
     assert _options(gpu_plan.pytest_step("a", 1.0, [], "x"))["-n"] == "8"
     assert "-n" not in gpu_plan.pytest_step("a", 1.0, [], "x", alone=True).arguments
     assert "-n" not in next(step for step in _plan() if step.name == "tests-large").arguments
@@ -199,6 +300,20 @@ def test_tests_run_in_parallel_where_that_is_possible(monkeypatch: pytest.Monkey
     assert "-n" not in gpu_plan.pytest_step("a", 1.0, [], "x").arguments
     monkeypatch.setattr(records, "version", lambda package: None)
     assert gpu_plan.pytest_step("a", 1.0, [], "x").skip == "pytest is not installed"
+
+
+@pytest.mark.usefixtures("_complete")
+def test_a_test_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = gpu_plan.pytest_step("a", 1.5, [], "x")
+    assert step.limit == 1.5 * gpu_plan.TEST_LIMIT < float("inf")
+    assert {f"--timeout={gpu_plan.TEST_SECONDS}", "--timeout-method=thread"} < set(step.arguments)
+    monkeypatch.setattr(records, "version", lambda package: None if package == "pytest-timeout" else "1.0")
+    assert not any("timeout" in argument for argument in gpu_plan.pytest_step("a", 1.0, [], "x").arguments)
+
+
+def test_every_step_has_a_limit() -> None:
+    for step in [*_plan(), *_plan("--quick")]:
+        assert step.minutes < step.limit <= max(1.0, 3 * step.minutes), step.name
 
 
 def test_quick_is_small() -> None:
@@ -230,11 +345,39 @@ def test_the_budget_is_kept_and_what_does_not_fit_is_left_out(tmp_path: Path) ->
     assert machine.now() - begin == 60 * 4.0 - gpu.RESERVE
 
 
-def test_a_step_has_a_limit_of_its_own(tmp_path: Path) -> None:
-    machine = Fake(minutes={"slow": 5})
+def test_a_step_has_a_limit_of_its_own_and_one_that_reaches_it_has_failed(tmp_path: Path) -> None:
+    steps = [Step("hangs", ("x",), 1.0, limit=1.5), *_steps("good", "late")]
+    machine = Fake(minutes={"hangs": 500})
     begin = machine.now()
-    assert _run([Step("slow", ("x",), 1.0, limit=1.5)], machine, _job(tmp_path)) == {"slow": "cut off"}
-    assert machine.now() - begin == 90
+    outcomes = gpu.run(steps, machine, _job(tmp_path, budget=2.5 + gpu.RESERVE / 60), say=lambda text: None)
+    assert [outcome.state for outcome in outcomes] == ["failed", "done", "left out"]
+    assert outcomes[0].note == "stopped at its limit of 90 s"
+    assert machine.now() - begin == 90 + 60
+    assert [line["returncode"] for line in records.read(_job(tmp_path).folder / "steps.jsonl")] == [gpu.STOPPED, 0]
+    machine = Fake(minutes={"hangs": 500})
+    _run(steps, machine, _job(tmp_path))
+    assert machine.ran == ["late", "hangs"], "what hangs must not come first for ever"
+
+
+def test_a_limit_that_is_not_reached_is_no_failure(tmp_path: Path) -> None:
+    """The budget ends it before."""
+    machine = Fake(minutes={"slow": 500})
+    steps = [Step("slow", ("x",), 1.0, limit=1.5)]
+    assert _run(steps, machine, _job(tmp_path, budget=1.2 + gpu.RESERVE / 60)) == {"slow": "cut off"}
+    assert machine.clock == pytest.approx(1000 + 72)
+
+
+def test_a_benchmark_that_lost_the_device_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    class Losing(Fake):
+        def run(self, step: Step, command: list[str], log: Path, seconds: float) -> int | None:
+            return super().run(step, command, log, seconds) or (gpu.AGAIN if self.ran.count("a") < 3 else 0)
+
+    machine = Losing()
+    assert _run(_steps("a", "b"), machine, _job(tmp_path)) == {"a": "done", "b": "done"}
+    assert machine.ran == ["a", "a", "a", "b"]
+    machine = Losing()
+    assert _run(_steps("a", "b"), machine, _job(tmp_path / "short", budget=2 + gpu.RESERVE / 60))["a"] == "cut off"
+    assert machine.ran == ["a", "a"]
 
 
 def test_a_third_of_the_time_is_enough_to_begin(tmp_path: Path) -> None:
@@ -245,18 +388,17 @@ def test_a_third_of_the_time_is_enough_to_begin(tmp_path: Path) -> None:
 
 
 def test_the_next_run_goes_on_where_this_one_stopped(tmp_path: Path) -> None:
-    steps = _steps("broken", "slow", "good", "late", "later")
-    machine = Fake(minutes={"slow": 2.0}, status={"broken": 1})
-    limited = [Step(s.name, s.arguments, s.minutes, limit=1.5) if s.name == "slow" else s for s in steps]
-    states = _run(limited, machine, _job(tmp_path, budget=4.0))
-    assert states == {"broken": "failed", "slow": "cut off", "good": "done", "late": "left out", "later": "left out"}
+    steps = _steps("broken", "good", "slow", "late", "later")
+    machine = Fake(minutes={"slow": 9.0}, status={"broken": 1})
+    states = _run(steps, machine, _job(tmp_path, budget=4.0))
+    assert states == {"broken": "failed", "good": "done", "slow": "cut off", "late": "left out", "later": "left out"}
 
-    machine = Fake(minutes={"slow": 0.5})
-    states = _run(limited, machine, _job(tmp_path))
-    assert machine.ran == ["late", "later", "broken", "slow"], "not tried first, then what failed or was cut off"
+    machine = Fake()
+    states = _run(steps, machine, _job(tmp_path))
+    assert machine.ran == ["slow", "late", "later", "broken"], "what was cut off in its place, what failed last"
     assert states["good"] == "done before"
     machine = Fake()
-    assert set(_run(limited, machine, _job(tmp_path)).values()) == {"done before"}
+    assert set(_run(steps, machine, _job(tmp_path)).values()) == {"done before"}
     assert machine.ran == []
 
 
@@ -300,7 +442,7 @@ def test_an_interruption_ends_the_run_and_is_no_success(tmp_path: Path) -> None:
     assert _run(_steps("a", "b", "c"), machine, job) == {"a": "done", "b": "cut off", "c": "left out"}
     machine = Fake()
     _run(_steps("a", "b", "c"), machine, job)
-    assert machine.ran == ["c", "b"]
+    assert machine.ran == ["b", "c"]
 
 
 def test_the_end_of_a_failed_log_is_shown_and_a_long_one_loses_its_middle(tmp_path: Path) -> None:
@@ -308,6 +450,10 @@ def test_the_end_of_a_failed_log_is_shown_and_a_long_one_loses_its_middle(tmp_pa
     machine.during = lambda log: log.write_bytes(b"begin\n" + b"x" * (gpu.LOG_BYTES + 5) + b"\nthe reason\n")
     gpu.run(_steps("a"), machine, _job(tmp_path), say=said.append)
     assert "  | the reason" in said[-1]
+    machine, shown = Fake(), [Step("smoke", ("x",), 1.0, shown=True)]
+    machine.during = lambda log: log.write_text("loaded\n")
+    gpu.run(shown, machine, _job(tmp_path), say=said.append)
+    assert said[-1] == "  | loaded", "what matters is shown of a step that succeeds, too"
     log = _job(tmp_path).log(_steps("a")[0]).read_bytes()
     assert log.startswith(b"begin\n")
     assert log.endswith(b"the reason\n")
@@ -354,7 +500,8 @@ def test_pytest_is_counted_and_its_status_is_kept(this: gpu.Gpu, tmp_path: Path)
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('why')\n"
     )
     arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path / "test_some.py"))
-    (outcome,) = gpu.run([Step("some", arguments, 1.0)], this, _job(tmp_path), say=lambda text: None)
+    steps = [Step("some", arguments, 1.0, told=("junit-xml",))]
+    (outcome,) = gpu.run(steps, this, _job(tmp_path), say=lambda text: None)
     assert (outcome.state, outcome.note) == ("failed", "1 passed, 1 failed, 1 skipped")
     assert "1 failed" in _job(tmp_path).log(outcome.step).read_text()
     assert not list(_job(tmp_path).folder.rglob("*.xml"))
@@ -379,7 +526,39 @@ def test_an_extension_is_put_into_the_package(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main(["--commit", COMMIT, "--extension", str(built), "--results", str(tmp_path)]) == 0
-    assert (tmp_path / "dinov2_fast" / "_cuda.abi3.so").read_bytes() == b"code"
+    there = tmp_path / "dinov2_fast" / "_cuda.abi3.so"
+    assert there.read_bytes() == b"code"
+    for same in (there, tmp_path / "dinov2_fast" / ".." / "dinov2_fast" / there.name):
+        assert gpu.main(["--commit", COMMIT, "--extension", str(same), "--results", str(tmp_path)]) == 0
+    assert there.read_bytes() == b"code"
+
+
+@pytest.mark.parametrize(
+    ("there", "reason", "status"), [(True, None, 0), (True, "undefined symbol: x", 1), (False, "not built", 0)]
+)
+def test_the_first_step_says_whether_the_extension_loads(
+    there: bool, reason: str | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    file = tmp_path / "_cuda.abi3.so"
+    if there:
+        file.touch()
+    monkeypatch.setattr(gpu.extension, "FILE", file)
+    monkeypatch.setattr(gpu.extension, "load", lambda: extension.Extension(file, reason))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert gpu.main(["--smoke"]) == status
+    printed = capsys.readouterr().out
+    assert "a GPU, torch" in printed
+    assert f"CUDA extension: {f'not available ({reason})' if reason else f'loaded {file}'}" in printed
+    assert ("are skipped" in printed) == bool(reason)
+
+
+def test_the_help_says_how_to_use_a_machine_that_forgets(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        gpu.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "cp bench/results/*.tar.gz" in printed
+    assert "tar -xzf <device>.tar.gz -C bench/results" in printed
 
 
 def test_without_git_the_commit_must_be_given(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -422,9 +601,11 @@ def _untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_untouched")
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "nvidia-h200"
-    rows = [_row(model="dinov2_vits14", resolution=224, precision="bf16", mode=mode) for mode in ("eager", "graphs")]
+    common = {"model": "dinov2_vitb14", "resolution": 224, "precision": "bf16"}
+    measured = [("eager", "cls"), ("graphs", "cls"), ("eager", "all")]
+    rows = [_row(**common, mode=mode, output=output) for mode, output in measured]
     records.write(folder / "throughput.jsonl", rows)
-    steps = [step for step in _plan() if step.name in ("tests-linear", "tests-residual")]
+    steps = [step for step in _plan() if step.name in ("tests-kernels", "trace-L")]
     lines = [
         {"step": step.name, "arguments": step.key, "commit": COMMIT, "returncode": status}
         for step, status in zip(steps, (0, 1), strict=True)
@@ -435,17 +616,17 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, capsys) -> 
     assert gpu.main(["--dry-run", "--commit", COMMIT, "--results", str(tmp_path), "--budget", "12"]) == 0
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     printed = capsys.readouterr().out
-    assert "tests-linear: about 1 minutes, done before" in printed
-    assert printed.index("tests-attention:") < printed.index("sanitizer:") < printed.index("throughput-518-bf16:")
-    assert printed.rindex("tests-residual:") > printed.index("latency-518-bf16-max-autotune-g:"), "it failed: last"
-    assert "throughput-224-bf16: about 1.5 minutes, would run (1 rows are there)" in printed
-    assert "python -m bench.model --device cuda --task throughput --models S,B,L,g --sizes 224" in printed
+    assert "tests-kernels: about 3 minutes, done before" in printed
+    assert printed.index("smoke:") < printed.index("ops-224-linear:") < printed.index("throughput-518-bf16:")
+    assert printed.rindex("trace-L:") > printed.index("latency-518-bf16-max-autotune-g:"), "it failed: last"
+    assert "throughput-224-bf16-cls-BL: about 1.2 minutes, would run (1 rows are there)" in printed
+    assert "python -m bench.model --device cuda --task throughput --models B,L --sizes 224 --outputs cls" in printed
     would_run = printed.count(", would run") + printed.count(", would be cut off")
     *_, counted, left_out = printed.splitlines()
     assert counted.startswith(f"{would_run} of {len(_plan())} steps would run, in ")
     assert left_out.startswith("Left out under the budget: ")
     assert "throughput-1036-fp32" in left_out
-    assert "throughput-224-bf16," not in left_out
+    assert "throughput-224-bf16-cls-BL," not in left_out
 
 
 # What is left behind
@@ -456,22 +637,32 @@ def test_the_summary_comes_last_and_says_what_was_left_out(
 ) -> None:
     values = {"dinov2_fast": 300.0, "timm": 200.0, "transformers": 250.0}
     folder = tmp_path / Fake.folder
-    common = {"model": "dinov2_vits14", "resolution": 224, "batch": 256, "output": "all", "precision": "bf16"}
-    rows = [_row(**common, implementation=name, mode="eager", value=value) for name, value in values.items()]
-    rows.append(_row(**common, implementation="dinov2_fast", mode="triton", value=None))
+    common = {"model": "dinov2_vits14", "resolution": 224, "batch": 256, "output": "all", "unit": "images/s"}
+    rows = [_row(**common, implementation=i, precision="bf16", mode="eager", value=v) for i, v in values.items()]
+    rows.append(_row(**common, implementation="dinov2_fast", precision="bf16", mode="triton", value=None))
+    rows.append(_row(**common, implementation="dinov2_fast", precision="fp8", mode="engine-cuda", value=500.0))
+    rows.append(_row(**common, implementation="timm", precision="autocast-bf16", mode="eager", value=499.0))
     rows += [row | {"value": 9e9, "commit": "old"} for row in rows]
     records.write(folder / "throughput.jsonl", rows)
+    once = common | {"task": "latency", "batch": 1, "precision": "bf16", "unit": "ms"}
+    for name, value in {"dinov2_fast": 2.0, "timm": 3.0}.items():
+        records.write(folder / "latency.jsonl", [_row(**once, implementation=name, mode="graphs", value=value)])
     options = gpu._parse(["--results", str(tmp_path), "--commit", COMMIT, "--budget", "2.5"])
     steps = _steps("a", "b", "c", "d")
     assert gpu.carry_out(steps, Fake(), options) == 3
     printed = capsys.readouterr().out
-    assert f"{'300.0 eager':>20} {'250.0 transformers eager':>34}  1.200" in printed
+    lines = {tuple(line.split()) for line in printed.splitlines()}
+    start, peer = ("throughput", "dinov2_vits14", "224", "px,", "all,", "256,"), ("250.0/s", "transformers", "eager")
+    assert (*start, "bf16", "300.0/s", "eager", *peer, "1.200") in lines
+    assert (*start, "fp8", "500.0/s", "engine-cuda", *peer, "2.000") in lines, "beside the best peer in bf16"
+    latency = ("latency", *start[1:5], "1,", "bf16", "2.000", "ms", "graphs", "3.000", "ms", "timm", "graphs", "1.500")
+    assert latency in lines, "less is more"
     assert "9000000000" not in printed
     assert "left out (2, about 2 minutes): c, d\n" in printed
     assert printed.splitlines()[-1] == f"{folder} and {Fake.folder}.tar.gz"
     with tarfile.open(tmp_path / f"{Fake.folder}.tar.gz") as tar:
         names = [name.removeprefix(f"{Fake.folder}/") for name in tar.getnames()]
-    assert sorted(names) == ["logs/a.log", "logs/b.log", "steps.jsonl", "throughput.jsonl"]
+    assert sorted(names) == ["latency.jsonl", "logs/a.log", "logs/b.log", "steps.jsonl", "throughput.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -526,6 +717,21 @@ def test_the_archive_stays_below_its_limit_and_says_what_it_cost(tmp_path: Path)
     said, files = packed(8_000)
     assert said == ["logs were cut to 1024 bytes each", "plot.png was left out"]
     assert "fake-gpu/throughput.jsonl" in files
+
+
+def test_a_machine_that_forgets_goes_on_from_the_archive(tmp_path: Path) -> None:
+    steps = _steps("a", "b", "c")
+    there, next_call = tmp_path / "there", tmp_path / "next"
+    gpu.run(steps, Fake(), Job(there / Fake.folder, COMMIT, 2.0 + gpu.RESERVE / 60), say=lambda text: None)
+    row = _row(model="dinov2_vits14", value=1.0)
+    records.write(there / Fake.folder / "throughput.jsonl", [row])
+    assert gpu.pack(there / Fake.folder) == []
+    with tarfile.open(there / f"{Fake.folder}.tar.gz") as tar:
+        tar.extractall(next_call, filter="data")
+    machine, job = Fake(), Job(next_call / Fake.folder, COMMIT, 9.0)
+    assert _run(steps, machine, job) == {"a": "done before", "b": "done before", "c": "done"}
+    assert job.rows() == [row]
+    assert (next_call / Fake.folder / "logs" / "a.log").is_file()
 
 
 def test_the_report_is_made_of_bench_results_only_and_may_fail(
