@@ -129,10 +129,11 @@ types: setup
 # On the CPU, some 9 minutes on 2 idle cores. What else runs meanwhile shows in the figures.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
+CPU_MODES := eager,engine,accelerated-transformers,accelerated-timm
 bench: setup
 	$(BENCH).roofline $(CPU)
-	$(BENCH).model $(CPU) --task throughput --sizes 224 --seconds 60
-	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10
+	$(BENCH).model $(CPU) --task throughput --sizes 224 --seconds 60 --modes $(CPU_MODES)
+	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10 --modes $(CPU_MODES)
 	$(BENCH).training $(CPU)
 	$(BENCH).memory $(CPU) --outputs all,training
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it

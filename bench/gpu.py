@@ -79,7 +79,6 @@ TAIL = 15  # lines of a failed step's log that are shown
 CLEAN = ("env", "-u", "TRITON_INTERPRET", "-u", "DINOV2_FAST_BACKEND", "PYTHONUNBUFFERED=1")  # before every command
 NOT_RUN = ("skipped", "left out", "done before")
 STOPPED = 124  # the exit status noted for a step that reached its own limit, as timeout(1) has it
-AGAIN = 75  # of a benchmark that lost the device and has kept that: a new process goes on behind it (EX_TEMPFAIL)
 COMPARED = ("throughput", "latency", "training", "mixed")  # tasks whose rows are models, ours and others'
 
 
@@ -217,7 +216,7 @@ def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None
             say(f"{step.name}: about {step.minutes:g} minutes, {left / 60:.1f} left")
             try:
                 outcome = _execute(step, machine, job, left)
-                while outcome.state == "cut off" and (left := end - machine.now()) >= LEAST:  # with AGAIN
+                while outcome.state == "cut off" and (left := end - machine.now()) >= LEAST:  # with records.AGAIN
                     outcome = _execute(step, machine, job, left)
             except KeyboardInterrupt:
                 interrupted, outcome = True, Outcome(step, "cut off", note="interrupted")
@@ -231,7 +230,7 @@ def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None
 def _state(line: dict[str, Any] | None) -> str | None:
     if line is None:
         return None
-    return "cut off" if line["returncode"] in (None, AGAIN) else "failed" if line["returncode"] else "done"
+    return "cut off" if line["returncode"] in (None, records.AGAIN) else "failed" if line["returncode"] else "done"
 
 
 def _execute(step: Step, machine: Machine, job: Job, left: float) -> Outcome:

@@ -262,7 +262,9 @@ def pytest_step(name: str, minutes: float, files: list[str], selected: str, *, a
     workers = min(8, len(os.sched_getaffinity(0)) // 2)
     parallel = not alone and workers > 1 and records.version("pytest-xdist")
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--durations=10"]
-    arguments += ["-m", "not aot and not slow", "-k", selected, *(["-n", str(workers)] if parallel else [])]
+    arguments += ["-m", "not aot and not slow", "-k", selected]
+    # a kernel that breaks a process ends it, so many may be needed
+    arguments += ["-n", str(workers), "--max-worker-restart=200"] if parallel else []
     if records.version("pytest-timeout"):
         arguments += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
     missing = None if records.version("pytest") else "pytest is not installed"

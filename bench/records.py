@@ -147,7 +147,7 @@ class Recorder:
         return read(self.folder / f"{task}.jsonl")
 
     def finish(self) -> int:
-        """Says where the rows are and how many were refused or failed; the exit status: AGAIN asks for a new process."""
+        """Says where the rows are and how many were refused or failed; the exit status, AGAIN for a new process."""
         if self._write:
             print(f"wrote {self.path}")
         wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]

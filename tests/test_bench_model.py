@@ -531,14 +531,14 @@ def test_a_lost_device_ends_the_command_and_what_it_was_lost_in_is_left_out_next
         rows = records.read(tmp_path / "cpu" / "throughput.jsonl")
         return [(row["implementation"], row["batch"], row["value"] is not None) for row in rows]
 
-    assert bench.main(command) == 1
+    assert bench.main(command) == records.AGAIN
     assert "last" not in ran
     assert kept() == [("bad", 1, False)]
     said = capsys.readouterr().err
     assert "bad eager: failed: after this the device ran nothing any more: CUDA error: an illegal memory" in said
     assert "--resume" in said
     broken.clear()
-    assert bench.main([*command, "--resume"]) == 1  # with two pictures it happens again
+    assert bench.main([*command, "--resume"]) == records.AGAIN  # with two pictures it happens again
     first = [("bad", 1, False), ("first", 1, True), ("last", 1, True)]
     assert kept() == [*first, ("bad", 2, False)]
     broken.clear()

@@ -243,7 +243,7 @@ def test_a_lost_device_ends_the_command_and_the_others_run_next_time(monkeypatch
         rows = records.read(tmp_path / "cpu" / "training.jsonl")
         return [(row["implementation"], row["value"] is not None) for row in rows]
 
-    assert training.main(command) == 1
+    assert training.main(command) == records.AGAIN
     assert kept() == [("bad", False)]
     broken.clear()
     assert training.main([*command, "--implementations", "dinov2_fast"]) == 0
