@@ -113,7 +113,12 @@ def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) ->
         drop_path_rate=drop_path,
     ).to_dict()
     make, configuration = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")(**fields)
-    return _loaded(lambda: make(configuration), dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface"))
+    weights = dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface")
+    copies = {name: weight.clone() for name, weight in weights.items()}
+    transformers.utils.logging.disable_progress_bar()
+    # Newer versions have other names in memory, which only this knows.
+    made = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=model.cls_token.dtype)
+    return made.to(model.cls_token.device)
 
 
 def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:

@@ -6,7 +6,8 @@ ImageNet mean and standard deviation. Setting names are transformers', and the r
 
 What is decided once, here:
 
-- Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's and transformers' pipelines.
+- Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's and transformers' pipelines (in
+  transformers until 5.17 at least; 5.23 puts a white background behind).
   Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
 - Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels (alpha is dropped), or a batch of

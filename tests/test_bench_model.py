@@ -554,9 +554,9 @@ def test_some_implementations_only(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(bench, "measure", lambda setting, some, *rest: seen.extend(p.name for p, _ in some) or [])
     monkeypatch.setitem(options.MODELS, "S", CONFIG)
     command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--outputs", "all", "--results", str(tmp_path)]
-    command += ["--modes", "eager,accelerated-timm"]
-    assert bench.main([*command, "--implementations", "timm,facebook"]) == 0
-    assert seen == ["timm", "facebook", "facebook"]
+    command += ["--modes", "eager,accelerated-transformers"]
+    assert bench.main([*command, "--implementations", "transformers,facebook"]) == 0
+    assert seen == ["transformers", "facebook", "facebook"]
     seen.clear()
     assert bench.main([*command, "--implementations", "dinov2_fast"]) == 0
     assert seen == ["dinov2_fast", "dinov2_fast"]

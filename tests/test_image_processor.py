@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessorPil
 
@@ -69,6 +71,8 @@ def test_equals_transformers_for_every_shape(size: tuple[int, int], settings: di
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_equals_transformers_for_every_mode(mode: str) -> None:
     image = Image.open(PICTURES[1])
+    if mode == "RGBA" and Version(transformers.__version__) >= Version("5.23"):
+        pytest.skip("transformers puts a white background behind such pictures; until 5.17 at least it did not")
     if mode == "RGBA":
         image.putalpha(Image.fromarray(noise(*image.size[::-1])))
     assert_equal_to_transformers(image if mode == "RGBA" else image.convert(mode))
