@@ -194,7 +194,7 @@ def _accelerated(folder: Path) -> str:
     parts = []
     for peer in accelerated_peers(every):
         times = [ratio for one in every if (ratio := one.accelerated(peer))]
-        parts.append(f"{peer}'s are {min(times):.2f} to {max(times):.2f} times as fast ({len(times)} rows)")
+        parts.append(f"those of {peer} are {min(times):.2f} to {max(times):.2f} times as fast ({len(times)} rows)")
     found = " and ".join(parts)
     return f"Models with our blocks in them, by `dinov2_fast.accelerate(model)`, both eager: {found}." if found else ""
 

@@ -137,7 +137,7 @@ def test_models_with_our_blocks_stand_beside_what_they_are_without(tmp_path: Pat
     text = report.device_readme(folder)
     for head in ("pixels | batch | output | precision | timm | accelerated | times |", "| 6.00 | 3.00 | 2.00 |"):
         assert head in text
-    assert "both eager: timm's are 1.10 to 2.00 times as fast (3 rows)." in report.speed(tmp_path)
+    assert "both eager: those of timm are 1.10 to 2.00 times as fast (3 rows)." in report.speed(tmp_path)
     without = keep(tmp_path / "other" / "cpu", ROW, ROW | TIMM)
     assert "accelerate" not in report.device_readme(without) + report.speed(without.parent)
 
