@@ -46,8 +46,8 @@ import torch
 from bench import options as shared
 from bench import records
 from bench.gpu_plan import ROOT, Step, plan
-from bench.model import best, ratio
 from bench.peers import OURS
+from bench.tables import best, ratio
 from dinov2_fast import backends, extension
 
 EPILOG = """\

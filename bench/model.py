@@ -33,6 +33,7 @@ from bench.contest import contest
 from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
 from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, Peer, chosen, peers
 from bench.records import Recorder
+from bench.tables import best, ratio
 from bench.timing import Run, quantiles
 from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
@@ -301,18 +302,6 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         share = f", {row['floor_share']:.0%} {of}" if row["floor_share"] else ""
         times = "" if ours is None or row is ours else f"  ours {ratio(ours, row):.3f}x"
         print(f"{name} {row['value']:10.3f} {row['unit']} ({row['p20']:.3f} to {row['p80']:.3f}){share}{times}")
-
-
-def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest of rows of one setting, or None."""
-    measured = [row for row in rows if row["value"] is not None]
-    return max(measured, key=lambda row: -row["value"] if row["unit"] == "ms" else row["value"], default=None)
-
-
-def ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
-    """How many times faster a row is than another."""
-    value = row["value"] / other["value"]
-    return 1 / value if row["unit"] == "ms" else value
 
 
 def summary(rows: list[dict[str, Any]]) -> None:

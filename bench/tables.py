@@ -22,6 +22,22 @@ OUTPUTS = ("all", "cls")
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+def best(rows: Iterable[Row]) -> Row | None:
+    """The best of rows of one setting, or None."""
+    measured = [row for row in rows if row["value"] is not None]
+    return max(measured, key=lambda row: row["value"] * (-1 if row["unit"] in LESS_IS_BETTER else 1), default=None)
+
+
+def ratio(row: Row, other: Row) -> float:
+    """How many times better a row is than another."""
+    better, base = (other, row) if row["unit"] in LESS_IS_BETTER else (row, other)
+    return better["value"] / base["value"]
+
+
+def _ratio_if_measured(row: Row | None, other: Row | None) -> float | None:
+    return None if row is None or other is None else ratio(row, other)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All rows of one task and setting; of each implementation the best mode counts."""
@@ -38,36 +54,26 @@ class Comparison:
 
     def best(self, implementation: str) -> Row | None:
         """The best row that has a value."""
-        return self._best(row for row in self.rows if row["implementation"] == implementation)
+        return best(row for row in self.rows if row["implementation"] == implementation)
 
     def measured(self, implementation: str, mode: str) -> Row | None:
         """The row of one mode, if it has a value."""
         rows = (row for row in self.rows if (row["implementation"], row["mode"]) == (implementation, mode))
-        return self._best(rows)
+        return best(rows)
 
     @property
     def peer(self) -> Row | None:
         """The best row of all other implementations."""
-        return self._best(row for row in self.rows if row["implementation"] != OURS)
-
-    def _best(self, rows: Iterable[Row]) -> Row | None:
-        sign = -1 if self.less_is_better else 1
-        measured = [row for row in rows if row["value"] is not None]
-        return max(measured, key=lambda row: sign * row["value"], default=None)
+        return best(row for row in self.rows if row["implementation"] != OURS)
 
     @property
     def ratio(self) -> float | None:
         """How many times better ours is than the best peer."""
-        return self._times(self.best(OURS), self.peer)
+        return _ratio_if_measured(self.best(OURS), self.peer)
 
     def accelerated(self, peer: str) -> float | None:
         """How many times better a peer's model is with our blocks in it than without, both eager."""
-        return self._times(self.measured(OURS, f"{ACCELERATED}{peer}"), self.measured(peer, "eager"))
-
-    def _times(self, ours: Row | None, theirs: Row | None) -> float | None:
-        if ours is None or theirs is None:
-            return None
-        return theirs["value"] / ours["value"] if self.less_is_better else ours["value"] / theirs["value"]
+        return _ratio_if_measured(self.measured(OURS, f"{ACCELERATED}{peer}"), self.measured(peer, "eager"))
 
     @property
     def floor(self) -> float | None:

@@ -179,9 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _lines_of(setting: Setting, models: Models, x: Tensor, peer: Peer, mode: str, repeats: int) -> list[Line]:
-    model = models.get(peer, x.dtype)
     if mode in ENGINES:
         model = engine(models.ours, x, setting.output, setting.precision, graphs=False, **ENGINES[mode].options)
+    else:
+        model = models.get(peer, x.dtype)
     run = runner(peer, model, x, setting.output, setting.precision, mode)
     return trace(run, model, setting.config, repeats, x.is_cuda)
 
