@@ -170,11 +170,15 @@ class Attention(nn.Module):
             raise ValueError(f"The hidden size {dim} is not a multiple of the number of attention heads {num_heads}.")
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores. The sizes decide it, so it cannot be set."""
+        return (self.dim // self.num_heads) ** -0.5
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""

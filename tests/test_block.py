@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_fast.layers import DropPath, LayerNorm, LayerScale
+from dinov2_fast.layers import Attention, DropPath, LayerNorm, LayerScale
 from tests.test_model import small
 
 
@@ -207,3 +207,10 @@ def test_layers_by_themselves() -> None:
     out = drop.train()(x)
     assert all(torch.equal(o, 2 * p) or not o.any() for o, p in zip(out, x, strict=True))
     assert not DropPath(1.0).train()(x).any()
+
+
+def test_the_factor_of_attention_follows_from_its_sizes() -> None:
+    attention = Attention(dim=48, num_heads=3)
+    assert attention.scale == 16**-0.5
+    with pytest.raises(AttributeError, match="scale"):
+        attention.scale = 0.1  # the op would not see it

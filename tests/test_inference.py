@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import dinov2_fast
 from dinov2_fast import ops, optimize_for_inference, use_backend
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.block import FoldedBlock, NormFreeBlock
+from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from tests import golden, huggingface_peers
 from tests.devices import DEVICE, poisoned_memory, runs_triton
@@ -316,6 +319,7 @@ def test_folded_norms_take_no_pass_and_statistics_are_taken_once(monkeypatch: py
         )
     model, x, other = small(), torch.randn(2, 3, 28, 28), torch.randn(1, 3, 14, 14)
     engine = optimize_for_inference(model, "fp32", norm="folded")
+    calls.clear()
     engine.forward_features(x)
     assert calls == [("row_statistics", (2, 5, 32)), ("layer_norm", (2, 5, 32))]  # the last norm
     calls.clear()
@@ -414,9 +418,12 @@ def test_the_model_stays_as_it_is_and_shares_nothing() -> None:
     assert {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])} == set()
 
 
-def _optimizer_step(model: Any) -> None:
-    model(torch.randn(1, 3, 28, 28)).sum().backward()
-    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+def _optimizer_step(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model(torch.randn(1, 3, 28, 28)).sum().backward()
+        kind(model.parameters(), lr=1e-2, **settings).step()
+
+    return change
 
 
 def _write_in_inference_mode(model: Any) -> None:
@@ -424,8 +431,16 @@ def _write_in_inference_mode(model: Any) -> None:
         model.blocks[1].mlp.fc2.bias.add_(1)
 
 
+def _double_heads(model: Any) -> None:
+    for block in model.blocks:
+        block.attn.num_heads *= 2
+
+
 CHANGES = {
-    "optimizer": _optimizer_step,
+    "optimizer": _optimizer_step(torch.optim.SGD),
+    "fused AdamW": _optimizer_step(torch.optim.AdamW, fused=True),
+    "fused SGD": _optimizer_step(torch.optim.SGD, fused=True),
+    "fused Adagrad": _optimizer_step(torch.optim.Adagrad, fused=True),
     "load_state_dict": lambda m: m.load_state_dict(small().state_dict()),
     "load_state_dict, assign": lambda m: m.load_state_dict(small().state_dict(), assign=True),
     "in inference mode": _write_in_inference_mode,
@@ -433,6 +448,11 @@ CHANGES = {
     "a module": lambda m: m.blocks.__setitem__(1, small().blocks[1]),
     "dtype": lambda m: m.to(torch.bfloat16).float(),
     "a new head": lambda m: setattr(m, "head", nn.Linear(32, 3)),
+    "one more block": lambda m: m.blocks.append(small().blocks[0]),
+    "position dialect": lambda m: setattr(m, "position_dialect", "antialias"),
+    "eps": lambda m: setattr(m.blocks[0].norm1, "eps", 0.1),
+    "heads": _double_heads,
+    "positions of its own": lambda m: setattr(m, "interpolate_pos_encoding", lambda x, w, h: torch.zeros(1, 1, 32)),
 }
 
 
@@ -448,12 +468,71 @@ def test_an_engine_follows_its_model(change: Any) -> None:
     assert before.shape != engine(x).shape or not torch.equal(before, engine(x))
 
 
+def _stays(name: str) -> Callable[[Any], None]:
+    """Puts the method `name` of a model on the instance, as people do who change what it returns."""
+    return lambda m: setattr(m, name, MethodType(lambda self, *args: getattr(type(self), name)(self, *args), m))
+
+
+EDITS = {
+    "a stride": (lambda m: setattr(m.patch_embed.proj, "stride", (7, 7)), "needs square patches side by side"),
+    "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches side by side"),
+    "a method": (_stays("prepare_tokens_with_masks"), "the model has a prepare_tokens_with_masks of its own"),
+    "a block's method": (lambda m: _stays("probabilities")(m.blocks[1].attn), "blocks.1.attn has a probabilities of"),
+    "a hook": (lambda m: m.blocks[1].mlp.register_forward_hook(lambda *args: None), "blocks.1.mlp has a hook"),
+    "a hook before": (lambda m: m.norm.register_forward_pre_hook(lambda *args: None), "norm has a hook"),
+    "a class": (lambda m: setattr(m.blocks[0].mlp.act, "__class__", nn.SiLU), "blocks.0.mlp.act is a SiLU"),
+}
+
+
+@pytest.mark.parametrize(("edit", "reason"), EDITS.values(), ids=EDITS)
+def test_what_an_engine_cannot_compute_is_refused_before_and_after(edit: Any, reason: str) -> None:
+    model, x = small(), torch.randn(1, 3, 42, 56)
+    engine = optimize_for_inference(model)
+    edit(model)
+    with pytest.raises(TypeError, match=reason):
+        optimize_for_inference(model)
+    with pytest.raises(TypeError, match=reason):
+        engine(x)
+
+
+def test_an_engine_follows_the_configuration() -> None:
+    model, x = make_pair("Dinov2", "Backbone").ours, torch.randn(1, 3, 28, 42)
+    engine = optimize_for_inference(model)
+    engine(x)
+    model.config.apply_layernorm = False
+    model.out_features = ["stage1", "stage2"]
+    with torch.no_grad():
+        for ours, expected in zip(engine(x).feature_maps, model(x).feature_maps, strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_that_was_patched_is_followed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), torch.randn(1, 3, 42, 56)
+    engine = optimize_for_inference(model)
+    engine(x)
+    positions = DinoVisionTransformer.interpolate_pos_encoding
+    doubled = lambda self, *args: 2 * positions(self, *args)  # noqa: E731
+    monkeypatch.setattr(DinoVisionTransformer, "interpolate_pos_encoding", doubled)
+    torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(Mlp, "forward", lambda self, x: torch.zeros_like(x))
+    with pytest.raises(TypeError, match=r"differ from the model's by [0-9.]+ of their norm, and rounding explains"):
+        engine(x)
+
+
+def test_hooks_that_an_engine_would_not_run_are_refused() -> None:
+    engine = optimize_for_inference(small())
+    for name in ("patch_embed", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.mlp", "blocks.1.norm2"):
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            with pytest.raises(TypeError, match="would not run in every call: register it on the model"):
+                getattr(engine.get_submodule(f"folded.{name}"), register)(lambda *args: None)
+
+
 def test_what_an_engine_cannot_see_needs_refresh() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
+    model.position_dialect = "antialias"
     before = engine(x)
     model.norm.bias.data.add_(1)
-    model.position_dialect = "antialias"
     assert torch.equal(engine(x), before)
     engine.refresh()
     torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)

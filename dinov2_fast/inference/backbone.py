@@ -19,7 +19,7 @@ from dinov2_fast.block import _pack, _unpack
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
 from dinov2_fast.inference.block import FoldedBlock, NormFreeBlock
-from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, expect, frozen, hollow, rounded
+from dinov2_fast.inference.fold import FoldedLinear, FoldedModule, FoldedNorm, expect, frozen, hollow, rounded
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
@@ -53,7 +53,7 @@ class Plan:
     norm: str = "pass"
 
 
-class FoldedPatchEmbed(PatchEmbed):
+class FoldedPatchEmbed(FoldedModule, PatchEmbed):
     """The patch embedding as one matrix product, for normalised pictures and for uint8 ones as they are decoded."""
 
     proj: FoldedLinear  # type: ignore[assignment]  # a convolution in the model

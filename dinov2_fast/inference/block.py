@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.block import Block
-from dinov2_fast.inference.fold import BareNorm, FoldedNorm, expect, fold_linear, fold_norm_linear, gamma_of
+from dinov2_fast.inference.fold import (
+    BareNorm,
+    FoldedModule,
+    FoldedNorm,
+    expect,
+    fold_linear,
+    fold_norm_linear,
+    gamma_of,
+)
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention_pool import cls_attention
 from dinov2_fast.ops.linear import interleave
 
 
-class FoldedAttention(nn.Module):
+class FoldedAttention(FoldedModule):
     """Self-attention, with the LayerScale behind it."""
 
     def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
@@ -48,7 +56,7 @@ class FoldedAttention(nn.Module):
         return ops.attention_probabilities(self.project_qkv(x), rows)
 
 
-class FoldedMlp(nn.Module):
+class FoldedMlp(FoldedModule):
     """Feed-forward network, with the LayerScale behind it."""
 
     def __init__(self, mlp: nn.Module, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
@@ -68,7 +76,7 @@ class FoldedMlp(nn.Module):
         self.down.add_to_(stream, self.up.swiglu(x) if self.gated else self.up.gelu(x))
 
 
-class FoldedBlock(nn.Module):
+class FoldedBlock(FoldedModule):
     """One block.
 
     Args:

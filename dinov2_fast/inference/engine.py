@@ -16,12 +16,13 @@ from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.inference import fp8
-from dinov2_fast.inference.backbone import FoldedBackbone, Plan, fold_backbone
+from dinov2_fast.inference.agreement import check_agreement
+from dinov2_fast.inference.backbone import Plan, fold_backbone
 from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
-from dinov2_fast.inference.fold import frozen, hollow, refuse_hooks
+from dinov2_fast.inference.fold import frozen, hollow, refuse_edits
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
-from dinov2_fast.inference.watch import Watch
+from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
@@ -136,9 +137,11 @@ def optimize_for_inference(
 class Engine(nn.Module):
     """What `optimize_for_inference` returns; see there.
 
-    It follows its model: when a parameter was replaced, moved or written to, the next call folds anew. Two kinds of
-    change it cannot see, after which `refresh` is needed: writes through ``.data``, and settings that are no tensors
-    (such as `position_dialect`). In code compiled by torch.compile nothing is checked: call `refresh` there.
+    It follows its model: when a parameter was replaced, moved or written to, or a setting changed (such as
+    `position_dialect`, or the eps of a norm), the next call folds anew. What it does not see are writes through
+    ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile nothing is
+    checked: call `refresh` there. Where the model has become one that the engine cannot compute (a hook was added, a
+    method replaced), the call raises and says why.
 
     It has no parameters, its weights are buffers. `.to(device)` moves it, and it stays there when the model moves.
     Copies and pickles hold the model and fold anew. Under autocast it computes in its own precision.
@@ -154,8 +157,10 @@ class Engine(nn.Module):
 
     def _fold(self, device: torch.device | None) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._watch = Watch(self._model)
+            self._watch = ModelWatch(self._model)
             folded = _fold(self._model, self.plan).to(device).eval()
+            with _without_autocast(next(folded.buffers()).device.type):
+                check_agreement(_backbone(self._model), _backbone(folded))
         device = next(folded.buffers()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # streams other than this may read the weights before, and will these
@@ -406,7 +411,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 
 def _fold(model: Any, plan: Plan) -> Any:
     """The folded model of any face."""
-    refuse_hooks(model)
+    refuse_edits(model)
     if isinstance(model, DinoVisionTransformer):
         return fold_backbone(model, plan)
     made = hollow(model)
@@ -417,7 +422,7 @@ def _fold(model: Any, plan: Plan) -> Any:
 
 
 def _backbone(folded: Any) -> Any:
-    return folded if isinstance(folded, FoldedBackbone) else folded.base_model
+    return folded if isinstance(folded, DinoVisionTransformer) else folded.base_model
 
 
 def _choose(name: str, value: str, choices: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import isroutine
 from typing import Any
 
 import torch
@@ -39,14 +40,33 @@ def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
     return module
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Raises `TypeError` if a hook, or a `forward` set on an instance, changes what some module computes."""
+def refuse_edits(model: nn.Module) -> None:
+    """Raises `TypeError` if hooks, or methods set on an instance, change what some module computes.
+
+    A backbone may have an `interpolate_pos_encoding` of its own: the engine calls it.
+    """
     for name, module in model.named_modules():
+        where = name or "the model"
         if is_watched(module):
-            where = name or "the model"
             raise TypeError(
                 f"{where} has a hook or its own forward, which the engine would pass over; remove it first."
             )
+        replaced = set(replaced_methods(module)) - {"interpolate_pos_encoding"}
+        if replaced:
+            raise TypeError(
+                f"{where} has a {min(replaced)} of its own, set on the instance, which the engine would pass over; "
+                "remove it first, or use the model itself."
+            )
+
+
+def replaced_methods(module: nn.Module) -> list[str]:
+    """The methods in whose place the instance has an attribute."""
+    return [name for name, value in vars(module).items() if not _is_own(value, getattr(type(module), name, None))]
+
+
+def _is_own(value: Any, defined: Any) -> bool:
+    """Whether an attribute is none that replaces what its class has `defined`: no method, or the method bound."""
+    return not isroutine(defined) or getattr(value, "__func__", None) is defined
 
 
 def hollow(module: nn.Module, kind: type[nn.Module] | None = None) -> Any:
@@ -76,7 +96,20 @@ def _frozen_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-class FoldedLinear(nn.Module):
+class FoldedModule(nn.Module):
+    """A part of the engine, with which its owner computes without always calling it."""
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `TypeError`: the hook would not run."""
+        raise TypeError(
+            f"A hook on a {type(self).__name__} of the engine would not run in every call: register it on the model "
+            "and call the model, or take get_intermediate_layers of the engine."
+        )
+
+    register_forward_pre_hook = register_forward_hook
+
+
+class FoldedLinear(FoldedModule):
     """A linear whose weight (out_features, in_features) and bias (or None) are buffers."""
 
     weight: Tensor
@@ -190,7 +223,7 @@ def fold_norm_linear(
     return NormLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype), norm.eps)
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(FoldedModule):
     """A layer norm of the residual stream, in the dtype of the linears that read it."""
 
     weight: Tensor

@@ -1,39 +1,131 @@
-"""Notices that a model's weights are no longer those it had."""
+"""Notices that a model is no longer what it was when an engine was made of it."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import chain, starmap, zip_longest
+from operator import is_, itemgetter, methodcaller
+from typing import Any
+from weakref import WeakSet
+
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+_pointer, _values = methodcaller("data_ptr"), methodcaller("values")
 
 
-class Watch:
-    """Remembers the parameters, buffers and submodules of a model.
+class ModelWatch:
+    """Remembers what a model computes with: its weights and its settings.
 
-    A tensor counts as changed if another object stands in its place (surgery), if its data lie elsewhere
-    (``load_state_dict(assign=True)``, ``.to``), or if its version moved (an optimizer's step, `load_state_dict`, any
-    write in place under autograd's eyes). A write through ``.data`` leaves no trace. No value is looked at.
+    A weight counts as changed if its data lie elsewhere (``.to``), if its version moved (any write in place that
+    autograd sees), or if an optimizer of torch made a step on it (fused ones move no version). Settings are everything
+    else: which tensors, submodules and forward hooks there are, the attributes of modules and of their `config`, and
+    the classes of modules with what these define. Not seen are writes through ``.data``, a NumPy view or the storage,
+    since no value is looked at, and functions of a library replaced in its Python modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._tensors = [
-            (slots, name, tensor, tensor.data_ptr(), _version(tensor))
-            for module in modules
-            for slots in (module._parameters, module._buffers)
-            for name, tensor in slots.items()
-            if tensor is not None
-        ]
+        self._modules = modules = list(model.modules())
+        self._kinds = list(map(type, modules))
+        hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        slots = [slots for m in modules for slots in (m._parameters, m._buffers, m._modules)]
+        attributes = list(map(vars, modules))
+        self._growing = [*hooks, *slots, *attributes]
+        self._size = sum(map(len, self._growing))
+        self._holders = [holder for holder in (*hooks, *slots) if holder]
+        self._held = list(_held_by(self._holders))
+        self._attributes = [_Attributes(each, _of_torch()) for each in attributes]
+        self._attributes += [_Attributes(each) for each in _configs(modules)]
+        self._classes = [(kind, dict(vars(kind))) for kind in _classes(self._kinds)]
+        found = [value for each in (*slots, *attributes) for value in each.values() if isinstance(value, Tensor)]
+        self._tensors = list({id(tensor): tensor for tensor in found}.values())
+        self._pointers = list(map(_pointer, self._tensors))
+        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
+        self._versions = [tensor._version for tensor in self._counting]
+        self._stepped = False
+        _follow_optimizers().add(self)
+
+    def weights_changed(self) -> bool:
+        """Whether a tensor was written to or moved."""
+        versions = [tensor._version for tensor in self._counting]
+        return self._stepped or versions != self._versions or list(map(_pointer, self._tensors)) != self._pointers
+
+    def settings_changed(self) -> bool:
+        """Whether anything but the values of tensors is not what it was."""
+        return (
+            sum(map(len, self._growing)) != self._size
+            or list(map(type, self._modules)) != self._kinds
+            or not all(starmap(is_, zip_longest(_held_by(self._holders), self._held)))
+            or any(each.changed() for each in self._attributes)
+            or any(vars(kind) != attributes for kind, attributes in self._classes)
+        )
 
     def changed(self) -> bool:
         """Whether anything is not what it was."""
-        for slots, name, child in self._children:
-            if slots.get(name) is not child:
-                return True
-        for tensors, name, tensor, pointer, version in self._tensors:
-            if tensors.get(name) is not tensor or tensor.data_ptr() != pointer or _version(tensor) != version:
-                return True
-        return False
+        return self.weights_changed() or self.settings_changed()
+
+    def see_step(self, parameters: set[int]) -> None:
+        """Learns that an optimizer wrote to the tensors with these identities."""
+        self._stepped = self._stepped or not parameters.isdisjoint(map(id, self._tensors))
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # tensors made in inference mode count no versions
+class _Attributes:
+    """The values in a namespace, but for some names; of lists, dictionaries and sets, what is in them."""
+
+    __slots__ = ("_get", "_namespace", "_values")
+
+    def __init__(self, namespace: dict[str, Any], ignored: frozenset[str] = frozenset()) -> None:
+        self._namespace = namespace
+        names = [name for name in namespace if name not in ignored]
+        self._get: Any = itemgetter(*names) if names else lambda namespace: ()
+        values = self._get(namespace)
+        self._values = tuple(map(_kept, values)) if len(names) > 1 else _kept(values)
+
+    def changed(self) -> bool:
+        try:
+            return bool(self._get(self._namespace) != self._values)
+        except Exception:  # an attribute was deleted, or is another array, which has no truth value
+            return True
+
+
+def _kept(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else value
+
+
+def _held_by(holders: list[dict[Any, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(_values, holders))
+
+
+def _configs(modules: list[nn.Module]) -> list[dict[str, Any]]:
+    """The namespaces of the configurations that modules of transformers share."""
+    configs = (vars(module).get("config") for module in modules)
+    return list({id(config): vars(config) for config in configs if hasattr(config, "__dict__")}.values())
+
+
+def _classes(kinds: Iterable[type]) -> Iterator[type]:
+    """The classes of modules and their bases, torch's own left out."""
+    for base in {base for kind in set(kinds) for base in kind.__mro__}:
+        if base.__module__.split(".")[0] not in ("torch", "builtins"):
+            yield base
+
+
+@cache
+def _of_torch() -> frozenset[str]:
+    """The attributes that every module has, and what compiling it leaves there."""
+    return frozenset((*vars(nn.Module()), "_compiled_call_impl"))
+
+
+@cache
+def _follow_optimizers() -> WeakSet[ModelWatch]:
+    """The watches that learn of each step of an optimizer."""
+    watches: WeakSet[ModelWatch] = WeakSet()
+
+    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for watch in tuple(watches):
+            watch.see_step(written)
+
+    register_optimizer_step_post_hook(tell)
+    return watches

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.inference import Engine, optimize_for_inference
-from dinov2_fast.inference.watch import Watch
+from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, is_recorded_only, path, reason_against
 from dinov2_fast.integrations.joining import BEHIND, Joined, join
 from dinov2_fast.integrations.steps import is_exact_gelu, is_watched
@@ -48,7 +48,7 @@ class Behind:
 
     def _make(self, tower: nn.Module) -> None:
         self._engine: Engine | None = None
-        self._watch: Watch | None = Watch(tower)
+        self._watch: ModelWatch | None = ModelWatch(tower)
         self._settings = _face_of(tower).settings(tower)
         self._hooks = [(hooks, len(hooks)) for hooks in _hooks_of(tower)]
         self.reason = _reason_against(tower)
