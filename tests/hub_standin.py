@@ -132,9 +132,8 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-@place("models.vision_transformer")
-class DinoVisionTransformer(nn.Module):
-    """`grid` is the side of the table of positions."""
+class Backbone(nn.Module):
+    """The parts, and how an image becomes tokens; `grid` is the side of the table of positions."""
 
     def __init__(
         self,
@@ -161,28 +160,34 @@ class DinoVisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Identity()
 
-    def _embed(self, x: Tensor, masks: Tensor | None) -> Tensor:
-        rows, columns = (size // self.patch_size for size in x.shape[2:])
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        rows, columns, grid = w // self.patch_size, h // self.patch_size, int((self.pos_embed.shape[1] - 1) ** 0.5)
+        if (rows, columns) == (grid, grid):
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        offset = self.interpolate_offset
+        how: dict[str, Any] = {"size": (rows, columns)}
+        if offset:
+            how = {"scale_factor": ((rows + offset) / grid, (columns + offset) / grid)}
+        table = F.interpolate(table, mode="bicubic", antialias=self.interpolate_antialias, **how)
+        return torch.cat([self.pos_embed[:, :1], table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        w, h = x.shape[2:]
         x = self.patch_embed(x)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token, x)
-        grid = int((self.pos_embed.shape[1] - 1) ** 0.5)
-        positions = self.pos_embed[:, 1:]
-        if (rows, columns) != (grid, grid):
-            table = positions.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
-            offset = self.interpolate_offset
-            how: dict[str, Any] = {"size": (rows, columns)}
-            if offset:
-                how = {"scale_factor": ((rows + offset) / grid, (columns + offset) / grid)}
-            table = F.interpolate(table, mode="bicubic", antialias=self.interpolate_antialias, **how)
-            positions = table.permute(0, 2, 3, 1).flatten(1, 2)
-        first = [(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.interpolate_pos_encoding(x, w, h)
         if self.register_tokens is not None:
-            first.append(self.register_tokens.expand(len(x), -1, -1))
-        return torch.cat([*first, x + positions], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
 
+
+@place("models.vision_transformer")
+class DinoVisionTransformer(Backbone):
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
-        x = self._embed(x, masks)
+        x = self.prepare_tokens_with_masks(x, masks)
         for block in self.blocks:
             x = block(x)
         normed, first = self.norm(x), 1 + self.num_register_tokens
@@ -194,13 +199,20 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
-    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> tuple[Tensor, ...]:
-        outputs, x = [], self._embed(x, None)
+    def get_intermediate_layers(
+        self, x: Tensor, n: Any = 1, reshape: bool = False, return_class_token: bool = False, norm: bool = True
+    ) -> tuple[Any, ...]:
+        outputs, (rows, columns) = [], (size // self.patch_size for size in x.shape[2:])
+        x = self.prepare_tokens_with_masks(x)
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x)[:, 1 + self.num_register_tokens :])
-        return tuple(outputs)
+            if i in (range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n):
+                outputs.append(self.norm(x) if norm else x)
+        first = [out[:, 0] for out in outputs]
+        outputs = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            outputs = [out.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for out in outputs]
+        return tuple(zip(outputs, first, strict=True)) if return_class_token else tuple(outputs)
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         features = self.forward_features(*args, **kwargs)

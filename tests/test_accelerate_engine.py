@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from dinov2_fast import accelerate, accelerated, restore
 from dinov2_fast.inference import Engine
+from tests import hub_standin
 from tests.foreign_models import KINDS, SOME, Foreign, filled, hub_model, needs, pictures, tensors, timm_model
 from tests.foreign_models import transformers_model as hf
 from tests.test_accelerate import LowRank, assert_same, gradients, loss_of
@@ -164,6 +166,157 @@ def test_copies_and_pickles_have_engines_of_their_own(some: Foreign, answered: l
                 parameter.add_(1)
             assert not torch.equal(tensors(made(pictures()))[0], tensors(model(pictures()))[0])
     assert len(answered) == 4 * len(copies)
+
+
+# What a user changed that is no weight
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _set(path: str, value: Any) -> Callable[[Any], None]:
+    owner, _, name = path.rpartition(".")
+    return lambda model: setattr(model.get_submodule(owner), name, value)
+
+
+def _method(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Has the method at `path` return something else, on the instance."""
+    owner, _, name = path.rpartition(".")
+
+    def edit(model: Any) -> None:
+        module = model.get_submodule(owner)
+        own = getattr(type(module), name)
+        setattr(module, name, MethodType(lambda self, *args, **kwargs: change(own(self, *args, **kwargs)), module))
+
+    return edit
+
+
+def _overlapping(model: Any) -> None:
+    """Twice as many patches each way, without positions: the common trick for dense features."""
+    model.patch_embed.proj.stride = (7, 7)
+    _method("interpolate_pos_encoding", lambda positions: 0 * positions[:, :1])(model)
+
+
+def _hub(**arguments: Any) -> Any:
+    return filled(hub_model(**arguments)).eval()
+
+
+def _timm() -> Any:
+    return filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval()
+
+
+def _hf(task: str = "Model") -> Any:
+    return filled(hf("Dinov2", task)).eval()
+
+
+EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
+    "hub, overlapping patches": (_hub, _overlapping, "it has a interpolate_pos_encoding of its own"),
+    "hub, positions": (_hub, _method("interpolate_pos_encoding", torch.zeros_like), "a interpolate_pos_encoding of"),
+    "hub, tokens": (_hub, _method("prepare_tokens_with_masks", lambda x: 1.01 * x), "a prepare_tokens_with_masks of"),
+    "hub, padding": (_hub, _set("patch_embed.proj.padding", (7, 7)), r"its forward (returns|differs|fails)"),
+    "hub, eps": (_hub, _set("blocks.0.norm1.eps", 0.1), r"its norms have eps \[1e-06, 0.1\]"),
+    "hub, a class": (_hub, lambda m: setattr(m.norm, "__class__", Doubled), "norm is a tests.test_accelerate_engine.D"),
+    "transformers, positions": (
+        _hf,
+        _method("embeddings.interpolate_pos_encoding", torch.zeros_like),
+        "embeddings has a interpolate_pos_encoding of its own",
+    ),
+    "transformers, stride": (
+        _hf,
+        _set("embeddings.patch_embeddings.projection.stride", (7, 7)),
+        "its forward (returns|fails)",
+    ),
+    "transformers, eps": (_hf, _set("layernorm.eps", 0.1), "its norms have eps"),
+    "timm, stride": (_timm, _set("patch_embed.proj.stride", (7, 7)), "its forward_features (returns|fails)"),
+    "timm, positions": (_timm, _method("_pos_embed", lambda x: 1.1 * x), "a _pos_embed of its own"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("case", EDITS)
+def test_what_a_user_changed_is_followed(case: str, when: str, answered: list[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    build, edit, reason = EDITS[case]
+    model, untouched = build(), build()
+    edit(untouched)
+    if when == "before":
+        edit(model)
+        with pytest.raises(TypeError, match=reason):
+            accelerate(model, inference=True)
+        accelerate(model)
+    else:
+        accelerate(model, inference=True)
+        with torch.no_grad():
+            model(pictures(1, 84, 84))
+        edit(model)
+    answered.clear()
+    x = pictures(1, 84, 98)
+    with torch.no_grad():
+        try:
+            expected = untouched(x)
+        except RuntimeError as error:  # some edits fit no positions
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                model(x)
+        else:
+            assert_same(model(x), expected)
+    assert not answered
+    if when == "after":
+        assert re.search(reason, str(accelerated(model)))
+
+
+def test_a_function_of_the_library_that_was_replaced_before_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    resample = timm.models.vision_transformer.resample_abs_pos_embed
+    zeros = lambda *args, **kwargs: torch.zeros_like(resample(*args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(timm.models.vision_transformer, "resample_abs_pos_embed", zeros)
+    with pytest.raises(TypeError, match="its forward_features differs by"):
+        accelerate(_timm(), inference=True)
+
+
+@hub_standin.place("copied")
+class _Vendored(hub_standin.Backbone):
+    """A copy of Meta's code with a method that returns something else, and without `forward_features`."""
+
+    __qualname__ = "DinoVisionTransformer"
+
+    def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        x, outputs = self.prepare_tokens_with_masks(x), []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(self.norm(x))
+        return outputs[-n:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_intermediate_layers(x)[0][:, 0]
+
+
+def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered: list[str]) -> None:
+    model, untouched = pair(filled(_Vendored(registers=2)).eval())
+    assert not hasattr(model, "forward_features")
+    x = pictures(1, 84, 98)
+    with torch.no_grad():
+        assert_same(model(x), untouched(x))
+        assert len(answered) == 1
+        ours, theirs = model.get_intermediate_layers(x, 2), untouched.get_intermediate_layers(x, 2)
+        assert type(ours) is type(theirs)
+        for found, expected in zip(ours, theirs, strict=True):
+            assert_same(found, expected)
+    assert len(answered) == 1
+    assert "get_intermediate_layers runs its own code: it returns a list in place of a tuple" in str(accelerated(model))
+
+
+def test_fused_optimizers_are_followed(some: Foreign) -> None:
+    model, untouched = pair(some.build())
+    for each in (model, untouched):
+        optimizer = torch.optim.AdamW(each.train().parameters(), lr=0.01, fused=True)
+        loss_of(some.calls[0](each, pictures())).backward()
+        optimizer.step()
+        each.eval()
+    with torch.no_grad():
+        assert_same(model(pictures()), untouched(pictures()), 1e-4)
 
 
 # What the engine does not answer

@@ -1,4 +1,4 @@
-"""Whether an engine computes what its model does, tried on one small image when the engine is made."""
+"""Whether two models compute the same, tried on one small image: an engine and what it stands in for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How far features may be from those of the model, relative to their norm: many times the rounding errors of a dtype,
-# and less than what a changed setting does.
-TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
+# How far the outputs of two implementations may be apart, relative to their norm: some times what rounding does in a
+# whole model, and less than what a changed setting does.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SMALL = (3, 2)  # rows and columns of patches
 
 
-def small_image(patch_size: tuple[int, int], channels: int = 3) -> Tensor:
-    """Noise of three by two patches, (1, channels, height, width)."""
-    height, width = 3 * patch_size[0], 2 * patch_size[1]
+def noise(channels: int, height: int, width: int) -> Tensor:
+    """An image of noise, the same each time, (1, channels, height, width)."""
     return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def difference(features: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of `expected`; infinite where the shapes differ.
 
     Where `expected` is not finite there is nothing to compare, and the difference is 0.
     """
-    if features.shape != expected.shape:
+    if found.shape != expected.shape:
         return float("inf")
-    features, expected = features.detach().double().cpu(), expected.detach().double().cpu()
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     if not expected.isfinite().all():
         return 0.0
-    return ((features - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+    return ((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
+
+
+def mismatch(found: Any, expected: Any, allowed: float) -> str | None:
+    """How outputs differ, in tensors or in the tuples, lists and dictionaries around them; None if they do not."""
+    if type(found) is not type(expected):
+        return f"returns a {type(expected).__name__} in place of a {type(found).__name__}"
+    if isinstance(expected, Tensor):
+        apart = difference(found, expected)
+        if apart == float("inf"):
+            return f"returns {tuple(expected.shape)} in place of {tuple(found.shape)}"
+        return None if apart <= allowed else f"differs by {apart:.2g} of its norm on a small image"
+    if isinstance(expected, dict):
+        if found.keys() != expected.keys():
+            return f"returns {', '.join(map(str, expected))} in place of {', '.join(map(str, found))}"
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return f"returns {len(expected)} outputs in place of {len(found)}"
+        parts = (mismatch(ours, theirs, allowed) for ours, theirs in zip(found, expected, strict=True))
+        return next((part for part in parts if part), None)
+    return f"fails on a small image ({expected})" if isinstance(expected, Exception) else None
 
 
 @torch.no_grad()
@@ -42,13 +63,14 @@ def check_agreement(backbone: Any, folded: Any) -> None:
     """
     if any(module.training for module in backbone.modules()):
         return  # what it drops is random
-    plan, dtype = folded.plan, backbone.cls_token.dtype
-    image = small_image(backbone.patch_embed.patch_size, folded.patch_embed.in_chans)
+    height, width = (count * patch for count, patch in zip(SMALL, folded.patch_embed.patch_size, strict=True))
+    image = noise(folded.patch_embed.in_chans, height, width)
     tokens, expected = (each.prepare_tokens_with_masks(image.to(each.cls_token)) for each in (folded, backbone))
     folded._sizes.clear()  # where it keeps what it made for the size of this image
-    if not plan.e4m3:
+    if not folded.plan.e4m3:
         tokens, expected = (each.norm(each._run_blocks(x)) for each, x in ((folded, tokens), (backbone, expected)))
-    found, allowed = difference(tokens, expected), max(TOLERANCES[plan.dtype], TOLERANCES.get(dtype, 0.0))
+    allowed = 3 * max(TOLERANCES.get(dtype, 0.0) for dtype in (folded.plan.dtype, backbone.cls_token.dtype))
+    found = difference(tokens, expected)
     if not found <= allowed:
         raise TypeError(
             f"The engine's features of a small image differ from the model's by {found:.2g} of their norm, and "

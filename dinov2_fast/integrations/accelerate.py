@@ -127,8 +127,10 @@ def _row_of_blocks(name: str, kind: str, blocks: list[tuple[str, nn.Module]]) ->
 
 
 def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
-    reason = tower.behind.reason
-    return Row(name, f"{type(tower).__qualname__} by an engine", int(not reason), 1, (reason,) if reason else ())
+    behind = tower.behind
+    partly = (f"{method} runs its own code: it {why}" for method, why in behind.unanswered.items())
+    reasons = (behind.reason,) if behind.reason else tuple(partly)
+    return Row(name, f"{type(tower).__qualname__} by an engine", int(not behind.reason), 1, reasons)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

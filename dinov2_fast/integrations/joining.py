@@ -23,6 +23,7 @@ class Joined(nn.Module):
 
     kinds: ClassVar[dict[str, type]]
     origin: ClassVar[tuple[type[Joined], type, Kinds]]
+    optional: ClassVar[tuple[str, ...]] = ()  # its methods that the other class may not have: then it has none either
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -83,7 +84,15 @@ def _join_classes(first: type[Joined], original: Any, kinds: Kinds) -> type:
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     own = {**names, "forward": forward, "kinds": dict(kinds), "origin": (first, original, kinds)}
+    own |= {name: _Missing() for name in first.optional if not hasattr(original, name)}
     return type(original.__name__, (first, original), own)
+
+
+class _Missing:
+    """In a class, an attribute that is not there."""
+
+    def __get__(self, module: Any, kind: type) -> Any:
+        raise AttributeError
 
 
 def _empty(first: type[Joined], original: type, kinds: Kinds) -> Any:

@@ -6,16 +6,19 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.inference import Engine, optimize_for_inference
+from dinov2_fast.inference.agreement import SMALL, TOLERANCES, mismatch, noise
+from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, is_recorded_only, path, reason_against
-from dinov2_fast.integrations.joining import BEHIND, Joined, join
+from dinov2_fast.integrations.joining import BEHIND, Joined, join, separate
 from dinov2_fast.integrations.steps import is_exact_gelu, is_watched
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
@@ -28,7 +31,8 @@ _OUTSIDE = ("head.", "fc_norm.")  # keys of timm's model that are not its backbo
 class Behind:
     """What stands behind a backbone: the engine of our model on its weights, or the reason why there is none now.
 
-    It is no submodule, so that parameters and state dict stay the backbone's own. A copy or pickle makes it anew.
+    `unanswered` holds the methods that run their own code all the same, and why. It is no submodule, so that parameters
+    and state dict stay the backbone's own. A copy or pickle makes it anew.
 
     Raises:
         ValueError: options that `optimize_for_inference` refuses.
@@ -36,21 +40,28 @@ class Behind:
 
     def __init__(self, tower: nn.Module, options: dict[str, Any]) -> None:
         self._options = options
+        self._watch: ModelWatch | None = None
         self._make(tower)
 
-    def engine(self, tower: nn.Module) -> Engine | None:
-        """The engine for the weights that `tower` has now."""
-        if self._is_stale(tower):
+    def engine(self, tower: nn.Module, method: str) -> Any:
+        """What answers a call of `method`: the engine for the weights that `tower` has now, or None."""
+        if self._comparing:
+            return self._compared
+        if self._watch is None or self._watch.changed():
             self._make(tower)
+            self.watch(tower)
             if self.reason:
                 logger.warning("The accelerated blocks run in place of the engine: %s", self.reason)
-        return self._engine
+        return None if method in self.unanswered else self._engine
+
+    def watch(self, tower: nn.Module) -> None:
+        """Remembers `tower` as it is now. In training mode it was not compared, so the next call makes all anew."""
+        self._watch = None if tower.training else ModelWatch(tower)
 
     def _make(self, tower: nn.Module) -> None:
         self._engine: Engine | None = None
-        self._watch: ModelWatch | None = ModelWatch(tower)
-        self._settings = _face_of(tower).settings(tower)
-        self._hooks = [(hooks, len(hooks)) for hooks in _hooks_of(tower)]
+        self._comparing, self._compared = False, None
+        self.unanswered: dict[str, str] = {}
         self.reason = _reason_against(tower)
         if self.reason is None:
             try:
@@ -64,27 +75,66 @@ class Behind:
         if _eps_of(tower) != _eps_of(model):
             self.reason = f"its norms have eps {_eps_of(tower)} in place of {_eps_of(model)}"
             return
+        if not tower.training:
+            self._compare(tower, model)
+        trials = _face_of(tower).trials
+        if all(method in self.unanswered for method, _ in trials):
+            self.reason = "; ".join(f"its {method} {why}" for method, why in self.unanswered.items())
+            return
         try:
             self._engine = optimize_for_inference(model, **self._options)
         except TypeError as error:
             self.reason = str(error)
 
-    def _is_stale(self, tower: nn.Module) -> bool:
-        if self._watch is None or self._watch.changed() or self._settings != _face_of(tower).settings(tower):
-            return True
-        return any(len(hooks) != count for hooks, count in self._hooks)
+    def _compare(self, tower: Any, model: Any) -> None:
+        """Calls the methods of `tower` on a small image, by their own code and answered by `model`."""
+        face, embed = _face_of(tower), model.patch_embed
+        size = face.only_size(tower) or [count * patch for count, patch in zip(SMALL, embed.patch_size, strict=True)]
+        image = noise(embed.in_chans, *size).to(model.cls_token)
+        with torch.no_grad(), _joined(tower, self):
+            for method, arguments in face.trials:
+                answers = [self._tried(tower, method, image, arguments, by) for by in (model, None)]
+                why = mismatch(*answers, TOLERANCES[image.dtype])
+                if why:
+                    self.unanswered.setdefault(method, why)
+
+    def _tried(self, tower: Any, method: str, image: Tensor, arguments: dict[str, Any], by: Any) -> Any:
+        """What a call of `tower` returns, or raises, when `by` answers it; with None, by its own code."""
+        self._comparing, self._compared = True, by
+        try:
+            return getattr(tower, method)(image, **arguments)
+        except Exception as error:
+            return error
+        finally:
+            self._comparing, self._compared = False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_options": self._options, "_watch": None, "_engine": None, "reason": self.reason}
+        remade = {"_watch": None, "_engine": None, "_comparing": False, "_compared": None}
+        return {**remade, "_options": self._options, "reason": self.reason, "unanswered": self.unanswered}
+
+
+@contextmanager
+def _joined(tower: nn.Module, behind: Behind) -> Iterator[None]:
+    """Has `behind` answer the calls of `tower` inside, also where it is not accelerated yet."""
+    if isinstance(tower, AcceleratedTower):
+        yield
+        return
+    accelerate_tower(tower, behind)
+    try:
+        yield
+    finally:
+        separate(tower)
 
 
 class AcceleratedTower(Joined):
     """One backbone. The static methods take one that is not accelerated yet."""
 
+    trials: ClassVar[tuple[tuple[str, dict[str, Any]], ...]]  # the methods that an engine can answer, and arguments
+
     @staticmethod
-    def settings(tower: Any) -> tuple[Any, ...]:
-        """What beside weights may be changed on a backbone between calls."""
-        return ()
+    def only_size(tower: Any) -> tuple[int, int] | None:
+        """Height and width of the images that a backbone takes, None for any."""
+        return None
 
     @staticmethod
     def refuses(tower: Any) -> str | None:
@@ -100,15 +150,15 @@ class AcceleratedTower(Joined):
     def behind(self) -> Behind:
         return self.__dict__[BEHIND]
 
-    def engine_for(self, x: Any, *others: Any) -> Engine | None:
-        """The engine, if a call with pictures `x`, and `others`, is one that it answers."""
+    def engine_for(self, method: str, x: Any, *others: Any) -> Any:
+        """The engine, if a call of `method` with images `x`, and `others`, is one that it answers; or None."""
         if self.training or torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return None
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.requires_grad:
             return None
         if any(other is not None and other is not False for other in others):
             return None
-        return self.behind.engine(self)
+        return self.behind.engine(self, method)
 
     def in_own_dtype(self, outputs: Any) -> Any:
         """Tensors, in tuples and dictionaries too, in the dtype of this backbone's parameters."""
@@ -124,11 +174,7 @@ class TransformersTower(AcceleratedTower):
     """`Dinov2Model`, `Dinov2Backbone` and the two with registers."""
 
     config: Any
-
-    @staticmethod
-    def settings(tower: Any) -> tuple[Any, ...]:
-        names = ("out_features", "apply_layernorm", "reshape_hidden_states")
-        return tuple(str(getattr(tower.config, name, None)) for name in names)
+    trials = (("forward", {}),)
 
     @staticmethod
     def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
@@ -138,7 +184,7 @@ class TransformersTower(AcceleratedTower):
         given = dict(kwargs)
         dictionary = given.pop("return_dict", None)
         x = args[0] if args else given.pop("pixel_values", None)
-        engine = self.engine_for(x, *args[1:], *given.values(), self._asks_for_more(dictionary))
+        engine = self.engine_for("forward", x, *args[1:], *given.values(), self._asks_for_more(dictionary))
         if engine is None:
             return super().forward(*args, **kwargs)
         library = sys.modules[self.origin[1].__module__]
@@ -158,6 +204,11 @@ class TimmTower(AcceleratedTower):
 
     patch_embed: Any
     dynamic_img_size: bool
+    trials = (("forward_features", {}),)
+
+    @staticmethod
+    def only_size(tower: Any) -> tuple[int, int] | None:
+        return None if tower.dynamic_img_size else tower.patch_embed.img_size
 
     @staticmethod
     def refuses(tower: Any) -> str | None:
@@ -177,7 +228,8 @@ class TimmTower(AcceleratedTower):
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(kwargs)
         x = args[0] if args else given.pop("x", None)
-        engine = self.engine_for(x, *args[1:], *given.values()) if self._takes_size(x) else None
+        others = (*args[1:], *given.values())
+        engine = self.engine_for("forward_features", x, *others) if self._takes_size(x) else None
         if engine is None:
             return super().forward_features(*args, **kwargs)  # type: ignore[misc]
         features = engine.forward_features(x)
@@ -192,7 +244,8 @@ class TimmTower(AcceleratedTower):
         embed = self.patch_embed
         if not isinstance(x, Tensor) or x.ndim != 4:
             return False
-        return is_whole(x, embed.patch_size) and (self.dynamic_img_size or tuple(x.shape[2:]) == embed.img_size)
+        only_size = self.only_size(self)
+        return is_whole(x, embed.patch_size) and only_size in (None, tuple(x.shape[2:]))
 
 
 class FacebookTower(AcceleratedTower):
@@ -200,40 +253,43 @@ class FacebookTower(AcceleratedTower):
 
     head: nn.Module
     patch_size: int
-
-    @staticmethod
-    def settings(tower: Any) -> tuple[Any, ...]:
-        return tower.interpolate_antialias, tower.interpolate_offset
+    optional = ("forward_features", "get_intermediate_layers")
+    trials = (
+        ("forward", {}),
+        ("forward_features", {}),
+        ("get_intermediate_layers", {"n": 1}),
+        ("get_intermediate_layers", {"n": [0], "reshape": True, "return_class_token": True, "norm": False}),
+    )
 
     @staticmethod
     def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
         names = ("num_heads", "interpolate_antialias", "interpolate_offset")
         return DinoVisionTransformer(**read_architecture(weights) | {name: getattr(tower, name) for name in names})
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine = None
-        if not is_training and type(self.head) is nn.Identity:
-            engine = self._engine_of_call(args, kwargs)
+        if type(self.head) is nn.Identity:
+            engine = self._engine_of_call("forward", args, kwargs)
         if engine is None:
-            return super().forward(*args, is_training=is_training, **kwargs)
+            return super().forward(*args, **kwargs)
         return self.in_own_dtype(engine(args[0]))
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        engine = self._engine_of_call(args, kwargs)
+        engine = self._engine_of_call("forward_features", args, kwargs)
         if engine is None:
             return super().forward_features(*args, **kwargs)  # type: ignore[misc]
         return self.in_own_dtype(engine.forward_features(args[0]))
 
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        engine = self._engine_of_call(args[:1], {})
+        engine = self._engine_of_call("get_intermediate_layers", args[:1], {})
         if engine is None:
             return super().get_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         return self.in_own_dtype(engine.get_intermediate_layers(*args, **kwargs))
 
-    def _engine_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Engine | None:
+    def _engine_of_call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], Tensor) or not is_whole(args[0], (self.patch_size, self.patch_size)):
             return None
-        return self.engine_for(*args, *kwargs.values())
+        return self.engine_for(method, *args, *kwargs.values())
 
 
 class Face(NamedTuple):
@@ -261,10 +317,11 @@ def is_tower(module: nn.Module) -> bool:
 
 
 def accelerate_tower(tower: nn.Module, behind: Behind) -> None:
-    """Lets the engine in `behind` answer the plain calls of `tower`."""
+    """Lets the engine in `behind` answer the plain calls of `tower` as it is now, its blocks accelerated or not."""
     tower.__dict__[BEHIND] = behind
     if not isinstance(tower, AcceleratedTower):
         join(tower, _face_of(tower))
+    behind.watch(tower)
 
 
 def is_whole(x: Tensor, patch_size: tuple[int, int]) -> bool:
@@ -283,9 +340,13 @@ def _face_of(tower: nn.Module) -> type[AcceleratedTower]:
 
 def _reason_against(tower: Any) -> str | None:
     """Why no engine can stand behind this backbone, or None."""
+    if any(tensor.is_meta for tensor in tower.state_dict().values()):
+        return "its weights are on the meta device: load them first"
     for name, module in tower.named_modules():
         if is_watched(module) and not is_recorded_only(module):
             return f"{name or 'it'} has a hook or a forward of its own, which an engine would pass over"
+        if replaced_methods(module):
+            return f"{name or 'it'} has a {replaced_methods(module)[0]} of its own, set on the instance"
         if not _is_home(module, tower):
             return f"{name} is a {path(type(module))}, which no engine knows: merge it into the weights, or remove it"
     for name, module in tower.named_modules():
@@ -321,8 +382,3 @@ def _ours(tower: Any) -> nn.Module:
 
 def _eps_of(model: nn.Module) -> list[float]:
     return sorted({module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)})
-
-
-def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:
-    for module in model.modules():
-        yield from (module._forward_hooks, module._forward_pre_hooks)
