@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -306,6 +307,51 @@ def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered:
             assert_same(found, expected)
     assert len(answered) == 1
     assert "get_intermediate_layers runs its own code: it returns a list in place of a tuple" in str(accelerated(model))
+
+
+def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
+    pytest.importorskip("timm")
+    model, untouched = pair(filled(timm_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)).eval())
+    x = pictures(1, 84, 98)
+    calls: list[Callable[[Any], Any]] = [
+        lambda m: m.forward_intermediates(x),
+        lambda m: m.forward_intermediates(x, [0], norm=True, output_fmt="NLC", intermediates_only=True),
+        lambda m: m.forward_intermediates(x, 1, return_prefix_tokens=True, stop_early=True),
+        lambda m: m.get_intermediate_layers(x, 2, reshape=True, return_prefix_tokens=True),
+    ]
+    with torch.no_grad():
+        for call in calls:
+            ours, theirs = call(model), call(untouched)
+            assert type(ours) is type(theirs)
+            for found, expected in zip(tensors(ours), tensors(theirs), strict=True):
+                assert_same(found, expected)
+    assert len(answered) == len(calls)
+    averaged, untouched = pair(filled(timm_model("vit_small_patch14_dinov2", global_pool="avg", num_classes=3)).eval())
+    with torch.no_grad():
+        assert_same(averaged(pictures()), untouched(pictures()))
+    assert len(answered) == len(calls) + 1
+
+
+def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[str]) -> None:
+    pytest.importorskip("timm")
+    model, untouched = _timm(), _timm()
+    for each in (model, untouched):
+        each.forward = partial(each.get_intermediate_layers, n=[0])
+    own = model.forward
+    accelerate(model, inference=True)
+    with torch.no_grad():
+        assert_same(model(pictures())[0], untouched(pictures())[0])
+    assert len(answered) == 1
+    restore(model)
+    assert model.forward is own
+    hub, untouched = _hub(), _hub()
+    for each in (hub, untouched):
+        each.forward = MethodType(lambda self, x: self.norm(self.prepare_tokens_with_masks(x)), each)
+    accelerate(hub, inference=True)
+    with torch.no_grad():
+        assert_same(hub(pictures()), untouched(pictures()))
+    assert len(answered) == 1
+    assert "forward runs its own code: it needs no engine" in str(accelerated(hub))
 
 
 def test_fused_optimizers_are_followed(some: Foreign) -> None:

@@ -37,7 +37,7 @@ def is_joined(module: nn.Module) -> bool:
 
 def join(module: nn.Module, first: type[Joined], kinds: Kinds = ()) -> None:
     """Makes `module` compute as `first` says."""
-    module.__dict__.pop("forward", None)  # at most the class's own, see `has_own_forward`
+    _drop_class_forward(module)
     module.__class__ = joined_class(first, type(module), kinds)
 
 
@@ -52,8 +52,8 @@ def separate(module: Joined) -> None:
             f"A {type(module).__name__} was made of an accelerated class, by FSDP or the like: restore the model "
             "before it is wrapped."
         )
-    for name in ("forward", BEHIND):
-        module.__dict__.pop(name, None)
+    _drop_class_forward(module)
+    module.__dict__.pop(BEHIND, None)
     module.__class__ = module.origin[1]
 
 
@@ -64,6 +64,12 @@ def has_own_forward(module: nn.Module) -> bool:
     """
     own = module.__dict__.get("forward")
     return own is not None and not (isinstance(own, MethodType) and own.__func__ is type(module).forward)
+
+
+def _drop_class_forward(module: nn.Module) -> None:
+    """Removes from the instance the `forward` of a class that it is about to lose."""
+    if not has_own_forward(module):
+        module.__dict__.pop("forward", None)
 
 
 def joined_class(first: type[Joined], original: Any, kinds: Kinds) -> Any:

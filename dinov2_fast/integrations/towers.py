@@ -18,9 +18,10 @@ from dinov2_fast.inference.agreement import SMALL, TOLERANCES, mismatch, noise
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, is_recorded_only, path, reason_against
-from dinov2_fast.integrations.joining import BEHIND, Joined, join, separate
+from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, join, separate
 from dinov2_fast.integrations.steps import is_exact_gelu, is_watched
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
 
 logger = logging.getLogger("dinov2_fast")
@@ -46,6 +47,7 @@ class Behind:
     def engine(self, tower: nn.Module, method: str) -> Any:
         """What answers a call of `method`: the engine for the weights that `tower` has now, or None."""
         if self._comparing:
+            self._asked = True
             return self._compared
         if self._watch is None or self._watch.changed():
             self._make(tower)
@@ -93,8 +95,9 @@ class Behind:
         image = noise(embed.in_chans, *size).to(model.cls_token)
         with torch.no_grad(), _joined(tower, self):
             for method, arguments in face.trials:
+                self._asked = False
                 answers = [self._tried(tower, method, image, arguments, by) for by in (model, None)]
-                why = mismatch(*answers, TOLERANCES[image.dtype])
+                why = mismatch(*answers, TOLERANCES[image.dtype]) if self._asked else "needs no engine"
                 if why:
                     self.unanswered.setdefault(method, why)
 
@@ -161,11 +164,11 @@ class AcceleratedTower(Joined):
         return self.behind.engine(self, method)
 
     def in_own_dtype(self, outputs: Any) -> Any:
-        """Tensors, in tuples and dictionaries too, in the dtype of this backbone's parameters."""
+        """Tensors, in tuples, lists and dictionaries too, in the dtype of this backbone's parameters."""
         if isinstance(outputs, dict):
             return {name: self.in_own_dtype(output) for name, output in outputs.items()}
-        if isinstance(outputs, tuple):
-            return tuple(map(self.in_own_dtype, outputs))
+        if isinstance(outputs, tuple | list):
+            return type(outputs)(map(self.in_own_dtype, outputs))
         dtype = next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         return outputs.to(dtype) if isinstance(outputs, Tensor) else outputs
 
@@ -200,11 +203,16 @@ class TransformersTower(AcceleratedTower):
 
 
 class TimmTower(AcceleratedTower):
-    """timm's `VisionTransformer`: its `forward_features`, which its `forward` calls."""
+    """timm's `VisionTransformer`: the two methods that all others of it call."""
 
     patch_embed: Any
     dynamic_img_size: bool
-    trials = (("forward_features", {}),)
+    trials = (
+        ("forward", {}),
+        ("forward_features", {}),
+        ("forward_intermediates", {}),
+        ("forward_intermediates", {"indices": [0], "return_prefix_tokens": True, "norm": True, "output_fmt": "NLC"}),
+    )
 
     @staticmethod
     def only_size(tower: Any) -> tuple[int, int] | None:
@@ -223,18 +231,23 @@ class TimmTower(AcceleratedTower):
     def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
         heads = tower.blocks[0].attn.num_heads
         antialias = {"interpolate_antialias": True, "interpolate_offset": 0.0}
-        return DinoVisionTransformer(**read_architecture(weights) | {"num_heads": heads} | antialias)
+        model = TimmVisionTransformer(**read_architecture(weights) | {"num_heads": heads} | antialias)
+        if type(tower.norm) is nn.Identity:
+            model.norm = nn.Identity()  # type: ignore[assignment]  # where timm normalises after pooling
+        return model
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(kwargs)
-        x = args[0] if args else given.pop("x", None)
-        others = (*args[1:], *given.values())
-        engine = self.engine_for("forward_features", x, *others) if self._takes_size(x) else None
+        return self._answer("forward_features", args, kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer("forward_intermediates", args, kwargs)
+
+    def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
+        engine = self.engine_for(method, args[0], *masks) if args and self._takes_size(args[0]) else None
         if engine is None:
-            return super().forward_features(*args, **kwargs)  # type: ignore[misc]
-        features = engine.forward_features(x)
-        names = ("x_norm_regtokens", "x_norm_patchtokens")
-        return self.in_own_dtype(torch.cat([features["x_norm_clstoken"][:, None], *(features[n] for n in names)], 1))
+            return getattr(super(), method)(*args, **kwargs)
+        return self.in_own_dtype(getattr(engine, method)(*args, **kwargs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
@@ -343,10 +356,16 @@ def _reason_against(tower: Any) -> str | None:
     if any(tensor.is_meta for tensor in tower.state_dict().values()):
         return "its weights are on the meta device: load them first"
     for name, module in tower.named_modules():
-        if is_watched(module) and not is_recorded_only(module):
+        replaced = set(replaced_methods(module))
+        if module is tower and has_own_forward(module):  # it may call the methods that an engine answers
+            replaced.discard("forward")
+            watched = bool(module._forward_hooks or module._forward_pre_hooks)
+        else:
+            watched = is_watched(module) and not is_recorded_only(module)
+        if watched:
             return f"{name or 'it'} has a hook or a forward of its own, which an engine would pass over"
-        if replaced_methods(module):
-            return f"{name or 'it'} has a {replaced_methods(module)[0]} of its own, set on the instance"
+        if replaced:
+            return f"{name or 'it'} has a {min(replaced)} of its own, set on the instance"
         if not _is_home(module, tower):
             return f"{name} is a {path(type(module))}, which no engine knows: merge it into the weights, or remove it"
     for name, module in tower.named_modules():
