@@ -63,8 +63,10 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
         inference: also let the engine of `optimize_for_inference` answer plain calls of the backbones in eval mode,
             through their own `forward`. Outputs have the dtype of the model and the precision of the engine, and carry
             no gradient. Calls in training mode, with masks, of uint8 pictures, for hidden states or attentions,
-            compiled, or while hooks hang on modules inside, run the accelerated blocks instead. The engine follows the
-            weights; after writes through ``.data``, which nobody sees, call `accelerate` again.
+            compiled, or while hooks hang on modules inside, run the accelerated blocks instead. So do backbones whose
+            methods return something else than ours on a small image, tried when the engine is made and whenever a
+            setting changes. The engine follows weights and settings; after what it does not see (writes through
+            ``.data``, a function replaced in a Python module), call `accelerate` again.
         **options: with `inference`, those of `optimize_for_inference`.
 
     Returns:
