@@ -11,8 +11,9 @@ A forced implementation that refuses raises.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ class Setting(NamedTuple):
 _OPS: dict[str, Op] = {}
 # A plain global, process-wide like torch's own backend flags, which torch.compile guards on (no ContextVar is traced).
 _setting = Setting("", {})
+# The settings of the blocks that run, in the order in which they began, after the process's own; the last holds.
+_active: tuple[Setting, ...] = (_setting,)
+_active_lock = threading.Lock()
 
 
 class BackendError(RuntimeError):
@@ -190,24 +194,36 @@ def parse_setting(setting: str) -> Setting:
 def use_backend(setting: str) -> Iterator[None]:
     """``with use_backend("triton")`` or ``"attention=triton,layer_norm=torch"``: forces backends inside the block.
 
-    Holds for the whole process, not for one thread, as torch's own backend flags do.
+    Holds for the whole process, not for one thread, as torch's own backend flags do. Where blocks of several threads or
+    asyncio tasks overlap, that which began last decides; once all have ended nothing is forced.
 
     Raises:
         BackendError: an op or backend of that name does not exist.
     """
-    global _setting
-    before, _setting = _setting, parse_setting(setting)
+    mine = parse_setting(setting)
+    with _changing_active():
+        _activate((*_active, mine))
     try:
         yield
     finally:
-        _setting = before
+        with _changing_active():
+            _activate(tuple(other for other in _active if other is not mine))
+
+
+def _changing_active() -> AbstractContextManager[Any]:
+    """Keeps other threads from changing `_active`; torch.compile traces no lock."""
+    return nullcontext() if torch.compiler.is_compiling() else _active_lock
+
+
+def _activate(settings: tuple[Setting, ...]) -> None:
+    global _active, _setting
+    _active, _setting = settings, settings[-1]
 
 
 def apply_environment() -> None:
     """Makes ``DINOV2_FAST_BACKEND`` the setting of this process; called once all ops are registered."""
-    global _setting
     if environment.backend_setting():
-        _setting = parse_setting(environment.backend_setting())
+        _activate((parse_setting(environment.backend_setting()),))
 
 
 def ops() -> dict[str, Op]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +60,8 @@ def test_a_fallback_is_logged_once_and_another_device_is_none(toy: Op, caplog: p
 
 def test_precedence_is_argument_then_context_then_environment(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOV2_FAST_BACKEND", "toy=torch")
-    monkeypatch.setattr(backends, "_setting", backends._setting)
+    for name in ("_setting", "_active"):
+        monkeypatch.setattr(backends, name, getattr(backends, name))
     backends.apply_environment()
     assert toy(torch.zeros(2)) == "torch"
     with use_backend("small"):
@@ -173,6 +179,69 @@ def test_a_setting_ends_with_its_block_also_on_error(toy: Op) -> None:
     assert toy(torch.zeros(5)) == "torch"
 
 
+def test_blocks_of_two_threads_leave_nothing_forced(toy: Op) -> None:
+    begun, ended, before = threading.Event(), threading.Event(), backends._setting
+
+    def first() -> None:
+        with use_backend("small"):
+            begun.set()
+            assert ended.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    with use_backend("toy=torch"):
+        ended.set()
+        thread.join()
+        assert toy(torch.zeros(2)) == "torch"  # the other block's end does not touch this one
+    assert toy(torch.zeros(2)) == "small"
+    assert backends._setting is before
+
+
+def test_blocks_of_two_tasks_with_one_setting_leave_nothing_forced(toy: Op) -> None:
+    async def forced(begun: asyncio.Event, end: asyncio.Event) -> None:
+        with use_backend("toy=torch"):
+            begun.set()
+            await end.wait()
+
+    async def overlapping() -> None:
+        (a_begun, a_end), (b_begun, b_end) = [(asyncio.Event(), asyncio.Event()) for _ in range(2)]
+        a = asyncio.create_task(forced(a_begun, a_end))
+        await a_begun.wait()
+        with use_backend("small"):
+            b = asyncio.create_task(forced(b_begun, b_end))
+            await b_begun.wait()
+            b_end.set()
+            await b
+            assert toy(torch.zeros(2)) == "small"
+        assert toy(torch.zeros(2)) == "torch"  # b has removed its own setting, not its equal, which is a's
+        a_end.set()
+        await a
+
+    before = backends._setting
+    asyncio.run(overlapping())
+    assert toy(torch.zeros(2)) == "small"
+    assert backends._setting is before
+
+
+def test_blocks_that_begin_and_end_at_once_lose_none(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    def many() -> None:
+        for _ in range(10):
+            with use_backend("toy=torch"):
+                assert toy(torch.zeros(2)) == "torch"
+
+    def slow(settings: tuple[backends.Setting, ...], activate: Any = backends._activate) -> None:
+        time.sleep(1e-3)  # what another thread writes meanwhile would be lost
+        activate(settings)
+
+    before = backends._setting
+    monkeypatch.setattr(backends, "_activate", slow)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(many) for _ in range(4)]:
+            done.result()
+    assert backends._setting is before
+
+
 def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_OPS", dict(backends._OPS))
     only = Implementation("kernel", lambda x: x, devices=("meta",))
@@ -226,3 +295,15 @@ def test_compiled_code_follows_the_setting(toy: Op) -> None:
     with use_backend("toy=torch"):
         assert compiled(torch.zeros(1)).item() == 1
     assert compiled(torch.zeros(1)).item() == 2
+
+
+def test_a_block_inside_compiled_code_is_traced(toy: Op) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with use_backend("toy=torch"):
+            inside = x + (1 if toy(x) == "torch" else 2)
+        return inside + (10 if toy(x) == "torch" else 20)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert compiled(torch.zeros(1)).item() == 21
+        assert toy(torch.zeros(1)) == "small"
