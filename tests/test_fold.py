@@ -130,6 +130,43 @@ def test_parts_that_may_compute_something_else_are_refused(change: Callable[[Any
         optimize_for_inference(model)
 
 
+class _Quantised(Tensor):
+    """A tensor class of its own, as torchao's are: it knows few operations."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.mul, Tensor.double):
+            raise NotImplementedError(f"unimplemented operator {func}")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _quantise(model: Any, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    quantised = getattr(module, name).detach().as_subclass(_Quantised)
+    delattr(module, name)
+    module.register_parameter(name, nn.Parameter(quantised, requires_grad=False))
+
+
+@pytest.mark.parametrize("path", ["blocks.1.mlp.fc1.weight", "norm.weight", "cls_token"])
+def test_tensors_of_other_classes_are_refused_also_when_they_come_later(path: str) -> None:
+    model, x = small(), torch.zeros(1, 3, 28, 28)
+    engine = optimize_for_inference(model)
+    _quantise(model, path)
+    for fold in (lambda: optimize_for_inference(model), lambda: engine(x)):
+        with pytest.raises(TypeError, match=f"{path} is a _Quantised; the engine can fold plain tensors only. Give"):
+            fold()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("norm", ["pass", "folded"])
+def test_norms_without_weight_or_bias_are_refused(name: str, norm: str) -> None:
+    model = small()
+    setattr(model.blocks[1].norm2, name, None)
+    with pytest.raises(TypeError, match=f"blocks.1.norm2 has no {name}; .* Give it a weight of ones"):
+        optimize_for_inference(model, norm=norm)
+
+
 class _Other(DinoVisionTransformer):
     pass
 

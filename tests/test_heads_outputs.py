@@ -16,6 +16,7 @@ from dinov2_fast import BACKBONES, DinoVisionTransformer, hub, optimize_for_infe
 from dinov2_fast.hub.depth_heads import DPTHead, LinearDepthHead
 from dinov2_fast.hub.pixels import slide
 from dinov2_fast.hub.segmenters import LinearSegmentationHead
+from dinov2_fast.inference.engine import Engine
 from dinov2_fast.weights.load import RandomWeights
 from tests.places import isolate, refuse_network, write
 from tests.readme import example
@@ -346,7 +347,10 @@ def test_the_engine_can_be_the_backbone(backbone: DinoVisionTransformer, name: s
     x = pictures(42, 70).float()
     with torch.no_grad():
         wanted = model(x)
-        model.backbone = optimize_for_inference(model.backbone)
+        with pytest.raises(TypeError, match="Its backbone can be an engine: ") as refusal:
+            optimize_for_inference(model)
+        exec(str(refusal.value).partition("engine: ")[2].rstrip("."), globals(), {"model": model})
+        assert isinstance(model.backbone, Engine)
         torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
 
 

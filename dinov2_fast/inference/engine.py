@@ -19,7 +19,7 @@ from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
 from dinov2_fast.inference.backbone import Plan, fold_backbone
 from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
-from dinov2_fast.inference.fold import frozen, hollow, refuse_edits
+from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tensor_classes
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch
@@ -412,6 +412,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 def _fold(model: Any, plan: Plan) -> Any:
     """The folded model of any face."""
     refuse_edits(model)
+    refuse_tensor_classes(model)
     if isinstance(model, DinoVisionTransformer):
         return fold_backbone(model, plan)
     made = hollow(model)
@@ -434,13 +435,20 @@ def _check_model(model: nn.Module, outputs: str) -> None:
     if type(model) not in (*BACKBONES, *CLASSIFIERS):
         raise TypeError(
             f"optimize_for_inference takes a model of this package, one of "
-            f"{', '.join(kind.__name__ for kind in (*BACKBONES, *CLASSIFIERS))}; got {type(model).__qualname__}. For a "
-            "compiled or wrapped model, give the model inside and compile or wrap the engine."
+            f"{', '.join(kind.__name__ for kind in (*BACKBONES, *CLASSIFIERS))}; got {type(model).__qualname__}. "
+            f"{_instead_of(model)}"
         )
     if model.training:
         raise ValueError("The model is in training mode, in which it drops paths and activations: call model.eval().")
     if outputs == "cls" and type(model) not in BACKBONES[:3] and getattr(model, "global_pool", None) != "token":
         raise ValueError(f"A {type(model).__name__} needs the tokens of all patches: outputs='cls' is not for it.")
+
+
+def _instead_of(model: nn.Module) -> str:
+    """What to do with a model that is not taken, in a sentence."""
+    if type(getattr(model, "backbone", None)) in BACKBONES:
+        return "Its backbone can be an engine: model.backbone = optimize_for_inference(model.backbone)."
+    return "For a compiled or wrapped model, give the model inside and compile or wrap the engine."
 
 
 def _check_foldable(e4m3: bool, precision: str, dtype: torch.dtype, stream: torch.dtype) -> None:

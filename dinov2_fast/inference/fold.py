@@ -69,6 +69,16 @@ def _is_own(value: Any, defined: Any) -> bool:
     return not isroutine(defined) or getattr(value, "__func__", None) is defined
 
 
+def refuse_tensor_classes(model: nn.Module) -> None:
+    """Raises `TypeError` if a parameter or buffer is of a class of its own, such as a quantised or sharded weight."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}; the engine can fold plain tensors only. Give the model as it "
+                "was before it was quantised or sharded, or use the model itself."
+            )
+
+
 def hollow(module: nn.Module, kind: type[nn.Module] | None = None) -> Any:
     """A module of class `kind` (default: the same) in eval mode with copies of the plain attributes of `module`.
 
@@ -232,6 +242,12 @@ class FoldedNorm(FoldedModule):
     def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
         super().__init__()
         expect(norm, name, LayerNorm, nn.LayerNorm)
+        for part in ("weight", "bias"):
+            if getattr(norm, part) is None:
+                raise TypeError(
+                    f"{name} has no {part}; the engine can fold norms that have a weight and a bias. Give it a weight "
+                    "of ones and a bias of zeros, or use the model itself."
+                )
         self.eps: float = norm.eps
         self.dtype = dtype
         self.register_buffer("weight", rounded(norm.weight.double(), stream))
