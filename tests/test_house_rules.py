@@ -18,7 +18,7 @@ SHIPPED = ("dinov2_fast", "kernels", "bench", "examples", "hubconf.py")
 ORDER = (
     ("__main__",),
     ("cli",),
-    ("integrations", "evaluate", "export"),
+    ("integrations", "evaluate", "export", "retrieval"),
     ("extraction",),
     ("inference",),
     ("timm_adapter",),

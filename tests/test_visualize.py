@@ -1,4 +1,4 @@
-"""PCA colours, attention maps, nearest neighbours and the sheets they are drawn on: what was planted comes back."""
+"""PCA colours, attention maps and the sheets they are drawn on: what was planted comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dinov2_fast import DinoVisionTransformer, visualize
-from dinov2_fast.visualize import Tile, attention_rgb, nearest, pca_rgb, recorded_attention, save_sheet
+from dinov2_fast.visualize import Tile, attention_rgb, pca_rgb, recorded_attention, save_sheet
 from tests import golden
 
 
@@ -209,59 +209,6 @@ def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
 def test_what_are_no_attention_weights_is_an_error(weights: Any) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
         attention_rgb(weights, (1, 2))
-
-
-def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:
-    cosines = [
-        float(features[row] @ other / np.linalg.norm(features[row]) / np.linalg.norm(other)) for other in features
-    ]
-    return sorted((i for i in range(len(features)) if i != row), key=lambda i: -cosines[i])[:count]
-
-
-@pytest.mark.parametrize("chunk", [7, 50, 1000])
-def test_neighbours_are_those_of_the_largest_cosine(chunk: int) -> None:
-    features = np.random.default_rng(0).standard_normal((50, 6)) * np.random.default_rng(1).uniform(0.1, 9, (50, 1))
-    indices, cosines = nearest(features, [3, 49, 0], 4, chunk=chunk)
-    assert indices.tolist() == [neighbours_by_hand(features, row, 4) for row in (3, 49, 0)]
-    units = features / np.linalg.norm(features, axis=1, keepdims=True)
-    expected = np.take_along_axis(units[[3, 49, 0]] @ units.T, indices, 1)
-    np.testing.assert_allclose(cosines, expected, atol=1e-6)
-
-
-def test_equally_near_rows_come_in_order_and_a_row_is_not_its_own_neighbour() -> None:
-    features = np.ones((5, 3))
-    for chunk in (1, 2, 5):
-        indices, cosines = nearest(features, [2], 3, chunk=chunk)
-        assert indices.tolist() == [[0, 1, 3]]
-        np.testing.assert_allclose(cosines, 1, atol=1e-6)
-
-
-def test_rows_without_features_are_no_neighbours(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
-    features[[0, 4]] = np.nan
-    features[5] = 0  # a vector of zeros has no direction, and is far from all
-    np.save(tmp_path / "features.npy", features)
-    for given in (features, np.load(tmp_path / "features.npy", mmap_mode="r")):
-        indices, cosines = nearest(given, [1, 5], 9)
-        assert sorted(indices[0].tolist()) == [2, 3, 5]
-        assert np.isfinite(cosines).all()
-        assert indices.shape == (2, 3)
-    with pytest.raises(ValueError, match="Row 4 has no features"):
-        nearest(features, [1, 4])
-
-
-@pytest.mark.parametrize(
-    ("features", "rows", "message"),
-    [
-        (np.ones((3, 4)), [3], "rows from 0 to 2"),
-        (np.ones((3, 4)), [], "rows from 0 to 2"),
-        (np.ones((1, 4)), [0], "no other row"),
-        (np.ones(4), [0], r"features \(rows, dim\)"),
-    ],
-)
-def test_queries_that_cannot_be_answered_are_errors(features: np.ndarray, rows: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        nearest(features, rows)
 
 
 def test_the_sheet_shows_pictures_and_maps(tmp_path: Path) -> None:

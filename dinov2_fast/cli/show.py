@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from dinov2_fast import visualize
 from dinov2_fast.cli import options
 from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.retrieval import nearest
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.features import Features
@@ -145,7 +146,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
         sheets.save_attention(strips, f"{size}, {_blocks(layers)}")
     if "neighbours" in asked or (not asked and len(seen.pictures) > 1):
         rows = range(len(seen.pictures))
-        found, cosines = visualize.nearest(np.stack(seen.cls), rows, args.count)
+        found, cosines = nearest(np.stack(seen.cls), rows, args.count)
         pictures = {row: _square(picture) for row, picture in enumerate(seen.pictures)}
         strips = visualize.neighbour_strips(dict(enumerate(seen.names)), pictures, rows, found, cosines)
         sheets.save_neighbours(strips, len(rows))
@@ -250,7 +251,7 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
         strips = visualize.pca_strips([names[row] for row in rows], pictures, {0: rgb})
         sheets.save_pca(strips, "as they were stored", foreground)
     if "neighbours" in asked or (not asked and "cls" in features and len(there) > 1):
-        found, cosines = visualize.nearest(features["cls"], rows, args.count)
+        found, cosines = nearest(features["cls"], rows, args.count)
         drawn = {
             row: _square(_cut(Picture(paths[row]), processor) or _grey(processor))
             for row in sorted({*rows, *found.ravel().tolist()})

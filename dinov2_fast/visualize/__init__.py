@@ -1,8 +1,7 @@
-"""Pictures of what a model finds: patch features as colours, attention maps, nearest neighbours, on sheets."""
+"""Sheets of what a model finds in images: patch features as colours, attention maps, nearest neighbours."""
 
 from dinov2_fast.visualize.attention import attention_rgb, recorded_attention
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
-from dinov2_fast.visualize.neighbours import nearest
 from dinov2_fast.visualize.pca import pca_rgb
 from dinov2_fast.visualize.sheet import Tile, save_sheet
 
@@ -11,7 +10,6 @@ __all__ = [
     "Tile",
     "attention_rgb",
     "attention_strips",
-    "nearest",
     "neighbour_strips",
     "pca_rgb",
     "pca_strips",
