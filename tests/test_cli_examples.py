@@ -54,6 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["convert", str(checkpoint), str(folder / name), "--to", "huggingface"]) == 0
     arguments = ["extract", str(folder / "photos"), "--model", str(checkpoint), "--size", "28", "--workers", "0"]
     assert main([*arguments, "--out", str(folder / "features")]) == 0
+    arguments = ["show", str(folder / "photos"), "--model", str(checkpoint), "--size", "28", "--out", str(folder)]
+    assert main([*arguments, "--save-basis", str(folder / "colours.safetensors")]) == 0
     return folder
 
 
@@ -72,6 +74,8 @@ def test_an_example_runs(
     arguments = shlex.split(example, comments=True)
     sizes = [] if "--size" in arguments or arguments[0] == "convert" or "features/" in arguments else ["--size", "56"]
     overwrite = ["--overwrite"] if arguments[0] == "convert" else []
+    if "--save-basis" in arguments:
+        Path(arguments[arguments.index("--save-basis") + 1]).unlink()
     code = main([*arguments, *sizes, *overwrite])
     captured = capsys.readouterr()
     assert code == 0, captured.err

@@ -138,6 +138,65 @@ def test_the_foreground_alone(checkpoint: str, pictures: str, tmp_path: Path, dr
     assert not any((pixels_of(strip[1]) == 0).all(axis=-1).mean() > 0.2 for strip in drawn.strips["pca.png"])
 
 
+def colours_of(drawn: Drawn) -> dict[str, np.ndarray]:
+    """The colours on `pca.png`, by the names of the images."""
+    return {strip[0].text: pixels_of(strip[1]) for strip in drawn.strips["pca.png"]}
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]], ids=["all", "foreground"])
+def test_a_saved_basis_gives_other_runs_the_same_colours(
+    options: list[str], checkpoint: str, pictures: str, features: str, tmp_path: Path, drawn: Drawn
+) -> None:
+    basis = str(tmp_path / "basis.safetensors")
+    arguments = ["--model", checkpoint, "--size", "70x98", "--out", str(tmp_path / "out")]
+    made_of = [f"{pictures}/a.png", f"{pictures}/b.png"]
+    assert main(["show", *made_of, *arguments, "--save-basis", basis, *options]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pca.png"}
+    first = colours_of(drawn)
+    assert main(["show", *made_of, *arguments, "--pca", *options]) == 0
+    for name, colours in colours_of(drawn).items():
+        assert np.array_equal(colours, first[name])  # keeping the PCA changes no colour
+    assert main(["show", f"{pictures}/d.png", f"{pictures}/b.png", *arguments, "--basis", basis]) == 0
+    other = colours_of(drawn)
+    assert np.array_equal(other["b"], first["b"])
+    assert "The PCA is that of" in drawn.titles["pca.png"]
+    assert ("background is black" in drawn.titles["pca.png"]) == bool(options)
+    assert main(["show", features, "--basis", basis, "--out", str(tmp_path / "out")]) == 0
+    for name, colours in colours_of(drawn).items():
+        assert name not in first | other or np.abs(colours.astype(int) - (first | other)[name]).max() <= 2
+
+
+def test_a_basis_is_for_its_model_and_block_alone(
+    checkpoint: str, pictures: str, features: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    basis, out = str(tmp_path / "basis.safetensors"), tmp_path / "out"
+    arguments = ["--size", "56", "--out", str(out)]
+    ours, others = ["--model", checkpoint], ["--model", "dinov2_vits14", "--weights", "random:0"]
+    assert main(["show", pictures, *ours, *arguments, "--save-basis", basis, "--layer", "1"]) == 0
+    content = Path(basis).read_bytes()
+    shutil.rmtree(out)
+    capsys.readouterr()
+    for options, message in (
+        ([pictures, *ours, "--save-basis", basis], "basis.safetensors' exists already; choose another name"),
+        ([pictures, *ours, "--basis", basis], "is of block 1, and these are the features of block 2: choose the block"),
+        ([features, "--basis", basis], "is of block 1, and these are the features of block 2"),
+        ([pictures, *ours, "--basis", basis, "--layer", "0,1"], "A basis is of one block: choose one with --layer"),
+        ([pictures, *ours, "--save-basis", f"{basis}2", "--layer", "all"], "A basis is of one block"),
+        ([pictures, *ours, "--basis", basis, "--layer", "1", "--foreground"], "knows no foreground: make one with"),
+        ([pictures, *others, "--basis", basis, "--layer", "1"], "and 'dinov2_vits14' has other weights: make one of"),
+        ([pictures, *ours, "--basis", f"{basis}3"], "No such file"),
+        ([pictures, *ours, "--basis", checkpoint], "is no PCA basis; `dinov2-fast show --save-basis` writes one"),
+    ):
+        assert main(["show", *options, *arguments]) == 1
+        err = capsys.readouterr().err
+        assert message in err
+        if "exists" in message or "No such file" in message or "no PCA basis" in message:
+            assert "Running" not in err  # nobody waits for a model to hear that
+        assert not out.exists()
+    assert Path(basis).read_bytes() == content
+    assert main(["show", pictures, *ours, *arguments, "--basis", basis, "--layer", "1"]) == 0
+
+
 def test_the_copy_of_a_picture_is_its_nearest_neighbour(
     checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn
 ) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from dinov2_fast import DinoVisionTransformer, visualize
-from dinov2_fast.visualize import Tile, attention_rgb, pca_rgb, recorded_attention, save_sheet
+from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, recorded_attention, save_sheet
 from tests import golden
 
 
@@ -105,6 +106,44 @@ def test_the_threshold_keeps_what_is_off_the_border(sign: int) -> None:
     assert (rgb[inside].max(axis=1) > 0).all()
     assert np.array_equal(rgb, pca_rgb(features, foreground=inside))
     assert not np.array_equal(rgb, pca_rgb(features))
+
+
+@pytest.mark.parametrize("foreground", [None, "threshold"])
+def test_a_basis_gives_a_patch_its_colour_whatever_is_beside_it(foreground: str | None, tmp_path: Path) -> None:
+    features, _ = planted(batch=6)
+    features[:, 2:4, 2:6] += 8
+    basis = PcaBasis.fit(features[:4], foreground=foreground, about={"model": "m"})
+    basis.save(tmp_path / "new" / "basis.safetensors")
+    loaded = PcaBasis.load(tmp_path / "new" / "basis.safetensors")
+    assert loaded.about == {"model": "m"}
+    made_of = pca_rgb(features[:4], foreground=foreground)
+    assert (made_of == 0).all(axis=-1).any() == (foreground is not None)
+    together = loaded.rgb(features)
+    assert np.array_equal(together[:4], made_of)
+    for i, image in enumerate(features):
+        assert np.array_equal(loaded.rgb(image[None])[0], together[i])
+    assert np.array_equal(loaded.rgb(features[5, 3, 4].reshape(1, 1, 1, -1))[0, 0, 0], together[5, 3, 4])
+    assert not np.array_equal(pca_rgb(features[4:], foreground=foreground), together[4:])  # a PCA of their own
+
+
+def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
+    path = tmp_path / "basis.safetensors"
+    basis = PcaBasis.fit(planted()[0])
+    basis.save(path)
+    content = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists already; choose another name"):
+        PcaBasis.fit(planted()[0] + 1).save(path)
+    assert path.read_bytes() == content
+    with pytest.raises(ValueError, match="of features of 16 dimensions, and these have 8"):
+        PcaBasis.load(path).rgb(np.ones((4, 8)))
+    with pytest.raises(FileNotFoundError):
+        PcaBasis.load(tmp_path / "none")
+    save_file({"mean": np.ones(3)}, tmp_path / "weights.safetensors")
+    (tmp_path / "cut").write_bytes(content[:-40])
+    (tmp_path / "text").write_text("<html>")
+    for name in ("weights.safetensors", "cut", "text"):
+        with pytest.raises(ValueError, match=f"{name}' is no PCA basis; `dinov2-fast show --save-basis` writes one"):
+            PcaBasis.load(tmp_path / name)
 
 
 BROKEN = np.random.default_rng(0).standard_normal((3, 4, 8))

@@ -41,6 +41,9 @@ or folders of pictures, on which --model runs; or one folder that `dinov2-fast
 extract` wrote, which needs no model: its neighbours are those of the stored
 features, and the PCA of the patches if they were stored.
 
+One PCA serves the images of one run. To give other images the same colours,
+keep it with --save-basis, and give it to later runs with --basis.
+
 With random weights the sheets say so, in their titles and in their names.
 """
 EPILOG = """\
@@ -49,6 +52,8 @@ examples:
   dinov2-fast show photos/ --model dinov2_vits14_reg --pca --foreground --out sheets/
   dinov2-fast show cat.jpg --model dinov2_vits14 --attention --layer 5,11 --head 0,3 --out sheets/
   dinov2-fast show features/ --neighbours --count 8 --out sheets/
+  dinov2-fast show photos/ --model dinov2_vits14 --save-basis colours.safetensors --out sheets/
+  dinov2-fast show cat.jpg --model dinov2_vits14 --basis colours.safetensors --out cat/
 
 Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some pictures could not
 be read and are left out.
@@ -74,6 +79,13 @@ def add_parser(subparsers: Any) -> None:
         "--foreground",
         action="store_true",
         help="in the PCA: background black, and the colours for the foreground alone, as in the DINOv2 paper",
+    )
+    basis = what.add_mutually_exclusive_group()
+    basis.add_argument(
+        "--save-basis", metavar="FILE", help="draw the PCA, and keep it in a new file (safetensors) for --basis"
+    )
+    basis.add_argument(
+        "--basis", metavar="FILE", help="draw the PCA in the colours of the run that wrote FILE with --save-basis"
     )
     what.add_argument(
         "--layer",
@@ -107,7 +119,12 @@ def run(args: argparse.Namespace) -> int:
     """Draws; 0, or 3 if pictures had to be left out."""
     from dinov2_fast.extraction.shards import MANIFEST
 
+    args.pca = args.pca or bool(args.basis or args.save_basis)
     asked = [kind for kind in KINDS if getattr(args, kind)]
+    if args.save_basis:
+        visualize.check_new(args.save_basis)
+    if args.basis:
+        visualize.PcaBasis.load(args.basis)  # what is none is refused before a model runs
     if len(args.paths) == 1 and (Path(args.paths[0]) / MANIFEST).is_file():
         if args.model or args.weights:
             raise ValueError("A folder of features needs no --model; to run one, give the pictures instead.")
@@ -119,6 +136,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Runs the model on pictures and draws what was asked for, by default everything."""
     import dinov2_fast
     from dinov2_fast.extraction.extractor import find_device
+    from dinov2_fast.extraction.manifest import fingerprint
 
     if not args.model:
         raise ValueError("--model is missing: pictures are shown as a model sees them.")
@@ -129,18 +147,23 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype="float32", dialect=args.dialect)
     layers = _resolved(args.layer, model.n_blocks, "block")
     heads = _resolved(args.head, model.num_heads, "head")
+    if len(layers) > 1 and (args.basis or args.save_basis):
+        raise ValueError("A basis is of one block: choose one with --layer.")
     grid = args.size[0] // model.patch_size, args.size[1] // model.patch_size
     size = f"{args.size[0]} x {args.size[1]}"
     print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
     _look(model, seen, layers, device)
     sheets = _Sheets(Path(args.out), args.model, str(model.loaded_from))
     if not asked or "pca" in asked:
-        foreground = "threshold" if args.foreground else None
-        rgb = {
-            layer: visualize.pca_rgb(np.stack(patches), grid, foreground=foreground)
-            for layer, patches in seen.patches.items()
+        patches = {layer: np.stack(tokens) for layer, tokens in seen.patches.items()}
+        weights = fingerprint(model) if args.basis or args.save_basis else ""
+        bases = {
+            layer: _basis(args, tokens, grid, {"model": args.model, "weights": weights, "block": str(layer)})
+            for layer, tokens in patches.items()
         }
-        sheets.save_pca(visualize.pca_strips(seen.names, seen.pictures, rgb), f"{size}, {_blocks(layers)}", foreground)
+        rgb = {layer: basis.rgb(patches[layer], grid) for layer, basis in bases.items()}
+        strips = visualize.pca_strips(seen.names, seen.pictures, rgb)
+        sheets.save_pca(strips, f"{size}, {_blocks(layers)}", _note(args, bases[layers[0]]))
     if not asked or "attention" in asked:
         strips = visualize.attention_strips(seen.names, seen.pictures, seen.attention, grid, heads)
         sheets.save_attention(strips, f"{size}, {_blocks(layers)}")
@@ -243,13 +266,14 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
     paths = features.path
     names = [Path(path).stem for path in paths]
     if "pca" in asked or (not asked and "patches" in features):
-        foreground = "threshold" if args.foreground else None
-        patch_size = features.manifest["model"]["patch_size"]
+        patch_size, last = features.manifest["model"]["patch_size"], features.manifest["model"]["n_blocks"] - 1
         grid = tuple(side // patch_size for side in processor.output_size or ())
-        rgb = visualize.pca_rgb(_stored_patches(features, rows), grid, foreground=foreground)
+        patches = _stored_patches(features, rows)
+        about = {"model": _origin(features)[0], "weights": features.manifest["weights"], "block": str(last)}
+        basis = _basis(args, patches, grid, about)
         pictures = [_cut(Picture(paths[row]), processor) or _grey(processor) for row in rows]
-        strips = visualize.pca_strips([names[row] for row in rows], pictures, {0: rgb})
-        sheets.save_pca(strips, "as they were stored", foreground)
+        strips = visualize.pca_strips([names[row] for row in rows], pictures, {last: basis.rgb(patches, grid)})
+        sheets.save_pca(strips, "as they were stored", _note(args, basis))
     if "neighbours" in asked or (not asked and "cls" in features and len(there) > 1):
         found, cosines = nearest(features["cls"], rows, args.count)
         drawn = {
@@ -286,16 +310,56 @@ def _stored_patches(features: Features, rows: list[int]) -> Any:
     return np.concatenate(found)
 
 
+def _basis(args: argparse.Namespace, patches: Any, grid: Any, about: dict[str, str]) -> visualize.PcaBasis:
+    """The PCA of --basis, or that of these patches, which --save-basis keeps.
+
+    Raises:
+        ValueError: the basis is of other features than `about` says of these, or has no foreground to be shown alone.
+    """
+    if args.basis:
+        basis = visualize.PcaBasis.load(args.basis)
+        _check_basis(args, basis, about)
+        return basis
+    foreground = "threshold" if args.foreground else None
+    basis = visualize.PcaBasis.fit(patches, grid, foreground=foreground, about=about)
+    if args.save_basis:
+        basis.save(args.save_basis)
+        print(f"{'basis:':12}{args.save_basis}")
+    return basis
+
+
+def _check_basis(args: argparse.Namespace, basis: visualize.PcaBasis, about: dict[str, str]) -> None:
+    of = {name: basis.about.get(name) for name in about}
+    if of["weights"] != about["weights"]:
+        raise ValueError(
+            f"The basis {args.basis!r} was made of {of['model']!r}, and {about['model']!r} has other weights: make one "
+            "of this model with --save-basis."
+        )
+    if of["block"] != about["block"]:
+        raise ValueError(
+            f"The basis {args.basis!r} is of block {of['block']}, and these are the features of block "
+            f"{about['block']}: choose the block with --layer, or make a basis with --save-basis."
+        )
+    if args.foreground and basis.foreground is None:
+        raise ValueError(
+            f"The basis {args.basis!r} knows no foreground: make one with --foreground --save-basis, or leave out "
+            "--foreground."
+        )
+
+
+def _note(args: argparse.Namespace, basis: visualize.PcaBasis) -> str:
+    """What the colours of a sheet mean."""
+    note = f"The PCA is that of {args.basis}" if args.basis else "One PCA for all pictures"
+    return f"{note}: equal colours are equal features." + (" The background is black." if basis.foreground else "")
+
+
 class _Sheets:
     """Where the sheets go, and the mark of random weights on each."""
 
     def __init__(self, folder: Path, model: str, weights: str) -> None:
         self._folder, self._model, self._random = folder, model, weights if weights.startswith("random:") else None
 
-    def save_pca(self, strips: visualize.Strips, what: str, foreground: str | None) -> None:
-        note = "One PCA for all pictures: equal colours are equal features." + (
-            " The background is black." if foreground else ""
-        )
+    def save_pca(self, strips: visualize.Strips, what: str, note: str) -> None:
         columns = max(6 // len(strips[0]), 1)
         self._save(
             "pca",

@@ -2,14 +2,16 @@
 
 from dinov2_fast.visualize.attention import attention_rgb, recorded_attention
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
-from dinov2_fast.visualize.pca import pca_rgb
+from dinov2_fast.visualize.pca import PcaBasis, check_new, pca_rgb
 from dinov2_fast.visualize.sheet import Tile, save_sheet
 
 __all__ = [
+    "PcaBasis",
     "Strips",
     "Tile",
     "attention_rgb",
     "attention_strips",
+    "check_new",
     "neighbour_strips",
     "pca_rgb",
     "pca_strips",

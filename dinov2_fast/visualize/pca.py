@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 Array = NDArray[np.float64]
 
+PERCENTILES = (1.0, 99.0)
+
+_FORMAT = "dinov2_fast PCA basis 1"
 _FLAT = 1e-9  # a component with a smaller share of the variance than this is rounding noise
 
 
@@ -17,20 +26,21 @@ def pca_rgb(
     grid: tuple[int, int] | None = None,
     *,
     foreground: Any = None,
-    percentiles: tuple[float, float] = (1.0, 99.0),
+    percentiles: tuple[float, float] = PERCENTILES,
 ) -> NDArray[np.uint8]:
     """The first three principal components of patch features as red, green and blue.
 
-    One PCA serves the whole batch, so equal colours mean equal features across its pictures. The sign of a component is
-    fixed by its largest loading, which is positive. Each component is stretched between two percentiles of its values,
-    so that a few outliers (high-norm patches) do not decide the colours; one without variance is mid-grey.
+    One PCA serves the whole batch, so equal colours mean equal features across its images; a `PcaBasis` keeps it for
+    other images. The sign of a component is fixed by its largest loading, which is positive. Each component is
+    stretched between two percentiles of its values, so that a few outliers (high-norm patches) do not decide the
+    colours; one without variance is mid-grey.
 
     Args:
         features: patch tokens, a tensor or array (patches, dim), (batch, patches, dim) or (batch, height, width, dim);
             channels are last (permute the maps of ``get_intermediate_layers(reshape=True)``).
-        grid: (height, width) in patches where the tokens are flat and the picture is not square.
+        grid: (height, width) in patches where the tokens are flat and the image is not square.
         foreground: ``"threshold"`` separates foreground from background by the sign of a first PCA's first component,
-            as in the DINOv2 paper (Oquab et al., 2023): the side that is rarer on the border of the pictures than
+            as in the DINOv2 paper (Oquab et al., 2023): the side that is rarer on the border of the images than
             elsewhere is the foreground, and a second PCA sees it alone. A boolean array (batch, height, width) or
             (batch, patches) names the foreground instead. The background is black.
         percentiles: the values that become 0 and 255.
@@ -41,17 +51,153 @@ def pca_rgb(
     Raises:
         ValueError: a wrong rank or grid, fewer than 3 dimensions, fewer than 4 (foreground) patches, NaN or infinity.
     """
-    tokens = _tokens(features, grid)  # (batch, height, width, dim)
-    shown = _foreground(tokens, foreground)  # (batch, height, width)
-    if np.count_nonzero(shown) < 4:
-        raise ValueError(f"A PCA needs at least 4 patches, got {np.count_nonzero(shown)} in the foreground.")
-    scores = _principal_scores(tokens[shown], 3)
-    low, high = np.percentile(scores, percentiles, axis=0)
-    spread = high - low
-    unit = np.where(spread > 0, (scores - low) / np.where(spread > 0, spread, 1.0), 0.5)
-    rgb = np.zeros((*shown.shape, 3), np.uint8)
-    rgb[shown] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
-    return rgb
+    basis = PcaBasis.fit(features, grid, foreground=foreground, percentiles=percentiles)
+    return basis.rgb(features, grid, foreground=None if isinstance(foreground, str) else foreground)
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Principal components: the `mean` (dim,) of samples, and `directions` (dim, count), zeros for no variance."""
+
+    mean: Array
+    directions: Array
+
+    @classmethod
+    def of(cls, samples: Array, count: int) -> Components:
+        """The `count` leading ones of samples (samples, dim)."""
+        mean = samples.mean(axis=0)
+        centred = samples - mean
+        values, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+        values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+        largest = np.abs(vectors).argmax(axis=0)
+        vectors = vectors * np.sign(vectors[largest, np.arange(count)])
+        noise = _FLAT * max(float(values[0]), _FLAT * float((samples**2).sum()))
+        return cls(mean, np.where(values > noise, vectors, 0.0))
+
+    def scores(self, samples: Array) -> Array:
+        """(samples, dim) -> (samples, count)."""
+        return (samples - self.mean) @ self.directions
+
+
+@dataclass(frozen=True, eq=False)
+class PcaBasis:
+    """A PCA of patch features, to give other images the colours of those that it was made of.
+
+    ::
+
+        basis = PcaBasis.fit(patches, grid)
+        rgb = basis.rgb(patches_of_another_image, grid)
+        basis.save("basis.safetensors")
+
+    Attributes:
+        components: three.
+        low, high: (3,), the scores that become 0 and 255.
+        foreground: one component, positive on the foreground; None if nothing is background.
+        about: what the features are of. `dinov2-fast show` writes and compares "model", "weights" (their SHA-256) and
+            "block" (0 is the first).
+    """
+
+    components: Components
+    low: Array
+    high: Array
+    foreground: Components | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        features: Any,
+        grid: tuple[int, int] | None = None,
+        *,
+        foreground: Any = None,
+        percentiles: tuple[float, float] = PERCENTILES,
+        about: Mapping[str, str] | None = None,
+    ) -> PcaBasis:
+        """The basis by which `pca_rgb` colours these features; arguments and errors are the same."""
+        tokens = _tokens(features, grid)
+        if isinstance(foreground, str):
+            foreground = _threshold(tokens, foreground)
+        samples = tokens[_shown(tokens, foreground)]
+        if len(samples) < 4:
+            raise ValueError(f"A PCA needs at least 4 patches, got {len(samples)} in the foreground.")
+        components = Components.of(samples, 3)
+        low, high = np.percentile(components.scores(samples), percentiles, axis=0)
+        separates = foreground if isinstance(foreground, Components) else None
+        return cls(components, low, high, separates, dict(about or {}))
+
+    def rgb(self, features: Any, grid: tuple[int, int] | None = None, *, foreground: Any = None) -> NDArray[np.uint8]:
+        """The colours of patch features, as `pca_rgb` takes and returns them; equal features have equal colours.
+
+        Args:
+            features, grid: as for `pca_rgb`; any number of patches.
+            foreground: a boolean array that names the foreground in place of the basis.
+
+        Raises:
+            ValueError: a wrong rank or grid, features of another number of dimensions than the basis, NaN or infinity.
+        """
+        tokens = _tokens(features, grid)
+        if tokens.shape[-1] != len(self.components.mean):
+            raise ValueError(
+                f"The basis is of features of {len(self.components.mean)} dimensions, and these have "
+                f"{tokens.shape[-1]}. Give features of the model and block that it was made of."
+            )
+        shown = _shown(tokens, self.foreground if foreground is None else foreground)
+        scores, spread = self.components.scores(tokens[shown]), self.high - self.low
+        unit = np.where(spread > 0, (scores - self.low) / np.where(spread > 0, spread, 1.0), 0.5)
+        rgb = np.zeros((*shown.shape, 3), np.uint8)
+        rgb[shown] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
+        return rgb
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; its folder is made.
+
+        Raises:
+            FileExistsError: there is a file already.
+        """
+        arrays = {"mean": self.components.mean, "directions": self.components.directions}
+        arrays |= {"low": self.low, "high": self.high}
+        if self.foreground is not None:
+            arrays |= {"foreground.mean": self.foreground.mean, "foreground.directions": self.foreground.directions}
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        content = save(contiguous, {**self.about, "format": _FORMAT})
+        path = check_new(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PcaBasis:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no file.
+            ValueError: it is no basis.
+        """
+        arrays, about = _read(path)
+        components = Components(arrays["mean"], arrays["directions"])
+        foreground = None
+        if "foreground.mean" in arrays:
+            foreground = Components(arrays["foreground.mean"], arrays["foreground.directions"])
+        return cls(components, arrays["low"], arrays["high"], foreground, about)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays in a basis' file, and what it is about."""
+    try:
+        with safe_open(path, "numpy") as file:
+            about, names = file.metadata() or {}, file.keys()
+            if about.pop("format", None) == _FORMAT:
+                return {name: file.get_tensor(name) for name in names}, about
+    except SafetensorError:
+        pass
+    raise ValueError(f"{os.fspath(path)!r} is no PCA basis; `dinov2-fast show --save-basis` writes one.")
+
+
+def check_new(path: str | os.PathLike[str]) -> Path:
+    """The path, if no file is there; raises as `PcaBasis.save` does."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{os.fspath(path)!r} exists already; choose another name for the basis.")
+    return Path(path)
 
 
 def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
@@ -84,14 +230,13 @@ def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     return grid
 
 
-def _foreground(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
+def _shown(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
+    """The patches that are not background, (batch, height, width), by a component, a boolean array or None (all)."""
     shape = tokens.shape[:3]
     if foreground is None:
         return np.ones(shape, bool)
-    if isinstance(foreground, str):
-        if foreground != "threshold":
-            raise ValueError(f'foreground must be None, "threshold" or a boolean array, got {foreground!r}.')
-        return _threshold(tokens)
+    if isinstance(foreground, Components):
+        return foreground.scores(tokens.reshape(-1, tokens.shape[-1])).reshape(shape) > 0
     mask = np.asarray(foreground)
     if mask.ndim < 3 and mask.size == np.prod(shape):
         mask = mask.reshape(shape)
@@ -100,22 +245,15 @@ def _foreground(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
     return mask
 
 
-def _threshold(tokens: Array) -> NDArray[np.bool_]:
+def _threshold(tokens: Array, way: str) -> Components:
+    """The first component of a PCA of all patches, of the sign that is positive on the foreground."""
+    if way != "threshold":
+        raise ValueError(f'foreground must be None, "threshold" or a boolean array, got {way!r}.')
     if tokens[..., 0].size < 4:
         raise ValueError(f"A PCA needs at least 4 patches, got {tokens[..., 0].size}.")
-    positive = _principal_scores(tokens.reshape(-1, tokens.shape[-1]), 1).reshape(tokens.shape[:3]) > 0
+    first = Components.of(tokens.reshape(-1, tokens.shape[-1]), 1)
+    positive = _shown(tokens, first)
     border = np.ones(tokens.shape[1:3], bool)
     border[1:-1, 1:-1] = False
     touching = positive[:, border].mean()
-    return positive if touching <= positive.mean() else ~positive
-
-
-def _principal_scores(samples: Array, count: int) -> Array:
-    """Scores (samples, count) on the leading components; zeros for components without variance."""
-    centred = samples - samples.mean(axis=0)
-    values, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
-    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
-    largest = np.abs(vectors).argmax(axis=0)
-    vectors = vectors * np.sign(vectors[largest, np.arange(count)])
-    noise = _FLAT * max(float(values[0]), _FLAT * float((samples**2).sum()))
-    return np.where(values > noise, centred @ vectors, 0.0)
+    return first if touching <= positive.mean() else Components(first.mean, -first.directions)
