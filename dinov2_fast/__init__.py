@@ -38,6 +38,7 @@ _PUBLIC = {
     "load_features": "extraction.features",
     "optimize_for_inference": "inference",
     "restore": "integrations",
+    "search": "retrieval",
     "use_backend": "ops",
 }
 

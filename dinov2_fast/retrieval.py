@@ -2,14 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from dinov2_fast.extraction.features import Features
+
 BLOCK = 16384  # rows compared at a time
 _QUERIES = 1024  # queries compared at a time
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `search` found, nearest first; of images that are equally near, the first in the store comes first.
+
+    Attributes:
+        paths: (queries, k), of images, as the store has them.
+        cosines: (queries, k) float32.
+        rows: (queries, k), the images' numbers in the store.
+        compared, skipped: images of the store with and without features.
+    """
+
+    paths: list[list[str]]
+    cosines: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    compared: int
+    skipped: int
+
+
+def search(
+    features: Features | str | os.PathLike[str],
+    queries: Any,
+    k: int = 10,
+    *,
+    feature: str = "cls",
+    model: Any = None,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+) -> Found:
+    """The images of a store whose features have the largest cosine with those of query images.
+
+    Every image is compared, shard by shard: memory holds one shard, which is read as a memory map where it is npy.
+
+    Args:
+        features: what `dinov2_fast.load_features` gives, or the folder.
+        queries: paths of images, or vectors, an array or tensor (queries, dim) such as ``features["cls"][[3]]``.
+        k: images to find for each query; fewer if there are not so many.
+        feature: which of the stored features is compared, one vector an image.
+        model, weights, device: for query images, see :func:`dinov2_fast.extraction.as_stored.extract_as_stored`; by
+            default the model that the store names.
+
+    Raises:
+        FileNotFoundError: the folder holds no features.
+        WeightsError: the model cannot be had.
+        ValueError: a feature that is not stored, or of several vectors; queries that cannot be read, that have another
+            number of dimensions or are not finite; a k below 1; another model than that of the store; a store in which
+            no image has features.
+    """
+    from dinov2_fast.extraction.features import load_features
+
+    if isinstance(features, str | os.PathLike):
+        features = load_features(features)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    dim = vector_size(features, feature)
+    if not hasattr(queries, "ndim"):
+        queries = _of_images(features, queries, feature, {"model": model, "weights": weights, "device": device})
+    found = _Nearest(_checked(queries, dim), k)
+    for block in _blocks(features, feature):
+        found.add(block)
+    rows, cosines = found.result()
+    if not rows.shape[1]:
+        raise ValueError(f"No image in {str(features.folder)!r} has features.")
+    paths = _paths(features, rows)
+    listed = [[paths[row] for row in each] for each in rows.tolist()]
+    return Found(listed, cosines, rows, found.added - found.skipped, found.skipped)
 
 
 def nearest(
@@ -48,6 +120,67 @@ def nearest(
     return indices, cosines
 
 
+def vector_size(features: Features, name: str) -> int:
+    """The dimensions of a feature that is one vector an image.
+
+    Raises:
+        ValueError: it is not stored, or is several vectors an image.
+    """
+    from dinov2_fast.extraction.features import stored_features
+
+    shapes = {feature.name: feature.shape for feature in stored_features(features.manifest)}
+    vectors = ", ".join(name for name, shape in shapes.items() if len(shape) == 1) or "none"
+    if name not in shapes:
+        raise ValueError(f"There is no feature {name!r} in {str(features.folder)!r}; choose of: {vectors}.")
+    if len(shapes[name]) != 1:
+        raise ValueError(f"{name!r} is {shapes[name][0]} vectors an image; choose one that is a vector: {vectors}.")
+    return shapes[name][0]
+
+
+def _of_images(features: Features, paths: Any, name: str, source: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The feature of images, as those of the store were made, (images, dim)."""
+    from dinov2_fast.extraction.as_stored import extract_as_stored
+    from dinov2_fast.extraction.inputs import Picture
+
+    images = [Picture(os.fsdecode(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    vectors, errors = extract_as_stored(features, images, name, **source)
+    for image, error in zip(images, errors, strict=True):
+        if error is not None:
+            raise ValueError(f"{image.path!r} has no features: {error}.")
+    return vectors
+
+
+def _checked(queries: Any, dim: int) -> NDArray[Any]:
+    if hasattr(queries, "detach"):
+        queries = queries.detach().cpu().float().numpy()
+    vectors = np.atleast_2d(np.asarray(queries))
+    if vectors.ndim != 2 or vectors.shape[1] != dim or not len(vectors):
+        raise ValueError(f"The queries must be features (queries, {dim}) or paths of images, got {vectors.shape}.")
+    if not np.isfinite(vectors).all():
+        raise ValueError("The queries contain NaN or infinity: leave out rows without features.")
+    return vectors
+
+
+def _blocks(features: Features, name: str) -> Iterator[NDArray[Any]]:
+    for shard in features.shards():
+        values = shard[name]
+        for first in range(0, len(values), BLOCK):
+            yield values[first : first + BLOCK]
+
+
+def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
+    """The paths of some rows; of the other columns only those shards are read in which these rows are."""
+    wanted, first = np.unique(rows), 0
+    found: dict[int, str] = {}
+    for shard in features.shards():
+        inside = wanted[slice(*np.searchsorted(wanted, (first, first + len(shard))))].tolist()
+        if inside:
+            paths = shard.path
+            found |= {row: paths[row - first] for row in inside}
+        first += len(shard)
+    return found
+
+
 class _Nearest:
     """The rows nearest to each query among those added so far.
 
@@ -72,9 +205,10 @@ class _Nearest:
     def add(self, block: Any) -> None:
         """The next rows (rows, dim). Those with NaN or infinity are skipped."""
         values = np.asarray(block, np.float32)
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            values = np.where(bad[:, None], np.float32(0), values)
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(bad):
+            values = values.copy()
+            values[bad] = 0
         length = np.sqrt(np.einsum("rd,rd->r", values, values))
         for first in range(0, len(self._queries), _QUERIES):
             scores = self._rounded[first : first + _QUERIES] @ values.T / np.where(length == 0, 1, length)
@@ -82,16 +216,18 @@ class _Nearest:
             for query, score in enumerate(scores, first):
                 self._merge(query, score, values)
         self.added += len(values)
-        self.skipped += int(np.count_nonzero(bad))
+        self.skipped += len(bad)
 
     def _merge(self, query: int, score: NDArray[np.float32], values: NDArray[np.float32]) -> None:
         """Takes from a block what is nearer than what there is; `score` (rows,) are its cosines, nearly."""
         if self._without is not None and 0 <= self._without[query] - self.added < len(score):
             score[self._without[query] - self.added] = -np.inf
         there = self._cosines[query]
-        near = np.flatnonzero(score >= (there[-1] - self._slack if len(there) == self._count else -2))
+        floor = there[-1] - self._slack if len(there) == self._count else np.float32(-2)
+        near = np.flatnonzero(score >= floor)
         if len(near) > self._count:
-            near = near[score[near] >= np.partition(score[near], -self._count)[-self._count] - self._slack]
+            floor = np.partition(score[near], -self._count)[-self._count] - self._slack
+            near = near[score[near] >= floor]
         exact = (_unit(values[near].astype(np.float64)) * self._queries[query]).sum(axis=1)  # the same for equal rows
         cosines = np.concatenate((there, exact.astype(np.float32)))
         rows = np.concatenate((self._rows[query], near + self.added))

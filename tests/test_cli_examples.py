@@ -1,4 +1,4 @@
-"""Every `show`, `convert` and `verify` in README and in the help runs, with a small model in place of the real ones."""
+"""Every `show`, `search`, `convert` and `verify` in README and the help runs, with a small model for the real ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dinov2_fast
-from dinov2_fast.cli import EPILOG, convert, main, show, verify
+from dinov2_fast.cli import EPILOG, convert, main, search, show, verify
+from tests.readme import example
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,12 +25,12 @@ MODEL = re.compile(r"\bdinov2_vit[sblg]14(_reg)?\b")
 
 def commands(text: str) -> list[str]:
     """Its indented lines that call `dinov2-fast`, without comments; the model is the small one's file."""
-    lines = re.findall(r"^ +dinov2-fast ((?:show|convert|verify) .*)$", text, re.M)
+    lines = re.findall(r"^ +dinov2-fast ((?:show|search|convert|verify) .*)$", text, re.M)
     return [MODEL.sub("stand-in.safetensors", line) for line in lines]
 
 
 EXAMPLES = [*commands(README), *commands(EPILOG)]
-EXAMPLES += [line for command in (show, convert, verify) for line in commands(command.EPILOG)]
+EXAMPLES += [line for command in (show, search, convert, verify) for line in commands(command.EPILOG)]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["convert", str(checkpoint), str(folder / name), "--to", "huggingface"]) == 0
     arguments = ["extract", str(folder / "photos"), "--model", str(checkpoint), "--size", "28", "--workers", "0"]
     assert main([*arguments, "--out", str(folder / "features")]) == 0
+    shutil.copytree(folder / "photos", folder / "queries")
+    shutil.copy(folder / "cat.jpg", folder / "dog.jpg")
     arguments = ["show", str(folder / "photos"), "--model", str(checkpoint), "--size", "28", "--out", str(folder)]
     assert main([*arguments, "--save-basis", str(folder / "colours.safetensors")]) == 0
     return folder
@@ -61,17 +65,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_are_examples_of_each() -> None:
     for text in (README, EPILOG):
-        assert {line.split()[0] for line in commands(text)} == {"show", "convert", "verify"}
+        assert {line.split()[0] for line in commands(text)} == {"show", "search", "convert", "verify"}
 
 
-@pytest.mark.parametrize("example", sorted({*EXAMPLES}))
+@pytest.mark.parametrize("line", sorted({*EXAMPLES}))
 def test_an_example_runs(
-    example: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    if "transformers" in example:
+    if "transformers" in line:
         pytest.importorskip("transformers")
-    arguments = shlex.split(example, comments=True)
+    arguments = shlex.split(line, comments=True)
     sizes = [] if "--size" in arguments or arguments[0] == "convert" or "features/" in arguments else ["--size", "56"]
     overwrite = ["--overwrite"] if arguments[0] == "convert" else []
     if "--save-basis" in arguments:
@@ -80,3 +84,13 @@ def test_an_example_runs(
     captured = capsys.readouterr()
     assert code == 0, captured.err
     assert "error" not in captured.err
+
+
+def test_readmes_search_in_python_finds_what_the_command_finds(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {}
+    exec(example('search("features/"'), names)
+    assert main(["search", "features/", "cat.jpg"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == names["found"].paths[0]

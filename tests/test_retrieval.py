@@ -1,12 +1,20 @@
-"""Nearest neighbours are those of the largest cosine, whatever the blocks that they are read in."""
+"""Nearest neighbours are those of the largest cosine, whatever the blocks and shards that they are read in."""
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import dinov2_fast
+from dinov2_fast import retrieval
+from dinov2_fast.extraction.decoding import Decoded
+from dinov2_fast.extraction.shards import MANIFEST, Feature, Rows, format_named, stem
 from dinov2_fast.retrieval import nearest
 
 
@@ -77,3 +85,95 @@ def test_rows_without_features_are_no_neighbours(tmp_path: Path) -> None:
 def test_queries_that_cannot_be_answered_are_errors(features: np.ndarray, rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nearest(features, rows)
+
+
+def store(folder: Path, features: np.ndarray, shard_size: int, format: str = "parquet") -> str:
+    """A folder as an extraction writes it; rows with NaN have an error."""
+    folder.mkdir()
+    kind = Feature("cls", features.shape[1:], str(features.dtype))
+    for shard, first in enumerate(range(0, len(features), shard_size)):
+        part = features[first : first + shard_size]
+        images = [Decoded(error=None if np.isfinite(row).all() else "broken") for row in part]
+        rows = Rows(first, [f"{first + i}.jpg" for i in range(len(part))], images, {"cls": part})
+        format_named(format).write(stem(folder, shard), [rows], [kind], {})
+    manifest = {"inputs": {"pictures": len(features)}, "shard_size": shard_size, "format": format}
+    manifest |= {"about": {}, "processor": {}, "features": {"cls": {"shape": list(kind.shape), "dtype": kind.dtype}}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return str(folder)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_search_compares_every_image_of_every_shard(format: str, dtype: Any, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    features = random.standard_normal((50, 8)).astype(dtype)
+    features[[7, 49]] = np.nan
+    features[[3, 31]] = features[20]  # equally near
+    queries = np.concatenate((features[[20, 48]], random.standard_normal((1, 8)).astype(dtype)))
+    found = dinov2_fast.search(store(tmp_path / "store", features, 9, format), queries, 5)
+    wide = features.astype(np.float64)
+    cosines = (
+        queries @ wide.T / np.linalg.norm(wide, axis=1) / np.linalg.norm(queries.astype(np.float64), axis=1)[:, None]
+    )
+    expected = np.argsort(-np.round(cosines, 12), axis=1, kind="stable")[:, :5]  # NaN comes last
+    assert found.rows.tolist() == expected.tolist()
+    assert found.rows[0, :3].tolist() == [3, 20, 31]
+    assert found.rows[1, 0] == 48
+    np.testing.assert_allclose(found.cosines, np.take_along_axis(cosines, expected, 1), atol=1e-6)
+    assert found.paths == [[f"{row}.jpg" for row in rows] for rows in expected.tolist()]
+    assert (found.compared, found.skipped) == (48, 2)
+
+
+def test_one_vector_and_fewer_images_than_asked_for(tmp_path: Path) -> None:
+    features = np.eye(3, 4, dtype=np.float32)
+    folder = store(tmp_path / "store", features, 2)
+    for query in (features[1], torch.from_numpy(features[1]).bfloat16().requires_grad_()):
+        found = dinov2_fast.search(dinov2_fast.load_features(folder), query)
+        assert found.paths == [["1.jpg", "0.jpg", "2.jpg"]]
+        assert found.cosines.tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize(("format", "shard_size"), [("parquet", 200), ("npy", 200), ("npy", 8000)])
+def test_memory_does_not_grow_with_the_store(
+    format: str, shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "BLOCK", 200)
+    features = np.random.default_rng(0).standard_normal((8000, 640)).astype(np.float32)  # 20 MB
+    loaded = dinov2_fast.load_features(store(tmp_path / "store", features, shard_size, format))
+    tracemalloc.start()
+    try:
+        found = dinov2_fast.search(loaded, features[[5, 7999]], 3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.rows[:, 0].tolist() == [5, 7999]
+    columns = 600 * shard_size  # bytes of a shard's paths and other columns, at most
+    assert peak < 5 * 200 * 640 * 4 + columns
+
+
+@pytest.mark.parametrize(
+    ("queries", "options", "message"),
+    [
+        (np.ones((1, 5)), {}, r"features \(queries, 4\) or paths of images, got \(1, 5\)"),
+        (np.ones((0, 4)), {}, "got \\(0, 4\\)"),
+        (np.full((2, 4), np.nan), {}, "contain NaN or infinity: leave out rows without features"),
+        (np.ones((1, 4)), {"k": 0}, "k must be at least 1, got 0"),
+        (np.ones((1, 4)), {"feature": "patch_mean"}, "There is no feature 'patch_mean' in .*; choose of: cls"),
+        (["query.jpg"], {}, "do not say which model made them: give the model"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(queries: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = store(tmp_path / "store", np.eye(4, dtype=np.float32), 4)
+    with pytest.raises(ValueError, match=message):
+        dinov2_fast.search(folder, queries, **options)
+
+
+def test_stores_without_vectors_are_refused(tmp_path: Path) -> None:
+    tokens = store(tmp_path / "tokens", np.ones((2, 9, 4), np.float32), 4)
+    with pytest.raises(ValueError, match="'cls' is 9 vectors an image; choose one that is a vector: none"):
+        dinov2_fast.search(tokens, np.ones((1, 4)))
+    broken = store(tmp_path / "broken", np.full((2, 4), np.nan, np.float32), 4)
+    with pytest.raises(ValueError, match=r"No image in .*broken' has features"):
+        dinov2_fast.search(broken, np.ones((1, 4)))
+    with pytest.raises(FileNotFoundError, match="holds no features"):
+        dinov2_fast.search(tmp_path, np.ones((1, 4)))

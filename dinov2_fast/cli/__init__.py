@@ -12,21 +12,23 @@ import sys
 from collections.abc import Sequence
 
 import dinov2_fast
-from dinov2_fast.cli import convert, export, extract, info, knn, linear, show, verify
+from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
 
 ABORTED = 1
 INTERRUPTED = 130
-COMMANDS = (extract, show, knn, linear, convert, verify, export, info)
+COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
 
 DESCRIPTION = """\
-DINOv2 on the command line: features of pictures, sheets that show what the
-model sees in them, how well they tell classes apart, and checkpoints in the
-layouts of Meta's code, of Hugging Face transformers and of timm, or exported.
+DINOv2 on the command line: features of images, sheets that show what the model
+sees in them, images that are alike, how well features tell classes apart, and
+checkpoints in the layouts of Meta's code, of Hugging Face transformers and of
+timm, or exported.
 """
 EPILOG = """\
 examples:
   dinov2-fast extract photos/ --model dinov2_vits14 --out features/
   dinov2-fast show photos/ --model dinov2_vits14 --out sheets/
+  dinov2-fast search features/ cat.jpg
   dinov2-fast knn train/ val/ --model dinov2_vits14
   dinov2-fast convert dinov2_vits14 small.safetensors --to timm
   dinov2-fast verify dinov2_vits14 small.safetensors photos/

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 SOME_FAILED = 3
 KINDS = ("pca", "attention", "neighbours")
 THUMBNAIL = (252, 252)  # pixels
-SETTINGS = Dinov2ImageProcessor().settings().keys()
 DESCRIPTION = """\
 Draws PNGs of what a model finds in pictures:
 
@@ -248,7 +247,9 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
 def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Draws what stored features allow: neighbours, and the PCA of patches."""
     import dinov2_fast
+    from dinov2_fast.extraction.as_stored import processor_of
     from dinov2_fast.extraction.inputs import Picture
+    from dinov2_fast.extraction.outputs import without_normalization
 
     features = dinov2_fast.load_features(args.paths[0])
     if "attention" in asked:
@@ -262,7 +263,8 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
         raise ValueError(f"No picture in {args.paths[0]!r} has features.")
     if len(there) > len(rows):
         print(f"The first {len(rows)} pictures are shown; --limit sets how many.", file=sys.stderr)
-    sheets, processor = _Sheets(Path(args.out), *_origin(features)), _stored_processor(features)
+    sheets = _Sheets(Path(args.out), *_origin(features))
+    processor = without_normalization(processor_of(features.manifest))
     paths = features.path
     names = [Path(path).stem for path in paths]
     if "pca" in asked or (not asked and "patches" in features):
@@ -289,12 +291,6 @@ def _origin(features: Features) -> tuple[str, str]:
     """The model and its weights, as an extraction recorded them."""
     about = features.manifest.get("about", {})
     return str(about.get("model", "stored features")), str(about.get("weights", ""))
-
-
-def _stored_processor(features: Features) -> Dinov2ImageProcessor:
-    """What cut the pictures to size, without scaling and normalisation."""
-    settings = {name: value for name, value in features.manifest["processor"].items() if name in SETTINGS}
-    return Dinov2ImageProcessor(**{**settings, "do_rescale": False, "do_normalize": False})
 
 
 def _stored_patches(features: Features, rows: list[int]) -> Any:
@@ -329,6 +325,7 @@ def _basis(args: argparse.Namespace, patches: Any, grid: Any, about: dict[str, s
 
 
 def _check_basis(args: argparse.Namespace, basis: visualize.PcaBasis, about: dict[str, str]) -> None:
+    """Raises `ValueError` as `_basis` does."""
     of = {name: basis.about.get(name) for name in about}
     if of["weights"] != about["weights"]:
         raise ValueError(

@@ -40,7 +40,7 @@ def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int)
     model, place = outputs.model, place_of(outputs.model)
     engine = isinstance(model, Engine)
     return {
-        "model": _architecture(model),
+        "model": architecture(model),
         "weights": fingerprint(model._model if engine else model),
         "position_dialect": model.position_dialect,
         "processor": processor.to_dict(),
@@ -124,7 +124,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _architecture(model: Any) -> dict[str, Any]:
+def architecture(model: Any) -> dict[str, Any]:
     """What the weights do not show."""
     names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
     return {name: getattr(model, name) for name in names if hasattr(model, name)}
