@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from bench.accuracy import worst_error
 from dinov2_fast import accelerate, accelerated, ops, restore
-from dinov2_fast.integrations import blocks as integrated
+from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock
 from dinov2_fast.integrations.steps import is_layer_norm
 from tests.devices import DEVICE, runs_triton
@@ -174,7 +174,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("add_layer_norm", "add_residual", "layer_norm", "linear", "gelu", "swiglu"):
         spy(ops, name)
     for name in ("attend", "attend_packed"):
-        spy(integrated, name)
+        spy(forms, name)
     depth = len(blocks_of(model, some))
     with torch.no_grad():
         some.calls[0](model, pictures())
@@ -383,8 +383,8 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     pytest.importorskip("transformers")
     model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # its hooks hang there from the start
     calls: list[int] = []
-    attend = integrated.attend
-    monkeypatch.setattr(integrated, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = forms.attend
+    monkeypatch.setattr(forms, "attend", lambda *args: calls.append(1) or attend(*args))
     model(pictures())
     assert len(calls) == 2
 

@@ -10,8 +10,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dinov2_fast.integrations.blocks import AcceleratedBlock, accelerate_block, face_of, path, reason_against
+from dinov2_fast.integrations.blocks import (
+    AcceleratedBlock,
+    accelerate_block,
+    face_of,
+    forget_verdicts,
+    reason_against,
+)
 from dinov2_fast.integrations.joining import Joined, separate
+from dinov2_fast.integrations.settings import path, settings_of
 from dinov2_fast.integrations.towers import AcceleratedTower, Behind, accelerate_tower, is_tower
 
 logger = logging.getLogger("dinov2_fast")
@@ -52,11 +59,13 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     """Makes the DINOv2 blocks inside `model` compute with this package's ops.
 
     It takes the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
-    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as towers inside larger models. The
-    object stays the same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained,
-    compiled, copied and saved as before, be given adapters before or after, and be sharded afterwards. Everything else
-    in the model is left alone. Calls with masks or lists of pictures run the blocks' own code, and attention for which
-    the user chose another implementation than torch's runs in that.
+    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as towers inside larger models: any
+    block that has their parts and computes the same, which is tried on copies with random weights. The object stays the
+    same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied and
+    saved as before, be given adapters before or after, and be sharded afterwards. Everything else in the model is left
+    alone. Calls with masks or lists of images run the blocks' own code, and attention for which the user chose another
+    implementation than torch's runs in that. So does each part of a block from when it has hooks, or its class or an
+    attribute of it is changed, which ``print(dinov2_fast.accelerated(model))`` tells.
 
     Args:
         model: already built and loaded; changed in place.
@@ -79,6 +88,7 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     """
     if options and not inference:
         raise TypeError(f"{', '.join(options)}: the engine's options need inference=True.")
+    forget_verdicts()
     taken = [block for name, block in _blocks(model) if _reason(block) is None]
     if not taken:
         raise TypeError(_nothing_to_take(model))
@@ -110,6 +120,7 @@ def restore(model: Model) -> Model:
 
 def accelerated(model: nn.Module) -> Report:
     """What in `model` is accelerated: a row for each group of blocks, and for each backbone behind an engine."""
+    forget_verdicts()
     groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for name, block in _blocks(model):
         groups.setdefault((_group(name), type(block).__qualname__), []).append((name, block))
@@ -121,11 +132,18 @@ def accelerated(model: nn.Module) -> Report:
 def _row_of_blocks(name: str, kind: str, blocks: list[tuple[str, nn.Module]]) -> Row:
     names_by_reason: dict[str, list[str]] = {}
     for place, block in blocks:
-        if not isinstance(block, AcceleratedBlock):
-            names_by_reason.setdefault(_reason(block) or "accelerate was not called", []).append(place)
+        for reason in _reasons(block):
+            names_by_reason.setdefault(reason, []).append(place)
     reasons = tuple(f"{', '.join(places)}: {reason}" for reason, places in names_by_reason.items())
-    done = sum(isinstance(block, AcceleratedBlock) for _, block in blocks)
+    done = sum(isinstance(block, AcceleratedBlock) and block.is_unchanged() for _, block in blocks)
     return Row(name, kind, done, len(blocks), reasons)
+
+
+def _reasons(block: nn.Module) -> list[str]:
+    """Why it, or parts of it, run in their own code."""
+    if isinstance(block, AcceleratedBlock):
+        return list(block.own_code())
+    return [reason_against(block) or "accelerate was not called"]
 
 
 def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
@@ -177,8 +195,21 @@ def _nothing_to_take(model: nn.Module) -> str:
     repeated = {type(m[0]) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1}
     if any(kind.__module__.startswith("dinov2_fast.") for kind in repeated):
         return f"{message}: it is a model of this package, which has these blocks already. See optimize_for_inference."
+    for unseen in _unseen_backbones(model):
+        return f"{message}: {unseen}, where it is no submodule. Call accelerate on that backbone itself."
     has = ", ".join(sorted(path(kind) for kind in repeated)) or "none"
     return (
         f"{message}: it has no blocks of transformers' Dinov2 or Dinov2WithRegisters, of timm's VisionTransformer, or "
         f"of Meta's DINOv2. The repeated modules it has are: {has}."
     )
+
+
+def _unseen_backbones(model: nn.Module) -> Iterator[str]:
+    """Where modules with blocks stand in plain containers, which are no submodules."""
+    for name, module in model.named_modules():
+        for attribute, value in settings_of(module).items():
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            for held in values:
+                if isinstance(held, nn.Module) and next(_blocks(held), None):
+                    place = f"{name}.{attribute}".lstrip(".")
+                    yield f"it keeps a {type(held).__name__} in {place}, a plain {type(value).__name__}"

@@ -1,37 +1,59 @@
 """Blocks of other libraries that compute with this package's ops, on their own modules and parameters.
 
-What a call asks for beyond a plain forward pass runs in the block's own code; so does its attention where the user
-chose another implementation than torch's, or somebody looks on.
+A block is recognised by its parts, and taken if it computes, on random input, what ours would in its place. What a call
+asks for beyond a plain forward pass runs in the block's own code. So does a part that was changed after that, or on
+which somebody looks.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
+from collections.abc import Hashable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.integrations.joining import Joined, has_own_forward, join
-from dinov2_fast.integrations.steps import (
-    attend,
-    attend_packed,
-    drop_scale,
-    hidden_gelu,
-    is_layer_norm,
-    is_nothing,
-    is_watched,
-    linear,
-    normalise,
-)
+from dinov2_fast.block import SUBSET_THRESHOLD
+from dinov2_fast.block import Block as OurBlock
+from dinov2_fast.integrations.forms import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
+from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, join
+from dinov2_fast.integrations.probe import Trial, agree, copy_for_trial, error_of, try_out
+from dinov2_fast.integrations.settings import Settings, path, settings_of, shadowed_methods
+from dinov2_fast.integrations.steps import drop_scale, is_layer_norm, is_nothing, normalise
 
-_CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
 _NOTHING = nn.Identity()
-_SUBSET_THRESHOLD = 0.1  # above this rate Meta's block computes a branch for a subset of the pictures only
+_ATTENTION_NAMES = ("attn", "attention")
+_SCALE_NAMES = (("ls1", "ls2"), ("layer_scale1", "layer_scale2"))
+_DROP_PATH_NAMES = (("drop_path1", "drop_path2"), ("drop_path", "drop_path"))
+_NAMES = {"norm1", "norm2", "mlp", *_ATTENTION_NAMES, *sum(_SCALE_NAMES + _DROP_PATH_NAMES, ())}
 
-Parts = dict[str, tuple[nn.Module, tuple[str, ...]]]  # role -> module, full names of the classes known to have it
-NEEDED = ("attention", "self_attention", "mlp")  # roles in which a block must have known classes to be taken
+
+class Anatomy:
+    """The parts of a block: their names, and by name what is known of each that our code can compute."""
+
+    def __init__(self, block: Any) -> None:
+        children = block._modules.keys()
+        self.attention = next(name for name in _ATTENTION_NAMES if name in children)
+        self.scales = _present(children, _SCALE_NAMES)
+        self.drop_paths = _present(children, _DROP_PATH_NAMES)
+        forms: dict[str, tuple[type[Form], ...]] = {self.attention: ATTENTIONS, "mlp": MLPS}
+        forms |= {"norm1": (Norm,), "norm2": (Norm,)}
+        forms |= {name: (Scale,) for name in self.scales if name}
+        forms |= {name: (DropPath,) for name in self.drop_paths if name}
+        found = {name: form_of(getattr(block, name), forms[name]) for name in forms}
+        self.parts = {name: Part(getattr(block, name), form) for name, form in found.items() if form}
+        self.settings = Settings(block, block.origin[2])
+
+
+def _present(children: Any, names: tuple[tuple[str, str], ...]) -> tuple[str | None, str | None]:
+    return next((pair for pair in names if children >= set(pair)), (None, None))
+
+
+def called(module: nn.Module, x: Tensor) -> Tensor:
+    """The features that `module` gives for `x`; some attentions return their weights beside them."""
+    result = module(x)
+    return result[0] if isinstance(result, tuple) else result
 
 
 class AcceleratedBlock(Joined):
@@ -39,337 +61,285 @@ class AcceleratedBlock(Joined):
 
     norm1: Any
     norm2: Any
-    mlp: Any
-    gamma_name: ClassVar[str] = "gamma"
     irrelevant: ClassVar[frozenset[str]] = frozenset()  # keyword arguments that change nothing in a block
-
-    # What each library's blocks say. The static methods take a block that is not accelerated yet.
-
-    @staticmethod
-    def parts_of(block: Any) -> Parts:
-        raise NotImplementedError
-
-    @staticmethod
-    def attention_dropout(block: Any) -> float:
-        """The probability of dropping an attention weight in training."""
-        raise NotImplementedError
-
-    @staticmethod
-    def refuses(block: Any) -> str | None:
-        """Why a block whose parts are known cannot be taken all the same, or None."""
-        return None
-
-    def declines(self, x: Any) -> bool:
-        """Whether a call with `x` is for the block's own code."""
-        return not isinstance(x, Tensor) or x.ndim != 3 or (self.training and self.attention_dropout(self) > 0)
-
-    def attention_branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def scales(self) -> tuple[nn.Module, nn.Module]:
-        """LayerScale of the two branches."""
-        raise NotImplementedError
-
-    def drop_paths(self) -> tuple[nn.Module, nn.Module]:
-        """Stochastic depth of the two branches."""
-        raise NotImplementedError
-
-    # What is the same for all
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         others = (*args[1:], *(value for name, value in kwargs.items() if name not in self.irrelevant))
         if not args or self.declines(args[0]) or any(other is not None and other is not False for other in others):
             return super().forward(*args, **kwargs)  # of the block's own class
         x: Tensor = args[0]
-        (scale1, scale2), (drop1, drop2) = self.scales(), self.drop_paths()
-        x, y = self._add_and_norm(x, self.attention_branch(normalise(self.norm1, x)), scale1, drop1)
-        return self._add(x, self.mlp_branch(y), scale2, drop2)
+        anatomy = self.anatomy
+        drop1, drop2 = self.drop_paths(anatomy)
+        branch = self.branch(anatomy.attention, self._norm("norm1", x))
+        x, y = self._add_and_norm(x, branch, anatomy.scales[0], drop1)
+        return self._add(x, self.branch("mlp", y), anatomy.scales[1], drop2)
 
-    def is_known(self, module: nn.Module, role: str) -> bool:
-        """Whether `module` is of the class that had this role when the block was accelerated, and nobody looks on."""
-        return type(module) is self.kinds.get(role) and not is_watched(module)
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.__dict__[BEHIND]
 
-    def _add_and_norm(self, x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
+    def declines(self, x: Any) -> bool:
+        """Whether a call with `x` is for the block's own code."""
+        return not isinstance(x, Tensor) or x.ndim != 3 or not self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether the block itself is what it was when it was accelerated; its parts are looked at apart."""
+        return self.anatomy.settings.hold_in_subclass(self)
+
+    def branch(self, name: str, x: Tensor) -> Tensor:
+        """The result of attention or MLP."""
+        module = getattr(self, name)
+        part = self.anatomy.parts[name]
+        if part.why_called(module) is None:
+            return part.form.compute(module, x)
+        return called(module, x)
+
+    def drop_paths(self, anatomy: Anatomy) -> tuple[str | None, str | None]:
+        """Names of the stochastic depth of the two branches, as it is in this mode."""
+        return anatomy.drop_paths
+
+    def own_code(self) -> Iterator[str]:
+        """What of it runs in its own code now, in plain calls too, and why."""
+        if not self.is_unchanged():
+            yield f"it runs in its own code: {self.anatomy.settings.change_in_subclass(self)}"
+            return
+        for name, part in self.anatomy.parts.items():
+            module = getattr(self, name)
+            reason = None if is_nothing(module) else part.reason(module)
+            if reason:
+                yield f"its {name} runs in its own code: {reason}"
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        norm = getattr(self, name)
+        return normalise(norm, x) if self._knows(name, norm) else norm(x)
+
+    def _add_and_norm(self, x: Tensor, branch: Tensor, scale: str | None, drop: str | None) -> tuple[Tensor, Tensor]:
         norm = self.norm2
-        if self._foldable(scale, drop_path) and is_layer_norm(norm) and not is_watched(norm):
-            gamma = self._gamma(scale)
-            drop = drop_scale(drop_path, branch, gamma)
-            return ops.add_layer_norm(x, branch, gamma, drop, norm.weight, norm.bias, norm.eps)
-        x = self._add(x, branch, scale, drop_path)
+        if is_layer_norm(norm) and self._knows("norm2", norm) and self._foldable(scale, drop):
+            factors = self._factors(branch, scale, drop)
+            return ops.add_layer_norm(x, branch, *factors, norm.weight, norm.bias, norm.eps)
+        x = self._add(x, branch, scale, drop)
         return x, norm(x)
 
-    def _add(self, x: Tensor, branch: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
-        if not self._foldable(scale, drop_path):
-            return x + drop_path(scale(branch))
-        gamma = self._gamma(scale)
-        return ops.add_residual(x, branch, gamma, drop_scale(drop_path, branch, gamma))
+    def _add(self, x: Tensor, branch: Tensor, scale: str | None, drop: str | None) -> Tensor:
+        if self._foldable(scale, drop):
+            return ops.add_residual(x, branch, *self._factors(branch, scale, drop))
+        return x + self._get(drop)(self._get(scale)(branch))
 
-    def _foldable(self, scale: nn.Module, drop_path: nn.Module) -> bool:
-        pairs = ((scale, "scale"), (drop_path, "drop_path"))
-        return all(is_nothing(module) or self.is_known(module, role) for module, role in pairs)
+    def _foldable(self, *names: str | None) -> bool:
+        return all(is_nothing(self._get(name)) or self._knows(name, self._get(name)) for name in names)
 
-    def _gamma(self, scale: nn.Module) -> Tensor | None:
-        return None if type(scale) is nn.Identity else getattr(scale, self.gamma_name)
+    def _factors(self, branch: Tensor, scale: str | None, drop: str | None) -> tuple[Tensor | None, Tensor | None]:
+        module = self._get(scale)
+        gamma = None if type(module) is nn.Identity else Scale.factor(module)
+        return gamma, drop_scale(self._get(drop), branch, gamma)
+
+    def _get(self, name: str | None) -> Any:
+        return _NOTHING if name is None else getattr(self, name)
+
+    def _knows(self, name: str | None, module: nn.Module) -> bool:
+        part = self.anatomy.parts.get(name or "")
+        return part is not None and part.why_called(module) is None
 
 
 class TransformersBlock(AcceleratedBlock):
-    """`Dinov2Layer` and `Dinov2WithRegistersLayer`: three linears for queries, keys and values.
+    """`Dinov2Layer` and others of transformers, which hand on what is asked of the whole model."""
 
-    Newer versions of transformers have them and the projection of the output in one module, older ones in two.
-    """
-
-    attention: Any
-    layer_scale1: nn.Module
-    layer_scale2: nn.Module
-    drop_path: nn.Module
-    gamma_name = "lambda1"
     irrelevant = frozenset({"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"})
 
-    @staticmethod
-    def parts_of(block: Any) -> Parts:
-        name = f"{type(block).__module__}.{type(block).__qualname__.removesuffix('Layer')}"
-        parts: Parts = {
-            "attention": (block.attention, (f"{name}Attention",)),
-            "mlp": (block.mlp, (f"{name}MLP", f"{name}SwiGLUFFN")),
-            "scale": (block.layer_scale1, (f"{name}LayerScale",)),
-            "drop_path": (block.drop_path, (f"{name}DropPath",)),
-        }
-        if hasattr(block.attention, "attention"):
-            parts["self_attention"] = block.attention.attention, (f"{name}SelfAttention",)
-            parts["output"] = block.attention.output, (f"{name}SelfOutput",)
-        return parts
 
-    @staticmethod
-    def attention_dropout(block: Any) -> float:
-        attention = block.attention
-        return attention.attention.dropout_prob if hasattr(attention, "attention") else attention.attention_dropout
-
-    @staticmethod
-    def refuses(block: Any) -> str | None:
-        old = "output_attentions" in inspect.signature(type(block).forward).parameters
-        return "it is of a transformers older than 4.57, whose blocks return tuples" if old else None
-
-    def attention_branch(self, x: Tensor) -> Tensor:
-        outer = self.attention
-        inner = getattr(outer, "attention", outer)
-        if not self._computes_sdpa(outer, inner):
-            branch = outer(x)
-            return branch[0] if isinstance(branch, tuple) else branch
-        if inner is outer:
-            projections: Any = outer.q_proj, outer.k_proj, outer.v_proj
-        else:
-            projections = inner.query, inner.key, inner.value
-        q, k, v = (linear(projection, x) for projection in projections)
-        out = attend(q, k, v, inner.num_attention_heads)
-        if inner is outer:
-            return linear(outer.o_proj, out)
-        if not self.is_known(outer.output, "output"):
-            return outer.output(out, x)
-        return outer.output.dropout(linear(outer.output.dense, out))
-
-    def _computes_sdpa(self, outer: Any, inner: Any) -> bool:
-        """Whether this is torch's attention, which gives weights to nobody, not even to hooks that record them."""
-        known = self.kinds["attention"], self.kinds.get("self_attention", self.kinds["attention"])
-        if (type(outer), type(inner)) != known or inner.config._attn_implementation != "sdpa":
-            return False
-        return all(not is_watched(module) or is_recorded_only(module) for module in (outer, inner))
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        if not self.is_known(mlp, "mlp"):
-            return mlp(x)
-        if hasattr(mlp, "gate_proj"):  # gate and value lie apart, where our op reads them side by side
-            return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
-        if hasattr(mlp, "weights_in"):
-            return linear(mlp.weights_out, ops.swiglu(linear(mlp.weights_in, x)))
-        activation = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation
-        return linear(mlp.fc2, hidden_gelu(mlp.fc1, activation, x))
-
-    def scales(self) -> tuple[nn.Module, nn.Module]:
-        return self.layer_scale1, self.layer_scale2
-
-    def drop_paths(self) -> tuple[nn.Module, nn.Module]:
-        return self.drop_path, self.drop_path
-
-
-class _PackedBlock(AcceleratedBlock):
-    """What timm's and Meta's blocks have in common: one linear for queries, keys and values."""
-
-    attn: Any
-    ls1: nn.Module
-    ls2: nn.Module
-    drop_path1: nn.Module
-    drop_path2: nn.Module
-
-    def attention_branch(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        if not (self.is_known(attn, "attention") and self.attends_plainly()):
-            return attn(x)
-        return attn.proj_drop(linear(attn.proj, attend_packed(linear(attn.qkv, x), attn.num_heads)))
-
-    def attends_plainly(self) -> bool:
-        """Whether the attention is torch's fused function, with nothing in between."""
-        return True
-
-    def scales(self) -> tuple[nn.Module, nn.Module]:
-        return self.ls1, self.ls2
-
-
-class TimmBlock(_PackedBlock):
-    """The `Block` of timm's `VisionTransformer`."""
-
-    @staticmethod
-    def parts_of(block: Any) -> Parts:
-        older = "timm.models.vision_transformer"  # where timm had them before
-        return {
-            "attention": (block.attn, ("timm.layers.attention.Attention", f"{older}.Attention")),
-            "mlp": (block.mlp, ("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp")),
-            "scale": (block.ls1, ("timm.layers.layer_scale.LayerScale", f"{older}.LayerScale")),
-            "drop_path": (block.drop_path1, ("timm.layers.drop.DropPath",)),
-        }
-
-    @staticmethod
-    def attention_dropout(block: Any) -> float:
-        return block.attn.attn_drop.p
-
-    @staticmethod
-    def refuses(block: Any) -> str | None:
-        if not hasattr(block.attn, "fused_attn"):
-            return "it is of a timm older than 0.9"
-        present = [name for name, module in _between(block.attn).items() if not is_nothing(module)]
-        return f"its attention has {' and '.join(present)}" if present else None
-
-    def attends_plainly(self) -> bool:
-        return self.attn.fused_attn and all(is_nothing(module) for module in _between(self.attn).values())
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        if not self.is_known(mlp, "mlp"):
-            return mlp(x)
-        if not hasattr(mlp, "gate_last"):
-            hidden = hidden_gelu(mlp.fc1, mlp.act, x)
-        elif not mlp.gate_last and type(mlp.act) is nn.SiLU and not is_watched(mlp.act):
-            hidden = ops.swiglu(linear(mlp.fc1, x))
-        else:
-            return mlp(x)
-        return mlp.drop2(linear(mlp.fc2, mlp.norm(mlp.drop1(hidden))))
-
-    def drop_paths(self) -> tuple[nn.Module, nn.Module]:
-        return self.drop_path1, self.drop_path2
-
-
-class FacebookBlock(_PackedBlock):
-    """Meta's `Block` and `NestedTensorBlock`, from torch.hub or copied into another project."""
+class FacebookBlock(AcceleratedBlock):
+    """Meta's `Block` and copies of it, which have a rule of their own for stochastic depth."""
 
     sample_drop_ratio: float
 
-    @staticmethod
-    def parts_of(block: Any) -> Parts:
-        home = type(block).__module__.rpartition(".")[0]
-        mlps = ("mlp.Mlp", "swiglu_ffn.SwiGLUFFN", "swiglu_ffn.SwiGLUFFNFused")
-        return {
-            "attention": (block.attn, (f"{home}.attention.MemEffAttention", f"{home}.attention.Attention")),
-            "mlp": (block.mlp, tuple(f"{home}.{mlp}" for mlp in mlps)),
-            "scale": (block.ls1, (f"{home}.layer_scale.LayerScale",)),
-            "drop_path": (block.drop_path1, (f"{home}.drop_path.DropPath",)),
-        }
-
-    @staticmethod
-    def attention_dropout(block: Any) -> float:
-        return getattr(block.attn.attn_drop, "p", block.attn.attn_drop)  # a module in older copies
-
-    @staticmethod
-    def refuses(block: Any) -> str | None:
-        unknown = {name for name, _ in block.attn.named_children()} - {"qkv", "proj", "attn_drop", "proj_drop"}
-        return f"its attention has {' and '.join(sorted(unknown))}" if unknown else None
-
     def declines(self, x: Any) -> bool:
-        return super().declines(x) or (self.training and self.sample_drop_ratio > _SUBSET_THRESHOLD)
+        # Above that rate the reference computes a branch for a subset of the images only.
+        return super().declines(x) or (self.training and self.sample_drop_ratio > SUBSET_THRESHOLD)
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        if not self.is_known(mlp, "mlp"):
-            return mlp(x)
-        if hasattr(mlp, "w12"):
-            return linear(mlp.w3, ops.swiglu(linear(mlp.w12, x)))
-        return mlp.drop(linear(mlp.fc2, mlp.drop(hidden_gelu(mlp.fc1, mlp.act, x))))
-
-    def drop_paths(self) -> tuple[nn.Module, nn.Module]:
+    def drop_paths(self, anatomy: Anatomy) -> tuple[str | None, str | None]:
         if not (self.training and self.sample_drop_ratio):
-            return _NOTHING, _NOTHING  # the reference does not call them then
-        return self.drop_path1, self.drop_path1  # twice the first, as the reference does
-
-
-class Face(NamedTuple):
-    """Where a library defines its blocks: patterns for the module and the name of their class."""
-
-    block: type[AcceleratedBlock]
-    module: str
-    name: str
-
-
-FACES = (
-    Face(
-        TransformersBlock,
-        r"transformers\.models\.(dinov2|dinov2_with_registers)\.modeling_\1",
-        "Dinov2Layer|Dinov2WithRegistersLayer",
-    ),
-    Face(TimmBlock, r"timm\.models\.vision_transformer", "Block"),
-    Face(FacebookBlock, r"(?!dinov2_fast\.).*dinov2.*\.block", "Block|NestedTensorBlock"),
-)
+            return None, None  # the reference does not call them then
+        return anatomy.drop_paths[0], anatomy.drop_paths[0]  # twice the first, as the reference does
 
 
 def face_of(module: nn.Module) -> type[AcceleratedBlock] | None:
-    """The class here that accelerates blocks of the class of `module`, or None if it is no block known here."""
-    kind = type(module)
-    for face in FACES:
-        if re.fullmatch(face.module, kind.__module__) and re.fullmatch(face.name, kind.__qualname__):
-            return face.block
-    return None
+    """The class here that accelerates `module`, or None if it has not the parts of a block, or is this package's."""
+    children = module._modules.keys()
+    if isinstance(module, OurBlock) or not children >= {"norm1", "norm2", "mlp"}:
+        return None
+    if isinstance(module, nn.ModuleDict) or len(children & set(_ATTENTION_NAMES)) != 1:
+        return None
+    if type(module).__module__.startswith("transformers."):
+        return TransformersBlock
+    return FacebookBlock if hasattr(module, "sample_drop_ratio") else AcceleratedBlock
 
 
 def reason_against(block: nn.Module) -> str | None:
-    """Why `block`, of a class known here, cannot be accelerated; or None."""
-    face = face_of(block)
-    assert face is not None
-    if has_own_forward(block):
-        return "it has a forward of its own, set on the instance"
-    try:
-        parts = face.parts_of(block)
-    except AttributeError as error:
-        return f"it is built otherwise than the blocks known here ({error})"
-    for role in NEEDED:
-        module, known = parts.get(role, (None, ()))
-        if module is not None and path(type(module)) not in known:
-            return f"its {role.replace('_', '-')} is a {path(type(module))}"
-    if block.training and face.attention_dropout(block) > 0:
-        return f"it is in training mode and drops attention weights (p = {face.attention_dropout(block)})"
-    return face.refuses(block)
+    """Why `block`, which has a face here, cannot be accelerated; or None."""
+    return _reason_by_looks(block) or _verdict(block).reason
 
 
 def accelerate_block(block: nn.Module) -> None:
     """Gives `block`, which :func:`reason_against` takes, the class that computes with our ops."""
+    _accelerate(block, _verdict(block).below)
+
+
+def _accelerate(block: nn.Module, below: type) -> None:
     face = face_of(block)
     assert face is not None
-    parts = face.parts_of(block).items()
-    join(block, face, tuple((role, type(module)) for role, (module, known) in parts if path(type(module)) in known))
+    join(block, face, below)
+    block.__dict__[BEHIND] = None  # has its place before the attributes are counted
+    block.__dict__[BEHIND] = Anatomy(block)
 
 
-def path(kind: type) -> str:
-    """The full name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _reason_by_looks(block: Any) -> str | None:
+    if has_own_forward(block):
+        return "it has a forward of its own, set on the instance"
+    if shadowed_methods(block):
+        return f"{' and '.join(shadowed_methods(block))} was set on the instance"
+    unknown = [name for name, child in block._modules.items() if name not in _NAMES and not is_nothing(child)]
+    if unknown:
+        return f"it has {' and '.join(unknown)} beside the parts of a block"
+    return _reason_against_attention(block) or _reason_against_mlp(block)
 
 
-def _between(attention: Any) -> dict[str, nn.Module | None]:
-    """What timm's attention can have between its two linears, and DINOv2's has not."""
-    return {name: getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")}
+def _reason_against_mlp(block: Any) -> str | None:
+    return None if form_of(block.mlp, MLPS) else f"its mlp is a {path(type(block.mlp))}"
 
 
-def is_recorded_only(module: nn.Module) -> bool:
-    """Whether all that hangs on `module` are the hooks with which transformers records outputs."""
-    if has_own_forward(module) or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return all(getattr(hook, "__module__", "") == _CAPTURING for hook in module._forward_hooks.values())
+def _reason_against_attention(block: Any) -> str | None:
+    attention = getattr(block, "attn" if "attn" in block._modules else "attention")
+    form = form_of(attention, ATTENTIONS)
+    if form is None:
+        return f"its attention is a {path(type(attention))}"
+    if form.others(attention):
+        return f"its attention has {' and '.join(form.others(attention))}"
+    rate = form.dropout(attention)
+    if block.training and getattr(rate, "p", rate):
+        return f"it is in training mode and drops attention weights (p = {getattr(rate, 'p', rate)})"
+    return None
+
+
+# What a block computes, tried on copies
+
+
+class Verdict(NamedTuple):
+    """Why a block is not taken, or the class whose `forward` is replaced: the lowest that its own code reaches."""
+
+    reason: str | None
+    below: type
+
+
+_verdicts: dict[Hashable, Verdict] = {}
+
+
+def forget_verdicts() -> None:
+    """Blocks are tried again. Within one call of `accelerate`, blocks that differ by weights only are tried once."""
+    _verdicts.clear()
+
+
+def _verdict(block: nn.Module) -> Verdict:
+    key = tuple((name, type(module), _comparable(module)) for name, module in block.named_modules())
+    if key not in _verdicts:
+        _verdicts[key] = _try_block(block)
+    return _verdicts[key]
+
+
+def _comparable(module: nn.Module) -> Hashable:
+    return tuple(
+        (name, _rate(value) if "drop" in name else _hashable(value)) for name, value in settings_of(module).items()
+    )
+
+
+def _hashable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _rate(value: Any) -> Hashable:
+    """Of a rate, which may be another in each block: whether it is none, and whether Meta's rule changes with it."""
+    return (value > 0, value > SUBSET_THRESHOLD) if isinstance(value, float | int) else _hashable(value)
+
+
+def _try_block(block: nn.Module) -> Verdict:
+    where: tuple[str, torch.dtype] = ("cpu", torch.float64)
+    stock = _trials(copy_for_trial(block, *where))
+    if isinstance(stock[0].output, Exception) and torch.cuda.is_available():  # xformers has no attention for the CPU
+        where = ("cuda", torch.float32)
+        stock = _trials(copy_for_trial(block, *where))
+    if isinstance(stock[0].output, Exception):
+        return Verdict(f"its code fails on a random input: {_first_line(stock[0].output)}", type(block))
+    for below in _classes_with_forward(block):
+        copied = copy_for_trial(block, *where)
+        _accelerate(copied, below)
+        anatomy = copied.__dict__[BEHIND] = _SeenAnatomy(copied.__dict__[BEHIND])
+        ours = _trials(copied)
+        if anatomy.seen:
+            reasons = map(_difference, ("in eval mode", "in training"), stock, ours)
+            reason = next(filter(None, reasons), None)
+            return Verdict(reason and (_difference_of_parts(block, where) or reason), below)
+    return Verdict("its forward does not call ours", type(block))
+
+
+def _trials(copied: nn.Module) -> list[Trial]:
+    """In eval mode, and in training."""
+    return [try_out(copied, training) for training in (False, True)]
+
+
+def _classes_with_forward(block: nn.Module) -> list[type]:
+    """Those of its class and its bases that define `forward`, the lowest first."""
+    kinds = [kind for kind in type(block).__mro__ if "forward" in vars(kind) and not issubclass(nn.Module, kind)]
+    return kinds[::-1]
+
+
+class _SeenAnatomy:
+    """Says whether the accelerated forward was reached, which asks for the name of the attention first."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
+        self.seen = False
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen = self.seen or name == "attention"
+        return getattr(self._anatomy, name)
+
+
+def _difference(mode: str, stock: Trial, ours: Trial) -> str | None:
+    if not isinstance(stock.output, Tensor):
+        failed = isinstance(stock.output, Exception)
+        what = f"fails: {_first_line(stock.output)}" if failed else f"returns a {type(stock.output).__name__}"
+        return f"its forward {what}"
+    if stock.kept != ours.kept:
+        return f"a call sets {' and '.join(stock.kept)}, which our code would not"
+    if not agree(ours.output, stock.output):
+        error = error_of(ours.output, stock.output)
+        return f"{mode} its forward computes something else than a block of DINOv2 (off by {error:.2g})"
+    if stock.calls != ours.calls:
+        again = sorted(name for name in stock.calls if stock.calls[name] != ours.calls[name])
+        return f"it runs {', '.join(again)} more than once, as with checkpointing, which our code would not"
+    return None
+
+
+def _difference_of_parts(block: Any, where: tuple[str, torch.dtype]) -> str | None:
+    """Which of attention and MLP computes something else by itself."""
+    attention = "attn" if "attn" in block._modules else "attention"
+    forms: tuple[type[Form], ...]
+    for name, forms in ((attention, ATTENTIONS), ("mlp", MLPS)):
+        copied = copy_for_trial(getattr(block, name), *where)
+        form = form_of(copied, forms)
+        if form is None or form.refuses(copied):
+            continue
+        wanted = try_out(copied, False, called).output
+        if isinstance(wanted, Tensor):
+            found = try_out(copied, False, form.compute).output
+            if not agree(found, wanted):
+                return f"its {name} computes something else than that of DINOv2 (off by {error_of(found, wanted):.2g})"
+    return None
+
+
+def _first_line(error: Any) -> str:
+    return f"{type(error).__name__} ({str(error).strip().partition(chr(10))[0]})"

@@ -8,21 +8,17 @@ copies and pickles work, too.
 from __future__ import annotations
 
 from functools import wraps
-from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
 
 BEHIND = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
 
-Kinds = tuple[tuple[str, type], ...]  # role -> class of the part that has it
-
 
 class Joined(nn.Module):
-    """The first of the two classes. `kinds` are the classes of its parts when it was joined, by role."""
+    """The first of the two classes. `origin`: it, the class the module had, and the one whose `forward` it replaces."""
 
-    kinds: ClassVar[dict[str, type]]
-    origin: ClassVar[tuple[type[Joined], type, Kinds]]
+    origin: ClassVar[tuple[type[Joined], type, type]]
     optional: ClassVar[tuple[str, ...]] = ()  # its methods that the other class may not have: then it has none either
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -35,10 +31,14 @@ def is_joined(module: nn.Module) -> bool:
     return "origin" in type(module).__dict__
 
 
-def join(module: nn.Module, first: type[Joined], kinds: Kinds = ()) -> None:
-    """Makes `module` compute as `first` says."""
+def join(module: nn.Module, first: type[Joined], below: type | None = None) -> None:
+    """Makes `module` compute as `first` says, in place of the `forward` of `below`, a base of its class.
+
+    A class between the two, as a wrapper that runs `forward` again in the backward pass, goes on doing what it does.
+    Without `below` it is the `forward` of the module's class that is replaced.
+    """
     _drop_class_forward(module)
-    module.__class__ = joined_class(first, type(module), kinds)
+    module.__class__ = joined_class(first, type(module), below or type(module))
 
 
 def separate(module: Joined) -> None:
@@ -62,8 +62,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
     transformers 4 leaves the class's own on an instance when it has recorded outputs, which changes nothing.
     """
-    own = module.__dict__.get("forward")
-    return own is not None and not (isinstance(own, MethodType) and own.__func__ is type(module).forward)
+    return getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 def _drop_class_forward(module: nn.Module) -> None:
@@ -72,26 +71,32 @@ def _drop_class_forward(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-def joined_class(first: type[Joined], original: Any, kinds: Kinds) -> Any:
-    """A subclass of both, under the name of `original`; the same one each time."""
-    made = _classes.get((first, original, kinds))
+def joined_class(first: type[Joined], original: Any, below: Any) -> Any:
+    """A subclass of `first` and `original`, under the name of `original`; the same one each time."""
+    made = _classes.get((first, original, below))
     if made is None:
-        made = _classes[first, original, kinds] = _join_classes(first, original, kinds)
+        made = _classes[first, original, below] = _join_classes(first, original, below)
     return made
 
 
-_classes: dict[tuple[type[Joined], type, Kinds], type] = {}
+_classes: dict[tuple[type[Joined], type, type], type] = {}
 
 
-def _join_classes(first: type[Joined], original: Any, kinds: Kinds) -> type:
-    @wraps(original.forward)  # for its signature
+def _join_classes(first: type[Joined], original: Any, below: Any) -> type:
+    @wraps(below.forward)  # for its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return first.forward(self, *args, **kwargs)
 
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    own = {**names, "forward": forward, "kinds": dict(kinds), "origin": (first, original, kinds)}
-    own |= {name: _Missing() for name in first.optional if not hasattr(original, name)}
-    return type(original.__name__, (first, original), own)
+    def of(kind: type, bases: tuple[type, ...], **own: Any) -> type:
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        return type(kind.__name__, bases, {**names, **own})
+
+    own = {"forward": forward, **{name: _Missing() for name in first.optional if not hasattr(original, name)}}
+    origin = first, original, below
+    if below is original:
+        return of(original, (first, original), **own, origin=origin)
+    # In the order of methods, `original` comes before this class, and this before `below`.
+    return of(original, (original, of(below, (first, below), **own)), origin=origin)
 
 
 class _Missing:
@@ -101,7 +106,7 @@ class _Missing:
         raise AttributeError
 
 
-def _empty(first: type[Joined], original: type, kinds: Kinds) -> Any:
+def _empty(first: type[Joined], original: type, below: type) -> Any:
     """What `copy` and `pickle` start from."""
-    kind = joined_class(first, original, kinds)
+    kind = joined_class(first, original, below)
     return kind.__new__(kind)

@@ -18,6 +18,7 @@ from dinov2_fast.backends import choose
 from dinov2_fast.backends import ops as _by_name
 from dinov2_fast.integrations.joining import has_own_forward
 
+_CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
 _ATTENTION = _by_name()["attention"]
 
 
@@ -25,6 +26,15 @@ def is_watched(module: nn.Module) -> bool:
     """Whether calling `module` is more than the computation of its class."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or has_own_forward(module) or _has_any_global_hook()
+
+
+def is_recorded_only(module: nn.Module) -> bool:
+    """Whether all that hangs on `module` are the hooks with which transformers records outputs."""
+    if _has_any_global_hook() or has_own_forward(module):
+        return False
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(getattr(hook, "__module__", "") == _CAPTURING for hook in module._forward_hooks.values())
 
 
 def is_nothing(module: nn.Module | None) -> bool:

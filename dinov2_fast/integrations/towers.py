@@ -17,9 +17,10 @@ from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import SMALL, TOLERANCES, mismatch, noise
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch
-from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, is_recorded_only, path, reason_against
+from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
 from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, join, separate
-from dinov2_fast.integrations.steps import is_exact_gelu, is_watched
+from dinov2_fast.integrations.settings import path
+from dinov2_fast.integrations.steps import is_exact_gelu, is_recorded_only, is_watched
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture

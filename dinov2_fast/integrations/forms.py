@@ -1,0 +1,301 @@
+"""The forms that the parts of a block have in the libraries, and what computes each from its own submodules.
+
+Names of submodules tell only what a part may be. That a form computes what the part does is shown by `blocks.py` on
+random input; that the part is still what it was then, by its `Settings` in each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+from dinov2_fast.integrations.settings import Settings, shadowed_methods
+from dinov2_fast.integrations.steps import (
+    attend,
+    attend_packed,
+    hidden_gelu,
+    is_nothing,
+    is_recorded_only,
+    is_watched,
+    linear,
+)
+
+_CHANGED = "it is not what it was when it was accelerated"
+_DROPS = "it drops attention weights, or has hooks where it would"
+
+
+class Form:
+    """One form of a part. Its functions take modules of other libraries."""
+
+    submodules: ClassVar[tuple[str, ...]] = ()  # which a module of this form has
+    insides: ClassVar[tuple[str, ...]] = ()  # those among them whose own code `compute` passes over
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return set(cls.submodules) <= module._modules.keys()
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        """What `module` gives for `x`, from its submodules."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        """Why `module` has to be called, as it is now."""
+        return None
+
+
+class Part:
+    """A part of a block: its form, if our code can compute it, and what it was when it was accelerated."""
+
+    def __init__(self, module: Any, form: type[Form]) -> None:
+        self.form = form
+        self._settings = [("", Settings(module)), *((name, Settings(getattr(module, name))) for name in form.insides)]
+        shadowed = [name for _, each in self._each(module) for name in shadowed_methods(each)]
+        self._shadowed = f"{', '.join(shadowed)} was set on the instance" if shadowed else None
+
+    def why_called(self, module: Any) -> str | None:
+        """Why `module` is to be called, or None if our code computes it."""
+        if self._shadowed:
+            return self._shadowed
+        for name, settings in self._settings:
+            each: Any = getattr(module, name, None) if name else module
+            if not settings.hold(each):
+                return _CHANGED
+            if is_watched(each) and not is_recorded_only(each):
+                return "it has hooks or a forward of its own"
+        return self.form.refuses(module)
+
+    def reason(self, module: Any) -> str | None:
+        """As :meth:`why_called`, with the names of what changed."""
+        why = self.why_called(module)
+        if why is not _CHANGED:
+            return why
+        return next(settings.change(each) for settings, each in self._each(module) if not settings.hold(each))
+
+    def _each(self, module: Any) -> list[tuple[Settings, Any]]:
+        return [(settings, getattr(module, name, None) if name else module) for name, settings in self._settings]
+
+
+Kind = TypeVar("Kind", bound=type[Form])
+
+
+def form_of(module: nn.Module, forms: tuple[Kind, ...]) -> Kind | None:
+    """The one of `forms` that `module` has."""
+    return next((form for form in forms if form.fits(module)), None)
+
+
+class Attention(Form):
+    @staticmethod
+    def dropout(module: Any) -> Any:
+        """The probability of dropping an attention weight, or the module that does."""
+        raise NotImplementedError
+
+    @staticmethod
+    def others(module: Any) -> list[str]:
+        """What stands between the linears that DINOv2's attention has not."""
+        return []
+
+
+class PackedAttention(Attention):
+    """One linear for queries, keys and values: timm's and Meta's."""
+
+    submodules = ("qkv", "proj")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "num_heads")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        out = linear(module.proj, attend_packed(linear(module.qkv, x), module.num_heads))
+        return module.proj_drop(out) if "proj_drop" in module._modules else out
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        if not getattr(module, "fused_attn", True):
+            return "fused_attn is off"
+        if PackedAttention.others(module):
+            return "it has parts between its linears"
+        return _DROPS if drops(PackedAttention.dropout(module), module.training) else None
+
+    @staticmethod
+    def others(module: Any) -> list[str]:
+        known = ("qkv", "attn_drop", "proj", "proj_drop")
+        return [name for name, child in module._modules.items() if name not in known and not is_nothing(child)]
+
+    @staticmethod
+    def dropout(module: Any) -> Any:
+        return getattr(module, "attn_drop", None)
+
+
+class SeparateAttention(Attention):
+    """A linear each for queries, keys and values, beside that of the output: transformers'."""
+
+    submodules = ("q_proj", "k_proj", "v_proj")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        output = {"o_proj", "out_proj"} & module._modules.keys()
+        return super().fits(module) and len(output) == 1 and hasattr(module, "config")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        q, k, v = (linear(projection, x) for projection in (module.q_proj, module.k_proj, module.v_proj))
+        out = attend(q, k, v, module.__dict__.get("num_heads") or module.num_attention_heads)
+        return linear(module.o_proj if "o_proj" in module._modules else module.out_proj, out)
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        """Torch's attention gives weights to nobody, not even to hooks that record them; another one may."""
+        implementation = module.config._attn_implementation
+        if implementation != "sdpa":
+            return f"its attention implementation is {implementation}"
+        return _DROPS if module.training and SeparateAttention.dropout(module) else None
+
+    @staticmethod
+    def dropout(module: Any) -> Any:
+        names = ("dropout_prob", "attention_dropout", "dropout")
+        return next((module.__dict__[name] for name in names if name in module.__dict__), None)
+
+
+class NestedAttention(Attention):
+    """As :class:`SeparateAttention`, in two modules: `attention` and `output`."""
+
+    submodules = insides = ("attention", "output")
+
+    @classmethod
+    def fits(cls, module: Any) -> bool:
+        return super().fits(module) and {"query", "key", "value"} <= module.attention._modules.keys()
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        inner, output = module.attention, module.output
+        q, k, v = (linear(projection, x) for projection in (inner.query, inner.key, inner.value))
+        return output.dropout(linear(output.dense, attend(q, k, v, inner.num_attention_heads)))
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        return SeparateAttention.refuses(module.attention)
+
+    @staticmethod
+    def dropout(module: Any) -> Any:
+        return SeparateAttention.dropout(module.attention)
+
+
+def drops(rate: Any, training: bool) -> bool:
+    """Whether dropout of attention weights, a module or a probability, is more than nothing in this mode."""
+    if not isinstance(rate, nn.Module):
+        return bool(training and rate)
+    if is_nothing(rate):
+        return False
+    return type(rate) is not nn.Dropout or is_watched(rate) or (rate.p > 0 and (training or rate.training))
+
+
+class PlainMlp(Form):
+    """Two linears with an activation in between, and the dropouts that timm and Meta have."""
+
+    submodules = ("fc1", "fc2")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and bool({"act", "activation", "activation_fn"} & module._modules.keys())
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        activation = next(
+            module._modules[name] for name in ("act", "activation", "activation_fn") if name in module._modules
+        )
+        return PlainMlp.second(module, hidden_gelu(module.fc1, activation, x))
+
+    @staticmethod
+    def second(module: Any, hidden: Tensor) -> Tensor:
+        """From the hidden features on."""
+        if "drop1" in module._modules:
+            return module.drop2(linear(module.fc2, module.norm(module.drop1(hidden))))
+        if "drop" in module._modules:
+            return module.drop(linear(module.fc2, module.drop(hidden)))
+        return linear(module.fc2, hidden)
+
+
+class GatedMlp(Form):
+    """timm's `GluMlp`, where it is SwiGLU."""
+
+    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "gate_last")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        return PlainMlp.second(module, ops.swiglu(linear(module.fc1, x)))
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        plain = not module.gate_last and type(module.act) is nn.SiLU and not is_watched(module.act)
+        return None if plain else "its gate is not that of SwiGLU"
+
+
+class SwiGLU(Form):
+    """Meta's, one linear for gate and value."""
+
+    submodules = ("w12", "w3")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        return linear(module.w3, ops.swiglu(linear(module.w12, x)))
+
+
+class TransformersSwiGLU(Form):
+    """The same under the names of transformers."""
+
+    submodules = ("weights_in", "weights_out")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        return linear(module.weights_out, ops.swiglu(linear(module.weights_in, x)))
+
+
+class SeparateSwiGLU(Form):
+    """Gate and value lie apart, where our op reads them side by side: newer transformers."""
+
+    submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+    @staticmethod
+    def compute(module: Any, x: Tensor) -> Tensor:
+        return linear(module.down_proj, module.act_fn(linear(module.gate_proj, x)) * linear(module.up_proj, x))
+
+
+class Scale(Form):
+    """LayerScale: a factor for each feature, the one parameter."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return not module._modules and list(module._parameters) in (["gamma"], ["lambda1"])
+
+    @staticmethod
+    def factor(module: Any) -> Tensor:
+        return module.gamma if "gamma" in module._parameters else module.lambda1
+
+
+class DropPath(Form):
+    """Stochastic depth, which multiplies each image's branch by a random number."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return not module._modules and not module._parameters and hasattr(module, "drop_prob")
+
+
+class Norm(Form):
+    """A norm; which are computed by our op, `steps.is_layer_norm` says."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return True
+
+
+ATTENTIONS: tuple[type[Attention], ...] = (PackedAttention, NestedAttention, SeparateAttention)
+MLPS = (GatedMlp, PlainMlp, SwiGLU, TransformersSwiGLU, SeparateSwiGLU)

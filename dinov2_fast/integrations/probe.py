@@ -1,0 +1,186 @@
+"""Tries two modules on the same random input, on copies with random weights, to see whether they compute the same.
+
+Nothing of the modules themselves is touched or run: no weights are read, so they may be on the meta device, sharded or
+quantised; no hooks fire, and no random numbers of the process are drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from dinov2_fast.backends import use_backend
+from dinov2_fast.integrations.settings import settings_of, shadowed_methods
+
+_SEED = 1
+_BATCH, _TOKENS = 2, 7
+# Of the largest element. In fp64 two orders of the same sums agree to 1e-13; what a library computes in fp32 all the
+# same, as a softmax, to 1e-7. GELU by tanh, or an eps of 1e-5 in place of 1e-6, is 1e-5 off or more.
+_TOLERANCE = 1e-6
+_FP32_TOLERANCE = 1e-5
+
+Call = Callable[[Any, Tensor], Any]
+
+
+class Trial(NamedTuple):
+    """What a module did with the random input.
+
+    Args:
+        output: of one call, or the error that it raised.
+        calls: of each linear by its name, in the forward and the backward pass.
+        kept: names of attributes that the call changed on the module or inside.
+    """
+
+    output: Any
+    calls: Counter[str]
+    kept: tuple[str, ...]
+
+
+def copy_for_trial(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy with random weights, the same for each copy, without hooks and without what hides methods of the class.
+
+    Whatever stands in place of a linear (quantised, with an adapter) becomes a plain one of that size.
+    """
+    return _copy(module, _Weights(device, dtype), {})
+
+
+def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> Trial:
+    """Calls a copy made by :func:`copy_for_trial`; in training also differentiates."""
+    weight = next(module.parameters())
+    x = _Weights(weight.device, weight.dtype).tensor((_BATCH, _TOKENS, weight.shape[-1]), 1.0)
+    module.train(training)
+    calls: Counter[str] = Counter()
+    handles = [
+        each.register_forward_pre_hook(lambda each, args, name=name: calls.update([name]))
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear)
+    ]
+    before = _settings(module)
+    try:
+        with _untouched_process(weight.device, training):
+            output = call(module, x.requires_grad_(training))
+            if isinstance(output, Tensor):
+                if training:
+                    output.square().sum().backward()
+                output = output.detach()
+    except Exception as error:  # whatever a stranger's code raises, it is that which cannot be tried
+        output = error
+    for handle in handles:
+        handle.remove()
+    return Trial(output, calls, _changed(before, _settings(module)))
+
+
+def error_of(found: Any, wanted: Tensor) -> float:
+    """The largest difference, as a part of the largest element; infinite for another shape."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return float("inf")
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def agree(found: Any, wanted: Tensor) -> bool:
+    return error_of(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
+
+
+class _Weights:
+    """Random tensors, from a generator of their own."""
+
+    def __init__(self, device: Any, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def tensor(self, shape: Any, scale: float) -> Tensor:
+        noise = torch.randn(tuple(shape), generator=self._generator, dtype=self.dtype, device="cpu")
+        return (scale * noise).to(self.device)
+
+    def parameter(self, like: Tensor) -> nn.Parameter:
+        """Matrices keep the size of what they multiply; vectors, which may be factors, are far from 0."""
+        if like.ndim > 1:
+            return nn.Parameter(self.tensor(like.shape, like.shape[-1] ** -0.5))
+        return nn.Parameter(1 + self.tensor(like.shape, 0.3))
+
+    def buffer(self, like: Tensor) -> Tensor:
+        if like.is_meta:
+            return torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+        return like.detach().to(self.device, self.dtype if like.is_floating_point() else like.dtype, copy=True)
+
+
+def _copy(module: Any, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in made:
+        made[id(module)] = _copy_once(_plain_linear(module) or module, weights, made)
+    return made[id(module)]
+
+
+def _copy_once(module: nn.Module, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
+    copied: Any = type(module).__new__(type(module))
+    hidden = shadowed_methods(module)
+    copied.__dict__ |= vars(nn.Module())
+    copied.__dict__ |= {name: _own(value) for name, value in settings_of(module).items() if name not in hidden}
+    for name, parameter in module._parameters.items():
+        copied._parameters[name] = None if parameter is None else weights.parameter(parameter)
+    for name, buffer in module._buffers.items():
+        copied._buffers[name] = None if buffer is None else weights.buffer(buffer)
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _copy(child, weights, made)
+    return copied
+
+
+def _own(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, list | dict | set) else value
+
+
+def _plain_linear(module: Any) -> nn.Linear | None:
+    """One of the same sizes, if `module` is another kind of linear."""
+    if type(module) is nn.Linear or not all(
+        hasattr(module, name) for name in ("weight", "in_features", "out_features")
+    ):
+        return None
+    bias = getattr(module, "bias", None) is not None
+    return nn.Linear(module.in_features, module.out_features, bias, device="meta")
+
+
+@contextmanager
+def _untouched_process(device: torch.device, training: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(_SEED)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(training))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(use_backend("torch"))
+        stack.enter_context(_no_global_hooks())
+        yield
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    names = [name for name in vars(torch_module) if name.startswith("_global_") and name.endswith("_hooks")]
+    stashed = [(hooks, dict(hooks)) for hooks in map(vars(torch_module).__getitem__, names)]
+    for hooks, _ in stashed:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in stashed:
+            hooks.update(kept)
+
+
+def _settings(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """By name: the value, and how long it is where it is a container that can grow."""
+    return {
+        f"{name}.{key}".lstrip("."): (value, len(value) if isinstance(value, list | dict | set) else 0)
+        for name, each in module.named_modules()
+        for key, value in settings_of(each).items()
+    }
+
+
+def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> tuple[str, ...]:
+    nothing = (None, -1)
+    then = {name: before.get(name, nothing) for name in after}
+    return tuple(n for n, (value, length) in after.items() if then[n][0] is not value or then[n][1] != length)
