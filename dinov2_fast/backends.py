@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import environment
+from dinov2_fast.tracing import is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -110,6 +111,8 @@ def choose(op: Op, *args: Any, backend: str | None = None, **kwargs: Any) -> Imp
     Raises:
         BackendError: the implementation that was asked for refuses, or all do.
     """
+    if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
+        return next(implementation for implementation in op.implementations if implementation.backend == "torch")
     name = backend or _setting.by_word.get(op.word) or _setting.everywhere
     if name:
         forced = next((i for i in op.implementations if i.backend == name), None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, is_watched
+from dinov2_fast.tracing import is_fx_traced
 
 # Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
 SUBSET_THRESHOLD = 0.1
@@ -112,13 +113,14 @@ def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 # The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, a
 # `forward` somebody set on it, or another module in its place would be passed over, so then they are called one by one.
-# The result is the same.
+# The result is the same. A graph of torch.fx gets the norm as a node of its own, by whose name it can be asked for.
 
 
 def _add_and_norm(
     x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, norm: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    if _plain(layer_scale) and _plain(drop_path) and type(norm) is LayerNorm and not is_watched(norm):
+    plain = _plain(layer_scale) and _plain(drop_path) and not is_fx_traced()
+    if plain and type(norm) is LayerNorm and not is_watched(norm):
         gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
         return ops.add_layer_norm(x, branch, gamma, drop_scale, norm.weight, norm.bias, norm.eps)
     x = _add(x, branch, layer_scale, drop_path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from torch.export import Dim, ExportedProgram
 from dinov2_fast import __version__
 from dinov2_fast.backends import BackendError
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops._registry import is_installed
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -214,7 +214,7 @@ def _check_path(path: Path, format: str, overwrite: bool) -> None:
 
 def _check_packages(format: str, pictures: Sequence[Tensor] | None) -> None:
     needed = ["onnx", "onnxscript"] + ["onnxruntime"] * (pictures is not None)
-    missing = [name for name in needed if format == "onnx" and importlib.util.find_spec(name) is None]
+    missing = [name for name in needed if format == "onnx" and not is_installed(name)]
     if missing:
         raise ExportError(
             f"Missing: {', '.join(missing)}. ONNX files are written with onnx and onnxscript, and compared in "
@@ -333,7 +333,7 @@ def _runner(path: Path, format: str) -> Callable[[Tensor], Sequence[Tensor]] | N
             warnings.simplefilter("ignore")  # of torch's reader, about its own buffers
             module = torch.export.load(path).module()
         return lambda pixels: module(pixels)
-    if importlib.util.find_spec("onnxruntime") is None:
+    if not is_installed("onnxruntime"):
         return None
     onnxruntime: Any = importlib.import_module("onnxruntime")
     try:

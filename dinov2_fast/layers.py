@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
+from dinov2_fast.tracing import is_traced
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -20,13 +22,44 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+# A check is one node of a graph of torch.fx, which stays in it and raises when the graph runs.
+
+
+@torch.fx.wrap
+@torch.fx.node.has_side_effect
 def check_is_tensor(x: object) -> None:
     """Raises `TypeError` if `x` is no tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"The model takes a tensor (batch, channels, height, width), got {type(x).__name__}. "
-            "Dinov2ImageProcessor makes one of pictures and arrays."
+            "Dinov2ImageProcessor makes one of images and arrays."
         )
+
+
+@torch.fx.wrap
+@torch.fx.node.has_side_effect
+def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int]) -> None:
+    """Raises `ValueError` or `TypeError` if `x` is no batch of images of `in_chans` channels and whole patches."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"The model takes a batch of images (batch, {in_chans}, height, width), got a tensor of shape "
+            f"{tuple(x.shape)}." + (" Add a batch dimension with x[None]." if x.ndim == 3 else "")
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"The model takes normalised floating-point images, got {x.dtype}. "
+            "Use dinov2_fast.Dinov2ImageProcessor, or divide by 255 and normalise."
+        )
+    if x.shape[1] != in_chans:
+        raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
+    for name, size, patch in zip(("height", "width"), x.shape[2:], patch_size, strict=True):
+        if size % patch != 0 or size < patch:
+            below, above = size // patch * patch, (size // patch + 1) * patch
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"Input image {name} {size} is not a multiple of patch {name} {patch}. Resize, crop or pad "
+                f"it to {nearest}."
+            )
 
 
 class PatchEmbed(nn.Module):
@@ -61,28 +94,9 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def check(self, x: Tensor) -> None:
-        """Raises if `x` is no batch of pictures this model takes."""
+        """Raises if `x` is no batch of images this model takes."""
         in_chans = getattr(self.proj, "in_channels", self.in_chans)  # people replace `proj` for other channels
-        if x.ndim != 4:
-            raise ValueError(
-                f"The model takes a batch of pictures (batch, {in_chans}, height, width), got a tensor of shape "
-                f"{tuple(x.shape)}." + (" Add a batch dimension with x[None]." if x.ndim == 3 else "")
-            )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"The model takes normalised floating-point pictures, got {x.dtype}. "
-                "Use dinov2_fast.Dinov2ImageProcessor, or divide by 255 and normalise."
-            )
-        if x.shape[1] != in_chans:
-            raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
-        for name, size, patch in zip(("height", "width"), x.shape[2:], self.patch_size, strict=True):
-            if size % patch != 0 or size < patch:
-                below, above = size // patch * patch, (size // patch + 1) * patch
-                nearest = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(
-                    f"Input image {name} {size} is not a multiple of patch {name} {patch}. Resize, crop or pad "
-                    f"it to {nearest}."
-                )
+        check_images(x, in_chans, self.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
@@ -153,6 +167,13 @@ class GELU(nn.GELU):
         return ops.gelu(x)
 
 
+def attend(qkv: Tensor, dropout_p: float, seq_lens: tuple[int, ...] | None) -> Tensor:
+    """Attention of (batch, seq_len, 3, heads, head_dim), or with `seq_lens` of those sequences in a batch of one."""
+    if seq_lens is None:
+        return ops.attention(qkv, dropout_p)
+    return ops.attention_varlen(qkv[0], seq_lens, dropout_p)[None]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; `qkv` projects to queries, keys and values, heads within each."""
 
@@ -171,7 +192,7 @@ class Attention(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = attn_drop
+        self.attn_drop: Any = attn_drop  # the rate, as in the reference; timm has a module
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -189,13 +210,11 @@ class Attention(nn.Module):
 
         With `seq_lens`, `x` is (1, total_tokens, hidden) and holds sequences of those lengths, one after the other.
         """
-        dropout_p = self.attn_drop if self.training else 0.0
-        qkv = self.project_qkv(x)
-        if seq_lens is None:
-            out = ops.attention(qkv, dropout_p)
-        else:
-            out = ops.attention_varlen(qkv[0], seq_lens, dropout_p)[None]
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(self.proj(self.attend(self.project_qkv(x), seq_lens).flatten(-2)))
+
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+        """What `proj` reads, (batch, seq_len, heads, head_dim), of what `project_qkv` gives."""
+        return attend(qkv, self.attn_drop if self.training else 0.0, seq_lens)
 
     def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """The attention weights for the block input's norm `x`: (batch, heads, rows, seq_len)."""
@@ -239,7 +258,7 @@ class Mlp(nn.Module):
         largest tensor of a block are slow to get.
         """
         plain = type(self.fc1) is nn.Linear and type(self.act) is GELU
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        recorded = torch.is_grad_enabled() or is_traced()
         return plain and not recorded and not is_watched(self.fc1) and not is_watched(self.act)
 
 

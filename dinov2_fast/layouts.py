@@ -282,8 +282,12 @@ def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> 
         recipes["pos_embed"] = Recipe(recipes["pos_embed"].keys, _prepend_zero)
     if "mask_token" not in recipes:
         cls_token = source[recipes["cls_token"].keys[0]]
-        recipes["mask_token"] = Recipe((), partial(torch.zeros_like, cls_token[0]))
-        _log_once("These weights have no mask token, as timm's: it is set to zeros.")
+        recipes["mask_token"] = Recipe((), partial(_no_mask_token, cls_token))
+
+
+def _no_mask_token(cls_token: Tensor) -> Tensor:
+    _log_once("These weights have no mask token, as timm's: it is set to zeros.")
+    return torch.zeros_like(cls_token[0])
 
 
 def _prepend_zero(positions: Tensor) -> Tensor:

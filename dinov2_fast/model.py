@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,10 @@ from dinov2_fast.position_embeddings import (
     resample_position_embeddings,
     square_grid,
 )
+
+torch.fx.wrap("check_is_tensor")
+torch.fx.wrap("resample_position_embeddings")
+torch.fx.wrap("square_grid")
 
 
 class BlockChunk(nn.Sequential):
@@ -50,6 +55,12 @@ _FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "swiglufused": SwiGLUFFNFused,
     "identity": _identity_ffn,
 }
+
+
+NOT_SCRIPTABLE = (
+    "torch.jit.script cannot compile this model, whose ops choose their implementation in Python. Use torch.jit.trace, "
+    "torch.export or torch.compile."
+)
 
 
 class AnyLayout(nn.Module):
@@ -74,7 +85,8 @@ class AnyLayout(nn.Module):
         if converted.keys() != own.keys():
             plan = layouts.plan_conversion(state_dict)
             own_keys = {layouts.plain_key(key): key for key in own}
-            used = [key for key in plan.recipes if key in own_keys or key not in plan.made_up]
+            optional = plan.made_up | {"mask_token"}  # which timm's models do not have
+            used = [key for key in plan.recipes if key in own_keys or key not in optional]
             layout, converted = plan.layout, {own_keys.get(key, key): plan.read(key) for key in used}
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
@@ -250,6 +262,10 @@ class DinoVisionTransformer(AnyLayout):
             if self.mask_token is None:
                 raise ValueError("masks were given, but this model has no mask token.")
             x = torch.where(_check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        return self._add_positions(x, height, width)
+
+    def _add_positions(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Patches (batch, patches, hidden) of images of that size to all tokens, with positions."""
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = x + self.interpolate_pos_encoding(x, height, width)
         if self.register_tokens is not None:
@@ -258,18 +274,19 @@ class DinoVisionTransformer(AnyLayout):
 
     # Forward passes
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Features of a batch of pictures.
+    def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
+        """Features of a batch of images.
 
         Args:
-            *args, **kwargs: those of `forward_features`.
-            is_training: return everything `forward_features` gives instead of the CLS token alone.
+            x, masks: those of `forward_features`.
+            is_training: return everything `forward_features` gives instead of the CLS token alone. By position only
+                for the legacy ONNX exporter, which fills in every default.
 
         Returns:
             The normalised CLS token (batch, hidden), or with `is_training` the dictionary (for a list of batches, the
             list of dictionaries).
         """
-        features = self.forward_features(*args, **kwargs)
+        features = self.forward_features(x, masks)
         if is_training:
             return features
         if isinstance(features, list):
@@ -389,6 +406,20 @@ class DinoVisionTransformer(AnyLayout):
         }
 
     # Settings and reports
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the parameters."""
+        return self.cls_token.dtype
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for first."""
+        raise TypeError(NOT_SCRIPTABLE)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_fast.tracing import is_traced
+
 
 class Dialect(NamedTuple):
     """How the table is resampled: `offset` is added to the output size before the step is computed."""
@@ -72,7 +74,7 @@ def resample_position_embeddings(
     table = table if table.dtype == torch.float64 else table.float()
     if is_native(height, width, grid):
         return table
-    make = _matrices if _tracing() or type(table) is not torch.Tensor else _cached_matrices
+    make = _matrices if is_traced() or type(table) is not torch.Tensor else _cached_matrices
     rows, columns = make(height, width, grid, dialect, table.device)
     with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
     return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
@@ -92,11 +94,7 @@ def square_grid(table: Tensor) -> Grid:
 
 def is_native(height: int, width: int, grid: Grid) -> bool:
     """Whether `height` x `width` is the table's own grid; False while a graph for any size is traced."""
-    return not _tracing() and (height, width) == grid
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not is_traced() and (height, width) == grid
 
 
 def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
@@ -168,8 +166,8 @@ def _resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Ten
 
 def _antialiased_rows(centre: Tensor, source: Tensor, step: Tensor) -> Tensor:
     widening = step.clamp(min=1.0)
-    first = torch.trunc(centre - 2 * widening + 0.5)
-    last = torch.trunc(centre + 2 * widening + 0.5)
+    first = torch.floor(centre - 2 * widening + 0.5)
+    last = torch.floor(centre + 2 * widening + 0.5)
     inside = (source >= first) & (source < last)
     weights = _cubic((source - centre + 0.5) / widening, a=-0.5) * inside
     return weights / weights.sum(dim=1, keepdim=True)

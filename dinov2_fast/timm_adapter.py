@@ -11,18 +11,22 @@ import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 
+from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
 from dinov2_fast.position_embeddings import Grid
+from dinov2_fast.timm_layers import TimmAttention, TimmPatchEmbed
 from dinov2_fast.weights import load
 from dinov2_fast.weights.files import open_weights
 
@@ -31,9 +35,19 @@ TAG = ".lvd142m"  # of the weights, which timm's names end with
 TRAINED_SIZE = 518  # pixels that the position table of the published weights is for
 Indices = int | Sequence[int] | None
 
-# Arguments that timm's scripts give: those that say what is so anyway, and those that have to be off.
+# Arguments that timm's scripts give: those without an effect, and those that may say what is so anyway.
 IGNORED = ("exportable", "no_jit")
-OFF = ("scriptable", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
+SO_ANYWAY: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("scriptable", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm", "fix_init"), (False,)),
+    **dict.fromkeys(("pool_include_prefix", "patch_drop_rate", "proj_drop_rate"), (False,)),
+    **dict.fromkeys(("class_token", "final_norm"), (True,)),
+    "pos_embed": ("learn",),
+    "weight_init": ("", "skip"),
+    "attn_layer": ("", "attn"),
+    "feature_cls": ("getter",),
+}
+
+torch.fx.wrap("check_is_tensor")
 
 
 def create_model(
@@ -44,12 +58,15 @@ def create_model(
     out_indices: int | Sequence[int] = 3,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """A DINOv2 by timm's name.
 
-    Unlike timm's, the model always takes pictures of any size that is a multiple of the patch size: its position table
-    is resampled for each, as timm's with ``dynamic_img_size=True``.
+    Unlike timm's, the model by default takes images of any size that is a multiple of the patch size: its position
+    table is resampled for each, as timm's with ``dynamic_img_size=True``.
 
     Args:
         model_name: such as "vit_small_patch14_dinov2" or "vit_small_patch14_reg4_dinov2.lvd142m".
@@ -58,8 +75,13 @@ def create_model(
         features_only: give a `FeatureGetter`, whose forward pass returns feature maps.
         out_indices: its blocks: the last so many, or their indices, which may be negative.
         device, dtype: of the parameters; None for the CPU and float32.
-        **kwargs: arguments of `TimmVisionTransformer`; those that are None count as not given. With `img_size` the
-            published position table, of 518 pixels, is resampled, as `TimmVisionTransformer.set_input_size` does.
+        pretrained_cfg: entries of `default_cfg` to replace, a dictionary or timm's object; or the tag of the weights.
+            `num_classes`, `global_pool` and `input_size` become arguments, `file` is what `pretrained` loads.
+        pretrained_cfg_overlay: more such entries.
+        cache_dir: refused with `pretrained`; otherwise without an effect.
+        **kwargs: arguments of `TimmVisionTransformer`; those that are None, or say what is so anyway, count as not
+            given. With `img_size` the published position table, of 518 pixels, is resampled, as
+            `TimmVisionTransformer.set_input_size` does.
 
     Returns:
         A `TimmVisionTransformer` or `FeatureGetter` in training mode.
@@ -70,13 +92,18 @@ def create_model(
         WeightsError: the weights cannot be found, fetched or read.
     """
     config = _find(model_name)
-    arguments = _own_arguments(kwargs)
-    model = _with_published_weights(config, arguments) if pretrained else _build(config, arguments)
+    given_cfg = _given_cfg(config, pretrained_cfg, pretrained_cfg_overlay)
+    arguments = _own_arguments(config, {**_arguments_in(given_cfg), **_given(kwargs)})
+    if pretrained:
+        _refuse_other_sources(config, given_cfg, cache_dir)
+        model = _with_published_weights(config, arguments, given_cfg.get("file"))
+    else:
+        model = _build(config, arguments)
     if checkpoint_path is not None:
         model.load_state_dict(open_weights(Path(checkpoint_path).expanduser()))
         model.loaded_from = str(checkpoint_path)
     model.to(device=device, dtype=dtype)
-    model.default_cfg = model.pretrained_cfg = _data_config(config)
+    model.default_cfg = model.pretrained_cfg = {**_data_config(config), **given_cfg}
     return FeatureGetter(model, out_indices) if features_only else model
 
 
@@ -89,10 +116,15 @@ class TimmVisionTransformer(DinoVisionTransformer):
             "avgmax" of the patch tokens, or "" all of them.
         fc_norm: normalise after pooling instead of before; by default where `global_pool` is of the patch tokens.
         drop_rate: dropout before the head.
-        dynamic_img_size: has no effect, see `create_model`.
-        dynamic_img_pad: pad pictures below and on the right to whole patches.
+        pos_drop_rate, attn_drop_rate: dropout of the embedded tokens and of the attention weights.
+        dynamic_img_size: take images of every size; without it only those of `img_size`. `patch_embed` gives
+            (batch, rows, columns, hidden) with it and (batch, patches, hidden) without.
+        dynamic_img_pad: pad images below and on the right to whole patches.
         **kwargs: arguments of `DinoVisionTransformer`, such as `drop_path_rate` or `img_size`, the size in pixels that
             the position table is for.
+
+    The attention weights (batch, heads, seq_len, seq_len) go through ``blocks[i].attn.attn_drop`` where that has a hook
+    or ``blocks[i].attn.fused_attn`` is False. torch.fx traces the model; torch.jit.script does not take it.
     """
 
     def __init__(
@@ -101,25 +133,38 @@ class TimmVisionTransformer(DinoVisionTransformer):
         global_pool: str = "token",
         fc_norm: bool | None = None,
         drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**{"block_chunks": 0, **kwargs})
+        embed_layer = partial(
+            kwargs.pop("embed_layer", TimmPatchEmbed),
+            dynamic_img_size=dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
+        )
+        block_fn = partial(kwargs.pop("block_fn", Block), attn_class=TimmAttention, attn_drop=attn_drop_rate)
+        super().__init__(**{"block_chunks": 0, **kwargs}, embed_layer=embed_layer, block_fn=block_fn)
         if self.chunked_blocks:
             raise ValueError("timm's models have no block chunks: leave block_chunks at 0.")
-        if self.mask_token is not None:
-            self.mask_token.requires_grad_(False)  # timm has none, and training would find it unused
+        self.mask_token = None  # timm has none, and training would find it unused
         for block in self.blocks:
-            block.subset_threshold = 1.0  # timm drops branches of single pictures at every rate
+            block.subset_threshold = 1.0  # timm drops branches of single images at every rate
+        self.blocks = nn.Sequential(*self.blocks)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop: nn.Module = nn.Identity()
+        self.norm_pre: nn.Module = nn.Identity()
+        self.attn_pool: nn.Module | None = None
         self.num_classes = num_classes
         self.global_pool = _check_pool(global_pool)
-        self.dynamic_img_size = True
+        self.dynamic_img_size = dynamic_img_size
         self.dynamic_img_pad = dynamic_img_pad
-        self._set_grid(self.patch_embed.img_size)
         self.in_chans = self.patch_embed.in_chans
         self.head_hidden_size = self.embed_dim
         self.has_class_token = True
+        self.no_embed_class = self.num_register_tokens > 0
+        self.pool_include_prefix = False
         self.num_reg_tokens = self.num_register_tokens
         self.num_prefix_tokens = 1 + self.num_register_tokens
         self.feature_info = [
@@ -143,14 +188,12 @@ class TimmVisionTransformer(DinoVisionTransformer):
         nn.init.zeros_(head.bias)
         return head.to(self.cls_token.dtype)  # only now, since trunc_normal_ puts outliers into a bfloat16 tensor
 
-    # Positions
+    @property
+    def reg_token(self) -> nn.Parameter | None:
+        """The registers (1, registers, hidden), which the state dict has as `register_tokens`."""
+        return self.register_tokens
 
-    def _set_grid(self, img_size: tuple[int, int]) -> None:
-        """Says in timm's names, and in the reference's, which pictures the position table is for."""
-        embed: Any = self.patch_embed
-        embed.img_size = img_size
-        embed.grid_size = embed.patches_resolution = img_size[0] // self.patch_size, img_size[1] // self.patch_size
-        embed.num_patches = embed.grid_size[0] * embed.grid_size[1]
+    # Positions
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -178,7 +221,8 @@ class TimmVisionTransformer(DinoVisionTransformer):
             with torch.no_grad():
                 table = self.interpolate_pos_encoding(self.pos_embed, height, width)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
-        self._set_grid((height, width))
+        embed: Any = self.patch_embed
+        embed.set_img_size((height, width))
 
     def _position_grid(self) -> Grid:
         """Also of a table for pictures that are not square."""
@@ -186,11 +230,15 @@ class TimmVisionTransformer(DinoVisionTransformer):
 
     # Forward passes
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature, not the reference's
-        """Pictures (batch, channels, height, width) to logits, or without a classifier to pooled features."""
+    def forward(  # type: ignore[override]  # timm's signature, not the reference's
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Images (batch, channels, height, width) to logits, or without a classifier to pooled features."""
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # as above
+    def forward_features(  # type: ignore[override]  # as above
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """All tokens, normalised: (batch, 1 + registers + patches, hidden). Masks are refused."""
         _refuse_masks(attn_mask, is_causal)
         return self.norm(self._run_blocks(self._embed(x)))
@@ -288,12 +336,25 @@ class TimmVisionTransformer(DinoVisionTransformer):
             attn_mask=attn_mask,
         )
 
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images as tokens (batch, 1 + registers + patches, hidden), by the reference's name; masks are refused."""
+        if masks is not None:
+            raise ValueError("masks were given, but this model has no mask token.")
+        return self._embed(x)
+
     def _embed(self, x: Tensor) -> Tensor:
-        if self.dynamic_img_pad:
-            check_is_tensor(x)
-            below, right = (-size % self.patch_size for size in x.shape[-2:])
-            x = F.pad(x, (0, right, 0, below))
-        return self.prepare_tokens_with_masks(x)
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """What `patch_embed` gives to all tokens (batch, 1 + registers + patches, hidden), with positions."""
+        rows, columns = self._position_grid()
+        if self.dynamic_img_size:
+            rows, columns = x.shape[1], x.shape[2]
+            x = x.flatten(1, 2)
+        return self.pos_drop(self._add_positions(x, rows * self.patch_size, columns * self.patch_size))
+
+    def _run_blocks(self, x: Any) -> Any:
+        return super()._run_blocks(x) if self.grad_checkpointing else self.blocks(x)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of patches, of padded pictures where they are padded."""
@@ -334,12 +395,12 @@ class TimmVisionTransformer(DinoVisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone, besides norms and biases."""
-        return {"pos_embed", "cls_token", "register_tokens", "mask_token"}
+        return {"pos_embed", "cls_token", "register_tokens"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that assign each parameter to a depth, for learning rates that fall with it."""
         return {
-            "stem": r"^cls_token|register_tokens|mask_token|pos_embed|patch_embed",
+            "stem": r"^cls_token|register_tokens|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -426,12 +487,58 @@ def _find(model_name: str) -> BackboneConfig:
     raise ValueError(f"timm has no DINOv2 called {model_name!r}; did you mean {' or '.join(near)}?")
 
 
-def _own_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that a `TimmVisionTransformer` takes; None, and what is as it should be, is left out."""
-    given = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
-    given = {name: value for name, value in given.items() if value or name not in OFF}
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _given_cfg(config: BackboneConfig, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:
+    """The entries of timm's `pretrained_cfg` and of what is laid over it."""
+    if isinstance(pretrained_cfg, str):
+        if pretrained_cfg != TAG.removeprefix("."):
+            raise ValueError(f"{config.timm_name} has no weights tagged {pretrained_cfg!r}; leave pretrained_cfg out.")
+        pretrained_cfg = None
+    if is_dataclass(pretrained_cfg) and not isinstance(pretrained_cfg, type):
+        pretrained_cfg = asdict(pretrained_cfg)
+    return {**_given(pretrained_cfg or {}), **(overlay or {})}
+
+
+def _arguments_in(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What timm takes from a `pretrained_cfg` to build the model."""
+    arguments = {name: cfg.get(name) for name in ("num_classes", "global_pool")}
+    channels, *img_size = cfg.get("input_size") or (None,)
+    return _given({**arguments, "in_chans": channels, "img_size": tuple(img_size) or None})
+
+
+def _refuse_other_sources(config: BackboneConfig, cfg: dict[str, Any], cache_dir: Any) -> None:
+    published = (None, config.url, "timm/", f"timm/{config.timm_name}")
+    others = [name for name in ("url", "hf_hub_id", "state_dict") if cfg.get(name) not in published]
+    if others and not cfg.get("file"):
+        raise ValueError(
+            f"pretrained_cfg names other weights, by {', '.join(others)}. Give a file: as its entry `file`, or as "
+            "checkpoint_path."
+        )
+    if cache_dir is not None:
+        raise ValueError("cache_dir is not read: set the environment variable DINOV2_FAST_CACHE to that folder.")
+
+
+def _own_arguments(config: BackboneConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that a `TimmVisionTransformer` takes, without what says what is so anyway."""
+    if given.get("scriptable"):
+        raise TypeError(f"scriptable=True: {NOT_SCRIPTABLE}")
+    so_anyway = {
+        **SO_ANYWAY,
+        "reg_tokens": (config.num_register_tokens,),
+        "no_embed_class": (config.num_register_tokens > 0,),
+        "act_layer": ("gelu",) if config.ffn_layer == "mlp" else ("silu", nn.SiLU),
+    }
+    given = {name: value for name, value in given.items() if name not in IGNORED}
+    given = {name: value for name, value in given.items() if not any(value == v for v in so_anyway.get(name, ()))}
     signatures = (inspect.signature(kind.__init__) for kind in (TimmVisionTransformer, DinoVisionTransformer))
-    known = [name for signature in signatures for name in signature.parameters if name not in ("self", "kwargs")]
+    elsewhere = {"self", "kwargs"}
+    if config.ffn_layer != "mlp" or isinstance(given.get("act_layer"), str):
+        elsewhere.add("act_layer")  # SwiGLU has its own, and names of others are timm's
+    known = [name for signature in signatures for name in signature.parameters if name not in elsewhere]
     unknown = [f"{name}={value!r}" for name, value in given.items() if name not in known]
     if unknown:
         raise TypeError(
@@ -446,7 +553,9 @@ def _build(config: BackboneConfig, arguments: dict[str, Any]) -> TimmVisionTrans
     return TimmVisionTransformer(**{**config.constructor_arguments(), **timm_has, **arguments})
 
 
-def _with_published_weights(config: BackboneConfig, arguments: dict[str, Any]) -> TimmVisionTransformer:
+def _with_published_weights(
+    config: BackboneConfig, arguments: dict[str, Any], file: str | None
+) -> TimmVisionTransformer:
     """Built without storage, and given the tensors that `load` read: the weights are in memory once."""
     with torch.device("meta"):
         model = _build(config, {**arguments, "num_classes": 0, "img_size": TRAINED_SIZE})
@@ -455,7 +564,7 @@ def _with_published_weights(config: BackboneConfig, arguments: dict[str, Any]) -
             f"The published weights normalise before pooling: with global_pool={model.global_pool!r}, give "
             "fc_norm=False."
         )
-    backbone = load(config.name)
+    backbone = load(config.name, weights=file)
     model.load_state_dict(backbone.state_dict(), assign=True)
     model.loaded_from = backbone.loaded_from
     model.set_input_size(arguments.get("img_size"))
@@ -470,7 +579,7 @@ def _data_config(config: BackboneConfig) -> dict[str, Any]:
         "tag": TAG.removeprefix("."),
         "num_classes": 0,
         "input_size": (3, TRAINED_SIZE, TRAINED_SIZE),
-        "fixed_input_size": False,
+        "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
@@ -500,6 +609,8 @@ def _take_indices(blocks: int, indices: Indices) -> list[int]:
     return [i % blocks for i in indices]
 
 
+@torch.fx.wrap
+@torch.fx.node.has_side_effect
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask and is_causal are not supported: every token attends to all.")

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, ONNX and torch.jit.trace: one graph, standard operators, any size."""
+"""torch.compile, torch.export and ONNX: one graph, standard operators, any size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
 SHAPES = [(2, 3, 70, 70), (1, 3, 56, 98), (3, 3, 126, 84), (2, 3, 28, 28)]
 # One patch a side is left out: torch.export specialises on a size of one.
 ROWS, COLUMNS = Dim("rows", min=2, max=64), Dim("columns", min=2, max=64)
-DYNAMIC = {"args": ({0: Dim("batch", min=1, max=64), 2: 14 * ROWS, 3: 14 * COLUMNS},)}
+DYNAMIC = {"x": {0: Dim("batch", min=1, max=64), 2: 14 * ROWS, 3: 14 * COLUMNS}}
 
 
 @pytest.fixture(params=KINDS)
@@ -99,12 +99,3 @@ def test_onnx_runs_every_size(model, tmp_path) -> None:
         x = torch.randn(shape)
         (ours,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert np.abs(ours - model(x).numpy()).max() < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@torch.no_grad()
-def test_jit_trace_follows_the_size(model) -> None:
-    traced = torch.jit.trace(model, torch.randn(2, 3, 70, 56))
-    for shape in SHAPES:
-        x = torch.randn(shape)
-        close(traced(x), model(x))

@@ -26,12 +26,13 @@ ORDER = (
     ("weights",),
     ("model",),
     ("block",),
+    ("timm_layers",),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("backends",),
     ("kernels",),
     ("visualize",),
-    ("configs", "environment", "extension"),
+    ("configs", "environment", "extension", "tracing"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -166,7 +166,7 @@ def test_stochastic_depth_grows_with_depth_unless_uniform(uniform: bool, rates: 
         (torch.zeros(1, 3, 56, 57), ValueError, "width 57 is not a multiple"),
         (torch.zeros(1, 3, 7, 14), ValueError, "height 7 is not a multiple of patch height 14. .* it to 14."),
         (torch.zeros(1, 3, 0, 14), ValueError, "height 0 is not a multiple"),
-        (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), TypeError, "floating-point pictures, got torch.uint8"),
+        (torch.zeros(1, 3, 56, 56, dtype=torch.uint8), TypeError, "floating-point images, got torch.uint8"),
         ([], ValueError, "list of batches is empty"),
         ((torch.zeros(1, 3, 56, 56),), TypeError, "takes a tensor .* got tuple"),
         (np.zeros((1, 3, 56, 56), np.float32), TypeError, "takes a tensor .* got ndarray. Dinov2ImageProcessor"),
@@ -198,6 +198,25 @@ def test_bad_masks_lists_and_constructor_arguments_get_a_clear_error() -> None:
 
 def test_an_empty_batch_gives_empty_features() -> None:
     assert small()(torch.zeros(0, 3, 56, 56)).shape == (0, 32)
+
+
+def test_device_and_dtype() -> None:
+    model = small()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    model.to("meta", torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("meta"), torch.bfloat16)
+
+
+def test_forward_takes_masks_and_is_training_as_the_reference_does() -> None:
+    model, x, masks = small(), torch.randn(2, 3, 28, 42), torch.rand(2, 6) < 0.5
+    expected = model.forward_features(x, masks)
+    for features in (
+        model(x, masks, is_training=True),
+        model(x=x, masks=masks, is_training=True),
+        model([x], [masks], is_training=True)[0],
+    ):
+        assert torch.equal(features["x_prenorm"], expected["x_prenorm"])
+    assert torch.equal(model(x, masks), expected["x_norm_clstoken"])
 
 
 def test_deepcopy_pickle_and_state_dict_round_trips() -> None:

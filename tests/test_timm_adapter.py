@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast import BACKBONES, convert_state_dict, create_model, load
+from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import RandomWeights
 from tests.checkpoints import assert_same, shapes
 from tests.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
@@ -226,7 +227,7 @@ def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytes
             model.position_dialect = name
             assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
             with monkeypatch.context() as patch:
-                patch.setattr("dinov2_fast.position_embeddings._tracing", lambda: True)  # as in a graph
+                patch.setattr("dinov2_fast.position_embeddings.is_traced", lambda: True)  # as in a graph
                 assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
         assert not torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
 
@@ -311,15 +312,13 @@ def test_data_config() -> None:
     assert data.resolve_model_data_config(pair.ours) == data.resolve_model_data_config(pair.theirs)
     features = create_model(NAMES[0], **SMALL, features_only=True)
     assert data.resolve_model_data_config(features)["input_size"] == (3, 518, 518)
-    for key in ("architecture", "tag", "num_classes", "first_conv", "classifier", "license"):
+    for key in ("architecture", "tag", "num_classes", "fixed_input_size", "first_conv", "classifier", "license"):
         assert pair.ours.default_cfg[key] == pair.theirs.default_cfg[key], key
 
 
 def as_timms(names: Any) -> set[str]:
     renamed = {"register_tokens": "reg_token"}
-    return {
-        renamed.get(name, name).replace("w12", "fc1").replace("w3", "fc2") for name in names if name != "mask_token"
-    }
+    return {renamed.get(name, name).replace("w12", "fc1").replace("w3", "fc2") for name in names}
 
 
 def test_layer_decay(pair: Pair) -> None:
@@ -397,11 +396,10 @@ def test_training(rate: float) -> None:
         model.train()(x).square().sum().backward()
     theirs = {name: p.grad for name, p in pair.theirs.named_parameters()}
     for name, parameter in pair.ours.named_parameters():
-        if name not in ("mask_token", "register_tokens", "pos_embed"):
+        if name not in ("register_tokens", "pos_embed"):
             torch.testing.assert_close(parameter.grad, theirs[name], atol=1e-3, rtol=1e-4, msg=name)
     torch.testing.assert_close(pair.ours.register_tokens.grad, theirs["reg_token"], atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(pair.ours.pos_embed.grad[:, 1:], theirs["pos_embed"], atol=1e-3, rtol=1e-4)
-    assert pair.ours.mask_token.grad is None
 
 
 def test_branches_are_dropped_for_single_pictures_at_every_rate() -> None:
@@ -462,11 +460,12 @@ def test_published_weights(name: str, places: Places) -> None:
     weights = tiny_weights(2)
     path = write(weights, places.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model(name, pretrained=True, drop_path_rate=0.5)
+    del weights["mask_token"]
     assert_same(model.state_dict(), weights)
     assert model.training
     assert model.loaded_from == str(path)
     assert model.blocks[1].drop_path1.drop_prob == 0.5
-    assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["mask_token"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
     x = pictures(42, 56)
     same = load(TINY, dialect="antialias")
     assert_close(model.eval()(x), same(x))
@@ -518,8 +517,18 @@ def test_errors() -> None:
         TypeError, match=r"no patch_drop_rate=0.1, class_token=False. A model takes num_classes, .*depth"
     ):
         create_model(NAMES[0], **SMALL, patch_drop_rate=0.1, class_token=False)
-    with pytest.raises(TypeError, match=r"no pretrained_cfg_overlay={'file': 'a.bin'}.* go in as checkpoint_path"):
+    with pytest.raises(WeightsError, match=r"a\.bin"):
         create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"file": "a.bin"})
+    with pytest.raises(ValueError, match=r"names other weights, by hf_hub_id. Give a file: .* checkpoint_path"):
+        create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine"})
+    with pytest.raises(ValueError, match="has no weights tagged 'in1k'"):
+        create_model(NAMES[0], pretrained_cfg="in1k")
+    with pytest.raises(ValueError, match="cache_dir is not read: set the environment variable DINOV2_FAST_CACHE"):
+        create_model(NAMES[0], pretrained=True, cache_dir="there")
+    with pytest.raises(TypeError, match="no act_layer='relu'"):
+        create_model(NAMES[0], **SMALL, act_layer="relu")
+    with pytest.raises(TypeError, match=r"no act_layer=<class '.*GELU'>"):
+        create_model(NAMES[2], **SMALL, act_layer=torch.nn.GELU)
     model = create_model(NAMES[0], **SMALL, num_classes=None)
     with pytest.raises(ValueError, match=r"patch_size=16 cannot be set: the patch embedding is for patches of 14"):
         model.set_input_size(224, patch_size=16)
@@ -550,8 +559,55 @@ def test_what_timms_scripts_give_by_default_is_taken() -> None:
     flags = {"scriptable": False, "exportable": True, "no_jit": True, "patch_drop_rate": 0.0}
     model = create_model(NAMES[0], pretrained=False, **SMALL, num_classes=5, drop_rate=0.0, **unset, **flags)
     assert model(pictures(28, 28)).shape == (2, 5)
-    with pytest.raises(TypeError, match="no scriptable=True"):
+    with pytest.raises(TypeError, match=r"scriptable=True: torch.jit.script cannot compile .* Use torch.jit.trace"):
         create_model(NAMES[0], **SMALL, scriptable=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_says_what_is_so_anyway_is_taken(name: str) -> None:
+    registers = 4 if "reg4" in name else 0
+    so_anyway = {
+        "class_token": True,
+        "pos_embed": "learn",
+        "no_embed_class": registers > 0,
+        "reg_tokens": registers,
+        "qk_norm": False,
+        "pre_norm": False,
+        "final_norm": True,
+        "attn_layer": "attn",
+        "weight_init": "skip",
+        "act_layer": "silu" if "giant" in name else "gelu",
+        "patch_drop_rate": 0.0,
+        "proj_drop_rate": 0.0,
+        "cache_dir": "anywhere",
+        "pretrained_cfg": "lvd142m",
+        "pretrained_cfg_overlay": {"crop_pct": 0.9},
+    }
+    model = create_model(name, **SMALL, **so_anyway)
+    assert model.default_cfg["crop_pct"] == 0.9
+    assert model(pictures(28, 28)).shape == (2, 128)
+    features = create_model(name, **SMALL, features_only=True, feature_cls="getter", **so_anyway)
+    assert len(features(pictures(28, 28))) == 3
+    assert create_model(NAMES[0], **SMALL, act_layer=torch.nn.GELU)(pictures(28, 28)).shape == (2, 128)
+    for argument, value in so_anyway.items():
+        other = {"no_embed_class": registers == 0, "reg_tokens": 2}.get(argument, not value)
+        if not isinstance(value, str | dict):
+            with pytest.raises(TypeError, match=f"create_model has no {argument}={other}"):
+                create_model(name, **SMALL, **{argument: other})
+
+
+def test_a_pretrained_cfg_of_timms(places: Places, tmp_path: Path) -> None:
+    """Builds what timm builds of it: a classifier, another size; its file is what `pretrained` loads."""
+    timm = pytest.importorskip("timm", reason="takes timm's object, which is not installed")
+    path = write(tiny_weights(2), tmp_path / "mine.safetensors")
+    given = timm.models.PretrainedCfg(file=str(path), num_classes=7, input_size=(3, 28, 42), mean=(0.0, 0.0, 0.0))
+    model = create_model("vit_tiny_patch14_dinov2", pretrained=True, pretrained_cfg=given)
+    assert model.loaded_from == str(path)
+    assert model.patch_embed.grid_size == (2, 3)
+    assert (model.num_classes, model.default_cfg["mean"]) == (7, (0.0, 0.0, 0.0))
+    again = create_model("vit_tiny_patch14_dinov2", pretrained_cfg=given, num_classes=2)
+    assert again.num_classes == 2
+    assert again.default_cfg["architecture"] == "vit_tiny_patch14_dinov2"
 
 
 def test_device_and_dtype() -> None:

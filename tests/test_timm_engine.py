@@ -107,7 +107,7 @@ def test_pictures_as_they_were_decoded() -> None:
     x = pictures(31, 57)
     assert_close(engine(x), model(x))
     assert_close(engine.forward_intermediates(x), model.forward_intermediates(x))
-    with pytest.raises(ValueError, match=r"uint8 pictures of \(42, 27\) pixels cannot be padded to multiples of 14"):
+    with pytest.raises(ValueError, match=r"uint8 images of \(42, 27\) pixels cannot be padded to multiples of 14"):
         engine(pixels[:, :, :27])
     with pytest.raises(TypeError, match="takes a tensor"):
         engine([x])

@@ -47,6 +47,22 @@ def test_the_model_runs_and_info_says_what_is_missing() -> None:
     assert re.search(r"^ *attention +torch +runs on cpu$", run.stdout, re.MULTILINE)
 
 
+def test_stubs_in_the_place_of_optional_packages_count_as_missing() -> None:
+    """Code written for Meta's model puts one there, so that it does not look for the package."""
+    stubs = "import sys, types\nfor name in ('xformers', 'triton'):\n    sys.modules[name] = types.ModuleType(name)\n"
+    imports = "import dinov2_fast.ops.attention\nfrom dinov2_fast.ops._registry import is_installed\n"
+    check = "assert not is_installed('xformers') and not is_installed('triton') and is_installed('torch')"
+    run = subprocess.run(
+        [sys.executable, "-c", f"import torch\n{stubs}{imports}{check}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_hiding_really_hides() -> None:
     run = subprocess.run([sys.executable, "-c", HIDE + "import triton"], capture_output=True, text=True, check=False)
     assert "No module named 'triton'" in run.stderr

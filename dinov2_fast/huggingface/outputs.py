@@ -10,10 +10,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+@torch.jit.ignore  # torch.jit.trace returns it as a dictionary; a class without methods it would compile instead
 class ModelOutput(OrderedDict[str, Any]):
     """An output with the fields that a subclass annotates, in their order.
 

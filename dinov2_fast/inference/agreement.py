@@ -63,8 +63,11 @@ def check_agreement(backbone: Any, folded: Any) -> None:
     """
     if any(module.training for module in backbone.modules()):
         return  # what it drops is random
-    height, width = (count * patch for count, patch in zip(SMALL, folded.patch_embed.patch_size, strict=True))
-    image = noise(folded.patch_embed.in_chans, height, width)
+    embed = folded.patch_embed
+    size = tuple(count * patch for count, patch in zip(SMALL, embed.patch_size, strict=True))
+    if getattr(embed, "strict_img_size", False):  # timm's, for images of one size
+        size = embed.img_size
+    image = noise(embed.in_chans, *size)
     tokens, expected = (each.prepare_tokens_with_masks(image.to(each.cls_token)) for each in (folded, backbone))
     folded._sizes.clear()  # where it keeps what it made for the size of this image
     if not folded.plan.e4m3:

@@ -25,6 +25,8 @@ from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
 from dinov2_fast.ops.patches import fold_normalization
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
+from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
+from dinov2_fast.tracing import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
 CACHED_SIZES = 16  # sizes of pictures whose position embeddings are kept
@@ -61,7 +63,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
 
     @classmethod
     def of(cls, module: nn.Module, plan: Plan) -> FoldedPatchEmbed:
-        convolution = _plain_convolution(expect(module, "patch_embed", PatchEmbed))
+        convolution = _plain_convolution(expect(module, "patch_embed", PatchEmbed, TimmPatchEmbed))
         made = hollow(module, cls)
         made.in_chans = convolution.in_channels
         weight, bias = convolution.weight.double(), convolution.bias
@@ -114,7 +116,7 @@ def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
     size = module.patch_size
     cuts = convolution.kernel_size == convolution.stride == size and size[0] == size[1]
     plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
-    if not (cuts and plain and module.flatten_embedding):
+    if not (cuts and plain and (module.flatten_embedding or type(module) is TimmPatchEmbed)):
         raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches side by side of {size}.")
     return convolution
 
@@ -149,7 +151,7 @@ class FoldedBackbone(DinoVisionTransformer):
             projection, (patches, hidden), in the dtype of the stream; between them positions alone, in fp32.
         """
         height, width = x.shape[-2:]
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if is_traced():
             return self._make_tokens(x, patches)
         key = (height, width, x.dtype == torch.uint8, self.cls_token.device)
         if cuda_graphs.is_captured(x):
@@ -228,12 +230,9 @@ class FoldedVisionTransformer(FoldedBackbone):
         """Pictures as tokens, by the name that the Hugging Face face has for it."""
         return self.prepare_tokens_with_masks(x)
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
         if is_training or not self.cls_only:
-            return super().forward(*args, is_training=is_training, **kwargs)
-        return self._cls_token(*args, **kwargs)
-
-    def _cls_token(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
+            return super().forward(x, masks, is_training)
         if isinstance(x, list):
             raise TypeError(
                 "A list of batches has one result for each: use cls_tokens, forward_features, or is_training=True."
@@ -265,10 +264,12 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
         padded = self.dynamic_img_pad and any(size % self.patch_size for size in x.shape[-2:])
         if padded and x.dtype == torch.uint8:
             raise ValueError(
-                f"uint8 pictures of {tuple(x.shape[-2:])} pixels cannot be padded to multiples of {self.patch_size}: "
-                "timm pads after normalising. Give normalised pictures, or other sizes."
+                f"uint8 images of {tuple(x.shape[-2:])} pixels cannot be padded to multiples of {self.patch_size}: "
+                "timm pads after normalising. Give normalised images, or other sizes."
             )
-        return super()._embed(x)
+        if not self.dynamic_img_size:
+            check_img_size(x, self.patch_embed.img_size)
+        return self.prepare_tokens_with_masks(pad_to_patches(x, self.patch_embed.patch_size) if padded else x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
         if not self.cls_only:
@@ -313,6 +314,8 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
     for name, child in model.named_children():
         if name in ("norm", "fc_norm") and type(child) in (LayerNorm, nn.LayerNorm):
             made.add_module(name, FoldedNorm(child, name, plan.dtype, plan.stream))
+        elif name in ("pos_drop", "patch_drop", "norm_pre"):  # of timm's, between embedding and blocks
+            expect(child, name, nn.Identity, nn.Dropout)
         elif name not in ("patch_embed", "blocks"):
             made.add_module(name, frozen(child, plan.dtype))
     return made

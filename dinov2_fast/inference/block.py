@@ -28,6 +28,16 @@ from dinov2_fast.inference.fold import (
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention_pool import cls_attention
 from dinov2_fast.ops.linear import interleave
+from dinov2_fast.timm_layers import TimmAttention
+
+
+def _plain_attention(attention: nn.Module, name: str) -> Attention:
+    """`attention`, if it is softmax attention alone."""
+    known: Attention = expect(attention, name, Attention, TimmAttention)
+    if isinstance(known, TimmAttention):
+        for norm in ("q_norm", "k_norm"):
+            expect(getattr(known, norm), f"{name}.{norm}", nn.Identity)
+    return known
 
 
 class FoldedAttention(FoldedModule):
@@ -91,7 +101,7 @@ class FoldedBlock(FoldedModule):
         expect(block, name, Block)
         for part in ("drop_path1", "drop_path2"):
             expect(getattr(block, part), f"{name}.{part}", DropPath, nn.Identity)
-        attention = expect(block.attn, f"{name}.attn", Attention)
+        attention = _plain_attention(block.attn, f"{name}.attn")
         self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, stream)
         self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
         self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, stream)

@@ -17,6 +17,7 @@ from dinov2_fast import ops
 from dinov2_fast.backends import choose
 from dinov2_fast.backends import ops as _by_name
 from dinov2_fast.integrations.joining import has_own_forward
+from dinov2_fast.tracing import is_traced
 
 _CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
 _ATTENTION = _by_name()["attention"]
@@ -73,7 +74,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 def runs_once() -> bool:
     """Whether what is computed now is neither recorded for a gradient nor for running it again."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state())
+    return not (torch.is_grad_enabled() or is_traced())
 
 
 def is_plain_linear(module: Any) -> bool:

@@ -7,9 +7,9 @@ they first run, never when the package is imported.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import reduce
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from dinov2_fast.backends import Implementation, device_of, records_gradient, te
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported; nothing is."""
+    """Whether a package could be imported; nothing is. A stub that somebody put into `sys.modules` is none."""
     try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
+        return importlib.util.find_spec(package) is not None
+    except (ModuleNotFoundError, ValueError):  # ValueError: what is there has no spec
         return False
 
 
