@@ -90,6 +90,13 @@ def test_regression_of_several_targets() -> None:
     assert_close(ours.loss, theirs.loss)
 
 
+def test_one_label_may_be_a_class() -> None:
+    problem = {"num_labels": 1, "problem_type": "single_label_classification"}
+    pair = make_pair("Dinov2", "ForImageClassification", num_hidden_layers=1, **problem)
+    ours, theirs = both(pair, pictures(56), labels=torch.tensor([0, 0]))
+    assert ours.loss == theirs.loss == 0
+
+
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
 def test_loss_over_the_items_of_all_accumulated_batches(classifier: Pair, count: Any) -> None:
     x, labels = pictures(56), torch.tensor([4, -100])  # -100 is left out
