@@ -272,6 +272,7 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         ({"position_dialect": "bilinear"}, "no position-embedding dialect 'bilinear'; choose one of offset, size"),
         ({"dtype": "float8"}, "no dtype 'float8'"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "needs two labels"),
     ],
 )
 def test_impossible_values(fields: dict[str, Any], message: str) -> None:

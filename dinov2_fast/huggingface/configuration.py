@@ -96,6 +96,8 @@ class Dinov2Config:
         self.output_attentions: bool = kwargs.pop("output_attentions", False)
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("single_label_classification needs two labels or more; for one, use regression.")
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.position_dialect: str | None = kwargs.pop("position_dialect", None)
         if self.position_dialect is not None:
@@ -262,7 +264,11 @@ class Dinov2Config:
         if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
             got = f"{type(config).__module__}.{type(config).__qualname__}"
             raise TypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
-        return config if isinstance(config, cls) else cls.from_dict(config.to_dict())
+        if isinstance(config, cls):
+            return config
+        own = cls.from_dict({**config.to_dict(), "problem_type": None})
+        own.problem_type = config.problem_type  # set later, any number of labels goes with it, as in transformers
+        return own
 
     @classmethod
     def from_pretrained(
