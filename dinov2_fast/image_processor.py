@@ -197,9 +197,9 @@ class Dinov2ImageProcessor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, save_directory: str | Path) -> Path:
         """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path."""
-        path = Path(folder) / CONFIG_NAME
+        path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return path
@@ -207,7 +207,7 @@ class Dinov2ImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -224,7 +224,7 @@ class Dinov2ImageProcessor:
         A setting that the file leaves out has the value that transformers gives it, which is not DINOv2's.
 
         Args:
-            source: the file, folder or repository.
+            pretrained_model_name_or_path: the file, folder or repository.
             revision, cache_dir, token: of the hub: branch, tag or commit; the folder to keep files in; the access.
             local_files_only: do not touch the network.
             subfolder: of the folder or repository.
@@ -241,7 +241,7 @@ class Dinov2ImageProcessor:
         from dinov2_fast.weights.sources import SourceOptions, find_config
 
         options = SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
-        path = find_config(str(source), options, CONFIG_NAME)
+        path = find_config(str(pretrained_model_name_or_path), options, CONFIG_NAME)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -273,7 +273,7 @@ class Dinov2Config:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -286,7 +286,7 @@ class Dinov2Config:
         """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields.
 
         Args:
-            name_or_path: the folder, file or repository.
+            pretrained_model_name_or_path: the folder, file or repository.
             revision, cache_dir, token: of the hub: a branch, tag or commit; the folder to keep files in; the access.
             local_files_only: do not touch the network.
             subfolder: of the folder or repository.
@@ -296,7 +296,9 @@ class Dinov2Config:
             WeightsError: there is no ``config.json``, or it is damaged.
             ValueError: it is another model's, or the values do not fit together.
         """
-        path = find_config(str(name_or_path), SourceOptions(revision, local_files_only, cache_dir, token, subfolder))
+        path = find_config(
+            str(pretrained_model_name_or_path), SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
+        )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -305,15 +307,15 @@ class Dinov2Config:
             raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
         return cls.from_dict(fields, **overrides)
 
-    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False) -> None:
-        """Writes ``config.json`` into `folder`, which is made if it does not exist.
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
+        """Writes ``config.json`` into `save_directory`, which is made if it does not exist.
 
         Raises:
             ValueError: `push_to_hub` is True.
         """
         refuse_upload(push_to_hub)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()

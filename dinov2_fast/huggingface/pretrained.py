@@ -55,7 +55,7 @@ class PreTrainedModel(AnyLayout):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        name_or_path: str | Path | None,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
         config: Dinov2Config | str | Path | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -74,10 +74,10 @@ class PreTrainedModel(AnyLayout):
         """A model in eval mode with the weights of a folder, a file or a hub repository, in any layout.
 
         Args:
-            name_or_path: folder with ``config.json`` and weights, or hub id such as ``facebook/dinov2-base``; None with
-                `config` and `state_dict`.
+            pretrained_model_name_or_path: folder with ``config.json`` and weights, or hub id such as
+                ``facebook/dinov2-base``; None with `config` and `state_dict`.
             config: instead of the one beside the weights; a configuration or where one is.
-            state_dict: weights in any layout instead of those of `name_or_path`; they are copied.
+            state_dict: weights in any layout instead of those of `pretrained_model_name_or_path`; they are copied.
             revision, cache_dir, token: of the hub: branch, tag or commit; the folder to keep files in; the access.
             subfolder: of the folder or repository.
             variant: of the weights: "fp16" reads ``model.fp16.safetensors``.
@@ -103,12 +103,12 @@ class PreTrainedModel(AnyLayout):
         options = SourceOptions(revision, local_files_only, cache_dir, token, subfolder, variant)
         if state_dict is not None:
             state_dict = MappingProxyType(state_dict)  # a plain dictionary would be emptied
-        elif name_or_path is not None:
-            checkpoint = find_checkpoint(str(name_or_path), options)
+        elif pretrained_model_name_or_path is not None:
+            checkpoint = find_checkpoint(str(pretrained_model_name_or_path), options)
             state_dict, config = open_weights(checkpoint.weights), config or checkpoint.config
         else:
             raise TypeError("There is nothing to load: give a folder, file or hub id, or state_dict and config.")
-        config = cls._read_config(config, name_or_path, options, kwargs)
+        config = cls._read_config(config, pretrained_model_name_or_path, options, kwargs)
         wanted = config.dtype if dtype in (None, "auto") else as_dtype(dtype)
         with torch.device("meta"):
             model = cls(config)
@@ -120,28 +120,34 @@ class PreTrainedModel(AnyLayout):
         if missing:
             logger.warning(
                 "%s has no %s that fits: the classification head is initialised at random, train it.",
-                name_or_path,
+                pretrained_model_name_or_path,
                 ", ".join(missing),
             )
             model.initialise_head(device=device or "cpu", dtype=model.dtype)
         config.dtype = model.dtype
-        config.name_or_path = model.name_or_path = str(name_or_path or "")
+        config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path or "")
         model.eval()
         # The annotation is the usual case's, as transformers' is.
         return (model, _loading_info(head, model, missing)) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
     def _read_config(
-        cls, config: Any, name_or_path: str | Path | None, options: SourceOptions, overrides: dict[str, Any]
+        cls,
+        config: Any,
+        pretrained_model_name_or_path: str | Path | None,
+        options: SourceOptions,
+        overrides: dict[str, Any],
     ) -> Dinov2Config:
-        """A copy of `config`, or the one that is where it (or else `name_or_path`) says, with `overrides`."""
-        if config is None and name_or_path is None:
-            raise TypeError("A state_dict alone is not enough: give a config, or the name_or_path of one.")
+        """A copy of `config`, or the one that is where it or else the name or path says, with `overrides`."""
+        if config is None and pretrained_model_name_or_path is None:
+            raise TypeError(
+                "A state_dict alone is not enough: give a config, or the pretrained_model_name_or_path of one."
+            )
         if config is not None and not isinstance(config, str | Path):
             _refuse_unknown(overrides, None)
             return copy.deepcopy(cls.config_class.of(config))
         try:
-            path = find_config(str(config or name_or_path), options)
+            path = find_config(str(config or pretrained_model_name_or_path), options)
         except WeightsError as error:
             raise WeightsError(
                 f"{error} Give config, or save with save_pretrained (transformers' Trainer calls it where it is given "
@@ -154,7 +160,7 @@ class PreTrainedModel(AnyLayout):
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -167,12 +173,12 @@ class PreTrainedModel(AnyLayout):
         save_peft_format: bool = True,
         save_original_format: bool = True,
     ) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` in transformers' layout into `folder`.
+        """Writes ``config.json`` and ``model.safetensors`` in transformers' layout into `save_directory`.
 
-        ``transformers.AutoModel.from_pretrained(folder)`` and this class's `from_pretrained` load it.
+        ``transformers.AutoModel.from_pretrained(save_directory)`` and this class's `from_pretrained` load it.
 
         Args:
-            folder: made if it does not exist.
+            save_directory: made if it does not exist.
             is_main_process: False writes nothing.
             state_dict: weights to write instead of the model's own, in any layout (gathered by FSDP, for instance).
             variant: "fp16" writes ``model.fp16.safetensors``.
@@ -193,13 +199,13 @@ class PreTrainedModel(AnyLayout):
         self.config.position_dialect = self._dialect_to_save()
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
-        self.config.save_pretrained(folder)
+        self.config.save_pretrained(save_directory)
         tensors = convert_state_dict(self.state_dict() if state_dict is None else state_dict, to="huggingface")
         if not self.config.use_mask_token:
             tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("mask_token")}
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         name = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
-        save_file(tensors, Path(folder) / name, metadata={"format": "pt"})
+        save_file(tensors, Path(save_directory) / name, metadata={"format": "pt"})
 
     def _dialect_to_save(self) -> str | None:
         dialect = self.base_model.position_dialect
@@ -237,7 +243,8 @@ class PreTrainedModel(AnyLayout):
     def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
         """Accepted as transformers does; outputs are the same with each, and `use_backend` says which kernel runs."""
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """False: this is no language model."""
         return False
 
