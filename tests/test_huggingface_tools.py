@@ -19,6 +19,7 @@ from dinov2_fast import Dinov2ImageProcessor
 from dinov2_fast.huggingface import BaseModelOutputWithPooling, Dinov2Config, Dinov2ForImageClassification
 from dinov2_fast.weights import WeightsError
 from tests.huggingface_peers import FAMILIES, assert_close, both, make_pair, our_class, pictures, their_class, worst
+from tests.readme import example
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "num_labels": 3}
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "examples" / "pictures").glob("*.jpg"))[:2]
@@ -36,13 +37,16 @@ class Labelled(Dataset[dict[str, Any]]):
 
 
 def make_trainer(model: Any, folder: Path, **settings: Any) -> Trainer:
+    """A Trainer as README makes it."""
     pytest.importorskip("accelerate")
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=2, max_steps=4, eval_steps=2, save_steps=2, eval_strategy="steps",
         logging_steps=1, learning_rate=1e-3, seed=0, use_cpu=True, report_to=[], disable_tqdm=True, **settings,
     )  # fmt: skip
-    data = Labelled()
-    return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=model)
+    names = {"transformers": transformers, "model": model, "arguments": arguments}
+    names |= {"training": Labelled(), "validation": Labelled()}
+    exec(example("transformers.Trainer"), names)
+    return names["trainer"]
 
 
 def losses(trainer: Trainer) -> list[float]:

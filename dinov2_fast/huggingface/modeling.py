@@ -142,7 +142,8 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
             pixel_values: (batch, channels, height, width), floating point, cast to the dtype of the weights.
             bool_masked_pos: (batch, patches), True where the mask token replaces a patch.
             attention_mask: must be None, every token attends to all.
-            output_attentions: also the attention weights, of all blocks or of those with these indices.
+            output_attentions: also the attention weights, of all blocks or of those with these indices. They are
+                computed beside the attention itself, so no gradient of the other outputs reaches them.
             output_hidden_states: also the input of every block and the output of the last.
             return_dict: False for a plain tuple. These three default to the config's.
             **kwargs: other arguments of transformers' models, which have no effect on this one.

@@ -51,6 +51,7 @@ class PreTrainedModel(AnyLayout):
     input_modalities: ClassVar[tuple[str, ...]] = ("image",)
     supports_gradient_checkpointing: ClassVar[bool] = True
     config: Dinov2Config
+    name_or_path: str
 
     @classmethod
     def from_pretrained(

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -205,7 +205,8 @@ def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    path, where = options.in_repository(name), {"revision": options.revision, "cache_dir": options.cache_dir}
+    path = options.in_repository(name)
+    where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     try:
         if options.local_files_only:  # hf_hub_download sends a request even when it is told to look at local files only
             found = huggingface_hub.try_to_load_from_cache(repository, path, **where)
