@@ -197,8 +197,11 @@ class Dinov2ImageProcessor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path."""
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> Path:
+        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path.
+
+        `safe_serialization` is accepted because pipelines of transformers 4 pass it; there are no weights to write.
+        """
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -123,6 +123,10 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str) -> None:
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
 
 
 def test_gradient_checkpointing_is_for_training_only() -> None:

@@ -268,6 +268,19 @@ class PreTrainedModel(AnyLayout):
         """Keep activations again."""
         self._set_checkpointing(False)
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its name from transformers 5.23 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` by its name from transformers 5.23 on."""
+        self.gradient_checkpointing_disable()
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         return any(isinstance(m, DinoVisionTransformer) and m.grad_checkpointing for m in self.modules())
