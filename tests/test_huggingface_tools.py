@@ -180,6 +180,7 @@ def test_adapters_train_and_merge(family: str, tmp_path: Path) -> None:
     model = make_pair(family, "ForImageClassification", **SMALL).ours
     before = logits(copy.deepcopy(model))
     config = peft.LoraConfig(r=4, target_modules=["qkv", "fc2"], modules_to_save=["classifier"])
+    torch.manual_seed(0)
     adapted = peft.get_peft_model(model, config)
     assert_close(logits(adapted), before, 1e-6)
     trainer = make_trainer(adapted, tmp_path, gradient_checkpointing=True)
