@@ -216,7 +216,7 @@ class Dinov2ImageProcessor:
         local_files_only: bool = False,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
-        subfolder: str = "",
+        subfolder: str | None = None,
         use_fast: bool | None = None,
         backend: str | None = None,
         trust_remote_code: bool | None = None,

@@ -359,6 +359,7 @@ def test_arguments_without_effect_here(folder: Path) -> None:
     model = Dinov2Model.from_pretrained(
         folder, attn_implementation="sdpa", low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=False,
         weights_only=True, token=None, cache_dir=None, output_loading_info=False, state_dict=None, variant=None,
+        subfolder=None,
         force_download=False, proxies=None, offload_folder="offload", max_memory={0: "1GB"},
     )  # fmt: skip
     written = model.config.to_dict()

@@ -279,7 +279,7 @@ class Dinov2Config:
         local_files_only: bool = False,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
-        subfolder: str = "",
+        subfolder: str | None = None,
         trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Dinov2Config:

@@ -63,7 +63,7 @@ class PreTrainedModel(AnyLayout):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
-        subfolder: str = "",
+        subfolder: str | None = None,
         variant: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,

@@ -50,7 +50,7 @@ class SourceOptions(NamedTuple):
     local_files_only: bool = False
     cache_dir: str | Path | None = None  # None for the hub's own
     token: str | bool | None = None  # None for the one that is logged in
-    subfolder: str = ""
+    subfolder: str | None = None
     variant: str | None = None  # "fp16" for model.fp16.safetensors
 
     def weights_names(self) -> tuple[str, ...]:
@@ -233,7 +233,7 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return find_in_folder(path / options.subfolder, options)
+        return find_in_folder(path / (options.subfolder or ""), options)
     if path.is_file() or path.suffix in SAFETENSORS + TORCH:
         return Checkpoint(path, None)
     if _HUB_ID.fullmatch(name):
@@ -249,7 +249,7 @@ def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        path = path / options.subfolder / file_name
+        path = path / (options.subfolder or "") / file_name
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
