@@ -48,6 +48,8 @@ _FILE_DEFAULTS: dict[str, Any] = {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _FILE_TYPES = ("BitImageProcessor", "BitImageProcessorFast", "BitImageProcessorPil", "BitFeatureExtractor")
+_DATA_FORMATS = ("channels_first", "channels_last", None)
+_SWITCHED_OFF = ("do_pad", "pad_size", "disable_grouping")  # of transformers: None and False are what happens here
 
 Pixels = NDArray[Any]  # (height, width, 3), uint8 or float32
 
@@ -137,25 +139,36 @@ class Dinov2ImageProcessor:
         return_tensors: str | None = "pt",
         *,
         input_data_format: str | None = None,
+        data_format: str | None = None,
+        device: Any = None,
         **overrides: Any,
     ) -> ImageBatch:
-        """Processes one picture, a list of them (sizes may differ), or a batch array.
+        """Processes one image, a list of them (sizes may differ), or a batch array.
 
         Args:
-            images: PIL pictures, numpy arrays or torch tensors, see the module's description for shapes and ranges.
+            images: PIL images, numpy arrays or torch tensors, see the module's description for shapes and ranges.
             return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width) float32; None: a list of arrays
                 (3, height, width), which may differ in size.
             input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays, where guessing is not wanted.
+            data_format: ``"channels_last"`` for outputs (height, width, 3).
+            device: where the tensors go; the processing itself is the CPU's.
             overrides: settings of the constructor, for this call.
 
         Raises:
-            TypeError: an unknown setting, or something that is not a picture.
-            ValueError: an empty list, a wrong rank, channel count, dtype or range, or outputs that differ in size.
+            TypeError: an unknown setting, or something that is not an image.
+            ValueError: an empty list, a wrong rank, channel count, dtype or range, outputs that differ in size, or a
+                device for what is no tensor.
         """
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}.')
+        if data_format not in _DATA_FORMATS:
+            raise ValueError(f'data_format must be "channels_first" or "channels_last", got {data_format!r}.')
+        if device is not None and return_tensors != "pt":
+            raise ValueError('Only tensors have a device; ask for return_tensors="pt".')
         processor = self._with(overrides)
         pixel_values = [processor._process(image, input_data_format) for image in _flat_list(images)]
+        if data_format == "channels_last":
+            pixel_values = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in pixel_values]
         if return_tensors is None:
             return ImageBatch(pixel_values=pixel_values)
         batch = _stack(pixel_values)
@@ -163,7 +176,7 @@ class Dinov2ImageProcessor:
             return ImageBatch(pixel_values=batch)
         import torch
 
-        return ImageBatch(pixel_values=torch.from_numpy(batch))
+        return ImageBatch(pixel_values=torch.from_numpy(batch).to(device))
 
     preprocess = __call__
 
@@ -184,9 +197,12 @@ class Dinov2ImageProcessor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path."""
-        path = Path(folder) / CONFIG_NAME
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> Path:
+        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path.
+
+        `safe_serialization` is accepted because pipelines of transformers 4 pass it; there are no weights to write.
+        """
+        path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return path
@@ -194,25 +210,41 @@ class Dinov2ImageProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        use_fast: bool | None = None,
+        backend: str | None = None,
+        trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Dinov2ImageProcessor:
         """Reads the settings from a file, a folder or a repository of the Hugging Face hub.
 
         A setting that the file leaves out has the value that transformers gives it, which is not DINOv2's.
-        `overrides` are settings of the constructor that replace the file's.
+
+        Args:
+            pretrained_model_name_or_path: the file, folder or repository.
+            revision, cache_dir, token: of the hub: branch, tag or commit; the folder to keep files in; the access.
+            local_files_only: do not touch the network.
+            subfolder: of the folder or repository.
+            use_fast, backend, trust_remote_code: accepted as transformers does; there is one implementation, whose
+                results are those of transformers' PIL backend.
+            overrides: settings of the constructor that replace the file's.
 
         Raises:
             WeightsError: no such file or repository, or it cannot be reached.
             ValueError: not a file of this kind of processor.
             TypeError: an unknown setting in `overrides`.
         """
-        from dinov2_fast.weights.sources import find_config  # imports torch, which the settings alone do without
+        # Imports torch, which the settings alone do without.
+        from dinov2_fast.weights.sources import SourceOptions, find_config
 
-        path = find_config(str(source), revision, local_files_only, CONFIG_NAME)
+        options = SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
+        path = find_config(str(pretrained_model_name_or_path), options, CONFIG_NAME)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -227,12 +259,12 @@ class Dinov2ImageProcessor:
         return cls(**{**_FILE_DEFAULTS, **given})._with(overrides)
 
     def _with(self, overrides: dict[str, Any]) -> Dinov2ImageProcessor:
-        for name in overrides:
-            if name not in _SETTINGS:
+        for name, value in overrides.items():
+            if name not in _SETTINGS and (name not in _SWITCHED_OFF or value):
                 near = difflib.get_close_matches(name, _SETTINGS, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_SETTINGS)}."
                 raise TypeError(f"The image processor has no setting {name!r}; {hint}")
-        given = {name: value for name, value in overrides.items() if value is not None}
+        given = {name: value for name, value in overrides.items() if name in _SETTINGS and value is not None}
         return type(self)(**{**self.settings(), **given}) if given else self
 
     def _process(self, image: Any, data_format: str | None) -> Pixels:
@@ -252,6 +284,8 @@ class Dinov2ImageProcessor:
         if isinstance(image, Image.Image):
             if not self.do_convert_rgb and image.mode != "RGB":
                 raise ValueError(f"The picture's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
+            if not (image.width and image.height):
+                raise ValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
             return np.asarray(to_rgb(image))
         array = _channels_last(_to_numpy(image), data_format)
         if array.dtype == np.uint16:
@@ -368,7 +402,7 @@ def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]
         raise ValueError(f"A picture must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
     if array.ndim == 2:
         return array[:, :, None]
-    if data_format not in ("channels_first", "channels_last", None):
+    if data_format not in _DATA_FORMATS:
         raise ValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
     for channels in ((1, 3), (4,)):  # four is the less likely reading, so it comes second
         if data_format != "channels_last" and array.shape[0] in channels:

@@ -98,6 +98,14 @@ def test_use_mask_token() -> None:
     assert Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).mask_token is not None
 
 
+def test_what_transformers_tools_read() -> None:
+    config = Dinov2Config(return_dict=False)
+    assert config.use_return_dict is False
+    assert config.name_or_path == ""
+    assert config._commit_hash is None
+    assert config == Dinov2Config(return_dict=False, name_or_path="somewhere")
+
+
 # config.json
 
 

@@ -21,6 +21,7 @@ from tests.huggingface_peers import (
     fill_like_trained,
     make_pair,
     pictures,
+    small_config,
 )
 from tests.readme import example
 
@@ -88,6 +89,17 @@ def test_regression_of_several_targets() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_labels=3, num_hidden_layers=1, problem_type="regression")
     ours, theirs = both(pair, pictures(56), labels=torch.randn(2, 3))
     assert_close(ours.loss, theirs.loss)
+
+
+def test_one_label_may_be_a_class_where_a_configuration_is_changed_to_it() -> None:
+    config = transformers.Dinov2Config(**small_config(num_labels=1, num_hidden_layers=1))
+    config.problem_type = "single_label_classification"
+    labels = torch.tensor([0, 0])
+    losses = [
+        library.Dinov2ForImageClassification(config)(pictures(56), labels=labels).loss
+        for library in (dinov2_fast, transformers)
+    ]
+    assert losses[0] == losses[1] == 0
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])

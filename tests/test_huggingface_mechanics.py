@@ -162,6 +162,25 @@ def test_parts_by_transformers_names(model: Any) -> None:
     assert classifier.get_input_embeddings() is classifier.dinov2.patch_embed
     assert classifier.num_labels == 3
     assert classifier.main_input_name == "pixel_values"
+    assert classifier.get_output_embeddings() is None
+    assert not classifier.can_generate()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_counted_as_transformers_counts(family: str) -> None:
+    ours, theirs = make_pair(family, "ForImageClassification", **SMALL)
+    ours.base_model.register_buffer("something", torch.zeros(7))
+    theirs.base_model.register_buffer("something", torch.zeros(7))
+    for arguments in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+        assert ours.num_parameters(**arguments) == theirs.num_parameters(**arguments) > 0
+    assert ours.get_memory_footprint() == theirs.get_memory_footprint()
+    assert ours.get_memory_footprint(return_buffers=False) == ours.get_memory_footprint() - 28
+
+
+def test_every_attention_implementation_is_this_one(model: Any) -> None:
+    before = model(pictures(56)).pooler_output
+    model.set_attn_implementation("eager")
+    assert torch.equal(model(pictures(56)).pooler_output, before)
 
 
 def test_printing_shows_the_backends() -> None:

@@ -292,6 +292,36 @@ def hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return cache
 
 
+@pytest.fixture
+def tree(folder: Path, tmp_path: Path) -> Path:
+    """A hub cache with one repository whose model is in the subfolder "inner", and with it a variant of its weights."""
+    repository = tmp_path / "elsewhere" / "models--somebody--dinov2-tiny"
+    inner = repository / "snapshots" / "v2" / "inner"
+    model = Dinov2Model.from_pretrained(folder)
+    model.save_pretrained(inner)
+    model.half().save_pretrained(inner, variant="fp16")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("v2")
+    return repository
+
+
+def test_cache_subfolder_and_variant_are_where_the_weights_are_read(tree: Path) -> None:
+    assert sorted(path.name for path in (tree / "snapshots/v2/inner").iterdir()) == [
+        "config.json", "model.fp16.safetensors", "model.safetensors",
+    ]  # fmt: skip
+    for name, options in ((REPOSITORY, {"cache_dir": tree.parent}), (tree / "snapshots" / "v2", {"cache_dir": None})):
+        options |= {"subfolder": "inner", "local_files_only": True, "token": None}
+        model = Dinov2Model.from_pretrained(name, **options, dtype="float32")
+        half = Dinov2Model.from_pretrained(name, **options, dtype="float32", variant="fp16")
+        assert 0 < worst(half.cls_token, model.cls_token) < 1e-3
+        assert Dinov2Config.from_pretrained(name, **options).hidden_size == SMALL["hidden_size"]
+        assert not {"token", "cache_dir", "subfolder", "variant"} & vars(model.config).keys()
+        with pytest.raises(WeightsError, match=r"model.bf16.safetensors|only local files"):
+            Dinov2Model.from_pretrained(name, **options, variant="bf16")
+    with pytest.raises(WeightsError, match=r"no folder .*outer; look at subfolder"):
+        Dinov2Model.from_pretrained(tree, subfolder="outer")
+
+
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_revisions_from_the_hubs_cache(local_files_only: bool, hub_cache: Path) -> None:
     for revision, labels in ((None, 2), ("main", 2), ("other", 7), ("o" * 40, 7)):
@@ -306,11 +336,11 @@ def test_revisions_from_the_hubs_cache(local_files_only: bool, hub_cache: Path) 
 def test_what_is_in_no_cache_is_asked_of_the_hub_unless_forbidden(
     cls: Any, folder: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
+    asked: list[tuple[Any, ...]] = []
 
-    def download(repository: str, name: str, *, revision: str | None) -> str:
-        asked.append((repository, revision))
-        return str(folder / name)
+    def download(repository: str, name: str, *, revision: str | None, cache_dir: str | None, token: str | None) -> str:
+        asked.append((repository, revision, cache_dir, token))
+        return str(folder / Path(name).name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr("dinov2_fast.weights.sources._hub_answers", lambda: True)
@@ -318,20 +348,26 @@ def test_what_is_in_no_cache_is_asked_of_the_hub_unless_forbidden(
         cls.from_pretrained(REPOSITORY, revision="newest", local_files_only=True)
     assert asked == []
     cls.from_pretrained(REPOSITORY, revision="newest")
-    assert set(asked) == {(REPOSITORY, "newest")}
+    assert set(asked) == {(REPOSITORY, "newest", None, None)}
+    asked.clear()
+    loaded = cls.from_pretrained(REPOSITORY, cache_dir="/nowhere", token="hf_secret", subfolder="inner")
+    assert set(asked) == {(REPOSITORY, None, "/nowhere", "hf_secret")}
+    assert "secret" not in getattr(loaded, "config", loaded).to_json_string()
 
 
 def test_arguments_without_effect_here(folder: Path) -> None:
     model = Dinov2Model.from_pretrained(
         folder, attn_implementation="sdpa", low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=False,
-        weights_only=True, token=None, cache_dir=None, output_loading_info=False,
+        weights_only=True, token=None, cache_dir=None, output_loading_info=False, state_dict=None, variant=None,
+        subfolder=None,
+        force_download=False, proxies=None, offload_folder="offload", max_memory={0: "1GB"},
     )  # fmt: skip
     written = model.config.to_dict()
     assert not {"attn_implementation", "low_cpu_mem_usage", "token", "cache_dir", "weights_only"} & written.keys()
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"token": "hf_secret"}, {"cache_dir": "/tmp/x"}, {"num_label": 3}, {"subfolder": "a"}], ids=str
+    "arguments", [{"tokens": "hf_secret"}, {"num_label": 3}, {"quantization_config": {"bits": 4}}], ids=str
 )
 def test_unknown_arguments_are_refused_and_not_kept_in_the_config(folder: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=rf"no argument {next(iter(arguments))}, nor .*Dinov2Config") as error:
@@ -339,12 +375,50 @@ def test_unknown_arguments_are_refused_and_not_kept_in_the_config(folder: Path, 
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("mismatched", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("Model", "ForImageClassification"), ("ForImageClassification",) * 2, ("ForImageClassification", "Backbone")],
+)
+def test_loading_info_is_transformers(saved: str, loaded: str, mismatched: bool, tmp_path: Path) -> None:
+    make_pair("Dinov2", saved, **SMALL, num_labels=5).theirs.save_pretrained(tmp_path)
+    arguments = {"output_loading_info": True, "ignore_mismatched_sizes": True, "num_labels": 7 if mismatched else 5}
+    ours, info = our_class("Dinov2", loaded).from_pretrained(tmp_path, **arguments)
+    _, expected = their_class("Dinov2", loaded).from_pretrained(tmp_path, **arguments)
+    assert isinstance(ours, our_class("Dinov2", loaded))
+    as_lists = {name: sorted(keys) for name, keys in info.items()}
+    assert as_lists == {name: sorted(keys) for name, keys in expected.items()}
+
+
+def test_given_weights_take_the_place_of_a_file(folder: Path) -> None:
+    model = Dinov2Model.from_pretrained(folder)
+    weights = {key: tensor + 1 for key, tensor in model.state_dict().items()}
+    for name, config in ((None, model.config), (folder, None)):
+        loaded = Dinov2Model.from_pretrained(name, config=config, state_dict=weights)
+        assert loaded.state_dict().keys() == weights.keys(), "the dictionary is not emptied"
+        for key, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, weights[key]), key
+            assert tensor.data_ptr() != weights[key].data_ptr(), "the tensors are copied"
+    with pytest.raises(TypeError, match="There is nothing to load: give a folder"):
+        Dinov2Model.from_pretrained(None, config=model.config)
+    with pytest.raises(TypeError, match="A state_dict alone is not enough: give a config"):
+        Dinov2Model.from_pretrained(None, state_dict=weights)
+
+
+def test_a_model_knows_where_it_is_from(folder: Path, tmp_path: Path) -> None:
+    model = Dinov2Model.from_pretrained(folder)
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert Dinov2Model(Dinov2Config(**SMALL)).name_or_path == ""
+    model.save_pretrained(tmp_path / "again")
+    assert "name_or_path" not in (tmp_path / "again" / "config.json").read_text()
+
+
 # Errors
 
 
 def test_no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(WeightsError, match=r"No config.json was found for .*"):
+    with pytest.raises(WeightsError, match=r"No config.json was found for .* Give config, or save with save_"):
         Dinov2Model.from_pretrained(folder)
 
 
@@ -408,7 +482,10 @@ def test_given_weights_are_saved_and_other_formats_refused(tmp_path: Path) -> No
 def test_the_dialect_is_kept_and_harmless_arguments_of_transformers_are_taken(tmp_path: Path) -> None:
     model = make_pair("Dinov2", **SMALL).ours
     model.position_dialect = "antialias"
-    model.save_pretrained(tmp_path, is_main_process=True, push_to_hub=False, max_shard_size="5GB")
+    model.save_pretrained(
+        tmp_path, is_main_process=True, push_to_hub=False, max_shard_size="5GB", save_function=torch.save, token=None,
+        save_peft_format=True, variant=None,
+    )  # fmt: skip
     assert Dinov2Model.from_pretrained(tmp_path).position_dialect == "antialias"
     assert transformers.AutoModel.from_pretrained(tmp_path).config.hidden_size == SMALL["hidden_size"]
     model.position_dialect = "size"

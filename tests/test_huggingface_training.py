@@ -123,6 +123,10 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str) -> None:
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
 
 
 def test_gradient_checkpointing_is_for_training_only() -> None:
@@ -133,6 +137,31 @@ def test_gradient_checkpointing_is_for_training_only() -> None:
     model(pictures(56)).pooler_output.sum().backward()
     assert calls == [1]
     assert copy.deepcopy(model).is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_of_a_config_is_used_up_as_in_transformers() -> None:
+    pair = make_pair("Dinov2", "ForImageClassification", **SMALL, gradient_checkpointing=True)
+    for side in pair:
+        assert side.is_gradient_checkpointing
+        assert not hasattr(side.config, "gradient_checkpointing")
+    assert make_pair("Dinov2", "Backbone", **SMALL, gradient_checkpointing=True).ours.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_layers": 2}, {"offload": True}])
+def test_checkpointing_of_some_blocks_is_refused(arguments: dict[str, Any]) -> None:
+    model = make_pair("Dinov2", **SMALL).ours
+    with pytest.raises(ValueError, match="leave out every_n_layers and offload"):
+        model.gradient_checkpointing_enable(**arguments)
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("task", ["Model", "ForImageClassification"])
+def test_frozen_models_can_pass_gradients_from_the_embedding_on(task: str) -> None:
+    model = make_pair("Dinov2", task, **SMALL).ours.requires_grad_(False)
+    model.enable_input_require_grads()
+    assert model(pictures(56))[0].requires_grad
+    model.disable_input_require_grads()
+    assert not model(pictures(56))[0].requires_grad
 
 
 # Dropouts and stochastic depth
@@ -248,6 +277,15 @@ def test_initialisation_is_transformers(family: str, swiglu: bool) -> None:
             assert abs(got.std() - expected.std()) < sampling, name
             assert abs(got.mean() - expected.mean()) < sampling, name
             assert got.abs().max() < 0.3, name
+
+
+def test_initialisation_can_be_had_again() -> None:
+    model = make_pair("Dinov2", "ForImageClassification", **SMALL).ours
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.init_weights()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"classifier.weight", "classifier.bias", "dinov2.pos_embed", "dinov2.blocks.1.mlp.fc2.weight"} <= changed
+    assert 0.015 < model.classifier.weight.std() < 0.025
 
 
 def test_built_without_a_device() -> None:

@@ -261,6 +261,47 @@ def test_settings_of_a_file_can_be_overridden(tmp_path: Path) -> None:
         Dinov2ImageProcessor.from_pretrained(tmp_path, crop=56)
 
 
+def test_arguments_of_transformers_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    Dinov2ImageProcessor(crop_size=98).save_pretrained(tmp_path / "inner")
+    processor = Dinov2ImageProcessor.from_pretrained(
+        tmp_path, subfolder="inner", use_fast=True, backend="pil", cache_dir=None, token=None, trust_remote_code=False,
+        do_pad=False,
+    )  # fmt: skip
+    assert processor.settings() == Dinov2ImageProcessor(crop_size=98).settings()
+    expected = processor(GOOD).pixel_values
+    assert torch.equal(processor(GOOD, do_pad=None, disable_grouping=None, do_resize=None).pixel_values, expected)
+    for setting in ({"do_pad": True}, {"do_resizes": None}):
+        with pytest.raises(TypeError, match="has no setting"):
+            processor(GOOD, **setting)
+
+
+def test_a_folder_of_the_hubs_cache_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    attempts = refuse_network(monkeypatch)
+    repository = tmp_path / "models--somebody--something"
+    Dinov2ImageProcessor(crop_size=98).save_pretrained(repository / "snapshots" / "v2" / "inner")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("v2")
+    processor = Dinov2ImageProcessor.from_pretrained("somebody/something", cache_dir=tmp_path, subfolder="inner")
+    assert processor.output_size == (98, 98)
+    assert not attempts
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_channels_last_outputs(return_tensors: str | None) -> None:
+    process = Dinov2ImageProcessor()
+    first = process([GOOD, GOOD + 40], return_tensors, data_format="channels_first").pixel_values
+    last = process([GOOD, GOOD + 40], return_tensors, data_format="channels_last").pixel_values
+    assert type(last) is type(first)
+    assert np.array_equal(np.stack([*last]), np.stack([*first]).transpose(0, 2, 3, 1))
+
+
+def test_tensors_go_to_a_device() -> None:
+    assert Dinov2ImageProcessor()(GOOD, device="cpu").pixel_values.device.type == "cpu"
+    assert Dinov2ImageProcessor()(GOOD, device=torch.device("meta")).pixel_values.is_meta
+    with pytest.raises(ValueError, match='ask for return_tensors="pt"'):
+        Dinov2ImageProcessor()(GOOD, "np", device="cpu")
+
+
 GOOD = np.full((20, 20, 3), 9, np.uint8)
 
 
@@ -286,6 +327,9 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
         (GOOD, {"do_resized": True}, TypeError, "no setting 'do_resized'; did you mean do_resize"),
         (GOOD, {"return_tensors": "tf"}, ValueError, "return_tensors"),
         (GOOD, {"input_data_format": "last"}, ValueError, "input_data_format"),
+        (GOOD, {"data_format": "last"}, ValueError, "^data_format must be"),
+        (Image.new("RGB", (5, 0)), {}, ValueError, "image of 5 x 0 has no pixels"),
+        (Image.new("P", (0, 5)), {"do_resize": False}, ValueError, "image of 0 x 5 has no pixels"),
         (GOOD, {"input_data_format": "channels_first"}, ValueError, "1, 3 or 4 channels"),
         (GOOD, {"size": 0}, ValueError, "size must be made of positive whole numbers"),
         (GOOD, {"crop_size": {"shortest_edge": 3}}, ValueError, "crop_size must have the keys height and width,"),

@@ -12,7 +12,7 @@ import torch
 from dinov2_fast.position_embeddings import dialect
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import as_dtype
-from dinov2_fast.weights.sources import CONFIG_NAME, find_config
+from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config
 
 Size = int | Sequence[int]
 
@@ -42,6 +42,7 @@ class Dinov2Config:
 
     model_type: ClassVar[str] = "dinov2"
     default_dialect: ClassVar[str] = "size"
+    _commit_hash: ClassVar[str | None] = None  # transformers' pipelines ask for it
 
     def __init__(
         self,
@@ -101,12 +102,27 @@ class Dinov2Config:
         self.position_dialect: str | None = kwargs.pop("position_dialect", None)
         if self.position_dialect is not None:
             dialect(self.position_dialect)
+        self._name_or_path = str(kwargs.pop("name_or_path", ""))
         for name in ("model_type", "stage_names", "transformers_version"):
             kwargs.pop(name, None)
         for name, value in kwargs.items():
             setattr(self, name, value)
         self.stage_names = ["stem", *(f"stage{i}" for i in range(1, num_hidden_layers + 1))]
         self._set_stages(out_features, out_indices)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from, "" if it was not; no part of ``config.json``."""
+        return self._name_or_path
+
+    @name_or_path.setter
+    def name_or_path(self, name: str) -> None:
+        self._name_or_path = str(name)
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` by its older name."""
+        return self.return_dict
 
     # Labels
 
@@ -248,24 +264,41 @@ class Dinov2Config:
         if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
             got = f"{type(config).__module__}.{type(config).__qualname__}"
             raise TypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
-        return config if isinstance(config, cls) else cls.from_dict(config.to_dict())
+        if isinstance(config, cls):
+            return config
+        own = cls.from_dict({**config.to_dict(), "problem_type": None})
+        own.problem_type = config.problem_type  # set later, any number of labels goes with it, as in transformers
+        return own
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Dinov2Config:
         """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields.
+
+        Args:
+            pretrained_model_name_or_path: the folder, file or repository.
+            revision, cache_dir, token: of the hub: a branch, tag or commit; the folder to keep files in; the access.
+            local_files_only: do not touch the network.
+            subfolder: of the folder or repository.
+            trust_remote_code: accepted as transformers does; no code is loaded.
 
         Raises:
             WeightsError: there is no ``config.json``, or it is damaged.
             ValueError: it is another model's, or the values do not fit together.
         """
-        path = find_config(str(name_or_path), revision, local_files_only)
+        path = find_config(
+            str(pretrained_model_name_or_path), SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
+        )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -274,10 +307,15 @@ class Dinov2Config:
             raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
         return cls.from_dict(fields, **overrides)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` into `folder`, which is made if it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
+        """Writes ``config.json`` into `save_directory`, which is made if it does not exist.
+
+        Raises:
+            ValueError: `push_to_hub` is True.
+        """
+        refuse_upload(push_to_hub)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -315,3 +353,8 @@ def _square(size: Size) -> int:
     if height != width:
         raise ValueError(f"Patches must be square, got patch_size {size}.")
     return height
+
+
+def refuse_upload(push_to_hub: bool) -> None:
+    if push_to_hub:
+        raise ValueError("Nothing is uploaded here; save to a folder and upload that with huggingface_hub.")

@@ -51,6 +51,8 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.eps = config.layer_norm_eps
+        self.name_or_path = config.name_or_path
+        self._checkpoint_as_configured()
 
     def init_weights(self) -> None:
         """transformers' initialisation, from torch's global generator."""
@@ -140,7 +142,8 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
             pixel_values: (batch, channels, height, width), floating point, cast to the dtype of the weights.
             bool_masked_pos: (batch, patches), True where the mask token replaces a patch.
             attention_mask: must be None, every token attends to all.
-            output_attentions: also the attention weights, of all blocks or of those with these indices.
+            output_attentions: also the attention weights, of all blocks or of those with these indices. They are
+                computed beside the attention itself, so no gradient of the other outputs reaches them.
             output_hidden_states: also the input of every block and the output of the last.
             return_dict: False for a plain tuple. These three default to the config's.
             **kwargs: other arguments of transformers' models, which have no effect on this one.
@@ -174,8 +177,14 @@ class Dinov2ForImageClassification(PreTrainedModel):
         self.config = config = self.config_class.of(config)
         self.num_labels = config.num_labels
         self.add_module(self.base_model_prefix, self.backbone_class(config))
+        self.name_or_path = config.name_or_path
         inputs = 2 * config.hidden_size
         self.classifier = nn.Linear(inputs, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self._init_classifier()
+
+    def init_weights(self) -> None:
+        """transformers' initialisation, from torch's global generator."""
+        self.base_model.init_weights()
         self._init_classifier()
 
     def _init_classifier(self) -> None:
@@ -234,6 +243,7 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
     """Feature maps of chosen stages, for detection and segmentation frameworks; see `Dinov2Config.out_features`."""
 
     has_attentions: ClassVar[bool] = True
+    backbone_type: ClassVar[str] = "transformers"
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)

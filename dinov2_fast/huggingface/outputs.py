@@ -6,6 +6,7 @@ missing field is None.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +33,12 @@ class ModelOutput(OrderedDict[str, Any]):
         super().__init__()
         for name in known:
             self[name] = fields.get(name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """transformers' output of the same name where that is loaded: `isinstance` is how its tools know an output."""
+        transformers = sys.modules.get("transformers.modeling_outputs")
+        return getattr(transformers, type(self).__name__, type(self))
 
     def __init_subclass__(cls) -> None:
         pytree.register_pytree_node(

@@ -18,7 +18,7 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.files import open_weights
-from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoint
+from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone, find_checkpoint
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -98,7 +98,7 @@ def _find(name: str, weights: str | Path | None, revision: str | None, local_fil
     if name in BACKBONES:
         return find_backbone(BACKBONES[name], local_files_only)
     if Path(name).expanduser().exists() or "/" in name or "." in name:
-        return find_checkpoint(name, revision, local_files_only)
+        return find_checkpoint(name, SourceOptions(revision, local_files_only))
     backbone(name)  # raises, with the nearest names
     raise AssertionError(name)
 

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +41,30 @@ TIMEOUT_SECONDS = 20
 _PICKLE_START = b"\x80"
 
 Found = TypeVar("Found")
+
+
+class SourceOptions(NamedTuple):
+    """Which files of a folder or hub repository to take, and how to get them; as in transformers' `from_pretrained`."""
+
+    revision: str | None = None
+    local_files_only: bool = False
+    cache_dir: str | Path | None = None  # None for the hub's own
+    token: str | bool | None = None  # None for the one that is logged in
+    subfolder: str | None = None
+    variant: str | None = None  # "fp16" for model.fp16.safetensors
+
+    def weights_names(self) -> tuple[str, ...]:
+        """The names that weights may have, best first; of a variant, single files alone are read."""
+        if self.variant is None:
+            return FILE_NAMES
+        return (f"model.{self.variant}.safetensors", f"pytorch_model.{self.variant}.bin")
+
+    def in_repository(self, name: str) -> str:
+        """The path of the file `name`."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+_DEFAULT_OPTIONS = SourceOptions()
 
 
 class Checkpoint(NamedTuple):
@@ -73,7 +97,7 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
         return Checkpoint(path, None)
     tried = [f"no {backbone.file_stem}.safetensors or .pth in {cache_dir()}"]
     try:
-        return find_on_hub(backbone.huggingface_id, local_files_only=local_files_only)
+        return find_on_hub(backbone.huggingface_id, SourceOptions(local_files_only=local_files_only))
     except WeightsError as error:
         tried.append(str(error))
     if not local_files_only:
@@ -89,69 +113,71 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
     )
 
 
-def find_in_folder(folder: Path) -> Checkpoint:
+def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
     """The weights and config of a folder that `save_pretrained` wrote, or that holds one checkpoint.
 
     Raises:
-        WeightsError: no weights, or several and none of the usual name.
+        WeightsError: no such folder, no weights, or several and none of the usual name.
     """
+    if not folder.is_dir():
+        raise WeightsError(f"There is no folder {folder}; look at subfolder.")
     config = folder / CONFIG_NAME
-    found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
+    names = options.weights_names()
+    found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         found = sorted(path for path in folder.iterdir() if path.suffix in SAFETENSORS + TORCH)
-        if len(found) != 1:
+        if len(found) != 1 or options.variant is not None:
             what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(p.name for p in found)})"
-            raise WeightsError(f"{folder} holds {what}; one of {', '.join(FILE_NAMES)} was looked for.")
+            raise WeightsError(f"{folder} holds {what}; one of {', '.join(names)} was looked for.")
     return Checkpoint(found[0], config if config.is_file() else None)
 
 
-def find_on_hub(repository: str, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+def find_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
     """The weights and config of a Hugging Face hub repository, from its cache if they are there.
 
     Raises:
         WeightsError: not there, or no network.
     """
-    return _from_hub(_checkpoint_on_hub, repository, revision, local_files_only)
+    return _from_hub(_checkpoint_on_hub, repository, options)
 
 
-def _from_hub(
-    find: Callable[[str, str | None, bool], Found], repository: str, revision: str | None, local_files_only: bool
-) -> Found:
+def _from_hub(find: Callable[[str, SourceOptions], Found], repository: str, options: SourceOptions) -> Found:
     """What `find` finds in the hub's cache, or else on the hub."""
     with contextlib.suppress(_HubMissError):
-        return find(repository, revision, True)
-    if local_files_only:
+        return find(repository, options._replace(local_files_only=True))
+    if options.local_files_only:
         reason = "only local files were to be used"
     elif not _hub_answers():
         reason = "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it"
     else:
         try:
-            return find(repository, revision, False)
+            return find(repository, options)
         except _HubMissError as error:
             reason = str(error)
     raise WeightsError(f"{repository} is not in the Hugging Face cache and could not be fetched ({reason})")
 
 
-def _checkpoint_on_hub(repository: str, revision: str | None, only_cache: bool) -> Checkpoint:
-    for name in FILE_NAMES:
+def _checkpoint_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
+    names = options.weights_names()
+    for name in names:
         try:
-            weights = _hub_file(repository, name, revision, only_cache)
+            weights = _hub_file(repository, name, options)
         except _HubMissError as error:
-            if error.final or name == FILE_NAMES[-1]:
+            if error.final or name == names[-1]:
                 raise
             continue
         if name.endswith(INDEX_ENDING):
             for shard in shards(weights):
-                _hub_file(repository, shard.name, revision, only_cache)
+                _hub_file(repository, shard.name, options)
         try:
-            return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, revision, only_cache))
+            return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, options))
         except _HubMissError:
             return Checkpoint(weights, None)  # sizes are read from the tensors then
-    raise AssertionError(FILE_NAMES)
+    raise AssertionError(names)
 
 
-def _file_on_hub(name: str, repository: str, revision: str | None, only_cache: bool) -> Path:
-    return _hub_file(repository, name, revision, only_cache)
+def _file_on_hub(name: str, repository: str, options: SourceOptions) -> Path:
+    return _hub_file(repository, name, options)
 
 
 def _hub_answers() -> bool:
@@ -174,18 +200,20 @@ class _HubMissError(Exception):
         self.final = final
 
 
-def _hub_file(repository: str, name: str, revision: str | None, only_cache: bool) -> Path:
+def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
     import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
+    path = options.in_repository(name)
+    where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     try:
-        if only_cache:  # hf_hub_download sends a request even when it is told to look at local files only
-            found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+        if options.local_files_only:  # hf_hub_download sends a request even when it is told to look at local files only
+            found = huggingface_hub.try_to_load_from_cache(repository, path, **where)
             if isinstance(found, str):
                 return Path(found)
-            raise _HubMissError(f"there is no {name}", final=False)
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            raise _HubMissError(f"there is no {path}", final=False)
+        return Path(huggingface_hub.hf_hub_download(repository, path, token=options.token, **where))
     except errors.EntryNotFoundError as error:
         network_failed = isinstance(error, errors.LocalEntryNotFoundError)
         raise _HubMissError(_first_line(error), final=network_failed) from error
@@ -197,7 +225,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def find_checkpoint(name: str, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Checkpoint:
     """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id.
 
     Raises:
@@ -205,17 +233,15 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return find_in_folder(path)
+        return find_in_folder(path / (options.subfolder or ""), options)
     if path.is_file() or path.suffix in SAFETENSORS + TORCH:
         return Checkpoint(path, None)
     if _HUB_ID.fullmatch(name):
-        return find_on_hub(name, revision, local_files_only)
+        return find_on_hub(name, options)
     raise WeightsError(f"{name!r} is no file or folder here and no hub id (owner/name).")
 
 
-def find_config(
-    name: str, revision: str | None = None, local_files_only: bool = False, file_name: str = CONFIG_NAME
-) -> Path:
+def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name: str = CONFIG_NAME) -> Path:
     """The JSON file (``config.json`` unless told) that `name` is, or that a folder or hub repository `name` holds.
 
     Raises:
@@ -223,11 +249,11 @@ def find_config(
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        path = path / file_name
+        path = path / (options.subfolder or "") / file_name
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
-        return _from_hub(partial(_file_on_hub, file_name), name, revision, local_files_only)
+        return _from_hub(partial(_file_on_hub, file_name), name, options)
     raise WeightsError(f"No {file_name} was found for {name!r}.")
 
 
