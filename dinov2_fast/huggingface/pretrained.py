@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2_fast.huggingface.configuration import Dinov2Config
-from dinov2_fast.layouts import convert_state_dict, plain_key
+from dinov2_fast.layouts import convert_state_dict, log_once, plain_key
 from dinov2_fast.model import AnyLayout, DinoVisionTransformer
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import as_dtype, fill
@@ -145,6 +146,21 @@ class PreTrainedModel(AnyLayout):
             tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("mask_token")}
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """What torch calls for each part of a larger module.
+
+        The keys stay the names of the parameters, by which torch.distributed.checkpoint, functional_call and
+        torch.export look them up.
+        """
+        if prefix not in ("", f"{self.base_model_prefix}.") and "transformers" in sys.modules:
+            log_once(
+                f"The state dict of a larger model names the weights of this {type(self).__name__} as dinov2_fast does "
+                f"({prefix}blocks.0.…). The same model loads them back; transformers' own classes do not know these "
+                "names, and would leave that part at random. Where transformers is to read what is saved, put its own "
+                "backbone in and call dinov2_fast.accelerate(model) instead."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _dialect_to_save(self) -> str | None:
         dialect = self.base_model.position_dialect
