@@ -6,8 +6,8 @@
     "timm"                timm, which has no mask token
 
 Wrappers are looked through: ``{"teacher": …}``, ``module.``, FSDP, ``torch.compile``, the reference's block chunks, and
-whatever a larger model puts before the names of its one backbone (``backbone.``, ``pretrained.``, …). What belongs to no
-layout keeps its name, so that strict loading reports it.
+whatever a larger model puts before the names of its one backbone (``backbone.``, ``pretrained.``, …). What belongs to
+no layout keeps its name, so that strict loading reports it.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
     """
     source = _unwrap(state_dict)
     if len(source) > MAX_KEYS:
-        raise ValueError(f"There are {len(source)} keys in this state dict; those of a DINOv2 are fewer than {MAX_KEYS}.")
+        raise ValueError(f"A state dict of {len(source)} keys is none of a DINOv2, which has fewer than {MAX_KEYS}.")
     if not all(isinstance(key, str) for key in source):
         raise TypeError(f"The keys of a state dict are names, but these are {some_keys(source)}.")
     names, beside = _names_of_backbone(source)
@@ -221,9 +221,7 @@ def _unknown_prefix(names: Iterable[str]) -> str:
     of_blocks = {name.partition(block)[0] for block in _FIRST_BLOCKS for name in names if block in name}
     found = sorted(of_cls_tokens & of_blocks)
     if len(found) > 1:
-        raise ValueError(
-            f"This state dict holds several backbones, under {', '.join(map(repr, found[:5]))}: give the tensors of one."
-        )
+        raise ValueError(f"This state dict holds several backbones, under {some_keys(found)}: give the tensors of one.")
     return found[0] if found else ""
 
 

@@ -261,8 +261,13 @@ class DinoVisionTransformer(AnyLayout):
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
 
     def _position_grid(self) -> Grid:
-        """Rows and columns of the position table."""
-        return square_grid(self.pos_embed[0, 1:])
+        """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
+        rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
+        return (
+            (rows, columns)
+            if rows * columns == int(self.pos_embed.shape[1]) - 1
+            else square_grid(self.pos_embed[0, 1:])
+        )
 
     # From pictures to tokens
 

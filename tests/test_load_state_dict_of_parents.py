@@ -69,7 +69,7 @@ def test_a_parent_loads_every_layout(make: Callable[[str], nn.Module], case: str
 def test_a_parent_of_a_classifier_loads_transformers_own() -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     arguments, _, _ = golden.load_case("facebook_mlp")
-    family, fields = golden.huggingface_fields(arguments)
+    _, fields = golden.huggingface_fields(arguments)
     theirs = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**fields, num_labels=3)).eval()
     ours = dinov2_fast.Dinov2ForImageClassification(dinov2_fast.Dinov2Config(**fields, num_labels=3)).eval()
     Net(ours).load_state_dict(Net(theirs).state_dict(), strict=False)

@@ -64,7 +64,8 @@ class PreTrainedModel(AnyLayout):
                 that of the weights. `torch_dtype` is the same.
             device: where the model goes; `device_map` with one device, or "auto", is the same.
             local_files_only: do not touch the network.
-            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one.
+            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one,
+                and adapt filters for another number of channels (`dinov2_fast.weights.channels`).
             **kwargs: fields of the config to override (``num_labels=10``, ``out_indices=[2, 5]``, …).
 
         A classification head that the weights lack is initialised, with a warning; one that the model has not is left
@@ -94,7 +95,15 @@ class PreTrainedModel(AnyLayout):
         if ignore_mismatched_sizes:
             state_dict = _without_misfit_head(state_dict, model)
         may_leave = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
-        missing = fill(model, state_dict, device=device, dtype=wanted, may_miss=(HEAD,), may_leave=may_leave)
+        missing = fill(
+            model,
+            state_dict,
+            device=device,
+            dtype=wanted,
+            may_miss=(HEAD,),
+            may_leave=may_leave,
+            adapt_channels=ignore_mismatched_sizes,
+        )
         if missing:
             logger.warning(
                 "%s has no %s that fits: the classification head is initialised at random, train it.",

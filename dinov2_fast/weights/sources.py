@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,7 @@ FILE_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
@@ -98,7 +100,7 @@ def find_in_folder(folder: Path) -> Checkpoint:
     config = folder / CONFIG_NAME
     found = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
     if not found:
-        found = sorted(path for path in folder.iterdir() if path.suffix in SAFETENSORS + TORCH)
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
         if len(found) != 1:
             what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(p.name for p in found)})"
             raise WeightsError(f"{folder} holds {what}; one of {', '.join(FILE_NAMES)} was looked for.")
@@ -203,6 +205,7 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
     Raises:
         WeightsError: `name` is none of these, or the weights cannot be had.
     """
+    _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return find_in_folder(path)
@@ -213,6 +216,12 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
     raise WeightsError(f"{name!r} is no file or folder here and no hub id (owner/name).")
 
 
+def _refuse_empty(name: str) -> None:
+    """Raises for "", which as a path would be the current folder."""
+    if not name.strip():
+        raise WeightsError("The name of the model is empty. Give a file, a folder (. for this one) or a hub id.")
+
+
 def find_config(
     name: str, revision: str | None = None, local_files_only: bool = False, file_name: str = CONFIG_NAME
 ) -> Path:
@@ -221,6 +230,7 @@ def find_config(
     Raises:
         WeightsError: it is not there.
     """
+    _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / file_name
@@ -242,7 +252,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
     Raises:
         WeightsError: no answer, a short answer, a damaged file or a wrong digest. No file is left then.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     logger.info("Downloading %s to %s", url, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +266,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
         if path.suffix in TORCH and not _is_whole(part):
             raise WeightsError(f"{url} is damaged or no PyTorch file; it was removed")
         os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: headers that make no sense
         raise WeightsError(f"{url} could not be fetched ({_first_line(error)})") from error
     finally:
         with contextlib.suppress(OSError):  # most often it is gone, having been renamed
