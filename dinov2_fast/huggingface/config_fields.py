@@ -4,77 +4,84 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+# Far beyond every model, and small enough that building one on the meta device takes neither memory nor long.
 MAX_LAYERS = 1000
-MAX_LABELS = 1 << 20
 MAX_SIZE = 1 << 20
 
 
-def _whole(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
-    def fits(value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
+class Rule(NamedTuple):
+    """Whether a value fits, and what is wanted, in words."""
 
-    return fits, f"a whole number from {low} to {high}"
-
-
-def _real(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
-    def fits(value: Any) -> bool:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-
-    return fits, f"a number from {low:g} to {high:g}"
+    fits: Callable[[Any], bool]
+    wanted: str
 
 
-def _size(high: int) -> tuple[Callable[[Any], bool], str]:
-    side, text = _whole(1, high)
-    return (
-        lambda value: side(value) or (isinstance(value, Sequence) and len(value) == 2 and all(map(side, value))),
-        f"{text}, or two of them",
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and type(value) is not bool
+
+
+def _whole(low: int, high: int) -> Rule:
+    return Rule(
+        lambda value: _is(numbers.Integral, value) and low <= value <= high, f"a whole number from {low} to {high}"
     )
 
 
-def _list_of(kind: type, what: str) -> tuple[Callable[[Any], bool], str]:
-    def fits(value: Any) -> bool:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        return value is None or (is_list and all(isinstance(item, kind) for item in value))
+def _real(low: float, high: float) -> Rule:
+    return Rule(lambda value: _is(numbers.Real, value) and low <= value <= high, f"a number from {low:g} to {high:g}")
 
-    return fits, f"a list of {what}"
+
+def _size(high: int) -> Rule:
+    side = _whole(1, high)
+    pair = _list_of(side.fits, "")
+    return Rule(lambda value: side.fits(value) or (pair.fits(value) and len(value) == 2), f"{side.wanted}, or two")
+
+
+def _list_of(fits: Callable[[Any], bool], what: str) -> Rule:
+    def are(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(map(fits, value))
+
+    return Rule(are, f"a list of {what}")
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(lambda value: value is None or rule.fits(value), rule.wanted)
 
 
 def _are_labels(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(str(key).isdecimal() for key in value))
+    return isinstance(value, Mapping) and all(str(key).isdecimal() for key in value)
 
 
-_PROBABILITY = _real(0, 1)
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_TEXT = (lambda value: value is None or isinstance(value, str), "a text")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+_TEXT = Rule(lambda value: isinstance(value, str), "a text")
+_RULES = {
     "hidden_size": _whole(1, MAX_SIZE),
     "num_hidden_layers": _whole(0, MAX_LAYERS),
     "num_attention_heads": _whole(1, MAX_SIZE),
     "num_channels": _whole(1, 1 << 16),
     "num_register_tokens": _whole(0, MAX_SIZE),
-    "num_labels": (lambda value: value is None or _whole(0, MAX_LABELS)[0](value), _whole(0, MAX_LABELS)[1]),
+    "num_labels": _optional(_whole(0, MAX_SIZE)),
     "image_size": _size(MAX_SIZE),
     "patch_size": _size(1 << 10),
     "mlp_ratio": _real(1 / MAX_SIZE, MAX_SIZE),
     "layer_norm_eps": _real(0, 1),
     "initializer_range": _real(0, MAX_SIZE),
     "layerscale_value": _real(-MAX_SIZE, MAX_SIZE),
-    "hidden_dropout_prob": _PROBABILITY,
-    "attention_probs_dropout_prob": _PROBABILITY,
-    "drop_path_rate": _PROBABILITY,
+    "hidden_dropout_prob": _real(0, 1),
+    "attention_probs_dropout_prob": _real(0, 1),
+    "drop_path_rate": _real(0, 1),
     "qkv_bias": _FLAG,
     "use_swiglu_ffn": _FLAG,
     "apply_layernorm": _FLAG,
     "reshape_hidden_states": _FLAG,
     "use_mask_token": _FLAG,
     "hidden_act": _TEXT,
-    "problem_type": _TEXT,
-    "position_dialect": _TEXT,
-    "out_features": _list_of(str, "names"),
-    "out_indices": _list_of(numbers.Integral, "whole numbers"),
-    "id2label": (_are_labels, "a dictionary from whole numbers to names"),
+    "problem_type": _optional(_TEXT),
+    "position_dialect": _optional(_TEXT),
+    "out_features": _optional(_list_of(_TEXT.fits, "names")),
+    "out_indices": _optional(_list_of(lambda value: _is(numbers.Integral, value), "whole numbers")),
+    "id2label": _optional(Rule(_are_labels, "a dictionary from whole numbers to names")),
 }
 
 
@@ -85,9 +92,9 @@ def check_fields(fields: Mapping[str, Any], kind: type) -> None:
         ValueError: one has a value that it cannot have, or the name of a method; the message says which.
     """
     for name, value in fields.items():
-        fits, wanted = _RULES.get(name, (None, ""))
-        if fits is not None and not fits(value):
-            raise ValueError(f"{name} must be {wanted}, got {_shown(value)}: correct it in the configuration.")
+        rule = _RULES.get(name)
+        if rule is not None and not rule.fits(value):
+            raise ValueError(f"{name} must be {rule.wanted}, got {_shown(value)}: correct it in the configuration.")
         if name.startswith("__") or callable(getattr(kind, name, None)):
             raise ValueError(f"A configuration cannot have a field {name!r}, which its class has: take it out.")
 
