@@ -103,7 +103,7 @@ class AnyLayout(nn.Module):
             own = dict(chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)))
             try:
                 _, given = _in_own_layout(given, own)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             state_dict |= {prefix + key: tensor for key, tensor in given.items()}
         super()._load_from_state_dict(
@@ -263,11 +263,9 @@ class DinoVisionTransformer(AnyLayout):
     def _position_grid(self) -> Grid:
         """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
         rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
-        return (
-            (rows, columns)
-            if rows * columns == int(self.pos_embed.shape[1]) - 1
-            else square_grid(self.pos_embed[0, 1:])
-        )
+        if rows * columns == int(self.pos_embed.shape[1]) - 1:
+            return rows, columns
+        return square_grid(self.pos_embed[0, 1:])
 
     # From pictures to tokens
 

@@ -301,6 +301,13 @@ def test_an_empty_name_is_none() -> None:
             model.from_pretrained("")
 
 
+@pytest.mark.parametrize("image_size", ["518", 1.5, {}, [], [518], ["a", "b"], 0, None, -518])
+def test_an_image_size_that_makes_no_sense_is_read_from_the_table(image_size: Any, tmp_path: Path) -> None:
+    write(tiny_weights(0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"image_size": image_size}))
+    assert load(tmp_path).patch_embed.img_size == (518, 518)
+
+
 @pytest.mark.parametrize("heads", ["1", -1, 0, True, 1.5, 7, [1]])
 def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")

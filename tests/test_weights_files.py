@@ -288,6 +288,16 @@ def test_the_content_of_a_file_counts_and_not_its_name(kind: str, name: str, tmp
     assert_same(load(tmp_path / name).state_dict(), tiny_weights(0))
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tiny_weights(0), tmp_path / "secret.pth")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(WeightsError, match=r"secret\.pth cannot be read \(Permission denied\)"):
+        load(path)
+
+
 def test_something_that_is_no_checkpoint(tmp_path: Path) -> None:
     for name in ("weights.onnx", "weights"):
         path = tmp_path / name

@@ -105,8 +105,13 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(9)
+    try:
+        with path.open("rb") as file:
+            return file.read(9)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}). Look at its permissions and its disk."
+        ) from error
 
 
 def shards(index: Path) -> list[Path]:
