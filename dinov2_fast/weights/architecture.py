@@ -99,8 +99,12 @@ def _depth(plan: layouts.Plan) -> int:
 def _img_size(positions: int, patch_size: int, told: Any) -> Size:
     """The size of image that a table of so many positions is for: as `told` where that fits, else of a square."""
     sides = (told, told) if isinstance(told, int) else told
-    is_pair = isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(side, int) for side in sides)
-    if is_pair and math.prod(side // patch_size for side in sides) == positions:
+    is_pair = isinstance(sides, list | tuple) and len(sides) == 2
+    if (
+        is_pair
+        and all(isinstance(side, int) and side > 0 for side in sides)
+        and math.prod(side // patch_size for side in sides) == positions
+    ):
         return tuple(sides)
     side = math.isqrt(max(positions, 0))
     if not side:
