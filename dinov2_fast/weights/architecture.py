@@ -98,23 +98,25 @@ def _depth(plan: layouts.Plan) -> int:
 
 def _img_size(positions: int, patch_size: int, told: Any) -> Size:
     """The size of image that a table of so many positions is for: as `told` where that fits, else of a square."""
-    sides = (told, told) if isinstance(told, int) else told
-    is_pair = isinstance(sides, list | tuple) and len(sides) == 2
-    if (
-        is_pair
-        and all(isinstance(side, int) and side > 0 for side in sides)
-        and math.prod(side // patch_size for side in sides) == positions
-    ):
-        return tuple(sides)
-    side = math.isqrt(max(positions, 0))
-    if not side:
+    if positions < 1:
         raise WeightsError("These are not the weights of a DINOv2 backbone: pos_embed has no position of a patch.")
+    if _patches(told, patch_size) == positions:
+        return told
+    side = math.isqrt(positions)
     if side * side != positions:
         raise WeightsError(
             f"The position table has {positions} positions, which is not a square grid. Give the size of image that it "
             "is for: dinov2_fast.load(…, img_size=(height, width)), in pixels."
         )
     return patch_size * side
+
+
+def _patches(img_size: Any, patch_size: int) -> int:
+    """How many patches an image of that size has; 0 if it is no size."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        return 0
+    return math.prod(side // patch_size if isinstance(side, int) and side > 0 else 0 for side in sides)
 
 
 def _heads(fields: Mapping[str, Any], embed_dim: int, config: Path | None) -> int:
