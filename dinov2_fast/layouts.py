@@ -5,12 +5,14 @@
     "huggingface_memory"  transformers' newer models in memory (checked with 5.23)
     "timm"                timm, which has no mask token
 
-Wrappers are looked through: ``{"teacher": …}``, ``module.``, FSDP, ``torch.compile``, ``backbone.``, the reference's
-block chunks. What belongs to no layout keeps its name, so that strict loading reports it.
+Wrappers are looked through: ``{"teacher": …}``, ``module.``, FSDP, ``torch.compile``, the reference's block chunks, and
+whatever a larger model puts before the names of its one backbone (``backbone.``, ``pretrained.``, …). What belongs to
+no layout keeps its name, so that strict loading reports it.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -76,7 +78,26 @@ _ONLY_IN_MEMORY = {
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = {"teacher", "model", "backbone", "dinov2", "dinov2_with_registers"}
 _TRAINING_HEADS = ("dino_head.", "ibot_head.")
-_NESTED = ("teacher", "model", "state_dict")
+_CLS_TOKENS = ("cls_token", "embeddings.cls_token")  # its plain names: every backbone has one
+_FIRST_BLOCKS = ("blocks.0.", "encoder.layer.0.")
+_CLS_ENDINGS = tuple(f".{name}" for name in _CLS_TOKENS)
+# What training scripts call the weights in a file that holds more, best first: averaged weights before the last ones.
+_NESTED = (
+    "teacher",
+    "state_dict_ema",
+    "model_ema",
+    "ema",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "backbone",
+    "encoder",
+    "student",
+    "network",
+    "net",
+)
+MAX_KEYS = 20_000  # of a state dict; the largest DINOv2 has 568, and each costs time to look at
 
 
 class Recipe(NamedTuple):
@@ -94,6 +115,7 @@ class Plan:
     source: Mapping[str, Tensor]
     recipes: dict[str, Recipe]
     made_up: frozenset[str]  # keys of `recipes` that the source lacks, of no use to a model that lacks them too
+    beside: frozenset[str]  # keys of `recipes` that a larger model has beside its backbone
 
     @torch.no_grad()
     def read(self, key: str) -> Tensor:
@@ -127,8 +149,9 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
     plan = plan_conversion(state_dict)
     for needed in ("cls_token", "pos_embed"):
         if needed not in plan.recipes:
-            some = ", ".join(list(plan.source)[:5])
-            raise KeyError(f"These are no DINOv2 weights in a layout known here: no {needed} among {some}, …")
+            raise KeyError(
+                f"These are no DINOv2 weights in a layout known here: no {needed} among {some_keys(plan.source)}."
+            )
     own = {key: plan.read(key) for key in plan.recipes}
     if to == "timm":
         own = _merge_cls_position(own)
@@ -150,8 +173,24 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
         TypeError: it is no dictionary of names.
     """
     source = _unwrap(state_dict)
+    if len(source) > MAX_KEYS:
+        raise ValueError(f"A state dict of {len(source)} keys is none of a DINOv2, which has fewer than {MAX_KEYS}.")
     if not all(isinstance(key, str) for key in source):
-        raise TypeError(f"The keys of a state dict are names, but these are {list(source)[:5]}, …")
+        raise TypeError(f"The keys of a state dict are names, but these are {some_keys(source)}.")
+    names, beside = _names_of_backbone(source)
+    if len(names) < len(source):
+        logger.info("Left out what is not the (teacher's) backbone: %d keys.", len(source) - len(names))
+    layout = recognise(names)
+    recipes = _recipes(layout, names)
+    has_mask_token = "mask_token" in recipes
+    if layout == "timm":
+        _complete_timm(recipes, source)
+    made_up = frozenset() if has_mask_token else frozenset({"mask_token"} & recipes.keys())
+    return Plan(layout, source, recipes, made_up, frozenset(beside & recipes.keys()))
+
+
+def _names_of_backbone(source: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """The key of `source` for each plain name, and the names of what a larger model has beside its backbone."""
     has_teacher = any(_is_teacher(key) for key in source)
     names: dict[str, str] = {}
     for key in source:
@@ -161,15 +200,40 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
         if name in names:
             raise ValueError(_doubled(names[name], key, name))
         names[name] = key
-    if len(names) < len(source):
-        logger.info("Left out what is not the (teacher's) backbone: %d keys.", len(source) - len(names))
-    layout = recognise(names)
-    recipes = _recipes(layout, names)
-    has_mask_token = "mask_token" in recipes
-    if layout == "timm":
-        _complete_timm(recipes, source)
-    made_up = frozenset() if has_mask_token else frozenset({"mask_token"} & recipes.keys())
-    return Plan(layout, source, recipes, made_up)
+    anchor = next((names[name] for name in _CLS_TOKENS if name in names), None)
+    if anchor is not None:
+        prefix = _without_ending(".".join(_parts(anchor)))
+        return names, {name for name, key in names.items() if not ".".join(_parts(key)).startswith(prefix)}
+    prefix = _unknown_prefix(names)
+    inside = {plain_key(name.removeprefix(prefix)): key for name, key in names.items() if name.startswith(prefix)}
+    outside = {name: key for name, key in names.items() if not name.startswith(prefix)}
+    return {**outside, **inside}, set(outside)
+
+
+def _unknown_prefix(names: Iterable[str]) -> str:
+    """What stands before the names of the one backbone among these plain names; "" if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    names = list(names)
+    of_cls_tokens = {_without_ending(name) for name in names if name.endswith(_CLS_ENDINGS)}
+    of_blocks = {name.partition(block)[0] for block in _FIRST_BLOCKS for name in names if block in name}
+    found = sorted(of_cls_tokens & of_blocks)
+    if len(found) > 1:
+        raise ValueError(f"This state dict holds several backbones, under {some_keys(found)}: give the tensors of one.")
+    return found[0] if found else ""
+
+
+def _without_ending(cls_key: str) -> str:
+    """What stands before the name of a CLS token in `cls_key`."""
+    return cls_key.removesuffix("cls_token").removesuffix("embeddings.")
+
+
+def some_keys(keys: Iterable[Any]) -> str:
+    """The first few of these keys, for a message."""
+    first = list(itertools.islice(keys, 6))
+    return ", ".join(map(str, first[:5])) + (", …" if len(first) > 5 else "")
 
 
 def plain_key(key: str) -> str:
@@ -210,8 +274,11 @@ def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"A state dict is a dictionary of tensors, not a {type(state_dict).__name__}.")
     for name in _NESTED:
-        if isinstance(state_dict.get(name), Mapping):
-            return _unwrap(state_dict[name])
+        inner = state_dict.get(name)
+        if isinstance(inner, Mapping):
+            found = _unwrap(inner)
+            if any(isinstance(value, Tensor) for value in found.values()):
+                return found
     return state_dict
 
 
@@ -274,7 +341,7 @@ def _join(*tensors: Tensor) -> Tensor:
 def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> None:
     """What timm packs otherwise: SwiGLU under the names of an MLP, positions without CLS, no mask token."""
     first, second = (recipes.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
-    if first and second and source[first.keys[0]].shape[0] == 2 * source[second.keys[0]].shape[1]:
+    if first and second and source[first.keys[0]].shape[:1].numel() == 2 * source[second.keys[0]].shape[1:].numel():
         for own, (theirs,) in _BLOCK["timm"].items():
             for key in [key for key in recipes if f".{theirs}." in key]:
                 recipes[key.replace(theirs, own)] = recipes.pop(key)
@@ -286,7 +353,7 @@ def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> 
 
 
 def _no_mask_token(cls_token: Tensor) -> Tensor:
-    _log_once("These weights have no mask token, as timm's: it is set to zeros.")
+    log_once("These weights have no mask token, as timm's: it is set to zeros.")
     return torch.zeros_like(cls_token[0])
 
 
@@ -331,7 +398,8 @@ def _classifier_prefix(own: Mapping[str, Tensor]) -> str:
 _logged: set[str] = set()
 
 
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Logs a warning, the first time only."""
     if message not in _logged:
         _logged.add(message)
         logger.warning(message)

@@ -10,8 +10,9 @@ dinov2/models/vision_transformer.py), so its checkpoints and the code written fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,11 @@ NOT_SCRIPTABLE = (
 
 
 class AnyLayout(nn.Module):
-    """A DINOv2 backbone, or one and a head, that loads weights in any layout of `dinov2_fast.layouts`."""
+    """A DINOv2 backbone, or one and a head, that loads weights in any layout of `dinov2_fast.layouts`.
+
+    It does so by itself and as a part of any other module. There torch's own rules hold: what fits is loaded, and the
+    error of the outermost `load_state_dict` names what does not, by the names of the parameters.
+    """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """`nn.Module.load_state_dict`, for weights named and packed as any DINOv2 implementation does.
@@ -81,13 +86,7 @@ class AnyLayout(nn.Module):
             RuntimeError: the weights do not fit; the message names the keys and the layout. Nothing is changed then.
         """
         own = self.state_dict()
-        layout, converted = "facebook", dict(state_dict)
-        if converted.keys() != own.keys():
-            plan = layouts.plan_conversion(state_dict)
-            own_keys = {layouts.plain_key(key): key for key in own}
-            optional = plan.made_up | {"mask_token"}  # which timm's models do not have
-            used = [key for key in plan.recipes if key in own_keys or key not in optional]
-            layout, converted = plan.layout, {own_keys.get(key, key): plan.read(key) for key in used}
+        layout, converted = _in_own_layout(state_dict, own)
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
         misshapen = [
@@ -98,6 +97,40 @@ class AnyLayout(nn.Module):
         if misshapen or (strict and (missing or unexpected)):
             raise RuntimeError(layouts.misfit(layout, missing, unexpected, misshapen))
         return super().load_state_dict(converted, strict=strict, assign=assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """What torch calls for each part of a larger module: here the weights get the names of this part's."""
+        if prefix:  # else `load_state_dict` has done it
+            given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+            own = dict(chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)))
+            try:
+                _, given = _in_own_layout(given, own)
+            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            state_dict |= {prefix + key: tensor for key, tensor in given.items()}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _in_own_layout(state_dict: Mapping[str, Any], own: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """The layout that was recognised, and the weights under the names `own` of a model; others keep theirs."""
+    if state_dict.keys() == set(own):
+        return "facebook", dict(state_dict)
+    plan = layouts.plan_conversion(state_dict)
+    own_keys = {layouts.plain_key(key): key for key in own}
+    optional = plan.made_up | {"mask_token"}  # which timm's models do not have
+    used = [key for key in plan.recipes if key in own_keys or key not in optional]
+    return plan.layout, {own_keys.get(key, key): plan.read(key) for key in used}
 
 
 class DinoVisionTransformer(AnyLayout):
@@ -240,7 +273,10 @@ class DinoVisionTransformer(AnyLayout):
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
 
     def _position_grid(self) -> Grid:
-        """Rows and columns of the position table."""
+        """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
+        rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
+        if rows * columns == int(self.pos_embed.shape[1]) - 1:
+            return rows, columns
         return square_grid(self.pos_embed[0, 1:])
 
     # From pictures to tokens

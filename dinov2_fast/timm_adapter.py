@@ -25,9 +25,8 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
-from dinov2_fast.position_embeddings import Grid
 from dinov2_fast.timm_layers import TimmAttention, TimmPatchEmbed
-from dinov2_fast.weights import load
+from dinov2_fast.weights import WeightsError, load
 from dinov2_fast.weights.files import open_weights
 
 POOLS = ("", "token", "avg", "avgmax", "max")
@@ -81,7 +80,8 @@ def create_model(
         cache_dir: refused with `pretrained`; otherwise without an effect.
         **kwargs: arguments of `TimmVisionTransformer`; those that are None, or say what is so anyway, count as not
             given. With `img_size` the published position table, of 518 pixels, is resampled, as
-            `TimmVisionTransformer.set_input_size` does.
+            `TimmVisionTransformer.set_input_size` does; for another number of `in_chans` the published filters are
+            summed or repeated, as timm does.
 
     Returns:
         A `TimmVisionTransformer` or `FeatureGetter` in training mode.
@@ -89,7 +89,7 @@ def create_model(
     Raises:
         TypeError: an argument that this model does not have; the message lists those it has.
         ValueError: timm has no DINOv2 of this name; the message lists the nearest.
-        WeightsError: the weights cannot be found, fetched or read.
+        WeightsError: the weights cannot be found, fetched or read, or do not fit.
     """
     config = _find(model_name)
     given_cfg = _given_cfg(config, pretrained_cfg, pretrained_cfg_overlay)
@@ -99,9 +99,8 @@ def create_model(
         model = _with_published_weights(config, arguments, given_cfg.get("file"))
     else:
         model = _build(config, arguments)
-    if checkpoint_path is not None:
-        model.load_state_dict(open_weights(Path(checkpoint_path).expanduser()))
-        model.loaded_from = str(checkpoint_path)
+    if checkpoint_path:
+        _load_checkpoint(model, Path(checkpoint_path).expanduser())
     model.to(device=device, dtype=dtype)
     model.default_cfg = model.pretrained_cfg = {**_data_config(config), **given_cfg}
     return FeatureGetter(model, out_indices) if features_only else model
@@ -223,10 +222,6 @@ class TimmVisionTransformer(DinoVisionTransformer):
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         embed: Any = self.patch_embed
         embed.set_img_size((height, width))
-
-    def _position_grid(self) -> Grid:
-        """Also of a table for pictures that are not square."""
-        return self.patch_embed.patches_resolution
 
     # Forward passes
 
@@ -564,12 +559,22 @@ def _with_published_weights(
             f"The published weights normalise before pooling: with global_pool={model.global_pool!r}, give "
             "fc_norm=False."
         )
-    backbone = load(config.name, weights=file)
+    backbone = load(config.name, weights=file, in_chans=arguments.get("in_chans", 3))
     model.load_state_dict(backbone.state_dict(), assign=True)
     model.loaded_from = backbone.loaded_from
     model.set_input_size(arguments.get("img_size"))
     model.reset_classifier(arguments.get("num_classes", 0))
     return model
+
+
+def _load_checkpoint(model: TimmVisionTransformer, path: Path) -> None:
+    try:
+        model.load_state_dict(open_weights(path))
+    except WeightsError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+    model.loaded_from = str(path)
 
 
 def _data_config(config: BackboneConfig) -> dict[str, Any]:

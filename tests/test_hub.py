@@ -85,6 +85,13 @@ def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, 
         hub.dinov2_vits14(weights=weights, pretrained=pretrained)
 
 
+def test_a_file_given_as_weights_is_answered_with_what_takes_one() -> None:
+    with pytest.raises(
+        AssertionError, match=r"weights: /file\.pth; .* dinov2_fast\.load\('dinov2_vits14', weights=file\)"
+    ):
+        hub.dinov2_vits14(weights="/file.pth")
+
+
 @pytest.mark.parametrize("weights", ["LVD142M", hub.Weights.LVD142M])
 def test_published_weights_are_loaded(weights: Any, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,55 @@ def test_whole_mlp_ratio_is_written_as_transformers_wants_it(value: float, writt
 def test_whole_floats_are_written_as_transformers_wants_them(tmp_path: Path) -> None:
     Dinov2Config(layerscale_value=1, initializer_range=1, layer_norm_eps=1, mlp_ratio=4.0).save_pretrained(tmp_path)
     assert their_class("Dinov2", "Config").from_pretrained(tmp_path).layerscale_value == 1.0
+
+
+NONSENSE: dict[str, list[Any]] = {
+    "hidden_size": ["768", 0, -1, 1.5, True, None, 10**30, [768]],
+    "num_hidden_layers": ["12", -1, 10**9, 2.0, None],
+    "num_attention_heads": ["1", 0, -1, None, 1.0],
+    "num_channels": [0, "3", 10**9],
+    "num_labels": [10**9, -1, "2"],
+    "image_size": [0, -14, "224", [224], [224, "a"], [1, 2, 3], {}, None, 10**12],
+    "patch_size": [0, "14", None, [14, 0], 10**6],
+    "mlp_ratio": [math.nan, math.inf, 0, -1, "4", None],
+    "layer_norm_eps": [-1, math.nan, "1e-6", None, math.inf],
+    "initializer_range": [-1, "a", math.nan],
+    "layerscale_value": ["1", math.nan, math.inf],
+    "hidden_dropout_prob": [2, -0.1, "0", math.nan],
+    "attention_probs_dropout_prob": [2, None],
+    "drop_path_rate": [1.5, "0"],
+    "qkv_bias": [1, "true", None],
+    "use_swiglu_ffn": ["no", 0],
+    "apply_layernorm": [[]],
+    "reshape_hidden_states": [{}],
+    "use_mask_token": ["false"],
+    "hidden_act": [1, ["gelu"]],
+    "problem_type": [3],
+    "position_dialect": [["size"]],
+    "out_features": ["stage1", [1], 5],
+    "out_indices": ["1", ["1"], 1, [1.0]],
+    "id2label": [{"a": "b"}, ["a"], 3],
+    "num_register_tokens": [-1, "4", 10**9],
+    "to_dict": [1],
+    "__class__": [1],
+    "save_pretrained": ["x"],
+    "self": [1],
+    "dtype": ["float61", 5, {}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
+def test_fields_that_make_no_sense_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
+    kind = Dinov2WithRegistersConfig if name == "num_register_tokens" else Dinov2Config
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind.model_type, name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{name}"):
+        kind.from_pretrained(tmp_path)
+
+
+def test_a_config_nested_too_deep_to_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(WeightsError, match="is not JSON"):
+        Dinov2Config.from_pretrained(tmp_path)
 
 
 # Overrides

@@ -169,6 +169,17 @@ def test_another_number_of_labels(classifier_folder: Path, caplog: pytest.LogCap
         load(classifier_folder, image_size=28, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.parametrize("num_channels", [1, 4])
+def test_another_number_of_channels(num_channels: int, folder: Path) -> None:
+    manipulate = pytest.importorskip("timm.models._manipulate", reason="compares with timm, which is not installed")
+    with pytest.raises(WeightsError, match=r"Wrong shape \(1\): patch_embed\.proj\.weight"):
+        Dinov2Model.from_pretrained(folder, num_channels=num_channels)
+    model = Dinov2Model.from_pretrained(folder, num_channels=num_channels, ignore_mismatched_sizes=True)
+    published = Dinov2Model.from_pretrained(folder).patch_embed.proj.weight.detach()
+    assert torch.equal(model.patch_embed.proj.weight, manipulate.adapt_input_conv(num_channels, published))
+    assert model(torch.randn(1, num_channels, 56, 56)).last_hidden_state.isfinite().all()
+
+
 def test_overrides_of_the_config(folder: Path) -> None:
     assert Dinov2Backbone.from_pretrained(folder, out_indices=[0, 1]).out_features == ["stem", "stage1"]
     assert Dinov2Model.from_pretrained(folder, position_dialect="offset").position_dialect == "offset"

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import dinov2_fast
-from dinov2_fast import BACKBONES, convert_state_dict, create_model, load
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast import BACKBONES, WeightsError, convert_state_dict, create_model, load
 from dinov2_fast.weights.load import RandomWeights
 from tests.checkpoints import assert_same, shapes
 from tests.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
@@ -500,6 +499,43 @@ def test_a_checkpoint_of_its_own(places: Places, tmp_path: Path) -> None:
     model = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, num_classes=3)
     assert_same(model.state_dict(), trained.state_dict())
     assert model.loaded_from == str(path)
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_published_weights_for_other_channels(in_chans: int, features_only: bool, places: Places) -> None:
+    manipulate = pytest.importorskip("timm.models._manipulate", reason="compares with timm, which is not installed")
+    weights = tiny_weights(2)
+    write(weights, places.cache / "dinov2_vitt14_pretrain.pth")
+    options = {"in_chans": in_chans, "out_indices": 1, "features_only": features_only}
+    made = create_model("vit_tiny_patch14_dinov2", pretrained=True, **options)
+    model = made.model if features_only else made
+    wanted = manipulate.adapt_input_conv(in_chans, weights["patch_embed.proj.weight"].clone())
+    assert torch.equal(model.patch_embed.proj.weight, wanted)
+    assert model.in_chans == in_chans
+    made(torch.randn(1, in_chans, 28, 28))
+
+
+def test_a_checkpoint_that_does_not_fit(places: Places, tmp_path: Path) -> None:
+    path = write(tiny_weights(0), tmp_path / "square.safetensors")
+    with pytest.raises(WeightsError, match=r"square\.safetensors: .*\n  Wrong shape \(1\): pos_embed \(1, 1370, 64\)"):
+        create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(28, 42))
+    stereo = {f"{side}.{key}": x.clone() for side in ("left", "right") for key, x in tiny_weights(0).items()}
+    with pytest.raises(WeightsError, match=r"two\.safetensors: This state dict holds several backbones"):
+        create_model("vit_tiny_patch14_dinov2", checkpoint_path=write(stereo, tmp_path / "two.safetensors"))
+    assert create_model("vit_tiny_patch14_dinov2", checkpoint_path="").loaded_from is None  # as timm's scripts give it
+
+
+@torch.no_grad()
+def test_a_table_for_no_square_is_saved_and_loaded(places: Places, tmp_path: Path) -> None:
+    write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
+    made = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(98, 140)).eval()
+    path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
+    again = load(path, img_size=(98, 140), dialect="antialias")
+    fed_back = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(98, 140)).eval()
+    for size in ((98, 140), (56, 28)):
+        assert torch.equal(again(pictures(*size)), made(pictures(*size)))
+        assert torch.equal(fed_back(pictures(*size)), made(pictures(*size)))
 
 
 def test_errors() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dinov2_fast
-from dinov2_fast import WeightsError, convert_state_dict, load
+from dinov2_fast import WeightsError, convert_state_dict, layouts, load
 from tests import checkpoints, golden
 from tests.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
 
@@ -189,6 +191,129 @@ def test_parts_of_one_storage_get_their_own(tmp_path: Path) -> None:
     model = load(path)
     checkpoints.assert_same(model.state_dict(), weights)
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
+WRAPPED: dict[str, Any] = {
+    "Depth Anything's originals": lambda w: (
+        {f"pretrained.{k}": x for k, x in w.items()} | {"depth_head.x": w["norm.bias"]}
+    ),
+    "an encoder": lambda w: {f"encoder.{k}": x for k, x in w.items()} | {"decoder.weight": w["norm.bias"]},
+    "a student": lambda w: {f"student.backbone.{k}": x for k, x in w.items()} | {"student.dino_head.x": w["norm.bias"]},
+    "a decoder": lambda w: {f"backbone.{k}": x for k, x in w.items()} | {"decode_head.conv.weight": w["norm.bias"]},
+    "chunks deep inside": lambda w: {f"module.net.0.vit.{k}": x for k, x in checkpoints.chunked(w).items()},
+    "transformers' tower": lambda w: {f"vision_tower.{k}": x for k, x in checkpoints.huggingface(w).items()},
+    "timm's saver": lambda w: {"epoch": 3, "arch": "vit", "state_dict": w, "optimizer": {"state": {}}},
+    "averages": lambda w: {"model": {k: x + 1 for k, x in w.items()}, "ema": w},
+    "averages without weights": lambda w: {"ema": {"decay": 0.9}, "model_state_dict": w},
+    "Lightning": lambda w: {"epoch": 1, "state_dict": {f"model.encoder.{k}": x for k, x in w.items()}},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_backbone_is_found_in_what_training_scripts_save(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, weights, _ = golden.load_case("facebook_mlp")
+    path = write(WRAPPED[name](weights), tmp_path / "checkpoint.pth.tar")
+    with caplog.at_level(logging.INFO, logger="dinov2_fast"):
+        checkpoints.assert_same(load(path).state_dict(), weights)
+        checkpoints.assert_same(load(tmp_path).state_dict(), weights)
+    beside = [
+        key for key in ("depth_head.x", "decoder.weight", "decode_head.conv.weight") if key in WRAPPED[name](weights)
+    ]
+    assert all(f"Left out 1 keys the model does not have, such as {key}." in caplog.text for key in beside)
+
+
+def test_two_backbones_in_one_file_are_named(tmp_path: Path) -> None:
+    weights = tiny_weights(0)
+    both = {f"{name}.{key}": tensor.clone() for name in ("left", "right") for key, tensor in weights.items()}
+    with pytest.raises(WeightsError, match=r"holds several backbones, under left\., right\.: give the tensors of one"):
+        load(write(both, tmp_path / "stereo.safetensors"))
+
+
+def test_the_keys_of_another_model_are_named(tmp_path: Path) -> None:
+    path = write({f"layer{i}.0.conv1.weight": torch.ones(1) for i in range(9)}, tmp_path / "resnet.pth")
+    with pytest.raises(WeightsError, match=r"cls_token, .* not found among layer0\.0\.conv1\.weight, layer1.*, …\."):
+        load(path)
+
+
+def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
+    sizes = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14}
+    made = dinov2_fast.DinoVisionTransformer(img_size=(98, 140), block_chunks=0, init_values=1.0, **sizes).eval()
+    path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
+    with pytest.raises(WeightsError, match=r"70 positions, which is not a square grid\. Give the size of image"):
+        load(path)
+    with pytest.raises(WeightsError, match="not a square grid"):
+        load(path, img_size=(98, 98))
+    told = load(path, img_size=(98, 140))
+    (tmp_path / "config.json").write_text(json.dumps({"image_size": [98, 140], "num_attention_heads": 1}))
+    for size in ((98, 140), (70, 56), (140, 98)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            assert torch.equal(told(x), made(x))
+            assert torch.equal(load(tmp_path)(x), made(x))
+
+
+@pytest.mark.parametrize("img_size", [(98, 140), (28, 112)])  # the second has as many patches as a square
+def test_a_position_table_that_is_not_of_a_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
+    rows, columns = img_size[0] // 14, img_size[1] // 14
+    model = dinov2_fast.DinoVisionTransformer(img_size=img_size, patch_size=14, embed_dim=64, depth=1, num_heads=1)
+    model.position_dialect = "antialias"
+    table = model.pos_embed[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    wanted = F.interpolate(table, (12, 5), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    resampled = model.interpolate_pos_encoding(torch.empty(0), 12 * 14, 5 * 14)[:, 1:]
+    torch.testing.assert_close(resampled, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_filters_are_adapted_as_timm_does(in_chans: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    manipulate = pytest.importorskip("timm.models._manipulate", reason="compares with timm, which is not installed")
+    weights = {key: tensor.to(dtype) for key, tensor in tiny_weights(0).items()}
+    model = load(write(weights, tmp_path / "rgb.safetensors"), in_chans=in_chans)
+    wanted = manipulate.adapt_input_conv(in_chans, weights["patch_embed.proj.weight"].clone())
+    assert torch.equal(model.patch_embed.proj.weight, wanted)
+    assert model.patch_embed.in_chans == in_chans
+    with torch.no_grad():
+        assert model.float()(torch.randn(1, in_chans, 28, 28)).isfinite().all()
+
+
+def test_adapting_filters_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts, "_logged", set())
+    path = write(tiny_weights(0), tmp_path / "rgb.safetensors")
+    for _ in range(2):
+        load(path, in_chans=1)
+        load(path, in_chans=4)
+        load(path, in_chans=3)
+    assert [record.message for record in caplog.records] == [
+        "The filters for 3 channels are summed for images of 1.",
+        "The filters for 3 channels are repeated in turn and scaled by 3/4 for images of 4.",
+    ]
+
+
+def test_an_empty_name_is_none() -> None:
+    with pytest.raises(ValueError, match="no DINOv2 backbone called ''"):
+        load("")
+    for model in (dinov2_fast.Dinov2Model, dinov2_fast.Dinov2Config):
+        with pytest.raises(WeightsError, match=r"name of the model is empty\. Give a file"):
+            model.from_pretrained("")
+
+
+@pytest.mark.parametrize("image_size", ["518", 1.5, {}, [], [518], ["a", "b"], 0, None, -518])
+def test_an_image_size_that_makes_no_sense_is_read_from_the_table(image_size: Any, tmp_path: Path) -> None:
+    write(tiny_weights(0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"image_size": image_size}))
+    assert load(tmp_path).patch_embed.img_size == (518, 518)
+
+
+@pytest.mark.parametrize("heads", ["1", -1, 0, True, 1.5, 7, [1]])
+def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> None:
+    write(tiny_weights(0), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* a number that divides the width"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])

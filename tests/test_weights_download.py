@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,18 @@ def flipped(request: http.server.BaseHTTPRequestHandler) -> None:
     answer(bytes(data))(request)
 
 
+def wrong_header(name: str, value: str, status: int = 200) -> Answer:
+    def send(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header(name, value)
+        request.end_headers()
+
+    return send
+
+
 WRONG_ANSWERS = {
+    "length of letters": (wrong_header("Content-Length", "abc"), "could not be fetched"),
+    "redirect to no address": (wrong_header("Location", "http://[::bad", status=302), "could not be fetched"),
     "missing": (answer(b"", status=404), "404"),
     "error": (answer(b"", status=503), "503"),
     "short": (answer(pth({"cls_token": torch.ones(9)})[:500], promised=100_000), "broke off after 500 of 100000"),
@@ -95,6 +108,25 @@ def test_a_wrong_answer_leaves_nothing(
     assert message in str(caught.value)
     assert "Download http" in str(caught.value)
     assert leftovers(places) == []
+
+
+def test_two_downloads_of_one_file_at_once_both_succeed(server: Server, tmp_path: Path) -> None:
+    data, both = pth(tiny_weights(4)), threading.Barrier(2)
+
+    def reply(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        request.wfile.write(data[:100])
+        both.wait(timeout=30)  # both have their temporary file open
+        request.wfile.write(data[100:])
+
+    server.answers["/shared.pth"] = reply
+    with ThreadPoolExecutor(2) as pool:
+        path = tmp_path / "shared.pth"
+        found = list(pool.map(lambda _: sources.download(f"{server.address}/shared.pth", path), range(2)))
+    assert found == [path, path]
+    assert path.read_bytes() == data
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_nobody_at_the_official_address(places: Places) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +208,7 @@ def _write_file(state_dict: Any, args: argparse.Namespace) -> Path:
 def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
     from dinov2_fast.weights.save import move_into_place
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         huggingface_model(checkpoint).save_pretrained(part)
         folder.mkdir(parents=True, exist_ok=True)

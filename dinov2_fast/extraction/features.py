@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import MANIFEST, Feature, format_named, stem
+from dinov2_fast.extraction.shards import MANIFEST, Feature, format_named, shard_numbers, stem
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:
@@ -32,13 +32,14 @@ def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> F
     folder = Path(folder)
     manifest = read_manifest(folder)
     rows, shard_size = manifest["inputs"]["pictures"], manifest["shard_size"]
-    wanted = range(-(-rows // shard_size))
+    wanted = -(-rows // shard_size)
     features = stored_features(manifest)
     format_ = format_named(manifest["format"])
-    there = [shard for shard in wanted if format_.count(stem(folder, shard), features) is not None]
-    if len(there) < len(wanted) and not partial:
+    present = [shard for shard in shard_numbers(folder) if shard < wanted]
+    there = [shard for shard in present if format_.count(stem(folder, shard), features) is not None]
+    if len(there) < wanted and not partial:
         raise ValueError(
-            f"{len(wanted) - len(there)} of the {len(wanted)} shards in {str(folder)!r} are missing: the extraction is "
+            f"{wanted - len(there)} of the {wanted} shards in {str(folder)!r} are missing: the extraction is "
             "not finished. Run it again, which does what is missing, or pass partial=True."
         )
     return Features(folder, manifest, tuple(there))
@@ -56,8 +57,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["inputs"]["pictures"], manifest["shard_size"], stored_features(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+        rows, shard_size = manifest["inputs"]["pictures"], manifest["shard_size"]
+        if type(rows) is not int or type(shard_size) is not int or rows < 0 or shard_size < 1:
+            raise ValueError(f"{rows} rows in shards of {shard_size}")
+        stored_features(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
     return dict(manifest)
 

@@ -118,6 +118,12 @@ def stem(folder: Path, shard: int) -> Path:
     return folder / f"{PREFIX}{shard:05}"
 
 
+def shard_numbers(folder: Path) -> list[int]:
+    """The shards that have a file in the folder, in ascending order."""
+    numbers = (path.name.removeprefix(PREFIX).split(".")[0] for path in folder.glob(f"{PREFIX}[0-9]*.*"))
+    return sorted({int(number) for number in numbers if number.isdecimal() and len(number) < 20})
+
+
 def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
     """As many rows as `SHARD_BYTES` hold, at most `SHARD_ROWS`: whole batches, at least one."""
     rows = min(SHARD_ROWS, SHARD_BYTES // sum(feature.nbytes for feature in features))

@@ -57,7 +57,12 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
     def make(
         *, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs: Any
     ) -> DinoVisionTransformer:
-        choose_weights(weights, Weights)
+        try:
+            choose_weights(weights, Weights)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}. For a file of your own: dinov2_fast.load({config.name!r}, weights=file)"
+            ) from None
         return make_backbone(config, pretrained, **kwargs)
 
     registers = " with registers" if config.num_register_tokens else ""

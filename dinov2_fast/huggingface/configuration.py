@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dinov2_fast.huggingface.config_fields import check_fields
 from dinov2_fast.position_embeddings import dialect
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import as_dtype
@@ -37,7 +38,7 @@ class Dinov2Config:
     at least (5.23 drops the former alone).
 
     Raises:
-        ValueError: sizes that do not fit together, or stages that do not exist.
+        ValueError: a field of a wrong type or range, sizes that do not fit together, or stages that do not exist.
     """
 
     model_type: ClassVar[str] = "dinov2"
@@ -69,6 +70,7 @@ class Dinov2Config:
         use_mask_token: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_fields({**locals(), **kwargs}, type(self))
         # int and float are told apart below because transformers refuses a config.json with the wrong one.
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -301,11 +303,14 @@ class Dinov2Config:
         )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WeightsError(f"{path} is not JSON ({error}).") from error
         if not isinstance(fields, dict):
             raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
-        return cls.from_dict(fields, **overrides)
+        try:
+            return cls.from_dict(fields, **overrides)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Writes ``config.json`` into `save_directory`, which is made if it does not exist.
@@ -331,10 +336,10 @@ class Dinov2WithRegistersConfig(Dinov2Config):
 
     model_type = "dinov2_with_registers"
     default_dialect = "antialias"
+    num_register_tokens: int
 
     def __init__(self, *, patch_size: Size = 16, num_register_tokens: int = 4, **kwargs: Any) -> None:
-        self.num_register_tokens = num_register_tokens
-        super().__init__(patch_size=patch_size, **kwargs)
+        super().__init__(patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
         self.use_mask_token = True  # transformers has no such field here: these models always have the token
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2_fast.huggingface.configuration import Dinov2Config, refuse_upload
-from dinov2_fast.layouts import convert_state_dict, plain_key
+from dinov2_fast.layouts import convert_state_dict, log_once, plain_key
 from dinov2_fast.model import AnyLayout, DinoVisionTransformer
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.files import open_weights
@@ -86,7 +87,8 @@ class PreTrainedModel(AnyLayout):
                 that of the weights. `torch_dtype` is the same.
             device: where the model goes; `device_map` with one device, or "auto", is the same.
             local_files_only: do not touch the network.
-            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one.
+            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one,
+                and adapt filters for another number of channels (`dinov2_fast.weights.channels`).
             output_loading_info: return the pair of the model and a dictionary of the keys that were missing,
                 unexpected, or of another shape.
             **kwargs: fields of the config to override (``num_labels=10``, ``out_indices=[2, 5]``, …).
@@ -117,7 +119,15 @@ class PreTrainedModel(AnyLayout):
         if ignore_mismatched_sizes:
             state_dict = _without_misfit_head(state_dict, model)
         may_leave = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
-        missing = fill(model, state_dict, device=device, dtype=wanted, may_miss=(HEAD,), may_leave=may_leave)
+        missing = fill(
+            model,
+            state_dict,
+            device=device,
+            dtype=wanted,
+            may_miss=(HEAD,),
+            may_leave=may_leave,
+            adapt_channels=ignore_mismatched_sizes,
+        )
         if missing:
             logger.warning(
                 "%s has no %s that fits: the classification head is initialised at random, train it.",
@@ -207,6 +217,21 @@ class PreTrainedModel(AnyLayout):
         tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         name = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
         save_file(tensors, Path(save_directory) / name, metadata={"format": "pt"})
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """What torch calls for each part of a larger module.
+
+        The keys stay the names of the parameters, by which torch.distributed.checkpoint, functional_call and
+        torch.export look them up.
+        """
+        if prefix not in ("", f"{self.base_model_prefix}.") and "transformers" in sys.modules:
+            log_once(
+                f"The state dict of a larger model names the weights of this {type(self).__name__} as dinov2_fast does "
+                f"({prefix}blocks.0.…). The same model loads them back; transformers' own classes do not know these "
+                "names, and would leave that part at random. Where transformers is to read what is saved, put its own "
+                "backbone in and call dinov2_fast.accelerate(model) instead."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _dialect_to_save(self) -> str | None:
         dialect = self.base_model.position_dialect

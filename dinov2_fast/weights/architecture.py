@@ -5,25 +5,36 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dinov2_fast import layouts
 from dinov2_fast.weights.errors import WeightsError
 
 HEAD_DIM = 64  # of every published DINOv2
-_BLOCK_KEY = re.compile(r"blocks\.(\d+)\.")
+MAX_BLOCKS = 1000
+_BLOCK_KEY = re.compile(r"blocks\.(\d{1,9})\.")
+# The rank of each tensor that sizes are read from.
+_RANKS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "register_tokens": 3}
+
+Size = int | Sequence[int]
 
 
-def read_architecture(state_dict: Mapping[str, Any], config: Path | None = None) -> dict[str, Any]:
+def read_architecture(
+    state_dict: Mapping[str, Any], config: Path | None = None, img_size: Size | None = None
+) -> dict[str, Any]:
     """Constructor arguments of the backbone these weights belong to, from the shapes of its tensors.
 
     Args:
         state_dict: weights in any layout.
-        config: a transformers ``config.json``, for the number of heads (otherwise heads of 64 channels are assumed).
+        config: a transformers ``config.json``, for the number of heads (otherwise heads of 64 channels are assumed) and
+            the size of image.
+        img_size: height and width in pixels, or one number for both, that the position table is for. It is needed only
+            where the table is not of a square and no config tells.
 
     Raises:
         WeightsError: not the weights of a DINOv2.
@@ -32,19 +43,21 @@ def read_architecture(state_dict: Mapping[str, Any], config: Path | None = None)
     required = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
     absent = [key for key in required if key not in plan.recipes]
     if absent:
-        raise WeightsError(f"These are not the weights of a DINOv2 backbone: {', '.join(absent)} not found.")
-    if read_tensor(plan, "patch_embed.proj.weight").ndim != 4 or read_tensor(plan, "pos_embed").ndim != 3:
-        raise WeightsError("These are not the weights of a DINOv2 backbone: patch_embed or pos_embed has another rank.")
-    embed_dim, in_chans, patch_size, _ = read_tensor(plan, "patch_embed.proj.weight").shape
-    registers = read_tensor(plan, "register_tokens").shape[1] if "register_tokens" in plan.recipes else 0
+        raise WeightsError(
+            f"These are not the weights of a DINOv2 backbone: {', '.join(absent)} not found among "
+            f"{layouts.some_keys(plan.source)}."
+        )
+    embed_dim, in_chans, patch_size, _ = _shape(plan, "patch_embed.proj.weight")
+    registers = _shape(plan, "register_tokens")[1] if "register_tokens" in plan.recipes else 0
     ffn_layer, mlp_ratio, ffn_bias = _read_ffn(plan, embed_dim)
+    fields = _read_config(config)
     return {
-        "img_size": patch_size * math.isqrt(read_tensor(plan, "pos_embed").shape[1] - 1),
+        "img_size": _img_size(_shape(plan, "pos_embed")[1] - 1, patch_size, img_size or fields.get("image_size")),
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": 1 + max(int(match[1]) for match in map(_BLOCK_KEY.match, plan.recipes) if match),
-        "num_heads": _configured_heads(config) or max(embed_dim // HEAD_DIM, 1),
+        "depth": _depth(plan),
+        "num_heads": _heads(fields, embed_dim, config),
         "mlp_ratio": mlp_ratio,
         "qkv_bias": "blocks.0.attn.qkv.bias" in plan.recipes,
         "ffn_bias": ffn_bias,
@@ -58,12 +71,72 @@ def read_architecture(state_dict: Mapping[str, Any], config: Path | None = None)
     }
 
 
+def _shape(plan: layouts.Plan, key: str) -> torch.Size:
+    """The shape of the own tensor `key`, if it has the rank that it must have, and is not empty."""
+    shape = read_tensor(plan, key).shape
+    if len(shape) != _RANKS.get(key, 2) or not all(shape):
+        raise WeightsError(
+            f"These are not the weights of a DINOv2 backbone: {key} has the shape {tuple(shape)}, where "
+            f"{_RANKS.get(key, 2)} dimensions are needed, none of them 0."
+        )
+    return shape
+
+
+def _depth(plan: layouts.Plan) -> int:
+    """The number of blocks, which must be there from the first to the last."""
+    found = {int(match[1]) for match in map(_BLOCK_KEY.match, plan.recipes) if match}
+    if len(found) > MAX_BLOCKS:
+        raise WeightsError(f"These weights have {len(found)} blocks; at most {MAX_BLOCKS} are taken for a DINOv2's.")
+    missing = next(i for i in range(len(found) + 1) if i not in found)
+    if missing < len(found):
+        raise WeightsError(
+            f"These weights have a block {max(found)} and no block {missing}: a part of the model is missing, or these "
+            "are not the weights of a DINOv2 backbone."
+        )
+    return len(found)
+
+
+def _img_size(positions: int, patch_size: int, told: Any) -> Size:
+    """The size of image that a table of so many positions is for: as `told` where that fits, else of a square."""
+    if positions < 1:
+        raise WeightsError("These are not the weights of a DINOv2 backbone: pos_embed has no position of a patch.")
+    if _patches(told, patch_size) == positions:
+        return told
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise WeightsError(
+            f"The position table has {positions} positions, which is not a square grid. Give the size of image that it "
+            "is for: dinov2_fast.load(…, img_size=(height, width)), in pixels."
+        )
+    return patch_size * side
+
+
+def _patches(img_size: Any, patch_size: int) -> int:
+    """How many patches an image of that size has; 0 if it is no size."""
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        return 0
+    return math.prod(side // patch_size if isinstance(side, int) and side > 0 else 0 for side in sides)
+
+
+def _heads(fields: Mapping[str, Any], embed_dim: int, config: Path | None) -> int:
+    heads = fields.get("num_attention_heads")
+    if heads is None:
+        return max(embed_dim // HEAD_DIM, 1)
+    if type(heads) is not int or heads < 1 or embed_dim % heads:
+        raise WeightsError(
+            f"{config} has num_attention_heads {heads!r}, and the weights are {embed_dim} wide: it must be a number "
+            "that divides the width."
+        )
+    return heads
+
+
 def _read_ffn(plan: layouts.Plan, embed_dim: int) -> tuple[str, float, bool]:
     """`ffn_layer`, `mlp_ratio` and `ffn_bias` of the first block."""
     for ffn_layer, name, factor in (("swiglufused", "w3", 1.5), ("mlp", "fc2", 1.0)):
         key = f"blocks.0.mlp.{name}.weight"
         if key in plan.recipes:
-            hidden = int(read_tensor(plan, key).shape[-1] * factor)
+            hidden = int(_shape(plan, key)[1] * factor)
             return ffn_layer, _ratio(hidden, embed_dim), f"blocks.0.mlp.{name}.bias" in plan.recipes
     return "identity", 4.0, True
 
@@ -74,20 +147,23 @@ def _ratio(hidden: int, embed_dim: int) -> float:
     return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _configured_heads(config: Path | None) -> int | None:
+def _read_config(config: Path | None) -> dict[str, Any]:
     if config is None:
-        return None
+        return {}
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads")
-    except (OSError, ValueError, AttributeError) as error:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{config} is no configuration of a model ({error}).") from error
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{config} is no configuration of a model: it holds a {type(fields).__name__}.")
+    return fields
 
 
 def plan_weights(state_dict: Mapping[str, Any]) -> layouts.Plan:
     """`layouts.plan_conversion`, of a checkpoint: what is wrong with it is a `WeightsError`."""
     try:
         return layouts.plan_conversion(state_dict)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"These are not the weights of one DINOv2 backbone: {error}") from error
 
 
@@ -101,9 +177,20 @@ def read_tensor(plan: layouts.Plan, key: str) -> Tensor:
         tensor = plan.read(key)
     except WeightsError:
         raise
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, IndexError) as error:
         raise WeightsError(f"{', '.join(plan.recipes[key].keys)} do not make up a {key} ({error}).") from error
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise WeightsError(f"{key} must be a tensor of floating-point numbers, but these weights have {what}.")
+    _check_is_whole(key, tensor)
     return tensor
+
+
+def _check_is_whole(key: str, tensor: Tensor) -> None:
+    """Raises for a tensor that a small file can hold at any size; subclasses have storages of their own kind."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return
+    is_sparse = tensor.layout != torch.strided
+    if is_sparse or tensor.nbytes > tensor.untyped_storage().nbytes():
+        kind = "sparse" if is_sparse else "expanded from fewer values"
+        raise WeightsError(f"{key} {tuple(tensor.shape)} is {kind}. Save it as a dense tensor of all its values.")

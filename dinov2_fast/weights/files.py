@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,26 +16,34 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.weights.harmless import harmless_left_out, is_harmless
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
 INDEX_ENDING = ".index.json"
+
+_ZIP_START, _PICKLE_START = b"PK", b"\x80"
+MAX_COMPRESSION = 4  # of a PyTorch file, which torch itself writes without any; else a small one could fill the memory
 
 
 class SafetensorsFiles(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files, mapped from disk when asked for: copy what is to be kept.
 
     A file is opened for each tensor, so that no mapped page stays resident once its tensor has been used.
+
+    Raises:
+        WeightsError: a file is damaged, or another one than when it was opened first.
     """
 
     def __init__(self, paths: list[Path]) -> None:
         self._file_of: dict[str, Path] = {}
+        self._versions = {path: _version(path) for path in paths}
         for path in paths:
-            with _open_safetensors(path) as file:
+            with self._open(path) as file:
                 self._file_of.update(dict.fromkeys(file.keys(), path))
 
     def __getitem__(self, key: str) -> Tensor:
-        with _open_safetensors(self._file_of[key]) as file:
+        with self._open(self._file_of[key]) as file:
             return file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -43,11 +52,35 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
+    def check_unchanged(self) -> None:
+        """Raises if a file is another one, or was written to, since it was opened first."""
+        for path, version in self._versions.items():
+            if _version(path) != version:
+                raise WeightsError(f"{path} was replaced or written to while it was read. Load it again.")
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                yield file
+            self.check_unchanged()
+        except (safetensors.SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path} is damaged or no safetensors file ({error}). Delete it and fetch it again."
+            ) from error
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What is another number for another file of the same name, or after a change of it."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
 
 def open_weights(path: Path) -> Mapping[str, Any]:
     """The state dict in `path`: a file, or the index (``*.index.json``) of a sharded checkpoint.
 
-    Neither format has a checksum that is looked at here: a changed bit within a tensor is not noticed.
+    The first bytes of a file say what it is; its name does not matter. Neither format has a checksum that is looked at
+    here: a changed bit within a tensor is not noticed.
 
     Raises:
         WeightsError: missing, damaged, of an unknown kind, or holding more than tensors.
@@ -56,11 +89,29 @@ def open_weights(path: Path) -> Mapping[str, Any]:
         raise WeightsError(f"There is no file {path}.")
     if path.name.endswith(INDEX_ENDING):
         return _open_shards(path)
-    if path.suffix in SAFETENSORS:
+    if is_safetensors(path):
         return SafetensorsFiles([path])
-    if path.suffix in TORCH:
+    if _first_bytes(path).startswith((_ZIP_START, _PICKLE_START)):
         return _torch_load(path)
-    raise WeightsError(f"{path} is no checkpoint known here; the endings are {', '.join(SAFETENSORS + TORCH)}.")
+    raise WeightsError(
+        f"{path} is damaged or no checkpoint: it begins neither as a safetensors nor as a PyTorch file does. Delete it "
+        "and fetch it again."
+    )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the length of a JSON object, and that."""
+    return _first_bytes(path)[8:] == b"{"
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(9)
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}). Look at its permissions and its disk."
+        ) from error
 
 
 def shards(index: Path) -> list[Path]:
@@ -86,7 +137,7 @@ def _open_shards(index: Path) -> Mapping[str, Any]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise WeightsError(f"{index} names files that are not beside it: {', '.join(missing)}.")
-    if all(path.suffix in SAFETENSORS for path in paths):
+    if all(is_safetensors(path) for path in paths):
         return SafetensorsFiles(paths)
     merged: dict[str, Any] = {}
     for path in paths:
@@ -94,22 +145,10 @@ def _open_shards(index: Path) -> Mapping[str, Any]:
     return merged
 
 
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is damaged or no safetensors file ({error}). Delete it and fetch it again."
-        ) from error
-
-
 def _torch_load(path: Path) -> Mapping[str, Any]:
+    _check_compression(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of oddities in the file; an error says it better
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _load_tensors(path)
     except Exception as error:  # torch.load raises whatever the damage causes
         raise WeightsError(_why_not_loaded(path, error)) from error
     if not isinstance(loaded, Mapping):
@@ -117,12 +156,50 @@ def _torch_load(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
+def _load_tensors(path: Path) -> Any:
+    """`torch.load` of tensors, and with stand-ins for harmless objects only where there are some."""
+
+    def load() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of oddities in the file; an error says it better
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    try:
+        return load()
+    except Exception as error:
+        if not is_harmless(_refused_name(error)):
+            raise
+    with harmless_left_out():
+        return load()
+
+
+def _check_compression(path: Path) -> None:
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # zipfile raises whatever the damage causes, and torch says it better
+        return
+    if unpacked > MAX_COMPRESSION * path.stat().st_size:
+        raise WeightsError(
+            f"{path} would be {unpacked / path.stat().st_size:.0f} times as large in memory, which no checkpoint that "
+            "PyTorch writes is: refused. Save it again with torch.save, or as safetensors."
+        )
+
+
+def _refused_name(error: Exception) -> str | None:
+    """The object for which torch refused to load a file."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return refused[1] if refused else None
+
+
 def _why_not_loaded(path: Path, error: Exception) -> str:
     """A message without torch's own advice, which is to try again unsafely."""
     text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
+    refused = _refused_name(error)
     if refused or "TorchScript" in text:
-        what = f"more than tensors ({refused[1]})" if refused else "a TorchScript program"
+        what = f"more than tensors ({refused})" if refused else "a TorchScript program"
         return (
             f"{path} holds {what}, and loading it could run code, so it was refused. If you trust where it is from, "
             f"save its state dict again as safetensors."

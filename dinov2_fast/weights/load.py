@@ -16,8 +16,9 @@ from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
+from dinov2_fast.weights.channels import adapt_filters
 from dinov2_fast.weights.errors import WeightsError
-from dinov2_fast.weights.files import open_weights
+from dinov2_fast.weights.files import SafetensorsFiles, open_weights
 from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone, find_checkpoint
 
 logger = logging.getLogger("dinov2_fast")
@@ -40,7 +41,7 @@ def load(
     """A DINOv2 backbone in eval mode.
 
     Memory: the model is built without storage and filled tensor by tensor, so this takes the weights and one tensor.
-    A classification head in the checkpoint is left out.
+    A classification head in the checkpoint is left out, and what a larger model has beside its backbone.
 
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
@@ -53,11 +54,13 @@ def load(
             kind of model.
         revision: of the hub repository.
         local_files_only: do not touch the network.
-        **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`.
+        **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
+            another number of `in_chans` the filters are adapted (`dinov2_fast.weights.channels`). `img_size` says what
+            the position table is for where it is not of a square.
 
     Raises:
         WeightsError: the weights cannot be found, fetched, read, or do not fit.
-        ValueError: unknown name (the message lists the nearest) or dialect.
+        ValueError: unknown or empty name (the message lists the nearest), or dialect.
     """
     name = str(name_or_path)
     if weights is not None and str(weights).startswith("random:"):
@@ -68,11 +71,18 @@ def load(
         source = str(checkpoint.weights)
         state_dict = open_weights(checkpoint.weights)
         known = backbone(name).constructor_arguments() if name in BACKBONES else None
-        arguments = known or read_architecture(state_dict, checkpoint.config)
+        arguments = known or read_architecture(state_dict, checkpoint.config, kwargs.get("img_size"))
     model = _on_meta({**arguments, **kwargs})
     if dialect is not None:
         model.position_dialect = dialect
-    fill(model, state_dict, device=device, dtype=as_dtype(dtype), may_leave=_HEADS)
+    fill(
+        model,
+        state_dict,
+        device=device,
+        dtype=as_dtype(dtype),
+        may_leave=_HEADS,
+        adapt_channels="in_chans" in kwargs,
+    )
     model.loaded_from = source
     return model.eval()
 
@@ -85,7 +95,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    named = getattr(torch, dtype.removeprefix("torch."), None)
+    named = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(named, torch.dtype):
         raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
     return named
@@ -97,7 +107,7 @@ def _find(name: str, weights: str | Path | None, revision: str | None, local_fil
         return Checkpoint(Path(weights).expanduser(), None)
     if name in BACKBONES:
         return find_backbone(BACKBONES[name], local_files_only)
-    if Path(name).expanduser().exists() or "/" in name or "." in name:
+    if name and (Path(name).expanduser().exists() or "/" in name or "." in name):
         return find_checkpoint(name, SourceOptions(revision, local_files_only))
     backbone(name)  # raises, with the nearest names
     raise AssertionError(name)
@@ -116,6 +126,7 @@ def fill(
     dtype: torch.dtype | None = None,
     may_miss: tuple[str, ...] = (),
     may_leave: tuple[str, ...] = (),
+    adapt_channels: bool = False,
 ) -> list[str]:
     """Gives a model on the meta device its parameters, one at a time, from weights in any layout.
 
@@ -123,7 +134,9 @@ def fill(
         model: built on the meta device.
         state_dict: weights in any layout; if a plain dictionary, it is emptied on the way to save memory.
         device, dtype: of the parameters; default the CPU and the weights' own.
-        may_miss, may_leave: beginnings of the model's keys that may be missing, and of others that may be left over.
+        may_miss, may_leave: beginnings of the model's keys that may be missing, and of others that may be left over;
+            so may what a larger model has beside its backbone.
+        adapt_channels: the weights may be for another number of channels (`adapt_filters`).
 
     Returns:
         The missing keys; these parameters are still on the meta device.
@@ -136,41 +149,47 @@ def fill(
     missing = [key for plain, (key, _) in own.items() if plain not in plan.recipes]
     fatal = [key for key in missing if not key.startswith(may_miss)]
     left_over = [plain for plain in plan.recipes if plain not in own and plain not in plan.made_up]
-    unexpected = [plain for plain in left_over if not plain.startswith(may_leave)]
+    unexpected = [plain for plain in left_over if not plain.startswith(may_leave) and plain not in plan.beside]
     if len(left_over) > len(unexpected):
         logger.info("Left out %d keys the model does not have, such as %s.", len(left_over), left_over[0])
     misshapen = []
     for plain, (key, like) in own.items():
-        if plain in plan.recipes:
-            shape = _fill_parameter(model, key, plan, plain, device, dtype)
-            if shape != like.shape:
-                misshapen.append(f"{key} {tuple(shape)} where the model has {tuple(like.shape)}")
+        if plain not in plan.recipes:
+            continue
+        tensor = read_tensor(plan, plain)
+        if adapt_channels and plain == "patch_embed.proj.weight":
+            tensor = adapt_filters(tensor, like.shape[1])
+        if tensor.shape == like.shape:
+            # A mapping that is no dictionary may give tensors that lie in a file; joined ones are new.
+            is_borrowed = not isinstance(plan.source, dict) and len(plan.recipes[plain].keys) == 1
+            _set_parameter(model, key, tensor, device, dtype, is_borrowed)
+        else:
+            misshapen.append(f"{key} {tuple(tensor.shape)} where the model has {tuple(like.shape)}")
+        if isinstance(plan.source, dict):
+            for source_key in plan.recipes[plain].keys:
+                del plan.source[source_key]
     if fatal or unexpected or misshapen:
         raise WeightsError(layouts.misfit(plan.layout, fatal, unexpected, misshapen))
+    if isinstance(plan.source, SafetensorsFiles):
+        plan.source.check_unchanged()
     return missing
 
 
-def _fill_parameter(
+def _set_parameter(
     model: nn.Module,
     key: str,
-    plan: layouts.Plan,
-    plain: str,
+    tensor: Tensor,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
-) -> torch.Size:
-    """Gives the model its parameter `key` from the plan's tensor `plain`; its shape is returned, not looked at."""
-    tensor = read_tensor(plan, plain)
+    is_borrowed: bool,
+) -> None:
+    """Gives the model its parameter `key`; a borrowed tensor is one whose storage is not its own."""
+    if tensor.is_meta:
+        raise WeightsError(f"{key} has no values in these weights: it was saved from the meta device.")
     placed = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
-    source_keys = plan.recipes[plain].keys
-    # A mapping that is no dictionary may give tensors that lie in a file; joined ones are new.
-    is_borrowed = placed is tensor and len(source_keys) == 1 and not isinstance(plan.source, dict)
     path, _, name = key.rpartition(".")
-    parameter = nn.Parameter(_with_own_storage(placed, is_borrowed))
+    parameter = nn.Parameter(_with_own_storage(placed, is_borrowed and placed is tensor))
     model.get_submodule(path).register_parameter(name, parameter)
-    if isinstance(plan.source, dict):
-        for source_key in source_keys:
-            del plan.source[source_key]
-    return parameter.shape
 
 
 def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
     """
     path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     own = {name: _alone(tensor) for name, tensor in tensors.items()}
     try:
         if path.suffix in SAFETENSORS:

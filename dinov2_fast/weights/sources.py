@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import urllib.request
+import uuid
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,7 @@ FILE_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
@@ -125,7 +127,7 @@ def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
     names = options.weights_names()
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
-        found = sorted(path for path in folder.iterdir() if path.suffix in SAFETENSORS + TORCH)
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
         if len(found) != 1 or options.variant is not None:
             what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(p.name for p in found)})"
             raise WeightsError(f"{folder} holds {what}; one of {', '.join(names)} was looked for.")
@@ -231,6 +233,7 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
     Raises:
         WeightsError: `name` is none of these, or the weights cannot be had.
     """
+    _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return find_in_folder(path / (options.subfolder or ""), options)
@@ -241,12 +244,19 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
     raise WeightsError(f"{name!r} is no file or folder here and no hub id (owner/name).")
 
 
+def _refuse_empty(name: str) -> None:
+    """Raises for "", which as a path would be the current folder."""
+    if not name.strip():
+        raise WeightsError("The name of the model is empty. Give a file, a folder (. for this one) or a hub id.")
+
+
 def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name: str = CONFIG_NAME) -> Path:
     """The JSON file (``config.json`` unless told) that `name` is, or that a folder or hub repository `name` holds.
 
     Raises:
         WeightsError: it is not there.
     """
+    _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / (options.subfolder or "") / file_name
@@ -268,7 +278,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
     Raises:
         WeightsError: no answer, a short answer, a damaged file or a wrong digest. No file is left then.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     logger.info("Downloading %s to %s", url, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +292,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
         if path.suffix in TORCH and not _is_whole(part):
             raise WeightsError(f"{url} is damaged or no PyTorch file; it was removed")
         os.replace(part, path)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: headers that make no sense
         raise WeightsError(f"{url} could not be fetched ({_first_line(error)})") from error
     finally:
         with contextlib.suppress(OSError):  # most often it is gone, having been renamed

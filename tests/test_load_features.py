@@ -1,0 +1,43 @@
+"""`load_features` of a manifest that makes no sense: an answer at once, in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dinov2_fast
+
+MANIFEST = {"inputs": {"pictures": 5}, "shard_size": 2, "format": "npy", "features": {}}
+
+
+def written(folder: Path, **fields: Any) -> Path:
+    (folder / "manifest.json").write_text(json.dumps(MANIFEST | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shard_size": 0},
+        {"shard_size": -1},
+        {"shard_size": "2"},
+        {"shard_size": 1.5},
+        {"inputs": {"pictures": -1}},
+        {"inputs": {"pictures": None}},
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_sense(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"manifest\.json' is no manifest of features"):
+        dinov2_fast.load_features(written(tmp_path, **fields))
+
+
+@pytest.mark.parametrize("rows", [10**12, 10**30])
+def test_more_images_than_there_are_shards_for(rows: int, tmp_path: Path) -> None:
+    folder = written(tmp_path, inputs={"pictures": rows})
+    with pytest.raises(ValueError, match=rf"{rows // 2} of the {rows // 2} shards .* are missing"):
+        dinov2_fast.load_features(folder)
+    assert len(dinov2_fast.load_features(folder, partial=True)) == 0
