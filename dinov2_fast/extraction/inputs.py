@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2_fast.extraction.files import filesystem, is_url, open_file
+from dinov2_fast.extraction.images import ENDINGS
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
 COLUMN = "path"
 
 
