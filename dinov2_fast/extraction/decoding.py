@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from dinov2_fast.extraction.archives import read_member
 from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
 from dinov2_fast.extraction.images import MAX_PIXELS, decode_image
 from dinov2_fast.extraction.inputs import Picture
@@ -29,7 +30,10 @@ class Decoded:
 def decode(picture: Picture, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Reads and processes one picture; what is wrong with it stands in `error`, nothing is raised for it."""
     try:
-        content = read_bytes(picture.archive or picture.path, picture.offset, picture.size)
+        if picture.archive is None:
+            content = read_bytes(picture.path)
+        else:
+            content = read_member(picture.archive, picture.offset, picture.size)
     except ImageError as error:
         return Decoded(error=str(error), transient=isinstance(error, ReadError))
     return decode_bytes(content, processor, max_pixels)

@@ -74,6 +74,8 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
 
 
 def _read_local(path: str, offset: int | None, size: int | None) -> bytes:
+    if not path:
+        raise ImageError("the list has no path here")
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ImageError("not a regular file")
