@@ -185,7 +185,7 @@ def test_a_parquet_column_without_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["w.tar.gz", "w.TGZ", "w.txt.xz", "w.7z", "w.json", "w.xlsx"])
 def test_other_kinds_are_refused_at_once_and_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{name}' is .*\. (Unpack it|Write its paths)"):
+    with pytest.raises(ValueError, match=rf"{name}' is .*\. (Unpack it|Write the paths)"):
         find_pictures([tmp_path / name])
     (tmp_path / "folder.zip").mkdir()
     (tmp_path / "folder.tgz").mkdir()
@@ -433,6 +433,64 @@ def test_urls_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match="need fsspec, which is not installed: pip install fsspec"):
         find_pictures(["memory://bucket"])
+
+
+class Unwell(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A server whose answers are errors, as fsspec's file systems raise them, and that ignores ranges."""
+
+    protocol = "unwell"
+    cachable = False
+
+    def info(self, path: str, **settings: Any) -> dict[str, Any]:
+        causes = {
+            "500": RuntimeError("500, message='Internal Server Error', url='http://h/500?token=SECRET'"),
+            "redirect": ValueError("file:///etc/passwd?token=SECRET"),
+            "refused": ConnectionRefusedError(111, "Connection refused"),
+        }
+        name = path.partition("?")[0].rpartition("/")[2]
+        raise FileNotFoundError(f"unwell://{path}") from causes.get(name)
+
+    def _open(self, path: str, *args: Any, **settings: Any) -> Any:
+        self.info(path)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **settings: Any) -> bytes:
+        return bytes(20480)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("500", "RuntimeError: 500, message='Internal Server Error', url='…'"),
+        ("redirect", "ValueError"),
+        ("refused", "Connection refused"),
+        ("missing", "No such file or directory"),
+    ],
+)
+def test_errors_of_urls_name_the_reason_and_no_secrets(name: str, reason: str) -> None:
+    fsspec.register_implementation("unwell", Unwell, clobber=True)
+    url = f"unwell://bucket/{name}?token=SECRET"
+    decoded = decode(Picture(url), PROCESSOR)
+    assert (decoded.error, decoded.transient) == (reason, True)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_pictures([url])
+    assert str(caught.value) == f"There is nothing at 'unwell://bucket/{name}' ({reason})."
+
+
+def test_a_server_that_sends_more_than_was_asked_for_is_an_error() -> None:
+    fsspec.register_implementation("unwell", Unwell, clobber=True)
+    url = "unwell://bucket/set.tar"
+    assert colour(Picture(f"{url}/a.png", url, 512, 100)) == "the server sends 20480 bytes where 100 were asked for"
+
+
+def test_secrets_are_not_shown_and_do_not_hide_the_ending(tmp_path: Path) -> None:
+    signed = "https://user:SECRET@host/a/b.Tar?token=SECRET.x"
+    assert (files.shown(signed), files.ending(signed)) == ("https://host/a/b.Tar", ".tar")
+    assert (files.shown("a?b.tar"), files.ending("a?b.tar")) == ("a?b.tar", ".tar")
+    with pytest.raises(ValueError, match=r"^'nosuch://a/b' cannot be opened"):
+        find_pictures(["nosuch://a/b?token=SECRET"])
+    fsspec.filesystem("memory").pipe_file("/cut.tar?token=SECRET", b"")
+    with pytest.raises(ValueError, match=r"^'memory://cut.tar' is damaged"):
+        list(find_pictures(["memory://cut.tar?token=SECRET"]))
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ may be deflated: the offset of the member's header, and the size as compressed. 
 
 from __future__ import annotations
 
-import os
 import struct
 import tarfile
 import zipfile
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 from dinov2_fast.extraction import parquet_images
-from dinov2_fast.extraction.files import MAX_BYTES, ImageError, ReadError, open_file, read_bytes, reason
+from dinov2_fast.extraction.files import MAX_BYTES, ImageError, ReadError, ending, open_file, read_bytes, reason, shown
 
 _LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # of a zip member: magic, flags, method, lengths of name and extra field
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
@@ -37,15 +36,15 @@ def members(archive: str) -> Iterator[Member]:
         ValueError: it is damaged, was cut off, or is of another kind.
         OSError: it cannot be read.
     """
-    ending = os.path.splitext(archive)[1].lower()
+    kind = ending(archive)
     try:
         with open_file(archive) as file:
-            yield from _MEMBERS[ending](file)
+            yield from _MEMBERS[kind](file)
     except OSError:
         raise
     except Exception as error:  # tarfile raises more than its own errors on damaged archives
-        kind = "uncompressed tar" if ending == ".tar" else "zip"
-        raise ValueError(f"{archive!r} is damaged, or no {kind} archive ({reason(error)}).") from error
+        name = "uncompressed tar" if kind == ".tar" else "zip"
+        raise ValueError(f"{shown(archive)!r} is damaged, or no {name} archive ({reason(error)}).") from error
 
 
 def read_member(archive: str, offset: int | None, size: int | None) -> bytes:
@@ -57,10 +56,9 @@ def read_member(archive: str, offset: int | None, size: int | None) -> bytes:
     """
     if offset is None:
         raise ImageError("a link or sparse file in the archive, which is not read: unpack the archive")
-    ending = os.path.splitext(archive)[1].lower()
-    if ending == ".zip":
+    if ending(archive) == ".zip":
         return _read_zip_member(archive, offset, size)
-    if ending == ".parquet":
+    if ending(archive) == ".parquet":
         return parquet_images.read_row(archive, offset)
     return read_bytes(archive, offset, size)
 

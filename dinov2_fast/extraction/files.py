@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -9,6 +10,8 @@ from typing import IO, Any
 
 MAX_BYTES = 1 << 30
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(rf"{_SCHEME.pattern}[^\s'\"]*")
+_SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*", re.DOTALL)
 
 
 class ImageError(Exception):
@@ -24,6 +27,16 @@ def is_url(path: str) -> bool:
     return _SCHEME.match(path) is not None
 
 
+def ending(path: str) -> str:
+    """What the name of a file or URL ends with, such as ".tar", in lower case; "" where it has no ending."""
+    return os.path.splitext(shown(path))[1].lower()
+
+
+def shown(path: str) -> str:
+    """The path as messages show it: a URL without its query and password, in which secrets are sent."""
+    return _SECRETS.sub("", path) if is_url(path) else path
+
+
 def filesystem(url: str) -> Any:
     """fsspec's file system for a URL.
 
@@ -33,11 +46,13 @@ def filesystem(url: str) -> Any:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError(f"URLs such as {url!r} need fsspec, which is not installed: pip install fsspec.") from None
+        raise ValueError(
+            f"URLs such as {shown(url)!r} need fsspec, which is not installed: pip install fsspec."
+        ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url!r} cannot be opened: {error}") from error
+        raise ValueError(f"{shown(url)!r} cannot be opened: {reason(error)}") from error
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -67,9 +82,11 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     except ImageError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own
-        raise ReadError(f"{type(error).__name__}: {reason(error)}") from error
+        raise ReadError(_with_type(error)) from error
     if size is not None and len(content) < size:
         raise ReadError(f"truncated: {len(content)} of {size} bytes are there")
+    if size is not None and len(content) > size:
+        raise ReadError(f"the server sends {len(content)} bytes where {size} were asked for")
     return content
 
 
@@ -103,9 +120,18 @@ def _check_size(size: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what happened, without the path that the system adds to its errors."""
+    """One line that says what happened, without paths and URLs, which may hold secrets."""
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError):  # fsspec's: the text is the path, and the cause is the reason
+        return _with_type(error.__cause__) if error.__cause__ else os.strerror(errno.ENOENT)
+    text = " ".join(_URL.sub("…", str(error)).split())
+    return text if text.strip("…") else type(error).__name__
+
+
+def _with_type(error: BaseException) -> str:
+    """The reason, and before it the type of an error whose text may not be enough."""
+    text, name = reason(error), type(error).__name__
+    return text if isinstance(error, OSError) or text == name else f"{name}: {text}"

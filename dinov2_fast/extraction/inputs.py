@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2_fast.extraction import archives, lists, parquet_images
-from dinov2_fast.extraction.files import filesystem, is_url
+from dinov2_fast.extraction.files import ending, filesystem, is_url, reason, shown
 from dinov2_fast.extraction.images import ENDINGS, FORMATS
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".7z", ".rar")
@@ -126,42 +126,47 @@ def _url_matches(url: str) -> list[str]:
     files = filesystem(url)
     matches = sorted(map(files.unstrip_protocol, files.glob(url))) if "*" in url else [url] * files.exists(url)
     if not matches:
-        raise FileNotFoundError(f"There is nothing at {url!r}.")
+        raise FileNotFoundError(f"There is nothing at {shown(url)!r}{_why_missing(files, url)}.")
     return matches
 
 
-def _ending(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+def _why_missing(files: Any, url: str) -> str:
+    try:
+        files.info(url)
+    except Exception as error:
+        return f" ({reason(error)})"
+    return ""
 
 
 def _refuse_other_kinds(path: str) -> None:
     """Raises ValueError for an archive or list that would otherwise be taken for one image."""
     if os.path.isdir(path):
         return
-    if _ending(path) in _COMPRESSED:
+    if ending(path) in _COMPRESSED:
         raise ValueError(
-            f"{path!r} is compressed as a whole, so that no image in it can be read by itself. Unpack it, or pack its "
-            "files into a .zip or an uncompressed .tar."
+            f"{shown(path)!r} is compressed as a whole, so that no image in it can be read by itself. Unpack it, or "
+            "pack its files into a .zip or an uncompressed .tar."
         )
-    if _ending(path) in _OTHER_LISTS:
+    if ending(path) in _OTHER_LISTS:
         raise ValueError(
-            f"{path!r} is a list of a kind that is not read. Write its paths to a {', '.join(lists.READERS)} file."
+            f"{shown(path)!r} is of a kind that is not read. Write the paths of its images to a file that ends in "
+            f"{', '.join(lists.READERS)}."
         )
 
 
 def _pictures(path: str, left_out: LeftOut) -> Iterator[Picture]:
     """The images that one path, which is no glob, names."""
-    ending = _ending(path)
+    kind = ending(path)
     if not is_url(path) and os.path.isdir(path):
         return map(Picture, _walk(path, left_out))
-    if ending == ".parquet" and parquet_images.holds_images(path):
+    if kind == ".parquet" and parquet_images.holds_images(path):
         return (Picture(f"{path}/{row}", path, row) for row in parquet_images.rows(path))
-    if ending in lists.READERS:
+    if kind in lists.READERS:
         return map(Picture, lists.read_list(path))
-    if ending in (".tar", ".zip"):
+    if kind in (".tar", ".zip"):
         members = (member for member in archives.members(path) if left_out.takes(member.name))
         return (Picture(f"{path}/{name}", path, offset, size) for name, offset, size in members)
-    if is_url(path) and ending not in ENDINGS and filesystem(path).isdir(path):
+    if is_url(path) and kind not in ENDINGS and filesystem(path).isdir(path):
         return map(Picture, _find_below(path, left_out))
     return iter([Picture(path)])
 

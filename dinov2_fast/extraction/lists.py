@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from dinov2_fast.extraction.files import is_url, open_file, reason
+from dinov2_fast.extraction.files import ending, is_url, open_file, reason, shown
 
 COLUMNS = ("path", "image", "url", "file_name")  # the first that is there
 
@@ -26,11 +26,11 @@ def read_list(path: str) -> Iterator[str]:
         OSError: it cannot be read.
     """
     try:
-        yield from READERS[os.path.splitext(path)[1].lower()](path)
+        yield from READERS[ending(path)](path)
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"The list {path!r} cannot be read: {reason(error)}.") from error
+        raise ValueError(f"The list {shown(path)!r} cannot be read: {reason(error)}.") from error
 
 
 def _open_text(path: str, newline: str) -> io.TextIOWrapper:

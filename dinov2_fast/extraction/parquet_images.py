@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from dinov2_fast.extraction.files import ImageError, ReadError, open_file, read_bytes, reason
+from dinov2_fast.extraction.files import ImageError, ReadError, open_file, read_bytes, reason, shown
 
 COLUMN = "image"
 
@@ -103,4 +103,4 @@ def _metadata(path: str) -> Any:
         with open_file(path) as file:
             return pq.read_metadata(file)
     except pa.ArrowException as error:
-        raise ValueError(f"{path!r} is damaged, or no Parquet file ({reason(error)}).") from error
+        raise ValueError(f"{shown(path)!r} is damaged, or no Parquet file ({reason(error)}).") from error
