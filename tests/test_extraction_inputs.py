@@ -24,7 +24,7 @@ from PIL import Image
 
 from dinov2_fast.extraction import ImageError, archives, files, inputs, list_images, read_image
 from dinov2_fast.extraction.decoding import decode
-from dinov2_fast.extraction.inputs import LeftOut, Picture, PictureList, find_pictures
+from dinov2_fast.extraction.inputs import Picture, PictureList, find_pictures
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 PROCESSOR = Dinov2ImageProcessor(size=14, crop_size=14, do_rescale=False, do_normalize=False)
@@ -66,25 +66,41 @@ def test_files_folders_and_globs(folder: Path) -> None:
             find_pictures([folder, folder / missing])
 
 
-def test_what_is_left_out_is_counted_by_ending(folder: Path) -> None:
-    for name in ("photo.HEIC", "a/other.heic", ".hidden", "set.tar"):
+def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("photo.HEIC", "a/other.heic", ".hidden", "x.1", "x.2", "x.3", "x.4"):
         (folder / name).write_bytes(b"")
-    left_out = LeftOut()
-    found = list(find_pictures([folder / "c.bin", folder], left_out))
-    assert (len(found), dict(left_out)) == (4, {".heic": 2, ".bin": 1, ".txt": 1, ".tar": 1, "": 1})
-    text = "6 files with other endings were left out (.heic 2"
-    assert str(left_out).startswith(text)
-    assert list_images([folder], left_out) == [picture.path for picture in found[1:]]
-    assert left_out[".heic"] == 4
-    assert str(LeftOut({".avi": 1})) == "1 file with another ending was left out (.avi 1)."
-    many = LeftOut({f".{n}": 10 - n for n in range(8)})
-    assert str(many) == "52 files with other endings were left out (.0 10, .1 9, .2 8, .3 7, .4 6, .5 5, …)."
+    write_tar(folder / "set.tar")
+    for _ in range(2):  # the same files are counted once
+        assert names([folder / "c.bin", folder, folder / "set.tar"])[:4] == ["c.bin", "10.png", "2.png", "b.png"]
+    assert list_images([folder]) == [str(folder / name) for name in ("a/10.png", "a/2.png", "b.png")]
+    first, second = caplog.messages
+    assert first.startswith("16 files with other endings were left out (.cls 3, .json 3, .heic 2, ")
+    assert second.startswith("10 files with other endings were left out (.heic 2, ")
+    assert ", …)." in second
 
 
-def test_a_plugin_is_named_for_what_it_would_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_left_out_and_the_plugin_it_would_need(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README").write_bytes(b"")
+    assert list_images([tmp_path]) == []
     monkeypatch.setattr(inputs, "FORMATS", ("JPEG",))
-    assert str(LeftOut({".heic": 1})).endswith("HEIC needs: pip install pillow_heif.")
-    assert "pip" not in str(LeftOut({".avi": 1}))
+    monkeypatch.setattr(inputs, "ENDINGS", (".jpg",))
+    (tmp_path / "README").rename(tmp_path / "photo.heic")
+    assert list_images([tmp_path]) == []
+    text = "1 file with another ending was left out"
+    assert caplog.messages == [f"{text} (none 1).", f"{text} (.heic 1). HEIC needs: pip install pillow_heif."]
+
+
+def test_the_command_line_says_what_is_left_out(folder: Path) -> None:
+    (folder / "b.png").rename(folder / "b.avi")
+    command = [sys.executable, "-m", "dinov2_fast", "extract", str(folder), "--model", "x", "--out", str(folder / "o")]
+    (folder / "a" / "2.png").unlink()
+    (folder / "a" / "10.png").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said, error = done.stderr.splitlines()
+    assert (done.returncode, said) == (1, "3 files with other endings were left out (.txt 1, .avi 1, .bin 1).")
+    assert error.startswith("dinov2-fast: error: There are no ")
 
 
 def test_folders_may_be_deeper_than_the_interpreters_stack(tmp_path: Path) -> None:

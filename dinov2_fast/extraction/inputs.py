@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from dinov2_fast.extraction import archives, lists, parquet_images
 from dinov2_fast.extraction.files import ending, filesystem, is_url, reason, shown
 from dinov2_fast.extraction.images import ENDINGS, FORMATS
 
+logger = logging.getLogger("dinov2_fast")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".7z", ".rar")
 _OTHER_LISTS = (".json", ".xls", ".xlsx", ".arrow", ".feather")
 
@@ -49,8 +51,8 @@ class Picture(NamedTuple):
     size: int | None = None
 
 
-class LeftOut(Counter[str]):
-    """How many files in folders and archives do not end as images do, by ending; as text, one sentence."""
+class _LeftOut(Counter[str]):
+    """How many files in folders and archives do not end as images do, by ending."""
 
     def takes(self, name: str) -> bool:
         """Whether a file's name ends as images' do; counts it where not."""
@@ -62,19 +64,19 @@ class LeftOut(Counter[str]):
     def __str__(self) -> str:
         total, kinds = self.total(), self.most_common(6)
         files = "1 file with another ending was" if total == 1 else f"{total} files with other endings were"
-        shown = ", ".join(f"{ending or 'none'} {count}" for ending, count in kinds)
+        counts = ", ".join(f"{ending or 'none'} {count}" for ending, count in kinds)
         more = ", …" if len(self) > len(kinds) else ""
         heic = (
             "" if "HEIF" in FORMATS or not {".heic", ".heif"} & self.keys() else " HEIC needs: pip install pillow_heif."
         )
-        return f"{files} left out ({shown}{more}).{heic}"
+        return f"{files} left out ({counts}{more}).{heic}"
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]], left_out: LeftOut | None = None) -> Iterator[Picture]:
+def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Picture]:
     """The images that the paths name, one after the other; see the module's description.
 
-    Folders, lists and archives are read while the result is used; `left_out` then counts what is no image by its name.
-    Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
+    Folders, lists and archives are read while the result is used. At its end, a warning is logged about files in them
+    that do not end as images do. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
 
     Raises:
         FileNotFoundError: a path that does not exist, at once.
@@ -82,32 +84,51 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], left_out: LeftOut | N
             is damaged, or a URL that cannot be opened.
         OSError: what cannot be read.
     """
-    found = [match for path in paths for match in _matches(os.fsdecode(path))]
+    given = tuple(map(os.fsdecode, paths))
+    found = [match for path in given for match in _matches(path)]
     for path in found:
         _refuse_other_kinds(path)
-    counted = LeftOut() if left_out is None else left_out
-    return chain.from_iterable(_pictures(path, counted) for path in found)
+    return _find(given, found)
 
 
-def list_images(paths: Iterable[str | os.PathLike[str]], left_out: LeftOut | None = None) -> list[str]:
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The files given, and those in the folders given, as paths in a fixed order.
 
     A file given is taken whatever its name. A folder is searched, with everything below it, for names that end as
-    images do (`ENDINGS`), in the order of the names; `left_out` counts the others. Links are followed, but each folder
-    is entered once, so that a loop ends. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
+    images do (`ENDINGS`), in the order of the names; a warning is logged about the others. Links are followed, but each
+    folder is entered once, so that a loop ends. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
 
     Raises:
         FileNotFoundError: a path that does not exist.
         OSError: a folder that cannot be listed.
     """
-    given = [os.fsdecode(path) for path in paths]
+    given = tuple(map(os.fsdecode, paths))
     for path in given:
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no file or folder {path!r}.")
-    found: list[str] = []
+    found, left_out = [], _LeftOut()
     for path in given:
-        found.extend(_walk(path, LeftOut() if left_out is None else left_out) if os.path.isdir(path) else [path])
+        found.extend(_walk(path, left_out) if os.path.isdir(path) else [path])
+    _report(given, left_out)
     return found
+
+
+def _find(given: tuple[str, ...], found: list[str]) -> Iterator[Picture]:
+    left_out = _LeftOut()
+    for path in found:
+        yield from _pictures(path, left_out)
+    _report(given, left_out)
+
+
+def _report(paths: tuple[str, ...], left_out: _LeftOut) -> None:
+    if left_out:
+        _warn_once(paths, str(left_out))
+
+
+@cache
+def _warn_once(paths: tuple[str, ...], text: str) -> None:
+    """Logs the text, where the same paths may be gone through several times."""
+    logger.warning(text)
 
 
 def _matches(path: str) -> list[str]:
@@ -154,7 +175,7 @@ def _refuse_other_kinds(path: str) -> None:
         )
 
 
-def _pictures(path: str, left_out: LeftOut) -> Iterator[Picture]:
+def _pictures(path: str, left_out: _LeftOut) -> Iterator[Picture]:
     """The images that one path, which is no glob, names."""
     kind = ending(path)
     if not is_url(path) and os.path.isdir(path):
@@ -171,7 +192,7 @@ def _pictures(path: str, left_out: LeftOut) -> Iterator[Picture]:
     return iter([Picture(path)])
 
 
-def _walk(folder: str, left_out: LeftOut) -> Iterator[str]:
+def _walk(folder: str, left_out: _LeftOut) -> Iterator[str]:
     entered: set[tuple[int, int]] = set()
     waiting = [(folder, True)]  # the next one last
     while waiting:
@@ -193,7 +214,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir()
 
 
-def _find_below(url: str, left_out: LeftOut) -> Iterator[str]:
+def _find_below(url: str, left_out: _LeftOut) -> Iterator[str]:
     files = filesystem(url)
     return (files.unstrip_protocol(name) for name in sorted(files.find(url)) if left_out.takes(name))
 
