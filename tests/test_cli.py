@@ -165,7 +165,7 @@ def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pyt
     assert manifest["processor"]["crop_size"] == {"height": 28, "width": 42}
     found = dinov2_fast.load_features(tmp_path / "a")
     assert found.error[1] is None
-    assert str(found.error[0]).startswith("not a picture")
+    assert str(found.error[0]).startswith("not an image")
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     captured = capsys.readouterr()
     assert "2 pictures, 1 failed, 2 were there already, 0.0 s, nothing to do" in captured.out

@@ -59,7 +59,7 @@ FORMATS = _formats()
 ENDINGS = tuple(ending for format in FORMATS for ending in _ENDINGS[format])
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, its errors would go to stderr
 
-_HEIC = "" if "HEIF" in FORMATS else "; HEIC needs the package pillow_heif"
+_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")  # what follows the first four bytes
 _JPEG = ("JPEG", "MPO")
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 _EXIF_ORIENTATION = 0x0112
@@ -130,7 +130,9 @@ def _open(content: bytes) -> ImageFile.ImageFile:
 
     `Image.open` would also apply Pillow's own limit, which belongs to the whole process, and not say why it fails.
     """
-    failure = ImageError(f"not an image of a known format ({', '.join(FORMATS)}{_HEIC})")
+    failure = ImageError(f"not an image of a known format ({', '.join(FORMATS)})")
+    if "HEIF" not in FORMATS and content[4:12] in _HEIC:
+        failure = ImageError("HEIC, which is read where the package pillow_heif is installed")
     Image.preinit()
     for format in FORMATS:
         if format not in Image.OPEN:

@@ -106,7 +106,8 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     for path in given:
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no file or folder {path!r}.")
-    found, left_out = [], _LeftOut()
+    found: list[str] = []
+    left_out = _LeftOut()
     for path in given:
         found.extend(_walk(path, left_out) if os.path.isdir(path) else [path])
     _report(given, left_out)
