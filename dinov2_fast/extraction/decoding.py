@@ -43,7 +43,7 @@ def decode_bytes(content: bytes, processor: Dinov2ImageProcessor, max_pixels: in
     """`decode` of a file's bytes."""
     sha256 = hashlib.sha256(content).hexdigest()
     try:
-        image = decode_image(content, max_pixels)
+        image = decode_image(content, max_pixels, processor.background)
     except ImageError as error:
         return Decoded(sha256=sha256, error=str(error), transient=isinstance(error, ReadError))
     try:

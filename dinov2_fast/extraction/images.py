@@ -9,7 +9,8 @@ Decided once, for every caller:
   that lacks its end marker alone (FF D9) from one that lacks pixels: whoever knows better can append the marker.
 - The first frame of an animation, the first page of a TIFF.
 - EXIF rotation is applied, so the image is as a viewer shows it.
-- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, 16-bit grey scaled to 8 bits.
+- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, or composited on a background,
+  and 16-bit grey scaled to 8 bits.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     return decode_image(read_bytes(os.fspath(path)), max_pixels)
 
 
-def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image that a file's bytes hold, as `read_image` gives it.
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str | None = None) -> Image.Image:
+    """The image that a file's bytes hold, as `read_image` gives it, or on a background of that colour.
 
     Whatever Pillow's parsers raise on damaged input becomes an ImageError, a lack of memory a ReadError.
     """
     if not content:
         raise ImageError("empty file")
     try:
-        return to_rgb(_upright(_load(content, max_pixels)))
+        return to_rgb(_upright(_load(content, max_pixels)), background)
     except ImageError:
         raise
     except MemoryError as error:
