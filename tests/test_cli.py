@@ -151,7 +151,9 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     assert (manifest["about"]["model"], manifest["about"]["weights"]) == ("dinov2_vits14", "random:0")
     assert manifest["position_dialect"] == "offset"
     assert (manifest["dtype"], manifest["precision"], bool(manifest["engine"])) == ("float32", "fp32", True)
-    assert done.stderr.startswith("5 pictures, 15.4 kB of features in 1 shard (")
+    left_out, announced, *_ = done.stderr.splitlines()
+    assert left_out == "1 file with another ending was left out (.md 1)."
+    assert announced.startswith("5 pictures, 15.4 kB of features in 1 shard (")
 
 
 def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import ImageError, archives, files, inputs, list_images, read_image
+from dinov2_fast.extraction import ImageError, archives, files, inputs, list_images, parquet_images, read_image
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.inputs import Picture, PictureList, find_pictures
 from dinov2_fast.image_processor import Dinov2ImageProcessor
@@ -359,9 +359,9 @@ def test_damaged_zip_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert error(0) == ("damaged in the zip archive, or larger than 9999 bytes", False)
 
 
-def write_dataset(path: Path, images: list[Any], rows: int = 2) -> None:
+def write_dataset(path: Path, images: list[Any], rows: int = 2, **settings: Any) -> None:
     """As Hugging Face's datasets do, in row groups of some rows."""
-    pq.write_table(pa.table({"image": images, "label": range(len(images))}), path, row_group_size=rows)
+    pq.write_table(pa.table({"image": images, "label": range(len(images))}), path, row_group_size=rows, **settings)
 
 
 def test_parquet_with_images(folder: Path) -> None:
@@ -391,9 +391,8 @@ def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_large_row_group_takes_no_memory(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    write_dataset(tmp_path / "train.parquet", [{"bytes": random.bytes(1 << 20), "path": None}] * 100, rows=100)
+def test_images_that_one_dictionary_entry_stands_for_take_no_memory(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train.parquet", [{"bytes": bytes(1 << 20), "path": None}] * 300, rows=300)
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -402,12 +401,22 @@ def test_a_large_row_group_takes_no_memory(tmp_path: Path) -> None:
         "    return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
         "read_row(sys.argv[1], 0)\n"
         "before = peak()\n"
-        "read_row(sys.argv[1], 99)\n"
+        "read_row(sys.argv[1], 299)\n"
         "print((peak() - before) / 1024)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "train.parquet")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 20  # MB, of 100
+    assert float(done.stdout) < 20  # MB, of 300
+
+
+def test_row_groups_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"bytes": bytes([index]) * 3000, "path": None} for index in range(4)]
+    write_dataset(folder / "train.parquet", images, rows=4, compression="none")
+    monkeypatch.setattr(parquet_images, "MAX_BYTES", 10_000)
+    with pytest.raises(
+        ValueError, match=r"train\.parquet' has a row group with \d+ bytes of images.* smaller row groups"
+    ):
+        list(find_pictures([folder / "train.parquet"]))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from dinov2_fast.extraction.files import ImageError, ReadError, open_file, read_bytes, reason, shown
+from dinov2_fast.extraction.files import MAX_BYTES, ImageError, ReadError, open_file, read_bytes, reason, shown
 
 COLUMN = "image"
 
@@ -34,9 +34,23 @@ def rows(path: str) -> range:
     """The numbers of the rows.
 
     Raises:
-        ValueError: damaged, or no Parquet file.
+        ValueError: a row group is larger than `MAX_BYTES`, of which most is in memory at a time; damaged, or no Parquet
+            file.
     """
-    return range(_metadata(path).num_rows)
+    metadata = _metadata(path)
+    largest = max((_size(metadata.row_group(group)) for group in range(metadata.num_row_groups)), default=0)
+    if largest > MAX_BYTES:
+        raise ValueError(
+            f"{shown(path)!r} has a row group with {largest} bytes of images, the limit is {MAX_BYTES}. Write it anew "
+            "with smaller row groups."
+        )
+    return range(metadata.num_rows)
+
+
+def _size(group: Any) -> int:
+    """Bytes of the images in a row group."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == COLUMN)
 
 
 def read_row(path: str, row: int) -> bytes:
@@ -75,14 +89,15 @@ def _value(path: str, group: int, index: int) -> Any:
 
 @lru_cache(maxsize=1)
 def _row_group(path: str, group: int) -> Iterator[tuple[int, Any]]:
-    """The images of a row group, of which some pages are in memory at a time."""
+    """The images of a row group one by one: a small dictionary may stand for many large ones."""
 
     def read() -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet as pq
 
         with open_file(path) as file:
-            table = pq.ParquetFile(file, buffer_size=1 << 20)
-            batches = table.iter_batches(batch_size=1, row_groups=[group], columns=[COLUMN], use_threads=False)
+            batches = pq.ParquetFile(file).iter_batches(
+                batch_size=1, row_groups=[group], columns=[COLUMN], use_threads=False
+            )
             yield from enumerate(batch.column(0)[0] for batch in batches)
 
     return read()
