@@ -315,11 +315,6 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
         ValueError: floating-point or 32-bit integer pixels, which have no agreed range, or a mode Pillow cannot
             convert.
     """
-    if background is not None and image.has_transparency_data:
-        behind = Image.new("RGBA", image.size, _rgb(background))
-        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
-    if image.mode == "RGB":
-        return image
     if image.mode == "F":
         raise ValueError("A picture of floating-point pixels has no agreed range; convert it to 8 bits first.")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -327,6 +322,11 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ValueError("A picture of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
         return Image.fromarray(_to_8_bits(values)).convert("RGB")
+    if background is not None and image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, _rgb(background))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+    if image.mode == "RGB":
+        return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

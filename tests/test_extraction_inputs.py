@@ -373,8 +373,9 @@ def test_parquet_with_images(folder: Path) -> None:
     expected = [1, 2, 3, 4, 5, 10, "no image in this row", "no image in this row"]
     assert list(map(colour, found)) == expected
     assert list(map(colour, reversed(found))) == expected[::-1]
-    write_dataset(folder / "plain.parquet", [png(3)])
-    assert list(map(colour, find_pictures([folder / "plain.parquet"]))) == [3]
+    for values in ([3], [5, 6, 7]):
+        write_dataset(folder / "plain.parquet", [png(value) for value in values], rows=len(values))
+        assert list(map(colour, find_pictures([folder / "plain.parquet"]))) == values
 
 
 def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:

@@ -153,6 +153,9 @@ def test_a_background_is_put_behind_what_is_transparent() -> None:
     keyed.info["transparency"] = (0, 0, 0)
     for image in (palette, keyed):
         assert np.asarray(to_rgb(image, "white")).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+    grey = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    grey.info["transparency"] = 5
+    assert np.asarray(to_rgb(grey, "white")).tolist() == [[[0] * 3, [255] * 3]]
     opaque = Image.fromarray(noise(8, 8, 3))
     assert to_rgb(opaque, "white") is opaque
 

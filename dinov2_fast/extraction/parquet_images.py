@@ -31,7 +31,7 @@ def holds_images(path: str) -> bool:
 
 
 def rows(path: str) -> range:
-    """The numbers of the rows.
+    """The numbers of the rows, of the file as it is now.
 
     Raises:
         ValueError: a row group is larger than `MAX_BYTES`, of which most is in memory at a time; damaged, or no Parquet
@@ -44,6 +44,8 @@ def rows(path: str) -> range:
             f"{shown(path)!r} has a row group with {largest} bytes of images, the limit is {MAX_BYTES}. Write it anew "
             "with smaller row groups."
         )
+    _starts.cache_clear()
+    _row_group.cache_clear()
     return range(metadata.num_rows)
 
 
