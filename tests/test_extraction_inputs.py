@@ -508,6 +508,23 @@ def test_a_server_that_sends_more_than_was_asked_for_is_an_error() -> None:
     assert colour(Picture(f"{url}/a.png", url, 512, 100)) == "the server sends 20480 bytes where 100 were asked for"
 
 
+@pytest.mark.parametrize("name", ["list.txt", "set.tar"])
+def test_a_list_or_archive_that_cannot_be_read_is_named_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    url = f"memory://{name}?token=SECRET"
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/{name}?token=SECRET", b"")
+
+    def fail(*_: object, **settings: object) -> None:
+        raise FileNotFoundError(url) from ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(type(memory), "_open", fail)
+    with pytest.raises(OSError) as caught:
+        list(find_pictures([url]))
+    assert str(caught.value) == f"'memory://{name}' cannot be read: Connection reset by peer."
+
+
 def test_secrets_are_not_shown_and_do_not_hide_the_ending(tmp_path: Path) -> None:
     signed = "https://user:SECRET@host/a/b.Tar?token=SECRET.x"
     assert (files.shown(signed), files.ending(signed)) == ("https://host/a/b.Tar", ".tar")

@@ -40,8 +40,8 @@ def members(archive: str) -> Iterator[Member]:
     try:
         with open_file(archive) as file:
             yield from _MEMBERS[kind](file)
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(f"{shown(archive)!r} cannot be read: {reason(error)}.") from error
     except Exception as error:  # tarfile raises more than its own errors on damaged archives
         name = "uncompressed tar" if kind == ".tar" else "zip"
         raise ValueError(f"{shown(archive)!r} is damaged, or no {name} archive ({reason(error)}).") from error

@@ -27,8 +27,8 @@ def read_list(path: str) -> Iterator[str]:
     """
     try:
         yield from READERS[ending(path)](path)
-    except OSError:
-        raise
+    except OSError as error:
+        raise OSError(f"{shown(path)!r} cannot be read: {reason(error)}.") from error
     except Exception as error:
         raise ValueError(f"The list {shown(path)!r} cannot be read: {reason(error)}.") from error
 
