@@ -5,12 +5,12 @@ Decided once, for every caller:
 - JPEG (MPO included), PNG, WebP, GIF, BMP, TIFF, AVIF where Pillow is built with it and HEIC where the package
   pillow_heif is installed. They are recognised by content; the name's ending does not matter.
 - The size is read from the header and checked before anything is decoded.
-- A truncated file is an error, never a half-grey image. Nothing tells a JPEG
-  that lacks its end marker alone (FF D9) from one that lacks pixels: whoever knows better can append the marker.
+- A truncated file is an error, never a half-grey image. Nothing tells a JPEG that lacks its end marker alone (FF D9)
+  from one that lacks pixels: whoever knows better can append the marker.
 - The first frame of an animation, the first page of a TIFF.
 - EXIF rotation is applied, so the image is as a viewer shows it.
-- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, or composited on a background,
-  and 16-bit grey scaled to 8 bits.
+- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, or composited on a background, and
+  16-bit grey scaled to 8 bits.
 """
 
 from __future__ import annotations

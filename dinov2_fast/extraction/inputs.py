@@ -66,10 +66,9 @@ class _LeftOut(Counter[str]):
         files = "1 file with another ending was" if total == 1 else f"{total} files with other endings were"
         counts = ", ".join(f"{ending or 'none'} {count}" for ending, count in kinds)
         more = ", …" if len(self) > len(kinds) else ""
-        heic = (
-            "" if "HEIF" in FORMATS or not {".heic", ".heif"} & self.keys() else " HEIC needs: pip install pillow_heif."
-        )
-        return f"{files} left out ({counts}{more}).{heic}"
+        text = f"{files} left out ({counts}{more})."
+        needs_plugin = "HEIF" not in FORMATS and {".heic", ".heif"} & self.keys()
+        return f"{text} HEIC needs: pip install pillow_heif." if needs_plugin else text
 
 
 def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Picture]:
