@@ -6,8 +6,8 @@ ImageNet mean and standard deviation. Setting names are transformers', and the r
 
 What is decided once, here:
 
-- Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's and transformers' pipelines (in
-  transformers until 5.17 at least; 5.23 puts a white background behind).
+- Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's, timm's and transformers'
+  pipelines (in transformers until 5.17 at least). `background="white"` puts white behind, as transformers 5.23 does.
   Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
 - Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels (alpha is dropped), or a batch of
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageColor
 
 CONFIG_NAME = "preprocessor_config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -80,6 +80,8 @@ class Dinov2ImageProcessor:
             smaller pictures are padded with black.
         do_rescale, rescale_factor: multiply by `rescale_factor`.
         do_normalize, image_mean, image_std: subtract and divide, one number or one for each channel.
+        background: a colour, by a name or code that Pillow knows, that is put behind what is transparent; by default
+            alpha is dropped, and what is transparent has whatever colour its pixels hold, often black.
 
     Raises:
         ValueError: a setting that makes no sense.
@@ -99,6 +101,7 @@ class Dinov2ImageProcessor:
         do_normalize: bool = True,
         image_mean: float | Sequence[float] = IMAGENET_MEAN,
         image_std: float | Sequence[float] = IMAGENET_STD,
+        background: str | None = None,
     ) -> None:
         self.do_convert_rgb = do_convert_rgb
         self.do_resize = do_resize
@@ -113,6 +116,9 @@ class Dinov2ImageProcessor:
         self.image_std = _channel_setting("image_std", image_std)
         if 0.0 in self.image_std:
             raise ValueError("image_std must not contain 0: pixels are divided by it.")
+        self.background = background
+        if background is not None:
+            _rgb(background)
 
     @classmethod
     def for_size(cls, size: int | tuple[int, int], *, crop: bool = True, **settings: Any) -> Dinov2ImageProcessor:
@@ -191,8 +197,11 @@ class Dinov2ImageProcessor:
         return {name: copy.copy(getattr(self, name)) for name in _SETTINGS}
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``preprocessor_config.json``."""
-        return {"image_processor_type": "BitImageProcessor", **self.settings()}
+        """The content of ``preprocessor_config.json``; `background`, unknown to transformers, only where it is set."""
+        settings = self.settings()
+        if self.background is None:
+            del settings["background"]
+        return {"image_processor_type": "BitImageProcessor", **settings}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
@@ -286,7 +295,7 @@ class Dinov2ImageProcessor:
                 raise ValueError(f"The picture's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
             if not (image.width and image.height):
                 raise ValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
-            return np.asarray(to_rgb(image))
+            return np.asarray(to_rgb(image, self.background))
         array = _channels_last(_to_numpy(image), data_format)
         if array.dtype == np.uint16:
             array = _to_8_bits(array)
@@ -295,6 +304,8 @@ class Dinov2ImageProcessor:
         if array.shape[2] == 4:
             if not self.do_convert_rgb:
                 raise ValueError("The picture has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
+            if self.background is not None:
+                raise ValueError("A background is put behind PIL images alone; convert the array with Image.fromarray.")
             array = array[:, :, :3]
         if array.shape[2] == 1:
             if not self.do_convert_rgb:
@@ -329,15 +340,15 @@ class Dinov2ImageProcessor:
 _SETTINGS = tuple(name for name in inspect.signature(Dinov2ImageProcessor.__init__).parameters if name != "self")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB: alpha dropped, palette resolved, grey repeated, 16-bit grey scaled to 8 bits.
+def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
+    """The image in mode RGB: alpha dropped, palette resolved, grey repeated, 16-bit grey scaled to 8 bits.
+
+    With a colour as `background`, what is transparent is composited on it instead.
 
     Raises:
         ValueError: floating-point or 32-bit integer pixels, which have no agreed range, or a mode Pillow cannot
             convert.
     """
-    if image.mode == "RGB":
-        return image
     if image.mode == "F":
         raise ValueError("A picture of floating-point pixels has no agreed range; convert it to 8 bits first.")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -345,9 +356,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ValueError("A picture of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
         return Image.fromarray(_to_8_bits(values)).convert("RGB")
+    if background is not None and image.has_transparency_data:
+        behind = Image.new("RGBA", image.size, _rgb(background))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+    if image.mode == "RGB":
+        return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    try:
+        return ImageColor.getrgb(colour)[:3]
+    except ValueError:
+        raise ValueError(f"background must be a colour such as white or #ffffff, got {colour!r}.") from None
 
 
 def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:

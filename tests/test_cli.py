@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import dinov2_fast
@@ -150,7 +151,28 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     assert (manifest["about"]["model"], manifest["about"]["weights"]) == ("dinov2_vits14", "random:0")
     assert manifest["position_dialect"] == "offset"
     assert (manifest["dtype"], manifest["precision"], bool(manifest["engine"])) == ("float32", "fp32", True)
-    assert done.stderr.startswith("5 pictures, 15.4 kB of features in 1 shard (")
+    left_out, announced, *_ = done.stderr.splitlines()
+    assert left_out == "1 file with another ending was left out (.md 1)."
+    assert announced.startswith("5 pictures, 15.4 kB of features in 1 shard (")
+
+
+def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path: Path) -> None:
+    Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
+    for colour in ("white", "black"):
+        Image.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
+    paths = [str(tmp_path / f"{name}.png") for name in ("clear", "white", "black")]
+    for engine in ("on", "off"):
+        arguments = ["extract", *paths, "--model", checkpoint, "--size", "28", "--device", "cpu", "--engine", engine]
+        found = {}
+        for options in ([], ["--background", "white"]):
+            out = tmp_path / f"{engine}{len(options)}"
+            assert main([*arguments, "--workers", str(len(options) // 2), "--out", str(out), *options]) == 0
+            features = dinov2_fast.load_features(out)
+            found[len(options)] = features["cls"]
+            assert features.manifest["processor"].get("background") == (options[1] if options else None)
+        np.testing.assert_array_equal(found[0][0], found[0][2])
+        np.testing.assert_array_equal(found[2][0], found[2][1])
+        assert np.abs(found[2][1] - found[2][2]).max() > 0.01
 
 
 def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +187,7 @@ def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pyt
     assert manifest["processor"]["crop_size"] == {"height": 28, "width": 42}
     found = dinov2_fast.load_features(tmp_path / "a")
     assert found.error[1] is None
-    assert str(found.error[0]).startswith("not a picture")
+    assert str(found.error[0]).startswith("not an image")
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     captured = capsys.readouterr()
     assert "2 pictures, 1 failed, 2 were there already, 0.0 s, nothing to do" in captured.out

@@ -123,7 +123,7 @@ def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytes
         (["--outputs", "cls,logits"], "outputs are some of"),
         (["--outputs", "registers"], "has no registers"),
         (["--format", "torch-export"], "ends in .pt2"),
-        (["--check", str(PICTURES / "README.md")], "cannot be compared on: not a picture"),
+        (["--check", str(PICTURES / "README.md")], "cannot be compared on: not an image"),
         (["--check", "tests"], "There are no pictures in 'tests'"),
     ],
 )

@@ -226,7 +226,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(
     bad.write_text("<html>")
     arguments = ["--model", checkpoint, "--size", "28", "--out", str(tmp_path / "out")]
     assert main(["show", str(bad), pictures, *arguments]) == 3
-    assert "bad.jpg' cannot be shown: not a picture" in capsys.readouterr().err
+    assert "bad.jpg' cannot be shown: not an image" in capsys.readouterr().err
     assert [strip[0] for strip in drawn.texts("pca.png")] == NAMES
     assert main(["show", str(bad), *arguments]) == 1
     assert "None of the pictures could be read" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_hostile_pictures_are_rows_in_order(hostile: tuple[list[str], set[int]],
     errors = {os.path.basename(row["path"]): row["error"] for row in rows_of(summary.path)}
     assert errors["a0_empty.jpg"] == "empty file"
     assert "truncated" in errors["a3_half.jpg"]
-    assert "not a picture" in errors["c0_page.jpg"]
+    assert "not an image" in errors["c0_page.jpg"]
     assert errors["c1_121_mpx.png"] == "too large: 11000 x 11000 pixels, the limit is 50000000"
     assert "symbolic links" in errors["c3_loop.jpg"]
     assert "No such file" in errors["c5_nowhere.jpg"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import ImageError, files, read_image
+from dinov2_fast.extraction import ImageError, archives, files, inputs, list_images, parquet_images, read_image
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.inputs import Picture, PictureList, find_pictures
 from dinov2_fast.image_processor import Dinov2ImageProcessor
@@ -63,6 +66,54 @@ def test_files_folders_and_globs(folder: Path) -> None:
             find_pictures([folder, folder / missing])
 
 
+def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("photo.HEIC", "a/other.heic", ".hidden", "x.1", "x.2", "x.3", "x.4"):
+        (folder / name).write_bytes(b"")
+    write_tar(folder / "set.tar")
+    for _ in range(2):  # the same files are counted once
+        assert names([folder / "c.bin", folder, folder / "set.tar"])[:4] == ["c.bin", "10.png", "2.png", "b.png"]
+    assert list_images([folder]) == [str(folder / name) for name in ("a/10.png", "a/2.png", "b.png")]
+    first, second = caplog.messages
+    assert first.startswith("16 files with other endings were left out (.cls 3, .json 3, .heic 2, ")
+    assert second.startswith("10 files with other endings were left out (.heic 2, ")
+    assert ", …)." in second
+
+
+def test_one_file_left_out_and_the_plugin_it_would_need(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README").write_bytes(b"")
+    assert list_images([tmp_path]) == []
+    monkeypatch.setattr(inputs, "FORMATS", ("JPEG",))
+    monkeypatch.setattr(inputs, "ENDINGS", (".jpg",))
+    (tmp_path / "README").rename(tmp_path / "photo.heic")
+    assert list_images([tmp_path]) == []
+    text = "1 file with another ending was left out"
+    assert caplog.messages == [f"{text} (none 1).", f"{text} (.heic 1). HEIC needs: pip install pillow_heif."]
+
+
+def test_the_command_line_says_what_is_left_out(folder: Path) -> None:
+    (folder / "b.png").rename(folder / "b.avi")
+    command = [sys.executable, "-m", "dinov2_fast", "extract", str(folder), "--model", "x", "--out", str(folder / "o")]
+    (folder / "a" / "2.png").unlink()
+    (folder / "a" / "10.png").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said, error = done.stderr.splitlines()
+    assert (done.returncode, said) == (1, "3 files with other endings were left out (.txt 1, .avi 1, .bin 1).")
+    assert error.startswith("dinov2-fast: error: There are no ")
+
+
+def test_folders_may_be_deeper_than_the_interpreters_stack(tmp_path: Path) -> None:
+    os.makedirs(tmp_path / "/".join("d" * 150))
+    (tmp_path / "/".join("d" * 150) / "a.png").write_bytes(png(1))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert names([tmp_path]) == ["a.png"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     entries = ["b.png", "missing.jpg", "a/2.png", "b.png", "c.bin"]
@@ -72,6 +123,89 @@ def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("list.txt", "list.csv", "list.parquet"):
         assert [picture.path for picture in find_pictures([name])] == entries
         assert list(map(colour, find_pictures([name]))) == [0, "No such file or directory", 10, 0, 40]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.txt", "a.png\n日本.png\n".encode("utf-8-sig")),
+        ("list.txt", "a.png\r\n日本.png\r\n".encode("utf-16")),  # as PowerShell writes it
+        ("list.csv", "path,label\na.png,1\n日本.png,2\n".encode("utf-16")),
+        ("list.csv", "label;image\n1;a.png\n2;日本.png\n".encode()),
+        ("list.csv", "path\na.png\n日本.png\n".encode()),
+        ("list.tsv", "n\turl\n1\ta.png\n2\t日本.png\n".encode()),
+        ("list.jsonl", '{"path": "a.png", "n": [1]}\n\n{"n": 2, "image": "日本.png"}\n'.encode()),
+    ],
+)
+def test_lists_as_people_have_them(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [picture.path for picture in find_pictures([tmp_path / name])] == ["a.png", "日本.png"]
+
+
+def test_file_names_are_relative_to_their_list(folder: Path) -> None:
+    """As in the metadata of Hugging Face's image folders."""
+    (folder / "a" / "metadata.csv").write_text("file_name,text\n2.png,two\n/none.png,\n,nothing\n")
+    (folder / "a" / "metadata.jsonl").write_text(
+        '{"file_name": "2.png"}\n{"file_name": "/none.png"}\n{"file_name": null}'
+    )
+    for name in ("metadata.csv", "metadata.jsonl"):
+        found = list(find_pictures([folder / "a" / name]))
+        assert [picture.path for picture in found] == [str(folder / "a" / "2.png"), "/none.png", ""]
+        assert list(map(colour, found)) == [10, "No such file or directory", "the list has no path here"]
+
+
+@pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_columns_of_text(folder: Path, type: Any) -> None:
+    values = pa.array([str(folder / "b.png"), None], type)
+    pq.write_table(pa.table({"path": values}), folder / "list.parquet")
+    assert list(map(colour, find_pictures([folder / "list.parquet"]))) == [0, "the list has no path here"]
+
+
+def test_parquet_text_that_is_not_utf8(folder: Path) -> None:
+    name = os.fsencode(folder) + b"/caf\xe9.png"
+    Path(os.fsdecode(name)).write_bytes(png(7))
+    values = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, len(name)], np.int32)), pa.py_buffer(name))
+    pq.write_table(pa.table({"path": values}), folder / "list.parquet")
+    assert list(map(colour, find_pictures([folder / "list.parquet"]))) == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("l.csv", b"label,path\n1,a.png\n2\n", "line 3: the row has 1 columns, and 'path' is number 2"),
+        ("l.csv", b'path,n\na.png,1\n"b.png,2\nc.png,3\n', "line 4: unexpected end of data"),
+        ("l.csv", b"path,n\na.png,%b\n" % (b"x" * 200_000), "line 2: field larger than field limit"),
+        ("l.csv", "path\na.png\n".encode("utf-16")[:-1], "truncated data"),
+        ("l.jsonl", b'{"path": "a.png"}\n{"path": "b.p', "line 2: Unterminated string"),
+        ("l.jsonl", b'["a.png"]', "line 1: a line must be an object"),
+        ("l.jsonl", b'{"path": 7}', "line 1: 'path' is no text"),
+        ("l.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
+        ("l.jsonl", b'{"file": "a.png"}', "line 1: it has none of the columns 'path', .*, but 'file'"),
+        ("l.parquet", b"PAR1 but no more", "is damaged, or no Parquet file"),
+    ],
+)
+def test_a_damaged_list_is_an_error_that_names_file_and_line(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}'.*{reason}"):
+        list(find_pictures([tmp_path / name]))
+
+
+def test_a_parquet_column_without_text_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": pa.array([b"a.png"])}), tmp_path / "l.parquet")
+    with pytest.raises(ValueError, match=r"l\.parquet'.* the column 'path' holds binary, no text"):
+        list(find_pictures([tmp_path / "l.parquet"]))
+
+
+@pytest.mark.parametrize("name", ["w.tar.gz", "w.TGZ", "w.txt.xz", "w.7z", "w.json", "w.xlsx"])
+def test_other_kinds_are_refused_at_once_and_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name}' is .*\. (Unpack it|Write the paths)"):
+        find_pictures([tmp_path / name])
+    (tmp_path / "folder.zip").mkdir()
+    (tmp_path / "folder.tgz").mkdir()
+    assert list(find_pictures([tmp_path / "folder.zip", tmp_path / "folder.tgz"])) == []
 
 
 def test_a_line_may_be_any_name(folder: Path) -> None:
@@ -87,7 +221,7 @@ def test_a_line_may_be_any_name(folder: Path) -> None:
 def test_a_list_without_paths_is_an_error(folder: Path, name: str) -> None:
     (folder / "list.csv").write_text("file,label\nb.png,1\n")
     pq.write_table(pa.table({"file": ["b.png"], "label": [1]}), folder / "list.parquet")
-    with pytest.raises(ValueError, match=r"list\..* has no column 'path', but 'file', 'label'"):
+    with pytest.raises(ValueError, match=r"list\..*'path', 'image', 'url', 'file_name', but 'file', 'label'"):
         list(find_pictures([folder / name]))
 
 
@@ -116,7 +250,9 @@ def test_archives(tmp_path: Path, format: int) -> None:
     assert [decode(p, PROCESSOR).sha256 for p in pictures] == [hashlib.sha256(c).hexdigest() for c in contents]
 
 
-@pytest.mark.parametrize("damage", ["gzip", "cut in a file", "cut in a header", "header", "text"])
+@pytest.mark.parametrize(
+    "damage", ["gzip", "cut in a file", "cut in a header", "cut before a file", "zeros before a file", "header", "text"]
+)
 def test_a_damaged_archive_is_an_error_and_never_shorter(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, 4, "w:gz" if damage == "gzip" else "w")
@@ -126,6 +262,10 @@ def test_a_damaged_archive_is_an_error_and_never_shorter(tmp_path: Path, damage:
         content = content[: header + 512 + 20]
     elif damage == "cut in a header":
         content = content[: header + 100]
+    elif damage == "cut before a file":
+        content = content[:header]
+    elif damage == "zeros before a file":
+        content[header:header] = bytes(512)
     elif damage == "header":
         content[header + 3] ^= 1
     elif damage == "text":
@@ -143,17 +283,141 @@ def test_an_archive_that_shrinks_afterwards_is_an_error_of_the_picture(tmp_path:
     assert colour(last) == f"truncated: 10 of {last.size} bytes are there"
 
 
-def test_what_an_archive_links_to_is_not_read(tmp_path: Path) -> None:
+def test_links_and_sparse_files_in_an_archive_are_rows_with_an_error(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (
             ("link.png", tarfile.SYMTYPE),
             ("hard.png", tarfile.LNKTYPE),
+            ("sparse.png", tarfile.GNUTYPE_SPARSE),
             ("folder.png", tarfile.DIRTYPE),
         ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    assert list(find_pictures([tmp_path / "a.tar"])) == []
+        info = tarfile.TarInfo("sparse of pax.png")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "0"}
+        tar.addfile(info)
+    found = list(find_pictures([tmp_path / "a.tar"]))
+    assert names([tmp_path / "a.tar"]) == ["link.png", "hard.png", "sparse.png", "sparse of pax.png"]
+    assert set(map(colour, found)) == {"a link or sparse file in the archive, which is not read: unpack the archive"}
+
+
+@pytest.mark.parametrize(
+    "headers", [{"size": "-1536"}, {"size": "9" * 30}, {"GNU.sparse.map": "x", "GNU.sparse.size": "0"}]
+)
+def test_an_archive_with_hostile_sizes_is_an_error_and_ends(tmp_path: Path, headers: dict[str, str]) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo("first.txt"))
+        info = tarfile.TarInfo("second.png")
+        info.pax_headers = headers
+        tar.addfile(info)
+    with pytest.raises(ValueError, match=r"a\.tar' is damaged"):
+        list(islice(find_pictures([path]), 1000))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_archives(tmp_path: Path, method: int) -> None:
+    content = np.random.default_rng(0).bytes(100) + png(1)  # no image: what is read must be these very bytes
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.mkdir("deep.png") if hasattr(archive, "mkdir") else None
+        archive.writestr("deep.png/日本.png", png(7))
+        archive.writestr("b.PNG", content)
+        archive.writestr("notes.txt", b"no image")
+    found = list(find_pictures([tmp_path / "a.zip"]))
+    assert [picture.path for picture in found] == [f"{tmp_path}/a.zip/deep.png/日本.png", f"{tmp_path}/a.zip/b.PNG"]
+    first, second = (decode(picture, PROCESSOR) for picture in found)
+    assert (first.error, first.sha256) == (None, hashlib.sha256(png(7)).hexdigest())
+    assert second.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_damaged_zip_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(ValueError, match=r"a\.zip' is damaged, or no zip archive"):
+        list(find_pictures([path]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10_000))
+    content = bytearray(path.read_bytes())
+    (member,) = find_pictures([path])
+
+    def error(place: int, *values: int) -> tuple[str | None, bool]:
+        """What reading gives with other values in the header of the member."""
+        path.write_bytes(content[:place] + bytes(values) + content[place + len(values) :])
+        decoded = decode(member, PROCESSOR)
+        return decoded.error, decoded.transient
+
+    unread = "in the zip archive, which is not read: unpack the archive"
+    assert error(6, 1) == (f"encrypted {unread}", False)
+    assert error(8, 12) == (f"compressed by method 12 {unread}", False)
+    assert error(0, 0) == ("the zip archive has changed, or is damaged", True)
+    assert error(35, 255) == (
+        "damaged in the zip archive: Error -3 while decompressing data: invalid block type",
+        False,
+    )
+    monkeypatch.setattr(archives, "MAX_BYTES", 9_999)
+    assert error(0) == ("damaged in the zip archive, or larger than 9999 bytes", False)
+
+
+def write_dataset(path: Path, images: list[Any], rows: int = 2, **settings: Any) -> None:
+    """As Hugging Face's datasets do, in row groups of some rows."""
+    pq.write_table(pa.table({"image": images, "label": range(len(images))}), path, row_group_size=rows, **settings)
+
+
+def test_parquet_with_images(folder: Path) -> None:
+    images = [{"bytes": png(value), "path": f"{value}.png"} for value in range(1, 6)]
+    images += [{"bytes": None, "path": str(folder / "a" / "2.png")}, {"bytes": None, "path": None}, None]
+    write_dataset(folder / "train.parquet", images)
+    found = list(find_pictures([folder / "train.parquet"]))
+    assert [picture.path for picture in found] == [f"{folder}/train.parquet/{row}" for row in range(8)]
+    expected = [1, 2, 3, 4, 5, 10, "no image in this row", "no image in this row"]
+    assert list(map(colour, found)) == expected
+    assert list(map(colour, reversed(found))) == expected[::-1]
+    for values in ([3], [5, 6, 7]):
+        write_dataset(folder / "plain.parquet", [png(value) for value in values], rows=len(values))
+        assert list(map(colour, find_pictures([folder / "plain.parquet"]))) == values
+
+
+def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:
+    path = folder / "train.parquet"
+    write_dataset(path, [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}], rows=1)
+    first, second = find_pictures([path])
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    assert type(colour(first)) is str
+    assert colour(second) == 2
+    path.unlink()
+    assert (decode(first, PROCESSOR).error, decode(first, PROCESSOR).transient) == ("No such file or directory", True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_images_that_one_dictionary_entry_stands_for_take_no_memory(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train.parquet", [{"bytes": bytes(1 << 20), "path": None}] * 300, rows=300)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from dinov2_fast.extraction.parquet_images import read_row\n"
+        "def peak():\n"
+        "    return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
+        "read_row(sys.argv[1], 0)\n"
+        "before = peak()\n"
+        "read_row(sys.argv[1], 299)\n"
+        "print((peak() - before) / 1024)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "train.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20  # MB, of 300
+
+
+def test_row_groups_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"bytes": bytes([index]) * 3000, "path": None} for index in range(4)]
+    write_dataset(folder / "train.parquet", images, rows=4, compression="none")
+    monkeypatch.setattr(parquet_images, "MAX_BYTES", 10_000)
+    with pytest.raises(
+        ValueError, match=r"train\.parquet' has a row group with \d+ bytes of images.* smaller row groups"
+    ):
+        list(find_pictures([folder / "train.parquet"]))
 
 
 @pytest.fixture
@@ -195,6 +459,81 @@ def test_urls_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match="need fsspec, which is not installed: pip install fsspec"):
         find_pictures(["memory://bucket"])
+
+
+class Unwell(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A server whose answers are errors, as fsspec's file systems raise them, and that ignores ranges."""
+
+    protocol = "unwell"
+    cachable = False
+
+    def info(self, path: str, **settings: Any) -> dict[str, Any]:
+        causes = {
+            "500": RuntimeError("500, message='Internal Server Error', url='http://h/500?token=SECRET'"),
+            "redirect": ValueError("file:///etc/passwd?token=SECRET"),
+            "refused": ConnectionRefusedError(111, "Connection refused"),
+        }
+        name = path.partition("?")[0].rpartition("/")[2]
+        raise FileNotFoundError(f"unwell://{path}") from causes.get(name)
+
+    def _open(self, path: str, *args: Any, **settings: Any) -> Any:
+        self.info(path)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **settings: Any) -> bytes:
+        return bytes(20480)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("500", "RuntimeError: 500, message='Internal Server Error', url='…'"),
+        ("redirect", "ValueError"),
+        ("refused", "Connection refused"),
+        ("missing", "No such file or directory"),
+    ],
+)
+def test_errors_of_urls_name_the_reason_and_no_secrets(name: str, reason: str) -> None:
+    fsspec.register_implementation("unwell", Unwell, clobber=True)
+    url = f"unwell://bucket/{name}?token=SECRET"
+    decoded = decode(Picture(url), PROCESSOR)
+    assert (decoded.error, decoded.transient) == (reason, True)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_pictures([url])
+    assert str(caught.value) == f"There is nothing at 'unwell://bucket/{name}' ({reason})."
+
+
+def test_a_server_that_sends_more_than_was_asked_for_is_an_error() -> None:
+    fsspec.register_implementation("unwell", Unwell, clobber=True)
+    url = "unwell://bucket/set.tar"
+    assert colour(Picture(f"{url}/a.png", url, 512, 100)) == "the server sends 20480 bytes where 100 were asked for"
+
+
+@pytest.mark.parametrize("name", ["list.txt", "set.tar"])
+def test_a_list_or_archive_that_cannot_be_read_is_named_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    url = f"memory://{name}?token=SECRET"
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/{name}?token=SECRET", b"")
+
+    def fail(*_: object, **settings: object) -> None:
+        raise FileNotFoundError(url) from ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(type(memory), "_open", fail)
+    with pytest.raises(OSError) as caught:
+        list(find_pictures([url]))
+    assert str(caught.value) == f"'memory://{name}' cannot be read: Connection reset by peer."
+
+
+def test_secrets_are_not_shown_and_do_not_hide_the_ending(tmp_path: Path) -> None:
+    signed = "https://user:SECRET@host/a/b.Tar?token=SECRET.x"
+    assert (files.shown(signed), files.ending(signed)) == ("https://host/a/b.Tar", ".tar")
+    assert (files.shown("a?b.tar"), files.ending("a?b.tar")) == ("a?b.tar", ".tar")
+    with pytest.raises(ValueError, match=r"^'nosuch://a/b' cannot be opened"):
+        find_pictures(["nosuch://a/b?token=SECRET"])
+    fsspec.filesystem("memory").pipe_file("/cut.tar?token=SECRET", b"")
+    with pytest.raises(ValueError, match=r"^'memory://cut.tar' is damaged"):
+        list(find_pictures(["memory://cut.tar?token=SECRET"]))
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

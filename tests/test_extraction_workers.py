@@ -53,6 +53,8 @@ class Sabotaged(Dinov2ImageProcessor):
                 sys.exit(7)
             if self.what == "raise":
                 raise RuntimeError("a fault of the decoder")
+            if self.what == "limit":
+                raise RuntimeError(f"Pillow's limit is {Image.MAX_IMAGE_PIXELS}")
             time.sleep(1000)
         return super()._process(image, data_format)
 
@@ -87,6 +89,11 @@ def test_a_worker_that_dies_costs_one_picture(pictures: list[Picture], what: str
 def test_a_fault_of_the_decoder_costs_one_picture(pictures: list[Picture], workers: int) -> None:
     found = list(decode_all(pictures, Sabotaged("raise", (21,)), workers=workers))
     check(found, pictures, {1: "cannot be processed: a fault of the decoder"})
+
+
+def test_pillows_own_limit_is_out_of_use(pictures: list[Picture]) -> None:
+    found = list(decode_all(pictures, Sabotaged("limit", at=(20,)), workers=1))
+    assert found[0].error == "cannot be processed: Pillow's limit is None"
 
 
 def test_a_picture_that_takes_too_long_is_given_up(pictures: list[Picture]) -> None:

@@ -31,9 +31,10 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
 
 
-def assert_equal_to_transformers(images: Any, **settings: Any) -> None:
+def assert_equal_to_transformers(images: Any, background: str | None = None, **settings: Any) -> None:
     expected = BitImageProcessorPil(**{**SETTINGS, **settings})(images, return_tensors="np").pixel_values
-    got = Dinov2ImageProcessor(**{**SETTINGS, **settings})(images, return_tensors="np").pixel_values
+    ours = Dinov2ImageProcessor(**{**SETTINGS, **settings}, background=background)
+    got = ours(images, return_tensors="np").pixel_values
     assert got.shape == expected.shape
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
@@ -71,11 +72,12 @@ def test_equals_transformers_for_every_shape(size: tuple[int, int], settings: di
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_equals_transformers_for_every_mode(mode: str) -> None:
     image = Image.open(PICTURES[1])
-    if mode == "RGBA" and Version(transformers.__version__) >= Version("5.23"):
-        pytest.skip("transformers puts a white background behind such pictures; until 5.17 at least it did not")
     if mode == "RGBA":
         image.putalpha(Image.fromarray(noise(*image.size[::-1])))
-    assert_equal_to_transformers(image if mode == "RGBA" else image.convert(mode))
+    else:
+        image = image.convert(mode)
+    on_white = Version(transformers.__version__) >= Version("5.23")  # and not yet in 5.17
+    assert_equal_to_transformers(image, background="white" if on_white else None)
 
 
 def test_equals_transformers_for_arrays_and_tensors() -> None:
@@ -134,6 +136,42 @@ def test_alpha_is_dropped_and_palettes_are_resolved() -> None:
     palette.putpixel((1, 0), 1)
     palette.info["transparency"] = b"\x00\x80"
     assert np.asarray(to_rgb(palette)).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+
+
+def test_a_background_is_put_behind_what_is_transparent() -> None:
+    rgba = Image.new("RGBA", (3, 1))
+    for place, pixel in enumerate([(0, 0, 0, 0), (10, 20, 30, 255), (0, 100, 200, 51)]):
+        rgba.putpixel((place, 0), pixel)
+    assert np.asarray(to_rgb(rgba, "white")).tolist() == [[[255, 255, 255], [10, 20, 30], [204, 224, 244]]]
+    assert np.asarray(to_rgb(rgba, "#ff0000")).tolist()[0][0] == [255, 0, 0]
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, 0, 255, 0])
+    palette.putpixel((0, 0), 0)
+    palette.info["transparency"] = 0
+    keyed = Image.new("RGB", (2, 1), (0, 255, 0))
+    keyed.putpixel((0, 0), (0, 0, 0))
+    keyed.info["transparency"] = (0, 0, 0)
+    for image in (palette, keyed):
+        assert np.asarray(to_rgb(image, "white")).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+    grey = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    grey.info["transparency"] = 5
+    assert np.asarray(to_rgb(grey, "white")).tolist() == [[[0] * 3, [255] * 3]]
+    opaque = Image.fromarray(noise(8, 8, 3))
+    assert to_rgb(opaque, "white") is opaque
+
+
+def test_a_background_is_a_setting(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (20, 20))
+    processor = Dinov2ImageProcessor.for_size(14, background="white", do_rescale=False, do_normalize=False)
+    processor.save_pretrained(tmp_path)
+    for on_white in (processor, Dinov2ImageProcessor.from_pretrained(tmp_path)):
+        assert (on_white(clear, "np").pixel_values == 255).all()
+    assert (processor(clear, "np", background="black").pixel_values == 0).all()
+    assert "background" not in Dinov2ImageProcessor().to_dict()
+    with pytest.raises(ValueError, match="background must be a colour such as white or #ffffff, got 'whit'"):
+        Dinov2ImageProcessor(background="whit")
+    with pytest.raises(ValueError, match=r"behind PIL images alone; convert the array with Image\.fromarray"):
+        processor(np.zeros((20, 20, 4), np.uint8))
 
 
 def test_output_object() -> None:

@@ -95,7 +95,7 @@ def check_rows(out: Path, pictures: Path, checkpoint: str) -> None:
     for path, expected in cls_tokens(checkpoint, pictures.glob("*.png"), 28).items():
         assert rows[path]["error"] is None
         np.testing.assert_allclose(np.array(rows[path]["cls"]).ravel(), expected, atol=1e-4)
-    assert rows[str(pictures / "bad.jpg")]["error"].startswith("not a picture")
+    assert rows[str(pictures / "bad.jpg")]["error"].startswith("not an image")
 
 
 def readme_block(word: str) -> str:
@@ -135,7 +135,7 @@ def test_readme_s_code_for_ray(checkpoint: str, pictures: Path, monkeypatch: pyt
     expected = cls_tokens(checkpoint, files[:4])
     np.testing.assert_allclose(found["cls"][:4], list(expected.values()), atol=1e-4)
     assert found["error"][:4].tolist() == [None] * 4
-    assert found["error"][4].startswith("not a picture")
+    assert found["error"][4].startswith("not an image")
 
 
 @pytest.mark.slow
@@ -178,4 +178,4 @@ def test_readme_s_code_for_spark(checkpoint: str, pictures: Path) -> None:
     exec(readme_block("mapInPandas").replace("dinov2_vits14", checkpoint), {"spark": spark})
     expected = cls_tokens(checkpoint, files[:4])
     np.testing.assert_allclose(np.stack(frame.result["cls"][:4]), list(expected.values()), atol=1e-4)
-    assert frame.result["error"].iloc[4].startswith("not a picture")
+    assert frame.result["error"].iloc[4].startswith("not an image")

@@ -176,7 +176,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.Monk
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = saved(weights_of(), tmp_path / "a.safetensors")
     (tmp_path / "bad.jpg").write_text("<html>")
-    for path, message in (("bad.jpg", "bad.jpg' cannot be read: not a picture"), (".", "There are no pictures in")):
+    for path, message in (("bad.jpg", "bad.jpg' cannot be read: not an image"), (".", "There are no pictures in")):
         folder = tmp_path / path if path != "." else tmp_path / "empty"
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert main(["verify", a, a, str(folder)]) == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import dinov2_fast
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (by default the process's) and returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # about odd files: a command reports what it cannot read
+            code: int = args.run(args)
         return code
     except KeyboardInterrupt:
         print("dinov2-fast: interrupted", file=sys.stderr)

@@ -29,10 +29,13 @@ height, sha256, error and the features. A picture that cannot be read is a row
 with its error, and shifts no other. Read it all with
 dinov2_fast.load_features(DIR).
 
-PATH is a picture, a folder that is searched for pictures, a glob in quotes, a
-list (.txt with a path in each line; .csv or .parquet with the column path), a
-.tar archive as webdataset writes them, or a URL (s3://..., https://...) that
-fsspec can open.
+PATH is an image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, and HEIC where the
+package pillow_heif is installed), a folder that is searched for images, a glob
+in quotes, a list (.txt with a path in each line; .csv, .tsv, .jsonl or .parquet
+with a column path, image, url or file_name), a .tar archive as webdataset
+writes them, a .zip, a .parquet file of Hugging Face's datasets with the images
+in it, or a URL (s3://..., https://...) that fsspec can open. Files that are left
+out because of their ending are counted on stderr.
 
 When it is interrupted, the same command does what is missing. When DIR holds
 features that were made otherwise, it says what differs and stops."""
@@ -75,6 +78,11 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument("--size", type=size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
     what.add_argument(
         "--no-crop", action="store_true", help="squeeze whole pictures into --size instead of cutting out the centre"
+    )
+    what.add_argument(
+        "--background",
+        metavar="COLOUR",
+        help="put it behind what is transparent, for example white (default: drop alpha, as Meta's code and timm do)",
     )
     what.add_argument(
         "--dialect",
@@ -163,6 +171,8 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
     processor = processor_for(args.model, args.size)
     if args.no_crop:
         processor = Dinov2ImageProcessor.for_size(args.size, crop=False)
+    if args.background:
+        processor = Dinov2ImageProcessor(**{**processor.settings(), "background": args.background})
     model = load_model(
         args.model,
         processor,

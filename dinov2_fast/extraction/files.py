@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -9,15 +10,31 @@ from typing import IO, Any
 
 MAX_BYTES = 1 << 30
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(rf"{_SCHEME.pattern}[^\s'\"]*")
+_SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*", re.DOTALL)
 
 
-class FileError(Exception):
-    """A file cannot be read; the message is the reason, without the path."""
+class ImageError(Exception):
+    """An image cannot be had; the message is the reason, without the path."""
+
+
+class ReadError(ImageError):
+    """Its bytes could not be read, or memory ran out: another try may succeed, with the same file."""
 
 
 def is_url(path: str) -> bool:
     """Whether the path has a scheme, as in ``s3://`` or ``https://``."""
     return _SCHEME.match(path) is not None
+
+
+def ending(path: str) -> str:
+    """What the name of a file or URL ends with, such as ".tar", in lower case; "" where it has no ending."""
+    return os.path.splitext(shown(path))[1].lower()
+
+
+def shown(path: str) -> str:
+    """The path as messages show it: a URL without its query and password, in which secrets are sent."""
+    return _SECRETS.sub("", path) if is_url(path) else path
 
 
 def filesystem(url: str) -> Any:
@@ -29,11 +46,13 @@ def filesystem(url: str) -> Any:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError(f"URLs such as {url!r} need fsspec, which is not installed: pip install fsspec.") from None
+        raise ValueError(
+            f"URLs such as {shown(url)!r} need fsspec, which is not installed: pip install fsspec."
+        ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url!r} cannot be opened: {error}") from error
+        raise ValueError(f"{shown(url)!r} cannot be opened: {reason(error)}") from error
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -53,29 +72,34 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     """All bytes of a file or URL, or `size` of them from `offset` on.
 
     Raises:
-        FileError: missing, unreadable, not a regular file, shorter than that or longer than `MAX_BYTES`.
+        ReadError: missing, unreadable or shorter than that.
+        ImageError: not a regular file, or longer than `MAX_BYTES`.
     """
     try:
         content = _read_url(path, offset, size) if is_url(path) else _read_local(path, offset, size)
-    except OSError as error:
-        raise FileError(reason(error)) from error
-    except FileError:
+    except (OSError, MemoryError) as error:
+        raise ReadError(reason(error)) from error
+    except ImageError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own
-        raise FileError(f"{type(error).__name__}: {reason(error)}") from error
+        raise ReadError(_with_type(error)) from error
     if size is not None and len(content) < size:
-        raise FileError(f"truncated: {len(content)} of {size} bytes are there")
+        raise ReadError(f"truncated: {len(content)} of {size} bytes are there")
+    if size is not None and len(content) > size:
+        raise ReadError(f"the server sends {len(content)} bytes where {size} were asked for")
     return content
 
 
 def _read_local(path: str, offset: int | None, size: int | None) -> bytes:
+    if not path:
+        raise ImageError("the list has no path here")
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise FileError("not a regular file")
+        raise ImageError("not a regular file")
     _check_size(status.st_size if size is None else size)
     with open(path, "rb") as file:
         file.seek(offset or 0)
-        return file.read(MAX_BYTES if size is None else size)
+        return file.read() if size is None else file.read(size)
 
 
 def _read_url(url: str, offset: int | None, size: int | None) -> bytes:
@@ -92,11 +116,22 @@ def _read_url(url: str, offset: int | None, size: int | None) -> bytes:
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise FileError(f"too large: {size} bytes, the limit is {MAX_BYTES}")
+        raise ImageError(f"too large: {size} bytes, the limit is {MAX_BYTES}")
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what happened, without the path that the system adds to its errors."""
+    """One line that says what happened, without paths and URLs, which may hold secrets."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError):  # fsspec's: the text is the path, and the cause is the reason
+        return _with_type(error.__cause__) if error.__cause__ else os.strerror(errno.ENOENT)
+    text = " ".join(_URL.sub("…", str(error)).split())
+    return text if text.strip("…") else type(error).__name__
+
+
+def _with_type(error: BaseException) -> str:
+    """The reason, and before it the type of an error whose text may not be enough."""
+    text, name = reason(error), type(error).__name__
+    return text if isinstance(error, OSError) or text == name else f"{name}: {text}"

@@ -1,29 +1,68 @@
-"""Reading pictures safely.
+"""Reading images safely.
 
 Decided once, for every caller:
 
-- JPEG (MPO included), PNG, WebP, GIF, BMP and TIFF, recognised by content; the name's ending does not matter.
+- JPEG (MPO included), PNG, WebP, GIF, BMP, TIFF, AVIF where Pillow is built with it and HEIC where the package
+  pillow_heif is installed. They are recognised by content; the name's ending does not matter.
 - The size is read from the header and checked before anything is decoded.
-- A truncated file is an error, never a half-grey picture.
+- A truncated file is an error, never a half-grey image. Nothing tells a JPEG that lacks its end marker alone (FF D9)
+  from one that lacks pixels: whoever knows better can append the marker.
 - The first frame of an animation, the first page of a TIFF.
-- EXIF rotation is applied, so the picture is as a viewer shows it.
-- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, 16-bit grey scaled to 8 bits.
+- EXIF rotation is applied, so the image is as a viewer shows it.
+- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, or composited on a background, and
+  16-bit grey scaled to 8 bits.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 import warnings
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, features
 
-from dinov2_fast.extraction.files import FileError, read_bytes, reason
+from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
 from dinov2_fast.image_processor import to_rgb
 
 MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_SIDE = 1_000_000  # Pillow keeps a pointer for each row
+MAX_SCANS = 100  # of a progressive JPEG, which has some ten; each costs a pass over all pixels
+JPEG_PIXELS_PER_BYTE = 512  # a block of 8 x 8 takes one bit at least
+PIXELS_PER_BYTE = 1 << 17  # of the other formats: images of one colour reach a third of this
 
+_ENDINGS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+
+
+def _formats() -> tuple[str, ...]:
+    """The formats that can be read here, by Pillow's names."""
+    missing = set() if "avif" in features.get_supported_modules() else {"AVIF"}
+    try:
+        import pillow_heif  # type: ignore[import-not-found]
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        missing.add("HEIF")
+    return tuple(format for format in _ENDINGS if format not in missing)
+
+
+FORMATS = _formats()
+ENDINGS = tuple(ending for format in FORMATS for ending in _ENDINGS[format])
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, its errors would go to stderr
+
+_HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")  # what follows the first four bytes
+_JPEG = ("JPEG", "MPO")
+_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 _EXIF_ORIENTATION = 0x0112
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,59 +75,92 @@ _UNDO_ORIENTATION = {
 }
 
 
-class ImageError(Exception):
-    """A picture cannot be read; the message is the reason, without the path."""
-
-
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in a file, as an RGB image in memory.
+    """The image in a file, in mode RGB and in memory.
 
     Args:
         path: a regular file, or a URL that fsspec can open.
-        max_pixels: larger pictures are refused. Pillow's own limit (twice ``PIL.Image.MAX_IMAGE_PIXELS``, 179 million)
-            holds as well.
+        max_pixels: larger images are refused.
 
     Raises:
-        ImageError: missing, unreadable, not a picture of an allowed format, too large, truncated or damaged.
+        ReadError: missing or unreadable, or memory ran out.
+        ImageError: not an image of a known format, too large, truncated or damaged.
     """
-    try:
-        content = read_bytes(os.fspath(path))
-    except FileError as error:
-        raise ImageError(str(error)) from error
-    return decode_image(content, max_pixels)
+    return decode_image(read_bytes(os.fspath(path)), max_pixels)
 
 
-def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture that a file's bytes hold, as `read_image` gives it.
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str | None = None) -> Image.Image:
+    """The image that a file's bytes hold, as `read_image` gives it, or on a background of that colour.
 
-    Whatever Pillow's parsers raise on damaged input becomes an ImageError.
+    Whatever Pillow's parsers raise on damaged input becomes an ImageError, a lack of memory a ReadError.
     """
     if not content:
         raise ImageError("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about sizes, palettes and EXIF, all of which is decided here
-        image = _open(content, max_pixels)
-        try:
-            image.load()
-            return to_rgb(_upright(image))
-        except Exception as error:
-            raise ImageError(f"cannot be decoded: {reason(error)}") from error
-
-
-def _open(content: bytes, max_pixels: int) -> Image.Image:
-    """The picture with its size known and checked, and nothing decoded."""
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ImageError(f"not a picture of a known format ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"too large: {error}") from error
+        return to_rgb(_upright(_load(content, max_pixels)), background)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ReadError(reason(error)) from error
+    except Image.DecompressionBombError as error:  # of large WebP canvases and TIFF tiles
+        raise ImageError(f"too large: {reason(error)} PIL.Image.MAX_IMAGE_PIXELS sets this limit.") from error
     except Exception as error:
-        raise ImageError(f"damaged header: {reason(error)}") from error
+        raise ImageError(f"cannot be decoded: {reason(error)}") from error
+
+
+def own_process() -> None:
+    """To be called where a process decodes for this package alone: Pillow's own limit and warnings are out of use."""
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _load(content: bytes, max_pixels: int) -> Image.Image:
+    image = _open(content)
+    _check(image, content, max_pixels)
+    try:
+        image.load()
+    except OSError as error:
+        if image.format in _JPEG and not content.endswith(b"\xff\xd9"):
+            raise ImageError(f"cannot be decoded: {reason(error)}; a JPEG ends in FF D9, this one does not") from error
+        raise
+    return image
+
+
+def _open(content: bytes) -> ImageFile.ImageFile:
+    """The image, of which the header alone is read.
+
+    `Image.open` would also apply Pillow's own limit, which belongs to the whole process, and not say why it fails.
+    """
+    failure = ImageError(f"not an image of a known format ({', '.join(FORMATS)})")
+    if "HEIF" not in FORMATS and content[4:12] in _HEIC:
+        failure = ImageError("HEIC, which is read where the package pillow_heif is installed")
+    Image.preinit()
+    for format in FORMATS:
+        if format not in Image.OPEN:
+            Image.init()
+        make, accepts = Image.OPEN[format]
+        if accepts is None or accepts(content[:16]):
+            try:
+                return make(io.BytesIO(content), "")
+            except (MemoryError, Image.DecompressionBombError):
+                raise
+            except Exception as error:
+                failure = ImageError(f"{format} that cannot be opened: {reason(error)}")
+    raise failure
+
+
+def _check(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """Refuses what would take too much memory or time, or cannot be whole."""
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, the limit is {max_pixels}")
-    return image
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"too long: {width} x {height} pixels, the limit of a side is {MAX_SIDE}")
+    is_jpeg = image.format in _JPEG
+    if width * height > (JPEG_PIXELS_PER_BYTE if is_jpeg else PIXELS_PER_BYTE) * len(content):
+        raise ImageError(f"truncated: {len(content)} bytes cannot hold {width} x {height} pixels")
+    if is_jpeg and content.count(b"\xff\xda") > MAX_SCANS and len(_SCAN.findall(content)) > MAX_SCANS:
+        raise ImageError(f"too many progressive scans: the limit is {MAX_SCANS}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

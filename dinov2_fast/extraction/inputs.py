@@ -1,40 +1,46 @@
-"""Finding pictures: files, folders, globs, lists, tar archives and URLs, as one stream in a fixed order.
+"""Finding images: files, folders, globs, lists, archives and URLs, as one stream in a fixed order.
 
 What a path may be:
 
-=========================  =========================================================================================
-a folder                   searched, with everything below it, for names that end as pictures do (`ENDINGS`)
-``*.txt *.csv *.parquet``  a list: the lines of a text, or the column ``path`` of a table. Each entry is one picture,
-                           whatever its name; as on the command line, it is relative to the current folder
-``*.tar``                  an uncompressed archive, as webdataset writes them: its files whose names end as pictures do
-any other file             a picture, whatever its name
-a glob                     ``*``, ``?``, ``[…]`` and ``**``, where nothing has that very name: what matches, sorted
-``scheme://…``             any of these where fsspec can open it (of wildcards, ``*`` alone)
-=========================  =========================================================================================
+===================  ===============================================================================================
+a folder             searched, with everything below it, for names that end as images do (`images.ENDINGS`)
+``*.txt``            a list: each line is the path of one image, whatever its name; as on the command line, it is
+                     relative to the current folder
+``*.csv *.tsv        a list: the column ``path``, ``image``, ``url`` or ``file_name`` of a table, or of objects of JSON;
+*.jsonl *.parquet``  ``file_name`` is relative to the list's folder
+``*.parquet``        with images in its column ``image``, as Hugging Face's datasets have them: its rows
+``*.tar *.zip``      an uncompressed archive, as webdataset writes them, or one whose members are compressed: its files
+                     whose names end as images do
+any other file       an image, whatever its name
+a glob               ``*``, ``?``, ``[…]`` and ``**``, where nothing has that very name: what matches, sorted
+``scheme://…``       any of these where fsspec can open it (of wildcards, ``*`` alone)
+===================  ===============================================================================================
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import io
+import logging
 import os
-import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinov2_fast.extraction.files import filesystem, is_url, open_file
+from dinov2_fast.extraction import archives, lists, parquet_images
+from dinov2_fast.extraction.files import ending, filesystem, is_url, reason, shown
+from dinov2_fast.extraction.images import ENDINGS, FORMATS
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
-COLUMN = "path"
+logger = logging.getLogger("dinov2_fast")
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".7z", ".rar")
+_OTHER_LISTS = (".json", ".xls", ".xlsx", ".arrow", ".feather")
 
 
 class Picture(NamedTuple):
-    """Where a picture is: a file or URL, or `size` bytes from `offset` on in an archive.
+    """Where an image is: a file or URL, or a member of an archive, at its `offset` (:mod:`.archives`).
 
     `path` names it for people: the file, or archive/member.
     """
@@ -45,40 +51,84 @@ class Picture(NamedTuple):
     size: int | None = None
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Picture]:
-    """The pictures that the paths name, one after the other; see the module's description.
+class _LeftOut(Counter[str]):
+    """How many files in folders and archives do not end as images do, by ending."""
 
-    Folders, lists and archives are read while the result is used. Names that are not UTF-8 keep their bytes as
-    `os.fsdecode` does.
+    def takes(self, name: str) -> bool:
+        """Whether a file's name ends as images' do; counts it where not."""
+        if name.lower().endswith(ENDINGS):
+            return True
+        self[os.path.splitext(name)[1].lower()] += 1
+        return False
+
+    def __str__(self) -> str:
+        total, kinds = self.total(), self.most_common(6)
+        files = "1 file with another ending was" if total == 1 else f"{total} files with other endings were"
+        counts = ", ".join(f"{ending or 'none'} {count}" for ending, count in kinds)
+        more = ", …" if len(self) > len(kinds) else ""
+        text = f"{files} left out ({counts}{more})."
+        needs_plugin = "HEIF" not in FORMATS and {".heic", ".heif"} & self.keys()
+        return f"{text} HEIC needs: pip install pillow_heif." if needs_plugin else text
+
+
+def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Picture]:
+    """The images that the paths name, one after the other; see the module's description.
+
+    Folders, lists and archives are read while the result is used. At its end, a warning is logged about files in them
+    that do not end as images do. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
 
     Raises:
         FileNotFoundError: a path that does not exist, at once.
-        ValueError: a list without paths, an archive that is compressed or damaged, or a URL that cannot be opened.
+        ValueError: an archive or list of a kind that is not read, at once; a list without paths, one or an archive that
+            is damaged, or a URL that cannot be opened.
         OSError: what cannot be read.
     """
-    found = [match for path in paths for match in _matches(os.fsdecode(path))]
-    return chain.from_iterable(map(_pictures, found))
+    given = tuple(map(os.fsdecode, paths))
+    found = [match for path in given for match in _matches(path)]
+    for path in found:
+        _refuse_other_kinds(path)
+    return _find(given, found)
 
 
 def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """The files given, and those in the folders given, as paths in a fixed order.
 
     A file given is taken whatever its name. A folder is searched, with everything below it, for names that end as
-    pictures do (`ENDINGS`), in the order of the names. Links are followed, but each folder is entered once, so that a
-    loop ends. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
+    images do (`ENDINGS`), in the order of the names; a warning is logged about the others. Links are followed, but each
+    folder is entered once, so that a loop ends. Names that are not UTF-8 keep their bytes as `os.fsdecode` does.
 
     Raises:
         FileNotFoundError: a path that does not exist.
         OSError: a folder that cannot be listed.
     """
-    given = [os.fsdecode(path) for path in paths]
+    given = tuple(map(os.fsdecode, paths))
     for path in given:
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no file or folder {path!r}.")
     found: list[str] = []
+    left_out = _LeftOut()
     for path in given:
-        found.extend(_walk(path, set()) if os.path.isdir(path) else [path])
+        found.extend(_walk(path, left_out) if os.path.isdir(path) else [path])
+    _report(given, left_out)
     return found
+
+
+def _find(given: tuple[str, ...], found: list[str]) -> Iterator[Picture]:
+    left_out = _LeftOut()
+    for path in found:
+        yield from _pictures(path, left_out)
+    _report(given, left_out)
+
+
+def _report(paths: tuple[str, ...], left_out: _LeftOut) -> None:
+    if left_out:
+        _warn_once(paths, str(left_out))
+
+
+@cache
+def _warn_once(paths: tuple[str, ...], text: str) -> None:
+    """Logs the text, where the same paths may be gone through several times."""
+    logger.warning(text)
 
 
 def _matches(path: str) -> list[str]:
@@ -97,37 +147,65 @@ def _url_matches(url: str) -> list[str]:
     files = filesystem(url)
     matches = sorted(map(files.unstrip_protocol, files.glob(url))) if "*" in url else [url] * files.exists(url)
     if not matches:
-        raise FileNotFoundError(f"There is nothing at {url!r}.")
+        raise FileNotFoundError(f"There is nothing at {shown(url)!r}{_why_missing(files, url)}.")
     return matches
 
 
-def _pictures(path: str) -> Iterator[Picture]:
-    """The pictures that one path, which is no glob, names."""
-    ending = os.path.splitext(path)[1].lower()
+def _why_missing(files: Any, url: str) -> str:
+    try:
+        files.info(url)
+    except Exception as error:
+        return f" ({reason(error)})"
+    return ""
+
+
+def _refuse_other_kinds(path: str) -> None:
+    """Raises ValueError for an archive or list that would otherwise be taken for one image."""
+    if os.path.isdir(path):
+        return
+    if ending(path) in _COMPRESSED:
+        raise ValueError(
+            f"{shown(path)!r} is compressed as a whole, so that no image in it can be read by itself. Unpack it, or "
+            "pack its files into a .zip or an uncompressed .tar."
+        )
+    if ending(path) in _OTHER_LISTS:
+        raise ValueError(
+            f"{shown(path)!r} is of a kind that is not read. Write the paths of its images to a file that ends in "
+            f"{', '.join(lists.READERS)}."
+        )
+
+
+def _pictures(path: str, left_out: _LeftOut) -> Iterator[Picture]:
+    """The images that one path, which is no glob, names."""
+    kind = ending(path)
     if not is_url(path) and os.path.isdir(path):
-        return map(Picture, _walk(path, set()))
-    if ending in _LISTS:
-        return map(Picture, _LISTS[ending](path))
-    if ending == ".tar":
-        return _members(path)
-    if is_url(path) and ending not in ENDINGS and filesystem(path).isdir(path):
-        return map(Picture, _find_below(path))
+        return map(Picture, _walk(path, left_out))
+    if kind == ".parquet" and parquet_images.holds_images(path):
+        return (Picture(f"{path}/{row}", path, row) for row in parquet_images.rows(path))
+    if kind in lists.READERS:
+        return map(Picture, lists.read_list(path))
+    if kind in (".tar", ".zip"):
+        members = (member for member in archives.members(path) if left_out.takes(member.name))
+        return (Picture(f"{path}/{name}", path, offset, size) for name, offset, size in members)
+    if is_url(path) and kind not in ENDINGS and filesystem(path).isdir(path):
+        return map(Picture, _find_below(path, left_out))
     return iter([Picture(path)])
 
 
-def _walk(folder: str, entered: set[tuple[int, int]]) -> Iterator[str]:
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in entered:
-        return
-    entered.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        children = sorted((entry.name, _is_folder(entry)) for entry in entries)
-    for name, is_folder in children:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from _walk(path, entered)
-        elif name.lower().endswith(ENDINGS):
-            yield path
+def _walk(folder: str, left_out: _LeftOut) -> Iterator[str]:
+    entered: set[tuple[int, int]] = set()
+    waiting = [(folder, True)]  # the next one last
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            if left_out.takes(path):
+                yield path
+            continue
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) not in entered:
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                waiting += sorted(((entry.path, _is_folder(entry)) for entry in entries), reverse=True)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -136,63 +214,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir()
 
 
-def _find_below(url: str) -> Iterator[str]:
+def _find_below(url: str, left_out: _LeftOut) -> Iterator[str]:
     files = filesystem(url)
-    return (files.unstrip_protocol(name) for name in sorted(files.find(url)) if name.lower().endswith(ENDINGS))
-
-
-def _lines(path: str) -> Iterator[str]:
-    """The lines of a text that are not empty."""
-    with open_file(path) as file:
-        for line in file:
-            if entry := line.rstrip(b"\r\n"):
-                yield os.fsdecode(entry)
-
-
-def _csv_column(path: str) -> Iterator[str]:
-    with open_file(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-        rows = csv.reader(text)
-        names = next(rows, [])
-        column = _column(path, names)
-        yield from (row[column] for row in rows if row)
-
-
-def _parquet_column(path: str) -> Iterator[str]:
-    import pyarrow.parquet as pq
-
-    with open_file(path) as file:
-        table = pq.ParquetFile(file)
-        _column(path, table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[COLUMN]):
-            yield from map(str, batch.column(0).to_pylist())
-
-
-def _column(path: str, names: list[str]) -> int:
-    if COLUMN not in names:
-        raise ValueError(f"The list {path!r} has no column {COLUMN!r}, but {', '.join(map(repr, names)) or 'none'}.")
-    return names.index(COLUMN)
-
-
-_LISTS = {".txt": _lines, ".csv": _csv_column, ".parquet": _parquet_column}
-
-
-def _members(archive: str) -> Iterator[Picture]:
-    """The pictures in a tar archive, whose headers alone are read."""
-    try:
-        with open_file(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
-                if member.isreg() and not member.issparse() and member.name.lower().endswith(ENDINGS):
-                    yield Picture(f"{archive}/{member.name}", archive, member.offset_data, member.size)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
-                raise tarfile.ReadError("a damaged header")
-    except tarfile.TarError as error:
-        raise ValueError(f"{archive!r} is damaged, or no uncompressed tar archive ({error}).") from error
+    return (files.unstrip_protocol(name) for name in sorted(files.find(url)) if left_out.takes(name))
 
 
 class PictureList:
-    """The pictures of an extraction, in shards; those that this process needs lie in a temporary file.
+    """The images of an extraction, in shards; those that this process needs lie in a temporary file.
 
     So memory does not grow with their number.
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2_fast.extraction.decoding import Decoded, decode
-from dinov2_fast.extraction.images import MAX_PIXELS
+from dinov2_fast.extraction.images import MAX_PIXELS, own_process
 from dinov2_fast.extraction.inputs import Picture
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
@@ -201,6 +201,7 @@ class _Worker:
 
 def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, max_pixels: int) -> None:
     """What a worker does until its pipe is closed."""
+    own_process()
     height, width = processor.output_size or (0, 0)
     pixels: NDArray[Any] = np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, height, width)
     answer: Decoded | None = None
