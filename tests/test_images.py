@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import ImageError, list_images, read_image
+from dinov2_fast.extraction import ImageError, ReadError, list_images, read_image
+from dinov2_fast.extraction.decoding import decode
+from dinov2_fast.extraction.inputs import Picture
+from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
 
@@ -186,6 +190,58 @@ def test_an_input_error_of_the_disk_is_an_image_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr("builtins.open", fail)
     with pytest.raises(ImageError, match=r"^Permission denied$"):
         read_image(tmp_path / "picture.png")
+
+
+def outcome(path: Path) -> tuple[str | None, bool]:
+    decoded = decode(Picture(str(path)), Dinov2ImageProcessor())
+    return decoded.error, decoded.transient
+
+
+def test_errors_of_reading_are_told_from_errors_of_decoding(tmp_path: Path) -> None:
+    with pytest.raises(ReadError):
+        read_image(tmp_path / "missing.png")
+    assert outcome(tmp_path / "missing.png") == ("No such file or directory", True)
+    (tmp_path / "damaged.png").write_bytes(png_header(30, 40))
+    for path in (tmp_path / "damaged.png", tmp_path):
+        with pytest.raises(ImageError) as caught:
+            read_image(path)
+        assert not isinstance(caught.value, ReadError)
+        assert outcome(path) == (str(caught.value), False)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "dinov2_fast.extraction.files._read_local",
+        "PIL.Image.open",
+        "PIL.Image.Image.load",
+        "dinov2_fast.image_processor.Dinov2ImageProcessor.__call__",
+    ],
+)
+def test_a_lack_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    colourful().save(tmp_path / "good.png")
+
+    def fail(*args: object, **settings: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(step, fail)
+    assert outcome(tmp_path / "good.png") in [("out of memory", True), ("cannot be processed: out of memory", True)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux'")
+def test_reading_takes_as_much_memory_as_the_file(tmp_path: Path) -> None:
+    colourful().save(tmp_path / "small.png")
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from dinov2_fast.extraction import read_image\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))\n"
+        "print(read_image(sys.argv[1]).size)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "small.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "(40, 30)\n", done.stderr
 
 
 def touch(folder: Path, *names: str | bytes) -> None:

@@ -5,29 +5,33 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from dinov2_fast.extraction.files import FileError, read_bytes, reason
-from dinov2_fast.extraction.images import MAX_PIXELS, ImageError, decode_image
+from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
+from dinov2_fast.extraction.images import MAX_PIXELS, decode_image
 from dinov2_fast.extraction.inputs import Picture
 from dinov2_fast.image_processor import Dinov2ImageProcessor, Pixels
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One picture: its size (EXIF rotation applied), digest and pixel values (3, height, width), or why not."""
+    """One image: its size (EXIF rotation applied), digest and pixel values (3, height, width), or why not.
+
+    `transient` tells an error that another try may not have (`ReadError`) from one that is in the file itself.
+    """
 
     width: int | None = None
     height: int | None = None
     sha256: str | None = None
     pixels: Pixels | None = None
     error: str | None = None
+    transient: bool = False
 
 
 def decode(picture: Picture, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Reads and processes one picture; what is wrong with it stands in `error`, nothing is raised for it."""
     try:
         content = read_bytes(picture.archive or picture.path, picture.offset, picture.size)
-    except FileError as error:
-        return Decoded(error=str(error))
+    except ImageError as error:
+        return Decoded(error=str(error), transient=isinstance(error, ReadError))
     return decode_bytes(content, processor, max_pixels)
 
 
@@ -37,8 +41,9 @@ def decode_bytes(content: bytes, processor: Dinov2ImageProcessor, max_pixels: in
     try:
         image = decode_image(content, max_pixels)
     except ImageError as error:
-        return Decoded(sha256=sha256, error=str(error))
+        return Decoded(sha256=sha256, error=str(error), transient=isinstance(error, ReadError))
     try:
         return Decoded(*image.size, sha256, processor(image, return_tensors=None).pixel_values[0])
-    except Exception as error:  # a fault costs this picture, not the run
-        return Decoded(*image.size, sha256, error=f"cannot be processed: {reason(error)}")
+    except Exception as error:  # a fault costs this image, not the run
+        transient = isinstance(error, MemoryError)
+        return Decoded(*image.size, sha256, error=f"cannot be processed: {reason(error)}", transient=transient)

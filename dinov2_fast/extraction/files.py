@@ -11,8 +11,12 @@ MAX_BYTES = 1 << 30
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-class FileError(Exception):
-    """A file cannot be read; the message is the reason, without the path."""
+class ImageError(Exception):
+    """An image cannot be had; the message is the reason, without the path."""
+
+
+class ReadError(ImageError):
+    """Its bytes could not be read, or memory ran out: another try may succeed, with the same file."""
 
 
 def is_url(path: str) -> bool:
@@ -53,29 +57,30 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     """All bytes of a file or URL, or `size` of them from `offset` on.
 
     Raises:
-        FileError: missing, unreadable, not a regular file, shorter than that or longer than `MAX_BYTES`.
+        ReadError: missing, unreadable or shorter than that.
+        ImageError: not a regular file, or longer than `MAX_BYTES`.
     """
     try:
         content = _read_url(path, offset, size) if is_url(path) else _read_local(path, offset, size)
-    except OSError as error:
-        raise FileError(reason(error)) from error
-    except FileError:
+    except (OSError, MemoryError) as error:
+        raise ReadError(reason(error)) from error
+    except ImageError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own
-        raise FileError(f"{type(error).__name__}: {reason(error)}") from error
+        raise ReadError(f"{type(error).__name__}: {reason(error)}") from error
     if size is not None and len(content) < size:
-        raise FileError(f"truncated: {len(content)} of {size} bytes are there")
+        raise ReadError(f"truncated: {len(content)} of {size} bytes are there")
     return content
 
 
 def _read_local(path: str, offset: int | None, size: int | None) -> bytes:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise FileError("not a regular file")
+        raise ImageError("not a regular file")
     _check_size(status.st_size if size is None else size)
     with open(path, "rb") as file:
         file.seek(offset or 0)
-        return file.read(MAX_BYTES if size is None else size)
+        return file.read() if size is None else file.read(size)
 
 
 def _read_url(url: str, offset: int | None, size: int | None) -> bytes:
@@ -92,11 +97,13 @@ def _read_url(url: str, offset: int | None, size: int | None) -> bytes:
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise FileError(f"too large: {size} bytes, the limit is {MAX_BYTES}")
+        raise ImageError(f"too large: {size} bytes, the limit is {MAX_BYTES}")
 
 
 def reason(error: BaseException) -> str:
     """One line that says what happened, without the path that the system adds to its errors."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

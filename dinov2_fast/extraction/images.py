@@ -18,7 +18,7 @@ import warnings
 
 from PIL import Image, UnidentifiedImageError
 
-from dinov2_fast.extraction.files import FileError, read_bytes, reason
+from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
 from dinov2_fast.image_processor import to_rgb
 
 MAX_PIXELS = 50_000_000
@@ -36,10 +36,6 @@ _UNDO_ORIENTATION = {
 }
 
 
-class ImageError(Exception):
-    """A picture cannot be read; the message is the reason, without the path."""
-
-
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in a file, as an RGB image in memory.
 
@@ -49,19 +45,16 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
             holds as well.
 
     Raises:
-        ImageError: missing, unreadable, not a picture of an allowed format, too large, truncated or damaged.
+        ReadError: missing or unreadable, or memory ran out.
+        ImageError: not an image of an allowed format, too large, truncated or damaged.
     """
-    try:
-        content = read_bytes(os.fspath(path))
-    except FileError as error:
-        raise ImageError(str(error)) from error
-    return decode_image(content, max_pixels)
+    return decode_image(read_bytes(os.fspath(path)), max_pixels)
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture that a file's bytes hold, as `read_image` gives it.
 
-    Whatever Pillow's parsers raise on damaged input becomes an ImageError.
+    Whatever Pillow's parsers raise on damaged input becomes an ImageError, a lack of memory a ReadError.
     """
     if not content:
         raise ImageError("empty file")
@@ -71,6 +64,8 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image.load()
             return to_rgb(_upright(image))
+        except MemoryError as error:
+            raise ReadError(reason(error)) from error
         except Exception as error:
             raise ImageError(f"cannot be decoded: {reason(error)}") from error
 
@@ -83,6 +78,8 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(f"not a picture of a known format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {error}") from error
+    except MemoryError as error:
+        raise ReadError(reason(error)) from error
     except Exception as error:
         raise ImageError(f"damaged header: {reason(error)}") from error
     width, height = image.size
