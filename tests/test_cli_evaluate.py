@@ -201,7 +201,7 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
         manifest: ClassVar = {"weights": "", "model": {"n_blocks": 1}, "about": {}}
 
     monkeypatch.setattr(dinov2_fast, "load_features", lambda folder: Stored(rows), raising=False)
-    (tmp_path / "manifest.json").touch()
+    (tmp_path / "_manifest.json").touch()
     assert main(["knn", str(tmp_path), "--json", str(tmp_path / "out.json"), "--device", "cpu"]) == 3
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["train"] == {"folder": str(tmp_path), "pictures": 5, "classes": 2, "failures": 1}
@@ -354,7 +354,7 @@ def test_what_is_not_possible_exits_with_1(
     train, val = str(photos / "train"), str(photos / "val")
     stored = tmp_path / "features"
     stored.mkdir()
-    (stored / "manifest.json").touch()
+    (stored / "_manifest.json").touch()
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "elephant")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "3")
     for folder in ("bad/3", "bad/4", "half/3", "half/4"):

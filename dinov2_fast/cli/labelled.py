@@ -197,7 +197,9 @@ def _check_writable(path: Path) -> None:
 
 def is_stored(folder: Path) -> bool:
     """Whether `dinov2-fast extract` wrote this folder."""
-    return (folder / "manifest.json").is_file()
+    from dinov2_fast.extraction.shards import find_manifest
+
+    return find_manifest(folder) is not None
 
 
 def _read_stored(folders: Sequence[str], blocks: int) -> list[Labelled]:
