@@ -195,7 +195,10 @@ def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> No
             extract(files, MeanColour(), tmp_path / "out", processor=random, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG
+    assert (caught.value.errno, caught.value.filename) == (
+        errno.EFBIG,
+        str(tmp_path / "out" / "features-00001.parquet"),
+    )
     assert set(os.listdir(tmp_path / "out")) == {"_manifest.json", "features-00000.parquet"}
     assert [bool(row["error"]) for row in rows_of(tmp_path / "out")] == [True] * 5
     assert extract(files, MeanColour(), tmp_path / "out", **options).resumed == 5

@@ -132,7 +132,7 @@ def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest of a folder of features, None where there is none: other programs have a file of its old name too."""
+    """The manifest of a folder of features; None where there is none, or one of its old name is another program's."""
     if (folder / MANIFEST).is_file():
         return folder / MANIFEST
     with suppress(OSError, ValueError, TypeError):
