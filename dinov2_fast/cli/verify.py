@@ -122,7 +122,7 @@ class _Pictures:
         from dinov2_fast.image_processor import Dinov2ImageProcessor
 
         processor = Dinov2ImageProcessor.for_size(self.size)
-        pictures, self.failures = find_pictures(self.paths), Failures()
+        pictures, self.failures, found = find_pictures(self.paths), Failures(), False
         while batch := list(islice(pictures, BATCH)):
             pixels = []
             for picture in batch:
@@ -132,7 +132,10 @@ class _Pictures:
                 else:
                     self.failures.add(picture.path, decoded.error or "")
             if pixels:
+                found = True
                 yield torch.from_numpy(np.stack(pixels)).to(self.device)
+        if not found:
+            raise ValueError(f"None of the images can be read:\n{self.failures}")
 
 
 def in_words(weights: WeightDifference) -> str:

@@ -23,7 +23,7 @@ from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoi
 logger = logging.getLogger("dinov2_fast")
 
 # Classifiers of transformers, of timm and of the reference, which a backbone has no use for.
-_HEADS = ("classifier.", "head.", "linear_head.")
+HEADS = ("classifier.", "head.", "linear_head.")
 
 
 def load(
@@ -72,7 +72,7 @@ def load(
     model = _on_meta({**arguments, **kwargs})
     if dialect is not None:
         model.position_dialect = dialect
-    fill(model, state_dict, device=device, dtype=as_dtype(dtype), may_leave=_HEADS)
+    fill(model, state_dict, device=device, dtype=as_dtype(dtype), may_leave=HEADS)
     model.loaded_from = source
     return model.eval()
 
