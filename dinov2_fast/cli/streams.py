@@ -18,7 +18,7 @@ def usable_streams() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     before = sys.stderr
-    sys.stderr = _Losable(before) if before else open(os.devnull, "w")  # type: ignore[assignment]  # noqa: SIM115
+    sys.stderr = _Losable(before) if before else open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     finally:

@@ -6,8 +6,9 @@ interrupted, the same images go on with it. With others, the shards that are the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 from dinov2_fast.extraction.failures import NothingReadError
@@ -45,8 +46,14 @@ def begin_addition(
     added = Section(first, listed.count, listed.sha256)
     if listed.count:
         write_sections(folder, [*finished, added])
-        stack.push(lambda error, *_: error is NothingReadError and write_sections(folder, before))
+        stack.push(partial(_take_back, folder, before))
     return added, listed
+
+
+def _take_back(folder: Path, sections: Sequence[Section], error: type[BaseException] | None, *_: object) -> None:
+    """Puts the sections that were there before into the manifest again where no new image could be read."""
+    if error is NothingReadError:
+        write_sections(folder, sections)
 
 
 class _Stored:
