@@ -233,7 +233,9 @@ def _check_path(path: Path, format: str, overwrite: bool) -> None:
         raise ValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
     for file in (path, _data_of(path)) if format == "onnx" else (path,):
         if file.is_dir() or (file.exists() and not overwrite):
-            raise FileExistsError(f"{str(file)!r} exists already; choose another name or ask to overwrite it.")
+            raise FileExistsError(
+                f"{str(file)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."
+            )
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ExportError(f"{str(path)!r} cannot be written: {str(folder)!r} is no folder in which you may write.")

@@ -99,6 +99,17 @@ def test_after_an_interruption_other_images_may_be_added(
     assert extract(given, MeanColour(), out, add=True, **options).pictures == 0
 
 
+def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_path: Path) -> None:
+    """Of a section that had been finished, in front of others; what is there in a row stays one section."""
+    out = extract(plain[:7], MeanColour(), tmp_path / "out", shard_size=2).path
+    extract(plain[:8], MeanColour(), out, shard_size=2, add=True)
+    (out / "features-00002.parquet").unlink()
+    extract(plain, MeanColour(), out, shard_size=2, add=True)
+    assert dinov2_fast.load_features(out).path == [*plain[:4], plain[6], plain[7], plain[4], plain[5], plain[8]]
+    manifest = read_manifest(out)
+    assert (manifest["inputs"]["pictures"], [each["first_shard"] for each in manifest["added"]]) == (4, [3, 4, 5])
+
+
 def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str], tmp_path: Path) -> None:
     out, given = tmp_path / "out", [*plain[:2], str(tmp_path / "late.png"), *plain[3:]]
     extract(given[:5], MeanColour(), out, shard_size=2)

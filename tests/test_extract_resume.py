@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import resource
@@ -246,6 +247,17 @@ def changed(plain: list[str], name: str) -> dict[str, Any]:
 NAMES = ["weights", "model.num_heads", "position_dialect", "dtype", "engine", "processor.crop_size.height"]
 NAMES += ["processor.image_mean", "decoder.max_pixels", "features.cls.dtype", "features.patches", "batch_size"]
 NAMES += ["shard_size", "format", "inputs.pictures", "inputs.sha256"]
+
+
+def test_images_are_known_by_their_paths(plain: list[str], tmp_path: Path) -> None:
+    """Copies with other times are the same images; of which bytes a row is says its sha256."""
+    extract(plain, MeanColour(), tmp_path / "out")
+    for path in plain:
+        os.utime(path, (0, 0))
+    old = Path(plain[3]).read_bytes()
+    Path(plain[3]).write_bytes(Path(plain[4]).read_bytes())
+    assert extract(plain, MeanColour(), tmp_path / "out").resumed == 9
+    assert dinov2_fast.load_features(tmp_path / "out").sha256[3] == hashlib.sha256(old).hexdigest()
 
 
 def test_other_settings_are_refused_and_named(plain: list[str], tmp_path: Path) -> None:

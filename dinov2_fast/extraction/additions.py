@@ -31,21 +31,18 @@ def begin_addition(
     """
     stored = _Stored(folder, retry_failed)
     before = stored_sections(stored.manifest)
-    *finished, last = before
-    parts = stored.finished_parts(last)
-    if parts == [last]:
-        finished.append(last)
-    listed = stack.enter_context(closing(stored.list_new(given, finished)))
+    finished = [part for section in before[:-1] for part in stored.finished_parts(section)]
+    last, parts = before[-1], stored.finished_parts(before[-1])
+    listed = stack.enter_context(closing(stored.list_new(given, finished + parts * (parts == [last]))))
     if parts != [last]:
         if (listed.count, listed.sha256) == (last.pictures, last.sha256):
             return last, listed
-        finished += parts
         rest = (picture for shard in listed.shards for picture in listed.shard(shard))
         listed = stack.enter_context(closing(stored.list_new(rest, parts)))
-    first = max((section.shards(stored.shard_size).stop for section in finished), default=0)
+    first = max((section.shards(stored.shard_size).stop for section in (*finished, *parts)), default=0)
     added = Section(first, listed.count, listed.sha256)
     if listed.count:
-        write_sections(folder, [*finished, added])
+        write_sections(folder, [*finished, *parts, added])
         stack.push(partial(_take_back, folder, before))
     return added, listed
 
@@ -66,12 +63,17 @@ class _Stored:
         self._format, self._features = format_named(self.manifest["format"]), stored_features(self.manifest)
 
     def finished_parts(self, section: Section) -> list[Section]:
-        """The section itself if all its shards are there, otherwise one for each that is."""
-        shards = section.shards(self.shard_size)
-        there = [shard for shard in shards if self._is_there(shard, section.rows(shard, self.shard_size))]
-        if len(there) == len(shards):
-            return [section]
-        return [Section(shard, section.rows(shard, self.shard_size)) for shard in there]
+        """The section itself if all its shards are there, otherwise what is between those that are not."""
+        parts: list[Section] = []
+        for shard in section.shards(self.shard_size):
+            rows = section.rows(shard, self.shard_size)
+            if not self._is_there(shard, rows):
+                continue
+            if parts and parts[-1].shards(self.shard_size).stop == shard:
+                parts[-1] = Section(parts[-1].first_shard, parts[-1].pictures + rows)
+            else:
+                parts.append(Section(shard, rows))
+        return [section] if sum(part.pictures for part in parts) == section.pictures else parts
 
     def list_new(self, pictures: Iterable[Picture], sections: Iterable[Section]) -> PictureList:
         """The images whose paths are not in these sections."""

@@ -30,8 +30,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:  # what fails while a file is written does not name it
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # while it is written, nothing names the file
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
