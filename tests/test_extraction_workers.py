@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -264,6 +265,27 @@ def test_signals_to_the_group_do_not_reach_the_workers(pictures: list[Picture], 
     assert worker.pid is not None
     os.kill(worker.pid, signal.Signals[name])
     check([*found, *decoded], pictures, {})
+
+
+def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
+    ended, done = threading.Event(), []
+    other = threading.Thread(target=ended.wait)
+    other.start()
+
+    def start() -> None:
+        with pool._signals_blocked():
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.2)
+            done.append("started")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        ended.set()
+        other.join()
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_signals_do_not_reach_the_first_worker_of_a_program(pictures: list[Picture]) -> None:

@@ -43,6 +43,8 @@ TASK_BYTES = 1 << 15  # of the names of these tasks, for the same reason: sendin
 STARTS = 3  # that a worker may need, where the system ends it before it begins
 STEP = 1.0  # seconds of one wait; where it took longer the job was stopped, and no more than these count
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _context = multiprocessing.get_context("spawn")
 
 
@@ -283,13 +285,25 @@ def pixel_dtype(processor: Dinov2ImageProcessor) -> np.dtype[Any]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C and SIGTERM, which are for this one; here they are only delayed."""
+    """Processes started inside never see Ctrl-C and SIGTERM, which are for this one; here they are only delayed.
+
+    The mask is for them. It does not suffice here: another thread of this process may take a signal, for which Python
+    then interrupts the main one, in the middle of a start.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     resource_tracker.ensure_running()  # or the first process starts it, which unblocks the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for each in came:
+            signal.raise_signal(each)
