@@ -95,7 +95,7 @@ def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
     """An extraction's own images, and what was added, in the order of the shards."""
     inputs = manifest["inputs"]
     added = manifest.get("added", [])
-    return [Section(0, inputs["pictures"], inputs["sha256"]), *(Section(**section) for section in added)]
+    return [Section(0, inputs["pictures"], inputs.get("sha256")), *(Section(**section) for section in added)]
 
 
 class Features:
