@@ -1,8 +1,25 @@
 """``python -m dinov2_fast`` is the same as ``dinov2-fast``."""
 
+import os
+import signal
 import sys
+from typing import Any
 
-from dinov2_fast.cli import main
+
+def main() -> int:
+    """Runs the command line; while it is imported, Ctrl-C and SIGTERM end it at once."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _leave)
+    from dinov2_fast.cli import main
+
+    return main()
+
+
+def _leave(*_: Any) -> None:
+    """Raises nothing, of which a library in the middle of its import would make another error."""
+    os.write(2, b"dinov2-fast: interrupted\n")
+    os._exit(130)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,6 +8,7 @@ cls         (batch, dim)             class token after the final norm
 patch_mean  (batch, dim)             mean of the patch tokens after the final norm
 patches     (batch, patches, dim)    patch tokens after the final norm
 registers   (batch, registers, dim)  register tokens after the final norm
+logits      (batch, classes)         of a classifier, where one is given
 ==========  =======================  ==================================================
 """
 
@@ -52,6 +53,7 @@ OUTPUTS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
     "patches": lambda features: features["x_norm_patchtokens"],
     "registers": lambda features: features["x_norm_regtokens"],
 }
+LOGITS = "logits"
 
 
 class ExportError(RuntimeError):
@@ -80,6 +82,7 @@ def export(
     model: DinoVisionTransformer,
     path: str | os.PathLike[str],
     *,
+    classifier: nn.Linear | None = None,
     format: str = "onnx",
     outputs: Sequence[str] = ("cls", "patches"),
     dtype: str = "fp32",
@@ -98,6 +101,8 @@ def export(
     Args:
         model: in eval mode; it stays as it is.
         path: ends in ``.onnx`` or ``.pt2``. Weights above 1.9 GB go into a second file, ``PATH.data``.
+        classifier: for the output "logits": a linear layer on the CLS token, or on it and the mean of the patch tokens,
+            as :class:`dinov2_fast.Dinov2ForImageClassification` has it.
         format: "onnx" holds operators of the standard alone (domain ""), "torch-export" those of aten alone.
         outputs: names, in the order wanted; see the module's description.
         dtype: of weights, input and outputs, "fp32", "fp16" or, for "torch-export", "bf16".
@@ -118,6 +123,7 @@ def export(
     """
     _check_model(model)
     _check_settings(model, format, outputs, dtype, opset, batch_size, size)
+    _check_classifier(model, classifier, outputs)
     path = Path(path)
     _check_path(path, format, overwrite)
     _check_packages(format, pictures)
@@ -125,7 +131,7 @@ def export(
     _check_pictures(model, batches, size)
     about = {"outputs": list(outputs), "dtype": dtype, "position_dialect": model.position_dialect}
     text = json.dumps({**(metadata or {}), **about, "version": __version__})
-    program = _trace(_Pictures(_prepared(model, DTYPES[dtype], size), outputs), batch_size, size)
+    program = _trace(_Pictures(_prepared(model, DTYPES[dtype], size), outputs, classifier), batch_size, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
@@ -135,21 +141,32 @@ def export(
             torch.export.save(program, written, extra_files={METADATA: text})
         del program
         run = _runner(written, format)
-        differences = _compare(run, _Pictures(_exact(model), outputs), batches, dtype, batch_size) if run else ()
+        exact = _Pictures(_exact(model), outputs, classifier)
+        differences = _compare(run, exact, batches, dtype, batch_size) if run else ()
         return Exported(_move(written, path), differences)
 
 
 class _Pictures(nn.Module):
-    """The model as a function of pictures alone, with a tuple of outputs."""
+    """The model, with a copy of the classifier in its dtype, as a function of images alone, with a tuple of outputs."""
 
-    def __init__(self, model: DinoVisionTransformer, outputs: Sequence[str]) -> None:
+    def __init__(self, model: DinoVisionTransformer, outputs: Sequence[str], classifier: nn.Linear | None) -> None:
         super().__init__()
         self.model, self.outputs = model, tuple(outputs)
+        self.classifier = copy.deepcopy(classifier).to(model.pos_embed).requires_grad_(False) if classifier else None
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features = self.model.forward_features(pixel_values)
-        return tuple(OUTPUTS[name](features) for name in self.outputs)
+        return tuple(self._output(name, features) for name in self.outputs)
+
+    def _output(self, name: str, features: dict[str, Any]) -> Tensor:
+        if self.classifier is None or name != LOGITS:
+            return OUTPUTS[name](features)
+        inputs = OUTPUTS["cls"](features)
+        if self.classifier.in_features > inputs.shape[-1]:
+            inputs = torch.cat([inputs, OUTPUTS["patch_mean"](features)], dim=-1)
+        logits: Tensor = self.classifier(inputs)
+        return logits
 
 
 class _FixedSize(DinoVisionTransformer):
@@ -178,12 +195,12 @@ def _check_settings(
     batch_size: int | None,
     size: tuple[int, int] | None,
 ) -> None:
-    for name, value, known in (("format", format, ENDINGS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(known)}.")
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown or not outputs or len(set(outputs)) < len(outputs):
-        raise ValueError(f"outputs are some of {', '.join(OUTPUTS)}, each once; got {', '.join(outputs) or 'none'}.")
+    for name, value, choices in (("format", format, ENDINGS), ("dtype", dtype, DTYPES)):
+        if value not in choices:
+            raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
+    known = (*OUTPUTS, LOGITS)
+    if not outputs or len(set(outputs) & set(known)) < len(outputs):
+        raise ValueError(f"outputs are some of {', '.join(known)}, each once; got {', '.join(outputs) or 'none'}.")
     if "registers" in outputs and not model.num_register_tokens:
         raise ValueError("This model has no registers: leave them out of the outputs.")
     if format == "onnx" and dtype == "bf16":
@@ -201,12 +218,24 @@ def _check_settings(
         raise ValueError(f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}.")
 
 
+def _check_classifier(model: DinoVisionTransformer, classifier: nn.Linear | None, outputs: Sequence[str]) -> None:
+    if LOGITS in outputs and classifier is None:
+        raise ValueError("There is no classifier for the output logits: give one, or leave logits out.")
+    if classifier is not None and classifier.in_features not in (model.embed_dim, 2 * model.embed_dim):
+        raise ValueError(
+            f"The classifier takes {classifier.in_features} features. Those can be exported that take the model's "
+            f"{model.embed_dim} of the CLS token, or {2 * model.embed_dim} of it and the mean of the patches."
+        )
+
+
 def _check_path(path: Path, format: str, overwrite: bool) -> None:
     if path.suffix != ENDINGS[format]:
         raise ValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
     for file in (path, _data_of(path)) if format == "onnx" else (path,):
         if file.is_dir() or (file.exists() and not overwrite):
-            raise FileExistsError(f"{str(file)!r} exists already; choose another name or ask to overwrite it.")
+            raise FileExistsError(
+                f"{str(file)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."
+            )
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ExportError(f"{str(path)!r} cannot be written: {str(folder)!r} is no folder in which you may write.")

@@ -259,6 +259,50 @@ def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
     assert (manifest["batch_size"], manifest["shard_size"], manifest["processor"]["do_center_crop"]) == (3, 2, False)
 
 
+def test_reasons_of_failures_are_printed_and_tried_again(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join([str(PICTURES / "coffee.jpg"), *(str(tmp_path / f"{n}.jpg") for n in range(4))]))
+    arguments = ["extract", str(listed), "--model", checkpoint, "--size", "14", "--workers", "0"]
+    arguments += ["--out", str(tmp_path / "out"), "--features", "cls, patches"]
+    assert main(arguments) == 3
+    failed = capsys.readouterr().err.partition("Failed:\n")[2].splitlines()
+    assert failed == [
+        *(f"  {str(tmp_path / f'{n}.jpg')!r}: No such file or directory" for n in range(3)),
+        "  in all 4 x No such file or directory",
+        "To try the 4 failed images anew, run the same command with --retry-failed.",
+    ]
+    assert list(dinov2_fast.load_features(tmp_path / "out")) == ["cls", "patches"]
+    for number in range(4):
+        os.link(PICTURES / "coffee.jpg", tmp_path / f"{number}.jpg")
+    assert main(arguments) == 3
+    said = capsys.readouterr()
+    assert said.out.startswith("5 pictures, 4 failed, 5 were there already, 0.0 s, nothing to do")
+    assert said.err.endswith("To try the 4 failed images anew, run the same command with --retry-failed.\n")
+    assert main([*arguments, "--retry-failed"]) == 0
+
+
+def test_new_images_are_added_where_that_is_asked_for(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    os.link(PICTURES / "coffee.jpg", photos / "b.jpg")
+    arguments = ["extract", str(photos), "--model", checkpoint, "--size", "14", "--workers", "0"]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main([*arguments, "--add"]) == 0
+    os.link(PICTURES / "chelsea.jpg", photos / "a.jpg")
+    assert main(arguments) == 1
+    assert (
+        "add the images that are new with --add (add=True), or begin anew with --overwrite" in capsys.readouterr().err
+    )
+    assert main([*arguments, "--add"]) == 0
+    assert capsys.readouterr().out.startswith("1 pictures, 0 failed")
+    assert [Path(path).name for path in dinov2_fast.load_features(tmp_path / "out").path] == ["b.jpg", "a.jpg"]
+    assert main([*arguments, "--add"]) == 0
+
+
 def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     processor = Dinov2ImageProcessor(size=56, crop_size=28)

@@ -164,7 +164,11 @@ def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_stored_features_give_what_pictures_give(
-    photos: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos / "val", tmp_path / "val")
@@ -180,7 +184,9 @@ def test_stored_features_give_what_pictures_give(
         (["val_features", "test_features"], ["--device", "cpu"]),
     ):
         for command in (["knn", "--k", "5"], ["linear", "--steps", "60", "--blocks", "1"]):
+            capsys.readouterr()
             assert main([command[0], *folders, *command[1:], *options, *more]) == 3
+            assert re.search(rf"Left out of {folders[0]}:\n  '.*val/3/broken\.png': not a", capsys.readouterr().err)
             results.append(json.loads(Path("out.json").read_text()))
             assert (results[-1]["model"], results[-1]["weights"]) == (checkpoint, checkpoint)
     assert results[0]["train"] | {"folder": ""} == {"folder": "", "pictures": 100, "classes": 10, "failures": 1}
@@ -201,7 +207,7 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
         manifest: ClassVar = {"weights": "", "model": {"n_blocks": 1}, "about": {}}
 
     monkeypatch.setattr(dinov2_fast, "load_features", lambda folder: Stored(rows), raising=False)
-    (tmp_path / "manifest.json").touch()
+    (tmp_path / "_manifest.json").touch()
     assert main(["knn", str(tmp_path), "--json", str(tmp_path / "out.json"), "--device", "cpu"]) == 3
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["train"] == {"folder": str(tmp_path), "pictures": 5, "classes": 2, "failures": 1}
@@ -354,7 +360,7 @@ def test_what_is_not_possible_exits_with_1(
     train, val = str(photos / "train"), str(photos / "val")
     stored = tmp_path / "features"
     stored.mkdir()
-    (stored / "manifest.json").touch()
+    (stored / "_manifest.json").touch()
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "elephant")
     shutil.copytree(photos / "val" / "4", tmp_path / "other" / "3")
     for folder in ("bad/3", "bad/4", "half/3", "half/4"):
@@ -368,7 +374,7 @@ def test_what_is_not_possible_exits_with_1(
         (["knn", str(stored), *model], "need no --model"),
         (["knn", str(photos / "val" / "3"), *model], "lies in no class folder"),
         (["knn", str(tmp_path / "half"), *model], "has one class, '3'"),
-        (["knn", str(tmp_path / "bad"), *model], "can be read"),
+        (["knn", str(tmp_path / "bad"), *model], f"can be read:\n  {str(tmp_path / 'bad' / '3')!r}"[:-1]),
         (["linear", val, str(tmp_path / "other"), *model], "1 class(es) that"),
         (["linear", val, val, "--blocks", "1,9", *model], "The model has 5 blocks, asked for 1, 9"),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import dinov2_fast
 from dinov2_fast.cli import main
@@ -120,10 +120,10 @@ def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytes
     [
         (["--dtype", "bf16"], "bf16 cannot be exported to ONNX"),
         (["--opset", "16"], "opset 16 is too old"),
-        (["--outputs", "cls,logits"], "outputs are some of"),
+        (["--outputs", "cls,scores"], "outputs are some of"),
         (["--outputs", "registers"], "has no registers"),
         (["--format", "torch-export"], "ends in .pt2"),
-        (["--check", str(PICTURES / "README.md")], "cannot be compared on: not an image"),
+        (["--check", str(PICTURES / "README.md")], f"can be read:\n  {str(PICTURES / 'README.md')!r}: not a"),
         (["--check", "tests"], "There are no pictures in 'tests'"),
     ],
 )
@@ -143,6 +143,60 @@ def test_what_is_not_possible_exits_with_1(
     assert captured.err.startswith("dinov2-fast: error: ")
     assert message in captured.err
     assert [path.name for path in tmp_path.iterdir()] == ["tests"]
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_check(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jpg").write_text("<html>")
+    arguments = ["export", "--model", checkpoint, "--out", str(tmp_path / "model.pt2"), "--format", "torch-export"]
+    arguments += ["--size", "28", "--outputs", "cls, patch_mean"]
+    assert main([*arguments, "--check", str(tmp_path / "bad.jpg"), str(PICTURES)]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"Left out:\n  {str(tmp_path / 'bad.jpg')!r}: not a")
+    assert [line.split()[:2] for line in captured.out.splitlines()[4:6]] == [["cls", "5"], ["patch_mean", "5"]]
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Away from what initialisation gives."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm"])
+def test_a_trained_classifier_goes_along(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixels, path = torch.randn(3, 3, 28, 42), tmp_path / "model.pt2"
+    if kind == "transformers":
+        config = dinov2_fast.Dinov2Config(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, num_labels=5
+        )
+        model: Any = dinov2_fast.Dinov2ForImageClassification(config).eval()
+        perturb(model)
+        model.save_pretrained(tmp_path)
+        logits, dialect = (lambda: model(pixels).logits), "size"
+    else:
+        model = dinov2_fast.create_model("vit_small_patch14_dinov2", depth=1, num_classes=5, img_size=28).eval()
+        perturb(model)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        logits, dialect = (lambda: model(pixels)), "antialias"
+    arguments = ["export", "--model", str(tmp_path), "--out", str(path), "--format", "torch-export"]
+    assert main([*arguments, "--dialect", dialect]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:7]] == ["cls", "patches", "logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(path).module()(pixels)[2], logits(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_classifier_of_other_features_is_left_out_in_words(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {**load_file(checkpoint), "linear_head.weight": torch.randn(5, 320), "linear_head.bias": torch.randn(5)}
+    save_file(weights, tmp_path / "model.safetensors")
+    arguments = ["export", "--model", str(tmp_path), "--out", str(tmp_path / "a.pt2"), "--format", "torch-export"]
+    assert main([*arguments, "--outputs", "logits"]) == 1
+    assert "There is no classifier for the output logits" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "is left out: it takes 320 features" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

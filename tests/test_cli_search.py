@@ -129,9 +129,9 @@ def test_a_folder_whose_model_has_moved_takes_it_by_its_new_name(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(place / "features", tmp_path / "features")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "_manifest.json").read_text())
     manifest["about"]["model"] = manifest["about"]["weights"] = str(tmp_path / "gone.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "_manifest.json").write_text(json.dumps(manifest))
     query = str(place / "photos" / "e.png")
     err = searched(capsys, str(folder), query, code=1)[1]
     assert f"for the features in '{folder}' cannot be had: There is no file" in err

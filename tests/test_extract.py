@@ -157,6 +157,8 @@ def test_workers_batches_and_shards_change_no_row(plain: list[str], tmp_path: Pa
 
 def test_only_bad_pictures(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{index}.jpg") for index in range(5)]
+    for file in files:
+        Path(file).write_text("<html>")
     model = MeanColour()
     summary = extract(files, model, tmp_path, batch_size=2)
     assert (summary.pictures, summary.failures, model.batches) == (5, 5, [])
@@ -462,8 +464,55 @@ def test_features_are_read_back(plain: list[str], tmp_path: Path, format: str) -
     np.testing.assert_array_equal(one["patches"], found["patches"])
 
 
+@pytest.mark.parametrize("reader", ["pandas", "pyarrow.parquet", "pyarrow.dataset", "duckdb"])
+def test_the_folder_is_one_table_to_other_readers(plain: list[str], tmp_path: Path, reader: str) -> None:
+    module = pytest.importorskip(reader, reason=f"{reader} is not installed")
+    read: dict[str, Any] = {
+        "pandas": lambda folder: module.read_parquet(folder).to_dict("list"),
+        "pyarrow.parquet": lambda folder: module.read_table(folder).to_pydict(),
+        "pyarrow.dataset": lambda folder: module.dataset(folder).to_table().to_pydict(),
+        "duckdb": lambda folder: module.sql(f"from read_parquet('{folder}') order by id").to_arrow_table().to_pydict(),
+    }
+    files = [plain[0], "missing", *plain[1:]]
+    model = HalvedOnce()  # whose first shard has a note in its schema
+    out = extract(files, model, tmp_path / "out", shard_size=3, features=["cls", "patches"], batch_size=3).path
+    found, expected = read[reader](f"{out}/"), dinov2_fast.load_features(out)
+    assert list(found["path"]) == files
+    assert [row is None for row in found["cls"]] == [error is not None for error in expected.error]
+    good = [row for row, error in enumerate(expected.error) if error is None]
+    for name in ("cls", "patches"):
+        values = np.array([np.asarray(found[name][row], np.float32) for row in good])
+        np.testing.assert_array_equal(values, expected[name][good].reshape(len(good), -1))
+
+
+class HalvedOnce(MeanColour):
+    """Memory ends at its first batch."""
+
+    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward_features(x)
+        if len(self.batches) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_a_folder_with_a_manifest_of_the_old_name_is_read_and_goes_on(
+    plain: list[str], tmp_path: Path, format: str
+) -> None:
+    out = extract(plain, MeanColour(), tmp_path / "out", shard_size=3, format=format).path
+    (out / "_manifest.json").rename(out / "manifest.json")
+    assert dinov2_fast.load_features(out).path == plain
+    next(out.glob("features-00001.*")).unlink()
+    assert extract(plain, MeanColour(), out, shard_size=3, format=format).resumed == 4
+    extract([*plain, f"{tmp_path}/./picture_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
+    assert len(dinov2_fast.load_features(out)) == 8
+    assert not (out / "_manifest.json").exists()
+    extract(plain, MeanColour(), out, shard_size=3, format=format, overwrite=True)
+    assert not (out / "manifest.json").exists()
+
+
 def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no features: there is no manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no features: there is no _manifest.json"):
         dinov2_fast.load_features(tmp_path)
     out = extract(plain, MeanColour(), tmp_path / "out", shard_size=2).path
     (out / "features-00001.parquet").unlink()
@@ -472,6 +521,6 @@ def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path
     part = dinov2_fast.load_features(out, partial=True)
     assert part.id.tolist() == [0, 1, 4, 5, 6]
     assert len(part["cls"]) == len(part) == 5
-    (out / "manifest.json").write_text("{}")
+    (out / "_manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is no manifest of features"):
         dinov2_fast.load_features(out)

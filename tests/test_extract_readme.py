@@ -43,7 +43,7 @@ def test_the_examples_of_extraction_run(tmp_path: Path, monkeypatch: pytest.Monk
         tar.addfile(info, io.BytesIO(PICTURES[0].read_bytes()))
 
     commands = re.findall(r"^    dinov2-fast (extract .*)$", section(), re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert main(shlex.split(command, comments=True)) == 0, command
     (code,) = re.findall(r"^```python\n(.*?)^```$", section(), re.MULTILINE | re.DOTALL)

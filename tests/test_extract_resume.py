@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ from dinov2_fast.extraction import parquet_shards
 from dinov2_fast.extraction.extract import Announcement, extract
 from dinov2_fast.extraction.lock import LockedError, lock
 from dinov2_fast.extraction.manifest import ManifestError
+from dinov2_fast.extraction.whole_files import part_of
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 from dinov2_fast.inference import optimize_for_inference
 from tests.test_extract import MeanColour, assert_rows, rows_of
@@ -70,7 +72,7 @@ def test_what_was_interrupted_goes_on_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         extract(plain, Stopping(), tmp_path / "out", **options)
     before = contents(tmp_path / "out")
-    assert {name.split(".")[0] for name in before} == {"manifest", "features-00000"}
+    assert {name.split(".")[0] for name in before} == {"_manifest", "features-00000"}
     model, said = MeanColour(), []
     summary = extract(plain, model, tmp_path / "out", announce=said.append, **options)
     assert model.batches == [2, 1, 2, 1]
@@ -88,6 +90,16 @@ def test_a_run_that_is_complete_does_nothing(plain: list[str], tmp_path: Path) -
     assert contents(tmp_path / "out") == before
 
 
+def part_of_another_process(path: Path) -> Path:
+    """The temporary file of a process that has ended."""
+    code = (
+        "import sys; from pathlib import Path; from dinov2_fast.extraction.whole_files import part_of; "
+        "print(part_of(Path(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return Path(done.stdout.rstrip("\n"))
+
+
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_a_damaged_shard_is_made_again(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"shard_size": 3, "format": format}
@@ -96,7 +108,7 @@ def test_a_damaged_shard_is_made_again(plain: list[str], tmp_path: Path, format:
     for name in before:
         if name.startswith("features-00001"):
             (tmp_path / name).write_bytes(before[name][:-20])
-    (tmp_path / ".features-00002.parquet.0123456789ab.part").write_bytes(b"left by a killed process")
+    part_of_another_process(tmp_path / "features-00002.parquet").write_bytes(b"left by a killed process")
     assert extract(plain, MeanColour(), tmp_path, **options).resumed == 6
     assert contents(tmp_path) == before
 
@@ -156,10 +168,10 @@ def test_the_shard_appears_only_when_it_is_whole(plain: list[str], tmp_path: Pat
     seen: list[set[str]] = []
     out = tmp_path / "out"
     extract(plain, MeanColour(), out, batch_size=3, shard_size=6, progress=lambda _: seen.append(set(os.listdir(out))))
-    first = {".lock-1-of-1", "manifest.json"}
+    first = {".lock-1-of-1", "_manifest.json"}
     shards = ["features-00000.parquet", "features-00001.parquet"]
     assert seen == [first, {*first, shards[0]}, {*first, *shards}]
-    assert set(os.listdir(out)) == {"manifest.json", *shards}
+    assert set(os.listdir(out)) == {"_manifest.json", *shards}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -168,12 +180,13 @@ def test_an_abort_leaves_what_was_there(plain: list[str], tmp_path: Path, error:
     model.error = error
     with pytest.raises(error):
         extract(plain, model, out, batch_size=2)
-    assert os.listdir(out) == ["manifest.json"]
+    assert os.listdir(out) == ["_manifest.json"]
 
 
 def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk; the first shard, of bad pictures, fits."""
-    files = ["missing"] * 5 + plain[:5]
+    (tmp_path / "bad.png").write_text("<html>")
+    files = [str(tmp_path / "bad.png")] * 5 + plain[:5]
     options: Any = {"shard_size": 5, "features": ["patches"], "dtype": "fp32"}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     random = Dinov2ImageProcessor()
@@ -183,8 +196,11 @@ def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> No
             extract(files, MeanColour(), tmp_path / "out", processor=random, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG
-    assert set(os.listdir(tmp_path / "out")) == {"manifest.json", "features-00000.parquet"}
+    assert (caught.value.errno, caught.value.filename) == (
+        errno.EFBIG,
+        str(tmp_path / "out" / "features-00001.parquet"),
+    )
+    assert set(os.listdir(tmp_path / "out")) == {"_manifest.json", "features-00000.parquet"}
     assert [bool(row["error"]) for row in rows_of(tmp_path / "out")] == [True] * 5
     assert extract(files, MeanColour(), tmp_path / "out", **options).resumed == 5
 
@@ -233,6 +249,17 @@ NAMES += ["processor.image_mean", "decoder.max_pixels", "features.cls.dtype", "f
 NAMES += ["shard_size", "format", "inputs.pictures", "inputs.sha256"]
 
 
+def test_images_are_known_by_their_paths(plain: list[str], tmp_path: Path) -> None:
+    """Copies with other times are the same images; of which bytes a row is says its sha256."""
+    extract(plain, MeanColour(), tmp_path / "out")
+    for path in plain:
+        os.utime(path, (0, 0))
+    old = Path(plain[3]).read_bytes()
+    Path(plain[3]).write_bytes(Path(plain[4]).read_bytes())
+    assert extract(plain, MeanColour(), tmp_path / "out").resumed == 9
+    assert dinov2_fast.load_features(tmp_path / "out").sha256[3] == hashlib.sha256(old).hexdigest()
+
+
 def test_other_settings_are_refused_and_named(plain: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(out=out, **changed(plain, ""))
@@ -265,10 +292,13 @@ def test_other_versions_are_refused_and_named(
 
 def test_shards_without_a_manifest_are_not_taken_for_ours(plain: list[str], tmp_path: Path) -> None:
     extract(plain, MeanColour(), tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(ManifestError, match=r"holds features without a manifest\.json"):
+    (tmp_path / "out" / "_manifest.json").unlink()
+    with pytest.raises(ManifestError, match=r"holds features without a _manifest\.json"):
         extract(plain, MeanColour(), tmp_path / "out")
-    assert extract(plain, MeanColour(), tmp_path / "out", overwrite=True).resumed == 0
+    before = contents(tmp_path / "out")
+    with pytest.raises(ManifestError, match="Choose another folder, or delete them"):
+        extract(plain, MeanColour(), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
 
 
 def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
@@ -276,6 +306,47 @@ def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
     summary = extract(plain[:3], MeanColour(), tmp_path / "out", shard_size=2, overwrite=True)
     assert (summary.pictures, summary.resumed) == (3, 0)
     assert_rows(tmp_path / "out", plain[:3], set())
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_overwriting_deletes_shards_alone(plain: list[str], tmp_path: Path, format: str) -> None:
+    out, options = tmp_path / "out", {"features": ["cls", "patches"], "format": format}
+    extract(plain, MeanColour(), out, shard_size=3, **options)
+    (out / "features-00003.dir").mkdir()
+    (out / "features-00004.parquet").mkdir()
+    mine = [
+        "features-2024.notes.txt",
+        "features-1_backup.tar.gz",
+        "features-00001.parquet.bak",
+        "features-0001.parquet",
+    ]
+    mine += ["features-00001.csv", "my-features-00001.parquet", "manifest.json", "notes.npy"]
+    for name in mine:
+        (out / name).write_text("mine")
+    extract(plain[:2], MeanColour(), out, overwrite=True, shard_size=3, **options)
+    ours = {"parquet": ["parquet"], "npy": ["cls.npy", "jsonl", "patches.npy"]}[format]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [
+            *mine,
+            "features-00003.dir",
+            "features-00004.parquet",
+            "_manifest.json",
+            *(f"features-00000.{e}" for e in ours),
+        ]
+    )
+    assert {(out / name).read_text() for name in mine} == {"mine"}
+
+
+@pytest.mark.parametrize("content", ["{}", '{"name": "my web page"}', "cut of"])
+def test_beside_a_manifest_of_another_program_nothing_is_deleted(
+    plain: list[str], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "features-00000.parquet").write_text("mine")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ManifestError, match=r"holds features without a _manifest\.json"):
+        extract(plain, MeanColour(), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 # Several processes
@@ -299,7 +370,7 @@ def test_parts_together_are_what_one_process_writes(plain: list[str], tmp_path: 
 
 def test_more_parts_than_shards(plain: list[str], tmp_path: Path) -> None:
     summary = extract(plain, MeanColour(), tmp_path / "out", part=(5, 6))
-    assert (summary.pictures, os.listdir(tmp_path / "out")) == (0, ["manifest.json"])
+    assert (summary.pictures, os.listdir(tmp_path / "out")) == (0, ["_manifest.json"])
 
 
 def test_a_second_writer_is_refused(plain: list[str], tmp_path: Path) -> None:
@@ -350,6 +421,32 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr("fcntl.flock", refuse)
     extract(plain, MeanColour(), tmp_path / "out")
     assert "cannot be locked" in caplog.text
+
+
+def test_without_locks_no_process_deletes_what_another_writes(plain: list[str], tmp_path: Path) -> None:
+    """What is of this process stands for another that runs; the last is of another machine, where nobody can tell."""
+    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    ours, theirs = part_of(tmp_path / "features-00000.parquet"), part_of_another_process(tmp_path / "features-00000.x")
+    foreign = theirs.with_name(re.sub(r"\.[0-9a-f]{8}-", ".0123abcd-", theirs.name))
+    for path in (ours, theirs, foreign):
+        path.touch()
+    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    assert [path.exists() for path in (ours, theirs, foreign)] == [True, False, True]
+    for path in (ours, foreign):
+        os.utime(path, (0, time.time() - 100_000))
+    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    assert not ours.exists()
+    assert not foreign.exists()
+
+
+def test_a_temporary_file_names_its_machine_and_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {part_of(Path("a")).name.split("-")[0] for _ in range(3)}
+    assert len(names) == 1
+    monkeypatch.setattr("platform.node", lambda: "another machine")
+    assert part_of(Path("a")).name.split("-")[0] not in names
+    monkeypatch.undo()
+    monkeypatch.setattr("os.readlink", lambda path: "pid:[1]")
+    assert part_of(Path("a")).name.split("-")[0] not in names
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
@@ -422,7 +519,7 @@ def test_other_errors_of_the_device_are_not_retried(plain: list[str], tmp_path: 
     with pytest.raises(RuntimeError, match=r"illegal memory access|CUDA out of memory"):
         extract(plain, model, tmp_path / "out", batch_size=4)
     assert model.batches == [4]
-    assert os.listdir(tmp_path / "out") == ["manifest.json"]
+    assert os.listdir(tmp_path / "out") == ["_manifest.json"]
 
 
 def test_shards_are_of_the_size_asked_for(plain: list[str], tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,12 +42,12 @@ def pictures(tmp_path: Path) -> list[Picture]:
 class Sabotaged(Dinov2ImageProcessor):
     """A processor that does something else in the worker, for pictures of the widths in `at`."""
 
-    def __init__(self, what: str, at: tuple[int, ...]) -> None:
+    def __init__(self, what: str, at: Container[int], once: Path | None = None) -> None:
         super().__init__(size=14, crop_size=14, do_rescale=False, do_normalize=False)
-        self.what, self.at = what, at
+        self.what, self.at, self.once = what, at, once
 
     def _process(self, image: Any, data_format: str | None) -> Any:
-        if image.width in self.at:
+        if image.width in self.at and not self._was_done(image.width):
             if self.what == "die":
                 os._exit(9)
             if self.what == "killed":
@@ -55,15 +58,25 @@ class Sabotaged(Dinov2ImageProcessor):
                 raise RuntimeError("a fault of the decoder")
             if self.what == "limit":
                 raise RuntimeError(f"Pillow's limit is {Image.MAX_IMAGE_PIXELS}")
-            time.sleep(1000)
+            time.sleep(0.3 if self.what == "slow" else 1000)
         return super()._process(image, data_format)
+
+    def _was_done(self, width: int) -> bool:
+        """Whether it was done for this width, where it is to be done once."""
+        if self.once is None:
+            return False
+        done = self.once / "done" / str(width)
+        done.parent.mkdir(exist_ok=True)
+        found = done.exists()
+        done.touch()
+        return found
 
 
 def check(found: list[Decoded], pictures: list[Picture], bad: dict[int, str]) -> None:
     assert len(found) == len(pictures)
     for index, (picture, decoded) in enumerate(zip(pictures, found, strict=True)):
         if index in bad:
-            assert decoded.error == bad[index], index
+            assert (decoded.error, decoded.transient) == (bad[index], "ended" in bad[index] or "within" in bad[index])
             continue
         expected = decode(picture, Sabotaged("", ()))
         assert (decoded.error, decoded.width, decoded.sha256) == (None, 20 + index, expected.sha256)
@@ -119,14 +132,97 @@ def test_a_worker_that_dies_while_it_waits_costs_nothing(pictures: list[Picture]
     (worker,) = multiprocessing.active_children()
     worker.kill()
     worker.join()
-    check([*found, *decoded], pictures, {2: "the process that decoded it ended (SIGKILL)"})
+    check([*found, *decoded], pictures, {})
+
+
+@pytest.mark.parametrize("what", ["die", "hang"])
+def test_what_goes_wrong_once_costs_nothing(pictures: list[Picture], tmp_path: Path, what: str) -> None:
+    """The machine was the cause, as where memory ran out: the image is tried once more."""
+    processor = Sabotaged(what, (20, 25), once=tmp_path)
+    check(list(decode_all(pictures, processor, workers=2, max_seconds=1.5)), pictures, {})
+    assert sorted(os.listdir(tmp_path / "done")) == ["20", "25"]
+
+
+def test_time_in_which_the_job_was_stopped_does_not_count(
+    pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the process that waits, a stop is a wait that took far longer than it asked for."""
+    hours = itertools.count(0, 3600)
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: float(next(hours))))
+    check(list(decode_all(pictures[:3], Sabotaged("slow", (20, 21, 22)), workers=1, max_seconds=30)), pictures[:3], {})
+
+
+def test_a_job_that_is_stopped_and_continued_decodes_everything(pictures: list[Picture]) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from dinov2_fast.extraction.inputs import Picture\n"
+        "from dinov2_fast.extraction.workers import decode_all\n"
+        "from tests.test_extraction_workers import Sabotaged\n"
+        "if __name__ == '__main__':\n"
+        "    pictures = [Picture(path) for path in sys.argv[1:]] * 2\n"
+        "    decoded = decode_all(pictures, Sabotaged('slow', range(99)), workers=1, max_seconds=1.5)\n"
+        "    found = [next(decoded)]\n"
+        "    print('begun', flush=True)\n"
+        "    print([picture.error for picture in [*found, *decoded]] == [None] * 8)\n"
+    )
+    command = [sys.executable, "-c", code, *(picture.path for picture in pictures[:4])]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        for _ in range(2):  # of which the second would find the image that is tried once more
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(0.1)
+        assert process.stdout.read() == "True\n"
 
 
 def test_a_worker_that_cannot_start_is_an_error(pictures: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_work", time.sleep)  # fails on its arguments
-    with pytest.raises(RuntimeError, match="ended before it could begin"):
+    with pytest.raises(RuntimeError, match=r"ended before it could begin \(exit code 1\)"):
         list(decode_all(pictures, Sabotaged("", ()), workers=1))
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_a_worker_that_is_ended_or_stopped_while_it_starts_is_replaced(
+    pictures: list[Picture], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SECONDS_TO_START", 8)
+    decoded = decode_all(interrupted_start(pictures, name), Sabotaged("", ()), workers=1, ahead=5)
+    check(list(decoded), pictures, {})
+
+
+def test_workers_that_are_ended_at_every_start_are_an_error(
+    pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = pool._Worker.__init__
+
+    def killed(worker: Any, *arguments: Any, **options: Any) -> None:
+        start(worker, *arguments, **options)
+        worker._process.kill()
+
+    monkeypatch.setattr(pool._Worker, "__init__", killed)
+    with pytest.raises(RuntimeError, match=r"ended before it could begin \(SIGKILL\)"):
+        list(decode_all(pictures, Sabotaged("", ()), workers=1))
+
+
+def interrupted_start(pictures: list[Picture], name: str) -> Iterator[Picture]:
+    """The pictures, for which a pool asks when its workers have only just been started."""
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.Signals[name])
+    yield from pictures
+
+
+def test_long_names_do_not_fill_the_pipe_of_a_worker_that_hangs(pictures: list[Picture]) -> None:
+    folder, name = os.path.split(pictures[0].path)
+    long = Picture(f"{folder}/{'./' * 1800}{name}")
+    slow = Picture(f"{folder}/{'./' * 1800}1.png")
+    begin = time.monotonic()
+    found = list(decode_all([slow, *[long] * 200], Sabotaged("hang", (21,)), workers=1, ahead=256, max_seconds=1))
+    assert [picture.error for picture in found] == ["not decoded within 1 s", *[None] * 200]
+    assert time.monotonic() - begin < 60
 
 
 def test_decoding_ahead_is_bounded(pictures: list[Picture]) -> None:
@@ -178,6 +274,27 @@ def test_signals_to_the_group_do_not_reach_the_workers(pictures: list[Picture], 
     check([*found, *decoded], pictures, {})
 
 
+def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
+    ended, done = threading.Event(), []
+    other = threading.Thread(target=ended.wait)
+    other.start()
+
+    def start() -> None:
+        with pool._signals_blocked():
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.2)
+            done.append("started")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        ended.set()
+        other.join()
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_signals_do_not_reach_the_first_worker_of_a_program(pictures: list[Picture]) -> None:
     """It starts when multiprocessing has started nothing else yet."""
     code = (
@@ -213,10 +330,37 @@ def test_workers_end_with_a_process_that_is_killed(pictures: list[Picture]) -> N
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         process.kill()
+    assert_ends(worker)
+
+
+def test_workers_in_mid_image_end_with_a_process_that_is_killed(pictures: list[Picture]) -> None:
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from dinov2_fast.extraction.inputs import Picture\n"
+        "from dinov2_fast.extraction.workers import decode_all\n"
+        "from tests.test_extraction_workers import Sabotaged\n"
+        "if __name__ == '__main__':\n"
+        "    pictures = [Picture(path) for path in sys.argv[1:]]\n"
+        "    decoded = decode_all(pictures, Sabotaged('hang', (21,)), workers=1)\n"
+        "    next(decoded)\n"
+        "    time.sleep(0.5)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    command = [sys.executable, "-c", code, *(picture.path for picture in pictures)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+    assert_ends(worker)
+
+
+def assert_ends(pid: int) -> None:
     for _ in range(100):
-        if not running(worker):
+        if not running(pid):
             return
         time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
     pytest.fail("the worker outlives its parent")
 
 

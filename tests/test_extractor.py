@@ -93,6 +93,22 @@ def test_failures_are_rows_and_other_columns_stay() -> None:
     assert only_bad["error"].tolist()[0] == "empty file"
 
 
+def test_pil_images_that_are_broken_or_too_large_are_rows(tmp_path: Path) -> None:
+    """Opened and not yet decoded, as datasets hand them out."""
+    jpeg = PICTURES[0].read_bytes()
+    huge = io.BytesIO()
+    Image.new("L", (2000, 1000)).save(huge, "PNG")
+    images = [Image.open(io.BytesIO(content)) for content in (jpeg, jpeg[:3000], huge.getvalue(), jpeg)]
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(huge.getvalue()[:60] + b"x" * 100)
+    with Image.open(damaged) as last:
+        found = Extractor(MeanColour(), max_pixels=1_000_000)({"image": [*images, last]})
+    assert [error is None for error in found["error"]] == [True, False, False, True, False]
+    assert "truncated" in found["error"][1]
+    assert found["error"][2] == "too large: 2000 x 1000 pixels, the limit is 1000000"
+    np.testing.assert_array_equal(np.isnan(found["cls"]).all(axis=1), [False, True, True, False, True])
+
+
 def test_nothing_in_nothing_out() -> None:
     found = Extractor(MeanColour())({"bytes": [], "label": []})
     assert (found["cls"].shape, found["error"].shape, found["label"]) == ((0, 3), (0,), [])
@@ -162,6 +178,7 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
         ({}, {"picture": []}, "no column image or bytes, but picture: give column="),
         ({"column": "jpg"}, {"image": []}, "no column jpg, but image"),
         ({}, {"bytes": [b""], "label": [1, 2]}, "differ in length: {'bytes': 1, 'label': 2}"),
+        ({}, {"bytes": [b""], "cls": [7], "error": ["mine"]}, "columns called cls, error, which the features"),
         ({"features": ["logits"]}, {"bytes": []}, "no feature 'logits'"),
     ],
 )

@@ -173,13 +173,27 @@ def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.Monk
     assert "timm is not installed: pip install timm" in said
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_cannot_be_read_are_left_out_and_told_from_a_difference(
+    tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = weights_of()
+    a = saved(weights, tmp_path / "a.safetensors")
+    b = saved({**weights, "norm.bias": weights["norm.bias"] + 1}, tmp_path / "b.safetensors")
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("<html>")
+    for other, code in ((a, 3), (b, 1)):
+        assert main(["verify", a, other, str(bad), pictures, "--size", "56"]) == code
+        captured = capsys.readouterr()
+        assert "3 picture(s) of 56 x 56" in captured.out
+        assert captured.err.startswith(f"\nLeft out:\n  {str(bad)!r}: not a")
+
+
+def test_where_no_image_can_be_read_nothing_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = saved(weights_of(), tmp_path / "a.safetensors")
     (tmp_path / "bad.jpg").write_text("<html>")
-    for path, message in (("bad.jpg", "bad.jpg' cannot be read: not an image"), (".", "There are no pictures in")):
-        folder = tmp_path / path if path != "." else tmp_path / "empty"
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        assert main(["verify", a, a, str(folder)]) == 1
+    (tmp_path / "empty").mkdir()
+    for path, message in (("bad.jpg", "None of the images can be read:\n  "), ("empty", "There are no pictures in")):
+        assert main(["verify", a, a, str(tmp_path / path)]) == 1
         assert message in capsys.readouterr().err
 
 

@@ -7,16 +7,19 @@ Exit codes: 0 all good, 1 aborted (or `verify` found a difference), 2 wrong usag
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 import warnings
 from collections.abc import Sequence
 
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
+from dinov2_fast.cli.interrupts import one_interrupt
+from dinov2_fast.cli.streams import losable_output, usable_streams
 
 ABORTED = 1
 INTERRUPTED = 130
+NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
 
 DESCRIPTION = """\
@@ -40,21 +43,27 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (by default the process's) and returns its exit code."""
+    with usable_streams(), one_interrupt(until_exit=argv is None) as interrupt:
+        try:
+            return _run(argv)
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupt.has_come or isinstance(error, KeyboardInterrupt):  # libraries may make another error of it
+                print("dinov2-fast: interrupted", file=sys.stderr)
+                return INTERRUPTED
+            if not isinstance(error, BrokenPipeError):  # its reader has left, as `| head` does
+                print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)
+            with losable_output():  # what is left of it, or the interpreter complains at its end
+                return ABORTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # about odd files: a command reports what it cannot read
-            code: int = args.run(args)
-        return code
-    except KeyboardInterrupt:
-        print("dinov2-fast: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of the output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
-        return ABORTED
-    except Exception as error:
-        print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)
-        return ABORTED
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # about odd files: a command reports what it cannot read
+        code: int = args.run(args)
+    if sys.stdout:
+        sys.stdout.flush()  # here, where a full disk is an error with an exit code
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,8 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """The error's text; its type as well where the text was not written for the user."""
     text = str(error) or "no further information"
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        text += ". Make room and run the same command again; files that are complete stay"
     written_for_users = type(error).__module__.startswith("dinov2_fast") or isinstance(error, (ValueError, OSError))
     return text if written_for_users else f"{type(error).__name__}: {text}"

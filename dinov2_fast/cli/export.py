@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli.options import at_least, size
+from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.options import at_least, names, size
+from dinov2_fast.extraction.failures import Failures
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 DESCRIPTION = """\
 Writes a model as a graph of standard operators that runs without this package:
@@ -34,7 +37,8 @@ examples:
 ONNX needs the packages onnx and onnxscript, and onnxruntime for the check:
 pip install onnx onnxscript onnxruntime
 
-Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage.
+Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage, 3 all
+good, but some images of --check cannot be read and were left out.
 """
 
 
@@ -60,10 +64,10 @@ def add_parser(subparsers: Any) -> None:
     graph.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="(default: onnx)")
     graph.add_argument(
         "--outputs",
-        type=_names,
-        default=("cls", "patches"),
+        type=names,
         metavar="NAME,...",
-        help="of cls, patch_mean, patches and registers, in this order (default: cls,patches)",
+        help="of cls, patch_mean, patches, registers, and logits where the checkpoint has a classifier, in this order "
+        "(default: cls,patches, and logits where there are)",
     )
     graph.add_argument(
         "--dtype",
@@ -84,19 +88,24 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports and prints how far the file is from the model; 0."""
-    pictures = _pictures(args.check, args.size) if args.check else None
+    """Exports and prints how far the file is from the model; 0, or 3 if images to check had to be left out."""
+    failures = Failures()
+    pictures = _pictures(args.check, args.size, failures) if args.check else None
+    if failures:
+        print(f"Left out:\n{failures}", file=sys.stderr)
 
     import dinov2_fast
     from dinov2_fast.export import METADATA, export
 
     model = dinov2_fast.load(args.model, weights=args.weights, dtype="float32", dialect=args.dialect)
+    classifier = _classifier(model)
     processor = Dinov2ImageProcessor()
     exported = export(
         model,
         args.out,
+        classifier=classifier,
         format=args.format,
-        outputs=args.outputs,
+        outputs=args.outputs or ("cls", "patches", *["logits"] * (classifier is not None)),
         dtype=args.dtype,
         opset=args.opset,
         batch_size=args.batch_size,
@@ -121,14 +130,44 @@ def run(args: argparse.Namespace) -> int:
         shape = " x ".join(map(str, each.shape))
         print(f"  {each.output:12} {shape:18} {each.relative:9.1e} {each.worst:9.1e}")
     print(f"\nModel, weights, mean and std are stored in the file as JSON, under {METADATA!r}.")
-    return 0
+    return SOME_FAILED if failures else 0
 
 
-def _pictures(paths: list[str], size: tuple[int, int] | None) -> list[Tensor]:
-    """The pictures in one batch of the fixed size; otherwise of 224 x 224, and once more the first, of another size.
+def _classifier(model: Any) -> nn.Linear | None:
+    """The classifier beside the model in its checkpoint; says on stderr why one that is there cannot be exported."""
+    from torch import nn
+
+    from dinov2_fast.weights.architecture import plan_weights, read_tensor
+    from dinov2_fast.weights.files import open_weights
+    from dinov2_fast.weights.load import HEADS
+
+    if model.loaded_from.startswith("random:"):
+        return None
+    plan = plan_weights(open_weights(Path(model.loaded_from)))
+    prefix = next((prefix for prefix in HEADS if f"{prefix}weight" in plan.recipes), None)
+    if prefix is None:
+        return None
+    parameters = {name: read_tensor(plan, key) for name in ("weight", "bias") if (key := prefix + name) in plan.recipes}
+    classes, inputs = parameters["weight"].shape
+    if inputs not in (model.embed_dim, 2 * model.embed_dim):
+        print(
+            f"The classifier in {model.loaded_from} is left out: it takes {inputs} features, and what can be exported "
+            f"takes {model.embed_dim}, of the CLS token, or {2 * model.embed_dim}, with the mean of the patches.",
+            file=sys.stderr,
+        )
+        return None
+    classifier = nn.Linear(inputs, classes, bias="bias" in parameters)
+    classifier.load_state_dict(parameters)
+    return classifier
+
+
+def _pictures(paths: list[str], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
+    """The images in one batch of the fixed size; otherwise of 224 x 224, and once more the first, of another size.
+
+    Those that cannot be read go to `failures`.
 
     Raises:
-        ValueError: there are none, or one cannot be read.
+        ValueError: there are none, or none can be read.
     """
     from dinov2_fast.extraction import ImageError, list_images, read_image
 
@@ -137,12 +176,10 @@ def _pictures(paths: list[str], size: tuple[int, int] | None) -> list[Tensor]:
         try:
             images.append(read_image(path))
         except ImageError as error:
-            raise ValueError(f"{path!r} cannot be compared on: {error}") from None
+            failures.add(path, str(error))
+    if failures and not images:
+        raise ValueError(f"None of the images can be read:\n{failures}")
     if not images:
         raise ValueError(f"There are no pictures in {', '.join(map(repr, paths))}.")
     sizes = [(size, images)] if size else [((224, 224), images), ((154, 280), images[:1])]
     return [Dinov2ImageProcessor.for_size(sides)(some).pixel_values for sides, some in sizes]
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast import environment
-from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
+from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, names, size
+from dinov2_fast.cli.streams import losable_output
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
@@ -38,13 +36,15 @@ in it, or a URL (s3://..., https://...) that fsspec can open. Files that are lef
 out because of their ending are counted on stderr.
 
 When it is interrupted, the same command does what is missing. When DIR holds
-features that were made otherwise, it says what differs and stops."""
+features that were made otherwise, it says what differs and stops. When not one
+image can be read, as where a disk is not mounted, it stops and writes nothing."""
 
 EPILOG = """\
 examples:
   dinov2-fast extract photos/ --model dinov2_vits14 --out features/
   dinov2-fast extract 'shards/*.tar' --model dinov2_vitb14 --out out/ --batch-size 256
   dinov2-fast extract photos/ --model dinov2_vits14 --out dense/ --features patches --size 448
+  dinov2-fast extract photos/ --model dinov2_vits14 --out features/ --add
 
 Several GPUs or machines, a process for each part:
   CUDA_VISIBLE_DEVICES=0 dinov2-fast extract photos/ ... --out out/ --shard 1/2 &
@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     what.add_argument(
         "--features",
-        type=_names,
+        type=names,
         default=("cls", "patch_mean"),
         metavar="NAME,...",
         help="cls, patch_mean, patches, registers; cls@K, patch_mean@K, patches@K after block K, of which 0 is the "
@@ -101,6 +101,11 @@ def add_parser(subparsers: Any) -> None:
     where.add_argument(
         "--shard-size", type=at_least(1), metavar="N", help="rows of a shard (default: 8192, fewer above 256 MB)"
     )
+    where.add_argument(
+        "--add",
+        action="store_true",
+        help="keep features that are there, and add those of images whose paths are new, in shards behind them",
+    )
     where.add_argument("--overwrite", action="store_true", help="delete features that are there, and begin anew")
     how = parser.add_argument_group("how it runs")
     how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -128,12 +133,17 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument(
         "--shard", type=_part, default=(0, 1), metavar="I/N", help="do the shards of part I of N (1/N to N/N) alone"
     )
+    how.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try images that failed anew, and do shards again in which one succeeds; with --add they get new rows",
+    )
     how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="refuse larger pictures (default: 50000000)")
     how.add_argument(
         "--max-seconds",
         type=at_least(1),
         metavar="N",
-        help="give up pictures that take longer to read and decode; not with --workers 0 (default: 60)",
+        help="give up images that take longer to read and decode, twice; not with --workers 0 (default: 60)",
     )
     parser.set_defaults(run=run)
 
@@ -155,8 +165,7 @@ def run(args: argparse.Namespace) -> int:
             f"There are no pictures in {', '.join(map(repr, args.paths))}. Archives and lists in a folder must be "
             "named, as in 'folder/*.tar'."
         )
-    with _terminated_as_interrupted():
-        return _extract(args, first, pictures)
+    return _extract(args, first, pictures)
 
 
 def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
@@ -198,6 +207,8 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
             part=args.shard,
             format=args.format,
             overwrite=args.overwrite,
+            add=args.add,
+            retry_failed=args.retry_failed,
             metadata={"model": args.model, "weights": _source(model)},
             announce=announce,
             progress=progress,
@@ -205,7 +216,10 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
         )
     finally:
         progress.end()
-    print(describe(summary))
+    if summary.failures:
+        print(describe_failures(summary), file=sys.stderr)
+    with losable_output():
+        print(describe(summary))
     return SOME_FAILED if summary.failures else 0
 
 
@@ -223,6 +237,12 @@ def describe(summary: Summary) -> str:
         f"Features: {summary.path}\n"
         f"Read it:  import dinov2_fast; features = dinov2_fast.load_features({str(summary.path)!r})"
     )
+
+
+def describe_failures(summary: Summary) -> str:
+    """Which images failed in this run and why, and what can be done."""
+    failed = f"Failed:\n{summary.reasons}\n" if len(summary.reasons) else ""
+    return f"{failed}To try the {summary.failures} failed images anew, run the same command with --retry-failed."
 
 
 def announce(about: Announcement) -> None:
@@ -288,27 +308,6 @@ def _time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does; Python handles signals in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def _part(text: str) -> tuple[int, int]:

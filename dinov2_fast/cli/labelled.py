@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import dinov2_fast
 from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES
 from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
+from dinov2_fast.extraction.failures import Failures
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluate import Tokens
@@ -57,20 +58,20 @@ class Labelled:
         folder: where they are.
         tokens: their features.
         names: the class of each.
-        failures: pictures without features, which are left out.
+        failures: images without features, which are left out.
         model: what the features are of.
     """
 
     folder: str
     tokens: Tokens
     names: list[str]
-    failures: int
+    failures: Failures
     model: Source
 
     def describe(self) -> dict[str, Any]:
         """For the JSON."""
         classes = len(set(self.names))
-        return {"folder": self.folder, "pictures": len(self.names), "classes": classes, "failures": self.failures}
+        return {"folder": self.folder, "pictures": len(self.names), "classes": classes, "failures": len(self.failures)}
 
 
 class Progress:
@@ -162,8 +163,10 @@ def _numbers(named: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int6
 
 
 def report(args: argparse.Namespace, read: Sequence[Labelled], table: str, results: dict[str, Any]) -> None:
-    """Prints which pictures there were and the table, and writes the JSON that was asked for."""
+    """Prints which images there were and the table, on stderr which are left out, and writes the JSON asked for."""
     for labelled in read:
+        if labelled.failures:
+            print(f"Left out of {labelled.folder}:\n{labelled.failures}", file=sys.stderr)
         about = labelled.describe()
         failed = f", {about['failures']} left out" if about["failures"] else ""
         print(f"{labelled.folder}: {about['pictures']} pictures in {about['classes']} classes{failed}")
@@ -197,7 +200,9 @@ def _check_writable(path: Path) -> None:
 
 def is_stored(folder: Path) -> bool:
     """Whether `dinov2-fast extract` wrote this folder."""
-    return (folder / "manifest.json").is_file()
+    from dinov2_fast.extraction.shards import find_manifest
+
+    return find_manifest(folder) is not None
 
 
 def _read_stored(folders: Sequence[str], blocks: int) -> list[Labelled]:
@@ -212,8 +217,11 @@ def _labelled(folder: str, features: Features, blocks: int) -> Labelled:
     about = features.manifest["about"]
     model = Source(about.get("model"), about.get("weights"), features.manifest["model"]["n_blocks"])
     good = np.array([error is None for error in features.error], bool)
+    failures = Failures()
+    for row in np.flatnonzero(~good):
+        failures.add(features.path[row], features.error[row] or "")
     if not good.any():
-        raise ValueError(f"No picture in {folder!r} has features.")
+        raise ValueError(f"No image in {folder!r} has features:\n{failures}")
     names = [_class_of(features.path[row]) for row in np.flatnonzero(good)]
     stored = _last_blocks(features, model.blocks, blocks)
     if not stored:
@@ -221,7 +229,7 @@ def _labelled(folder: str, features: Features, blocks: int) -> Labelled:
     cls = np.stack([features[name][good] for name in stored], axis=1)
     patch_mean = next((name for name in ("patch_mean", f"patch_mean@{model.blocks - 1}") if name in features), None)
     tokens = _tokens(cls, features[patch_mean][good] if patch_mean else None)
-    return Labelled(folder, tokens, names, int((~good).sum()), model)
+    return Labelled(folder, tokens, names, failures, model)
 
 
 def _last_blocks(features: Features, depth: int, blocks: int) -> list[str]:
@@ -279,22 +287,29 @@ def _run_model(
     blocks: int,
     source: Source,
 ) -> Labelled:
-    cls, patch_mean, names = [], [], []
-    for batch, pixels in _batches(folder, files, processor, args):
+    from dinov2_fast.extraction.batches import NOT_FINITE
+
+    cls, patch_mean, names, failures = [], [], [], Failures()
+    for batch, pixels in _batches(folder, files, processor, args, failures):
         for file, one, mean in zip(batch, *_run_batch(engine, pixels, blocks), strict=True):
             if np.isfinite(one).all() and np.isfinite(mean).all():
                 cls.append(one)
                 patch_mean.append(mean)
                 names.append(_class_of(file))
+            else:
+                failures.add(file, NOT_FINITE)
     if not cls:
-        raise ValueError(f"No picture in {folder!r} can be read.")
-    return Labelled(folder, _tokens(np.stack(cls), np.stack(patch_mean)), names, len(files) - len(names), source)
+        raise ValueError(f"No image in {folder!r} can be read:\n{failures}")
+    return Labelled(folder, _tokens(np.stack(cls), np.stack(patch_mean)), names, failures, source)
 
 
 def _batches(
-    folder: str, files: Sequence[str], processor: Any, args: argparse.Namespace
+    folder: str, files: Sequence[str], processor: Any, args: argparse.Namespace, failures: Failures
 ) -> Iterator[tuple[list[str], NDArray[Any]]]:
-    """The pictures that can be read and their pixels (batch, 3, height, width), and on stderr how far it is."""
+    """The images that can be read and their pixels (batch, 3, height, width), and on stderr how far it is.
+
+    Those that cannot be read go to `failures`.
+    """
     from dinov2_fast.extraction.inputs import Picture
     from dinov2_fast.extraction.workers import decode_all
 
@@ -303,6 +318,9 @@ def _batches(
     decoded = zip(files, answers, strict=True)
     while batch := list(islice(decoded, args.batch_size)):
         good = [(file, picture.pixels) for file, picture in batch if picture.pixels is not None]
+        for file, picture in batch:
+            if picture.error is not None:
+                failures.add(file, picture.error)
         if good:
             yield [file for file, _ in good], np.stack([pixels for _, pixels in good])
         done += len(batch)

@@ -66,6 +66,11 @@ def indices(text: str) -> tuple[int, ...] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor numbers such as 2,5,11") from None
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 def default_workers() -> int:
     """Half the cores, since the model uses them as well; never more than 8."""
     return min(8, max(1, (os.cpu_count() or 1) // 2))

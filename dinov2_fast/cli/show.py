@@ -116,7 +116,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws; 0, or 3 if pictures had to be left out."""
-    from dinov2_fast.extraction.shards import MANIFEST
+    from dinov2_fast.extraction.shards import find_manifest
 
     args.pca = args.pca or bool(args.basis or args.save_basis)
     asked = [kind for kind in KINDS if getattr(args, kind)]
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         visualize.check_new(args.save_basis)
     if args.basis:
         visualize.PcaBasis.load(args.basis)  # what is none is refused before a model runs
-    if len(args.paths) == 1 and (Path(args.paths[0]) / MANIFEST).is_file():
+    if len(args.paths) == 1 and find_manifest(Path(args.paths[0])):
         if args.model or args.weights:
             raise ValueError("A folder of features needs no --model; to run one, give the pictures instead.")
         return show_features(args, asked)

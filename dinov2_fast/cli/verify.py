@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import options
 from dinov2_fast.cli.convert import describe, find
+from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.peers import is_peer, load_peer
+from dinov2_fast.extraction.failures import Failures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +44,8 @@ examples:
   dinov2-fast verify my-finetuned/ facebook/dinov2-base photo.jpg --size 518
 
 Exit codes: 0 the same within the tolerance, 1 different (or not comparable:
-the reason is on stderr), 2 wrong usage.
+the reason is on stderr), 2 wrong usage, 3 the same, but some images cannot be
+read and were left out.
 """
 
 
@@ -71,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares; 0 if the features are the same within the tolerance, else 1."""
+    """Compares; 0 or 3 if the features are the same within the tolerance, else 1."""
     from dinov2_fast.extraction.extractor import find_device
     from dinov2_fast.extraction.inputs import find_pictures
     from dinov2_fast.weights.compare import compare_features
@@ -92,19 +95,23 @@ def run(args: argparse.Namespace) -> int:
         b = _tokens(_load(other, args.dialect, device))
     difference = compare_features(_tokens(model), b, pictures)
     print(f"\n{_table(difference, args.size, device)}\n\n{_verdict(difference, args.tolerance)}")
+    if pictures.failures:
+        print(f"\nLeft out:\n{pictures.failures}", file=sys.stderr)
     if difference.worst <= args.tolerance:
-        return SAME
+        return SOME_FAILED if pictures.failures else SAME
     _explain(model, b, pictures, args.tolerance)
     return DIFFERENT
 
 
-@dataclass(frozen=True)
 class _Pictures:
-    """Batches of pixel values (batch, 3, height, width), read anew each time they are gone through."""
+    """Batches of pixel values (batch, 3, height, width), read anew each time they are gone through.
 
-    paths: list[str]
-    size: tuple[int, int]
-    device: Any
+    Attributes:
+        failures: of the last time, images that cannot be read and are left out.
+    """
+
+    def __init__(self, paths: list[str], size: tuple[int, int], device: Any) -> None:
+        self.paths, self.size, self.device, self.failures = paths, size, device, Failures()
 
     def __iter__(self) -> Iterator[Tensor]:
         import numpy as np
@@ -115,15 +122,20 @@ class _Pictures:
         from dinov2_fast.image_processor import Dinov2ImageProcessor
 
         processor = Dinov2ImageProcessor.for_size(self.size)
-        pictures = find_pictures(self.paths)
+        pictures, self.failures, found = find_pictures(self.paths), Failures(), False
         while batch := list(islice(pictures, BATCH)):
             pixels = []
             for picture in batch:
                 decoded = decode(picture, processor)
-                if decoded.pixels is None:
-                    raise ValueError(f"{picture.path!r} cannot be read: {decoded.error}.")
-                pixels.append(decoded.pixels)
-            yield torch.from_numpy(np.stack(pixels)).to(self.device)
+                if decoded.pixels is not None:
+                    pixels.append(decoded.pixels)
+                else:
+                    self.failures.add(picture.path, decoded.error or "")
+            if pixels:
+                found = True
+                yield torch.from_numpy(np.stack(pixels)).to(self.device)
+        if not found:
+            raise ValueError(f"None of the images can be read:\n{self.failures}")
 
 
 def in_words(weights: WeightDifference) -> str:

@@ -6,15 +6,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dinov2_fast.extraction import manifest, shards
+from dinov2_fast.extraction.additions import begin_addition
 from dinov2_fast.extraction.batches import Batch, Pending, run_batches
 from dinov2_fast.extraction.decoding import Decoded
+from dinov2_fast.extraction.failures import Failures, NothingReadError
+from dinov2_fast.extraction.features import Section
 from dinov2_fast.extraction.images import MAX_PIXELS
 from dinov2_fast.extraction.inputs import Picture, PictureList
 from dinov2_fast.extraction.lock import lock
@@ -29,7 +32,7 @@ class Announcement:
 
     Attributes:
         folder: the output folder.
-        pictures, shards: of this process, those that are there already included.
+        pictures, shards: of this process, those that are there already included, but not what is added to.
         done, failures: pictures that are there already, and those with an error among them.
         bytes: that the features of all `pictures` take on disk, without the other columns.
         free: bytes on the disk.
@@ -73,6 +76,7 @@ class Summary:
         resumed: pictures that were there already.
         seconds: that it took, with the model loaded and the pictures listed.
         busy: share of this time in which the device ran the model.
+        reasons: the failures of this run, without those that were there already.
     """
 
     path: Path
@@ -81,6 +85,7 @@ class Summary:
     resumed: int
     seconds: float
     busy: float
+    reasons: Failures = field(default_factory=Failures)
 
 
 def extract(
@@ -99,6 +104,8 @@ def extract(
     part: tuple[int, int] = (0, 1),
     format: str = "parquet",
     overwrite: bool = False,
+    add: bool = False,
+    retry_failed: bool = False,
     metadata: Mapping[str, Any] | None = None,
     announce: Callable[[Announcement], None] | None = None,
     progress: Callable[[Status], None] | None = None,
@@ -110,6 +117,8 @@ def extract(
     not at all, and those that are there are not made again: after an interruption the same call does the rest, with the
     same bits. Only a shard for which memory ran out, so that its batches were halved, may differ in rounding; it says
     so. One shard is held in memory at most.
+
+    An error is as final as features are, until `retry_failed`. Where not one image can be read, nothing is written.
 
     Args:
         pictures: paths of pictures, each one row, or what :func:`dinov2_fast.extraction.inputs.find_pictures` yields.
@@ -126,11 +135,15 @@ def extract(
         shard_size: rows of a shard; by default whole batches of at most 8192 rows or 256 MB.
         workers: processes that decode; 0 decodes in this one, without a limit of time.
         max_pixels: larger pictures are refused.
-        max_seconds: pictures that take longer to read and decode are given up.
+        max_seconds: pictures that take longer to read and decode, twice, are given up.
         part: (index from 0, count): this process does the shards `index`, `index` + `count`, and so on. `count`
             processes with the same arguments write together what one would write.
         format: "parquet" or "npy".
-        overwrite: delete the features that are there and begin anew.
+        overwrite: delete the features that are there and begin anew; other files stay.
+        add: where the folder holds features of other images, leave them as they are, and put those of images whose
+            paths are not there into new shards behind them, in their order.
+        retry_failed: decode the images with errors anew, and make shards anew in which one succeeds. With `add`, which
+            keeps all shards, images with errors count as new, and get another row.
         metadata: what to record in the manifest, under ``about``.
         announce: called once before the first picture.
         progress: called after each batch.
@@ -140,13 +153,14 @@ def extract(
             does not exist.
         ManifestError: the folder holds features that were made otherwise; it names what differs.
         LockedError: another process writes there.
+        NothingReadError: no image could be read.
         NotADirectoryError: `out` is a file.
     """
     processor, folder = processor or Dinov2ImageProcessor(), Path(out)
     outputs = Outputs(model, processor, features, dtype)
-    _check(batch_size, shard_size, workers, part, overwrite)
+    _check(batch_size, shard_size, workers, part, overwrite, add)
     size = shard_size or shards.default_shard_size(outputs.features, batch_size)
-    store = _Store(folder, shards.format_named(format), outputs.features)
+    stored_as = shards.format_named(format)
     given = iter(pictures)
     first = next(given, None)
     if first is None:
@@ -155,14 +169,20 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     decoding = {"max_pixels": max_pixels, "max_seconds": max_seconds, "workers": workers}
     all_pictures = map(_as_picture, chain([first], given))
-    with lock(folder, part), closing(PictureList(all_pictures, size, part, folder)) as listed:
-        claimed = {**manifest.describe(outputs, processor, max_pixels), "batch_size": batch_size}
-        claimed |= {"shard_size": size, "format": format, "about": {**manifest.about(), **(metadata or {})}}
-        claimed |= {"inputs": {"pictures": listed.count, "sha256": listed.sha256}}
-        if overwrite:
-            shards.remove(folder)
-        manifest.claim(folder, claimed)
-        return _run(store, outputs, listed, batch_size, decoding, announce, progress)
+    claimed = {**manifest.describe(outputs, processor, max_pixels), "batch_size": batch_size}
+    claimed |= {"shard_size": size, "format": format, "about": {**manifest.about(), **(metadata or {})}}
+    with lock(folder, part), ExitStack() as stack:
+        if add and shards.find_manifest(folder):
+            manifest.compare(folder, claimed)
+            section, listed = begin_addition(folder, all_pictures, stack, retry_failed)
+        else:
+            listed = stack.enter_context(closing(PictureList(all_pictures, size, part, folder)))
+            section = Section(0, listed.count, listed.sha256)
+            if overwrite:
+                manifest.discard(folder)
+            manifest.claim(folder, {**claimed, "inputs": {"pictures": listed.count, "sha256": listed.sha256}})
+        store = _Store(folder, stored_as, outputs.features, section.first_shard, size)
+        return _run(store, outputs, listed, batch_size, decoding, retry_failed, announce, progress)
 
 
 def check_folder(folder: Path) -> None:
@@ -171,7 +191,9 @@ def check_folder(folder: Path) -> None:
         raise NotADirectoryError(f"The output folder {str(folder)!r} is a file.")
 
 
-def _check(batch_size: int, shard_size: int | None, workers: int, part: tuple[int, int], overwrite: bool) -> None:
+def _check(
+    batch_size: int, shard_size: int | None, workers: int, part: tuple[int, int], overwrite: bool, add: bool
+) -> None:
     if batch_size < 1 or (shard_size is not None and shard_size < 1) or workers < 0:
         raise ValueError(
             f"batch_size and shard_size must be at least 1 and workers at least 0, got {batch_size}, {shard_size} and "
@@ -181,6 +203,8 @@ def _check(batch_size: int, shard_size: int | None, workers: int, part: tuple[in
         raise ValueError(f"part is (index, count) with an index from 0 to count - 1, got {part}.")
     if overwrite and part[1] > 1:
         raise ValueError("overwrite would delete what the other parts have written: delete the folder first.")
+    if add and (overwrite or part[1] > 1):
+        raise ValueError("add keeps what is there, and one process decides what is new: leave out overwrite and part.")
 
 
 def _as_picture(given: str | os.PathLike[str] | Picture) -> Picture:
@@ -188,19 +212,38 @@ def _as_picture(given: str | os.PathLike[str] | Picture) -> Picture:
 
 
 class _Store:
-    """The shards of a folder."""
+    """The shards of a folder from the number `first` on, of `size` rows; they are counted from there."""
 
-    def __init__(self, folder: Path, format: shards.Format, features: Sequence[shards.Feature]) -> None:
+    def __init__(
+        self, folder: Path, format: shards.Format, features: Sequence[shards.Feature], first: int, size: int
+    ) -> None:
         self.folder, self.features, self._format = folder, features, format
+        self._first, self._size = first, size
 
     def failures(self, shard: int, rows: int) -> int | None:
         """The failures in a shard of so many rows; None if it must be made."""
-        found = self._format.count(shards.stem(self.folder, shard), self.features)
+        found = self._format.count(self._stem(shard), self.features)
         return found[1] if found is not None and found[0] == rows else None
+
+    def failed_rows(self, shard: int) -> list[int]:
+        """The places of the failures in a shard that is there."""
+        errors = self._format.columns(self._stem(shard))["error"]
+        return [row for row, error in enumerate(errors) if error is not None]
 
     def write(self, shard: int, rows: Sequence[shards.Rows], note: Mapping[str, Any]) -> None:
         """Puts a shard there, whole."""
-        self._format.write(shards.stem(self.folder, shard), rows, self.features, note)
+        self._format.write(self._stem(shard), rows, self.features, note)
+
+    def first_id(self, shard: int) -> int:
+        """Of its rows."""
+        return (self._first + shard) * self._size
+
+    def remove_leftovers(self, numbers: range) -> None:
+        """Deletes what killed processes left of these shards."""
+        shards.remove_leftovers(self.folder, lambda shard: shard - self._first in numbers)
+
+    def _stem(self, shard: int) -> Path:
+        return shards.stem(self.folder, self._first + shard)
 
 
 def _run(
@@ -209,11 +252,15 @@ def _run(
     listed: PictureList,
     batch_size: int,
     decoding: Mapping[str, Any],
+    retry_failed: bool,
     announce: Callable[[Announcement], None] | None,
     progress: Callable[[Status], None] | None,
 ) -> Summary:
-    shards.remove_leftovers(store.folder, lambda shard: shard in listed.shards)
+    store.remove_leftovers(listed.shards)
     known = {shard: store.failures(shard, len(listed.rows(shard))) for shard in listed.shards}
+    if retry_failed:
+        failed = [shard for shard, failures in known.items() if failures]
+        known |= dict.fromkeys(_improved(store, listed, failed, outputs.decoder, decoding))
     todo = [shard for shard, failures in known.items() if failures is None]
     total = sum(len(listed.rows(shard)) for shard in listed.shards)
     resumed = total - sum(len(listed.rows(shard)) for shard in todo)
@@ -222,38 +269,67 @@ def _run(
         size = total * sum(feature.nbytes for feature in outputs.features)
         free = shutil.disk_usage(store.folder).free
         announce(Announcement(store.folder, total, len(known), resumed, failures, size, free))
-    begin, done, worked = time.perf_counter(), resumed, 0.0
+    begin, done, worked, reasons, read = time.perf_counter(), resumed, 0.0, Failures(), False
     stream = (picture for shard in todo for picture in listed.shard(shard))
     growing: _Growing | None = None
     with closing(decode_all(stream, outputs.decoder, ahead=max(2 * batch_size, 8), **decoding)) as decoded:
         for shard, pending in _lagging(_batches(outputs, listed, todo, decoded, batch_size)):
-            growing, batch = growing or _Growing(listed, shard, batch_size), pending.result()
-            if growing.add(batch, pending.size):
+            growing = growing or _Growing(listed.shard(shard), store.first_id(shard), batch_size)
+            batch = pending.result()
+            read = read or any(not picture.transient for picture in batch.pictures)
+            if growing.add(batch, pending.size, reasons):
+                if not read:
+                    raise NothingReadError(_nothing_read(reasons))
                 store.write(shard, growing.rows, growing.note)
                 growing = None
-            failures += sum(picture.error is not None for picture in batch.pictures)
             done, worked = done + len(batch.pictures), worked + batch.seconds
             if progress:
                 seconds = time.perf_counter() - begin
-                progress(Status(done, failures, total, resumed, seconds, worked / seconds))
+                progress(Status(done, failures + len(reasons), total, resumed, seconds, worked / seconds))
     seconds = time.perf_counter() - begin
-    return Summary(store.folder, total, failures, resumed, seconds, worked / seconds)
+    return Summary(store.folder, total, failures + len(reasons), resumed, seconds, worked / seconds, reasons)
+
+
+def _improved(
+    store: _Store,
+    listed: PictureList,
+    failed: Sequence[int],
+    processor: Dinov2ImageProcessor,
+    decoding: Mapping[str, Any],
+) -> set[int]:
+    """Those of these shards in which an image that failed can be decoded now."""
+    pairs: list[tuple[int, Picture]] = []
+    for shard in failed:
+        pictures = listed.shard(shard)
+        pairs += [(shard, pictures[row]) for row in store.failed_rows(shard)]
+    with closing(decode_all((picture for _, picture in pairs), processor, **decoding)) as decoded:
+        return {shard for (shard, _), image in zip(pairs, decoded, strict=True) if image.error is None}
+
+
+def _nothing_read(reasons: Failures) -> str:
+    return (
+        f"None of the first {len(reasons)} images could be read, and no features were written for them:\n{reasons}\n"
+        "See that their disk or server can be reached, and run this again; leave out images that are gone for good."
+    )
 
 
 class _Growing:
     """The shard whose batches are coming."""
 
-    def __init__(self, listed: PictureList, shard: int, batch_size: int) -> None:
+    def __init__(self, pictures: Sequence[Picture], first_id: int, batch_size: int) -> None:
         self.rows: list[shards.Rows] = []
         self.note: dict[str, Any] = {}
-        self._paths = [picture.path for picture in listed.shard(shard)]
-        self._first, self._count, self._batch_size = listed.rows(shard).start, 0, batch_size
+        self._paths = [picture.path for picture in pictures]
+        self._first, self._count, self._batch_size = first_id, 0, batch_size
 
-    def add(self, batch: Batch, size: int) -> bool:
-        """Takes the next batch, which ran in parts of `size`; whether it was the last."""
+    def add(self, batch: Batch, size: int, failures: Failures) -> bool:
+        """Takes the next batch, which ran in parts of `size`; adds to `failures`; whether it was the last."""
         paths = self._paths[self._count : self._count + len(batch.pictures)]
         self.rows.append(shards.Rows(self._first + self._count, paths, batch.pictures, batch.features))
         self._count += len(paths)
+        for path, picture in zip(paths, batch.pictures, strict=True):
+            if picture.error is not None:
+                failures.add(shards.as_text(path), picture.error)
         if size < self._batch_size:
             self.note = {"batch_size": size}
         return self._count == len(self._paths)

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.decoding import Decoded, decode_bytes
+from dinov2_fast.extraction.files import reason
 from dinov2_fast.extraction.images import MAX_PIXELS
 from dinov2_fast.extraction.outputs import DEFAULT, Outputs
 from dinov2_fast.image_processor import CONFIG_NAME, Dinov2ImageProcessor
@@ -45,7 +47,8 @@ class Extractor:
         engine: run the model's faster form for inference (:func:`dinov2_fast.optimize_for_inference`).
         column: of the pictures; by default "image", or "bytes" where that is missing.
         batch_size: pictures in one forward pass at most; halved for good where memory runs out.
-        max_pixels: larger pictures are refused.
+        max_pixels: larger images are refused, as bytes and as PIL images, before they are decoded. There is no limit of
+            time: what may come from anyone is safer in :func:`dinov2_fast.extract`.
 
     Raises:
         ValueError: two settings that exclude each other.
@@ -112,10 +115,16 @@ class Extractor:
 
         Raises:
             KeyError: no column of pictures.
-            ValueError: columns that differ in length.
+            ValueError: columns that differ in length, or that are called as what is added.
         """
         name = self._name_of_pictures(batch)
         outputs, pictures = self.outputs, batch[name]
+        taken = [key for key in (*(f.name for f in outputs.features), "error") if key in batch and key != name]
+        if taken:
+            raise ValueError(
+                f"The batch has columns called {', '.join(taken)}, which the features and their errors are called too: "
+                "rename or drop these columns first."
+            )
         lengths = {key: len(column) for key, column in batch.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The columns differ in length: {lengths}.")
@@ -147,10 +156,13 @@ class Extractor:
     def _decode(self, picture: Any, outputs: Outputs) -> Decoded:
         if isinstance(picture, (bytes, bytearray, memoryview)):
             return decode_bytes(bytes(picture), outputs.decoder, self._max_pixels)
+        if isinstance(picture, Image.Image) and picture.width * picture.height > self._max_pixels:
+            width, height = picture.size
+            return Decoded(error=f"too large: {width} x {height} pixels, the limit is {self._max_pixels}")
         try:
             return Decoded(pixels=outputs.decoder(picture, return_tensors=None).pixel_values[0])
-        except (ValueError, TypeError, MemoryError) as error:
-            return Decoded(error=f"cannot be processed: {error}")
+        except Exception as error:  # a fault costs this image, not the batch
+            return Decoded(error=f"cannot be processed: {reason(error)}")
 
 
 def load_model(

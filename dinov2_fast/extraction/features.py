@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import MANIFEST, Feature, format_named, shard_numbers, stem
+from dinov2_fast.extraction.shards import MANIFEST, Feature, find_manifest, format_named, shard_numbers, stem
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:
@@ -31,11 +32,11 @@ def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> F
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    rows, shard_size = manifest["inputs"]["pictures"], manifest["shard_size"]
-    wanted = -(-rows // shard_size)
+    sections = [section.shards(manifest["shard_size"]) for section in stored_sections(manifest)]
+    wanted = sum(map(len, sections))
     features = stored_features(manifest)
     format_ = format_named(manifest["format"])
-    present = [shard for shard in shard_numbers(folder) if shard < wanted]
+    present = [shard for shard in shard_numbers(folder) if any(shard in section for section in sections)]
     there = [shard for shard in present if format_.count(stem(folder, shard), features) is not None]
     if len(there) < wanted and not partial:
         raise ValueError(
@@ -52,14 +53,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is damaged.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    path = find_manifest(folder)
+    if path is None:
         raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        rows, shard_size = manifest["inputs"]["pictures"], manifest["shard_size"]
-        if type(rows) is not int or type(shard_size) is not int or rows < 0 or shard_size < 1:
-            raise ValueError(f"{rows} rows in shards of {shard_size}")
+        shard_size, sections = manifest["shard_size"], stored_sections(manifest)
+        counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.pictures))]
+        if any(type(count) is not int or count < 0 for count in counts) or shard_size == 0:
+            raise ValueError(f"sections {sections} in shards of {shard_size}")
         stored_features(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
@@ -69,6 +71,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def stored_features(manifest: Mapping[str, Any]) -> list[Feature]:
     """The features that a manifest lists."""
     return [Feature(name, tuple(about["shape"]), about["dtype"]) for name, about in manifest["features"].items()]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Images that were extracted together.
+
+    Attributes:
+        first_shard: the number of their first shard; they have the following ones too.
+        pictures: how many they are.
+        sha256: of their paths, in hexadecimal; None where others were to be among them.
+    """
+
+    first_shard: int
+    pictures: int
+    sha256: str | None = None
+
+    def shards(self, shard_size: int) -> range:
+        """The numbers of its shards."""
+        return range(self.first_shard, self.first_shard - (-self.pictures // shard_size))
+
+    def rows(self, shard: int, shard_size: int) -> int:
+        """How many of its images are in one of its shards."""
+        return min(shard_size, self.pictures - (shard - self.first_shard) * shard_size)
+
+
+def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
+    """An extraction's own images, and what was added, in the order of the shards."""
+    inputs = manifest["inputs"]
+    added = manifest.get("added", [])
+    return [Section(0, inputs["pictures"], inputs.get("sha256")), *(Section(**section) for section in added)]
 
 
 class Features:
@@ -81,7 +113,7 @@ class Features:
 
     Attributes:
         folder: where they are.
-        manifest: the dictionary of ``manifest.json``.
+        manifest: the dictionary of ``_manifest.json``.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], shards: tuple[int, ...]) -> None:
@@ -91,7 +123,10 @@ class Features:
 
     @property
     def id(self) -> NDArray[np.int64]:
-        """Positions among all pictures of the extraction; these are the row numbers, unless shards are left out."""
+        """Positions among all images of the extraction; these are the row numbers, unless shards are left out or added.
+
+        Images that were added go on from the next multiple of the shards' size.
+        """
         return np.array(self._columns["id"], np.int64)
 
     @property
@@ -116,7 +151,10 @@ class Features:
 
     @property
     def sha256(self) -> list[str | None]:
-        """Of the file's bytes, in hexadecimal; None where they could not be read."""
+        """Of the file's bytes, in hexadecimal; None where they could not be read, or time or memory ran out.
+
+        With such an error an image is worth another try, as ``extract --retry-failed`` does it.
+        """
         return self._columns["sha256"]
 
     def shards(self) -> Iterator[Features]:
@@ -125,8 +163,11 @@ class Features:
             yield Features(self.folder, self.manifest, (shard,))
 
     def __len__(self) -> int:
-        total, size = self.manifest["inputs"]["pictures"], self.manifest["shard_size"]
-        return sum(min(size, total - shard * size) for shard in self._shards)
+        return sum(self._rows(shard) for shard in self._shards)
+
+    def _rows(self, shard: int) -> int:
+        sections, size = stored_sections(self.manifest), self.manifest["shard_size"]
+        return next(section.rows(shard, size) for section in sections if shard in section.shards(size))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._features)

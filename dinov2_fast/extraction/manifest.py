@@ -1,6 +1,8 @@
 """The manifest of an output folder: of what the features are and how they were made, so that only the same goes on.
 
-Everything in it is compared when an extraction is resumed or shared, but the entry ``about``.
+Everything in it is compared when an extraction is resumed or shared, but the entries ``about`` and ``added``.
+Images are in it by their paths: ``inputs`` has their number and a SHA-256 of the paths, ``added`` the same of images
+added later, and their first shard. Copied files are the same files; each row has a SHA-256 of the bytes that it is of.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ import hashlib
 import json
 import os
 import platform
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ import torch
 from torch import nn
 
 from dinov2_fast import __version__
-from dinov2_fast.extraction.features import read_manifest
+from dinov2_fast.extraction.features import Section, read_manifest
 from dinov2_fast.extraction.images import FORMATS
 from dinov2_fast.extraction.outputs import Outputs, place_of
-from dinov2_fast.extraction.shards import MANIFEST, PREFIX
+from dinov2_fast.extraction.shards import MANIFEST, find_manifest, find_shards
+from dinov2_fast.extraction.whole_files import part_of, whole_file
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 from dinov2_fast.inference import Engine
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-ABOUT = "about"
+INPUTS = "inputs"
+NOT_COMPARED = ("about", "added")
 
 
 class ManifestError(ValueError):
@@ -75,28 +79,74 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ManifestError: the folder's differs, or it holds shards and no manifest.
     """
-    path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob(f"{PREFIX}[0-9]*.*")):
-            raise ManifestError(
-                f"{str(folder)!r} holds features without a {MANIFEST}. Choose another folder, or overwrite."
-            )
-        _create(path, manifest)
-    differing = list(_differences(read_manifest(folder), json.loads(json.dumps(manifest))))
-    if differing:
-        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    if find_manifest(folder) is None:
+        _refuse_shards(folder)
+        _create(folder / MANIFEST, manifest)
+    compare(folder, manifest)
+
+
+def compare(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Checks that the folder's manifest says the same; where `manifest` has no inputs, of everything else.
+
+    Raises:
+        ManifestError: it differs.
+    """
+    there, here = read_manifest(folder), json.loads(json.dumps(manifest))
+    if INPUTS not in here:
+        del there[INPUTS]
+    differing = list(_differences(there, here))
+    if not differing:
+        return
+    more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    only_inputs = all(text.startswith(INPUTS) for text in differing)
+    add = "add the images that are new with --add (add=True), " * only_inputs
+    raise ManifestError(
+        f"The features in {str(folder)!r} were made otherwise: {'; '.join(differing[:3])}{more}. Choose another "
+        f"folder, {add}or begin anew with --overwrite (overwrite=True)."
+    )
+
+
+def discard(folder: Path) -> None:
+    """Deletes the features in a folder: the manifest last, so that what an interrupted call leaves is known as ours.
+
+    Raises:
+        ManifestError: the folder holds shards and no manifest.
+        ValueError: the manifest is damaged, or another program's.
+    """
+    manifest = find_manifest(folder)
+    if manifest is None:
+        return _refuse_shards(folder)
+    read_manifest(folder)
+    for path in find_shards(folder):
+        path.unlink()
+    manifest.unlink()
+
+
+def write_sections(folder: Path, sections: Sequence[Section]) -> None:
+    """Puts other sections into the manifest of a folder: an extraction's own images, and what was added."""
+    manifest, path = read_manifest(folder), find_manifest(folder)
+    assert path is not None
+    first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
+    manifest[INPUTS] = {"pictures": first.pictures, "sha256": first.sha256}
+    manifest["added"] = [asdict(section) for section in added]
+    with whole_file(path) as file:
+        file.write(_encoded(manifest))
+
+
+def _refuse_shards(folder: Path) -> None:
+    if any(find_shards(folder)):
         raise ManifestError(
-            f"The features in {str(folder)!r} were made otherwise: {'; '.join(differing[:3])}{more}. Choose another "
-            "folder, or overwrite them."
+            f"{str(folder)!r} holds features without a {MANIFEST}: nobody knows how they were made. Choose another "
+            "folder, or delete them."
         )
 
 
 def _create(path: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the file, unless another process was faster."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
-            file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+            file.write(_encoded(manifest))
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -109,11 +159,15 @@ def _create(path: Path, manifest: Mapping[str, Any]) -> None:
         part.unlink(missing_ok=True)
 
 
+def _encoded(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=2).encode() + b"\n"
+
+
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
     """One sentence for each value that differs, by its dotted name."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in dict.fromkeys([*there, *here]):
-            if name or key != ABOUT:
+            if name or key not in NOT_COMPARED:
                 yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name} is {_shown(there)} there and {_shown(here)} here"

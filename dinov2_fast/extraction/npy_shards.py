@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, as_text, whole_file
+from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, columns_of
+from dinov2_fast.extraction.whole_files import whole_file
 
 
 def write(stem: Path, rows: Sequence[Rows], features: Sequence[Feature], note: Mapping[str, Any]) -> None:
@@ -61,6 +62,5 @@ def _lines_path(stem: Path) -> Path:
 
 def _lines(rows: Sequence[Rows], note: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for part in rows:
-        for offset, (path, picture) in enumerate(zip(part.paths, part.pictures, strict=True)):
-            known = (part.first + offset, as_text(path), picture.width, picture.height, picture.sha256, picture.error)
-            yield {**dict(zip(COLUMNS, known, strict=True)), **note}
+        for values in zip(*columns_of(part).values(), strict=True):
+            yield {**dict(zip(COLUMNS, values, strict=True)), **note}

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, as_text, whole_file
+from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, columns_of
+from dinov2_fast.extraction.whole_files import whole_file
 
 METADATA_KEY = b"dinov2_fast"
 ROW_GROUP_BYTES = 1 << 26
@@ -95,14 +96,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 def _batch(rows: Rows, features: Sequence[Feature], schema: pa.Schema) -> pa.RecordBatch:
     missing = pa.array([picture.error is not None for picture in rows.pictures], pa.bool_())
-    arrays = [
-        pa.array(range(rows.first, rows.first + len(rows.paths)), pa.int64()),
-        pa.array([as_text(path) for path in rows.paths], pa.string()),
-        pa.array([picture.width for picture in rows.pictures], pa.int32()),
-        pa.array([picture.height for picture in rows.pictures], pa.int32()),
-        pa.array([picture.sha256 for picture in rows.pictures], pa.string()),
-        pa.array([picture.error for picture in rows.pictures], pa.string()),
-    ]
+    arrays = [pa.array(values, schema.field(name).type) for name, values in columns_of(rows).items()]
     for feature in features:
         flat = pa.array(np.ascontiguousarray(rows.features[feature.name], feature.dtype).ravel())
         arrays.append(pa.FixedSizeListArray.from_arrays(flat, feature.size, mask=missing))

@@ -2,18 +2,21 @@
 
 ::
 
-    DIR/manifest.json             of what the features are and how they were made (:mod:`.manifest`)
-    DIR/features-00000.parquet    the first `shard_size` pictures
+    DIR/_manifest.json            of what the features are and how they were made (:mod:`.manifest`)
+    DIR/features-00000.parquet    the first `shard_size` images
     DIR/features-00001.parquet    the next, and so on
 
-One row for each picture, in the order of the pictures:
+Images that are added later (:mod:`.additions`) begin with a shard of their own. pandas, pyarrow and DuckDB read the
+folder as one table. There is one row for each image, in the order of the images:
 
 ====================  =====================  ====================================================================
-id                    int64                  position among all pictures
+id                    int64                  position in its shard + `shard_size` x the shard's number: the position
+                                             among all images, where none were added
 path                  string                 as given, or found; bytes that are not UTF-8 are written as ``\\xNN``.
                                              ``archive.tar/member`` for a member of a tar archive
-width, height         int32                  of the picture, EXIF rotation applied; null where it cannot be read
-sha256                string                 of the file's bytes; null where it cannot be read
+width, height         int32                  of the image, EXIF rotation applied; null where it cannot be read
+sha256                string                 of the file's bytes; null where they could not be read, or time or memory
+                                             ran out: such an error may pass, one beside a sha256 is in the file
 error                 string                 null, or why there are no features
 cls, patch_mean, …    fixed_size_list        the features that were asked for (:mod:`.outputs`), in float or halffloat;
                                              null where there is an error. Those of several tokens lie flat, their
@@ -29,23 +32,27 @@ file (key ``dinov2_fast``, JSON), or in each line of its JSON.
 
 from __future__ import annotations
 
+import json
 import os
-import uuid
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from dinov2_fast.extraction.decoding import Decoded
+from dinov2_fast.extraction.whole_files import ENDING, is_left_over
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names that begin so
+OLD_MANIFEST = "manifest.json"
 PREFIX = "features-"
 SHARD_ROWS = 8192
 SHARD_BYTES = 1 << 28
 COLUMNS = ("id", "path", "width", "height", "sha256", "error")
+_SHARD_NAME = re.compile(rf"{PREFIX}\d{{5,}}\.(parquet|jsonl|[a-z_]+(@\d+)?\.npy)")
 
 
 @dataclass(frozen=True)
@@ -130,44 +137,41 @@ def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
     return max(rows // batch_size, 1) * batch_size
 
 
-def remove(folder: Path) -> None:
-    """Deletes manifest and shards, the manifest last so that what is left when it is interrupted is still refused."""
-    for path in folder.glob(f"{PREFIX}[0-9]*.*"):
-        path.unlink()
-    (folder / MANIFEST).unlink(missing_ok=True)
+def find_manifest(folder: Path) -> Path | None:
+    """The manifest of a folder of features; None where there is none, or one of its old name is another program's."""
+    if (folder / MANIFEST).is_file():
+        return folder / MANIFEST
+    with suppress(OSError, ValueError, TypeError):
+        if "shard_size" in json.loads((folder / OLD_MANIFEST).read_bytes()):
+            return folder / OLD_MANIFEST
+    return None
+
+
+def find_shards(folder: Path) -> Iterator[Path]:
+    """The files whose names are those of shards."""
+    return (path for path in folder.glob(f"{PREFIX}*") if _SHARD_NAME.fullmatch(path.name) and not path.is_dir())
 
 
 def remove_leftovers(folder: Path, is_ours: Callable[[int], bool]) -> None:
-    """Deletes the temporary files that a killed process left, of the shards for which `is_ours(shard)` is true."""
-    for path in folder.glob(f".{PREFIX}*.part"):
+    """Deletes the temporary files that killed processes left, of the shards for which `is_ours(shard)` is true."""
+    for path in folder.glob(f".{PREFIX}*{ENDING}"):
         number = path.name.removeprefix(f".{PREFIX}").split(".")[0]
-        if number.isdecimal() and is_ours(int(number)):
+        if number.isdecimal() and is_ours(int(number)) and is_left_over(path):
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path`, which is on the disk and takes its place when the ``with`` block ends well."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts a rename on the disk, where the system can open folders."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def columns_of(rows: Rows) -> dict[str, list[Any]]:
+    """The columns that are no features (`COLUMNS`)."""
+    pictures = rows.pictures
+    values: tuple[list[Any], ...] = (
+        list(range(rows.first, rows.first + len(pictures))),
+        [as_text(path) for path in rows.paths],
+        [picture.width for picture in pictures],
+        [picture.height for picture in pictures],
+        [None if picture.transient else picture.sha256 for picture in pictures],
+        [picture.error for picture in pictures],
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def as_text(path: str) -> str:

@@ -24,7 +24,7 @@ from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone
 logger = logging.getLogger("dinov2_fast")
 
 # Classifiers of transformers, of timm and of the reference, which a backbone has no use for.
-_HEADS = ("classifier.", "head.", "linear_head.")
+HEADS = ("classifier.", "head.", "linear_head.")
 
 
 def load(
@@ -80,7 +80,7 @@ def load(
         state_dict,
         device=device,
         dtype=as_dtype(dtype),
-        may_leave=_HEADS,
+        may_leave=HEADS,
         adapt_channels="in_chans" in kwargs,
     )
     model.loaded_from = source

@@ -51,7 +51,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     if path.suffix not in SAFETENSORS + TORCH:
         raise ValueError(f"{str(path)!r} must end in {', '.join(SAFETENSORS + TORCH)}; .safetensors is the safe one.")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{str(path)!r} exists already; choose another name or ask to overwrite it.")
+        raise FileExistsError(
+            f"{str(path)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."
+        )
     return path
 
 
