@@ -220,7 +220,8 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
         """
-        rows, columns, grid = w // self.patch_size, h // self.patch_size, self._position_grid()
+        rows, columns = self.patch_grid(w, h)
+        grid = self._position_grid()
         if is_native(rows, columns, grid):
             return self.pos_embed.to(x.dtype)
         how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
@@ -255,6 +256,19 @@ class DinoVisionTransformer(AnyLayout):
         if self.register_tokens is not None:
             x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
         return x
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images as tokens (batch, 1 + registers + patches, hidden), as `forward` makes them."""
+        return self.prepare_tokens_with_masks(images)
+
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches in these images, as `embed` cuts them."""
+        height, width = images.shape[-2:]
+        return self.patch_grid(height, width)
+
+    def patch_grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of whole patches in an image of `height` x `width` pixels."""
+        return height // self.patch_size, width // self.patch_size
 
     # Forward passes
 
@@ -333,10 +347,9 @@ class DinoVisionTransformer(AnyLayout):
             self._get_intermediate_layers_chunked if self.chunked_blocks else self._get_intermediate_layers_not_chunked
         )
         outputs = [self.norm(out) if norm else out for out in get(x, n)]
-        rows, columns = (size // self.patch_size for size in x.shape[-2:])
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:
-            patches = [p.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for p in patches]
+            patches = [p.unflatten(1, self.grid(x)).permute(0, 3, 1, 2).contiguous() for p in patches]
         if return_class_token:
             return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
         return tuple(patches)

@@ -193,7 +193,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # as above
         """All tokens, normalised: (batch, 1 + registers + patches, hidden). Masks are refused."""
         _refuse_masks(attn_mask, is_causal)
-        return self.norm(self._run_blocks(self._embed(x)))
+        return self.norm(self._run_blocks(self.embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits, or with `pre_logits` to what the classifier takes."""
@@ -251,7 +251,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"There is no output_fmt {output_fmt!r}; choose one of NCHW, NLC.")
         take = _take_indices(len(self.blocks), indices)
-        grid, x, outputs = self._grid(x), self._embed(x), []
+        grid, x, outputs = self.grid(x), self.embed(x), []
         for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
             x = self._call(block, x)
             if i in take:
@@ -288,18 +288,20 @@ class TimmVisionTransformer(DinoVisionTransformer):
             attn_mask=attn_mask,
         )
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         if self.dynamic_img_pad:
             check_is_tensor(x)
             below, right = (-size % self.patch_size for size in x.shape[-2:])
             x = F.pad(x, (0, right, 0, below))
         return self.prepare_tokens_with_masks(x)
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches, of padded pictures where they are padded."""
-        check_is_tensor(x)
-        height, width = (-(-size // self.patch_size) for size in x.shape[-2:])
-        return height, width
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches, of padded images where they are padded."""
+        check_is_tensor(images)
+        if not self.dynamic_img_pad:
+            return super().grid(images)
+        height, width = (-(-size // self.patch_size) * self.patch_size for size in images.shape[-2:])
+        return self.patch_grid(height, width)
 
     # What training scripts ask for
 

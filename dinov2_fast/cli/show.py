@@ -148,7 +148,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     heads = _resolved(args.head, model.num_heads, "head")
     if len(layers) > 1 and (args.basis or args.save_basis):
         raise ValueError("A basis is of one block: choose one with --layer.")
-    grid = args.size[0] // model.patch_size, args.size[1] // model.patch_size
+    grid = model.patch_grid(*args.size)
     size = f"{args.size[0]} x {args.size[1]}"
     print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
     _look(model, seen, layers, device)

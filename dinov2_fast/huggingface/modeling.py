@@ -89,11 +89,6 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
             bool_masked_pos = bool_masked_pos.bool()
         return self.embedding_dropout(self.prepare_tokens_with_masks(pixel_values, bool_masked_pos))
 
-    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Rows and columns of whole patches in these pictures."""
-        height, width = pixel_values.shape[-2:]
-        return height // self.patch_size, width // self.patch_size
-
     def encode(
         self, x: Tensor, hidden_states: Collection[int], output_attentions: Layers, blocks: int | None = None
     ) -> tuple[Tensor, dict[int, Tensor], tuple[Tensor | None, ...] | None]:

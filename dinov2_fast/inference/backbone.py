@@ -224,10 +224,6 @@ def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
 class FoldedVisionTransformer(FoldedBackbone):
     """The reference's face."""
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Pictures as tokens, by the name that the Hugging Face face has for it."""
-        return self.prepare_tokens_with_masks(x)
-
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         if is_training or not self.cls_only:
             return super().forward(*args, is_training=is_training, **kwargs)
@@ -257,10 +253,6 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
     """timm's face."""
 
     def embed(self, x: Tensor) -> Tensor:
-        """Pictures as tokens, by the name that the Hugging Face face has for it."""
-        return self._embed(x)
-
-    def _embed(self, x: Tensor) -> Tensor:
         check_is_tensor(x)
         padded = self.dynamic_img_pad and any(size % self.patch_size for size in x.shape[-2:])
         if padded and x.dtype == torch.uint8:
@@ -268,13 +260,13 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
                 f"uint8 pictures of {tuple(x.shape[-2:])} pixels cannot be padded to multiples of {self.patch_size}: "
                 "timm pads after normalising. Give normalised pictures, or other sizes."
             )
-        return super()._embed(x)
+        return super().embed(x)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
         if not self.cls_only:
             return super().forward(x, attn_mask, is_causal)
         _refuse_masks(attn_mask, is_causal)
-        return self.forward_head(self.norm(self._run_for_cls(self._embed(x))))
+        return self.forward_head(self.norm(self._run_for_cls(self.embed(x))))
 
     def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:
         raise AttributeError("This changes the model: call it there, and the engine will follow.")
