@@ -197,10 +197,6 @@ class Attention(nn.Module):
             out = ops.attention_varlen(qkv[0], seq_lens, dropout_p)[None]
         return self.proj_drop(self.proj(out.flatten(-2)))
 
-    def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The attention weights for the block input's norm `x`: (batch, heads, rows, seq_len)."""
-        return ops.attention_probabilities(self.project_qkv(x), rows)
-
 
 MemEffAttention = Attention  # the reference's name for the class its models use
 

@@ -10,16 +10,16 @@ dinov2/models/vision_transformer.py), so its checkpoints and the code written fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import backends, layouts
+from dinov2_fast import backends, layouts, ops
 from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
 from dinov2_fast.position_embeddings import (
@@ -31,6 +31,14 @@ from dinov2_fast.position_embeddings import (
     resample_position_embeddings,
     square_grid,
 )
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of chosen blocks, see `DinoVisionTransformer.qkv_features`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class BlockChunk(nn.Sequential):
@@ -360,8 +368,13 @@ class DinoVisionTransformer(AnyLayout):
 
     def _get_intermediate_layers_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
         """The same for a model with block chunks."""
-        blocks = [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
-        return self._outputs_after(blocks, x, n)
+        return self._outputs_after(self._flat_blocks(), x, n)
+
+    def _flat_blocks(self) -> list[Any]:
+        """The blocks in one list."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
     def _outputs_after(self, blocks: list[nn.Module], x: Tensor, n: int | Sequence[int]) -> list[Tensor]:
         take = set(range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n)
@@ -379,6 +392,76 @@ class DinoVisionTransformer(AnyLayout):
             if i in take:
                 outputs.append(x)
         return outputs
+
+    def attention_maps(
+        self,
+        images: Tensor,
+        layers: int | Sequence[int] = -1,
+        heads: int | Sequence[int] | None = None,
+        queries: slice | None = None,
+    ) -> Tensor:
+        """Attention weights, by default those of the CLS token on the patches, as one map for each head.
+
+        Only the rows, heads and blocks that are asked for are computed. Gradients flow where autograd records.
+
+        Args:
+            images: as `forward` takes them, of any size.
+            layers: blocks, 0 is the first and -1 the last; in the order wanted.
+            heads: 0 is the first and -1 the last; None for all.
+            queries: None for the CLS token, with its weights on CLS and registers left out (so a map sums to less than
+                1); or tokens in the order CLS, registers, patches, whose whole rows are given: ``slice(None)`` is all
+                of them, ``slice(1 + registers, None)`` the patches.
+
+        Returns:
+            (batch, layers, heads, rows, columns) of patches; with `queries` (batch, layers, heads, queries, tokens),
+            each row summing to 1. In the dtype of the weights.
+
+        Raises:
+            ValueError: there is no such block or head.
+        """
+        take = _indices(layers, len(self._flat_blocks()), "block")
+        chosen = None if heads is None else _indices(heads, self.num_heads, "head")
+        found = {}
+        for i, qkv in self._projected(images, take):
+            if chosen is not None:
+                qkv = torch.stack([qkv[:, :, :, head] for head in chosen], dim=3)
+            weights = ops.attention_probabilities(qkv, slice(0, 1) if queries is None else queries)
+            found[i] = weights[:, :, 0, 1 + self.num_register_tokens :] if queries is None else weights
+        maps = torch.stack([found[i] for i in take], dim=1)
+        return maps.unflatten(-1, self.grid(images)) if queries is None else maps
+
+    def qkv_features(self, images: Tensor, layers: int | Sequence[int] = -1, reshape: bool = False) -> QKV:
+        """Queries, keys and values of chosen blocks: the features that correspondence and segmentation methods read.
+
+        Args:
+            images: as `forward` takes them, of any size.
+            layers: blocks, 0 is the first and -1 the last; in the order wanted.
+            reshape: give maps of the patches, the channels of all heads side by side.
+
+        Returns:
+            `query`, `key` and `value`, each (batch, layers, heads, tokens, head_dim) in the order CLS, registers,
+            patches, with which ``softmax(query @ key.mT / head_dim**0.5)`` is the attention; with `reshape` each
+            (batch, layers, hidden, rows, columns). In the dtype of the weights.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        take = _indices(layers, len(self._flat_blocks()), "block")
+        found = dict(self._projected(images, take))
+        qkv = torch.stack([found[i] for i in take]).permute(3, 1, 0, 4, 2, 5)  # (3, batch, layers, heads, tokens, dim)
+        if reshape:
+            patches = qkv[..., 1 + self.num_register_tokens :, :].unflatten(-2, self.grid(images))
+            qkv = patches.permute(0, 1, 2, 3, 6, 4, 5).flatten(3, 4).contiguous()
+        return QKV(*qkv)
+
+    def _projected(self, images: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """The packed queries, keys and values (batch, tokens, 3, heads, head_dim) of blocks; none after them is run."""
+        x, last = self.embed(images), max(layers)
+        for i, block in enumerate(self._flat_blocks()[: last + 1]):
+            if i in layers:
+                yield i, block.attn.project_qkv(block.norm1(x))
+            if i < last:
+                x = self._call(block, x)
 
     def _run_blocks(self, x: Any) -> Any:
         for block in self.blocks:
@@ -420,6 +503,16 @@ class DinoVisionTransformer(AnyLayout):
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:
     size = max(len(blocks) // chunks, 1)
     return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def _indices(asked: int | Sequence[int], count: int, what: str) -> list[int]:
+    """Indices from 0 on, in the order asked for."""
+    indices = [asked] if isinstance(asked, int) else list(asked)
+    outside = [i for i in indices if not -count <= i < count]
+    if outside or not indices:
+        wrong = f"There is no {what} {outside[0]}" if outside else f"No {what} was asked for"
+        raise ValueError(f"{wrong}; the {what}s of this model are 0 to {count - 1}, or -{count} to -1.")
+    return [i % count for i in indices]
 
 
 def _check_masks(masks: Tensor, x: Tensor) -> Tensor:

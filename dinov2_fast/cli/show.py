@@ -151,7 +151,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     grid = model.patch_grid(*args.size)
     size = f"{args.size[0]} x {args.size[1]}"
     print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
-    _look(model, seen, layers, device)
+    _look(model, seen, layers, device, attention=not asked or "attention" in asked)
     sheets = _Sheets(Path(args.out), args.model, str(model.loaded_from))
     if not asked or "pca" in asked:
         patches = {layer: np.stack(tokens) for layer, tokens in seen.patches.items()}
@@ -226,14 +226,14 @@ def _grey(processor: Dinov2ImageProcessor) -> Image.Image:
     return Image.new("RGB", (width, height), "lightgrey")
 
 
-def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
-    """One forward pass for each picture, which adds what the model finds."""
+def _look(model: Any, seen: _Seen, layers: list[int], device: Any, attention: bool) -> None:
+    """Adds what the model finds in each image, its attention maps if they are wanted."""
     import torch
 
     normalize = Dinov2ImageProcessor(do_resize=False, do_center_crop=False)
-    last, first_patch = model.n_blocks - 1, 1 + model.num_register_tokens
+    last = model.n_blocks - 1
     kept = sorted({*layers, last})
-    with torch.inference_mode(), visualize.recorded_attention(model, layers) as attention:
+    with torch.inference_mode():
         for picture in seen.pictures:
             pixels = normalize(picture).pixel_values.to(device)
             outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
@@ -241,7 +241,10 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
             seen.cls.append(found[last][1][0].cpu().numpy())
             for layer in layers:
                 seen.patches.setdefault(layer, []).append(found[layer][0][0].cpu().numpy())
-                seen.attention.setdefault(layer, []).append(attention[layer][0, :, first_patch:].cpu().numpy())
+            if attention:
+                maps = model.attention_maps(pixels, layers)[0].flatten(-2).cpu().numpy()
+                for layer, weights in zip(layers, maps, strict=True):
+                    seen.attention.setdefault(layer, []).append(weights)
 
 
 def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:

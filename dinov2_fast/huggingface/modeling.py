@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast import ops
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
 from dinov2_fast.layers import GELU, LayerNorm, LayerScale, check_is_tensor
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import QKV, DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": GELU,
@@ -108,8 +109,10 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         asked = _asked_layers(output_attentions, len(self.blocks))
         kept, attentions = {0: x} if 0 in hidden_states else {}, []
         for i, block in enumerate(self.blocks[:blocks]):
-            if asked:
-                attentions.append(block.attn.probabilities(block.norm1(x)) if i in asked else None)
+            if i in asked:
+                attentions.append(ops.attention_probabilities(block.attn.project_qkv(block.norm1(x))))
+            elif asked:
+                attentions.append(None)
             x = self._call(block, x)
             if i + 1 in hidden_states:
                 kept[i + 1] = x
@@ -223,6 +226,14 @@ class Dinov2ForImageClassification(PreTrainedModel):
             attentions=features.attentions,
         )
         return output if wanted.dictionary else output.to_tuple()
+
+    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`DinoVisionTransformer.attention_maps` of the backbone."""
+        return self.base_model.attention_maps(*args, **kwargs)
+
+    def qkv_features(self, *args: Any, **kwargs: Any) -> QKV:
+        """`DinoVisionTransformer.qkv_features` of the backbone."""
+        return self.base_model.qkv_features(*args, **kwargs)
 
 
 class Dinov2Backbone(Dinov2PreTrainedBackbone):

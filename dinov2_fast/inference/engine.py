@@ -23,7 +23,7 @@ from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tens
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
@@ -274,6 +274,14 @@ class Engine(nn.Module):
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         """`get_intermediate_layers` of the model's class."""
         return self._call("get_intermediate_layers", args, kwargs)
+
+    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`DinoVisionTransformer.attention_maps`, in the engine's precision."""
+        return self._call("attention_maps", args, kwargs)
+
+    def qkv_features(self, *args: Any, **kwargs: Any) -> QKV:
+        """`DinoVisionTransformer.qkv_features`, in the engine's precision."""
+        return self._call("qkv_features", args, kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """`TimmVisionTransformer.forward_intermediates`; models of other classes have none."""
