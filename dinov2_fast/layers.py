@@ -30,7 +30,9 @@ def check_is_tensor(x: object) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a picture into patches and projects each to a token: (batch, channels, H, W) -> (batch, H/p * W/p, hidden).
+    """Cuts an image into patches and projects each to a token: (batch, channels, H, W) -> (batch, patches, hidden).
+
+    There are ``(H - patch_size) // stride + 1`` rows of patches, H / patch_size without overlap, and columns likewise.
 
     Raises (in `forward`):
         ValueError: wrong rank, wrong number of channels, or a size that is not a multiple of the patch size.
@@ -60,6 +62,18 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
+    @property
+    def stride(self) -> tuple[int, int]:
+        """That of `proj`: pixels from one patch to the next, down and across. See `DinoVisionTransformer.stride`."""
+        return _pair(getattr(self.proj, "stride", self.patch_size))
+
+    @stride.setter
+    def stride(self, stride: int | tuple[int, int]) -> None:
+        pair = _pair(stride)
+        if not all(1 <= step <= patch for step, patch in zip(pair, self.patch_size, strict=True)):
+            raise ValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
+        self.proj.stride = pair
+
     def check(self, x: Tensor) -> None:
         """Raises if `x` is no batch of pictures this model takes."""
         in_chans = getattr(self.proj, "in_channels", self.in_chans)  # people replace `proj` for other channels
@@ -75,8 +89,9 @@ class PatchEmbed(nn.Module):
             )
         if x.shape[1] != in_chans:
             raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
-        for name, size, patch in zip(("height", "width"), x.shape[2:], self.patch_size, strict=True):
-            if size % patch != 0 or size < patch:
+        sides = zip(("height", "width"), x.shape[2:], self.patch_size, self.stride, strict=True)
+        for name, size, patch, stride in sides:
+            if (size % patch != 0 and (size - patch) % stride != 0) or size < patch:
                 below, above = size // patch * patch, (size // patch + 1) * patch
                 nearest = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(
@@ -86,7 +101,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        x = self.proj(x)  # (batch, hidden, H/p, W/p)
+        x = self.proj(x)  # (batch, hidden, rows, columns)
         if not self.flatten_embedding:
             return self.norm(x.permute(0, 2, 3, 1))
         return self.norm(x.flatten(2).transpose(1, 2))

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import backends, layouts, ops
 from dinov2_fast.block import Block
-from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
+from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
 from dinov2_fast.position_embeddings import (
     DIALECTS,
     Dialect,
@@ -203,7 +203,29 @@ class DinoVisionTransformer(AnyLayout):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    # Positions
+    # Patches and their positions
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels from one patch to the next, down and across: the patch size, or less where patches overlap.
+
+        Setting it, to an int or a pair, makes finer maps of the same weights: ``(size - patch_size) // stride + 1``
+        patches a side, with positions resampled to that grid (Amir et al., arXiv:2112.05814). Where the stride does not
+        divide ``size - patch_size`` the last pixels are not seen. It is a setting, and not saved with the weights.
+
+        Raises:
+            ValueError: a stride below 1 or above the patch size is set.
+        """
+        return _pair(getattr(self.patch_embed, "stride", self.patch_size))
+
+    @stride.setter
+    def stride(self, stride: int | tuple[int, int]) -> None:
+        self.patch_embed.stride = stride
+
+    def patch_grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of whole patches in an image of `height` x `width` pixels."""
+        (down, across), patch = self.stride, self.patch_size
+        return (height - (patch - down)) // down, (width - (patch - across)) // across
 
     @property
     def position_dialect(self) -> str:
@@ -228,13 +250,16 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
         """
-        rows, columns = self.patch_grid(w, h)
+        return self._positions(*self.patch_grid(w, h)).to(x.dtype)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The position embeddings of a grid of patches, (1, 1 + rows * columns, hidden)."""
         grid = self._position_grid()
         if is_native(rows, columns, grid):
-            return self.pos_embed.to(x.dtype)
+            return self.pos_embed
         how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
-        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
+        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
 
     def _position_grid(self) -> Grid:
         """Rows and columns of the position table."""
@@ -273,10 +298,6 @@ class DinoVisionTransformer(AnyLayout):
         """Rows and columns of patches in these images, as `embed` cuts them."""
         height, width = images.shape[-2:]
         return self.patch_grid(height, width)
-
-    def patch_grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of whole patches in an image of `height` x `width` pixels."""
-        return height // self.patch_size, width // self.patch_size
 
     # Forward passes
 

@@ -176,7 +176,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
             raise ValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
         if (height // self.patch_size, width // self.patch_size) != self.patch_embed.patches_resolution:
             with torch.no_grad():
-                table = self.interpolate_pos_encoding(self.pos_embed, height, width)
+                table = self._positions(height // self.patch_size, width // self.patch_size).to(self.pos_embed.dtype)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         self._set_grid((height, width))
 
@@ -289,6 +289,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         )
 
     def embed(self, x: Tensor) -> Tensor:
+        """Images as tokens (batch, 1 + registers + patches, hidden), padded first with `dynamic_img_pad`."""
         if self.dynamic_img_pad:
             check_is_tensor(x)
             below, right = (-size % self.patch_size for size in x.shape[-2:])

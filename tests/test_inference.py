@@ -474,10 +474,9 @@ def _stays(name: str) -> Callable[[Any], None]:
 
 
 EDITS = {
-    "a stride": (lambda m: setattr(m.patch_embed.proj, "stride", (7, 7)), "needs square patches side by side"),
-    "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches side by side"),
+    "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches of"),
     "a method": (_stays("prepare_tokens_with_masks"), "the model has a prepare_tokens_with_masks of its own"),
-    "a block's method": (lambda m: _stays("probabilities")(m.blocks[1].attn), "blocks.1.attn has a probabilities of"),
+    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has a project_qkv of"),
     "a hook": (lambda m: m.blocks[1].mlp.register_forward_hook(lambda *args: None), "blocks.1.mlp has a hook"),
     "a hook before": (lambda m: m.norm.register_forward_pre_hook(lambda *args: None), "norm has a hook"),
     "a class": (lambda m: setattr(m.blocks[0].mlp.act, "__class__", nn.SiLU), "blocks.0.mlp.act is a SiLU"),

@@ -76,12 +76,14 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         check_is_tensor(pixel_values)
         if pixel_values.ndim == 4:
             rows, columns = self.grid(pixel_values)
-            if not rows or not columns:
+            if rows < 1 or columns < 1:
                 raise ValueError(
                     f"The pictures are {tuple(pixel_values.shape[2:])} pixels, smaller than one patch of "
                     f"{self.patch_size}."
                 )
-            pixel_values = pixel_values[:, :, : rows * self.patch_size, : columns * self.patch_size]
+            (down, across), patch = self.stride, self.patch_size
+            height, width = rows * down + (patch - down), columns * across + (patch - across)
+            pixel_values = pixel_values[:, :, :height, :width]
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.patch_embed.proj.weight.dtype)
         if bool_masked_pos is not None:
@@ -107,7 +109,8 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
             they are computed anew from a block's input.
         """
         asked = _asked_layers(output_attentions, len(self.blocks))
-        kept, attentions = {0: x} if 0 in hidden_states else {}, []
+        kept = {0: x} if 0 in hidden_states else {}
+        attentions: list[Tensor | None] = []
         for i, block in enumerate(self.blocks[:blocks]):
             if i in asked:
                 attentions.append(ops.attention_probabilities(block.attn.project_qkv(block.norm1(x))))

@@ -57,13 +57,14 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
     """The patch embedding as one matrix product, for normalised pictures and for uint8 ones as they are decoded."""
 
     proj: FoldedLinear  # type: ignore[assignment]  # a convolution in the model
+    stride: Any = None  # of the model's convolution, (down, across)
     proj_uint8: FoldedLinear | None  # with the normalisation folded in; None if that is for other channels
 
     @classmethod
     def of(cls, module: nn.Module, plan: Plan) -> FoldedPatchEmbed:
         convolution = _plain_convolution(expect(module, "patch_embed", PatchEmbed))
         made = hollow(module, cls)
-        made.in_chans = convolution.in_channels
+        made.in_chans, made.stride = convolution.in_channels, module.stride
         weight, bias = convolution.weight.double(), convolution.bias
         padded_to = -(-weight[0].numel() // ALIGNMENT) * ALIGNMENT
         rows = F.pad(weight.flatten(1), (0, padded_to - weight[0].numel()))
@@ -95,7 +96,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         """Patches without the bias, which `folded` holds: (batch, patches, hidden)."""
         self.check(torch.empty(x.shape, device="meta") if x.dtype == torch.uint8 else x)
         weight = self.folded(x).weight
-        rows = ops.patches(x, self.patch_size[0], padded_to=weight.shape[1], dtype=weight.dtype)
+        rows = ops.patches(x, self.patch_size[0], stride=self.stride, padded_to=weight.shape[1], dtype=weight.dtype)
         return ops.linear(rows, weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
 
 
 def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
-    """The convolution of a patch embedding that is a matrix product of patches side by side.
+    """The convolution of a patch embedding that is a matrix product of patches.
 
     Raises:
         TypeError: it is not.
@@ -112,10 +113,10 @@ def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
     convolution = expect(module.proj, "patch_embed.proj", nn.Conv2d)
     expect(module.norm, "patch_embed.norm", nn.Identity)
     size = module.patch_size
-    cuts = convolution.kernel_size == convolution.stride == size and size[0] == size[1]
+    cuts = convolution.kernel_size == size and size[0] == size[1]
     plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
     if not (cuts and plain and module.flatten_embedding):
-        raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches side by side of {size}.")
+        raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches of {size}.")
     return convolution
 
 
