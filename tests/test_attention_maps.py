@@ -13,7 +13,9 @@ from dinov2_fast import optimize_for_inference
 from dinov2_fast.model import DinoVisionTransformer
 from tests import reference
 from tests.huggingface_peers import FAMILIES, both, make_pair
+from tests.readme import example
 from tests.test_inference import KINDS_OF_MODEL, wild
+from tests.test_model import small
 from tests.test_timm_adapter import NAMES
 from tests.test_timm_adapter import make_pair as make_timm_pair
 
@@ -177,6 +179,18 @@ def test_engines_take_bytes() -> None:
     normalised = (images.permute(0, 3, 1, 2) / 255 - mean) / std
     torch.testing.assert_close(engine.attention_maps(images), model.attention_maps(normalised), atol=1e-5, rtol=1e-3)
     close(engine.qkv_features(images).key, engine.qkv_features(normalised).key)
+
+
+@torch.no_grad()
+def test_readmes_example() -> None:
+    names: dict[str, Any] = {"model": small(depth=12), "images": torch.randn(IMAGES)}
+    exec(example("attention_maps("), names)
+    tokens = 1 + ROWS * COLUMNS
+    assert names["maps"].shape == (2, 1, 2, ROWS, COLUMNS)
+    assert names["weights"].shape == (2, 1, 2, tokens, tokens)
+    assert names["query"].shape == names["key"].shape == names["value"].shape == (2, 2, 2, tokens, 16)
+    assert names["keys"].shape == (2, 1, 32, ROWS, COLUMNS)
+    assert names["dense"].shape == (2, 32, 2 * ROWS - 1, 2 * COLUMNS - 1)
 
 
 def test_gradients_flow_and_no_later_block_runs() -> None:
