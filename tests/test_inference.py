@@ -494,6 +494,26 @@ def test_what_an_engine_cannot_compute_is_refused_before_and_after(edit: Any, re
         engine(x)
 
 
+def test_a_model_on_the_meta_device_is_refused_and_an_engine_there_runs() -> None:
+    model, x = small(), torch.randn(1, 3, 42, 56)
+    engine = optimize_for_inference(model)
+    assert copy.deepcopy(engine).to("meta")(x.to("meta")).shape == (1, 32)
+    model.to("meta")
+    for call in (lambda: optimize_for_inference(model), lambda: engine(x)):
+        with pytest.raises(TypeError, match=r"cls_token is on the meta device, .* load the weights first"):
+            call()
+
+
+@torch.no_grad()
+def test_weights_of_a_model_belong_into_the_model() -> None:
+    model, other, x = small(), small(), torch.randn(1, 3, 42, 56)
+    engine, expected = optimize_for_inference(model), optimize_for_inference(other)
+    with pytest.raises(RuntimeError, match="load them into the model, which the engine follows"):
+        engine.load_state_dict(other.state_dict())
+    engine.load_state_dict(expected.state_dict())
+    assert torch.equal(engine(x), expected(x))
+
+
 def test_an_engine_follows_the_configuration() -> None:
     model, x = make_pair("Dinov2", "Backbone").ours, torch.randn(1, 3, 28, 42)
     engine = optimize_for_inference(model)
