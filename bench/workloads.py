@@ -158,7 +158,7 @@ def _scatter_packed(shape: Shape) -> tuple[Any, ...]:
 def _pictures(shape: Shape) -> tuple[Any, ...]:
     size = (shape.batch, 3, shape.resolution, shape.resolution)
     pictures = torch.randint(256, size, device=shape.device, dtype=torch.uint8)
-    return pictures, PATCH, None, None, 592, shape.dtype
+    return pictures, PATCH, None, None, 592, shape.dtype, (PATCH, PATCH)
 
 
 def _pool(shape: Shape) -> tuple[Any, ...]:

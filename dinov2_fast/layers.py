@@ -38,7 +38,7 @@ def check_is_tensor(x: object) -> None:
 
 @torch.fx.wrap
 @torch.fx.node.has_side_effect
-def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int]) -> None:
+def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: tuple[int, int]) -> None:
     """Raises `ValueError` or `TypeError` if `x` is no batch of images of `in_chans` channels and whole patches."""
     if x.ndim != 4:
         raise ValueError(
@@ -52,8 +52,8 @@ def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int]) -> None:
         )
     if x.shape[1] != in_chans:
         raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
-    for name, size, patch in zip(("height", "width"), x.shape[2:], patch_size, strict=True):
-        if size % patch != 0 or size < patch:
+    for name, size, patch, step in zip(("height", "width"), x.shape[2:], patch_size, stride, strict=True):
+        if (size % patch != 0 and (size - patch) % step != 0) or size < patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ValueError(
@@ -63,7 +63,9 @@ def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int]) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a picture into patches and projects each to a token: (batch, channels, H, W) -> (batch, H/p * W/p, hidden).
+    """Cuts an image into patches and projects each to a token: (batch, channels, H, W) -> (batch, patches, hidden).
+
+    There are ``(H - patch_size) // stride + 1`` rows of patches, H / patch_size without overlap, and columns likewise.
 
     Raises (in `forward`):
         ValueError: wrong rank, wrong number of channels, or a size that is not a multiple of the patch size.
@@ -93,14 +95,26 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
+    @property
+    def stride(self) -> tuple[int, int]:
+        """That of `proj`: pixels from one patch to the next, down and across. See `DinoVisionTransformer.stride`."""
+        return _pair(getattr(self.proj, "stride", self.patch_size))
+
+    @stride.setter
+    def stride(self, stride: int | tuple[int, int]) -> None:
+        pair = _pair(stride)
+        if not all(1 <= step <= patch for step, patch in zip(pair, self.patch_size, strict=True)):
+            raise ValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
+        self.proj.stride = pair
+
     def check(self, x: Tensor) -> None:
         """Raises if `x` is no batch of images this model takes."""
         in_chans = getattr(self.proj, "in_channels", self.in_chans)  # people replace `proj` for other channels
-        check_images(x, in_chans, self.patch_size)
+        check_images(x, in_chans, self.patch_size, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        x = self.proj(x)  # (batch, hidden, H/p, W/p)
+        x = self.proj(x)  # (batch, hidden, rows, columns)
         if not self.flatten_embedding:
             return self.norm(x.permute(0, 2, 3, 1))
         return self.norm(x.flatten(2).transpose(1, 2))
@@ -215,10 +229,6 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
         """What `proj` reads, (batch, seq_len, heads, head_dim), of what `project_qkv` gives."""
         return attend(qkv, self.attn_drop if self.training else 0.0, seq_lens)
-
-    def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The attention weights for the block input's norm `x`: (batch, heads, rows, seq_len)."""
-        return ops.attention_probabilities(self.project_qkv(x), rows)
 
 
 MemEffAttention = Attention  # the reference's name for the class its models use

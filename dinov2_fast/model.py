@@ -10,10 +10,10 @@ dinov2/models/vision_transformer.py), so its checkpoints and the code written fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import backends, layouts
+from dinov2_fast import backends, layouts, ops
 from dinov2_fast.block import Block
-from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, check_is_tensor
+from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
 from dinov2_fast.position_embeddings import (
     DIALECTS,
     Dialect,
@@ -37,6 +37,14 @@ from dinov2_fast.position_embeddings import (
 torch.fx.wrap("check_is_tensor")
 torch.fx.wrap("resample_position_embeddings")
 torch.fx.wrap("square_grid")
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of chosen blocks, see `DinoVisionTransformer.qkv_features`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class BlockChunk(nn.Sequential):
@@ -240,7 +248,29 @@ class DinoVisionTransformer(AnyLayout):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    # Positions
+    # Patches and their positions
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels from one patch to the next, down and across: the patch size, or less where patches overlap.
+
+        Setting it, to an int or a pair, makes finer maps of the same weights: ``(size - patch_size) // stride + 1``
+        patches a side, with positions resampled to that grid (Amir et al., arXiv:2112.05814). Where the stride does not
+        divide ``size - patch_size`` the last pixels are not seen. It is a setting, and not saved with the weights.
+
+        Raises:
+            ValueError: a stride below 1 or above the patch size is set.
+        """
+        return _pair(getattr(self.patch_embed, "stride", self.patch_size))
+
+    @stride.setter
+    def stride(self, stride: int | tuple[int, int]) -> None:
+        self.patch_embed.stride = stride
+
+    def patch_grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of whole patches in an image of `height` x `width` pixels."""
+        (down, across), patch = self.stride, self.patch_size
+        return (height - (patch - down)) // down, (width - (patch - across)) // across
 
     @property
     def position_dialect(self) -> str:
@@ -265,12 +295,16 @@ class DinoVisionTransformer(AnyLayout):
         Returns:
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
         """
-        rows, columns, grid = w // self.patch_size, h // self.patch_size, self._position_grid()
+        return self._positions(*self.patch_grid(w, h)).to(x.dtype)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The position embeddings of a grid of patches, (1, 1 + rows * columns, hidden)."""
+        grid = self._position_grid()
         if is_native(rows, columns, grid):
-            return self.pos_embed.to(x.dtype)
+            return self.pos_embed
         how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
-        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1).to(x.dtype)
+        return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
 
     def _position_grid(self) -> Grid:
         """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
@@ -307,6 +341,15 @@ class DinoVisionTransformer(AnyLayout):
         if self.register_tokens is not None:
             x = torch.cat((x[:, :1], self.register_tokens.expand(x.shape[0], -1, -1), x[:, 1:]), dim=1)
         return x
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images as tokens (batch, 1 + registers + patches, hidden), as `forward` makes them."""
+        return self.prepare_tokens_with_masks(images)
+
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches in these images, as `embed` cuts them."""
+        height, width = images.shape[-2:]
+        return self.patch_grid(height, width)
 
     # Forward passes
 
@@ -386,10 +429,9 @@ class DinoVisionTransformer(AnyLayout):
             self._get_intermediate_layers_chunked if self.chunked_blocks else self._get_intermediate_layers_not_chunked
         )
         outputs = [self.norm(out) if norm else out for out in get(x, n)]
-        rows, columns = (size // self.patch_size for size in x.shape[-2:])
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:
-            patches = [p.unflatten(1, (rows, columns)).permute(0, 3, 1, 2).contiguous() for p in patches]
+            patches = [p.unflatten(1, self.grid(x)).permute(0, 3, 1, 2).contiguous() for p in patches]
         if return_class_token:
             return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
         return tuple(patches)
@@ -400,8 +442,13 @@ class DinoVisionTransformer(AnyLayout):
 
     def _get_intermediate_layers_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
         """The same for a model with block chunks."""
-        blocks = [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
-        return self._outputs_after(blocks, x, n)
+        return self._outputs_after(self._flat_blocks(), x, n)
+
+    def _flat_blocks(self) -> list[Any]:
+        """The blocks in one list."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
     def _outputs_after(self, blocks: list[nn.Module], x: Tensor, n: int | Sequence[int]) -> list[Tensor]:
         take = set(range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n)
@@ -419,6 +466,76 @@ class DinoVisionTransformer(AnyLayout):
             if i in take:
                 outputs.append(x)
         return outputs
+
+    def attention_maps(
+        self,
+        images: Tensor,
+        layers: int | Sequence[int] = -1,
+        heads: int | Sequence[int] | None = None,
+        queries: slice | None = None,
+    ) -> Tensor:
+        """Attention weights, by default those of the CLS token on the patches, as one map for each head.
+
+        Only the rows, heads and blocks that are asked for are computed. Gradients flow where autograd records.
+
+        Args:
+            images: as `forward` takes them, of any size.
+            layers: blocks, 0 is the first and -1 the last; in the order wanted.
+            heads: 0 is the first and -1 the last; None for all.
+            queries: None for the CLS token, with its weights on CLS and registers left out (so a map sums to less than
+                1); or tokens in the order CLS, registers, patches, whose whole rows are given: ``slice(None)`` is all
+                of them, ``slice(1 + registers, None)`` the patches.
+
+        Returns:
+            (batch, layers, heads, rows, columns) of patches; with `queries` (batch, layers, heads, queries, tokens),
+            each row summing to 1. In the dtype of the weights.
+
+        Raises:
+            ValueError: there is no such block or head.
+        """
+        take = _indices(layers, len(self._flat_blocks()), "block")
+        chosen = None if heads is None else _indices(heads, self.num_heads, "head")
+        found = {}
+        for i, qkv in self._projected(images, take):
+            if chosen is not None:
+                qkv = torch.stack([qkv[:, :, :, head] for head in chosen], dim=3)
+            weights = ops.attention_probabilities(qkv, slice(0, 1) if queries is None else queries)
+            found[i] = weights[:, :, 0, 1 + self.num_register_tokens :] if queries is None else weights
+        maps = torch.stack([found[i] for i in take], dim=1)
+        return maps.unflatten(-1, self.grid(images)) if queries is None else maps
+
+    def qkv_features(self, images: Tensor, layers: int | Sequence[int] = -1, reshape: bool = False) -> QKV:
+        """Queries, keys and values of chosen blocks: the features that correspondence and segmentation methods read.
+
+        Args:
+            images: as `forward` takes them, of any size.
+            layers: blocks, 0 is the first and -1 the last; in the order wanted.
+            reshape: give maps of the patches, the channels of all heads side by side.
+
+        Returns:
+            `query`, `key` and `value`, each (batch, layers, heads, tokens, head_dim) in the order CLS, registers,
+            patches, with which ``softmax(query @ key.mT / head_dim**0.5)`` is the attention; with `reshape` each
+            (batch, layers, hidden, rows, columns). In the dtype of the weights.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        take = _indices(layers, len(self._flat_blocks()), "block")
+        found = dict(self._projected(images, take))
+        qkv = torch.stack([found[i] for i in take]).permute(3, 1, 0, 4, 2, 5)  # (3, batch, layers, heads, tokens, dim)
+        if reshape:
+            patches = qkv[..., 1 + self.num_register_tokens :, :].unflatten(-2, self.grid(images))
+            qkv = patches.permute(0, 1, 2, 3, 6, 4, 5).flatten(3, 4).contiguous()
+        return QKV(*qkv)
+
+    def _projected(self, images: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """The packed queries, keys and values (batch, tokens, 3, heads, head_dim) of blocks; none after them is run."""
+        x, last = self.embed(images), max(layers)
+        for i, block in enumerate(self._flat_blocks()[: last + 1]):
+            if i in layers:
+                yield i, block.attn.project_qkv(block.norm1(x))
+            if i < last:
+                x = self._call(block, x)
 
     def _run_blocks(self, x: Any) -> Any:
         for block in self.blocks:
@@ -474,6 +591,16 @@ class DinoVisionTransformer(AnyLayout):
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:
     size = max(len(blocks) // chunks, 1)
     return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def _indices(asked: int | Sequence[int], count: int, what: str) -> list[int]:
+    """Indices from 0 on, in the order asked for."""
+    indices = [asked] if isinstance(asked, int) else list(asked)
+    outside = [i for i in indices if not -count <= i < count]
+    if outside or not indices:
+        wrong = f"There is no {what} {outside[0]}" if outside else f"No {what} was asked for"
+        raise ValueError(f"{wrong}; the {what}s of this model are 0 to {count - 1}, or -{count} to -1.")
+    return [i % count for i in indices]
 
 
 def _check_masks(masks: Tensor, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
+from dinov2_fast.position_embeddings import Grid
 from dinov2_fast.timm_layers import TimmAttention, TimmPatchEmbed
 from dinov2_fast.weights import WeightsError, load
 from dinov2_fast.weights.files import open_weights
@@ -218,7 +219,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
             raise ValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
         if (height // self.patch_size, width // self.patch_size) != self.patch_embed.patches_resolution:
             with torch.no_grad():
-                table = self.interpolate_pos_encoding(self.pos_embed, height, width)
+                table = self._positions(height // self.patch_size, width // self.patch_size).to(self.pos_embed.dtype)
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         embed: Any = self.patch_embed
         embed.set_img_size((height, width))
@@ -236,7 +237,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
     ) -> Tensor:
         """All tokens, normalised: (batch, 1 + registers + patches, hidden). Masks are refused."""
         _refuse_masks(attn_mask, is_causal)
-        return self.norm(self._run_blocks(self._embed(x)))
+        return self.norm(self._run_blocks(self.embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits, or with `pre_logits` to what the classifier takes."""
@@ -294,7 +295,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"There is no output_fmt {output_fmt!r}; choose one of NCHW, NLC.")
         take = _take_indices(len(self.blocks), indices)
-        grid, x, outputs = self._grid(x), self._embed(x), []
+        grid, x, outputs = self.grid(x), self.embed(x), []
         for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
             x = self._call(block, x)
             if i in take:
@@ -335,27 +336,31 @@ class TimmVisionTransformer(DinoVisionTransformer):
         """Images as tokens (batch, 1 + registers + patches, hidden), by the reference's name; masks are refused."""
         if masks is not None:
             raise ValueError("masks were given, but this model has no mask token.")
-        return self._embed(x)
+        return self.embed(x)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images as tokens (batch, 1 + registers + patches, hidden), padded first with `dynamic_img_pad`."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """What `patch_embed` gives to all tokens (batch, 1 + registers + patches, hidden), with positions."""
-        rows, columns = self._position_grid()
+        height, width = self.patch_embed.img_size
         if self.dynamic_img_size:
-            rows, columns = x.shape[1], x.shape[2]
+            (down, across), patch = self.stride, self.patch_size
+            height, width = (x.shape[1] - 1) * down + patch, (x.shape[2] - 1) * across + patch
             x = x.flatten(1, 2)
-        return self.pos_drop(self._add_positions(x, rows * self.patch_size, columns * self.patch_size))
+        return self.pos_drop(self._add_positions(x, height, width))
 
     def _run_blocks(self, x: Any) -> Any:
         return super()._run_blocks(x) if self.grad_checkpointing else self.blocks(x)
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches, of padded pictures where they are padded."""
-        check_is_tensor(x)
-        height, width = (-(-size // self.patch_size) for size in x.shape[-2:])
-        return height, width
+    def grid(self, images: Tensor) -> Grid:
+        """Rows and columns of patches, of padded images where they are padded."""
+        check_is_tensor(images)
+        if not self.dynamic_img_pad:
+            return super().grid(images)
+        height, width = (-(-size // self.patch_size) * self.patch_size for size in images.shape[-2:])
+        return self.patch_grid(height, width)
 
     # What training scripts ask for
 

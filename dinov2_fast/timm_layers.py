@@ -82,8 +82,10 @@ class TimmPatchEmbed(PatchEmbed):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of images (height, width), padded ones where they are padded."""
-        pad = [patch - 1 if self.dynamic_img_pad else 0 for patch in self.patch_size]
-        return (img_size[0] + pad[0]) // self.patch_size[0], (img_size[1] + pad[1]) // self.patch_size[1]
+        sizes = [-(-size // patch) * patch for size, patch in zip(img_size, self.patch_size, strict=True)]
+        height, width = sizes if self.dynamic_img_pad else img_size
+        (down, across), (patch_height, patch_width) = self.stride, self.patch_size
+        return (height - patch_height) // down + 1, (width - patch_width) // across + 1
 
     def forward(self, x: Tensor) -> Tensor:
         check_is_tensor(x)

@@ -555,3 +555,14 @@ def test_compiled_it_is_one_graph_of_the_blocks(answered: list[str]) -> None:
         assert_same(compiled(pictures()), untouched(pictures()))
     torch._dynamo.reset()
     assert not answered
+
+
+@torch.no_grad()
+def test_moved_to_the_meta_device_the_model_runs_without_an_engine(answered: list[str]) -> None:
+    model = accelerate(filled(hub_model()).eval(), inference=True)
+    model(pictures())
+    assert answered
+    answered.clear()
+    assert model.to("meta")(pictures().to("meta")).shape[0] == len(pictures())
+    assert not answered
+    assert "on the meta device" in str(accelerated(model))

@@ -97,6 +97,8 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "forward_features": lambda m, x, mask: m.forward_features(x),
     "intermediate": lambda m, x, mask: m.get_intermediate_layers(x, 2),
     "intermediate, chosen": lambda m, x, mask: m.get_intermediate_layers(x, [0, 2], return_class_token=True),
+    "attention maps": lambda m, x, mask: m.attention_maps(x, [2, 0], heads=[1]),
+    "queries, keys, values": lambda m, x, mask: m.qkv_features(x, reshape=True),
     "intermediate, maps": lambda m, x, mask: m.get_intermediate_layers(x, n=(1,), reshape=True, norm=False),
 }
 

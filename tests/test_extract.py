@@ -32,13 +32,16 @@ PICTURES = ROOT / "examples" / "pictures"
 class MeanColour(nn.Module):
     """The model's interface on features that can be computed by hand: colours, averaged over picture and patches."""
 
-    patch_size, embed_dim, position_dialect = 14, 3, "offset"
+    patch_size, stride, embed_dim, position_dialect = 14, (14, 14), 3, "offset"
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         self.batches: list[int] = []
         self.eval()
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // 14, width // 14
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         self.batches.append(len(x))

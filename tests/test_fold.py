@@ -114,9 +114,9 @@ UNKNOWN = {
     "norm": (_set("blocks.1.norm2", lambda _: nn.Identity()), "blocks.1.norm2 is a Identity"),
     "mlp": (_set("blocks.1.mlp", lambda _: nn.Identity()), "blocks.1.mlp is a Identity"),
     "block": (_set("blocks.2", nn.Sequential), "blocks.2 is a Sequential"),
-    "overlapping patches": (
-        _set("patch_embed.proj", lambda _: nn.Conv2d(3, 32, 14, 7)),
-        r"patch_embed.proj is Conv2d\(3, 32, .* needs square patches side by side of \(14, 14\)",
+    "other patches": (
+        _set("patch_embed.proj", lambda _: nn.Conv2d(3, 32, 7, 14)),
+        r"patch_embed.proj is Conv2d\(3, 32, .* needs square patches of \(14, 14\)",
     ),
     "norm of patches": (_set("patch_embed.norm", lambda _: LayerNorm(32)), "patch_embed.norm is a LayerNorm"),
 }

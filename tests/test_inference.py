@@ -474,10 +474,9 @@ def _stays(name: str) -> Callable[[Any], None]:
 
 
 EDITS = {
-    "a stride": (lambda m: setattr(m.patch_embed.proj, "stride", (7, 7)), "needs square patches side by side"),
-    "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches side by side"),
+    "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches of"),
     "a method": (_stays("prepare_tokens_with_masks"), "the model has a prepare_tokens_with_masks of its own"),
-    "a block's method": (lambda m: _stays("probabilities")(m.blocks[1].attn), "blocks.1.attn has a probabilities of"),
+    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has a project_qkv of"),
     "a hook": (lambda m: m.blocks[1].mlp.register_forward_hook(lambda *args: None), "blocks.1.mlp has a hook"),
     "a hook before": (lambda m: m.norm.register_forward_pre_hook(lambda *args: None), "norm has a hook"),
     "a class": (lambda m: setattr(m.blocks[0].mlp.act, "__class__", nn.SiLU), "blocks.0.mlp.act is a SiLU"),
@@ -493,6 +492,26 @@ def test_what_an_engine_cannot_compute_is_refused_before_and_after(edit: Any, re
         optimize_for_inference(model)
     with pytest.raises(TypeError, match=reason):
         engine(x)
+
+
+def test_a_model_on_the_meta_device_is_refused_and_an_engine_there_runs() -> None:
+    model, x = small(), torch.randn(1, 3, 42, 56)
+    engine = optimize_for_inference(model)
+    assert copy.deepcopy(engine).to("meta")(x.to("meta")).shape == (1, 32)
+    model.to("meta")
+    for call in (lambda: optimize_for_inference(model), lambda: engine(x)):
+        with pytest.raises(TypeError, match=r"cls_token is on the meta device, .* load the weights first"):
+            call()
+
+
+@torch.no_grad()
+def test_weights_of_a_model_belong_into_the_model() -> None:
+    model, other, x = small(), small(), torch.randn(1, 3, 42, 56)
+    engine, expected = optimize_for_inference(model), optimize_for_inference(other)
+    with pytest.raises(RuntimeError, match="load them into the model, which the engine follows"):
+        engine.load_state_dict(other.state_dict())
+    engine.load_state_dict(expected.state_dict())
+    assert torch.equal(engine(x), expected(x))
 
 
 def test_an_engine_follows_the_configuration() -> None:

@@ -50,7 +50,7 @@ def test_obeys_the_rule(
         rows = patches(images, 14, mean, std, padded_to=592, dtype=dtype, backend=backend)
     assert rows.shape == (2, 6, 592)
     assert rows.is_contiguous()
-    plain = patches_torch(images, 14, mean, std, 592, dtype)
+    plain = patches_torch(images, 14, mean, std, 592, dtype, (14, 14))
     reference.assert_obeys_rule(rows, reference.patches(images, 14, mean, std, 592), plain)
 
 

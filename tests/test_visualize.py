@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dinov2_fast import DinoVisionTransformer, visualize
-from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, recorded_attention, save_sheet
-from tests import golden
+from dinov2_fast import visualize
+from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, save_sheet
 
 
 def planted(batch: int = 2, height: int = 6, width: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -168,49 +167,6 @@ BROKEN[1, 2, 3] = np.nan
 def test_bad_input_is_a_clear_error(features: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pca_rgb(features, **options)
-
-
-def tiny_model(**arguments: Any) -> DinoVisionTransformer:
-    """2 heads, 3 blocks, with random weights that are not those of the initialisation."""
-    sizes, weights, _ = golden.load_case("facebook_reg4" if arguments.get("num_register_tokens") else "facebook_mlp")
-    model = DinoVisionTransformer(**{**sizes, **arguments}).eval()
-    model.load_state_dict(weights)
-    return model
-
-
-def attention_by_hand(model: DinoVisionTransformer, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The CLS token's row of every block's softmax, (batch, heads, tokens), from the formula."""
-    rows, x = [], model.prepare_tokens_with_masks(pixels)
-    for block in (block for block in model.blocks.modules() if hasattr(block, "attn")):
-        qkv = block.attn.qkv(block.norm1(x)).double()
-        q, k, _ = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        rows.append(torch.einsum("bhd,bhkd->bhk", q[:, :, 0] / 8, k).softmax(-1))  # 64 channels in a head
-        x = block(x)
-    return rows
-
-
-@pytest.mark.parametrize("arguments", [{}, {"num_register_tokens": 4}, {"block_chunks": 3}])
-def test_attention_is_the_cls_row_of_the_blocks_asked_for(arguments: dict[str, Any]) -> None:
-    model = tiny_model(**arguments)
-    pixels = torch.randn(2, 3, 42, 28)
-    with torch.no_grad():
-        expected = attention_by_hand(model, pixels)
-        without = model.forward_features(pixels)["x_prenorm"]
-        with recorded_attention(model, [0, -1]) as recorded:
-            found = model.forward_features(pixels)["x_prenorm"]
-        assert torch.equal(found, without)
-        assert sorted(recorded) == [0, 2]
-        for block, weights in recorded.items():
-            assert weights.shape == (2, 2, 1 + model.num_register_tokens + 6)
-            torch.testing.assert_close(weights.double(), expected[block], atol=1e-5, rtol=1e-4)
-        recorded.clear()
-        model(pixels)
-        assert recorded == {}  # the hooks went with the block
-    with (
-        pytest.raises(ValueError, match="There is no block 3; the blocks of this model are 0 to 2"),
-        recorded_attention(model, [3]),
-    ):
-        pass
 
 
 def test_a_heat_map_is_brightest_where_the_weights_are() -> None:

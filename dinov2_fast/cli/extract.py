@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast import environment
-from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, names, size
+from dinov2_fast.cli.options import DIALECTS, add_stride, at_least, default_workers, names, size
 from dinov2_fast.cli.streams import losable_output
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 
@@ -89,6 +89,7 @@ def add_parser(subparsers: Any) -> None:
         choices=DIALECTS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
+    add_stride(what)
     where = parser.add_argument_group("where it goes")
     where.add_argument("--out", required=True, metavar="DIR", help="folder of the output, made where it is missing")
     where.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="(default: parquet)")
@@ -190,6 +191,7 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
         device=args.device,
         precision=args.precision,
         engine=args.engine == "on",
+        stride=args.stride,
     )
     progress = Progress()
     limits = {"max_pixels": args.max_pixels, "max_seconds": args.max_seconds}

@@ -28,6 +28,16 @@ def add_pictures_and_device(parser: Any, default_size: int) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 
 
+def add_stride(parser: Any) -> None:
+    """Adds --stride."""
+    parser.add_argument(
+        "--stride",
+        type=at_least(1),
+        metavar="N",
+        help="pixels from one patch to the next; below 14, patches overlap and maps are finer (default: 14)",
+    )
+
+
 def size(text: str) -> tuple[int, int]:
     """(height, width) from ``N`` or ``HEIGHTxWIDTH``."""
     try:

@@ -111,6 +111,7 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     options.add_pictures_and_device(model, default_size=518)
+    options.add_stride(model)
     parser.set_defaults(run=run)
 
 
@@ -148,10 +149,12 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     heads = _resolved(args.head, model.num_heads, "head")
     if len(layers) > 1 and (args.basis or args.save_basis):
         raise ValueError("A basis is of one block: choose one with --layer.")
-    grid = args.size[0] // model.patch_size, args.size[1] // model.patch_size
+    if args.stride is not None:
+        model.stride = args.stride
+    grid = model.patch_grid(*args.size)
     size = f"{args.size[0]} x {args.size[1]}"
     print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
-    _look(model, seen, layers, device)
+    _look(model, seen, layers, device, attention=not asked or "attention" in asked)
     sheets = _Sheets(Path(args.out), args.model, str(model.loaded_from))
     if not asked or "pca" in asked:
         patches = {layer: np.stack(tokens) for layer, tokens in seen.patches.items()}
@@ -226,14 +229,14 @@ def _grey(processor: Dinov2ImageProcessor) -> Image.Image:
     return Image.new("RGB", (width, height), "lightgrey")
 
 
-def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
-    """One forward pass for each picture, which adds what the model finds."""
+def _look(model: Any, seen: _Seen, layers: list[int], device: Any, attention: bool) -> None:
+    """Adds what the model finds in each image, its attention maps if they are wanted."""
     import torch
 
     normalize = Dinov2ImageProcessor(do_resize=False, do_center_crop=False)
-    last, first_patch = model.n_blocks - 1, 1 + model.num_register_tokens
+    last = model.n_blocks - 1
     kept = sorted({*layers, last})
-    with torch.inference_mode(), visualize.recorded_attention(model, layers) as attention:
+    with torch.inference_mode():
         for picture in seen.pictures:
             pixels = normalize(picture).pixel_values.to(device)
             outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
@@ -241,7 +244,10 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any) -> None:
             seen.cls.append(found[last][1][0].cpu().numpy())
             for layer in layers:
                 seen.patches.setdefault(layer, []).append(found[layer][0][0].cpu().numpy())
-                seen.attention.setdefault(layer, []).append(attention[layer][0, :, first_patch:].cpu().numpy())
+            if attention:
+                maps = model.attention_maps(pixels, layers)[0].flatten(-2).cpu().numpy()
+                for layer, weights in zip(layers, maps, strict=True):
+                    seen.attention.setdefault(layer, []).append(weights)
 
 
 def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
@@ -268,8 +274,8 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
     paths = features.path
     names = [Path(path).stem for path in paths]
     if "pca" in asked or (not asked and "patches" in features):
-        patch_size, last = features.manifest["model"]["patch_size"], features.manifest["model"]["n_blocks"] - 1
-        grid = tuple(side // patch_size for side in processor.output_size or ())
+        last = features.manifest["model"]["n_blocks"] - 1
+        grid = _stored_grid(features.manifest["model"], processor)
         patches = _stored_patches(features, rows)
         about = {"model": _origin(features)[0], "weights": features.manifest["weights"], "block": str(last)}
         basis = _basis(args, patches, grid, about)
@@ -291,6 +297,13 @@ def _origin(features: Features) -> tuple[str, str]:
     """The model and its weights, as an extraction recorded them."""
     about = features.manifest.get("about", {})
     return str(about.get("model", "stored features")), str(about.get("weights", ""))
+
+
+def _stored_grid(model: dict[str, Any], processor: Dinov2ImageProcessor) -> Any:
+    """Rows and columns of patches."""
+    patch = model["patch_size"]
+    strides = model.get("stride", (patch, patch))
+    return tuple((side - patch) // step + 1 for side, step in zip(processor.output_size or (), strides, strict=False))
 
 
 def _stored_patches(features: Features, rows: list[int]) -> Any:

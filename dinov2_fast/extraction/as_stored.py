@@ -95,8 +95,9 @@ def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImagePro
     if engine and why_slow(precision, find_device(device)):
         precision = "auto"
     way = {"dialect": manifest["position_dialect"], "precision": precision, "engine": engine}
+    stride = manifest["model"].get("stride")
     try:
-        return load_model(name, processor, weights=weights, device=device, **way)
+        return load_model(name, processor, weights=weights, device=device, stride=stride, **way)
     except WeightsError as error:
         raise WeightsError(
             f"The model {str(name)!r} for the features in {str(features.folder)!r} cannot be had: "

@@ -174,12 +174,13 @@ def load_model(
     device: str | None = None,
     precision: str = "auto",
     engine: bool = True,
+    stride: int | tuple[int, int] | None = None,
 ) -> Any:
     """The model of an extraction: an engine that takes the processor's uint8 pictures, or the model as it is.
 
     Raises:
         WeightsError: the weights cannot be had.
-        ValueError: a device, precision or dialect that does not exist, or is not for this model.
+        ValueError: a device, precision, dialect or stride that does not exist, or is not for this model.
     """
     place = find_device(device)
     if precision == "auto":
@@ -188,6 +189,8 @@ def load_model(
         raise ValueError(f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}.")
     dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
     loaded = load(model, weights=weights, device=place, dtype=dtype, dialect=dialect)
+    if stride is not None:
+        loaded.stride = stride
     if not engine:
         return loaded
     return optimize_for_inference(loaded, precision, mean=processor.image_mean, std=processor.image_std)

@@ -181,7 +181,10 @@ def _shown(value: Any) -> str:
 def architecture(model: Any) -> dict[str, Any]:
     """What the weights do not show."""
     names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
-    return {name: getattr(model, name) for name in names if hasattr(model, name)}
+    found = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    if model.stride != (model.patch_size, model.patch_size):  # older manifests have none
+        found["stride"] = list(model.stride)
+    return found
 
 
 def _engine(engine: Engine) -> dict[str, Any]:

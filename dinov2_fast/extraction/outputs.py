@@ -146,7 +146,8 @@ class _Wanted:
         height, width = processor.output_size or (0, 0)
         shape: tuple[int, ...] = (model.embed_dim,)
         if self.kind == "patches":
-            shape = (height // model.patch_size * (width // model.patch_size), *shape)
+            rows, columns = model.patch_grid(height, width)
+            shape = (rows * columns, *shape)
         if self.kind == "registers":
             shape = (model.num_register_tokens, *shape)
         auto = "fp32" if len(shape) == 1 else "fp16"

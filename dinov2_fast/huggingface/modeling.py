@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast import ops
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
 from dinov2_fast.layers import GELU, LayerNorm, LayerScale, check_is_tensor
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import QKV, DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": GELU,
@@ -77,12 +78,14 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         check_is_tensor(pixel_values)
         if pixel_values.ndim == 4:
             rows, columns = self.grid(pixel_values)
-            if not rows or not columns:
+            if rows < 1 or columns < 1:
                 raise ValueError(
                     f"The pictures are {tuple(pixel_values.shape[2:])} pixels, smaller than one patch of "
                     f"{self.patch_size}."
                 )
-            pixel_values = pixel_values[:, :, : rows * self.patch_size, : columns * self.patch_size]
+            (down, across), patch = self.stride, self.patch_size
+            height, width = rows * down + (patch - down), columns * across + (patch - across)
+            pixel_values = pixel_values[:, :, :height, :width]
         if pixel_values.is_floating_point():
             pixel_values = pixel_values.to(self.patch_embed.proj.weight.dtype)
         if bool_masked_pos is not None:
@@ -90,11 +93,6 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
                 raise ValueError("bool_masked_pos was given, but the config has use_mask_token=False.")
             bool_masked_pos = bool_masked_pos.bool()
         return self.embedding_dropout(self.prepare_tokens_with_masks(pixel_values, bool_masked_pos))
-
-    def grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """Rows and columns of whole patches in these pictures."""
-        height, width = pixel_values.shape[-2:]
-        return height // self.patch_size, width // self.patch_size
 
     def encode(
         self, x: Tensor, hidden_states: Collection[int], output_attentions: Layers, blocks: int | None = None
@@ -113,10 +111,13 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
             they are computed anew from a block's input.
         """
         asked = _asked_layers(output_attentions, len(self.blocks))
-        kept, attentions = {0: x} if 0 in hidden_states else {}, []
+        kept = {0: x} if 0 in hidden_states else {}
+        attentions: list[Tensor | None] = []
         for i, block in enumerate(self.blocks[:blocks]):
-            if asked:
-                attentions.append(block.attn.probabilities(block.norm1(x)) if i in asked else None)
+            if i in asked:
+                attentions.append(ops.attention_probabilities(block.attn.project_qkv(block.norm1(x))))
+            elif asked:
+                attentions.append(None)
             x = self._call(block, x)
             if i + 1 in hidden_states:
                 kept[i + 1] = x
@@ -237,6 +238,14 @@ class Dinov2ForImageClassification(PreTrainedModel):
             attentions=features.attentions,
         )
         return output if wanted.dictionary else output.to_tuple()
+
+    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`DinoVisionTransformer.attention_maps` of the backbone."""
+        return self.base_model.attention_maps(*args, **kwargs)
+
+    def qkv_features(self, *args: Any, **kwargs: Any) -> QKV:
+        """`DinoVisionTransformer.qkv_features` of the backbone."""
+        return self.base_model.qkv_features(*args, **kwargs)
 
 
 class Dinov2Backbone(Dinov2PreTrainedBackbone):

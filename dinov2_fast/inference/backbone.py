@@ -59,13 +59,14 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
     """The patch embedding as one matrix product, for normalised pictures and for uint8 ones as they are decoded."""
 
     proj: FoldedLinear  # type: ignore[assignment]  # a convolution in the model
+    stride: Any = None  # of the model's convolution, (down, across)
     proj_uint8: FoldedLinear | None  # with the normalisation folded in; None if that is for other channels
 
     @classmethod
     def of(cls, module: nn.Module, plan: Plan) -> FoldedPatchEmbed:
         convolution = _plain_convolution(expect(module, "patch_embed", PatchEmbed, TimmPatchEmbed))
         made = hollow(module, cls)
-        made.in_chans = convolution.in_channels
+        made.in_chans, made.stride = convolution.in_channels, module.stride
         weight, bias = convolution.weight.double(), convolution.bias
         padded_to = -(-weight[0].numel() // ALIGNMENT) * ALIGNMENT
         rows = F.pad(weight.flatten(1), (0, padded_to - weight[0].numel()))
@@ -97,7 +98,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         """Patches without the bias, which `folded` holds: (batch, patches, hidden)."""
         self.check(torch.empty(x.shape, device="meta") if x.dtype == torch.uint8 else x)
         weight = self.folded(x).weight
-        rows = ops.patches(x, self.patch_size[0], padded_to=weight.shape[1], dtype=weight.dtype)
+        rows = ops.patches(x, self.patch_size[0], stride=self.stride, padded_to=weight.shape[1], dtype=weight.dtype)
         return ops.linear(rows, weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
 
 
 def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
-    """The convolution of a patch embedding that is a matrix product of patches side by side.
+    """The convolution of a patch embedding that is a matrix product of patches.
 
     Raises:
         TypeError: it is not.
@@ -114,10 +115,10 @@ def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
     convolution = expect(module.proj, "patch_embed.proj", nn.Conv2d)
     expect(module.norm, "patch_embed.norm", nn.Identity)
     size = module.patch_size
-    cuts = convolution.kernel_size == convolution.stride == size and size[0] == size[1]
+    cuts = convolution.kernel_size == size and size[0] == size[1]
     plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
     if not (cuts and plain and (module.flatten_embedding or type(module) is TimmPatchEmbed)):
-        raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches side by side of {size}.")
+        raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches of {size}.")
     return convolution
 
 
@@ -226,10 +227,6 @@ def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
 class FoldedVisionTransformer(FoldedBackbone):
     """The reference's face."""
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Pictures as tokens, by the name that the Hugging Face face has for it."""
-        return self.prepare_tokens_with_masks(x)
-
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
         if is_training or not self.cls_only:
             return super().forward(x, masks, is_training)
@@ -256,10 +253,6 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
     """timm's face."""
 
     def embed(self, x: Tensor) -> Tensor:
-        """Pictures as tokens, by the name that the Hugging Face face has for it."""
-        return self._embed(x)
-
-    def _embed(self, x: Tensor) -> Tensor:
         check_is_tensor(x)
         padded = self.dynamic_img_pad and any(size % self.patch_size for size in x.shape[-2:])
         if padded and x.dtype == torch.uint8:
@@ -275,7 +268,7 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
         if not self.cls_only:
             return super().forward(x, attn_mask, is_causal)
         _refuse_masks(attn_mask, is_causal)
-        return self.forward_head(self.norm(self._run_for_cls(self._embed(x))))
+        return self.forward_head(self.norm(self._run_for_cls(self.embed(x))))
 
     def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:
         raise AttributeError("This changes the model: call it there, and the engine will follow.")

@@ -61,10 +61,6 @@ class FoldedAttention(FoldedModule):
         """What `proj` reads, (batch, seq_len, heads, head_dim)."""
         return ops.attention(qkv) if seq_lens is None else ops.attention_varlen(qkv[0], seq_lens)[None]
 
-    def probabilities(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The attention weights for the norm `x`: (batch, heads, rows, seq_len)."""
-        return ops.attention_probabilities(self.project_qkv(x), rows)
-
 
 class FoldedMlp(FoldedModule):
     """Feed-forward network, with the LayerScale behind it."""

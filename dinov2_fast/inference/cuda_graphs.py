@@ -326,9 +326,8 @@ def _is_plain(x: Tensor, device: torch.device) -> bool:
 
 
 def _tokens(pictures: Tensor, backbone: Any) -> int:
-    batch, _, height, width = pictures.shape
-    size = backbone.patch_size
-    return batch * (1 + backbone.num_register_tokens + height // size * (width // size))
+    rows, columns = backbone.grid(pictures)
+    return len(pictures) * (1 + backbone.num_register_tokens + rows * columns)
 
 
 def _described(value: Any) -> Hashable | None:

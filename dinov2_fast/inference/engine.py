@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from operator import index
@@ -19,11 +19,11 @@ from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
 from dinov2_fast.inference.backbone import Plan, fold_backbone
 from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
-from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tensor_classes
+from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
@@ -275,6 +275,14 @@ class Engine(nn.Module):
         """`get_intermediate_layers` of the model's class."""
         return self._call("get_intermediate_layers", args, kwargs)
 
+    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`DinoVisionTransformer.attention_maps`, in the engine's precision."""
+        return self._call("attention_maps", args, kwargs)
+
+    def qkv_features(self, *args: Any, **kwargs: Any) -> QKV:
+        """`DinoVisionTransformer.qkv_features`, in the engine's precision."""
+        return self._call("qkv_features", args, kwargs)
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """`TimmVisionTransformer.forward_intermediates`; models of other classes have none."""
         return self._call("forward_intermediates", args, kwargs)
@@ -348,6 +356,19 @@ class Engine(nn.Module):
             )
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """`nn.Module.load_state_dict`, for what `state_dict` of an engine gave.
+
+        Raises:
+            RuntimeError: weights of a model; they belong into the model that the engine follows.
+        """
+        if not any(key.startswith("folded.") for key in state_dict):
+            raise RuntimeError(
+                "An engine holds its model's weights in a folded form: load them into the model, which the engine "
+                "follows, or make an engine of a model that has them."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             raise TypeError("The engine's precision is set when it is made: use optimize_for_inference(precision=...).")
@@ -406,13 +427,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    enabled = device != "meta" and torch.is_autocast_enabled(device)  # which torch cannot say of meta
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _fold(model: Any, plan: Plan) -> Any:
     """The folded model of any face."""
     refuse_edits(model)
-    refuse_tensor_classes(model)
+    refuse_tensors(model)
     if isinstance(model, DinoVisionTransformer):
         return fold_backbone(model, plan)
     made = hollow(model)

@@ -69,13 +69,18 @@ def _is_own(value: Any, defined: Any) -> bool:
     return not isroutine(defined) or getattr(value, "__func__", None) is defined
 
 
-def refuse_tensor_classes(model: nn.Module) -> None:
-    """Raises `TypeError` if a parameter or buffer is of a class of its own, such as a quantised or sharded weight."""
+def refuse_tensors(model: nn.Module) -> None:
+    """Raises `TypeError` if a parameter or buffer is of a class of its own (quantised, sharded) or has no values."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (Tensor, nn.Parameter):
             raise TypeError(
                 f"{name} is a {type(tensor).__name__}; the engine can fold plain tensors only. Give the model as it "
                 "was before it was quantised or sharded, or use the model itself."
+            )
+        if tensor.is_meta:
+            raise TypeError(
+                f"{name} is on the meta device, where tensors have no values, so there is nothing to fold: load the "
+                "weights first, with load_state_dict(..., assign=True) or after to_empty."
             )
 
 

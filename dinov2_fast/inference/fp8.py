@@ -223,7 +223,7 @@ def measure(backbone: FoldedBackbone, batches: Iterable[Tensor]) -> tuple[tuple[
     pictures = 0
     for batch in batches:
         if len(batch):
-            backbone._run_blocks(backbone.embed(batch))  # type: ignore[operator]  # each face has its own
+            backbone._run_blocks(backbone.embed(batch))
         pictures += len(batch)
     if pictures == 0:
         raise ValueError("calibrate needs at least one picture.")

@@ -95,7 +95,8 @@ def _checked(
 
 
 def _patches(backbone: FoldedBackbone, x: Tensor) -> int:
-    return x.shape[2] // backbone.patch_size * (x.shape[3] // backbone.patch_size)
+    rows, columns = backbone.grid(x)
+    return rows * columns
 
 
 def _in_runs(

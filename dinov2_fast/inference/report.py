@@ -120,8 +120,8 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
         if len(batch) == 0:
             continue
         pictures += len(batch)
-        streams = {name: backbone.embed(batch) for name, backbone in others.items()}  # type: ignore[operator]
-        stream = exact.embed(batch)  # type: ignore[operator]
+        streams = {name: backbone.embed(batch) for name, backbone in others.items()}
+        stream = exact.embed(batch)
         for i in range(last + 1):
             wanted_cls, wanted = _step_(exact, i, stream)
             for name, backbone in others.items():

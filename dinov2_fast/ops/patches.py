@@ -1,8 +1,9 @@
 """Pictures cut into rows, one for each patch, ready for the matrix product that embeds them. Inference only.
 
-    rows[b, i * W/p + j] = values[b, :, i*p : (i+1)*p, j*p : (j+1)*p], flattened (channel, line, pixel), then zeros
+    rows[b, i * columns + j] = values[b, :, i*s : i*s + p, j*t : j*t + p], flattened (channel, line, pixel), then zeros
 
-so that ``rows @ weight.flatten(1).T`` is what the convolution with `weight` and stride p computes. The values are
+so that ``rows @ weight.flatten(1).T`` is what the convolution with `weight` and stride (s, t) computes; without overlap
+s and t are the patch size p. The values are
 
     floating-point pictures       x                   or with mean and std (x - mean) / std
     uint8 pictures                x - 128             or with mean and std (x / 255 - mean) / std
@@ -14,6 +15,8 @@ Source of the embedding: Dosovitskiy et al., arXiv:2010.11929.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,7 @@ def patches(
     mean: Tensor | None = None,
     std: Tensor | None = None,
     *,
+    stride: tuple[int, int] | None = None,
     padded_to: int | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
@@ -40,19 +44,20 @@ def patches(
     Args:
         images: (batch, channels, height, width), uint8 or floating point, with any strides: they are read in place, so
             pictures that lie channels last, (batch, height, width, channels), go in as ``images.permute(0, 3, 1, 2)``.
-        patch_size: of square patches, in pixels; height and width are multiples of it.
+        patch_size: of square patches, in pixels; height and width are multiples of it, or end with a patch.
         mean, std: (channels,), for values in 0..1; both or neither. See the module for what is done without them.
+        stride: pixels from one patch to the next, down and across; default the patch size, that is no overlap.
         padded_to: columns of the result, the rest being zeros; default channels * patch_size ** 2 (588 for 3 x 14 x
             14; 592 is a multiple of 16 bytes in every dtype).
         dtype: of the result; the values are computed in fp32 (fp64 if it is fp64) and rounded once.
         backend: the implementation to use instead of the default.
 
     Returns:
-        (batch, height // patch_size * (width // patch_size), padded_to), contiguous.
+        (batch, patches, padded_to), contiguous; along a side there are (size - patch_size) // stride + 1 patches.
 
     Raises:
-        ValueError: wrong rank, a size that is not a multiple of the patch size, only one of `mean` and `std`, or one of
-            another length than the channels, or `padded_to` below the size of a patch.
+        ValueError: wrong rank, a size that does not fit the patch size and the stride, only one of `mean` and `std`, or
+            one of another length than the channels, or `padded_to` below the size of a patch.
         TypeError: `images` or `dtype` of an unsupported dtype.
     """
     if images.ndim != 4:
@@ -62,8 +67,9 @@ def patches(
     if dtype not in _registry.FLOATS:
         raise TypeError(f"patches returns floating-point rows, not {dtype}.")
     channels = images.shape[1]
-    for name, size in zip(("height", "width"), images.shape[2:], strict=True):
-        if size % patch_size or size < patch_size:
+    stride = (patch_size, patch_size) if stride is None else stride
+    for name, size, step in zip(("height", "width"), images.shape[2:], stride, strict=True):
+        if (size % patch_size and (size - patch_size) % step) or size < patch_size:
             raise ValueError(
                 f"Picture {name} {size} is not a multiple of the patch size {patch_size} (shape {tuple(images.shape)}, "
                 "read as batch, channels, height, width; pass channels-last pictures as images.permute(0, 3, 1, 2))."
@@ -77,7 +83,7 @@ def patches(
     padded_to = width if padded_to is None else padded_to
     if padded_to < width:
         raise ValueError(f"padded_to is {padded_to}, but a patch has {width} values.")
-    return _PATCHES(images, patch_size, mean, std, padded_to, dtype, backend=backend)
+    return _PATCHES(images, patch_size, mean, std, padded_to, dtype, stride, backend=backend)
 
 
 def fold_normalization(
@@ -121,9 +127,14 @@ def fold_normalization(
 
 
 def patches_torch(
-    images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int, dtype: torch.dtype
+    images: Tensor,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    padded_to: int,
+    dtype: torch.dtype,
+    stride: tuple[int, int],
 ) -> Tensor:
-    batch, channels, height, width = images.shape
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     values = images.to(compute)
     if mean is not None and std is not None:
@@ -132,8 +143,8 @@ def patches_torch(
         values = (values - mean) / std
     elif images.dtype == torch.uint8:
         values = values - UINT8_SHIFT
-    grid = values.to(dtype).reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
-    rows = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    cut = values.to(dtype).unfold(2, patch_size, stride[0]).unfold(3, patch_size, stride[1])
+    rows = cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (batch, rows * columns, channels * p * p)
     return F.pad(rows, (0, padded_to - rows.shape[-1]))
 
 
@@ -152,8 +163,17 @@ def _patches_fake(
     return images.new_empty(batch, height // patch_size * (width // patch_size), padded_to, dtype=dtype)
 
 
+def patches_triton(*args: Any) -> Tensor:
+    return _patches(*args[:-1])  # without the stride
+
+
+def _refuses(images: Tensor, patch_size: int, *rest: Any) -> str | None:
+    stride = rest[-1]
+    return None if stride == (patch_size, patch_size) else f"cuts no patches that overlap, got a stride of {stride}"
+
+
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
-    return torch.empty(1, 3, 224, 224, device=device, dtype=dtype), 14, None, None, 592, dtype
+    return torch.empty(1, 3, 224, 224, device=device, dtype=dtype), 14, None, None, 592, dtype, (14, 14)
 
 
 _patches = _registry.register(
@@ -165,6 +185,6 @@ _patches = _registry.register(
 _PATCHES = Op(
     "patches",
     "patches",
-    _registry.torch_and_triton(patches_torch, _patches, trains=False),
+    _registry.torch_and_triton(patches_torch, patches_triton, _refuses, trains=False),
     _sample,
 )

@@ -1,6 +1,6 @@
 """Sheets of what a model finds in images: patch features as colours, attention maps, nearest neighbours."""
 
-from dinov2_fast.visualize.attention import attention_rgb, recorded_attention
+from dinov2_fast.visualize.attention import attention_rgb
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
 from dinov2_fast.visualize.pca import PcaBasis, check_new, pca_rgb
 from dinov2_fast.visualize.sheet import Tile, save_sheet
@@ -15,6 +15,5 @@ __all__ = [
     "neighbour_strips",
     "pca_rgb",
     "pca_strips",
-    "recorded_attention",
     "save_sheet",
 ]

@@ -1,10 +1,7 @@
-"""Where the CLS token looks: its row of the attention weights, as maps over the patches of a picture."""
+"""Attention weights as heat maps."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,45 +12,6 @@ from dinov2_fast.visualize.pca import patch_grid
 # A map's values from 0 to its largest as red, green and blue: black, violet, red, orange, pale yellow.
 _RAMP = np.array([[0, 0, 0], [74, 18, 106], [188, 54, 84], [246, 136, 36], [252, 250, 190]], np.float64)
 _TOP_PERCENTILE = 99.5  # becomes the brightest: single patches that take nearly everything would hide the rest
-
-
-@contextmanager
-def recorded_attention(model: Any, layers: Collection[int]) -> Iterator[dict[int, Any]]:
-    """Records the CLS token's attention weights in the forward passes that run inside the ``with`` block.
-
-    The fast attention never writes the weights out: they are computed anew from the input of a block's attention, for
-    the one row that is asked for.
-
-    Args:
-        model: a `DinoVisionTransformer` or a model of the Hugging Face face; not an engine, whose blocks are folded.
-        layers: indices of blocks; 0 is the first, -1 the last.
-
-    Yields:
-        A dictionary that each pass fills anew: the index of a block (not negative) -> (batch, heads, seq_len), each row
-        summing to 1, in the token order CLS, registers, patches.
-
-    Raises:
-        ValueError: there is no such block.
-    """
-    blocks = [module for module in model.blocks.modules() if hasattr(module, "attn")]
-    outside = sorted(i for i in layers if not -len(blocks) <= i < len(blocks))
-    if outside:
-        asked = ", ".join(map(str, outside))
-        raise ValueError(f"There is no block {asked}; the blocks of this model are 0 to {len(blocks) - 1}.")
-    recorded: dict[int, Any] = {}
-    handles = [
-        blocks[i].attn.register_forward_pre_hook(partial(_record, recorded, i))
-        for i in sorted({i % len(blocks) for i in layers})
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _record(recorded: dict[int, Any], index: int, attention: Any, inputs: tuple[Any, ...]) -> None:
-    recorded[index] = attention.probabilities(inputs[0], slice(0, 1))[:, :, 0]
 
 
 def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[np.uint8]:
