@@ -200,6 +200,11 @@ def _overlapping(model: Any) -> None:
     _method("interpolate_pos_encoding", lambda positions: 0 * positions[:, :1])(model)
 
 
+def _scaled(model: Any) -> None:
+    attention = model.blocks[1].attn
+    attention.scale, attention.fused_attn = 0.126, False  # the fused one has its own scale
+
+
 def _hub(**arguments: Any) -> Any:
     return filled(hub_model(**arguments)).eval()
 
@@ -210,6 +215,11 @@ def _timm() -> Any:
 
 def _hf(task: str = "Model") -> Any:
     return filled(hf("Dinov2", task)).eval()
+
+
+def _attention_of(layer: Any) -> Any:
+    """The module with the scores; transformers 4 has it in another one."""
+    return getattr(layer.attention, "attention", layer.attention)
 
 
 EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
@@ -230,6 +240,12 @@ EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
         "its forward (returns|fails)",
     ),
     "transformers, eps": (_hf, _set("layernorm.eps", 0.1), "its norms have eps"),
+    "transformers, scaling": (
+        _hf,
+        lambda m: [setattr(_attention_of(layer), "scaling", 0.126) for layer in m.encoder.layer],
+        "layer.0.*: its attention (runs in its own code|computes something else)",
+    ),
+    "timm, scale": (_timm, _scaled, "blocks.1: its attn (runs in its own code|computes something else)"),
     "timm, stride": (_timm, _set("patch_embed.proj.stride", (7, 7)), "its forward_features (returns|fails)"),
     "timm, positions": (_timm, _method("_pos_embed", lambda x: 1.1 * x), "a _pos_embed of its own"),
 }

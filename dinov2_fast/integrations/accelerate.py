@@ -92,10 +92,15 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     taken = [block for name, block in _blocks(model) if _reason(block) is None]
     if not taken:
         raise TypeError(_nothing_to_take(model))
-    towers = _engines(model, options) if inference else []
-    for block in taken:
-        if not isinstance(block, AcceleratedBlock):
-            accelerate_block(block)
+    new = [block for block in taken if not isinstance(block, AcceleratedBlock)]
+    for block in new:
+        accelerate_block(block)
+    try:
+        towers = _engines(model, options) if inference else []
+    except BaseException:
+        for block in new:
+            separate(block)  # type: ignore[arg-type]  # its class is another one now
+        raise
     for tower, behind in towers:
         accelerate_tower(tower, behind)
     for row in accelerated(model).rows:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
+from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.integrations.joining import BEHIND
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
@@ -71,7 +71,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
 def shadowed_methods(module: nn.Module) -> list[str]:
     """Methods of the class that something set on the instance stands before, `forward` aside."""
-    return [name for name in settings_of(module) if isinstance(getattr(type(module), name, None), FunctionType)]
+    return [name for name in replaced_methods(module) if name != "forward"]
 
 
 def path(kind: type) -> str:

@@ -98,7 +98,7 @@ class Behind:
             for method, arguments in face.trials:
                 self._asked = False
                 answers = [self._tried(tower, method, image, arguments, by) for by in (model, None)]
-                why = mismatch(*answers, TOLERANCES[image.dtype]) if self._asked else "needs no engine"
+                why = mismatch(answers[0], answers[1], TOLERANCES[image.dtype]) if self._asked else "needs no engine"
                 if why:
                     self.unanswered.setdefault(method, why)
 
@@ -118,7 +118,7 @@ class Behind:
 
 
 @contextmanager
-def _joined(tower: nn.Module, behind: Behind) -> Iterator[None]:
+def _joined(tower: Any, behind: Behind) -> Iterator[None]:
     """Has `behind` answer the calls of `tower` inside, also where it is not accelerated yet."""
     if isinstance(tower, AcceleratedTower):
         yield
@@ -331,7 +331,7 @@ def is_tower(module: nn.Module) -> bool:
 
 
 def accelerate_tower(tower: nn.Module, behind: Behind) -> None:
-    """Lets the engine in `behind` answer the plain calls of `tower` as it is now, its blocks accelerated or not."""
+    """Lets the engine in `behind` answer the plain calls of `tower` as it is now."""
     tower.__dict__[BEHIND] = behind
     if not isinstance(tower, AcceleratedTower):
         join(tower, _face_of(tower))
@@ -370,8 +370,8 @@ def _reason_against(tower: Any) -> str | None:
         if not _is_home(module, tower):
             return f"{name} is a {path(type(module))}, which no engine knows: merge it into the weights, or remove it"
     for name, module in tower.named_modules():
-        if face_of(module) is not None:
-            reason = None if isinstance(module, AcceleratedBlock) else reason_against(module)
+        if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
+            reason = next(module.own_code(), None) if isinstance(module, AcceleratedBlock) else reason_against(module)
             if reason or not _has_known_activation(module.mlp):
                 return f"{name}: {reason or 'its activation is neither the exact GELU nor SwiGLU'}"
     return _face_of(tower).refuses(tower)
