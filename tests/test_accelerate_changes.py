@@ -145,7 +145,7 @@ def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: boo
     return model, wanted
 
 
-@pytest.mark.parametrize(("library", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
 def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = changed_model(library, name, monkeypatch, first=False)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, m
     assert row.accelerated == (0 if name == "block's class" else 2)
 
 
-@pytest.mark.parametrize(("library", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
 def test_a_change_beforehand_is_followed_or_refused_in_words(
     library: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,8 +327,8 @@ def _difference(mode: str, stock: Trial, ours: Trial) -> str | None:
 def _difference_of_parts(block: Any, where: tuple[str, torch.dtype]) -> str | None:
     """Which of attention and MLP computes something else by itself."""
     attention = "attn" if "attn" in block._modules else "attention"
-    forms: tuple[type[Form], ...]
-    for name, forms in ((attention, ATTENTIONS), ("mlp", MLPS)):
+    forms_by_name: dict[str, tuple[type[Form], ...]] = {attention: ATTENTIONS, "mlp": MLPS}
+    for name, forms in forms_by_name.items():
         copied = copy_for_trial(getattr(block, name), *where)
         form = form_of(copied, forms)
         if form is None or form.refuses(copied):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,8 +22,8 @@ class Settings:
     """
 
     def __init__(self, module: nn.Module, kind: type | None = None) -> None:
-        self.kind: Any = kind or type(module)
-        self.forward: Any = self.kind.forward
+        self.kind = cast(Any, kind or type(module))
+        self.forward = self.kind.forward
         self.values = settings_of(module)
         self._of_class = tuple(_names_of_class(self.kind) - vars(module).keys())
         self._count = len(vars(module))
