@@ -30,13 +30,13 @@ from dinov2_fast.position_embeddings import (
     Grid,
     dialect,
     is_native,
+    position_grid,
     resample_position_embeddings,
-    square_grid,
 )
 
 torch.fx.wrap("check_is_tensor")
 torch.fx.wrap("resample_position_embeddings")
-torch.fx.wrap("square_grid")
+torch.fx.wrap("position_grid")
 
 
 class QKV(NamedTuple):
@@ -308,10 +308,7 @@ class DinoVisionTransformer(AnyLayout):
 
     def _position_grid(self) -> Grid:
         """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
-        rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
-        if rows * columns == int(self.pos_embed.shape[1]) - 1:
-            return rows, columns
-        return square_grid(self.pos_embed[0, 1:])
+        return position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
 
     # From pictures to tokens
 

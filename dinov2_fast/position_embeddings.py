@@ -92,6 +92,16 @@ def square_grid(table: Tensor) -> Grid:
     return side, side
 
 
+def position_grid(table: Tensor, expected: Grid) -> Grid:
+    """The grid of a table (positions, hidden): `expected` if it has as many positions, otherwise a square.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    rows, columns = expected
+    return expected if rows * columns == int(table.shape[0]) else square_grid(table)
+
+
 def is_native(height: int, width: int, grid: Grid) -> bool:
     """Whether `height` x `width` is the table's own grid; False while a graph for any size is traced."""
     return not is_traced() and (height, width) == grid

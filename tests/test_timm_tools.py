@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_fast import create_model, optimize_for_inference
+from dinov2_fast import create_model, ops, optimize_for_inference
 from tests.test_timm_adapter import NAMES, SMALL, Pair, assert_close, make_pair, pictures
 
 timm = pytest.importorskip("timm", reason="these are timm's tools, and timm is not installed")
@@ -80,9 +80,12 @@ def test_a_hook_on_the_dropout_of_attention_is_called_also_where_attention_is_fu
     assert torch.equal(pair.ours(x), expected)
     (weights,) = seen
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    x = pair.ours.blocks[0](pair.ours._embed(x))
+    x = pair.ours.blocks[0](pair.ours.embed(x))
     torch.testing.assert_close(
-        weights, pair.ours.blocks[1].attn.probabilities(pair.ours.blocks[1].norm1(x)), atol=1e-6, rtol=0
+        weights,
+        ops.attention_probabilities(pair.ours.blocks[1].attn.project_qkv(pair.ours.blocks[1].norm1(x))),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -118,7 +121,7 @@ def test_replaced_parts_of_attention_are_followed(pair: Pair) -> None:
     weights.fused_attn, seen = False, []
     weights.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
     weights(x)
-    assert_close(block.attn.probabilities(x), seen[0])
+    assert_close(ops.attention_probabilities(block.attn.project_qkv(x)), seen[0])
     with pytest.raises(TypeError, match=r"blocks.0.attn.q_norm is a LayerNorm"):
         optimize_for_inference(pair.ours)
 
@@ -161,7 +164,7 @@ def test_every_step(arguments: dict[str, bool]) -> None:
         assert_close(pair.ours._pos_embed(pair.ours.patch_embed(x)), pair.theirs._pos_embed(pair.theirs.patch_embed(x)))
         assert_close(_in_steps(pair.ours, x), _in_steps(pair.theirs, x))
         assert_close(pair.ours(x), pair.theirs(x))
-        assert_close(pair.ours.prepare_tokens_with_masks(x), pair.ours._embed(x))
+        assert_close(pair.ours.prepare_tokens_with_masks(x), pair.ours.embed(x))
         for embed in (pair.ours.patch_embed, pair.theirs.patch_embed):
             assert (
                 embed.dynamic_feat_size(size) == tuple(side // 14 for side in x.shape[2:])
