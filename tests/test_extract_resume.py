@@ -113,7 +113,8 @@ def test_a_damaged_shard_is_made_again(plain: list[str], tmp_path: Path, format:
     assert contents(tmp_path) == before
 
 
-# Imports once, then lets 20 children, each in its turn, extract and kills them: on odd turns with a worker process.
+# Imports once, then lets 20 children, each in its turn, extract and kills them some moments after so many new shards,
+# however slow the machine: on odd turns with a worker process.
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -127,7 +128,11 @@ if __name__ == "__main__":
         if not (child := os.fork()):
             extract(files, MeanColour(), out, batch_size=2, shard_size=3, workers=turn % 2)
             os._exit(0)
-        time.sleep(random.uniform(0, 0.6) + (turn % 2))
+        wanted = len(list(Path(out).glob("features-*"))) + random.randint(0, 6)
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while len(list(Path(out).glob("features-*"))) < wanted and not os.waitid(os.P_PID, child, ended):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         there = sorted(Path(out).glob("features-*"))
