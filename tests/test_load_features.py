@@ -27,6 +27,7 @@ def written(folder: Path, **fields: Any) -> Path:
         {"shard_size": 1.5},
         {"inputs": {"pictures": -1}},
         {"inputs": {"pictures": None}},
+        {"inputs": {"pictures": 10**30}},
     ],
     ids=str,
 )
@@ -35,9 +36,8 @@ def test_numbers_that_make_no_sense(fields: dict[str, Any], tmp_path: Path) -> N
         dinov2_fast.load_features(written(tmp_path, **fields))
 
 
-@pytest.mark.parametrize("rows", [10**12, 10**30])
-def test_more_images_than_there_are_shards_for(rows: int, tmp_path: Path) -> None:
-    folder = written(tmp_path, inputs={"pictures": rows})
-    with pytest.raises(ValueError, match=rf"{rows // 2} of the {rows // 2} shards .* are missing"):
+def test_more_images_than_there_are_shards_for(tmp_path: Path) -> None:
+    folder = written(tmp_path, inputs={"pictures": 10**12})
+    with pytest.raises(ValueError, match=r"500000000000 of the 500000000000 shards .* are missing"):
         dinov2_fast.load_features(folder)
     assert len(dinov2_fast.load_features(folder, partial=True)) == 0

@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shard_size, sections = manifest["shard_size"], stored_sections(manifest)
         counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.pictures))]
-        if any(type(count) is not int or count < 0 for count in counts) or shard_size == 0:
+        if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
             raise ValueError(f"sections {sections} in shards of {shard_size}")
         stored_features(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
