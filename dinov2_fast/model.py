@@ -50,7 +50,7 @@ class QKV(NamedTuple):
 class BlockChunk(nn.Sequential):
     """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict.
 
-    The reference's is an `nn.ModuleList`, which FSDP2 refuses.
+    The reference's is an `nn.ModuleList`, which FSDP2 refuses; so the reference's own FSDP policy does not find these.
     """
 
 
