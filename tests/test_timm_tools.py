@@ -80,13 +80,9 @@ def test_a_hook_on_the_dropout_of_attention_is_called_also_where_attention_is_fu
     assert torch.equal(pair.ours(x), expected)
     (weights,) = seen
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    x = pair.ours.blocks[0](pair.ours.embed(x))
-    torch.testing.assert_close(
-        weights,
-        ops.attention_probabilities(pair.ours.blocks[1].attn.project_qkv(pair.ours.blocks[1].norm1(x))),
-        atol=1e-6,
-        rtol=0,
-    )
+    block = pair.ours.blocks[1]
+    qkv = block.attn.project_qkv(block.norm1(pair.ours.blocks[0](pair.ours.embed(x))))
+    torch.testing.assert_close(weights, ops.attention_probabilities(qkv), atol=1e-6, rtol=0)
 
 
 def test_attention_dropout_has_timms_distribution() -> None:
@@ -171,6 +167,16 @@ def test_every_step(arguments: dict[str, bool]) -> None:
                 or "dynamic_img_pad" in arguments
             )
         assert pair.ours.patch_embed.dynamic_feat_size(size) == pair.theirs.patch_embed.dynamic_feat_size(size)
+
+
+@torch.no_grad()
+def test_overlapping_patches() -> None:
+    model, x = create_model(NAMES[1], **SMALL).eval(), pictures(70, 98)
+    model.stride = 7
+    assert model.patch_embed.dynamic_feat_size((70, 98)) == model.grid(x) == model.patch_embed(x).shape[1:3] == (9, 13)
+    graph = torch.fx.symbolic_trace(model)
+    for size in ((70, 98), (28, 42)):
+        assert torch.equal(graph(pictures(*size)), model(pictures(*size)))
 
 
 def test_a_model_for_one_size_refuses_others() -> None:
