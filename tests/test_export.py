@@ -205,7 +205,7 @@ def test_every_picture_is_compared_where_the_batch_size_is_fixed() -> None:
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1 + 2e-4, "fp32"), (1.03, "fp16"), (float("nan"), "bf16")])
 def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
-    pixels, whole = pictures(28, 28, count=1), exporting._Pictures(model, ("cls",))
+    pixels, whole = pictures(28, 28, count=1), exporting._Pictures(model, ("cls",), None)
     with torch.no_grad():
         right, wrong = (lambda x: whole(x.float())), (lambda x: [factor * whole(x.float())[0]])
         exporting._compare(right, whole, [pixels], dtype, None)
@@ -221,7 +221,8 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"format": "tensorrt"}, "no format 'tensorrt'; choose one of onnx, torch-export"),
         ({"dtype": "fp8"}, "no dtype 'fp8'; choose one of fp32, fp16, bf16"),
         ({"dtype": "bf16"}, "bf16 cannot be exported to ONNX"),
-        ({"outputs": ("cls", "logits")}, "outputs are some of cls, patch_mean, patches, registers, each once"),
+        ({"outputs": ("cls", "tokens")}, "outputs are some of cls, patch_mean, patches, registers, logits, each once"),
+        ({"outputs": ("cls", "logits")}, "There is no classifier for the output logits"),
         ({"outputs": ("cls", "cls")}, "each once"),
         ({"outputs": ()}, "got none"),
         ({"opset": 17}, "opset 17 is too old"),

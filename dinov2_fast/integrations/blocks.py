@@ -109,6 +109,13 @@ class AcceleratedBlock(Joined):
             if reason:
                 yield f"its {name} runs in its own code: {reason}"
 
+    def change(self) -> str | None:
+        """What of it is not as it was when it was accelerated."""
+        if not self.is_unchanged():
+            return self.anatomy.settings.change_in_subclass(self)
+        changes = ((name, part.change(getattr(self, name))) for name, part in self.anatomy.parts.items())
+        return next((f"of its {name}, {change}" for name, change in changes if change), None)
+
     def _norm(self, name: str, x: Tensor) -> Tensor:
         norm = getattr(self, name)
         return normalise(norm, x) if self._knows(name, norm) else norm(x)

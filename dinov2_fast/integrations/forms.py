@@ -71,9 +71,11 @@ class Part:
     def reason(self, module: Any) -> str | None:
         """As :meth:`why_called`, with the names of what changed."""
         why = self.why_called(module)
-        if why is not _CHANGED:
-            return why
-        return next(settings.change(each) for settings, each in self._each(module) if not settings.hold(each))
+        return self.change(module) if why is _CHANGED else why
+
+    def change(self, module: Any) -> str | None:
+        """What of it is not as it was when it was accelerated."""
+        return next((s.change(each) for s, each in self._each(module) if not s.hold(each)), None)
 
     def _each(self, module: Any) -> list[tuple[Settings, Any]]:
         return [(settings, getattr(module, name, None) if name else module) for name, settings in self._settings]

@@ -43,6 +43,7 @@ class Trial(NamedTuple):
     kept: tuple[str, ...]
 
 
+@torch.inference_mode(False)
 def copy_for_trial(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
     """A copy with random weights, the same for each copy, without hooks and without what hides methods of the class.
 
@@ -51,6 +52,7 @@ def copy_for_trial(module: nn.Module, device: str = "cpu", dtype: torch.dtype = 
     return _copy(module, _Weights(device, dtype), {})
 
 
+@torch.inference_mode(False)
 def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> Trial:
     """Calls a copy made by :func:`copy_for_trial`; in training also differentiates."""
     weight = next(module.parameters())
@@ -150,7 +152,6 @@ def _untouched_process(device: torch.device, training: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(_SEED)
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(use_backend("torch"))

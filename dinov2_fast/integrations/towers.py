@@ -371,7 +371,7 @@ def _reason_against(tower: Any) -> str | None:
             return f"{name} is a {path(type(module))}, which no engine knows: merge it into the weights, or remove it"
     for name, module in tower.named_modules():
         if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
-            reason = next(module.own_code(), None) if isinstance(module, AcceleratedBlock) else reason_against(module)
+            reason = module.change() if isinstance(module, AcceleratedBlock) else reason_against(module)
             if reason or not _has_known_activation(module.mlp):
                 return f"{name}: {reason or 'its activation is neither the exact GELU nor SwiGLU'}"
     return _face_of(tower).refuses(tower)
