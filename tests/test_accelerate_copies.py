@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -326,4 +327,5 @@ def test_layers_of_another_model_of_transformers_are_taken() -> None:
     mask = torch.zeros(3, 1, 9, 9).masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf"))
     with torch.no_grad():
         assert_same(model(tokens()), stock(tokens()))
-        assert_same(model[0](tokens(), attention_mask=mask), stock[0](tokens(), attention_mask=mask))
+        if "attention_mask" in inspect.signature(EomtLayer.forward).parameters:  # from 5.0 on
+            assert_same(model[0](tokens(), attention_mask=mask), stock[0](tokens(), attention_mask=mask))
