@@ -271,7 +271,7 @@ def test_reasons_of_failures_are_printed_and_tried_again(
     assert failed == [
         *(f"  {str(tmp_path / f'{n}.jpg')!r}: No such file or directory" for n in range(3)),
         "  in all 4 x No such file or directory",
-        "To try the 4 failed images anew, run the same command with --retry-failed.",
+        "To try what failed anew, run the same command with --retry-failed.",
     ]
     assert list(dinov2_fast.load_features(tmp_path / "out")) == ["cls", "patches"]
     for number in range(4):
@@ -279,7 +279,7 @@ def test_reasons_of_failures_are_printed_and_tried_again(
     assert main(arguments) == 3
     said = capsys.readouterr()
     assert said.out.startswith("5 pictures, 4 failed, 5 were there already, 0.0 s, nothing to do")
-    assert said.err.endswith("To try the 4 failed images anew, run the same command with --retry-failed.\n")
+    assert said.err.endswith("To try what failed anew, run the same command with --retry-failed.\n")
     assert main([*arguments, "--retry-failed"]) == 0
 
 

@@ -244,7 +244,7 @@ def describe(summary: Summary) -> str:
 def describe_failures(summary: Summary) -> str:
     """Which images failed in this run and why, and what can be done."""
     failed = f"Failed:\n{summary.reasons}\n" if len(summary.reasons) else ""
-    return f"{failed}To try the {summary.failures} failed images anew, run the same command with --retry-failed."
+    return f"{failed}To try what failed anew, run the same command with --retry-failed."
 
 
 def announce(about: Announcement) -> None:
