@@ -118,7 +118,7 @@ class FoldedModule(nn.Module):
         """Raises `TypeError`: the hook would not run."""
         raise TypeError(
             f"A hook on a {type(self).__name__} of the engine would not run in every call: register it on the model "
-            "and call the model, or take get_intermediate_layers of the engine."
+            "and call the model, or take get_intermediate_layers, attention_maps or qkv_features of the engine."
         )
 
     register_forward_pre_hook = register_forward_hook
