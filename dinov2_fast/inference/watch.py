@@ -47,12 +47,16 @@ class ModelWatch:
         self._stepped = False
         _follow_optimizers().add(self)
 
-    def weights_changed(self) -> bool:
+    def changed(self) -> bool:
+        """Whether anything is not what it was."""
+        return self._weights_changed() or self._settings_changed()
+
+    def _weights_changed(self) -> bool:
         """Whether a tensor was written to or moved."""
         versions = [tensor._version for tensor in self._counting]
         return self._stepped or versions != self._versions or list(map(_pointer, self._tensors)) != self._pointers
 
-    def settings_changed(self) -> bool:
+    def _settings_changed(self) -> bool:
         """Whether anything but the values of tensors is not what it was."""
         return (
             sum(map(len, self._growing)) != self._size
@@ -61,10 +65,6 @@ class ModelWatch:
             or any(each.changed() for each in self._attributes)
             or any(vars(kind) != attributes for kind, attributes in self._classes)
         )
-
-    def changed(self) -> bool:
-        """Whether anything is not what it was."""
-        return self.weights_changed() or self.settings_changed()
 
     def see_step(self, parameters: set[int]) -> None:
         """Learns that an optimizer wrote to the tensors with these identities."""
