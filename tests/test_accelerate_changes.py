@@ -134,6 +134,8 @@ def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: boo
     needs(kind)
     change = CHANGES[library][name]
     stock, model = kind.build(), kind.build()
+    if name == "output's forward" and not hasattr(stock.get_submodule(kind.blocks)[0].attention, "output"):  # type: ignore[index]
+        pytest.skip("this transformers has no such module")
     before = tensors(stock(pictures()))[0]
     if not first:
         accelerate(model)

@@ -37,6 +37,8 @@ class ModelOutput(OrderedDict[str, Any]):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """transformers' output of the same name where that is loaded: `isinstance` is how its tools know an output."""
+        if torch.compiler.is_compiling():  # it asks for the class to find methods
+            return type(self)
         transformers = sys.modules.get("transformers.modeling_outputs")
         return getattr(transformers, type(self).__name__, type(self))
 

@@ -200,16 +200,15 @@ class PlainMlp(Form):
     """Two linears with an activation in between, and the dropouts that timm and Meta have."""
 
     submodules = ("fc1", "fc2")
+    activations: ClassVar[tuple[str, ...]] = ("act", "activation_fn", "activation")  # the first that is there
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and bool({"act", "activation", "activation_fn"} & module._modules.keys())
+        return super().fits(module) and bool(set(PlainMlp.activations) & module._modules.keys())
 
     @staticmethod
     def compute(module: Any, x: Tensor) -> Tensor:
-        activation = next(
-            module._modules[name] for name in ("act", "activation", "activation_fn") if name in module._modules
-        )
+        activation = next(module._modules[name] for name in PlainMlp.activations if name in module._modules)
         return PlainMlp.second(module, hidden_gelu(module.fc1, activation, x))
 
     @staticmethod

@@ -160,9 +160,9 @@ def _load_tensors(path: Path) -> Any:
     """`torch.load` of tensors, and with stand-ins for harmless objects only where there are some."""
 
     def load() -> Any:
-        with warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings():  # given the path, torch 2.13 goes by the name
             warnings.simplefilter("ignore", UserWarning)  # of oddities in the file; an error says it better
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
     try:
         return load()
