@@ -538,6 +538,15 @@ def test_a_class_that_was_patched_is_followed_or_refused(monkeypatch: pytest.Mon
         engine(x)
 
 
+def test_a_model_beyond_the_range_of_a_precision_is_refused() -> None:
+    model = small()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.mul_(1e8)
+    optimize_for_inference(model, "fp32")
+    with pytest.raises(TypeError, match="values are beyond the range of the precision"):
+        optimize_for_inference(model, "fp16", allow_slow=True)
+
+
 def test_hooks_that_an_engine_would_not_run_are_refused() -> None:
     engine = optimize_for_inference(small())
     for name in ("patch_embed", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.mlp", "blocks.1.norm2"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.inference import Engine, optimize_for_inference
-from dinov2_fast.inference.agreement import SMALL, TOLERANCES, mismatch, noise
+from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
@@ -91,9 +91,8 @@ class Behind:
 
     def _compare(self, tower: Any, model: Any) -> None:
         """Calls the methods of `tower` on a small image, by their own code and answered by `model`."""
-        face, embed = _face_of(tower), model.patch_embed
-        size = face.only_size(tower) or [count * patch for count, patch in zip(SMALL, embed.patch_size, strict=True)]
-        image = noise(embed.in_chans, *size).to(model.cls_token)
+        face = _face_of(tower)
+        image = small_image(model.patch_embed, face.only_size(tower)).to(model.cls_token)
         with torch.no_grad(), _joined(tower, self):
             for method, arguments in face.trials:
                 self._asked = False
