@@ -9,7 +9,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import dinov2_fast
 from tests import devices
 
 
@@ -49,3 +51,15 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A very small DINOv2 in a file."""
+    torch.manual_seed(0)
+    model = dinov2_fast.DinoVisionTransformer(
+        img_size=518, patch_size=14, embed_dim=64, depth=1, num_heads=1, init_values=1.0, block_chunks=0
+    )
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(model.state_dict(), path)
+    return str(path)

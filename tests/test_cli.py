@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import main
@@ -31,18 +30,6 @@ from dinov2_fast.inference import Engine
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "examples" / "pictures"
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A very small DINOv2 in a file."""
-    torch.manual_seed(0)
-    model = dinov2_fast.DinoVisionTransformer(
-        img_size=518, patch_size=14, embed_dim=64, depth=1, num_heads=1, init_values=1.0, block_chunks=0
-    )
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(model.state_dict(), path)
-    return str(path)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

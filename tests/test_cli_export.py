@@ -21,18 +21,6 @@ from tests import readme
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A very small DINOv2 in a file."""
-    torch.manual_seed(0)
-    model = dinov2_fast.DinoVisionTransformer(
-        img_size=518, patch_size=14, embed_dim=64, depth=1, num_heads=1, init_values=1.0, block_chunks=0
-    )
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(model.state_dict(), path)
-    return str(path)
-
-
 @pytest.mark.parametrize("command", ["export", "knn", "linear"])
 def test_help_fits_a_terminal(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

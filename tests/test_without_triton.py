@@ -34,15 +34,15 @@ assert main(["info"]) == 0
 """
 
 
-def test_the_model_runs_and_info_says_what_is_missing() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", HIDE + USE],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def test_the_model_runs_and_info_says_what_is_missing() -> None:
+    run = run_python(HIDE + USE)
     assert run.returncode == 0, run.stderr
     assert re.search(r"^ *attention +torch +runs on cpu$", run.stdout, re.MULTILINE)
 
@@ -52,14 +52,7 @@ def test_stubs_in_the_place_of_optional_packages_count_as_missing() -> None:
     stubs = "import sys, types\nfor name in ('xformers', 'triton'):\n    sys.modules[name] = types.ModuleType(name)\n"
     imports = "import dinov2_fast.ops.attention\nfrom dinov2_fast.ops._registry import is_installed\n"
     check = "assert not is_installed('xformers') and not is_installed('triton') and is_installed('torch')"
-    run = subprocess.run(
-        [sys.executable, "-c", f"import torch\n{stubs}{imports}{check}"],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = run_python(f"import torch\n{stubs}{imports}{check}")
     assert run.returncode == 0, run.stderr
 
 

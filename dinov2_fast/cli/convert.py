@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,9 +205,9 @@ def _write_file(state_dict: Any, args: argparse.Namespace) -> Path:
 
 
 def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
-    from dinov2_fast.weights.save import move_into_place
+    from dinov2_fast.weights.save import move_into_place, part_of
 
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.part")
+    part = part_of(folder)
     try:
         huggingface_model(checkpoint).save_pretrained(part)
         folder.mkdir(parents=True, exist_ok=True)

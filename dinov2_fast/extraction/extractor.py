@@ -13,8 +13,8 @@ from PIL import Image
 
 from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.decoding import Decoded, decode_bytes
-from dinov2_fast.extraction.files import reason
-from dinov2_fast.extraction.images import MAX_PIXELS
+from dinov2_fast.extraction.files import ImageError, reason
+from dinov2_fast.extraction.images import MAX_PIXELS, check_pixels
 from dinov2_fast.extraction.outputs import DEFAULT, Outputs
 from dinov2_fast.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.inference import optimize_for_inference
@@ -156,11 +156,12 @@ class Extractor:
     def _decode(self, picture: Any, outputs: Outputs) -> Decoded:
         if isinstance(picture, (bytes, bytearray, memoryview)):
             return decode_bytes(bytes(picture), outputs.decoder, self._max_pixels)
-        if isinstance(picture, Image.Image) and picture.width * picture.height > self._max_pixels:
-            width, height = picture.size
-            return Decoded(error=f"too large: {width} x {height} pixels, the limit is {self._max_pixels}")
         try:
+            if isinstance(picture, Image.Image):
+                check_pixels(picture, self._max_pixels)
             return Decoded(pixels=outputs.decoder(picture, return_tensors=None).pixel_values[0])
+        except ImageError as error:
+            return Decoded(error=str(error))
         except Exception as error:  # a fault costs this image, not the batch
             return Decoded(error=f"cannot be processed: {reason(error)}")
 

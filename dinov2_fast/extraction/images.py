@@ -149,11 +149,17 @@ def _open(content: bytes) -> ImageFile.ImageFile:
     raise failure
 
 
-def _check(image: Image.Image, content: bytes, max_pixels: int) -> None:
-    """Refuses what would take too much memory or time, or cannot be whole."""
+def check_pixels(image: Image.Image, max_pixels: int) -> None:
+    """Raises `ImageError` for an image of more pixels."""
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"too large: {width} x {height} pixels, the limit is {max_pixels}")
+
+
+def _check(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """Refuses what would take too much memory or time, or cannot be whole."""
+    check_pixels(image, max_pixels)
+    width, height = image.size
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"too long: {width} x {height} pixels, the limit of a side is {MAX_SIDE}")
     is_jpeg = image.format in _JPEG

@@ -14,6 +14,11 @@ from torch import Tensor
 from dinov2_fast.weights.files import SAFETENSORS, TORCH
 
 
+def part_of(path: Path) -> Path:
+    """A name beside `path`, another each time, for what is renamed to it when it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
 def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Writes a state dict: into a temporary file beside `path`, to the disk, and renamed.
 
@@ -32,7 +37,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
     """
     path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    part = part_of(path)
     own = {name: _alone(tensor) for name, tensor in tensors.items()}
     try:
         if path.suffix in SAFETENSORS:

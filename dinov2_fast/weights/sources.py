@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import urllib.request
-import uuid
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.environment import cache_dir
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
+from dinov2_fast.weights.save import part_of
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -278,7 +278,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
     Raises:
         WeightsError: no answer, a short answer, a damaged file or a wrong digest. No file is left then.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+    part = part_of(path)
     logger.info("Downloading %s to %s", url, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
