@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import environment
 from dinov2_fast.backends import Implementation
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry_old as _registry
 
 PACKED_KINDS = 1024  # packings whose boundaries are kept: in lists of natural pictures hardly any comes twice
 _HALF = (torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Implementation
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry_old as _registry
 from dinov2_fast.ops._linear_epilogue import add_, refuses_stream, rounded, swiglu
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dinov2_fast import extension
-from dinov2_fast.backends import Implementation, device_of, records_gradient, tensors_of
+from dinov2_fast.ops.dispatch import Implementation, records_gradient, tensors_of
 
 
 def is_installed(package: str) -> bool:
@@ -35,6 +35,7 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+UNMEASURED = "comes first until kernels have been measured on a GPU"
 TRITON_IS_INSTALLED = is_installed("triton")
 LIBRARY = torch.library.Library("dinov2_fast", "DEF")
 
@@ -104,30 +105,30 @@ def _cast(arg: Any, dtype: torch.dtype) -> Any:
 
 
 def triton(
-    function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
+    function: Callable[..., Any], refuses: Callable[..., str | None] | None = None, **rest: Any
 ) -> Implementation:
-    """The `triton` implementation of an op; `refuses` holds what this kernel cannot do beside what none can."""
-
-    def reason(*args: Any, **kwargs: Any) -> str | None:
-        if not TRITON_IS_INSTALLED:
-            return "needs triton, which is not installed"
-        return _refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
-
-    return Implementation("triton", function, reason, ("cuda",), _interprets, trains)
+    """The `triton` implementation of an op; `rest` as :class:`Implementation` has it."""
+    return Implementation(
+        "triton", function, refuses, devices=("cuda",), unavailable=_triton_is_absent, elsewhere=_interprets, **rest
+    )
 
 
-def cuda(
-    function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
-) -> Implementation:
-    """The `cuda` implementation of an op, whose launches are the extension's; `refuses` as for :func:`triton`."""
+def cuda(function: Callable[..., Any], refuses: Callable[..., str | None] | None = None, **rest: Any) -> Implementation:
+    """The `cuda` implementation of an op, whose launches are the extension's; `rest` as for :func:`triton`."""
+    return Implementation(
+        "cuda", function, refuses, devices=("cuda",), unavailable=_cuda_is_absent, elsewhere=_extension_runs_on, **rest
+    )
 
-    def reason(*args: Any, **kwargs: Any) -> str | None:
-        absent = _extension_is_absent()
-        if absent is not None:
-            return f"needs the CUDA extension, which is not available ({absent})"
-        return _refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
 
-    return Implementation("cuda", function, reason, ("cuda",), _extension_runs_on, trains)
+def _triton_is_absent(device: torch.device) -> str | None:
+    return _refuses_any_kernel(device) if TRITON_IS_INSTALLED else "needs triton, which is not installed"
+
+
+def _cuda_is_absent(device: torch.device) -> str | None:
+    absent = _extension_is_absent()
+    if absent is not None:
+        return f"needs the CUDA extension, which is not available ({absent})"
+    return _refuses_any_kernel(device)
 
 
 def _refuses_any_kernel(device: torch.device) -> str | None:
@@ -178,16 +179,6 @@ def refuses_e4m3(x: Tensor) -> str | None:
 @constant_when_traced
 def _capability(device: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
-
-
-def torch_and_triton(
-    reference: Callable[..., Any],
-    kernel: Callable[..., Any],
-    refuses: Callable[..., str | None] = lambda *args: None,
-    trains: bool = True,
-) -> tuple[Implementation, Implementation]:
-    """The implementations of an op that has no others. torch stands first: no kernel has run on a GPU yet."""
-    return Implementation("torch", reference, trains=trains), triton(kernel, refuses, trains)
 
 
 @constant_when_traced  # itself traced, `is_exporting` would be True in torch.compile as well

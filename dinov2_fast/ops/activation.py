@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _activation_cuda, _fp8, _registry
+from dinov2_fast.ops import _activation_cuda, _fp8
+from dinov2_fast.ops import _registry_old as _registry
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, overwrite: bool = False, *, backend: str | None = None) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _attention_peers, _fp8, _registry
+from dinov2_fast.ops import _attention_peers, _fp8
+from dinov2_fast.ops import _registry_old as _registry
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast.backends import Op
 from dinov2_fast.ops import _registry
+from dinov2_fast.ops.dispatch import Implementation, Op
 
 MAX_HEADS = 32  # the kernels hold a tile of all heads
 
@@ -49,7 +49,8 @@ def attention_pool(
         )
     if x.shape[1] == 0:
         raise ValueError("attention_pool needs at least one token.")
-    return _ATTENTION_POOL(x, absorbed, weight, bias, eps, backend=backend)
+    args = x, absorbed, weight, bias, eps
+    return ATTENTION_POOL.choose("pool", args, backend).function(*args)
 
 
 def cls_attention(
@@ -104,15 +105,14 @@ def _attention_pool_fake(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tens
     return x.new_empty(absorbed.shape)
 
 
-def _refuses(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
-    if x.dtype not in _registry.FLOATS:
-        return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
-    if absorbed.shape[1] > MAX_HEADS:
-        return f"takes at most {MAX_HEADS} heads, got {absorbed.shape[1]}"
-    return None
+def _refuses(x: Tensor, absorbed: Tensor, *rest: object) -> str | None:
+    heads = absorbed.shape[1]
+    return None if heads <= MAX_HEADS else f"takes at most {MAX_HEADS} heads, got {heads}"
 
 
-def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:
+    if dtype == torch.float8_e4m3fn:
+        return None
     x = torch.empty(2, 257, 384, device=device, dtype=dtype)
     return x, x[:, :6], x[0, 0], x[0, 0], 1e-6
 
@@ -124,9 +124,12 @@ _attention_pool = _registry.register(
     autocast=torch.get_autocast_dtype,
 )
 
-_ATTENTION_POOL = Op(
+# torch stands first: no kernel has been measured on a GPU yet.
+ATTENTION_POOL = Op(
     "attention_pool",
-    "attention_pool",
-    _registry.torch_and_triton(attention_pool_torch, _attention_pool, _refuses, trains=False),
-    _sample,
+    (
+        Implementation("torch", attention_pool_torch, trains=False, why=_registry.UNMEASURED),
+        _registry.triton(_attention_pool, _refuses, dtypes=_registry.FLOATS, trains=False),
+    ),
+    {"pool": _sample},
 )

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Implementation, Op, records_gradient
-from dinov2_fast.ops import _fp8, _layer_norm_cuda, _registry
+from dinov2_fast.ops import _fp8, _layer_norm_cuda
+from dinov2_fast.ops import _registry_old as _registry
 from dinov2_fast.ops.residual import add_residual_torch
 
 MAX_HIDDEN = 8192  # the kernels keep a row in registers

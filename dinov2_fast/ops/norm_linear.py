@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Op
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry_old as _registry
 from dinov2_fast.ops._linear_epilogue import HALF, swiglu, was_written
 from dinov2_fast.ops.linear import _check, _refuses, _refuses_residual, linear_residual_torch_
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Op
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry_old as _registry
 
 UINT8_SHIFT = 128
 

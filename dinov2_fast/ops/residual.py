@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.backends import Op, records_gradient
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry_old as _registry
 
 
 def add_residual(

@@ -1,0 +1,474 @@
+"""Which implementation of an op runs: the only dispatch in the package.
+
+An :class:`Op` holds a literal tuple of :class:`Implementation`, best first. The first that can run is chosen. A setting
+can force one by name: for all ops (``"triton"``), for one op or for one form of it
+(``"attention=triton,linear.gelu=cuda"``; the more specific name holds). Precedence: the `backend` argument of an op,
+then :func:`use_backend`, then :func:`set_backend` and ``DINOV2_FAST_BACKEND``. A forced name holds for the ops that
+have such an implementation for the mode (training or inference); the others take their default. If a forced
+implementation cannot take an input, the default runs and a warning says why, once; with ``strict=True``, and for the
+`backend` argument, that is a :class:`BackendError`.
+
+A choice is made once for each form, device, dtype and mode, and kept with the setting. A call then costs one look-up.
+Only `refuses` of the implementation that was kept, which depends on sizes, is asked in each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_fast import environment
+from dinov2_fast.tracing import is_fx_traced
+
+logger = logging.getLogger("dinov2_fast")
+
+_PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this input, or does not exist."""
+
+
+class Setting(NamedTuple):
+    """Backends asked for by name: for all ops ("" for none), and for single ops and forms ("linear", "linear.gelu").
+
+    `choices` are the implementations chosen under this setting.
+    """
+
+    everywhere: str
+    by_name: dict[str, str]
+    strict: bool
+    choices: dict[tuple[Any, ...], Implementation]
+
+    def asked_for(self, op: str, form: str) -> str:
+        """The backend asked for, or ""."""
+        return self.by_name.get(f"{op}.{form}") or self.by_name.get(op) or self.everywhere
+
+
+_OPS: dict[str, Op] = {}
+# A plain global, process-wide like torch's own backend flags, which torch.compile guards on (no ContextVar is traced).
+_setting = Setting("", {}, False, {})
+# The settings of the blocks that run, in the order in which they began, after the process's own; the last holds.
+_active: tuple[Setting, ...] = (_setting,)
+_active_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Args:
+        backend: its name.
+        function: takes the arguments of the op, in the order in which the op's public function passes them on.
+        refuses: of the same arguments, why it cannot run them, or None. It looks at sizes and options, never at data.
+        devices: types of the devices it is made for; None for any. On others it is not chosen, without a warning.
+        dtypes: of the first tensor, those it takes; None for any.
+        forms: of the op, those it has; None for all.
+        trains: whether it has a backward.
+        unavailable: why it cannot run on a device of this machine, or None.
+        elsewhere: whether it can be forced to run on a device it is not made for.
+        why: why it is preferred to those after it, to be shown to users.
+    """
+
+    backend: str
+    function: Callable[..., Any]
+    refuses: Callable[..., str | None] | None = None
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    forms: tuple[str, ...] | None = None
+    trains: bool = True
+    unavailable: Callable[[torch.device], str | None] = lambda device: None
+    elsewhere: Callable[[torch.device], bool] = lambda device: False
+    why: str = ""
+
+    def reason_against(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
+        """Why it cannot run the op on these arguments, or None."""
+        x = first_tensor(args)
+        reason = self.reason_against_kind(x.device, x.dtype, records_gradient(args), forced)
+        return reason or (self.refuses(*args) if self.refuses is not None else None)
+
+    def reason_against_kind(
+        self, device: torch.device, dtype: torch.dtype, recorded: bool, forced: bool = False
+    ) -> str | None:
+        """The same for any arguments of this kind; `recorded` says whether gradients are."""
+        if not self.is_for(device) and not (forced and self.elsewhere(device)):
+            return f"needs a {' or '.join(self.devices or ())} tensor, got one on {device.type}"
+        if not self.trains and recorded:
+            return "is for inference only, and gradients are recorded"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            names = [str(known).removeprefix("torch.") for known in (*self.dtypes, dtype)]
+            return f"takes {', '.join(names[:-1])}, got {names[-1]}"
+        return self.unavailable(device)
+
+    def is_for(self, device: torch.device) -> bool:
+        return self.devices is None or device.type in self.devices
+
+    def has(self, form: str) -> bool:
+        return self.forms is None or form in self.forms
+
+
+@dataclass(eq=False)
+class Op:
+    """An op: a file in `ops/`, a name in settings, and its implementations, best first.
+
+    `samples` makes, for each form, arguments of a ViT-S on a device in a dtype, with which :func:`table` asks. For
+    e4m3 these are the arguments with which the form reads or writes e4m3; None if it does not.
+    """
+
+    name: str
+    implementations: tuple[Implementation, ...]
+    samples: dict[str, Callable[[torch.device, torch.dtype], tuple[Any, ...] | None]]
+    _warned: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        _OPS[self.name] = self
+        self._has_inference_only = any(not implementation.trains for implementation in self.implementations)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any implementation has a backward; the other ops are the inference engine's."""
+        return any(implementation.trains for implementation in self.implementations)
+
+    def backends(self, form: str | None = None) -> list[str]:
+        """The names of its implementations, best first."""
+        having = (i.backend for i in self.implementations if form is None or i.has(form))
+        return list(dict.fromkeys(having))
+
+    def choose(self, form: str, args: tuple[Any, ...], backend: str | None = None) -> Implementation:
+        """The implementation that runs `form` on these arguments.
+
+        Raises:
+            BackendError: the implementation that was asked for cannot run them, or none can.
+        """
+        x = args[0]
+        if backend is None and type(x) in _PLAIN and not torch.compiler.is_compiling():
+            setting = _setting
+            key = self.name, form, x.device, x.dtype, self._has_inference_only and records_gradient(args)
+            kept = setting.choices.get(key) or self._keep(setting, key)
+            if kept is not None and (kept.refuses is None or kept.refuses(*args) is None):
+                return kept
+        return self._choose(form, args, backend)
+
+    def _keep(self, setting: Setting, key: tuple[Any, ...]) -> Implementation | None:
+        """The first implementation that takes arguments of a kind, which is kept; None if none does."""
+        _, form, device, dtype, recorded = key
+        forced = self._named(setting.asked_for(self.name, form), form, dtype, recorded)
+        for implementation in self._ordered(form, forced):
+            if implementation.reason_against_kind(device, dtype, recorded, implementation is forced) is None:
+                setting.choices[key] = implementation
+                return implementation
+            if implementation is forced and setting.strict:
+                break
+        return None
+
+    def _choose(self, form: str, args: tuple[Any, ...], backend: str | None) -> Implementation:
+        if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
+            return next(implementation for implementation in self.implementations if implementation.backend == "torch")
+        name = backend or _setting.asked_for(self.name, form)
+        if backend and backend not in self.backends(form):
+            names = ", ".join(self.backends(form))
+            raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r}, only {names}.")
+        recorded = not backend and records_gradient(args)
+        forced = self._named(name, form, first_tensor(args).dtype, recorded)
+        refusals: list[tuple[Implementation, str]] = []
+        for implementation in self._ordered(form, forced):
+            reason = implementation.reason_against(args, implementation is forced)
+            if reason is None:
+                if refusals and not torch.compiler.is_compiling():
+                    self._warn_of_fallback(form, implementation, forced, refusals, first_tensor(args).device)
+                return implementation
+            if implementation is forced and (backend or _setting.strict):
+                raise BackendError(f"{self.name_of(form)}: backend {name!r} was asked for but cannot run: {reason}.")
+            refusals.append((implementation, reason))
+        raise BackendError(f"{self.name_of(form)}: no implementation runs this input: {_sentence(refusals)}.")
+
+    def _named(self, name: str, form: str, dtype: torch.dtype, recorded: bool) -> Implementation | None:
+        """The implementation of that name for a form and mode, if there is one; that for `dtype` if there are two."""
+        named = [i for i in self.implementations if i.backend == name and i.has(form)]
+        if recorded and self.trains:
+            named = [i for i in named if i.trains]
+        return next((i for i in named if i.dtypes is None or dtype in i.dtypes), named[0] if named else None)
+
+    def _ordered(self, form: str, forced: Implementation | None) -> Iterator[Implementation]:
+        if forced is not None:
+            yield forced
+        for implementation in self.implementations:
+            if implementation is not forced and implementation.has(form):
+                yield implementation
+
+    def name_of(self, form: str) -> str:
+        """A form as settings have it."""
+        return self.name if len(self.samples) == 1 else f"{self.name}.{form}"
+
+    def _warn_of_fallback(
+        self,
+        form: str,
+        chosen: Implementation,
+        forced: Implementation | None,
+        refusals: list[tuple[Implementation, str]],
+        device: torch.device,
+    ) -> None:
+        """Says, once for each reason, that an implementation refused that was asked for or made for this device."""
+        surprising = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
+        message = _sentence(surprising)
+        if surprising and message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s: falling back to %s: %s", self.name_of(form), chosen.backend, message)
+
+
+class Bound:
+    """One form of an op for one caller, which chooses once: at its first call, and anew when the setting changes.
+
+    For callers whose tensors keep their device, dtypes, and sizes but for batch and sequence, and of which no gradient
+    is recorded: the parts of the inference engine.
+    """
+
+    __slots__ = ("_form", "_function", "_op", "_setting")
+
+    def __init__(self, op: Op, form: str) -> None:
+        self._op, self._form = op, form
+        self._setting: Setting | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+            return self._op.choose(self._form, args).function(*args)
+        if self._setting is not _setting:
+            setting = _setting
+            self._function = self._op.choose(self._form, args).function
+            self._setting = setting
+        return self._function(*args)
+
+    def __reduce__(self) -> Any:  # a copy chooses for itself
+        return _bind, (self._op.name, self._form)
+
+
+def _bind(name: str, form: str) -> Bound:
+    return Bound(_OPS[name], form)
+
+
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an op, those in lists included."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            yield from tensors_of(arg)
+
+
+def first_tensor(args: Iterable[Any]) -> Tensor:
+    return next(tensors_of(args))
+
+
+def records_gradient(args: Iterable[Any]) -> bool:
+    """Whether autograd records an op on these arguments."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args))
+
+
+def refuse_gradient(name: str, args: Iterable[Any]) -> None:
+    """Raises `BackendError` if autograd would record an op that has no backward."""
+    if records_gradient(args):
+        raise BackendError(f"{name} is for inference only, and gradients are recorded.")
+
+
+def _sentence(refusals: list[tuple[Implementation, str]]) -> str:
+    return "; ".join(f"{implementation.backend} {reason}" for implementation, reason in refusals)
+
+
+# Settings
+
+
+def parse_setting(setting: str, strict: bool = False) -> Setting:
+    """Reads ``"triton"`` or ``"attention=triton,linear.gelu=cuda"``.
+
+    Raises:
+        BackendError: an op, form or backend that does not exist, or an empty part.
+    """
+    everywhere, by_name = "", {}
+    for part in setting.split(","):
+        asked, equals, backend = (text.strip() for text in part.rpartition("="))
+        op, dot, form = asked.partition(".")
+        having = [known for known in _OPS.values() if not equals or known.name == op]
+        if not having:
+            raise BackendError(f"Backend setting {setting!r}: there is no op {op!r}. The ops are {', '.join(names())}.")
+        if dot and form not in having[0].samples:
+            forms = ", ".join(having[0].samples)
+            raise BackendError(f"Backend setting {setting!r}: {op} has no form {form!r}, only {forms}.")
+        backends = sorted({name for known in having for name in known.backends(form or None)})
+        if backend not in backends:
+            where = f"of {asked}" if equals else "of any op"
+            raise BackendError(
+                f"Backend setting {setting!r}: {backend!r} is no backend {where}. There are: {', '.join(backends)}."
+            )
+        if equals:
+            by_name[asked] = backend
+        else:
+            everywhere = backend
+    return Setting(everywhere, by_name, strict, {})
+
+
+@contextmanager
+def use_backend(setting: str, *, strict: bool = False) -> Iterator[None]:
+    """``with use_backend("triton")`` or ``"attention=triton,linear.gelu=cuda"``: forces backends inside the block.
+
+    Holds for the whole process, not for one thread, as torch's own backend flags do. Where blocks of several threads or
+    asyncio tasks overlap, that which began last decides; once all have ended nothing is forced.
+
+    Args:
+        setting: a backend for all ops that have it, or backends of single ops and forms.
+        strict: raise where a backend cannot take an input. By default another one takes it, and a warning says so.
+
+    Raises:
+        BackendError: an op, form or backend of that name does not exist.
+    """
+    mine = parse_setting(setting, strict)
+    with _changing_active():
+        _activate((*_active, mine))
+    try:
+        yield
+    finally:
+        with _changing_active():
+            _activate(tuple(other for other in _active if other is not mine))
+
+
+def set_backend(setting: str | None, *, strict: bool = False) -> None:
+    """:func:`use_backend` for the rest of the process, in place of ``DINOV2_FAST_BACKEND``; None forces nothing."""
+    mine = Setting("", {}, strict, {}) if setting is None else parse_setting(setting, strict)
+    with _changing_active():
+        _activate((mine, *_active[1:]))
+
+
+def _changing_active() -> AbstractContextManager[Any]:
+    """Keeps other threads from changing `_active`; torch.compile traces no lock."""
+    return nullcontext() if torch.compiler.is_compiling() else _active_lock
+
+
+def _activate(settings: tuple[Setting, ...]) -> None:
+    global _active, _setting
+    _active, _setting = settings, settings[-1]
+
+
+def apply_environment() -> None:
+    """Makes ``DINOV2_FAST_BACKEND`` the setting of this process; called once all ops are registered."""
+    if environment.backend_setting():
+        set_backend(environment.backend_setting())
+
+
+def current_setting() -> Setting:
+    """The setting that holds now."""
+    return _setting
+
+
+# What runs, and why
+
+
+def ops() -> dict[str, Op]:
+    """Every op, by its name."""
+    return dict(_OPS)
+
+
+def names() -> list[str]:
+    """The names of the ops, sorted."""
+    return sorted(_OPS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one form of an op, as `table` reports it.
+
+    `reason` says why it was not chosen, or why it was.
+    """
+
+    op: str
+    form: str
+    backend: str
+    chosen: bool
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The form as settings have it."""
+        return _OPS[self.op].name_of(self.form)
+
+
+def table(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+    only_trainable: bool = False,
+) -> list[Row]:
+    """Every implementation of every form of an op, which one runs for this device, dtype and mode, and why.
+
+    Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
+    inference engine uses. With e4m3 as `dtype` it has the forms that read or write e4m3.
+    """
+    rows: list[Row] = []
+    with FakeTensorMode(), torch.set_grad_enabled(training):
+        for op in _OPS.values():
+            if op.trains or not only_trainable:
+                for form, sample in op.samples.items():
+                    arguments = sample(torch.device(device), dtype)
+                    if arguments is not None:
+                        rows += _rows(op, form, _recorded(arguments, training))
+    return rows
+
+
+def _rows(op: Op, form: str, args: tuple[Any, ...]) -> Iterator[Row]:
+    try:
+        chosen, error = op._choose(form, args, None), ""
+    except BackendError as exception:
+        chosen, error = None, str(exception)
+    asked = _setting.asked_for(op.name, form)
+    reasons = {i.backend: i.reason_against(args, i.backend == asked) for i in op.implementations if i.has(form)}
+    for backend, reason in reasons.items():
+        if chosen is not None and backend == chosen.backend:
+            others = [i for i in op.implementations if i.has(form) and i is not chosen]
+            yield Row(op.name, form, backend, True, _why(chosen, asked, others, first_tensor(args).device))
+        else:
+            yield Row(op.name, form, backend, False, reason or error or _outranked(op, form, backend, chosen))
+
+
+def _why(chosen: Implementation, asked: str, others: list[Implementation], device: torch.device) -> str:
+    if chosen.backend == asked:
+        return "was asked for"
+    if not any(other.is_for(device) for other in others):
+        elsewhere = sorted({kind for other in others for kind in other.devices or ()})
+        return f"the others are for {' and '.join(elsewhere)}" if others else "is the only one"
+    return chosen.why or "is the first that can run"
+
+
+def _recorded(arguments: Any, training: bool) -> Any:
+    """The sample arguments as a training step would give them."""
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_recorded(argument, training) for argument in arguments)
+    if isinstance(arguments, Tensor) and arguments.is_floating_point():
+        return arguments.detach().requires_grad_(training)
+    return arguments
+
+
+def _outranked(op: Op, form: str, backend: str, chosen: Implementation | None) -> str:
+    order = op.backends(form)
+    if chosen is not None and order.index(chosen.backend) < order.index(backend):
+        return f"{chosen.backend} comes first"
+    return "another backend was asked for"
+
+
+def summary(rows: Iterable[Row]) -> list[str]:
+    """A short table of what runs and why, one line for the forms of an op that run alike."""
+    alike: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.chosen:
+            alike.setdefault((row.op, row.backend, row.reason), []).append(row)
+    lines = []
+    for (op, backend, reason), found in alike.items():
+        is_whole = {row.form for row in found} == set(_OPS[op].samples)
+        lines.append((op if is_whole else f"{op} ({', '.join(row.form for row in found)})", backend, reason))
+    width = max((len(line[0]) for line in lines), default=0)
+    return [f"{what:{width}}  {backend:10}  {reason}" for what, backend, reason in lines]
