@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dinov2_fast.backends import Implementation, device_of
+from dinov2_fast import backends
+from dinov2_fast.backends import device_of
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._registry import *  # noqa: F403
 from dinov2_fast.ops._registry import (  # noqa: F401
@@ -20,7 +21,7 @@ from dinov2_fast.ops._registry import (  # noqa: F401
 
 def triton(
     function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
-) -> Implementation:
+) -> backends.Implementation:
     """The `triton` implementation of an op; `refuses` holds what this kernel cannot do beside what none can."""
 
     def reason(*args: Any, **kwargs: Any) -> str | None:
@@ -28,12 +29,12 @@ def triton(
             return "needs triton, which is not installed"
         return _registry._refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
 
-    return Implementation("triton", function, reason, ("cuda",), _interprets, trains)
+    return backends.Implementation("triton", function, reason, ("cuda",), _interprets, trains)
 
 
 def cuda(
     function: Callable[..., Any], refuses: Callable[..., str | None] = lambda *args: None, trains: bool = True
-) -> Implementation:
+) -> backends.Implementation:
     """The `cuda` implementation of an op, whose launches are the extension's; `refuses` as for :func:`triton`."""
 
     def reason(*args: Any, **kwargs: Any) -> str | None:
@@ -42,7 +43,7 @@ def cuda(
             return f"needs the CUDA extension, which is not available ({absent})"
         return _registry._refuses_any_kernel(device_of(args)) or refuses(*args, **kwargs)
 
-    return Implementation("cuda", function, reason, ("cuda",), _extension_runs_on, trains)
+    return backends.Implementation("cuda", function, reason, ("cuda",), _extension_runs_on, trains)
 
 
 def torch_and_triton(
@@ -50,6 +51,6 @@ def torch_and_triton(
     kernel: Callable[..., Any],
     refuses: Callable[..., str | None] = lambda *args: None,
     trains: bool = True,
-) -> tuple[Implementation, Implementation]:
+) -> tuple[backends.Implementation, backends.Implementation]:
     """The implementations of an op that has no others. torch stands first: no kernel has run on a GPU yet."""
-    return Implementation("torch", reference, trains=trains), triton(kernel, refuses, trains)
+    return backends.Implementation("torch", reference, trains=trains), triton(kernel, refuses, trains)
