@@ -30,6 +30,13 @@ from dinov2_fast.tracing import is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
+_DTYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "e4m3",
+}
 _PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
 
 
@@ -104,8 +111,8 @@ class Implementation:
         if not self.trains and recorded:
             return "is for inference only, and gradients are recorded"
         if self.dtypes is not None and dtype not in self.dtypes:
-            names = [str(known).removeprefix("torch.") for known in (*self.dtypes, dtype)]
-            return f"takes {', '.join(names[:-1])}, got {names[-1]}"
+            *others, last = (_DTYPES.get(known, str(known)) for known in self.dtypes)
+            return f"takes {', '.join(others)}{' and ' if others else ''}{last}, got {dtype}"
         return self.unavailable(device)
 
     def is_for(self, device: torch.device) -> bool:
@@ -151,23 +158,24 @@ class Op:
         x = args[0]
         if backend is None and type(x) in _PLAIN and not torch.compiler.is_compiling():
             setting = _setting
-            key = self.name, form, x.device, x.dtype, self._has_inference_only and records_gradient(args)
-            kept = setting.choices.get(key) or self._keep(setting, key)
-            if kept is not None and (kept.refuses is None or kept.refuses(*args) is None):
+            key = self, form, x.device, x.dtype, self._has_inference_only and records_gradient(args)
+            kept = setting.choices.get(key)
+            if kept is None:
+                self._keep(setting, key)
+            elif kept.refuses is None or kept.refuses(*args) is None:
                 return kept
         return self._choose(form, args, backend)
 
-    def _keep(self, setting: Setting, key: tuple[Any, ...]) -> Implementation | None:
-        """The first implementation that takes arguments of a kind, which is kept; None if none does."""
+    def _keep(self, setting: Setting, key: tuple[Any, ...]) -> None:
+        """Keeps the first implementation that takes arguments of a kind."""
         _, form, device, dtype, recorded = key
         forced = self._named(setting.asked_for(self.name, form), form, dtype, recorded)
         for implementation in self._ordered(form, forced):
             if implementation.reason_against_kind(device, dtype, recorded, implementation is forced) is None:
                 setting.choices[key] = implementation
-                return implementation
+                return
             if implementation is forced and setting.strict:
-                break
-        return None
+                return
 
     def _choose(self, form: str, args: tuple[Any, ...], backend: str | None) -> Implementation:
         if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
