@@ -121,8 +121,8 @@ def _add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     plain = _plain(layer_scale) and _plain(drop_path) and not is_fx_traced()
     if plain and type(norm) is LayerNorm and not is_watched(norm):
-        gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
-        return ops.add_layer_norm(x, branch, gamma, drop_scale, norm.weight, norm.bias, norm.eps)
+        factors = {"gamma": _gamma(layer_scale), "drop_scale": _drop_scale(drop_path, branch)}
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, **factors)
     x = _add(x, branch, layer_scale, drop_path)
     return x, norm(x)
 

@@ -178,7 +178,7 @@ class GELU(nn.GELU):
     """The exact GELU, computed by the op `activation`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.gelu(x)
+        return ops.activation(x, "gelu")
 
 
 def attend(qkv: Tensor, dropout_p: float, seq_lens: tuple[int, ...] | None) -> Tensor:
@@ -256,7 +256,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         if self._owns_hidden():
-            hidden = ops.gelu(hidden, overwrite=True)
+            hidden = ops.activation(hidden, "gelu", overwrite=True)
         else:
             hidden = self.act(hidden)
         return self.drop(self.fc2(self.drop(hidden)))
@@ -290,7 +290,7 @@ class SwiGLUFFN(nn.Module):
         self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(ops.swiglu(self.w12(x)))
+        return self.w3(ops.activation(self.w12(x), "swiglu"))
 
 
 class SwiGLUFFNFused(SwiGLUFFN):

@@ -65,7 +65,7 @@ class Fp8Norm(BareNorm):
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm_fp8(x, self.weight, self.bias, self.eps, self.scale)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, scale=self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"

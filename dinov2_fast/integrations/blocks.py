@@ -123,8 +123,8 @@ class AcceleratedBlock(Joined):
     def _add_and_norm(self, x: Tensor, branch: Tensor, scale: str | None, drop: str | None) -> tuple[Tensor, Tensor]:
         norm = self.norm2
         if is_layer_norm(norm) and self._knows("norm2", norm) and self._foldable(scale, drop):
-            factors = self._factors(branch, scale, drop)
-            return ops.add_layer_norm(x, branch, *factors, norm.weight, norm.bias, norm.eps)
+            gamma, dropped = self._factors(branch, scale, drop)
+            return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, gamma=gamma, drop_scale=dropped)
         x = self._add(x, branch, scale, drop)
         return x, norm(x)
 

@@ -232,7 +232,7 @@ class GatedMlp(Form):
 
     @staticmethod
     def compute(module: Any, x: Tensor) -> Tensor:
-        return PlainMlp.second(module, ops.swiglu(linear(module.fc1, x)))
+        return PlainMlp.second(module, ops.activation(linear(module.fc1, x), "swiglu"))
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -247,7 +247,7 @@ class SwiGLU(Form):
 
     @staticmethod
     def compute(module: Any, x: Tensor) -> Tensor:
-        return linear(module.w3, ops.swiglu(linear(module.w12, x)))
+        return linear(module.w3, ops.activation(linear(module.w12, x), "swiglu"))
 
 
 class TransformersSwiGLU(Form):
@@ -257,7 +257,7 @@ class TransformersSwiGLU(Form):
 
     @staticmethod
     def compute(module: Any, x: Tensor) -> Tensor:
-        return linear(module.weights_out, ops.swiglu(linear(module.weights_in, x)))
+        return linear(module.weights_out, ops.activation(linear(module.weights_in, x), "swiglu"))
 
 
 class SeparateSwiGLU(Form):

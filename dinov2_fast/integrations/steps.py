@@ -108,7 +108,7 @@ def hidden_gelu(first: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     hidden = linear(first, x)
     if not is_exact_gelu(activation) or is_watched(activation):
         return activation(hidden)
-    return ops.gelu(hidden, overwrite=runs_once() and is_plain_linear(first))
+    return ops.activation(hidden, "gelu", overwrite=runs_once() and is_plain_linear(first))
 
 
 def drop_scale(drop_path: Any, branch: Tensor, gamma: Tensor | None) -> Tensor | None:

@@ -3,13 +3,12 @@
     gelu(x)     = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))         the exact form, as DINOv2 was trained
     swiglu(x12) = silu(x1) * x2,  x1 the first half of the last dimension (the gate), x2 the second
 
-Either adds a bias first if it is given one, which a linear left to it. The `_fp8` forms return e4m3 values, divided by
-a given scale. Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
+Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,225 +16,124 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _activation_cuda, _fp8
-from dinov2_fast.ops import _registry_old as _registry
+from dinov2_fast.ops import _fp8, _registry
+from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, overwrite: bool = False, *, backend: str | None = None) -> Tensor:
-    """Exact (erf) GELU of `x` (..., hidden), or of `x + bias` with a bias (hidden,), in its dtype.
+def activation(
+    x: Tensor, kind: str, *, overwrite: bool = False, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """GELU or SwiGLU.
 
-    With `overwrite` the result may be written over `x`, which saves memory; not while gradients are recorded.
+    Args:
+        x: (..., hidden), for SwiGLU (..., 2 * hidden) with the gate first.
+        kind: "gelu" or "swiglu".
+        overwrite: the result may be written over `x`, which saves memory; not while gradients are recorded.
+        scale: return e4m3 values, which are to be multiplied by `scale`. For inference only.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (..., hidden) in the dtype of `x`, or in e4m3.
+
+    Raises:
+        BackendError: `backend` cannot take `x`, or gradients are recorded of a result in e4m3.
     """
-    return _GELU(x, bias, overwrite, backend=backend)
+    if scale is not None:
+        refuse_gradient("activation into e4m3", (x,))
+    args = x, kind, overwrite, scale
+    return ACTIVATION.choose(kind, args, backend).function(*args)
 
 
-def swiglu(x12: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """SwiGLU of packed halves: (..., 2 * hidden) with the gate first, to (..., hidden), in the dtype of `x12`.
-
-    `bias` (2 * hidden,) is added to `x12`.
-    """
-    return _SWIGLU(x12, bias, backend=backend)
-
-
-def gelu_fp8(x: Tensor, bias: Tensor | None, scale: float, *, backend: str | None = None) -> Tensor:
-    """`gelu` as e4m3 values, to be multiplied by `scale`. For inference only."""
-    return _GELU_FP8(x, bias, scale, backend=backend)
-
-
-def swiglu_fp8(x12: Tensor, bias: Tensor | None, scale: float, *, backend: str | None = None) -> Tensor:
-    """`swiglu` as e4m3 values, to be multiplied by `scale`. For inference only."""
-    return _SWIGLU_FP8(x12, bias, scale, backend=backend)
-
-
-# The torch references
-
-
-def gelu_torch(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
-    if bias is not None:
-        x = x + bias
-    return torch.ops.aten.gelu_(x) if overwrite else F.gelu(x)
-
-
-def swiglu_torch(x12: Tensor, bias: Tensor | None = None) -> Tensor:
-    gate, value = (x12 if bias is None else x12 + bias).chunk(2, dim=-1)
+def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
+    if scale is not None:
+        return _fp8.quantize(activation_torch(x.float(), kind, False, None), scale)
+    if kind == "gelu":
+        return torch.ops.aten.gelu_(x) if overwrite else F.gelu(x)
+    gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
 
-def gelu_fp8_torch(x: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return _fp8.quantize(gelu_torch(x.float(), bias), scale)
+# The kernel
 
 
-def swiglu_fp8_torch(x12: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    return _fp8.quantize(swiglu_torch(x12.float(), bias), scale)
+def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
+    """A device's allocator hands out the same memory again, so overwriting would gain nothing."""
+    if scale is not None:
+        return _activation_fp8(x, kind, scale)
+    return _gelu(x) if kind == "gelu" else _swiglu(x)
 
 
-# The kernels
-
-
-def _triton_forward(x: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+def _launch(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
     from dinov2_fast.kernels.activation import activation_forward
 
-    return activation_forward(x, bias, **options)
+    return activation_forward(x, kind, scale=scale)
 
 
-def _triton_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
+def _launch_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     from dinov2_fast.kernels.activation_backward import activation_backward
 
-    dx, dbias = activation_backward(dy, x, bias, swiglu=swiglu)
-    return dx, x.new_empty(0) if dbias is None else dbias
+    return activation_backward(dy, x, kind)
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, x: Tensor, bias: Tensor | None, swiglu: bool) -> Tensor:
-        ctx.save_for_backward(x, bias)
-        ctx.kernels, ctx.swiglu = kernels, swiglu
-        return (kernels.swiglu if swiglu else kernels.gelu)(x, bias)
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.kind = kind
+        return (_gelu if kind == "gelu" else _swiglu)(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias = ctx.saved_tensors
-        dx, dbias = ctx.kernels.backward(dy, x, bias, ctx.swiglu)
-        return None, dx, None if bias is None else dbias.to(bias.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _backward(dy, *ctx.saved_tensors, ctx.kind), None
 
 
-def _fake(x: Tensor, bias: Tensor | None, halves: int, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // halves), dtype=dtype or _registry.promoted(x, bias))
+def _fake(x: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
+    hidden = x.shape[-1] // 2 if kind == "swiglu" else x.shape[-1]
+    return x.new_empty((*x.shape[:-1], hidden), dtype=dtype)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, swiglu: bool) -> tuple[Tensor, Tensor]:
-    if bias is None:
-        return x.new_empty(x.shape), x.new_empty(0)
-    wide = torch.promote_types(torch.float32, _registry.promoted(dy, x, bias))
-    return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=wide)
-
-
-class _Kernels:
-    """The torch ops of one backend, `gelu` and its kin with a suffix, made of its launchers."""
-
-    def __init__(self, suffix: str, launch: Callable[..., Any], launch_backward: Callable[..., Any]) -> None:
-        self.gelu = _registry.register(
-            f"gelu{suffix}(Tensor x, Tensor? bias) -> Tensor",
-            launch,
-            lambda x, bias: _fake(x, bias, 1),
-            lambda x, bias: _Activation.apply(self, x, bias, False),
-        )
-        self.swiglu = _registry.register(
-            f"swiglu{suffix}(Tensor x12, Tensor? bias) -> Tensor",
-            lambda x, bias: launch(x, bias, swiglu=True),
-            lambda x, bias: _fake(x, bias, 2),
-            lambda x, bias: _Activation.apply(self, x, bias, True),
-        )
-        self.backward = _registry.register(
-            f"activation_backward{suffix}(Tensor dy, Tensor x, Tensor? bias, bool swiglu) -> (Tensor, Tensor)",
-            launch_backward,
-            _fake_backward,
-        )
-        self.gelu_fp8 = _registry.register(
-            f"gelu_fp8{suffix}(Tensor x, Tensor? bias, float scale) -> Tensor",
-            lambda x, bias, scale: launch(x, bias, e4m3=True, scale=scale),
-            lambda x, bias, scale: _fake(x, bias, 1, torch.float8_e4m3fn),
-        )
-        self.swiglu_fp8 = _registry.register(
-            f"swiglu_fp8{suffix}(Tensor x12, Tensor? bias, float scale) -> Tensor",
-            lambda x, bias, scale: launch(x, bias, swiglu=True, e4m3=True, scale=scale),
-            lambda x, bias, scale: _fake(x, bias, 2, torch.float8_e4m3fn),
-        )
-
-    # A device's allocator hands out the same memory again: overwriting would gain nothing.
-    def gelu_or_overwrite(self, x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        return self.gelu(x, bias)
-
-    def swiglu_with_default(self, x12: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.swiglu(x12, bias)
-
-
-_TRITON = _Kernels("", _triton_forward, _triton_backward)
-_CUDA = _Kernels("_cuda", _activation_cuda.forward, _activation_cuda.backward)
-
-
-def _refuses(x: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
-    if bias is not None and bias.shape != x.shape[-1:]:
-        return f"takes a bias of shape {tuple(x.shape[-1:])}, got {tuple(bias.shape)}"
-    return None if x.dtype in _registry.FLOATS else f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
-
-
-def _refuses_swiglu(x12: Tensor, *rest: Any) -> str | None:
-    return _refuses(x12, *rest) or ("takes halves of one width" if x12.shape[-1] % 2 else None)
-
-
-def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x) or _refuses(x, *rest)
-
-
-def _refuses_swiglu_fp8(x12: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x12) or _refuses_swiglu(x12, *rest)
-
-
-def _cuda_refuses(x: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
-    return _refuses(x, bias) or _activation_cuda.refuses(x, bias, swiglu=False)
-
-
-def _cuda_refuses_swiglu(x12: Tensor, bias: Tensor | None = None, *rest: Any) -> str | None:
-    return _refuses_swiglu(x12, bias) or _activation_cuda.refuses(x12, bias, swiglu=True)
-
-
-def _cuda_refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x) or _cuda_refuses(x, *rest)
-
-
-def _cuda_refuses_swiglu_fp8(x12: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x12) or _cuda_refuses_swiglu(x12, *rest)
-
-
-def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.empty(1, 257, 1536, device=device, dtype=dtype), None
-
-
-def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return *_sample(device, dtype), 0.0625
-
-
-# torch stands first, as no kernel has run on a GPU yet.
-_GELU = Op(
-    "gelu",
-    "activation",
-    (
-        Implementation("torch", gelu_torch),
-        _registry.triton(_TRITON.gelu_or_overwrite, _refuses),
-        _registry.cuda(_CUDA.gelu_or_overwrite, _cuda_refuses),
-    ),
-    _sample,
+_gelu = _registry.register(
+    "gelu(Tensor x) -> Tensor",
+    lambda x: _launch(x, "gelu"),
+    lambda x: _fake(x, "gelu"),
+    lambda x: _Activation.apply(x, "gelu"),
 )
-_SWIGLU = Op(
-    "swiglu",
-    "activation",
-    (
-        Implementation("torch", swiglu_torch),
-        _registry.triton(_TRITON.swiglu_with_default, _refuses_swiglu),
-        _registry.cuda(_CUDA.swiglu_with_default, _cuda_refuses_swiglu),
-    ),
-    _sample,
+_swiglu = _registry.register(
+    "swiglu(Tensor x) -> Tensor",
+    lambda x: _launch(x, "swiglu"),
+    lambda x: _fake(x, "swiglu"),
+    lambda x: _Activation.apply(x, "swiglu"),
 )
-_GELU_FP8 = Op(
-    "gelu_fp8",
-    "activation",
-    (
-        Implementation("torch", gelu_fp8_torch, trains=False),
-        _registry.triton(_TRITON.gelu_fp8, _refuses_fp8, trains=False),
-        _registry.cuda(_CUDA.gelu_fp8, _cuda_refuses_fp8, trains=False),
-    ),
-    _sample_fp8,
+_backward = _registry.register(
+    "activation_backward(Tensor dy, Tensor x, str kind) -> Tensor",
+    _launch_backward,
+    lambda dy, x, kind: x.new_empty(x.shape),
 )
-_SWIGLU_FP8 = Op(
-    "swiglu_fp8",
+_activation_fp8 = _registry.register(
+    "activation_fp8(Tensor x, str kind, float scale) -> Tensor",
+    _launch,
+    lambda x, kind, scale: _fake(x, kind, torch.float8_e4m3fn),
+)
+
+
+def _refuses(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> str | None:
+    if kind == "swiglu" and x.shape[-1] % 2:
+        return "takes halves of one width"
+    return None if scale is None else _registry.refuses_e4m3(x)
+
+
+def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    e4m3 = dtype == torch.float8_e4m3fn
+    x = torch.empty(1, 257, 1536, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
+    return x, kind, False, 0.0625 if e4m3 else None
+
+
+ACTIVATION = Op(
     "activation",
     (
-        Implementation("torch", swiglu_fp8_torch, trains=False),
-        _registry.triton(_TRITON.swiglu_fp8, _refuses_swiglu_fp8, trains=False),
-        _registry.cuda(_CUDA.swiglu_fp8, _cuda_refuses_swiglu_fp8, trains=False),
+        Implementation("torch", activation_torch, why=_registry.UNMEASURED),
+        _registry.triton(activation_triton, _refuses, dtypes=_registry.FLOATS),
     ),
-    _sample_fp8,
+    {"gelu": partial(_sample, "gelu"), "swiglu": partial(_sample, "swiglu")},
 )

@@ -1,222 +1,198 @@
 """Layer normalisation, alone and fused with the residual addition before it.
 
-    layer_norm(x)[i] = (x[i] - mean(x)) / sqrt(var(x) + eps) * weight[i] + bias[i]      over the last dimension
-    add_layer_norm:    r' = r + drop_scale * gamma * branch + deferred_bias,    y = layer_norm(r'),    returns (r', y)
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias              over the last dimension
+    with a branch, of the sum:  r' = x + drop_scale * gamma * branch + deferred_bias,    returns (r', y)
 
-`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-picture factor of stochastic depth,
+`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-image factor of stochastic depth,
 `deferred_bias` what earlier linears left out of the stream (an inference engine adds the biases of in-place matrix
-products here). The `_fp8` forms return y in e4m3, divided by a given scale, the `_fp8_rows` forms by one of each row.
+products here).
 Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op, records_gradient
-from dinov2_fast.ops import _fp8, _layer_norm_cuda
-from dinov2_fast.ops import _registry_old as _registry
+from dinov2_fast.ops import _fp8, _registry
+from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
 from dinov2_fast.ops.residual import add_residual_torch
 
 MAX_HIDDEN = 8192  # the kernels keep a row in registers
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
-    """Normalises the last dimension of `x`.
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    deferred_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    deferred_bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Normalises the last dimension of `x`, or of its sum with a branch.
 
     Args:
-        x: (..., hidden), floating point.
+        x: (..., hidden), floating point; with a branch (batch, seq_len, hidden).
         weight, bias: (hidden,).
         eps: added to the variance.
+        branch: (batch, seq_len, hidden), what is added to `x` first.
+        gamma: LayerScale of the branch, (hidden,), or None for 1.
+        drop_scale: (batch,) factor of each image's branch (stochastic depth), or None for 1.
+        deferred_bias: (hidden,) added to every token with the branch, or None for 0.
+        scale: return the norm of `x` in e4m3, to be multiplied by `scale`. For inference only, without a branch.
         backend: the implementation to use instead of the default.
 
     Returns:
-        Tensor of the shape and dtype of `x` (under autocast: float32).
+        The norm, of the shape and dtype of `x` (under autocast: float32). With a branch, the sum and its norm.
+
+    Raises:
+        BackendError: `backend` cannot take these tensors, or gradients are recorded of a result in e4m3.
+        ValueError: `scale` with a branch.
     """
-    return _LAYER_NORM(x, weight, bias, eps, backend=backend)
+    if scale is not None:
+        if branch is not None:
+            raise ValueError("layer_norm gives no e4m3 values of a sum with a branch: add first.")
+        refuse_gradient("layer_norm into e4m3", (x, weight, bias))
+    args = x, weight, bias, eps, branch, gamma, drop_scale, deferred_bias, scale
+    return LAYER_NORM.choose("plain" if branch is None else "add", args, backend).function(*args)
 
 
-def add_layer_norm(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
+def layer_norm_torch(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
     deferred_bias: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Adds `branch` to the residual stream and normalises the sum.
-
-    Args:
-        residual, branch: (batch, seq_len, hidden).
-        gamma: LayerScale, (hidden,), or None for 1.
-        drop_scale: (batch,) factor of each picture's branch (stochastic depth), or None for 1.
-        weight, bias: (hidden,) of the norm.
-        eps: added to the variance.
-        deferred_bias: (hidden,) added to every token, or None for 0.
-        backend: the implementation to use instead of the default.
-
-    Returns:
-        The new residual stream and its norm, both (batch, seq_len, hidden).
-    """
-    return _ADD_LAYER_NORM(residual, branch, gamma, drop_scale, weight, bias, eps, deferred_bias, backend=backend)
-
-
-def layer_norm_fp8(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float, *, backend: str | None = None
-) -> Tensor:
-    """`layer_norm` as e4m3 values (..., hidden), to be multiplied by `scale`. For inference only."""
-    return _LAYER_NORM_FP8(x, weight, bias, eps, scale, backend=backend)
-
-
-def layer_norm_fp8_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """`layer_norm` as e4m3 values (..., hidden) and the fp32 scale (..., 1) of each row. For inference only."""
-    return _LAYER_NORM_FP8_ROWS(x, weight, bias, eps, backend=backend)
-
-
-def add_layer_norm_fp8(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    scale: float,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with the norm as e4m3 values, to be multiplied by `scale`. For inference only."""
-    return _ADD_LAYER_NORM_FP8(residual, branch, gamma, weight, bias, eps, deferred_bias, scale, backend=backend)
-
-
-def add_layer_norm_fp8_rows(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm` with the norm as e4m3 values and the fp32 scale (..., 1) of each row. For inference only."""
-    return _ADD_LAYER_NORM_FP8_ROWS(residual, branch, gamma, weight, bias, eps, deferred_bias, backend=backend)
-
-
-# The torch references
-
-
-def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def add_layer_norm_torch(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    residual = add_residual_torch(residual, branch, gamma, drop_scale)
+    scale: float | None = None,
+) -> Any:
+    if scale is not None:
+        return _fp8.quantize(F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps), scale)
+    if branch is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    x = add_residual_torch(x, branch, gamma, drop_scale)
     if deferred_bias is not None:
-        residual = residual + deferred_bias
-    return residual, layer_norm_torch(residual, weight, bias, eps)
+        x = x + deferred_bias
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def layer_norm_fp8_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> Tensor:
-    return _fp8.quantize(_wide_norm(x, weight, bias, eps), scale)
+# The kernel
 
 
-def layer_norm_fp8_rows_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fp8.quantize_rows(_wide_norm(x, weight, bias, eps))
-
-
-def add_layer_norm_fp8_torch(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
+def layer_norm_triton(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    deferred_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-    return total, layer_norm_fp8_torch(total, weight, bias, eps, scale)
-
-
-def add_layer_norm_fp8_rows_torch(
-    residual: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    drop_scale: Tensor | None,
     deferred_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-    return total, *layer_norm_fp8_rows_torch(total, weight, bias, eps)
+    scale: float | None,
+) -> Any:
+    if scale is not None:
+        return _layer_norm_fp8(x, weight, bias, eps, scale)
+    if branch is None:
+        return _layer_norm(x, weight, bias, eps)
+    return _add_layer_norm(x, branch, gamma, drop_scale, weight, bias, eps, deferred_bias)
 
 
-def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm_torch(x.float(), weight.float(), bias.float(), eps)
-
-
-# The kernels
-
-
-def _triton_forward(*args: Any, **options: Any) -> Any:
+def _launch(*args: Any, **options: Any) -> Any:
     from dinov2_fast.kernels.layer_norm import layer_norm_forward
 
     return layer_norm_forward(*args, **options)
 
 
-def _triton_backward(*args: Any, **options: Any) -> Any:
+def _launch_add(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Any,
+    drop: Any,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred: Any,
+    **rest: bool,
+) -> Any:
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop, "deferred_bias": deferred}
+    return _launch(x, weight, bias, eps, **addends, **rest)
+
+
+def _launch_backward(*args: Any, **options: Any) -> Any:
     from dinov2_fast.kernels.layer_norm_backward import layer_norm_backward
 
     return layer_norm_backward(*args, **options)
 
 
+def _launch_add_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, mean: Tensor,
+    rstd: Tensor, dtype: torch.dtype, deferred: bool,
+) -> Any:  # fmt: skip
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop, "deferred": deferred}
+    return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = kernels.forward(x, weight, bias, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.kernels, ctx.bias_dtype = kernels, bias.dtype
+        ctx.bias_dtype = bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, sums = ctx.kernels.backward(dy, x, weight, mean, rstd)
-        return None, dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+        dx, sums = _backward(dy, x, weight, mean, rstd)
+        return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         gamma, drop_scale, weight, bias, _, deferred_bias = rest
-        total, y, mean, rstd = kernels.add_forward(residual, branch, *rest)
+        total, y, mean, rstd = _add_forward(residual, branch, *rest)
         ctx.save_for_backward(total, branch, gamma, drop_scale, weight, mean, rstd)
-        ctx.kernels = kernels
         ctx.dtypes = residual.dtype, bias.dtype, None if deferred_bias is None else deferred_bias.dtype
         return total, y
 
@@ -226,24 +202,16 @@ class _AddLayerNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
         gamma, weight = saved[2], saved[4]
         dtype, bias_dtype, deferred_dtype = ctx.dtypes
-        dresidual, dbranch, sums = ctx.kernels.add_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
+        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
         dweight, dbias, dgamma, ddeferred = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
         ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
-        return None, dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
+        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
 
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """A new contiguous tensor of the shape of `x`, in `dtype` or the common dtype."""
     return x.new_empty(x.shape, dtype=dtype or _registry.promoted(x, *others))
-
-
-def _e4m3_like(x: Tensor) -> Tensor:
-    return _like(x, dtype=torch.float8_e4m3fn)
-
-
-def _row_scales(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
@@ -269,271 +237,96 @@ def _fake_add_backward(
     return _like(total, dtype=rest[-2]), _like(o), _wide(total, (4, total.shape[-1]), o, gamma, drop, w)
 
 
-_NORM = "Tensor weight, Tensor bias, float eps"
-_ADDEND = "Tensor residual, Tensor branch, Tensor? gamma"
-_ADD = f"({_ADDEND}, Tensor? drop_scale, {_NORM}, Tensor? deferred_bias)"
+_PLAIN = "(Tensor x, Tensor weight, Tensor bias, float eps"
+_ADD = (
+    "(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight, Tensor bias, float eps,"
+    " Tensor? deferred_bias)"
+)
+
+_layer_norm = _registry.register(
+    f"layer_norm{_PLAIN}) -> Tensor",
+    lambda *args: _launch(*args).y,
+    lambda x, weight, bias, eps: _like(x),
+    _LayerNorm.apply,
+    autocast=lambda device: torch.float32 if device == "cuda" else None,
+)
+_forward = _registry.register(
+    f"layer_norm_forward{_PLAIN}) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _launch(*args, statistics=True)[1:],
+    _fake_forward,
+)
+_backward = _registry.register(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    lambda *args: _launch_backward(*args)[::2],
+    lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
+)
+_layer_norm_fp8 = _registry.register(
+    f"layer_norm_fp8{_PLAIN}, float scale) -> Tensor",
+    lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale).y,
+    lambda x, weight, bias, eps, scale: _like(x, dtype=torch.float8_e4m3fn),
+)
+_add_layer_norm = _registry.register(
+    f"add_layer_norm{_ADD} -> (Tensor, Tensor)",
+    lambda *args: _launch_add(*args)[:2],
+    _fake_add,
+    _AddLayerNorm.apply,
+)
+_add_forward = _registry.register(
+    f"add_layer_norm_forward{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: _launch_add(*args, statistics=True),
+    _fake_add_forward,
+)
+_add_backward = _registry.register(
+    "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
+    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
+    _launch_add_backward,
+    _fake_add_backward,
+)
 
 
-class _Kernels:
-    """The torch ops of one backend, `layer_norm` and its kin with a suffix, made of its launchers.
-
-    Args:
-        suffix: "" or "_cuda".
-        launch: gives the sum, its norm, mean, rstd and row scales, None for what was not asked for.
-        launch_backward: gives the gradients of what was added or normalised, of the branch, and of the vectors.
-    """
-
-    def __init__(self, suffix: str, launch: Callable[..., Any], launch_backward: Callable[..., Any]) -> None:
-        def register(name: str, schema: str, *functions: Any, **rest: Any) -> Callable[..., Any]:
-            return _registry.register(f"{name}{suffix}{schema}", *functions, **rest)
-
-        def add(
-            r: Tensor, o: Tensor, g: Any, drop: Any, w: Tensor, b: Tensor, eps: float, d: Any, **options: Any
-        ) -> Any:
-            return launch(r, w, b, eps, branch=o, gamma=g, drop_scale=drop, deferred_bias=d, **options)
-
-        self.launch_backward = launch_backward
-        self.layer_norm = register(
-            "layer_norm",
-            f"(Tensor x, {_NORM}) -> Tensor",
-            lambda *args: launch(*args)[1],
-            lambda x, weight, bias, eps: _like(x),
-            lambda *args: _LayerNorm.apply(self, *args),
-            autocast=lambda device: torch.float32 if device == "cuda" else None,
-        )
-        self.forward = register(
-            "layer_norm_forward",
-            f"(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
-            lambda *args: launch(*args, statistics=True)[1:4],
-            _fake_forward,
-        )
-        self.backward = register(
-            "layer_norm_backward",
-            "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
-            lambda *args: launch_backward(*args)[::2],
-            lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
-        )
-        self.add_layer_norm = register(
-            "add_layer_norm",
-            f"{_ADD} -> (Tensor, Tensor)",
-            lambda *args: add(*args)[:2],
-            _fake_add,
-            lambda *args: _AddLayerNorm.apply(self, *args),
-        )
-        self.add_forward = register(
-            "add_layer_norm_forward",
-            f"{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
-            lambda *args: add(*args, statistics=True)[:4],
-            _fake_add_forward,
-        )
-        self.add_backward = register(
-            "add_layer_norm_backward",
-            "(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight,"
-            " Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
-            self._launch_add_backward,
-            _fake_add_backward,
-        )
-        self.layer_norm_fp8 = register(
-            "layer_norm_fp8",
-            f"(Tensor x, {_NORM}, float scale) -> Tensor",
-            lambda x, w, b, eps, scale: launch(x, w, b, eps, scale=scale, e4m3=True)[1],
-            lambda x, w, b, eps, scale: _e4m3_like(x),
-        )
-        self.layer_norm_fp8_rows = register(
-            "layer_norm_fp8_rows",
-            f"(Tensor x, {_NORM}) -> (Tensor, Tensor)",
-            lambda *args: launch(*args, e4m3=True)[1::3],
-            lambda x, w, b, eps: (_e4m3_like(x), _row_scales(x)),
-        )
-        self.add_layer_norm_fp8 = register(
-            "add_layer_norm_fp8",
-            f"({_ADDEND}, {_NORM}, Tensor? deferred_bias, float scale) -> (Tensor, Tensor)",
-            lambda r, o, g, w, b, eps, d, scale: add(r, o, g, None, w, b, eps, d, scale=scale, e4m3=True)[:2],
-            lambda r, o, g, w, b, eps, d, scale: (_like(r, o, g, d), _e4m3_like(r)),
-        )
-        self.add_layer_norm_fp8_rows = register(
-            "add_layer_norm_fp8_rows",
-            f"({_ADDEND}, {_NORM}, Tensor? deferred_bias) -> (Tensor, Tensor, Tensor)",
-            lambda r, o, g, w, b, eps, d: itemgetter(0, 1, 4)(add(r, o, g, None, w, b, eps, d, e4m3=True)),
-            lambda r, o, g, w, b, eps, d: (_like(r, o, g, d), _e4m3_like(r), _row_scales(r)),
-        )
-
-    def _launch_add_backward(
-        self,
-        dtotal: Tensor,
-        dy: Tensor,
-        total: Tensor,
-        branch: Tensor,
-        gamma: Tensor | None,
-        drop_scale: Tensor | None,
-        weight: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dtype: torch.dtype,
-        deferred: bool,
-    ) -> Any:
-        addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred": deferred}
-        return self.launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
-
-
-_TRITON = _Kernels("", _triton_forward, _triton_backward)
-_CUDA = _Kernels("_cuda", _layer_norm_cuda.forward, _layer_norm_cuda.backward)
-
-
-def _refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
-    if x.dtype not in _registry.FLOATS:
-        return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
+def _refuses(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    deferred_bias: Tensor | None,
+    scale: float | None,
+) -> str | None:
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         return f"takes weight and bias of shape {tuple(x.shape[-1:])}"
     if x.shape[-1] > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {x.shape[-1]}"
-    return None
-
-
-def _refuses_add(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None = None,
-) -> str | None:
+    if scale is not None:
+        return _registry.refuses_e4m3(x)
+    if branch is None:
+        return None
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
-    vectors = {"gamma": gamma, "deferred_bias": deferred_bias}
-    reason = _registry.refuses_to_broadcast(residual, branch, drop_scale, **vectors)
-    if residual.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = _registry.promoted(residual, branch, gamma, drop_scale, deferred_bias)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = _registry.promoted(x, branch, gamma, drop_scale, deferred_bias)
         if dtype in (torch.float16, torch.bfloat16):
-            reason = "gives the norm in the dtype of the sum, where autocast gives it in fp32"
-    return reason or _refuses(residual, weight, bias, eps)
+            return "gives the norm in the dtype of the sum, where autocast gives it in fp32"
+    return _registry.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma, deferred_bias=deferred_bias)
 
 
-def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _registry.refuses_e4m3(x) or _refuses(x, *rest[:3])
+def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    e4m3 = dtype == torch.float8_e4m3fn
+    if e4m3 and form == "add":
+        return None
+    x = torch.empty(1, 257, 384, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
+    vector, scale = x[0, 0], 0.125 if e4m3 else None
+    branch, gamma = (x, vector) if form == "add" else (None, None)
+    return x, vector, vector, 1e-6, branch, gamma, None, None, scale
 
 
-def _refuses_add_fp8(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    *scale: float,
-) -> str | None:
-    reason = _registry.refuses_e4m3(residual)
-    return reason or _refuses_add(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-
-
-def _cuda_refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
-    vectors: tuple[Tensor, ...] = weight, bias
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # which casts all of them to fp32
-        vectors = ()
-    return _refuses(x, weight, bias, eps) or _layer_norm_cuda.refuses(x, None, *vectors)
-
-
-def _cuda_refuses_add(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None = None,
-) -> str | None:
-    reason = _refuses_add(residual, branch, gamma, drop_scale, weight, bias, eps, deferred_bias)
-    vectors = gamma, weight, bias, deferred_bias
-    return reason or _layer_norm_cuda.refuses(residual, branch, *vectors, drop_scale=drop_scale)
-
-
-def _cuda_refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _refuses_fp8(x, *rest) or _layer_norm_cuda.refuses(x, None, *rest[:2])
-
-
-def _cuda_refuses_add_fp8(residual: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> str | None:
-    weight, bias, eps, deferred_bias = rest[:4]
-    reason = _registry.refuses_e4m3(residual)
-    return reason or _cuda_refuses_add(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-
-
-def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    x = torch.empty(1, 257, 384, device=device, dtype=dtype)
-    return x, x[0, 0], x[0, 0], 1e-6
-
-
-def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    x, weight, bias, eps = _sample(device, dtype)
-    return x, x, weight, None, weight, bias, eps, None
-
-
-def _sample_add_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    residual, branch, gamma, _, *norm = _sample_add(device, dtype)
-    return residual, branch, gamma, *norm
-
-
-# torch stands first, as no kernel has run on a GPU yet.
-_LAYER_NORM = Op(
-    "layer_norm",
+LAYER_NORM = Op(
     "layer_norm",
     (
-        Implementation("torch", layer_norm_torch),
-        _registry.triton(_TRITON.layer_norm, _refuses),
-        _registry.cuda(_CUDA.layer_norm, _cuda_refuses),
+        Implementation("torch", layer_norm_torch, why=_registry.UNMEASURED),
+        _registry.triton(layer_norm_triton, _refuses, dtypes=_registry.FLOATS),
     ),
-    _sample,
-)
-_ADD_LAYER_NORM = Op(
-    "add_layer_norm",
-    "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_torch),
-        _registry.triton(_TRITON.add_layer_norm, _refuses_add),
-        _registry.cuda(_CUDA.add_layer_norm, _cuda_refuses_add),
-    ),
-    _sample_add,
-)
-_LAYER_NORM_FP8 = Op(
-    "layer_norm_fp8",
-    "layer_norm",
-    (
-        Implementation("torch", layer_norm_fp8_torch, trains=False),
-        _registry.triton(_TRITON.layer_norm_fp8, _refuses_fp8, trains=False),
-        _registry.cuda(_CUDA.layer_norm_fp8, _cuda_refuses_fp8, trains=False),
-    ),
-    lambda device, dtype: (*_sample(device, dtype), 0.125),
-)
-_LAYER_NORM_FP8_ROWS = Op(
-    "layer_norm_fp8_rows",
-    "layer_norm",
-    (
-        Implementation("torch", layer_norm_fp8_rows_torch, trains=False),
-        _registry.triton(_TRITON.layer_norm_fp8_rows, _refuses_fp8, trains=False),
-        _registry.cuda(_CUDA.layer_norm_fp8_rows, _cuda_refuses_fp8, trains=False),
-    ),
-    _sample,
-)
-_ADD_LAYER_NORM_FP8 = Op(
-    "add_layer_norm_fp8",
-    "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_fp8_torch, trains=False),
-        _registry.triton(_TRITON.add_layer_norm_fp8, _refuses_add_fp8, trains=False),
-        _registry.cuda(_CUDA.add_layer_norm_fp8, _cuda_refuses_add_fp8, trains=False),
-    ),
-    lambda device, dtype: (*_sample_add_fp8(device, dtype), 0.125),
-)
-_ADD_LAYER_NORM_FP8_ROWS = Op(
-    "add_layer_norm_fp8_rows",
-    "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_fp8_rows_torch, trains=False),
-        _registry.triton(_TRITON.add_layer_norm_fp8_rows, _refuses_add_fp8, trains=False),
-        _registry.cuda(_CUDA.add_layer_norm_fp8_rows, _cuda_refuses_add_fp8, trains=False),
-    ),
-    _sample_add_fp8,
+    {"plain": partial(_sample, "plain"), "add": partial(_sample, "add")},
 )
