@@ -100,8 +100,8 @@ test-cuda-on-host: setup
 OWN_TESTS := tests/test_layer_norm.py tests/test_activation.py
 OWN := cuda and (nan or gradients and bfloat16)
 PRODUCTS := (every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)
-TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear norm_linear \
-    residual patches))
+TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
+    patches))
 TRITON := triton and (nan and stay or packed_gradients or wider_bias)
 define sanitize
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --error-exitcode 9 --print-limit 20 \

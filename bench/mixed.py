@@ -110,7 +110,7 @@ def prepare(peer: Peer, model: nn.Module, pictures: list[Tensor], precision: str
     """What is timed: a pass over the list; `model` is in fp32 for the engine."""
     context = contexts(precision, mode, pictures[0].device)
     if mode in ENGINES:
-        made = engine(model, pictures, "cls", precision, ENGINES[mode].graphs, **ENGINES[mode].options)
+        made = engine(model, pictures, "cls", precision, ENGINES[mode].graphs)
         run: Callable[[], Tensor] = lambda: torch.cat(made.cls_tokens(pictures))  # noqa: E731
     else:
         way = WAYS["list" if mode in LISTS else mode]

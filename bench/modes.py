@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +33,10 @@ CUBLAS = "layer_norm=triton,attention=triton,attention_pool=triton,patches=trito
 
 
 class EngineMode(NamedTuple):
-    """Our engine: whether as a CUDA graph, the setting of :func:`use_backend`, and what else it is made with."""
+    """Our engine: whether as a CUDA graph, and the setting of :func:`use_backend`."""
 
     graphs: bool
     backend: str | None
-    options: Mapping[str, Any] = MappingProxyType({})
 
 
 # It makes its weights from fp32 ones.
@@ -54,7 +52,6 @@ ENGINES = {
     "engine-mixed-graphs": EngineMode(True, MIXED),
     "engine-cublas": EngineMode(False, CUBLAS),
     "engine-cublas-graphs": EngineMode(True, CUBLAS),
-    "engine-no-ln-graphs": EngineMode(True, "triton", {"norm": "folded"}),  # beside engine-triton-graphs
 }
 MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
 WARM_UP = 3  # runs before a capture
@@ -76,8 +73,8 @@ def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
 def goes_with(mode: str, precision: str, output: str, device: torch.device) -> bool:
     """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8.
 
-    In fp8 its norms are not folded; and on a GPU its default linears, which are torch's, would compute in fp32. What
-    the last block computes for the class token alone stays in bf16, where cuBLAS' linears do not add their bias.
+    On a GPU its default linears in fp8, which are torch's, would compute in fp32. What the last block computes for the
+    class token alone stays in bf16, where cuBLAS' linears do not add their bias.
     """
     if mode not in ENGINES:
         return precision != "fp8"
@@ -85,7 +82,7 @@ def goes_with(mode: str, precision: str, output: str, device: torch.device) -> b
     if engine.backend == CUBLAS:
         return precision == "fp8" and output == "all"
     if precision == "fp8":
-        return "norm" not in engine.options and (device.type != "cuda" or engine.backend is not None)
+        return device.type != "cuda" or engine.backend is not None
     return precision != "autocast-bf16"
 
 
@@ -113,7 +110,7 @@ def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str
         x: pictures (batch, 3, height, width) in the dtype of the precision.
     """
     if mode in ENGINES:
-        model = engine(model, x, output, precision, ENGINES[mode].graphs, **ENGINES[mode].options)
+        model = engine(model, x, output, precision, ENGINES[mode].graphs)
     return runner(peer, model, x, output, precision, mode)
 
 
@@ -137,11 +134,9 @@ def runner(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str,
     return run
 
 
-def engine(
-    model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, graphs: bool, **options: Any
-) -> nn.Module:
+def engine(model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, graphs: bool) -> nn.Module:
     """Our engine, from weights in fp32, for what :func:`prepare` runs; also where it is slower than fp32."""
-    made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True, **options)
+    made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True)
     if precision == "fp8":
         made.calibrate(x[:CALIBRATING])
     return made

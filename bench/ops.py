@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,10 +100,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
     op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
-    prepare = gradients if backward else partial(forward, changes=workload.changes)
+    prepare = gradients if backward else forward
     torch_function = next(i.function for i in op.implementations if i.backend == "torch")
-    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype), workload.changes))()
-    usual = prepare(torch_function, own(op, arguments, workload.changes))()
+    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype)))()
+    usual = prepare(torch_function, own(op, arguments))()
     print(f"{workload.label}{' backward' if backward else ''}: {shape}")
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -118,12 +117,12 @@ def measure(
             continue
         rows[name] = row_of(workload, shape, backward) | {"implementation": name}
         try:
-            run = prepare(function, own(op, arguments, workload.changes))
+            run = prepare(function, own(op, arguments))
             rows[name]["outputs_max_error"] = worst_error(run(), reference, usual)
             runs[name] = run
         except Exception as exception:  # what stops one implementation must not stop the others
             stop(name, exception)
-    moved, flops = work(workload, shape, torch_function, own(op, arguments, workload.changes), backward)
+    moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
     floor = speeds.floor(moved, flops, arguments)
     times = in_turn(runs, shape.device, SECONDS[shape.device.type], flush=True, stop=stop) if runs else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -157,20 +156,18 @@ def candidates(
         yield "torch.compile", torch.compile(torch_function, dynamic=False, fullgraph=True)
 
 
-def own(op: Op, arguments: tuple[Any, ...], changes: int = 1) -> tuple[Any, ...]:
-    """The arguments for one run of an op, which may change the first `changes`."""
-    if not op.name.endswith("_"):
-        return arguments
-    return *(argument.clone() for argument in arguments[:changes]), *arguments[changes:]
+def own(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments for one run of an op, which may change the first."""
+    return (arguments[0].clone(), *arguments[1:]) if op.name.endswith("_") else arguments
 
 
-def forward(function: Callable[..., Any], arguments: tuple[Any, ...], changes: int = 1) -> Run:
+def forward(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Run:
     """Runs an op as inference does."""
 
     def run() -> list[Tensor]:
         with torch.inference_mode():
             results = function(*arguments)
-            return _tensors(arguments[:changes] if results is None else results)
+            return _tensors(arguments[:1] if results is None else results)
 
     return run
 
@@ -226,7 +223,7 @@ def work(
 ) -> tuple[int, float]:
     """Bytes that must be moved and flops of matrix products."""
     if not backward:
-        results = forward(torch_function, arguments, workload.changes)()
+        results = forward(torch_function, arguments)()
         return workload.moved(arguments, results), workload.flops(shape)
     assert workload.saved is not None
     outputs, incoming = run_forward(torch_function, arguments)

@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _lines_of(setting: Setting, models: Models, x: Tensor, peer: Peer, mode: str, repeats: int) -> list[Line]:
     if mode in ENGINES:
-        model = engine(models.ours, x, setting.output, setting.precision, graphs=False, **ENGINES[mode].options)
+        model = engine(models.ours, x, setting.output, setting.precision, graphs=False)
     else:
         model = models.get(peer, x.dtype)
     run = runner(peer, model, x, setting.output, setting.precision, mode)

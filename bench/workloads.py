@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dinov2_fast.backends import tensors_of
 from dinov2_fast.configs import BackboneConfig
-from dinov2_fast.ops import row_statistics
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
@@ -94,14 +93,13 @@ class Workload:
     """An op, by the name of its function, and what it is given.
 
     Args:
-        op: name. One that ends in "_" changes its first arguments and returns nothing, as torch has it.
+        op: name. One that ends in "_" changes its first argument and returns nothing, as torch has it.
         arguments: for a shape.
         flops: of its matrix products, forward.
         moved: bytes that it must read or write, forward, from its arguments and results.
         saved: positions of the arguments that its backward must read (or something as large); None: it has none.
         of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
         place: where in the model, if an op has several.
-        changes: how many arguments such an op changes.
     """
 
     op: str
@@ -111,7 +109,6 @@ class Workload:
     saved: tuple[int, ...] | None = None
     of_swiglu: bool | None = None
     place: str = ""
-    changes: int = 1
 
     @property
     def label(self) -> str:
@@ -191,11 +188,11 @@ def _operands(shape: Shape, features: Features) -> tuple[Tensor, Tensor, Tensor]
     return x, weight / in_features**0.5, shape.random(out_features)
 
 
-def _operands_fp8(shape: Shape, features: Features) -> tuple[Tensor, None, float, Tensor, Tensor, Tensor]:
+def _operands_fp8(shape: Shape, features: Features) -> tuple[Tensor, float, Tensor, Tensor, Tensor]:
     """x in e4m3 with one scale, weight in e4m3 with a scale for each output, bias."""
     x, weight, bias = _operands(shape, features)
     scales = torch.full_like(bias, 0.125 / features(shape)[0] ** 0.5, dtype=torch.float32)
-    return (x * 8).to(E4M3), None, 0.125, (weight / scales[:, None]).to(E4M3), scales, bias
+    return (x * 8).to(E4M3), 0.125, (weight / scales[:, None]).to(E4M3), scales, bias
 
 
 def _flops_of(features: Features) -> Callable[[Shape], float]:
@@ -225,46 +222,15 @@ def _linears() -> Iterator[Workload]:
     for features, place in ((_proj, "proj"), (_fc2, "fc2")):
         yield Workload(
             "linear_residual_",
-            lambda s, features=features: (s.stream(), *_operands(s, features), s.vector()),
+            lambda s, features=features: (s.stream(), *_operands(s, features)),
             _flops_of(features),
             place=place,
         )
         yield Workload(
             "linear_residual_fp8_",
-            lambda s, features=features: (s.stream(), *_operands_fp8(s, features), s.vector()),
+            lambda s, features=features: (s.stream(), *_operands_fp8(s, features)),
             _flops_of(features),
             place=place,
-        )
-
-
-def _statistics(stream: Tensor) -> Tensor:
-    return row_statistics(stream, backend="torch")
-
-
-def _norm_linears() -> Iterator[Workload]:
-    def normed(shape: Shape, features: Features) -> tuple[Any, ...]:
-        x, weight, bias = _operands(shape, features)
-        return x, _statistics(x), weight, bias, EPS
-
-    def residual(shape: Shape, features: Features) -> tuple[Any, ...]:
-        stream = shape.stream()
-        return stream, _statistics(stream), *_operands(shape, features), None
-
-    yield Workload("row_statistics", lambda s: (s.stream(),))
-    for op, features, place, of_swiglu in (
-        ("norm_linear", _qkv, "qkv", None),
-        ("norm_linear_gelu", _fc1, "fc1", False),
-        ("norm_linear_swiglu", _fc1, "fc1", True),
-    ):
-        yield Workload(op, partial(normed, features=features), _flops_of(features), of_swiglu=of_swiglu, place=place)
-    for features, place in ((_proj, "proj"), (_fc2, "fc2")):
-        yield Workload(
-            "linear_residual_statistics_",
-            partial(residual, features=features),
-            _flops_of(features),
-            moved=lambda arguments, results: _arguments_and_results(arguments, results) - arguments[1].nbytes,  # stale
-            place=place,
-            changes=2,
         )
 
 
@@ -302,5 +268,4 @@ WORKLOADS = (
     Workload("attention_pool", _pool, _pool_flops),
     Workload("patches", _pictures),
     *_linears(),
-    *_norm_linears(),
 )

@@ -116,17 +116,16 @@ void activation_backward(const TorchTensor& dy, const TorchTensor& x, const Opti
 
 // linear
 
-void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optional& bias, const Optional& gamma,
-                    const Optional& row_scale, const Optional& weight_scale, double scale, double inverse_scale,
-                    int64_t form, const TorchTensor& out) {
+void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optional& bias, const Optional& weight_scale,
+                    double scale, double inverse_scale, int64_t form, const TorchTensor& out) {
   if (form < 0 || form > 3) {
     dinov2_fast::fail("form must be 0 (linear), 1 (gelu), 2 (swiglu) or 3 (residual), got ", form);
   }
   const OnDevice device(x);
-  dinov2_fast::linear_forward({view("x", x), view("weight", weight), view("bias", bias), view("gamma", gamma),
-                               view("row_scale", row_scale), view("weight_scale", weight_scale), scale, inverse_scale,
-                               static_cast<dinov2_fast::Form>(form), view("out", out)},
-                              device.stream);
+  dinov2_fast::linear_forward(
+      {view("x", x), view("weight", weight), view("bias", bias), view("weight_scale", weight_scale), scale,
+       inverse_scale, static_cast<dinov2_fast::Form>(form), view("out", out)},
+      device.stream);
 }
 
 }  // namespace
@@ -144,8 +143,8 @@ STABLE_TORCH_LIBRARY(dinov2_fast_cuda, library) {
   library.def(
       "activation_backward(Tensor dy, Tensor x, Tensor? bias, bool swiglu, Tensor(a!) dx, Tensor(b!)? partial) -> ()");
   library.def(
-      "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? row_scale, Tensor? weight_scale, "
-      "float scale, float inverse_scale, int form, Tensor(a!) out) -> ()");
+      "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_scale, float scale, float inverse_scale, "
+      "int form, Tensor(a!) out) -> ()");
 }
 
 #ifdef DINOV2_FAST_ON_HOST

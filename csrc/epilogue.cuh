@@ -27,8 +27,6 @@ struct EpilogueArguments {
   int64_t rows;
   int64_t out_features;
   ColumnVector bias;
-  ColumnVector gamma;
-  const float* row_scale;     // (rows,) or null
   const float* weight_scale;  // (out_features,) of e4m3 operands
   float scale;
   float inverse_scale;
@@ -41,8 +39,6 @@ inline EpilogueArguments epilogue_of(const LinearForward& args) {
           args.x.rows(),
           args.weight.rows(),
           {args.bias.data, args.bias.dtype},
-          {args.gamma.data, args.gamma.dtype},
-          pointer<float>(args.row_scale),
           pointer<float>(args.weight_scale),
           static_cast<float>(args.scale),
           static_cast<float>(args.inverse_scale)};
@@ -75,20 +71,19 @@ __device__ __forceinline__ void transpose_in_quad(float (&x)[4], int lane) {
 
 // The coefficients of 8 columns.
 struct Columns {
-  float scale[WIDTH], bias[WIDTH], gamma[WIDTH];
+  float scale[WIDTH], bias[WIDTH];
 };
 
 __device__ __forceinline__ Columns read_columns(const EpilogueArguments& args, int64_t column) {
   Columns columns;
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
-    columns.scale[i] = columns.gamma[i] = 1.0f;
+    columns.scale[i] = 1.0f;
     columns.bias[i] = 0.0f;
   }
   if (column >= args.out_features) return columns;
   if (args.weight_scale) load(args.weight_scale + column, columns.scale);
   if (args.bias.data) load(args.bias, column, columns.bias);
-  if (args.gamma.data) load(args.gamma, column, columns.gamma);
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) columns.scale[i] *= args.scale;
   return columns;
@@ -119,14 +114,13 @@ __device__ __forceinline__ void store_at_once(T* to, const float (&from)[WIDTH])
 
 // From z = x @ weight^T + bias to the result: 8 columns of one row, of z 16 for SwiGLU.
 template <Form FORM, typename Out, int CHUNKS>
-__device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], const Columns& columns, float inverse_scale,
-                                       Out* to) {
+__device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], float inverse_scale, Out* to) {
   float y[WIDTH];
   if constexpr (FORM == Form::residual) load(to, y);
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
     if constexpr (FORM == Form::residual) {
-      y[i] += columns.gamma[i] * z[0][i];
+      y[i] += z[0][i];
     } else if constexpr (FORM == Form::swiglu) {
       y[i] = fast_silu(z[2 * i / WIDTH][2 * i % WIDTH]) * z[2 * i / WIDTH][2 * i % WIDTH + 1];
     } else {
@@ -156,7 +150,6 @@ __device__ __forceinline__ void write_tile(const Accumulators& accumulators, int
 #pragma unroll
     for (int half = 0; half < 2 * SLICES; ++half) {
       const int64_t row = first_row + half / 2 * SLICE_ROWS + half % 2 * 8;
-      const float row_scale = SCALED && args.row_scale && row < args.rows ? args.row_scale[row] : 1.0f;
       float z[CHUNKS][WIDTH];
 #pragma unroll
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -174,13 +167,13 @@ __device__ __forceinline__ void write_tile(const Accumulators& accumulators, int
         }
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
-          if constexpr (SCALED) z[chunk][i] *= columns[chunk].scale[i] * row_scale;
+          if constexpr (SCALED) z[chunk][i] *= columns[chunk].scale[i];
           z[chunk][i] += columns[chunk].bias[i];
         }
       }
       if (row < args.rows && column < args.out_features) {
         Out* to = static_cast<Out*>(args.out) + row * args.out_stride + column / CHUNKS;
-        finish<FORM>(z, columns[0], args.inverse_scale, to);
+        finish<FORM>(z, args.inverse_scale, to);
       }
     }
   }

@@ -13,8 +13,6 @@ struct LinearForward {
   Tensor x;              // (rows, in_features): bf16, fp16 or e4m3
   Tensor weight;         // (out_features, in_features), as x; gate and value rows in turn for SwiGLU
   Tensor bias;           // (out_features,), bf16, fp16 or fp32, or left out
-  Tensor gamma;          // likewise, of the residual form alone
-  Tensor row_scale;      // (rows,), fp32, or left out: dequantisation factor of each row of x, if that is e4m3
   Tensor weight_scale;   // (out_features,), fp32: of each row of weight, if that is e4m3
   double scale;          // dequantisation factor of all of x
   double inverse_scale;  // of an e4m3 result
@@ -50,22 +48,14 @@ inline void check_linear(const LinearForward& args) {
   if (out_features == 0 || out_features % (8 * pair)) {
     fail("out_features must be a multiple of ", 8 * pair, ", got ", out_features);
   }
-  for (const Tensor* vector : {&args.bias, &args.gamma}) {
-    if (!*vector) continue;
-    check_dtype(*vector, {Dtype::bf16, Dtype::fp16, Dtype::fp32});
-    check_vector(*vector, out_features, x.device);
+  if (args.bias) {
+    check_dtype(args.bias, {Dtype::bf16, Dtype::fp16, Dtype::fp32});
+    check_vector(args.bias, out_features, x.device);
   }
-  if (args.gamma && args.form != Form::residual) fail("gamma goes with the residual form only");
-  if (e4m3 != bool(args.weight_scale) || (args.row_scale && !e4m3)) {
-    fail("scales go with e4m3 operands, which need them");
-  }
+  if (e4m3 != bool(args.weight_scale)) fail("weight_scale goes with e4m3 operands, which need it");
   if (args.weight_scale) {
     check_dtype(args.weight_scale, {Dtype::fp32});
     check_vector(args.weight_scale, out_features, x.device);
-  }
-  if (args.row_scale) {
-    check_dtype(args.row_scale, {Dtype::fp32});
-    check_vector(args.row_scale, rows, x.device, false);
   }
   const Dtype narrow = e4m3 ? Dtype::bf16 : x.dtype;
   if (args.form == Form::residual) {

@@ -7,10 +7,6 @@ masked loads. Invariants: elements of a row are neighbours in `x`, `weight` and 
 feature per row, with gate and value rows in turn for SwiGLU; row offsets are int64; the sum over in_features is in
 fp32, for e4m3 operands as well, of which no more than BLOCK_K products are summed at the tensor cores' lower precision.
 e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
-
-Row statistics (2, parts, rows), fp32, are what a layer norm needs to know of a stream: for each row and each PART of
-its columns the sum, then the sum of squared deviations from the part's own mean. Who writes a stream can write them, a
-tile at a time and without atomics; who reads it raw can multiply its product with 1 / the standard deviation.
 """
 
 from __future__ import annotations
@@ -30,8 +26,6 @@ from dinov2_fast.kernels.common import to_e4m3
 
 E4M3 = torch.float8_e4m3fn
 TMA_ALIGNMENT = 16  # bytes
-PART = tl.constexpr(64)  # columns; no tile is narrower
-CHUNK = tl.constexpr(8)  # parts that are combined at a time
 
 
 @triton.jit
@@ -62,56 +56,9 @@ def _load_block(
 
 
 @triton.jit
-def write_statistics(y, start_m, start_n, statistics_ptr, rows, features):
-    """Stores the statistics of a tile of a stream (rows, features), fp32, that starts with a part."""
-    PARTS: tl.constexpr = y.shape[1] // PART
-    m = start_m + tl.arange(0, y.shape[0])
-    part = start_n // PART + tl.arange(0, PARTS)
-    size = tl.minimum(features - part * PART, PART)  # in columns; not above 0 outside of the stream
-    inside = tl.arange(0, PART)[None, :] < size[:, None]  # (parts, columns)
-    y = tl.where(inside[None, :, :], tl.reshape(y, (y.shape[0], PARTS, PART)), 0.0)
-    total = tl.sum(y, axis=2)
-    deviation = tl.where(inside[None, :, :], y - (total / tl.maximum(size, 1)[None, :])[:, :, None], 0.0)
-    at = statistics_ptr + part.to(tl.int64)[None, :] * rows + m[:, None]
-    mask = (m < rows)[:, None] & (size > 0)[None, :]
-    tl.store(at, total, mask=mask)
-    at = statistics_ptr + (part + tl.cdiv(features, PART)).to(tl.int64)[None, :] * rows + m[:, None]
-    tl.store(at, tl.sum(deviation * deviation, axis=2), mask=mask)
-
-
-@triton.jit
-def _row_rstd(statistics_ptr, start_m, rows, features, EPS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr):
-    """1 / sqrt(variance + EPS) of BLOCK_M rows; CHUNKS are the parts of a row by the chunk, which registers can hold.
-
-    Variances are combined as by Chan, Golub & LeVeque (1979): that within groups and that of their means.
-    """
-    m = start_m + tl.arange(0, BLOCK_M)
-    parts = tl.cdiv(features, PART)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        before = chunk * CHUNK * PART  # columns in earlier chunks
-        columns = tl.minimum(features - before, CHUNK * PART)
-        part = chunk * CHUNK + tl.arange(0, CHUNK)
-        size = tl.maximum(tl.minimum(features - part * PART, PART), 0)[:, None].to(tl.float32)
-        mask = (size > 0) & (m < rows)[None, :]
-        at = statistics_ptr + part.to(tl.int64)[:, None] * rows + m[None, :]
-        total = tl.load(at, mask=mask, other=0.0)
-        at = statistics_ptr + (part + parts).to(tl.int64)[:, None] * rows + m[None, :]
-        within = tl.load(at, mask=mask, other=0.0)
-        chunk_mean = tl.sum(total, axis=0) / columns
-        away = total / tl.maximum(size, 1.0) - chunk_mean[None, :]
-        step = chunk_mean - mean
-        share = columns / (before + columns)
-        squares += tl.sum(within + size * away * away, axis=0) + before * share * step * step
-        mean += share * step
-    return tl.rsqrt(squares / features + EPS)
-
-
-@triton.jit
 def _write_tile(
-    y, start_m, start_n, rstd, bias_ptr, row_scale_ptr, weight_scale_ptr, gamma_ptr, out_ptr, out_statistics_ptr, rows,
-    out_features, out_stride, scale, inverse_out_scale, EPILOGUE: tl.constexpr,
+    y, start_m, start_n, bias_ptr, weight_scale_ptr, out_ptr, rows, out_features, out_stride, scale, inverse_out_scale,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """Finishes a tile of x @ weight^T whose first element stands at (start_m, start_n), and stores it."""
     BLOCK_M: tl.constexpr = y.shape[0]
@@ -120,14 +67,8 @@ def _write_tile(
     n = start_n + tl.arange(0, BLOCK_N)
     if weight_scale_ptr is not None:
         y *= tl.load(weight_scale_ptr + n, mask=n < out_features, other=0.0)[None, :] * scale
-    if row_scale_ptr is not None:
-        y *= tl.load(row_scale_ptr + m, mask=m < rows, other=0.0)[:, None]
-    if rstd is not None:
-        y *= rstd[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
-    if gamma_ptr is not None:
-        y *= tl.load(gamma_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu_erf":
         y = gelu_erf(y)
     elif EPILOGUE == "gelu_polynomial":
@@ -145,9 +86,6 @@ def _write_tile(
         tl.store(at, to_e4m3(y * inverse_out_scale), mask=mask)
     else:
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
-    if out_statistics_ptr is not None:
-        stored = y.to(out_ptr.dtype.element_ty).to(tl.float32)
-        write_statistics(stored, start_m, start_n, out_statistics_ptr, rows, out_features)
 
 
 @triton.jit
@@ -155,12 +93,8 @@ def _linear_forward_kernel(
     x,  # (rows, in_features), pointer or descriptor
     weight,  # (out_features, in_features), pointer or descriptor
     bias_ptr,  # (out_features,) or None
-    row_scale_ptr,  # (rows,) fp32 or None: dequantisation factor of each row of x
     weight_scale_ptr,  # (out_features,) fp32 or None
-    gamma_ptr,  # (out_features,) or None, for "residual"
     out_ptr,  # (rows, out_features), (rows, out_features / 2) for "swiglu"; the stream itself for "residual"
-    x_statistics_ptr,  # (2, parts, rows) or None: of x, whose rows are then divided by their standard deviation
-    out_statistics_ptr,  # (2, parts, rows) or None: to write, of the stream, for "residual"
     rows,
     out_features,
     in_features,
@@ -178,8 +112,6 @@ def _linear_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    EPS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of the statistics of a row of x
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
     column_tiles = tl.cdiv(out_features, BLOCK_N)
@@ -196,23 +128,13 @@ def _linear_forward_kernel(
                 y += tl.dot(a, b.T, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
             else:
                 y = tl.dot(a, b.T, y, input_precision="ieee")
-        rstd = None
-        if x_statistics_ptr is not None:
-            rstd = _row_rstd(x_statistics_ptr, m, rows, in_features, EPS, BLOCK_M, CHUNKS)
-        if out_statistics_ptr is not None and BLOCK_N == PART:
+        # Half a tile at a time: fewer registers, and what the residual needs fits in them.
+        halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
             _write_tile(
-                y, m, n, rstd, bias_ptr, row_scale_ptr, weight_scale_ptr, gamma_ptr, out_ptr, out_statistics_ptr, rows,
-                out_features, out_stride, scale, inverse_out_scale, EPILOGUE,
+                halves[half], m, n + half * (BLOCK_N // 2), bias_ptr, weight_scale_ptr, out_ptr, rows, out_features,
+                out_stride, scale, inverse_out_scale, EPILOGUE,
             )  # fmt: skip
-        else:
-            # Half a tile at a time: fewer registers, and what the residual needs fits in them.
-            halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            for half in tl.static_range(2):
-                _write_tile(
-                    halves[half], m, n + half * (BLOCK_N // 2), rstd, bias_ptr, row_scale_ptr, weight_scale_ptr,
-                    gamma_ptr, out_ptr, out_statistics_ptr, rows, out_features, out_stride, scale, inverse_out_scale,
-                    EPILOGUE,
-                )  # fmt: skip
 
 
 class _Tile(NamedTuple):
@@ -272,17 +194,12 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gamma: Tensor | None,
     epilogue: str,
-    row_scale: Tensor | None,
     scale: float,
     weight_scale: Tensor | None,
     out_scale: float,
-    x_statistics: Tensor | None = None,
-    eps: float | None = None,
-    out_statistics: Tensor | None = None,
 ) -> None:
-    """Runs the kernel on matrices, contiguous vectors and contiguous statistics."""
+    """Runs the kernel on matrices and contiguous vectors."""
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if rows == 0:
         return
@@ -299,12 +216,8 @@ def _launch(
             TensorDescriptor.from_tensor(x, [tile.m, block_k]) if tma else x,
             TensorDescriptor.from_tensor(weight, [tile.n, block_k]) if tma else weight,
             bias,
-            row_scale,
             weight_scale,
-            gamma,
             out,
-            x_statistics,
-            out_statistics,
             rows,
             out_features,
             in_features,
@@ -322,8 +235,6 @@ def _launch(
             BLOCK_N=tile.n,
             BLOCK_K=block_k,
             GROUP=8,
-            EPS=eps,
-            CHUNKS=None if x_statistics is None else triton.cdiv(in_features, CHUNK.value * PART.value),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -335,25 +246,21 @@ def linear_forward(
     bias: Tensor | None = None,
     epilogue: str = "linear",
     *,
-    row_scale: Tensor | None = None,
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out_scale: float = 1.0,
-    statistics: Tensor | None = None,
-    eps: float | None = None,
 ) -> Tensor:
     """`x` (..., in_features) times `weight`^T, through "linear", "gelu" or "swiglu", in `dtype` or that of `x`.
 
-    e4m3 operands are multiplied by `scale`, by the `row_scale` (..., 1) of each row of `x` and by the `weight_scale`
-    (out_features,) of each row of `weight`; an e4m3 result is over `out_scale`. With the `statistics` (2, parts, ...)
-    of `x` each row of the product is divided by the square root of its variance plus `eps`.
+    e4m3 operands are multiplied by `scale` and by the `weight_scale` (out_features,) of each row of `weight`; an e4m3
+    result is over `out_scale`.
     """
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
     _launch(
-        common.rows(out), common.rows(x), common.rows(weight), _vector(bias), None, epilogue,
-        _vector(row_scale), scale, _vector(weight_scale), out_scale, statistics, eps,
+        common.rows(out), common.rows(x), common.rows(weight), _vector(bias), epilogue, scale,
+        _vector(weight_scale), out_scale,
     )  # fmt: skip
     return out
 
@@ -363,20 +270,14 @@ def linear_residual_forward_(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gamma: Tensor | None,
     *,
-    row_scale: Tensor | None = None,
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> None:
-    """Adds `gamma` * (`x` @ `weight`^T + `bias`) to `residual` (..., out_features), a view of evenly spaced rows.
-
-    With `statistics` (2, parts, ...) those of the sum are written there.
-    """
+    """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), a view of evenly spaced rows."""
     _launch(
-        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), _vector(bias), _vector(gamma),
-        "residual", _vector(row_scale), scale, _vector(weight_scale), 1.0, out_statistics=statistics,
+        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), _vector(bias), "residual", scale,
+        _vector(weight_scale), 1.0,
     )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ from dinov2_fast.kernels import (
     layer_norm,
     layer_norm_backward,
     linear,
-    norm_linear,
     patches,
     residual,
     residual_backward,
@@ -387,31 +386,19 @@ def _linear(dtype: torch.dtype, rows: int, in_features: int, out_features: int) 
     for epilogue in ("linear", "gelu", "swiglu"):
         linear.linear_forward(x, weight, bias, epilogue)
     for stream in {dtype, torch.float32}:
-        linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias, bias)
+        linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias)
 
 
 def _linear_e4m3(dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> None:
     x, weight = _cuda(rows, in_features, dtype=E4M3), _cuda(out_features, in_features, dtype=E4M3)
-    bias, weight_scale = _cuda(out_features, dtype=dtype), _cuda(out_features)
-    for scales in ({"scale": 0.125}, {"row_scale": _cuda(rows, 1)}):
-        scales["weight_scale"] = weight_scale
-        linear.linear_forward(x, weight, bias, "linear", dtype=dtype, **scales)
-        for epilogue in ("gelu", "swiglu"):
-            linear.linear_forward(x, weight, bias, epilogue, dtype=dtype, **scales)
-            linear.linear_forward(x, weight, bias, epilogue, dtype=E4M3, out_scale=0.0625, **scales)
-        for stream in (dtype, torch.float32):
-            linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias, bias, **scales)
-
-
-def _norm_linear(dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> None:
-    x, weight = _cuda(rows, in_features, dtype=dtype), _cuda(out_features, in_features, dtype=dtype)
-    bias, statistics = _cuda(out_features, dtype=dtype), norm_linear.row_statistics_forward(x)
-    for epilogue in ("linear", "gelu", "swiglu"):
-        norm_linear.norm_linear_forward(x, statistics, weight, bias, 1e-6, epilogue)
-    for stream in {dtype, torch.float32}:
-        residual = _cuda(rows, out_features, dtype=stream)
-        own = norm_linear.row_statistics_forward(residual)
-        norm_linear.linear_residual_statistics_forward_(residual, own, x, weight, bias, bias)
+    bias = _cuda(out_features, dtype=dtype)
+    scales = {"scale": 0.125, "weight_scale": _cuda(out_features)}
+    linear.linear_forward(x, weight, bias, "linear", dtype=dtype, **scales)
+    for epilogue in ("gelu", "swiglu"):
+        linear.linear_forward(x, weight, bias, epilogue, dtype=dtype, **scales)
+        linear.linear_forward(x, weight, bias, epilogue, dtype=E4M3, out_scale=0.0625, **scales)
+    for stream in (dtype, torch.float32):
+        linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias, **scales)
 
 
 def _patches(dtype: torch.dtype, pixels: int, padded_to: int) -> None:
@@ -443,8 +430,6 @@ FP16_AND_64 = (torch.float16, torch.float64)
 FEATURES = ((16448, 384, 1536), (16448, 1024, 4096), (16448, 4096, 1536))
 MORE_FEATURES = ((16448, 592, 384), (16448, 588, 384), (257, 384, 384), (257, 383, 386))
 # the same from a stream, whose widths are those of the backbones
-STREAMS = ((16448, 384, 1536), (16448, 1536, 8192))
-MORE_STREAMS = ((16448, 588, 384), (257, 384, 384))
 HEADS = {
     "sizes": ((257, 6, 64), (257, 16, 64)),
     "more": ((261, 6, 64), (200, 6, 64), (129, 6, 64), (257, 6, 32), (257, 6, 128)),
@@ -495,9 +480,6 @@ CASES = {
     ),
     "linear": Case(_linear, FEATURES, MORE_FEATURES),
     "linear_e4m3": Case(_linear_e4m3, FEATURES, MORE_FEATURES, (torch.bfloat16,), architectures=FP8_ARCHITECTURES),
-    "norm_linear": Case(_norm_linear, STREAMS, MORE_STREAMS),
-    # a width that no DINOv2 has, of which each element is loaded and stored by itself
-    "norm_linear_odd": Case(_norm_linear, ((257, 383, 386),), max_spill=32),
     "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640)), alike=FP16_AND_64),
 }
 

@@ -390,7 +390,7 @@ def test_modes_go_with_precisions() -> None:
         return [precision for precision in modes.DTYPES if modes.goes_with(mode, precision, output, device)]
 
     assert precisions("engine", CPU) == ["fp32", "fp16", "bf16", "fp8"]
-    assert precisions("engine", CUDA) == precisions("engine-no-ln-graphs", CUDA) == ["fp32", "fp16", "bf16"]
+    assert precisions("engine", CUDA) == ["fp32", "fp16", "bf16"]
     assert precisions("triton", CUDA) == precisions("eager", CPU) == ["fp32", "fp16", "bf16", "autocast-bf16"]
     for mode in ("engine-triton", "engine-triton-sdpa", "engine-cuda-graphs", "engine-mixed"):
         assert precisions(mode, CUDA) == ["fp32", "fp16", "bf16", "fp8"]

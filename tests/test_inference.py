@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import ops, optimize_for_inference, use_backend
+from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference.backbone import CACHED_SIZES
-from dinov2_fast.inference.block import FoldedBlock, NormFreeBlock
+from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from tests import golden, huggingface_peers
@@ -36,9 +36,6 @@ KINDS_OF_MODEL = {
         "ffn_bias": False,
     },
 }
-
-
-each_norm = pytest.mark.parametrize("norm", ["pass", "folded"])
 
 
 def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
@@ -71,7 +68,7 @@ def reference(request, norm: str) -> tuple[Any, dict[str, Tensor], str]:
     arguments, weights, tensors = golden.load_case(request.param)
     model = DinoVisionTransformer(**arguments).eval()
     model.load_state_dict(weights)
-    return optimize_for_inference(model, "fp32", norm=norm), tensors, request.param
+    return optimize_for_inference(model, "fp32"), tensors, request.param
 
 
 @pytest.mark.parametrize("i", INPUTS)
@@ -96,12 +93,11 @@ def test_golden_features(reference, i: int) -> None:
         close(pair[1], tensors[f"{i}.intermediate.{j}.cls"])
 
 
-@each_norm
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @torch.no_grad()
-def test_every_form_of_the_reference_s_face(kind: dict[str, Any], norm: str) -> None:
+def test_every_form_of_the_reference_s_face(kind: dict[str, Any]) -> None:
     model = small(**kind)
-    engine = optimize_for_inference(model, "fp32", norm=norm)
+    engine = optimize_for_inference(model, "fp32")
     x, other = torch.randn(2, 3, 42, 98), torch.randn(1, 3, 70, 70)
     masks = torch.rand(2, 21) < 0.5
     calls = [
@@ -135,12 +131,11 @@ def test_pictures_of_many_sizes_get_their_own_positions() -> None:
     assert len(engine._sizes) <= CACHED_SIZES
 
 
-@each_norm
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
-def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu: bool, norm: str) -> None:
+def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu: bool) -> None:
     pair = make_pair(family, swiglu=swiglu)
-    engine = optimize_for_inference(pair.ours, "fp32", norm=norm)
+    engine = optimize_for_inference(pair.ours, "fp32")
     for size in ((98, 140), (60, 74)):  # 60 and 74 are no multiples of the patch size
         x = pictures(*size)
         masks = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.5
@@ -188,28 +183,26 @@ def _errors(model: Any, wanted: dict[str, Tensor], x: Tensor) -> Tensor:
 @torch.no_grad()
 def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[str, Any], dtype: torch.dtype) -> None:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    same, wide, folded = [], [], []
+    same, wide = [], []
     for seed in range(4 if dtype == torch.bfloat16 else 2):  # fp16 is slow on a CPU
         torch.manual_seed(seed)
         model, x = wild(kind), torch.randn(16, 3, 56, 56)
         exact = _exact(model, x)
         eager = _errors(copy.deepcopy(model).to(dtype), exact, x.to(dtype))
-        for settings, ratios in (({}, same), ({"residual": "fp32"}, wide), ({"norm": "folded"}, folded)):
+        for settings, ratios in (({}, same), ({"residual": "fp32"}, wide)):
             engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
             ratios.append(_errors(engine, exact, x) / eager)
-    same, wide, folded = (torch.cat(ratios, dim=1).log() for ratios in (same, wide, folded))  # (3, pictures)
-    for errors in (same, folded):
-        chance = 3 * errors.std(dim=1) / errors.shape[1] ** 0.5  # three standard errors of the mean
-        assert (errors.mean(1) <= chance).all()  # geometric means measured: 0.87 to 1.06, folded 0.80 to 1.00
+    same, wide = (torch.cat(ratios, dim=1).log() for ratios in (same, wide))  # (3, pictures)
+    chance = 3 * same.std(dim=1) / same.shape[1] ** 0.5  # three standard errors of the mean
+    assert (same.mean(1) <= chance).all()  # geometric means measured: 0.87 to 1.06
     assert (wide.mean(1).exp() <= 0.9).all()  # measured 0.66 to 0.81
 
 
-@each_norm
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @torch.no_grad()
-def test_fp32_stays_near_fp64(kind: dict[str, Any], norm: str) -> None:
+def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
     model, x = wild(kind), torch.randn(4, 3, 56, 70)
-    errors = _errors(optimize_for_inference(model, "fp32", norm=norm), _exact(model, x), x)
+    errors = _errors(optimize_for_inference(model, "fp32"), _exact(model, x), x)
     assert (errors < 1e-5).all()
 
 
@@ -220,10 +213,8 @@ def test_fp32_stays_near_fp64(kind: dict[str, Any], norm: str) -> None:
         ("mlp", {}, "fp32"),
         ("swiglu", {"residual": "fp32"}, "bf16"),
         ("registers", {}, "bf16"),
-        ("mlp", {"norm": "folded"}, "bf16"),
-        ("swiglu, registers", {"norm": "folded"}, "fp32"),
     ],
-    ids=["mlp", "swiglu", "registers", "mlp, folded", "swiglu, folded"],
+    ids=["mlp", "swiglu", "registers"],
 )
 @torch.no_grad()
 def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], precision: str) -> None:
@@ -251,18 +242,16 @@ def _blocks_in_full(engine: Any, call: Any) -> int:
     """How many blocks run for all tokens in a call."""
     ran = []
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (FoldedBlock, NormFreeBlock):
-            update_ = kind.update_
-            patch.setattr(kind, "update_", lambda *args, update_=update_: ran.append(1) or update_(*args))
+        update_ = FoldedBlock.update_
+        patch.setattr(FoldedBlock, "update_", lambda *args: ran.append(1) or update_(*args))
         call(engine)
     return len(ran)
 
 
-@each_norm
 @torch.no_grad()
-def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned(norm: str) -> None:
+def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned() -> None:
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 56, 70)
-    auto, cls, full = (optimize_for_inference(model, "fp32", kind, norm=norm) for kind in ("auto", "cls", "all"))
+    auto, cls, full = (optimize_for_inference(model, "fp32", kind) for kind in ("auto", "cls", "all"))
     depth = len(model.blocks)
     for engine, blocks in ((auto, depth - 1), (cls, depth - 1), (full, depth)):
         assert _blocks_in_full(engine, lambda m: m(x)) == blocks
@@ -304,55 +293,6 @@ def test_cls_only_in_the_hugging_face_face() -> None:
     for task in ("Backbone", "ForImageClassification"):
         with pytest.raises(ValueError, match="needs the tokens of all patches"):
             optimize_for_inference(make_pair("Dinov2", task).ours, outputs="cls")
-
-
-# Folded norms
-
-
-@torch.no_grad()
-def test_folded_norms_take_no_pass_and_statistics_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, Any]] = []
-    for name in ("layer_norm", "row_statistics"):
-        plain = getattr(ops, name)
-        monkeypatch.setattr(
-            ops, name, lambda x, *rest, name=name, plain=plain: calls.append((name, tuple(x.shape))) or plain(x, *rest)
-        )
-    model, x, other = small(), torch.randn(2, 3, 28, 28), torch.randn(1, 3, 14, 14)
-    engine = optimize_for_inference(model, "fp32", norm="folded")
-    calls.clear()
-    engine.forward_features(x)
-    assert calls == [("row_statistics", (2, 5, 32)), ("layer_norm", (2, 5, 32))]  # the last norm
-    calls.clear()
-    engine(x)
-    assert calls == [("row_statistics", (2, 5, 32)), ("layer_norm", (2, 32)), ("layer_norm", (2, 1, 32))]
-    calls.clear()
-    engine.forward_features([x, other])
-    assert [call for call in calls if call[0] == "row_statistics"] == [("row_statistics", (1, 12, 32))]
-
-
-@torch.no_grad()
-def test_folded_norms_follow_the_model_and_are_copied_and_compiled() -> None:
-    model, x = small(num_register_tokens=2), torch.randn(1, 3, 42, 56)
-    engine = optimize_for_inference(model, "fp32", norm="folded")
-    model.blocks[1].norm2.weight[:8] *= 3
-    torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
-    copied = copy.deepcopy(engine)
-    assert copied.plan.norm == "folded"
-    assert torch.equal(copied(x), engine(x))
-    compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), engine(x), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_report_shows_folded_norms_beside_norms_of_their_own() -> None:
-    engine = optimize_for_inference(small(), "bf16", norm="folded", allow_slow=True)
-    report = engine.report(torch.randn(3, 3, 28, 28))
-    assert [row.precision for row in report.rows if row.layer == "final"] == ["bf16 folded", "bf16"]
-    assert all(0.99 < row.patch_worst < 1 for row in report.rows)
-    different = {(row.layer, row.precision): row.patch_mean for row in report.rows}
-    assert different["final", "bf16 folded"] != different["final", "bf16"]
-    exact = optimize_for_inference(small(), "fp32", norm="folded").report(torch.randn(3, 3, 28, 28))
-    assert {row.precision for row in exact.rows} == {"fp32 folded", "bf16"}
 
 
 # uint8 pictures
@@ -676,15 +616,6 @@ def test_training_is_refused() -> None:
         ({"precision": "bf15"}, "no precision 'bf15'; choose one of auto, bf16, fp16, fp32"),
         ({"outputs": "patches"}, "no outputs 'patches'; choose one of auto, cls, all"),
         ({"residual": "bf16"}, "no residual 'bf16'; choose one of same, fp32"),
-        ({"norm": "none"}, "no norm 'none'; choose one of pass, folded"),
-        (
-            {"norm": "folded", "precision": "fp8", "allow_slow": True},
-            "norm='folded' does not go with precision='fp8', whose linears read a norm that is quantised",
-        ),
-        (
-            {"norm": "folded", "precision": "bf16", "residual": "fp32", "allow_slow": True},
-            "norm='folded' does not go with residual='fp32' and precision='bf16': the linears read the stream itself",
-        ),
         ({"mean": (0.5,)}, "mean and std need one value for each channel"),
         ({"std": (0.5, 0.5, 0.0)}, "std none of 0"),
     ],
@@ -719,16 +650,6 @@ def test_print_says_what_it_does() -> None:
         "attention_pool=torch",
     ):
         assert part in text
-    assert "norms of blocks" not in text
-    text = str(optimize_for_inference(small(), norm="folded"))
-    for part in (
-        "norms of blocks: folded into qkv and fc1, which read the stream itself (norm='folded')",
-        "no pass is spared here: torch's forms of row_statistics, linear_residual_statistics_ make their own",
-        "norm_linear_gelu=torch",
-        "linear_gelu=",  # for the CLS token alone
-    ):
-        assert part in text
-    assert ", linear_gelu=" not in str(optimize_for_inference(small(), outputs="all", norm="folded"))
     text = str(optimize_for_inference(make_pair("Dinov2", "ForImageClassification").ours))
     assert "Engine of a Dinov2ForImageClassification: 3 blocks of 128 channels" in text
     assert "last block: computed in full" in text

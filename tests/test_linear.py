@@ -53,12 +53,11 @@ def _operands(rows: int, out_features: int, in_features: int, dtype: torch.dtype
     return x, weight, random(out_features, dtype=dtype)
 
 
-def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A residual stream and a gamma, the same whenever the sizes are."""
+def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A residual stream, the same whenever the sizes are."""
     generator = torch.Generator().manual_seed(3)
     residual = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator)
-    gamma = torch.rand(weight.shape[0], generator=generator) + 0.5
-    return residual.to(x.device, dtype or x.dtype), gamma.to(x.device, x.dtype)
+    return residual.to(x.device, dtype or x.dtype)
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,18 +65,18 @@ def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None
         return op.linear(x, weight, bias, backend=backend)
     if form != "residual":
         return getattr(op, f"linear_{form}")(x, weight, bias, backend=backend)
-    residual, gamma = _stream(x, weight)
-    assert op.linear_residual_(residual, x, weight, bias, gamma, backend=backend) is None
+    residual = _stream(x, weight)
+    assert op.linear_residual_(residual, x, weight, bias, backend=backend) is None
     return residual
 
 
-def _finish(form: str, z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None) -> Tensor:
+def _finish(form: str, z: Tensor, residual: Tensor | None = None) -> Tensor:
     """What follows the product, in plain torch."""
     if form == "gelu":
         return F.gelu(z)
     if form == "swiglu":
         return F.silu(z[..., 0::2]) * z[..., 1::2]
-    return z if form == "linear" else residual + gamma * z
+    return z if form == "linear" else residual + z
 
 
 def _exact(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,14 +84,13 @@ def _exact(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.linear_swiglu(x, weight, bias)
     z = reference.linear(x, weight, bias)
     if form == "residual":
-        residual, gamma = _stream(x, weight)
-        return reference.add_residual(residual[None], z[None], gamma, None)[0]
+        return _stream(x, weight).double() + z
     return reference.gelu(z) if form == "gelu" else z
 
 
 def _plain(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    stream = _stream(x, weight) if form == "residual" else ()
-    return _finish(form, F.linear(x, weight, bias), *stream)
+    stream = _stream(x, weight) if form == "residual" else None
+    return _finish(form, F.linear(x, weight, bias), stream)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -131,18 +129,15 @@ def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, for
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("with_gamma", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_backend
-def test_the_stream_may_be_wider_and_the_rest_stays(
-    backend: str, dtype: torch.dtype, with_gamma: bool, with_bias: bool
-) -> None:
+def test_the_stream_may_be_wider_and_the_rest_stays(backend: str, dtype: torch.dtype, with_bias: bool) -> None:
     x, weight, bias = (t.view(2, 5, -1) if t.ndim == 2 and len(t) == 10 else t for t in _operands(10, 72, 40, dtype))
-    residual, gamma = _stream(x, weight, torch.float32)
-    arguments = [x, weight, bias if with_bias else None, gamma if with_gamma else None]
+    residual = _stream(x, weight, torch.float32)
+    arguments = [x, weight, bias if with_bias else None]
     before = [None if t is None else t.clone() for t in arguments]
-    exact = residual.double() + reference.linear(*arguments[:3]) * (gamma.double() if with_gamma else 1.0)
-    plain = residual + F.linear(x, weight, arguments[2]) * (gamma if with_gamma else 1.0)
+    exact = residual.double() + reference.linear(*arguments)
+    plain = residual + F.linear(*arguments)
     op.linear_residual_(residual, *arguments, backend=backend)
     reference.assert_obeys_rule(residual, exact, plain)
     for now, then in zip(arguments, before, strict=True):
@@ -152,10 +147,10 @@ def test_the_stream_may_be_wider_and_the_rest_stays(
 @each_path
 def test_the_surroundings_of_the_stream_stay(backend: str) -> None:
     x, weight, bias = _operands(131, 70, 40, torch.float32)
-    residual, gamma = _stream(x, weight)
+    residual = _stream(x, weight)
     buffer = torch.full((133, 90), float("nan"), device=DEVICE)
     buffer[1:-1, 8:78] = residual
-    op.linear_residual_(buffer[1:-1, 8:78], x, weight, bias, gamma, backend=backend)
+    op.linear_residual_(buffer[1:-1, 8:78], x, weight, bias, backend=backend)
     reference.assert_obeys_rule(
         buffer[1:-1, 8:78], _exact("residual", x, weight, bias), _plain("residual", x, weight, bias)
     )
@@ -244,23 +239,22 @@ def test_interleaved_parameters_give_the_swiglu_of_packed_halves(backend: str) -
 # e4m3
 
 
-def _fp8_operands(size: tuple[int, int, int], by_row: bool) -> tuple[Any, ...]:
+def _fp8_operands(size: tuple[int, int, int]) -> tuple[Any, ...]:
     """x, its scale, weight, its scale, bias, and the first four as the matrices that they stand for."""
     rows, out_features, in_features = size
     x, weight = random(rows, in_features, scale=50).to(E4M3), random(out_features, in_features, scale=50).to(E4M3)
-    x_scale = torch.rand(rows, 1).add(0.5).div(40).to(DEVICE) if by_row else 0.02
     weight_scale = torch.rand(out_features).add(0.5).div(50 * in_features**0.5).to(DEVICE)
     bias = random(out_features, dtype=torch.bfloat16)
-    return (x, x_scale, weight, weight_scale, bias), (
-        x.double() * x_scale,
+    return (x, 0.02, weight, weight_scale, bias), (
+        x.double() * 0.02,
         weight.double() * weight_scale[:, None].double(),
     )
 
 
 def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dtype, out_scale: float = 1.0) -> Tensor:
     if form == "residual":
-        residual, gamma = _stream(operands[0], operands[2], dtype)
-        op.linear_residual_fp8_(residual, *operands, gamma.float(), backend=backend)
+        residual = _stream(operands[0], operands[2], dtype)
+        op.linear_residual_fp8_(residual, *operands, backend=backend)
         return residual
     if form == "linear":
         return op.linear_fp8(*operands, dtype, backend=backend)
@@ -269,20 +263,16 @@ def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dt
 
 def _exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if form == "residual":
-        residual, gamma = _stream(operands[0], operands[2], dtype)
-        return residual.double() + gamma.double() * reference.linear(x, weight, operands[-1])
+        return _stream(operands[0], operands[2], dtype).double() + reference.linear(x, weight, operands[-1])
     return _exact(form, x, weight, operands[-1])
 
 
-@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("size", [(0, 32, 32), (1, 6, 16), (130, 258, 144), (65, 66, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_form
 @each_path
-def test_fp8_operands_obey_the_rule(
-    backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int], by_row: bool
-) -> None:
-    operands, matrices = _fp8_operands(size, by_row)
+def test_fp8_operands_obey_the_rule(backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    operands, matrices = _fp8_operands(size)
     with poisoned_memory():
         y = _run_fp8(form, backend, operands, dtype)
     exact = _exact_fp8(form, operands, *matrices, dtype)
@@ -301,19 +291,18 @@ def _fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
 
 
 def _assert_fp8_residual_in_fp32(backend: str) -> None:
-    operands, matrices = _fp8_operands((66, 40, 48), True)
+    operands, matrices = _fp8_operands((66, 40, 48))
     y = _run_fp8("residual", backend, operands, torch.float32)
     exact = _exact_fp8("residual", operands, *matrices, torch.float32)
-    _, gamma = _stream(operands[0], operands[2], torch.float32)
     rounding = exact.abs().max() * 2.0**-23
     wrong = (y.double() - exact).abs()
     assert y.dtype == torch.float32
-    assert (wrong <= gamma.double() * _fp8_slack(*matrices, backend) + rounding).all()
+    assert (wrong <= _fp8_slack(*matrices, backend) + rounding).all()
 
 
-def _assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int], by_row: bool) -> None:
+def _assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int]) -> None:
     """At most one step, and seldom, from what the formula gives for products that are off by the slack or less."""
-    operands, matrices = _fp8_operands(size, by_row)
+    operands, matrices = _fp8_operands(size)
     with poisoned_memory():
         y = _run_fp8(form, backend, operands, E4M3, 1 / 300)
     z, slack = reference.linear(*matrices, operands[-1]), _fp8_slack(*matrices, backend)
@@ -332,11 +321,10 @@ def _assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int], by_
     assert y.float().max() == 448
 
 
-@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("form", ["gelu", "swiglu"])
 @each_path
-def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str, by_row: bool) -> None:
-    _assert_e4m3_result(form, backend, (130, 258, 144), by_row)
+def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str) -> None:
+    _assert_e4m3_result(form, backend, (130, 258, 144))
 
 
 @each_backend
@@ -353,10 +341,10 @@ def test_cublas_forms_obey_the_rule(rows: int) -> None:
     y = op.linear_gelu_cublas(x.view(1, rows, 40), weight, bias)
     assert y.shape == (1, rows, 48)
     reference.assert_obeys_rule(y[0], _exact("gelu", x, weight, bias), _plain("gelu", x, weight, bias))
-    residual, _ = _stream(x, weight)
+    residual = _stream(x, weight)
     exact = residual.double() + reference.linear(x, weight, None)
     plain = residual + F.linear(x, weight)
-    op.linear_residual_cublas_(residual, x, weight, None, None)
+    op.linear_residual_cublas_(residual, x, weight, None)
     reference.assert_obeys_rule(residual, exact, plain)
 
 
@@ -382,23 +370,22 @@ def test_opcheck(strided: bool) -> None:
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
     for name in ("linear", "linear_gelu", "linear_swiglu"):
         check(getattr(library, name).default, (x, weight, bias))
-    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, None, bias))
-    row_scale = torch.rand(*x.shape[:-1], 1, device=DEVICE)
-    fp8 = (x.to(E4M3), row_scale, 1.0, weight.to(E4M3), torch.rand(8, device=DEVICE), bias)
+    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias))
+    fp8 = (x.to(E4M3), 0.5, weight.to(E4M3), torch.rand(8, device=DEVICE), bias)
     # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     check(library.linear_fp8.default, (*fp8, torch.float16), test_utils=most)
     for name in ("linear_gelu_fp8", "linear_swiglu_fp8"):
         check(getattr(library, name).default, (*fp8, torch.bfloat16, 1.0), test_utils=most)
         check(getattr(library, name).default, (*fp8, E4M3, 0.5), test_utils=most)
-    check(library.linear_residual_fp8_.default, (random(5, 3, 8), *fp8, bias), test_utils=most)
+    check(library.linear_residual_fp8_.default, (random(5, 3, 8), *fp8), test_utils=most)
 
 
 @each_backend
 def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
-        op.linear_residual_(residual, op.linear(x, weight, bias, backend=backend), weight, bias, bias, backend=backend)
+        op.linear_residual_(residual, op.linear(x, weight, bias, backend=backend), weight, bias, backend=backend)
         hidden = op.linear_gelu(residual, weight, bias, backend=backend)
         return op.linear_swiglu(hidden, weight, bias, backend=backend) + residual[..., ::2]
 
@@ -416,11 +403,11 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, form: str) -> None:
 @each_backend
 def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
     x, weight, bias = _operands(3, 8, 16, torch.float32)
-    residual, gamma = _stream(x, weight)
+    residual = _stream(x, weight)
     versions = [residual._version]
-    op.linear_residual_(residual, x, weight, bias, gamma, backend=backend)
+    op.linear_residual_(residual, x, weight, bias, backend=backend)
     versions.append(residual._version)
-    op.linear_residual_fp8_(residual, x.to(E4M3), 1.0, weight.to(E4M3), gamma, bias, None, backend=backend)
+    op.linear_residual_fp8_(residual, x.to(E4M3), 1.0, weight.to(E4M3), bias.abs(), bias, backend=backend)
     assert versions[0] < versions[1] < residual._version
 
 
@@ -448,7 +435,7 @@ def test_gradients_are_refused(backend: str) -> None:
         with pytest.raises(BackendError, match="inference only"):
             run(x, weight, bias, backend=backend)
     with pytest.raises(BackendError, match="inference only"):
-        op.linear_residual_(bias.expand(2, 4).clone(), x, weight, bias, None, backend=backend)
+        op.linear_residual_(bias.expand(2, 4).clone(), x, weight, bias, backend=backend)
     with torch.no_grad():
         op.linear(x, weight, bias, backend=backend)
 
@@ -460,10 +447,10 @@ REFUSALS = {
     "needs weight and bias in the dtype of x": lambda x, w, b: op.linear_gelu(
         x.bfloat16(), w.bfloat16(), b, backend="cublas"
     ),
-    "adds neither bias nor gamma": lambda x, w, b: op.linear_residual_(x, x, w, b, None, backend="cublas"),
-    "needs one dtype": lambda x, w, b: op.linear_residual_(x.half(), x, w, None, None, backend="cublas"),
-    "evenly spaced rows": lambda x, w, b: op.linear_residual_(x[:1].expand(4, 16), x, w, b, None, backend="triton"),
-    "adds to fp16, bf16 and fp32": lambda x, w, b: op.linear_residual_(x.double(), x, w, b, None, backend="triton"),
+    "adds no bias": lambda x, w, b: op.linear_residual_(x, x, w, b, backend="cublas"),
+    "needs one dtype": lambda x, w, b: op.linear_residual_(x.half(), x, w, None, backend="cublas"),
+    "evenly spaced rows": lambda x, w, b: op.linear_residual_(x[:1].expand(4, 16), x, w, b, backend="triton"),
+    "adds to fp16, bf16 and fp32": lambda x, w, b: op.linear_residual_(x.double(), x, w, b, backend="triton"),
     "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: op.linear_fp8(
         x.to(E4M3), 1.0, w[:8].to(E4M3), b[:8], None, backend="cublas"
     ),
@@ -496,9 +483,7 @@ MISTAKES = {
     "weight has shape": lambda x, w, b: op.linear(x, w[:, 1:], b),
     "bias has shape": lambda x, w, b: op.linear_gelu(x, w, b[1:]),
     "pairs of gate and value": lambda x, w, b: op.linear_swiglu(x, w[1:], b[1:]),
-    "residual has shape": lambda x, w, b: op.linear_residual_(x[1:], x, w, b, None),
-    "gamma has shape": lambda x, w, b: op.linear_residual_(x, x, w, b, x),
-    "x_scale has shape": lambda x, w, b: op.linear_fp8(x.to(E4M3), b, w.to(E4M3), b, b),
+    "residual has shape": lambda x, w, b: op.linear_residual_(x[1:], x, w, b),
     "weight_scale has shape": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b[:1], b),
     "must be e4m3": lambda x, w, b: op.linear_fp8(x, 1.0, w, b, b),
     "the result can be": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b, b, E4M3),

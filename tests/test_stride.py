@@ -84,7 +84,7 @@ def test_every_method_is_the_trick_on_the_reference(
     norm, first = copy.deepcopy(model.norm).double(), 1 + model.num_register_tokens
     model.stride = stride
     assert model.patch_grid(*size) == grid
-    for each in (model, optimize_for_inference(model, "fp32"), optimize_for_inference(model, "fp32", norm="folded")):
+    for each in (model, optimize_for_inference(model, "fp32")):
         assert each.stride == ((stride, stride) if isinstance(stride, int) else stride)
         close(each.prepare_tokens_with_masks(x), outputs[0], 2e-5)
         features = each.forward_features(x)
@@ -146,7 +146,7 @@ def test_engines_in_bf16_are_as_near_as_the_model(kind: dict[str, Any]) -> None:
     exact = by_hand(model, x, 7, (7, 11))[-1]
     model.stride = 7
     plain = copy.deepcopy(model).bfloat16().forward_features(x.bfloat16())["x_prenorm"]
-    for setting in ({}, {"norm": "folded"}, {"residual": "fp32"}):
+    for setting in ({}, {"residual": "fp32"}):
         engine = optimize_for_inference(model, "bf16", allow_slow=True, **setting)
         found = engine.forward_features(x)["x_prenorm"]
         assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm()

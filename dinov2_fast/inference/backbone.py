@@ -18,7 +18,7 @@ from dinov2_fast import backends, ops
 from dinov2_fast.block import _pack, _unpack
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
-from dinov2_fast.inference.block import FoldedBlock, NormFreeBlock
+from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.fold import FoldedLinear, FoldedModule, FoldedNorm, expect, frozen, hollow, rounded
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
@@ -39,7 +39,7 @@ class Plan:
     `dtype` is that of linears and activations, `stream` of the residual stream; `outputs` is "auto", "cls" or "all";
     `mean` and `std` are those with which uint8 pictures are normalised; `max_tokens` of a list run at a time, None
     for all. With `e4m3` the linears of blocks are in e4m3, but for the blocks `skip_layers`, with the scales of
-    `calibration`. `norm` is "pass" or, where `stream` is `dtype` and nothing is e4m3, "folded".
+    `calibration`.
     """
 
     dtype: torch.dtype
@@ -52,7 +52,6 @@ class Plan:
     skip_layers: tuple[int, ...] = ()
     calibration: Calibration | None = None
     cuda_graphs: bool | str = "auto"
-    norm: str = "pass"
 
 
 class FoldedPatchEmbed(FoldedModule, PatchEmbed):
@@ -208,9 +207,8 @@ class FoldedBackbone(DinoVisionTransformer):
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-    statistics = blocks[0].row_statistics(x) if len(blocks) else None
     for block in blocks:
-        block.update_(x, seq_lens, statistics)
+        block.update_(x, seq_lens)
     return x
 
 
@@ -338,9 +336,7 @@ def _fold_blocks(model: DinoVisionTransformer, plan: Plan) -> list[FoldedBlock]:
     for i, (name, block) in enumerate(named):
         arguments = block, f"blocks.{name}", plan.dtype, plan.stream
         for_cls = plan.outputs != "all" and i + 1 == len(named)
-        if plan.norm == "folded":
-            folded.append(NormFreeBlock(*arguments[:3], for_cls))
-        elif plan.e4m3 and i not in plan.skip_layers:
+        if plan.e4m3 and i not in plan.skip_layers:
             folded.append(Fp8Block(*arguments, scales[i], for_cls))
         else:
             folded.append(FoldedBlock(*arguments))

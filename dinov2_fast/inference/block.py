@@ -3,8 +3,7 @@
     x += proj(attention(qkv(norm1(x))))        gamma of LayerScale is in the weight and bias of proj
     x += down(act(up(norm2(x))))               and of down; act is GELU or SwiGLU, in the epilogue of up
 
-`NormFreeBlock` has the norms in qkv and up, too, which then read the stream itself. Which implementation of a step
-runs is for the tables in `ops/` to say.
+Which implementation of a step runs is for the tables in `ops/` to say.
 """
 
 from __future__ import annotations
@@ -16,15 +15,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.block import Block
-from dinov2_fast.inference.fold import (
-    BareNorm,
-    FoldedModule,
-    FoldedNorm,
-    expect,
-    fold_linear,
-    fold_norm_linear,
-    gamma_of,
-)
+from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, expect, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention_pool import cls_attention
 from dinov2_fast.ops.linear import interleave
@@ -107,15 +98,8 @@ class FoldedBlock(FoldedModule):
         """The block's output for the residual stream `x` (batch, seq_len, hidden), which is left as it is."""
         return self.update_(x.clone())
 
-    def row_statistics(self, x: Tensor) -> Tensor | None:
-        """What `update_` needs to know of the stream and keeps up to date, made anew; None: nothing."""
-        return None
-
-    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, statistics: Tensor | None = None) -> Tensor:
-        """`forward`, in place; with `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths.
-
-        `statistics` are those that the block before has left, or None.
-        """
+    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+        """`forward`, in place; with `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths."""
         self.attn.add_to_(x, self.norm1(x), seq_lens)
         self.mlp.add_to_(x, self.norm2(x))
         return x
@@ -137,44 +121,3 @@ class FoldedBlock(FoldedModule):
         """The ops that it runs, but for the CLS token's own."""
         activation = "linear_swiglu" if self.mlp.gated else "linear_gelu"
         return {"layer_norm", "linear", "attention", "attention_varlen", activation, "linear_residual_"}
-
-
-class NormFreeBlock(FoldedBlock):
-    """A block whose norms are folded into qkv and up, so that no pass over the stream makes them.
-
-    The linears that write the stream leave the statistics of its rows, by which those that read it divide their
-    products. What needs a norm of its own, the CLS token alone or the weights of attention, gets a bare one.
-
-    Args:
-        block, name, dtype: as for `FoldedBlock`; the stream is in `dtype` as well.
-        for_cls: whether the block runs for the CLS token alone at times.
-    """
-
-    def __init__(self, block: Any, name: str, dtype: torch.dtype, for_cls: bool) -> None:
-        super().__init__(block, name, dtype, dtype)
-        self.for_cls = for_cls
-        self.norm1 = BareNorm(block.norm1, f"{name}.norm1", dtype, dtype)
-        self.norm2 = BareNorm(block.norm2, f"{name}.norm2", dtype, dtype)
-        self.attn.qkv = fold_norm_linear(block.attn.qkv, f"{name}.attn.qkv", dtype, block.norm1)
-        up, order = ("w12", interleave) if self.mlp.gated else ("fc1", None)
-        self.mlp.up = fold_norm_linear(getattr(block.mlp, up), f"{name}.mlp.{up}", dtype, block.norm2, order)
-
-    def row_statistics(self, x: Tensor) -> Tensor:
-        return ops.row_statistics(x)
-
-    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, statistics: Tensor | None = None) -> Tensor:
-        attn, mlp = self.attn, self.mlp
-        if statistics is None:
-            statistics = self.row_statistics(x)
-        qkv = attn.qkv(x, statistics).unflatten(-1, (3, attn.num_heads, -1))
-        attn.proj.add_with_statistics_(x, statistics, attn.attend(qkv, seq_lens).flatten(-2))
-        up: Any = mlp.up  # a NormLinear
-        hidden = up.swiglu(x, statistics) if mlp.gated else up.gelu(x, statistics)
-        mlp.down.add_with_statistics_(x, statistics, hidden)
-        return x
-
-    def op_names(self) -> set[str]:
-        activation = "norm_linear_swiglu" if self.mlp.gated else "norm_linear_gelu"
-        names = {"row_statistics", "norm_linear", activation, "linear_residual_statistics_"}
-        names |= {"attention", "attention_varlen"}
-        return names | super().op_names() if self.for_cls else names

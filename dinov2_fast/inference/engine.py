@@ -32,7 +32,6 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 BATCH = 32  # pictures at a time where a tensor of many is given
 OUTPUTS = ("auto", "cls", "all")
 RESIDUALS = ("same", "fp32")
-NORMS = ("pass", "folded")
 BACKBONES = (
     DinoVisionTransformer,
     huggingface.Dinov2Model,
@@ -55,7 +54,6 @@ def optimize_for_inference(
     max_tokens: int | None = None,
     skip_layers: Iterable[int] = (),
     cuda_graphs: bool | str = "auto",
-    norm: str = "pass",
 ) -> Engine:
     """A faster form of a model, for inference.
 
@@ -85,11 +83,6 @@ def optimize_for_inference(
             are copied out of a graph, so they stay. The first call of a kind is slow, and each kind needs memory. While
             it is captured no other thread may draw random numbers on the device: torch raises an error there ("Offset
             increment outside graph capture").
-        norm: "pass" writes the norms of the blocks out, each in a pass over the residual stream. "folded" has them in
-            the linears that read them: these take the stream itself and divide their products by the standard
-            deviations of its rows, for which the linears that write the stream leave statistics. That spares two passes
-            a block with the kernels of ``use_backend("norm_linear=triton")``; whether it is faster no GPU has measured.
-            Not for "fp8", nor for a stream in another dtype than `precision` has.
 
     Returns:
         An engine with the methods of the model. Besides what the model takes it accepts pictures in any floating
@@ -102,7 +95,6 @@ def optimize_for_inference(
     _choose("precision", precision, ("auto", *PRECISIONS))
     _choose("outputs", outputs, OUTPUTS)
     _choose("residual", residual, RESIDUALS)
-    _choose("norm", norm, NORMS)
     _check_model(model, outputs)
     if len(mean) != len(std) or 0.0 in std:
         raise ValueError(f"mean and std need one value for each channel, std none of 0; got {mean} and {std}.")
@@ -126,11 +118,7 @@ def optimize_for_inference(
             f"{instead[1]}, or pass allow_slow=True."
         )
     stream = torch.float32 if residual == "fp32" else dtype
-    if norm == "folded":
-        _check_foldable(e4m3, precision, dtype, stream)
-    plan = Plan(
-        dtype, stream, outputs, tuple(mean), tuple(std), max_tokens, e4m3, skipped, cuda_graphs=cuda_graphs, norm=norm
-    )
+    plan = Plan(dtype, stream, outputs, tuple(mean), tuple(std), max_tokens, e4m3, skipped, cuda_graphs=cuda_graphs)
     return Engine(model, plan)
 
 
@@ -212,24 +200,22 @@ class Engine(nn.Module):
 
         Returns:
             After each block and at the end, for CLS and patch tokens: the mean and the smallest cosine, and the share
-            of pictures whose nearest neighbour among those given stays the same. An engine with `norm` "folded" is
-            "bf16 folded" there, beside "bf16" with norms of their own.
+            of pictures whose nearest neighbour among those given stays the same.
 
         Raises:
             ValueError: no pictures.
         """
         if self._watch.changed():
             self.refresh()
-        folded = self.plan.norm == "folded"
-        versions = {f"{self.precision} folded" if folded else self.precision: _backbone(self.folded)}
-        if self.precision != "bf16" or folded:
+        versions = {self.precision: _backbone(self.folded)}
+        if self.precision != "bf16":
             versions["bf16"] = self._beside(torch.bfloat16)
         with _without_autocast(self.device.type):
             return compare(self._beside(torch.float32), versions, self._batches(pictures))
 
     def _beside(self, dtype: torch.dtype) -> Any:
-        """The backbone of this engine in another precision, with norms of their own."""
-        plan = replace(self.plan, dtype=dtype, stream=dtype, e4m3=False, norm="pass")
+        """The backbone of this engine in another precision."""
+        plan = replace(self.plan, dtype=dtype, stream=dtype, e4m3=False)
         with torch.inference_mode(False), torch.no_grad():
             return _backbone(_fold(self._model, plan).to(self.device).eval())
 
@@ -400,7 +386,6 @@ def describe(engine: Engine) -> str:
         f"weights: {_name(plan.dtype)}, folded in fp64 from {_name(held)} and rounded once",
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
         f"folded: LayerScale into proj and {'w3' if gated else 'fc2'}" + (", rows of w12 interleaved" if gated else ""),
-        *(_describe_norms(engine, gated) if plan.norm == "folded" else ()),
         f"uint8 pictures: {uint8}",
         f"residual stream: {_name(plan.stream)}, in place",
         f"lists of pictures: packed, {f'up to {plan.max_tokens} tokens' if plan.max_tokens else 'all'} at a time",
@@ -410,16 +395,6 @@ def describe(engine: Engine) -> str:
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])
-
-
-def _describe_norms(engine: Engine, gated: bool) -> list[str]:
-    readers = f"qkv and {'w12' if gated else 'fc1'}"
-    lines = [f"norms of blocks: folded into {readers}, which read the stream itself (norm='folded')"]
-    slow = [row.op for row in engine.backends() if row.chosen and row.backend == "torch" and "statistics" in row.op]
-    if slow:
-        others = "; use_backend('norm_linear=triton') chooses others" if engine.device.type == "cuda" else ""
-        lines.append(f"speed: no pass is spared here: torch's forms of {', '.join(slow)} make their own{others}")
-    return lines
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -471,19 +446,6 @@ def _instead_of(model: nn.Module) -> str:
     if type(getattr(model, "backbone", None)) in BACKBONES:
         return "Its backbone can be an engine: model.backbone = optimize_for_inference(model.backbone)."
     return "For a compiled or wrapped model, give the model inside and compile or wrap the engine."
-
-
-def _check_foldable(e4m3: bool, precision: str, dtype: torch.dtype, stream: torch.dtype) -> None:
-    if e4m3:
-        raise ValueError(
-            f"norm='folded' does not go with precision={precision!r}, whose linears read a norm that is quantised: use "
-            "norm='pass'."
-        )
-    if stream != dtype:
-        raise ValueError(
-            f"norm='folded' does not go with residual='fp32' and precision={precision!r}: the linears read the stream "
-            "itself, so it must be in their dtype. Use residual='same', or norm='pass'."
-        )
 
 
 def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:

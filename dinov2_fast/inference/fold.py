@@ -2,7 +2,7 @@
 
     gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale disappears into the linear before it
     rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, see `ops.linear.interleave`
-    norm(x) @ W^T          =  rstd (x @ W'^T) + b'             a layer norm in the linear that reads it, if asked for
+    (n * w + c) @ W^T + b  =  n @ (W diag(w))^T + W c + b      a norm's weight and bias, in the linear that reads it
 
 What is folded no longer has a module of its own, so only modules whose computation is known are taken.
 """
@@ -145,11 +145,7 @@ class FoldedLinear(FoldedModule):
         return ops.linear_swiglu(x, self.weight, self.bias)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        ops.linear_residual_(stream, x, self.weight, self.bias, None)
-
-    def add_with_statistics_(self, stream: Tensor, statistics: Tensor, x: Tensor) -> None:
-        """`add_to_` that overwrites `statistics` with those of the new stream, see `ops.norm_linear`."""
-        ops.linear_residual_statistics_(stream, statistics, x, self.weight, self.bias, None)
+        ops.linear_residual_(stream, x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.weight.dtype}"
@@ -162,7 +158,7 @@ def fold_exactly(
     order: Callable[[Tensor], Tensor] | None = None,
     norm: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Folds what follows an `nn.Linear`, and the norm before it, into its weight and bias, which are returned in fp64.
+    """Folds what stands around an `nn.Linear` into its weight and bias, which are returned in fp64.
 
     Args:
         linear: the model's.
@@ -196,48 +192,6 @@ def fold_linear(
     return FoldedLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
 
 
-class NormLinear(FoldedLinear):
-    """A linear that has taken over the layer norm before it, whose `eps` it keeps.
-
-    With the row statistics of a residual stream it reads the stream itself, without them what a `BareNorm` gives.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        super().__init__(weight, bias)
-        self.eps = eps
-
-    def forward(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-        if statistics is None:
-            return super().forward(x)
-        return ops.norm_linear(x, statistics, self.weight, self.bias, self.eps)
-
-    def gelu(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-        if statistics is None:
-            return super().gelu(x)
-        return ops.norm_linear_gelu(x, statistics, self.weight, self.bias, self.eps)
-
-    def swiglu(self, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-        if statistics is None:
-            return super().swiglu(x)
-        return ops.norm_linear_swiglu(x, statistics, self.weight, self.bias, self.eps)
-
-
-def fold_norm_linear(
-    linear: Any,
-    name: str,
-    dtype: torch.dtype,
-    norm: Any,
-    order: Callable[[Tensor], Tensor] | None = None,
-) -> NormLinear:
-    """`fold_exactly` with the norm, each row of the weight less its mean, rounded to `dtype`.
-
-    A constant added to a row of `x` then changes no product, as it changes no norm.
-    """
-    weight, bias = fold_exactly(linear, name, order=order, norm=norm)
-    weight = weight - weight.mean(1, keepdim=True)
-    return NormLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype), norm.eps)
-
-
 class FoldedNorm(FoldedModule):
     """A layer norm of the residual stream, in the dtype of the linears that read it."""
 
@@ -263,15 +217,6 @@ class FoldedNorm(FoldedModule):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
-class BareNorm(FoldedNorm):
-    """A layer norm without its weight and bias, which the linear behind it has taken over."""
-
-    def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
-        super().__init__(norm, name, dtype, stream)
-        self.weight.fill_(1)
-        self.bias.zero_()
 
 
 def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
-from dinov2_fast.inference.fold import BareNorm, FoldedLinear, fold_exactly, gamma_of, rounded
+from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3_MAX, quantize
 from dinov2_fast.ops.linear import interleave
 
@@ -57,11 +57,13 @@ class Calibration:
     checksum: int
 
 
-class Fp8Norm(BareNorm):
-    """A layer norm without its weight and bias, in e4m3 over `scale`."""
+class Fp8Norm(FoldedNorm):
+    """A layer norm in e4m3 over `scale`, without its weight and bias: the linear that reads it takes them over."""
 
     def __init__(self, norm: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
         super().__init__(norm, name, dtype, stream)
+        self.weight.fill_(1)
+        self.bias.zero_()
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class Fp8Linear(FoldedLinear):
         return ops.linear_swiglu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        ops.linear_residual_fp8_(stream, x, self.scale, self.weight, self.weight_scale, self.bias, None)
+        ops.linear_residual_fp8_(stream, x, self.scale, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"

@@ -29,13 +29,6 @@ from dinov2_fast.ops.linear import (
     linear_swiglu,
     linear_swiglu_fp8,
 )
-from dinov2_fast.ops.norm_linear import (
-    linear_residual_statistics_,
-    norm_linear,
-    norm_linear_gelu,
-    norm_linear_swiglu,
-    row_statistics,
-)
 from dinov2_fast.ops.patches import patches
 from dinov2_fast.ops.residual import (
     add_residual,
@@ -71,14 +64,9 @@ __all__ = [
     "linear_gelu_fp8",
     "linear_residual_",
     "linear_residual_fp8_",
-    "linear_residual_statistics_",
     "linear_swiglu",
     "linear_swiglu_fp8",
-    "norm_linear",
-    "norm_linear_gelu",
-    "norm_linear_swiglu",
     "patches",
-    "row_statistics",
     "scatter_add_residual",
     "scatter_add_residual_packed",
     "swiglu",

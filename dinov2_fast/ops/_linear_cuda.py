@@ -6,43 +6,40 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops import _cuda
-from dinov2_fast.ops import _registry_old as _registry
+from dinov2_fast.ops import _registry_old as _registry_old as _registry
 from dinov2_fast.ops._linear_epilogue import HALF, refuses_stream, was_written
 
 FORMS = ("linear", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
 
 
-def refuses(form: str, x: Tensor, weight: Tensor, *vectors: Tensor | None) -> str | None:
+def refuses(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why the kernels take none of these, or None. Shapes have been checked."""
     if x.dtype not in HALF:
         return f"takes fp16 and bf16, got {x.dtype}"
-    return _refuses_any(form, x, weight, *vectors)
+    return _refuses_any(form, x, weight, bias)
 
 
-def refuses_residual(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> str | None:
-    return refuses("residual", x, weight, bias, gamma) or _refuses_stream(residual, x.dtype)
+def refuses_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return refuses("residual", x, weight, bias) or _refuses_stream(residual, x.dtype)
 
 
 def refuses_fp8(
-    form: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+    form: str, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, out_scale: float = 1.0,
 ) -> str | None:  # fmt: skip
     if dtype == torch.float16:
         return "gives bf16, or e4m3 behind an activation, not fp16"
-    return _refuses_scales(row_scale, weight_scale) or _refuses_any(form, x, weight, bias)
+    return _refuses_scale(weight_scale) or _refuses_any(form, x, weight, bias)
 
 
 def refuses_residual_fp8(
-    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, gamma: Tensor | None,
-) -> str | None:  # fmt: skip
-    reason = _refuses_scales(row_scale, weight_scale) or _refuses_any("residual", x, weight, bias, gamma)
+    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> str | None:
+    reason = _refuses_scale(weight_scale) or _refuses_any("residual", x, weight, bias)
     return reason or _refuses_stream(residual, torch.bfloat16)
 
 
-def _refuses_any(form: str, x: Tensor, weight: Tensor, *vectors: Tensor | None) -> str | None:
+def _refuses_any(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """What no kernel does. Operands that TMA cannot read in place are copied, so their strides do not matter."""
     if x.is_cuda and _registry._capability(x.device.index) != (9, 0):
         major, minor = _registry._capability(x.device.index)
@@ -58,15 +55,13 @@ def _refuses_any(form: str, x: Tensor, weight: Tensor, *vectors: Tensor | None) 
             f"needs in_features in multiples of {step} and out_features in multiples of {columns}, "
             f"got {in_features} and {out_features}"
         )
-    for vector in vectors:
-        if vector is not None and vector.dtype not in (*HALF, torch.float32):
-            return f"takes a bias and gamma of fp16, bf16 or fp32, got {vector.dtype}"
+    if bias is not None and bias.dtype not in (*HALF, torch.float32):
+        return f"takes a bias of fp16, bf16 or fp32, got {bias.dtype}"
     return None
 
 
-def _refuses_scales(*scales: Tensor | None) -> str | None:
-    wrong = [scale.dtype for scale in scales if scale is not None and scale.dtype != torch.float32]
-    return f"takes scales in fp32, got {wrong[0]}" if wrong else None
+def _refuses_scale(weight_scale: Tensor) -> str | None:
+    return None if weight_scale.dtype == torch.float32 else f"takes scales in fp32, got {weight_scale.dtype}"
 
 
 def _refuses_stream(residual: Tensor, narrow: torch.dtype) -> str | None:
@@ -87,25 +82,24 @@ def forward(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def forward_fp8(
-    form: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+    form: str, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, out_scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """The same of e4m3 operands, in `dtype`; e4m3 values are over `out_scale`."""
     out = _output(form, x, weight, dtype)
-    _launch(form, out, x, weight, bias, None, row_scale, scale, weight_scale, out_scale)
+    _launch(form, out, x, weight, bias, scale, weight_scale, out_scale)
     return out
 
 
-def residual_forward_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None) -> None:
-    _launch("residual", residual, x, weight, bias, gamma)
+def residual_forward_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _launch("residual", residual, x, weight, bias)
     was_written(residual)
 
 
 def residual_forward_fp8_(
-    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, gamma: Tensor | None,
-) -> None:  # fmt: skip
-    _launch("residual", residual, x, weight, bias, gamma, row_scale, scale, weight_scale)
+    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    _launch("residual", residual, x, weight, bias, scale, weight_scale)
     was_written(residual)
 
 
@@ -114,14 +108,13 @@ def _output(form: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _launch(
-    form: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None,
-    row_scale: Tensor | None = None, scale: float = 1.0, weight_scale: Tensor | None = None, out_scale: float = 1.0,
+    form: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0,
+    weight_scale: Tensor | None = None, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    row_scale = None if row_scale is None else row_scale.reshape(-1).contiguous()
-    bias, gamma, weight_scale = (_cuda.vector(vector) for vector in (bias, gamma, weight_scale))
+    bias, weight_scale = (_cuda.vector(vector) for vector in (bias, weight_scale))
     _cuda.launches().linear_forward(
-        _operand(x), _operand(weight), bias, gamma, row_scale, weight_scale, scale, 1.0 / out_scale,
-        FORMS.index(form), _cuda.flat_rows(out),
+        _operand(x), _operand(weight), bias, weight_scale, scale, 1.0 / out_scale, FORMS.index(form),
+        _cuda.flat_rows(out),
     )  # fmt: skip
 
 

@@ -17,14 +17,6 @@ def swiglu(z: Tensor) -> Tensor:
     return F.silu(z[..., 0::2]) * z[..., 1::2]
 
 
-def add_(residual: Tensor, branch: Tensor, gamma: Tensor | None) -> None:
-    """Adds a branch, times LayerScale where there is one, to the stream, in place."""
-    if gamma is None:
-        residual.add_(branch)
-    else:
-        residual.addcmul_(branch, gamma)
-
-
 def rounded(y: Tensor, dtype: torch.dtype, out_scale: float) -> Tensor:
     """`y` in `dtype`; as e4m3 over `out_scale`."""
     return _fp8.quantize(y.float(), out_scale) if dtype == E4M3 else y.to(dtype)

@@ -1,6 +1,6 @@
 """Linears of other libraries as implementations of the op linear: oneDNN's on a CPU, cuBLAS' on a GPU, through torch.
 
-The arguments are those of the op's form; in e4m3 the scale of each row (or None), then the scale of all.
+The arguments are those of the op's form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2_fast.backends import Implementation
 from dinov2_fast.ops import _registry_old as _registry
-from dinov2_fast.ops._linear_epilogue import add_, refuses_stream, rounded, swiglu
+from dinov2_fast.ops._linear_epilogue import refuses_stream, rounded, swiglu
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -50,10 +50,8 @@ def linear_swiglu_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return swiglu(linear_onednn(x, weight, bias))
 
 
-def linear_residual_onednn_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> None:
-    add_(residual, linear_onednn(x, weight, bias), gamma)
+def linear_residual_onednn_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    residual.add_(linear_onednn(x, weight, bias))
 
 
 def onednn_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -68,9 +66,7 @@ def onednn_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
     return None
 
 
-def onednn_refuses_residual(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> str | None:
+def onednn_refuses_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return onednn_refuses(x, weight, bias)
 
 
@@ -92,9 +88,7 @@ def linear_gelu_cublas(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def linear_residual_cublas_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> None:
+def linear_residual_cublas_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     residual.view(-1, residual.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
 
 
@@ -114,20 +108,15 @@ def linear_swiglu_fp8_cublas(*args: Any) -> Tensor:
 
 
 def linear_residual_fp8_cublas_(residual: Tensor, *args: Any) -> None:
-    *operands, gamma = args
-    add_(residual, _scaled_mm(torch.bfloat16, *operands), gamma)
+    residual.add_(_scaled_mm(torch.bfloat16, *args))
 
 
 def _scaled_mm(
-    dtype: torch.dtype, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+    dtype: torch.dtype, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
     rows, by_row = x.reshape(-1, x.shape[-1]).contiguous(), F.ScalingType.RowWise
-    if row_scale is None:
-        row_scale = weight_scale.new_full((rows.shape[0], 1), scale)
-    y = F.scaled_mm(
-        rows, weight.t(), row_scale.reshape(-1, 1), by_row, weight_scale[None], by_row, bias=bias, output_dtype=dtype
-    )
+    row_scale = weight_scale.new_full((rows.shape[0], 1), scale)
+    y = F.scaled_mm(rows, weight.t(), row_scale, by_row, weight_scale[None], by_row, bias=bias, output_dtype=dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -139,18 +128,16 @@ def cublas_refuses_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> str |
     return None
 
 
-def cublas_refuses_residual(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> str | None:
-    if bias is not None or gamma is not None:
-        return "adds neither bias nor gamma: fold gamma into the weight and add the bias with the next norm"
+def cublas_refuses_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if bias is not None:
+        return "adds no bias: add it with the next norm"
     if {residual.dtype, weight.dtype} != {x.dtype}:
         return f"needs one dtype, got residual {residual.dtype}, x {x.dtype} and weight {weight.dtype}"
     return refuses_stream(residual)
 
 
 def cublas_refuses_fp8(
-    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     dtype: torch.dtype = torch.bfloat16, out_scale: float = 1.0,
 ) -> str | None:  # fmt: skip
     if weight.shape[0] % 16 or weight.shape[1] % 16:
@@ -165,7 +152,7 @@ def cublas_refuses_fp8(
 def cublas_refuses_residual_fp8(residual: Tensor, *args: Any) -> str | None:
     if residual.dtype == torch.float16:
         return "gives bf16, which is too coarse for an fp16 stream"
-    return cublas_refuses_fp8(*args[:-1])
+    return cublas_refuses_fp8(*args)
 
 
 def cublas(function: Callable[..., Any], refuses: Callable[..., str | None]) -> Implementation:

@@ -3,14 +3,13 @@
     linear(x)               z = x @ weight^T + bias
     linear_gelu(x)          z * Phi(z), the exact (erf) GELU
     linear_swiglu(x)        silu(z[0::2]) * z[1::2], gate and value features in turn (:func:`interleave` orders them)
-    linear_residual_(r, x)  r += gamma * z, in place
+    linear_residual_(r, x)  r += z, in place
 
-The `_fp8` forms take e4m3 operands: `x` times one scale or a scale of each row, `weight` times a scale of each output
-feature. A scale is what the e4m3 value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has
-it. Their sums are precise: where the tensor cores add e4m3 products with fewer bits than fp32, short partial sums are
-added in fp32.
-Sources: GELU: Hendrycks & Gimpel, arXiv:1606.08415; SwiGLU: Shazeer, arXiv:2002.05202; LayerScale: Touvron et al.,
-arXiv:2103.17239; e4m3: Micikevicius et al., arXiv:2209.05433.
+The `_fp8` forms take e4m3 operands: `x` times one scale, `weight` times a scale of each output feature. A scale is what
+the e4m3 value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has it. Their sums are precise:
+where the tensor cores add e4m3 products with fewer bits than fp32, short partial sums are added in fp32.
+Sources: GELU: Hendrycks & Gimpel, arXiv:1606.08415; SwiGLU: Shazeer, arXiv:2002.05202; e4m3: Micikevicius et al.,
+arXiv:2209.05433.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _linear_cuda
-from dinov2_fast.ops import _registry_old as _registry
-from dinov2_fast.ops._linear_epilogue import E4M3, HALF, add_, refuses_stream, rounded, swiglu, was_written
+from dinov2_fast.ops import _linear_cuda, _registry_old as _registry
+from dinov2_fast.ops._linear_epilogue import E4M3, HALF, refuses_stream, rounded, swiglu, was_written
 from dinov2_fast.ops._linear_peers import (
     cublas,
     cublas_refuses_fp8,
@@ -107,28 +105,26 @@ def linear_residual_(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gamma: Tensor | None,
     *,
     backend: str | None = None,
 ) -> None:
-    """Adds `gamma` * :func:`linear` to the residual stream, in place.
+    """Adds :func:`linear` to the residual stream, in place.
 
     Args:
         residual: (..., out_features), which may be wider (fp32) than `x`, and may not overlap the other arguments.
         x, weight, bias: as for :func:`linear`.
-        gamma: LayerScale, (out_features,), or None for 1.
         backend: the implementation to use instead of the default.
 
     Raises:
         As :func:`linear`.
     """
-    _check(x, weight, residual, bias=bias, gamma=gamma)
-    _LINEAR_RESIDUAL(residual, x, weight, bias, gamma, backend=backend)
+    _check(x, weight, residual, bias=bias)
+    _LINEAR_RESIDUAL(residual, x, weight, bias, backend=backend)
 
 
 def linear_fp8(
     x: Tensor,
-    x_scale: Tensor | float,
+    x_scale: float,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -140,7 +136,7 @@ def linear_fp8(
 
     Args:
         x: (..., in_features), e4m3.
-        x_scale: one number, or the fp32 scale (..., 1) of each row.
+        x_scale: of all of `x`.
         weight: (out_features, in_features), e4m3.
         weight_scale: (out_features,), fp32.
         bias: (out_features,) or None.
@@ -154,14 +150,14 @@ def linear_fp8(
         ValueError: sizes or dtypes do not go together.
         BackendError: gradients are recorded.
     """
-    _check(x, weight, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check(x, weight, bias=bias, weight_scale=weight_scale)
     _check_dtypes(x, weight, dtype, HALF)
-    return _LINEAR_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, backend=backend)
+    return _LINEAR_FP8(x, x_scale, weight, weight_scale, bias, dtype, backend=backend)
 
 
 def linear_gelu_fp8(
     x: Tensor,
-    x_scale: Tensor | float,
+    x_scale: float,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -171,14 +167,14 @@ def linear_gelu_fp8(
     backend: str | None = None,
 ) -> Tensor:
     """GELU of :func:`linear_fp8`; `dtype` may be e4m3, the values of which are to be multiplied by `out_scale`."""
-    _check(x, weight, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check(x, weight, bias=bias, weight_scale=weight_scale)
     _check_dtypes(x, weight, dtype, (*HALF, E4M3))
-    return _LINEAR_GELU_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, out_scale, backend=backend)
+    return _LINEAR_GELU_FP8(x, x_scale, weight, weight_scale, bias, dtype, out_scale, backend=backend)
 
 
 def linear_swiglu_fp8(
     x: Tensor,
-    x_scale: Tensor | float,
+    x_scale: float,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -188,26 +184,25 @@ def linear_swiglu_fp8(
     backend: str | None = None,
 ) -> Tensor:
     """SwiGLU of :func:`linear_fp8`, rows of the weight as for :func:`linear_swiglu`, `dtype` as for the GELU form."""
-    _check(x, weight, swiglu=True, x_scale=x_scale, bias=bias, weight_scale=weight_scale)
+    _check(x, weight, swiglu=True, bias=bias, weight_scale=weight_scale)
     _check_dtypes(x, weight, dtype, (*HALF, E4M3))
-    return _LINEAR_SWIGLU_FP8(x, *_split(x_scale), weight, weight_scale, bias, dtype, out_scale, backend=backend)
+    return _LINEAR_SWIGLU_FP8(x, x_scale, weight, weight_scale, bias, dtype, out_scale, backend=backend)
 
 
 def linear_residual_fp8_(
     residual: Tensor,
     x: Tensor,
-    x_scale: Tensor | float,
+    x_scale: float,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    gamma: Tensor | None,
     *,
     backend: str | None = None,
 ) -> None:
     """:func:`linear_residual_` of the e4m3 operands of :func:`linear_fp8`."""
-    _check(x, weight, residual, x_scale=x_scale, bias=bias, weight_scale=weight_scale, gamma=gamma)
+    _check(x, weight, residual, bias=bias, weight_scale=weight_scale)
     _check_dtypes(x, weight, residual.dtype, (*HALF, torch.float32))
-    _LINEAR_RESIDUAL_FP8(residual, x, *_split(x_scale), weight, weight_scale, bias, gamma, backend=backend)
+    _LINEAR_RESIDUAL_FP8(residual, x, x_scale, weight, weight_scale, bias, backend=backend)
 
 
 def _check(
@@ -215,7 +210,6 @@ def _check(
     weight: Tensor,
     residual: Tensor | None = None,
     swiglu: bool = False,
-    x_scale: Tensor | float = 1.0,
     **vectors: Tensor | None,
 ) -> None:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -231,8 +225,6 @@ def _check(
         raise ValueError(f"SwiGLU takes pairs of gate and value features, not {weight.shape[0]} features.")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)}, not {(*x.shape[:-1], weight.shape[0])}.")
-    if isinstance(x_scale, Tensor) and x_scale.shape != (*x.shape[:-1], 1):
-        raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, not {(*x.shape[:-1], 1)}.")
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, dtype: torch.dtype, allowed: tuple[torch.dtype, ...]) -> None:
@@ -240,11 +232,6 @@ def _check_dtypes(x: Tensor, weight: Tensor, dtype: torch.dtype, allowed: tuple[
         raise ValueError(f"x and weight must be e4m3, got {x.dtype} and {weight.dtype}.")
     if dtype not in allowed:
         raise ValueError(f"the result can be {', '.join(map(str, allowed))}, not {dtype}.")
-
-
-def _split(x_scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """Scale of each row, and scale of all."""
-    return (x_scale, 1.0) if isinstance(x_scale, Tensor) else (None, x_scale)
 
 
 # The torch references
@@ -262,45 +249,38 @@ def linear_swiglu_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return swiglu(linear_torch(x, weight, bias))
 
 
-def linear_residual_torch_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> None:
-    add_(residual, linear_torch(x, weight, bias), gamma)
+def linear_residual_torch_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    residual.add_(linear_torch(x, weight, bias))
 
 
 def linear_fp8_torch(
-    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return _dequantized_linear(x, row_scale, scale, weight, weight_scale, bias).to(dtype)
+    x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return _dequantized_linear(x, scale, weight, weight_scale, bias).to(dtype)
 
 
 def linear_gelu_fp8_torch(
-    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype, out_scale: float,
+    x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    out_scale: float,
 ) -> Tensor:  # fmt: skip
-    return rounded(F.gelu(_dequantized_linear(x, row_scale, scale, weight, weight_scale, bias)), dtype, out_scale)
+    return rounded(F.gelu(_dequantized_linear(x, scale, weight, weight_scale, bias)), dtype, out_scale)
 
 
 def linear_swiglu_fp8_torch(
-    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype, out_scale: float,
+    x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    out_scale: float,
 ) -> Tensor:  # fmt: skip
-    return rounded(swiglu(_dequantized_linear(x, row_scale, scale, weight, weight_scale, bias)), dtype, out_scale)
+    return rounded(swiglu(_dequantized_linear(x, scale, weight, weight_scale, bias)), dtype, out_scale)
 
 
 def linear_residual_fp8_torch_(
-    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, gamma: Tensor | None,
-) -> None:  # fmt: skip
-    add_(residual, _dequantized_linear(x, row_scale, scale, weight, weight_scale, bias), gamma)
+    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    residual.add_(_dequantized_linear(x, scale, weight, weight_scale, bias))
 
 
-def _dequantized_linear(
-    x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    wide = x.float() * (scale if row_scale is None else row_scale)
-    return linear_torch(wide, weight.float() * weight_scale[:, None], bias)
+def _dequantized_linear(x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return linear_torch(x.float() * scale, weight.float() * weight_scale[:, None], bias)
 
 
 # The Triton kernel
@@ -312,34 +292,28 @@ def _launch(epilogue: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return linear_forward(x, weight, bias, epilogue)
 
 
-def _launch_residual_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, **scales: Any
-) -> None:
+def _launch_residual_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, **scales: Any) -> None:
     from dinov2_fast.kernels.linear import linear_residual_forward_
 
-    linear_residual_forward_(residual, x, weight, bias, gamma, **scales)
+    linear_residual_forward_(residual, x, weight, bias, **scales)
     was_written(residual)
 
 
 def _launch_fp8(
-    epilogue: str, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, dtype: torch.dtype, out_scale: float = 1.0,
+    epilogue: str, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    dtype: torch.dtype, out_scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     from dinov2_fast.kernels.linear import linear_forward
 
     return linear_forward(
-        x, weight, bias, epilogue, row_scale=row_scale, scale=scale, weight_scale=weight_scale, dtype=dtype,
-        out_scale=out_scale,
-    )  # fmt: skip
+        x, weight, bias, epilogue, scale=scale, weight_scale=weight_scale, dtype=dtype, out_scale=out_scale
+    )
 
 
 def _launch_residual_fp8_(
-    residual: Tensor, x: Tensor, row_scale: Tensor | None, scale: float, weight: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, gamma: Tensor | None,
-) -> None:  # fmt: skip
-    _launch_residual_(
-        residual, x, weight, bias, gamma, row_scale=row_scale, scale=scale, weight_scale=weight_scale
-    )  # fmt: skip
+    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
+    _launch_residual_(residual, x, weight, bias, scale=scale, weight_scale=weight_scale)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -350,7 +324,7 @@ def _fake_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-def _fake_fp8(x: Tensor, row_scale: Any, scale: float, weight: Tensor, weight_scale: Any, bias: Any, *rest: Any) -> Any:
+def _fake_fp8(x: Tensor, scale: float, weight: Tensor, weight_scale: Any, bias: Any, *rest: Any) -> Any:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=rest[0])
 
 
@@ -363,12 +337,12 @@ def _fake_residual(*args: Any) -> None:
 
 
 _OPERANDS = "Tensor x, Tensor weight, Tensor? bias"
-_OPERANDS_FP8 = "Tensor x, Tensor? row_scale, float scale, Tensor weight, Tensor weight_scale, Tensor? bias"
+_OPERANDS_FP8 = "Tensor x, float scale, Tensor weight, Tensor weight_scale, Tensor? bias"
 _FORWARD = f"({_OPERANDS}) -> Tensor"
 _FORWARD_FP8 = f"({_OPERANDS_FP8}, ScalarType dtype) -> Tensor"
 _ACTIVATION_FP8 = f"({_OPERANDS_FP8}, ScalarType dtype, float out_scale) -> Tensor"
-_RESIDUAL = f"(Tensor(a!) residual, {_OPERANDS}, Tensor? gamma) -> ()"
-_RESIDUAL_FP8 = f"(Tensor(a!) residual, {_OPERANDS_FP8}, Tensor? gamma) -> ()"
+_RESIDUAL = f"(Tensor(a!) residual, {_OPERANDS}) -> ()"
+_RESIDUAL_FP8 = f"(Tensor(a!) residual, {_OPERANDS_FP8}) -> ()"
 _AUTOCAST = torch.get_autocast_dtype
 
 _linear = register(f"linear{_FORWARD}", partial(_launch, "linear"), _fake, autocast=_AUTOCAST)
@@ -403,9 +377,7 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-def _refuses_residual(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None
-) -> str | None:
+def _refuses_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return _refuses(x, weight, bias) or refuses_stream(residual)
 
 
@@ -424,12 +396,12 @@ def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _sample_residual(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, weight, bias = _sample(device, dtype)
-    return x.new_empty(1, 257, 1536), x, weight, bias, bias
+    return x.new_empty(1, 257, 1536), x, weight, bias
 
 
 def _sample_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, weight, bias = _sample(device, torch.bfloat16)
-    return x.to(E4M3), None, 0.125, weight.to(E4M3), bias.float(), bias, torch.bfloat16
+    return x.to(E4M3), 0.125, weight.to(E4M3), bias.float(), bias, torch.bfloat16
 
 
 def _sample_activation_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -438,7 +410,7 @@ def _sample_activation_fp8(device: torch.device, dtype: torch.dtype) -> tuple[An
 
 def _sample_residual_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     *operands, _ = _sample_fp8(device, dtype)
-    return _sample_residual(device, torch.bfloat16)[0], *operands, None
+    return _sample_residual(device, torch.bfloat16)[0], *operands
 
 
 def _torch(function: Callable[..., Any]) -> Implementation:
