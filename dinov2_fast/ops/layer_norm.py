@@ -5,14 +5,12 @@
 
 `var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-picture factor of stochastic depth,
 `deferred_bias` what earlier linears left out of the stream (an inference engine adds the biases of in-place matrix
-products here). The `_fp8` forms return y in e4m3, divided by a given scale, the `_fp8_rows` forms by one of each row.
-Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
+products here). `layer_norm_fp8` returns y in e4m3, divided by a given scale. Source: Ba et al., arXiv:1607.06450;
+LayerScale: Touvron et al., arXiv:2103.17239.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Implementation, Op, records_gradient
-from dinov2_fast.ops import _fp8, _layer_norm_cuda, _registry
+from dinov2_fast.backends import Op, records_gradient
+from dinov2_fast.ops import _fp8, _registry
 from dinov2_fast.ops.residual import add_residual_torch
 
 MAX_HIDDEN = 8192  # the kernels keep a row in registers
@@ -78,44 +76,6 @@ def layer_norm_fp8(
     return _LAYER_NORM_FP8(x, weight, bias, eps, scale, backend=backend)
 
 
-def layer_norm_fp8_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """`layer_norm` as e4m3 values (..., hidden) and the fp32 scale (..., 1) of each row. For inference only."""
-    return _LAYER_NORM_FP8_ROWS(x, weight, bias, eps, backend=backend)
-
-
-def add_layer_norm_fp8(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    scale: float,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`add_layer_norm` with the norm as e4m3 values, to be multiplied by `scale`. For inference only."""
-    return _ADD_LAYER_NORM_FP8(residual, branch, gamma, weight, bias, eps, deferred_bias, scale, backend=backend)
-
-
-def add_layer_norm_fp8_rows(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm` with the norm as e4m3 values and the fp32 scale (..., 1) of each row. For inference only."""
-    return _ADD_LAYER_NORM_FP8_ROWS(residual, branch, gamma, weight, bias, eps, deferred_bias, backend=backend)
-
-
 # The torch references
 
 
@@ -140,82 +100,78 @@ def add_layer_norm_torch(
 
 
 def layer_norm_fp8_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float) -> Tensor:
-    return _fp8.quantize(_wide_norm(x, weight, bias, eps), scale)
-
-
-def layer_norm_fp8_rows_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fp8.quantize_rows(_wide_norm(x, weight, bias, eps))
-
-
-def add_layer_norm_fp8_torch(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-    return total, layer_norm_fp8_torch(total, weight, bias, eps, scale)
-
-
-def add_layer_norm_fp8_rows_torch(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    total, _ = add_layer_norm_torch(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-    return total, *layer_norm_fp8_rows_torch(total, weight, bias, eps)
-
-
-def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return layer_norm_torch(x.float(), weight.float(), bias.float(), eps)
+    return _fp8.quantize(layer_norm_torch(x.float(), weight.float(), bias.float(), eps), scale)
 
 
 # The kernels
 
 
-def _triton_forward(*args: Any, **options: Any) -> Any:
+def _launch(*args: Any, **options: Any) -> Any:
     from dinov2_fast.kernels.layer_norm import layer_norm_forward
 
     return layer_norm_forward(*args, **options)
 
 
-def _triton_backward(*args: Any, **options: Any) -> Any:
+def _launch_add(
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    deferred_bias: Tensor | None,
+    **options: Any,
+) -> Any:
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred_bias": deferred_bias}
+    return _launch(residual, weight, bias, eps, **addends, **options)
+
+
+def _launch_backward(*args: Any, **options: Any) -> Any:
     from dinov2_fast.kernels.layer_norm_backward import layer_norm_backward
 
     return layer_norm_backward(*args, **options)
 
 
+def _launch_add_backward(
+    dtotal: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_scale: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+    deferred: bool,
+) -> Any:
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred": deferred}
+    return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = kernels.forward(x, weight, bias, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _layer_norm_forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.kernels, ctx.bias_dtype = kernels, bias.dtype
+        ctx.bias_dtype = bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, sums = ctx.kernels.backward(dy, x, weight, mean, rstd)
-        return None, dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
+        dx, sums = _layer_norm_backward(dy, x, weight, mean, rstd)
+        return dx, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: _Kernels, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         gamma, drop_scale, weight, bias, _, deferred_bias = rest
-        total, y, mean, rstd = kernels.add_forward(residual, branch, *rest)
+        total, y, mean, rstd = _add_layer_norm_forward(residual, branch, *rest)
         ctx.save_for_backward(total, branch, gamma, drop_scale, weight, mean, rstd)
-        ctx.kernels = kernels
         ctx.dtypes = residual.dtype, bias.dtype, None if deferred_bias is None else deferred_bias.dtype
         return total, y
 
@@ -225,24 +181,16 @@ class _AddLayerNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
         gamma, weight = saved[2], saved[4]
         dtype, bias_dtype, deferred_dtype = ctx.dtypes
-        dresidual, dbranch, sums = ctx.kernels.add_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
+        dresidual, dbranch, sums = _add_layer_norm_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
         dweight, dbias, dgamma, ddeferred = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
         ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
-        return None, dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
+        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
 
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """A new contiguous tensor of the shape of `x`, in `dtype` or the common dtype."""
     return x.new_empty(x.shape, dtype=dtype or _registry.promoted(x, *others))
-
-
-def _e4m3_like(x: Tensor) -> Tensor:
-    return _like(x, dtype=torch.float8_e4m3fn)
-
-
-def _row_scales(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
@@ -269,117 +217,50 @@ def _fake_add_backward(
 
 
 _NORM = "Tensor weight, Tensor bias, float eps"
-_ADDEND = "Tensor residual, Tensor branch, Tensor? gamma"
-_ADD = f"({_ADDEND}, Tensor? drop_scale, {_NORM}, Tensor? deferred_bias)"
+_ADD = f"(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, {_NORM}, Tensor? deferred_bias)"
+
+_layer_norm = _registry.register(
+    f"layer_norm(Tensor x, {_NORM}) -> Tensor",
+    lambda *args: _launch(*args)[1],
+    lambda x, weight, bias, eps: _like(x),
+    _LayerNorm.apply,
+    autocast=lambda device: torch.float32 if device == "cuda" else None,
+)
+_layer_norm_forward = _registry.register(
+    f"layer_norm_forward(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _launch(*args, statistics=True)[1:],
+    _fake_forward,
+)
+_layer_norm_backward = _registry.register(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    lambda *args: _launch_backward(*args)[::2],
+    lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
+)
+_add_layer_norm = _registry.register(
+    f"add_layer_norm{_ADD} -> (Tensor, Tensor)",
+    lambda *args: _launch_add(*args)[:2],
+    _fake_add,
+    _AddLayerNorm.apply,
+)
+_add_layer_norm_forward = _registry.register(
+    f"add_layer_norm_forward{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: _launch_add(*args, statistics=True),
+    _fake_add_forward,
+)
+_add_layer_norm_backward = _registry.register(
+    "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
+    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
+    _launch_add_backward,
+    _fake_add_backward,
+)
+_layer_norm_fp8 = _registry.register(
+    f"layer_norm_fp8(Tensor x, {_NORM}, float scale) -> Tensor",
+    lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale)[1],
+    lambda x, weight, bias, eps, scale: _like(x, dtype=torch.float8_e4m3fn),
+)
 
 
-class _Kernels:
-    """The torch ops of one backend, `layer_norm` and its kin with a suffix, made of its launchers.
-
-    Args:
-        suffix: "" or "_cuda".
-        launch: gives the sum, its norm, mean, rstd and row scales, None for what was not asked for.
-        launch_backward: gives the gradients of what was added or normalised, of the branch, and of the vectors.
-    """
-
-    def __init__(self, suffix: str, launch: Callable[..., Any], launch_backward: Callable[..., Any]) -> None:
-        def register(name: str, schema: str, *functions: Any, **rest: Any) -> Callable[..., Any]:
-            return _registry.register(f"{name}{suffix}{schema}", *functions, **rest)
-
-        def add(
-            r: Tensor, o: Tensor, g: Any, drop: Any, w: Tensor, b: Tensor, eps: float, d: Any, **options: Any
-        ) -> Any:
-            return launch(r, w, b, eps, branch=o, gamma=g, drop_scale=drop, deferred_bias=d, **options)
-
-        self.launch_backward = launch_backward
-        self.layer_norm = register(
-            "layer_norm",
-            f"(Tensor x, {_NORM}) -> Tensor",
-            lambda *args: launch(*args)[1],
-            lambda x, weight, bias, eps: _like(x),
-            lambda *args: _LayerNorm.apply(self, *args),
-            autocast=lambda device: torch.float32 if device == "cuda" else None,
-        )
-        self.forward = register(
-            "layer_norm_forward",
-            f"(Tensor x, {_NORM}) -> (Tensor, Tensor, Tensor)",
-            lambda *args: launch(*args, statistics=True)[1:4],
-            _fake_forward,
-        )
-        self.backward = register(
-            "layer_norm_backward",
-            "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
-            lambda *args: launch_backward(*args)[::2],
-            lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
-        )
-        self.add_layer_norm = register(
-            "add_layer_norm",
-            f"{_ADD} -> (Tensor, Tensor)",
-            lambda *args: add(*args)[:2],
-            _fake_add,
-            lambda *args: _AddLayerNorm.apply(self, *args),
-        )
-        self.add_forward = register(
-            "add_layer_norm_forward",
-            f"{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
-            lambda *args: add(*args, statistics=True)[:4],
-            _fake_add_forward,
-        )
-        self.add_backward = register(
-            "add_layer_norm_backward",
-            "(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight,"
-            " Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
-            self._launch_add_backward,
-            _fake_add_backward,
-        )
-        self.layer_norm_fp8 = register(
-            "layer_norm_fp8",
-            f"(Tensor x, {_NORM}, float scale) -> Tensor",
-            lambda x, w, b, eps, scale: launch(x, w, b, eps, scale=scale, e4m3=True)[1],
-            lambda x, w, b, eps, scale: _e4m3_like(x),
-        )
-        self.layer_norm_fp8_rows = register(
-            "layer_norm_fp8_rows",
-            f"(Tensor x, {_NORM}) -> (Tensor, Tensor)",
-            lambda *args: launch(*args, e4m3=True)[1::3],
-            lambda x, w, b, eps: (_e4m3_like(x), _row_scales(x)),
-        )
-        self.add_layer_norm_fp8 = register(
-            "add_layer_norm_fp8",
-            f"({_ADDEND}, {_NORM}, Tensor? deferred_bias, float scale) -> (Tensor, Tensor)",
-            lambda r, o, g, w, b, eps, d, scale: add(r, o, g, None, w, b, eps, d, scale=scale, e4m3=True)[:2],
-            lambda r, o, g, w, b, eps, d, scale: (_like(r, o, g, d), _e4m3_like(r)),
-        )
-        self.add_layer_norm_fp8_rows = register(
-            "add_layer_norm_fp8_rows",
-            f"({_ADDEND}, {_NORM}, Tensor? deferred_bias) -> (Tensor, Tensor, Tensor)",
-            lambda r, o, g, w, b, eps, d: itemgetter(0, 1, 4)(add(r, o, g, None, w, b, eps, d, e4m3=True)),
-            lambda r, o, g, w, b, eps, d: (_like(r, o, g, d), _e4m3_like(r), _row_scales(r)),
-        )
-
-    def _launch_add_backward(
-        self,
-        dtotal: Tensor,
-        dy: Tensor,
-        total: Tensor,
-        branch: Tensor,
-        gamma: Tensor | None,
-        drop_scale: Tensor | None,
-        weight: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        dtype: torch.dtype,
-        deferred: bool,
-    ) -> Any:
-        addends = {"branch": branch, "gamma": gamma, "drop_scale": drop_scale, "deferred": deferred}
-        return self.launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
-
-
-_TRITON = _Kernels("", _triton_forward, _triton_backward)
-_CUDA = _Kernels("_cuda", _layer_norm_cuda.forward, _layer_norm_cuda.backward)
-
-
-def _refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
+def _refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
     if x.dtype not in _registry.FLOATS:
         return f"takes fp16, bf16, fp32 and fp64, got {x.dtype}"
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
@@ -414,52 +295,6 @@ def _refuses_fp8(x: Tensor, *rest: Any) -> str | None:
     return _registry.refuses_e4m3(x) or _refuses(x, *rest[:3])
 
 
-def _refuses_add_fp8(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None,
-    *scale: float,
-) -> str | None:
-    reason = _registry.refuses_e4m3(residual)
-    return reason or _refuses_add(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-
-
-def _cuda_refuses(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *scale: float) -> str | None:
-    vectors: tuple[Tensor, ...] = weight, bias
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):  # which casts all of them to fp32
-        vectors = ()
-    return _refuses(x, weight, bias, eps) or _layer_norm_cuda.refuses(x, None, *vectors)
-
-
-def _cuda_refuses_add(
-    residual: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred_bias: Tensor | None = None,
-) -> str | None:
-    reason = _refuses_add(residual, branch, gamma, drop_scale, weight, bias, eps, deferred_bias)
-    vectors = gamma, weight, bias, deferred_bias
-    return reason or _layer_norm_cuda.refuses(residual, branch, *vectors, drop_scale=drop_scale)
-
-
-def _cuda_refuses_fp8(x: Tensor, *rest: Any) -> str | None:
-    return _refuses_fp8(x, *rest) or _layer_norm_cuda.refuses(x, None, *rest[:2])
-
-
-def _cuda_refuses_add_fp8(residual: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> str | None:
-    weight, bias, eps, deferred_bias = rest[:4]
-    reason = _registry.refuses_e4m3(residual)
-    return reason or _cuda_refuses_add(residual, branch, gamma, None, weight, bias, eps, deferred_bias)
-
-
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.empty(1, 257, 384, device=device, dtype=dtype)
     return x, x[0, 0], x[0, 0], 1e-6
@@ -470,69 +305,18 @@ def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return x, x, weight, None, weight, bias, eps, None
 
 
-def _sample_add_fp8(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    residual, branch, gamma, _, *norm = _sample_add(device, dtype)
-    return residual, branch, gamma, *norm
-
-
-# torch stands first, as no kernel has run on a GPU yet.
 _LAYER_NORM = Op(
-    "layer_norm",
-    "layer_norm",
-    (
-        Implementation("torch", layer_norm_torch),
-        _registry.triton(_TRITON.layer_norm, _refuses),
-        _registry.cuda(_CUDA.layer_norm, _cuda_refuses),
-    ),
-    _sample,
+    "layer_norm", "layer_norm", _registry.torch_and_triton(layer_norm_torch, _layer_norm, _refuses), _sample
 )
 _ADD_LAYER_NORM = Op(
     "add_layer_norm",
     "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_torch),
-        _registry.triton(_TRITON.add_layer_norm, _refuses_add),
-        _registry.cuda(_CUDA.add_layer_norm, _cuda_refuses_add),
-    ),
+    _registry.torch_and_triton(add_layer_norm_torch, _add_layer_norm, _refuses_add),
     _sample_add,
 )
 _LAYER_NORM_FP8 = Op(
     "layer_norm_fp8",
     "layer_norm",
-    (
-        Implementation("torch", layer_norm_fp8_torch, trains=False),
-        _registry.triton(_TRITON.layer_norm_fp8, _refuses_fp8, trains=False),
-        _registry.cuda(_CUDA.layer_norm_fp8, _cuda_refuses_fp8, trains=False),
-    ),
+    _registry.torch_and_triton(layer_norm_fp8_torch, _layer_norm_fp8, _refuses_fp8, trains=False),
     lambda device, dtype: (*_sample(device, dtype), 0.125),
-)
-_LAYER_NORM_FP8_ROWS = Op(
-    "layer_norm_fp8_rows",
-    "layer_norm",
-    (
-        Implementation("torch", layer_norm_fp8_rows_torch, trains=False),
-        _registry.triton(_TRITON.layer_norm_fp8_rows, _refuses_fp8, trains=False),
-        _registry.cuda(_CUDA.layer_norm_fp8_rows, _cuda_refuses_fp8, trains=False),
-    ),
-    _sample,
-)
-_ADD_LAYER_NORM_FP8 = Op(
-    "add_layer_norm_fp8",
-    "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_fp8_torch, trains=False),
-        _registry.triton(_TRITON.add_layer_norm_fp8, _refuses_add_fp8, trains=False),
-        _registry.cuda(_CUDA.add_layer_norm_fp8, _cuda_refuses_add_fp8, trains=False),
-    ),
-    lambda device, dtype: (*_sample_add_fp8(device, dtype), 0.125),
-)
-_ADD_LAYER_NORM_FP8_ROWS = Op(
-    "add_layer_norm_fp8_rows",
-    "layer_norm",
-    (
-        Implementation("torch", add_layer_norm_fp8_rows_torch, trains=False),
-        _registry.triton(_TRITON.add_layer_norm_fp8_rows, _refuses_add_fp8, trains=False),
-        _registry.cuda(_CUDA.add_layer_norm_fp8_rows, _cuda_refuses_add_fp8, trains=False),
-    ),
-    _sample_add_fp8,
 )
