@@ -13,7 +13,6 @@ OLDEST := $(VENV)/oldest
 OLDEST_VERSIONS := transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.2 timm==1.0.9
 # Headers that the extension is compiled with (setup.py names the same); none of what pip would bring beside them is used.
 CUTLASS := nvidia-cutlass==4.2.0.0
-CUDA_TESTS := $(addprefix tests/test_,layer_norm.py activation.py linear_cuda.py cuda_checks.py)
 
 PYTEST := -m pytest tests -n $(WORKERS)
 # One process either interprets kernels or compiles them, so `test` runs pytest twice.
@@ -80,7 +79,7 @@ test-oldest: $(OLDEST)/.complete
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/test_accelerate*.py
 
 # The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH; only what has changed is
-# compiled again. TORCH_CUDA_ARCH_LIST and MAX_JOBS as for torch's own extensions.
+# compiled again, by as many compilers at once as MAX_JOBS says.
 build: setup
 	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
 	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension
@@ -90,19 +89,17 @@ build: setup
 test-extension: build
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_extension.py
 
-# The tests of the ops over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a GPU.
+# The tests of linear over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a GPU.
 test-cuda-on-host: setup
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -p tests.cuda_on_host -m "not aot and not gpu" -k "cuda" $(CUDA_TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -p tests.cuda_on_host -m "not aot and not gpu" tests/test_linear_cuda.py
 
 # compute-sanitizer over a few tests, on a machine with a GPU. No setup: $(PYTHON)'s torch and pytest, and the extension
-# that is there. The allocator keeps nothing, so each tensor's end shows. Only kernels of these two ops have shared memory
-# of their own; of CUTLASS' pipelines racecheck and synccheck report what is no fault.
-OWN_TESTS := tests/test_layer_norm.py tests/test_activation.py
-OWN := cuda and (nan or gradients and bfloat16)
+# that is there. The allocator keeps nothing, so each tensor's end shows. memcheck alone: of CUTLASS' pipelines racecheck,
+# synccheck and initcheck report what is no fault.
 PRODUCTS := (every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)
 TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
     patches))
-TRITON := triton and (nan and stay or packed_gradients or wider_bias)
+TRITON := triton and (nan and stay or packed_gradients)
 define sanitize
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --error-exitcode 9 --print-limit 20 \
 	    --target-processes application-only \
@@ -111,11 +108,7 @@ endef
 sanitize:
 	@$(PYTHON) -c 'import sys, torch; from dinov2_fast import extension as e; gpu = torch.cuda.is_available(); \
 	    sys.exit(e.load().reason if gpu else "make sanitize needs a GPU that $(PYTHON) can use")'
-	$(call sanitize,memcheck,$(OWN),$(OWN_TESTS))
 	$(call sanitize,memcheck,$(PRODUCTS),tests/test_linear_cuda.py)
-	$(call sanitize,racecheck,$(OWN),$(OWN_TESTS))
-	$(call sanitize,synccheck,$(OWN),$(OWN_TESTS))
-	$(call sanitize,initcheck,$(OWN),$(OWN_TESTS))
 	$(call sanitize,memcheck,$(TRITON),$(TRITON_TESTS))
 
 lint: setup

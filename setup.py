@@ -6,11 +6,10 @@ The folders `kernels` and `csrc` at the top level are installed inside the packa
 The extension is one library for every torch from 2.10 on with CUDA 13 and every Python: it knows torch by its stable
 ABI and holds no Python at all (dinov2_fast/extension.py loads it). It is built where nvcc, such a torch and CUTLASS are
 there; elsewhere the package is pure Python. nvcc is the one of CUDA_HOME, or that on the PATH, or CUDA's usual place.
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") replaces ARCHITECTURES, MAX_JOBS says how many compilers run at once.
+MAX_JOBS says how many compilers run at once.
 """
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -23,8 +22,7 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 NOT_PACKAGES = ["*__pycache__"]
-ARCHITECTURES = "8.0;8.9;9.0a;9.0+PTX_ONLY"  # PTX for later ones
-HOPPER = "linear"  # sources that begin so hold code for sm_90a alone, and take long to compile
+ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"  # the only one that there are kernels for
 CUDA = "13"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler=-fPIC"]
@@ -61,22 +59,6 @@ def reason_against_extension() -> str | None:
     return None
 
 
-def code_flags(architectures: str) -> list[str]:
-    """nvcc's for a list as in TORCH_CUDA_ARCH_LIST; "+PTX" adds code for later devices, "+PTX_ONLY" is that alone."""
-    flags = []
-    for item in re.split(r"[; ,]+", architectures.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX|\+PTX_ONLY)?", item)
-        if match is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {item!r} is no architecture such as 9.0a or 8.0+PTX")
-        major, minor, variant, ptx = match.groups()
-        arch = f"{major}{minor}{variant}"
-        if ptx != "+PTX_ONLY":
-            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return flags
-
-
 class BuildExtension(build_ext):
     """Compiles each source with nvcc, several at once, unless its object is newer than everything in csrc."""
 
@@ -96,7 +78,8 @@ class BuildExtension(build_ext):
         self.compiler_command = [find_nvcc(), *FLAGS, *(f"-isystem={path}" for path in includes)]
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(self.compile, sorted(map(Path, ext.sources), key=_longest_first)))
+            sources = map(Path, sorted(ext.sources, reverse=True))  # linear_*.cu, which take longest, first
+            objects = list(pool.map(self.compile, sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         torch_libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
@@ -105,11 +88,8 @@ class BuildExtension(build_ext):
 
     def compile(self, source: Path) -> Path:
         """The object of a source; ptxas' report on it is kept beside it, as is the command."""
-        hopper = source.stem.startswith(HOPPER)
-        listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-        flags = code_flags("9.0a" if hopper and "9.0a" in listed else listed)
         target = self.folder / f"{source.stem}.o"
-        command = [*self.compiler_command, *flags, "-c", source, "-o", target]
+        command = [*self.compiler_command, ARCHITECTURE, "-c", source, "-o", target]
         written, report = target.with_suffix(".command"), target.with_suffix(".ptxas")
         newest = max(path.stat().st_mtime for path in source.parent.iterdir() if path.suffix in (".h", ".cuh"))
         newest = max(newest, source.stat().st_mtime)
@@ -118,10 +98,6 @@ class BuildExtension(build_ext):
             report.write_text(run(command))
             written.write_text(text(command))
         return target
-
-
-def _longest_first(source: Path) -> tuple[bool, int]:
-    return not source.stem.startswith(HOPPER), -source.stat().st_size
 
 
 def text(command: list) -> str:

@@ -18,7 +18,7 @@ from dinov2_fast import backends, extension
 ROOT = Path(__file__).parents[1]
 EVERY_MODEL = "B,L,S,g"  # in the order of what they decide
 PIXELS = ("224", "518", "1036")
-TRAINABLE = "eager,triton,cuda"  # all that training and memory know but torch.compile
+TRAINABLE = "eager,triton"  # all that training and memory know but torch.compile
 UNCOMPILED = "eager,triton,engine,engine-triton,engine-cuda,engine-mixed,engine-triton-sdpa"
 MIXED = f"{UNCOMPILED},single,grouped,padded,list"  # ways to run pictures of many sizes
 COMPILED = f"{UNCOMPILED},compile"
@@ -28,9 +28,7 @@ OUR_GRAPHS = "engine-graphs,engine-triton-graphs,engine-cuda-graphs,engine-mixed
 GRAPHS = f"graphs,{OUR_GRAPHS},eager,triton,engine"
 OTHERS = "eager,triton,engine,engine-triton"  # where speed is not the question
 BOTH = "all,cls"
-OWN_KERNELS = "(cuda or on_gpu)"  # tests of csrc, and those that need a GPU, by the names of files and cases
-CSRC_TESTS = ("tests/test_layer_norm.py", "tests/test_activation.py")
-SMALL_TESTS = "triton and (nan and stay or packed_gradients or wider_bias)"  # a few of every op
+SMALL_TESTS = "triton and (nan and stay or packed_gradients)"  # a few of every op
 LARGE_TESTS = "to_the_31"  # tensors of many GB: one at a time
 ON_THE_CPU = "tile_goes_by_shape"  # compiles csrc with g++
 TOOLKIT = "/usr/local/cuda/bin"
@@ -102,9 +100,10 @@ def _quick(peers: tuple[str, ...]) -> Iterator[Step]:
 
 def _unproven(has_extension: bool) -> Iterator[Step]:
     yield Step("smoke", ("-m", "bench.gpu", "--smoke"), 0.2, limit=1.0, shown=True)
-    files = ["tests/test_linear_cuda.py", "tests/test_on_gpu.py", *CSRC_TESTS]
-    yield pytest_step("tests-kernels", 3.0, files, f"{OWN_KERNELS} and not {LARGE_TESTS} and not {ON_THE_CPU}")
-    yield from sanitized_csrc(has_extension)
+    files = ["tests/test_linear_cuda.py", "tests/test_on_gpu.py"]
+    yield pytest_step("tests-kernels", 3.0, files, f"not {LARGE_TESTS} and not {ON_THE_CPU}")
+    linear = "(every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)"
+    yield sanitizer("linear", "memcheck", 0.7, ["tests/test_linear_cuda.py"], linear, 80 / 60, has_extension)
     modes = ("--models", "L", "--modes", "eager,engine-triton,engine-cuda")
     yield Step("trace-L", ("-m", "bench.trace", "--device", "cuda", *modes), 0.6, limit=1.5, told=("results",))
     for word, minutes in (("linear", 0.5), ("layer_norm", 0.5), ("attention", 0.6), ("activation", 0.3)):
@@ -136,8 +135,7 @@ def _questions(peers: tuple[str, ...]) -> Iterator[Step]:
 def _tests() -> Iterator[Step]:
     others = f"not {LARGE_TESTS} and not {ON_THE_CPU}"
     yield sanitizer("triton", "memcheck", 1.0, op_tests(), SMALL_TESTS, limit=1.5)
-    yield pytest_step("tests-ops", 4.0, [file for file in op_tests() if file not in CSRC_TESTS], others)
-    yield pytest_step("tests-csrc-ops", 1.5, [*CSRC_TESTS], f"not {OWN_KERNELS} and {others}")  # tests-kernels' rest
+    yield pytest_step("tests-ops", 5.5, op_tests(), others)
     yield pytest_step("tests-model", 2.5, model_tests(), others)
     yield pytest_step("tests-large", 1.0, [*op_tests(), "tests/test_on_gpu.py"], LARGE_TESTS, alone=True)
 
@@ -270,20 +268,6 @@ def pytest_step(name: str, minutes: float, files: list[str], selected: str, *, a
     missing = None if records.version("pytest") else "pytest is not installed"
     told = ("junit-xml",)
     return Step(name, (*arguments, *files), minutes, limit=TEST_LIMIT * minutes, told=told, skip=missing)
-
-
-def sanitized_csrc(has_extension: bool) -> Iterator[Step]:
-    """Small tests of csrc: memcheck over all, two more tools over the backward kernels.
-
-    Those alone have shared memory of our own. In CUTLASS' kernels racecheck and initcheck are known to find what is no
-    fault, so they do not run there.
-    """
-    linear = "(every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)"
-    backward = "cuda and gradients and bfloat16"
-    yield sanitizer("linear", "memcheck", 0.7, ["tests/test_linear_cuda.py"], linear, 80 / 60, has_extension)
-    yield sanitizer("csrc", "memcheck", 0.5, [*CSRC_TESTS], "cuda and nan", 1.0, has_extension)
-    yield sanitizer("csrc", "racecheck", 0.5, [*CSRC_TESTS], backward, 1.0, has_extension)
-    yield sanitizer("csrc", "synccheck", 0.4, [*CSRC_TESTS], backward, 40 / 60, has_extension)
 
 
 def sanitizer(

@@ -317,9 +317,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=_gib, help="GiB that the largest batch may take (default: 16, on a CPU 0.5)")
     parser.add_argument("--precisions", type=shared.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
-    parser.add_argument(
-        "--modes", type=shared.some_of(MODES["cuda"]), help="default: eager, on a GPU also triton and cuda"
-    )
+    parser.add_argument("--modes", type=shared.some_of(MODES["cuda"]), help="default: eager, on a GPU also triton")
     shared.add_peers(parser)
     options = parser.parse_args(arguments)
     on = options.device

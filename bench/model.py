@@ -44,12 +44,12 @@ PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
 MODES_OF_TASK = {
     ("throughput", "cpu"): ["eager", "engine"],
     ("throughput", "cuda"): [
-        *("eager", "triton", "cuda", "engine", "engine-triton", "engine-triton-sdpa", "engine-cuda", "engine-mixed"),
+        *("eager", "triton", "engine", "engine-triton", "engine-triton-sdpa", "engine-cuda", "engine-mixed"),
         *("engine-cublas", "compile", "max-autotune"),
     ],
     ("latency", "cpu"): ["eager", "engine"],
     ("latency", "cuda"): [
-        *("eager", "triton", "cuda", "graphs", "engine", "engine-graphs", "engine-triton-graphs", "engine-cuda-graphs"),
+        *("eager", "triton", "graphs", "engine", "engine-graphs", "engine-triton-graphs", "engine-cuda-graphs"),
         *("engine-mixed-graphs", "engine-cublas-graphs", "compile", "reduce-overhead", "max-autotune"),
     ],
 }

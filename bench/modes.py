@@ -24,7 +24,7 @@ DTYPES = {
     "fp8": torch.bfloat16,
 }
 COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
-BACKENDS = ("triton", "cuda")  # of ours, forced for every op that has such an implementation
+BACKENDS = ("triton",)  # of ours, forced for every op that has such an implementation
 # Mixtures. Two leave attention to torch, which takes cuDNN's on an H200; the third is for fp8, in which torch's own
 # linears compute in fp32.
 SDPA = "layer_norm=triton,linear=triton,attention_pool=triton,patches=triton"

@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "linear.h"
-#include "ops.h"
 
 namespace {
 
@@ -62,59 +61,13 @@ class OnDevice {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   }
 #endif
-  dinov2_fast::Stream stream = nullptr;
+  void* stream = nullptr;  // a cudaStream_t
 
 #ifndef DINOV2_FAST_ON_HOST
  private:
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-// layer_norm
-
-void layer_norm_forward(const TorchTensor& x, const Optional& branch, const Optional& gamma, const Optional& drop_scale,
-                        const Optional& deferred_bias, const TorchTensor& weight, const TorchTensor& bias, double eps,
-                        int64_t rows_per_picture, double inverse_scale, const Optional& total, const TorchTensor& y,
-                        const Optional& mean, const Optional& rstd, const Optional& row_scale) {
-  const OnDevice device(x);
-  dinov2_fast::layer_norm_forward(
-      {view("x", x), view("branch", branch), view("gamma", gamma), view("drop_scale", drop_scale),
-       view("deferred_bias", deferred_bias), view("weight", weight), view("bias", bias), eps, rows_per_picture,
-       inverse_scale, view("total", total), view("y", y), view("mean", mean), view("rstd", rstd),
-       view("row_scale", row_scale)},
-      device.stream);
-}
-
-void layer_norm_backward(const TorchTensor& dy, const Optional& dtotal, const TorchTensor& x, const Optional& branch,
-                         const Optional& gamma, const Optional& drop_scale, const TorchTensor& weight,
-                         const TorchTensor& mean, const TorchTensor& rstd, int64_t rows_per_picture,
-                         const TorchTensor& dx, const Optional& dbranch, const TorchTensor& partial) {
-  const OnDevice device(x);
-  dinov2_fast::layer_norm_backward(
-      {view("dy", dy), view("dtotal", dtotal), view("x", x), view("branch", branch), view("gamma", gamma),
-       view("drop_scale", drop_scale), view("weight", weight), view("mean", mean), view("rstd", rstd), rows_per_picture,
-       view("dx", dx), view("dbranch", dbranch), view("partial", partial)},
-      device.stream);
-}
-
-// activation
-
-void activation_forward(const TorchTensor& x, const Optional& bias, bool swiglu, double inverse_scale,
-                        const TorchTensor& y) {
-  const OnDevice device(x);
-  dinov2_fast::activation_forward({view("x", x), view("bias", bias), swiglu, inverse_scale, view("y", y)},
-                                  device.stream);
-}
-
-void activation_backward(const TorchTensor& dy, const TorchTensor& x, const Optional& bias, bool swiglu,
-                         const TorchTensor& dx, const Optional& partial) {
-  const OnDevice device(x);
-  dinov2_fast::activation_backward(
-      {view("dy", dy), view("x", x), view("bias", bias), swiglu, view("dx", dx), view("partial", partial)},
-      device.stream);
-}
-
-// linear
 
 void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optional& bias, const Optional& weight_scale,
                     double scale, double inverse_scale, int64_t form, const TorchTensor& out) {
@@ -132,17 +85,6 @@ void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optio
 
 STABLE_TORCH_LIBRARY(dinov2_fast_cuda, library) {
   library.def(
-      "layer_norm_forward(Tensor x, Tensor? branch, Tensor? gamma, Tensor? drop_scale, Tensor? deferred_bias, "
-      "Tensor weight, Tensor bias, float eps, int rows_per_picture, float inverse_scale, Tensor(a!)? total, "
-      "Tensor(b!) y, Tensor(c!)? mean, Tensor(d!)? rstd, Tensor(e!)? row_scale) -> ()");
-  library.def(
-      "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? branch, Tensor? gamma, Tensor? drop_scale, "
-      "Tensor weight, Tensor mean, Tensor rstd, int rows_per_picture, Tensor(a!) dx, Tensor(b!)? dbranch, "
-      "Tensor(c!) partial) -> ()");
-  library.def("activation_forward(Tensor x, Tensor? bias, bool swiglu, float inverse_scale, Tensor(a!) y) -> ()");
-  library.def(
-      "activation_backward(Tensor dy, Tensor x, Tensor? bias, bool swiglu, Tensor(a!) dx, Tensor(b!)? partial) -> ()");
-  library.def(
       "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_scale, float scale, float inverse_scale, "
       "int form, Tensor(a!) out) -> ()");
 }
@@ -152,9 +94,5 @@ STABLE_TORCH_LIBRARY_IMPL(dinov2_fast_cuda, CPU, library) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(dinov2_fast_cuda, CUDA, library) {
 #endif
-  library.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward));
-  library.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
-  library.impl("activation_forward", TORCH_BOX(&activation_forward));
-  library.impl("activation_backward", TORCH_BOX(&activation_backward));
   library.impl("linear_forward", TORCH_BOX(&linear_forward));
 }

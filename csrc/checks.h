@@ -81,12 +81,6 @@ inline void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, in
   check_aligned(tensor);
 }
 
-// As check_matrix, without gaps between the rows: what is written.
-inline void check_output(const Tensor& tensor, int64_t rows, int64_t columns, int device) {
-  check_matrix(tensor, rows, columns, device);
-  if (rows > 1 && tensor.strides[0] != columns) fail(tensor.name, " must be contiguous");
-}
-
 inline void check_vector(const Tensor& tensor, int64_t size, int device, bool aligned = true) {
   if (tensor.dim != 1 || tensor.sizes[0] != size) {
     fail(tensor.name, " must have the shape (", size, "), got ", shape(tensor));

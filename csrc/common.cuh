@@ -1,5 +1,4 @@
-// What the kernels share: chunks of 8 elements in 16-byte accesses, reductions over a warp, the choice of a type by its
-// name, and launches that check their error. Statistics and sums are in fp32, offsets in 64 bits.
+// What the kernels share: chunks of 8 elements in 16-byte accesses, types as values, and the check of CUDA's errors.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "checks.h"
 #include "math.cuh"
-#include "ops.h"
 
 namespace dinov2_fast {
 
@@ -105,44 +104,6 @@ __device__ __forceinline__ void load(const T* from, float (&to)[WIDTH]) {
   unpack(read(from), to);
 }
 
-template <typename T>
-__device__ __forceinline__ void store(T* to, const float (&from)[WIDTH]) {
-  write(to, pack<T>(from));
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int lanes = WARP / 2; lanes; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-  return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int lanes = WARP / 2; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-  return x;
-}
-
-// Adds up what the threads below one another in a block hold of a chunk, always in the same order, and writes it at
-// `to` where it is `inside`. All threads take part; `scratch` holds a chunk for each.
-__device__ __forceinline__ void write_block_sum(const float (&own)[WIDTH], float* to, bool inside, float* scratch) {
-  const int size = blockDim.x * WIDTH, at = threadIdx.x * WIDTH;
-  __syncthreads();  // what the last call left in scratch has been read
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) scratch[threadIdx.y * size + at + i] = own[i];
-  __syncthreads();
-  if (threadIdx.y || !inside) return;
-  float sum[WIDTH] = {};
-  for (int row = 0; row < static_cast<int>(blockDim.y); ++row) {
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) sum[i] += scratch[row * size + at + i];
-  }
-  store(to, sum);
-}
-
 // Host code
 
 template <typename T>
@@ -150,42 +111,14 @@ struct Type {
   using type = T;
 };
 
-// Calls `function` with the Type of a floating-point dtype.
-template <typename Function>
-void with_float(Dtype dtype, Function&& function) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return function(Type<__nv_bfloat16>{});
-    case Dtype::fp16:
-      return function(Type<__half>{});
-    case Dtype::fp32:
-      return function(Type<float>{});
-    default:
-      fail("there is no kernel for ", name(dtype));
-  }
-}
-
 template <typename T>
 T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline dim3 grid_of(int64_t x, int64_t y = 1) {
-  if (x > INT32_MAX || y > UINT16_MAX) fail("a grid of ", x, " x ", y, " blocks is larger than CUDA takes");
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
-}
-
 #ifndef DINOV2_FAST_ON_HOST
 inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream, const Arguments&... arguments) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError());
 }
 #endif
 

@@ -98,7 +98,7 @@ __device__ __forceinline__ float gelu_for(float x) {
 // For results of 2 bytes or fewer.
 __device__ __forceinline__ float fast_silu(float x) { return x * fast_reciprocal(1.0f + fast_exp(-x)); }
 
-// As store. Here the compiler splits plain stores at times, and then spills.
+// The compiler splits plain stores here at times, and then spills.
 template <typename T>
 __device__ __forceinline__ void store_at_once(T* to, const float (&from)[WIDTH]) {
   const Chunk<T> chunk = pack<T>(from);

@@ -7,9 +7,6 @@
 
 namespace dinov2_fast {
 
-constexpr float SMALLEST_ROW_SCALE = 1e-12f;  // the e4m3 scale of a row of zeros
-constexpr float E4M3_MAX = 448.0f;
-
 // For results that are rounded to bf16 or e4m3: some ulp of fp32 away from exp.
 __host__ __device__ inline float fast_exp(float x) {
 #ifdef __CUDA_ARCH__
@@ -28,8 +25,6 @@ __host__ __device__ inline float fast_reciprocal(float x) {
 #endif
 }
 
-__host__ __device__ inline float normal_cdf_erf(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752f)); }
-
 // The normal distribution function as a sigmoid of an odd polynomial of degree 9: x times it is within 3.1e-6 of GELU.
 // It neither overflows nor turns NaN for any finite x.
 __host__ __device__ inline float normal_cdf_polynomial(float x) {
@@ -39,22 +34,8 @@ __host__ __device__ inline float normal_cdf_polynomial(float x) {
   return fast_reciprocal(1.0f + fast_exp(-x * (p * t + 1.59565507f)));
 }
 
-__host__ __device__ inline float gelu_erf(float x) { return x * normal_cdf_erf(x); }
+__host__ __device__ inline float gelu_erf(float x) { return x * (0.5f * (1.0f + erff(x * 0.70710678118654752f))); }
 __host__ __device__ inline float gelu_polynomial(float x) { return x * normal_cdf_polynomial(x); }
-
-__host__ __device__ inline float reciprocal_root(float x) {
-#ifdef __CUDA_ARCH__
-  return __frsqrt_rn(x);
-#else
-  return 1.0f / std::sqrt(x);
-#endif
-}
-
-__host__ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__host__ __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
-
-// The scale with which a row whose largest element is `largest` fills the range of e4m3.
-__host__ __device__ inline float e4m3_row_scale(float largest) { return fmaxf(largest / E4M3_MAX, SMALLEST_ROW_SCALE); }
 
 // Two numbers rounded to e4m3, saturated at ±448; NaN stays NaN.
 __host__ __device__ inline __nv_fp8x2_storage_t to_e4m3(float a, float b) {

@@ -1,4 +1,4 @@
-"""GELU and SwiGLU between the linears of a feed-forward network, with the first one's bias if it is left to them.
+"""GELU and SwiGLU between the linears of a feed-forward network.
 
 The device functions serve the epilogues of matrix products as well. The polynomial GELU is within 3.1e-6 of the exact
 one: far below a rounding of bf16 or e4m3, not of fp16 or fp32, whose outputs take the error function.
@@ -44,7 +44,6 @@ def silu(x):
 @triton.jit
 def _activation_forward_kernel(
     x_ptr,  # (rows, hidden); for SwiGLU (rows, 2 * hidden), the gate first
-    bias_ptr,  # (hidden,) or (2 * hidden,), or None
     y_ptr,  # (rows, hidden), out
     rows,
     hidden,
@@ -58,18 +57,13 @@ def _activation_forward_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column_mask = column < hidden
-    mask = (row < rows)[:, None] & column_mask[None, :]
+    mask = (row < rows)[:, None] & (column < hidden)[None, :]
     row64 = row.to(tl.int64)[:, None]
 
     x_ptrs = x_ptr + row64 * x_stride + column[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(COMPUTE)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
     if SWIGLU:
         value = tl.load(x_ptrs + hidden, mask=mask, other=0.0).to(COMPUTE)
-        if bias_ptr is not None:
-            value += tl.load(bias_ptr + hidden + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
         y = silu(x) * value
     elif POLYNOMIAL:
         y = gelu_polynomial(x)
@@ -87,33 +81,25 @@ def configuration(hidden: int, elements: int) -> dict[str, int]:
     return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 8}
 
 
-def activation_forward(
-    x: Tensor, bias: Tensor | None = None, *, swiglu: bool = False, e4m3: bool = False, scale: float = 1.0
-) -> Tensor:
-    """GELU of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden); e4m3 values are over `scale`.
-
-    The result has the dtype of `x + bias`, or is e4m3.
-    """
+def activation_forward(x: Tensor, *, swiglu: bool = False, scale: float | None = None) -> Tensor:
+    """GELU of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden), in its dtype, or with a scale as e4m3 values over it."""
     hidden = x.shape[-1] // 2 if swiglu else x.shape[-1]
-    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
-    y = x.new_empty((*x.shape[:-1], hidden), dtype=torch.float8_e4m3fn if e4m3 else dtype)
+    y = x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else torch.float8_e4m3fn)
     if x.numel():
-        compute = common.compute_dtype(x, bias)
         x = common.rows(x)
         meta = configuration(hidden, TILE)
         grid = (triton.cdiv(x.shape[0], meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"]))
         with common.on_device(x):
             _activation_forward_kernel[grid](
                 x,
-                common.vector(bias),
                 y,
                 x.shape[0],
                 hidden,
                 x.stride(0),
-                1.0 / scale,
+                1.0 if scale is None else 1.0 / scale,
                 SWIGLU=swiglu,
                 POLYNOMIAL=y.dtype in (torch.bfloat16, torch.float8_e4m3fn),
-                COMPUTE=compute,
+                COMPUTE=common.compute_dtype(x),
                 **meta,
             )
     return y

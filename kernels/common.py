@@ -13,7 +13,6 @@ from torch import Tensor
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 E4M3_MAX = tl.constexpr(448.0)
-SMALLEST_ROW_SCALE = tl.constexpr(1e-12)  # the e4m3 scale of a row of zeros
 
 
 def interpreting() -> bool:

@@ -6,15 +6,13 @@ is normalised is the sum as it is stored: the backward, which reads it again, se
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import E4M3_MAX, SMALLEST_ROW_SCALE, to_e4m3
+from dinov2_fast.kernels.common import to_e4m3
 
 TILE = 4096  # elements in flight in one program
 
@@ -32,13 +30,12 @@ def _layer_norm_forward_kernel(
     y_ptr,  # (rows, hidden), out
     mean_ptr,  # (rows,), out, or None
     rstd_ptr,  # (rows,), out, or None
-    scale_ptr,  # (rows,), out: the row's e4m3 scale, or None
     rows,
     hidden,
     x_stride,
     branch_stride,
     rows_per_picture,
-    inverse_scale,  # of a static e4m3 scale
+    inverse_scale,  # of e4m3
     EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,25 +74,8 @@ def _layer_norm_forward_kernel(
     bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     if y_ptr.dtype.element_ty == tl.float8e4nv:
-        if scale_ptr is not None:
-            scale = tl.maximum(tl.max(tl.abs(y), axis=1) / E4M3_MAX, SMALLEST_ROW_SCALE)
-            tl.store(scale_ptr + row, scale, mask=row_mask)
-            y /= scale[:, None]
-        else:
-            y *= inverse_scale
-        tl.store(y_ptr + out, to_e4m3(y), mask=mask)
-    else:
-        tl.store(y_ptr + out, y, mask=mask)
-
-
-class Normed(NamedTuple):
-    """What `layer_norm_forward` gives; None for what was not asked for."""
-
-    total: Tensor | None  # (..., hidden), the sum
-    y: Tensor  # (..., hidden)
-    mean: Tensor | None  # (...,)
-    rstd: Tensor | None  # (...,)
-    scale: Tensor | None  # (..., 1), fp32
+        y = to_e4m3(y * inverse_scale)
+    tl.store(y_ptr + out, y, mask=mask)
 
 
 def _configuration(rows: int, hidden: int, device: torch.device) -> dict[str, int]:
@@ -118,12 +98,13 @@ def layer_norm_forward(
     drop_scale: Tensor | None = None,
     deferred_bias: Tensor | None = None,
     statistics: bool = False,
-    e4m3: bool = False,
     scale: float | None = None,
-) -> Normed:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Normalises `x` (..., hidden), or its sum with a branch, which has the dtype that torch's promotion gives it.
 
-    `y` has the dtype of what was normalised; with `e4m3` it is e4m3, over `scale` or, without one, over row scales.
+    Returns:
+        The sum (None without a branch), its norm, mean and rstd (both None unless `statistics` are asked for). The norm
+        has the dtype of what was normalised, or with a `scale` is e4m3 values, to be multiplied by it.
     """
     hidden = x.shape[-1]
     addends = [t for t in (branch, gamma, drop_scale, deferred_bias) if t is not None]
@@ -134,10 +115,9 @@ def layer_norm_forward(
     shape, lead = x.shape, x.shape[:-1]
     wide = torch.float64 if compute == tl.float64 else torch.float32
     total = x.new_empty(shape, dtype=dtype) if branch is not None else None
-    y = x.new_empty(shape, dtype=torch.float8_e4m3fn if e4m3 else dtype)
+    y = x.new_empty(shape, dtype=dtype if scale is None else torch.float8_e4m3fn)
     mean = x.new_empty(lead, dtype=wide) if statistics else None
     rstd = x.new_empty(lead, dtype=wide) if statistics else None
-    row_scale = x.new_empty((*lead, 1), dtype=torch.float32) if e4m3 and scale is None else None
     if x.numel():
         per_picture = x.numel() // hidden // shape[0]
         x, branch = common.rows(x), None if branch is None else common.rows(branch)
@@ -155,7 +135,6 @@ def layer_norm_forward(
                 y,
                 mean,
                 rstd,
-                row_scale,
                 x.shape[0],
                 hidden,
                 x.stride(0),
@@ -166,4 +145,4 @@ def layer_norm_forward(
                 COMPUTE=compute,
                 **configuration,
             )
-    return Normed(total, y, mean, rstd, row_scale)
+    return total, y, mean, rstd

@@ -82,17 +82,6 @@ def has_extension() -> bool:
 runs_cuda = pytest.mark.skipif(
     not has_extension(), reason="needs the CUDA extension and a GPU, or -p tests.cuda_on_host"
 )
-CUDA_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=runs_cuda)]
-
-
-def skip_what_csrc_refuses(
-    backend: str, *dtypes: torch.dtype, width: int = 8, multiple: int = 8, largest: int | None = None
-) -> None:
-    """The kernels of csrc take no fp64, vectors of one dtype alone, and rows of whole chunks: other tests hold that."""
-    if backend != "cuda":
-        return
-    if torch.float64 in dtypes or len({*dtypes}) > 1 or width % multiple or (largest and width > largest):
-        pytest.skip("not for the kernels of csrc")
 
 
 GUARD = 256  # bytes before and after each output

@@ -325,26 +325,21 @@ def _add_layer_norm(dtype: torch.dtype, rows: int, hidden: int) -> None:
 
 def _layer_norm_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x, vector = _cuda(1, rows, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
-    for scale in (0.125, None):
-        layer_norm.layer_norm_forward(x, vector, vector, 1e-6, e4m3=True, scale=scale)
-        layer_norm.layer_norm_forward(
-            x, vector, vector, 1e-6, branch=x, gamma=vector, deferred_bias=vector, e4m3=True, scale=scale
-        )
+    layer_norm.layer_norm_forward(x, vector, vector, 1e-6, scale=0.125)
 
 
 def _activation(dtype: torch.dtype, rows: int, hidden: int) -> None:
-    x, bias = _cuda(rows, 2 * hidden, dtype=dtype), _cuda(2 * hidden, dtype=dtype)
+    x = _cuda(rows, 2 * hidden, dtype=dtype)
     for swiglu in (False, True):
         width = hidden * (1 + swiglu)
-        for b in (None, bias[:width]):
-            activation.activation_forward(x[:, :width], b, swiglu=swiglu)
-            activation_backward.activation_backward(x[:, :hidden], x[:, :width], b, swiglu=swiglu)
+        activation.activation_forward(x[:, :width], swiglu=swiglu)
+        activation_backward.activation_backward(x[:, :hidden], x[:, :width], swiglu=swiglu)
 
 
 def _activation_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
-    x, bias = _cuda(rows, 2 * hidden, dtype=dtype), _cuda(2 * hidden, dtype=dtype)
-    activation.activation_forward(x[:, :hidden], bias[:hidden], e4m3=True, scale=0.0625)
-    activation.activation_forward(x, bias, swiglu=True, e4m3=True, scale=0.0625)
+    x = _cuda(rows, 2 * hidden, dtype=dtype)
+    activation.activation_forward(x[:, :hidden], scale=0.0625)
+    activation.activation_forward(x, swiglu=True, scale=0.0625)
 
 
 def _attention(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:

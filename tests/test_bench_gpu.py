@@ -125,9 +125,9 @@ def test_three_calls_of_nine_minutes_answer_every_question(tmp_path: Path) -> No
         assert machine.now() <= 9 * 60 - gpu.RESERVE
         reached.append({outcome.step.name for outcome in outcomes if outcome.state in ("done", "done before")})
     first = {step.name for step in steps[: [step.name for step in steps].index("roofline-224")]}
-    assert reached[0] == first
-    assert {"smoke", "tests-kernels", "trace-L", "ops-224-linear", "ops-224-attention"} < first
-    assert len([name for name in first if name.startswith("sanitizer-")]) == 4
+    assert reached[0] >= first
+    unproven = {"smoke", "tests-kernels", "sanitizer-linear-memcheck", "trace-L", "ops-224-linear", "ops-224-attention"}
+    assert unproven < first
     measured = set().union(*(_asked(step) for step in steps if step.name in reached[2]))
     assert measured >= {("throughput", "224", "bf16", "cls", model) for model in "SBLg"}
     assert measured >= {("throughput", "224", "fp8", "cls", model) for model in "BLg"}
@@ -180,21 +180,18 @@ def test_other_programs_take_their_options(tmp_path: Path) -> None:
 def test_every_op_and_the_model_are_tested(tmp_path: Path) -> None:
     tests = {step.name: step for step in _plan() if step.name.startswith("tests-")}
     files = {name: {word for word in step.arguments if word.startswith("tests/")} for name, step in tests.items()}
-    assert list(tests) == ["tests-kernels", "tests-ops", "tests-csrc-ops", "tests-model", "tests-large"]
+    assert list(tests) == ["tests-kernels", "tests-ops", "tests-model", "tests-large"]
     ops = {f"tests/test_{word}.py" for word in backends.words()}
-    assert files["tests-ops"] | files["tests-csrc-ops"] == ops
-    assert files["tests-kernels"] - ops == {"tests/test_linear_cuda.py", "tests/test_on_gpu.py"}
+    assert files["tests-ops"] == ops
+    assert files["tests-kernels"] == {"tests/test_linear_cuda.py", "tests/test_on_gpu.py"}
     assert "tests/test_kernels_in_the_model.py" in files["tests-model"]
-    alone = [files["tests-kernels"] - ops, *(files[name] for name in ("tests-ops", "tests-csrc-ops", "tests-model"))]
+    alone = [files[name] for name in ("tests-kernels", "tests-ops", "tests-model")]
     assert sum(map(len, alone)) == len(set().union(*alone)), "one is run twice"
     for file in set().union(*files.values()):
         assert (ROOT / file).is_file()
     selected = {name: _options(step)["-k"] for name, step in tests.items()}
     assert selected.pop("tests-large") == gpu_plan.LARGE_TESTS
     assert all(f"not {gpu_plan.LARGE_TESTS}" in words for words in selected.values())
-    assert selected["tests-kernels"].startswith(gpu_plan.OWN_KERNELS)
-    assert selected["tests-csrc-ops"].startswith(f"not {gpu_plan.OWN_KERNELS} "), "the rest of what tests-kernels takes"
-    assert files["tests-csrc-ops"] < files["tests-kernels"]
     for step in tests.values():
         assert f"--junit-xml={tmp_path}/{Fake.folder}/logs/{step.name}.xml" in _job(tmp_path).command(step), "to count"
         assert "not aot and not slow" in step.arguments
@@ -206,10 +203,6 @@ def test_what_is_selected_is_there() -> None:
     kernels = (ROOT / "tests/test_linear_cuda.py").read_text()
     assert all(f"def test_{name}" in kernels for name in ("every_form", "fp8_operands", "the_surroundings", "the_tile"))
     assert gpu_plan.ON_THE_CPU in kernels
-    for file in gpu_plan.CSRC_TESTS:
-        names = [line for line in (ROOT / file).read_text().splitlines() if line.startswith("def test_")]
-        assert any("gradients" in name for name in names)
-        assert "CUDA_BACKENDS" in (ROOT / file).read_text()
 
 
 def test_every_test_that_needs_a_gpu_is_planned() -> None:
@@ -249,26 +242,22 @@ def test_kernels_are_compiled_not_interpreted(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_complete")
 def test_the_sanitizer_sees_every_tensor_and_the_process_of_the_tests_alone() -> None:
     steps = {step.name: step for step in _plan() if step.name.startswith("sanitizer-")}
-    tools = {f"--tool={tool}" for tool in ("memcheck", "racecheck", "synccheck")}
-    assert tools == {argument for step in steps.values() for argument in step.prefix if argument.startswith("--tool=")}
+    assert {name: step.limit for name, step in steps.items()} == {
+        "sanitizer-linear-memcheck": 80 / 60,
+        "sanitizer-triton-memcheck": 1.5,
+    }
     for step in steps.values():
         assert step.skip is None
         assert step.prefix[:2] == ("PYTORCH_NO_CUDA_MEMORY_CACHING=1", "/usr/bin/compute-sanitizer")
-        assert {"--error-exitcode=9", "--target-processes=application-only", "--print-limit=20"} < set(step.prefix)
+        assert {"--tool=memcheck", "--error-exitcode=9", "--target-processes=application-only"} < set(step.prefix)
         assert "-n" not in step.arguments
-        if not {"--tool=memcheck"} & set(step.prefix):
-            assert "tests/test_linear_cuda.py" not in step.arguments, "CUTLASS: what it finds there is no verdict"
-    of_csrc = [step.limit for name, step in steps.items() if "triton" not in name]
-    assert of_csrc == [80 / 60, 1.0, 1.0, 40 / 60]
 
 
 @pytest.mark.usefixtures("_complete")
 def test_the_sanitizer_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_plan.extension, "FILE", tmp_path / "none")
     skipped = {step.name: step.skip for step in _plan() if step.skip}
-    assert set(skipped.values()) == {"the CUDA extension is not in place"}
-    assert "sanitizer-triton-memcheck" not in skipped
-    assert len(skipped) == 4
+    assert skipped == {"sanitizer-linear-memcheck": "the CUDA extension is not in place"}
     built = tmp_path / "fast.abi3.so"
     built.touch()
     assert not any(step.skip for step in _plan("--extension", str(built))), "it is put in place before the first step"

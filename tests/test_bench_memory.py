@@ -315,7 +315,7 @@ def test_the_command_keeps_rows_and_resumes(monkeypatch, tmp_path: Path, capsys)
 def test_what_a_device_gets_by_default() -> None:
     cpu, cuda = (memory._parse(["--device", device]) for device in ("cpu", "cuda"))
     assert (cpu.models, cpu.largest, cpu.modes) == ([options.MODELS["S"]], ["training"], ["eager"])
-    assert (cuda.largest, cuda.budget, cuda.modes) == (list(memory.KINDS), 16.0, ["eager", "triton", "cuda"])
+    assert (cuda.largest, cuda.budget, cuda.modes) == (list(memory.KINDS), 16.0, ["eager", "triton"])
 
 
 def test_a_lost_device_ends_the_command_and_the_others_run_next_time(monkeypatch, tmp_path: Path) -> None:

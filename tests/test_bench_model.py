@@ -443,7 +443,7 @@ def test_no_engine_mode_asks_for_what_an_op_refuses(name: str, precision: str, m
     assert chosen["engine-triton"] == {(word, "triton") for word in with_all}
     torch_attends = ("attention", "torch")
     assert chosen["engine-triton-sdpa"] == chosen["engine-triton"] - {("attention", "triton")} | {torch_attends}
-    assert {("layer_norm", "cuda"), ("linear", "cuda"), torch_attends} < chosen["engine-cuda"]
+    assert {("layer_norm", "torch"), ("linear", "cuda"), torch_attends} < chosen["engine-cuda"]
     assert {("layer_norm", "triton"), ("linear", "cuda"), torch_attends} < chosen["engine-mixed"]
     assert not {("layer_norm", "torch"), ("attention", "triton")} & chosen["engine-mixed"]
     if precision == "fp8":
@@ -453,10 +453,10 @@ def test_no_engine_mode_asks_for_what_an_op_refuses(name: str, precision: str, m
 
 def test_without_the_extension_its_modes_are_missing(monkeypatch) -> None:
     monkeypatch.setattr(modes, "load", lambda: extension.Extension(extension.FILE, "not built"))
-    wanted = ["cuda", "engine-cuda", "engine-mixed", "eager", "engine-triton-sdpa"]
+    wanted = ["engine-cuda", "engine-mixed", "eager", "engine-triton-sdpa"]
     rows = bench.rows_of(SETTING, [(OURS, mode) for mode in wanted])
     reasons = [records.reason(row) for row in rows.values()]
-    assert reasons == ["missing: the CUDA extension is not available (not built)"] * 3 + [None] * 2
+    assert reasons == ["missing: the CUDA extension is not available (not built)"] * 2 + [None] * 2
     monkeypatch.setattr(modes, "load", lambda: extension.Extension(extension.FILE, None))
     assert not any(records.reason(row) for row in bench.rows_of(SETTING, [(OURS, mode) for mode in wanted]).values())
 

@@ -224,13 +224,13 @@ def test_a_mode_that_cannot_run_says_so_and_the_others_are_traced(monkeypatch: p
     usual = trace._lines_of
 
     def refusing(setting: Any, models: Any, x: Any, peer: Any, mode: str, repeats: int) -> list[Line]:
-        if mode == "cuda":
-            raise backends.BackendError("layer_norm: backend 'cuda' was asked for but cannot run: not built.")
+        if mode == "engine-cuda":
+            raise backends.BackendError("linear_gelu: backend 'cuda' was asked for but cannot run: not built.")
         return usual(setting, models, x, peer, mode, repeats)
 
     monkeypatch.setattr(trace, "_lines_of", refusing)
     command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "2", "--repeats", "1"]
-    assert trace.main([*command, "--modes", "cuda,engine"]) == 1
+    assert trace.main([*command, "--modes", "engine-cuda,engine"]) == 1
     printed = capsys.readouterr().out
-    assert "fp32: layer_norm: backend 'cuda' was asked for but cannot run: not built." in printed
+    assert "fp32: linear_gelu: backend 'cuda' was asked for but cannot run: not built." in printed
     assert "dinov2_fast engine, middle block" in printed

@@ -13,11 +13,8 @@ from dinov2_fast.ops.attention import (
 from dinov2_fast.ops.attention_pool import attention_pool
 from dinov2_fast.ops.layer_norm import (
     add_layer_norm,
-    add_layer_norm_fp8,
-    add_layer_norm_fp8_rows,
     layer_norm,
     layer_norm_fp8,
-    layer_norm_fp8_rows,
 )
 from dinov2_fast.ops.linear import (
     linear,
@@ -42,8 +39,6 @@ backends.apply_environment()
 
 __all__ = [
     "add_layer_norm",
-    "add_layer_norm_fp8",
-    "add_layer_norm_fp8_rows",
     "add_residual",
     "attention",
     "attention_fp8",
@@ -57,7 +52,6 @@ __all__ = [
     "gelu_fp8",
     "layer_norm",
     "layer_norm_fp8",
-    "layer_norm_fp8_rows",
     "linear",
     "linear_fp8",
     "linear_gelu",

@@ -1,8 +1,7 @@
-"""What the launchers of the CUDA extension need: operands as its kernels read them, and facts of the device."""
+"""What the launchers of the CUDA extension need: its launches, and operands as its kernels read them."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,22 +28,11 @@ def vector(v: Tensor | None) -> Tensor | None:
     return v.clone(memory_format=torch.contiguous_format)
 
 
-def flat_rows(x: Tensor | None) -> Tensor | None:
-    """An output (..., hidden), which is contiguous, as (rows, hidden); None stays."""
-    return None if x is None else x.view(-1, x.shape[-1])
-
-
-def flat(x: Tensor | None) -> Tensor | None:
-    """An output with one number of each row, as (rows,); None stays."""
-    return None if x is None else x.view(-1)
+def flat_rows(x: Tensor) -> Tensor:
+    """An output (..., hidden), which is contiguous, as (rows, hidden)."""
+    return x.view(-1, x.shape[-1])
 
 
 def _is_aligned(x: Tensor, stride: int = 0) -> bool:
     chunk = min(16, CHUNK * x.itemsize)
     return x.data_ptr() % chunk == 0 and stride * x.itemsize % chunk == 0
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; 2 where the tests run kernels on the CPU, so that loops over rows turn."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops import _cuda
-from dinov2_fast.ops import _registry_old as _registry_old as _registry
+from dinov2_fast.ops import _registry_old as _registry
 from dinov2_fast.ops._linear_epilogue import HALF, refuses_stream, was_written
 
 FORMS = ("linear", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them

@@ -66,13 +66,13 @@ def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None
 def _launch(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
     from dinov2_fast.kernels.activation import activation_forward
 
-    return activation_forward(x, kind, scale=scale)
+    return activation_forward(x, swiglu=kind == "swiglu", scale=scale)
 
 
 def _launch_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     from dinov2_fast.kernels.activation_backward import activation_backward
 
-    return activation_backward(dy, x, kind)
+    return activation_backward(dy, x, swiglu=kind == "swiglu")
 
 
 class _Activation(torch.autograd.Function):

@@ -245,7 +245,7 @@ _ADD = (
 
 _layer_norm = _registry.register(
     f"layer_norm{_PLAIN}) -> Tensor",
-    lambda *args: _launch(*args).y,
+    lambda *args: _launch(*args)[1],
     lambda x, weight, bias, eps: _like(x),
     _LayerNorm.apply,
     autocast=lambda device: torch.float32 if device == "cuda" else None,
@@ -262,7 +262,7 @@ _backward = _registry.register(
 )
 _layer_norm_fp8 = _registry.register(
     f"layer_norm_fp8{_PLAIN}, float scale) -> Tensor",
-    lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale).y,
+    lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale)[1],
     lambda x, weight, bias, eps, scale: _like(x, dtype=torch.float8_e4m3fn),
 )
 _add_layer_norm = _registry.register(

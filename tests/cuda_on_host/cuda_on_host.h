@@ -1,11 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests on machines without a GPU: what csrc/common.cuh includes in place of the CUDA
 // runtime when DINOV2_FAST_ON_HOST is defined.
 //
-// Blocks run one after another. Each thread of a block is a fiber, which runs until it comes to a barrier or a shuffle;
-// it goes on when all threads concerned have come there. In each round the fibers run in another order and some warps
-// not at all, so that what one reads before or after its time, for want of a barrier, shows as a wrong result. What
-// would hang or be undefined on a GPU (a barrier that not all threads reach, a shuffle with a lane that has ended) is
-// an error.
+// Blocks run one after another. Each thread of a block is a fiber, which runs until it comes to a shuffle; it goes on
+// when its whole warp has come there. A shuffle with a lane that has ended, undefined on a GPU, is an error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,19 +12,15 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
-#include <numeric>
-#include <random>
 #include <stdexcept>
 #include <vector>
 
-#undef __shared__
-#define __shared__ static
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
 namespace cuda_on_host {
 
-enum class State { ready, at_barrier, at_shuffle, ended };
+enum class State { ready, at_shuffle, ended };
 
 struct Fiber {
   ucontext_t context;
@@ -42,7 +35,6 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline int current;
 inline const std::function<void()>* kernel;
-inline std::mt19937 order_generator;
 
 }  // namespace cuda_on_host
 
@@ -56,26 +48,22 @@ inline void run_fiber() {
   fibers[current].state = State::ended;  // uc_link leads back to the scheduler
 }
 
-inline void wait(State state) {
+inline void wait_for_warp() {
   Fiber& fiber = fibers[current];
-  fiber.state = state;
+  fiber.state = State::at_shuffle;
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Lets go on what waits for nobody any more. False if nothing does.
+// Lets those warps go on of which all lanes have come to a shuffle. False if there is none.
 inline bool release(int threads) {
   bool any = false;
-  const auto has = [](State state) { return [state](const Fiber& fiber) { return fiber.state == state; }; };
-  const auto begin = fibers.begin();
-  const auto go_on = [&](auto from, auto to) {
-    std::for_each(from, to, [](Fiber& fiber) { fiber.state = State::ready; });
+  const auto waits = [](const Fiber& fiber) { return fiber.state == State::at_shuffle; };
+  for (int first = 0; first + 32 <= threads; first += 32) {
+    const auto warp = fibers.begin() + first;
+    if (!std::all_of(warp, warp + 32, waits)) continue;
+    std::for_each(warp, warp + 32, [](Fiber& fiber) { fiber.state = State::ready; });
     any = true;
-  };
-  for (int first = 0; first < threads; first += 32) {
-    const auto warp = begin + first, end = begin + std::min(first + 32, threads);
-    if (end - warp == 32 && std::all_of(warp, end, has(State::at_shuffle))) go_on(warp, end);
   }
-  if (std::all_of(begin, begin + threads, has(State::at_barrier))) go_on(begin, begin + threads);
   return any;
 }
 
@@ -93,26 +81,14 @@ inline void run_block(int threads) {
     fiber.index.y = t / blockDim.x % blockDim.y;
     fiber.index.z = t / (blockDim.x * blockDim.y);
   }
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  unsigned sleeping = 0;  // a bit for each warp; some sleep so long that others come to the next barrier or past it
-  bool ran = true, left = true;
-  for (int round = 0; release(threads) || left; ++round) {
-    if (round % 32 == 0 || !ran) sleeping = order_generator();
-    std::shuffle(order.begin(), order.end(), order_generator);
-    ran = left = false;
-    for (int t : order) {
+  do {
+    for (int t = 0; t < threads; ++t) {
       if (fibers[t].state != State::ready) continue;
-      if (sleeping >> t / 32 & 1) {
-        left = true;
-        continue;
-      }
-      ran = true;
       current = t;
       threadIdx = fibers[t].index;
       swapcontext(&scheduler, &fibers[t].context);
     }
-  }
+  } while (release(threads));
   for (int t = 0; t < threads; ++t) {
     if (fibers[t].state != State::ended) throw std::logic_error("threads of a block wait for others that never come");
   }
@@ -120,14 +96,12 @@ inline void run_block(int threads) {
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::State::at_barrier); }
-
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
   using namespace cuda_on_host;
   if (mask != 0xffffffffu) throw std::logic_error("only shuffles of whole warps are there");
   const int turn = fibers[current].shuffles++ % 2;
   fibers[current].offered[turn] = value;
-  wait(State::at_shuffle);
+  wait_for_warp();
   return fibers[current ^ lanes].offered[turn];
 }
 
