@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,17 @@ def test_imprecise_dots_are_seen() -> None:
     assert [_sentences(report) for report in precise] == [[], [WAITING], []]
     assert _sentences(tf32) == ["a dot of f32 in tf32", WAITING]
     assert _sentences(fp8) == ["1073741824 products of a dot added up imprecisely", WAITING]
+
+
+def test_a_missing_barrier_is_seen() -> None:
+    with compiling(90) as reports:
+        _dot(torch.float8_e4m3fn)
+        _dot(torch.bfloat16)
+        _dot_by_descriptors(128, 128, 64)
+    for report in reports:
+        without = replace(report, ptx=report.ptx.replace("bar.sync", "// bar.sync"))
+        (sentence, *_) = set(_sentences(without)) - set(_sentences(report))
+        assert sentence.endswith("over operands of wgmma that another warp group may still read")
 
 
 def test_what_cannot_be_launched_is_refused() -> None:
