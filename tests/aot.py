@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dinov2_fast.kernels import common
+from tests.wgmma import unordered_writes
 
 # Shared memory that one block can ask for, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability". Multiprocessors of an A100, A40, L40S, H200, B200 and RTX 5090.
@@ -44,6 +45,8 @@ FP8_ARCHITECTURES = (89, 90, 100, 120)
 
 # Products an fp8 dot may add up at the tensor core's own precision (some 14 bits) before they go to an fp32 register.
 MAX_IMPRECISE = 128
+
+WARP_GROUP = 4  # warps of sm_90 that execute a wgmma together
 
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # bytes; 4 without a suffix
@@ -77,6 +80,7 @@ class Report:
     stack: int
     shared: int
     dots: tuple[Dot, ...]
+    ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
 
     @property
@@ -126,7 +130,8 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
     to tf32, or on sm_90 adds up fp8 products imprecisely; a dot on sm_90 that does not run on that chip's own tensor
-    core instructions, which need 64 rows, or whose instructions wait for one another. `fast` is "always", "mostly"
+    core instructions, which need 64 rows, or whose instructions wait for one another; a write there over operands that
+    another warp group may still be reading (tests/wgmma.py). `fast` is "always", "mostly"
     (narrow tiles beside wide ones) or "never".
     """
     found = []
@@ -146,6 +151,8 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
             found.append("a dot on HMMA, the slow path")
         if report.serialised:
             found.append("dots whose products wait for one another")
+        if report.num_warps > WARP_GROUP:
+            found += unordered_writes(report.ptx)
     return [f"{sentence}: {report}" for sentence in found]
 
 
@@ -287,6 +294,7 @@ def _report(kernel: JITFunction, compiled: Any, arch: int, grid: tuple[int, ...]
         stack=max(int(number) for number in re.findall(r"\bSTACK:(\d+)", usage)),
         shared=compiled.metadata.shared,
         dots=tuple(_dots(compiled.asm["ttir"])),
+        ptx=compiled.asm["ptx"],
         cubin=cubin,
     )
 

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +256,17 @@ def test_imprecise_dots_are_seen() -> None:
     assert _sentences(fp8) == ["1073741824 products of a dot added up imprecisely", WAITING]
 
 
+def test_a_missing_barrier_is_seen() -> None:
+    with compiling(90) as reports:
+        _dot(torch.float8_e4m3fn)
+        _dot(torch.bfloat16)
+        _dot_by_descriptors(128, 128, 64)
+    for report in reports:
+        without = replace(report, ptx=report.ptx.replace("bar.sync", "// bar.sync"))
+        (sentence, *_) = set(_sentences(without)) - set(_sentences(report))
+        assert sentence.endswith("over operands of wgmma that another warp group may still read")
+
+
 def test_what_cannot_be_launched_is_refused() -> None:
     with compiling(90):
         x = torch.empty(1024, device="cuda")
@@ -342,35 +353,35 @@ def _activation_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
     activation.activation_forward(x, swiglu=True, scale=0.0625)
 
 
-def _attention(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:
-    qkv = _cuda(8, seq_len, 3, heads, head_dim, dtype=dtype)
+def _attention(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:
+    qkv = _cuda(batch, seq_len, 3, heads, head_dim, dtype=dtype)
     out, lse = attention.attention_forward(qkv)
     attention_backward.attention_backward(out, qkv, out, lse)
 
 
-def _attention_varlen(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int) -> None:
-    qkv, cu_seqlens = _cuda(1, 4096, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
+def _attention_varlen(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int, tokens: int = 4096) -> None:
+    qkv, cu_seqlens = _cuda(1, tokens, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
     out, lse = attention.attention_forward(qkv, cu_seqlens, max_seqlen)
     attention_backward.attention_backward(out, qkv, out, lse, cu_seqlens, max_seqlen)
 
 
-def _attention_e4m3(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:
-    attention.attention_forward(_cuda(8, seq_len, 3, heads, head_dim, dtype=dtype), scale=0.0625)
+def _attention_e4m3(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:
+    attention.attention_forward(_cuda(batch, seq_len, 3, heads, head_dim, dtype=dtype), scale=0.0625)
 
 
-def _attention_varlen_e4m3(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int) -> None:
-    qkv, cu_seqlens = _cuda(4096, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
+def _attention_varlen_e4m3(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int, tokens: int = 4096) -> None:
+    qkv, cu_seqlens = _cuda(tokens, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
     attention.attention_varlen_forward(qkv, cu_seqlens, max_seqlen, scale=0.0625)
 
 
-def _attention_probabilities(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int) -> None:
-    qkv = _cuda(8, seq_len, 3, heads, head_dim, dtype=dtype)
+def _attention_probabilities(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:
+    qkv = _cuda(batch, seq_len, 3, heads, head_dim, dtype=dtype)
     attention.attention_probabilities_forward(qkv, 0, 1)
     attention.attention_probabilities_forward(qkv, 0, seq_len)
 
 
-def _attention_pool(dtype: torch.dtype, batch: int, hidden: int) -> None:
-    x, vector = _cuda(batch, 257, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
+def _attention_pool(dtype: torch.dtype, batch: int, hidden: int, tokens: int = 257) -> None:
+    x, vector = _cuda(batch, tokens, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
     absorbed = _cuda(batch, max(1, hidden // 64), hidden, dtype=dtype)
     attention_pool.attention_pool_forward(x, absorbed, vector, vector, 1e-6)
 
@@ -396,18 +407,19 @@ def _linear_e4m3(dtype: torch.dtype, rows: int, in_features: int, out_features: 
         linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias, **scales)
 
 
-def _patches(dtype: torch.dtype, pixels: int, padded_to: int) -> None:
+def _patches(dtype: torch.dtype, pixels: int, padded_to: int, batch: int = 8) -> None:
     mean = _cuda(3)
     for source in (torch.uint8, dtype):
-        images = _cuda(8, 3, pixels, pixels, dtype=source)
+        images = _cuda(batch, 3, pixels, pixels, dtype=source)
         for x in (images, images.contiguous(memory_format=torch.channels_last)):
             patches.patches_forward(x, 14, None, None, padded_to, dtype)
             patches.patches_forward(x, 14, mean, mean, padded_to, dtype)
 
 
-def _residual(dtype: torch.dtype, seq_len: int, hidden: int) -> None:
-    x, gamma, drop_scale = _cuda(8, seq_len, hidden, dtype=dtype), _cuda(hidden, dtype=dtype), _cuda(8, dtype=dtype)
-    index, wide = _cuda(5, dtype=torch.int64), x.to(_wide(dtype))
+def _residual(dtype: torch.dtype, seq_len: int, hidden: int, batch: int = 8) -> None:
+    x, gamma = _cuda(batch, seq_len, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
+    drop_scale = _cuda(batch, dtype=dtype)
+    index, wide = _cuda(min(batch, 5), dtype=torch.int64), x.to(_wide(dtype))
     residual.add_residual_forward(x, x, gamma, drop_scale)
     residual.add_residual_forward(wide, x, gamma)
     residual.add_residual_forward(x, x[:5], gamma, index=index, scale=1.6)
@@ -418,18 +430,22 @@ def _residual(dtype: torch.dtype, seq_len: int, hidden: int) -> None:
 
 
 ROWS = tuple((64 * 257, hidden) for hidden in (384, 768, 1024, 1536))
-MORE_ROWS = ((257, 384), (771, 384), (2056, 384), (257, 1536), (257, 383), (257, 4096))
+MORE_ROWS = ((1, 384), (257, 384), (771, 384), (2056, 384), (257, 1536), (257, 383), (257, 4096))
 E4M3 = torch.float8_e4m3fn
 FP16_AND_64 = (torch.float16, torch.float64)
 # 592: patches padded for TMA, 588: not padded, so without it; few rows: a small tile
 FEATURES = ((16448, 384, 1536), (16448, 1024, 4096), (16448, 4096, 1536))
-MORE_FEATURES = ((16448, 592, 384), (16448, 588, 384), (257, 384, 384), (257, 383, 386))
-# the same from a stream, whose widths are those of the backbones
+MORE_FEATURES = ((16448, 592, 384), (16448, 588, 384), (257, 384, 384), (257, 383, 386), (1, 384, 384))
 HEADS = {
     "sizes": ((257, 6, 64), (257, 16, 64)),
-    "more": ((261, 6, 64), (200, 6, 64), (129, 6, 64), (257, 6, 32), (257, 6, 128)),
+    "more": ((261, 6, 64), (200, 6, 64), (129, 6, 64), (257, 6, 32), (257, 6, 128), (257, 1, 64, 1)),
 }
-RAGGED_HEADS = {"sizes": ((1370, 6, 64), (1370, 16, 64)), "more": ((230, 6, 64), (1370, 6, 32), (1370, 6, 128))}
+# Triton makes a constant of an integer that is 1: batch, rows, tokens and heads can be
+ONE_TOKEN = ((1, 6, 64), (1, 1, 64, 1))
+RAGGED_HEADS = {
+    "sizes": ((1370, 6, 64), (1370, 16, 64)),
+    "more": ((230, 6, 64), (1370, 6, 32), (1370, 6, 128), (1370, 1, 64, 1)),
+}
 CASES = {
     "layer_norm": Case(_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
     "add_layer_norm": Case(_add_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
@@ -441,41 +457,50 @@ CASES = {
         _activation, ((8 * 257, 1536), (8 * 257, 4096)), ((8 * 257, 768), (8 * 257, 383), (1, 8)), alike=FP16_AND_64
     ),
     "activation_e4m3": Case(
-        _activation_e4m3, ((8 * 257, 1536), (8 * 257, 4096)), ((257, 383),), architectures=FP8_ARCHITECTURES
+        _activation_e4m3, ((8 * 257, 1536), (8 * 257, 4096)), ((257, 383), (1, 1536)), architectures=FP8_ARCHITECTURES
     ),
     "residual": Case(
-        _residual, ((257, 384), (257, 768), (257, 1024), (257, 1536)), ((257, 383), (257, 8192)), alike=FP16_AND_64
+        _residual,
+        ((257, 384), (257, 768), (257, 1024), (257, 1536)),
+        ((257, 383), (257, 8192), (257, 384, 1), (1, 384), (1, 384, 1)),
+        alike=FP16_AND_64,
     ),
     # 257 = 1 + 256: a tile of its own, narrower than HGMMA takes, for the first token
     "attention": Case(_attention, **HEADS, fast="mostly"),
+    # which leaves nothing but the first token's tile
+    "attention_one_token": Case(_attention, ONE_TOKEN, fast="never"),
     "attention_ragged": Case(_attention, **RAGGED_HEADS),
     # at head_dim 128, which DINOv2 does not have, sm_120 spills a little more
     "attention_varlen": Case(
-        _attention_varlen, ((257, 6, 64),), ((64, 16, 64), (257, 6, 32), (257, 6, 128)), max_spill=24
+        _attention_varlen, ((257, 6, 64),), ((64, 16, 64), (257, 6, 32), (257, 6, 128), *ONE_TOKEN), max_spill=24
     ),
     "attention_e4m3": Case(_attention_e4m3, **HEADS, architectures=FP8_ARCHITECTURES, fast="mostly"),
+    "attention_one_token_e4m3": Case(_attention_e4m3, ONE_TOKEN, architectures=FP8_ARCHITECTURES, fast="never"),
     "attention_ragged_e4m3": Case(_attention_e4m3, **RAGGED_HEADS, architectures=FP8_ARCHITECTURES),
     "attention_varlen_e4m3": Case(
         _attention_varlen_e4m3,
         ((257, 6, 64),),
-        ((64, 16, 64), (257, 6, 32), (257, 6, 128)),
+        ((64, 16, 64), (257, 6, 32), (257, 6, 128), *ONE_TOKEN),
         architectures=FP8_ARCHITECTURES,
     ),
     # one query row in a tile of 16, besides all rows in tiles of 64
     "attention_probabilities": Case(
-        _attention_probabilities, ((257, 6, 64),), ((1370, 16, 64), (257, 6, 32), (257, 6, 128)), fast="never"
+        _attention_probabilities,
+        ((257, 6, 64),),
+        ((1370, 16, 64), (257, 6, 32), (257, 6, 128), (257, 1, 64, 1), *ONE_TOKEN),
+        fast="never",
     ),
     # one query per head: the heads of a picture are too few rows for HGMMA
     "attention_pool": Case(
         _attention_pool,
         ((64, 384), (64, 768), (64, 1024), (64, 1536)),
-        ((1, 384), (1, 1536), (8, 383)),
+        ((1, 384), (1, 1536), (8, 383), (8, 384, 1), (1, 384, 1)),
         alike=FP16_AND_64,
         fast="never",
     ),
     "linear": Case(_linear, FEATURES, MORE_FEATURES),
     "linear_e4m3": Case(_linear_e4m3, FEATURES, MORE_FEATURES, (torch.bfloat16,), architectures=FP8_ARCHITECTURES),
-    "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640)), alike=FP16_AND_64),
+    "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640), (14, 592), (14, 592, 1)), alike=FP16_AND_64),
 }
 
 

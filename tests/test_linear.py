@@ -284,10 +284,11 @@ def _fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
 
     Tensor cores keep some 14 bits of the e4m3 products that they add at once, from the greatest on; these short sums
     are added in fp32, as everything is elsewhere. Computed so for the data of these tests, with 13 bits, the result is
-    off by up to 2^-12.3 of the sum of the magnitudes.
+    off by up to 2^-12.3 of the sum of the magnitudes. Twice as much is allowed: how Hopper truncates is documented
+    nowhere, and e4m3 itself rounds by 2^-4.
     """
     on_tensor_cores = DEVICE == "cuda" and backend != "torch"
-    return (2.0**-12 if on_tensor_cores else 2.0**-22) * (x.abs() @ weight.abs().T)
+    return (2.0**-11 if on_tensor_cores else 2.0**-22) * (x.abs() @ weight.abs().T)
 
 
 def _assert_fp8_residual_in_fp32(backend: str) -> None:

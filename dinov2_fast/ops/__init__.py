@@ -2,7 +2,7 @@
 
 from dinov2_fast import backends
 from dinov2_fast.backends import use_backend
-from dinov2_fast.ops.activation import gelu, gelu_fp8, swiglu, swiglu_fp8
+from dinov2_fast.ops.activation import activation
 from dinov2_fast.ops.attention import (
     attention,
     attention_fp8,
@@ -11,11 +11,7 @@ from dinov2_fast.ops.attention import (
     attention_varlen_fp8,
 )
 from dinov2_fast.ops.attention_pool import attention_pool
-from dinov2_fast.ops.layer_norm import (
-    add_layer_norm,
-    layer_norm,
-    layer_norm_fp8,
-)
+from dinov2_fast.ops.layer_norm import layer_norm
 from dinov2_fast.ops.linear import (
     linear,
     linear_fp8,
@@ -38,7 +34,7 @@ from dinov2_fast.ops.residual import (
 backends.apply_environment()
 
 __all__ = [
-    "add_layer_norm",
+    "activation",
     "add_residual",
     "attention",
     "attention_fp8",
@@ -48,10 +44,7 @@ __all__ = [
     "attention_varlen_fp8",
     "gather_rows",
     "gather_rows_packed",
-    "gelu",
-    "gelu_fp8",
     "layer_norm",
-    "layer_norm_fp8",
     "linear",
     "linear_fp8",
     "linear_gelu",
@@ -63,7 +56,5 @@ __all__ = [
     "patches",
     "scatter_add_residual",
     "scatter_add_residual_packed",
-    "swiglu",
-    "swiglu_fp8",
     "use_backend",
 ]
