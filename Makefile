@@ -127,6 +127,7 @@ bench: setup
 	$(BENCH).roofline $(CPU)
 	$(BENCH).model $(CPU) --task throughput --sizes 224 --seconds 60 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10 --modes $(CPU_MODES)
+	$(BENCH).model $(CPU) --task host --seconds 5
 	$(BENCH).training $(CPU)
 	$(BENCH).memory $(CPU) --outputs all,training
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it

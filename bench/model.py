@@ -1,4 +1,4 @@
-"""Whole models side by side in one process: throughput of batches, latency of small ones.
+"""Whole models side by side in one process: throughput of batches, latency of small ones, the host's share of a call.
 
 All get the same weights and the same random pictures. Before anything is timed, the first and the last picture's
 outputs are held to the rule of the tests: the error, against our model in a wider dtype, is at most twice that of our
@@ -7,7 +7,9 @@ refused; what cannot run is a row that says why. In fp8, which only our engine h
 model in fp32 counts instead. Then all run in turn, A B C A B C, and the medians count.
 
 Throughput counts pictures per second of calls that follow each other without waiting; latency is the time of one call
-until its result is there, in milliseconds. Each is also given as a share of the floor that bench.roofline sets.
+until its result is there, in milliseconds. Each is also given as a share of the floor that bench.roofline sets. Task
+`host` is the latency of a model so small that only its Python takes time, on one thread; `of_timm`, among a row's
+versions, is the median of that time over timm's in the same round.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import truediv
 from typing import Any
 
 import torch
@@ -31,14 +34,15 @@ from bench import records, roofline
 from bench.accuracy import worst_error
 from bench.contest import contest
 from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
-from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, Peer, chosen, peers
+from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, Peer, chosen, peers
 from bench.records import Recorder
 from bench.tables import best, ratio
 from bench.timing import Run, quantiles
 from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
 
-TASKS = ("throughput", "latency")
+TASKS = ("throughput", "latency", "host")
+HOST = ["eager", "engine", "accelerated-timm", "engine-timm"]
 SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls that one time of throughput is taken of, at least
 PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
 MODES_OF_TASK = {
@@ -52,6 +56,8 @@ MODES_OF_TASK = {
         *("eager", "triton", "graphs", "engine", "engine-graphs", "engine-triton-graphs", "engine-cuda-graphs"),
         *("engine-mixed-graphs", "engine-cublas-graphs", "compile", "reduce-overhead", "max-autotune"),
     ],
+    ("host", "cpu"): HOST,
+    ("host", "cuda"): HOST,
 }
 COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
 
@@ -212,8 +218,12 @@ def measure(
 
     sample = SAMPLE[x.device.type] if setting.task == "throughput" else 0.0
     floor = _floor(setting, known)
-    for entrant, times in contest(rows, ready, x.device, seconds, sample).items():
+    every = contest(rows, ready, x.device, seconds, sample)
+    timm = every.get((TIMM, "eager")) if setting.task == "host" else None
+    for entrant, times in every.items():
         rows[entrant] |= values(setting, times, floor)
+        if timm:
+            rows[entrant]["versions"] = {"of_timm": statistics.median(map(truediv, times, timm))}
     return list(rows.values())
 
 
@@ -238,7 +248,7 @@ def values(setting: Setting, times: list[float], floor: float | None) -> dict[st
     """The measured keys of a row, from seconds."""
     fast, median, slow = quantiles(times)
     share = {"floor_share": floor and floor / median}
-    if setting.task == "latency":
+    if setting.task != "throughput":
         return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
     batch = setting.batch
     return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
@@ -256,6 +266,8 @@ def _floor(setting: Setting, known: list[dict[str, Any]]) -> float | None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.task == "host":
+        torch.set_num_threads(1)
     recorder = Recorder(options.task, options)
     print(recorder)
     known = recorder.known(roofline.TASK)
@@ -279,7 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_models(config: BackboneConfig, device: torch.device) -> Models:
-    return Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
+    if config is not shared.TINY:
+        return Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
+    torch.manual_seed(0)
+    return Models(config, dinov2_fast.DinoVisionTransformer(**config.constructor_arguments()).to(device).eval())
 
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
@@ -301,6 +316,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         of = "of the time on the device" if row["task"] == "extraction" else "of the floor"
         share = f", {row['floor_share']:.0%} {of}" if row["floor_share"] else ""
         times = "" if ours is None or row is ours else f"  ours {ratio(ours, row):.3f}x"
+        of_timm = (row.get("versions") or {}).get("of_timm")
+        times += f"  {of_timm:.3f} times timm's time" if of_timm else ""
         print(f"{name} {row['value']:10.3f} {row['unit']} ({row['p20']:.3f} to {row['p80']:.3f}){share}{times}")
 
 
@@ -334,9 +351,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     shared.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
-    options.models = options.models or shared.models(on)
+    host = options.task == "host"
+    options.models = options.models or ([shared.TINY] if host else shared.models(on))
     options.sizes = options.sizes or shared.sizes(options.task, on)
-    options.precisions = options.precisions or PRECISIONS[on]
+    options.precisions = options.precisions or (["fp32"] if host else PRECISIONS[on])
     options.modes = options.modes or MODES_OF_TASK[options.task, on]
     return options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 
 # A backbone by its letter, or by the name of its hub entry point.
 MODELS = {letter: BACKBONES[f"dinov2_vit{letter.lower()}14"] for letter in "SBLg"} | BACKBONES
+TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # only its Python takes time
 
-SIZES = {"throughput": [224, 518, 1036], "latency": [224, 518], "training": [224]}  # pixels; on a CPU the smaller two
+# pixels; on a CPU the smaller two
+SIZES = {"throughput": [224, 518, 1036], "latency": [224, 518], "training": [224], "host": [28]}
 BATCHES = {
     "throughput": {"cpu": {224: [8], 518: [2]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
     "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
     "training": {"cpu": {224: [3]}, "cuda": {224: [64]}},  # of 3, stochastic depth of 0.3 keeps 2
+    "host": {"cpu": {28: [1]}, "cuda": {28: [1]}},
 }
 
 

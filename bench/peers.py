@@ -125,7 +125,8 @@ def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Modu
     import timm
 
     def make() -> nn.Module:
-        made = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, drop_path_rate=drop_path)
+        sizes = {"embed_dim": config.embed_dim, "num_heads": config.num_heads, "drop_path_rate": drop_path}
+        made = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, **sizes)
         for block in made.blocks if drop_path else ():  # timm's own rate grows with depth, from none at all
             block.drop_path1, block.drop_path2 = (timm.layers.DropPath(drop_path) for _ in range(2))
         return made
@@ -179,17 +180,18 @@ TIMM = Peer(
 )
 
 
-def _accelerated(peer: Peer) -> Peer:
-    """Our blocks inside a peer's model."""
+def _accelerated(peer: Peer, inference: bool = False) -> Peer:
+    """Our blocks inside a peer's model, with `inference` behind our engine."""
 
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
-        return dinov2_fast.accelerate(peer.build(config, model, drop_path))
+        return dinov2_fast.accelerate(peer.build(config, model, drop_path).eval(), inference=inference)
 
     return replace(peer, name=OURS.name, build=build)
 
 
 # By the mode that stands for them: these rows are ours.
 ACCELERATED = {f"accelerated-{peer.name}": _accelerated(peer) for peer in (TRANSFORMERS, TIMM)}
+ACCELERATED["engine-timm"] = _accelerated(TIMM, inference=True)
 
 
 def facebook(path: Path | None, xformers: bool) -> Peer:

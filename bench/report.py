@@ -37,7 +37,7 @@ from bench.tables import (
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of speed -->"
-TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction")
+TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
 PLOTTED = ("throughput", "latency")
 UNITS = {
     "images/s": "pictures per second",

@@ -256,8 +256,9 @@ def test_accelerated_models_of_others_are_rows_of_ours(mode: str, output: str) -
     (row,) = bench.measure(setting, [(peer, mode)], models, 0.0, [])
     assert (row["implementation"], row["mode"], row["unit"]) == ("dinov2_fast", mode, "images/s")
     assert row["outputs_max_error"] < 1e-5
-    (report,) = accelerated(models.get(peer, torch.float32)).rows
-    assert (report.accelerated, report.reasons) == (config.depth, ())
+    blocks, *engine = accelerated(models.get(peer, torch.float32)).rows
+    assert (blocks.accelerated, blocks.reasons) == (config.depth, ())
+    assert [(row.accelerated, row.reasons) for row in engine] == [(1, ())] * mode.startswith("engine")
 
 
 def test_a_mode_is_what_it_says(monkeypatch) -> None:
@@ -398,8 +399,8 @@ def test_modes_go_with_precisions() -> None:
 
 
 def test_a_cpu_gets_only_the_modes_that_run_there() -> None:
-    assert {bench.MODES_OF_TASK[task, "cpu"][i] for task in bench.TASKS for i in (0, 1)} == {"eager", "engine"}
-    assert all(len(bench.MODES_OF_TASK[task, "cpu"]) == 2 for task in bench.TASKS)
+    assert all(bench.MODES_OF_TASK[task, "cpu"][:2] == ["eager", "engine"] for task in bench.TASKS)
+    assert not {mode for task in bench.TASKS for mode in bench.MODES_OF_TASK[task, "cpu"]} & {"triton", "cuda"}
     for task in bench.TASKS:
         assert set(bench.MODES_OF_TASK[task, "cuda"]) < set(modes.MODES)
 
@@ -668,6 +669,26 @@ def test_the_command_measures_keeps_and_resumes(tmp_path, monkeypatch, capsys) -
     assert {row["implementation"] for row in rows if row["mode"] == "accelerated-timm"} == {"dinov2_fast"}
     monkeypatch.setattr(bench, "measure", None)  # nothing is left to measure
     assert bench.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.skipif(bool(peers.TIMM.missing), reason="timm is not installed")
+def test_host_cost_is_measured_on_one_thread_beside_timm(tmp_path, capsys) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        command = ["--device", "cpu", "--task", "host", "--outputs", "cls", "--seconds", "0", "--write"]
+        assert bench.main([*command, "--results", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = [row for row in records.read(tmp_path / "cpu" / "host.jsonl") if row["value"]]
+    ratios = {(row["implementation"], row["mode"]): row["versions"]["of_timm"] for row in rows}
+    ours = [("dinov2_fast", mode) for mode in ("eager", "engine", "accelerated-timm", "engine-timm")]
+    assert set(ratios) >= {("timm", "eager"), *ours}
+    assert ratios["timm", "eager"] == 1
+    assert {(row["model"], row["resolution"], row["batch"], row["versions"]["threads"]) for row in rows} == {
+        ("tiny", 28, 1, 1)
+    }
+    assert "times timm's time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
