@@ -82,7 +82,7 @@ def configuration(hidden: int, elements: int) -> dict[str, int]:
 
 
 def activation_forward(x: Tensor, *, swiglu: bool = False, scale: float | None = None) -> Tensor:
-    """GELU of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden), in its dtype, or with a scale as e4m3 values over it."""
+    """GELU of `x` (..., hidden), or SwiGLU of (..., 2 * hidden), in its dtype, or with a scale in e4m3, over it."""
     hidden = x.shape[-1] // 2 if swiglu else x.shape[-1]
     y = x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else torch.float8_e4m3fn)
     if x.numel():

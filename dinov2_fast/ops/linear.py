@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.backends import Implementation, Op
-from dinov2_fast.ops import _linear_cuda, _registry_old as _registry
+from dinov2_fast.ops import _linear_cuda
+from dinov2_fast.ops import _registry_old as _registry
 from dinov2_fast.ops._linear_epilogue import E4M3, HALF, refuses_stream, rounded, swiglu, was_written
 from dinov2_fast.ops._linear_peers import (
     cublas,
