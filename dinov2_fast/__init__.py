@@ -39,6 +39,7 @@ _PUBLIC = {
     "optimize_for_inference": "inference",
     "restore": "integrations",
     "search": "retrieval",
+    "set_backend": "ops",
     "use_backend": "ops",
 }
 

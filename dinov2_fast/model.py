@@ -21,9 +21,10 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import backends, layouts, ops
+from dinov2_fast import layouts, ops
 from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
+from dinov2_fast.ops import dispatch
 from dinov2_fast.position_embeddings import (
     DIALECTS,
     Dialect,
@@ -575,14 +576,13 @@ class DinoVisionTransformer(AnyLayout):
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def backends(self) -> list[backends.Row]:
+    def backends(self) -> list[dispatch.Row]:
         """Which implementation of each op runs for this model's device, dtype and mode, and why not the others."""
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-        return backends.table(parameter.device, parameter.dtype, self.training, only_trainable=True)
+        return dispatch.table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
-        chosen = ", ".join(f"{row.op}={row.backend}" for row in self.backends() if row.chosen)
-        return f"position_dialect={self.position_dialect}\nbackends: {chosen}"
+        return "\n".join([f"position_dialect={self.position_dialect}", *dispatch.summary(self.backends())])
 
 
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:

@@ -27,10 +27,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints everything to stdout; 0."""
+    device = args.device or _default_device()
+    mode = "training" if args.training else "inference"
     sections = {
         "Versions": _versions(),
         "Device": _device(),
-        f"Ops ({args.dtype}, {'training' if args.training else 'inference'})": _ops(args),
+        f"What runs on {device} ({args.dtype}, {mode})": _ops(device, args.dtype, args.training),
         "Settings": _settings(),
         "Weights": _weights(),
     }
@@ -68,22 +70,23 @@ def _device() -> Iterator[str]:
     yield f"extension: {extension.describe()}"
 
 
-def _ops(args: argparse.Namespace) -> Iterator[str]:
+def _default_device() -> str:
     import torch
 
-    import dinov2_fast.ops  # noqa: F401  (the table has the ops that were imported)
-    from dinov2_fast import backends
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+def _ops(device: str, dtype: str, training: bool) -> Iterator[str]:
+    import torch
+
+    from dinov2_fast.ops import dispatch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         yield f"this torch has no device {device!r}"
         return
-    rows = backends.table(device=device, dtype=getattr(torch, args.dtype), training=args.training)
-    for row in rows:
-        state = f"runs on {device}" if row.chosen else row.reason or "not chosen"
-        yield f"{row.op:27} {row.backend:14} {state}"
+    yield from dispatch.summary(dispatch.table(device, getattr(torch, dtype), training))
 
 
 def _settings() -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_fast import backends, ops
+from dinov2_fast import ops
 from dinov2_fast.block import _pack, _unpack
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
@@ -23,6 +23,7 @@ from dinov2_fast.inference.fold import FoldedLinear, FoldedModule, FoldedNorm, e
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
+from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.patches import fold_normalization
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
@@ -197,13 +198,16 @@ class FoldedBackbone(DinoVisionTransformer):
         """The normalised CLS tokens of each batch of a list, (batch, hidden); see :mod:`.packing`."""
         return packing.cls_tokens(self, x_list)
 
-    def backends(self) -> list[backends.Row]:
+    def backends(self) -> list[dispatch.Row]:
         """Which implementation of each op of the engine runs, and why not the others."""
-        names = {"patches", "layer_norm", "linear"}
-        names = names.union(*(block.op_names() for block in self.blocks))
-        names |= {"attention_pool"} if self.cls_only else set()
-        rows = backends.table(self.cls_token.device, self.plan.dtype)
-        return [row for row in rows if row.op in names]
+        device, dtype = self.cls_token.device, self.plan.dtype
+        names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, torch.float8_e4m3fn: set()}
+        if self.cls_only:
+            names[dtype].add("attention_pool")
+        for block in self.blocks:
+            for of, found in block.op_names().items():
+                names[of] |= found
+        return [row for of in names for row in dispatch.table(device, of) if row.name in names[row.dtype]]
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:

@@ -117,7 +117,7 @@ class FoldedBlock(FoldedModule):
         self.mlp.add_to_(row, self.norm2(row))
         return row
 
-    def op_names(self) -> set[str]:
-        """The ops that it runs, but for the CLS token's own."""
-        activation = "linear_swiglu" if self.mlp.gated else "linear_gelu"
-        return {"layer_norm", "linear", "attention", "attention_varlen", activation, "linear_residual_"}
+    def op_names(self) -> dict[torch.dtype, set[str]]:
+        """The forms of ops that it runs in each dtype, but for the CLS token's own."""
+        linears = {"linear.none", "linear.swiglu" if self.mlp.gated else "linear.gelu", "linear.residual"}
+        return {self.norm1.dtype: {"layer_norm.plain", "attention.batch", "attention.varlen", *linears}}

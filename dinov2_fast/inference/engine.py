@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import backends, huggingface
+from dinov2_fast import huggingface
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
@@ -24,6 +24,7 @@ from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch
 from dinov2_fast.model import QKV, DinoVisionTransformer
+from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
@@ -282,7 +283,7 @@ class Engine(nn.Module):
             self.refresh()
         args = tuple(self._channels_first(argument) for argument in args)
         kwargs = {name: self._channels_first(argument) for name, argument in kwargs.items()}
-        if backends.records_gradient([*args, *kwargs.values()]):
+        if dispatch.records_gradient([*args, *kwargs.values()]):
             raise RuntimeError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
@@ -364,7 +365,7 @@ class Engine(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Engine, (self._model, self.plan, self.device)
 
-    def backends(self) -> list[backends.Row]:
+    def backends(self) -> list[dispatch.Row]:
         """Which implementation of each op of the engine runs on its device, and why not the others."""
         return _backbone(self.folded).backends()
 
@@ -381,7 +382,6 @@ def describe(engine: Engine) -> str:
     last = (
         "computed for the CLS token alone where nothing else is returned" if backbone.cls_only else "computed in full"
     )
-    ops = ", ".join(f"{row.op}={row.backend}" for row in engine.backends() if row.chosen)
     lines = [
         f"weights: {_name(plan.dtype)}, folded in fp64 from {_name(held)} and rounded once",
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
@@ -390,8 +390,9 @@ def describe(engine: Engine) -> str:
         f"residual stream: {_name(plan.stream)}, in place",
         f"lists of pictures: packed, {f'up to {plan.max_tokens} tokens' if plan.max_tokens else 'all'} at a time",
         f"last block: {last} (outputs={plan.outputs!r})",
-        f"ops on {engine.device}: {ops}",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
+        f"what runs on {engine.device}:",
+        *(f"  {line}" for line in dispatch.summary(engine.backends())),
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])

@@ -162,11 +162,9 @@ class Fp8Block(FoldedBlock):
     def first_token(self, x: Tensor) -> Tensor:
         return self(x)[:, 0] if self.for_cls is None else self.for_cls.first_token(x)
 
-    def op_names(self) -> set[str]:
-        activation = "linear_swiglu_fp8" if self.mlp.gated else "linear_gelu_fp8"
-        names = {"layer_norm_fp8", "linear_fp8", activation, "linear_residual_fp8_"}
-        names |= {"attention_fp8", "attention_varlen_fp8"}
-        return names if self.for_cls is None else names | self.for_cls.op_names()
+    def op_names(self) -> dict[torch.dtype, set[str]]:
+        (names,) = super().op_names().values()
+        return {E4M3: names} | (self.for_cls.op_names() if self.for_cls is not None else {})
 
 
 def scale_for(largest: float) -> float:
@@ -255,8 +253,8 @@ def describe(backbone: FoldedBackbone, model: nn.Module) -> list[str]:
         "output feature, norms over their bound",
         f"calibration: {_describe(plan.calibration, blocks, model)}",
     ]
-    of_torch = [row.op for row in backbone.backends() if row.chosen and row.backend == "torch" and "fp8" in row.op]
-    slow = [op for op in of_torch if not op.startswith("attention")]  # whose form has a pass more, no slow product
+    in_e4m3 = [row for row in backbone.backends() if row.dtype == E4M3 and row.chosen and row.backend == "torch"]
+    slow = [row.name for row in in_e4m3 if row.op != "attention"]  # which has one pass more, and no slow product
     if slow:
         others = "; use_backend(...) chooses others" if backbone.cls_token.is_cuda else ""
         lines.append(f"speed: no faster than bf16 here: torch's forms of {', '.join(slow)} compute in fp32{others}")

@@ -35,7 +35,7 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-UNMEASURED = "comes first until kernels have been measured on a GPU"
+UNMEASURED = "our kernels have not been measured on a GPU yet"
 TRITON_IS_INSTALLED = is_installed("triton")
 LIBRARY = torch.library.Library("dinov2_fast", "DEF")
 

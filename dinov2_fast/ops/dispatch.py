@@ -389,13 +389,14 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one form of an op, as `table` reports it.
+    """One implementation of one form of an op for one dtype, as `table` reports it.
 
     `reason` says why it was not chosen, or why it was.
     """
 
     op: str
     form: str
+    dtype: torch.dtype
     backend: str
     chosen: bool
     reason: str
@@ -424,31 +425,33 @@ def table(
                 for form, sample in op.samples.items():
                     arguments = sample(torch.device(device), dtype)
                     if arguments is not None:
-                        rows += _rows(op, form, _recorded(arguments, training))
+                        rows += _rows(op, form, dtype, _recorded(arguments, training))
     return rows
 
 
-def _rows(op: Op, form: str, args: tuple[Any, ...]) -> Iterator[Row]:
+def _rows(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[Row]:
     try:
         chosen, error = op._choose(form, args, None), ""
     except BackendError as exception:
         chosen, error = None, str(exception)
     asked = _setting.asked_for(op.name, form)
-    reasons = {i.backend: i.reason_against(args, i.backend == asked) for i in op.implementations if i.has(form)}
-    for backend, reason in reasons.items():
-        if chosen is not None and backend == chosen.backend:
-            others = [i for i in op.implementations if i.has(form) and i is not chosen]
-            yield Row(op.name, form, backend, True, _why(chosen, asked, others, first_tensor(args).device))
-        else:
-            yield Row(op.name, form, backend, False, reason or error or _outranked(op, form, backend, chosen))
+    found = {i.backend: i.reason_against(args, i.backend == asked) for i in op.implementations if i.has(form)}
+    for backend, reason in found.items():
+        is_chosen = chosen is not None and backend == chosen.backend
+        if is_chosen:
+            reason = _why(op, form, chosen, asked, found, first_tensor(args).device)
+        yield Row(op.name, form, dtype, backend, is_chosen, reason or error or _outranked(op, form, backend, chosen))
 
 
-def _why(chosen: Implementation, asked: str, others: list[Implementation], device: torch.device) -> str:
+def _why(op: Op, form: str, chosen: Any, asked: str, found: dict[str, str | None], device: torch.device) -> str:
+    """Why an implementation was chosen, in words for users."""
     if chosen.backend == asked:
         return "was asked for"
+    if asked in found:
+        return f"{asked} was asked for, but {found[asked]}"
+    others = [i for i in op.implementations if i.has(form) and i is not chosen]
     if not any(other.is_for(device) for other in others):
-        elsewhere = sorted({kind for other in others for kind in other.devices or ()})
-        return f"the others are for {' and '.join(elsewhere)}" if others else "is the only one"
+        return "the others need a GPU" if others else "there is no other"
     return chosen.why or "is the first that can run"
 
 
@@ -469,14 +472,15 @@ def _outranked(op: Op, form: str, backend: str, chosen: Implementation | None) -
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
-    """A short table of what runs and why, one line for the forms of an op that run alike."""
-    alike: dict[tuple[str, str, str], list[Row]] = {}
+    """A short table of what runs and why; forms of an op that run alike share a line."""
+    alike: dict[tuple[str, bool, str, str], list[str]] = {}
     for row in rows:
         if row.chosen:
-            alike.setdefault((row.op, row.backend, row.reason), []).append(row)
-    lines = []
-    for (op, backend, reason), found in alike.items():
-        is_whole = {row.form for row in found} == set(_OPS[op].samples)
-        lines.append((op if is_whole else f"{op} ({', '.join(row.form for row in found)})", backend, reason))
-    width = max((len(line[0]) for line in lines), default=0)
-    return [f"{what:{width}}  {backend:10}  {reason}" for what, backend, reason in lines]
+            alike.setdefault((row.op, row.dtype == torch.float8_e4m3fn, row.backend, row.reason), []).append(row.form)
+    lines = [("operation", "run by", "because")]
+    for (op, e4m3, backend, reason), forms in alike.items():
+        is_whole = set(forms) == set(_OPS[op].samples)
+        what = op if is_whole else f"{op} ({', '.join(forms)})"
+        lines.append((f"{what} in e4m3" if e4m3 else what, backend, reason))
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    return [f"{what:{widths[0]}}  {backend:{widths[1]}}  {reason}" for what, backend, reason in lines]
