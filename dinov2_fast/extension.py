@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from dinov2_fast.torch_private import has_kernel
+
 FILE = Path(__file__).with_name("_cuda.abi3.so")
+LINEAR = "dinov2_fast_cuda::linear_forward"  # the one launch in it
 CUDA = "13"  # the major version it is built with: its machine code calls that runtime
 
 
@@ -50,10 +53,8 @@ def _reason_against(file: Path) -> str | None:
 
 
 def register_fakes() -> None:
-    """For torch.compile: the raw launches return nothing, they write into what they are given."""
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("dinov2_fast_cuda::"):
-            torch.library.register_fake(name, _writes_into_its_arguments)
+    """For torch.compile: the raw launch returns nothing, it writes into what it is given."""
+    torch.library.register_fake(LINEAR, _writes_into_its_arguments)
 
 
 def _writes_into_its_arguments(*args: object, **kwargs: object) -> None:
@@ -62,5 +63,4 @@ def _writes_into_its_arguments(*args: object, **kwargs: object) -> None:
 
 def is_built_for(device_type: str) -> bool:
     """Whether what is loaded has launches for this type of device: "cuda", or in a build of the tests' own "cpu"."""
-    name = "dinov2_fast_cuda::linear_forward"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
+    return has_kernel(LINEAR, device_type)

@@ -339,7 +339,9 @@ def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BackendError, match="lonely: no implementation runs this input: kernel needs a meta tensor"):
         run(op, torch.zeros(1))
     rows = [row for row in dispatch.table("cpu") if row.op == "lonely"]
-    assert rows == [dispatch.Row("lonely", "form", torch.float32, "kernel", False, "needs a meta tensor, got one on cpu")]
+    assert rows == [
+        dispatch.Row("lonely", "form", torch.float32, "kernel", False, "needs a meta tensor, got one on cpu")
+    ]
 
 
 def test_the_table_tells_what_runs_and_why_not_the_rest(toy: Op) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from dinov2_fast.torch_private import pytree
 
 
 @torch.jit.ignore  # torch.jit.trace returns it as a dictionary; a class without methods it would compile instead

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov2_fast.torch_private import TorchDispatchMode, pytree
 
 _aten = torch.ops.aten
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host reads the result, or its size

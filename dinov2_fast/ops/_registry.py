@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dinov2_fast import extension
 from dinov2_fast.ops.dispatch import Implementation, records_gradient, tensors_of
+from dinov2_fast.torch_private import below_autograd, constant_when_traced, has_tangent, without_autocast
 
 
 def is_installed(package: str) -> bool:
@@ -26,12 +26,6 @@ def is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ModuleNotFoundError, ValueError):  # ValueError: what is there has no spec
         return False
-
-
-def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.assume_constant_result`, which would import torch._dynamo, and with it Triton, at once."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,17 +63,13 @@ def register(
     return op
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
 def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(_has_tangent(tensor) for tensor in tensors_of(args)):
+        if any(has_tangent(tensor) for tensor in tensors_of(args)):
             raise NotImplementedError(f"{op} has no forward-mode derivative: use the torch backend for it.")
         if records_gradient(args):
             return autograd(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
     return run
@@ -88,11 +78,11 @@ def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable
 def _casting(
     op: Callable[..., Any], device: str, key: str, autocast: Callable[[str], torch.dtype | None]
 ) -> Callable[..., Any]:
-    without_autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    uncast = without_autocast(key)
 
     def run(*args: Any) -> Any:
         dtype = autocast(device)
-        with torch._C._ExcludeDispatchKeyGuard(without_autocast):
+        with uncast():
             return op(*(_cast(arg, dtype) if dtype is not None else arg for arg in args))
 
     return run

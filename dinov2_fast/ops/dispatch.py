@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import environment
-from dinov2_fast.tracing import is_fx_traced
+from dinov2_fast.torch_private import FakeTensorMode, is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
