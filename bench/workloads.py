@@ -134,28 +134,21 @@ def _varlen(shape: Shape) -> tuple[Tensor, tuple[int, ...]]:
     return shape.qkv(sum(shape.mixed_lengths())), shape.mixed_lengths()
 
 
-def _packed(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
-    """Large and small crops of the same pictures, and the half of them that stochastic depth keeps."""
+def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
+    """Large and small crops of the same images, and the half of them that stochastic depth keeps."""
     small = shape.random(shape.batch, LOCAL_TOKENS, shape.hidden)
     return [shape.stream(), small], [shape.half(), shape.half()]
 
 
-def _scatter(shape: Shape) -> tuple[Any, ...]:
+def _subset(shape: Shape) -> tuple[Any, ...]:
     residual, index = shape.stream(), shape.half()
-    return residual, index, residual[: len(index)].clone(), shape.vector(), shape.batch / len(index)
-
-
-def _scatter_packed(shape: Shape) -> tuple[Any, ...]:
-    residuals, indices = _packed(shape)
-    tokens = sum(len(index) * x.shape[1] for x, index in zip(residuals, indices, strict=True))
-    scales = [shape.batch / len(index) for index in indices]
-    return residuals, indices, shape.random(tokens, shape.hidden), shape.vector(), scales
+    return residual, residual[: len(index)].clone(), shape.vector(), None, index, shape.batch / len(index)
 
 
 def _pictures(shape: Shape) -> tuple[Any, ...]:
     size = (shape.batch, 3, shape.resolution, shape.resolution)
     pictures = torch.randint(256, size, device=shape.device, dtype=torch.uint8)
-    return pictures, PATCH, None, None, 592, shape.dtype, (PATCH, PATCH)
+    return pictures, PATCH, (PATCH, PATCH), 592, shape.dtype
 
 
 def _pool(shape: Shape) -> tuple[Any, ...]:
@@ -257,11 +250,9 @@ WORKLOADS = (
     Workload("attention_fp8", lambda s: (s.qkv(s.batch, s.tokens), 0.0625), _attention_flops),
     Workload("attention_varlen_fp8", lambda s: (*_varlen(s), 0.0625), _varlen_flops),
     Workload("attention_probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
-    Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None), saved=(1, 2)),
-    Workload("gather_rows", lambda s: (s.stream(), s.half()), moved=_copied, saved=()),
-    Workload("gather_rows_packed", _packed, moved=_copied, saved=()),
-    Workload("scatter_add_residual", _scatter, saved=(2, 3)),
-    Workload("scatter_add_residual_packed", _scatter_packed, saved=(2, 3)),
+    Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
+    Workload("add_residual", _subset, saved=(1, 2), place="subset"),
+    Workload("gather_rows", _crops, moved=_copied, saved=()),
     Workload("attention_pool", _pool, _pool_flops),
     Workload("patches", _pictures),
     *_linears(),

@@ -1,13 +1,13 @@
 """One transformer block: ``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, with stochastic depth.
 
-Takes a batch of pictures (batch, seq_len, hidden), or a list of such batches with different sequence lengths, which run
-packed: every linear sees all tokens at once, and attention stays within each picture.
+Takes a batch of images (batch, seq_len, hidden), or a list of such batches with different sequence lengths, which run
+packed: every linear sees all tokens at once, and attention stays within each image.
 Source: facebookresearch/dinov2, dinov2/layers/block.py; Oquab et al., arXiv:2304.07193, section 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ SUBSET_THRESHOLD = 0.1
 
 
 class Block(nn.Module):
-    """See the module's docstring. `drop_path` is the probability that a picture skips a branch in training."""
+    """See the module's docstring. `drop_path` is the probability that an image skips a branch in training."""
 
     def __init__(
         self,
@@ -68,11 +68,12 @@ class Block(nn.Module):
 
     def _add_on_subset(self, x: Tensor, branch: Callable[[Tensor], Tensor], layer_scale: nn.Module) -> Tensor:
         index, scale = self._draw_subset(x)
-        part, gamma = _unscaled(branch(ops.gather_rows(x, index)), layer_scale)
-        return ops.scatter_add_residual(x, index, part, gamma, scale)
+        subset = ops.gather_rows([x], [index]).view(index.shape[0], *x.shape[1:])
+        part, gamma = _unscaled(branch(subset), layer_scale)
+        return ops.add_residual(x, part, gamma, index=index, scale=scale)
 
     def _draw_subset(self, x: Tensor) -> tuple[Tensor, float]:
-        """Random pictures whose branch is computed, and the factor that keeps the expectation."""
+        """Random images whose branch is computed, and the factor that keeps the expectation."""
         batch = x.shape[0]
         subset = max(int(batch * (1 - self.sample_drop_ratio)), 1)
         return torch.randperm(batch, device=x.device)[:subset], batch / subset
@@ -85,16 +86,18 @@ class Block(nn.Module):
             return self._add_on_subsets(x_list, lambda x, seq_lens: self.mlp(self.norm2(x)), self.ls2)
         x, seq_lens = _pack(x_list)
         x, y = _add_and_norm(x, self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1, nn.Identity(), self.norm2)
-        return _unpack(_add(x, self.mlp(y), self.ls2, nn.Identity()), x_list)
+        return _unpack(_add(x, self.mlp(y), self.ls2, nn.Identity()), [x.shape for x in x_list])
 
     def _add_on_subsets(
         self, x_list: list[Tensor], branch: Callable[[Tensor, tuple[int, ...]], Tensor], layer_scale: nn.Module
     ) -> list[Tensor]:
         indices, scales = map(list, zip(*[self._draw_subset(x) for x in x_list], strict=True))
-        packed = ops.gather_rows_packed(x_list, indices)[None]  # (1, total_tokens, hidden)
-        seq_lens = tuple(x.shape[1] for x, index in zip(x_list, indices, strict=True) for _ in range(index.shape[0]))
-        part, gamma = _unscaled(branch(packed, seq_lens), layer_scale)
-        return ops.scatter_add_residual_packed(x_list, indices, part[0], gamma, scales)
+        shapes = [(index.shape[0], *x.shape[1:]) for x, index in zip(x_list, indices, strict=True)]
+        seq_lens = tuple(seq_len for subset, seq_len, _ in shapes for _ in range(subset))
+        packed = ops.gather_rows(x_list, indices)[None]  # (1, total_tokens, hidden)
+        packed, gamma = _unscaled(branch(packed, seq_lens), layer_scale)
+        each = zip(x_list, _unpack(packed, shapes), indices, scales, strict=True)
+        return [ops.add_residual(x, part, gamma, index=index, scale=scale) for x, part, index, scale in each]
 
 
 NestedTensorBlock = Block  # the reference's name for the class its models use
@@ -106,9 +109,10 @@ def _pack(x_list: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     return torch.cat([x.flatten(0, 1) for x in x_list])[None], seq_lens
 
 
-def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = packed[0].split([x.shape[0] * x.shape[1] for x in like])
-    return [part.view_as(x) for part, x in zip(parts, like, strict=True)]
+def _unpack(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of `packed` (1, total_tokens, hidden), one for each batch, (batch, seq_len, hidden)."""
+    parts = packed[0].split([shape[0] * shape[1] for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 # The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, a

@@ -1,7 +1,7 @@
-"""Pictures cut into patch rows, (batch, patches, channels * patch * patch), for the matrix product that embeds them.
+"""Images cut into patch rows, (batch, patches, channels * patch * patch), for the matrix product that embeds them.
 
 A program writes a tile of rows and columns: neighbouring columns are neighbouring pixels of a line of one channel, and
-neighbouring rows neighbouring patches, so lines are read whole by neighbouring lanes and programs. Pictures are read in
+neighbouring rows neighbouring patches, so lines are read whole by neighbouring lanes and programs. Images are read in
 place with their own strides, so both memory formats are read as they are.
 """
 
@@ -18,11 +18,9 @@ from dinov2_fast.kernels import common
 @triton.jit
 def _patches_forward_kernel(
     images_ptr,  # (batch, channels, height, width)
-    mean_ptr,  # (channels,) or None
-    std_ptr,  # (channels,) or None
     out_ptr,  # (batch, patches, padded), out
     rows,  # batch * patches
-    grid_height,  # patches in a column of a picture
+    grid_height,  # patches in a column of an image
     grid_width,
     width,  # channels * PATCH * PATCH
     padded,
@@ -40,23 +38,17 @@ def _patches_forward_kernel(
     column = tl.program_id(0) % column_blocks * BLOCK + tl.arange(0, BLOCK)
     row_mask, column_mask = row < rows, column < width
 
-    picture = row // (grid_height * grid_width)
+    image = row // (grid_height * grid_width)
     line = row // grid_width % grid_height * PATCH
     pixel = row % grid_width * PATCH
     channel = column // (PATCH * PATCH)
-    corner = picture * batch_stride + line * line_stride + pixel * pixel_stride  # of a row's patch
+    corner = image * batch_stride + line * line_stride + pixel * pixel_stride  # of a row's patch
     within = (column // PATCH % PATCH).to(tl.int64) * line_stride + (column % PATCH).to(tl.int64) * pixel_stride
     within += channel.to(tl.int64) * channel_stride
     mask = row_mask[:, None] & column_mask[None, :]
     value = tl.load(images_ptr + corner[:, None] + within[None, :], mask=mask, other=0).to(COMPUTE)
 
-    if mean_ptr is not None:
-        if images_ptr.dtype.element_ty == tl.uint8:
-            value /= 255.0
-        mean = tl.load(mean_ptr + channel, mask=column_mask, other=0.0).to(COMPUTE)
-        std = tl.load(std_ptr + channel, mask=column_mask, other=1.0).to(COMPUTE)
-        value = (value - mean[None, :]) / std[None, :]
-    elif images_ptr.dtype.element_ty == tl.uint8:
+    if images_ptr.dtype.element_ty == tl.uint8:
         value -= 128.0
     value = tl.where(column_mask[None, :], value, 0.0)
     out_mask = row_mask[:, None] & (column < padded)[None, :]
@@ -64,17 +56,14 @@ def _patches_forward_kernel(
 
 
 def _configuration() -> dict[str, int]:
-    """A row of patches of a 224-pixel picture, and a good quarter of the columns of a patch of 3 x 14 x 14."""
+    """A row of patches of a 224-pixel image, and a good quarter of the columns of a patch of 3 x 14 x 14."""
     return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
 
 
-def patches_forward(
-    images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int, dtype: torch.dtype
-) -> Tensor:
+def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
     """Rows (batch, patches, padded_to) of `images` (batch, channels, height, width), which are uint8 or floating.
 
-    Height and width are multiples of `patch_size`, `padded_to` is at least channels * patch_size ** 2, and `mean` and
-    `std` (channels,) are both given or both None.
+    Height and width are multiples of `patch_size`, and `padded_to` is at least channels * patch_size ** 2.
     """
     batch, channels, height, width = images.shape
     grid_height, grid_width = height // patch_size, width // patch_size
@@ -87,8 +76,6 @@ def patches_forward(
     with common.on_device(images):
         _patches_forward_kernel[grid](
             images,
-            common.vector(mean),
-            common.vector(std),
             out,
             rows,
             grid_height,

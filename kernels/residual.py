@@ -1,6 +1,6 @@
-"""The residual stream's additions and moves, picture by picture: one pass, nothing copied first.
+"""The residual stream's additions and moves, image by image: one pass, nothing copied first.
 
-Where only a subset of the pictures has a branch, each picture looks up its row of the subset, or -1, in a map, so that
+Where only a subset of the images has a branch, each image looks up its row of the subset, or -1, in a map, so that
 the copy of the others and the addition are one write of the result, and no two programs write one place.
 """
 
@@ -18,11 +18,11 @@ TILE = 4096  # elements in flight in one program
 
 @triton.jit
 def _add_residual_kernel(
-    residual_ptr,  # (pictures * seq_len, hidden)
+    residual_ptr,  # (images * seq_len, hidden)
     branch_ptr,  # (subset * seq_len, hidden)
     gamma_ptr,  # (hidden,) or None
-    drop_scale_ptr,  # (pictures,) or None
-    position_ptr,  # (pictures,) row in the subset, or -1; None: every picture has a branch
+    drop_scale_ptr,  # (images,) or None
+    position_ptr,  # (images,) row in the subset, or -1; None: every image has a branch
     out_ptr,  # as residual, out
     rows,
     hidden,
@@ -40,10 +40,10 @@ def _add_residual_kernel(
     row_mask, column_mask = row < rows, column < hidden
     mask = row_mask[:, None] & column_mask[None, :]
     row64 = row.to(tl.int64)
-    picture = row // seq_len
+    image = row // seq_len
     source, has_branch = row64, row_mask
     if position_ptr is not None:
-        position = tl.load(position_ptr + picture, mask=row_mask, other=-1)
+        position = tl.load(position_ptr + image, mask=row_mask, other=-1)
         source = position * seq_len + row % seq_len
         has_branch = position >= 0
 
@@ -57,14 +57,14 @@ def _add_residual_kernel(
     if gamma_ptr is not None:
         branch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
     if drop_scale_ptr is not None:
-        branch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+        branch *= tl.load(drop_scale_ptr + image, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
     total = tl.where(branch_mask, residual + branch, residual)
     tl.store(out_ptr + row64[:, None] * hidden + column[None, :], total, mask=mask)
 
 
 @triton.jit
 def _gather_rows_kernel(
-    x_ptr,  # (pictures * seq_len, hidden)
+    x_ptr,  # (images * seq_len, hidden)
     index_ptr,  # (subset,), a negative one stands for zeros
     out_ptr,  # (subset * seq_len, hidden), out
     rows,
@@ -78,9 +78,9 @@ def _gather_rows_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_mask, column_mask = row < rows, column < hidden
     row64 = row.to(tl.int64)
-    picture = tl.load(index_ptr + row // seq_len, mask=row_mask, other=-1)
-    source = picture * seq_len + row % seq_len
-    there = (picture >= 0)[:, None] & column_mask[None, :]
+    image = tl.load(index_ptr + row // seq_len, mask=row_mask, other=-1)
+    source = image * seq_len + row % seq_len
+    there = (image >= 0)[:, None] & column_mask[None, :]
     x = tl.load(x_ptr + source[:, None] * x_stride + column[None, :], mask=there, other=0.0)
     mask = row_mask[:, None] & column_mask[None, :]
     tl.store(out_ptr + row64[:, None] * hidden + column[None, :], x, mask=mask)
@@ -96,10 +96,10 @@ def _grid(rows: int, hidden: int, meta: dict[str, int]) -> tuple[int, int]:
     return triton.cdiv(rows, meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"])
 
 
-def positions(index: Tensor, pictures: int) -> Tensor:
-    """For each picture its place in `index`, or -1."""
+def positions(index: Tensor, images: int) -> Tensor:
+    """For each image its place in `index`, or -1."""
     places = torch.arange(index.shape[0], device=index.device)
-    return torch.full((pictures,), -1, device=index.device).scatter(0, index, places)
+    return torch.full((images,), -1, device=index.device).scatter(0, index, places)
 
 
 def add_residual_forward(
@@ -107,23 +107,22 @@ def add_residual_forward(
     branch: Tensor,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
-    *,
     index: Tensor | None = None,
     scale: float = 1.0,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``residual + scale * drop_scale * gamma * branch`` (pictures, seq_len, hidden), in `dtype` or the common one.
+    """``residual + scale * drop_scale * gamma * branch`` (images, seq_len, hidden), in the common dtype.
 
-    With `index` (subset,) the branch holds those pictures only, (subset, seq_len, hidden) or with its first two
-    dimensions flattened; the others are copied.
+    With `index` (subset,) the branch holds those images only, (subset, seq_len, hidden); the others are copied. The
+    result then has the dtype of `residual`.
     """
     addends = [t for t in (branch, gamma, drop_scale) if t is not None]
-    for addend in [] if dtype else addends:
-        dtype = torch.promote_types(dtype or residual.dtype, addend.dtype)
+    dtype = residual.dtype
+    for addend in addends if index is None else []:
+        dtype = torch.promote_types(dtype, addend.dtype)
     out = residual.new_empty(residual.shape, dtype=dtype)
     if residual.numel():
-        pictures, seq_len, hidden = residual.shape
-        position = None if index is None else positions(index, pictures)
+        images, seq_len, hidden = residual.shape
+        position = None if index is None else positions(index, images)
         residual_rows, branch_rows = common.rows(residual), common.rows(branch)
         meta = configuration(hidden)
         with common.on_device(residual):
@@ -146,15 +145,22 @@ def add_residual_forward(
     return out
 
 
-def gather_rows_forward(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """The pictures `index` (subset,) of `x` (pictures, seq_len, hidden); a negative index gives zeros.
+def gather_rows_forward(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
+    """The images `indices[i]` (subset_i,) of each `xs[i]` (images_i, seq_len_i, hidden), as (total_tokens, hidden)."""
+    tokens = [index.shape[0] * x.shape[1] for x, index in zip(xs, indices, strict=True)]
+    out = xs[0].new_empty((sum(tokens), xs[0].shape[2]))
+    for x, index, part in zip(xs, indices, out.split(tokens), strict=True):
+        gather_rows_into(part, x, index)
+    return out
 
-    Written to `out`, contiguous and of as many elements, if it is given.
+
+def gather_rows_into(out: Tensor, x: Tensor, index: Tensor) -> None:
+    """Writes the images `index` (subset,) of `x` (images, seq_len, hidden) to `out`, which is contiguous.
+
+    A negative index gives zeros.
     """
-    _, seq_len, hidden = x.shape
-    if out is None:
-        out = x.new_empty((index.shape[0], seq_len, hidden))
     if out.numel():
+        _, seq_len, hidden = x.shape
         x = common.rows(x)
         meta = configuration(hidden)
         rows = index.shape[0] * seq_len
@@ -162,4 +168,3 @@ def gather_rows_forward(x: Tensor, index: Tensor, out: Tensor | None = None) -> 
             _gather_rows_kernel[_grid(rows, hidden, meta)](
                 x, index.contiguous(), out, rows, hidden, seq_len, x.stride(0), **meta
             )
-    return out

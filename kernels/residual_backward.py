@@ -1,7 +1,8 @@
-"""The gradients of the residual additions by the branch and by LayerScale; that by the stream is what comes in.
+"""The gradients of the residual addition by the branch and by LayerScale, and the gradient of the gather.
 
-A program keeps LayerScale's gradient of its columns in registers while it walks over row tiles; the partial sums are
-added afterwards, in one order, so that no atomics are needed.
+The gradient of the addition by the stream is what comes in. A program keeps LayerScale's gradient of its columns in
+registers while it walks over row tiles; the partial sums are added afterwards, in one order, so that no atomics are
+needed.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.residual import configuration
+from dinov2_fast.kernels.residual import configuration, gather_rows_into, positions
 
 
 @triton.jit
 def _add_residual_backward_kernel(
-    dout_ptr,  # (pictures * seq_len, hidden)
-    branch_ptr,  # (subset * seq_len, hidden), or None without gamma
+    dout_ptr,  # (images * seq_len, hidden)
+    branch_ptr,  # (subset * seq_len, hidden)
     gamma_ptr,  # (hidden,) or None
-    drop_scale_ptr,  # (pictures,) or None
-    index_ptr,  # (subset,) pictures, or None: all of them
+    drop_scale_ptr,  # (images,) or None
+    index_ptr,  # (subset,) images, or None: all of them
     dbranch_ptr,  # (subset * seq_len, hidden), out
     partial_ptr,  # (programs, hidden), out, or None without gamma
     rows,
@@ -43,14 +44,14 @@ def _add_residual_backward_kernel(
         row_mask = row < rows
         mask = row_mask[:, None] & column_mask[None, :]
         row64 = row.to(tl.int64)
-        picture, source = row // seq_len, row64
+        image, source = row // seq_len, row64
         if index_ptr is not None:
-            picture = tl.load(index_ptr + picture, mask=row_mask, other=0)
-            source = picture * seq_len + row % seq_len
+            image = tl.load(index_ptr + image, mask=row_mask, other=0)
+            source = image * seq_len + row % seq_len
         dout_ptrs = dout_ptr + source[:, None] * dout_stride + column[None, :]
         dbranch = tl.load(dout_ptrs, mask=mask, other=0.0).to(COMPUTE) * (tl.full((1, 1), scale, COMPUTE) + scale_rest)
         if drop_scale_ptr is not None:
-            dbranch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+            dbranch *= tl.load(drop_scale_ptr + image, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
         if gamma_ptr is not None:
             branch_ptrs = branch_ptr + row64[:, None] * branch_stride + column[None, :]
             dgamma += dbranch * tl.load(branch_ptrs, mask=mask, other=0.0).to(COMPUTE)
@@ -66,7 +67,6 @@ def add_residual_backward(
     branch: Tensor,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
-    *,
     index: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,3 +104,10 @@ def add_residual_backward(
             **meta,
         )
     return dbranch, None if partial is None else partial.sum(0)
+
+
+def gather_rows_backward(dout: Tensor, index: Tensor, images: int) -> Tensor:
+    """The gradient of a batch of `images` by its gathered ones, `dout` (subset, seq_len, hidden): zeros elsewhere."""
+    out = dout.new_empty((images, *dout.shape[1:]))
+    gather_rows_into(out, dout, positions(index, images))
+    return out

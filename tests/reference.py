@@ -84,13 +84,8 @@ def e4m3_steps(y: Tensor, expected: Tensor) -> Tensor:
     return (e4m3_position(y) - e4m3_position(expected)).abs()
 
 
-def patches(images: Tensor, patch_size: int, mean: Tensor | None, std: Tensor | None, padded_to: int) -> Tensor:
-    is_uint8, values = images.dtype == torch.uint8, images.double()
-    if mean is None:
-        values = values - 128 * is_uint8
-    else:
-        values = values / (255 if is_uint8 else 1)
-        values = torch.stack([(values[:, c] - mean[c].double()) / std[c].double() for c in range(images.shape[1])], 1)
+def patches(images: Tensor, patch_size: int, padded_to: int) -> Tensor:
+    values = images.double() - 128 * (images.dtype == torch.uint8)
     columns = torch.nn.functional.unfold(values, patch_size, stride=patch_size).mT  # (batch, patches, c * p * p)
     out = torch.zeros(*columns.shape[:2], padded_to, dtype=torch.float64, device=images.device)
     out[..., : columns.shape[2]] = columns

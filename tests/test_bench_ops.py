@@ -128,7 +128,7 @@ def test_the_floor_comes_from_bytes_or_from_products() -> None:
     assert work("layer_norm", False) == (2 * stream + 2 * vector, 0.0)
     assert work("layer_norm", True) == (3 * stream + 3 * vector, 0.0)
     assert work("add_layer_norm", False) == (4 * stream + 3 * vector, 0.0)
-    assert work("gather_rows", False) == (stream, 0.0)
+    assert work("gather_rows", False) == (2 * 4 * (5 + 50) * 64, 0.0)  # read and written
     assert work("add_residual", True) == (3 * stream + 2 * vector, 0.0)
     assert work("attention", False) == (4 * stream, 4 * 2 * 5 * 5 * 64)
     assert work("attention", True)[1] == 2.5 * 4 * 2 * 5 * 5 * 64

@@ -1,4 +1,4 @@
-"""The op residual: adding a branch for all pictures, or for a subset of them, dense and packed."""
+"""The op residual: adding a branch for all images, or for a subset of them, which is gathered first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
-from dinov2_fast.backends import BackendError
+from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.devices import BACKENDS, DEVICE, gradients, opcheck, poisoned_memory, random, runs_triton
 
@@ -57,7 +57,7 @@ def test_add_obeys_the_rule(
 @pytest.mark.parametrize("index", INDICES, ids=str)
 @each_dtype
 @each_backend
-def test_scatter_add_obeys_the_rule_and_leaves_other_pictures(
+def test_add_on_a_subset_obeys_the_rule_and_leaves_other_images(
     backend: str, dtype: torch.dtype, index: list[int], with_gamma: bool
 ) -> None:
     residual, branch, gamma = _stream(dtype)
@@ -65,7 +65,7 @@ def test_scatter_add_obeys_the_rule_and_leaves_other_pictures(
     rows, part, scale = _index(*index), branch[: len(index)], 4 / 3
     before = residual.clone()
     with poisoned_memory():
-        out = ops.scatter_add_residual(residual, rows, part, gamma, scale, backend=backend)
+        out = ops.add_residual(residual, part, gamma, index=rows, scale=scale, backend=backend)
     plain = residual.clone()
     plain[rows] += (part if gamma is None else part * gamma) * scale
     ref = reference.scatter_add_residual(residual, rows, part, gamma, scale)
@@ -76,13 +76,13 @@ def test_scatter_add_obeys_the_rule_and_leaves_other_pictures(
 
 
 @each_backend
-def test_nan_stays_in_its_picture_and_a_picture_without_branch_is_untouched(backend: str) -> None:
+def test_nan_stays_in_its_image_and_an_image_without_branch_is_untouched(backend: str) -> None:
     residual, branch, gamma = _stream(torch.float32)
     branch[1, 2, 3] = float("nan")
-    out = ops.add_residual(residual, branch, gamma, None, backend=backend)
+    out = ops.add_residual(residual, branch, gamma, backend=backend)
     assert out.isnan().sum() == 1
     residual[3] = -0.0
-    out = ops.scatter_add_residual(residual, _index(0, 2), branch[:2], gamma, 2.0, backend=backend)
+    out = ops.add_residual(residual, branch[:2], gamma, index=_index(0, 2), scale=2.0, backend=backend)
     assert out[2].isnan().sum() == 1
     assert out[[0, 1, 3]].isfinite().all()
     assert out[3].signbit().all()
@@ -90,22 +90,25 @@ def test_nan_stays_in_its_picture_and_a_picture_without_branch_is_untouched(back
 
 @each_dtype
 @each_backend
-def test_gather_takes_the_pictures_in_order(backend: str, dtype: torch.dtype) -> None:
-    x = random(4, 9, 33, dtype=dtype)
+def test_gather_takes_the_images_in_order(backend: str, dtype: torch.dtype) -> None:
+    x, y = random(4, 9, 33, dtype=dtype), random(2, 1, 33, dtype=dtype)
     with poisoned_memory():
-        assert torch.equal(ops.gather_rows(x, _index(3, 1), backend=backend), torch.stack([x[3], x[1]]))
-    assert ops.gather_rows(x, _index(), backend=backend).shape == (0, 9, 33)
+        assert torch.equal(ops.gather_rows([x], [_index(3, 1)], backend=backend), torch.cat([x[3], x[1]]))
+        out = ops.gather_rows([x, y, x], [_index(2), _index(1), _index(0, 3)], backend=backend)
+    assert torch.equal(out, torch.cat([x[2], y[1], x[0], x[3]]))
+    assert ops.gather_rows([x], [_index()], backend=backend).shape == (0, 33)
 
 
 def _functions(backend: str) -> dict[str, Any]:
     index, drop_scale = _index(2, 0), _drop_scale(torch.float64)
     return {
         "add": lambda r, o, g: ops.add_residual(r, o, g, drop_scale.to(o.dtype), backend=backend),
-        "add_gamma": lambda r, o, g: ops.add_residual(r, o, g, None, backend=backend),
-        "add_plain": lambda r, o, g: ops.add_residual(r * g.sum(), o, None, None, backend=backend),
-        "scatter": lambda r, o, g: ops.scatter_add_residual(r, index, o[:2], g, 4 / 3, backend=backend),
-        "scatter_plain": lambda r, o, g: ops.scatter_add_residual(r * g, index, o[1:3], None, 1.5, backend=backend),
-        "gather": lambda r, o, g: ops.gather_rows(r * o * g, index, backend=backend),
+        "add_gamma": lambda r, o, g: ops.add_residual(r, o, g, backend=backend),
+        "add_plain": lambda r, o, g: ops.add_residual(r * g.sum(), o, backend=backend),
+        "subset": lambda r, o, g: ops.add_residual(r, o[:2], g, index=index, scale=4 / 3, backend=backend),
+        "subset_plain": lambda r, o, g: ops.add_residual(r * g, o[1:3], index=index, scale=1.5, backend=backend),
+        "gather": lambda r, o, g: ops.gather_rows([r * o * g], [index], backend=backend),
+        "gather_list": lambda r, o, g: ops.gather_rows([r * g, o[:3, 1:]], [index, index[1:]], backend=backend),
     }
 
 
@@ -131,50 +134,6 @@ def test_gradients_in_fp64(backend: str, name: str) -> None:
     assert torch.autograd.gradcheck(_functions(backend)[name], inputs)
 
 
-# Lists of batches with different sequence lengths, packed
-
-
-def _lists(dtype: torch.dtype, hidden: int = 40) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    xs = [random(3, 5, hidden, dtype=dtype), random(2, 1, hidden, dtype=dtype), random(4, 9, hidden, dtype=dtype)]
-    return xs, [_index(2, 0), _index(1), _index(0, 3, 1)], [1.5, 2.0, 4 / 3]
-
-
-@each_dtype
-@each_backend
-def test_packed_forms_do_what_the_dense_ones_do_to_each_batch(backend: str, dtype: torch.dtype) -> None:
-    xs, indices, scales = _lists(dtype)
-    gamma = torch.rand(40).to(DEVICE, dtype)
-    with poisoned_memory():
-        packed = ops.gather_rows_packed(xs, indices, backend=backend)
-        branch = random(*packed.shape, dtype=dtype)
-        outs = ops.scatter_add_residual_packed(xs, indices, branch, gamma, scales, backend=backend)
-    assert torch.equal(packed, torch.cat([x[index].flatten(0, 1) for x, index in zip(xs, indices, strict=True)]))
-    parts = branch.split([10, 1, 27])
-    for x, index, part, scale, out in zip(xs, indices, parts, scales, outs, strict=True):
-        part = part.view(len(index), -1, 40)
-        ref = reference.scatter_add_residual(x, index, part, gamma, scale)
-        plain = ops.scatter_add_residual(x, index, part, gamma, scale, backend="torch")
-        reference.assert_obeys_rule(out, ref, plain)
-
-
-@each_dtype
-@each_backend
-def test_packed_gradients_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
-    xs, indices, scales = _lists(dtype)
-    inputs = [*xs, torch.rand(40).to(DEVICE, dtype)]
-
-    def run(backend: str, *inputs: Tensor) -> list[Tensor]:
-        *xs, gamma = inputs
-        packed = ops.gather_rows_packed(xs, indices, backend=backend)
-        return ops.scatter_add_residual_packed(xs, indices, packed * 2, gamma, scales, backend=backend)
-
-    ours = gradients(lambda *x: run(backend, *x), inputs)
-    plain = gradients(lambda *x: run("torch", *x), inputs)
-    exact = gradients(lambda *x: run("torch", *x), [x.double() for x in inputs])
-    for gradient, ref, usual in zip(ours, exact, plain, strict=True):
-        reference.assert_obeys_rule(gradient, ref, usual)
-
-
 STRIDES = {
     "transposed": lambda x: x.transpose(0, 1),
     "strided": lambda x: x[:, ::2],
@@ -191,9 +150,9 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, make) -> None:
 
     def results(copy: bool) -> list[Tensor]:
         a, b = (x.contiguous(), branch.contiguous()) if copy else (x, branch)
-        added = ops.add_residual(a, b, gamma, None, backend=backend)
-        gathered = ops.gather_rows(a, index, backend=backend)
-        return [added, gathered, ops.scatter_add_residual(a, index, b[:2], gamma, 2.0, backend=backend)]
+        added = ops.add_residual(a, b, gamma, backend=backend)
+        gathered = ops.gather_rows([a], [index], backend=backend)
+        return [added, gathered, ops.add_residual(a, b[:2], gamma, index=index, scale=2.0, backend=backend)]
 
     for strided, copied in zip(results(copy=False), results(copy=True), strict=True):
         assert torch.equal(strided, copied)
@@ -204,9 +163,10 @@ def test_autocast_keeps_the_stream_in_fp32(backend: str) -> None:
     residual, branch, gamma = _stream(torch.float32)
     index = _index(1)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        added = ops.add_residual(residual, branch.bfloat16(), gamma, None, backend=backend)
-        scattered = ops.scatter_add_residual(residual, index, branch[:1].bfloat16(), gamma, 4.0, backend=backend)
-    assert added.dtype == scattered.dtype == torch.float32
+        added = ops.add_residual(residual, branch.bfloat16(), gamma, backend=backend)
+        part = branch[:1].bfloat16()
+        on_subset = ops.add_residual(residual, part, gamma, index=index, scale=4.0, backend=backend)
+    assert added.dtype == on_subset.dtype == torch.float32
 
 
 # The registered ops
@@ -220,15 +180,15 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
     gamma = random(64).requires_grad_(requires_grad)
     x.requires_grad_(requires_grad)
     index, library = _index(2, 0), torch.ops.dinov2_fast
-    opcheck(library.add_residual.default, (x, x.detach(), gamma, None))
-    opcheck(library.gather_rows.default, (x, index))
-    opcheck(library.gather_rows_packed.default, ([x, x.detach()], [index, index]))
-    opcheck(library.scatter_add_residual.default, (x, index, x.detach()[:2], gamma, 2.0))
+    opcheck(library.add_residual.default, (x, x.detach(), gamma, None, None, 1.0))
+    opcheck(library.add_residual.default, (x, x.detach()[:2], gamma, None, index, 2.0))
+    opcheck(library.gather_rows.default, ([x], [index]))
+    opcheck(library.gather_rows.default, ([x, x.detach()], [index, index]))
     if not requires_grad:
-        opcheck(library.add_residual_backward.default, (x, x, gamma, None))
-        opcheck(library.add_residual_backward.default, (x, x, None, _drop_scale(x.dtype)))
+        opcheck(library.add_residual_backward.default, (x, x, gamma, None, None, 1.0))
+        opcheck(library.add_residual_backward.default, (x, x, None, _drop_scale(x.dtype), None, 1.0))
+        opcheck(library.add_residual_backward.default, (x, x[:2], gamma, None, index, 2.0))
         opcheck(library.gather_rows_backward.default, (x[:2], index, 4))
-        opcheck(library.scatter_add_residual_backward.default, (x, index, x[:2], gamma, 2.0))
 
 
 @runs_triton
@@ -240,34 +200,29 @@ def test_compiled_whole_with_gradients(name: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
-@runs_triton
-def test_packed_forms_are_compiled_whole() -> None:
-    xs, indices, scales = _lists(torch.float32)
-
-    def run(*xs: Tensor) -> list[Tensor]:
-        packed = ops.gather_rows_packed(list(xs), indices, backend="triton")
-        return ops.scatter_add_residual_packed(list(xs), indices, packed, xs[0][0, 0], scales, backend="triton")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(gradients(compiled, xs), gradients(run, xs), strict=True):
-        torch.testing.assert_close(ours, eager)
+def test_what_has_no_meaning_is_refused() -> None:
+    x = random(4, 3, 8)
+    with pytest.raises(ValueError, match="scale with index only"):
+        ops.add_residual(x, x, scale=2.0)
+    with pytest.raises(ValueError, match="drop_scale without index only"):
+        ops.add_residual(x, x[:1], None, x[:, 0, 0], index=_index(0))
 
 
 @runs_triton
 def test_refusals_say_why() -> None:
     x = random(2, 3, 8).int()
-    with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
-        ops.add_residual(x, x, None, None, backend="triton")
-    with pytest.raises(BackendError, match="batches of one dtype"):
-        ops.gather_rows_packed([x.float(), x.double()], [_index(0)] * 2, backend="triton")
+    with pytest.raises(BackendError, match=r"takes float16, bfloat16, float32, float64, got int32"):
+        ops.add_residual(x, x, backend="triton")
+    for other in (x.double(), x.float()[..., :4]):
+        with pytest.raises(BackendError, match="batches of one dtype and one hidden size"):
+            ops.gather_rows([x.float(), other], [_index(0)] * 2, backend="triton")
     x = random(4, 3, 8)
-    for branch, gamma in ((x[0, :, :4], None), (x[0], x[0, 0, :1])):
-        with pytest.raises(BackendError, match="takes branch and gamma of 8 features"):
-            ops.scatter_add_residual_packed([x], [_index(0)], branch, gamma, [1.0], backend="triton")
     with pytest.raises(BackendError, match=r"takes branch of shape \(4, 3, 8\), got \(2, 3, 8\)"):
-        ops.add_residual(x, x[:2], None, None, backend="triton")
+        ops.add_residual(x, x[:2], backend="triton")
     with pytest.raises(BackendError, match=r"takes branch of shape \(2, 3, 8\), got \(1, 3, 8\)"):
-        ops.scatter_add_residual(x, _index(0, 1), x[:1], None, 1.0, backend="triton")
+        ops.add_residual(x, x[:1], index=_index(0, 1), backend="triton")
+    with pytest.raises(BackendError, match=r"takes gamma of shape \(8,\), got \(1,\)"):
+        ops.add_residual(x, x[:1], x[0, 0, :1], index=_index(0), backend="triton")
     with pytest.raises(BackendError, match=r"takes drop_scale of shape \(4,\), got \(1,\)"):
         ops.add_residual(x, x, None, x[0, 0, :1], backend="triton")
     with FakeTensorMode():

@@ -223,7 +223,7 @@ def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
     packed, seq_lens = _pack(x_list)
     if seq_lens:  # there may be empty batches alone
         _update_(packed, blocks, seq_lens)
-    return _unpack(packed, x_list)
+    return _unpack(packed, [x.shape for x in x_list])
 
 
 class FoldedVisionTransformer(FoldedBackbone):

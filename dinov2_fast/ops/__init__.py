@@ -23,13 +23,7 @@ from dinov2_fast.ops.linear import (
     linear_swiglu_fp8,
 )
 from dinov2_fast.ops.patches import patches
-from dinov2_fast.ops.residual import (
-    add_residual,
-    gather_rows,
-    gather_rows_packed,
-    scatter_add_residual,
-    scatter_add_residual_packed,
-)
+from dinov2_fast.ops.residual import add_residual, gather_rows
 
 backends.apply_environment()
 
@@ -43,7 +37,6 @@ __all__ = [
     "attention_varlen",
     "attention_varlen_fp8",
     "gather_rows",
-    "gather_rows_packed",
     "layer_norm",
     "linear",
     "linear_fp8",
@@ -54,7 +47,5 @@ __all__ = [
     "linear_swiglu",
     "linear_swiglu_fp8",
     "patches",
-    "scatter_add_residual",
-    "scatter_add_residual_packed",
     "use_backend",
 ]

@@ -1,12 +1,11 @@
-"""The residual stream: adding a branch to it, for all pictures of a batch or (stochastic depth) for a subset.
+"""The residual stream: adding a branch to it, for all images of a batch or (stochastic depth) for a subset.
 
-    add_residual:          r' = r + drop_scale * gamma * branch
-    gather_rows:           x[index]                                    the pictures whose branch is computed
-    scatter_add_residual:  r'[index] = r[index] + scale * gamma * branch,  r' = r elsewhere
+    add_residual:             r' = r + drop_scale * gamma * branch
+    add_residual with index:  r'[index] = r[index] + scale * gamma * branch,  r' = r elsewhere
+    gather_rows:              x[index], the images whose branch is computed
 
-`gamma` is LayerScale. The `_packed` forms take a list of batches with different sequence lengths and hold all their
-tokens in one tensor. Stochastic depth on a subset: Oquab et al., arXiv:2304.07193, section 5 ("Efficient stochastic
-depth"): a branch is computed for a random subset of the pictures only, and scaled by batch / subset.
+`gamma` is LayerScale. Stochastic depth on a subset: Oquab et al., arXiv:2304.07193, section 5 ("Efficient stochastic
+depth"): a branch is computed for a random subset of the images only, and scaled by batch / subset.
 """
 
 from __future__ import annotations
@@ -17,360 +16,222 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.backends import Op, records_gradient
-from dinov2_fast.ops import _registry_old as _registry
+from dinov2_fast.ops import _registry
+from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient
 
 
 def add_residual(
-    residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None, *, backend: str | None = None
+    residual: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
 ) -> Tensor:
-    """Adds `branch` to the residual stream.
-
-    Args:
-        residual, branch: (batch, seq_len, hidden).
-        gamma: LayerScale, (hidden,), or None for 1.
-        drop_scale: (batch,) factor of each picture's branch, or None for 1.
-        backend: the implementation to use instead of the default.
-
-    Returns:
-        A new tensor (batch, seq_len, hidden).
-    """
-    return _ADD_RESIDUAL(residual, branch, gamma, drop_scale, backend=backend)
-
-
-def gather_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
-    """The pictures `index` (subset,), distinct, of `x` (batch, seq_len, hidden), as (subset, seq_len, hidden)."""
-    return _GATHER_ROWS(x, index, backend=backend)
-
-
-def gather_rows_packed(xs: list[Tensor], indices: list[Tensor], *, backend: str | None = None) -> Tensor:
-    """The pictures `indices[i]` of each `xs[i]` (batch_i, seq_len_i, hidden), all tokens as (total_tokens, hidden)."""
-    return _GATHER_ROWS_PACKED(xs, indices, backend=backend)
-
-
-def scatter_add_residual(
-    residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float, *, backend: str | None = None
-) -> Tensor:
-    """Adds the branch of a subset of the pictures to the residual stream.
+    """Adds `branch` to the residual stream, or with `index` the branch of a subset of its images.
 
     Args:
         residual: (batch, seq_len, hidden).
-        index: (subset,) int64, distinct pictures.
-        branch: (subset, seq_len, hidden).
+        branch: as `residual`; with `index` (subset, seq_len, hidden).
         gamma: LayerScale, (hidden,), or None for 1.
-        scale: batch / subset, which keeps the expectation.
+        drop_scale: (batch,) factor of each image's branch, or None for 1. Not with `index`.
+        index: (subset,) int64, distinct images of the batch, or None for all of them.
+        scale: batch / subset, which keeps the expectation. Only with `index`.
         backend: the implementation to use instead of the default.
 
     Returns:
-        A new tensor (batch, seq_len, hidden) of the dtype of `residual`.
+        A new tensor (batch, seq_len, hidden), in the common dtype of all; with `index` in that of `residual`.
+
+    Raises:
+        ValueError: `drop_scale` with `index`, or `scale` without it.
     """
-    return _SCATTER_ADD_RESIDUAL(residual, index, branch, gamma, scale, backend=backend)
+    if index is None:
+        if scale != 1.0:
+            raise ValueError("add_residual takes scale with index only; without it, give drop_scale.")
+    elif drop_scale is not None:
+        raise ValueError("add_residual takes drop_scale without index only; with it, give scale.")
+    args = residual, branch, gamma, drop_scale, index, scale
+    return RESIDUAL.choose("add", args, backend).function(*args)
 
 
-def scatter_add_residual_packed(
-    residuals: list[Tensor],
-    indices: list[Tensor],
+def gather_rows(xs: list[Tensor], indices: list[Tensor], *, backend: str | None = None) -> Tensor:
+    """Some images of each of several batches, all their tokens in one tensor.
+
+    Args:
+        xs: batches (batch_i, seq_len_i, hidden) of one dtype.
+        indices: for each batch (subset_i,) int64, distinct images.
+        backend: the implementation to use instead of the default.
+
+    Returns:
+        (total_tokens, hidden): the tokens of `xs[0][indices[0]]`, then those of the next batch.
+    """
+    args = xs, indices
+    return RESIDUAL.choose("gather", args, backend).function(*args)
+
+
+def add_residual_torch(
+    residual: Tensor,
     branch: Tensor,
     gamma: Tensor | None,
-    scales: list[float],
-    *,
-    backend: str | None = None,
-) -> list[Tensor]:
-    """`scatter_add_residual` for each `residuals[i]`, with the branches packed as `gather_rows_packed` packs them."""
-    return _SCATTER_ADD_RESIDUAL_PACKED(residuals, indices, branch, gamma, scales, backend=backend)
-
-
-# The torch references
-
-
-def add_residual_torch(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> Tensor:
+    drop_scale: Tensor | None,
+    index: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    if index is not None:
+        branch = branch if gamma is None else branch * gamma
+        return torch.index_add(residual, 0, index, branch.to(residual.dtype), alpha=scale)
     if drop_scale is not None:
         branch = branch * drop_scale[:, None, None]
     return residual + branch if gamma is None else torch.addcmul(residual, branch, gamma)
 
 
-def gather_rows_torch(x: Tensor, index: Tensor) -> Tensor:
-    return x[index]
+def gather_rows_torch(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
+    rows = [x[index].flatten(0, 1) for x, index in zip(xs, indices, strict=True)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def gather_rows_packed_torch(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
-    return torch.cat([x[index].flatten(0, 1) for x, index in zip(xs, indices, strict=True)])
-
-
-def scatter_add_residual_torch(
-    residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float
-) -> Tensor:
-    if gamma is not None:
-        branch = branch * gamma
-    return torch.index_add(residual, 0, index, branch.to(residual.dtype), alpha=scale)
-
-
-def scatter_add_residual_packed_torch(
-    residuals: list[Tensor], indices: list[Tensor], branch: Tensor, gamma: Tensor | None, scales: list[float]
-) -> list[Tensor]:
-    parts = _unpack(branch, residuals, indices)
-    each = zip(residuals, indices, parts, scales, strict=True)
-    return [scatter_add_residual_torch(x, index, part, gamma, scale) for x, index, part, scale in each]
-
-
-def _unpack(packed: Tensor, like: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
-    """Views of `packed` (total_tokens, hidden), one for each batch: (subset, seq_len, hidden)."""
-    shapes = [(index.shape[0], x.shape[1]) for x, index in zip(like, indices, strict=True)]
-    parts = packed.split([subset * seq_len for subset, seq_len in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-# The kernels
-
-
-def _launch_add(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> Tensor:
+def _add_kernel(*args: Any) -> Tensor:
     from dinov2_fast.kernels.residual import add_residual_forward
 
-    return add_residual_forward(residual, branch, gamma, drop_scale)
+    return add_residual_forward(*args)
 
 
-def _launch_add_backward(
-    dout: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
+def _add_backward_kernel(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from dinov2_fast.kernels.residual_backward import add_residual_backward
 
-    dbranch, dgamma = add_residual_backward(dout, branch, gamma, drop_scale, **options)
+    dbranch, dgamma = add_residual_backward(dout, *args)
     return dbranch, dout.new_empty(0) if dgamma is None else dgamma
 
 
-def _launch_gather(x: Tensor, index: Tensor) -> Tensor:
+def _gather_kernel(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
     from dinov2_fast.kernels.residual import gather_rows_forward
 
-    return gather_rows_forward(x, index)
+    return gather_rows_forward(xs, indices)
 
 
-def _launch_gather_backward(dy: Tensor, index: Tensor, pictures: int) -> Tensor:
-    from dinov2_fast.kernels.residual import gather_rows_forward, positions
+def _gather_backward_kernel(dout: Tensor, index: Tensor, batch: int) -> Tensor:
+    from dinov2_fast.kernels.residual_backward import gather_rows_backward
 
-    return gather_rows_forward(dy, positions(index, pictures))
-
-
-def _launch_gather_packed(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
-    from dinov2_fast.kernels.residual import gather_rows_forward
-
-    packed = _fake_gather_packed(xs, indices)
-    for x, index, part in zip(xs, indices, _unpack(packed, xs, indices), strict=True):
-        gather_rows_forward(x, index, part)
-    return packed
-
-
-def _launch_scatter(residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
-    from dinov2_fast.kernels.residual import add_residual_forward
-
-    return add_residual_forward(residual, branch, gamma, index=index, scale=scale, dtype=residual.dtype)
+    return gather_rows_backward(dout, index, batch)
 
 
 class _AddResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(branch, gamma, drop_scale)
+    def forward(ctx: Any, residual: Tensor, *rest: Any) -> Tensor:
+        *factors, ctx.scale = rest
+        ctx.save_for_backward(*factors)  # branch, gamma, drop_scale, index
         ctx.dtype = residual.dtype
-        return _add_residual(residual, branch, gamma, drop_scale)
+        return _add_residual(residual, *rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        branch, gamma, drop_scale = ctx.saved_tensors
-        if gamma is None and drop_scale is None:
-            return dout.to(ctx.dtype), dout.to(branch.dtype), None, None
-        dbranch, dgamma = _add_residual_backward(dout, branch, gamma, drop_scale)
-        return dout.to(ctx.dtype), dbranch, None if gamma is None else dgamma.to(gamma.dtype), None
+        branch, gamma, drop_scale, index = ctx.saved_tensors
+        dresidual = dout.to(ctx.dtype)
+        if gamma is None and drop_scale is None and index is None:
+            return dresidual, dout.to(branch.dtype), None, None, None, None
+        dbranch, dgamma = _add_residual_backward(dout, branch, gamma, drop_scale, index, ctx.scale)
+        return dresidual, dbranch, None if gamma is None else dgamma.to(gamma.dtype), None, None, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.pictures = x.shape[0]
-        return _gather_rows(x, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _gather_rows_backward(dy, *ctx.saved_tensors, ctx.pictures), None
-
-
-class _GatherRowsPacked(torch.autograd.Function):
-    @staticmethod
     def forward(ctx: Any, batches: int, *xs_and_indices: Tensor) -> Tensor:
         xs, indices = list(xs_and_indices[:batches]), list(xs_and_indices[batches:])
         ctx.save_for_backward(*indices)
-        ctx.shapes = [x.shape for x in xs]
-        return _gather_rows_packed(xs, indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        indices = ctx.saved_tensors
-        rows = [index.shape[0] * shape[1] for index, shape in zip(indices, ctx.shapes, strict=True)]
-        each = zip(dy.split(rows), indices, ctx.shapes, strict=True)
-        gradients = [_gather_rows_backward(g.unflatten(0, (-1, shape[1])), i, shape[0]) for g, i, shape in each]
-        return None, *gradients, *[None] * len(indices)
-
-
-class _ScatterAddResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(index, branch, gamma)
-        ctx.scale = scale
-        return _scatter_add_residual(residual, index, branch, gamma, scale)
+        ctx.shapes = [x.shape[:2] for x in xs]
+        return _gather_rows(xs, indices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        index, branch, gamma = ctx.saved_tensors
-        dbranch, dgamma = _scatter_add_residual_backward(dout, index, branch, gamma, ctx.scale)
-        return dout, None, dbranch, None if gamma is None else dgamma.to(gamma.dtype), None
+        indices = ctx.saved_tensors
+        parts = dout.split([index.shape[0] * seq_len for index, (_, seq_len) in zip(indices, ctx.shapes, strict=True)])
+        gradients = [
+            _gather_rows_backward(part.unflatten(0, (index.shape[0], seq_len)), index, batch)
+            for part, index, (batch, seq_len) in zip(parts, indices, ctx.shapes, strict=True)
+        ]
+        return None, *gradients, *[None] * len(indices)
 
 
-def _fake_add_backward(dout: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _add_fake(residual: Tensor, *rest: Any) -> Tensor:
+    *factors, index, _ = rest  # branch, gamma, drop_scale
+    dtype = _registry.promoted(residual, *factors) if index is None else residual.dtype
+    return residual.new_empty(residual.shape, dtype=dtype)
+
+
+def _add_backward_fake(dout: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     if gamma is None:
         return branch.new_empty(branch.shape), dout.new_empty(0)
     wide = torch.promote_types(torch.float32, _registry.promoted(dout, branch, gamma))
     return branch.new_empty(branch.shape), gamma.new_empty(gamma.shape, dtype=wide)
 
 
-def _fake_gather_packed(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
+def _gather_fake(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
     tokens = sum(index.shape[0] * x.shape[1] for x, index in zip(xs, indices, strict=True))
     return xs[0].new_empty((tokens, xs[0].shape[2]))
 
 
 _add_residual = _registry.register(
-    "add_residual(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale) -> Tensor",
-    _launch_add,
-    lambda r, o, gamma, drop: r.new_empty(r.shape, dtype=_registry.promoted(r, o, gamma, drop)),
+    "add_residual(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor? index, float scale)"
+    " -> Tensor",
+    _add_kernel,
+    _add_fake,
     _AddResidual.apply,
 )
 _add_residual_backward = _registry.register(
-    "add_residual_backward(Tensor dout, Tensor branch, Tensor? gamma, Tensor? drop_scale) -> (Tensor, Tensor)",
-    _launch_add_backward,
-    _fake_add_backward,
+    "add_residual_backward(Tensor dout, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor? index, float scale)"
+    " -> (Tensor, Tensor)",
+    _add_backward_kernel,
+    _add_backward_fake,
 )
 _gather_rows = _registry.register(
-    "gather_rows(Tensor x, Tensor index) -> Tensor",
-    _launch_gather,
-    lambda x, index: x.new_empty((index.shape[0], *x.shape[1:])),
-    _GatherRows.apply,
+    "gather_rows(Tensor[] xs, Tensor[] indices) -> Tensor",
+    _gather_kernel,
+    _gather_fake,
+    lambda xs, indices: _GatherRows.apply(len(xs), *xs, *indices),
 )
 _gather_rows_backward = _registry.register(
-    "gather_rows_backward(Tensor dy, Tensor index, SymInt pictures) -> Tensor",
-    _launch_gather_backward,
-    lambda dy, index, pictures: dy.new_empty((pictures, *dy.shape[1:])),
-)
-_gather_rows_packed = _registry.register(
-    "gather_rows_packed(Tensor[] xs, Tensor[] indices) -> Tensor",
-    _launch_gather_packed,
-    _fake_gather_packed,
-    lambda xs, indices: _GatherRowsPacked.apply(len(xs), *xs, *indices),
-)
-_scatter_add_residual = _registry.register(
-    "scatter_add_residual(Tensor residual, Tensor index, Tensor branch, Tensor? gamma, float scale) -> Tensor",
-    _launch_scatter,
-    lambda residual, *rest: residual.new_empty(residual.shape),
-    _ScatterAddResidual.apply,
-)
-_scatter_add_residual_backward = _registry.register(
-    "scatter_add_residual_backward(Tensor dout, Tensor index, Tensor branch, Tensor? gamma, float scale)"
-    " -> (Tensor, Tensor)",
-    lambda dout, index, branch, gamma, scale: _launch_add_backward(dout, branch, gamma, None, index=index, scale=scale),
-    lambda dout, index, branch, gamma, scale: _fake_add_backward(dout, branch, gamma),
+    "gather_rows_backward(Tensor dout, Tensor index, SymInt batch) -> Tensor",
+    _gather_backward_kernel,
+    lambda dout, index, batch: dout.new_empty((batch, *dout.shape[1:])),
 )
 
 
-def _scatter_add_packed(
-    residuals: list[Tensor], indices: list[Tensor], branch: Tensor, gamma: Tensor | None, scales: list[float]
-) -> list[Tensor]:
-    parts = _unpack(branch, residuals, indices)
-    each = zip(residuals, indices, parts, scales, strict=True)
-    return [_scatter_add_residual(x, index, part, gamma, scale) for x, index, part, scale in each]
-
-
-def _refuses(x: Tensor | list[Tensor], *rest: Any) -> str | None:
-    dtype = x[0].dtype if isinstance(x, list) else x.dtype
-    return None if dtype in _registry.FLOATS else f"takes fp16, bf16, fp32 and fp64, got {dtype}"
-
-
-def _refuses_add(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> str | None:
+def _refuses_add(
+    residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None, index: Tensor | None, *rest: Any
+) -> str | None:
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
-    return _registry.refuses_to_broadcast(residual, branch, drop_scale, gamma=gamma) or _refuses(residual)
+    stream = residual if index is None else residual[: index.shape[0]]
+    return _registry.refuses_to_broadcast(stream, branch, drop_scale, gamma=gamma)
 
 
-def _refuses_scatter(residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> str | None:
-    subset = residual[: index.shape[0]]
-    return _registry.refuses_to_broadcast(subset, branch, gamma=gamma) or _refuses(residual)
+def _refuses_gather(xs: list[Tensor], indices: list[Tensor]) -> str | None:
+    alike = all(x.dtype == xs[0].dtype and x.shape[2] == xs[0].shape[2] for x in xs)
+    return None if alike else "takes batches of one dtype and one hidden size"
 
 
-def _refuses_packed(xs: list[Tensor], *rest: Any) -> str | None:
-    if len({x.dtype for x in xs}) > 1:
-        return "takes batches of one dtype"
-    return _refuses(xs)
-
-
-def _refuses_scatter_packed(
-    residuals: list[Tensor], indices: list[Tensor], branch: Tensor, gamma: Tensor | None, scales: list[float]
-) -> str | None:
-    hidden = residuals[0].shape[-1:]
-    if branch.shape[-1:] != hidden or (gamma is not None and gamma.shape != hidden):
-        return f"broadcasts nothing: takes branch and gamma of {hidden[0]} features"
-    return _refuses_packed(residuals)
-
-
-def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
     x = torch.empty(2, 257, 384, device=device, dtype=dtype)
-    return x, x, x[0, 0], None
+    return None if dtype == torch.float8_e4m3fn else (x, x, x[0, 0], None, None, 1.0)
 
 
-def _sample_gather(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.empty(2, 257, 384, device=device, dtype=dtype), torch.zeros(1, device=device, dtype=torch.int64)
+def _sample_gather(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    x, index = torch.empty(2, 257, 384, device=device, dtype=dtype), torch.zeros(1, device=device, dtype=torch.int64)
+    return None if dtype == torch.float8_e4m3fn else ([x, x[:, :57]], [index, index])
 
 
-def _sample_gather_packed(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    x, index = _sample_gather(device, dtype)
-    return [x, x[:, :57]], [index, index]
-
-
-def _sample_scatter(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    x, index = _sample_gather(device, dtype)
-    return x, index, x[:1], x[0, 0], 2.0
-
-
-def _sample_scatter_packed(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    xs, indices = _sample_gather_packed(device, dtype)
-    return xs, indices, xs[0].new_empty((314, 384)), xs[0][0, 0], [2.0, 2.0]
-
-
-_ADD_RESIDUAL = Op(
-    "add_residual",
+# torch stands first: no kernel has been measured on a GPU yet.
+RESIDUAL = Op(
     "residual",
-    _registry.torch_and_triton(add_residual_torch, _add_residual, _refuses_add),
-    _sample_add,
-)
-_GATHER_ROWS = Op(
-    "gather_rows", "residual", _registry.torch_and_triton(gather_rows_torch, _gather_rows, _refuses), _sample_gather
-)
-_GATHER_ROWS_PACKED = Op(
-    "gather_rows_packed",
-    "residual",
-    _registry.torch_and_triton(gather_rows_packed_torch, _gather_rows_packed, _refuses_packed),
-    _sample_gather_packed,
-)
-_SCATTER_ADD_RESIDUAL = Op(
-    "scatter_add_residual",
-    "residual",
-    _registry.torch_and_triton(scatter_add_residual_torch, _scatter_add_residual, _refuses_scatter),
-    _sample_scatter,
-)
-_SCATTER_ADD_RESIDUAL_PACKED = Op(
-    "scatter_add_residual_packed",
-    "residual",
-    _registry.torch_and_triton(scatter_add_residual_packed_torch, _scatter_add_packed, _refuses_scatter_packed),
-    _sample_scatter_packed,
+    (
+        Implementation("torch", add_residual_torch, forms=("add",), why=_registry.UNMEASURED),
+        Implementation("torch", gather_rows_torch, forms=("gather",), why=_registry.UNMEASURED),
+        _registry.triton(_add_residual, _refuses_add, dtypes=_registry.FLOATS, forms=("add",)),
+        _registry.triton(_gather_rows, _refuses_gather, dtypes=_registry.FLOATS, forms=("gather",)),
+    ),
+    {"add": _sample_add, "gather": _sample_gather},
 )
