@@ -145,7 +145,6 @@ _patches = _registry.register(
     _patches_fake,
 )
 
-# torch stands first: no kernel has been measured on a GPU yet.
 PATCHES = Op(
     "patches",
     (

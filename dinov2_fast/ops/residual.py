@@ -10,6 +10,7 @@ depth"): a branch is computed for a random subset of the images only, and scaled
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ def gather_rows(xs: list[Tensor], indices: list[Tensor], *, backend: str | None 
     Returns:
         (total_tokens, hidden): the tokens of `xs[0][indices[0]]`, then those of the next batch.
     """
-    args = xs, indices
-    return RESIDUAL.choose("gather", args, backend).function(*args)
+    return RESIDUAL.choose("gather", (xs, indices), backend).function(xs, indices)
 
 
 def add_residual_torch(
@@ -214,17 +214,13 @@ def _refuses_gather(xs: list[Tensor], indices: list[Tensor]) -> str | None:
     return None if alike else "takes batches of one dtype and one hidden size"
 
 
-def _sample_add(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    x = torch.empty(2, 257, 384, device=device, dtype=dtype)
-    return None if dtype == torch.float8_e4m3fn else (x, x, x[0, 0], None, None, 1.0)
-
-
-def _sample_gather(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    if dtype == torch.float8_e4m3fn:
+        return None
     x, index = torch.empty(2, 257, 384, device=device, dtype=dtype), torch.zeros(1, device=device, dtype=torch.int64)
-    return None if dtype == torch.float8_e4m3fn else ([x, x[:, :57]], [index, index])
+    return ([x, x[:, :57]], [index, index]) if form == "gather" else (x, x, x[0, 0], None, None, 1.0)
 
 
-# torch stands first: no kernel has been measured on a GPU yet.
 RESIDUAL = Op(
     "residual",
     (
@@ -233,5 +229,5 @@ RESIDUAL = Op(
         _registry.triton(_add_residual, _refuses_add, dtypes=_registry.FLOATS, forms=("add",)),
         _registry.triton(_gather_rows, _refuses_gather, dtypes=_registry.FLOATS, forms=("gather",)),
     ),
-    {"add": _sample_add, "gather": _sample_gather},
+    {"add": partial(_sample, "add"), "gather": partial(_sample, "gather")},
 )
