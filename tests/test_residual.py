@@ -211,7 +211,7 @@ def test_what_has_no_meaning_is_refused() -> None:
 @runs_triton
 def test_refusals_say_why() -> None:
     x = random(2, 3, 8).int()
-    with pytest.raises(BackendError, match=r"takes float16, bfloat16, float32, float64, got int32"):
+    with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
         ops.add_residual(x, x, backend="triton")
     for other in (x.double(), x.float()[..., :4]):
         with pytest.raises(BackendError, match="batches of one dtype and one hidden size"):
