@@ -178,7 +178,7 @@ class Op:
 
     def _choose(self, form: str, args: tuple[Any, ...], backend: str | None) -> Implementation:
         if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
-            return next(implementation for implementation in self.implementations if implementation.backend == "torch")
+            return next(i for i in self.implementations if i.backend == "torch" and i.has(form))
         name = backend or _setting.asked_for(self.name, form)
         if backend and backend not in self.backends(form):
             names = ", ".join(self.backends(form))
