@@ -48,7 +48,8 @@ from bench import records
 from bench.gpu_plan import ROOT, Step, plan
 from bench.peers import OURS
 from bench.tables import best, ratio
-from dinov2_fast import backends, extension
+from bench.workloads import word_of
+from dinov2_fast import extension
 
 EPILOG = """\
 The CUDA extension is used if it is in place, as dinov2_fast/_cuda.abi3.so, where `make build` leaves it. EXTENSION
@@ -463,8 +464,7 @@ def _leaves(step: Step, row: dict[str, Any]) -> bool:
     checks += [("modes", str(row["mode"]).removeprefix("xformers-") in wanted.get("modes", []))]
     checks += [("batches", str(row["batch"]) in wanted.get("batches", []))]
     checks += [("outputs", row["output"] in wanted.get("outputs", []))]
-    op = backends.ops().get(str(row["output"]).partition(" ")[0])
-    checks += [("ops", op is not None and op.word in wanted.get("ops", []))]
+    checks += [("ops", word_of(str(row["output"])) in wanted.get("ops", []))]
     return row["task"] == step.task and all(holds for name, holds in checks if name in wanted)
 
 

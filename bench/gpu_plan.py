@@ -13,7 +13,8 @@ from pathlib import Path
 
 import dinov2_fast.ops  # noqa: F401  registers the ops
 from bench import records
-from dinov2_fast import backends, extension
+from bench.workloads import op_words
+from dinov2_fast import extension
 
 ROOT = Path(__file__).parents[1]
 EVERY_MODEL = "B,L,S,g"  # in the order of what they decide
@@ -287,7 +288,7 @@ def sanitizer(
 
 
 def op_tests() -> list[str]:
-    return [f"tests/test_{word}.py" for word in backends.words()]
+    return [f"tests/test_{word}.py" for word in op_words()]
 
 
 def model_tests() -> list[str]:

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dinov2_fast.ops  # noqa: F401  registers them
 from bench import options as shared
 from bench import records
 from bench.accuracy import worst_error
 from bench.records import Recorder
 from bench.timing import in_turn, quantiles
-from bench.workloads import E4M3, WORKLOADS, Shape, Workload
+from bench.workloads import E4M3, WORKLOADS, Shape, Workload, op_words, word_of
 from dinov2_fast import backends
-from dinov2_fast.backends import Op, device_of, tensors_of
+from dinov2_fast.backends import Implementation, Op, device_of, tensors_of
+from dinov2_fast.ops import dispatch
 
 TASK = "ops"
 # In a batch, of two pictures at least. On a GPU so many that the shortest op, a norm of 384 channels, moves 100 MB:
@@ -72,7 +72,7 @@ def cases(
         shape = Shape(config, resolution, 1, device, dtype)
         shape = shape.with_batch(max(2, BATCH_TOKENS[device.type] // shape.tokens))
         for workload in WORKLOADS:
-            if workload.applies(shape) and op_of(workload).word in options.ops:
+            if workload.applies(shape) and word_of(workload.op) in options.ops:
                 for backward in (False,) if workload.saved is None else (False, True):
                     yield workload, shape, backward
 
@@ -101,7 +101,7 @@ def measure(
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
     op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
     prepare = gradients if backward else forward
-    torch_function = next(i.function for i in op.implementations if i.backend == "torch")
+    torch_function = next(i.function for i in implementations(workload) if i.backend == "torch")
     reference = prepare(torch_function, own(op, widened(arguments, shape.dtype)))()
     usual = prepare(torch_function, own(op, arguments))()
     print(f"{workload.label}{' backward' if backward else ''}: {shape}")
@@ -112,7 +112,7 @@ def measure(
         records.stop([rows[name]], exception, shape.device)
         print(f"  {name:14} {records.reason(rows[name])}")
 
-    for name, function in candidates(op, torch_function, arguments, compiled and shape.device.type != "cpu"):
+    for name, function in candidates(workload, torch_function, arguments, compiled and shape.device.type != "cpu"):
         if name in without:
             continue
         rows[name] = row_of(workload, shape, backward) | {"implementation": name}
@@ -136,17 +136,24 @@ def measure(
     return list(rows.values())
 
 
-def op_of(workload: Workload) -> Op:
-    return backends.ops()[workload.op]
+def op_of(workload: Workload) -> Op | dispatch.Op:
+    return dispatch.ops().get(workload.op.partition(".")[0]) or backends.ops()[workload.op]
+
+
+def implementations(workload: Workload) -> list[Implementation | dispatch.Implementation]:
+    """Of the form of an op, best first."""
+    form = workload.op.partition(".")[2]
+    return [i for i in op_of(workload).implementations if isinstance(i, Implementation) or i.has(form)]
 
 
 def candidates(
-    op: Op, torch_function: Callable[..., Any], arguments: tuple[Any, ...], compiled: bool
+    workload: Workload, torch_function: Callable[..., Any], arguments: tuple[Any, ...], compiled: bool
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations that run on these arguments, by name."""
     on_cpu = device_of(arguments).type == "cpu"
-    for implementation in op.implementations:
-        reason = implementation.reason_against(*arguments)
+    for implementation in implementations(workload):
+        of_old = isinstance(implementation, Implementation)
+        reason = implementation.reason_against(*arguments) if of_old else implementation.reason_against(arguments)
         if reason is None:
             yield implementation.backend, implementation.function
         elif not on_cpu:  # where no kernel runs
@@ -156,7 +163,7 @@ def candidates(
         yield "torch.compile", torch.compile(torch_function, dynamic=False, fullgraph=True)
 
 
-def own(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def own(op: Op | dispatch.Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments for one run of an op, which may change the first."""
     return (arguments[0].clone(), *arguments[1:]) if op.name.endswith("_") else arguments
 
@@ -280,7 +287,7 @@ class Speeds:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    words = backends.words()
+    words = op_words()
     parser = shared.parser("ops", __doc__)
     parser.add_argument("--ops", type=shared.some_of(words), default=words, help=f"some of {','.join(words)}")
     shared.add_models(parser)

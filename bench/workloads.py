@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast import backends
 from dinov2_fast.backends import tensors_of
 from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.ops import dispatch
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
@@ -80,6 +82,17 @@ class Shape:
         return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
 
+def word_of(label: str) -> str | None:
+    """The op that a row or a workload is about, as `--ops` names it; None if there is none."""
+    name = label.partition(" ")[0]
+    op, old = name.partition(".")[0], backends.ops().get(name)
+    return old.word if old else op if op in dispatch.ops() else None
+
+
+def op_words() -> list[str]:
+    return sorted({*backends.words(), *dispatch.names()})
+
+
 def _no_products(shape: Shape) -> float:
     return 0.0
 
@@ -90,7 +103,7 @@ def _arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) ->
 
 @dataclass(frozen=True)
 class Workload:
-    """An op, by the name of its function, and what it is given.
+    """An op, by the name of its function or form ("attention.varlen"), and what it is given.
 
     Args:
         op: name. One that ends in "_" changes its first argument and returns nothing, as torch has it.
@@ -99,7 +112,7 @@ class Workload:
         moved: bytes that it must read or write, forward, from its arguments and results.
         saved: positions of the arguments that its backward must read (or something as large); None: it has none.
         of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
-        place: where in the model, if an op has several.
+        place: where in the model, if an op has several, or "e4m3" for what it gives with that option.
     """
 
     op: str
@@ -130,8 +143,12 @@ def _pool_flops(shape: Shape) -> float:
     return 4.0 * shape.batch * shape.tokens * shape.heads * shape.hidden
 
 
-def _varlen(shape: Shape) -> tuple[Tensor, tuple[int, ...]]:
-    return shape.qkv(sum(shape.mixed_lengths())), shape.mixed_lengths()
+def _attention(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
+    return shape.qkv(shape.batch, shape.tokens), None, 0.0, scale
+
+
+def _varlen(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
+    return shape.qkv(sum(shape.mixed_lengths())), shape.mixed_lengths(), 0.0, scale
 
 
 def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
@@ -245,11 +262,11 @@ WORKLOADS = (
     Workload("gelu_fp8", lambda s: (s.random(s.batch, s.tokens, s.ffn), 0.0625), of_swiglu=False),
     Workload("swiglu", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn),), saved=(0,), of_swiglu=True),
     Workload("swiglu_fp8", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn), 0.0625), of_swiglu=True),
-    Workload("attention", lambda s: (s.qkv(s.batch, s.tokens),), _attention_flops, saved=(0,)),
-    Workload("attention_varlen", _varlen, _varlen_flops, saved=(0,)),
-    Workload("attention_fp8", lambda s: (s.qkv(s.batch, s.tokens), 0.0625), _attention_flops),
-    Workload("attention_varlen_fp8", lambda s: (*_varlen(s), 0.0625), _varlen_flops),
-    Workload("attention_probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
+    Workload("attention.batch", _attention, _attention_flops, saved=(0,)),
+    Workload("attention.varlen", _varlen, _varlen_flops, saved=(0,)),
+    Workload("attention.batch", partial(_attention, scale=0.0625), _attention_flops, place="e4m3"),
+    Workload("attention.varlen", partial(_varlen, scale=0.0625), _varlen_flops, place="e4m3"),
+    Workload("attention.probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
     Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
     Workload("add_residual", _subset, saved=(1, 2), place="subset"),
     Workload("gather_rows", _crops, moved=_copied, saved=()),

@@ -184,8 +184,8 @@ class GELU(nn.GELU):
 def attend(qkv: Tensor, dropout_p: float, seq_lens: tuple[int, ...] | None) -> Tensor:
     """Attention of (batch, seq_len, 3, heads, head_dim), or with `seq_lens` of those sequences in a batch of one."""
     if seq_lens is None:
-        return ops.attention(qkv, dropout_p)
-    return ops.attention_varlen(qkv[0], seq_lens, dropout_p)[None]
+        return ops.attention(qkv, dropout_p=dropout_p)
+    return ops.attention(qkv[0], seq_lens=seq_lens, dropout_p=dropout_p)[None]
 
 
 class Attention(nn.Module):

@@ -253,8 +253,8 @@ def _configuration(qkv: Tensor, seq_len: int, varlen: bool) -> tuple[Tiling, Til
 
 
 def attention_forward(
-    qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, *, scale: float | None = None
-) -> tuple[Tensor, Tensor | None]:
+    qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of each picture of a batch, or with cu_seqlens of each sequence of a batch of 1.
 
     Args:
@@ -265,12 +265,12 @@ def attention_forward(
 
     Returns:
         out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous. lse is fp32: the logarithm,
-        to base 2 as the backward reads it, of the sum of the exponentials of the scaled scores; with `scale`, None.
+        to base 2 as the backward reads it, of the sum of the exponentials of the scaled scores; with `scale`, empty.
     """
     qkv = rows_in_place(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads, head_dim, dtype=qkv.dtype if scale is None else torch.float8_e4m3fn)
-    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32) if scale is None else None
+    lse = qkv.new_empty((batch, heads, tokens) if scale is None else (0,), dtype=torch.float32)
     varlen = cu_seqlens is not None
     sequences, seq_len = (cu_seqlens.shape[0] - 1, max_seqlen) if varlen else (batch, tokens)
     if out.numel() == 0:
@@ -279,21 +279,13 @@ def attention_forward(
     tiles = queries.tiles(seq_len)
     with common.on_device(qkv):
         _attention_forward_kernel[(tiles * heads * sequences,)](
-            qkv, out, lse, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4], queries.prefix, keys.prefix,
-            None if scale is None else 1.0 / scale,
+            qkv, out, lse if scale is None else None, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4],
+            queries.prefix, keys.prefix, None if scale is None else 1.0 / scale,
             SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=queries.block, PREFIX_Q=queries.prefix_block,
             BLOCK_K=keys.block, PREFIX_K=keys.prefix_block, RAGGED_K=keys.ragged, VARLEN=varlen, UPCAST=upcast(qkv),
             **options,
         )  # fmt: skip
     return out, lse
-
-
-def attention_varlen_forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The same for packed qkv (total, 3, heads, head_dim): out (total, heads, head_dim) and lse (heads, total)."""
-    out, lse = attention_forward(qkv[None], cu_seqlens, max_seqlen, scale=scale)
-    return out[0], None if lse is None else lse[0]
 
 
 def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: int = 1) -> Tensor:

@@ -235,10 +235,3 @@ def attention_backward(
                 VARLEN=varlen, UPCAST=upcast(qkv), **options,
             )  # fmt: skip
     return dqkv
-
-
-def attention_varlen_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
-    """The gradient of `attention_varlen_forward` for qkv, (total, 3, heads, head_dim)."""
-    return attention_backward(dout[None], qkv[None], out[None], lse[None], cu_seqlens, max_seqlen)[0]

@@ -370,8 +370,8 @@ def _attention_e4m3(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int,
 
 
 def _attention_varlen_e4m3(dtype: torch.dtype, max_seqlen: int, heads: int, head_dim: int, tokens: int = 4096) -> None:
-    qkv, cu_seqlens = _cuda(tokens, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
-    attention.attention_varlen_forward(qkv, cu_seqlens, max_seqlen, scale=0.0625)
+    qkv, cu_seqlens = _cuda(1, tokens, 3, heads, head_dim, dtype=dtype), _cuda(9, dtype=torch.int32)
+    attention.attention_forward(qkv, cu_seqlens, max_seqlen, scale=0.0625)
 
 
 def _attention_probabilities(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import ops
-from dinov2_fast.backends import BackendError
 from dinov2_fast.ops import _attention_peers, _registry
+from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.devices import (
     BACKENDS,
@@ -135,7 +135,7 @@ def test_one_token_passes_its_gradient_to_its_value(backend: str, dtype: torch.d
 def test_lse_obeys_the_rule(seq_len: int) -> None:
     qkv = _qkv(2, seq_len)
     with poisoned_memory():
-        _, lse = torch.ops.dinov2_fast.attention_forward(qkv)
+        _, lse = torch.ops.dinov2_fast.attention(qkv, None, None, None)
     ref, plain = reference.attention_lse(qkv), _plain_scores(qkv).logsumexp(-1)
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # it is kept to base 2
 
@@ -182,14 +182,14 @@ def test_scores_far_from_zero(backend: str, seq_len: int, sign: int) -> None:
 def test_gradients_in_fp64() -> None:
     qkv = _qkv(1, 4, heads=2, head_dim=3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(ops.attention, (qkv,))
-    assert torch.autograd.gradcheck(lambda x: ops.attention_varlen(x[0], (1, 3)), (qkv,))
+    assert torch.autograd.gradcheck(lambda x: ops.attention(x[0], seq_lens=(1, 3)), (qkv,))
     assert torch.autograd.gradcheck(ops.attention_probabilities, (qkv,))
 
 
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     qkv = _qkv(1, 64, heads=8)
     qkv[:, :, 2] = 1.0
-    out = torch.stack([ops.attention(qkv, 0.5) for _ in range(20)])
+    out = torch.stack([ops.attention(qkv, dropout_p=0.5) for _ in range(20)])
     assert out.std() > 0.01
     torch.testing.assert_close(out.mean(), torch.tensor(1.0, device=DEVICE), atol=0.02, rtol=0)
 
@@ -218,7 +218,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
     for x in (qkv.detach(), qkv.clone(memory_format=torch.contiguous_format)):
         x.requires_grad_()
         out = ops.attention(x, backend=backend)
-        varlen = ops.attention_varlen(x[0], (1, x.shape[1] - 1), backend=backend)
+        varlen = ops.attention(x[0], seq_lens=(1, x.shape[1] - 1), backend=backend)
         p = ops.attention_probabilities(x, slice(1, 8, 3), backend=backend)
         results.append([out, varlen, p, *torch.autograd.grad([out, varlen, p], x, [dout, dout[0], p.detach()])])
     for strided, copied in zip(*results, strict=True):
@@ -242,7 +242,7 @@ def test_nan_and_inf_stay_in_their_picture_and_head(backend: str, bad: float, se
     for part in range(3):
         qkv = _qkv(3, seq_len, dtype=torch.float16)
         qkv[1, seq_len // 2, part, 0, 5] = bad
-        packed = ops.attention_varlen(qkv.flatten(0, 1), (seq_len,) * 3, backend=backend)
+        packed = ops.attention(qkv.flatten(0, 1), seq_lens=(seq_len,) * 3, backend=backend)
         for out in (ops.attention(qkv, backend=backend), packed.unflatten(0, (3, -1))):
             assert out[::2].isfinite().all()
             assert out[1, :, 1].isfinite().all()
@@ -269,15 +269,15 @@ def test_nothing_in_gives_nothing(backend: str) -> None:
 def test_varlen_obeys_the_rule(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
     qkv = _qkv(1, sum(seq_lens), dtype=dtype)[0]
     with poisoned_memory():
-        out = ops.attention_varlen(qkv, seq_lens, backend=backend)
-        ours = gradients(lambda x: ops.attention_varlen(x, seq_lens, backend=backend), [qkv])[0]
+        out = ops.attention(qkv, seq_lens=seq_lens, backend=backend)
+        ours = gradients(lambda x: ops.attention(x, seq_lens=seq_lens, backend=backend), [qkv])[0]
     assert out.is_contiguous()
     ref, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
     reference.assert_obeys_rule(out, ref, plain)
     for one, exact, usual in zip(*(x.split(list(seq_lens)) for x in (out, ref, plain)), strict=True):
         reference.assert_obeys_rule(one, exact, usual)
     exact = _exact_gradient(lambda x: _each_sequence(reference.attention, x, seq_lens), qkv)
-    plain = gradients(lambda x: ops.attention_varlen(x, seq_lens), [qkv])[0]
+    plain = gradients(lambda x: ops.attention(x, seq_lens=seq_lens), [qkv])[0]
     _assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
@@ -334,7 +334,7 @@ def _assert_one_step(y: Tensor, exact: Tensor, usual: Tensor, scale: float) -> N
 def test_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_len: int, head_dim: int) -> None:
     qkv = _spread(1 if seq_len > 100 else 2, seq_len, dtype, head_dim)
     with poisoned_memory():
-        y = ops.attention_fp8(qkv, 0.1, backend=backend)
+        y = ops.attention(qkv, scale=0.1, backend=backend)
     _assert_one_step(y, reference.attention(qkv), _plain(qkv), 0.1)
 
 
@@ -344,7 +344,7 @@ def test_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_
 def test_varlen_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
     qkv = _spread(1, sum(seq_lens), dtype)[0]
     with poisoned_memory():
-        y = ops.attention_varlen_fp8(qkv, seq_lens, 0.1, backend=backend)
+        y = ops.attention(qkv, seq_lens=seq_lens, scale=0.1, backend=backend)
     exact, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
     _assert_one_step(y, exact, plain, 0.1)
 
@@ -360,10 +360,10 @@ def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len
     qkv, rounding = _qkv(1, seq_len, dtype=dtype), max(torch.finfo(dtype).eps / 2, 1e-6)
     packed, seq_lens = qkv[0], (seq_len - 7, 7)
     for y, out in (
-        (ops.attention_fp8(qkv, scale, backend=backend), ops.attention(qkv, backend=backend)),
+        (ops.attention(qkv, scale=scale, backend=backend), ops.attention(qkv, backend=backend)),
         (
-            ops.attention_varlen_fp8(packed, seq_lens, scale, backend=backend),
-            ops.attention_varlen(packed, seq_lens, backend=backend),
+            ops.attention(packed, seq_lens=seq_lens, scale=scale, backend=backend),
+            ops.attention(packed, seq_lens=seq_lens, backend=backend),
         ),
     ):
         ends = [_quantized(out.double() * (1 + sign * rounding), scale) for sign in (-1, 1)]
@@ -375,7 +375,7 @@ def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len
 def test_fp8_of_strided_input_is_that_of_a_copy(backend: str, layout: str) -> None:
     qkv = STRIDES[layout](_qkv(3, 19, dtype=torch.float64 if backend == "torch" else torch.float16))
     copy = qkv.clone(memory_format=torch.contiguous_format)
-    both = [ops.attention_fp8(x, 0.01, backend=backend) for x in (qkv, copy)]
+    both = [ops.attention(x, scale=0.01, backend=backend) for x in (qkv, copy)]
     assert reference.e4m3_steps(*both).max() <= (layout == "misaligned")
     assert both[0].shape == (*qkv.shape[:2], *qkv.shape[-2:])
     assert both[0].is_contiguous()
@@ -384,7 +384,7 @@ def test_fp8_of_strided_input_is_that_of_a_copy(backend: str, layout: str) -> No
 @each_backend
 def test_fp8_of_nothing_is_nothing(backend: str) -> None:
     for shape in ((0, 5), (2, 0)):
-        y = ops.attention_fp8(_qkv(*shape), 0.1, backend=backend)
+        y = ops.attention(_qkv(*shape), scale=0.1, backend=backend)
         assert (y.shape, y.dtype) == ((*shape, 2, 64), E4M3)
 
 
@@ -392,8 +392,8 @@ def test_fp8_of_nothing_is_nothing(backend: str) -> None:
 def test_fp8_is_for_inference(backend: str) -> None:
     qkv = _qkv(1, 5).requires_grad_()
     for run in (
-        lambda: ops.attention_fp8(qkv, 0.1, backend=backend),
-        lambda: ops.attention_varlen_fp8(qkv[0], (2, 3), 0.1, backend=backend),
+        lambda: ops.attention(qkv, scale=0.1, backend=backend),
+        lambda: ops.attention(qkv[0], seq_lens=(2, 3), scale=0.1, backend=backend),
     ):
         with pytest.raises(BackendError, match="inference only"):
             run()
@@ -405,8 +405,8 @@ def test_fp8_is_for_inference(backend: str) -> None:
 def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(qkv: Tensor, reason: str) -> None:
         for run in (
-            lambda: ops.attention_fp8(qkv, 0.1, backend="triton"),
-            lambda: ops.attention_varlen_fp8(qkv[0], (4, 5), 0.1, backend="triton"),
+            lambda: ops.attention(qkv, scale=0.1, backend="triton"),
+            lambda: ops.attention(qkv[0], seq_lens=(4, 5), scale=0.1, backend="triton"),
         ):
             with pytest.raises(BackendError, match=reason):
                 run()
@@ -417,14 +417,14 @@ def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         refused(qkv[..., :48], "takes a head_dim of 32, 64, 128, got 48")
         monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
         refused(qkv, "needs a device with e4m3, sm_89 or newer, got sm_86")
-        assert ops.attention_fp8(qkv, 0.1).dtype == E4M3  # torch's form runs anywhere
+        assert ops.attention(qkv, scale=0.1).dtype == E4M3  # torch's form runs anywhere
 
 
 @runs_triton
 def test_fp8_compiled_whole() -> None:
     def step(qkv: Tensor) -> Tensor:
-        packed = ops.attention_varlen_fp8(qkv.flatten(0, 1), (3, 1, 6), 0.05, backend="triton")
-        return torch.stack([ops.attention_fp8(qkv, 0.1, backend="triton").float().flatten(0, 1), packed.float()])
+        packed = ops.attention(qkv.flatten(0, 1), seq_lens=(3, 1, 6), scale=0.05, backend="triton")
+        return torch.stack([ops.attention(qkv, scale=0.1, backend="triton").float().flatten(0, 1), packed.float()])
 
     qkv = _qkv(2, 5)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -467,24 +467,10 @@ def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
             assert ops.attention(_qkv(2, 9, dtype=torch.float16)).is_contiguous()
 
 
-def test_flash_attention_of_torch_by_name() -> None:
-    qkv = _qkv(2, 9, dtype=torch.bfloat16)
-    out = ops.attention(qkv, backend="sdpa_flash")
-    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
-    packed = ops.attention_varlen(qkv.flatten(0, 1), (9, 9), backend="sdpa_flash")
-    torch.testing.assert_close(packed.unflatten(0, (2, 9)), out)
-
-
 DENSE_REFUSALS = [
     ("triton", torch.float64, 64, 0.0, r"takes fp16, bf16 and fp32, got torch\.float64"),
     ("triton", torch.float16, 48, 0.0, "takes a head_dim of 32, 64, 128, got 48"),
     ("triton", torch.float16, 64, 0.1, "has no dropout, asked for with p = 0.1"),
-    ("sdpa_cudnn", torch.float32, 64, 0.0, "takes float16, bfloat16, got torch.float32"),
-    ("sdpa_cudnn", torch.float16, 136, 0.0, "takes a head_dim up to 128, got 136"),
-    ("sdpa_flash", torch.float32, 64, 0.0, "takes float16, bfloat16, got torch.float32"),
-    ("sdpa_flash", torch.float16, 264, 0.0, "takes a head_dim up to 256, got 264"),
-    ("sdpa_efficient", torch.float64, 64, 0.0, "takes float16, bfloat16, float32, got torch.float64"),
-    ("sdpa_efficient", torch.float16, 12, 0.0, "takes a head_dim that 8 divides, got 12"),
 ]
 
 
@@ -494,46 +480,48 @@ def test_refusals_say_why(backend: str, dtype: torch.dtype, head_dim: int, dropo
     with FakeTensorMode():
         qkv = torch.empty(2, 9, 3, 2, head_dim, device="cuda", dtype=dtype)
         with pytest.raises(BackendError, match=reason):
-            ops.attention(qkv, dropout_p, backend=backend)
+            ops.attention(qkv, dropout_p=dropout_p, backend=backend)
         with pytest.raises(BackendError, match=reason):
-            ops.attention_varlen(qkv[0], (4, 5), dropout_p, backend=backend)
+            ops.attention(qkv[0], seq_lens=(4, 5), dropout_p=dropout_p, backend=backend)
 
 
 def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = _qkv(1, 9).cpu()
-    for backend in ("sdpa_cudnn", "sdpa_efficient", "xformers"):
-        with pytest.raises(BackendError, match="needs a cuda tensor, got one on cpu"):
-            ops.attention(cpu, backend=backend)
-    with pytest.raises(BackendError, match="no dropout on the CPU"):
-        ops.attention(cpu, 0.5, backend="sdpa_flash")
+    with pytest.raises(BackendError, match="needs a cuda tensor, got one on cpu"):
+        ops.attention(_qkv(1, 9).cpu(), backend="xformers")
+    with pytest.raises(
+        BackendError, match=r"attention\.probabilities: there is no backend 'xformers', only torch, triton"
+    ):
+        ops.attention_probabilities(_qkv(1, 9), backend="xformers")
     with FakeTensorMode():
         qkv = torch.empty(2, 1, 3, 2, 64, device="cuda", dtype=torch.float16)
-        with pytest.raises(BackendError, match="no sequence of one token"):
-            ops.attention(qkv, backend="sdpa_cudnn")
         packed = torch.empty(9, 3, 2, 64, device="cuda", dtype=torch.float16)
-        with pytest.raises(BackendError, match="no sequence of one token"):
-            ops.attention_varlen(packed, (8, 1), backend="sdpa_cudnn")
         with pytest.raises(BackendError, match=r"has no dropout, asked for with p = 0\.5"):
-            ops.attention_varlen(packed, (4, 5), 0.5, backend="varlen_attn")
-        with pytest.raises(BackendError, match=r"takes float16, bfloat16, got torch\.float32"):
-            ops.attention_varlen(packed.float(), (4, 5), backend="varlen_attn")
+            ops.attention(packed, seq_lens=(4, 5), dropout_p=0.5, backend="varlen_attn")
+        with pytest.raises(BackendError, match=r"takes fp16 and bf16, got torch\.float32"):
+            ops.attention(packed.float(), seq_lens=(4, 5), backend="varlen_attn")
+        with pytest.raises(BackendError, match="takes a head_dim up to 256, got 320"):
+            ops.attention(packed.repeat(1, 1, 1, 5), seq_lens=(4, 5), backend="varlen_attn")
         monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", True)
-        with pytest.raises(BackendError, match=r"takes float16, bfloat16, float32, got torch\.float64"):
+        with pytest.raises(BackendError, match=r"takes fp16, bf16 and fp32, got torch\.float64"):
             ops.attention(qkv.double(), backend="xformers")
+        with pytest.raises(BackendError, match="takes a head_dim that 8 divides, got 12"):
+            ops.attention(qkv[..., :12], backend="xformers")
+        for backend in ("varlen_attn", "xformers"):
+            with pytest.raises(BackendError, match="writes no e4m3"):
+                ops.attention(packed, seq_lens=(4, 5), scale=0.1, backend=backend)
         monkeypatch.setenv("XFORMERS_DISABLED", "1")
         with pytest.raises(BackendError, match="switched off by XFORMERS_DISABLED"):
             ops.attention(qkv, backend="xformers")
         monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", False)
         with pytest.raises(BackendError, match="xformers, which is not installed"):
-            ops.attention_varlen(packed, (4, 5), backend="xformers")
+            ops.attention(packed, seq_lens=(4, 5), backend="xformers")
 
 
 @each_backend
 def test_lengths_that_do_not_sum_up_are_refused(backend: str) -> None:
     for seq_lens in ((4, 8), (4, 4)):
-        for run in (ops.attention_varlen, lambda qkv, *rest, **kw: ops.attention_varlen_fp8(qkv, *rest, 0.1, **kw)):
-            with pytest.raises(ValueError, match=rf"seq_lens sum to {sum(seq_lens)}, but qkv has 10 tokens"):
-                run(random(10, 3, 2, 64), seq_lens, backend=backend)
+        with pytest.raises(ValueError, match=rf"seq_lens sum to {sum(seq_lens)}, but qkv has 10 tokens"):
+            ops.attention(random(10, 3, 2, 64), seq_lens=seq_lens, backend=backend)
 
 
 @each_backend
@@ -564,7 +552,7 @@ def test_probabilities_of_any_length_are_one_graph() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("backend", ["sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen_attn", "xformers"])
+@pytest.mark.parametrize("backend", ["varlen_attn", "xformers"])
 def test_peers_obey_the_rule(backend: str) -> None:
     if backend == "xformers":
         pytest.importorskip("xformers.ops")
@@ -576,9 +564,16 @@ def test_peers_obey_the_rule(backend: str) -> None:
         gradient, exact = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0], reference.attention
         reference.assert_obeys_rule(gradient, _exact_gradient(exact, qkv), gradients(_plain, [qkv])[0])
     packed, seq_lens = qkv.flatten(0, 1), (200, 57, 257)
-    out = ops.attention_varlen(packed, seq_lens, backend=backend)
+    out = ops.attention(packed, seq_lens=seq_lens, backend=backend)
     ref, plain = (_each_sequence(f, packed, seq_lens) for f in (reference.attention, _plain))
     reference.assert_obeys_rule(out, ref, plain)
+
+
+def test_fx_traces_attention_and_its_weights() -> None:
+    qkv = _qkv(2, 5)
+    for function in (ops.attention, ops.attention_probabilities):
+        traced = torch.fx.symbolic_trace(lambda x: function(x))  # noqa: B023
+        assert torch.equal(traced(qkv), function(qkv))
 
 
 # The registered ops
@@ -591,23 +586,17 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
     skip_without_opcheck()
     qkv = _qkv(3, 5, heads=1, head_dim=32).transpose(0, 1) if strided else _qkv(5, 3, heads=1, head_dim=32)
     qkv.requires_grad_(requires_grad)
-    packed = qkv[:, 1].detach().requires_grad_(requires_grad)
-    cu_seqlens = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE)
+    packed = qkv[:, 1:2].detach().transpose(0, 1).requires_grad_(requires_grad)
+    packing = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE), 4
     library = torch.ops.dinov2_fast
-    torch.library.opcheck(library.attention.default, (qkv,))
-    torch.library.opcheck(library.attention_varlen.default, (packed, cu_seqlens, 4))
+    torch.library.opcheck(library.attention.default, (qkv, None, None, None))
+    torch.library.opcheck(library.attention.default, (packed, *packing, None))
     torch.library.opcheck(library.attention_probabilities.default, (qkv, 0, 3, 2))
     if strided and not requires_grad:
-        torch.library.opcheck(library.attention_fp8.default, (qkv, 0.1))
-        torch.library.opcheck(library.attention_varlen_fp8.default, (packed, cu_seqlens, 4, 0.1))
-        torch.library.opcheck(library.attention_forward.default, (qkv,))
-        torch.library.opcheck(library.attention_varlen_forward.default, (packed, cu_seqlens, 4))
-        torch.library.opcheck(library.attention_probabilities_forward.default, (qkv, 0, 3, 2))
-        out, lse = library.attention_forward(qkv)
-        torch.library.opcheck(library.attention_backward.default, (qkv[:, :, 0], qkv, out, lse))
-        out, lse = library.attention_varlen_forward(packed, cu_seqlens, 4)
-        backward = (packed[:, 0], packed, out, lse, cu_seqlens, 4)
-        torch.library.opcheck(library.attention_varlen_backward.default, backward)
+        for x, lengths in ((qkv, (None, None)), (packed, packing)):
+            torch.library.opcheck(library.attention.default, (x, *lengths, 0.1))
+            saved = library.attention(x, *lengths, None)
+            torch.library.opcheck(library.attention_backward.default, (x[:, :, 0], x, *saved, *lengths))
 
 
 @runs_triton
@@ -615,21 +604,14 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
 def test_fakes_have_the_strides_of_results(strided: bool) -> None:
     """`opcheck` does not look at strides."""
     qkv = _qkv(3, 5).transpose(0, 1) if strided else _qkv(5, 3)
-    packed, cu_seqlens = qkv[:, 1], torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE)
+    packed = qkv[:, 1:2].transpose(0, 1)
+    packing = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE), 4
     library = torch.ops.dinov2_fast
-    saved, packed_saved = library.attention_forward(qkv), library.attention_varlen_forward(packed, cu_seqlens, 4)
-    calls = [
-        (library.attention, (qkv,)),
-        (library.attention_fp8, (qkv, 0.1)),
-        (library.attention_varlen_fp8, (packed, cu_seqlens, 4, 0.1)),
-        (library.attention_forward, (qkv,)),
-        (library.attention_backward, (qkv[:, :, 0], qkv, *saved)),
-        (library.attention_varlen, (packed, cu_seqlens, 4)),
-        (library.attention_varlen_forward, (packed, cu_seqlens, 4)),
-        (library.attention_varlen_backward, (packed[:, 0], packed, *packed_saved, cu_seqlens, 4)),
-        (library.attention_probabilities, (qkv, 0, 3, 2)),
-        (library.attention_probabilities_forward, (qkv, 0, 3, 2)),
-    ]
+    calls = [(library.attention_probabilities, (qkv, 0, 3, 2))]
+    for x, lengths in ((qkv, (None, None)), (packed, packing)):
+        saved = library.attention(x, *lengths, None)
+        calls += [(library.attention, (x, *lengths, scale)) for scale in (None, 0.1)]
+        calls += [(library.attention_backward, (x[:, :, 0], x, *saved, *lengths))]
     for op, args in calls:
         with FakeTensorMode() as mode:
             fakes = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
@@ -641,7 +623,7 @@ def test_fakes_have_the_strides_of_results(strided: bool) -> None:
 def test_compiled_whole_with_gradients() -> None:
     def step(qkv: Tensor) -> Tensor:
         out = ops.attention(qkv, backend="triton") * 2
-        packed = ops.attention_varlen(qkv.flatten(0, 1), (3, 1, 6), backend="triton")
+        packed = ops.attention(qkv.flatten(0, 1), seq_lens=(3, 1, 6), backend="triton")
         p = ops.attention_probabilities(qkv, slice(0, 1), backend="triton")
         return out.sum((1, 2)) + packed.sum() + p.square().sum()
 
@@ -658,7 +640,7 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) 
     qkv = _qkv(1, 5, dtype=dtype).requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = ops.attention(qkv, backend=backend)
-        packed = ops.attention_varlen(qkv[0], (2, 3), backend=backend)
+        packed = ops.attention(qkv[0], seq_lens=(2, 3), backend=backend)
         p = ops.attention_probabilities(qkv, backend=backend)
         assert out.dtype == packed.dtype == F.scaled_dot_product_attention(*qkv.unbind(2)).dtype == torch.bfloat16
         assert p.dtype == ops.attention_probabilities(qkv, backend="torch").dtype
@@ -684,7 +666,7 @@ def test_the_surroundings_of_results_stay_untouched(monkeypatch: pytest.MonkeyPa
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, "new_empty", between_strips)
                 gradients(lambda x: ops.attention(x, backend="triton"), [qkv])
-                gradients(lambda x: ops.attention_varlen(x, seq_lens, backend="triton"), [qkv[0]])  # noqa: B023
+                gradients(lambda x: ops.attention(x, seq_lens=seq_lens, backend="triton"), [qkv[0]])  # noqa: B023
                 ops.attention_probabilities(qkv, slice(0, 3), backend="triton")
     assert len(strips) == 2 * 4 * (2 * 4 + 1)  # out, lse, dqkv and delta; p
     assert all((strip == -1234.0).all() for strip in strips)
@@ -707,7 +689,7 @@ def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtyp
         packed = qkv.flatten(0, 1)
         return [
             *gradients(lambda x: ops.attention(x, backend="triton"), [qkv]),
-            *gradients(lambda x: ops.attention_varlen(x, seq_lens, backend="triton"), [packed]),
+            *gradients(lambda x: ops.attention(x, seq_lens=seq_lens, backend="triton"), [packed]),
             ops.attention(qkv, backend="triton"),
             ops.attention_probabilities(qkv, slice(0, 17), backend="triton"),
         ]
@@ -728,7 +710,7 @@ def test_more_than_two_to_the_31_elements(form: str) -> None:
         if form == "dense":
             out = ops.attention(qkv, backend="triton")
         else:
-            packed = ops.attention_varlen(qkv.flatten(0, 1), (seq_len,) * len(qkv), backend="triton")
+            packed = ops.attention(qkv.flatten(0, 1), seq_lens=(seq_len,) * len(qkv), backend="triton")
             out = packed.unflatten(0, (-1, seq_len))
         return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
 
@@ -756,7 +738,7 @@ def test_cuda_graphs_and_streams(on_a_side_stream: bool) -> None:
 
     def run() -> list[Tensor]:
         out = ops.attention(qkv, backend="triton")
-        packed = ops.attention_varlen(qkv.flatten(0, 1), seq_lens, backend="triton")
+        packed = ops.attention(qkv.flatten(0, 1), seq_lens=seq_lens, backend="triton")
         p = ops.attention_probabilities(qkv, slice(0, 1), backend="triton")
         gradient = torch.autograd.grad([out, packed], qkv, [dout, dout.flatten(0, 1)])
         return [out, packed, p, *gradient]

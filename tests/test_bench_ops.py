@@ -16,6 +16,7 @@ from bench.accuracy import worst_error
 from bench.workloads import WORKLOADS, Workload
 from dinov2_fast import backends
 from dinov2_fast.configs import BACKBONES
+from dinov2_fast.ops import dispatch
 
 TINY = ops_bench.Shape(
     dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=64, num_heads=2),
@@ -45,7 +46,8 @@ def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
 
 
 def test_every_op_has_a_row_and_every_row_an_op() -> None:
-    assert {workload.op for workload in WORKLOADS} == set(backends.ops())
+    forms = [op.name_of(form) for op in dispatch.ops().values() for form in op.samples]
+    assert {workload.op for workload in WORKLOADS} == {*backends.ops(), *forms}
     labels = [workload.label for workload in WORKLOADS]
     assert len(set(labels)) == len(labels)
 
@@ -121,7 +123,7 @@ def test_the_floor_comes_from_bytes_or_from_products() -> None:
     def work(name: str, backward: bool) -> tuple[int, float]:
         workload = _workload(name)
         arguments = ops_bench.recorded(workload.arguments(TINY), backward)
-        function = ops_bench.op_of(workload).implementations[0].function
+        function = ops_bench.implementations(workload)[0].function
         return ops_bench.work(workload, TINY, function, arguments, backward)
 
     stream, vector = 4 * 2 * 5 * 64, 4 * 64  # bytes: fp32, 2 pictures of 5 tokens, hidden 64
@@ -130,8 +132,8 @@ def test_the_floor_comes_from_bytes_or_from_products() -> None:
     assert work("add_layer_norm", False) == (4 * stream + 3 * vector, 0.0)
     assert work("gather_rows", False) == (2 * 4 * (5 + 50) * 64, 0.0)  # read and written
     assert work("add_residual", True) == (3 * stream + 2 * vector, 0.0)
-    assert work("attention", False) == (4 * stream, 4 * 2 * 5 * 5 * 64)
-    assert work("attention", True)[1] == 2.5 * 4 * 2 * 5 * 5 * 64
+    assert work("attention.batch", False) == (4 * stream, 4 * 2 * 5 * 5 * 64)
+    assert work("attention.batch", True)[1] == 2.5 * 4 * 2 * 5 * 5 * 64
     x = (torch.zeros(1),)
     assert SPEEDS.floor(2000, 1000, x) == ops_bench.Floor(2e-6, True)
     assert SPEEDS.floor(1000, 2000, x) == ops_bench.Floor(2e-6, False)
@@ -158,17 +160,20 @@ def test_ops_take_turns_on_a_cold_cache() -> None:
 
 @pytest.mark.usefixtures("_short")
 def test_the_torch_implementation_and_its_compiled_form_run_on_a_cpu_only_if_asked() -> None:
-    op = ops_bench.op_of(_workload("gelu"))
-    function, x = op.implementations[0].function, (torch.randn(3, 8),)
-    assert list(ops_bench.candidates(op, function, x, compiled=False)) == [("torch", function)]
-    assert [name for name, _ in ops_bench.candidates(op, function, x, compiled=True)] == ["torch", "torch.compile"]
+    workload = _workload("gelu")
+    function, x = ops_bench.implementations(workload)[0].function, (torch.randn(3, 8),)
+    assert list(ops_bench.candidates(workload, function, x, compiled=False)) == [("torch", function)]
+    assert [name for name, _ in ops_bench.candidates(workload, function, x, compiled=True)] == [
+        "torch",
+        "torch.compile",
+    ]
 
 
 def test_a_compiled_backward_can_be_run_again_and_again(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    op, x12 = ops_bench.op_of(_workload("swiglu")), torch.randn(3, 8, requires_grad=True)
-    function = op.implementations[0].function
-    compiled = dict(ops_bench.candidates(op, function, (x12,), compiled=True))["torch.compile"]
+    workload, x12 = _workload("swiglu"), torch.randn(3, 8, requires_grad=True)
+    function = ops_bench.implementations(workload)[0].function
+    compiled = dict(ops_bench.candidates(workload, function, (x12,), compiled=True))["torch.compile"]
     run, expected = ops_bench.gradients(compiled, (x12,)), ops_bench.gradients(function, (x12,))()[0]
     for _ in range(3):
         torch.testing.assert_close(run()[0], expected)

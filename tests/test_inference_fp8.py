@@ -371,23 +371,17 @@ def test_attention_writes_what_proj_reads(monkeypatch: pytest.MonkeyPatch) -> No
     engine.calibrate(x)
     scales, happened = [own.attention for own in engine.plan.calibration.scales], []
 
-    def spy(name: str, op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any) -> Tensor:
-            happened.append((name, args[-1] if name.endswith("fp8") else None))
-            return op(*args)
+    attention = ops.attention
 
-        return run
+    def noting(qkv: Tensor, *, seq_lens: Any = None, scale: float | None = None) -> Tensor:
+        happened.append((seq_lens is not None, scale))
+        return attention(qkv, seq_lens=seq_lens, scale=scale)
 
-    for name in ("attention", "attention_varlen", "attention_fp8", "attention_varlen_fp8"):
-        monkeypatch.setattr(ops, name, spy(name, getattr(ops, name)))
+    monkeypatch.setattr(ops, "attention", noting)
     monkeypatch.setattr(fp8, "quantize", None)
     engine(x)
     engine.cls_tokens([x, torch.randn(1, 3, 56, 28)])
-    assert happened == [
-        (name + ("_fp8" if i != 1 else ""), scales[i] if i != 1 else None)
-        for name in ("attention", "attention_varlen")
-        for i in range(4)
-    ]
+    assert happened == [(packed, scales[i] if i != 1 else None) for packed in (False, True) for i in range(4)]
 
 
 # What stays in bf16
@@ -496,7 +490,7 @@ def test_the_kernels_compute_the_same(kind: dict[str, Any]) -> None:
         with use_backend(backend):
             chosen = {row.op: row.backend for row in engine.backends() if row.chosen}
             assert set(chosen.values()) == {backend}
-            assert {"layer_norm_fp8", "linear_fp8", "linear_residual_fp8_", "attention_fp8"} < set(chosen)
+            assert {"layer_norm_fp8", "linear_fp8", "linear_residual_fp8_"} < set(chosen)
             assert ("linear_swiglu_fp8" if kind else "linear_gelu_fp8") in chosen
             with poisoned_memory():
                 found = engine.forward_features(x)["x_norm_patchtokens"]
@@ -661,7 +655,6 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
         "speed: no faster than bf16 here: torch's forms of layer_norm_fp8, linear_fp8, linear_gelu_fp8, "
         "linear_residual_fp8_ compute in fp32",
         "linear_fp8=torch",
-        "attention_fp8=torch",
         "linear_gelu=",
     ):
         assert part in text
@@ -674,5 +667,4 @@ def test_print_does_not_call_it_slow_for_attention_alone() -> None:
     with use_backend("layer_norm=triton"):
         assert "speed: no faster than bf16 here: torch's forms of linear_fp8, linear_gelu_fp8, " in str(engine)
     with use_backend("layer_norm=triton,linear=triton"):
-        assert "attention_fp8=torch" in str(engine)
         assert "speed:" not in str(engine)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov2_fast import backends, ops
 from dinov2_fast.backends import tensors_of, use_backend
+from dinov2_fast.ops import dispatch
 from tests import reference
 from tests.devices import on_gpu, runs_cuda
 
@@ -73,10 +74,13 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         lambda: [_x(8, 257, 768), _x(5, 50, 768), _index(4, 1)],
     ),
     "attention": (ops.attention, lambda: [_x(8, 257, 3, 12, 64)]),
-    "attention_varlen": (lambda qkv: ops.attention_varlen(qkv, (257, 1, 300, 50)), lambda: [_x(608, 3, 12, 64)]),
-    "attention_fp8": (lambda qkv: ops.attention_fp8(qkv, 0.01), lambda: [_x(8, 257, 3, 12, 64)]),
-    "attention_varlen_fp8": (
-        lambda qkv: ops.attention_varlen_fp8(qkv, (257, 1, 300, 50), 0.01),
+    "attention varlen": (
+        lambda qkv: ops.attention(qkv, seq_lens=(257, 1, 300, 50)),
+        lambda: [_x(608, 3, 12, 64)],
+    ),
+    "attention e4m3": (lambda qkv: ops.attention(qkv, scale=0.01), lambda: [_x(8, 257, 3, 12, 64)]),
+    "attention varlen e4m3": (
+        lambda qkv: ops.attention(qkv, seq_lens=(257, 1, 300, 50), scale=0.01),
         lambda: [_x(608, 3, 12, 64)],
     ),
     "attention_probabilities": (
@@ -117,7 +121,7 @@ TRAINABLE = [
     *(
         "gather_rows",
         "attention",
-        "attention_varlen",
+        "attention varlen",
         "attention_probabilities",
     ),
 ]
@@ -133,7 +137,7 @@ def _leaves(arguments: list[Any]) -> list[Any]:
 def _results(name: str, arguments: list[Any], train: bool, backend: str = "triton") -> list[Tensor]:
     """Outputs, and when training the gradients of all floating-point arguments."""
     function = CASES[name][0]
-    with use_backend(backend):
+    with use_backend(backend), dispatch.use_backend("triton", strict=True):
         if not train:
             with torch.no_grad():
                 return list(tensors_of([function(*arguments)]))
@@ -166,7 +170,7 @@ each_case = pytest.mark.parametrize(("name", "train", "backend"), [*_cases(CASES
 
 
 def test_every_op_has_a_case() -> None:
-    assert set(ops.__all__) - {"use_backend"} == {name.partition(" on ")[0] for name in CASES}
+    assert set(ops.__all__) - {"use_backend"} == {name.partition(" ")[0] for name in CASES}
 
 
 @on_gpu
@@ -249,21 +253,21 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
 
 
 @on_gpu
-@pytest.mark.parametrize(("name", "backend"), _cases(["layer_norm_fp8", "gelu_fp8", "attention_fp8"]))
+@pytest.mark.parametrize(("name", "backend"), _cases(["layer_norm_fp8", "gelu_fp8", "attention e4m3"]))
 def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
     values = torch.tensor(
         [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0] + 6 * [0.0], device="cuda"
     )
-    with use_backend(backend), torch.no_grad():
+    with use_backend(backend), dispatch.use_backend("triton", strict=True), torch.no_grad():
         if name == "gelu_fp8":
             y = ops.gelu_fp8(values, 1.0).float()
             assert y[0].isnan()
             assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
             assert y[4] == 0
-        elif name == "attention_fp8":  # of one token, whose value is the result
+        elif name == "attention e4m3":  # of one token, whose value is the result
             qkv = torch.zeros(1, 1, 3, 1, 32, device="cuda")
             qkv[..., 2, 0, : len(values)] = values
-            y = ops.attention_fp8(qkv, 1.0)[..., : len(values)].flatten()
+            y = ops.attention(qkv, scale=1.0)[..., : len(values)].flatten()
             assert y[0].float().isnan()
             assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(torch.float8_e4m3fn)).max() == 0
         else:  # a weight of zero makes the bias what is quantised

@@ -88,9 +88,13 @@ def _attention_calls(call: Any) -> list[tuple[int, ...]]:
     """The lengths of the sequences of each call of attention; negative where they ran as a batch."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        batch, varlen = ops.attention, ops.attention_varlen
-        patch.setattr(ops, "attention", lambda qkv: calls.append((-qkv.shape[1],) * len(qkv)) or batch(qkv))
-        patch.setattr(ops, "attention_varlen", lambda qkv, lens: calls.append(lens) or varlen(qkv, lens))
+        attention = ops.attention
+
+        def noting(qkv: Tensor, *, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+            calls.append((-qkv.shape[1],) * len(qkv) if seq_lens is None else seq_lens)
+            return attention(qkv, seq_lens=seq_lens)
+
+        patch.setattr(ops, "attention", noting)
         call()
     return calls
 

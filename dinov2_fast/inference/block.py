@@ -50,7 +50,7 @@ class FoldedAttention(FoldedModule):
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
         """What `proj` reads, (batch, seq_len, heads, head_dim)."""
-        return ops.attention(qkv) if seq_lens is None else ops.attention_varlen(qkv[0], seq_lens)[None]
+        return ops.attention(qkv) if seq_lens is None else ops.attention(qkv[0], seq_lens=seq_lens)[None]
 
 
 class FoldedMlp(FoldedModule):

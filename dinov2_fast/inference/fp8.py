@@ -125,8 +125,8 @@ class Fp8Attention(FoldedAttention):
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
         if seq_lens is None:
-            return ops.attention_fp8(qkv, self.proj.scale)
-        return ops.attention_varlen_fp8(qkv[0], seq_lens, self.proj.scale)[None]
+            return ops.attention(qkv, scale=self.proj.scale)
+        return ops.attention(qkv[0], seq_lens=seq_lens, scale=self.proj.scale)[None]
 
 
 class Fp8Block(FoldedBlock):

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
-from dinov2_fast.backends import choose
-from dinov2_fast.backends import ops as _by_name
 from dinov2_fast.integrations.joining import has_own_forward
+from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.tracing import is_traced
 
 _CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
-_ATTENTION = _by_name()["attention"]
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -89,7 +87,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (q, k, v))
     shaped_as_packed = q.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-    if choose(_ATTENTION, shaped_as_packed, 0.0).backend != "torch":
+    if ATTENTION.choose("batch", (shaped_as_packed, None, 0.0, None)).backend != "torch":
         return ops.attention(torch.stack((q, k, v), dim=2)).flatten(-2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(-2)

@@ -3,13 +3,7 @@
 from dinov2_fast import backends
 from dinov2_fast.backends import use_backend
 from dinov2_fast.ops.activation import activation
-from dinov2_fast.ops.attention import (
-    attention,
-    attention_fp8,
-    attention_probabilities,
-    attention_varlen,
-    attention_varlen_fp8,
-)
+from dinov2_fast.ops.attention import attention, attention_probabilities
 from dinov2_fast.ops.attention_pool import attention_pool
 from dinov2_fast.ops.layer_norm import layer_norm
 from dinov2_fast.ops.linear import (
@@ -31,11 +25,8 @@ __all__ = [
     "activation",
     "add_residual",
     "attention",
-    "attention_fp8",
     "attention_pool",
     "attention_probabilities",
-    "attention_varlen",
-    "attention_varlen_fp8",
     "gather_rows",
     "layer_norm",
     "linear",
