@@ -12,6 +12,7 @@ from torch import Tensor
 from dinov2_fast import environment
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops.dispatch import Implementation
+from dinov2_fast.torch_private import constant_when_traced, is_fake_mode_active
 
 PACKED_KINDS = 1024  # packings whose boundaries are kept: in lists of natural images hardly any comes twice
 _XFORMERS_IS_INSTALLED = _registry.is_installed("xformers")
@@ -22,15 +23,14 @@ def packing(qkv: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, int]:
     return cu_seqlens(tuple(seq_lens), qkv.device), max(seq_lens, default=0)
 
 
-@_registry.constant_when_traced  # the lengths are constants of a compiled graph
+@constant_when_traced  # the lengths are constants of a compiled graph
 def cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: the first token of each sequence, and at the end the number of tokens.
 
     Kept for good: the copy waits for the device, so that it cannot be part of a CUDA graph, and a graph reads it later.
     The first call for some lengths comes before the capture.
     """
-    is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    make = _copy_cu_seqlens.__wrapped__ if is_fake else _copy_cu_seqlens
+    make = _copy_cu_seqlens.__wrapped__ if is_fake_mode_active() else _copy_cu_seqlens
     return make(seq_lens, device)
 
 
@@ -81,7 +81,7 @@ def _refuses_varlen_attn(qkv: Tensor, seq_lens: object, dropout_p: float, scale:
     return _refuses(qkv, seq_lens, dropout_p, scale)
 
 
-@_registry.constant_when_traced
+@constant_when_traced
 def _xformers_is_absent(device: torch.device) -> str | None:
     if not _XFORMERS_IS_INSTALLED:
         return "needs xformers, which is not installed"

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from dinov2_fast.ops import _attention_peers, _fp8, _registry
 from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
+from dinov2_fast.torch_private import softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
 E4M3 = torch.float8_e4m3fn
@@ -138,7 +139,7 @@ class _AttentionProbabilities(torch.autograd.Function):
     def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
         qkv, p = ctx.saved_tensors  # p is there in full, so plain products need no more memory than a kernel would
         q, k = qkv[:, ctx.rows, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
-        dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) * qkv.shape[-1] ** -0.5
+        dscores = softmax_backward(dp, p) * qkv.shape[-1] ** -0.5
         dqkv = qkv.new_zeros(qkv.shape)
         dqkv[:, ctx.rows, 0] = (dscores @ k).transpose(1, 2)
         dqkv[:, :, 1] = (dscores.transpose(-2, -1) @ q).transpose(1, 2)

@@ -154,7 +154,7 @@ class Op:
         Raises:
             BackendError: the implementation that was asked for cannot run them, or none can.
         """
-        x = args[0]
+        x = args[0][0] if type(args[0]) is list else args[0]
         if backend is None and type(x) in _PLAIN and not torch.compiler.is_compiling():
             setting = _setting
             key = self, form, x.device, x.dtype, self._has_inference_only and records_gradient(args)
