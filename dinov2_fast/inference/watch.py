@@ -20,14 +20,46 @@ class ModelWatch:
     """Remembers what a model computes with: its weights and its settings.
 
     A weight counts as changed if its data lie elsewhere (``.to``), if its version moved (any write in place that
-    autograd sees), or if an optimizer of torch made a step on it (fused ones move no version). Settings are everything
-    else: which tensors, submodules and forward hooks there are, the attributes of modules and of their `config`, and
-    the classes of modules with what these define. Not seen are writes through ``.data``, a NumPy view or the storage,
-    since no value is looked at, and functions of a library replaced in its Python modules.
+    autograd sees), or if an optimizer of torch made a step on it (fused ones move no version). For settings see
+    `SettingsWatch`. Not seen are writes through ``.data``, a NumPy view or the storage, since no value is looked at,
+    and functions of a library replaced in its Python modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = modules = list(model.modules())
+        modules = list(model.modules())
+        self._settings = SettingsWatch(modules)
+        places = [place for m in modules for place in (m._parameters, m._buffers, vars(m))]
+        found = [value for place in places for value in place.values() if isinstance(value, Tensor)]
+        self._tensors = list({id(tensor): tensor for tensor in found}.values())
+        self._pointers = list(map(_pointer, self._tensors))
+        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
+        self._versions = [tensor._version for tensor in self._counting]
+        self._stepped = False
+        _follow_optimizers().add(self)
+
+    def changed(self) -> bool:
+        """Whether anything is not what it was."""
+        return self._weights_changed() or self._settings.changed()
+
+    def _weights_changed(self) -> bool:
+        """Whether a tensor was written to or moved."""
+        versions = [tensor._version for tensor in self._counting]
+        return self._stepped or versions != self._versions or list(map(_pointer, self._tensors)) != self._pointers
+
+    def see_step(self, parameters: set[int]) -> None:
+        """Learns that an optimizer wrote to the tensors with these identities."""
+        self._stepped = self._stepped or not parameters.isdisjoint(map(id, self._tensors))
+
+
+class SettingsWatch:
+    """Remembers what modules are, but for the values of their tensors.
+
+    That is: which tensors, submodules and forward hooks there are, the attributes of modules and of their `config`, and
+    the classes of modules with what these define. Modules inside them are watched only if they are given, too.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = modules = list(modules)
         self._kinds = list(map(type, modules))
         hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         slots = [slots for m in modules for slots in (m._parameters, m._buffers, m._modules)]
@@ -39,25 +71,9 @@ class ModelWatch:
         self._attributes = [_Attributes(each, _of_torch()) for each in attributes]
         self._attributes += [_Attributes(each) for each in _configs(modules)]
         self._classes = [(kind, dict(vars(kind))) for kind in _classes(self._kinds)]
-        found = [value for each in (*slots, *attributes) for value in each.values() if isinstance(value, Tensor)]
-        self._tensors = list({id(tensor): tensor for tensor in found}.values())
-        self._pointers = list(map(_pointer, self._tensors))
-        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
-        self._versions = [tensor._version for tensor in self._counting]
-        self._stepped = False
-        _follow_optimizers().add(self)
 
     def changed(self) -> bool:
         """Whether anything is not what it was."""
-        return self._weights_changed() or self._settings_changed()
-
-    def _weights_changed(self) -> bool:
-        """Whether a tensor was written to or moved."""
-        versions = [tensor._version for tensor in self._counting]
-        return self._stepped or versions != self._versions or list(map(_pointer, self._tensors)) != self._pointers
-
-    def _settings_changed(self) -> bool:
-        """Whether anything but the values of tensors is not what it was."""
         return (
             sum(map(len, self._growing)) != self._size
             or list(map(type, self._modules)) != self._kinds
@@ -65,10 +81,6 @@ class ModelWatch:
             or any(each.changed() for each in self._attributes)
             or any(vars(kind) != attributes for kind, attributes in self._classes)
         )
-
-    def see_step(self, parameters: set[int]) -> None:
-        """Learns that an optimizer wrote to the tensors with these identities."""
-        self._stepped = self._stepped or not parameters.isdisjoint(map(id, self._tensors))
 
 
 class _Attributes:
