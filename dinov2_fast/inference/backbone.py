@@ -39,7 +39,8 @@ class Plan:
     `dtype` is that of linears and activations, `stream` of the residual stream; `outputs` is "auto", "cls" or "all";
     `mean` and `std` are those with which uint8 pictures are normalised; `max_tokens` of a list run at a time, None
     for all. With `e4m3` the linears of blocks are in e4m3, but for the blocks `skip_layers`, with the scales of
-    `calibration`. `norm` is "pass" or, where `stream` is `dtype` and nothing is e4m3, "folded".
+    `calibration`. `norm` is "pass" or, where `stream` is `dtype` and nothing is e4m3, "folded". With `follow_weights`
+    changes of the model are noticed.
     """
 
     dtype: torch.dtype
@@ -53,6 +54,7 @@ class Plan:
     calibration: Calibration | None = None
     cuda_graphs: bool | str = "auto"
     norm: str = "pass"
+    follow_weights: bool = True
 
 
 class FoldedPatchEmbed(FoldedModule, PatchEmbed):

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+T = TypeVar("T")
+
 _version = attrgetter("_version")
 _END = object()
+
+
+def run_up_to_date(run: Callable[[], T], changed: Callable[[], bool], renew: Callable[[], None], device: Any) -> T:
+    """What `run` returns once `renew` was called if `changed`.
+
+    Where kernels are asynchronous, `run` comes first, and `changed` is asked while the device computes. If it says yes,
+    what `run` returned or raised is dropped, and it runs again.
+    """
+    if not is_asynchronous(device):
+        if changed():
+            renew()
+        return run()
+    try:
+        result = run()
+    except Exception:
+        if not changed():
+            raise
+    else:
+        if not changed():
+            return result
+    renew()
+    return run()
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether a call returns before the device has computed its result."""
+    return device.type == "cuda"
 
 
 class ModelWatch:
