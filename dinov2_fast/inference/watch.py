@@ -38,6 +38,7 @@ def run_up_to_date(run: Callable[[], T], changed: Callable[[], bool], renew: Cal
     else:
         if not changed():
             return result
+        del result  # its memory serves the second run
     renew()
     return run()
 
