@@ -20,7 +20,9 @@ _version = attrgetter("_version")
 _END = object()
 
 
-def run_up_to_date(run: Callable[[], T], changed: Callable[[], bool], renew: Callable[[], None], device: Any) -> T:
+def run_up_to_date(
+    run: Callable[[], T], changed: Callable[[], bool], renew: Callable[[], None], device: torch.device
+) -> T:
     """What `run` returns once `renew` was called if `changed`.
 
     Where kernels are asynchronous, `run` comes first, and `changed` is asked while the device computes. If it says yes,
