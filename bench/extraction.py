@@ -381,7 +381,9 @@ def mode_of(peer: Peer) -> str:
 
 def _pipeline(peer: Peer, setting: Setting, models: Models, workers: int) -> Pipeline:
     if peer is OURS:
-        engine = optimize_for_inference(models.ours, setting.precision, outputs="all", allow_slow=True)
+        engine = optimize_for_inference(
+            models.ours, setting.precision, outputs="all", allow_slow=True, follow_weights=False
+        )
         return Ours(setting, engine, workers)
     return Theirs(peer, setting, models.get(peer, DTYPES[setting.precision]), workers)
 

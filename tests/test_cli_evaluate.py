@@ -67,7 +67,8 @@ def as_percent(accuracy: Any) -> dict[str, float]:
     return {"top1": pytest.approx(100 * accuracy.top1), "top5": pytest.approx(100 * accuracy.top5)}
 
 
-def test_the_features_are_the_models(photos: Path, checkpoint: str) -> None:
+def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dinov2_fast.inference.engine.ModelWatch")  # nobody else has the model
     args = _parser().parse_args(["knn", "train", "--model", checkpoint, "--batch-size", "16", *COMMON])
     (read,) = labelled.read_all(args, [str(photos / "test")], blocks=4)
     expected, labels = tokens_of(photos / "test", checkpoint, 4)

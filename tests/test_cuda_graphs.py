@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import cuda_graphs
+from dinov2_fast.inference import cuda_graphs, watch
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.waiting import NoWaiting
+from dinov2_fast.inference.watch import ModelWatch
 from tests.devices import DEVICE, on_gpu, runs_triton
 from tests.huggingface_peers import make_pair, pictures
 from tests.test_model import small
@@ -222,6 +223,45 @@ def test_modes_of_autograd_mix() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(engine(x) + 1, second)
     assert fake.count("capture") == 1
+
+
+def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
+    """Adds each look for changes to what happened, in the order of a GPU."""
+    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
+    changed = ModelWatch.changed
+    monkeypatch.setattr(ModelWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
+
+
+@torch.no_grad()
+def test_changes_are_looked_for_while_the_device_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), random()
+    engine, fake = with_graphs(model)
+    before = engine(x)
+    _noting_checks(monkeypatch, fake)
+    fake.happened.clear()
+    assert torch.equal(engine(x), before)
+    assert fake.happened == ["begin", "replay", "end", "check"]
+    model.norm.bias.add_(1)
+    fake.happened.clear()
+    after = engine(x)
+    torch.testing.assert_close(after, model(x), atol=1e-5, rtol=1e-5)
+    dropped, again = ["begin", "replay", "end", "check"], ["wait", "forget", "capture", "begin", "replay", "end"]
+    assert fake.happened == dropped + again
+    fake.happened.clear()
+    assert torch.equal(engine(x), after)
+    assert fake.happened == ["begin", "replay", "end", "check"]
+
+
+@torch.no_grad()
+def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), random(2, 4, 42, 56)
+    engine, fake = with_graphs(model)
+    _noting_checks(monkeypatch, fake)
+    with pytest.raises(ValueError, match="takes 3 channels, got 4"):
+        engine(x)
+    assert fake.count("check") == 1
+    model.patch_embed = small(in_chans=4).patch_embed
+    torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 # What has a graph of its own

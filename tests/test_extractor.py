@@ -62,6 +62,7 @@ def test_bytes_arrays_and_pictures_have_the_features_of_the_model(weights: str, 
         np.testing.assert_allclose(found["patches"], patches, atol=2e-5)
         assert found["error"].tolist() == [None] * 5
     assert isinstance(extractor.outputs.model, Engine) == engine
+    assert not engine or not extractor.outputs.model.plan.follow_weights
 
 
 def test_one_array_is_a_batch_of_pictures() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import optimize_for_inference, use_backend
+from dinov2_fast.inference import watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.layers import Mlp
@@ -396,6 +397,13 @@ CHANGES = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["check first", "run first"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes are looked for before a call, as on a CPU, and after it, as on a GPU."""
+    monkeypatch.setattr(watch, "is_asynchronous", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_engine_follows_its_model(change: Any) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
@@ -423,6 +431,7 @@ EDITS = {
 }
 
 
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize(("edit", "reason"), EDITS.values(), ids=EDITS)
 def test_what_an_engine_cannot_compute_is_refused_before_and_after(edit: Any, reason: str) -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
@@ -508,6 +517,25 @@ def test_what_an_engine_cannot_see_needs_refresh() -> None:
         engine.position_dialect = "size"
     assert engine.position_dialect == "antialias"
     assert (engine.embed_dim, engine.patch_size, engine.patch_embed.num_patches) == (32, 14, 25)
+
+
+@torch.no_grad()
+def test_an_engine_that_does_not_follow_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), torch.randn(1, 3, 56, 56)
+    with monkeypatch.context() as patched:
+        patched.delattr("dinov2_fast.inference.engine.ModelWatch")  # it makes none
+        engine = optimize_for_inference(model, "fp32", follow_weights=False)
+        assert "changes of the model: not noticed: call refresh()" in str(engine)
+        engines = [engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))]
+        before = engine(x)
+        for each in engines:
+            each._model.norm.bias.add_(1)
+            each._model.position_dialect = "antialias"
+            assert torch.equal(each(x), before)
+            each.refresh()
+            torch.testing.assert_close(each(x), each._model(x), atol=1e-5, rtol=1e-5)
+            assert not torch.equal(each(x), before)
+    assert "changes of the model: noticed at the next call" in str(optimize_for_inference(model))
 
 
 @pytest.mark.parametrize("made", ["deepcopy", "pickle", "pickle of both"])

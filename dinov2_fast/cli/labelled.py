@@ -257,7 +257,7 @@ def _read_pictures(args: argparse.Namespace, folders: Sequence[str], blocks: int
         args.model, weights=args.weights, device=find_device(args.device), dtype="float32", dialect=args.dialect
     )
     processor = processor_for(args.model, args.size)
-    engine = dinov2_fast.optimize_for_inference(model, args.precision)
+    engine = dinov2_fast.optimize_for_inference(model, args.precision, follow_weights=False)
     source = Source(args.model, model.loaded_from, model.n_blocks)
     return [
         _run_model(folder, listed, engine, processor, args, min(blocks, model.n_blocks), source)

@@ -194,7 +194,8 @@ def load_model(
         loaded.stride = stride
     if not engine:
         return loaded
-    return optimize_for_inference(loaded, precision, mean=processor.image_mean, std=processor.image_std)
+    mean, std = processor.image_mean, processor.image_std
+    return optimize_for_inference(loaded, precision, mean=mean, std=std, follow_weights=False)  # nobody else has it
 
 
 def find_device(name: str | None) -> torch.device:

@@ -40,7 +40,7 @@ class Plan:
     `dtype` is that of linears and activations, `stream` of the residual stream; `outputs` is "auto", "cls" or "all";
     `mean` and `std` are those with which uint8 pictures are normalised; `max_tokens` of a list run at a time, None
     for all. With `e4m3` the linears of blocks are in e4m3, but for the blocks `skip_layers`, with the scales of
-    `calibration`.
+    `calibration`. With `follow_weights` changes of the model are noticed.
     """
 
     dtype: torch.dtype
@@ -53,6 +53,7 @@ class Plan:
     skip_layers: tuple[int, ...] = ()
     calibration: Calibration | None = None
     cuda_graphs: bool | str = "auto"
+    follow_weights: bool = True
 
 
 class FoldedPatchEmbed(FoldedModule, PatchEmbed):

@@ -22,7 +22,7 @@ from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
 from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
@@ -55,6 +55,7 @@ def optimize_for_inference(
     max_tokens: int | None = None,
     skip_layers: Iterable[int] = (),
     cuda_graphs: bool | str = "auto",
+    follow_weights: bool = True,
 ) -> Engine:
     """A faster form of a model, for inference.
 
@@ -84,6 +85,8 @@ def optimize_for_inference(
             are copied out of a graph, so they stay. The first call of a kind is slow, and each kind needs memory. While
             it is captured no other thread may draw random numbers on the device: torch raises an error there ("Offset
             increment outside graph capture").
+        follow_weights: notice changes of the model, see :class:`Engine`. With False the engine notices none, in weights
+            or settings, and spares the check of each call; `Engine.refresh` takes the changes over.
 
     Returns:
         An engine with the methods of the model. Besides what the model takes it accepts pictures in any floating
@@ -119,7 +122,18 @@ def optimize_for_inference(
             f"{instead[1]}, or pass allow_slow=True."
         )
     stream = torch.float32 if residual == "fp32" else dtype
-    plan = Plan(dtype, stream, outputs, tuple(mean), tuple(std), max_tokens, e4m3, skipped, cuda_graphs=cuda_graphs)
+    plan = Plan(
+        dtype,
+        stream,
+        outputs,
+        tuple(mean),
+        tuple(std),
+        max_tokens,
+        e4m3,
+        skipped,
+        cuda_graphs=cuda_graphs,
+        follow_weights=follow_weights,
+    )
     return Engine(model, plan)
 
 
@@ -127,10 +141,11 @@ class Engine(nn.Module):
     """What `optimize_for_inference` returns; see there.
 
     It follows its model: when a parameter was replaced, moved or written to, or a setting changed (such as
-    `position_dialect`, or the eps of a norm), the next call folds anew. What it does not see are writes through
-    ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile nothing is
-    checked: call `refresh` there. Where the model has become one that the engine cannot compute (a hook was added, a
-    method replaced), the call raises and says why.
+    `position_dialect`, or the eps of a norm), the next call folds anew. On a GPU the call runs first and checks while
+    the device computes; if something has changed it folds anew and runs again. What it does not see are writes through
+    ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile, and with
+    ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the engine
+    cannot compute (a hook was added, a method replaced), the call raises and says why.
 
     It has no parameters, its weights are buffers. `.to(device)` moves it, and it stays there when the model moves.
     Copies and pickles hold the model and fold anew. Under autocast it computes in its own precision.
@@ -146,7 +161,7 @@ class Engine(nn.Module):
 
     def _fold(self, device: torch.device | None) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._watch = ModelWatch(self._model)
+            self._watch = ModelWatch(self._model) if self.plan.follow_weights else None
             folded = _fold(self._model, self.plan).to(device).eval()
             with _without_autocast(next(folded.buffers()).device.type):
                 check_agreement(_backbone(self._model), _backbone(folded))
@@ -206,7 +221,7 @@ class Engine(nn.Module):
         Raises:
             ValueError: no pictures.
         """
-        if self._watch.changed():
+        if self._changed():
             self.refresh()
         versions = {self.precision: _backbone(self.folded)}
         if self.precision != "bf16":
@@ -279,8 +294,12 @@ class Engine(nn.Module):
         return self._call("forward_head", args, kwargs)
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_compiling() and self._watch.changed():
-            self.refresh()
+        if torch.compiler.is_compiling() or self._watch is None:
+            return self._run(method, args, kwargs)
+        return run_up_to_date(lambda: self._run(method, args, kwargs), self._changed, self.refresh, self.device)
+
+    def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``folded.method(*args, **kwargs)`` with the weights as they were folded."""
         args = tuple(self._channels_first(argument) for argument in args)
         kwargs = {name: self._channels_first(argument) for name, argument in kwargs.items()}
         if dispatch.records_gradient([*args, *kwargs.values()]):
@@ -292,6 +311,10 @@ class Engine(nn.Module):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
             return self._graphs.run(self.folded, _backbone(self.folded), method, args, kwargs)
+
+    def _changed(self) -> bool:
+        """Whether the model is not what was folded; False where that is not watched."""
+        return self._watch is not None and self._watch.changed()
 
     def _channels_first(self, argument: Any) -> Any:
         """uint8 pictures as (batch, channels, height, width), also from channels last; anything else as it is."""
@@ -307,7 +330,7 @@ class Engine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.folded.buffers()).device
+        return _backbone(self.folded).cls_token.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -339,7 +362,7 @@ class Engine(nn.Module):
         if mode:
             raise RuntimeError(
                 "The engine is for inference and cannot be trained. Train the model it was made from: the engine "
-                "follows its weights."
+                "follows its weights (with follow_weights=False at the next refresh())."
             )
         return self
 
@@ -352,7 +375,7 @@ class Engine(nn.Module):
         if not any(key.startswith("folded.") for key in state_dict):
             raise RuntimeError(
                 "An engine holds its model's weights in a folded form: load them into the model, which the engine "
-                "follows, or make an engine of a model that has them."
+                "follows (with follow_weights=False at the next refresh()), or make an engine of a model that has them."
             )
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -384,6 +407,7 @@ def describe(engine: Engine) -> str:
     )
     lines = [
         f"weights: {_name(plan.dtype)}, folded in fp64 from {_name(held)} and rounded once",
+        f"changes of the model: {'noticed at the next call' if plan.follow_weights else 'not noticed: call refresh()'}",
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
         f"folded: LayerScale into proj and {'w3' if gated else 'fc2'}" + (", rows of w12 interleaved" if gated else ""),
         f"uint8 pictures: {uint8}",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from dinov2_fast.integrations.attached_engine import AttachedEngine
 from dinov2_fast.integrations.blocks import (
     AcceleratedBlock,
     accelerate_block,
@@ -19,7 +20,7 @@ from dinov2_fast.integrations.blocks import (
 )
 from dinov2_fast.integrations.joining import Joined, separate
 from dinov2_fast.integrations.settings import path, settings_of
-from dinov2_fast.integrations.towers import AcceleratedTower, Behind, accelerate_tower, is_tower
+from dinov2_fast.integrations.towers import AcceleratedTower, is_tower, make_engine
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -101,8 +102,8 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
         for block in new:
             separate(block)  # type: ignore[arg-type]  # its class is another one now
         raise
-    for tower, behind in towers:
-        accelerate_tower(tower, behind)
+    for tower, engine in towers:
+        engine.attach(tower)
     for row in accelerated(model).rows:
         logger.log(logging.WARNING if row.reasons else logging.INFO, "%s", row)
     return model
@@ -152,10 +153,10 @@ def _reasons(block: nn.Module) -> list[str]:
 
 
 def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
-    behind = tower.behind
-    partly = (f"{method} runs its own code: it {why}" for method, why in behind.unanswered.items())
-    reasons = (behind.reason,) if behind.reason else tuple(partly)
-    return Row(name, f"{type(tower).__qualname__} by an engine", int(not behind.reason), 1, reasons)
+    engine = tower.attached_engine
+    partly = (f"{method} runs its own code: it {why}" for method, why in engine.unanswered.items())
+    reasons = (engine.reason,) if engine.reason else tuple(partly)
+    return Row(name, f"{type(tower).__qualname__} by an engine", int(not engine.reason), 1, reasons)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -173,17 +174,17 @@ def _group(name: str) -> str:
     return re.sub(r"(^|\.)\d+(\.\d+)*$", "", name)
 
 
-def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, Behind]]:
+def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, AttachedEngine]]:
     """The backbones in `model` whose calls an engine can answer, each with its engine."""
-    found: list[tuple[nn.Module, Behind]] = []
+    found: list[tuple[nn.Module, AttachedEngine]] = []
     reasons = []
     for name, module in model.named_modules():
         if is_tower(module):
-            behind = Behind(module, options)
-            if behind.reason is None:
-                found.append((module, behind))
+            engine = make_engine(module, options)
+            if engine.reason is None:
+                found.append((module, engine))
             else:
-                reasons.append(f"{name or 'the model'}: {behind.reason}")
+                reasons.append(f"{name or 'the model'}: {engine.reason}")
     if not found:
         why = "; ".join(reasons) or "its blocks are in no backbone whose calls are known here"
         raise TypeError(f"inference=True cannot put an engine behind this {type(model).__name__}. {why}.")
