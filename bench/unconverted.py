@@ -1,4 +1,4 @@
-"""The ops that `dinov2_fast.backends` still dispatches, as forms. To be deleted with it; its callers then lose a case."""
+"""The ops that `dinov2_fast.backends` still dispatches, as forms: to be deleted with it."""
 
 from __future__ import annotations
 
