@@ -209,6 +209,11 @@ def test_compiled_whole_with_gradients(backend: str, kind: str) -> None:
         torch.testing.assert_close(compiled(x), op(x * 2))
 
 
+def test_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation has no form 'relu', only gelu, swiglu"):
+        ops.activation(random(4), "relu")
+
+
 @runs_triton
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):

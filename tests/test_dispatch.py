@@ -89,6 +89,10 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
         run(toy, torch.zeros(5))
     with pytest.raises(BackendError, match=reason):
         run(toy, torch.zeros(5), backend="small")
+    with use_backend("kernel", strict=True):
+        for _ in range(2):  # the second call takes no fallback that the first has kept
+            with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
+                run(toy, torch.zeros(2))
     with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
         run(toy, torch.zeros(2), backend="kernel")
 
