@@ -27,6 +27,7 @@ import datetime
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,7 +49,6 @@ from bench import records
 from bench.gpu_plan import ROOT, Step, plan
 from bench.peers import OURS
 from bench.tables import best, ratio
-from bench.workloads import word_of
 from dinov2_fast import extension
 
 EPILOG = """\
@@ -464,7 +464,7 @@ def _leaves(step: Step, row: dict[str, Any]) -> bool:
     checks += [("modes", str(row["mode"]).removeprefix("xformers-") in wanted.get("modes", []))]
     checks += [("batches", str(row["batch"]) in wanted.get("batches", []))]
     checks += [("outputs", row["output"] in wanted.get("outputs", []))]
-    checks += [("ops", word_of(str(row["output"])) in wanted.get("ops", []))]
+    checks += [("ops", re.split("[. ]", str(row["output"]))[0] in wanted.get("ops", []))]
     return row["task"] == step.task and all(holds for name, holds in checks if name in wanted)
 
 

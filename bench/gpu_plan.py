@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import dinov2_fast.ops  # noqa: F401  registers the ops
-from bench import records
-from bench.workloads import op_words
+from bench import records, unconverted
 from dinov2_fast import extension
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +287,7 @@ def sanitizer(
 
 
 def op_tests() -> list[str]:
-    return [f"tests/test_{word}.py" for word in op_words()]
+    return [f"tests/test_{word}.py" for word in unconverted.op_names()]
 
 
 def model_tests() -> list[str]:

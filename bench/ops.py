@@ -15,20 +15,19 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import options as shared
-from bench import records
+from bench import records, unconverted
 from bench.accuracy import worst_error
 from bench.records import Recorder
 from bench.timing import in_turn, quantiles
-from bench.workloads import E4M3, WORKLOADS, Shape, Workload, op_words, word_of
-from dinov2_fast import backends
-from dinov2_fast.backends import Implementation, Op, device_of, tensors_of
-from dinov2_fast.ops import dispatch
+from bench.workloads import E4M3, WORKLOADS, Shape, Workload
+from dinov2_fast.ops.dispatch import first_tensor, tensors_of
 
 TASK = "ops"
 # In a batch, of two pictures at least. On a GPU so many that the shortest op, a norm of 384 channels, moves 100 MB:
@@ -72,7 +71,7 @@ def cases(
         shape = Shape(config, resolution, 1, device, dtype)
         shape = shape.with_batch(max(2, BATCH_TOKENS[device.type] // shape.tokens))
         for workload in WORKLOADS:
-            if workload.applies(shape) and word_of(workload.op) in options.ops:
+            if workload.applies(shape) and workload.op in options.ops:
                 for backward in (False,) if workload.saved is None else (False, True):
                     yield workload, shape, backward
 
@@ -99,11 +98,11 @@ def measure(
     without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
-    op, arguments = op_of(workload), recorded(workload.arguments(shape), backward)
-    prepare = gradients if backward else forward
-    torch_function = next(i.function for i in implementations(workload) if i.backend == "torch")
-    reference = prepare(torch_function, own(op, widened(arguments, shape.dtype)))()
-    usual = prepare(torch_function, own(op, arguments))()
+    arguments = recorded(workload.arguments(shape), backward)
+    prepare = partial(prepared, workload, backward=backward)
+    torch_function = torch_function_of(workload)
+    reference = prepare(torch_function, widened(arguments, shape.dtype))()
+    usual = prepare(torch_function, arguments)()
     print(f"{workload.label}{' backward' if backward else ''}: {shape}")
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -112,17 +111,17 @@ def measure(
         records.stop([rows[name]], exception, shape.device)
         print(f"  {name:14} {records.reason(rows[name])}")
 
-    for name, function in candidates(workload, torch_function, arguments, compiled and shape.device.type != "cpu"):
+    for name, function in candidates(workload, arguments, compiled and shape.device.type != "cpu"):
         if name in without:
             continue
         rows[name] = row_of(workload, shape, backward) | {"implementation": name}
         try:
-            run = prepare(function, own(op, arguments))
+            run = prepare(function, arguments)
             rows[name]["outputs_max_error"] = worst_error(run(), reference, usual)
             runs[name] = run
         except Exception as exception:  # what stops one implementation must not stop the others
             stop(name, exception)
-    moved, flops = work(workload, shape, torch_function, own(op, arguments), backward)
+    moved, flops = work(workload, shape, arguments, backward)
     floor = speeds.floor(moved, flops, arguments)
     times = in_turn(runs, shape.device, SECONDS[shape.device.type], flush=True, stop=stop) if runs else {}
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -136,45 +135,41 @@ def measure(
     return list(rows.values())
 
 
-def op_of(workload: Workload) -> Op | dispatch.Op:
-    return dispatch.ops().get(workload.op.partition(".")[0]) or backends.ops()[workload.op]
-
-
-def implementations(workload: Workload) -> list[Implementation | dispatch.Implementation]:
-    """Of the form of an op, best first."""
-    form = workload.op.partition(".")[2]
-    return [i for i in op_of(workload).implementations if isinstance(i, Implementation) or i.has(form)]
+def torch_function_of(workload: Workload) -> Callable[..., Any]:
+    return next(each.function for each in workload.implementations() if each.backend == "torch")
 
 
 def candidates(
-    workload: Workload, torch_function: Callable[..., Any], arguments: tuple[Any, ...], compiled: bool
+    workload: Workload, arguments: tuple[Any, ...], compiled: bool
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations that run on these arguments, by name."""
-    on_cpu = device_of(arguments).type == "cpu"
-    for implementation in implementations(workload):
-        of_old = isinstance(implementation, Implementation)
-        reason = implementation.reason_against(*arguments) if of_old else implementation.reason_against(arguments)
+    on_cpu = first_tensor(arguments).device.type == "cpu"
+    for implementation in workload.implementations():
+        reason = implementation.reason_against(arguments)
         if reason is None:
             yield implementation.backend, implementation.function
         elif not on_cpu:  # where no kernel runs
             print(f"  {implementation.backend:14} not run: {reason}")
     if compiled:
         torch._dynamo.reset()  # each shape is compiled for itself, none falls back to eager at a limit
-        yield "torch.compile", torch.compile(torch_function, dynamic=False, fullgraph=True)
+        yield "torch.compile", torch.compile(torch_function_of(workload), dynamic=False, fullgraph=True)
 
 
-def own(op: Op | dispatch.Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for one run of an op, which may change the first."""
-    return (arguments[0].clone(), *arguments[1:]) if op.name.endswith("_") else arguments
+def prepared(workload: Workload, function: Callable[..., Any], arguments: tuple[Any, ...], backward: bool) -> Run:
+    """What is timed."""
+    return gradients(function, arguments) if backward else forward(function, arguments, workload.changes)
 
 
-def forward(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Run:
-    """Runs an op as inference does."""
+def forward(function: Callable[..., Any], arguments: tuple[Any, ...], changes: int | None = None) -> Run:
+    """Runs an op as inference does; what it changes is a copy."""
+    own = list(arguments)
+    if changes is not None:
+        own[changes] = own[changes].clone()
 
     def run() -> list[Tensor]:
         with torch.inference_mode():
-            results = function(*arguments)
-            return _tensors(arguments[:1] if results is None else results)
+            results = function(*own)
+            return _tensors(results if changes is None else own[changes])
 
     return run
 
@@ -225,15 +220,14 @@ def _each_tensor(arguments: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(arguments) if isinstance(arguments, Tensor) else arguments
 
 
-def work(
-    workload: Workload, shape: Shape, torch_function: Callable[..., Any], arguments: tuple[Any, ...], backward: bool
-) -> tuple[int, float]:
+def work(workload: Workload, shape: Shape, arguments: tuple[Any, ...], backward: bool) -> tuple[int, float]:
     """Bytes that must be moved and flops of matrix products."""
+    function = torch_function_of(workload)
     if not backward:
-        results = forward(torch_function, arguments)()
+        results = forward(function, arguments, workload.changes)()
         return workload.moved(arguments, results), workload.flops(shape)
     assert workload.saved is not None
-    outputs, incoming = run_forward(torch_function, arguments)
+    outputs, incoming = run_forward(function, arguments)
     inputs = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
     outgoing = torch.autograd.grad(outputs, inputs, incoming)
     saved = tensors_of([arguments[place] for place in workload.saved])
@@ -287,9 +281,9 @@ class Speeds:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    words = op_words()
+    names = unconverted.op_names()
     parser = shared.parser("ops", __doc__)
-    parser.add_argument("--ops", type=shared.some_of(words), default=words, help=f"some of {','.join(words)}")
+    parser.add_argument("--ops", type=shared.some_of(names), default=names, help=f"some of {','.join(names)}")
     shared.add_models(parser)
     parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What :mod:`bench.ops` runs: for every op its arguments at the sizes of a backbone, and the work it cannot avoid."""
+"""What :mod:`bench.ops` runs: each form of an op at the sizes of a backbone, and the work it cannot avoid."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast import backends
-from dinov2_fast.backends import tensors_of
+import dinov2_fast.ops  # noqa: F401  registers them
+from bench import unconverted
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
+from dinov2_fast.ops.dispatch import Implementation, tensors_of
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
@@ -82,17 +83,6 @@ class Shape:
         return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
 
-def word_of(label: str) -> str | None:
-    """The op that a row or a workload is about, as `--ops` names it; None if there is none."""
-    name = label.partition(" ")[0]
-    op, old = name.partition(".")[0], backends.ops().get(name)
-    return old.word if old else op if op in dispatch.ops() else None
-
-
-def op_words() -> list[str]:
-    return sorted({*backends.words(), *dispatch.names()})
-
-
 def _no_products(shape: Shape) -> float:
     return 0.0
 
@@ -103,29 +93,49 @@ def _arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) ->
 
 @dataclass(frozen=True)
 class Workload:
-    """An op, by the name of its function or form ("attention.varlen"), and what it is given.
+    """A form of an op, and what it is given.
 
     Args:
-        op: name. One that ends in "_" changes its first argument and returns nothing, as torch has it.
-        arguments: for a shape.
+        op, form: as settings have them.
+        arguments: for a shape, as the op's implementations take them.
         flops: of its matrix products, forward.
         moved: bytes that it must read or write, forward, from its arguments and results.
         saved: positions of the arguments that its backward must read (or something as large); None: it has none.
         of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
-        place: where in the model, if an op has several, or "e4m3" for what it gives with that option.
+        place: where in the model, if a form has several.
+        e4m3: whether it reads or writes e4m3 values, which is an option of the form.
+        changes: the position of the argument that is changed, while nothing is returned; None: none is.
     """
 
     op: str
+    form: str
     arguments: Callable[[Shape], tuple[Any, ...]]
     flops: Callable[[Shape], float] = _no_products
     moved: Callable[[tuple[Any, ...], list[Tensor]], int] = _arguments_and_results
     saved: tuple[int, ...] | None = None
     of_swiglu: bool | None = None
     place: str = ""
+    e4m3: bool = False
+    changes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as "linear.gelu e4m3"."""
+        op = dispatch.ops().get(self.op)
+        form = op.name_of(self.form) if op else f"{self.op}.{self.form}"
+        return f"{form} e4m3" if self.e4m3 else form
 
     @property
     def label(self) -> str:
-        return f"{self.op} ({self.place})" if self.place else self.op
+        """Such as "linear.gelu e4m3 (fc1)"."""
+        return f"{self.name} ({self.place})" if self.place else self.name
+
+    def implementations(self) -> list[Implementation]:
+        """Those of the form, best first."""
+        op = dispatch.ops().get(self.op)
+        if op is None:
+            return unconverted.implementations(self.name)
+        return [each for each in op.implementations if each.has(self.form)]
 
     def applies(self, shape: Shape) -> bool:
         return self.of_swiglu in (None, shape.swiglu)
@@ -141,6 +151,16 @@ def _varlen_flops(shape: Shape) -> float:
 
 def _pool_flops(shape: Shape) -> float:
     return 4.0 * shape.batch * shape.tokens * shape.heads * shape.hidden
+
+
+def _norm(shape: Shape, branch: bool = False, scale: float | None = None) -> tuple[Any, ...]:
+    addends = (shape.stream(), shape.vector()) if branch else (None, None)
+    return shape.stream(), *shape.norm(), *addends, None, None, scale
+
+
+def _activation(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
+    x = shape.random(shape.batch, shape.tokens, shape.ffn * (1 + shape.swiglu))
+    return x, "swiglu" if shape.swiglu else "gelu", False, scale
 
 
 def _attention(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
@@ -215,33 +235,37 @@ def _flops_of(features: Features) -> Callable[[Shape], float]:
 
 def _linears() -> Iterator[Workload]:
     forms: tuple[tuple[str, Features, str, bool | None], ...] = (
-        ("linear", _qkv, "qkv", None),
-        ("linear_gelu", _fc1, "fc1", False),
-        ("linear_swiglu", _fc1, "fc1", True),
+        ("none", _qkv, "qkv", None),
+        ("gelu", _fc1, "fc1", False),
+        ("swiglu", _fc1, "fc1", True),
     )
-    for op, features, place, of_swiglu in forms:
-        yield Workload(op, partial(_operands, features=features), _flops_of(features), of_swiglu=of_swiglu, place=place)
-        after = () if op == "linear" else (E4M3, 0.0625)
-        yield Workload(
-            f"{op}_fp8",
-            lambda s, features=features, after=after: (*_operands_fp8(s, features), *(after or (s.dtype,))),
+    for form, features, place, of_swiglu in forms:
+        workload = Workload(
+            "linear",
+            form,
+            partial(_operands, features=features),
             _flops_of(features),
             of_swiglu=of_swiglu,
             place=place,
         )
+        yield workload
+        after = () if form == "none" else (E4M3, 0.0625)
+        yield replace(
+            workload,
+            arguments=lambda s, features=features, after=after: (*_operands_fp8(s, features), *(after or (s.dtype,))),
+            e4m3=True,
+        )
     for features, place in ((_proj, "proj"), (_fc2, "fc2")):
-        yield Workload(
-            "linear_residual_",
-            lambda s, features=features: (s.stream(), *_operands(s, features)),
-            _flops_of(features),
-            place=place,
-        )
-        yield Workload(
-            "linear_residual_fp8_",
-            lambda s, features=features: (s.stream(), *_operands_fp8(s, features)),
-            _flops_of(features),
-            place=place,
-        )
+        for e4m3, operands in ((False, _operands), (True, _operands_fp8)):
+            yield Workload(
+                "linear",
+                "residual",
+                lambda s, features=features, operands=operands: (s.stream(), *operands(s, features)),
+                _flops_of(features),
+                place=place,
+                e4m3=e4m3,
+                changes=0,
+            )
 
 
 def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
@@ -255,22 +279,22 @@ def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
 
 
 WORKLOADS = (
-    Workload("layer_norm", lambda s: (s.stream(), *s.norm()), saved=(0, 1)),
-    Workload("layer_norm_fp8", lambda s: (s.stream(), *s.norm(), 0.125)),
-    Workload("add_layer_norm", lambda s: (s.stream(), s.stream(), s.vector(), None, *s.norm()), saved=(0, 1, 2, 4)),
-    Workload("gelu", lambda s: (s.random(s.batch, s.tokens, s.ffn),), saved=(0,), of_swiglu=False),
-    Workload("gelu_fp8", lambda s: (s.random(s.batch, s.tokens, s.ffn), 0.0625), of_swiglu=False),
-    Workload("swiglu", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn),), saved=(0,), of_swiglu=True),
-    Workload("swiglu_fp8", lambda s: (s.random(s.batch, s.tokens, 2 * s.ffn), 0.0625), of_swiglu=True),
-    Workload("attention.batch", _attention, _attention_flops, saved=(0,)),
-    Workload("attention.varlen", _varlen, _varlen_flops, saved=(0,)),
-    Workload("attention.batch", partial(_attention, scale=0.0625), _attention_flops, place="e4m3"),
-    Workload("attention.varlen", partial(_varlen, scale=0.0625), _varlen_flops, place="e4m3"),
-    Workload("attention.probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
-    Workload("add_residual", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
-    Workload("add_residual", _subset, saved=(1, 2), place="subset"),
-    Workload("gather_rows", _crops, moved=_copied, saved=()),
-    Workload("attention_pool", _pool, _pool_flops),
-    Workload("patches", _pictures),
+    Workload("layer_norm", "plain", _norm, saved=(0, 1)),
+    Workload("layer_norm", "plain", partial(_norm, scale=0.125), e4m3=True),
+    Workload("layer_norm", "add", partial(_norm, branch=True), saved=(0, 1, 4, 5)),
+    Workload("activation", "gelu", _activation, saved=(0,), of_swiglu=False),
+    Workload("activation", "gelu", partial(_activation, scale=0.0625), of_swiglu=False, e4m3=True),
+    Workload("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
+    Workload("activation", "swiglu", partial(_activation, scale=0.0625), of_swiglu=True, e4m3=True),
+    Workload("attention", "batch", _attention, _attention_flops, saved=(0,)),
+    Workload("attention", "varlen", _varlen, _varlen_flops, saved=(0,)),
+    Workload("attention", "batch", partial(_attention, scale=0.0625), _attention_flops, e4m3=True),
+    Workload("attention", "varlen", partial(_varlen, scale=0.0625), _varlen_flops, e4m3=True),
+    Workload("attention", "probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
+    Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
+    Workload("residual", "add", _subset, saved=(1, 2), place="subset"),
+    Workload("residual", "gather", _crops, moved=_copied, saved=()),
+    Workload("attention_pool", "pool", _pool, _pool_flops),
+    Workload("patches", "patches", _pictures),
     *_linears(),
 )

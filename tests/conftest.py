@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import dinov2_fast
+from dinov2_fast import environment
+from dinov2_fast.ops import dispatch
 from tests import devices
 
 
@@ -22,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions on a GPU in fp32, for which the tolerances are made
     if devices.interpreting():
         devices.make_the_interpreter_strict()
+    if environment.backend_setting():  # a test of kernels that a fallback to torch passed would say nothing
+        dispatch.set_backend(environment.backend_setting(), strict=True)
 
 
 class LeaveAfterCudaError:

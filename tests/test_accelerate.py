@@ -19,6 +19,7 @@ from dinov2_fast import accelerate, accelerated, ops, restore
 from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock
 from dinov2_fast.integrations.steps import is_layer_norm
+from dinov2_fast.ops.dispatch import use_backend
 from tests.devices import DEVICE, runs_triton
 from tests.foreign_models import (
     KINDS,
@@ -167,11 +168,18 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     model, _ = pair(some)
     used: list[str] = []
 
-    def spy(place: Any, name: str) -> None:
+    def spy(place: Any, name: str, form: Callable[..., str] = lambda *args, **kwargs: "") -> None:
         function = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *args, **kwargs: used.append(name) or function(*args, **kwargs))
 
-    for name in ("add_layer_norm", "add_residual", "layer_norm", "linear", "gelu", "swiglu"):
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            used.append(name + form(*args, **kwargs))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, noting)
+
+    spy(ops, "layer_norm", lambda *args, branch=None, **kwargs: ".plain" if branch is None else ".add")
+    spy(ops, "activation", lambda x, kind, **kwargs: f".{kind}")
+    for name in ("add_residual", "linear"):
         spy(ops, name)
     for name in ("attend", "attend_packed"):
         spy(forms, name)
@@ -180,12 +188,13 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
         some.calls[0](model, pictures())
     counts = {name: used.count(name) for name in used}
     separate = "Dinov2" in some.name
-    expected = dict.fromkeys(("layer_norm", "add_layer_norm", "add_residual"), depth)
+    expected = dict.fromkeys(("layer_norm.plain", "layer_norm.add", "add_residual"), depth)
     expected |= {"attend" if separate else "attend_packed": depth, "linear": depth * (6 if separate else 4)}
     if any(name.endswith("gate_proj") for name, _ in model.named_modules()):  # newer transformers: apart, so no SwiGLU
         expected["linear"] += depth
     else:
-        expected |= {"swiglu" if "swiglu" in some.name or "giant" in some.name else "gelu": depth}
+        gated = "swiglu" in some.name or "giant" in some.name
+        expected |= {"activation.swiglu" if gated else "activation.gelu": depth}
     assert counts == expected
 
 
@@ -193,7 +202,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
 def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
     model, untouched = (m.to(DEVICE) for m in pair(some))
     x = pictures(1).to(DEVICE)
-    with torch.no_grad(), dinov2_fast.use_backend("attention=triton,layer_norm=triton,activation=triton"):
+    with torch.no_grad(), use_backend("attention=triton,layer_norm=triton,activation=triton", strict=True):
         found = some.calls[0](model, x)
     with torch.no_grad():
         assert_same(found, some.calls[0](untouched, x))

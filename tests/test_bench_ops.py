@@ -11,10 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import ops as ops_bench
-from bench import records, timing
+from bench import records, timing, unconverted
 from bench.accuracy import worst_error
-from bench.workloads import WORKLOADS, Workload
-from dinov2_fast import backends
+from bench.workloads import E4M3, WORKLOADS, Workload
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.ops import dispatch
 
@@ -35,19 +34,29 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _workload(name: str) -> Workload:
-    return next(workload for workload in WORKLOADS if workload.op == name)
+    return next(workload for workload in WORKLOADS if workload.name == name)
 
 
 def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
     """Puts implementations beside torch's."""
     monkeypatch.setattr(
-        ops_bench, "candidates", lambda op, torch_function, *rest: [("torch", torch_function), *functions.items()]
+        ops_bench,
+        "candidates",
+        lambda workload, *rest: [("torch", ops_bench.torch_function_of(workload)), *functions.items()],
     )
 
 
-def test_every_op_has_a_row_and_every_row_an_op() -> None:
-    forms = [op.name_of(form) for op in dispatch.ops().values() for form in op.samples]
-    assert {workload.op for workload in WORKLOADS} == {*backends.ops(), *forms}
+def test_every_form_has_a_row_and_every_row_a_form() -> None:
+    forms = {
+        op.name_of(form) + after
+        for op in dispatch.ops().values()
+        for form, sample in op.samples.items()
+        for after, dtype in (("", torch.float32), (" e4m3", E4M3))
+        if sample(TINY.device, dtype) is not None
+    }
+    names = {workload.name for workload in WORKLOADS}
+    assert {name for name in names if re.split("[. ]", name)[0] in dispatch.names()} == forms
+    assert names - forms == unconverted.FUNCTIONS.keys() - forms
     labels = [workload.label for workload in WORKLOADS]
     assert len(set(labels)) == len(labels)
 
@@ -78,14 +87,14 @@ def test_an_op_that_computes_something_else_is_refused_before_timing(monkeypatch
     gelu = torch.nn.functional.gelu
     _against(
         monkeypatch,
-        tanh=lambda x: gelu(x, approximate="tanh"),
-        nan=lambda x: gelu(x) * float("nan"),
-        half=lambda x: gelu(x).half(),
-        shape=lambda x: gelu(x)[0],
+        tanh=lambda x, *_: gelu(x, approximate="tanh"),
+        nan=lambda x, *_: gelu(x) * float("nan"),
+        half=lambda x, *_: gelu(x).half(),
+        shape=lambda x, *_: gelu(x)[0],
         failing=failing,
-        same=lambda x: gelu(x),
+        same=lambda x, *_: gelu(x),
     )
-    rows = {row["implementation"]: row for row in ops_bench.measure(_workload("gelu"), TINY, False, SPEEDS)}
+    rows = {row["implementation"]: row for row in ops_bench.measure(_workload("activation.gelu"), TINY, False, SPEEDS)}
     assert [name for name, row in rows.items() if row.get("value")] == ["torch", "same"]
     said = capsys.readouterr().out
     for name in ("tanh", "nan", "half", "shape"):
@@ -99,10 +108,10 @@ def test_a_wrong_gradient_is_refused(monkeypatch) -> None:
     gelu = torch.nn.functional.gelu
     _against(
         monkeypatch,
-        wrong=lambda x: gelu(x.detach()) + (x - x.detach()),
-        compiled=torch.compile(gelu, backend="aot_eager"),
+        wrong=lambda x, *_: gelu(x.detach()) + (x - x.detach()),
+        compiled=torch.compile(lambda x, *_: gelu(x), backend="aot_eager"),
     )
-    rows = {row["implementation"]: row for row in ops_bench.measure(_workload("gelu"), TINY, True, SPEEDS)}
+    rows = {row["implementation"]: row for row in ops_bench.measure(_workload("activation.gelu"), TINY, True, SPEEDS)}
     assert [name for name, row in rows.items() if row["value"]] == ["torch", "compiled"]
     assert records.reason(rows["wrong"]).startswith("refused: ")
 
@@ -123,22 +132,21 @@ def test_the_floor_comes_from_bytes_or_from_products() -> None:
     def work(name: str, backward: bool) -> tuple[int, float]:
         workload = _workload(name)
         arguments = ops_bench.recorded(workload.arguments(TINY), backward)
-        function = ops_bench.implementations(workload)[0].function
-        return ops_bench.work(workload, TINY, function, arguments, backward)
+        return ops_bench.work(workload, TINY, arguments, backward)
 
     stream, vector = 4 * 2 * 5 * 64, 4 * 64  # bytes: fp32, 2 pictures of 5 tokens, hidden 64
-    assert work("layer_norm", False) == (2 * stream + 2 * vector, 0.0)
-    assert work("layer_norm", True) == (3 * stream + 3 * vector, 0.0)
-    assert work("add_layer_norm", False) == (4 * stream + 3 * vector, 0.0)
-    assert work("gather_rows", False) == (2 * 4 * (5 + 50) * 64, 0.0)  # read and written
-    assert work("add_residual", True) == (3 * stream + 2 * vector, 0.0)
+    assert work("layer_norm.plain", False) == (2 * stream + 2 * vector, 0.0)
+    assert work("layer_norm.plain", True) == (3 * stream + 3 * vector, 0.0)
+    assert work("layer_norm.add", False) == (4 * stream + 3 * vector, 0.0)
+    assert work("residual.gather", False) == (2 * 4 * (5 + 50) * 64, 0.0)
+    assert work("residual.add", True) == (3 * stream + 2 * vector, 0.0)
     assert work("attention.batch", False) == (4 * stream, 4 * 2 * 5 * 5 * 64)
     assert work("attention.batch", True)[1] == 2.5 * 4 * 2 * 5 * 5 * 64
     x = (torch.zeros(1),)
     assert SPEEDS.floor(2000, 1000, x) == ops_bench.Floor(2e-6, True)
     assert SPEEDS.floor(1000, 2000, x) == ops_bench.Floor(2e-6, False)
     assert SPEEDS.floor(100, 2000, (None, x[0].to(torch.float8_e4m3fn))) == ops_bench.Floor(5e-7, False)
-    assert work("linear_residual_", False) == (4 * (3 * 640 + 64 * 64 + 64), 2 * 10 * 64 * 64)
+    assert work("linear.residual", False) == (4 * (3 * 640 + 64 * 64 + 64), 2 * 10 * 64 * 64)
 
 
 @pytest.mark.usefixtures("_short")
@@ -160,21 +168,19 @@ def test_ops_take_turns_on_a_cold_cache() -> None:
 
 @pytest.mark.usefixtures("_short")
 def test_the_torch_implementation_and_its_compiled_form_run_on_a_cpu_only_if_asked() -> None:
-    workload = _workload("gelu")
-    function, x = ops_bench.implementations(workload)[0].function, (torch.randn(3, 8),)
-    assert list(ops_bench.candidates(workload, function, x, compiled=False)) == [("torch", function)]
-    assert [name for name, _ in ops_bench.candidates(workload, function, x, compiled=True)] == [
-        "torch",
-        "torch.compile",
-    ]
+    workload, arguments = _workload("activation.gelu"), (torch.randn(3, 8), "gelu", False, None)
+    function = ops_bench.torch_function_of(workload)
+    assert list(ops_bench.candidates(workload, arguments, compiled=False)) == [("torch", function)]
+    both = ops_bench.candidates(workload, arguments, compiled=True)
+    assert [name for name, _ in both] == ["torch", "torch.compile"]
 
 
 def test_a_compiled_backward_can_be_run_again_and_again(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    workload, x12 = _workload("swiglu"), torch.randn(3, 8, requires_grad=True)
-    function = ops_bench.implementations(workload)[0].function
-    compiled = dict(ops_bench.candidates(workload, function, (x12,), compiled=True))["torch.compile"]
-    run, expected = ops_bench.gradients(compiled, (x12,)), ops_bench.gradients(function, (x12,))()[0]
+    workload, arguments = _workload("activation.swiglu"), (torch.randn(3, 8, requires_grad=True), "swiglu", False, None)
+    compiled = dict(ops_bench.candidates(workload, arguments, compiled=True))["torch.compile"]
+    run = ops_bench.gradients(compiled, arguments)
+    (expected,) = ops_bench.gradients(ops_bench.torch_function_of(workload), arguments)()
     for _ in range(3):
         torch.testing.assert_close(run()[0], expected)
 
@@ -186,7 +192,7 @@ def test_the_command_chooses_ops_and_says_what_a_cpu_lacks(monkeypatch, capsys) 
     assert ops_bench.main(["--device", "cpu", "--ops", "layer_norm,residual", "--models", "S", "--sizes", "224"]) == 0
     said = capsys.readouterr().out
     assert "On a CPU no kernel and no torch.compile runs" in said
-    assert "gather_rows backward: dinov2_vits14, 224 px, batch 2" in said
+    assert "residual.gather backward: dinov2_vits14, 224 px, batch 2" in said
     assert "gelu" not in said
     _against(monkeypatch, wrong=lambda x, *rest: x)
     assert ops_bench.main(["--device", "cpu", "--ops", "layer_norm", "--models", "S", "--sizes", "224"]) == 1
@@ -204,13 +210,13 @@ def test_what_the_device_was_lost_in_is_kept_and_left_out_next_time(monkeypatch,
         broken.append(True)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def last(x, *rest):
+    def last(x, weight, bias, eps, *rest):
         ran.append("last")
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], *rest)
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     _against(monkeypatch, breaking=breaking, last=last)
     monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
-    monkeypatch.setattr(ops_bench, "WORKLOADS", (_workload("layer_norm"),))
+    monkeypatch.setattr(ops_bench, "WORKLOADS", (_workload("layer_norm.plain"),))
     monkeypatch.setattr(ops_bench, "COPY", {"cpu": 1 << 20})
     monkeypatch.setattr(ops_bench, "PRODUCT", {"cpu": 64})
     command = ["--device", "cpu", "--ops", "layer_norm", "--models", "S", "--sizes", "224", "--write", "--resume"]

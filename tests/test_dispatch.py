@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -88,12 +89,18 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
         run(toy, torch.zeros(5))
     with pytest.raises(BackendError, match=reason):
         run(toy, torch.zeros(5), backend="small")
+    with use_backend("kernel", strict=True):
+        for _ in range(2):  # the second call takes no fallback that the first has kept
+            with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
+                run(toy, torch.zeros(2))
     with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
         run(toy, torch.zeros(2), backend="kernel")
 
 
 def test_a_setting_that_cannot_run_falls_back_with_one_warning(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"), use_backend("kernel"):
+        dispatch.table()  # which reports, and warns of nothing
+        assert not caplog.records
         assert run(toy, torch.zeros(2)) == "small"
         assert run(toy, torch.zeros(2)) == "small"
     (record,) = caplog.records
@@ -103,7 +110,7 @@ def test_a_setting_that_cannot_run_falls_back_with_one_warning(toy: Op, caplog: 
 def test_a_forced_name_leaves_ops_without_it_alone(toy: Op) -> None:
     x = torch.randn(2, 8)
     with use_backend("small"):
-        assert torch.equal(ops.gelu(x), torch.nn.functional.gelu(x))
+        assert torch.equal(ops.activation(x, "gelu"), torch.nn.functional.gelu(x))
 
 
 def test_the_name_of_a_form_holds_before_that_of_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +158,32 @@ def test_a_choice_is_made_once_for_each_kind_and_setting(monkeypatch: pytest.Mon
         run(op, weight)
 
 
+def test_what_an_implementation_refuses_is_asked_in_each_call(toy: Op) -> None:
+    x = torch.zeros(4)
+    assert [run(toy, x), run(toy, torch.zeros(5)), run(toy, x)] == ["small", "torch", "small"]
+    with use_backend("small", strict=True):
+        assert run(toy, x) == "small"
+        with pytest.raises(BackendError, match="takes at most 4 elements, got 5"):
+            run(toy, torch.zeros(5))
+
+
+def test_a_choice_without_gradients_does_not_hold_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
+    fast, plain = Implementation("fast", lambda x: "fast", trains=False), Implementation("torch", lambda x: "torch")
+    op, x = Op("toy", (fast, plain), {"form": _sample}), torch.zeros(2)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for _ in range(2):
+        assert [run(op, x), run(op, weight)] == ["fast", "torch"]
+        with torch.no_grad():
+            assert run(op, weight) == "fast"
+
+
+def test_a_form_that_does_not_exist_is_refused_each_time(toy: Op) -> None:
+    for backend in (None, None, "torch"):
+        with pytest.raises(ValueError, match="toy has no form 'from', only form"):
+            run(toy, torch.zeros(2), backend, form="from")
+
+
 def test_set_backend_holds_until_it_is_called_again(toy: Op) -> None:
     try:
         dispatch.set_backend("toy=torch")
@@ -174,6 +207,27 @@ def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
     other = copy.deepcopy(bound)
     assert other(torch.zeros(5)) == "torch"  # a copy chooses for itself
     assert bound(torch.zeros(5)) == "small"
+
+
+def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy: Op) -> None:
+    """The choice belongs to the setting under which it began, whatever another thread does meanwhile."""
+    bound, begun, ended = dispatch.Bound(toy, "form"), threading.Event(), threading.Event()
+    small = toy.implementations[1]
+
+    def slow(x: torch.Tensor) -> None:
+        begun.set()
+        assert ended.wait(60)
+
+    toy.implementations = (dataclasses.replace(small, refuses=slow), *toy.implementations[2:])
+    with ThreadPoolExecutor(1) as pool, use_backend("small"):
+        first = pool.submit(bound, torch.zeros(2))
+        assert begun.wait(60)
+        with use_backend("toy=torch"):
+            assert bound(torch.zeros(2)) == "torch"
+            ended.set()
+            assert first.result() == "small"
+            assert bound(torch.zeros(2)) == "torch"
+        assert bound(torch.zeros(2)) == "small"
 
 
 @pytest.mark.parametrize(
@@ -388,6 +442,14 @@ def test_compiled_code_follows_the_setting(toy: Op) -> None:
     with use_backend("toy=torch"):
         assert compiled(torch.zeros(1)).item() == 1
     assert compiled(torch.zeros(1)).item() == 2
+
+
+def test_a_choice_that_is_kept_compiles_nothing_again(toy: Op) -> None:
+    compiled = torch.compile(lambda x: x + (1 if run(toy, x) == "torch" else 2), fullgraph=True, backend="eager")
+    compiled(torch.zeros(1))
+    assert run(toy, torch.zeros(1)) == "small"
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert compiled(torch.zeros(1)).item() == 2
 
 
 def test_a_block_inside_compiled_code_is_traced(toy: Op) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast.backends import use_backend
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops.dispatch import use_backend
 from tests import golden, reference
 from tests.devices import DEVICE, poisoned_memory, runs_triton
 from tests.test_model import TOLERANCE
@@ -28,7 +29,7 @@ def _model(name: str, **kwargs) -> tuple[DinoVisionTransformer, dict[str, Tensor
 @torch.no_grad()
 def test_golden_features(name: str) -> None:
     model, tensors = _model(name)
-    with use_backend("triton"), poisoned_memory():
+    with use_backend("triton", strict=True), poisoned_memory():
         for i in (0, 3):  # the native size and a single patch
             features = model.forward_features(tensors[f"{i}.input"], tensors[f"{i}.mask"])
             torch.testing.assert_close(features["x_prenorm"], tensors[f"{i}.masked_prenorm"], atol=TOLERANCE, rtol=0)
@@ -73,7 +74,7 @@ def test_gradients_of_every_parameter_obey_the_rule(name: str, kwargs: dict, dty
     pictures = tensors["0.input"].to(dtype)
     found = {}
     for backend in ("torch", "triton"):
-        with use_backend(backend), poisoned_memory():
+        with use_backend(backend, strict=True), poisoned_memory():
             found[backend] = _gradients(model, pictures)
     exact = _gradients(copy.deepcopy(model).double(), pictures.double())
     assert found["triton"].keys() == exact.keys()
@@ -89,7 +90,7 @@ def test_gradients_of_lists_with_subsets_obey_the_rule() -> None:
     pictures = [tensors["0.input"], tensors["3.input"]]
     found = {}
     for backend in ("torch", "triton"):
-        with use_backend(backend):
+        with use_backend(backend, strict=True):
             found[backend] = _gradients(model, pictures)
     exact = _gradients(copy.deepcopy(model).double(), [x.double() for x in pictures])
     for key, ref in exact.items():
@@ -99,7 +100,7 @@ def test_gradients_of_lists_with_subsets_obey_the_rule() -> None:
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, tensors = _model("facebook_mlp")
     pictures = tensors["3.input"]
-    with use_backend("triton"):
+    with use_backend("triton", strict=True):
         plain = _gradients(model.train(), pictures)
         model.set_grad_checkpointing()
         recomputed = _gradients(model, pictures)
@@ -121,7 +122,7 @@ def test_fifty_steps_of_training_follow_torch() -> None:
         model.train().to(DEVICE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses[backend] = []
-        with use_backend(backend):
+        with use_backend(backend, strict=True):
             for batch in pictures:
                 loss = nn.functional.cross_entropy(model(batch), targets)
                 optimizer.zero_grad()
@@ -135,7 +136,7 @@ def test_fifty_steps_of_training_follow_torch() -> None:
 def test_the_model_is_compiled_whole_with_gradients() -> None:
     model, tensors = _model("facebook_mlp")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with use_backend("triton"):
+    with use_backend("triton", strict=True):
         eager = model(tensors["3.input"])
         with torch._dynamo.config.patch(error_on_recompile=True):
             out = compiled(tensors["3.input"])
@@ -149,7 +150,7 @@ def test_autocast_gives_what_torch_gives() -> None:
     model, tensors = _model("facebook_swiglu")
     features = {}
     for backend in ("torch", "triton"):
-        with use_backend(backend), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with use_backend(backend, strict=True), torch.autocast(DEVICE, dtype=torch.bfloat16):
             features[backend] = model.forward_features(tensors["3.input"])
     for key in ("x_norm_clstoken", "x_prenorm"):
         ours, theirs = features["triton"][key], features["torch"][key]
@@ -159,11 +160,11 @@ def test_autocast_gives_what_torch_gives() -> None:
 
 def test_the_model_says_what_runs() -> None:
     model, _ = _model("facebook_mlp")
-    assert "layer_norm=torch" in str(model)
-    with use_backend("triton"):
+    assert re.search(r"layer_norm +torch ", str(model))
+    with use_backend("triton", strict=True):
         text = str(model)
-        chosen = {row.op: row.backend for row in model.backends() if row.chosen}
-    assert "layer_norm=triton" in text
+        chosen = {row.name: row.backend for row in model.backends() if row.chosen}
+    assert re.search(r"layer_norm +triton +was asked for", text)
     assert set(chosen.values()) == {"triton"}
-    assert {"attention", "gelu", "add_layer_norm"} <= chosen.keys()
-    assert "linear" not in chosen
+    assert {"layer_norm.add", "activation.gelu", "attention.varlen", "residual.gather"} <= chosen.keys()
+    assert not any(name.startswith("linear") for name in chosen)

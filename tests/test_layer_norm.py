@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
-from dinov2_fast.backends import BackendError
+from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.devices import (
     BACKENDS,
@@ -76,14 +76,17 @@ def test_fp64_equals_the_formula(backend: str) -> None:
 @pytest.mark.parametrize("left_out", [(), ("gamma",), ("drop_scale",), ("deferred_bias",), ("all",)], ids=str)
 @each_dtype
 @each_backend
-def test_add_layer_norm_obeys_the_rule(backend: str, dtype: torch.dtype, left_out: tuple[str, ...]) -> None:
+def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left_out: tuple[str, ...]) -> None:
     residual, branch, gamma, drop_scale, deferred = _stream(dtype)
     gamma = None if {"gamma", "all"} & {*left_out} else gamma
     drop_scale = None if {"drop_scale", "all"} & {*left_out} else drop_scale
     deferred = None if {"deferred_bias", "all"} & {*left_out} else deferred
     weight, bias = _parameters(96, dtype)
     with poisoned_memory():
-        total, y = ops.add_layer_norm(residual, branch, gamma, drop_scale, weight, bias, EPS, deferred, backend=backend)
+        total, y = ops.layer_norm(
+            residual, weight, bias, EPS, branch=branch, gamma=gamma, drop_scale=drop_scale, deferred_bias=deferred,
+            backend=backend,
+        )  # fmt: skip
     ref = reference.add_residual(residual, branch, gamma, drop_scale)
     plain = branch if drop_scale is None else branch * drop_scale[:, None, None]
     plain = residual + (plain if gamma is None else plain * gamma)
@@ -105,8 +108,9 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, hidden: int) 
 
     def run(backend: str, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         residual, branch, gamma, weight, bias, deferred = inputs
-        scale = drop_scale.to(residual.dtype)
-        total, y = ops.add_layer_norm(residual, branch, gamma, scale, weight, bias, EPS, deferred, backend=backend)
+        addends = {"branch": branch, "gamma": gamma, "deferred_bias": deferred}
+        addends["drop_scale"] = drop_scale.to(residual.dtype)
+        total, y = ops.layer_norm(residual, weight, bias, EPS, **addends, backend=backend)
         return total, y, ops.layer_norm(total, weight, bias, EPS, backend=backend)
 
     inputs = [residual, branch, gamma, weight, bias, deferred]
@@ -139,7 +143,7 @@ def test_mixed_dtypes_promote_as_in_torch(backend: str) -> None:
 
     def run(backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         residual, branch, gamma, weight, bias = inputs
-        return ops.add_layer_norm(residual, branch, gamma, None, weight, bias, EPS, backend=backend)
+        return ops.layer_norm(residual, weight, bias, EPS, branch=branch, gamma=gamma, backend=backend)
 
     inputs = [residual, branch, gamma, weight, bias]
     for result, plain in zip(run(backend, *inputs), run("torch", *inputs), strict=True):
@@ -158,7 +162,9 @@ def test_gradients_in_fp64(backend: str) -> None:
     vectors = torch.randn(4, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
     scale = torch.tensor([0.0, 2.0], dtype=torch.float64, device=DEVICE)
     assert torch.autograd.gradcheck(
-        lambda r, b, g, w, c, d: ops.add_layer_norm(r, b, g, scale, w, c, EPS, d, backend=backend),
+        lambda r, b, g, w, c, d: ops.layer_norm(
+            r, w, c, EPS, branch=b, gamma=g, drop_scale=scale, deferred_bias=d, backend=backend
+        ),
         (residual, branch, *vectors),
     )
     assert torch.autograd.gradcheck(
@@ -174,7 +180,7 @@ def test_a_gradient_of_only_one_output_and_of_few_inputs(backend: str) -> None:
         found = []
         for name in ("torch", backend):
             x = residual.clone().requires_grad_()
-            outputs = ops.add_layer_norm(x, branch, gamma, None, weight, bias, EPS, backend=name)
+            outputs = ops.layer_norm(x, weight, bias, EPS, branch=branch, gamma=gamma, backend=name)
             outputs[output].pow(2).sum().backward()
             found.append(x.grad)
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
@@ -209,7 +215,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
     weight, bias = _parameters(x.shape[-1], torch.float32)
     copy = _copied(x)
     _assert_same(layout, *(ops.layer_norm(t, weight, bias, EPS, backend=backend) for t in (x, copy)))
-    sums = [ops.add_layer_norm(t, copy, weight, None, weight, bias, EPS, backend=backend) for t in (x, copy)]
+    sums = [ops.layer_norm(t, weight, bias, EPS, branch=copy, gamma=weight, backend=backend) for t in (x, copy)]
     for strided, copied in zip(*sums, strict=True):
         _assert_same(layout, strided, copied)
 
@@ -256,7 +262,7 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) 
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = ops.layer_norm(x, weight, bias, EPS, backend=backend)
         assert y.dtype == F.layer_norm(x, (8,), weight, bias, EPS).dtype
-        total, y = ops.add_layer_norm(x.float(), x.bfloat16(), weight, None, weight, bias, EPS, backend=backend)
+        total, y = ops.layer_norm(x.float(), weight, bias, EPS, branch=x.bfloat16(), gamma=weight, backend=backend)
     assert total.dtype == y.dtype == torch.float32
 
 
@@ -266,12 +272,12 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("hidden", [384, 383])
 @each_dtype
 @each_backend
-def test_the_fp8_form_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, hidden: int) -> None:
+def test_e4m3_values_are_one_step_from_the_formula(backend: str, dtype: torch.dtype, hidden: int) -> None:
     x = random(3, 17, hidden, dtype=dtype)
     weight, bias = _parameters(hidden, dtype)
     scale = 0.01  # large values saturate
     with poisoned_memory():
-        y = ops.layer_norm_fp8(x, weight, bias, EPS, scale, backend=backend)
+        y = ops.layer_norm(x, weight, bias, EPS, scale=scale, backend=backend)
     expected = (reference.layer_norm(x, weight, bias, EPS) / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     away = reference.e4m3_steps(y, expected)
     assert away.max() <= 1
@@ -280,12 +286,14 @@ def test_the_fp8_form_is_one_step_from_the_formula(backend: str, dtype: torch.dt
 
 
 @each_backend
-def test_the_fp8_form_is_for_inference(backend: str) -> None:
+def test_e4m3_values_are_for_inference_and_of_no_sum(backend: str) -> None:
     x = random(2, 64).requires_grad_()
     with pytest.raises(BackendError, match="inference only"):
-        ops.layer_norm_fp8(x, x[0], x[0], EPS, 1.0, backend=backend)
+        ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend)
     with torch.no_grad():
-        ops.layer_norm_fp8(x, x[0], x[0], EPS, 1.0, backend=backend)
+        assert ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend).dtype == torch.float8_e4m3fn
+        with pytest.raises(ValueError, match="no e4m3 values of a sum"):
+            ops.layer_norm(x, x[0], x[0], EPS, branch=x, scale=1.0, backend=backend)
 
 
 # The registered ops
@@ -322,7 +330,7 @@ def test_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
 @each_kernel
 def test_compiled_whole_with_gradients(backend: str) -> None:
     def step(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        total, y = ops.add_layer_norm(residual, branch, weight, None, weight, bias, EPS, backend=backend)
+        total, y = ops.layer_norm(residual, weight, bias, EPS, branch=branch, gamma=weight, backend=backend)
         return ops.layer_norm(total * y, weight, bias, EPS, backend=backend)
 
     inputs = [random(2, 5, 64), random(2, 5, 64), *_parameters(64, torch.float32)]
@@ -351,7 +359,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         (x, x[0, 0, :1], r"takes gamma of shape \(8,\), got \(1,\)"),
     ):
         with pytest.raises(BackendError, match=message):
-            ops.add_layer_norm(x, branch, gamma, None, x[0, 0], x[0, 0], EPS, backend="triton")
+            ops.layer_norm(x, x[0, 0], x[0, 0], EPS, branch=branch, gamma=gamma, backend="triton")
     with pytest.raises(BackendError, match=r"takes weight and bias of shape \(8,\)"):
         ops.layer_norm(x, x[0, 0, :4], x[0, 0], EPS, backend="triton")
     with FakeTensorMode():
@@ -359,11 +367,11 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # needs no device so
             with pytest.raises(BackendError, match="where autocast gives it in fp32"):
-                ops.add_layer_norm(half, half, None, None, half[0, 0], half[0, 0], EPS, backend="triton")
+                ops.layer_norm(half, half[0, 0], half[0, 0], EPS, branch=half, backend="triton")
         wide = torch.empty(2, 8193, device="cuda")
         with pytest.raises(BackendError, match="hidden size up to 8192, got 8193"):
             ops.layer_norm(wide, wide[0], wide[0], EPS, backend="triton")
         x = torch.empty(2, 3, 8, device="cuda")
         scale = torch.ones(2, device="cuda", requires_grad=True)
         with pytest.raises(BackendError, match="no gradient for drop_scale"):
-            ops.add_layer_norm(x, x, None, scale, x[0, 0], x[0, 0], EPS, backend="triton")
+            ops.layer_norm(x, x[0, 0], x[0, 0], EPS, branch=x, drop_scale=scale, backend="triton")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import backends, ops
-from dinov2_fast.backends import tensors_of, use_backend
 from dinov2_fast.ops import dispatch
+from dinov2_fast.ops.dispatch import tensors_of
 from tests import reference
 from tests.devices import on_gpu, runs_cuda
 
@@ -54,16 +57,18 @@ def _add_on_subset(residual: Tensor, branch: Tensor, gamma: Tensor, index: Tenso
 
 # Function and arguments, by name; every floating-point argument can be differentiated where the op can be trained.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
-    "layer_norm": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
-    "add_layer_norm": (
-        ops.add_layer_norm,
-        lambda: [*_stream(), None, _x(768), _x(768), EPS, _x(768)],
+    "layer_norm.plain": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
+    "layer_norm.plain e4m3": (partial(ops.layer_norm, scale=0.1), lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
+    "layer_norm.add": (
+        lambda x, branch, gamma, weight, bias, deferred: ops.layer_norm(
+            x, weight, bias, EPS, branch=branch, gamma=gamma, deferred_bias=deferred
+        ),
+        lambda: [*_stream(), _x(768), _x(768), _x(768)],
     ),
-    "layer_norm_fp8": (ops.layer_norm_fp8, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS, 0.1]),
-    "gelu": (ops.gelu, lambda: [_x(8, 257, 3072)]),
-    "swiglu": (ops.swiglu, lambda: [_x(8, 257, 4096)]),
-    "gelu_fp8": (ops.gelu_fp8, lambda: [_x(8, 257, 3072), 0.1]),
-    "swiglu_fp8": (ops.swiglu_fp8, lambda: [_x(8, 257, 4096), 0.1]),
+    "activation.gelu": (partial(ops.activation, kind="gelu"), lambda: [_x(8, 257, 3072)]),
+    "activation.gelu e4m3": (partial(ops.activation, kind="gelu", scale=0.1), lambda: [_x(8, 257, 3072)]),
+    "activation.swiglu": (partial(ops.activation, kind="swiglu"), lambda: [_x(8, 257, 4096)]),
+    "activation.swiglu e4m3": (partial(ops.activation, kind="swiglu", scale=0.1), lambda: [_x(8, 257, 4096)]),
     "add_residual": (ops.add_residual, lambda: [*_stream(), None]),
     "add_residual on a subset": (
         _add_on_subset,
@@ -117,7 +122,8 @@ CASES["linear_residual_fp8_"] = (
     lambda: [_x(2056, 768), _e4m3(2056, 3072), _e4m3(768, 3072), _x(768).float()],
 )
 TRAINABLE = [
-    *("layer_norm", "add_layer_norm", "gelu", "swiglu", "add_residual", "add_residual on a subset"),
+    *("layer_norm.plain", "layer_norm.add", "activation.gelu", "activation.swiglu"),
+    *("add_residual", "add_residual on a subset"),
     *(
         "gather_rows",
         "attention",
@@ -137,7 +143,7 @@ def _leaves(arguments: list[Any]) -> list[Any]:
 def _results(name: str, arguments: list[Any], train: bool, backend: str = "triton") -> list[Tensor]:
     """Outputs, and when training the gradients of all floating-point arguments."""
     function = CASES[name][0]
-    with use_backend(backend), dispatch.use_backend("triton", strict=True):
+    with using(backend):
         if not train:
             with torch.no_grad():
                 return list(tensors_of([function(*arguments)]))
@@ -147,13 +153,22 @@ def _results(name: str, arguments: list[Any], train: bool, backend: str = "trito
         return [*(y.detach() for y in outputs), *gradients]
 
 
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Until linear is converted; then `dispatch.use_backend(backend, strict=True)`, and "cuda" of linear's forms."""
+    with backends.use_backend(backend), dispatch.use_backend("triton", strict=True):
+        yield
+
+
 def _prepared(name: str, train: bool) -> list[Any]:
     arguments = CASES[name][1]()
     return _leaves(arguments) if train else arguments
 
 
 def _each_backend(name: str) -> list[Any]:
-    has_cuda = name in backends.ops() and "cuda" in backends.ops()[name].backends()
+    op, _, form = name.partition(" ")[0].partition(".")
+    ops_and_old = {**backends.ops(), **dispatch.ops()}
+    has_cuda = op in ops_and_old and "cuda" in ops_and_old[op].backends(*([form] if form else []))
     return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
 
 
@@ -170,7 +185,7 @@ each_case = pytest.mark.parametrize(("name", "train", "backend"), [*_cases(CASES
 
 
 def test_every_op_has_a_case() -> None:
-    assert set(ops.__all__) - {"use_backend"} == {name.partition(" ")[0] for name in CASES}
+    assert set(ops.__all__) - {"use_backend"} == {re.split("[. ]", name)[0] for name in CASES}
 
 
 @on_gpu
@@ -212,9 +227,9 @@ def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool, 
 
 
 LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a small run
-    "layer_norm": lambda n: [_x(n, 1024), _x(1024), _x(1024), EPS],
-    "gelu": lambda n: [_x(n, 1024)],
-    "swiglu": lambda n: [_x(n, 1024)],
+    "layer_norm.plain": lambda n: [_x(n, 1024), _x(1024), _x(1024), EPS],
+    "activation.gelu": lambda n: [_x(n, 1024)],
+    "activation.swiglu": lambda n: [_x(n, 1024)],
     "linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
     "linear": lambda n: [_x(n, 64), _x(1024, 64), None],
 }
@@ -253,14 +268,16 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
 
 
 @on_gpu
-@pytest.mark.parametrize(("name", "backend"), _cases(["layer_norm_fp8", "gelu_fp8", "attention e4m3"]))
+@pytest.mark.parametrize(
+    ("name", "backend"), _cases(["layer_norm.plain e4m3", "activation.gelu e4m3", "attention e4m3"])
+)
 def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
     values = torch.tensor(
         [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0] + 6 * [0.0], device="cuda"
     )
-    with use_backend(backend), dispatch.use_backend("triton", strict=True), torch.no_grad():
-        if name == "gelu_fp8":
-            y = ops.gelu_fp8(values, 1.0).float()
+    with using(backend), torch.no_grad():
+        if name == "activation.gelu e4m3":
+            y = ops.activation(values, "gelu", scale=1.0).float()
             assert y[0].isnan()
             assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
             assert y[4] == 0
@@ -273,8 +290,8 @@ def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
         else:  # a weight of zero makes the bias what is quantised
             bias = values[3:11]
             x = torch.randn(3, bias.shape[0], device="cuda")
-            y = ops.layer_norm_fp8(x, torch.zeros_like(bias), bias, EPS, 1.0)
+            y = ops.layer_norm(x, torch.zeros_like(bias), bias, EPS, scale=1.0)
             expected = bias.clamp(-448, 448).to(torch.float8_e4m3fn).expand_as(y)
             assert reference.e4m3_steps(y, expected).max() <= 1
             x[1, 0] = math.nan
-            assert ops.layer_norm_fp8(x, torch.ones_like(bias), bias, EPS, 1.0)[1].float().isnan().all()
+            assert ops.layer_norm(x, torch.ones_like(bias), bias, EPS, scale=1.0)[1].float().isnan().all()

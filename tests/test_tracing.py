@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import dinov2_fast
-from dinov2_fast import use_backend
+from dinov2_fast.ops.dispatch import use_backend
 from dinov2_fast.weights.load import RandomWeights
 from tests.test_compile import KINDS
 from tests.test_model import small

@@ -9,7 +9,7 @@ Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,12 @@ from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
 
 
 def activation(
-    x: Tensor, kind: str, *, overwrite: bool = False, scale: float | None = None, backend: str | None = None
+    x: Tensor,
+    kind: Literal["gelu", "swiglu"],
+    *,
+    overwrite: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """GELU or SwiGLU.
 
@@ -37,6 +42,7 @@ def activation(
 
     Raises:
         BackendError: `backend` cannot take `x`, or gradients are recorded of a result in e4m3.
+        ValueError: another `kind`.
     """
     if scale is not None:
         refuse_gradient("activation into e4m3", (x,))

@@ -163,7 +163,7 @@ class Op:
                 self._keep(setting, key)
             elif kept.refuses is None or kept.refuses(*args) is None:
                 return kept
-        return self._choose(form, args, backend)
+        return self._choose(form, args, _setting, backend)
 
     def _keep(self, setting: Setting, key: tuple[Any, ...]) -> None:
         """Keeps the first implementation that takes arguments of a kind."""
@@ -176,10 +176,19 @@ class Op:
             if implementation is forced and setting.strict:
                 return
 
-    def _choose(self, form: str, args: tuple[Any, ...], backend: str | None) -> Implementation:
+    def _choose(self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None) -> Implementation:
         if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
             return next(i for i in self.implementations if i.backend == "torch" and i.has(form))
-        name = backend or _setting.asked_for(self.name, form)
+        chosen, forced, refusals = self._select(form, args, setting, backend)
+        if refusals and not torch.compiler.is_compiling():
+            self._warn_of_fallback(form, chosen, forced, refusals, first_tensor(args).device)
+        return chosen
+
+    def _select(
+        self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None
+    ) -> tuple[Implementation, Implementation | None, list[tuple[Implementation, str]]]:
+        """The implementation that runs, the one that was asked for, and those before it with what they refuse."""
+        name = backend or setting.asked_for(self.name, form)
         if backend and backend not in self.backends(form):
             names = ", ".join(self.backends(form))
             raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r}, only {names}.")
@@ -189,10 +198,8 @@ class Op:
         for implementation in self._ordered(form, forced):
             reason = implementation.reason_against(args, implementation is forced)
             if reason is None:
-                if refusals and not torch.compiler.is_compiling():
-                    self._warn_of_fallback(form, implementation, forced, refusals, first_tensor(args).device)
-                return implementation
-            if implementation is forced and (backend or _setting.strict):
+                return implementation, forced, refusals
+            if implementation is forced and (backend or setting.strict):
                 raise BackendError(f"{self.name_of(form)}: backend {name!r} was asked for but cannot run: {reason}.")
             refusals.append((implementation, reason))
         raise BackendError(f"{self.name_of(form)}: no implementation runs this input: {_sentence(refusals)}.")
@@ -205,6 +212,8 @@ class Op:
         return next((i for i in named if i.dtypes is None or dtype in i.dtypes), named[0] if named else None)
 
     def _ordered(self, form: str, forced: Implementation | None) -> Iterator[Implementation]:
+        if form not in self.samples:
+            raise ValueError(f"{self.name} has no form {form!r}, only {', '.join(self.samples)}.")
         if forced is not None:
             yield forced
         for implementation in self.implementations:
@@ -238,20 +247,19 @@ class Bound:
     is recorded: the parts of the inference engine.
     """
 
-    __slots__ = ("_form", "_function", "_op", "_setting")
+    __slots__ = ("_form", "_kept", "_op")
 
     def __init__(self, op: Op, form: str) -> None:
         self._op, self._form = op, form
-        self._setting: Setting | None = None
+        self._kept: tuple[Setting, Callable[..., Any]] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
             return self._op.choose(self._form, args).function(*args)
-        if self._setting is not _setting:
-            setting = _setting
-            self._function = self._op.choose(self._form, args).function
-            self._setting = setting
-        return self._function(*args)
+        kept, setting = self._kept, _setting  # each read once: another thread may change them
+        if kept is None or kept[0] is not setting:
+            kept = self._kept = setting, self._op._choose(self._form, args, setting).function
+        return kept[1](*args)
 
     def __reduce__(self) -> Any:  # a copy chooses for itself
         return _bind, (self._op.name, self._form)
@@ -429,11 +437,12 @@ def table(
 
 
 def _rows(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[Row]:
+    setting = _setting
     try:
-        chosen, error = op._choose(form, args, None), ""
+        (chosen, *_), error = op._select(form, args, setting), ""
     except BackendError as exception:
         chosen, error = None, str(exception)
-    asked = _setting.asked_for(op.name, form)
+    asked = setting.asked_for(op.name, form)
     found = {i.backend: i.reason_against(args, i.backend == asked) for i in op.implementations if i.has(form)}
     for backend, reason in found.items():
         is_chosen = chosen is not None and backend == chosen.backend

@@ -8,6 +8,7 @@ published comes from bench.ops. As there, a result that breaks the rule of the t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ PIXELS = {"cpu": 56, "cuda": 224}[DEVICE]
 def cases() -> Iterator[Any]:
     """On a CPU only torch's implementations run."""
     for workload in WORKLOADS:
-        for implementation in ops.op_of(workload).implementations:
+        for implementation in workload.implementations():
             if DEVICE == "cuda" or implementation.backend == "torch":
                 for mode in ("forward",) if workload.saved is None else ("forward", "backward"):
                     name = f"{workload.label}-{mode}-{implementation.backend}".replace(" ", "-")
@@ -52,14 +53,14 @@ def synchronised(run: Callable[[], Any]) -> Callable[[], None]:
 def test_op(benchmark: Any, workload: Workload, backward: bool, implementation: Any) -> None:
     config = BACKBONES["dinov2_vitg14" if workload.of_swiglu else "dinov2_vits14"]
     shape = Shape(config, PIXELS, BATCH, torch.device(DEVICE), DTYPE)
-    op, prepare = ops.op_of(workload), ops.gradients if backward else ops.forward
     arguments = ops.recorded(workload.arguments(shape), backward)
-    if reason := implementation.reason_against(*arguments):
+    if reason := implementation.reason_against(arguments):
         pytest.skip(reason)
-    torch_function = next(i.function for i in op.implementations if i.backend == "torch")
-    reference = prepare(torch_function, ops.own(op, ops.widened(arguments, DTYPE)))()
-    usual = prepare(torch_function, ops.own(op, arguments))()
-    run = prepare(implementation.function, ops.own(op, arguments))
+    prepare = partial(ops.prepared, workload, backward=backward)
+    torch_function = ops.torch_function_of(workload)
+    reference = prepare(torch_function, ops.widened(arguments, DTYPE))()
+    usual = prepare(torch_function, arguments)()
+    run = prepare(implementation.function, arguments)
     worst_error(run(), reference, usual)
     benchmark.group = f"{workload.label} {'backward' if backward else 'forward'}"
     benchmark(synchronised(run))
