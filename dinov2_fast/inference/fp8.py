@@ -67,7 +67,7 @@ class Fp8Norm(FoldedNorm):
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, scale=self.scale)
+        return self._run(x, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -96,18 +96,12 @@ class Fp8Linear(FoldedLinear):
         )
         self.register_buffer("weight_scale", weight_scale)
         self.dtype, self.scale, self.out_scale = dtype, scale, out_scale
+        self._results = {"none": dtype, "gelu": E4M3, "swiglu": E4M3, "residual": None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, self.dtype)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return ops.linear_gelu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
-
-    def swiglu(self, x: Tensor) -> Tensor:
-        return ops.linear_swiglu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
-
-    def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        ops.linear_residual_fp8_(stream, x, self.scale, self.weight, self.weight_scale, self.bias)
+    def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tensors = self._buffers
+        operands = tensors["weight"], tensors["bias"], epilogue, residual, self.scale, tensors["weight_scale"]
+        return self._bound[epilogue](x, *operands, self._results[epilogue], self.out_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"

@@ -6,16 +6,7 @@ from dinov2_fast.ops.activation import activation
 from dinov2_fast.ops.attention import attention, attention_probabilities
 from dinov2_fast.ops.attention_pool import attention_pool
 from dinov2_fast.ops.layer_norm import layer_norm
-from dinov2_fast.ops.linear import (
-    linear,
-    linear_fp8,
-    linear_gelu,
-    linear_gelu_fp8,
-    linear_residual_,
-    linear_residual_fp8_,
-    linear_swiglu,
-    linear_swiglu_fp8,
-)
+from dinov2_fast.ops.linear import linear
 from dinov2_fast.ops.patches import patches
 from dinov2_fast.ops.residual import add_residual, gather_rows
 
@@ -30,13 +21,6 @@ __all__ = [
     "gather_rows",
     "layer_norm",
     "linear",
-    "linear_fp8",
-    "linear_gelu",
-    "linear_gelu_fp8",
-    "linear_residual_",
-    "linear_residual_fp8_",
-    "linear_swiglu",
-    "linear_swiglu_fp8",
     "patches",
     "use_backend",
 ]
