@@ -7,14 +7,6 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import Implementation
 
 FUNCTIONS = {
-    "linear.none": "linear",
-    "linear.none e4m3": "linear_fp8",
-    "linear.gelu": "linear_gelu",
-    "linear.gelu e4m3": "linear_gelu_fp8",
-    "linear.swiglu": "linear_swiglu",
-    "linear.swiglu e4m3": "linear_swiglu_fp8",
-    "linear.residual": "linear_residual_",
-    "linear.residual e4m3": "linear_residual_fp8_",
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._linear_epilogue import E4M3, HALF, finish, refuses_stream
 from dinov2_fast.ops.dispatch import Implementation
+from dinov2_fast.torch_private import gelu_linear, onednn_linear
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # torch.compile does not trace it
@@ -22,20 +23,20 @@ def linear_onednn(
 ) -> Tensor:
     """oneDNN adds up a whole row of products one by one, so that of long ones the error is more than twice MKL's, which
     adds up parts of them. Here the parts are products of their own."""
-    if weight.shape[1] <= ONEDNN_CHAIN:
-        activation = epilogue if epilogue == "gelu" else "none"
-        return finish(_pointwise(x, weight, bias, activation), "none" if epilogue == "gelu" else epilogue, residual)
-    first, *others = zip(x.split(ONEDNN_CHAIN, dim=-1), weight.split(ONEDNN_CHAIN, dim=1), strict=True)
-    y = _pointwise(*first, bias)
-    for part in others:
-        y += _pointwise(*part, None)
-    return finish(y, epilogue, residual)
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    algorithm = "none" if activation == "gelu" else ""  # not the tanh form
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, activation, [], algorithm)
+    if weight.shape[1] <= ONEDNN_CHAIN:
+        if epilogue == "gelu":
+            return _product(x, weight, bias, "gelu")
+        return finish(_product(x, weight, bias), epilogue, residual)
+    first, *others = zip(x.split(ONEDNN_CHAIN, dim=-1), weight.split(ONEDNN_CHAIN, dim=1), strict=True)
+    z = _product(*first, bias)
+    for part in others:
+        z += _product(*part, None)
+    return finish(z, epilogue, residual)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    return onednn_linear(x.contiguous(), weight.contiguous(), bias, activation)
 
 
 def _onednn_refuses(x: Tensor, weight: Tensor, *_: object) -> str | None:
@@ -74,13 +75,12 @@ def onednn() -> Implementation:
 def linear_cublas(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None = None, *_: object
 ) -> Tensor:
-    """The GELU is in the epilogue of the product, and on CUDA the tanh form (the erf form on the CPU)."""
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual.view(-1, residual.shape[-1]).addmm_(rows, weight.t())
         return residual
-    y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    assert bias is not None
+    return gelu_linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _cublas_refuses(
