@@ -518,7 +518,7 @@ MISTAKES = {
     "bias has shape": lambda x, w, b: linear(x, w, b[1:], epilogue="gelu"),
     "nothing to multiply": lambda x, w, b: linear(x[:, :0], w[:, :0], b),
     "pairs of gate and value": lambda x, w, b: linear(x, w[1:], b[1:], epilogue="swiglu"),
-    "epilogue is 'relu', not one of none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
+    "no form 'relu', only none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
     "residual has shape": lambda x, w, b: _add(x[1:], x, w, b),
     "which needs it": lambda x, w, b: linear(x, w, b, epilogue="residual"),
     "residual goes with the epilogue": lambda x, w, b: linear(x, w, b, residual=x),
