@@ -84,15 +84,15 @@ def linear(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> None:
-    shape = weight.shape
-    if len(shape) != 2 or x.shape[-1:] != shape[1:]:
-        raise ValueError(f"weight has shape {tuple(shape)}, which does not go with x {tuple(x.shape)}.")
-    if bias is not None and bias.shape != shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, but there are {shape[0]} output features.")
-    if 0 in shape:
-        raise ValueError(f"weight has shape {tuple(shape)}: there is nothing to multiply.")
-    if epilogue == "swiglu" and shape[0] % 2:
-        raise ValueError(f"SwiGLU takes pairs of gate and value features, not {shape[0]} features.")
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, which does not go with x {tuple(x.shape)}.")
+    out_features, in_features = weight.shape
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, but there are {out_features} output features.")
+    if out_features == 0 or in_features == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: there is nothing to multiply.")
+    if epilogue == "swiglu" and out_features % 2:
+        raise ValueError(f"SwiGLU takes pairs of gate and value features, not {out_features} features.")
 
 
 def _check_residual(x: Tensor, weight: Tensor, epilogue: str, residual: Tensor | None) -> None:
