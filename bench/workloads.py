@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dinov2_fast.ops  # noqa: F401  registers them
-from bench import unconverted
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
@@ -123,8 +121,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Such as "linear.gelu e4m3"."""
-        op = dispatch.ops().get(self.op)
-        form = op.name_of(self.form) if op else f"{self.op}.{self.form}"
+        form = dispatch.ops()[self.op].name_of(self.form)
         return f"{form} e4m3" if self.e4m3 else form
 
     @property
@@ -134,9 +131,7 @@ class Workload:
 
     def implementations(self) -> list[Implementation]:
         """Those of the form, best first."""
-        op = dispatch.ops().get(self.op)
-        if op is None:
-            return unconverted.implementations(self.name)
+        op = dispatch.ops()[self.op]
         sample = op.samples[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
         assert sample is not None
         return [each for each in op.implementations if each.has(self.form, first_tensor(sample).dtype)]
