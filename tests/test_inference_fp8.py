@@ -21,6 +21,7 @@ from dinov2_fast import ops, optimize_for_inference, use_backend
 from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import _refuse_slow
 from dinov2_fast.inference import fp8
+from dinov2_fast.inference.block import FoldedAttention
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
 from dinov2_fast.inference.fp8 import Fp8Linear
@@ -373,13 +374,15 @@ def test_attention_writes_what_proj_reads(monkeypatch: pytest.MonkeyPatch) -> No
     engine.calibrate(x)
     scales, happened = [own.attention for own in engine.plan.calibration.scales], []
 
-    attention = ops.attention
+    attend = FoldedAttention.attend
 
-    def noting(qkv: Tensor, *, seq_lens: Any = None, scale: float | None = None) -> Tensor:
+    def noting(part: FoldedAttention, qkv: Tensor, seq_lens: Any, scale: float | None = None) -> Tensor:
         happened.append((seq_lens is not None, scale))
-        return attention(qkv, seq_lens=seq_lens, scale=scale)
+        out = attend(part, qkv, seq_lens, scale)
+        assert out.dtype == (torch.bfloat16 if scale is None else torch.float8_e4m3fn)
+        return out
 
-    monkeypatch.setattr(ops, "attention", noting)
+    monkeypatch.setattr(FoldedAttention, "attend", noting)
     monkeypatch.setattr(fp8, "quantize", None)
     engine(x)
     engine.cls_tokens([x, torch.randn(1, 3, 56, 28)])

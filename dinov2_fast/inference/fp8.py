@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import ops
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3_MAX, quantize
@@ -116,11 +115,10 @@ class Fp8Attention(FoldedAttention):
     def __init__(self, num_heads: int, qkv: Fp8Linear, proj: Fp8Linear) -> None:
         nn.Module.__init__(self)  # there is nothing else to fold
         self.num_heads, self.qkv, self.proj = num_heads, qkv, proj
+        self.bind()
 
-    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
-        if seq_lens is None:
-            return ops.attention(qkv, scale=self.proj.scale)
-        return ops.attention(qkv[0], seq_lens=seq_lens, scale=self.proj.scale)[None]
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
+        return super().attend(qkv, seq_lens, self.proj.scale if scale is None else scale)
 
 
 class Fp8Block(FoldedBlock):
