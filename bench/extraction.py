@@ -55,11 +55,11 @@ from bench.peers import OURS, Peer, peers
 from bench.records import Recorder
 from bench.timing import keep_freed_memory, quantiles
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.backends import use_backend
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.extract import extract
 from dinov2_fast.extraction.inputs import Picture
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD, Dinov2ImageProcessor
+from dinov2_fast.ops.dispatch import use_backend
 
 TASK = "extraction"
 RESOLUTION = 224  # pixels that the model gets

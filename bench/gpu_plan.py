@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import dinov2_fast.ops  # noqa: F401  registers the ops
-from bench import records, unconverted
+from bench import records
 from dinov2_fast import extension
+from dinov2_fast.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 EVERY_MODEL = "B,L,S,g"  # in the order of what they decide
@@ -287,7 +287,7 @@ def sanitizer(
 
 
 def op_tests() -> list[str]:
-    return [f"tests/test_{word}.py" for word in unconverted.op_names()]
+    return [f"tests/test_{word}.py" for word in dispatch.names()]
 
 
 def model_tests() -> list[str]:

@@ -38,8 +38,8 @@ from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, Peer, chosen, p
 from bench.records import Recorder
 from bench.tables import best, ratio
 from bench.timing import Run, quantiles
-from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.ops.dispatch import use_backend
 
 TASKS = ("throughput", "latency", "host")
 HOST = ["eager", "engine", "accelerated-timm", "engine-timm"]

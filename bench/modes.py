@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
 from bench.timing import Run
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.backends import use_backend
 from dinov2_fast.extension import load
+from dinov2_fast.ops.dispatch import use_backend
 
 # Of weights and pictures; in fp8 the engine alone runs, with weights of its own.
 DTYPES = {
@@ -154,10 +154,10 @@ def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], co
     """Makes the surroundings of one run."""
     backend = _backend(mode)
     if precision == "autocast-bf16" and backend:
-        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend))
+        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend, strict=True))
     if precision == "autocast-bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
-    return (lambda: use_backend(backend)) if backend else contextlib.nullcontext
+    return (lambda: use_backend(backend, strict=True)) if backend else contextlib.nullcontext
 
 
 @contextlib.contextmanager

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from bench import options as shared
-from bench import records, unconverted
+from bench import records
 from bench.accuracy import worst_error
 from bench.records import Recorder
 from bench.timing import in_turn, quantiles
 from bench.workloads import E4M3, WORKLOADS, Shape, Workload
+from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import first_tensor, tensors_of
 
 TASK = "ops"
@@ -281,7 +282,7 @@ class Speeds:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    names = unconverted.op_names()
+    names = dispatch.names()
     parser = shared.parser("ops", __doc__)
     parser.add_argument("--ops", type=shared.some_of(names), default=names, help=f"some of {','.join(names)}")
     shared.add_models(parser)

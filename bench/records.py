@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dinov2_fast.backends import BackendError
+from dinov2_fast.ops.dispatch import BackendError
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (

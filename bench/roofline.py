@@ -43,7 +43,7 @@ from bench.records import Recorder
 from bench.timing import ROUNDS, in_turn, quantiles
 from bench.workloads import E4M3, PATCH, Shape
 from dinov2_fast.configs import BACKBONES, BackboneConfig
-from dinov2_fast.ops.linear import linear_onednn
+from dinov2_fast.ops._linear_peers import linear_onednn
 
 TASK = "roofline"
 WARM_UP = 3  # runs before timing: libraries choose and build their kernels then

@@ -28,8 +28,8 @@ from bench.model import Models, Setting
 from bench.modes import BACKENDS, DTYPES, ENGINES, engine, goes_with, runner
 from bench.peers import OURS, OUTPUTS, Peer, peers
 from bench.timing import Run
-from dinov2_fast.backends import BackendError
 from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.ops.dispatch import BackendError
 
 MARK = "bench.trace"
 WARM_UP = 3

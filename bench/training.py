@@ -37,9 +37,9 @@ from bench.peers import NAMES, OURS, Peer, chosen, peers
 from bench.records import Recorder
 from bench.timing import Run
 from bench.workloads import Shape
-from dinov2_fast.backends import use_backend
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
+from dinov2_fast.ops.dispatch import use_backend
 
 TASK = "training"
 MODES = {"cpu": ["eager"], "cuda": ["eager", *BACKENDS, "compile"]}

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import dinov2_fast.ops  # noqa: F401  registers them
-from bench import unconverted
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import Implementation, tensors_of
+from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
 EPS = 1e-6
 E4M3 = torch.float8_e4m3fn
+RESIDUAL = 4  # the position of the stream among the arguments of a linear
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Workload:
         of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
         place: where in the model, if a form has several.
         e4m3: whether it reads or writes e4m3 values, which is an option of the form.
-        changes: the position of the argument that is changed, while nothing is returned; None: none is.
+        changes: the position of the argument that is changed; None: none is.
     """
 
     op: str
@@ -121,8 +121,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Such as "linear.gelu e4m3"."""
-        op = dispatch.ops().get(self.op)
-        form = op.name_of(self.form) if op else f"{self.op}.{self.form}"
+        form = dispatch.ops()[self.op].name_of(self.form)
         return f"{form} e4m3" if self.e4m3 else form
 
     @property
@@ -132,10 +131,10 @@ class Workload:
 
     def implementations(self) -> list[Implementation]:
         """Those of the form, best first."""
-        op = dispatch.ops().get(self.op)
-        if op is None:
-            return unconverted.implementations(self.name)
-        return [each for each in op.implementations if each.has(self.form)]
+        op = dispatch.ops()[self.op]
+        sample = op.samples[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
+        assert sample is not None
+        return [each for each in op.implementations if each.has(self.form, first_tensor(sample).dtype)]
 
     def applies(self, shape: Shape) -> bool:
         return self.of_swiglu in (None, shape.swiglu)
@@ -218,11 +217,14 @@ def _operands(shape: Shape, features: Features) -> tuple[Tensor, Tensor, Tensor]
     return x, weight / in_features**0.5, shape.random(out_features)
 
 
-def _operands_fp8(shape: Shape, features: Features) -> tuple[Tensor, float, Tensor, Tensor, Tensor]:
-    """x in e4m3 with one scale, weight in e4m3 with a scale for each output, bias."""
+def _linear(shape: Shape, epilogue: str, features: Features, e4m3: bool) -> tuple[Any, ...]:
     x, weight, bias = _operands(shape, features)
+    residual = shape.stream() if epilogue == "residual" else None
+    if not e4m3:
+        return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0
     scales = torch.full_like(bias, 0.125 / features(shape)[0] ** 0.5, dtype=torch.float32)
-    return (x * 8).to(E4M3), 0.125, (weight / scales[:, None]).to(E4M3), scales, bias
+    dtype = {"none": shape.dtype, "residual": None}.get(epilogue, E4M3)
+    return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, 0.0625
 
 
 def _flops_of(features: Features) -> Callable[[Shape], float]:
@@ -238,34 +240,20 @@ def _linears() -> Iterator[Workload]:
         ("none", _qkv, "qkv", None),
         ("gelu", _fc1, "fc1", False),
         ("swiglu", _fc1, "fc1", True),
+        ("residual", _proj, "proj", None),
+        ("residual", _fc2, "fc2", None),
     )
-    for form, features, place, of_swiglu in forms:
-        workload = Workload(
+    for (form, features, place, of_swiglu), e4m3 in product(forms, (False, True)):
+        yield Workload(
             "linear",
             form,
-            partial(_operands, features=features),
+            partial(_linear, epilogue=form, features=features, e4m3=e4m3),
             _flops_of(features),
             of_swiglu=of_swiglu,
             place=place,
+            e4m3=e4m3,
+            changes=RESIDUAL if form == "residual" else None,
         )
-        yield workload
-        after = () if form == "none" else (E4M3, 0.0625)
-        yield replace(
-            workload,
-            arguments=lambda s, features=features, after=after: (*_operands_fp8(s, features), *(after or (s.dtype,))),
-            e4m3=True,
-        )
-    for features, place in ((_proj, "proj"), (_fc2, "fc2")):
-        for e4m3, operands in ((False, _operands), (True, _operands_fp8)):
-            yield Workload(
-                "linear",
-                "residual",
-                lambda s, features=features, operands=operands: (s.stream(), *operands(s, features)),
-                _flops_of(features),
-                place=place,
-                e4m3=e4m3,
-                changes=0,
-            )
 
 
 def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:

@@ -72,7 +72,7 @@ class OnDevice {
 void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optional& bias, const Optional& weight_scale,
                     double scale, double inverse_scale, int64_t form, const TorchTensor& out) {
   if (form < 0 || form > 3) {
-    dinov2_fast::fail("form must be 0 (linear), 1 (gelu), 2 (swiglu) or 3 (residual), got ", form);
+    dinov2_fast::fail("form must be 0 (none), 1 (gelu), 2 (swiglu) or 3 (residual), got ", form);
   }
   const OnDevice device(x);
   dinov2_fast::linear_forward(

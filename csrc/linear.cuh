@@ -146,8 +146,8 @@ void launch_linear(const LinearForward& args, int tile, int multiprocessors, voi
     launch_tile<form(), OPERAND>(args, tile, multiprocessors, static_cast<cudaStream_t>(stream));
   };
   switch (args.form) {
-    case Form::linear:
-      if constexpr (OPERAND == Dtype::e4m3) launch(std::integral_constant<Form, Form::linear>{});
+    case Form::none:
+      if constexpr (OPERAND == Dtype::e4m3) launch(std::integral_constant<Form, Form::none>{});
       break;
     case Form::gelu:
       return launch(std::integral_constant<Form, Form::gelu>{});

@@ -66,7 +66,7 @@ inline void check_linear(const LinearForward& args) {
   } else {
     check_dtype(args.out, {narrow});
   }
-  if (!e4m3 && args.form == Form::linear) fail("a linear of bf16 or fp16 with nothing behind it is cuBLAS' to compute");
+  if (!e4m3 && args.form == Form::none) fail("a linear of bf16 or fp16 with nothing behind it is cuBLAS' to compute");
   check_matrix(args.out, rows, out_features / pair, x.device);
 }
 

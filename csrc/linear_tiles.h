@@ -6,7 +6,7 @@
 namespace dinov2_fast {
 
 // What follows x @ weight^T + bias.
-enum class Form { linear, gelu, swiglu, residual };
+enum class Form { none, gelu, swiglu, residual };
 
 // A tile of `rows` x `columns`. In a ping-pong kernel two warp groups compute a tile each, and the epilogue of one runs
 // while the tensor cores work for the other. In a cooperative one they share a tile, which may be larger, so that less

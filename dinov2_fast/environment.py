@@ -1,6 +1,6 @@
 """The environment variables dinov2_fast reads, and the one that its command line sets, in one place.
 
-``DINOV2_FAST_BACKEND``   which implementation of an op to use, see :mod:`dinov2_fast.backends`.
+``DINOV2_FAST_BACKEND``   which implementation of an op to use, see :mod:`dinov2_fast.ops.dispatch`.
 ``DINOV2_FAST_CACHE``     folder for downloaded checkpoints, default ``~/.cache/dinov2_fast``.
 ``XFORMERS_DISABLED``     the reference's variable: set to anything, no xformers implementation is used.
 ``OMP_WAIT_POLICY``       OpenMP's, see :func:`let_idle_threads_sleep`.

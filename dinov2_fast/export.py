@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dinov2_fast import __version__
-from dinov2_fast.backends import BackendError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._registry import is_installed
+from dinov2_fast.ops.dispatch import BackendError
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

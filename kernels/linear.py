@@ -103,7 +103,7 @@ def _linear_forward_kernel(
     out_stride,
     scale,  # dequantisation factor of all of x
     inverse_out_scale,
-    EPILOGUE: tl.constexpr,  # "linear", "gelu_erf", "gelu_polynomial", "swiglu" or "residual"
+    EPILOGUE: tl.constexpr,  # "none", "gelu_erf", "gelu_polynomial", "swiglu" or "residual"
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -169,7 +169,7 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
 def _configuration(x: Tensor, weight: Tensor, epilogue: str, tma: bool) -> tuple[_Tile, int]:
     """The largest tile of which every multiprocessor gets one, else the smallest; and in_features per step."""
     (rows, in_features), out_features = x.shape, weight.shape[0]
-    light = epilogue in ("linear", "residual") or in_features >= 1024  # an epilogue that need not be hidden
+    light = epilogue in ("none", "residual") or in_features >= 1024  # an epilogue that need not be hidden
     for tile in _tiles(x.dtype, tma, common.capability(x.device)):
         fits = tile.n < 256 or (out_features % 256 == 0 and light)
         if fits and triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n) >= common.multiprocessors(x.device):
@@ -244,14 +244,14 @@ def linear_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    epilogue: str = "linear",
+    epilogue: str = "none",
     *,
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out_scale: float = 1.0,
 ) -> Tensor:
-    """`x` (..., in_features) times `weight`^T, through "linear", "gelu" or "swiglu", in `dtype` or that of `x`.
+    """`x` (..., in_features) times `weight`^T, through "none", "gelu" or "swiglu", in `dtype` or that of `x`.
 
     e4m3 operands are multiplied by `scale` and by the `weight_scale` (out_features,) of each row of `weight`; an e4m3
     result is over `out_scale`.

@@ -389,7 +389,7 @@ def _attention_pool(dtype: torch.dtype, batch: int, hidden: int, tokens: int = 2
 def _linear(dtype: torch.dtype, rows: int, in_features: int, out_features: int) -> None:
     x, weight = _cuda(rows, in_features, dtype=dtype), _cuda(out_features, in_features, dtype=dtype)
     bias = _cuda(out_features, dtype=dtype)
-    for epilogue in ("linear", "gelu", "swiglu"):
+    for epilogue in ("none", "gelu", "swiglu"):
         linear.linear_forward(x, weight, bias, epilogue)
     for stream in {dtype, torch.float32}:
         linear.linear_residual_forward_(_cuda(rows, out_features, dtype=stream), x, weight, bias)
@@ -399,7 +399,7 @@ def _linear_e4m3(dtype: torch.dtype, rows: int, in_features: int, out_features: 
     x, weight = _cuda(rows, in_features, dtype=E4M3), _cuda(out_features, in_features, dtype=E4M3)
     bias = _cuda(out_features, dtype=dtype)
     scales = {"scale": 0.125, "weight_scale": _cuda(out_features)}
-    linear.linear_forward(x, weight, bias, "linear", dtype=dtype, **scales)
+    linear.linear_forward(x, weight, bias, "none", dtype=dtype, **scales)
     for epilogue in ("gelu", "swiglu"):
         linear.linear_forward(x, weight, bias, epilogue, dtype=dtype, **scales)
         linear.linear_forward(x, weight, bias, epilogue, dtype=E4M3, out_scale=0.0625, **scales)

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, gpu, gpu_plan, records, trace, unconverted
+from bench import compare, gpu, gpu_plan, records, trace
 from bench.gpu import Job, Outcome
 from bench.gpu_plan import Step
 from dinov2_fast import extension
+from dinov2_fast.ops import dispatch
 
 ROOT = Path(gpu.__file__).parents[1]
 COMMIT = "c0ffee"
@@ -181,7 +182,7 @@ def test_every_op_and_the_model_are_tested(tmp_path: Path) -> None:
     tests = {step.name: step for step in _plan() if step.name.startswith("tests-")}
     files = {name: {word for word in step.arguments if word.startswith("tests/")} for name, step in tests.items()}
     assert list(tests) == ["tests-kernels", "tests-ops", "tests-model", "tests-large"]
-    ops = {f"tests/test_{word}.py" for word in unconverted.op_names()}
+    ops = {f"tests/test_{word}.py" for word in dispatch.names()}
     assert files["tests-ops"] == ops
     assert files["tests-kernels"] == {"tests/test_linear_cuda.py", "tests/test_on_gpu.py"}
     assert "tests/test_kernels_in_the_model.py" in files["tests-model"]

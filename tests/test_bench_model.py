@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import model as bench
 from bench import modes, options, peers, records, roofline, timing
 from bench.peers import OURS, Peer
-from dinov2_fast import accelerated, backends, extension, optimize_for_inference
+from dinov2_fast import accelerated, extension, optimize_for_inference
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _registry, dispatch
 from tests.devices import fakes_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -265,7 +265,7 @@ def test_a_mode_is_what_it_says(monkeypatch) -> None:
     seen: list[Any] = []
 
     def call(model: Any, x: Tensor) -> Tensor:
-        seen.append((backends._setting.everywhere, torch.is_autocast_enabled("cpu")))
+        seen.append((dispatch.current_setting().everywhere, torch.is_autocast_enabled("cpu")))
         return x + 1
 
     compiled: list[Any] = []
@@ -275,7 +275,7 @@ def test_a_mode_is_what_it_says(monkeypatch) -> None:
         for mode in ("eager", "triton"):
             modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", precision, mode)()
     assert seen == [("", False), ("triton", False), ("", True), ("triton", True)]
-    assert backends._setting.everywhere == ""
+    assert dispatch.current_setting().everywhere == ""
     for mode in ("compile", "reduce-overhead", "max-autotune"):
         modes.prepare(peer, torch.nn.Identity(), torch.zeros(1), "all", "fp32", mode)
     assert compiled == [{"dynamic": False, "mode": m} for m in ("default", "reduce-overhead", "max-autotune")]
@@ -352,7 +352,7 @@ def test_the_engine_is_made_of_fp32_weights_for_what_is_asked(precision: str, ou
             modes.prepare(OURS, _models().ours, torch.zeros(1, 3, 28, 28), output, precision, mode)
         assert made[-1][2]["cuda_graphs"] is True
     with modes.contexts(precision, "engine-triton", CPU)():
-        assert backends._setting.everywhere == "triton"
+        assert dispatch.current_setting().everywhere == "triton"
 
 
 def test_a_wrong_engine_is_refused() -> None:
@@ -410,12 +410,15 @@ def test_a_cpu_gets_only_the_modes_that_run_there() -> None:
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vitg14"])
 def test_no_engine_mode_asks_for_what_an_op_refuses(name: str, precision: str, monkeypatch) -> None:
     """Every op that an engine calls is asked again, with fake tensors of a GPU of sm_90 that has the extension."""
-    calls: list[tuple[backends.Op, tuple[Any, ...]]] = []
-    choose = backends.choose
+    calls: list[tuple[dispatch.Op, str, tuple[Any, ...]]] = []
+    choose = dispatch.Op.choose
 
-    def noting(op: backends.Op, *args: Any, **kwargs: Any) -> Any:
-        calls.append((op, args))
-        return choose(op, *args, **kwargs)
+    def noting(choosing: Callable[..., Any]) -> Callable[..., Any]:
+        def run(op: dispatch.Op, form: str, args: tuple[Any, ...], *rest: Any) -> Any:
+            calls.append((op, form, args))
+            return choosing(op, form, args, *rest)
+
+        return run
 
     def on_cuda(x: Any) -> Any:
         if isinstance(x, list | tuple):
@@ -429,19 +432,20 @@ def test_no_engine_mode_asks_for_what_an_op_refuses(name: str, precision: str, m
     for output in peers.OUTPUTS:
         made = modes.engine(model, x, output, precision, graphs=False)
         calls.clear()
-        with monkeypatch.context() as patch, torch.inference_mode():
-            patch.setattr(backends, "choose", noting)
+        with monkeypatch.context() as patch, torch.inference_mode(), dispatch.use_backend("torch"):  # all choose anew
+            for method in ("choose", "_choose"):  # the second is that of bound ops
+                patch.setattr(dispatch.Op, method, noting(getattr(dispatch.Op, method)))
             OURS.call[output](made, x)
             made.cls_tokens([x, x[..., :14]])
         monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
         for mode in modes.ENGINES:
-            if not modes.goes_with(mode, precision, output, CUDA) or modes.ENGINES[mode].options:
+            if not modes.goes_with(mode, precision, output, CUDA):
                 continue
             with FakeTensorMode(), torch.inference_mode(), modes.contexts(precision, mode, CUDA)():
-                found = {(op.word, choose(op, *on_cuda(args)).backend) for op, args in calls}
+                found = {(op.name, choose(op, form, on_cuda(args)).backend) for op, form, args in calls}
             chosen[mode] = chosen.get(mode, set()) | found
     with_all = {"patches", "layer_norm", "linear", "attention", "attention_pool"}
-    assert chosen["engine-triton"] == {(word, "triton") for word in with_all}
+    assert chosen["engine-triton"] == {(name, "triton") for name in with_all}
     torch_attends = ("attention", "torch")
     assert chosen["engine-triton-sdpa"] == chosen["engine-triton"] - {("attention", "triton")} | {torch_attends}
     assert {("layer_norm", "torch"), ("linear", "cuda"), torch_attends} < chosen["engine-cuda"]
@@ -464,7 +468,7 @@ def test_without_the_extension_its_modes_are_missing(monkeypatch) -> None:
 
 def test_a_backend_that_an_op_refuses_is_a_row_with_the_reason(monkeypatch) -> None:
     def refusing(model: Any, x: Tensor) -> Any:
-        raise backends.BackendError("layer_norm: backend 'triton' was asked for but cannot run: too wide.")
+        raise dispatch.BackendError("layer_norm: backend 'triton' was asked for but cannot run: too wide.")
 
     refused, fine = _measure(_peer("refused", call={"all": refusing}), OURS)
     assert records.reason(refused) == (

@@ -12,9 +12,9 @@ import torch
 from bench import modes, options, peers, records, roofline, trace
 from bench.model import Models, Setting
 from bench.trace import Line
-from dinov2_fast import backends
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops import dispatch
 
 CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=3, num_heads=2)
 SWIGLU = dataclasses.replace(CONFIG, ffn_layer="swiglufused")
@@ -115,7 +115,7 @@ def test_on_a_gpu_the_lines_are_kernels_in_the_order_of_their_launches() -> None
     [
         ("dinov2_fast::linear_residual_", [[2, 17, 32], [2, 17, 32], [32, 32], [32]], "proj"),
         ("dinov2_fast::linear_residual_", [[2, 17, 32], [2, 17, 128], [32, 128], [32]], "fc2"),
-        ("dinov2_fast::linear_gelu", [[2, 17, 32], [128, 32], [128]], "fc1"),
+        ("dinov2_fast::linear", [[2, 17, 32], [128, 32], [128]], "fc1"),
         ("aten::addmm", [[128], [34, 32], [32, 128], [], []], "fc1"),
         ("aten::addmm_", [[34, 32], [34, 128], [128, 32], [], []], "fc2"),
         ("aten::mul", [[2, 17, 32], [32]], "other"),
@@ -209,8 +209,12 @@ def test_an_engine_is_traced_on_the_backends_of_its_mode(monkeypatch: pytest.Mon
     seen: list[Any] = []
     monkeypatch.setattr(trace, "trace", lambda run, model, *rest: run() and [])
     config, setting = CONFIG, Setting("trace", CONFIG, 56, 2, "all", "fp32")
-    call = {"all": lambda model, x: seen.append((type(model).__name__, dict(backends._setting.by_word))) or [x]}
-    peer = dataclasses.replace(peers.OURS, call=call)
+
+    def call(model: Any, x: Any) -> list[Any]:
+        seen.append((type(model).__name__, dict(dispatch.current_setting().by_name)))
+        return [x]
+
+    peer = dataclasses.replace(peers.OURS, call={"all": call})
     models = Models(config, _ours())
     for mode in ("eager", "engine", "engine-triton-sdpa"):
         trace._lines_of(setting, models, X, peer, mode, 1)
@@ -225,12 +229,12 @@ def test_a_mode_that_cannot_run_says_so_and_the_others_are_traced(monkeypatch: p
 
     def refusing(setting: Any, models: Any, x: Any, peer: Any, mode: str, repeats: int) -> list[Line]:
         if mode == "engine-cuda":
-            raise backends.BackendError("linear_gelu: backend 'cuda' was asked for but cannot run: not built.")
+            raise dispatch.BackendError("linear.gelu: backend 'cuda' was asked for but cannot run: not built.")
         return usual(setting, models, x, peer, mode, repeats)
 
     monkeypatch.setattr(trace, "_lines_of", refusing)
     command = ["--device", "cpu", "--models", "S", "--sizes", "28", "--batches", "2", "--repeats", "1"]
     assert trace.main([*command, "--modes", "engine-cuda,engine"]) == 1
     printed = capsys.readouterr().out
-    assert "fp32: linear_gelu: backend 'cuda' was asked for but cannot run: not built." in printed
+    assert "fp32: linear.gelu: backend 'cuda' was asked for but cannot run: not built." in printed
     assert "dinov2_fast engine, middle block" in printed

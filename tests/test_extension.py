@@ -21,8 +21,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension, ops
-from dinov2_fast.backends import BackendError, table
 from dinov2_fast.cli import main
+from dinov2_fast.ops.dispatch import BackendError, table
 from tests.devices import fakes_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def _available(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _gelu() -> None:
     x, weight = (torch.empty(rows, 16, dtype=torch.bfloat16, device="cuda") for rows in (2, 16))
-    ops.linear_gelu(x, weight, None, backend="cuda")
+    ops.linear(x, weight, None, epilogue="gelu", backend="cuda")
 
 
 @fakes_cuda
@@ -127,9 +127,11 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("_available")
 def test_it_is_never_chosen_by_default() -> None:
     """No kernel of it has run on a GPU yet."""
-    rows = [row for row in table("cuda", torch.bfloat16) if row.backend == "cuda"]
-    assert {row.op for row in rows} >= {"linear_gelu", "linear_swiglu", "linear_residual_", "linear_fp8"}
-    assert [row.op for row in rows if row.chosen] == []
+    rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
+    cuda = [row for row in rows if row.backend == "cuda"]
+    names = ["linear.gelu", "linear.swiglu", "linear.residual"]
+    assert [row.name for row in cuda] == [*names, "linear.none", *names]
+    assert not any(row.chosen for row in cuda)
 
 
 # Building it

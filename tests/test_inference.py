@@ -225,7 +225,7 @@ def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], preci
     engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
     outputs = {}
     for backend in ("torch", "triton"):
-        with use_backend(backend):
+        with use_backend(backend, strict=True):
             assert {row.backend for row in engine.backends() if row.chosen} == {backend}
             with poisoned_memory():
                 lists = engine.forward_features([x, x[:1, :, :28, :28]])
@@ -674,12 +674,12 @@ def test_print_says_what_it_does() -> None:
         "uint8 pictures: normalised in the patch embedding",
         "residual stream: fp32",
         "last block: computed for the CLS token alone where nothing else is returned (outputs='auto')",
-        "linear_swiglu=",
-        "attention_pool=torch",
+        "linear (none, swiglu, residual) ",
+        "attention_pool ",
     ):
         assert part in text
     text = str(optimize_for_inference(make_pair("Dinov2", "ForImageClassification").ours))
     assert "Engine of a Dinov2ForImageClassification: 3 blocks of 128 channels" in text
     assert "last block: computed in full" in text
-    assert "linear_gelu=" in text
+    assert "linear (none, gelu, residual) " in text
     assert "attention_pool" not in text

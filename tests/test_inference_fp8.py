@@ -21,8 +21,10 @@ from dinov2_fast import ops, optimize_for_inference, use_backend
 from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import _refuse_slow
 from dinov2_fast.inference import fp8
+from dinov2_fast.inference.block import FoldedAttention
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
+from dinov2_fast.inference.fp8 import Fp8Linear
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _registry
@@ -256,13 +258,14 @@ def _fullness(engine: Engine, x: Tensor) -> list[tuple[float, float]]:
     """The largest e4m3 magnitude that proj and the MLP's second linear of each block read; 448 is what clips."""
     found: dict[int, float] = {}
     with pytest.MonkeyPatch.context() as patch:
-        op = ops.linear_residual_fp8_
+        add_to_ = Fp8Linear.add_to_
 
-        def spy(stream: Tensor, x: Tensor, scale: float, weight: Tensor, *rest: Any) -> None:
-            found[weight.data_ptr()] = max(found.get(weight.data_ptr(), 0.0), x.float().abs().max().item())
-            op(stream, x, scale, weight, *rest)
+        def spy(linear: Fp8Linear, stream: Tensor, x: Tensor) -> None:
+            key = linear.weight.data_ptr()
+            found[key] = max(found.get(key, 0.0), x.float().abs().max().item())
+            add_to_(linear, stream, x)
 
-        patch.setattr(ops, "linear_residual_fp8_", spy)
+        patch.setattr(Fp8Linear, "add_to_", spy)
         engine.forward_features(x)
     return [tuple(found[m.weight.data_ptr()] for m in (b.attn.proj, b.mlp.down)) for b in engine.blocks]
 
@@ -371,13 +374,15 @@ def test_attention_writes_what_proj_reads(monkeypatch: pytest.MonkeyPatch) -> No
     engine.calibrate(x)
     scales, happened = [own.attention for own in engine.plan.calibration.scales], []
 
-    attention = ops.attention
+    attend = FoldedAttention.attend
 
-    def noting(qkv: Tensor, *, seq_lens: Any = None, scale: float | None = None) -> Tensor:
+    def noting(part: FoldedAttention, qkv: Tensor, seq_lens: Any, scale: float | None = None) -> Tensor:
         happened.append((seq_lens is not None, scale))
-        return attention(qkv, seq_lens=seq_lens, scale=scale)
+        out = attend(part, qkv, seq_lens, scale)
+        assert out.dtype == (torch.bfloat16 if scale is None else torch.float8_e4m3fn)
+        return out
 
-    monkeypatch.setattr(ops, "attention", noting)
+    monkeypatch.setattr(FoldedAttention, "attend", noting)
     monkeypatch.setattr(fp8, "quantize", None)
     engine(x)
     engine.cls_tokens([x, torch.randn(1, 3, 56, 28)])
@@ -487,11 +492,12 @@ def test_the_kernels_compute_the_same(kind: dict[str, Any]) -> None:
     engine, errors = in_fp8(model), {}
     engine.calibrate(x)
     for backend in ("torch", "triton"):
-        with use_backend(backend):
-            chosen = {row.op: row.backend for row in engine.backends() if row.chosen}
-            assert set(chosen.values()) == {backend}
-            assert {"layer_norm_fp8", "linear_fp8", "linear_residual_fp8_"} < set(chosen)
-            assert ("linear_swiglu_fp8" if kind else "linear_gelu_fp8") in chosen
+        with use_backend(backend, strict=True):
+            chosen = [row for row in engine.backends() if row.chosen]
+            assert {row.backend for row in chosen} == {backend}
+            in_e4m3 = {row.name for row in chosen if row.dtype == torch.float8_e4m3fn}
+            assert {"layer_norm.plain", "linear.none", "linear.residual", "attention.batch"} < in_e4m3
+            assert ("linear.swiglu" if kind else "linear.gelu") in in_e4m3
             with poisoned_memory():
                 found = engine.forward_features(x)["x_norm_patchtokens"]
                 assert engine(x).isfinite().all()
@@ -526,7 +532,7 @@ def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, b
     graphs._graphs = Graphs(True, None if DEVICE == "cuda" else Fake())
     scales = []
     for backend in ("torch", "triton"):
-        with use_backend(backend):
+        with use_backend(backend, strict=True):
             eager.calibrate(x)
         scales.append(torch.tensor(eager.plan.calibration.scales).log2())
     assert (scales[0] - scales[1]).abs().max() <= 1  # the largest value may lie beside a power of two
@@ -535,7 +541,7 @@ def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, b
     for batch, (call, largest, times) in itertools.product(batches, CALLS.values()):
         found = {}
         for backend in ("torch", "triton"):
-            with use_backend(backend):
+            with use_backend(backend, strict=True):
                 found[backend] = call(eager, x[:batch])
                 call(graphs, x[:batch].flip(-1))
                 assert torch.equal(call(graphs, x[:batch]), found[backend])
@@ -652,10 +658,10 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
         "weights: bf16, folded in fp64 from fp32",
         "e4m3: qkv, proj and MLP, not in the blocks 0, 2; a scale for each output feature, norms over their bound",
         "calibration: none: attention and hidden activations are clipped at ±28; calibrate(pictures) measures",
-        "speed: no faster than bf16 here: torch's forms of layer_norm_fp8, linear_fp8, linear_gelu_fp8, "
-        "linear_residual_fp8_ compute in fp32",
-        "linear_fp8=torch",
-        "linear_gelu=",
+        "speed: no faster than bf16 here: torch's forms of layer_norm.plain, linear.none, "
+        "linear.gelu, linear.residual compute in fp32",
+        "linear (none, gelu, residual) in e4m3 ",
+        "linear (none, gelu, residual) ",
     ):
         assert part in text
     assert "e4m3" not in str(optimize_for_inference(small()))
@@ -665,6 +671,6 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
 def test_print_does_not_call_it_slow_for_attention_alone() -> None:
     engine = in_fp8(small().to(DEVICE))
     with use_backend("layer_norm=triton"):
-        assert "speed: no faster than bf16 here: torch's forms of linear_fp8, linear_gelu_fp8, " in str(engine)
+        assert "speed: no faster than bf16 here: torch's forms of linear.none, linear.gelu, " in str(engine)
     with use_backend("layer_norm=triton,linear=triton"):
         assert "speed:" not in str(engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast.backends import BackendError, choose
+from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops.dispatch import BackendError, use_backend
+from dinov2_fast.ops.linear import LINEAR, interleave
 from tests import reference
 from tests.devices import (
     BACKENDS,
@@ -24,10 +25,9 @@ from tests.devices import (
     skip_without_opcheck,
 )
 
-op = import_module("dinov2_fast.ops.linear")  # not the function of that name
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = ["linear", "gelu", "swiglu", "residual"]
+FORMS = ["none", "gelu", "swiglu", "residual"]
 # (rows, out_features, in_features): each leads the launcher to another tile; all tails, and none
 SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
 
@@ -61,12 +61,10 @@ def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if form == "linear":
-        return op.linear(x, weight, bias, backend=backend)
     if form != "residual":
-        return getattr(op, f"linear_{form}")(x, weight, bias, backend=backend)
+        return linear(x, weight, bias, epilogue=form, backend=backend)
     residual = _stream(x, weight)
-    assert op.linear_residual_(residual, x, weight, bias, backend=backend) is None
+    assert linear(x, weight, bias, epilogue=form, residual=residual, backend=backend) is residual
     return residual
 
 
@@ -76,7 +74,7 @@ def _finish(form: str, z: Tensor, residual: Tensor | None = None) -> Tensor:
         return F.gelu(z)
     if form == "swiglu":
         return F.silu(z[..., 0::2]) * z[..., 1::2]
-    return z if form == "linear" else residual + z
+    return z if form == "none" else residual + z
 
 
 def _exact(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +136,7 @@ def test_the_stream_may_be_wider_and_the_rest_stays(backend: str, dtype: torch.d
     before = [None if t is None else t.clone() for t in arguments]
     exact = residual.double() + reference.linear(*arguments)
     plain = residual + F.linear(*arguments)
-    op.linear_residual_(residual, *arguments, backend=backend)
+    linear(*arguments, epilogue="residual", residual=residual, backend=backend)
     reference.assert_obeys_rule(residual, exact, plain)
     for now, then in zip(arguments, before, strict=True):
         assert now is then is None or torch.equal(now, then)
@@ -150,7 +148,7 @@ def test_the_surroundings_of_the_stream_stay(backend: str) -> None:
     residual = _stream(x, weight)
     buffer = torch.full((133, 90), float("nan"), device=DEVICE)
     buffer[1:-1, 8:78] = residual
-    op.linear_residual_(buffer[1:-1, 8:78], x, weight, bias, backend=backend)
+    linear(x, weight, bias, epilogue="residual", residual=buffer[1:-1, 8:78], backend=backend)
     reference.assert_obeys_rule(
         buffer[1:-1, 8:78], _exact("residual", x, weight, bias), _plain("residual", x, weight, bias)
     )
@@ -210,7 +208,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> No
 @each_path
 def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype) -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).to(dtype)
-    y = op.linear_gelu(x, torch.eye(8, device=DEVICE, dtype=dtype), None, backend=backend)
+    y = linear(x, torch.eye(8, device=DEVICE, dtype=dtype), None, epilogue="gelu", backend=backend)
     exact = reference.gelu(x)
     rounding = exact.abs() * 2.0 ** (-10 if dtype == torch.float16 else -22)
     assert ((y.double() - exact).abs() <= 1e-6 + rounding).all()  # the polynomial is off by 3e-6, the tanh by 5e-4
@@ -219,7 +217,7 @@ def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype
 @each_path
 def test_swiglu_takes_gate_and_value_in_turn(backend: str) -> None:
     weight = torch.tensor([[-30.0], [30.0], [2.0], [3.0]], device=DEVICE)
-    y = op.linear_swiglu(torch.ones(1, 1, device=DEVICE), weight, None, backend=backend)
+    y = linear(torch.ones(1, 1, device=DEVICE), weight, None, epilogue="swiglu", backend=backend)
     torch.testing.assert_close(y, _swish(torch.tensor([[-30.0, 2.0]], device=DEVICE)) * weight[1::2].T)
 
 
@@ -231,9 +229,9 @@ def _swish(x: Tensor) -> Tensor:
 def test_interleaved_parameters_give_the_swiglu_of_packed_halves(backend: str) -> None:
     x, weight, bias = _operands(9, 12, 16, torch.float32)
     packed = F.linear(x, weight, bias)
-    y = op.linear_swiglu(x, op.interleave(weight), op.interleave(bias), backend=backend)
+    y = linear(x, interleave(weight), interleave(bias), epilogue="swiglu", backend=backend)
     torch.testing.assert_close(y, _swish(packed[:, :6]) * packed[:, 6:])
-    assert op.interleave(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    assert interleave(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
 
 
 # e4m3
@@ -252,13 +250,13 @@ def _fp8_operands(size: tuple[int, int, int]) -> tuple[Any, ...]:
 
 
 def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dtype, out_scale: float = 1.0) -> Tensor:
+    x, scale, weight, weight_scale, bias = operands
+    options = {"epilogue": form, "scale": scale, "weight_scale": weight_scale, "backend": backend}
     if form == "residual":
-        residual = _stream(operands[0], operands[2], dtype)
-        op.linear_residual_fp8_(residual, *operands, backend=backend)
+        residual = _stream(x, weight, dtype)
+        assert linear(x, weight, bias, residual=residual, **options) is residual
         return residual
-    if form == "linear":
-        return op.linear_fp8(*operands, dtype, backend=backend)
-    return getattr(op, f"linear_{form}_fp8")(*operands, dtype, out_scale, backend=backend)
+    return linear(x, weight, bias, dtype=dtype, out_scale=out_scale, **options)
 
 
 def _exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -339,13 +337,13 @@ def test_fp8_residual_in_fp32(backend: str) -> None:
 @pytest.mark.parametrize("rows", [1, 33])
 def test_cublas_forms_obey_the_rule(rows: int) -> None:
     x, weight, bias = (t.cpu() for t in _operands(rows, 48, 40, torch.bfloat16))
-    y = op.linear_gelu_cublas(x.view(1, rows, 40), weight, bias)
+    y = _linear_peers.linear_cublas(x.view(1, rows, 40), weight, bias, "gelu")
     assert y.shape == (1, rows, 48)
     reference.assert_obeys_rule(y[0], _exact("gelu", x, weight, bias), _plain("gelu", x, weight, bias))
     residual = _stream(x, weight)
     exact = residual.double() + reference.linear(x, weight, None)
     plain = residual + F.linear(x, weight)
-    op.linear_residual_cublas_(residual, x, weight, None)
+    assert _linear_peers.linear_cublas(x, weight, None, "residual", residual) is residual
     reference.assert_obeys_rule(residual, exact, plain)
 
 
@@ -369,26 +367,25 @@ def test_opcheck(strided: bool) -> None:
     x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
     weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
-    for name in ("linear", "linear_gelu", "linear_swiglu"):
-        check(getattr(library, name).default, (x, weight, bias))
-    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias))
-    fp8 = (x.to(E4M3), 0.5, weight.to(E4M3), torch.rand(8, device=DEVICE), bias)
+    for form in ("none", "gelu", "swiglu"):
+        check(library.linear.default, (x, weight, bias, form))
+    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias, 1.0, None))
+    fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(8, device=DEVICE))
     # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    check(library.linear_fp8.default, (*fp8, torch.float16), test_utils=most)
-    for name in ("linear_gelu_fp8", "linear_swiglu_fp8"):
-        check(getattr(library, name).default, (*fp8, torch.bfloat16, 1.0), test_utils=most)
-        check(getattr(library, name).default, (*fp8, E4M3, 0.5), test_utils=most)
-    check(library.linear_residual_fp8_.default, (random(5, 3, 8), *fp8), test_utils=most)
+    for form, dtype in (("none", torch.float16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
+        check(library.linear_fp8.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
+    check(library.linear_residual_.default, (random(5, 3, 8), *fp8, *scales), test_utils=most)
 
 
 @each_backend
 def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
-        op.linear_residual_(residual, op.linear(x, weight, bias, backend=backend), weight, bias, backend=backend)
-        hidden = op.linear_gelu(residual, weight, bias, backend=backend)
-        return op.linear_swiglu(hidden, weight, bias, backend=backend) + residual[..., ::2]
+        y = linear(x, weight, bias, backend=backend)
+        linear(y, weight, bias, epilogue="residual", residual=residual, backend=backend)
+        hidden = linear(residual, weight, bias, epilogue="gelu", backend=backend)
+        return linear(hidden, weight, bias, epilogue="swiglu", backend=backend) + residual[..., ::2]
 
     assert_compiles_whole(block, (random(2, 5, 32), random(32, 32, scale=0.2), random(32)))
 
@@ -406,57 +403,92 @@ def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
     x, weight, bias = _operands(3, 8, 16, torch.float32)
     residual = _stream(x, weight)
     versions = [residual._version]
-    op.linear_residual_(residual, x, weight, bias, backend=backend)
+    linear(x, weight, bias, epilogue="residual", residual=residual, backend=backend)
     versions.append(residual._version)
-    op.linear_residual_fp8_(residual, x.to(E4M3), 1.0, weight.to(E4M3), bias.abs(), bias, backend=backend)
+    scales = {"scale": 1.0, "weight_scale": bias.abs()}
+    linear(x.to(E4M3), weight.to(E4M3), bias, epilogue="residual", residual=residual, **scales, backend=backend)
     assert versions[0] < versions[1] < residual._version
 
 
 def test_what_was_measured_comes_first(monkeypatch) -> None:
     """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
-    for capability, backend in (("AVX512", "onednn"), ("AVX2", "torch")):
+    cpu = torch.device("cpu")
+    for capability, first in (("AVX512", True), ("AVX2", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        tried = op.onednn(op.linear_onednn), op._torch(op.linear_torch)
-        x, weight, bias = _operands(2, 4, 8, torch.float32)
-        x, weight, bias = x.cpu(), weight.cpu(), bias.cpu()
-        with torch.no_grad():
-            assert next(i.backend for i in tried if i.reason_against(x, weight, bias) is None) == backend
+        assert _linear_peers.onednn().is_for(cpu) == first
+        assert _linear_peers.onednn().reason_against_kind(cpu, torch.float32, False, forced=True) is None
+    assert LINEAR.backends("none")[:2] == ["onednn", "torch"]
+
+
+@fakes_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
+@each_form
+def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
     with FakeTensorMode(), torch.no_grad():
-        if torch.backends.cuda.is_built():
-            x, weight, bias = (torch.empty(size, device="cuda") for size in ((2, 8), (4, 8), (4,)))
-            for each in (op._LINEAR, op._LINEAR_GELU, op._LINEAR_SWIGLU):
-                assert choose(each, x, weight, bias).backend == "torch"
+        assert LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend == "torch"
 
 
+@fakes_cuda
+@pytest.mark.parametrize("name", ["cublas", "cuda"])
+def test_a_backend_without_a_form_leaves_it_to_the_default(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+
+    def chosen(form: str, dtype: torch.dtype) -> str:
+        x, weight, bias, *rest = LINEAR.samples[form](torch.device("cuda"), dtype)
+        args = x, weight, None if (form, dtype) == ("residual", torch.bfloat16) else bias, *rest
+        return LINEAR.choose(form, args).backend
+
+    with FakeTensorMode(), torch.no_grad(), use_backend(f"linear={name}", strict=True):
+        assert chosen("none", torch.bfloat16) == "torch"
+        assert chosen("swiglu", torch.bfloat16) == ("torch" if name == "cublas" else "cuda")
+        assert {chosen(form, torch.bfloat16) for form in ("gelu", "residual")} == {name}
+        assert {chosen(form, E4M3) for form in FORMS} == {name}
+    assert not caplog.records
+
+
+@each_form
 @each_backend
-def test_gradients_are_refused(backend: str) -> None:
+def test_gradients_are_refused(backend: str, form: str) -> None:
     x, weight, bias = _operands(2, 4, 8, torch.float32)
     weight.requires_grad_()
-    for run in (op.linear, op.linear_gelu, op.linear_swiglu):
-        with pytest.raises(BackendError, match="inference only"):
-            run(x, weight, bias, backend=backend)
     with pytest.raises(BackendError, match="inference only"):
-        op.linear_residual_(bias.expand(2, 4).clone(), x, weight, bias, backend=backend)
+        _run(form, backend, x, weight, bias)
     with torch.no_grad():
-        op.linear(x, weight, bias, backend=backend)
+        _run(form, backend, x, weight, bias)
+
+
+def _e4m3(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    scales = {"scale": 1.0, "weight_scale": torch.ones(len(weight), device=x.device)}
+    return linear(x.to(E4M3), weight.to(E4M3), bias, **scales | options)
+
+
+def _add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "torch") -> Tensor:
+    return linear(x, weight, bias, epilogue="residual", residual=residual, backend=backend)
 
 
 REFUSALS = {
-    "takes fp16, bf16 and fp32, got torch.float64": lambda x, w, b: op.linear(x.double(), w, b, backend="triton"),
-    "takes x and weight of one dtype": lambda x, w, b: op.linear_gelu(x, w.half(), b, backend="triton"),
-    "is near enough for bf16 results only": lambda x, w, b: op.linear_gelu(x, w, b, backend="cublas"),
-    "needs weight and bias in the dtype of x": lambda x, w, b: op.linear_gelu(
-        x.bfloat16(), w.bfloat16(), b, backend="cublas"
+    "takes fp16, bf16, fp32 and e4m3, got torch.float64": lambda x, w, b: linear(x.double(), w, b, backend="triton"),
+    "takes x and weight of one dtype": lambda x, w, b: linear(x, w.half(), b, backend="triton"),
+    "is near enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
+    "needs weight and bias in the dtype of x": lambda x, w, b: linear(
+        x.bfloat16(), w.bfloat16(), b, epilogue="gelu", backend="cublas"
     ),
-    "adds no bias": lambda x, w, b: op.linear_residual_(x, x, w, b, backend="cublas"),
-    "needs one dtype": lambda x, w, b: op.linear_residual_(x.half(), x, w, None, backend="cublas"),
-    "evenly spaced rows": lambda x, w, b: op.linear_residual_(x[:1].expand(4, 16), x, w, b, backend="triton"),
-    "adds to fp16, bf16 and fp32": lambda x, w, b: op.linear_residual_(x.double(), x, w, b, backend="triton"),
-    "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: op.linear_fp8(
-        x.to(E4M3), 1.0, w[:8].to(E4M3), b[:8], None, backend="cublas"
+    "adds no bias": lambda x, w, b: _add(x, x, w, b, "cublas"),
+    "needs one dtype": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
+    "evenly spaced rows": lambda x, w, b: _add(x[:1].expand(4, 16), x, w, b, "triton"),
+    "adds to fp16, bf16 and fp32": lambda x, w, b: _add(x.double(), x, w, b, "triton"),
+    "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: _e4m3(x, w[:8], None, backend="cublas"),
+    "takes a bf16 bias": lambda x, w, b: _e4m3(x, w, b, backend="cublas"),
+    "too coarse for an fp16 stream": lambda x, w, b: _e4m3(
+        x, w, None, epilogue="residual", residual=x.half(), backend="cublas"
     ),
-    "takes a bf16 bias": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b, b, backend="cublas"),
-    "there is no backend 'cublas'": lambda x, w, b: op.linear(x, w, b, backend="cublas"),
+    "there is no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
+    "there is no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
 }
 
 
@@ -481,13 +513,23 @@ def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pyte
 
 
 MISTAKES = {
-    "weight has shape": lambda x, w, b: op.linear(x, w[:, 1:], b),
-    "bias has shape": lambda x, w, b: op.linear_gelu(x, w, b[1:]),
-    "pairs of gate and value": lambda x, w, b: op.linear_swiglu(x, w[1:], b[1:]),
-    "residual has shape": lambda x, w, b: op.linear_residual_(x[1:], x, w, b),
-    "weight_scale has shape": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b[:1], b),
-    "must be e4m3": lambda x, w, b: op.linear_fp8(x, 1.0, w, b, b),
-    "the result can be": lambda x, w, b: op.linear_fp8(x.to(E4M3), 1.0, w.to(E4M3), b, b, E4M3),
+    "weight has shape": lambda x, w, b: linear(x, w[:, 1:], b),
+    "which does not go with x": lambda x, w, b: linear(x[0, 0], w, b),
+    "bias has shape": lambda x, w, b: linear(x, w, b[1:], epilogue="gelu"),
+    "nothing to multiply": lambda x, w, b: linear(x[:, :0], w[:, :0], b),
+    "pairs of gate and value": lambda x, w, b: linear(x, w[1:], b[1:], epilogue="swiglu"),
+    "no form 'relu', only none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
+    "residual has shape": lambda x, w, b: _add(x[1:], x, w, b),
+    "which needs it": lambda x, w, b: linear(x, w, b, epilogue="residual"),
+    "residual goes with the epilogue": lambda x, w, b: linear(x, w, b, residual=x),
+    "of shape .7,., not torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
+    "weight_scale is torch.float16": lambda x, w, b: _e4m3(x, w, b, weight_scale=b.half()),
+    "x and weight must be e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
+    "for scale, weight_scale and dtype": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
+    "need scale and weight_scale": lambda x, w, b: linear(x.to(E4M3), w.to(E4M3), b),
+    "operands need scale": lambda x, w, b: _e4m3(x, w, b, scale=None),
+    "the result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
+    "the result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
 }
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import subprocess
 import sys
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast.backends import BackendError, choose
-from dinov2_fast.ops import _linear_cuda
+from dinov2_fast.ops import _linear_cuda, linear
+from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.devices import (
     DEVICE,
@@ -47,9 +46,8 @@ from tests.test_linear import (
     _swish,
 )
 
-op = import_module("dinov2_fast.ops.linear")
 FORMS = ["gelu", "swiglu", "residual"]
-FP8_FORMS = ["linear", *FORMS]
+FP8_FORMS = ["none", *FORMS]
 # (rows, out_features, in_features): whole tiles and tails, and each tile of the table on a device of 2 multiprocessors
 SIZES = [(0, 96, 40), (1, 16, 8), (70, 128, 24), (130, 272, 40), (257, 256, 72), (150, 512, 16)]
 
@@ -66,9 +64,9 @@ LARGE = [
     ("residual", (1160, 1528, 1544), BF16_SMALL),
 ]
 LARGE_FP8 = [
-    ("linear", (4104, 1552, 1552), E4M3_LARGE),
+    ("none", (4104, 1552, 1552), E4M3_LARGE),
     ("residual", (4104, 1552, 1552), E4M3_LARGE),
-    ("linear", (1160, 1552, 1552), E4M3_SMALL),
+    ("none", (1160, 1552, 1552), E4M3_SMALL),
     ("residual", (1160, 1552, 1552), E4M3_SMALL),
     ("gelu", (4104, 3088, 1552), E4M3_SMALL),
     ("swiglu", (4104, 3088, 1552), E4M3_SMALL),
@@ -125,7 +123,7 @@ def test_the_stream_may_be_wider_and_the_bias_of_any_dtype(
     bias = None if bias_dtype is None else bias.to(bias_dtype)
     exact = residual.double() + reference.linear(x, weight, bias)
     plain = residual + F.linear(x, weight, None if bias is None else bias.to(dtype))
-    op.linear_residual_(residual, x, weight, bias, backend="cuda")
+    linear(x, weight, bias, epilogue="residual", residual=residual, backend="cuda")
     reference.assert_obeys_rule(residual, exact, plain)
 
 
@@ -137,7 +135,7 @@ def test_the_surroundings_of_the_stream_stay(dtype: torch.dtype) -> None:
     buffer = torch.full((133, 96), float("nan"), device=DEVICE, dtype=dtype)
     inside = buffer[1:-1, 8:80]
     inside.copy_(residual)
-    op.linear_residual_(inside, x, weight, bias, backend="cuda")
+    linear(x, weight, bias, epilogue="residual", residual=inside, backend="cuda")
     reference.assert_obeys_rule(inside, _exact("residual", x, weight, bias), _plain("residual", x, weight, bias))
     inside.fill_(float("nan"))
     assert buffer.isnan().all()
@@ -190,7 +188,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(form: str, dtype: torch.dtype)
 @runs_cuda
 def test_gelu_is_the_exact_one_where_that_shows() -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).half()
-    y = op.linear_gelu(x, torch.eye(8, device=DEVICE).half(), None, backend="cuda")
+    y = linear(x, torch.eye(8, device=DEVICE).half(), None, epilogue="gelu", backend="cuda")
     exact = reference.gelu(x)
     assert ((y.double() - exact).abs() <= 1e-6 + exact.abs() * 2.0**-10).all()  # the polynomial is off by 3e-6
 
@@ -202,7 +200,7 @@ def test_swiglu_takes_gate_and_value_in_turn() -> None:
     x = torch.zeros(1, 8, device=DEVICE, dtype=torch.bfloat16)
     x[0, 0] = 1.0
     gate, value = weight[0::2, 0].float(), weight[1::2, 0].float()
-    y = op.linear_swiglu(x, weight, None, backend="cuda")
+    y = linear(x, weight, None, epilogue="swiglu", backend="cuda")
     torch.testing.assert_close(y[0], (_swish(gate) * value).bfloat16(), atol=0.0, rtol=2.0**-8)
 
 
@@ -264,26 +262,25 @@ def test_opcheck() -> None:
     skip_without_opcheck()
     x, weight, bias = (random(*size, dtype=torch.bfloat16) for size in ((5, 3, 32), (16, 32), (16,)))
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
-    for name in ("linear_gelu_cuda", "linear_swiglu_cuda"):
-        check(getattr(library, name).default, (x, weight, bias))
-    check(library.linear_residual_cuda_.default, (random(5, 3, 16, dtype=torch.bfloat16), x, weight, bias))
-    fp8 = (x.to(E4M3), 0.5, weight.to(E4M3), torch.rand(16, device=DEVICE), bias)
+    for form in ("gelu", "swiglu"):
+        check(library.linear_cuda.default, (x, weight, bias, form, 1.0, None, None, 1.0))
+    stream = random(5, 3, 16, dtype=torch.bfloat16)
+    check(library.linear_residual_cuda_.default, (stream, x, weight, bias, 1.0, None))
+    fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(16, device=DEVICE))
     # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    check(library.linear_fp8_cuda.default, (*fp8, torch.bfloat16), test_utils=most)
-    for name in ("linear_gelu_fp8_cuda", "linear_swiglu_fp8_cuda"):
-        check(getattr(library, name).default, (*fp8, torch.bfloat16, 1.0), test_utils=most)
-        check(getattr(library, name).default, (*fp8, E4M3, 0.5), test_utils=most)
-    check(library.linear_residual_fp8_cuda_.default, (random(5, 3, 16), *fp8), test_utils=most)
+    for form, dtype in (("none", torch.bfloat16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
+        check(library.linear_cuda.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
+    check(library.linear_residual_cuda_.default, (random(5, 3, 16), *fp8, *scales), test_utils=most)
 
 
 @runs_cuda
 def test_compiled_whole_and_in_inference_mode() -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
-        op.linear_residual_(residual, x, weight, bias, backend="cuda")
-        hidden = op.linear_gelu(residual, weight, bias, backend="cuda")
-        return op.linear_swiglu(hidden, weight, bias, backend="cuda") + residual[..., ::2]
+        linear(x, weight, bias, epilogue="residual", residual=residual, backend="cuda")
+        hidden = linear(residual, weight, bias, epilogue="gelu", backend="cuda")
+        return linear(hidden, weight, bias, epilogue="swiglu", backend="cuda") + residual[..., ::2]
 
     assert_compiles_whole(block, [random(*size, dtype=torch.float16) for size in ((2, 5, 32), (32, 32), (32,))])
 
@@ -293,54 +290,53 @@ def test_autograd_sees_that_the_stream_was_overwritten() -> None:
     x, weight, _ = _operands(3, 8, 8, torch.float16)
     residual = torch.zeros(3, 8, device=DEVICE, dtype=torch.float16)
     before = residual._version
-    op.linear_residual_(residual, x, weight, None, backend="cuda")
+    linear(x, weight, None, epilogue="residual", residual=residual, backend="cuda")
     assert residual._version > before
 
 
 # What is refused, and in which words
 
 
-def _half(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return x.half(), weight.half(), bias.half()
+def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "gelu", **options: Any) -> Tensor:
+    return linear(x, weight, bias, epilogue=epilogue, backend="cuda", **options)
+
+
+def _half(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "gelu", **options: Any) -> Tensor:
+    return _cuda(x.half(), weight.half(), bias.half(), epilogue, **options)
+
+
+def _e4m3(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "gelu", **options: Any) -> Tensor:
+    return _cuda(x.to(E4M3), weight.to(E4M3), None, epilogue, scale=1.0, weight_scale=bias, **options)
+
+
+def _empty(*size: int) -> Tensor:
+    return torch.empty(*size, device="cuda", dtype=torch.half)
 
 
 REFUSALS = {
-    "takes fp16 and bf16, got torch.float32": lambda x, w, b: op.linear_gelu(x, w, b, backend="cuda"),
-    "takes x and weight of one dtype": lambda x, w, b: op.linear_gelu(x.half(), w.bfloat16(), b, backend="cuda"),
-    "in_features in multiples of 8 and out_features in multiples of 8, got 12 and 16": lambda x, w, b: op.linear_gelu(
-        *_half(x[:, :12], w[:, :12], b), backend="cuda"
+    "takes fp16 and bf16, got torch.float32": _cuda,
+    "takes x and weight of one dtype": lambda x, w, b: _cuda(x.half(), w.bfloat16(), b),
+    "in_features in multiples of 8 and out_features in multiples of 8, got 12 and 16": lambda x, w, b: _half(
+        x[:, :12], w[:, :12], b
     ),
-    "out_features in multiples of 16, got 16 and 8": lambda x, w, b: op.linear_swiglu(
-        *_half(x, w[:8], b[:8]), backend="cuda"
+    "out_features in multiples of 16, got 16 and 8": lambda x, w, b: _half(x, w[:8], b[:8], "swiglu"),
+    "in_features in multiples of 16 and": lambda x, w, b: _e4m3(x[:, :8], w[:, :8], b, "none"),
+    "a bias of fp16, bf16 or fp32, got torch.float64": lambda x, w, b: _cuda(
+        x.half(), w.half(), b.double(), "residual", residual=x.half()
     ),
-    "in_features in multiples of 16 and": lambda x, w, b: op.linear_fp8(
-        x[:, :8].to(E4M3), 1.0, w[:, :8].to(E4M3), b, None, backend="cuda"
+    "gives bf16, or e4m3 behind an activation": lambda x, w, b: _e4m3(x, w, b, dtype=torch.float16),
+    "adds to torch.float16 or fp32, not to torch.bfloat16": lambda x, w, b: _half(
+        x, w, b, "residual", residual=x.bfloat16()
     ),
-    "a bias of fp16, bf16 or fp32, got torch.float64": lambda x, w, b: op.linear_residual_(
-        x.half(), x.half(), w.half(), b.double(), backend="cuda"
+    "adds to torch.bfloat16 or fp32, not to torch.float16": lambda x, w, b: _e4m3(
+        x, w, b, "residual", residual=x.half()
     ),
-    "gives bf16, or e4m3 behind an activation": lambda x, w, b: op.linear_gelu_fp8(
-        x.to(E4M3), 1.0, w.to(E4M3), b, None, torch.float16, backend="cuda"
+    "rows start at multiples of 16 bytes": lambda x, w, b: _half(x, w, b, "residual", residual=_empty(4, 20)[:, 2:18]),
+    "whose rows start at multiples of 16 bytes": lambda x, w, b: _half(
+        x[:, None], w, b, "residual", residual=_empty(4, 1, 20)[..., :16]
     ),
-    "takes scales in fp32, got torch.float16": lambda x, w, b: op.linear_fp8(
-        x.to(E4M3), 1.0, w.to(E4M3), b.half(), None, backend="cuda"
-    ),
-    "adds to torch.float16 or fp32, not to torch.bfloat16": lambda x, w, b: op.linear_residual_(
-        x.bfloat16(), *_half(x, w, b), backend="cuda"
-    ),
-    "adds to torch.bfloat16 or fp32, not to torch.float16": lambda x, w, b: op.linear_residual_fp8_(
-        x.half(), x.to(E4M3), 1.0, w.to(E4M3), b, b, backend="cuda"
-    ),
-    "rows start at multiples of 16 bytes": lambda x, w, b: op.linear_residual_(
-        torch.empty(4, 20, device="cuda", dtype=torch.half)[:, 2:18], *_half(x, w, b), backend="cuda"
-    ),
-    "whose rows start at multiples of 16 bytes": lambda x, w, b: op.linear_residual_(
-        torch.empty(4, 1, 20, device="cuda", dtype=torch.half)[..., :16], *_half(x[:, None], w, b), backend="cuda"
-    ),
-    "evenly spaced rows": lambda x, w, b: op.linear_residual_(
-        x[:1].half().expand(4, 16), *_half(x, w, b), backend="cuda"
-    ),
-    "there is no backend 'cuda'": lambda x, w, b: op.linear(*_half(x, w, b), backend="cuda"),
+    "evenly spaced rows": lambda x, w, b: _half(x, w, b, "residual", residual=x[:1].half().expand(4, 16)),
+    "there is no backend 'cuda'": lambda x, w, b: _half(x, w, b, "none"),
 }
 
 
@@ -363,22 +359,11 @@ def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: p
     with FakeTensorMode():
         x, weight = (torch.empty(16, 16, device="cuda", dtype=torch.half) for _ in range(2))
         with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
-            op.linear_gelu(x, weight, None, backend="cuda")
+            _cuda(x, weight, None)
         monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         with pytest.raises(BackendError, match="does not follow autocast"):
-            op.linear_gelu(x, weight, None, backend="cuda")
-
-
-@fakes_cuda
-def test_it_is_not_chosen_until_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
-    with FakeTensorMode(), torch.no_grad():
-        x, weight, bias = (torch.empty(size, device="cuda").half() for size in ((2, 16), (16, 16), (16,)))
-        for each in (op._LINEAR_GELU, op._LINEAR_SWIGLU):
-            assert choose(each, x, weight, bias).backend == "torch"
-            assert choose(each, x, weight, bias, backend="cuda").backend == "cuda"
+            linear(x, weight, None, epilogue="gelu", backend="cuda")
 
 
 def _wrong(**changes: Any) -> dict[str, Any]:
@@ -424,7 +409,7 @@ MISTAKES = {
     "out must have the shape": lambda: _wrong(out=_half_matrix(16, 8)),
     "out must have rows that do not overlap": lambda: _wrong(form=3, out=_half_matrix(1, 16).expand(16, 16)),
     "is cuBLAS' to compute": lambda: _wrong(form=0),
-    "form must be 0": lambda: _wrong(form=4),
+    "form must be 0 .none.": lambda: _wrong(form=4),
 }  # fmt: skip
 
 
@@ -448,9 +433,9 @@ TILES = [  # rows, out_features, form, bytes of an operand's element, tile
     (128 * 65, 128, "residual", 2, BF16_SMALL),  # 65 tiles are too few for 132 multiprocessors
     (128 * 132, 128, "residual", 2, BF16_MEDIUM),
     (64 * 257, 1024, "residual", 1, E4M3_LARGE),
-    (64 * 257, 1024, "linear", 1, E4M3_LARGE),
+    (64 * 257, 1024, "none", 1, E4M3_LARGE),
     (64 * 257, 4096, "gelu", 1, E4M3_SMALL),
-    (257, 1024, "linear", 1, E4M3_SMALL),
+    (257, 1024, "none", 1, E4M3_SMALL),
     *((rows, features, form, 2, tile) for form, (rows, features, _), tile in LARGE),
     *((rows, features, form, 1, tile) for form, (rows, features, _), tile in LARGE_FP8),
 ]

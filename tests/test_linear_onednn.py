@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.backends import BackendError
+from dinov2_fast import optimize_for_inference
+from dinov2_fast.ops import linear
+from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.test_model import small
 
-op = import_module("dinov2_fast.ops.linear")  # not the function of that name
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
-FORMS = ["linear", "gelu", "swiglu", "residual"]
+FORMS = ["none", "gelu", "swiglu", "residual"]
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if form == "residual":
         generator = torch.Generator().manual_seed(1)
         residual = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator).to(x.dtype)
-        op.linear_residual_(residual, x, weight, bias, weight[:, 0], backend=backend)
-        return residual
-    name = "linear" if form == "linear" else f"linear_{form}"
-    return getattr(op, name)(x, weight, bias, backend=backend)
+        return linear(x, weight, bias, epilogue=form, residual=residual, backend=backend)
+    return linear(x, weight, bias, epilogue=form, backend=backend)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -39,7 +35,7 @@ def test_outputs_obey_the_rule(form: str, shape: tuple[int, ...], has_bias: bool
     exact = _run(form, "torch", x.double(), weight.double(), wide)
     if form == "residual":
         residual = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
-        exact = residual.double() + F.linear(x.double(), weight.double(), wide) * weight[:, 0].double()
+        exact = residual.double() + F.linear(x.double(), weight.double(), wide)
     found, plain = (_run(form, backend, x, weight, bias) for backend in ("onednn", "torch"))
     assert found.shape == plain.shape
     reference.assert_obeys_rule(found, exact, plain)
@@ -52,30 +48,33 @@ def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
     exact = _run(form, "torch", x.double(), weight.double(), bias.double())
     if form == "residual":
         residual = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
-        exact = residual.double() + F.linear(x.double(), weight.double(), bias.double()) * weight[:, 0].double()
+        exact = residual.double() + F.linear(x.double(), weight.double(), bias.double())
     found, plain = (_run(form, backend, x, weight, bias) for backend in ("onednn", "torch"))
     reference.assert_obeys_rule(found, exact, plain)
 
 
 def test_strided_operands() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
-    torch.testing.assert_close(op.linear(x, weight, None, backend="onednn"), x @ weight.T)
+    torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)
 
 
 def test_what_it_refuses() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
-    with pytest.raises(BackendError, match="takes fp32 and bf16, x and weight alike"):
-        op.linear(x.double(), weight.double(), None, backend="onednn")
+    with pytest.raises(BackendError, match=r"takes fp32 and bf16, got torch\.float64"):
+        linear(x.double(), weight.double(), None, backend="onednn")
+    with pytest.raises(BackendError, match="takes x and weight of one dtype"):
+        linear(x, weight.bfloat16(), None, backend="onednn")
     with torch.autocast("cpu"), pytest.raises(BackendError, match="does not follow autocast"):
-        op.linear_residual_(torch.zeros(2, 4), x, weight, None, None, backend="onednn")
+        linear(x, weight, None, epilogue="residual", residual=torch.zeros(2, 4), backend="onednn")
 
 
 def test_an_engine_that_uses_it_also_compiled() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)
     engine = optimize_for_inference(model, "fp32")
-    with use_backend("onednn"):
-        assert "linear_gelu=onednn" in str(engine)
+    with use_backend("onednn", strict=True):
+        chosen = {row.form: row.backend for row in engine.backends() if row.op == "linear" and row.chosen}
+        assert chosen == dict.fromkeys(("none", "gelu", "residual"), "onednn")
         found = engine(x)
         compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, model(x).detach(), atol=1e-5, rtol=1e-5)

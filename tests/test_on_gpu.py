@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_fast import backends, ops
+from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import tensors_of
+from dinov2_fast.ops.dispatch import tensors_of, use_backend
 from tests import reference
 from tests.devices import on_gpu, runs_cuda
 
 EPS = 1e-6
 BF16 = torch.bfloat16
+E4M3 = torch.float8_e4m3fn
 
 
 def _x(*shape: int) -> Tensor:
@@ -36,19 +36,29 @@ def _index(*pictures: int) -> Tensor:
 
 
 def _e4m3(*shape: int) -> Tensor:
-    return _x(*shape).to(torch.float8_e4m3fn)
+    return _x(*shape).to(E4M3)
+
+
+def _linear(x: Tensor, weight: Tensor, rest: Tensor, form: str, dtype: torch.dtype | None = None) -> Tensor:
+    """`rest` is the bias, or with a `dtype` for the result the scale of e4m3 weights."""
+    if dtype is None:
+        return ops.linear(x, weight, rest, epilogue=form)
+    return ops.linear(x, weight, None, epilogue=form, scale=0.01, weight_scale=rest, dtype=dtype, out_scale=0.1)
 
 
 def _linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    out = residual.clone()
-    ops.linear_residual_(out, x, weight, bias)
-    return out
+    return ops.linear(x, weight, bias, epilogue="residual", residual=residual.clone())
 
 
-def _linear_residual_fp8(residual: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    out = residual.clone()
-    ops.linear_residual_fp8_(out, x, 0.1, weight, scale, None)
-    return out
+def _linear_residual_e4m3(residual: Tensor, x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    scales = {"scale": 0.1, "weight_scale": weight_scale}
+    return ops.linear(x, weight, None, epilogue="residual", residual=residual.clone(), **scales)
+
+
+def _features(out_features: int, e4m3: bool = False) -> Callable[[], list[Any]]:
+    if e4m3:
+        return lambda: [_e4m3(2056, 768), _e4m3(out_features, 768), torch.rand(out_features, device="cuda")]
+    return lambda: [_x(2056, 768), _x(out_features, 768), _x(out_features)]
 
 
 def _add_on_subset(residual: Tensor, branch: Tensor, gamma: Tensor, index: Tensor) -> Tensor:
@@ -100,27 +110,18 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         lambda images: ops.patches(images, 14, padded_to=592, dtype=BF16),
         lambda: [_x(8, 3, 224, 224)],
     ),
-    "linear": (ops.linear, lambda: [_x(2056, 768), _x(2304, 768), _x(2304)]),
-    "linear_gelu": (ops.linear_gelu, lambda: [_x(2056, 768), _x(3072, 768), _x(3072)]),
-    "linear_swiglu": (ops.linear_swiglu, lambda: [_x(2056, 768), _x(4096, 768), _x(4096)]),
-    "linear_residual_": (_linear_residual, lambda: [_x(2056, 768), _x(2056, 3072), _x(768, 3072), _x(768)]),
-    "linear_fp8": (
-        lambda x, w, scale: ops.linear_fp8(x, 0.1, w, scale, None, dtype=BF16),
-        lambda: [_e4m3(2056, 768), _e4m3(2304, 768), torch.rand(2304, device="cuda")],
-    ),
-    "linear_gelu_fp8": (
-        lambda x, w, scale: ops.linear_gelu_fp8(x, 0.01, w, scale, None, dtype=BF16),
-        lambda: [_e4m3(2056, 768), _e4m3(3072, 768), torch.rand(3072, device="cuda")],
+    "linear.none": (partial(_linear, form="none"), _features(2304)),
+    "linear.gelu": (partial(_linear, form="gelu"), _features(3072)),
+    "linear.swiglu": (partial(_linear, form="swiglu"), _features(4096)),
+    "linear.residual": (_linear_residual, lambda: [_x(2056, 768), _x(2056, 3072), _x(768, 3072), _x(768)]),
+    "linear.none e4m3": (partial(_linear, form="none", dtype=BF16), _features(2304, True)),
+    "linear.gelu e4m3": (partial(_linear, form="gelu", dtype=BF16), _features(3072, True)),
+    "linear.swiglu e4m3": (partial(_linear, form="swiglu", dtype=E4M3), _features(4096, True)),
+    "linear.residual e4m3": (
+        _linear_residual_e4m3,
+        lambda: [_x(2056, 768), _e4m3(2056, 3072), _e4m3(768, 3072), _x(768).float()],
     ),
 }
-CASES["linear_swiglu_fp8"] = (
-    lambda x, w, scale: ops.linear_swiglu_fp8(x, 0.01, w, scale, None, dtype=torch.float8_e4m3fn, out_scale=0.1),
-    CASES["linear_gelu_fp8"][1],
-)
-CASES["linear_residual_fp8_"] = (
-    _linear_residual_fp8,
-    lambda: [_x(2056, 768), _e4m3(2056, 3072), _e4m3(768, 3072), _x(768).float()],
-)
 TRAINABLE = [
     *("layer_norm.plain", "layer_norm.add", "activation.gelu", "activation.swiglu"),
     *("add_residual", "add_residual on a subset"),
@@ -143,7 +144,7 @@ def _leaves(arguments: list[Any]) -> list[Any]:
 def _results(name: str, arguments: list[Any], train: bool, backend: str = "triton") -> list[Tensor]:
     """Outputs, and when training the gradients of all floating-point arguments."""
     function = CASES[name][0]
-    with using(backend):
+    with use_backend(backend, strict=True):
         if not train:
             with torch.no_grad():
                 return list(tensors_of([function(*arguments)]))
@@ -153,13 +154,6 @@ def _results(name: str, arguments: list[Any], train: bool, backend: str = "trito
         return [*(y.detach() for y in outputs), *gradients]
 
 
-@contextmanager
-def using(backend: str) -> Iterator[None]:
-    """Until linear is converted; then `dispatch.use_backend(backend, strict=True)`, and "cuda" of linear's forms."""
-    with backends.use_backend(backend), dispatch.use_backend("triton", strict=True):
-        yield
-
-
 def _prepared(name: str, train: bool) -> list[Any]:
     arguments = CASES[name][1]()
     return _leaves(arguments) if train else arguments
@@ -167,8 +161,8 @@ def _prepared(name: str, train: bool) -> list[Any]:
 
 def _each_backend(name: str) -> list[Any]:
     op, _, form = name.partition(" ")[0].partition(".")
-    ops_and_old = {**backends.ops(), **dispatch.ops()}
-    has_cuda = op in ops_and_old and "cuda" in ops_and_old[op].backends(*([form] if form else []))
+    dtype = E4M3 if name.endswith("e4m3") else BF16
+    has_cuda = op in dispatch.ops() and "cuda" in dispatch.ops()[op].backends(form, dtype)
     return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
 
 
@@ -185,7 +179,7 @@ each_case = pytest.mark.parametrize(("name", "train", "backend"), [*_cases(CASES
 
 
 def test_every_op_has_a_case() -> None:
-    assert set(ops.__all__) - {"use_backend"} == {re.split("[. ]", name)[0] for name in CASES}
+    assert set(ops.__all__) - {"set_backend", "use_backend"} == {re.split("[. ]", name)[0] for name in CASES}
 
 
 @on_gpu
@@ -230,8 +224,8 @@ LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a s
     "layer_norm.plain": lambda n: [_x(n, 1024), _x(1024), _x(1024), EPS],
     "activation.gelu": lambda n: [_x(n, 1024)],
     "activation.swiglu": lambda n: [_x(n, 1024)],
-    "linear_gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
-    "linear": lambda n: [_x(n, 64), _x(1024, 64), None],
+    "linear.gelu": lambda n: [_x(n, 1024), _x(64, 1024), _x(64)],
+    "linear.none": lambda n: [_x(n, 64), _x(1024, 64), None],
 }
 
 
@@ -275,7 +269,7 @@ def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
     values = torch.tensor(
         [math.nan, math.inf, -math.inf, 1e30, -1e30, 464.0, 465.0, 2.0**-10, 0.0, -0.0] + 6 * [0.0], device="cuda"
     )
-    with using(backend), torch.no_grad():
+    with use_backend(backend, strict=True), torch.no_grad():
         if name == "activation.gelu e4m3":
             y = ops.activation(values, "gelu", scale=1.0).float()
             assert y[0].isnan()
@@ -286,12 +280,12 @@ def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
             qkv[..., 2, 0, : len(values)] = values
             y = ops.attention(qkv, scale=1.0)[..., : len(values)].flatten()
             assert y[0].float().isnan()
-            assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(torch.float8_e4m3fn)).max() == 0
+            assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(E4M3)).max() == 0
         else:  # a weight of zero makes the bias what is quantised
             bias = values[3:11]
             x = torch.randn(3, bias.shape[0], device="cuda")
             y = ops.layer_norm(x, torch.zeros_like(bias), bias, EPS, scale=1.0)
-            expected = bias.clamp(-448, 448).to(torch.float8_e4m3fn).expand_as(y)
+            expected = bias.clamp(-448, 448).to(E4M3).expand_as(y)
             assert reference.e4m3_steps(y, expected).max() <= 1
             x[1, 0] = math.nan
             assert ops.layer_norm(x, torch.ones_like(bias), bias, EPS, scale=1.0)[1].float().isnan().all()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import ops, optimize_for_inference, use_backend
+from dinov2_fast import optimize_for_inference, use_backend
+from dinov2_fast.inference.block import FoldedAttention
 from dinov2_fast.inference.packing import Part, split
 from tests.devices import DEVICE, poisoned_memory, runs_triton
 from tests.huggingface_peers import make_pair
@@ -88,13 +89,13 @@ def _attention_calls(call: Any) -> list[tuple[int, ...]]:
     """The lengths of the sequences of each call of attention; negative where they ran as a batch."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        attention = ops.attention
+        attend = FoldedAttention.attend
 
-        def noting(qkv: Tensor, *, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+        def noting(part: FoldedAttention, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
             calls.append((-qkv.shape[1],) * len(qkv) if seq_lens is None else seq_lens)
-            return attention(qkv, seq_lens=seq_lens)
+            return attend(part, qkv, seq_lens)
 
-        patch.setattr(ops, "attention", noting)
+        patch.setattr(FoldedAttention, "attend", noting)
         call()
     return calls
 

@@ -101,7 +101,7 @@ def test_products_are_those_that_the_ops_are_timed_on(config) -> None:
         if workload.place in products and workload.applies(shape):
             assert workload.flops(shape) == products[workload.place].flops
     assert list(products) == ["patch embedding", "qkv", "proj", "fc1", "fc2"]
-    attention = next(workload for workload in WORKLOADS if workload.op == "attention.batch")
+    attention = next(workload for workload in WORKLOADS if workload.name == "attention.batch")
     assert attention.flops(shape) * config.depth == roofline.attention_flops(config, 518, 2, "all")
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, expect, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
+from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.attention_pool import cls_attention
+from dinov2_fast.ops.dispatch import Bound
 from dinov2_fast.ops.linear import interleave
 from dinov2_fast.timm_layers import TimmAttention
 
@@ -39,6 +40,10 @@ class FoldedAttention(FoldedModule):
         self.num_heads = attention.num_heads
         self.qkv = fold_linear(attention.qkv, f"{name}.qkv", dtype)
         self.proj = fold_linear(attention.proj, f"{name}.proj", dtype, gamma)
+        self.bind()
+
+    def bind(self) -> None:
+        self._batch, self._varlen = Bound(ATTENTION, "batch"), Bound(ATTENTION, "varlen")
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""
@@ -48,9 +53,11 @@ class FoldedAttention(FoldedModule):
         """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
         self.proj.add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
 
-    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
-        """What `proj` reads, (batch, seq_len, heads, head_dim)."""
-        return ops.attention(qkv) if seq_lens is None else ops.attention(qkv[0], seq_lens=seq_lens)[None]
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
+        """What `proj` reads, (batch, seq_len, heads, head_dim), with `scale` in e4m3."""
+        if seq_lens is None:
+            return self._batch(qkv, None, 0.0, scale)
+        return self._varlen(qkv[0], seq_lens, 0.0, scale)[None]
 
 
 class FoldedMlp(FoldedModule):

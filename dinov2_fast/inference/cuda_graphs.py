@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dinov2_fast import backends
 from dinov2_fast.inference.waiting import NoWaiting
+from dinov2_fast.ops import dispatch
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -340,9 +340,9 @@ def _described(value: Any) -> Hashable | None:
 
 def _settings() -> Iterator[Hashable]:
     """Of the process: those that decide which kernels run."""
-    setting, cuda = backends._setting, torch.backends.cuda
+    setting, cuda = dispatch.current_setting(), torch.backends.cuda
     yield setting.everywhere
-    yield from sorted(setting.by_word.items())
+    yield from sorted(setting.by_name.items())
     yield torch.are_deterministic_algorithms_enabled()
     yield cuda.matmul.fp32_precision
     yield cuda.cudnn_sdp_enabled()

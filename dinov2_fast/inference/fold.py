@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import ops
 from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
+from dinov2_fast.ops.dispatch import Bound
+from dinov2_fast.ops.layer_norm import LAYER_NORM
+from dinov2_fast.ops.linear import LINEAR
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,6 +116,19 @@ def _frozen_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class FoldedModule(nn.Module):
     """A part of the engine, with which its owner computes without always calling it."""
 
+    def bind(self) -> None:
+        """Lets each op that it runs choose its implementation at the next call; once more where it was moved."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.bind()
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.bind()
+        return replica
+
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Raises `TypeError`: the hook would not run."""
         raise TypeError(
@@ -134,18 +149,27 @@ class FoldedLinear(FoldedModule):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.bind()
+
+    def bind(self) -> None:
+        self._bound = {epilogue: Bound(LINEAR, epilogue) for epilogue in LINEAR.samples}
+
+    def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tensors = self._buffers  # attributes of a module are slow to read
+        arguments = tensors["weight"], tensors["bias"], epilogue, residual, 1.0, None, None, 1.0
+        return self._bound[epilogue](x, *arguments)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self._run("none", x)
 
     def gelu(self, x: Tensor) -> Tensor:
-        return ops.linear_gelu(x, self.weight, self.bias)
+        return self._run("gelu", x)
 
     def swiglu(self, x: Tensor) -> Tensor:
-        return ops.linear_swiglu(x, self.weight, self.bias)
+        return self._run("swiglu", x)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        ops.linear_residual_(stream, x, self.weight, self.bias)
+        self._run("residual", x, stream)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.weight.dtype}"
@@ -211,9 +235,17 @@ class FoldedNorm(FoldedModule):
         self.dtype = dtype
         self.register_buffer("weight", rounded(norm.weight.double(), stream))
         self.register_buffer("bias", rounded(norm.bias.double(), stream))
+        self.bind()
+
+    def bind(self) -> None:
+        self._bound = Bound(LAYER_NORM, "plain")
+
+    def _run(self, x: Tensor, scale: float | None = None) -> Tensor:
+        tensors = self._buffers
+        return self._bound(x, tensors["weight"], tensors["bias"], self.eps, None, None, None, None, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps).to(self.dtype)
+        return self._run(x).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import ops
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3_MAX, quantize
@@ -67,7 +66,7 @@ class Fp8Norm(FoldedNorm):
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, scale=self.scale)
+        return self._run(x, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -96,18 +95,12 @@ class Fp8Linear(FoldedLinear):
         )
         self.register_buffer("weight_scale", weight_scale)
         self.dtype, self.scale, self.out_scale = dtype, scale, out_scale
+        self._results = {"none": dtype, "gelu": E4M3, "swiglu": E4M3, "residual": None}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, self.dtype)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return ops.linear_gelu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
-
-    def swiglu(self, x: Tensor) -> Tensor:
-        return ops.linear_swiglu_fp8(x, self.scale, self.weight, self.weight_scale, self.bias, E4M3, self.out_scale)
-
-    def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        ops.linear_residual_fp8_(stream, x, self.scale, self.weight, self.weight_scale, self.bias)
+    def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tensors = self._buffers
+        operands = tensors["weight"], tensors["bias"], epilogue, residual, self.scale, tensors["weight_scale"]
+        return self._bound[epilogue](x, *operands, self._results[epilogue], self.out_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -122,11 +115,10 @@ class Fp8Attention(FoldedAttention):
     def __init__(self, num_heads: int, qkv: Fp8Linear, proj: Fp8Linear) -> None:
         nn.Module.__init__(self)  # there is nothing else to fold
         self.num_heads, self.qkv, self.proj = num_heads, qkv, proj
+        self.bind()
 
-    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
-        if seq_lens is None:
-            return ops.attention(qkv, scale=self.proj.scale)
-        return ops.attention(qkv[0], seq_lens=seq_lens, scale=self.proj.scale)[None]
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
+        return super().attend(qkv, seq_lens, self.proj.scale if scale is None else scale)
 
 
 class Fp8Block(FoldedBlock):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from dinov2_fast.backends import use_backend
 from dinov2_fast.integrations.settings import settings_of, shadowed_methods
+from dinov2_fast.ops.dispatch import use_backend
 
 _SEED = 1
 _BATCH, _TOKENS = 2, 7

@@ -1,25 +1,15 @@
 """The ops of the model. Each file says what its op computes, and lists the implementations that compute it."""
 
-from dinov2_fast import backends
-from dinov2_fast.backends import use_backend
 from dinov2_fast.ops.activation import activation
 from dinov2_fast.ops.attention import attention, attention_probabilities
 from dinov2_fast.ops.attention_pool import attention_pool
+from dinov2_fast.ops.dispatch import apply_environment, set_backend, use_backend
 from dinov2_fast.ops.layer_norm import layer_norm
-from dinov2_fast.ops.linear import (
-    linear,
-    linear_fp8,
-    linear_gelu,
-    linear_gelu_fp8,
-    linear_residual_,
-    linear_residual_fp8_,
-    linear_swiglu,
-    linear_swiglu_fp8,
-)
+from dinov2_fast.ops.linear import linear
 from dinov2_fast.ops.patches import patches
 from dinov2_fast.ops.residual import add_residual, gather_rows
 
-backends.apply_environment()
+apply_environment()
 
 __all__ = [
     "activation",
@@ -30,13 +20,7 @@ __all__ = [
     "gather_rows",
     "layer_norm",
     "linear",
-    "linear_fp8",
-    "linear_gelu",
-    "linear_gelu_fp8",
-    "linear_residual_",
-    "linear_residual_fp8_",
-    "linear_swiglu",
-    "linear_swiglu_fp8",
     "patches",
+    "set_backend",
     "use_backend",
 ]

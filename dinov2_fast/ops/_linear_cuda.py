@@ -5,42 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _cuda
-from dinov2_fast.ops import _registry_old as _registry
-from dinov2_fast.ops._linear_epilogue import HALF, refuses_stream, was_written
+from dinov2_fast.ops import _registry
+from dinov2_fast.ops._linear_epilogue import E4M3, HALF, new_result, refuses_stream, was_written
 
-FORMS = ("linear", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
-
-
-def refuses(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why the kernels take none of these, or None. Shapes have been checked."""
-    if x.dtype not in HALF:
-        return f"takes fp16 and bf16, got {x.dtype}"
-    return _refuses_any(form, x, weight, bias)
+FORMS = ("none", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
 
 
-def refuses_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return refuses("residual", x, weight, bias) or _refuses_stream(residual, x.dtype)
-
-
-def refuses_fp8(
-    form: str, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype, out_scale: float = 1.0,
+def refuses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
+    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float,
 ) -> str | None:  # fmt: skip
-    if dtype == torch.float16:
-        return "gives bf16, or e4m3 behind an activation, not fp16"
-    return _refuses_scale(weight_scale) or _refuses_any(form, x, weight, bias)
-
-
-def refuses_residual_fp8(
-    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> str | None:
-    reason = _refuses_scale(weight_scale) or _refuses_any("residual", x, weight, bias)
-    return reason or _refuses_stream(residual, torch.bfloat16)
-
-
-def _refuses_any(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """What no kernel does. Operands that TMA cannot read in place are copied, so their strides do not matter."""
+    """Why the kernels take none of these. Operands that TMA cannot read in place are copied, so strides are free."""
     if x.is_cuda and _registry._capability(x.device.index) != (9, 0):
         major, minor = _registry._capability(x.device.index)
         return f"is for sm_90 only, got sm_{major}{minor}"
@@ -49,7 +24,7 @@ def _refuses_any(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> s
     if torch.is_autocast_enabled(x.device.type):
         return "does not follow autocast"
     out_features, in_features = weight.shape
-    step, columns = 16 // x.itemsize, 16 if form == "swiglu" else 8
+    step, columns = 16 // x.itemsize, 16 if epilogue == "swiglu" else 8
     if in_features % step or out_features % columns:
         return (
             f"needs in_features in multiples of {step} and out_features in multiples of {columns}, "
@@ -57,11 +32,9 @@ def _refuses_any(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> s
         )
     if bias is not None and bias.dtype not in (*HALF, torch.float32):
         return f"takes a bias of fp16, bf16 or fp32, got {bias.dtype}"
-    return None
-
-
-def _refuses_scale(weight_scale: Tensor) -> str | None:
-    return None if weight_scale.dtype == torch.float32 else f"takes scales in fp32, got {weight_scale.dtype}"
+    if dtype == torch.float16:
+        return "gives bf16, or e4m3 behind an activation, not fp16"
+    return None if residual is None else _refuses_stream(residual, torch.bfloat16 if x.dtype == E4M3 else x.dtype)
 
 
 def _refuses_stream(residual: Tensor, narrow: torch.dtype) -> str | None:
@@ -74,53 +47,44 @@ def _refuses_stream(residual: Tensor, narrow: torch.dtype) -> str | None:
     return refuses_stream(residual)
 
 
-def forward(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A form, but for "residual", of `x` (..., in_features), in its dtype."""
-    out = _output(form, x, weight, x.dtype)
-    _launch(form, out, x, weight, bias)
-    return out
-
-
-def forward_fp8(
-    form: str, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    dtype: torch.dtype, out_scale: float = 1.0,
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float, weight_scale: Tensor | None,
+    dtype: torch.dtype | None, out_scale: float,
 ) -> Tensor:  # fmt: skip
-    """The same of e4m3 operands, in `dtype`; e4m3 values are over `out_scale`."""
-    out = _output(form, x, weight, dtype)
-    _launch(form, out, x, weight, bias, scale, weight_scale, out_scale)
+    """What `dinov2_fast.kernels.linear.linear_forward` computes, as the next does for its namesake there."""
+    out = new_result(x, weight, epilogue, dtype)
+    _launch(out, x, weight, bias, epilogue, scale, weight_scale, out_scale)
     return out
 
 
-def residual_forward_(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _launch("residual", residual, x, weight, bias)
-    was_written(residual)
-
-
-def residual_forward_fp8_(
-    residual: Tensor, x: Tensor, scale: float, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+def linear_residual_forward_(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, weight_scale: Tensor | None
 ) -> None:
-    _launch("residual", residual, x, weight, bias, scale, weight_scale)
+    _launch(residual, x, weight, bias, "residual", scale, weight_scale)
     was_written(residual)
-
-
-def _output(form: str, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if form == "swiglu" else 1), dtype=dtype)
 
 
 def _launch(
-    form: str, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0,
-    weight_scale: Tensor | None = None, out_scale: float = 1.0,
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float,
+    weight_scale: Tensor | None, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    bias, weight_scale = (_cuda.vector(vector) for vector in (bias, weight_scale))
-    _cuda.launches().linear_forward(
-        _operand(x), _operand(weight), bias, weight_scale, scale, 1.0 / out_scale, FORMS.index(form),
-        _cuda.flat_rows(out),
+    torch.ops.dinov2_fast_cuda.linear_forward(
+        _operand(x), _operand(weight), _vector(bias), _vector(weight_scale), scale, 1.0 / out_scale,
+        FORMS.index(epilogue), out.view(-1, out.shape[-1]),
     )  # fmt: skip
 
 
 def _operand(x: Tensor) -> Tensor:
     """`x` (..., in_features) as rows that TMA can read: they start at multiples of 16 bytes and do not overlap."""
-    rows = _cuda.rows(x)
-    aligned = (rows.data_ptr() | rows.stride(0) * rows.itemsize) % 16 == 0
-    readable = aligned and rows.stride(0) >= rows.shape[1]
+    rows = x.reshape(-1, x.shape[-1])
+    step = rows.stride(0)
+    aligned = (rows.data_ptr() | step * rows.itemsize) % 16 == 0
+    readable = aligned and step >= rows.shape[1] and rows.stride(1) == 1
     return rows if readable else rows.clone(memory_format=torch.contiguous_format)
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    """`v`, with neighbouring elements from a multiple of 16 bytes on, which kernels read at once; None stays."""
+    if v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0):
+        return v
+    return v.clone(memory_format=torch.contiguous_format)

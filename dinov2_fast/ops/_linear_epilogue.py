@@ -12,14 +12,25 @@ E4M3 = torch.float8_e4m3fn
 HALF = (torch.float16, torch.bfloat16)
 
 
-def swiglu(z: Tensor) -> Tensor:
-    """SwiGLU of features (..., 2 * hidden), gate and value in turn."""
-    return F.silu(z[..., 0::2]) * z[..., 1::2]
+def finish(
+    z: Tensor, epilogue: str, residual: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0
+) -> Tensor:
+    """The result of a linear whose product with its bias is `z`, which may be overwritten: nobody else holds it."""
+    if residual is not None:
+        return residual.add_(z)
+    if epilogue == "gelu":
+        z = torch.ops.aten.gelu_(z)
+    elif epilogue == "swiglu":
+        z = F.silu(z[..., 0::2]) * z[..., 1::2]
+    if dtype is None or dtype == z.dtype:
+        return z
+    return _fp8.quantize(z.float(), out_scale) if dtype == E4M3 else z.to(dtype)
 
 
-def rounded(y: Tensor, dtype: torch.dtype, out_scale: float) -> Tensor:
-    """`y` in `dtype`; as e4m3 over `out_scale`."""
-    return _fp8.quantize(y.float(), out_scale) if dtype == E4M3 else y.to(dtype)
+def new_result(x: Tensor, weight: Tensor, epilogue: str, dtype: torch.dtype | None) -> Tensor:
+    """Memory for the result of a linear, in `dtype` or that of `x`."""
+    width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], width), dtype=dtype)
 
 
 def was_written(residual: Tensor) -> None:

@@ -36,6 +36,7 @@ _DTYPES = {
     torch.float64: "fp64",
     torch.float8_e4m3fn: "e4m3",
 }
+_E4M3 = torch.float8_e4m3fn
 _PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
 
 
@@ -76,7 +77,8 @@ class Implementation:
         function: takes the arguments of the op, in the order in which the op's public function passes them on.
         refuses: of the same arguments, why it cannot run them, or None. It looks at sizes and options, never at data.
         devices: types of the devices it is made for; None for any. On others it is not chosen, without a warning.
-        dtypes: of the first tensor, those it takes; None for any.
+        dtypes: of the first tensor, those it takes; None for any. An op on e4m3 tensors is another one to choose: only
+            implementations that take e4m3 are its candidates, and one for e4m3 alone is none for other dtypes.
         forms: of the op, those it has; None for all.
         trains: whether it has a backward.
         unavailable: why it cannot run on a device of this machine, or None.
@@ -117,8 +119,13 @@ class Implementation:
     def is_for(self, device: torch.device) -> bool:
         return self.devices is None or device.type in self.devices
 
-    def has(self, form: str) -> bool:
-        return self.forms is None or form in self.forms
+    def has(self, form: str, dtype: torch.dtype | None = None) -> bool:
+        """Whether it has a form, and where `dtype` is given, whether it is a candidate for it."""
+        if self.forms is not None and form not in self.forms:
+            return False
+        if dtype is None or self.dtypes is None:
+            return True
+        return _E4M3 in self.dtypes if dtype == _E4M3 else self.dtypes != (_E4M3,)
 
 
 @dataclass(eq=False)
@@ -143,9 +150,9 @@ class Op:
         """Whether any implementation has a backward; the other ops are the inference engine's."""
         return any(implementation.trains for implementation in self.implementations)
 
-    def backends(self, form: str | None = None) -> list[str]:
-        """The names of its implementations, best first."""
-        having = (i.backend for i in self.implementations if form is None or i.has(form))
+    def backends(self, form: str | None = None, dtype: torch.dtype | None = None) -> list[str]:
+        """The names of its implementations, best first; of those that have a form, and are candidates for a dtype."""
+        having = (i.backend for i in self.implementations if form is None or i.has(form, dtype))
         return list(dict.fromkeys(having))
 
     def choose(self, form: str, args: tuple[Any, ...], backend: str | None = None) -> Implementation:
@@ -169,7 +176,7 @@ class Op:
         """Keeps the first implementation that takes arguments of a kind."""
         _, form, device, dtype, recorded = key
         forced = self._named(setting.asked_for(self.name, form), form, dtype, recorded)
-        for implementation in self._ordered(form, forced):
+        for implementation in self._ordered(form, dtype, forced):
             if implementation.reason_against_kind(device, dtype, recorded, implementation is forced) is None:
                 setting.choices[key] = implementation
                 return
@@ -189,13 +196,14 @@ class Op:
     ) -> tuple[Implementation, Implementation | None, list[tuple[Implementation, str]]]:
         """The implementation that runs, the one that was asked for, and those before it with what they refuse."""
         name = backend or setting.asked_for(self.name, form)
-        if backend and backend not in self.backends(form):
-            names = ", ".join(self.backends(form))
+        dtype = first_tensor(args).dtype
+        if backend and backend not in self.backends(form, dtype):
+            names = ", ".join(self.backends(form, dtype))
             raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r}, only {names}.")
         recorded = not backend and records_gradient(args)
-        forced = self._named(name, form, first_tensor(args).dtype, recorded)
+        forced = self._named(name, form, dtype, recorded)
         refusals: list[tuple[Implementation, str]] = []
-        for implementation in self._ordered(form, forced):
+        for implementation in self._ordered(form, dtype, forced):
             reason = implementation.reason_against(args, implementation is forced)
             if reason is None:
                 return implementation, forced, refusals
@@ -206,18 +214,18 @@ class Op:
 
     def _named(self, name: str, form: str, dtype: torch.dtype, recorded: bool) -> Implementation | None:
         """The implementation of that name for a form and mode, if there is one; that for `dtype` if there are two."""
-        named = [i for i in self.implementations if i.backend == name and i.has(form)]
+        named = [i for i in self.implementations if i.backend == name and i.has(form, dtype)]
         if recorded and self.trains:
             named = [i for i in named if i.trains]
         return next((i for i in named if i.dtypes is None or dtype in i.dtypes), named[0] if named else None)
 
-    def _ordered(self, form: str, forced: Implementation | None) -> Iterator[Implementation]:
+    def _ordered(self, form: str, dtype: torch.dtype, forced: Implementation | None) -> Iterator[Implementation]:
         if form not in self.samples:
             raise ValueError(f"{self.name} has no form {form!r}, only {', '.join(self.samples)}.")
         if forced is not None:
             yield forced
         for implementation in self.implementations:
-            if implementation is not forced and implementation.has(form):
+            if implementation is not forced and implementation.has(form, dtype):
                 yield implementation
 
     def name_of(self, form: str) -> str:
@@ -443,21 +451,24 @@ def _rows(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Itera
     except BackendError as exception:
         chosen, error = None, str(exception)
     asked = setting.asked_for(op.name, form)
-    found = {i.backend: i.reason_against(args, i.backend == asked) for i in op.implementations if i.has(form)}
+    x = first_tensor(args)
+    candidates = [i for i in op.implementations if i.has(form, x.dtype)]
+    found = {i.backend: i.reason_against(args, i.backend == asked) for i in candidates}
     for backend, reason in found.items():
         is_chosen = chosen is not None and backend == chosen.backend
         if is_chosen:
-            reason = _why(op, form, chosen, asked, found, first_tensor(args).device)
+            reason = _why(chosen, asked, found, [i for i in candidates if i is not chosen], x.device)
         yield Row(op.name, form, dtype, backend, is_chosen, reason or error or _outranked(op, form, backend, chosen))
 
 
-def _why(op: Op, form: str, chosen: Any, asked: str, found: dict[str, str | None], device: torch.device) -> str:
+def _why(
+    chosen: Any, asked: str, found: dict[str, str | None], others: list[Implementation], device: torch.device
+) -> str:
     """Why an implementation was chosen, in words for users."""
     if chosen.backend == asked:
         return "was asked for"
     if asked in found:
         return f"{asked} was asked for, but {found[asked]}"
-    others = [i for i in op.implementations if i.has(form) and i is not chosen]
     if not any(other.is_for(device) for other in others):
         return "the others need a GPU" if others else "there is no other"
     return chosen.why or "is the first that can run"

@@ -55,7 +55,7 @@ void launch_tile(const LinearForward& args, int tile) {
 
 template <Dtype OPERAND>
 void launch_linear(const LinearForward& args, int tile, int, void*) {
-  if (args.form == Form::linear) launch_tile<Form::linear, OPERAND>(args, tile);
+  if (args.form == Form::none) launch_tile<Form::none, OPERAND>(args, tile);
   if (args.form == Form::gelu) launch_tile<Form::gelu, OPERAND>(args, tile);
   if (args.form == Form::swiglu) launch_tile<Form::swiglu, OPERAND>(args, tile);
   if (args.form == Form::residual) launch_tile<Form::residual, OPERAND>(args, tile);
