@@ -7,11 +7,13 @@ which somebody looks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
 from dinov2_fast.block import SUBSET_THRESHOLD
@@ -19,8 +21,9 @@ from dinov2_fast.block import Block as OurBlock
 from dinov2_fast.integrations.forms import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
 from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, join
 from dinov2_fast.integrations.probe import Trial, agree, copy_for_trial, error_of, try_out
-from dinov2_fast.integrations.settings import Settings, path, settings_of, shadowed_methods
-from dinov2_fast.integrations.steps import drop_scale, is_layer_norm, is_nothing, normalise
+from dinov2_fast.integrations.settings import ModuleWatch, Settings, path, settings_of, shadowed_methods
+from dinov2_fast.integrations.steps import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
+from dinov2_fast.tracing import is_traced
 
 _NOTHING = nn.Identity()
 _ATTENTION_NAMES = ("attn", "attention")
@@ -29,10 +32,24 @@ _DROP_PATH_NAMES = (("drop_path1", "drop_path2"), ("drop_path", "drop_path"))
 _NAMES = {"norm1", "norm2", "mlp", *_ATTENTION_NAMES, *sum(_SCALE_NAMES + _DROP_PATH_NAMES, ())}
 
 
+class Plan(NamedTuple):
+    """The functions that compute a block as it is now, from those of its parts."""
+
+    norm1: Function
+    attention: Function
+    add_and_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    mlp: Function
+    add: Callable[[Tensor, Tensor], Tensor]
+
+
 class Anatomy:
-    """The parts of a block: their names, and by name what is known of each that our code can compute."""
+    """The parts of a block: their names, and by name what is known of each that our code can compute.
+
+    `decided` is the last plan and what it was made from, which copies of the block do not share.
+    """
 
     def __init__(self, block: Any) -> None:
+        self.decided: tuple[tuple[Any, ...], ModuleWatch, Plan] | None = None
         children = block._modules.keys()
         self.attention = next(name for name in _ATTENTION_NAMES if name in children)
         self.scales = _present(children, _SCALE_NAMES)
@@ -44,6 +61,9 @@ class Anatomy:
         found = {name: form_of(getattr(block, name), forms[name]) for name in forms}
         self.parts = {name: Part(getattr(block, name), form) for name, form in found.items() if form}
         self.settings = Settings(block, block.origin[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "decided": None}
 
 
 def _present(children: Any, names: tuple[tuple[str, str], ...]) -> tuple[str | None, str | None]:
@@ -67,12 +87,9 @@ class AcceleratedBlock(Joined):
         others = (*args[1:], *(value for name, value in kwargs.items() if name not in self.irrelevant))
         if not args or self.declines(args[0]) or any(other is not None and other is not False for other in others):
             return super().forward(*args, **kwargs)  # of the block's own class
-        x: Tensor = args[0]
-        anatomy = self.anatomy
-        drop1, drop2 = self.drop_paths(anatomy)
-        branch = self.branch(anatomy.attention, self._norm("norm1", x))
-        x, y = self._add_and_norm(x, branch, anatomy.scales[0], drop1)
-        return self._add(x, self.branch("mlp", y), anatomy.scales[1], drop2)
+        plan = self.plan()
+        x, y = plan.add_and_norm(args[0], plan.attention(plan.norm1(args[0])))
+        return plan.add(x, plan.mlp(y))
 
     @property
     def anatomy(self) -> Anatomy:
@@ -86,13 +103,29 @@ class AcceleratedBlock(Joined):
         """Whether the block itself is what it was when it was accelerated; its parts are looked at apart."""
         return self.anatomy.settings.hold_in_subclass(self)
 
-    def branch(self, name: str, x: Tensor) -> Tensor:
-        """The result of attention or MLP."""
-        module = getattr(self, name)
-        part = self.anatomy.parts[name]
-        if part.why_called(module) is None:
-            return part.form.compute(module, x)
-        return called(module, x)
+    def plan(self) -> Plan:
+        """What computes the block now: as decided last, unless something changed since, or a graph is being made."""
+        if is_traced() or _has_any_global_hook():
+            return self._decide()
+        anatomy = self.anatomy
+        children = self._modules.values()
+        state = self.training, torch.is_grad_enabled(), *children
+        decided = anatomy.decided
+        if decided is None or decided[0] != state or decided[1].changed():
+            watch = ModuleWatch(module for child in children if child is not None for module in child.modules())
+            decided = anatomy.decided = state, watch, self._decide()
+        return decided[2]
+
+    def _decide(self) -> Plan:
+        anatomy = self.anatomy
+        drop1, drop2 = self.drop_paths(anatomy)
+        return Plan(
+            self._norm("norm1"),
+            self._branch(anatomy.attention),
+            self._add_and_norm(anatomy.scales[0], drop1),
+            self._branch("mlp"),
+            self._add(anatomy.scales[1], drop2),
+        )
 
     def drop_paths(self, anatomy: Anatomy) -> tuple[str | None, str | None]:
         """Names of the stochastic depth of the two branches, as it is in this mode."""
@@ -116,30 +149,56 @@ class AcceleratedBlock(Joined):
         changes = ((name, part.change(getattr(self, name))) for name, part in self.anatomy.parts.items())
         return next((f"of its {name}, {change}" for name, change in changes if change), None)
 
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        norm = getattr(self, name)
-        return normalise(norm, x) if self._knows(name, norm) else norm(x)
+    def _branch(self, name: str) -> Function:
+        """Attention or MLP."""
+        module = getattr(self, name)
+        part = self.anatomy.parts[name]
+        return partial(called, module) if part.why_called(module) else part.form.function(module)
 
-    def _add_and_norm(self, x: Tensor, branch: Tensor, scale: str | None, drop: str | None) -> tuple[Tensor, Tensor]:
+    def _norm(self, name: str) -> Function:
+        norm = getattr(self, name)
+        return layer_norm(norm) if self._knows(name, norm) else norm
+
+    def _add_and_norm(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         norm = self.norm2
         if is_layer_norm(norm) and self._knows("norm2", norm) and self._foldable(scale, drop):
-            gamma, dropped = self._factors(branch, scale, drop)
-            return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, gamma=gamma, drop_scale=dropped)
-        x = self._add(x, branch, scale, drop)
-        return x, norm(x)
+            factors = self._factors(scale, drop)
+            parameters, eps = norm._parameters, norm.eps
 
-    def _add(self, x: Tensor, branch: Tensor, scale: str | None, drop: str | None) -> Tensor:
+            def add_and_norm_at_once(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+                gamma, dropped = factors(branch)
+                weight, bias = parameters["weight"], parameters["bias"]
+                return ops.layer_norm(x, weight, bias, eps, branch=branch, gamma=gamma, drop_scale=dropped)
+
+            return add_and_norm_at_once
+        add = self._add(scale, drop)
+
+        def add_and_norm(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+            x = add(x, branch)
+            return x, norm(x)
+
+        return add_and_norm
+
+    def _add(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], Tensor]:
         if self._foldable(scale, drop):
-            return ops.add_residual(x, branch, *self._factors(branch, scale, drop))
-        return x + self._get(drop)(self._get(scale)(branch))
+            factors = self._factors(scale, drop)
+            return lambda x, branch: ops.add_residual(x, branch, *factors(branch))
+        scaled, dropped = self._get(scale), self._get(drop)
+        return lambda x, branch: x + dropped(scaled(branch))
 
     def _foldable(self, *names: str | None) -> bool:
         return all(is_nothing(self._get(name)) or self._knows(name, self._get(name)) for name in names)
 
-    def _factors(self, branch: Tensor, scale: str | None, drop: str | None) -> tuple[Tensor | None, Tensor | None]:
-        module = self._get(scale)
-        gamma = None if type(module) is nn.Identity else Scale.factor(module)
-        return gamma, drop_scale(self._get(drop), branch, gamma)
+    def _factors(self, scale: str | None, drop: str | None) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
+        """LayerScale, and stochastic depth of a branch."""
+        parameters, drop_path = self._get(scale)._parameters, self._get(drop)
+        dropping = drop_path.training and getattr(drop_path, "drop_prob", 0.0)
+
+        def factors(branch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            gamma = next(iter(parameters.values()), None)  # an identity has none
+            return gamma, drop_scale(drop_path, branch, gamma) if dropping else None
+
+        return factors
 
     def _get(self, name: str | None) -> Any:
         return _NOTHING if name is None else getattr(self, name)

@@ -1,7 +1,7 @@
 """The forms that the parts of a block have in the libraries, and what computes each from its own submodules.
 
 Names of submodules tell only what a part may be. That a form computes what the part does is shown by `blocks.py` on
-random input; that the part is still what it was then, by its `Settings` in each call.
+random input; that the part is still what it was then, by its `Settings`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from dinov2_fast import ops
 from dinov2_fast.integrations.settings import Settings, shadowed_methods
 from dinov2_fast.integrations.steps import (
+    Function,
     attend,
     attend_packed,
+    compose,
     hidden_gelu,
     is_nothing,
     is_recorded_only,
     is_watched,
     linear,
+    swiglu,
 )
 
 _CHANGED = "it is not what it was when it was accelerated"
@@ -30,16 +32,21 @@ class Form:
     """One form of a part. Its functions take modules of other libraries."""
 
     submodules: ClassVar[tuple[str, ...]] = ()  # which a module of this form has
-    insides: ClassVar[tuple[str, ...]] = ()  # those among them whose own code `compute` passes over
+    insides: ClassVar[tuple[str, ...]] = ()  # those among them whose own code `function` passes over
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         return set(cls.submodules) <= module._modules.keys()
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        """What `module` gives for `x`, from its submodules."""
+    def function(module: Any) -> Function:
+        """What computes `module` as it is now, with its submodules."""
         raise NotImplementedError
+
+    @classmethod
+    def compute(cls, module: Any, x: Tensor) -> Tensor:
+        """What `module` gives for `x`."""
+        return cls.function(module)(x)
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -60,8 +67,7 @@ class Part:
         """Why `module` is to be called, or None if our code computes it."""
         if self._shadowed:
             return self._shadowed
-        for name, settings in self._settings:
-            each: Any = getattr(module, name, None) if name else module
+        for settings, each in self._each(module):
             if not settings.hold(each):
                 return _CHANGED
             if is_watched(each) and not is_recorded_only(each):
@@ -111,9 +117,9 @@ class PackedAttention(Attention):
         return super().fits(module) and hasattr(module, "num_heads")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        out = linear(module.proj, attend_packed(linear(module.qkv, x), module.num_heads))
-        return module.proj_drop(out) if "proj_drop" in module._modules else out
+    def function(module: Any) -> Function:
+        num_heads, drop = module.num_heads, module._modules.get("proj_drop")
+        return compose(linear(module.qkv), lambda qkv: attend_packed(qkv, num_heads), linear(module.proj), drop)
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -144,10 +150,10 @@ class SeparateAttention(Attention):
         return super().fits(module) and len(output) == 1 and hasattr(module, "config")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        q, k, v = (linear(projection, x) for projection in (module.q_proj, module.k_proj, module.v_proj))
-        out = attend(q, k, v, module.__dict__.get("num_heads") or module.num_attention_heads)
-        return linear(module.o_proj if "o_proj" in module._modules else module.out_proj, out)
+    def function(module: Any) -> Function:
+        num_heads = module.__dict__.get("num_heads") or module.num_attention_heads
+        out = module.o_proj if "o_proj" in module._modules else module.out_proj
+        return compose(_attend_to(module.q_proj, module.k_proj, module.v_proj, num_heads), linear(out))
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -173,10 +179,10 @@ class NestedAttention(Attention):
         return super().fits(module) and {"query", "key", "value"} <= module.attention._modules.keys()
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
+    def function(module: Any) -> Function:
         inner, output = module.attention, module.output
-        q, k, v = (linear(projection, x) for projection in (inner.query, inner.key, inner.value))
-        return output.dropout(linear(output.dense, attend(q, k, v, inner.num_attention_heads)))
+        attention = _attend_to(inner.query, inner.key, inner.value, inner.num_attention_heads)
+        return compose(attention, linear(output.dense), output.dropout)
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -185,6 +191,11 @@ class NestedAttention(Attention):
     @staticmethod
     def dropout(module: Any) -> Any:
         return SeparateAttention.dropout(module.attention)
+
+
+def _attend_to(query: nn.Module, key: nn.Module, value: nn.Module, num_heads: int) -> Function:
+    q, k, v = map(linear, (query, key, value))
+    return lambda x: attend(q(x), k(x), v(x), num_heads)
 
 
 def drops(rate: Any, training: bool) -> bool:
@@ -207,18 +218,15 @@ class PlainMlp(Form):
         return super().fits(module) and bool(set(PlainMlp.activations) & module._modules.keys())
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
+    def function(module: Any) -> Function:
         activation = next(module._modules[name] for name in PlainMlp.activations if name in module._modules)
-        return PlainMlp.second(module, hidden_gelu(module.fc1, activation, x))
+        return compose(hidden_gelu(module.fc1, activation), *PlainMlp.second(module))
 
     @staticmethod
-    def second(module: Any, hidden: Tensor) -> Tensor:
-        """From the hidden features on."""
-        if "drop1" in module._modules:
-            return module.drop2(linear(module.fc2, module.norm(module.drop1(hidden))))
-        if "drop" in module._modules:
-            return module.drop(linear(module.fc2, module.drop(hidden)))
-        return linear(module.fc2, hidden)
+    def second(module: Any) -> tuple[Function | None, ...]:
+        """What comes after the hidden features."""
+        part = module._modules.get
+        return part("drop1", part("drop")), part("norm"), linear(module.fc2), part("drop2", part("drop"))
 
 
 class GatedMlp(Form):
@@ -231,8 +239,8 @@ class GatedMlp(Form):
         return super().fits(module) and hasattr(module, "gate_last")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        return PlainMlp.second(module, ops.activation(linear(module.fc1, x), "swiglu"))
+    def function(module: Any) -> Function:
+        return compose(linear(module.fc1), swiglu, *PlainMlp.second(module))
 
     @staticmethod
     def refuses(module: Any) -> str | None:
@@ -246,8 +254,8 @@ class SwiGLU(Form):
     submodules = ("w12", "w3")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        return linear(module.w3, ops.activation(linear(module.w12, x), "swiglu"))
+    def function(module: Any) -> Function:
+        return compose(linear(module.w12), swiglu, linear(module.w3))
 
 
 class TransformersSwiGLU(Form):
@@ -256,8 +264,8 @@ class TransformersSwiGLU(Form):
     submodules = ("weights_in", "weights_out")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        return linear(module.weights_out, ops.activation(linear(module.weights_in, x), "swiglu"))
+    def function(module: Any) -> Function:
+        return compose(linear(module.weights_in), swiglu, linear(module.weights_out))
 
 
 class SeparateSwiGLU(Form):
@@ -266,8 +274,9 @@ class SeparateSwiGLU(Form):
     submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
     @staticmethod
-    def compute(module: Any, x: Tensor) -> Tensor:
-        return linear(module.down_proj, module.act_fn(linear(module.gate_proj, x)) * linear(module.up_proj, x))
+    def function(module: Any) -> Function:
+        gate, activation, up = linear(module.gate_proj), module.act_fn, linear(module.up_proj)
+        return compose(lambda x: activation(gate(x)) * up(x), linear(module.down_proj))
 
 
 class Scale(Form):
@@ -276,10 +285,6 @@ class Scale(Form):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         return not module._modules and list(module._parameters) in (["gamma"], ["lambda1"])
-
-    @staticmethod
-    def factor(module: Any) -> Tensor:
-        return module.gamma if "gamma" in module._parameters else module.lambda1
 
 
 class DropPath(Form):

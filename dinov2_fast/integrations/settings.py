@@ -1,7 +1,9 @@
-"""What a module is beside its tensors, submodules and hooks, remembered, so that a later change is noticed."""
+"""What modules are but for the values of their tensors, remembered, so that a later change is noticed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,44 @@ from dinov2_fast.integrations.joining import BEHIND
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
 _NO_SETTINGS = frozenset(vars(nn.Module())) | {BEHIND, "forward", "gradient_checkpointing"}
+
+_TENSORS = ("_parameters", "_buffers")
+_OTHERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class ModuleWatch:
+    """Notices any change of modules but another tensor in the place of one of the same type.
+
+    That is: classes and what they define, attributes (the training mode is one) and those of a `config`, submodules and
+    hooks, the names and types of tensors. It holds no parameter, so a replaced one is freed. The watch of an engine, in
+    `inference/watch.py`, notices which tensors there are and what is written to them, but not the mode.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        own = list(map(vars, self._modules))
+        self._tensors, others = (
+            [each[name] for each in own for name in names if isinstance(each.get(name), dict)]
+            for names in (_TENSORS, _OTHERS)
+        )
+        configs = [vars(each["config"]) for each in own if hasattr(each.get("config"), "__dict__")]
+        classes = {base for module in self._modules for base in type(module).__mro__ if not issubclass(nn.Module, base)}
+        self._now = [*own, *others, *configs, *map(vars, classes)]
+        self._then = list(map(dict, self._now))
+        self._types_then = self._types()
+
+    def changed(self) -> bool:
+        """Whether anything is not what it was."""
+        try:
+            return self._types() != self._types_then or self._now != self._then
+        except Exception:  # arrays have no truth value
+            return True
+
+    def _types(self) -> list[Any]:
+        """Names and types of tensors, and types of modules."""
+        filled = list(filter(None, self._tensors))
+        tensors = chain.from_iterable(map(dict.values, filled))
+        return [*chain.from_iterable(filled), *map(type, tensors), *map(type, self._modules)]
 
 
 class Settings:

@@ -6,17 +6,19 @@ any other module is called, so hooks run, and an adapter in place of a linear wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
 from dinov2_fast.integrations.joining import has_own_forward
 from dinov2_fast.ops.attention import ATTENTION
-from dinov2_fast.tracing import is_traced
+from dinov2_fast.torch_private import has_any_global_hook, is_traced
+
+Function = Callable[[Tensor], Tensor]
 
 _CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
 
@@ -24,19 +26,19 @@ _CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which tr
 def is_watched(module: nn.Module) -> bool:
     """Whether calling `module` is more than the computation of its class."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or has_own_forward(module) or _has_any_global_hook()
+    return bool(hooks) or has_own_forward(module) or has_any_global_hook()
 
 
 def is_recorded_only(module: nn.Module) -> bool:
     """Whether all that hangs on `module` are the hooks with which transformers records outputs."""
-    if _has_any_global_hook() or has_own_forward(module):
+    if has_any_global_hook() or has_own_forward(module):
         return False
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     return all(getattr(hook, "__module__", "") == _CAPTURING for hook in module._forward_hooks.values())
 
 
-def is_nothing(module: nn.Module | None) -> bool:
+def is_nothing(module: Any) -> bool:
     """Whether `module` returns what it gets, and nobody looks on."""
     return module is None or (type(module) is nn.Identity and not is_watched(module))
 
@@ -46,7 +48,9 @@ def is_layer_norm(norm: Any) -> bool:
     plain = type(norm) is nn.LayerNorm or (
         type(norm).__name__ == "LayerNorm" and getattr(norm, "_fast_norm", 1) is False
     )
-    return plain and len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None
+    if not plain or len(norm.normalized_shape) != 1:
+        return False
+    return all(norm._parameters.get(name) is not None for name in ("weight", "bias"))
 
 
 def is_exact_gelu(activation: Any) -> bool:
@@ -56,18 +60,38 @@ def is_exact_gelu(activation: Any) -> bool:
     return type(activation).__name__ == "GELUActivation" and activation.act is F.gelu
 
 
-def normalise(norm: Any, x: Tensor) -> Tensor:
-    """`norm(x)`."""
-    if is_layer_norm(norm) and not is_watched(norm):
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    return norm(x)
+def layer_norm(norm: Any) -> Function:
+    """What computes `norm`: our op for a layer norm that is not watched, or `norm` itself."""
+    if not is_layer_norm(norm) or is_watched(norm):
+        return norm
+    parameters, eps = norm._parameters, norm.eps
+    return lambda x: ops.layer_norm(x, parameters["weight"], parameters["bias"], eps)
 
 
-def linear(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`; of a plain linear whose result nobody differentiates, by the op of the inference engine."""
-    if runs_once() and is_plain_linear(module):
-        return ops.linear(x, module.weight, module.bias)
-    return module(x)
+def linear(module: Any) -> Function:
+    """What computes `module`: the engine's op for a plain linear that runs without gradients, or `module` itself."""
+    if not (runs_once() and is_plain_linear(module)):
+        return module
+    parameters = module._parameters
+    return lambda x: ops.linear(x, parameters["weight"], parameters["bias"])
+
+
+def compose(*functions: Function | None) -> Function:
+    """Applies `functions` one after the other, without those that return what they get."""
+    active: list[Any] = [
+        function for function in functions if not is_nothing(function) and not _is_idle_dropout(function)
+    ]
+
+    def apply(x: Tensor) -> Tensor:
+        for function in active:
+            x = function(x)
+        return x
+
+    return apply
+
+
+def _is_idle_dropout(module: Any) -> bool:
+    return type(module) is nn.Dropout and not module.training and not is_watched(module)
 
 
 def runs_once() -> bool:
@@ -77,7 +101,9 @@ def runs_once() -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """Whether `module` is torch's linear on a dense weight; sharded and quantised ones are of other classes."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_watched(module)
+    if type(module) is not nn.Linear or is_watched(module):
+        return False
+    return type(module._parameters.get("weight")) is nn.Parameter and "bias" in module._parameters
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -98,20 +124,23 @@ def attend_packed(qkv: Tensor, num_heads: int) -> Tensor:
     return ops.attention(qkv.unflatten(-1, (3, num_heads, -1))).flatten(-2)
 
 
-def hidden_gelu(first: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(first(x))``, written over what a plain linear returned where nobody else can hold that.
+def hidden_gelu(first: Any, activation: Any) -> Function:
+    """What computes ``activation(first(x))``, over the result of a plain linear where nobody else can hold that.
 
     See `dinov2_fast.layers.Mlp` for what it saves.
     """
-    hidden = linear(first, x)
     if not is_exact_gelu(activation) or is_watched(activation):
-        return activation(hidden)
-    return ops.activation(hidden, "gelu", overwrite=runs_once() and is_plain_linear(first))
+        return compose(linear(first), activation)
+    overwrite = runs_once() and is_plain_linear(first)
+    return compose(linear(first), lambda hidden: ops.activation(hidden, "gelu", overwrite=overwrite))
 
 
-def drop_scale(drop_path: Any, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
-    """The factor of each picture's branch, (batch,), with the random numbers `drop_path` would draw; None for 1."""
-    if not drop_path.training or not getattr(drop_path, "drop_prob", 0.0):
-        return None
+def swiglu(x12: Tensor) -> Tensor:
+    """SwiGLU of gate and value side by side, (..., 2 * hidden)."""
+    return ops.activation(x12, "swiglu")
+
+
+def drop_scale(drop_path: Any, branch: Tensor, gamma: Tensor | None) -> Tensor:
+    """The factor of each image's branch, (batch,), with the random numbers `drop_path` would draw."""
     dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
     return drop_path(branch.new_ones((branch.shape[0], 1, 1), dtype=dtype)).flatten()
