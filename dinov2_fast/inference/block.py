@@ -51,11 +51,11 @@ class FoldedAttention(FoldedModule):
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self._modules["qkv"].forward(x).unflatten(-1, (3, self.num_heads, -1))
 
     def add_to_(self, stream: Tensor, x: Tensor, seq_lens: tuple[int, ...] | None) -> None:
         """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
-        self.proj.add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
+        self._modules["proj"].add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
         """What `proj` reads, (batch, seq_len, heads, head_dim)."""
@@ -79,7 +79,8 @@ class FoldedMlp(FoldedModule):
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
         """Adds the branch for the norm `x` to `stream`, both (..., hidden)."""
-        self.down.add_to_(stream, self.up.swiglu(x) if self.gated else self.up.gelu(x))
+        up = self._modules["up"]
+        self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
 
 
 class FoldedBlock(FoldedModule):
@@ -116,8 +117,8 @@ class FoldedBlock(FoldedModule):
 
         `statistics` are those that the block before has left, or None.
         """
-        self.attn.add_to_(x, self.norm1(x), seq_lens)
-        self.mlp.add_to_(x, self.norm2(x))
+        self._modules["attn"].add_to_(x, self._modules["norm1"].forward(x), seq_lens)
+        self._modules["mlp"].add_to_(x, self._modules["norm2"].forward(x))
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
