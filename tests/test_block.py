@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_fast.layers import Attention, DropPath, LayerNorm, LayerScale
+from dinov2_fast.layers import Attention, Dropout, DropPath, LayerNorm, LayerScale
 from tests.test_model import small
 
 
@@ -214,3 +214,13 @@ def test_the_factor_of_attention_follows_from_its_sizes() -> None:
     assert attention.scale == 16**-0.5
     with pytest.raises(AttributeError, match="scale"):
         attention.scale = 0.1  # the op would not see it
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_dropout_is_that_of_torch(p: float, training: bool) -> None:
+    x, results = torch.randn(4, 8), []
+    for kind in (nn.Dropout, Dropout):
+        torch.manual_seed(0)
+        results.append(kind(p).train(training)(x))
+    assert torch.equal(*results)

@@ -18,7 +18,7 @@ from dinov2_fast import ops
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
-from dinov2_fast.layers import GELU, LayerNorm, LayerScale, check_is_tensor
+from dinov2_fast.layers import GELU, Dropout, LayerNorm, LayerScale, check_is_tensor
 from dinov2_fast.model import QKV, DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -48,7 +48,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         for block in self.blocks:
             block.subset_threshold = 1.0  # transformers drops branches of single pictures at every rate
             block.attn.attn_drop = config.attention_probs_dropout_prob
-            block.attn.proj_drop = nn.Dropout(config.hidden_dropout_prob)
+            block.attn.proj_drop = Dropout(config.hidden_dropout_prob)
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.eps = config.layer_norm_eps

@@ -184,11 +184,13 @@ class FoldedBackbone(DinoVisionTransformer):
 
     def _run_for_cls(self, x: Tensor) -> Tensor:
         """The CLS token after the last block, (batch, 1, hidden)."""
-        return self.blocks[-1].first_token(_update_(x, self.blocks[:-1])).unsqueeze(1)
+        *blocks, last = self.blocks
+        return last.first_token(_update_(x, blocks)).unsqueeze(1)
 
     def _run_list_for_cls(self, x_list: list[Tensor]) -> Tensor:
         """The CLS tokens of all batches after the last block, (pictures, hidden)."""
-        return torch.cat([self.blocks[-1].first_token(x) for x in _update_list(x_list, self.blocks[:-1])])
+        *blocks, last = self.blocks
+        return torch.cat([last.first_token(x) for x in _update_list(x_list, blocks)])
 
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None

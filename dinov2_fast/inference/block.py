@@ -47,11 +47,11 @@ class FoldedAttention(FoldedModule):
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self._modules["qkv"].forward(x).unflatten(-1, (3, self.num_heads, -1))
 
     def add_to_(self, stream: Tensor, x: Tensor, seq_lens: tuple[int, ...] | None) -> None:
         """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
-        self.proj.add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
+        self._modules["proj"].add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
         """What `proj` reads, (batch, seq_len, heads, head_dim), with `scale` in e4m3."""
@@ -77,7 +77,8 @@ class FoldedMlp(FoldedModule):
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
         """Adds the branch for the norm `x` to `stream`, both (..., hidden)."""
-        self.down.add_to_(stream, self.up.swiglu(x) if self.gated else self.up.gelu(x))
+        up = self._modules["up"]
+        self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
 
 
 class FoldedBlock(FoldedModule):
@@ -107,8 +108,9 @@ class FoldedBlock(FoldedModule):
 
     def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
         """`forward`, in place; with `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths."""
-        self.attn.add_to_(x, self.norm1(x), seq_lens)
-        self.mlp.add_to_(x, self.norm2(x))
+        parts = self._modules
+        parts["attn"].add_to_(x, parts["norm1"].forward(x), seq_lens)
+        parts["mlp"].add_to_(x, parts["norm2"].forward(x))
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
