@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, is_watched
-from dinov2_fast.tracing import is_fx_traced
+from dinov2_fast.torch_private import is_fx_traced
 
 # Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
 SUBSET_THRESHOLD = 0.1
@@ -125,8 +125,8 @@ def _add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     plain = _plain(layer_scale) and _plain(drop_path) and not is_fx_traced()
     if plain and type(norm) is LayerNorm and not is_watched(norm):
-        factors = {"gamma": _gamma(layer_scale), "drop_scale": _drop_scale(drop_path, branch)}
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, **factors)
+        gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, gamma=gamma, drop_scale=drop_scale)
     x = _add(x, branch, layer_scale, drop_path)
     return x, norm(x)
 

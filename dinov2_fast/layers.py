@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
-from dinov2_fast.tracing import is_traced
+from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -123,7 +122,7 @@ class PatchEmbed(nn.Module):
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook, or a `forward` set on the instance, makes calling `module` more than its class's computation."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__ or _has_any_global_hook()
+    return bool(own) or "forward" in module.__dict__ or has_any_global_hook()
 
 
 class LayerNorm(nn.LayerNorm):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinov2_fast.tracing import is_traced
+from dinov2_fast.torch_private import is_traced
 
 
 class Dialect(NamedTuple):

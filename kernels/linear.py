@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dinov2_fast.kernels import common
 from dinov2_fast.kernels.activation import gelu_erf, gelu_polynomial, silu
 from dinov2_fast.kernels.common import to_e4m3
+from dinov2_fast.torch_private import is_fake
 
 E4M3 = torch.float8_e4m3fn
 TMA_ALIGNMENT = 16  # bytes

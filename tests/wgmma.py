@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import ChainMap, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import NamedTuple
@@ -194,7 +194,9 @@ def _tile(descriptor: Range, rows: int, columns: int) -> Extent:
 
 def _memory(statements: list[Statement], labels: dict[str, int], threads: int) -> dict[int, list[Extent]]:
     """By statement, the bytes of shared memory that a write changes or a wgmma reads, from any thread at any time."""
+    assigned = Counter(s.operands[0] for s in statements if s.operands)
     limits = {s.operands[0]: s.operands[1:] for s in statements if s.opcode == "setp.gt.s32"}
+    limits = {predicate: compared for predicate, compared in limits.items() if assigned[predicate] == 1}
     anywhere: dict[str, Range] = {"%tid.x": Range.of(0, threads - 1), "global_smem": Range(0, 0, 0)}
     starts = set(labels.values())
     for rounds in count():
@@ -207,22 +209,22 @@ def _memory(statements: list[Statement], labels: dict[str, int], threads: int) -
                 memory[i] = _operands(statement, ranges)
             elif _is_write(statement):
                 memory[i] = [_written(statement, ranges)]
-            elif statement.operands and statement.operands[0].startswith("%r"):
-                _assign(statement, block, anywhere, limits, rounds > MAX_ROUNDS)
+            elif statement.operands:
+                for target in re.findall(r"%r\w+", "" if statement.operands[0][0] == "[" else statement.operands[0]):
+                    found = _result(statement, ranges, limits)
+                    _assign(target, found, block, anywhere, statement.guard != "", rounds > MAX_ROUNDS)
         if anywhere == before:
             return memory
     raise AssertionError
 
 
 def _assign(
-    statement: Statement, block: dict[str, Range], anywhere: dict[str, Range], limits: dict[str, list[str]], widen: bool
+    target: str, found: Range | None, block: dict[str, Range], anywhere: dict[str, Range], maybe: bool, widen: bool
 ) -> None:
-    target = statement.operands[0]
-    found = _result(statement, ChainMap(block, anywhere), limits)
     block.pop(target, None)
     if found is None:
         return
-    if not statement.guard:
+    if not maybe:
         block[target] = found
     known = anywhere.get(target, found)
     joined = known.join(found)
@@ -239,9 +241,7 @@ def _value(word: str, ranges: Mapping[str, Range]) -> Range | None:
 def _result(statement: Statement, ranges: Mapping[str, Range], limits: dict[str, list[str]]) -> Range | None:
     """What an instruction may assign, None if an operand of it is not assigned yet."""
     name, *types = statement.opcode.split(".")
-    if name == "cvt" and all(kind[0] in "us" for kind in types):
-        name = "mov"
-    if name not in ("selp", *_ARITHMETIC) or types[-1][0] == "f":
+    if name not in ("selp", *_ARITHMETIC) or types[-1][0] == "f" or "hi" in types or statement.operands[0][0] == "{":
         return EVERYTHING
     words = statement.operands[1:]
     values = [_value(word, ranges) for word in words]
@@ -259,6 +259,14 @@ def _selected(
     if limited == words[1]:
         other = Range.of(other.low, min(other.high, (_value(limit, ranges) or EVERYTHING).high), other.bits)
     return selected.join(other)
+
+
+def _converted(types: list[str], a: Range) -> Range:
+    *_, to, source = types
+    if to[0] not in "us" or source[0] not in "us":
+        return EVERYTHING
+    kept = 0 <= a.low <= a.high < 2 ** min(int(to[1:]), int(source[1:])) or (to, source) == ("s64", "s32")
+    return a if kept else EVERYTHING
 
 
 def _sum(types: list[str], a: Range, b: Range) -> Range:
@@ -317,6 +325,7 @@ def _field(types: list[str], a: Range, first: Range, length: Range) -> Range:
 
 _ARITHMETIC: dict[str, Callable[..., Range]] = {
     "mov": lambda types, a: a,
+    "cvt": _converted,
     "shfl": lambda types, a, *lanes: a,
     "add": _sum,
     "sub": _difference,

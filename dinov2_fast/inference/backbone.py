@@ -27,7 +27,7 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.patches import fold_normalization
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
-from dinov2_fast.tracing import is_traced
+from dinov2_fast.torch_private import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
 CACHED_SIZES = 16  # sizes of pictures whose position embeddings are kept

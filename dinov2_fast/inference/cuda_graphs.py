@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dinov2_fast.inference.waiting import NoWaiting
 from dinov2_fast.ops import dispatch
+from dinov2_fast.torch_private import is_in_dispatch_mode, is_jit_traced, pytree
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -247,7 +247,7 @@ class Graphs:
 
     def _kind(self, folded: Any, backbone: Any, method: str, args: Any, kwargs: dict[str, Any]) -> Hashable | None:
         """Everything that decides what a call launches and returns; None for a call that is to run eagerly."""
-        if self.mode is False or self._failure or torch._C._get_tracing_state() is not None:
+        if self.mode is False or self._failure or is_jit_traced():
             return None
         device, tensors = backbone.cls_token.device, _tensors(args, kwargs)
         pictures = next((x for x in tensors if x.ndim == 4), None)
@@ -257,7 +257,7 @@ class Graphs:
             return None
         if self.mode == "auto" and _tokens(pictures, backbone) * backbone.embed_dim**2 > AUTO_WORK:
             return None
-        if torch._C._len_torch_dispatch_stack() or is_captured(pictures):
+        if is_in_dispatch_mode() or is_captured(pictures):
             return None
         config = getattr(folded, "config", None)
         configured = {name: getattr(config, name, None) for name in CONFIGURED}

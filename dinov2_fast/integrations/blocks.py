@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_fast import ops
 from dinov2_fast.block import SUBSET_THRESHOLD
@@ -23,7 +22,7 @@ from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, jo
 from dinov2_fast.integrations.probe import Trial, agree, copy_for_trial, error_of, try_out
 from dinov2_fast.integrations.settings import ModuleWatch, Settings, path, settings_of, shadowed_methods
 from dinov2_fast.integrations.steps import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
-from dinov2_fast.tracing import is_traced
+from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _NOTHING = nn.Identity()
 _ATTENTION_NAMES = ("attn", "attention")
@@ -105,7 +104,7 @@ class AcceleratedBlock(Joined):
 
     def plan(self) -> Plan:
         """What computes the block now: as decided last, unless something changed since, or a graph is being made."""
-        if is_traced() or _has_any_global_hook():
+        if is_traced() or has_any_global_hook():
             return self._decide()
         anatomy = self.anatomy
         children = self._modules.values()

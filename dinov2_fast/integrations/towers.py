@@ -15,6 +15,7 @@ from dinov2_fast.integrations.attached_engine import AttachedEngine
 from dinov2_fast.integrations.joining import BEHIND, Joined
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.torch_private import is_jit_traced
 from dinov2_fast.weights.architecture import read_architecture
 
 
@@ -47,7 +48,7 @@ class AcceleratedTower(Joined):
 
         None where a call of `method` with images `x`, and `others`, is none that an engine answers.
         """
-        if self.training or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        if self.training or torch.compiler.is_compiling() or is_jit_traced():
             return None
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.requires_grad:
             return None

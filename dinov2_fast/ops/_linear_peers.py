@@ -12,6 +12,9 @@ from dinov2_fast.ops.dispatch import Implementation
 from dinov2_fast.torch_private import gelu_linear, onednn_linear
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
+# Multiplications from which oneDNN is worth its start, some 10 us dearer than that of F.linear: they break even at
+# 2**19 to 2**20 (AMD EPYC with AVX-512, 1 and 2 threads, 1 to 257 rows, 64 to 768 in_features).
+ONEDNN_LEAST = 2**19
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # torch.compile does not trace it
 
 
@@ -24,6 +27,8 @@ def linear_onednn(
     """oneDNN adds up a whole row of products one by one, so that of long ones the error is more than twice MKL's, which
     adds up parts of them. Here the parts are products of their own."""
     bias = None if bias is None else bias.to(x.dtype)
+    if x.numel() * weight.shape[0] < ONEDNN_LEAST:
+        return finish(F.linear(x, weight, bias), epilogue, residual)
     if weight.shape[1] <= ONEDNN_CHAIN:
         if epilogue == "gelu":
             return _product(x, weight, bias, "gelu")
