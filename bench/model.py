@@ -248,7 +248,7 @@ def values(setting: Setting, times: list[float], floor: float | None) -> dict[st
     """The measured keys of a row, from seconds."""
     fast, median, slow = quantiles(times)
     share = {"floor_share": floor and floor / median}
-    if setting.task != "throughput":
+    if setting.task in ("latency", "host"):
         return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
     batch = setting.batch
     return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share

@@ -577,7 +577,7 @@ class DinoVisionTransformer(AnyLayout):
         self.grad_checkpointing = enable
 
     def backends(self) -> list[dispatch.Row]:
-        """Which implementation of each op runs for this model's device, dtype and mode, and why not the others."""
+        """Which implementation of each op runs for this model's device, dtype and mode, and why."""
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
         return dispatch.table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension, ops
 from dinov2_fast.cli import main
-from dinov2_fast.ops.dispatch import BackendError, table
+from dinov2_fast.ops.dispatch import BackendError, table, use_backend
 from tests.devices import fakes_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,10 +128,11 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
 def test_it_is_never_chosen_by_default() -> None:
     """No kernel of it has run on a GPU yet."""
     rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
-    cuda = [row for row in rows if row.backend == "cuda"]
+    assert "cuda" not in {row.backend for row in rows}
+    with use_backend("cuda"):
+        rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
     names = ["linear.gelu", "linear.swiglu", "linear.residual"]
-    assert [row.name for row in cuda] == [*names, "linear.none", *names]
-    assert not any(row.chosen for row in cuda)
+    assert [row.name for row in rows if row.backend == "cuda"] == [*names, "linear.none", *names]
 
 
 # Building it

@@ -31,7 +31,8 @@ ORDER = (
     ("ops",),
     ("kernels",),
     ("visualize",),
-    ("configs", "environment", "extension", "tracing"),
+    ("configs", "environment", "extension"),
+    ("torch_private",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -54,7 +54,7 @@ def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int)
         "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
         "engine": _engine(model) if engine else None,
         "device": place.device.type,
-        "backends": {row.op: row.backend for row in getattr(model, "backends", list)() if row.chosen},
+        "backends": {row.name: row.backend for row in getattr(model, "backends", list)()},
         "versions": {"dinov2_fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
 

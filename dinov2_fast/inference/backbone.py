@@ -202,7 +202,7 @@ class FoldedBackbone(DinoVisionTransformer):
         return packing.cls_tokens(self, x_list)
 
     def backends(self) -> list[dispatch.Row]:
-        """Which implementation of each op of the engine runs, and why not the others."""
+        """Which implementation of each op of the engine runs, and why."""
         device, dtype = self.cls_token.device, self.plan.dtype
         names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, torch.float8_e4m3fn: set()}
         if self.cls_only:

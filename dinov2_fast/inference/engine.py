@@ -389,7 +389,7 @@ class Engine(nn.Module):
         return Engine, (self._model, self.plan, self.device)
 
     def backends(self) -> list[dispatch.Row]:
-        """Which implementation of each op of the engine runs on its device, and why not the others."""
+        """Which implementation of each op of the engine runs on its device, and why."""
         return _backbone(self.folded).backends()
 
     def __repr__(self) -> str:

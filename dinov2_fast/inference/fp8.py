@@ -245,7 +245,7 @@ def describe(backbone: FoldedBackbone, model: nn.Module) -> list[str]:
         "output feature, norms over their bound",
         f"calibration: {_describe(plan.calibration, blocks, model)}",
     ]
-    in_e4m3 = [row for row in backbone.backends() if row.dtype == E4M3 and row.chosen and row.backend == "torch"]
+    in_e4m3 = [row for row in backbone.backends() if row.dtype == E4M3 and row.backend == "torch"]
     slow = [row.name for row in in_e4m3 if row.op != "attention"]  # which has one pass more, and no slow product
     if slow:
         others = "; use_backend(...) chooses others" if backbone.cls_token.is_cuda else ""

@@ -404,17 +404,13 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one form of an op for one dtype, as `table` reports it.
-
-    `reason` says why it was not chosen, or why it was.
-    """
+    """What runs one form of an op in one dtype, and why."""
 
     op: str
     form: str
     dtype: torch.dtype
     backend: str
-    chosen: bool
-    reason: str
+    because: str
 
     @property
     def name(self) -> str:
@@ -428,7 +424,7 @@ def table(
     training: bool = False,
     only_trainable: bool = False,
 ) -> list[Row]:
-    """Every implementation of every form of an op, which one runs for this device, dtype and mode, and why.
+    """What runs each form of each op on this device, in this dtype and mode.
 
     Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
     inference engine uses. With e4m3 as `dtype` it has the forms that read or write e4m3.
@@ -436,42 +432,29 @@ def table(
     rows: list[Row] = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
         for op in _OPS.values():
-            if op.trains or not only_trainable:
-                for form, sample in op.samples.items():
-                    arguments = sample(torch.device(device), dtype)
-                    if arguments is not None:
-                        rows += _rows(op, form, dtype, _recorded(arguments, training))
+            for form, sample in op.samples.items():
+                args = sample(torch.device(device), dtype)
+                if args is not None and (op.trains or not (training or only_trainable)):
+                    rows.append(_row(op, form, dtype, _recorded(args, training)))
     return rows
 
 
-def _rows(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[Row]:
-    setting = _setting
+def _row(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Row:
     try:
-        (chosen, *_), error = op._select(form, args, setting), ""
-    except BackendError as exception:
-        chosen, error = None, str(exception)
-    asked = setting.asked_for(op.name, form)
+        chosen, forced, refusals = op._select(form, args, _setting)
+    except BackendError as error:
+        return Row(op.name, form, dtype, "nothing", str(error))
     x = first_tensor(args)
-    candidates = [i for i in op.implementations if i.has(form, x.dtype)]
-    found = {i.backend: i.reason_against(args, i.backend == asked) for i in candidates}
-    for backend, reason in found.items():
-        is_chosen = chosen is not None and backend == chosen.backend
-        if is_chosen:
-            reason = _why(chosen, asked, found, [i for i in candidates if i is not chosen], x.device)
-        yield Row(op.name, form, dtype, backend, is_chosen, reason or error or _outranked(op, form, backend, chosen))
-
-
-def _why(
-    chosen: Any, asked: str, found: dict[str, str | None], others: list[Implementation], device: torch.device
-) -> str:
-    """Why an implementation was chosen, in words for users."""
-    if chosen.backend == asked:
-        return "was asked for"
-    if asked in found:
-        return f"{asked} was asked for, but {found[asked]}"
-    if not any(other.is_for(device) for other in others):
-        return "the others need a GPU" if others else "there is no other"
-    return chosen.why or "is the first that can run"
+    others = [i for i in op.implementations if i.has(form, x.dtype) and i is not chosen]
+    if chosen is forced:
+        because = "was asked for"
+    elif forced is not None:
+        because = f"{refusals[0][0].backend} was asked for, but {refusals[0][1]}"
+    elif any(other.is_for(x.device) for other in others):
+        because = chosen.why or "is the first that can run"
+    else:
+        because = "the others need a GPU" if others else "there is no other"
+    return Row(op.name, form, dtype, chosen.backend, because)
 
 
 def _recorded(arguments: Any, training: bool) -> Any:
@@ -483,23 +466,15 @@ def _recorded(arguments: Any, training: bool) -> Any:
     return arguments
 
 
-def _outranked(op: Op, form: str, backend: str, chosen: Implementation | None) -> str:
-    order = op.backends(form)
-    if chosen is not None and order.index(chosen.backend) < order.index(backend):
-        return f"{chosen.backend} comes first"
-    return "another backend was asked for"
-
-
 def summary(rows: Iterable[Row]) -> list[str]:
     """A short table of what runs and why; forms of an op that run alike share a line."""
     alike: dict[tuple[str, bool, str, str], list[str]] = {}
     for row in rows:
-        if row.chosen:
-            alike.setdefault((row.op, row.dtype == torch.float8_e4m3fn, row.backend, row.reason), []).append(row.form)
+        alike.setdefault((row.op, row.dtype == _E4M3, row.backend, row.because), []).append(row.form)
     lines = [("operation", "run by", "because")]
-    for (op, e4m3, backend, reason), forms in alike.items():
+    for (op, e4m3, backend, because), forms in alike.items():
         is_whole = set(forms) == set(_OPS[op].samples)
         what = op if is_whole else f"{op} ({', '.join(forms)})"
-        lines.append((f"{what} in e4m3" if e4m3 else what, backend, reason))
+        lines.append((f"{what} in e4m3" if e4m3 else what, backend, because))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return [f"{what:{widths[0]}}  {backend:{widths[1]}}  {reason}" for what, backend, reason in lines]
+    return [f"{what:{widths[0]}}  {backend:{widths[1]}}  {because}" for what, backend, because in lines]
