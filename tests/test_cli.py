@@ -358,8 +358,9 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     for pattern in (
         rf"  dinov2_fast +{re.escape(dinov2_fast.__version__)}",
         rf"  torch +{re.escape(importlib.metadata.version('torch'))}",
-        r"  layer_norm +torch +runs on cpu",
-        r"  attention +torch +runs on cpu",
+        r"What runs on cpu \(float32, inference\)",
+        r"  layer_norm +torch +(the others need a GPU|was asked for)",
+        r"  attention +torch +the others need a GPU",
         r"  DINOV2_FAST_BACKEND +layer_norm=torch",
         rf"  DINOV2_FAST_CACHE +{tmp_path}",
         rf"  dinov2_vitb14_reg +{tmp_path}/dinov2_vitb14_reg4_pretrain\.pth",

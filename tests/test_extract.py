@@ -290,7 +290,7 @@ def test_an_engine_gives_the_features_of_its_model(
     of_model, of_engine = (read_manifest(tmp_path / name) for name in ("model", "engine"))
     assert of_model.pop("engine") is None
     assert of_engine.pop("engine") == {"residual": "float32", "skip_layers": [], "calibration": None}
-    assert of_model.pop("backends")["attention"] == of_engine.pop("backends")["attention"]
+    assert of_model.pop("backends")["attention.batch"] == of_engine.pop("backends")["attention.batch"]
     assert of_model["precision"] == "fp32"
     assert of_model == of_engine
 

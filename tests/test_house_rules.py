@@ -181,7 +181,7 @@ def may_import(source: str, target: list[str]) -> bool:
     if not target or target[0] not in RANK:
         return source in ("__main__", "cli")
     if source == "kernels":
-        return target[0] == "kernels"
+        return target[0] in ("kernels", "torch_private")
     return target[0] == source or RANK[target[0]] > RANK[source]
 
 

@@ -199,7 +199,7 @@ class Op:
         dtype = first_tensor(args).dtype
         if backend and backend not in self.backends(form, dtype):
             names = ", ".join(self.backends(form, dtype))
-            raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r}, only {names}.")
+            raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r} for {dtype}, only {names}.")
         recorded = not backend and records_gradient(args)
         forced = self._named(name, form, dtype, recorded)
         refusals: list[tuple[Implementation, str]] = []

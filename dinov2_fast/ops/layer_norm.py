@@ -12,7 +12,7 @@ Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.1723
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +24,6 @@ from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refus
 from dinov2_fast.ops.residual import add_residual_torch
 
 MAX_HIDDEN = 8192  # the kernels keep a row in registers
-
-
-@overload
-def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor: ...
-
-
-@overload
-def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    branch: Tensor,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    deferred_bias: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
 
 
 def layer_norm(
@@ -84,8 +57,10 @@ def layer_norm(
 
     Raises:
         BackendError: `backend` cannot take these tensors, or gradients are recorded of a result in e4m3.
-        ValueError: `scale` with a branch.
+        ValueError: `scale` with a branch, or what goes with a branch without one.
     """
+    if branch is None and not (gamma is drop_scale is deferred_bias is None):
+        raise ValueError("gamma, drop_scale and deferred_bias go with a branch: give layer_norm one.")
     if scale is not None:
         if branch is not None:
             raise ValueError("layer_norm gives no e4m3 values of a sum with a branch: add first.")
