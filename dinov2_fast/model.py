@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dinov2_fast import layouts, ops
 from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
-from dinov2_fast.ops import dispatch
+from dinov2_fast.ops.table import Row, summary, table
 from dinov2_fast.position_embeddings import (
     DIALECTS,
     Dialect,
@@ -576,13 +576,13 @@ class DinoVisionTransformer(AnyLayout):
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def backends(self) -> list[dispatch.Row]:
+    def backends(self) -> list[Row]:
         """Which implementation of each op runs for this model's device, dtype and mode, and why."""
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-        return dispatch.table(parameter.device, parameter.dtype, self.training, only_trainable=True)
+        return table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
-        return "\n".join([f"position_dialect={self.position_dialect}", *dispatch.summary(self.backends())])
+        return "\n".join([f"position_dialect={self.position_dialect}", *summary(self.backends())])
 
 
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:

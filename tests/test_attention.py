@@ -485,6 +485,7 @@ def test_refusals_say_why(backend: str, dtype: torch.dtype, head_dim: int, dropo
             ops.attention(qkv[0], seq_lens=(4, 5), dropout_p=dropout_p, backend=backend)
 
 
+@fakes_cuda
 def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="needs a cuda tensor, got one on cpu"):
         ops.attention(_qkv(1, 9).cpu(), backend="xformers")

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
 from dinov2_fast.block import Block
-from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch, cls_attention
+from dinov2_fast.inference.block import cls_attention
+from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.devices import BACKENDS, DEVICE, fakes_cuda, on_gpu, opcheck, poisoned_memory, random, runs_triton

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension, ops
 from dinov2_fast.cli import main
-from dinov2_fast.ops.dispatch import BackendError, table, use_backend
+from dinov2_fast.ops.dispatch import BackendError, use_backend
+from dinov2_fast.ops.table import table
 from tests.devices import fakes_cuda
 
 ROOT = Path(__file__).resolve().parents[1]

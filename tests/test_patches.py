@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinov2_fast.inference.fold import fold_normalization
 from dinov2_fast.ops.dispatch import BackendError
-from dinov2_fast.ops.patches import fold_normalization, patches, patches_torch
+from dinov2_fast.ops.patches import patches, patches_torch
 from tests import reference
 from tests.devices import BACKENDS, DEVICE, on_gpu, opcheck, poisoned_memory, random, runs_triton
 

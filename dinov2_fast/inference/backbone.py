@@ -19,12 +19,20 @@ from dinov2_fast.block import _pack, _unpack
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
 from dinov2_fast.inference.block import FoldedBlock
-from dinov2_fast.inference.fold import FoldedLinear, FoldedModule, FoldedNorm, expect, frozen, hollow, rounded
+from dinov2_fast.inference.fold import (
+    FoldedLinear,
+    FoldedModule,
+    FoldedNorm,
+    expect,
+    fold_normalization,
+    frozen,
+    hollow,
+    rounded,
+)
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
-from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.patches import fold_normalization
+from dinov2_fast.ops.table import Row, table
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
 from dinov2_fast.torch_private import is_traced
@@ -201,7 +209,7 @@ class FoldedBackbone(DinoVisionTransformer):
         """The normalised CLS tokens of each batch of a list, (batch, hidden); see :mod:`.packing`."""
         return packing.cls_tokens(self, x_list)
 
-    def backends(self) -> list[dispatch.Row]:
+    def backends(self) -> list[Row]:
         """Which implementation of each op of the engine runs, and why."""
         device, dtype = self.cls_token.device, self.plan.dtype
         names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, torch.float8_e4m3fn: set()}
@@ -210,7 +218,7 @@ class FoldedBackbone(DinoVisionTransformer):
         for block in self.blocks:
             for of, found in block.op_names().items():
                 names[of] |= found
-        return [row for of in names for row in dispatch.table(device, of) if row.name in names[row.dtype]]
+        return [row for of in names for row in table(device, of) if row.name in names[row.dtype]]
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, expect, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
-from dinov2_fast.ops.attention_pool import cls_attention
 from dinov2_fast.ops.dispatch import Bound
 from dinov2_fast.ops.linear import interleave
 from dinov2_fast.timm_layers import TimmAttention
@@ -130,3 +131,40 @@ class FoldedBlock(FoldedModule):
         """The forms of ops that it runs in each dtype, but for the CLS token's own."""
         linears = {"linear.none", "linear.swiglu" if self.mlp.gated else "linear.gelu", "linear.residual"}
         return {self.norm1.dtype: {"layer_norm.plain", "attention.batch", "attention.varlen", *linears}}
+
+
+def cls_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """What a block's attention gives the first token (CLS), before the output projection.
+
+    Args:
+        x: (batch, seq_len, hidden), the residual stream that enters the block.
+        norm_weight, norm_bias, eps: of the block's first norm; (hidden,).
+        qkv_weight: (3 * hidden, hidden), the packed projection.
+        qkv_bias: (3 * hidden,) or None.
+        num_heads: heads within each of queries, keys and values.
+        backend: the implementation of `attention_pool` to use instead of the default.
+
+    Returns:
+        (batch, hidden).
+    """
+    hidden = x.shape[-1]
+    heads = (num_heads, hidden // num_heads)
+    query_weight, key_weight, value_weight = qkv_weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
+    query_bias, value_bias = (None, None) if qkv_bias is None else (qkv_bias[:hidden], qkv_bias[2 * hidden :])
+
+    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, eps)
+    query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
+    absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
+    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, eps, backend=backend)
+    out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
+    return out if value_bias is None else out + value_bias

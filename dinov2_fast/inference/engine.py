@@ -26,6 +26,7 @@ from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
+from dinov2_fast.ops.table import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
 # The dtype of activations and outputs.
@@ -388,7 +389,7 @@ class Engine(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Engine, (self._model, self.plan, self.device)
 
-    def backends(self) -> list[dispatch.Row]:
+    def backends(self) -> list[Row]:
         """Which implementation of each op of the engine runs on its device, and why."""
         return _backbone(self.folded).backends()
 
@@ -416,7 +417,7 @@ def describe(engine: Engine) -> str:
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
         f"what runs on {engine.device}:",
-        *(f"  {line}" for line in dispatch.summary(engine.backends())),
+        *(f"  {line}" for line in summary(engine.backends())),
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])

@@ -15,7 +15,7 @@ from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
-from dinov2_fast.integrations.joining import BEHIND, has_own_forward, join, separate
+from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
 from dinov2_fast.integrations.settings import path
 from dinov2_fast.integrations.steps import is_exact_gelu, is_recorded_only, is_watched
 
@@ -47,7 +47,7 @@ class AttachedEngine:
 
     def attach(self, tower: nn.Module) -> None:
         """Answers the plain calls of `tower` from now on."""
-        tower.__dict__[BEHIND] = self
+        tower.__dict__[ATTRIBUTE] = self
         if not isinstance(tower, self._face):
             join(tower, self._face)
         self._remember(tower)
@@ -122,8 +122,8 @@ class AttachedEngine:
     @contextmanager
     def _joined(self, tower: Any) -> Iterator[None]:
         """Answers the calls of `tower` inside, also where it is not accelerated yet or by another engine."""
-        before = tower.__dict__.get(BEHIND)
-        tower.__dict__[BEHIND] = self
+        before = tower.__dict__.get(ATTRIBUTE)
+        tower.__dict__[ATTRIBUTE] = self
         if before is None:
             join(tower, self._face)
         try:
@@ -132,7 +132,7 @@ class AttachedEngine:
             if before is None:
                 separate(tower)
             else:
-                tower.__dict__[BEHIND] = before
+                tower.__dict__[ATTRIBUTE] = before
 
     def _tried(self, tower: Any, method: str, image: Tensor, arguments: dict[str, Any], by: Any) -> Any:
         """What a call of `tower` returns, or raises, when `by` answers it; with None, by its own code."""

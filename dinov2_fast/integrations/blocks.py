@@ -18,7 +18,7 @@ from dinov2_fast import ops
 from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.block import Block as OurBlock
 from dinov2_fast.integrations.forms import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
-from dinov2_fast.integrations.joining import BEHIND, Joined, has_own_forward, join
+from dinov2_fast.integrations.joining import ATTRIBUTE, Joined, has_own_forward, join
 from dinov2_fast.integrations.probe import Trial, agree, copy_for_trial, error_of, try_out
 from dinov2_fast.integrations.settings import ModuleWatch, Settings, path, settings_of, shadowed_methods
 from dinov2_fast.integrations.steps import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
@@ -92,7 +92,7 @@ class AcceleratedBlock(Joined):
 
     @property
     def anatomy(self) -> Anatomy:
-        return self.__dict__[BEHIND]
+        return self.__dict__[ATTRIBUTE]
 
     def declines(self, x: Any) -> bool:
         """Whether a call with `x` is for the block's own code."""
@@ -254,8 +254,8 @@ def _accelerate(block: nn.Module, below: type) -> None:
     face = face_of(block)
     assert face is not None
     join(block, face, below)
-    block.__dict__[BEHIND] = None  # has its place before the attributes are counted
-    block.__dict__[BEHIND] = Anatomy(block)
+    block.__dict__[ATTRIBUTE] = None  # has its place before the attributes are counted
+    block.__dict__[ATTRIBUTE] = Anatomy(block)
 
 
 def _reason_by_looks(block: Any) -> str | None:
@@ -341,7 +341,7 @@ def _try_block(block: nn.Module) -> Verdict:
     for below in _classes_with_forward(block):
         copied = copy_for_trial(block, *where)
         _accelerate(copied, below)
-        anatomy = copied.__dict__[BEHIND] = _SeenAnatomy(copied.__dict__[BEHIND])
+        anatomy = copied.__dict__[ATTRIBUTE] = _SeenAnatomy(copied.__dict__[ATTRIBUTE])
         ours = _trials(copied)
         if anatomy.seen:
             reasons = map(_difference, ("in eval mode", "in training"), stock, ours)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-BEHIND = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
+ATTRIBUTE = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
 
 
 class Joined(nn.Module):
@@ -53,7 +53,7 @@ def separate(module: Joined) -> None:
             "before it is wrapped."
         )
     _drop_class_forward(module)
-    module.__dict__.pop(BEHIND, None)
+    module.__dict__.pop(ATTRIBUTE, None)
     module.__class__ = module.origin[1]
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.integrations.joining import BEHIND
+from dinov2_fast.integrations.joining import ATTRIBUTE
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
-_NO_SETTINGS = frozenset(vars(nn.Module())) | {BEHIND, "forward", "gradient_checkpointing"}
+_NO_SETTINGS = frozenset(vars(nn.Module())) | {ATTRIBUTE, "forward", "gradient_checkpointing"}
 
 _TENSORS = ("_parameters", "_buffers")
 _OTHERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

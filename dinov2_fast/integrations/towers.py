@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.joining import BEHIND, Joined
+from dinov2_fast.integrations.joining import ATTRIBUTE, Joined
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_jit_traced
@@ -41,7 +41,7 @@ class AcceleratedTower(Joined):
 
     @property
     def attached_engine(self) -> AttachedEngine:
-        return self.__dict__[BEHIND]
+        return self.__dict__[ATTRIBUTE]
 
     def answer(self, method: str, ask: Callable[[Any], Any], x: Any, *others: Any) -> Any:
         """What `ask` gets from the engine, in the dtype of this backbone.

@@ -53,43 +53,6 @@ def attention_pool(
     return ATTENTION_POOL.choose("pool", args, backend).function(*args)
 
 
-def cls_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """What a block's attention gives the first token (CLS), before the output projection.
-
-    Args:
-        x: (batch, seq_len, hidden), the residual stream that enters the block.
-        norm_weight, norm_bias, eps: of the block's first norm; (hidden,).
-        qkv_weight: (3 * hidden, hidden), the packed projection.
-        qkv_bias: (3 * hidden,) or None.
-        num_heads: heads within each of queries, keys and values.
-        backend: the implementation of `attention_pool` to use instead of the default.
-
-    Returns:
-        (batch, hidden).
-    """
-    hidden = x.shape[-1]
-    heads = (num_heads, hidden // num_heads)
-    query_weight, key_weight, value_weight = qkv_weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
-    query_bias, value_bias = (None, None) if qkv_bias is None else (qkv_bias[:hidden], qkv_bias[2 * hidden :])
-
-    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, eps)
-    query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
-    absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
-    pooled = attention_pool(x, absorbed, norm_weight, norm_bias, eps, backend=backend)
-    out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
-    return out if value_bias is None else out + value_bias
-
-
 def attention_pool_torch(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return (absorbed @ y.transpose(1, 2)).softmax(-1).to(y.dtype) @ y

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import environment
-from dinov2_fast.torch_private import FakeTensorMode, is_fx_traced
+from dinov2_fast.torch_private import is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -132,7 +132,7 @@ class Implementation:
 class Op:
     """An op: a file in `ops/`, a name in settings, and its implementations, best first.
 
-    `samples` makes, for each form, arguments of a ViT-S on a device in a dtype, with which :func:`table` asks. For
+    `samples` makes, for each form, arguments of a ViT-S on a device in a dtype, with which `table` asks. For
     e4m3 these are the arguments with which the form reads or writes e4m3; None if it does not.
     """
 
@@ -186,15 +186,19 @@ class Op:
     def _choose(self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None) -> Implementation:
         if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
             return next(i for i in self.implementations if i.backend == "torch" and i.has(form))
-        chosen, forced, refusals = self._select(form, args, setting, backend)
+        chosen, forced, refusals = self.select(form, args, setting, backend)
         if refusals and not torch.compiler.is_compiling():
             self._warn_of_fallback(form, chosen, forced, refusals, first_tensor(args).device)
         return chosen
 
-    def _select(
+    def select(
         self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None
     ) -> tuple[Implementation, Implementation | None, list[tuple[Implementation, str]]]:
-        """The implementation that runs, the one that was asked for, and those before it with what they refuse."""
+        """The implementation that runs, the one that was asked for, and those before it with what they refuse.
+
+        Raises:
+            BackendError: as :meth:`choose`.
+        """
         name = backend or setting.asked_for(self.name, form)
         dtype = first_tensor(args).dtype
         if backend and backend not in self.backends(form, dtype):
@@ -389,9 +393,6 @@ def current_setting() -> Setting:
     return _setting
 
 
-# What runs, and why
-
-
 def ops() -> dict[str, Op]:
     """Every op, by its name."""
     return dict(_OPS)
@@ -400,81 +401,3 @@ def ops() -> dict[str, Op]:
 def names() -> list[str]:
     """The names of the ops, sorted."""
     return sorted(_OPS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What runs one form of an op in one dtype, and why."""
-
-    op: str
-    form: str
-    dtype: torch.dtype
-    backend: str
-    because: str
-
-    @property
-    def name(self) -> str:
-        """The form as settings have it."""
-        return _OPS[self.op].name_of(self.form)
-
-
-def table(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    training: bool = False,
-    only_trainable: bool = False,
-) -> list[Row]:
-    """What runs each form of each op on this device, in this dtype and mode.
-
-    Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
-    inference engine uses. With e4m3 as `dtype` it has the forms that read or write e4m3.
-    """
-    rows: list[Row] = []
-    with FakeTensorMode(), torch.set_grad_enabled(training):
-        for op in _OPS.values():
-            for form, sample in op.samples.items():
-                args = sample(torch.device(device), dtype)
-                if args is not None and (op.trains or not (training or only_trainable)):
-                    rows.append(_row(op, form, dtype, _recorded(args, training)))
-    return rows
-
-
-def _row(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Row:
-    try:
-        chosen, forced, refusals = op._select(form, args, _setting)
-    except BackendError as error:
-        return Row(op.name, form, dtype, "nothing", str(error))
-    x = first_tensor(args)
-    others = [i for i in op.implementations if i.has(form, x.dtype) and i is not chosen]
-    if chosen is forced:
-        because = "was asked for"
-    elif forced is not None:
-        because = f"{refusals[0][0].backend} was asked for, but {refusals[0][1]}"
-    elif any(other.is_for(x.device) for other in others):
-        because = chosen.why or "is the first that can run"
-    else:
-        because = "the others need a GPU" if others else "there is no other"
-    return Row(op.name, form, dtype, chosen.backend, because)
-
-
-def _recorded(arguments: Any, training: bool) -> Any:
-    """The sample arguments as a training step would give them."""
-    if isinstance(arguments, list | tuple):
-        return type(arguments)(_recorded(argument, training) for argument in arguments)
-    if isinstance(arguments, Tensor) and arguments.is_floating_point():
-        return arguments.detach().requires_grad_(training)
-    return arguments
-
-
-def summary(rows: Iterable[Row]) -> list[str]:
-    """A short table of what runs and why; forms of an op that run alike share a line."""
-    alike: dict[tuple[str, bool, str, str], list[str]] = {}
-    for row in rows:
-        alike.setdefault((row.op, row.dtype == _E4M3, row.backend, row.because), []).append(row.form)
-    lines = [("operation", "run by", "because")]
-    for (op, e4m3, backend, because), forms in alike.items():
-        is_whole = set(forms) == set(_OPS[op].samples)
-        what = op if is_whole else f"{op} ({', '.join(forms)})"
-        lines.append((f"{what} in e4m3" if e4m3 else what, backend, because))
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return [f"{what:{widths[0]}}  {backend:{widths[1]}}  {because}" for what, backend, because in lines]

@@ -5,9 +5,9 @@
 so that ``rows @ weight.flatten(1).T`` is what the convolution with `weight` and stride (s, t) computes; without overlap
 s and t are the patch size p. The values are those of floating-point images, and x - 128 of uint8 images.
 
-x - 128 is exact in every floating dtype. :func:`fold_normalization` moves the normalisation, (x / 255 - mean) / std,
-into the weight and the bias. The shift matters: on raw x in 0..255 the mean brightness, which the bias has to take away
-again, multiplies the rounding error of every weight.
+x - 128 is exact in every floating dtype. The engine moves the normalisation, (x / 255 - mean) / std, into the weight
+and the bias (`inference.fold.fold_normalization`). The shift matters: on raw x in 0..255 the mean brightness, which the
+bias has to take away again, multiplies the rounding error of every weight.
 Source of the embedding: Dosovitskiy et al., arXiv:2010.11929.
 """
 
@@ -71,40 +71,6 @@ def patches(
         raise ValueError(f"padded_to is {padded_to}, but a patch has {width} values.")
     args = images, patch_size, stride, padded_to, dtype
     return PATCHES.choose("patches", args, backend).function(*args)
-
-
-def fold_normalization(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype, *, padded_to: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias with which the rows of uint8 images give what the convolution gives for normalised images.
-
-        weight * (x / 255 - mean) / std = folded * (x - 128) + folded * (128 - 255 mean),    folded = weight / (255 std)
-
-    Computed in fp64; the weight is rounded once, and the constant is taken from the rounded weight: an image in the
-    colour of the mean then gives the bias alone, as it does for normalised images. On photographs that is the better
-    choice, on noise the exact weight would be. (Measured with random weights in bf16, relative error of the embedding:
-    1.74e-3 against 1.79e-3 on two photographs, 1.66e-3 against 1.62e-3 on noise; images normalised in bf16 2.6e-3 and
-    2.4e-3; rows of 0..255 without the shift, with the constant of the exact weight, 2.7e-3 and 3.3e-3.)
-
-    Args:
-        weight: (hidden, channels, patch, patch) of the convolution, in fp32: before any rounding.
-        bias: (hidden,) or None.
-        mean, std: (channels,), for values in 0..1.
-        dtype: of the weight that is returned.
-        padded_to: columns of the result, the rest being zeros; default channels * patch * patch.
-
-    Returns:
-        The weight (hidden, padded_to) in `dtype`, for ``F.linear``, and the bias (hidden,) in fp32 (fp64 if `dtype`
-        is), so that it can still be added to position embeddings before it is rounded.
-    """
-    mean, std = (values.double()[:, None, None] for values in (mean, std))
-    folded = (weight.double() / (255 * std)).to(dtype)
-    constant = (folded.double() * (UINT8_SHIFT - 255 * mean)).sum((1, 2, 3))
-    if bias is not None:
-        constant += bias.double()
-    rows = folded.flatten(1)
-    padding = 0 if padded_to is None else padded_to - rows.shape[1]
-    return F.pad(rows, (0, padding)), constant.to(torch.promote_types(dtype, torch.float32))
 
 
 def patches_torch(
