@@ -284,7 +284,7 @@ def test_a_graph_for_everything_that_changes_what_is_launched() -> None:
             return engine(x)
 
     def on(backend: str) -> Any:
-        with use_backend(backend):
+        with use_backend(backend, strict=True):
             return engine(x)
 
     kinds = [
@@ -798,7 +798,7 @@ def test_no_call_of_the_engine_waits(call: Any) -> None:
 def test_no_call_of_the_engine_waits_on_kernels() -> None:
     engine = optimize_for_inference(small(embed_dim=64, num_heads=2), "fp32").to(DEVICE)
     x, mask = torch.randint(256, (1, 3, 28, 28)).byte().to(DEVICE), torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
-    with use_backend("triton"):
+    with use_backend("triton", strict=True):
         expected = engine(x, mask, is_training=True)["x_prenorm"]
         with NoWaiting(x.device):
             found = engine(x, mask, is_training=True)["x_prenorm"]
@@ -884,7 +884,7 @@ def test_a_graph_computes_what_eager_calls_do(call: Any) -> None:
 @torch.inference_mode()
 def test_graphs_of_every_backend_also_for_uint8(backend: str) -> None:
     engine, eager = cuda_engine("auto")
-    with use_backend(backend):
+    with use_backend(backend, strict=True):
         for _ in range(3):
             pixels = torch.randint(256, (2, 56, 70, 3)).byte().cuda()
             equal(engine(pixels), eager(pixels))
