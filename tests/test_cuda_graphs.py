@@ -313,6 +313,17 @@ def test_a_graph_for_everything_that_changes_what_is_launched() -> None:
 
 
 @torch.no_grad()
+def test_a_strict_setting_has_a_graph_of_its_own() -> None:
+    engine, fake = with_graphs(small())
+    x = random()
+    for strict in (False, True):  # strict, what falls back without it may have to raise
+        with use_backend("torch", strict=strict):
+            engine(x)
+            engine(x)
+    assert fake.count("capture") == 2
+
+
+@torch.no_grad()
 def test_the_kinds_of_call_used_last_are_kept() -> None:
     engine, fake = with_graphs(small(), max_tokens=None)
 

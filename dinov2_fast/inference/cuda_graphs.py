@@ -342,6 +342,7 @@ def _settings() -> Iterator[Hashable]:
     """Of the process: those that decide which kernels run."""
     setting, cuda = dispatch.current_setting(), torch.backends.cuda
     yield setting.everywhere
+    yield setting.strict
     yield from sorted(setting.by_name.items())
     yield torch.are_deterministic_algorithms_enabled()
     yield cuda.matmul.fp32_precision

@@ -19,7 +19,7 @@ from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
 from dinov2_fast.inference.backbone import Plan, fold_backbone
 from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
-from dinov2_fast.inference.fold import frozen, hollow, refuse_edits, refuse_tensors
+from dinov2_fast.inference.fold import FoldedModule, frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
@@ -378,7 +378,15 @@ class Engine(nn.Module):
                 "An engine holds its model's weights in a folded form: load them into the model, which the engine "
                 "follows (with follow_weights=False at the next refresh()), or make an engine of a model that has them."
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:  # it raises for keys that do not fit, after it has loaded those that do
+            self._graphs.clear()
+            backbone = _backbone(self.folded)
+            backbone._sizes.clear()  # made of the tensors that were written
+            for part in backbone.modules():
+                if isinstance(part, FoldedModule):
+                    part.bind()  # `assign` may have brought tensors of another kind
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
