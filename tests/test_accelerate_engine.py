@@ -554,7 +554,7 @@ def test_one_of_two_towers(caplog: pytest.LogCaptureFixture, answered: list[str]
     untouched = copy.deepcopy(model)
     with caplog.at_level(logging.WARNING, logger="dinov2_fast"):
         accelerate(model, inference=True)
-    assert "No engine behind adapted: blocks.0.attn.qkv is a" in caplog.text
+    assert "No engine is attached to adapted: blocks.0.attn.qkv is a" in caplog.text
     lines = [
         "plain.blocks: 2 of 2 NestedTensorBlock accelerated",
         "adapted.blocks: 2 of 2 NestedTensorBlock accelerated",

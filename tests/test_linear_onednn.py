@@ -8,13 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.ops import linear
+from dinov2_fast.ops import _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.test_model import small
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 FORMS = ["none", "gelu", "swiglu", "residual"]
+
+
+@pytest.fixture
+def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products are oneDNN's as well, in place of torch's."""
+    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,6 +31,7 @@ def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None
     return linear(x, weight, bias, epilogue=form, backend=backend)
 
 
+@pytest.mark.usefixtures("_small_products_too")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(2, 33), (0,), (17,), (257,)], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -53,9 +60,20 @@ def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
     reference.assert_obeys_rule(found, exact, plain)
 
 
+@pytest.mark.usefixtures("_small_products_too")
 def test_strided_operands() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
     torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(63, 0), (64, 1)])
+def test_small_products_are_torch_s(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of less than 2^19 multiplications, also where oneDNN is asked for."""
+    product, seen = _linear_peers.onednn_linear, []
+    monkeypatch.setattr(_linear_peers, "onednn_linear", lambda *args: seen.append(1) or product(*args))
+    x, weight = torch.randn(rows, 64), torch.randn(128, 64)
+    torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)
+    assert len(seen) == calls
 
 
 def test_what_it_refuses() -> None:
@@ -68,6 +86,7 @@ def test_what_it_refuses() -> None:
         linear(x, weight, None, epilogue="residual", residual=torch.zeros(2, 4), backend="onednn")
 
 
+@pytest.mark.usefixtures("_small_products_too")
 def test_an_engine_that_uses_it_also_compiled() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)

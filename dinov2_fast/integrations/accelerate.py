@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Row:
-    """A group of blocks in a model, or a backbone behind an engine.
+    """A group of blocks in a model, or a backbone with an engine.
 
     `name` is its place in the model and `kind` its class; `accelerated` of `count` are accelerated, and `reasons` says
     which are not and why.
@@ -125,7 +125,7 @@ def restore(model: Model) -> Model:
 
 
 def accelerated(model: nn.Module) -> Report:
-    """What in `model` is accelerated: a row for each group of blocks, and for each backbone behind an engine."""
+    """What in `model` is accelerated: a row for each group of blocks, and for each backbone with an engine."""
     forget_verdicts()
     groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for name, block in _blocks(model):
@@ -187,9 +187,9 @@ def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module,
                 reasons.append(f"{name or 'the model'}: {engine.reason}")
     if not found:
         why = "; ".join(reasons) or "its blocks are in no backbone whose calls are known here"
-        raise TypeError(f"inference=True cannot put an engine behind this {type(model).__name__}. {why}.")
+        raise TypeError(f"inference=True cannot attach an engine to this {type(model).__name__}. {why}.")
     for reason in reasons:
-        logger.warning("No engine behind %s", reason)
+        logger.warning("No engine is attached to %s", reason)
     return found
 
 

@@ -1,8 +1,8 @@
 """Blocks of other libraries that compute with this package's ops, on their own modules and parameters.
 
 A block is recognised by its parts, and taken if it computes, on random input, what ours would in its place. What a call
-asks for beyond a plain forward pass runs in the block's own code. So does a part that was changed after that, or on
-which somebody looks.
+asks for beyond a plain forward pass runs in the block's own code. So does a part that was changed after that, or has
+hooks.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def _classes_with_forward(block: nn.Module) -> list[type]:
 
 
 class _SeenAnatomy:
-    """Says whether the accelerated forward was reached, which asks for the name of the attention first."""
+    """Says whether the accelerated forward was reached: it alone asks for the name of the attention."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy

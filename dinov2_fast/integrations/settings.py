@@ -23,8 +23,9 @@ class ModuleWatch:
     """Notices any change of modules but another tensor in the place of one of the same type.
 
     That is: classes and what they define, attributes (the training mode is one) and those of a `config`, submodules and
-    hooks, the names and types of tensors. It holds no parameter, so a replaced one is freed. The watch of an engine, in
-    `inference/watch.py`, notices which tensors there are and what is written to them, but not the mode.
+    hooks, the names and types of tensors. Values of attributes are compared, not looked into. It holds no parameter, so
+    a replaced one is freed. The watch of an engine, in `inference/watch.py`, notices which tensors there are and what
+    is written to them, but not the mode.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """The steps of a block on the modules of another library's block.
 
-What is known to compute just what its class says, and is not looked upon, is computed by our ops from its parameters;
-any other module is called, so hooks run, and an adapter in place of a linear works.
+A module that computes just what its class says, and has no hooks, is computed by our ops from its parameters. Any other
+is called, so hooks run, and an adapter in place of a linear works.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_recorded_only(module: nn.Module) -> bool:
 
 
 def is_nothing(module: Any) -> bool:
-    """Whether `module` returns what it gets, and nobody looks on."""
+    """Whether `module` returns what it gets, and has no hooks."""
     return module is None or (type(module) is nn.Identity and not is_watched(module))
 
 
@@ -125,7 +125,7 @@ def attend_packed(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def hidden_gelu(first: Any, activation: Any) -> Function:
-    """What computes ``activation(first(x))``, over the result of a plain linear where nobody else can hold that.
+    """What computes ``activation(first(x))``, written over the result of a plain linear that nothing else refers to.
 
     See `dinov2_fast.layers.Mlp` for what it saves.
     """

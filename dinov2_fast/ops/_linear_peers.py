@@ -24,8 +24,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # torch.compile does not tra
 def linear_onednn(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "none", residual: Tensor | None = None, *_: object
 ) -> Tensor:
-    """oneDNN adds up a whole row of products one by one, so that of long ones the error is more than twice MKL's, which
-    adds up parts of them. Here the parts are products of their own."""
+    """By oneDNN from `ONEDNN_LEAST` multiplications on, and by torch's linear below that.
+
+    oneDNN adds up a whole row of products one by one, so that of long ones the error is more than twice MKL's, which
+    adds up parts of them. Here the parts are products of their own.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     if x.numel() * weight.shape[0] < ONEDNN_LEAST:
         return finish(F.linear(x, weight, bias), epilogue, residual)
