@@ -210,19 +210,14 @@ def _fc2(shape: Shape) -> tuple[int, int]:
     return shape.ffn, shape.hidden
 
 
-def _operands(shape: Shape, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and bias."""
-    in_features, out_features = features(shape)
-    x, weight = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features, in_features)
-    return x, weight / in_features**0.5, shape.random(out_features)
-
-
 def _linear(shape: Shape, epilogue: str, features: Features, e4m3: bool) -> tuple[Any, ...]:
-    x, weight, bias = _operands(shape, features)
+    in_features, out_features = features(shape)
+    x, bias = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features)
+    weight = shape.random(out_features, in_features) / in_features**0.5
     residual = shape.stream() if epilogue == "residual" else None
     if not e4m3:
         return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0
-    scales = torch.full_like(bias, 0.125 / features(shape)[0] ** 0.5, dtype=torch.float32)
+    scales = torch.full_like(bias, 0.125 / in_features**0.5, dtype=torch.float32)
     dtype = {"none": shape.dtype, "residual": None}.get(epilogue, E4M3)
     return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, 0.0625
 

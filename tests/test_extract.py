@@ -301,6 +301,13 @@ def test_the_engine_s_precision_is_recorded(plain: list[str], tmp_path: Path) ->
     assert (manifest["dtype"], manifest["precision"], manifest["device"]) == ("bfloat16", "bf16", "cpu")
 
 
+def test_what_runs_in_e4m3_is_recorded_beside_the_rest(plain: list[str], tmp_path: Path) -> None:
+    engine = optimize_for_inference(small(), "fp8", allow_slow=True)
+    recorded = read_manifest(extract(plain, engine, tmp_path).path)["backends"]
+    assert {"linear.gelu", "linear.gelu e4m3"} <= recorded.keys()
+    assert len(recorded) == len(engine.backends())
+
+
 def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> None:
     processor = Dinov2ImageProcessor.for_size(98)
     out = extract(plain, MeanColour(), tmp_path, processor=processor, batch_size=5, metadata={"model": "m"}).path

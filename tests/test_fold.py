@@ -14,6 +14,7 @@ from dinov2_fast import optimize_for_inference
 from dinov2_fast.inference.fold import fold_exactly, fold_linear
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops import _linear_peers
 from dinov2_fast.ops.dispatch import use_backend
 from tests.huggingface_peers import our_class, small_config
 from tests.test_model import small
@@ -65,8 +66,10 @@ def test_a_model_in_bf16_is_folded_from_what_it_holds() -> None:
     torch.testing.assert_close(engine(x), model.float()(x), atol=1e-5, rtol=1e-5)
 
 
-def test_a_part_that_is_moved_or_replicated_chooses_anew() -> None:
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
+def test_a_part_that_is_moved_or_replicated_chooses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN, which can be asked to compute in fp32, cannot in fp64."""
+    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)  # below it, torch computes under the name of oneDNN
     folded, x = fold_linear(nn.Linear(8, 8), "fc1", torch.float32), torch.randn(3, 8)
     with torch.no_grad(), use_backend("linear=onednn"):
         y = folded(x)

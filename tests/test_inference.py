@@ -59,13 +59,8 @@ def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["pass", "folded"])
-def norm(request) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module", params=golden.cases())
-def reference(request, norm: str) -> tuple[Any, dict[str, Tensor], str]:
+def reference(request) -> tuple[Any, dict[str, Tensor], str]:
     arguments, weights, tensors = golden.load_case(request.param)
     model = DinoVisionTransformer(**arguments).eval()
     model.load_state_dict(weights)

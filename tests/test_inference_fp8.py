@@ -670,7 +670,7 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
 @runs_triton
 def test_print_does_not_call_it_slow_for_attention_alone() -> None:
     engine = in_fp8(small().to(DEVICE))
-    with use_backend("layer_norm=triton"):
+    with use_backend("layer_norm=triton", strict=True):
         assert "speed: no faster than bf16 here: torch's forms of linear.none, linear.gelu, " in str(engine)
-    with use_backend("layer_norm=triton,linear=triton"):
+    with use_backend("layer_norm=triton,linear=triton", strict=True):
         assert "speed:" not in str(engine)

@@ -141,7 +141,7 @@ def test_fx_traces_the_reference_s_face(kind: str) -> None:
 
 def test_an_fx_graph_keeps_the_checks_and_holds_standard_ops() -> None:
     model = small()
-    with use_backend("triton"):
+    with use_backend("triton", strict=True):
         graph = torch.fx.symbolic_trace(model, {"masks": None, "is_training": False})
     with pytest.raises(ValueError, match="height 30 is not a multiple of patch height 14"):
         graph(images((1, 3, 30, 28)))
