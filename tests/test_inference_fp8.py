@@ -376,10 +376,10 @@ def test_attention_writes_what_proj_reads(monkeypatch: pytest.MonkeyPatch) -> No
 
     attend = FoldedAttention.attend
 
-    def noting(part: FoldedAttention, qkv: Tensor, seq_lens: Any, scale: float | None = None) -> Tensor:
-        happened.append((seq_lens is not None, scale))
-        out = attend(part, qkv, seq_lens, scale)
-        assert out.dtype == (torch.bfloat16 if scale is None else torch.float8_e4m3fn)
+    def noting(part: FoldedAttention, qkv: Tensor, seq_lens: Any) -> Tensor:
+        happened.append((seq_lens is not None, part.out_scale))
+        out = attend(part, qkv, seq_lens)
+        assert out.dtype == (torch.bfloat16 if part.out_scale is None else torch.float8_e4m3fn)
         return out
 
     monkeypatch.setattr(FoldedAttention, "attend", noting)

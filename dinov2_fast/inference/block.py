@@ -34,7 +34,12 @@ def _plain_attention(attention: nn.Module, name: str) -> Attention:
 
 
 class FoldedAttention(FoldedModule):
-    """Self-attention, with the LayerScale behind it."""
+    """Self-attention, with the LayerScale behind it.
+
+    `out_scale` is that of what `attend` gives in e4m3; None for the dtype of `qkv`.
+    """
+
+    out_scale: float | None = None
 
     def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -54,11 +59,11 @@ class FoldedAttention(FoldedModule):
         """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
         self._modules["proj"].add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
 
-    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
-        """What `proj` reads, (batch, seq_len, heads, head_dim), with `scale` in e4m3."""
+    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
+        """What `proj` reads, (batch, seq_len, heads, head_dim)."""
         if seq_lens is None:
-            return self._batch(qkv, None, 0.0, scale)
-        return self._varlen(qkv[0], seq_lens, 0.0, scale)[None]
+            return self._batch(qkv, None, 0.0, self.out_scale)
+        return self._varlen(qkv[0], seq_lens, 0.0, self.out_scale)[None]
 
 
 class FoldedMlp(FoldedModule):

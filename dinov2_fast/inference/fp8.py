@@ -114,11 +114,8 @@ class Fp8Attention(FoldedAttention):
 
     def __init__(self, num_heads: int, qkv: Fp8Linear, proj: Fp8Linear) -> None:
         nn.Module.__init__(self)  # there is nothing else to fold
-        self.num_heads, self.qkv, self.proj = num_heads, qkv, proj
+        self.num_heads, self.qkv, self.proj, self.out_scale = num_heads, qkv, proj, proj.scale
         self.bind()
-
-    def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None, scale: float | None = None) -> Tensor:
-        return super().attend(qkv, seq_lens, self.proj.scale if scale is None else scale)
 
 
 class Fp8Block(FoldedBlock):
