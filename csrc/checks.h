@@ -81,13 +81,13 @@ inline void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, in
   check_aligned(tensor);
 }
 
-inline void check_vector(const Tensor& tensor, int64_t size, int device, bool aligned = true) {
+inline void check_vector(const Tensor& tensor, int64_t size, int device) {
   if (tensor.dim != 1 || tensor.sizes[0] != size) {
     fail(tensor.name, " must have the shape (", size, "), got ", shape(tensor));
   }
   if (size > 1 && tensor.strides[0] != 1) fail(tensor.name, " must have neighbouring elements side by side");
   if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
-  if (aligned) check_aligned(tensor);
+  check_aligned(tensor);
 }
 
 }  // namespace dinov2_fast

@@ -68,7 +68,7 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def _scores(q, k, start, stop, SCALE: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):
+def _scores(q, k, start, stop, KEYS: tl.constexpr, MASKED: tl.constexpr):
     """q k^T, (queries, keys), before the scale. If MASKED, keys from `stop` on have -inf."""
     scores = dot(q, tl.trans(k))
     if MASKED:
@@ -83,7 +83,7 @@ def _attend(
 ):  # fmt: skip
     """Takes a tile of keys into each row's greatest score, sum of weights and weighted sum of values."""
     k = load_rows(k_ptr, start, stop, stride_token, KEYS, HEAD_DIM, MASKED, UPCAST)
-    scores = _scores(q, k, start, stop, SCALE, KEYS, MASKED)
+    scores = _scores(q, k, start, stop, KEYS, MASKED)
     new_greatest = tl.maximum(greatest, tl.max(scores, 1) * SCALE)
     shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)  # no -inf from -inf: keys may have such scores
     weights = tl.exp2(scores * SCALE - shift[:, None])
@@ -174,7 +174,7 @@ def _attention_probabilities_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     for key in tl.range(0, tokens, BLOCK_K):
         k = load_rows(k_ptr, key, tokens, stride_token, BLOCK_K, HEAD_DIM, True, UPCAST)
-        scores = _scores(q, k, key, tokens, SCALE, BLOCK_K, True) * SCALE
+        scores = _scores(q, k, key, tokens, BLOCK_K, True) * SCALE
         new_greatest = tl.maximum(greatest, tl.max(scores, 1))
         shift = tl.where(new_greatest == float("-inf"), 0.0, new_greatest)
         total = total * tl.exp2(greatest - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
@@ -184,7 +184,7 @@ def _attention_probabilities_kernel(
     p_ptr += ((batch * heads + head) * rows + row)[:, None] * tokens
     for key in tl.range(0, tokens, BLOCK_K):
         k = load_rows(k_ptr, key, tokens, stride_token, BLOCK_K, HEAD_DIM, True, UPCAST)
-        scores = _scores(q, k, key, tokens, SCALE, BLOCK_K, True) * SCALE
+        scores = _scores(q, k, key, tokens, BLOCK_K, True) * SCALE
         p = tl.exp2(scores - greatest[:, None]) / total[:, None]
         column = key + tl.arange(0, BLOCK_K)[None, :]
         tl.store(p_ptr + column, p.to(p_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < tokens))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dinov2_fast.kernels import common
 
-MAX_HEADS = 32
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -163,7 +162,7 @@ def _configuration(batch: int, hidden: int, dtype: torch.dtype, device: torch.de
 def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`pooled` (batch, num_heads, hidden) of x (batch, seq_len, hidden) and absorbed (batch, num_heads, hidden).
 
-    At most `MAX_HEADS` heads, at least one token; the result has the dtype of `x`.
+    At most 32 heads, at least one token; the result has the dtype of `x`.
     """
     batch, seq_len, hidden = x.shape
     num_heads = absorbed.shape[1]

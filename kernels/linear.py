@@ -259,8 +259,8 @@ def linear_forward(
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
     _launch(
-        common.rows(out), common.rows(x), common.rows(weight), _vector(bias), epilogue, scale,
-        _vector(weight_scale), out_scale,
+        common.rows(out), common.rows(x), common.rows(weight), common.vector(bias), epilogue, scale,
+        common.vector(weight_scale), out_scale,
     )  # fmt: skip
     return out
 
@@ -276,10 +276,6 @@ def linear_residual_forward_(
 ) -> None:
     """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), a view of evenly spaced rows."""
     _launch(
-        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), _vector(bias), "residual", scale,
-        _vector(weight_scale), 1.0,
+        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), common.vector(bias), "residual",
+        scale, common.vector(weight_scale), 1.0,
     )  # fmt: skip
-
-
-def _vector(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.reshape(-1).contiguous()
