@@ -188,7 +188,9 @@ class Op:
             return next(i for i in self.implementations if i.backend == "torch" and i.has(form))
         chosen, forced, refusals = self.select(form, args, setting, backend)
         if refusals and not torch.compiler.is_compiling():
-            self._warn_of_fallback(form, chosen, forced, refusals, first_tensor(args).device)
+            device = first_tensor(args).device
+            surprising = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
+            self._warn_of_fallback(form, chosen, _sentence(surprising))
         return chosen
 
     def select(
@@ -236,18 +238,9 @@ class Op:
         """A form as settings have it."""
         return self.name if len(self.samples) == 1 else f"{self.name}.{form}"
 
-    def _warn_of_fallback(
-        self,
-        form: str,
-        chosen: Implementation,
-        forced: Implementation | None,
-        refusals: list[tuple[Implementation, str]],
-        device: torch.device,
-    ) -> None:
-        """Says, once for each reason, that an implementation refused that was asked for or made for this device."""
-        surprising = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
-        message = _sentence(surprising)
-        if surprising and message not in self._warned:
+    def _warn_of_fallback(self, form: str, chosen: Implementation, message: str) -> None:
+        """Says once for each reason that an implementation refused that was asked for or made for this device."""
+        if message and message not in self._warned:
             self._warned.add(message)
             logger.warning("%s: falling back to %s: %s", self.name_of(form), chosen.backend, message)
 
