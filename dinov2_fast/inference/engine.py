@@ -222,7 +222,7 @@ class Engine(nn.Module):
         Raises:
             ValueError: no pictures.
         """
-        if self._changed():
+        if self._watch is not None and self._watch.changed():
             self.refresh()
         versions = {self.precision: _backbone(self.folded)}
         if self.precision != "bf16":
@@ -297,7 +297,7 @@ class Engine(nn.Module):
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or self._watch is None:
             return self._run(method, args, kwargs)
-        return run_up_to_date(lambda: self._run(method, args, kwargs), self._changed, self.refresh, self.device)
+        return run_up_to_date(lambda: self._run(method, args, kwargs), self._watch.changed, self.refresh, self.device)
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``folded.method(*args, **kwargs)`` with the weights as they were folded."""
@@ -312,10 +312,6 @@ class Engine(nn.Module):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
             return self._graphs.run(self.folded, _backbone(self.folded), method, args, kwargs)
-
-    def _changed(self) -> bool:
-        """Whether the model is not what was folded; False where that is not watched."""
-        return self._watch is not None and self._watch.changed()
 
     def _channels_first(self, argument: Any) -> Any:
         """uint8 pictures as (batch, channels, height, width), also from channels last; anything else as it is."""
