@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
 EPS = 1e-6
-E4M3 = torch.float8_e4m3fn
 RESIDUAL = 4  # the position of the stream among the arguments of a linear
 
 
@@ -121,8 +121,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Such as "linear.gelu e4m3"."""
-        form = dispatch.ops()[self.op].name_of(self.form)
-        return f"{form} e4m3" if self.e4m3 else form
+        return dispatch.ops()[self.op].name_of(self.form, self.e4m3)
 
     @property
     def label(self) -> str:

@@ -29,7 +29,6 @@ from dinov2_fast.extraction.shards import MANIFEST, find_manifest, find_shards
 from dinov2_fast.extraction.whole_files import part_of, whole_file
 from dinov2_fast.image_processor import Dinov2ImageProcessor
 from dinov2_fast.inference import Engine
-from dinov2_fast.ops.table import E4M3, Row
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INPUTS = "inputs"
@@ -55,14 +54,9 @@ def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int)
         "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
         "engine": _engine(model) if engine else None,
         "device": place.device.type,
-        "backends": _backends(getattr(model, "backends", list)()),
+        "backends": {row.label: row.backend for row in getattr(model, "backends", list)()},
         "versions": {"dinov2_fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-
-
-def _backends(rows: list[Row]) -> dict[str, str]:
-    """What runs each form of an op. An engine in fp8 runs some forms both in bf16 and in e4m3."""
-    return {f"{row.name} e4m3" if row.dtype == E4M3 else row.name: row.backend for row in rows}
 
 
 def about() -> dict[str, Any]:

@@ -32,6 +32,7 @@ from dinov2_fast.inference.fold import (
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
@@ -212,7 +213,7 @@ class FoldedBackbone(DinoVisionTransformer):
     def backends(self) -> list[Row]:
         """Which implementation of each op of the engine runs, and why."""
         device, dtype = self.cls_token.device, self.plan.dtype
-        names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, torch.float8_e4m3fn: set()}
+        names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, E4M3: set()}
         if self.cls_only:
             names[dtype].add("attention_pool")
         for block in self.blocks:

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
-from dinov2_fast.ops._fp8 import E4M3_MAX, quantize
+from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
 from dinov2_fast.ops.linear import interleave
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
 
-E4M3 = torch.float8_e4m3fn
 HEADROOM = 2.0  # a calibrated range is at least so many times the largest value that was met
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
 
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
     """`x` (fp32 or fp64) over `scale`, saturated to ±448 and rounded to e4m3."""
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)

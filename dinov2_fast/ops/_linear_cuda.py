@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops import _registry
-from dinov2_fast.ops._linear_epilogue import E4M3, HALF, new_result, refuses_stream, was_written
+from dinov2_fast.ops._fp8 import E4M3
+from dinov2_fast.ops._linear_epilogue import HALF, new_result, refuses_stream, was_written
 
 FORMS = ("none", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
 

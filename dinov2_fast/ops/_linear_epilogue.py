@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast.ops import _fp8
+from dinov2_fast.ops._fp8 import E4M3, quantize
 
-E4M3 = torch.float8_e4m3fn
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -24,7 +23,7 @@ def finish(
         z = F.silu(z[..., 0::2]) * z[..., 1::2]
     if dtype is None or dtype == z.dtype:
         return z
-    return _fp8.quantize(z.float(), out_scale) if dtype == E4M3 else z.to(dtype)
+    return quantize(z.float(), out_scale) if dtype == E4M3 else z.to(dtype)
 
 
 def new_result(x: Tensor, weight: Tensor, epilogue: str, dtype: torch.dtype | None) -> Tensor:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.ops import _registry
-from dinov2_fast.ops._linear_epilogue import E4M3, HALF, finish, refuses_stream
+from dinov2_fast.ops._fp8 import E4M3
+from dinov2_fast.ops._linear_epilogue import HALF, finish, refuses_stream
 from dinov2_fast.ops.dispatch import Implementation
 from dinov2_fast.torch_private import gelu_linear, onednn_linear
 

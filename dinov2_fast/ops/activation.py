@@ -119,7 +119,7 @@ _backward = _registry.register(
 _activation_fp8 = _registry.register(
     "activation_fp8(Tensor x, str kind, float scale) -> Tensor",
     _launch,
-    lambda x, kind, scale: _fake(x, kind, torch.float8_e4m3fn),
+    lambda x, kind, scale: _fake(x, kind, _fp8.E4M3),
 )
 
 
@@ -130,7 +130,7 @@ def _refuses(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> str 
 
 
 def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    e4m3 = dtype == torch.float8_e4m3fn
+    e4m3 = dtype == _fp8.E4M3
     x = torch.empty(1, 257, 1536, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
     return x, kind, False, 0.0625 if e4m3 else None
 

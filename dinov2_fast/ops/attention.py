@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.ops import _attention_peers, _fp8, _registry
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
 from dinov2_fast.torch_private import softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
-E4M3 = torch.float8_e4m3fn
 
 
 def attention(

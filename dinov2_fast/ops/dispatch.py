@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import environment
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.torch_private import is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
@@ -34,9 +35,8 @@ _DTYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
-    torch.float8_e4m3fn: "e4m3",
+    E4M3: "e4m3",
 }
-_E4M3 = torch.float8_e4m3fn
 _PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
 
 
@@ -125,7 +125,7 @@ class Implementation:
             return False
         if dtype is None or self.dtypes is None:
             return True
-        return _E4M3 in self.dtypes if dtype == _E4M3 else self.dtypes != (_E4M3,)
+        return E4M3 in self.dtypes if dtype == E4M3 else self.dtypes != (E4M3,)
 
 
 @dataclass(eq=False)
@@ -234,9 +234,10 @@ class Op:
             if implementation is not forced and implementation.has(form, dtype):
                 yield implementation
 
-    def name_of(self, form: str) -> str:
-        """A form as settings have it."""
-        return self.name if len(self.samples) == 1 else f"{self.name}.{form}"
+    def name_of(self, form: str, e4m3: bool = False) -> str:
+        """A form as settings have it, such as "linear.gelu"; in e4m3 "linear.gelu e4m3", which no setting names."""
+        name = self.name if len(self.samples) == 1 else f"{self.name}.{form}"
+        return f"{name} e4m3" if e4m3 else name
 
     def _warn_of_fallback(self, form: str, chosen: Implementation, message: str) -> None:
         """Says once for each reason that an implementation refused that was asked for or made for this device."""

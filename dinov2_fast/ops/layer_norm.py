@@ -238,7 +238,7 @@ _backward = _registry.register(
 _layer_norm_fp8 = _registry.register(
     f"layer_norm_fp8{_PLAIN}, float scale) -> Tensor",
     lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale)[1],
-    lambda x, weight, bias, eps, scale: _like(x, dtype=torch.float8_e4m3fn),
+    lambda x, weight, bias, eps, scale: _like(x, dtype=_fp8.E4M3),
 )
 _add_layer_norm = _registry.register(
     f"add_layer_norm{_ADD} -> (Tensor, Tensor)",
@@ -288,7 +288,7 @@ def _refuses(
 
 
 def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    e4m3 = dtype == torch.float8_e4m3fn
+    e4m3 = dtype == _fp8.E4M3
     if e4m3 and form == "add":
         return None
     x = torch.empty(1, 257, 384, device=device, dtype=torch.bfloat16 if e4m3 else dtype)

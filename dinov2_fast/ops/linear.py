@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.ops import _linear_cuda, _registry
-from dinov2_fast.ops._linear_epilogue import E4M3, HALF, finish, new_result, refuses_stream, was_written
+from dinov2_fast.ops._fp8 import E4M3
+from dinov2_fast.ops._linear_epilogue import HALF, finish, new_result, refuses_stream, was_written
 from dinov2_fast.ops._linear_peers import cublas, onednn
 from dinov2_fast.ops.dispatch import Implementation, Op
 

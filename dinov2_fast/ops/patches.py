@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.ops import _registry
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, Op
 
 UINT8_SHIFT = 128
@@ -100,7 +101,7 @@ def _refuses(images: Tensor, patch_size: int, stride: tuple[int, int], *rest: ob
 
 
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:
-    if dtype == torch.float8_e4m3fn:
+    if dtype == E4M3:
         return None
     return torch.empty(1, 3, 224, 224, device=device, dtype=dtype), 14, (14, 14), 592, dtype
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import BackendError, Op, current_setting, first_tensor, ops
 from dinov2_fast.torch_private import FakeTensorMode
-
-E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,11 @@ class Row:
     def name(self) -> str:
         """The form as settings have it."""
         return ops()[self.op].name_of(self.form)
+
+    @property
+    def label(self) -> str:
+        """The form with its precision, where that is e4m3: no other row of an engine has the same."""
+        return ops()[self.op].name_of(self.form, self.dtype == E4M3)
 
 
 def table(
