@@ -19,9 +19,9 @@ import torch
 
 import dinov2_fast.__main__ as command
 from bench import records
+from bench.harness import quantiles
 from bench.model import Setting
 from bench.peers import OURS
-from bench.timing import quantiles
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.extraction.extract import Status, extract

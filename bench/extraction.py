@@ -46,14 +46,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import dinov2_fast
-from bench import decoding, records
-from bench import options as shared
-from bench.accuracy import worst_error
+from bench import decoding, harness, records
+from bench.harness import keep_freed_memory, quantiles, worst_error
 from bench.model import Models, Setting, resampling, show, summary
 from bench.modes import DTYPES
 from bench.peers import OURS, Peer, peers
 from bench.records import Recorder
-from bench.timing import keep_freed_memory, quantiles
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.extract import extract
@@ -425,20 +423,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = shared.parser(TASK, __doc__)
-    shared.add_models(parser)
+    parser = harness.parser(TASK, __doc__)
+    harness.add_models(parser)
     parser.add_argument("--pictures", type=_at_least(1), help="files (default: 32, on a GPU 8192)")
     parser.add_argument(
         "--workers", type=_at_least(0), help="processes that decode (default: as the command, on a GPU 16)"
     )
     parser.add_argument("--batch", type=_at_least(1), help="pictures (default: 8, on a GPU 256)")
     parser.add_argument("--passes", type=_at_least(PASSES), default=PASSES, help="of each (default: %(default)s)")
-    shared.add_peers(parser)
+    harness.add_peers(parser)
     options = parser.parse_args(arguments)
     on = options.device
-    options.models = options.models or [shared.MODELS[letter] for letter in LETTERS[on]]
+    options.models = options.models or [harness.MODELS[letter] for letter in LETTERS[on]]
     options.pictures = options.pictures or PICTURES[on]
-    options.batch = options.batch or shared.batches("throughput", on, RESOLUTION)[0]
+    options.batch = options.batch or harness.batches("throughput", on, RESOLUTION)[0]
     if options.workers is None:
         options.workers = _workers(on)
     return options

@@ -44,8 +44,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bench import options as shared
-from bench import records
+from bench import harness, records
 from bench.gpu_plan import ROOT, Step, plan
 from bench.peers import OURS
 from bench.tables import best, ratio
@@ -458,7 +457,7 @@ def dry_run(steps: list[Step], machine: DryRun, options: argparse.Namespace) -> 
 def _leaves(step: Step, row: dict[str, Any]) -> bool:
     """Whether a row is one of those that a benchmark writes."""
     wanted = {name: value.split(",") for name, value in step.settings.items()}
-    models = [shared.MODELS[name].name for name in wanted.get("models", [])]
+    models = [harness.MODELS[name].name for name in wanted.get("models", [])]
     checks = [("models", row["model"] in models), ("sizes", str(row["resolution"]) in wanted.get("sizes", []))]
     checks += [("precisions", row["precision"] in wanted.get("precisions", []))]
     checks += [("modes", str(row["mode"]).removeprefix("xformers-") in wanted.get("modes", []))]
@@ -488,7 +487,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="DEVICE",
         help="print the plan, on any machine; DEVICE is the name of the folder of results (default: %(const)s)",
     )
-    shared.add_peers(parser)
+    harness.add_peers(parser)
     options = parser.parse_args(arguments)
     options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
     options.commit = options.commit or _commit()

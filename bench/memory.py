@@ -31,8 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import dinov2_fast
-from bench import options as shared
-from bench import records
+from bench import harness, records
 from bench.model import PRECISIONS, Judge, Models, Setting
 from bench.modes import BACKENDS, COMPILED, DTYPES, compiling, modes_of, prepare, why_missing
 from bench.peers import OUTPUTS, Peer, peers
@@ -297,7 +296,7 @@ def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Se
 
 def show(setting: Setting, rows: list[dict[str, Any]]) -> None:
     """Prints what was measured of a setting."""
-    title = f"{shared.title(setting.config)} {setting.resolution} px, {setting.precision}"
+    title = f"{harness.title(setting.config)} {setting.resolution} px, {setting.precision}"
     for row in rows:
         batch = f"batch {row['batch']}" if row["batch"] else "largest batch"
         value = f"– {records.reason(row)}" if row["value"] is None else f"{row['value']:.5g} {row['unit']}"
@@ -305,23 +304,23 @@ def show(setting: Setting, rows: list[dict[str, Any]]) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = shared.parser("memory", __doc__)
-    shared.add_models(parser)
-    parser.add_argument("--sizes", type=shared.pixels, default=[224], help="pixels (default: 224)")
-    parser.add_argument("--batches", type=shared.numbers, help="pictures of the peak (default: 64, on a CPU 2)")
-    parser.add_argument("--outputs", type=shared.some_of(KINDS), default=list(KINDS), help=",".join(KINDS))
+    parser = harness.parser("memory", __doc__)
+    harness.add_models(parser)
+    parser.add_argument("--sizes", type=harness.pixels, default=[224], help="pixels (default: 224)")
+    parser.add_argument("--batches", type=harness.numbers, help="pictures of the peak (default: 64, on a CPU 2)")
+    parser.add_argument("--outputs", type=harness.some_of(KINDS), default=list(KINDS), help=",".join(KINDS))
     parser.add_argument(
         "--largest",
-        type=shared.some_of(KINDS),
+        type=harness.some_of(KINDS),
         help="outputs whose largest batch is looked for (default: all; on a CPU training, the others take minutes)",
     )
     parser.add_argument("--budget", type=_gib, help="GiB that the largest batch may take (default: 16, on a CPU 0.5)")
-    parser.add_argument("--precisions", type=shared.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
-    parser.add_argument("--modes", type=shared.some_of(MODES["cuda"]), help="default: eager, on a GPU also triton")
-    shared.add_peers(parser)
+    parser.add_argument("--precisions", type=harness.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
+    parser.add_argument("--modes", type=harness.some_of(MODES["cuda"]), help="default: eager, on a GPU also triton")
+    harness.add_peers(parser)
     options = parser.parse_args(arguments)
     on = options.device
-    options.models = options.models or [shared.MODELS[letter] for letter in BACKBONES[on]]
+    options.models = options.models or [harness.MODELS[letter] for letter in BACKBONES[on]]
     options.batches = options.batches or [BATCH[on]]
     options.largest = options.largest or (["training"] if on == "cpu" else options.outputs)
     options.budget = options.budget or BUDGET[on]

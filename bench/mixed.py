@@ -26,13 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import options as shared
-from bench.contest import contest
+from bench import harness
+from bench.harness import Run, contest
 from bench.model import SAMPLE, Models, Setting, expected, judged, left, load_models, rows_of, show, summary, values
 from bench.modes import BACKENDS, DTYPES, ENGINES, contexts, engine, goes_with
 from bench.peers import NAMES, OURS, Peer, chosen, peers
 from bench.records import Recorder
-from bench.timing import Run
 from dinov2_fast.configs import BackboneConfig
 
 TASK = "mixed"
@@ -208,17 +207,17 @@ def setting_of(config: BackboneConfig, ends: list[int], count: int, precision: s
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     known = (*LISTS, *WAYS)
-    parser = shared.parser(TASK, __doc__)
-    shared.add_models(parser)
+    parser = harness.parser(TASK, __doc__)
+    harness.add_models(parser)
     parser.add_argument("--pictures", type=int, help="in the list, at least 2 (default: 64, on a CPU 4)")
-    parser.add_argument("--sides", type=shared.pixels, help="smallest,largest (default: 224,518, on a CPU 112,224)")
-    parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help=",".join(DTYPES))
-    parser.add_argument("--modes", type=shared.some_of(known), help=f"{','.join(known)} (default: all, on a CPU fewer)")
+    parser.add_argument("--sides", type=harness.pixels, help="smallest,largest (default: 224,518, on a CPU 112,224)")
+    parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help=",".join(DTYPES))
+    parser.add_argument("--modes", type=harness.some_of(known), help=f"{','.join(known)} (on a CPU fewer)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    shared.add_peers(parser, NAMES)
+    harness.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
-    options.models = options.models or [shared.MODELS[letter] for letter in BACKBONES[on]]
+    options.models = options.models or [harness.MODELS[letter] for letter in BACKBONES[on]]
     options.pictures = PICTURES[on] if options.pictures is None else options.pictures
     options.sides = options.sides or SIDES[on]
     options.precisions = options.precisions or PRECISIONS[on]

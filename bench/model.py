@@ -29,15 +29,12 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from bench import options as shared
-from bench import records, roofline
-from bench.accuracy import worst_error
-from bench.contest import contest
+from bench import harness, records, roofline
+from bench.harness import Run, contest, quantiles, worst_error
 from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
 from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, Peer, chosen, peers
 from bench.records import Recorder
 from bench.tables import best, ratio
-from bench.timing import Run, quantiles
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 
@@ -93,7 +90,7 @@ class Setting:
 
     def __str__(self) -> str:
         output = "all tokens" if self.output == "all" else "class token"
-        return f"{shared.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
+        return f"{harness.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
 
 
 class Models:
@@ -291,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_models(config: BackboneConfig, device: torch.device) -> Models:
-    if config is not shared.TINY:
+    if config is not harness.TINY:
         return Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
     torch.manual_seed(0)
     return Models(config, dinov2_fast.DinoVisionTransformer(**config.constructor_arguments()).to(device).eval())
@@ -299,7 +296,7 @@ def load_models(config: BackboneConfig, device: torch.device) -> Models:
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
     for precision, resolution in itertools.product(options.precisions, options.sizes):
-        batches = options.batches or shared.batches(options.task, options.device, resolution)
+        batches = options.batches or harness.batches(options.task, options.device, resolution)
         for batch, output in itertools.product(batches, options.outputs):
             yield Setting(options.task, config, resolution, batch, output, precision)
 
@@ -339,21 +336,21 @@ def summary(rows: list[dict[str, Any]]) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = shared.parser("model", __doc__)
+    parser = harness.parser("model", __doc__)
     parser.add_argument("--task", default="throughput", choices=TASKS)
-    shared.add_models(parser)
-    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518, for throughput on a GPU 1036)")
-    parser.add_argument("--batches", type=shared.numbers, help="pictures (default: large for throughput, else 1,4,16)")
-    parser.add_argument("--outputs", type=shared.some_of(OUTPUTS), default=list(OUTPUTS), help="all,cls")
-    parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help=",".join(DTYPES))
-    parser.add_argument("--modes", type=shared.some_of(MODES), help=",".join(MODES))
+    harness.add_models(parser)
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518, for throughput on a GPU 1036)")
+    parser.add_argument("--batches", type=harness.numbers, help="pictures (default: large for throughput, else 1,4,16)")
+    parser.add_argument("--outputs", type=harness.some_of(OUTPUTS), default=list(OUTPUTS), help="all,cls")
+    parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help=",".join(DTYPES))
+    parser.add_argument("--modes", type=harness.some_of(MODES), help=",".join(MODES))
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    shared.add_peers(parser, NAMES)
+    harness.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
     host = options.task == "host"
-    options.models = options.models or ([shared.TINY] if host else shared.models(on))
-    options.sizes = options.sizes or shared.sizes(options.task, on)
+    options.models = options.models or ([harness.TINY] if host else harness.models(on))
+    options.sizes = options.sizes or harness.sizes(options.task, on)
     options.precisions = options.precisions or (["fp32"] if host else PRECISIONS[on])
     options.modes = options.modes or MODES_OF_TASK[options.task, on]
     return options

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bench.harness import Run
 from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
-from bench.timing import Run
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.extension import load
 from dinov2_fast.ops.dispatch import use_backend

@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import options as shared
-from bench import records
-from bench.accuracy import worst_error
+from bench import harness, records
+from bench.harness import in_turn, quantiles, worst_error
 from bench.records import Recorder
-from bench.timing import in_turn, quantiles
 from bench.workloads import E4M3, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import first_tensor, tensors_of
@@ -283,16 +281,16 @@ class Speeds:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = dispatch.names()
-    parser = shared.parser("ops", __doc__)
-    parser.add_argument("--ops", type=shared.some_of(names), default=names, help=f"some of {','.join(names)}")
-    shared.add_models(parser)
-    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
+    parser = harness.parser("ops", __doc__)
+    parser.add_argument("--ops", type=harness.some_of(names), default=names, help=f"some of {','.join(names)}")
+    harness.add_models(parser)
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a peer"
     )
     options = parser.parse_args(arguments)
-    options.models = options.models or shared.models(options.device)
-    options.sizes = options.sizes or shared.sizes("throughput", options.device)
+    options.models = options.models or harness.models(options.device)
+    options.sizes = options.sizes or harness.sizes("throughput", options.device)
     return options
 
 

@@ -53,6 +53,7 @@ PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
 NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
 KINDS = {
     torch.OutOfMemoryError: "out of memory",
+    AssertionError: "refused",  # by the rule of the tests
     ValueError: "refused",
     NotImplementedError: "cannot run here",
     BackendError: "cannot run here",
@@ -86,7 +87,7 @@ class Recorder:
 
     Args:
         task: the name of the file.
-        options: those of :func:`bench.options.parser`.
+        options: those of :func:`bench.harness.parser`.
     """
 
     def __init__(self, task: str, options: argparse.Namespace) -> None:

@@ -35,12 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import options as shared
-from bench import records
-from bench.accuracy import worst_error
+from bench import harness, records
+from bench.harness import ROUNDS, in_turn, quantiles, worst_error
 from bench.ops import PRECISION, SECONDS, Run, Speeds
 from bench.records import Recorder
-from bench.timing import ROUNDS, in_turn, quantiles
 from bench.workloads import E4M3, PATCH, Shape
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.ops._linear_peers import linear_onednn
@@ -326,7 +324,7 @@ def attention_runs(shape: Shape, without: Collection[str] = ()) -> tuple[dict[st
             runs[name] = run
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError) as error:  # torch: no such kernel; worst_error: a wrong result
+        except (RuntimeError, AssertionError) as error:  # torch: no such kernel; the rule: a wrong result
             place = {"model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
             row = _about("attention", PRECISION[shape.dtype], **place) | {"implementation": name}
             records.stop([row], error, shape.device)
@@ -410,7 +408,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[BackboneConfig, int, in
 
 def _batches(device: str, resolution: int) -> list[int]:
     """Those of throughput, latency and training."""
-    return list(dict.fromkeys(batch for task in shared.BATCHES for batch in shared.batches(task, device, resolution)))
+    return list(dict.fromkeys(batch for task in harness.BATCHES for batch in harness.batches(task, device, resolution)))
 
 
 def _print_counts(config: BackboneConfig, resolution: int, batch: int) -> None:
@@ -446,15 +444,15 @@ def _print_floors(config: BackboneConfig, resolution: int, batch: int, ceilings:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = shared.parser("roofline", __doc__)
-    shared.add_models(parser)
-    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
-    parser.add_argument("--batches", type=shared.numbers, help="pictures (default: those of bench.model)")
-    parser.add_argument("--precisions", type=shared.some_of(list(DTYPES)), help="default: bf16,fp8, on a CPU fp32")
+    parser = harness.parser("roofline", __doc__)
+    harness.add_models(parser)
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
+    parser.add_argument("--batches", type=harness.numbers, help="pictures (default: those of bench.model)")
+    parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help="default: bf16,fp8, on a CPU fp32")
     options = parser.parse_args(arguments)
     on_cpu = options.device == "cpu"
-    options.models = options.models or shared.models(options.device)
-    options.sizes = options.sizes or shared.sizes("throughput", options.device)
+    options.models = options.models or harness.models(options.device)
+    options.sizes = options.sizes or harness.sizes("throughput", options.device)
     options.precisions = options.precisions or (["fp32"] if on_cpu else ["bf16", "fp8"])
     if on_cpu and options.precisions != ["fp32"]:
         parser.error(f"--precisions: {','.join(options.precisions)}: only fp32 on a CPU")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bench import options, records
+from bench import harness, records
 from bench.compare import LESS_IS_BETTER
 from dinov2_fast.configs import BACKBONES
 
@@ -202,7 +202,7 @@ def number(value: float) -> str:
 
 def title(model: str) -> str:
     """As people write it: `ViT-S/14`."""
-    return options.title(BACKBONES[model]) if model in BACKBONES else model
+    return harness.title(BACKBONES[model]) if model in BACKBONES else model
 
 
 def hardware(rows: list[Row]) -> str:

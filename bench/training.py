@@ -27,15 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from bench import options as shared
-from bench import records, roofline
-from bench.accuracy import worst_error
-from bench.contest import contest
+from bench import harness, records, roofline
+from bench.harness import Run, contest, worst_error
 from bench.model import PRECISIONS, SAMPLE, Setting, exact_fp32, left, rows_of, show, summary, values
 from bench.modes import BACKENDS, COMPILED, DTYPES, compiling, contexts, modes_of
 from bench.peers import NAMES, OURS, Peer, chosen, peers
 from bench.records import Recorder
-from bench.timing import Run
 from bench.workloads import Shape
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
@@ -263,23 +260,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
     for precision, resolution in itertools.product(options.precisions, options.sizes):
-        for batch in options.batches or shared.batches(TASK, options.device, resolution):
+        for batch in options.batches or harness.batches(TASK, options.device, resolution):
             yield Setting(TASK, config, resolution, batch, "all", precision)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = shared.parser("training", __doc__)
-    shared.add_models(parser)
-    parser.add_argument("--sizes", type=shared.pixels, help="pixels (default: 224)")
-    parser.add_argument("--batches", type=shared.numbers, help="pictures (default: 64, on a CPU 3)")
-    parser.add_argument("--precisions", type=shared.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
-    parser.add_argument("--modes", type=shared.some_of(MODES["cuda"]), help=",".join(MODES["cuda"]))
+    parser = harness.parser("training", __doc__)
+    harness.add_models(parser)
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224)")
+    parser.add_argument("--batches", type=harness.numbers, help="pictures (default: 64, on a CPU 3)")
+    parser.add_argument("--precisions", type=harness.some_of(PRECISIONS["cuda"]), help=",".join(PRECISIONS["cuda"]))
+    parser.add_argument("--modes", type=harness.some_of(MODES["cuda"]), help=",".join(MODES["cuda"]))
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    shared.add_peers(parser, NAMES)
+    harness.add_peers(parser, NAMES)
     options = parser.parse_args(arguments)
     on = options.device
-    options.models = options.models or [shared.MODELS[letter] for letter in BACKBONES[on]]
-    options.sizes = options.sizes or shared.sizes(TASK, on)
+    options.models = options.models or [harness.MODELS[letter] for letter in BACKBONES[on]]
+    options.sizes = options.sizes or harness.sizes(TASK, on)
     options.precisions = options.precisions or PRECISIONS[on]
     options.modes = options.modes or MODES[on]
     return options

@@ -13,20 +13,27 @@ import math
 import torch
 from torch import Tensor
 
-_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 49}
+_BITS = {torch.float8_e4m3fn: 4, torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 49}
 
 
-def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor) -> None:
-    """Fails if `y` is further from the fp64 `ref` than the rule allows."""
-    assert y.shape == ref.shape
-    assert y.dtype == torch_result.dtype
-    bits = _BITS[y.dtype]
-    wrong, usual = y.double() - ref, torch_result.double() - ref
+def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor) -> float:
+    """Fails if `y` is further from `ref`, of a wider dtype, than the rule allows.
+
+    Returns:
+        The largest error of an element, relative to the largest element of `ref`.
+    """
+    found, wanted = (y.shape, y.dtype), (ref.shape, torch_result.dtype)
+    assert found == wanted, f"the result is {found}, torch's {wanted}"
     if ref.numel() == 0:
-        return
-    ulp = 2.0 ** (math.floor(math.log2(max(ref.abs().max().item(), 1e-300))) + 1 - bits)
-    assert wrong.abs().max() <= 2 * usual.abs().max() + ulp
-    assert wrong.norm() <= 2 * usual.norm() + ref.norm() * 2.0**-bits
+        return 0.0
+    ref = ref.double()
+    wrong, usual, bits = y.double() - ref, torch_result.double() - ref, _BITS[y.dtype]
+    largest, worst, usually = (x.abs().max().item() for x in (ref, wrong, usual))
+    ulp = 2.0 ** (math.floor(math.log2(max(largest, 1e-300))) + 1 - bits)
+    assert worst <= 2 * usually + ulp, f"an element is {worst:.3g} off, torch's worst {usually:.3g}"
+    size, error, usual_error = (x.norm().item() for x in (ref, wrong, usual))
+    assert error <= 2 * usual_error + size * 2.0**-bits, f"the error's norm is {error:.3g}, torch's {usual_error:.3g}"
+    return worst / max(largest, 1e-300)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

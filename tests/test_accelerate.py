@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from bench.accuracy import worst_error
+from bench.harness import worst_error
 from dinov2_fast import accelerate, accelerated, ops, restore
 from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock

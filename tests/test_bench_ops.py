@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import ops as ops_bench
 from bench import records, timing
-from bench.accuracy import worst_error
+from bench.harness import worst_error
 from bench.workloads import E4M3, WORKLOADS, Workload
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.ops import dispatch

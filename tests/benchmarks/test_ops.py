@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import ops
-from bench.accuracy import worst_error
+from bench.harness import worst_error
 from bench.workloads import WORKLOADS, Shape, Workload
 from dinov2_fast.configs import BACKBONES
 from tests.devices import DEVICE

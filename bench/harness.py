@@ -1,0 +1,256 @@
+"""What all benchmarks share: options, the order in which implementations are timed, and what stops one of them.
+
+Each implementation is made ready and its results are checked; then all are timed in turn, A B C A B C, so that a change
+of the device's speed meets all. What stops one stops no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bench import records
+from dinov2_fast.configs import BACKBONES, BackboneConfig
+from tests.reference import assert_obeys_rule as obeys_rule
+
+Run = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
+
+ROUNDS = 5  # of each run at least
+# Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
+FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
+STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
+PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def in_turn(
+    runs: Mapping[Name, Run],
+    device: torch.device,
+    seconds: float,
+    *,
+    flush: bool = False,
+    calls: Mapping[Name, int] | None = None,
+    stop: Callable[[Name, Exception], None] | None = None,
+) -> dict[Name, list[float]]:
+    """Seconds of each run, taken in turn, for about `seconds` in all.
+
+    Args:
+        flush: fill the L2 cache with other data before each.
+        calls: how often each is called for one time, one call behind the other without waiting; once by default.
+        stop: told of a run that raises, which is then left out, and has no times; without it the exception is raised.
+    """
+    keep_freed_memory()
+    cold = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device) if flush else None
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    order, start = list(runs), time.perf_counter()
+    while order and (len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds):
+        for name in order:
+            if cold is not None:
+                cold.zero_()
+            count = calls[name] if calls else 1
+            try:
+                times[name].append(elapsed(runs[name], device, count) / count)
+            except Exception as exception:
+                if stop is None:
+                    raise
+                del times[name]
+                stop(name, exception)
+        order = [name for name in order[1:] + order[:1] if name in times]
+    return times
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed, for the next allocation, where it would give large blocks back.
+
+    How much it gives back depends on what the process did before, and fetching it anew is a part of the time of a
+    forward pass on a CPU that is not the same in the next run. With this every implementation has its best case.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def warm_up(run: Run, device: torch.device) -> float:
+    """Runs until the time is steady, since libraries plan and compile at first; gives the last time, in seconds."""
+    before, last = elapsed(run, device), elapsed(run, device)
+    start = time.perf_counter()
+    while abs(last - before) > STEADY * last and time.perf_counter() - start < PATIENCE:
+        before, last = last, elapsed(run, device)
+    return last
+
+
+def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
+    """Seconds until the device is done with some calls: by its own events on a GPU, by the clock on a CPU."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(calls):
+        run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def worst_error(results: Sequence[Tensor], reference: Sequence[Tensor], usual: Sequence[Tensor]) -> float:
+    """The largest error of an element, relative to the largest element of its tensor.
+
+    Args:
+        reference: of a wider dtype.
+        usual: torch's, in the dtype of the results.
+
+    Raises:
+        AssertionError: the results break the rule of the tests.
+        ValueError: there are not as many.
+    """
+    return max(obeys_rule(*each) for each in zip(results, reference, usual, strict=True))
+
+
+def contest(
+    rows: Mapping[Name, dict[str, Any]],
+    ready: Callable[[Name], Run],
+    device: torch.device,
+    seconds: float,
+    sample: float = 0.0,
+) -> dict[Name, list[float]]:
+    """Seconds of each run, taken in turn for about `seconds` in all.
+
+    Args:
+        rows: of each entrant. One that has a reason already, such as that it is missing, takes no part; that of one
+            which is stopped gets a reason.
+        ready: gives what is timed of an entrant, or raises.
+        sample: seconds of calls, one behind the other, that one time is taken of, at least.
+
+    Raises:
+        records.DeviceLost: an entrant took the device with it.
+    """
+    runs: dict[Name, Run] = {}
+    calls: dict[Name, int] = {}
+
+    def stop(name: Name, exception: Exception) -> None:
+        records.stop([rows[name]], exception, device)
+
+    for name in rows:
+        if records.reason(rows[name]):
+            continue
+        try:
+            run = ready(name)
+            calls[name] = max(1, round(sample / warm_up(run, device)))
+            runs[name] = run
+        except Exception as exception:  # what stops one must not stop the others
+            stop(name, exception)
+    return in_turn(runs, device, seconds, calls=calls, stop=stop) if runs else {}
+
+
+# A backbone by its letter, or by the name of its hub entry point.
+MODELS = {letter: BACKBONES[f"dinov2_vit{letter.lower()}14"] for letter in "SBLg"} | BACKBONES
+TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # only its Python takes time
+MODELS["tiny"] = TINY
+
+# pixels; on a CPU the smaller two
+SIZES = {"throughput": [224, 518, 1036], "latency": [224, 518], "training": [224], "host": [28]}
+BATCHES = {
+    "throughput": {"cpu": {224: [8], 518: [2]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
+    "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
+    "training": {"cpu": {224: [3]}, "cuda": {224: [64]}},  # of 3, stochastic depth of 0.3 keeps 2
+    "host": {"cpu": {28: [1]}, "cuda": {28: [1]}},
+}
+
+
+def some_of(known: Any, unit: str = "") -> Callable[[str], list[Any]]:
+    """Parses names with commas between them; `known` holds the values, or maps names to them."""
+    names = known if isinstance(known, dict) else {str(value): value for value in known}
+
+    def parse(text: str) -> list[Any]:
+        unknown = [name for name in text.split(",") if name not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}{unit}")
+        return [names[name] for name in text.split(",")]
+
+    return parse
+
+
+def numbers(text: str) -> list[int]:
+    """Parses positive integers with commas between them."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: positive numbers with commas between them are wanted")
+    return [int(part) for part in parts]
+
+
+def pixels(text: str) -> list[int]:
+    """Parses sizes of pictures that consist of whole patches."""
+    sizes = numbers(text)
+    if wrong := [str(size) for size in sizes if size % 14]:
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: a size is a multiple of 14")
+    return sizes
+
+
+def parser(module: str, docstring: str) -> argparse.ArgumentParser:
+    """A parser with the options of :class:`bench.records.Recorder`."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench.{module}", description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", default=device, choices=["cpu", "cuda"], help="default here: %(default)s")
+    made.add_argument("--write", action="store_true", help="keep the rows, in a folder for this device")
+    made.add_argument("--results", type=Path, default=records.RESULTS, help="where that is (default: bench/results)")
+    made.add_argument("--commit", help="what is measured (default: the commit that git names)")
+    made.add_argument("--resume", action="store_true", help="leave out what --results hold of this commit")
+    return made
+
+
+def add_models(made: argparse.ArgumentParser) -> None:
+    """``--models``: None unless given."""
+    made.add_argument("--models", type=some_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
+
+
+def add_peers(made: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """``--reference-path``, and where there are `names` to choose from, ``--implementations``: None unless given."""
+    made.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as two more peers")
+    if names:
+        made.add_argument("--implementations", type=some_of(names), help=f"some of {','.join(names)} (default: all)")
+
+
+def sizes(task: str, device: str) -> list[int]:
+    """Pixels that a task takes unless others are asked for."""
+    return SIZES[task] if device == "cuda" else [size for size in SIZES[task] if size <= 518]
+
+
+def batches(task: str, device: str, resolution: int) -> list[int]:
+    """Pictures in a batch, likewise: as many as keep a device busy, or few for latency."""
+    return BATCHES[task][device].get(resolution, [1])
+
+
+def models(device: str) -> list[BackboneConfig]:
+    """Backbones, likewise."""
+    return [MODELS[letter] for letter in ("SB" if device == "cpu" else "SBLg")]
+
+
+def title(config: BackboneConfig) -> str:
+    """As people write it: `ViT-S/14`, `ViT-S/14 reg`."""
+    size = config.name.removeprefix("dinov2_vit")[0]
+    return f"ViT-{size if size == 'g' else size.upper()}/14{' reg' if config.num_register_tokens else ''}"
