@@ -47,7 +47,7 @@ import torch
 from bench import harness, records
 from bench.gpu_plan import ROOT, Step, plan
 from bench.peers import OURS
-from bench.tables import best, ratio
+from bench.records import best, ratio
 from dinov2_fast import extension
 
 EPILOG = """\

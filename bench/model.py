@@ -33,8 +33,7 @@ from bench import harness, records, roofline
 from bench.harness import Run, contest, quantiles, worst_error
 from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
 from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, Peer, chosen, peers
-from bench.records import Recorder
-from bench.tables import best, ratio
+from bench.records import Recorder, best, ratio
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 

@@ -1,4 +1,4 @@
-"""Writes what is known about speed from ``bench/results``, and from nothing else: ``python -m bench.report``.
+"""Writes tables and plots of what was measured: ``python -m bench.report``. All comes from ``bench/results``.
 
 Each device's folder gets a README.md with all tables, and the plots throughput.png and latency.png. The project's
 README gets, for each device, the plots and the rows that most people would run. A task's rows are those of the commit
@@ -12,267 +12,416 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import records
-from bench.tables import (
-    OUTPUTS,
-    PRECISIONS,
-    SETTING,
-    Comparison,
-    Row,
-    accelerated_peers,
-    accelerated_table,
-    commit,
-    comparisons,
-    facts,
-    hardware,
-    newest,
-    number,
-    provenance,
-    table,
-)
+from bench import harness, records
+from bench.records import Row
+from dinov2_fast.configs import BACKBONES
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of speed -->"
+OURS = "dinov2_fast"
 TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
-PLOTTED = ("throughput", "latency")
-UNITS = {
-    "images/s": "pictures per second",
-    "ms": "milliseconds",
-    "MiB": "peak memory in MiB",
-    "images": "the largest batch, in pictures",
-}
+PLOTTED = {"throughput": "the largest batch", "latency": "the smallest batch"}  # which of them README shows
+# What is asked of all alike, and the order of names: of outputs and precisions, first what most people would run.
+SETTING = ("model", "resolution", "batch", "output", "precision")
+ORDER = {"model": list(BACKBONES), "output": ["all", "cls"], "precision": ["bf16", "autocast-bf16", "fp16", "fp32"]}
+WORDS = {"resolution": "pixels", "all": "all tokens", "cls": "class token"}
+WORDS |= {"images/s": "pictures per second", "ms": "milliseconds", "MiB": "peak memory in MiB"}
+WORDS |= {"images": "the largest batch, in pictures"}
 FLOOR = (
     "The floor is the time that a forward pass cannot go below at the rates of this device's own products, attention "
     "and copies (`bench/roofline.py`)."
 )
+SHARES = {"extraction": "share of the time in which the device works"}  # what a task's `floor_share` is
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+WITH_OUR_BLOCKS = "with our blocks in them, by `dinov2_fast.accelerate(model)`, both eager:"
+COLOURS = {OURS: "#0b5fa5", "transformers": "#e8a33d", "timm": "#4f9d69", "facebook": "#a9a9b8"}
+COLOURS |= {"onnxruntime": "#7b5ea7", "openvino": "#c0504d"}
+OTHERS = "#c98bb9"
+WIDTH, PANEL, HEAD, DPI = 10.0, 1.8, 1.0, 100  # inches of the figure, of a panel's height, of the heading; dots
+FEW = 24  # bars in a panel, up to which numbers are written from left to right
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
-    folders = devices(options.results)
-    for folder in folders:
-        (folder / "README.md").write_text(device_readme(folder), encoding="utf-8")
-    if options.results == records.RESULTS:
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
+    where = "the folder of the devices' folders (default: bench/results); for another one the project's README stays"
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help=where)
+    results = parser.parse_args(arguments).results
+    if not results.is_dir():
+        parser.error(f"--results: {results} is no folder")
+    measured = devices(results)
+    for device in measured:
+        (device.folder / "README.md").write_text(device_readme(device), encoding="utf-8")
+    if results == records.RESULTS:
         README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
     try:
-        from bench import plots
+        for device in measured:
+            for task, chosen in device.plots.items():
+                save_plot(chosen, device.folder / f"{task}.png")
     except ImportError as error:
         print(f"bench.report: the texts are written, the plots are not: {error}", file=sys.stderr)
         return 1
-    for folder in folders:
-        for task, chosen in plotted(folder).items():
-            plots.save(plots.draw(chosen, heading(chosen)), folder / f"{task}.png", digest(chosen))
     return 0
 
 
-def updated(readme: str, results: Path = records.RESULTS) -> str:
-    """README's text with the part between its two marks made anew.
+class Comparison:
+    """All rows of one task and setting, side by side.
 
-    Raises:
-        ValueError: a mark is missing.
+    Attributes:
+        unit: of the rows, or of the task where nothing could be measured.
+        best: each implementation's best row, None if none has a value.
+        ratio: how many times better ours is than the best peer.
+        accelerated: of each peer the rows of its model without and with our blocks in it, both eager, and how many
+            times better the second is.
+        floor: what the floor of bench.roofline allows, in the unit of the rows.
     """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        units = {"latency": "ms", "host": "ms", "memory": "MiB" if self["batch"] else "images"}
+        self.unit = next((row["unit"] for row in rows if row["unit"]), units.get(self["task"], "images/s"))
+        self.less_is_better = self.unit in records.LESS_IS_BETTER
+        self.best = {some[0]["implementation"]: records.best(some) for some in grouped(rows, "implementation")}
+        ours, peer = self.best.get(OURS), records.best(row for row in rows if row["implementation"] != OURS)
+        self.ratio = records.ratio(ours, peer) if ours and peer else None
+        modes = {(row["implementation"], row["mode"]): row for row in rows if row["value"] is not None}
+        pairs = {peer: (modes.get((peer, "eager")), modes.get((OURS, f"accelerated-{peer}"))) for peer in self.best}
+        self.accelerated = {peer: (*pair, records.ratio(*pair[::-1])) for peer, pair in pairs.items() if all(pair)}
+        shares = [(row["value"], row["floor_share"]) for row in rows if row["value"] is not None and row["floor_share"]]
+        floors = [value * share if self.less_is_better else value / share for value, share in shares]
+        self.floor = floors[0] if floors else None
+
+    def __getitem__(self, key: str) -> Any:
+        """The task, or one of SETTING."""
+        return self.rows[0][key]
+
+    def why_not(self, implementation: str) -> str:
+        """Why it has no value, in a few words; "" if there is no row of it."""
+        reasons = [str(records.reason(row)) for row in self.rows if row["implementation"] == implementation]
+        return "; ".join(dict.fromkeys(why.removeprefix(records.MISSING).partition(": ")[0] for why in reasons))
+
+
+def grouped(every: Iterable[Any], *keys: str) -> list[list[Any]]:
+    """Rows or comparisons with the same keys together, as they come."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for one in every:
+        groups.setdefault(tuple(one[key] for key in keys), []).append(one)
+    return list(groups.values())
+
+
+def place(one: Comparison, *keys: str) -> list[Any]:
+    """What to sort by: numbers as they are, names in their ORDER, others behind them."""
+    names = {key: [*ORDER[key], one[key]] for key in keys if key in ORDER}
+    return [names[key].index(one[key]) if key in names else one[key] or 0 for key in keys]
+
+
+def comparisons(rows: Iterable[Row]) -> list[Comparison]:
+    """The rows by setting, in the order of models, sizes, batches, outputs and precisions."""
+    return sorted((Comparison(group) for group in grouped(rows, *SETTING)), key=lambda one: place(one, *SETTING))
+
+
+def usual(every: list[Comparison], batch: Callable[..., Comparison] | None = None) -> list[Comparison]:
+    """Of each model and size what most people would run: one precision and output, and, by max or min, one batch."""
+    chosen: list[Comparison] = []
+    for group in grouped(every, "model", "resolution"):
+        first = min(place(one, "precision", "output") for one in group)
+        some = [one for one in group if place(one, "precision", "output") == first]
+        chosen += [batch(some, key=lambda one: one["batch"])] if batch else some
+    return chosen
+
+
+def implementations(chosen: Iterable[Comparison]) -> list[str]:
+    """Ours first, the others as they come."""
+    return list(dict.fromkeys([OURS, *(row["implementation"] for one in chosen for row in one.rows)]))
+
+
+class Device:
+    """What was measured on a device, by task: `rows` and `comparisons` hold all of the commit measured last.
+
+    `headline` is what the project's README shows: of each model and size the largest batch, for latency the smallest.
+    `plots` show the same, but latency of all batches. `ceilings` says in one sentence what bench.roofline measured.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = {task: records.newest(records.read(folder / f"{task}.jsonl")) for task in (*TASKS, "roofline")}
+        self.comparisons = {task: comparisons(self.rows[task]) for task in TASKS if self.rows[task]}
+        self.every = [row for task in self.comparisons for row in self.rows[task]]
+        self.gpu = facts(self.every, "gpu")
+        chosen = {task: self.comparisons[task] for task in PLOTTED if task in self.comparisons}
+        self.headline = {task: usual(every, max if task == "throughput" else min) for task, every in chosen.items()}
+        plots = self.headline | {task: usual(every) for task, every in chosen.items() if task == "latency"}
+        self.plots = {task: some for task, some in plots.items() if any(any(one.best.values()) for one in some)}
+        rates = [row for row in self.rows["roofline"] if row["model"] is None and row["value"] is not None]
+        words = [(row["output"], row["precision"], number(row["value"]), row["unit"]) for row in rates]
+        ceilings = ", ".join(" ".join(filter(None, each)) for each in words)
+        self.ceilings = f"Ceilings: {ceilings} ({provenance(rates)})." if rates else ""
+
+
+def devices(results: Path) -> list[Device]:
+    """Those that something was measured on, GPUs first."""
+    every = [Device(path) for path in sorted(results.iterdir()) if path.is_dir()]
+    return sorted((device for device in every if device.every), key=lambda device: not device.gpu)
+
+
+def updated(readme: str, results: Path = records.RESULTS) -> str:
+    """README's text with the part between its two marks made anew; ValueError if a mark is missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"README.md must hold the two marks {BEGIN} and {END}: the tables go between them.")
-    return f"{before}{begin}\n\n{speed(results)}\n{end}{after}"
+    measured = devices(results)
+    no_gpu = "No result on a GPU exists yet: `make gpu` measures one.\n"
+    parts = [] if any(device.gpu for device in measured) else [no_gpu]
+    return "\n".join([f"{before}{begin}\n", *parts, *map(device_section, measured), f"{end}{after}"])
 
 
-def speed(results: Path) -> str:
-    """The section of the project's README: GPUs first."""
-    folders = devices(results)
-    parts = [_device_section(folder) for folder in folders]
-    if not any(facts(_all_rows(folder), "gpu") for folder in folders):
-        parts.insert(0, "No result on a GPU exists yet: `make gpu` measures one.\n")
-    return "\n".join(parts)
-
-
-def devices(results: Path) -> list[Path]:
-    """The folders that hold rows, those of GPUs first."""
-    folders = [path for path in sorted(results.iterdir()) if path.is_dir() and _all_rows(path)]
-    return sorted(folders, key=lambda folder: not facts(_all_rows(folder), "gpu"))
-
-
-def rows_of(folder: Path, task: str) -> list[Row]:
-    """The rows of the commit measured last in a task's file."""
-    return newest(records.read(folder / f"{task}.jsonl"))
-
-
-def _all_rows(folder: Path) -> list[Row]:
-    return [row for task in TASKS for row in rows_of(folder, task)]
-
-
-def usual(every: list[Comparison]) -> list[Comparison]:
-    """Those in the precision and with the output that most people would run."""
-    for key, names in (("precision", PRECISIONS), ("output", OUTPUTS)):
-        there = {one[key] for one in every}
-        wanted = next((name for name in names if name in there), None)
-        every = [one for one in every if wanted is None or one[key] == wanted]
-    return every
-
-
-def one_batch(every: list[Comparison], choose: Any) -> list[Comparison]:
-    """Of each model and size the one whose batch `choose` (min or max) takes."""
-    groups: dict[tuple[Any, ...], list[Comparison]] = {}
-    for one in every:
-        groups.setdefault((one["model"], one["resolution"]), []).append(one)
-    return [choose(group, key=lambda one: one["batch"] or 0) for group in groups.values()]
-
-
-def shown(folder: Path) -> dict[str, list[Comparison]]:
-    """What the project's README shows of a device, by task."""
-    every = {task: usual(comparisons(rows_of(folder, task))) for task in PLOTTED}
-    chosen = {"throughput": one_batch(every["throughput"], max), "latency": one_batch(every["latency"], min)}
-    return {task: some for task, some in chosen.items() if some}
-
-
-def plotted(folder: Path) -> dict[str, list[Comparison]]:
-    """What the plots of a device show, by task: the same, but latency of all batches."""
-    chosen = shown(folder)
-    if "latency" in chosen:
-        chosen["latency"] = usual(comparisons(rows_of(folder, "latency")))
-    return {task: some for task, some in chosen.items() if any(row["value"] for one in some for row in one.rows)}
-
-
-def digest(chosen: list[Comparison]) -> str:
-    """Of the rows that a plot shows; it is kept in the picture's file."""
-    return hashlib.sha256(json.dumps([one.rows for one in chosen], sort_keys=True).encode()).hexdigest()
-
-
-def heading(chosen: list[Comparison]) -> str:
-    """What a plot shows."""
-    rows = [row for one in chosen for row in one.rows]
-    better = "less is better" if chosen[0].less_is_better else "more is better"
-    return (
-        f"{_task_title(chosen)} ({better}): {_what(chosen)}, each implementation in its best mode\n"
-        f"{hardware(rows)}, commit {commit(rows)}; each group has its own scale, above it ours against the best peer"
-    )
-
-
-def _task_title(chosen: list[Comparison]) -> str:
-    task, unit = chosen[0].rows[0]["task"], _unit(chosen[0])
-    return f"{task.capitalize()}, {UNITS.get(unit, unit)}"
-
-
-def _what(chosen: list[Comparison]) -> str:
-    output = {"all": "all tokens", "cls": "class token"}.get(chosen[0]["output"], chosen[0]["output"])
-    return f"{output}, {chosen[0]['precision']}"
-
-
-def _unit(one: Comparison) -> str:
-    """A setting in which nothing could be measured has the unit of its task."""
-    usual_unit = {"latency": "ms", "memory": "MiB" if one["batch"] else "images"}.get(one.rows[0]["task"], "images/s")
-    return next((row["unit"] for row in one.rows if row["unit"]), usual_unit)
-
-
-def _device_section(folder: Path) -> str:
-    rows = _all_rows(folder)
-    place = f"bench/results/{folder.name}"
-    parts = [f"### {facts(rows, 'gpu') or 'CPU'}\n"]
-    plots = plotted(folder)
-    for task, chosen in shown(folder).items():
-        batch = "the largest batch" if task == "throughput" else "the smallest batch"
-        if task in plots:
-            parts.append(f"![{task.capitalize()} of each implementation, by model and size]({place}/{task}.png)\n")
-        parts.append(f"{_task_title(chosen)}: {_what(chosen)}, {batch}. {_source(folder, task)}\n")
-        parts.append(table(chosen, ("model", "resolution", "batch")))
-    parts.append(
+def device_section(device: Device) -> str:
+    """What the project's README says of a device."""
+    results = f"bench/results/{device.folder.name}"
+    parts = [f"### {device.gpu or 'CPU'}\n"]
+    for task, chosen in device.headline.items():
+        if task in device.plots:
+            parts.append(f"![{task.capitalize()} of each implementation, by model and size]({results}/{task}.png)\n")
+        parts.append(f"{_title(chosen)}: {_what(chosen)}, {PLOTTED[task]}. {provenance(device.rows[task])}.\n")
+        mixed = [key for key in ("output", "precision") if len(grouped(chosen, key)) > 1]
+        parts.append(table(chosen, ("model", "resolution", "batch", *mixed)))
+    sentences = [
         "These are the rows that most people would run, each implementation in its best mode (in brackets where that "
-        f"is not eager); [all that was measured]({place}/README.md).{_floor_and_ceilings(folder)}\n"
-    )
-    parts += [f"{sentence}\n" for sentence in [_accelerated(folder)] if sentence]
+        f"is not eager); [all that was measured]({results}/README.md).",
+        FLOOR if any(one.floor for chosen in device.headline.values() for one in chosen) else "",
+        device.ceilings,
+    ]
+    parts.append(" ".join(filter(None, sentences)) + "\n")
+    times: dict[str, list[float]] = {}
+    for one in (one for task in device.headline for one in device.comparisons[task]):
+        for peer, (_, _, ratio) in one.accelerated.items():
+            times.setdefault(peer, []).append(ratio)
+    if times:
+        low_to_high = [
+            f"those of {peer} are {min(some):.2f} to {max(some):.2f} times as fast ({len(some)} rows)"
+            for peer, some in times.items()
+        ]
+        parts.append(f"Models {WITH_OUR_BLOCKS} {' and '.join(low_to_high)}.\n")
     return "\n".join(parts)
 
 
-def _accelerated(folder: Path) -> str:
-    """What `accelerate` makes of peers' models, in one sentence; "" if that was not measured."""
-    every = [one for task in PLOTTED for one in comparisons(rows_of(folder, task))]
-    parts = []
-    for peer in accelerated_peers(every):
-        times = [ratio for one in every if (ratio := one.accelerated(peer))]
-        parts.append(f"those of {peer} are {min(times):.2f} to {max(times):.2f} times as fast ({len(times)} rows)")
-    found = " and ".join(parts)
-    return f"Models with our blocks in them, by `dinov2_fast.accelerate(model)`, both eager: {found}." if found else ""
-
-
-def _source(folder: Path, task: str) -> str:
-    return f"{provenance(rows_of(folder, task))}."
-
-
-def _floor_and_ceilings(folder: Path) -> str:
-    has_floor = any(one.floor for chosen in shown(folder).values() for one in chosen)
-    return (f" {FLOOR}" if has_floor else "") + (f" {ceilings(folder)}" if ceilings(folder) else "")
-
-
-def ceilings(folder: Path) -> str:
-    """What bench.roofline measured of the device itself, in one sentence; "" if nothing."""
-    rows = [row for row in rows_of(folder, "roofline") if row["model"] is None and row["value"] is not None]
-    parts = [f"{' '.join(filter(None, (r['output'], r['precision'])))} {number(r['value'])} {r['unit']}" for r in rows]
-    return f"Ceilings: {', '.join(parts)} ({provenance(rows)})." if rows else ""
-
-
-def device_readme(folder: Path) -> str:
+def device_readme(device: Device) -> str:
     """All tables of a device."""
-    rows = _all_rows(folder)
     parts = [
-        f"# Speed on {'a CPU: ' if not facts(rows, 'gpu') else ''}{hardware(rows)}\n",
+        f"# Speed on {'' if device.gpu else 'a CPU: '}{hardware(device.every)}\n",
         "Written by `python -m bench.report` from the rows beside this file. Of each implementation the best mode "
         "counts, in brackets where it is not eager.\n",
-        *([f"{FLOOR} {ceilings(folder)}\n"] if ceilings(folder) else []),
     ]
-    plots = plotted(folder)
-    for task in TASKS:
-        chosen = comparisons(rows_of(folder, task))
-        if chosen:
-            parts.append(f"## {task.capitalize()}\n")
-            if task in plots:
-                parts.append(f"![{task.capitalize()}: {_what(plots[task])}]({task}.png)\n")
-            parts += _tables(folder, task, chosen)
+    parts += [f"{FLOOR} {device.ceilings}\n"] if device.ceilings else []
+    for task, chosen in device.comparisons.items():
+        parts.append(f"## {task.capitalize()}\n")
+        if task in device.plots:
+            parts.append(f"![{task.capitalize()}: {_what(device.plots[task])}]({task}.png)\n")
+        for unit in sorted({one.unit for one in chosen}, key=[*WORDS, *(one.unit for one in chosen)].index):
+            some = [one for one in chosen if one.unit == unit]
+            what = WORDS.get(unit, unit)
+            workers = facts([row for one in some for row in one.rows], "workers")
+            with_workers = f" with {workers} decoding processes" if workers else ""
+            parts.append(f"{what[0].upper()}{what[1:]}{with_workers}. {provenance(device.rows[task])}.\n")
+            parts.append(table(some))
+            if any(one.accelerated for one in some):
+                parts.append(f"{WITH_OUR_BLOCKS.capitalize()}\n\n{accelerated_table(some)}")
+        parts += _not_measured(chosen)
     return "\n".join(parts)
 
 
-def _tables(folder: Path, task: str, chosen: list[Comparison]) -> Iterator[str]:
-    """A table for each unit, then what could not be measured."""
-    share = "share of the time in which the device works" if task == "extraction" else "share of the floor"
-    units = {_unit(one) for one in chosen}
-    for unit in sorted(units, key=[*UNITS, *units].index):
-        some = [one for one in chosen if _unit(one) == unit]
-        description = UNITS.get(unit, unit)
-        workers = facts([row for one in some for row in one.rows], "workers")
-        with_workers = f" with {workers} decoding processes" if workers else ""
-        yield f"{description[0].upper()}{description[1:]}{with_workers}. {_source(folder, task)}\n"
-        yield table(some, SETTING, share)
-        if accelerated := accelerated_table(some):
-            yield f"With our blocks in them, by `dinov2_fast.accelerate(model)`, both eager:\n\n{accelerated}"
-    missing: dict[tuple[str, str], list[str]] = {}
+def _not_measured(chosen: list[Comparison]) -> Iterator[str]:
+    modes: dict[tuple[str, str], list[str]] = {}
     for row in (row for one in chosen for row in one.rows if row["value"] is None):
-        why = " ".join((records.reason(row) or "no reason given").replace("`", "'").split())
-        missing.setdefault((row["implementation"], why), []).append(row["mode"] or "eager")
-    if missing:
+        why = " ".join(str(records.reason(row)).replace("`", "'").split())
+        modes.setdefault((row["implementation"], why), []).append(row["mode"] or "eager")
+    if modes:
         yield "Not measured:\n"
-        for (name, why), modes in missing.items():
-            yield f"- {name}, {', '.join(dict.fromkeys(modes))}: `{why}` ({len(modes)} rows)"
+        for (name, why), some in modes.items():
+            yield f"- {name}, {', '.join(dict.fromkeys(some))}: `{why}` ({len(some)} rows)"
         yield ""
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def table(chosen: list[Comparison], keys: Iterable[str] = SETTING) -> str:
+    """What each implementation reaches in settings of one unit, of which the keys are shown; notes stand below."""
+    names = implementations(chosen)
+    missing = [one.why_not(name) for one in chosen for name in names if not one.best.get(name)]
+    marks = {why: str(n).translate(SUPERSCRIPTS) for n, why in enumerate(dict.fromkeys(filter(None, missing)), 1)}
+    columns = _setting_columns(chosen, keys)
+    columns += [[name, *(_cell(one, name, marks) for one in chosen)] for name in names]
+    times = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
+    columns.append([times, *(_or_dash(one.ratio, "{:.2f}") for one in chosen)])
+    shares = [(one.best.get(OURS) or {}).get("floor_share") for one in chosen]
+    share = SHARES.get(chosen[0]["task"], "share of the floor")
+    columns += [[share, *(_or_dash(each, "{:.0%}") for each in shares)]] if any(shares) else []
+    notes = ", ".join(f"{mark} {why}" for why, mark in marks.items())
+    return _markdown(columns) + (f"\n{notes}\n" if notes else "")
+
+
+def accelerated_table(chosen: list[Comparison]) -> str:
+    """Peers' models without and with our blocks in them."""
+    some = [one for one in chosen if one.accelerated]
+    columns = _setting_columns(some, SETTING)
+    for peer in dict.fromkeys(peer for one in some for peer in one.accelerated):
+        without, ours, times = zip(*(one.accelerated.get(peer, (None, None, None)) for one in some), strict=True)
+        columns += [
+            [peer, *map(_value, without)],
+            ["accelerated", *map(_value, ours)],
+            ["times", *(_or_dash(each, "{:.2f}") for each in times)],
+        ]
+    return _markdown(columns)
+
+
+def _setting_columns(chosen: list[Comparison], keys: Iterable[str]) -> list[list[str]]:
+    """A column for each key that any of them has, its heading first."""
+    shown = [key for key in keys if any(one[key] is not None for one in chosen)]
+    words = {key: [_name(one) if key == "model" else _or_dash(one[key]) for one in chosen] for key in shown}
+    return [[WORDS.get(key, key), *cells] for key, cells in words.items()]
+
+
+def _markdown(columns: list[list[str]]) -> str:
+    heads, *lines = zip(*columns, strict=True)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def _cell(one: Comparison, implementation: str, marks: dict[str, str]) -> str:
+    row = one.best.get(implementation)
+    mode = f" ({row['mode']})" if row and row["mode"] not in (None, "eager") else ""
+    return _value(row) + (mode if row else marks.get(one.why_not(implementation), ""))
+
+
+def _value(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    return str(round(row["value"])) if row["unit"] == "images" else number(row["value"])
+
+
+def _or_dash(value: Any, form: str = "{}") -> str:
+    return "–" if value is None else form.format(value)
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    decimals = next((n for n, least in enumerate((100, 10, 1)) if round(value, n) >= least), 3)
+    return f"{value:.{decimals}f}"
+
+
+def _name(one: Comparison) -> str:
+    """Its model as people write it: `ViT-S/14`."""
+    return harness.title(BACKBONES[one["model"]]) if one["model"] in BACKBONES else one["model"]
+
+
+def _title(chosen: list[Comparison]) -> str:
+    return f"{chosen[0]['task'].capitalize()}, {WORDS.get(chosen[0].unit, chosen[0].unit)}"
+
+
+def _what(chosen: list[Comparison]) -> str:
+    every = [dict.fromkeys(WORDS.get(one[key], one[key]) for one in chosen) for key in ("output", "precision")]
+    return ", ".join(" or ".join(names) for names in every)
+
+
+def hardware(rows: list[Row]) -> str:
+    return facts(rows, "gpu") or f"{facts(rows, 'cpu')}, {facts(rows, 'threads')} threads"
+
+
+def provenance(rows: list[Row]) -> str:
+    """Where rows come from: hardware, versions, commit and date."""
+    measured = [row for row in rows if row["value"] is not None] or rows
+    used = {row["implementation"] for row in measured} | {(row["mode"] or "").partition("-")[0] for row in measured}
+    packages = ["torch", *(["triton"] if facts(rows, "gpu") else []), *(n for n in records.PACKAGES if n in used)]
+    versions = [f"{name} {facts(measured, name)}" for name in packages]
+    return ", ".join([hardware(rows), *versions, f"commit {records.short(rows[0]['commit'])}", facts(rows, "date")])
+
+
+def facts(rows: list[Row], name: str) -> str:
+    """The values of a key, or of one among the versions; rows of one run have the same."""
+    values = dict.fromkeys(records.fact(row, name) for row in rows)
+    return " or ".join(str(value) for value in values if value is not None)
+
+
+def save_plot(chosen: list[Comparison], path: Path) -> None:
+    """Writes a PNG that names its rows, but neither time nor versions: the same rows give the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.size": 8, "axes.linewidth": 0.6})
+        texts = {"Software": None, "rows": digest(chosen)}
+        draw(chosen).savefig(path, metadata=texts, pil_kwargs={"optimize": True})
+
+
+def digest(chosen: list[Comparison]) -> str:
+    """Of the rows that a plot shows; it is kept in the image's file."""
+    return hashlib.sha256(json.dumps([one.rows for one in chosen], sort_keys=True).encode()).hexdigest()
+
+
+def draw(chosen: list[Comparison]) -> Any:
+    """A panel for each size with a group of bars for each model and batch, at each implementation's best mode.
+
+    Each group has its own scale from 0, since models differ by powers of ten: bars compare implementations, and numbers
+    say what they reach. A black line is the floor; above a group stands ours against the best peer.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    panels = sorted(grouped(chosen, "resolution"), key=lambda some: some[0]["resolution"])
+    names = [name for name in implementations(chosen) if any(one.best.get(name) for one in chosen)]
+    figure = Figure(figsize=(WIDTH, HEAD + PANEL * len(panels)), dpi=DPI, layout="constrained")
+    for axes, some in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        _panel(axes, some, names)
+        what = "" if _what(some) == _what(chosen) else f"\n{_what(some)}"
+        axes.set_ylabel(f"{some[0]['resolution']} px{what}", fontsize=9)
+    handles = [Patch(color=COLOURS.get(name, OTHERS), label=name) for name in names]
+    if any(one.floor for one in chosen):
+        handles.append(Line2D([], [], color="black", linewidth=1.4, label="floor"))
+    figure.suptitle(_heading(chosen), fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _heading(chosen: list[Comparison]) -> str:
+    rows = [row for one in chosen for row in one.rows]
+    better = "less is better" if chosen[0].less_is_better else "more is better"
+    return (
+        f"{_title(chosen)} ({better}): {_what(chosen)}, each implementation in its best mode\n{hardware(rows)}, commit "
+        f"{records.short(rows[0]['commit'])}; each group has its own scale, above it ours against the best peer"
     )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=records.RESULTS,
-        help="the folder of the devices' folders (default: bench/results); for another one the project's README stays",
-    )
-    options = parser.parse_args(arguments)
-    if not options.results.is_dir():
-        parser.error(f"--results: {options.results} is no folder")
-    return options
+
+
+def _panel(axes: Any, chosen: list[Comparison], names: list[str]) -> None:
+    upright = len(names) * len(chosen) > FEW
+    top = (1.4 if upright else 1.15) if chosen[0].less_is_better else 1.05
+    for place, one in enumerate(chosen):
+        _bars(axes, place, one, names, upright)
+        if one.ratio:
+            axes.text(place, top, f"{one.ratio:.2f}×", ha="center", va="bottom", fontsize=9, fontweight="bold")
+    axes.set_xticks(range(len(chosen)), [f"{_name(one)}\nbatch {one['batch']}" for one in chosen])
+    axes.set(ylim=(0, top + 0.25), xlim=(-0.6, len(chosen) - 0.4), yticks=[])
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+
+
+def _bars(axes: Any, place: int, one: Comparison, names: list[str], upright: bool) -> None:
+    best = {name: one.best.get(name) for name in names}
+    scale = max([row["value"] for row in best.values() if row] + [one.floor or 0]) or 1
+    width = 0.86 / len(names)
+    for index, (name, row) in enumerate(best.items()):
+        x, height = place + (index - (len(names) - 1) / 2) * width, row["value"] / scale if row else 0
+        if row:
+            axes.bar(x, height, 0.92 * width, color=COLOURS.get(name, OTHERS))
+        # Above the bar where that is free: for times the floor is a line across the bars; the text interrupts it.
+        above = row and one.less_is_better
+        text = axes.text(x, height + 0.03 if above else 0.03, _value(row) if row else one.why_not(name), zorder=3)
+        text.set(ha="center", va="bottom", fontsize=7, rotation=90 if upright or not row else 0)
+        text.set_color("white" if row and not above and name == OURS else "black")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0} if above else None)
+    if one.floor:
+        axes.hlines(one.floor / scale, place - 0.45, place + 0.45, color="black", linewidth=1.4)
 
 
 if __name__ == "__main__":
