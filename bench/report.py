@@ -47,7 +47,7 @@ FEW = 24  # bars in a panel, up to which numbers are written from left to right
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
-    where = "the folder of the devices' folders (default: bench/results); for another one the project's README stays"
+    where = "the folder of the devices' folders; README changes with the default, bench/results, only"
     parser.add_argument("--results", type=Path, default=records.RESULTS, help=where)
     results = parser.parse_args(arguments).results
     if not results.is_dir():
@@ -89,7 +89,8 @@ class Comparison:
         self.ratio = records.ratio(ours, peer) if ours and peer else None
         modes = {(row["implementation"], row["mode"]): row for row in rows if row["value"] is not None}
         pairs = {peer: (modes.get((peer, "eager")), modes.get((OURS, f"accelerated-{peer}"))) for peer in self.best}
-        self.accelerated = {peer: (*pair, records.ratio(*pair[::-1])) for peer, pair in pairs.items() if all(pair)}
+        measured = ((peer, *pair) for peer, pair in pairs.items() if all(pair))
+        self.accelerated = {peer: (without, ours, records.ratio(ours, without)) for peer, without, ours in measured}
         shares = [(row["value"], row["floor_share"]) for row in rows if row["value"] is not None and row["floor_share"]]
         floors = [value * share if self.less_is_better else value / share for value, share in shares]
         self.floor = floors[0] if floors else None
@@ -222,8 +223,7 @@ def device_readme(device: Device) -> str:
         if task in device.plots:
             parts.append(f"![{task.capitalize()}: {_what(device.plots[task])}]({task}.png)\n")
         for unit in sorted({one.unit for one in chosen}, key=[*WORDS, *(one.unit for one in chosen)].index):
-            some = [one for one in chosen if one.unit == unit]
-            what = WORDS.get(unit, unit)
+            some, what = [one for one in chosen if one.unit == unit], WORDS.get(unit, unit)
             workers = facts([row for one in some for row in one.rows], "workers")
             with_workers = f" with {workers} decoding processes" if workers else ""
             parts.append(f"{what[0].upper()}{what[1:]}{with_workers}. {provenance(device.rows[task])}.\n")
@@ -279,7 +279,7 @@ def accelerated_table(chosen: list[Comparison]) -> str:
 def _setting_columns(chosen: list[Comparison], keys: Iterable[str]) -> list[list[str]]:
     """A column for each key that any of them has, its heading first."""
     shown = [key for key in keys if any(one[key] is not None for one in chosen)]
-    words = {key: [_name(one) if key == "model" else _or_dash(one[key]) for one in chosen] for key in shown}
+    words = {key: [_model(one) if key == "model" else _or_dash(one[key]) for one in chosen] for key in shown}
     return [[WORDS.get(key, key), *cells] for key, cells in words.items()]
 
 
@@ -310,7 +310,7 @@ def number(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _name(one: Comparison) -> str:
+def _model(one: Comparison) -> str:
     """Its model as people write it: `ViT-S/14`."""
     return harness.title(BACKBONES[one["model"]]) if one["model"] in BACKBONES else one["model"]
 
@@ -350,8 +350,8 @@ def save_plot(chosen: list[Comparison], path: Path) -> None:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 8, "axes.linewidth": 0.6})
-        texts = {"Software": None, "rows": digest(chosen)}
-        draw(chosen).savefig(path, metadata=texts, pil_kwargs={"optimize": True})
+        metadata = {"Software": None, "rows": digest(chosen)}
+        draw(chosen).savefig(path, metadata=metadata, pil_kwargs={"optimize": True})
 
 
 def digest(chosen: list[Comparison]) -> str:
@@ -400,7 +400,7 @@ def _panel(axes: Any, chosen: list[Comparison], names: list[str]) -> None:
         _bars(axes, place, one, names, upright)
         if one.ratio:
             axes.text(place, top, f"{one.ratio:.2f}×", ha="center", va="bottom", fontsize=9, fontweight="bold")
-    axes.set_xticks(range(len(chosen)), [f"{_name(one)}\nbatch {one['batch']}" for one in chosen])
+    axes.set_xticks(range(len(chosen)), [f"{_model(one)}\nbatch {one['batch']}" for one in chosen])
     axes.set(ylim=(0, top + 0.25), xlim=(-0.6, len(chosen) - 0.4), yticks=[])
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "left", "right"]].set_visible(False)
