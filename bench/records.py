@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 from dinov2_fast.ops.dispatch import BackendError
+
+Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = (
@@ -47,7 +49,8 @@ KEYS = (
     "date",
 )
 IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "implementation", "mode", "commit")
-PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
+PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
+LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; more is better in all others
 
 
 NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
@@ -211,6 +214,35 @@ def is_missing(row: dict[str, Any]) -> bool:
 def reason(row: dict[str, Any]) -> str | None:
     """Why a row has no value."""
     return (row.get("versions") or {}).get(NOT_MEASURED)
+
+
+def best(rows: Iterable[Row]) -> Row | None:
+    """The best of rows of one setting, None if none has a value."""
+    measured = [row for row in rows if row["value"] is not None]
+    return max(measured, key=lambda row: row["value"] * (-1 if row["unit"] in LESS_IS_BETTER else 1), default=None)
+
+
+def ratio(row: Row, other: Row) -> float:
+    """How many times better a row is than another."""
+    better, base = (other, row) if row["unit"] in LESS_IS_BETTER else (row, other)
+    return better["value"] / base["value"]
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Those of the commit that was measured last."""
+    last = max(enumerate(rows), key=lambda numbered: (numbered[1]["date"] or "", numbered[0]), default=None)
+    return [row for row in rows if last and row["commit"] == last[1]["commit"]]
+
+
+def fact(row: Row, name: str) -> Any:
+    """The value of a key, or of one among the versions."""
+    return row[name] if name in row else (row["versions"] or {}).get(name)
+
+
+def short(commit: str | None) -> str:
+    """A commit's first digits, and whether its code was changed."""
+    digits, dirty, _ = (commit or "unknown").partition("-dirty")
+    return digits[:8] + dirty
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
