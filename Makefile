@@ -119,17 +119,17 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-# On the CPU, some 9 minutes on 2 idle cores. What else runs meanwhile shows in the figures.
+# On the CPU. What else runs meanwhile shows in the figures.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
-CPU_MODES := eager,engine,accelerated-transformers,accelerated-timm
+CPU_MODES := eager,freezing,engine,accelerated-transformers,accelerated-timm
 bench: setup
 	$(BENCH).roofline $(CPU)
-	$(BENCH).model $(CPU) --task throughput --sizes 224 --seconds 60 --modes $(CPU_MODES)
+	$(BENCH).model $(CPU) --task throughput --seconds 30 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task host --seconds 5
-	$(BENCH).training $(CPU)
-	$(BENCH).memory $(CPU) --outputs all,training
+	$(BENCH).model $(CPU) --task training
+	$(BENCH).model $(CPU) --task memory
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it
 	$(BENCH).ops $(CPU) --models S --sizes 224
 	$(BENCH).report

@@ -173,9 +173,11 @@ MODELS["tiny"] = TINY
 # pixels; on a CPU the smaller two
 SIZES = {"throughput": [224, 518, 1036], "latency": [224, 518], "training": [224], "host": [28]}
 BATCHES = {
-    "throughput": {"cpu": {224: [8], 518: [2]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
+    "throughput": {"cpu": {224: [8], 518: [8]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
     "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
     "training": {"cpu": {224: [3]}, "cuda": {224: [64]}},  # of 3, stochastic depth of 0.3 keeps 2
+    "memory": {"cpu": {224: [2]}, "cuda": {224: [64]}},
+    "mixed": {"cpu": {"112-224": [4]}, "cuda": {"224-518": [64]}},
     "host": {"cpu": {28: [1]}, "cuda": {28: [1]}},
 }
 
@@ -202,7 +204,7 @@ def numbers(text: str) -> list[int]:
 
 
 def pixels(text: str) -> list[int]:
-    """Parses sizes of pictures that consist of whole patches."""
+    """Parses sizes of images that consist of whole patches."""
     sizes = numbers(text)
     if wrong := [str(size) for size in sizes if size % 14]:
         raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: a size is a multiple of 14")
@@ -240,8 +242,8 @@ def sizes(task: str, device: str) -> list[int]:
     return SIZES[task] if device == "cuda" else [size for size in SIZES[task] if size <= 518]
 
 
-def batches(task: str, device: str, resolution: int) -> list[int]:
-    """Pictures in a batch, likewise: as many as keep a device busy, or few for latency."""
+def batches(task: str, device: str, resolution: int | str) -> list[int]:
+    """Images in a batch, likewise: as many as keep a device busy, or few for latency."""
     return BATCHES[task][device].get(resolution, [1])
 
 

@@ -1,263 +1,80 @@
-"""Whole models side by side in one process: throughput of batches, latency of small ones, the host's share of a call.
+"""Whole models side by side in one process: ``python -m bench.model --task throughput --models S --sizes 224``.
 
-All get the same weights and the same random pictures. Before anything is timed, the first and the last picture's
-outputs are held to the rule of the tests: the error, against our model in a wider dtype, is at most twice that of our
-model on plain PyTorch in the same precision (each time resampling positions as that peer does). What breaks the rule is
-refused; what cannot run is a row that says why. In fp8, which only our engine has, each token's cosine with that of our
-model in fp32 counts instead. Then all run in turn, A B C A B C, and the medians count.
+All get the same weights and the same random images. Before anything is timed, the outputs for the first and the last
+image (in training all tokens and some gradients) are held to the rule of the tests: the error, against our model in a
+wider dtype, is at most twice that of our model on plain PyTorch in the same precision (each time resampling positions
+as that peer does). What breaks the rule is refused; what cannot run is a row that says why. In fp8, which only our
+engine has, each token's cosine with that of our model in fp32 counts instead. Then all run in turn, A B C A B C, and
+the medians count.
 
-Throughput counts pictures per second of calls that follow each other without waiting; latency is the time of one call
-until its result is there, in milliseconds. Each is also given as a share of the floor that bench.roofline sets. Task
-`host` is the latency of a model so small that only its Python takes time, on one thread; `of_timm`, among a row's
-versions, is the median of that time over timm's in the same round.
+- throughput: images per second of calls that follow each other without waiting;
+- latency: milliseconds of one call until its result is there;
+- host: the latency of a model so small that only its Python takes time, on one thread; `of_timm`, among a row's
+  versions, is the median of that time over timm's in the same round;
+- mixed: images per second of a list of images of many sizes, --sizes the smallest and the largest, --batches how many;
+- training: images per second of steps with AdamW and stochastic depth (bench/training.py);
+- memory: MiB at the worst moment of a forward pass or a training step (bench/memory.py).
+
+Throughput, latency and training are also given as a share of the floor that bench.roofline sets.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from operator import truediv
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import dinov2_fast
-from bench import harness, records, roofline
-from bench.harness import Run, contest, quantiles, worst_error
-from bench.modes import DTYPES, ENGINES, MODES, compiling, contexts, goes_with, modes_of, prepare, why_missing
-from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, Peer, chosen, peers
+from bench import harness, modes, records, roofline
+from bench.forward import Forward, Mixed
+from bench.memory import Memory
+from bench.modes import DTYPES, best_backends, goes_with, why_missing
+from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, Peer, load_ours, peers
 from bench.records import Recorder, best, ratio
+from bench.runtimes import ONNXRUNTIME, OPENVINO
+from bench.tasks import Entrant, Models, Row, Setting
+from bench.training import Training
 from dinov2_fast.configs import BackboneConfig
-from dinov2_fast.ops.dispatch import use_backend
 
-TASKS = ("throughput", "latency", "host")
-HOST = ["eager", "engine", "accelerated-timm", "engine-timm"]
-SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls that one time of throughput is taken of, at least
-PRECISIONS = {"cpu": ["fp32"], "cuda": ["bf16", "autocast-bf16", "fp32"]}
-MODES_OF_TASK = {
-    ("throughput", "cpu"): ["eager", "engine"],
-    ("throughput", "cuda"): [
-        *("eager", "triton", "engine", "engine-triton", "engine-triton-sdpa", "engine-cuda", "engine-mixed"),
-        *("engine-cublas", "compile", "max-autotune"),
-    ],
-    ("latency", "cpu"): ["eager", "engine"],
-    ("latency", "cuda"): [
-        *("eager", "triton", "graphs", "engine", "engine-graphs", "engine-triton-graphs", "engine-cuda-graphs"),
-        *("engine-mixed-graphs", "engine-cublas-graphs", "compile", "reduce-overhead", "max-autotune"),
-    ],
+TASKS = {
+    "throughput": Forward,
+    "latency": Forward,
+    "host": Forward,
+    "mixed": Mixed,
+    "training": Training,
+    "memory": Memory,
+}
+HOST = {"models": "tiny", "sizes": "28", "precisions": "fp32", "modes": "eager,engine,accelerated-timm,engine-timm"}
+# Options that are not given. On a GPU the backends of engine-best come from bench.ops, which runs before.
+DEFAULTS = {
+    ("throughput", "cpu"): {"modes": "eager,freezing,engine"},
+    ("throughput", "cuda"): {
+        "sizes": "224,518,1036",
+        "precisions": "bf16,fp8",
+        "modes": "eager,compile,engine,engine-best",
+    },
+    ("latency", "cpu"): {"modes": "eager,freezing,engine"},
+    ("latency", "cuda"): {"modes": "eager,graphs,compile,engine,engine-graphs,engine-best-graphs"},
     ("host", "cpu"): HOST,
     ("host", "cuda"): HOST,
+    ("mixed", "cpu"): {"models": "S", "sizes": "112,224", "modes": "eager,engine,single,grouped,padded"},
+    ("mixed", "cuda"): {"modes": "eager,engine,engine-best,single,grouped,padded"},
+    ("training", "cpu"): {"models": "S", "sizes": "224", "modes": "eager"},
+    ("training", "cuda"): {"models": "S,B,L", "sizes": "224", "modes": "eager,compile,triton"},
+    ("memory", "cpu"): {"models": "S", "sizes": "224", "outputs": "all,training", "modes": "eager"},
+    ("memory", "cuda"): {"sizes": "224", "outputs": "all,training", "modes": "eager,triton,engine"},
 }
-COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is asked of all alike."""
-
-    task: str
-    config: BackboneConfig
-    resolution: int | str  # pixels of each side, or such as "224-518" for pictures of many sizes
-    batch: int
-    output: str
-    precision: str
-
-    def pictures(self, device: torch.device) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)
-        size = (self.batch, 3, self.resolution, self.resolution)
-        return torch.randn(size, device=device, generator=generator).to(DTYPES[self.precision])
-
-    def row(self, peer: Peer, mode: str) -> dict[str, Any]:
-        """The keys that say what a row is about."""
-        return {
-            "task": self.task,
-            "model": self.config.name,
-            "resolution": self.resolution,
-            "batch": self.batch,
-            "output": self.output,
-            "precision": self.precision,
-            "implementation": peer.name,
-            "mode": peer.mode(mode),
-        }
-
-    def __str__(self) -> str:
-        output = "all tokens" if self.output == "all" else "class token"
-        return f"{harness.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
-
-
-class Models:
-    """A backbone in every implementation, made when it is first asked for, in one dtype at a time.
-
-    Args:
-        ours: our model in fp32, on the device.
-    """
-
-    def __init__(self, config: BackboneConfig, ours: nn.Module) -> None:
-        self.config, self.ours = config, ours
-        self.device = next(ours.parameters()).device
-        self._made: dict[tuple[Peer, torch.dtype], nn.Module] = {}
-
-    def get(self, peer: Peer, dtype: torch.dtype) -> nn.Module:
-        self._made = {key: model for key, model in self._made.items() if key[1] == dtype}
-        if (peer, dtype) not in self._made:
-            made = peer.build(self.config, self.ours, 0.0)
-            self._made[peer, dtype] = made.to(self.device, dtype).eval()
-        return self._made[peer, dtype]
-
-
-class Judge:
-    """Knows what the outputs must be, on the first and the last picture."""
-
-    def __init__(self, setting: Setting, models: Models, x: Tensor) -> None:
-        self._setting = setting
-        self._models = models
-        self._rows = [0, -1] if len(x) > 1 else [0]
-        self._x = x[self._rows]
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def verdict(self, peer: Peer, result: Any) -> dict[str, Any]:
-        """What a row says about the outputs.
-
-        Raises:
-            ValueError: they are not the model's.
-        """
-        result = peer.take[self._setting.output](result)[self._rows]
-        return judged(self._setting.precision, result, *self._expectation(peer))
-
-    def _expectation(self, peer: Peer) -> tuple[Tensor, Tensor]:
-        dialect = peer.dialect(self._models.config)
-        if dialect not in self._known:
-            self._known[dialect] = expected(self._setting.precision, self._models, dialect, self._outputs)
-        return self._known[dialect]
-
-    def _outputs(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
-        return OURS.result(model, self._x.to(dtype), self._setting.output)
-
-
-def judged(precision: str, result: Tensor, wide: Tensor, usual: Tensor) -> dict[str, Any]:
-    """What a row says about outputs, beside those of :func:`expected`.
-
-    Raises:
-        ValueError: they are not the model's.
-    """
-    if precision != "fp8":
-        return {"outputs_max_error": worst_error([result.to(usual.dtype)], [wide], [usual])}
-    result = result.float()
-    cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
-    if not cosine >= COSINE:  # NaN is none
-        raise ValueError(f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}")
-    error = ((result - wide).abs().max() / wide.abs().max()).item()
-    return {"outputs_max_error": error, "versions": {"cosine": cosine}}
-
-
-def expected(
-    precision: str, models: Models, dialect: str, run: Callable[[nn.Module, torch.dtype], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Outputs of our model in a wider dtype, and in this precision, both on plain PyTorch.
-
-    Args:
-        run: the outputs of a model for pictures of a dtype.
-    """
-    wide = torch.float64 if precision == "fp32" else torch.float32
-    model = models.ours if wide == torch.float32 else copy.deepcopy(models.ours).double()
-    same = models.get(OURS, DTYPES[precision])
-    with use_backend("torch"), exact_fp32(), resampling(model, dialect):
-        reference = run(model, wide)
-    with use_backend("torch"), contexts(precision, "eager", models.device)(), resampling(same, dialect):
-        return reference, run(same, DTYPES[precision])
-
-
-@contextmanager
-def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
-    """Our model with another way of resampling positions."""
-    before, model.position_dialect = model.position_dialect, dialect
-    try:
-        yield
-    finally:
-        model.position_dialect = before
-
-
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Convolutions in fp32, which a GPU computes in TF32 by default."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # without `enabled` there is no cuDNN inside
-        yield
-
-
-@torch.inference_mode()
-@compiling()
-def measure(
-    setting: Setting, entrants: Iterable[tuple[Peer, str]], models: Models, seconds: float, known: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """A row for each implementation and mode, measured in turn for about `seconds` in all.
-
-    Args:
-        known: rows of bench.roofline, for the floor.
-    """
-    x = setting.pictures(models.device)
-    rows = rows_of(setting, entrants)
-    judge = Judge(setting, models, x)
-
-    def ready(entrant: tuple[Peer, str]) -> Run:
-        peer, mode = entrant
-        model = models.ours if mode in ENGINES else models.get(peer, x.dtype)
-        run = prepare(peer, model, x, setting.output, setting.precision, mode)
-        rows[entrant] |= judge.verdict(peer, run())
-        return run
-
-    sample = SAMPLE[x.device.type] if setting.task == "throughput" else 0.0
-    floor = _floor(setting, known)
-    every = contest(rows, ready, x.device, seconds, sample)
-    timm = every.get((TIMM, "eager")) if setting.task == "host" else None
-    for entrant, times in every.items():
-        rows[entrant] |= values(setting, times, floor)
-        if timm:
-            rows[entrant]["versions"] = {"of_timm": statistics.median(map(truediv, times, timm))}
-    return list(rows.values())
-
-
-def rows_of(setting: Setting, entrants: Iterable[tuple[Peer, str]]) -> dict[tuple[Peer, str], dict[str, Any]]:
-    """A row for each implementation and mode: what it is about, and why it is missing if it is."""
-    rows = {(peer, mode): setting.row(peer, mode) for peer, mode in entrants}
-    for (peer, mode), row in rows.items():
-        if reason := why_missing(peer, mode):
-            row |= records.missing(reason)
-    return rows
-
-
-def left(recorder: Recorder, setting: Setting, entrants: Iterable[tuple[Peer, str]]) -> list[tuple[Peer, str]]:
-    """Those to measure: none if all rows are there that can be, and never what the device was lost in."""
-    every = list(entrants)
-    if all(why_missing(peer, mode) or recorder.has(**setting.row(peer, mode)) for peer, mode in every):
-        return []
-    return [(peer, mode) for peer, mode in every if not recorder.lost_in(**setting.row(peer, mode))]
-
-
-def values(setting: Setting, times: list[float], floor: float | None) -> dict[str, Any]:
-    """The measured keys of a row, from seconds."""
-    fast, median, slow = quantiles(times)
-    share = {"floor_share": floor and floor / median}
-    if setting.task in ("latency", "host"):
-        return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
-    batch = setting.batch
-    return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
-
-
-def _floor(setting: Setting, known: list[dict[str, Any]]) -> float | None:
-    """Seconds, or None where bench.roofline has not measured what it takes."""
-    precision = setting.precision.removeprefix("autocast-")
-    try:
-        ceilings = roofline.ceilings_of(known, precision)
-        return roofline.floor(setting.config, setting.resolution, setting.batch, setting.output, ceilings).seconds
-    except ValueError:
-        return None
+OF_DEVICE = {
+    "cpu": {"models": "S,B", "sizes": "224,518", "precisions": "fp32"},
+    "cuda": {"models": "S,B,L,g", "sizes": "224,518", "precisions": "bf16"},
+}
+OUTPUTS_OF = {"mixed": "cls", "training": "all"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -266,41 +83,69 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     recorder = Recorder(options.task, options)
     print(recorder)
-    known = recorder.known(roofline.TASK)
-    everyone = chosen(peers(options.reference_path), options.implementations)
-    installed = [peer for peer in everyone if not peer.missing]
-    entrants = [(peer, mode) for peer in everyone for mode in modes_of(peer, options.modes, installed)]
-    if OURS in everyone:
-        entrants += [(ACCELERATED[mode], mode) for mode in options.modes if mode in ACCELERATED]
     with recorder.until_lost():
         for config in options.models:
-            models = None
-            for setting in settings(options, config):
-                going = [e for e in entrants if goes_with(e[1], setting.precision, setting.output, recorder.device)]
-                if taking_part := left(recorder, setting, going):
-                    models = models or load_models(config, recorder.device)
-                    rows = measure(setting, taking_part, models, options.seconds, known)
-                    recorder.keep(rows)
-                    show(str(setting), rows)
+            measure(config, options, recorder)
     summary(recorder.rows)
     return recorder.finish()
 
 
-def load_models(config: BackboneConfig, device: torch.device) -> Models:
-    if config is not harness.TINY:
-        return Models(config, dinov2_fast.load(config.name, weights="random:0", device=device))
-    torch.manual_seed(0)
-    return Models(config, dinov2_fast.DinoVisionTransformer(**config.constructor_arguments()).to(device).eval())
+def measure(config: BackboneConfig, options: argparse.Namespace, recorder: Recorder) -> None:
+    """All settings of a backbone, each kept as soon as it is measured."""
+    known, models = recorder.known(roofline.TASK), None
+    in_memory = options.task == "memory"  # where our model must not be on the device
+    make = partial(Memory, device=recorder.device) if in_memory else TASKS[options.task]
+    for setting in settings(options, config):
+        chosen = best_backends(recorder.folder, _pixels(setting.resolution), setting.precision)
+        entrants = left(recorder, setting, list(entrants_of(options, setting)), chosen)
+        if entrants:
+            models = models or Models(config, load_ours(config, torch.device("cpu") if in_memory else recorder.device))
+            rows = make(setting, models, known, chosen).measure(entrants, options.seconds)
+            recorder.keep(rows)
+            show(str(setting), rows)
 
 
 def settings(options: argparse.Namespace, config: BackboneConfig) -> Iterator[Setting]:
-    for precision, resolution in itertools.product(options.precisions, options.sizes):
+    sizes = ["-".join(map(str, options.sizes))] if options.task == "mixed" else options.sizes
+    for precision, resolution in itertools.product(options.precisions, sizes):
         batches = options.batches or harness.batches(options.task, options.device, resolution)
         for batch, output in itertools.product(batches, options.outputs):
             yield Setting(options.task, config, resolution, batch, output, precision)
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
+def _pixels(resolution: int | str) -> int:
+    return int(str(resolution).partition("-")[0])
+
+
+def entrants_of(options: argparse.Namespace, setting: Setting) -> Iterator[Entrant]:
+    """Every implementation in every mode that it has for a setting."""
+    device = torch.device(options.device)
+    everyone = [*peers(options.reference_path), *ACCELERATED.values()]
+    if device.type == "cpu" and setting.task in ("throughput", "latency") and setting.precision == "fp32":
+        everyone += [ONNXRUNTIME, OPENVINO]
+    everyone = [peer for peer in everyone if peer.name in options.implementations]
+    for peer, mode in itertools.product(everyone, options.modes):
+        if _takes_part(setting, peer, mode, everyone) and goes_with(mode, setting.precision, device):
+            yield peer, mode
+
+
+def _takes_part(setting: Setting, peer: Peer, mode: str, among: list[Peer]) -> bool:
+    if not modes.runs(peer, mode, among):
+        return False
+    if setting.task == "mixed":
+        return mode in modes.WAYS if peer is not OURS else mode not in modes.OF_PEERS
+    trained = setting.task == "training" or setting.output == "training"
+    return mode not in modes.WAYS and not (trained and (modes.is_engine(mode) or mode in ACCELERATED))
+
+
+def left(recorder: Recorder, setting: Setting, entrants: list[Entrant], best: str | None) -> list[Entrant]:
+    """Those to measure: none if all rows are there that can be, and never what the device was lost in."""
+    if all(why_missing(peer, mode, best) or recorder.has(**setting.row(peer, mode)) for peer, mode in entrants):
+        return []
+    return [(peer, mode) for peer, mode in entrants if not recorder.lost_in(**setting.row(peer, mode))]
+
+
+def show(title: str, rows: list[Row]) -> None:
     """Prints what was measured together, and ours over each of the others in the same mode and at its best."""
     print(title)
     ours = best(row for row in rows if row["implementation"] == OURS.name)
@@ -310,16 +155,17 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
             print(f"{name} {'–':>10}  {records.reason(row)}")
             continue
         of = "of the time on the device" if row["task"] == "extraction" else "of the floor"
-        share = f", {row['floor_share']:.0%} {of}" if row["floor_share"] else ""
+        spread = f" ({row['p20']:.3f} to {row['p80']:.3f})" if row.get("p20") else ""
+        share = f", {row['floor_share']:.0%} {of}" if row.get("floor_share") else ""
         times = "" if ours is None or row is ours else f"  ours {ratio(ours, row):.3f}x"
         of_timm = (row.get("versions") or {}).get("of_timm")
         times += f"  {of_timm:.3f} times timm's time" if of_timm else ""
-        print(f"{name} {row['value']:10.3f} {row['unit']} ({row['p20']:.3f} to {row['p80']:.3f}){share}{times}")
+        print(f"{name} {row['value']:10.3f} {row['unit']}{spread}{share}{times}")
 
 
-def summary(rows: list[dict[str, Any]]) -> None:
+def summary(rows: list[Row]) -> None:
     """Prints ours over the best peer in all settings."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("model", "resolution", "batch", "output", "precision"))
         groups.setdefault(key, []).append(row)
@@ -335,23 +181,26 @@ def summary(rows: list[dict[str, Any]]) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    names = (*NAMES, ONNXRUNTIME.name, OPENVINO.name)
     parser = harness.parser("model", __doc__)
     parser.add_argument("--task", default="throughput", choices=TASKS)
     harness.add_models(parser)
-    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518, for throughput on a GPU 1036)")
-    parser.add_argument("--batches", type=harness.numbers, help="pictures (default: large for throughput, else 1,4,16)")
-    parser.add_argument("--outputs", type=harness.some_of(OUTPUTS), default=list(OUTPUTS), help="all,cls")
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels, such as 224,518")
+    parser.add_argument("--batches", type=harness.numbers, help="images")
+    parser.add_argument("--outputs", type=harness.some_of((*OUTPUTS, "training")), help="all,cls; of memory: training")
     parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help=",".join(DTYPES))
-    parser.add_argument("--modes", type=harness.some_of(MODES), help=",".join(MODES))
+    parser.add_argument("--modes", type=modes.parse, help="such as eager,compile,engine: see bench/modes.py")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
-    harness.add_peers(parser, NAMES)
+    parser.add_argument("--implementations", type=harness.some_of(names), default=list(names), help=",".join(names))
+    parser.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as one more peer")
+    first, _ = parser.parse_known_args(arguments)
+    outputs = {"outputs": OUTPUTS_OF.get(first.task, "all,cls")}
+    parser.set_defaults(**(outputs | OF_DEVICE[first.device] | DEFAULTS[first.task, first.device]))
     options = parser.parse_args(arguments)
-    on = options.device
-    host = options.task == "host"
-    options.models = options.models or ([harness.TINY] if host else harness.models(on))
-    options.sizes = options.sizes or harness.sizes(options.task, on)
-    options.precisions = options.precisions or (["fp32"] if host else PRECISIONS[on])
-    options.modes = options.modes or MODES_OF_TASK[options.task, on]
+    if "training" in options.outputs and options.task != "memory":
+        parser.error("--outputs: training is an output of task memory; a training step is timed by --task training")
+    if options.task == "mixed" and (len(options.sizes) != 2 or options.sizes[0] >= options.sizes[1]):
+        parser.error("--sizes: task mixed wants two, the smaller one first, such as 224,518")
     return options
 
 

@@ -1,10 +1,26 @@
-"""How a model is run: in which precision, eagerly, compiled, as a CUDA graph, on a backend or the engine of ours."""
+"""The ways to run a model: precisions, and modes such as eager, compiled, as a CUDA graph, in our engine.
+
+A mode is one of
+
+- eager: the implementation as it comes;
+- compile: torch.compile of a peer's forward pass; freezing: the same with the weights as constants, on a CPU;
+- graphs: a CUDA graph of a peer's forward pass;
+- triton, or another backend: our plain model with that backend forced;
+- engine, engine-best, engine-NAME: our inference engine with its defaults, with the backends that ``best.json`` names
+  (bench.ops writes it), or with one backend forced. With -graphs behind it every call runs as a CUDA graph.
+- accelerated-transformers, accelerated-timm, engine-timm: our blocks or our engine in the model of a peer;
+- single, grouped, padded: how a peer runs images of many sizes (task mixed).
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +29,11 @@ from bench.harness import Run
 from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.extension import load
+from dinov2_fast.inference.cuda_graphs import Cuda
+from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import use_backend
 
-# Of weights and pictures; in fp8 the engine alone runs, with weights of its own.
+# Of weights and images; in fp8 the engine alone runs, with weights of its own.
 DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -23,107 +41,110 @@ DTYPES = {
     "autocast-bf16": torch.float32,
     "fp8": torch.bfloat16,
 }
-COMPILED = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
-BACKENDS = ("triton",)  # of ours, forced for every op that has such an implementation
-# Mixtures. Two leave attention to torch, which takes cuDNN's on an H200; the third is for fp8, in which torch's own
-# linears compute in fp32.
-SDPA = "layer_norm=triton,linear=triton,attention_pool=triton,patches=triton"
-MIXED = "layer_norm=triton,linear=cuda,attention_pool=triton,patches=triton"
-CUBLAS = "layer_norm=triton,attention=triton,attention_pool=triton,patches=triton,linear=cublas"
-
-
-class EngineMode(NamedTuple):
-    """Our engine: whether as a CUDA graph, and the setting of :func:`use_backend`."""
-
-    graphs: bool
-    backend: str | None
-
-
-# It makes its weights from fp32 ones.
-ENGINES = {
-    "engine": EngineMode(False, None),
-    "engine-graphs": EngineMode(True, None),
-    "engine-triton": EngineMode(False, "triton"),
-    "engine-triton-graphs": EngineMode(True, "triton"),
-    "engine-triton-sdpa": EngineMode(False, SDPA),
-    "engine-cuda": EngineMode(False, "cuda"),
-    "engine-cuda-graphs": EngineMode(True, "cuda"),
-    "engine-mixed": EngineMode(False, MIXED),
-    "engine-mixed-graphs": EngineMode(True, MIXED),
-    "engine-cublas": EngineMode(False, CUBLAS),
-    "engine-cublas-graphs": EngineMode(True, CUBLAS),
-}
-MODES = ("eager", *COMPILED, "graphs", *BACKENDS, *ENGINES, *ACCELERATED)
-WARM_UP = 3  # runs before a capture
-CALIBRATING = 8  # pictures, for the scales of fp8
+COMPILED = ("compile", "freezing")
+WAYS = ("single", "grouped", "padded")
+OF_PEERS = (*COMPILED, "graphs", *WAYS)
+BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
+ENGINE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")
+CALIBRATING = 8  # images, for the scales of fp8
 RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
 
 
-def modes_of(peer: Peer, among: list[str], installed: list[Peer]) -> list[str]:
-    """The modes that are worth running of a peer.
+def parse(text: str) -> list[str]:
+    """Modes with commas between them."""
+    modes = text.split(",")
+    known = ("eager", *OF_PEERS, *BACKENDS, *ACCELERATED)
+    if unknown := [mode for mode in modes if mode not in known and not is_engine(mode)]:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(unknown)}: there are {', '.join(known)}, engine, engine-best, engine-BACKEND, and these "
+            "three with -graphs"
+        )
+    return modes
 
-    The graph that max-autotune gets is the same from every peer, and it takes minutes: one of them is enough.
+
+def is_engine(mode: str) -> bool:
+    return ENGINE.fullmatch(mode) is not None
+
+
+def runs(peer: Peer, mode: str, among: list[Peer]) -> bool:
+    """Whether a peer has a mode, and it is worth its time.
+
+    The graphs that torch.compile gets from all peers are nearly the same, so one peer is compiled: timm's model, which
+    has one product for queries, keys and values where transformers has three.
     """
-    autotuned = next((p for p in (TIMM, TRANSFORMERS, OURS) if p in installed), None)
-    ours = (*BACKENDS, *ENGINES)
-    among = [mode for mode in among if mode not in ACCELERATED]
-    return [m for m in among if (m not in ours or peer is OURS) and (m != "max-autotune" or peer is autotuned)]
+    if mode in COMPILED:
+        return peer is next((p for p in (TIMM, TRANSFORMERS) if p in among and not p.missing), None)
+    if mode in ACCELERATED or peer in ACCELERATED.values():
+        return peer is ACCELERATED.get(mode)
+    if mode in OF_PEERS:
+        return peer is not OURS
+    return mode == "eager" or peer is OURS
 
 
-def goes_with(mode: str, precision: str, output: str, device: torch.device) -> bool:
+def goes_with(mode: str, precision: str, device: torch.device) -> bool:
     """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8.
 
-    On a GPU its default linears in fp8, which are torch's, would compute in fp32. What the last block computes for the
-    class token alone stays in bf16, where cuBLAS' linears do not add their bias.
+    On a GPU its default linears in fp8, which are torch's, would compute in fp32.
     """
-    if mode not in ENGINES:
+    engine = ENGINE.fullmatch(mode)
+    if engine is None:
         return precision != "fp8"
-    engine = ENGINES[mode]
-    if engine.backend == CUBLAS:
-        return precision == "fp8" and output == "all"
     if precision == "fp8":
-        return device.type != "cuda" or engine.backend is not None
+        return device.type != "cuda" or engine[1] is not None
     return precision != "autocast-bf16"
 
 
-def why_missing(peer: Peer, mode: str) -> str | None:
-    """Why a peer cannot run in a mode until something is installed or built, or None."""
-    extension = load().reason if "cuda" in _names(_backend(mode)) else None
-    return peer.missing or (extension and f"the CUDA extension is not available ({extension})")
+def backend_of(mode: str, best: str | None = None) -> str | None:
+    """The setting of :func:`use_backend` that a mode runs under; `best` is that of engine-best."""
+    engine = ENGINE.fullmatch(mode)
+    name = engine[1] if engine else mode if mode in BACKENDS else None
+    return best if name == "best" else name
 
 
-def _backend(mode: str) -> str | None:
-    """The setting of :func:`use_backend` that a mode runs under."""
-    return mode if mode in BACKENDS else ENGINES[mode].backend if mode in ENGINES else None
+def best_backends(folder: Path, resolution: int, precision: str) -> str | None:
+    """The fastest backend of each form, by the ``best.json`` of a device's folder, as a setting; None without one.
+
+    The rows of the resolution that is nearest to `resolution` count.
+    """
+    path = folder / "best.json"
+    forms = json.loads(path.read_text())["forms"] if path.is_file() else {}
+    if not forms:
+        return None
+    nearest = forms[min(forms, key=lambda size: abs(int(size) - resolution))]
+    plain = {name: backend for name, backend in nearest.items() if not name.endswith(" e4m3")}
+    in_e4m3 = {name.removesuffix(" e4m3"): backend for name, backend in nearest.items() if name.endswith(" e4m3")}
+    chosen = plain | (in_e4m3 if precision == "fp8" else {})
+    return ",".join(f"{name}={backend}" for name, backend in sorted(chosen.items()))
 
 
-def _names(setting: str | None) -> set[str]:
-    """The backends in a setting."""
-    return {part.rpartition("=")[2] for part in (setting or "").split(",")}
+def why_missing(peer: Peer, mode: str, best: str | None = None) -> str | None:
+    """Why a peer cannot run in a mode until something is installed, built or measured, or None."""
+    if (engine := ENGINE.fullmatch(mode)) and engine[1] == "best" and best is None:
+        return "there is no best.json, which bench.ops writes"
+    needs_extension = "cuda" in re.split("[=,]", backend_of(mode, best) or "")
+    reason = load().reason if needs_extension else None
+    return peer.missing or (reason and f"the CUDA extension is not available ({reason})")
 
 
-def prepare(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
+def prepare(
+    peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str, best: str | None = None
+) -> Run:
     """A forward pass on `x`, ready to be called again and again; call it in inference mode.
 
     Args:
         model: of that peer, its weights in the dtype of the precision; in fp32 for the engine.
-        x: pictures (batch, 3, height, width) in the dtype of the precision.
+        x: images (batch, 3, height, width) in the dtype of the precision.
+        best: the backends of engine-best.
     """
-    if mode in ENGINES:
-        model = engine(model, x, output, precision, ENGINES[mode].graphs)
-    return runner(peer, model, x, output, precision, mode)
-
-
-def runner(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str) -> Run:
-    """The same of a model that is the engine already where the mode says so."""
-    call = peer.call[output]
+    if is_engine(mode):
+        model = engine(model, x, output, precision, mode)
+    call, context = peer.call[output], surroundings(precision, mode, x.device, best)
 
     def forward(x: Tensor) -> Any:
         return call(model, x)
 
     if mode in COMPILED:
-        forward = torch.compile(forward, dynamic=False, mode=COMPILED[mode])
-    context = contexts(precision, mode, x.device)
+        forward = torch.compile(forward, dynamic=False)
     if mode == "graphs":
         return _captured(forward, x, context)
 
@@ -134,8 +155,9 @@ def runner(peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str,
     return run
 
 
-def engine(model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, graphs: bool) -> nn.Module:
-    """Our engine, from weights in fp32, for what :func:`prepare` runs; also where it is slower than fp32."""
+def engine(model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, mode: str) -> nn.Module:
+    """Our engine, from weights in fp32; also where it is slower than fp32."""
+    graphs = True if mode.endswith("-graphs") else "auto"
     made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True)
     if precision == "fp8":
         made.calibrate(x[:CALIBRATING])
@@ -150,60 +172,45 @@ def compiling() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def contexts(precision: str, mode: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Makes the surroundings of one run."""
-    backend = _backend(mode)
-    if precision == "autocast-bf16" and backend:
-        return lambda: _both(torch.autocast(device.type, torch.bfloat16), use_backend(backend, strict=True))
-    if precision == "autocast-bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return (lambda: use_backend(backend, strict=True)) if backend else contextlib.nullcontext
+def surroundings(
+    precision: str, mode: str, device: torch.device, best: str | None = None
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Makes the context of one run. One backend that is forced must take all inputs; those of engine-best may not."""
+    backend = backend_of(mode, best)
 
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if precision == "autocast-bf16":
+                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if backend:
+                stack.enter_context(use_backend(backend, strict=backend != best))
+            if mode == "freezing":
+                stack.enter_context(torch._inductor.config.patch(freezing=True))
+            yield
 
-@contextlib.contextmanager
-def _both(*managers: contextlib.AbstractContextManager[Any]) -> Any:
-    with contextlib.ExitStack() as stack:
-        for manager in managers:
-            stack.enter_context(manager)
-        yield
+    return context if precision == "autocast-bf16" or backend or mode == "freezing" else contextlib.nullcontext
 
 
 def _captured(
     forward: Callable[[Tensor], Any], x: Tensor, context: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> Run:
-    """A CUDA graph of the forward pass, with the copy of new pictures into its input.
+    """A CUDA graph of the forward pass, captured as our engine does, with the copy of new images into its input.
 
     Raises:
-        RuntimeError: the forward pass waits for the device. It is raised in a warm-up: a capture of it would fail, and
-            leave torch's random numbers and allocator amid that capture for all that the process measures next.
+        RuntimeError: the forward pass waits for the device.
     """
     static = x.clone()
-    side = torch.cuda.Stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(side), context():
-        for _ in range(WARM_UP - 1):
-            forward(static)
-        with _errors_for_waiting():
-            forward(static)
-    torch.cuda.current_stream(x.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), context():
-        result = forward(static)
 
     def run() -> Any:
+        with context():
+            return forward(static)
+
+    graph, result, _ = Cuda().capture(run, x.device, None)
+
+    def replay() -> Any:
         static.copy_(x)
         graph.replay()
         return result
 
-    return run
-
-
-@contextlib.contextmanager
-def _errors_for_waiting() -> Iterator[None]:
-    """Inside, torch raises where the host waits for the device, in every thread."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    return replay

@@ -1,4 +1,4 @@
-"""The implementations that are compared, behind one interface: pictures in, all tokens or the class token out.
+"""The implementations that are compared, behind one interface: images in, all tokens or the class token out.
 
 Every peer gets the same weights, converted with this project's tools. One that cannot run here says why.
 """
@@ -6,18 +6,12 @@ Every peer gets the same weights, converted with this project's tools. One that 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
-import os
-import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -26,7 +20,7 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from bench import records
-from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
 NAMES = ("dinov2_fast", "transformers", "timm", "facebook")
@@ -45,7 +39,6 @@ class Peer:
         take: for an output, the tensor in what `call` returns: all tokens after the final norm (batch, tokens, hidden)
             with output "all", the class token (batch, hidden) with "cls".
         dialect: how it resamples positions.
-        variant: what tells two peers of the same name apart.
         missing: why it cannot run here, or None.
     """
 
@@ -54,12 +47,7 @@ class Peer:
     call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
     take: Mapping[str, Callable[[Any], Tensor]]
     dialect: Callable[[BackboneConfig], str]
-    variant: str = ""
     missing: str | None = None
-
-    def mode(self, mode: str) -> str:
-        """The mode as records name it."""
-        return f"{self.variant}-{mode}" if self.variant else mode
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
         return self.take[output](self.call[output](model, x))
@@ -71,12 +59,16 @@ def peers(reference_path: Path | None = None) -> list[Peer]:
     Args:
         reference_path: a checkout of facebookresearch/dinov2.
     """
-    return [OURS, TRANSFORMERS, TIMM, *(facebook(reference_path, xformers) for xformers in (False, True))]
+    return [OURS, TRANSFORMERS, TIMM, *([facebook(reference_path)] if reference_path else [])]
 
 
-def chosen(everyone: list[Peer], names: list[str] | None) -> list[Peer]:
-    """Those of some names, or all."""
-    return [peer for peer in everyone if names is None or peer.name in names]
+def load_ours(config: BackboneConfig, device: torch.device) -> nn.Module:
+    """Our model in fp32, in eval mode, with random weights that are the same each time."""
+    if config.name in BACKBONES:
+        return dinov2_fast.load(config.name, weights="random:0", device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return dinov2_fast.DinoVisionTransformer(**config.constructor_arguments()).to(device).eval()
 
 
 def not_installed(package: str) -> str | None:
@@ -151,16 +143,12 @@ def _tokens(features: dict[str, Tensor]) -> Tensor:
     return torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
 
 
-def _own_dialect(config: BackboneConfig) -> str:
-    return config.dialect
-
-
 OURS = Peer(
     "dinov2_fast",
     _ours,
     {"all": _forward_features, "cls": _forward},
     {"all": _tokens, "cls": _as_it_is},
-    _own_dialect,
+    lambda config: config.dialect,
 )
 TRANSFORMERS = Peer(
     "transformers",
@@ -194,50 +182,20 @@ ACCELERATED = {f"accelerated-{peer.name}": _accelerated(peer) for peer in (TRANS
 ACCELERATED["engine-timm"] = _accelerated(TIMM, inference=True)
 
 
-def facebook(path: Path | None, xformers: bool) -> Peer:
-    """The reference, from a checkout, with or without xformers. It looks for that package when it is imported.
+def facebook(checkout: Path) -> Peer:
+    """The reference, from a checkout; with xformers where that is installed, as it finds out itself.
 
     Raises:
-        ValueError: there is no such code at `path`.
+        ValueError: there is no such code at `checkout`.
     """
-    if path is not None and not (path / "dinov2" / "hub" / "backbones.py").is_file():
-        raise ValueError(f"--reference-path: {path} is no checkout of facebookresearch/dinov2.")
-    missing = "no --reference-path was given" if path is None else not_installed("xformers") if xformers else None
+    if not (checkout / "dinov2" / "hub" / "backbones.py").is_file():
+        raise ValueError(f"--reference-path: {checkout} is no checkout of facebookresearch/dinov2.")
 
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
-        assert path is not None
-        make = getattr(_reference(path, xformers), config.name)
+        with mock.patch.object(sys, "path", [str(checkout), *sys.path]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it found
+            make = getattr(importlib.import_module("dinov2.hub.backbones"), config.name)
         given = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
         return _loaded(lambda: make(**given), model.state_dict())
 
-    return Peer(
-        "facebook", build, OURS.call, OURS.take, _own_dialect, variant="xformers" if xformers else "", missing=missing
-    )
-
-
-@functools.cache
-def _reference(path: Path, xformers: bool) -> ModuleType:
-    """The module of the reference's entry points.
-
-    It decides about xformers when it is imported. So that both ways stand side by side, each is imported from a copy
-    under a name of its own.
-    """
-    folder = Path(_copies().name)
-    name = f"dinov2_{'with' if xformers else 'without'}_xformers"
-    shutil.copytree(path / "dinov2", folder / name)
-    for file in (folder / name).rglob("*.py"):
-        file.write_text(re.sub(r"^(\s*)(from|import) dinov2\b", rf"\1\2 {name}", file.read_text(), flags=re.MULTILINE))
-    environment = {key: value for key, value in os.environ.items() if key != "XFORMERS_DISABLED"}
-    environment |= {} if xformers else {"XFORMERS_DISABLED": "1"}
-    with mock.patch.dict(os.environ, environment, clear=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of what it found
-        importlib.import_module(f"{name}.models.vision_transformer")
-        return importlib.import_module(f"{name}.hub.backbones")
-
-
-@functools.cache
-def _copies() -> tempfile.TemporaryDirectory[str]:
-    """A folder on the path of modules, until the process ends."""
-    folder = tempfile.TemporaryDirectory()
-    sys.path.append(folder.name)
-    return folder
+    return Peer("facebook", build, OURS.call, OURS.take, lambda config: config.dialect)

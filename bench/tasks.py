@@ -1,0 +1,220 @@
+"""What the tasks of bench.model share: the setting, the models, what results must be, and how all are measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bench import harness, records, roofline
+from bench.harness import Run, contest, quantiles
+from bench.modes import DTYPES, ENGINE, compiling, surroundings, why_missing
+from bench.peers import OURS, Peer
+from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.ops.dispatch import use_backend
+from tests.reference import assert_obeys_rule
+
+SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls, without waiting between, that one time is taken of, at least
+COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
+
+Entrant = tuple[Peer, str]  # an implementation and its mode
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked of all alike."""
+
+    task: str
+    config: BackboneConfig
+    resolution: int | str  # pixels of each side, or such as "224-518" for images of many sizes
+    batch: int
+    output: str
+    precision: str
+
+    def images(self, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        size = (self.batch, 3, self.resolution, self.resolution)
+        return torch.randn(size, device=device, generator=generator).to(DTYPES[self.precision])
+
+    def row(self, peer: Peer, mode: str) -> Row:
+        """The keys that say what a row is about."""
+        return {
+            "task": self.task,
+            "model": self.config.name,
+            "resolution": self.resolution,
+            "batch": self.batch,
+            "output": self.output,
+            "precision": self.precision,
+            "implementation": peer.name,
+            "mode": mode,
+        }
+
+    def __str__(self) -> str:
+        output = {"all": "all tokens", "cls": "class token"}.get(self.output, self.output)
+        return f"{harness.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
+
+
+class Models:
+    """A backbone in every implementation, made when it is first asked for, in one dtype at a time.
+
+    Args:
+        ours: our model in fp32, on the device.
+    """
+
+    def __init__(self, config: BackboneConfig, ours: nn.Module) -> None:
+        self.config, self.ours = config, ours
+        self.device = next(ours.parameters()).device
+        self._made: dict[tuple[Peer, torch.dtype], nn.Module] = {}
+
+    def get(self, peer: Peer, dtype: torch.dtype) -> nn.Module:
+        self._made = {key: model for key, model in self._made.items() if key[1] == dtype}
+        if (peer, dtype) not in self._made:
+            made = peer.build(self.config, self.ours, 0.0)
+            self._made[peer, dtype] = made.to(self.device, dtype).eval()
+        return self._made[peer, dtype]
+
+
+@contextmanager
+def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
+    """Our model with another way of resampling positions."""
+    before, model.position_dialect = model.position_dialect, dialect
+    try:
+        yield
+    finally:
+        model.position_dialect = before
+
+
+class Judge:
+    """Knows what results must be: those of our model on plain PyTorch, in a wider dtype and in the setting's precision.
+
+    Args:
+        results: of our model, for images in a dtype, by what they are.
+    """
+
+    def __init__(
+        self, setting: Setting, models: Models, results: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
+    ) -> None:
+        self._setting, self._models, self._results = setting, models, results
+        self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def verdict(self, peer: Peer, found: dict[str, Tensor]) -> Row:
+        """What a row says about results.
+
+        Raises:
+            AssertionError: they are not the model's, resampling positions as the peer does.
+        """
+        dialect = peer.dialect(self._setting.config)
+        if dialect not in self._known:
+            self._known[dialect] = self._expected(dialect)
+        wide, usual = self._known[dialect]
+        if self._setting.precision == "fp8":
+            return _judged_by_cosine(found["the outputs"].float(), wide["the outputs"])
+        worst = 0.0
+        for name, result in found.items():
+            try:
+                worst = max(worst, assert_obeys_rule(result.to(usual[name].dtype), wide[name], usual[name]))
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
+        return {"outputs_max_error": worst}
+
+    def _expected(self, dialect: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        precision = self._setting.precision
+        dtype = DTYPES[precision]
+        exact, same = self._models.ours, self._models.get(OURS, dtype)
+        if precision == "fp32":
+            exact = copy.deepcopy(exact).double()
+        wide = next(exact.parameters()).dtype
+        # cuDNN's convolutions compute fp32 in TF32 unless told otherwise; without `enabled` there is no cuDNN inside.
+        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with use_backend("torch"), exactly, resampling(exact, dialect):
+            reference = self._results(exact, wide)
+        with use_backend("torch"), surroundings(precision, "eager", self._models.device)(), resampling(same, dialect):
+            return reference, self._results(same, dtype)
+
+
+def _judged_by_cosine(result: Tensor, wide: Tensor) -> Row:
+    cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
+    assert cosine >= COSINE, f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}"
+    error = ((result - wide).abs().max() / wide.abs().max()).item()
+    return {"outputs_max_error": error, "versions": {"cosine": cosine}}
+
+
+class Task:
+    """One setting of a task, in which implementations are measured.
+
+    Args:
+        ceilings: rows of bench.roofline, for the floor.
+        best: the backends of mode engine-best.
+    """
+
+    in_inference_mode: ClassVar[bool] = True
+
+    def __init__(self, setting: Setting, models: Models, ceilings: Iterable[Row] = (), best: str | None = None) -> None:
+        self.setting, self.models, self.best = setting, models, best
+        self.device = models.device
+        self._ceilings = ceilings
+
+    def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
+        """What is timed, and what a row says about its results.
+
+        Raises:
+            AssertionError: the results are wrong.
+        """
+        raise NotImplementedError
+
+    def floor(self, ceilings: roofline.Ceilings) -> float:
+        """Seconds that a run takes at least; ValueError where a rate is not known."""
+        raise ValueError("this task has no floor")
+
+    def measure(self, entrants: Iterable[Entrant], seconds: float) -> list[Row]:
+        """A row for each, from times taken in turn for about `seconds` in all."""
+        rows = self.rows(entrants)
+
+        def ready(entrant: Entrant) -> Run:
+            run, about = self.ready(*entrant)
+            rows[entrant] |= about
+            if self.best and (engine := ENGINE.fullmatch(entrant[1])) and engine[1] == "best":
+                rows[entrant]["versions"] = (about.get("versions") or {}) | {"backends": self.best}
+            return run
+
+        sample = SAMPLE[self.device.type] if self.setting.task not in ("latency", "host") else 0.0
+        with torch.inference_mode(self.in_inference_mode), compiling():
+            times = contest(rows, ready, self.device, seconds, sample)
+        for entrant, taken in times.items():
+            rows[entrant] |= self.values(entrant, taken)
+        self.compare(rows, times)
+        return list(rows.values())
+
+    def rows(self, entrants: Iterable[Entrant]) -> dict[Entrant, Row]:
+        """A row for each: what it is about, and why it is missing if it is."""
+        rows = {(peer, mode): self.setting.row(peer, mode) for peer, mode in entrants}
+        for (peer, mode), row in rows.items():
+            if reason := why_missing(peer, mode, self.best):
+                row |= records.missing(reason)
+        return rows
+
+    def values(self, entrant: Entrant, times: list[float]) -> Row:
+        """The measured keys of a row, from seconds."""
+        fast, median, slow = quantiles(times)
+        least = self._least()
+        share = {"floor_share": least and least / median}
+        if self.setting.task in ("latency", "host"):
+            return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
+        batch = self.setting.batch
+        return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
+
+    def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
+        """Adds what follows from all times together."""
+
+    def _least(self) -> float | None:
+        """The floor, or None where bench.roofline has not measured what it takes."""
+        try:
+            return self.floor(roofline.ceilings_of(self._ceilings, self.setting.precision.removeprefix("autocast-")))
+        except ValueError:
+            return None
