@@ -47,7 +47,7 @@ KEYS = (
     "date",
 )
 IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "implementation", "mode", "commit")
-PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers")
+PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
 
 
 NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
