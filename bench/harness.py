@@ -135,6 +135,8 @@ def contest(
     device: torch.device,
     seconds: float,
     sample: float = 0.0,
+    *,
+    flush: bool = False,
 ) -> dict[Name, list[float]]:
     """Seconds of each run, taken in turn for about `seconds` in all.
 
@@ -143,6 +145,7 @@ def contest(
             which is stopped gets a reason.
         ready: gives what is timed of an entrant, or raises.
         sample: seconds of calls, one behind the other, that one time is taken of, at least.
+        flush: as :func:`in_turn` has it.
 
     Raises:
         records.DeviceLost: an entrant took the device with it.
@@ -162,7 +165,7 @@ def contest(
             runs[name] = run
         except Exception as exception:  # what stops one must not stop the others
             stop(name, exception)
-    return in_turn(runs, device, seconds, calls=calls, stop=stop) if runs else {}
+    return in_turn(runs, device, seconds, flush=flush, calls=calls, stop=stop) if runs else {}
 
 
 # A backbone by its letter, or by the name of its hub entry point.
