@@ -15,7 +15,7 @@ from dinov2_fast.model import DinoVisionTransformer
 
 CPU = torch.device("cpu")
 S, B, L, G = (BACKBONES[f"dinov2_vit{letter}14"] for letter in "sblg")
-TINY = Shape(harness.TINY, 28, 2, CPU, torch.float32)  # 5 tokens, hidden size 64, 1 head
+TINY = Shape(harness.TINY, 28, 2)  # 5 tokens, hidden size 64, 1 head
 # Worked out by hand for an H200, apart from this code, at 790 TFLOP/s in bf16, 1400 in fp8, 250, 450 and 500 of
 # attention, and 4.3 TB/s: MB of elementwise traffic in one layer for each image in bf16; images per second in bf16 and
 # fp8; percent of that time in products, attention and elementwise traffic.
@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_model_and_of_the_ops(name) -> None:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.forward_features(x)
     products = {p.place: p for p in roofline.products_of(config, 518, 2, "all")}
-    shape = Shape(config, 518, 2, CPU, torch.float32)
+    shape = Shape(config, 518, 2)
     assert sum(p.count * p.flops for p in products.values()) + config.depth * attention_flops(shape) == (
         counter.get_total_flops()
     )
