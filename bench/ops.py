@@ -228,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     speeds = Speeds.measured(device, dtype)
     recorder.common["versions"] |= {f"{name}_per_s": rate for name, rate in speeds._asdict().items()}
-    print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
+    rates = ", ".join(f"{name} {rate:.3g}/s" for name, rate in speeds._asdict().items() if rate)
+    print(f"{recorder}, {PRECISION[dtype]}, {rates}")
     if device.type == "cpu":
         print("On a CPU no kernel and no torch.compile runs.")
     # Rows without torch.compile were measured without it; those without torch are what the device was lost in.
