@@ -3,12 +3,9 @@
 A and B are folders ``bench/results/<device>``, or single files of them. ``PATH@COMMIT`` takes the rows of one commit
 (its first digits are enough); without it each file gives those of the commit measured last in it.
 
-Each row's ratio is turned so that more than 1 means B is better: B / A for images/s, A / B for ms and us. The range in
-brackets runs from B's slow percentile against A's fast one to the reverse. If it holds 1, the two spreads (20 to 80 %)
-overlap, and the difference is within the spread.
-
-The exit status is 1 if a row is slower beyond its spread and by more than the threshold, 2 if there is nothing to
-compare (bad arguments, a bad file, no row in common), otherwise 0.
+A ratio of more than 1 means B is better. The range in brackets runs from B's slow percentile against A's fast one to
+the reverse: if it holds 1, the difference is within the spread (20 to 80 %). The exit status is 1 if a row is slower
+beyond its spread and by more than the threshold, 2 if there is nothing to compare, otherwise 0.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from bench.records import Row
 
 Key = tuple[Any, ...]
 IDENTITY = tuple(key for key in records.IDENTITY if key != "commit")
-ENVIRONMENT = ("gpu", "cpu", "threads", "torch", "triton", "python", *records.PACKAGES)
+ENVIRONMENT = ("commit", "date", "gpu", "cpu", "threads", "torch", "triton", "python", *records.PACKAGES)
 
 
 class Ratio(NamedTuple):
@@ -34,9 +31,6 @@ class Ratio(NamedTuple):
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}), {self.verdict}"
 
     @property
     def verdict(self) -> str:
@@ -49,16 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("b", metavar="B", help="the new results")
     parser.add_argument("--threshold", type=float, default=0.05, help="the loss that is let pass (default: 0.05)")
     options = parser.parse_args(arguments)
-    if not 0 <= options.threshold < 1:
-        parser.error(f"--threshold must be from 0 to below 1, not {options.threshold}")
     try:
         ratios = compared(load(options.a), load(options.b))
-    except (OSError, ValueError) as error:
-        print(f"bench.compare: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"bench.compare: {error!r}", file=sys.stderr)
         return 2
-    _print_means(ratios)
-    counts = Counter(r.verdict for r in ratios.values())
-    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("slower", "within the spread", "faster")))
     too_slow = [key for key, r in ratios.items() if r.verdict == "slower" and r.value < 1 - options.threshold]
     for key in sorted(too_slow, key=lambda key: ratios[key]):
         print(f"SLOWER by more than {options.threshold:.3g}: {_name(key)}: {ratios[key].value:.3f}")
@@ -66,57 +55,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load(name: str) -> dict[Key, Row]:
-    """The rows of `PATH` or `PATH@COMMIT`, by what they measure; OSError or ValueError if there are none."""
+    """The rows of `PATH` or `PATH@COMMIT`, by what they measure; ValueError if there are none."""
     place, commit = (name, "") if Path(name).exists() or "@" not in name else name.rsplit("@", 1)
     path = Path(place)
     # steps.jsonl is bench.gpu's, and holds no results
     files = sorted(set(path.glob("*.jsonl")) - {path / "steps.jsonl"}) if path.is_dir() else [path]
-    every = [row for file in files for row in (_read(file) if commit else records.newest(_read(file)))]
-    if commit:
-        wanted = _resolve(name, commit, {row["commit"] for row in every})
-        every = [row for row in every if row["commit"] == wanted]
+    every = [row for rows in map(records.read, files) for row in (rows if commit else records.newest(rows))]
+    commits = {str(row["commit"]) for row in every}
+    found = {commit} & commits or {each for each in commits if each.startswith(commit)}
+    if commit and len(found) != 1:
+        raise ValueError(f"{name}: {len(found)} commits begin so; there are {', '.join(sorted(commits))}")
     if not every:
         raise ValueError(f"{path} does not exist or holds no rows")
-    return {tuple(row[key] for key in IDENTITY): row for row in every}
-
-
-def _read(file: Path) -> list[Row]:
-    try:
-        rows = records.read(file)
-    except ValueError as error:
-        raise ValueError(f"{file} holds a line that is not JSON: {error}") from error
-    if wrong := [number for number, row in enumerate(rows, 1) if not set(records.KEYS) <= set(row)]:
-        raise ValueError(f"{file}, line {wrong[0]}, is not a result")
-    return [row | {"commit": row["commit"] or "unknown"} for row in rows]
-
-
-def _resolve(name: str, wanted: str, commits: set[str]) -> str:
-    """The one commit whose first digits are given. One measured with changed code is asked for as `digits-dirty`."""
-    digits, dirty = wanted.removesuffix("-dirty"), wanted.endswith("-dirty")
-    found = [c for c in commits if c.startswith(digits) and c.endswith("-dirty") == dirty]
-    if len(found) != 1:
-        problem = "several commits begin so" if found else "no such commit"
-        raise ValueError(f"{name}: {problem}; there are {', '.join(sorted(commits))}")
-    return found[0]
+    return {tuple(row[key] for key in IDENTITY): row for row in every if str(row["commit"]) in found}
 
 
 def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
     """Prints what is in both and what is not; ValueError if no row can be compared."""
-    _print_sides(a, b)
+    _print_differences(a, b)
     ratios = {}
-    for key, old, new in ((key, a[key], b[key]) for key in a if key in b):
-        missing = " and ".join(side for side, row in (("A", old), ("B", new)) if not row["value"])
-        if missing or old["unit"] != new["unit"]:
-            why = f"no value in {missing}" if missing else f"{old['unit']} in A, {new['unit']} in B"
-            print(f"not compared: {_name(key)}: {why}")
+    for key in a | b:
+        sides = [side for side, rows in (("A", a), ("B", b)) if rows.get(key, {}).get("value")]
+        if len(sides) < 2:
+            print(f"not compared: {_name(key)}: {f'only {sides[0]} has a value' if sides else 'no value'}")
+        elif a[key]["unit"] != b[key]["unit"]:
+            print(f"not compared: {_name(key)}: {a[key]['unit']} in A, {b[key]['unit']} in B")
         else:
-            r = ratios[key] = ratio(old, new)
-            print(f"{_name(key)}: {old['value']:.3f} -> {new['value']:.3f} {old['unit']}, {r}")
-    for side, rows, other in (("A", a, b), ("B", b, a)):
-        for key in (key for key in rows if key not in other):
-            print(f"only in {side}: {_name(key)}")
+            r = ratios[key] = ratio(a[key], b[key])
+            values = f"{a[key]['value']:.3f} -> {b[key]['value']:.3f} {a[key]['unit']}"
+            print(f"{_name(key)}: {values}, {r.value:.3f} ({r.low:.3f} to {r.high:.3f}), {r.verdict}")
     if not ratios:
         raise ValueError("A and B have no row in common that can be compared")
+    _print_means(ratios)
     return ratios
 
 
@@ -127,35 +97,28 @@ def ratio(old: Row, new: Row) -> Ratio:
     return Ratio(better["value"] / base["value"], low[0] / high[1], high[0] / low[1])
 
 
-def _print_sides(a: dict[Key, Row], b: dict[Key, Row]) -> None:
-    """Where both sides come from, and which hardware and versions are not the same."""
-    for side, rows in (("A", a), ("B", b)):
-        groups = Counter((row["task"], records.short(row["commit"]), row["date"]) for row in rows.values())
-        held = ", ".join(f"{task} {commit} of {date} ({count} rows)" for (task, commit, date), count in groups.items())
-        print(f"{side}: {held}")
+def _print_differences(a: dict[Key, Row], b: dict[Key, Row]) -> None:
+    """Where both sides come from: which commits, hardware and versions are not the same."""
     for name in ENVIRONMENT:
         old, new = (", ".join(sorted({str(records.fact(row, name)) for row in rows.values()})) for rows in (a, b))
         if old != new:
             print(f"NOT THE SAME: {name}: {old} in A, {new} in B")
-    print()
 
 
 def _name(key: Key) -> str:
-    """The parts that apply: `throughput dinov2_vits14 224 px batch 8 all fp32 dinov2_fast eager`."""
-    units = {"resolution": "{} px", "batch": "batch {}"}
-    parts = dict(zip(IDENTITY, key, strict=True))
-    return " ".join(units.get(part, "{}").format(value) for part, value in parts.items() if value is not None)
+    """The parts that apply: `throughput dinov2_vits14 224 8 all fp32 dinov2_fast eager`."""
+    return " ".join(str(part) for part in key if part is not None)
 
 
 def _print_means(ratios: dict[Key, Ratio]) -> None:
-    """For each task, and for each implementation in it, since a drift of the machine moves them all."""
+    """For each task and implementation, since a drift of the machine moves them all; and how many got slower."""
     groups: dict[str, list[float]] = {}
-    for key, r in ratios.items():
-        task, implementation = key[IDENTITY.index("task")], key[IDENTITY.index("implementation")]
-        for name in (task, f"{task}, {implementation}"):
-            groups.setdefault(name, []).append(r.value)
+    for (task, *_, implementation, _mode), r in ratios.items():
+        groups.setdefault(f"{task}, {implementation}", []).append(r.value)
     for name, values in sorted(groups.items()):
         print(f"{name}: geometric mean {statistics.geometric_mean(values):.3f} of {len(values)} rows")
+    counts = Counter(r.verdict for r in ratios.values())
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in ("slower", "within the spread", "faster")))
 
 
 if __name__ == "__main__":
