@@ -32,6 +32,7 @@ ROUNDS = 5  # of each run at least
 FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
 STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
 PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
+ATTEMPTS = 100  # likewise: the times of a run of microseconds may go up and down for ever
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -88,7 +89,9 @@ def warm_up(run: Run, device: torch.device) -> float:
     """Runs until the time is steady, since libraries plan and compile at first; gives the last time, in seconds."""
     before, last = elapsed(run, device), elapsed(run, device)
     start = time.perf_counter()
-    while abs(last - before) > STEADY * last and time.perf_counter() - start < PATIENCE:
+    for _ in range(ATTEMPTS):
+        if abs(last - before) <= STEADY * last or time.perf_counter() - start >= PATIENCE:
+            break
         before, last = last, elapsed(run, device)
     return last
 
@@ -135,6 +138,8 @@ def contest(
     device: torch.device,
     seconds: float,
     sample: float = 0.0,
+    *,
+    flush: bool = False,
 ) -> dict[Name, list[float]]:
     """Seconds of each run, taken in turn for about `seconds` in all.
 
@@ -143,6 +148,7 @@ def contest(
             which is stopped gets a reason.
         ready: gives what is timed of an entrant, or raises.
         sample: seconds of calls, one behind the other, that one time is taken of, at least.
+        flush: as :func:`in_turn` has it.
 
     Raises:
         records.DeviceLost: an entrant took the device with it.
@@ -162,7 +168,7 @@ def contest(
             runs[name] = run
         except Exception as exception:  # what stops one must not stop the others
             stop(name, exception)
-    return in_turn(runs, device, seconds, calls=calls, stop=stop) if runs else {}
+    return in_turn(runs, device, seconds, flush=flush, calls=calls, stop=stop) if runs else {}
 
 
 # A backbone by its letter, or by the name of its hub entry point.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -18,22 +18,17 @@ from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
 
 PATCH = 14
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
-EPS = 1e-6
-RESIDUAL = 4  # the position of the stream among the arguments of a linear
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of square pictures in a backbone."""
+    """A batch of square images in a backbone."""
 
     config: BackboneConfig
     resolution: int
     batch: int
     device: torch.device
     dtype: torch.dtype
-
-    def with_batch(self, batch: int) -> Shape:
-        return replace(self, batch=batch)
 
     def __str__(self) -> str:
         return f"{self.config.name}, {self.resolution} px, batch {self.batch}"
@@ -47,17 +42,21 @@ class Shape:
         return self.config.embed_dim
 
     @property
-    def heads(self) -> int:
-        return self.config.num_heads
-
-    @property
     def swiglu(self) -> bool:
         return self.config.ffn_layer != "mlp"
 
     @property
-    def ffn(self) -> int:
-        """Width of the hidden layer of the feed-forward network; of one half of it with SwiGLU."""
-        return (self.hidden * 8 // 3 + 7) // 8 * 8 if self.swiglu else 4 * self.hidden
+    def features(self) -> dict[str, tuple[int, int]]:
+        """The in_features and out_features of each linear of a block."""
+        hidden = self.hidden
+        ffn = (hidden * 8 // 3 + 7) // 8 * 8 if self.swiglu else 4 * hidden  # of one half with SwiGLU
+        fc1 = ffn * (1 + self.swiglu)
+        return {"qkv": (hidden, 3 * hidden), "proj": (hidden, hidden), "fc1": (hidden, fc1), "fc2": (ffn, hidden)}
+
+    @property
+    def mixed_lengths(self) -> tuple[int, ...]:
+        """Tokens of large and small crops, as many of each, packed one kind after the other."""
+        return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, device=self.device, dtype=self.dtype)
@@ -69,25 +68,17 @@ class Shape:
         return self.random(self.hidden)
 
     def norm(self) -> tuple[Tensor, Tensor, float]:
-        return self.vector(), self.vector(), EPS
+        return self.vector(), self.vector(), 1e-6
 
     def qkv(self, *lead: int) -> Tensor:
-        return self.random(*lead, 3, self.heads, self.hidden // self.heads)
+        return self.random(*lead, 3, self.config.num_heads, self.hidden // self.config.num_heads)
 
     def half(self) -> Tensor:
-        """Every second picture."""
+        """The positions of every second image."""
         return torch.arange(0, self.batch, 2, device=self.device)
 
-    def mixed_lengths(self) -> tuple[int, ...]:
-        """Large and small crops, as many of each, packed one kind after the other."""
-        return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
-
-def _no_products(shape: Shape) -> float:
-    return 0.0
-
-
-def _arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+def arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in [*tensors_of(arguments), *results])
 
 
@@ -110,8 +101,8 @@ class Workload:
     op: str
     form: str
     arguments: Callable[[Shape], tuple[Any, ...]]
-    flops: Callable[[Shape], float] = _no_products
-    moved: Callable[[tuple[Any, ...], list[Tensor]], int] = _arguments_and_results
+    flops: Callable[[Shape], float] = lambda shape: 0.0
+    moved: Callable[[tuple[Any, ...], list[Tensor]], int] = arguments_and_results
     saved: tuple[int, ...] | None = None
     of_swiglu: bool | None = None
     place: str = ""
@@ -139,25 +130,13 @@ class Workload:
         return self.of_swiglu in (None, shape.swiglu)
 
 
-def _attention_flops(shape: Shape) -> float:
-    return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
-
-
-def _varlen_flops(shape: Shape) -> float:
-    return 4.0 * sum(length**2 for length in shape.mixed_lengths()) * shape.hidden
-
-
-def _pool_flops(shape: Shape) -> float:
-    return 4.0 * shape.batch * shape.tokens * shape.heads * shape.hidden
-
-
 def _norm(shape: Shape, branch: bool = False, scale: float | None = None) -> tuple[Any, ...]:
     addends = (shape.stream(), shape.vector()) if branch else (None, None)
     return shape.stream(), *shape.norm(), *addends, None, None, scale
 
 
 def _activation(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
-    x = shape.random(shape.batch, shape.tokens, shape.ffn * (1 + shape.swiglu))
+    x = shape.random(shape.batch, shape.tokens, shape.features["fc1"][1])
     return x, "swiglu" if shape.swiglu else "gelu", False, scale
 
 
@@ -165,8 +144,27 @@ def _attention(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
     return shape.qkv(shape.batch, shape.tokens), None, 0.0, scale
 
 
+def attention_flops(shape: Shape) -> float:
+    """Of queries with keys and of weights with values, in one layer."""
+    return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
+
+
 def _varlen(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
-    return shape.qkv(sum(shape.mixed_lengths())), shape.mixed_lengths(), 0.0, scale
+    return shape.qkv(sum(shape.mixed_lengths)), shape.mixed_lengths, 0.0, scale
+
+
+def _varlen_flops(shape: Shape) -> float:
+    return 4.0 * sum(length**2 for length in shape.mixed_lengths) * shape.hidden
+
+
+def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+    """What the weights of a few queries need: the keys, a third of qkv."""
+    return arguments[0].nbytes // 3 + results[0].nbytes
+
+
+def _subset(shape: Shape) -> tuple[Any, ...]:
+    residual, index = shape.stream(), shape.half()
+    return residual, residual[: len(index)].clone(), shape.vector(), None, index, shape.batch / len(index)
 
 
 def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
@@ -175,42 +173,28 @@ def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
     return [shape.stream(), small], [shape.half(), shape.half()]
 
 
-def _subset(shape: Shape) -> tuple[Any, ...]:
-    residual, index = shape.stream(), shape.half()
-    return residual, residual[: len(index)].clone(), shape.vector(), None, index, shape.batch / len(index)
-
-
-def _pictures(shape: Shape) -> tuple[Any, ...]:
-    size = (shape.batch, 3, shape.resolution, shape.resolution)
-    pictures = torch.randint(256, size, device=shape.device, dtype=torch.uint8)
-    return pictures, PATCH, (PATCH, PATCH), 592, shape.dtype
+def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+    """What a gather moves: it reads what it writes."""
+    return 2 * sum(result.nbytes for result in results)
 
 
 def _pool(shape: Shape) -> tuple[Any, ...]:
-    return shape.stream(), shape.random(shape.batch, shape.heads, shape.hidden) / shape.hidden**0.5, *shape.norm()
+    absorbed = shape.random(shape.batch, shape.config.num_heads, shape.hidden) / shape.hidden**0.5
+    return shape.stream(), absorbed, *shape.norm()
 
 
-Features = Callable[[Shape], tuple[int, int]]  # in_features and out_features of a linear
+def _pool_flops(shape: Shape) -> float:
+    return 4.0 * shape.batch * shape.tokens * shape.config.num_heads * shape.hidden
 
 
-def _qkv(shape: Shape) -> tuple[int, int]:
-    return shape.hidden, 3 * shape.hidden
+def _images(shape: Shape) -> tuple[Any, ...]:
+    size = (shape.batch, 3, shape.resolution, shape.resolution)
+    images = torch.randint(256, size, device=shape.device, dtype=torch.uint8)
+    return images, PATCH, (PATCH, PATCH), 592, shape.dtype
 
 
-def _proj(shape: Shape) -> tuple[int, int]:
-    return shape.hidden, shape.hidden
-
-
-def _fc1(shape: Shape) -> tuple[int, int]:
-    return shape.hidden, shape.ffn * (1 + shape.swiglu)
-
-
-def _fc2(shape: Shape) -> tuple[int, int]:
-    return shape.ffn, shape.hidden
-
-
-def _linear(shape: Shape, epilogue: str, features: Features, e4m3: bool) -> tuple[Any, ...]:
-    in_features, out_features = features(shape)
+def _linear(shape: Shape, epilogue: str, place: str, e4m3: bool) -> tuple[Any, ...]:
+    in_features, out_features = shape.features[place]
     x, bias = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features)
     weight = shape.random(out_features, in_features) / in_features**0.5
     residual = shape.stream() if epilogue == "residual" else None
@@ -221,43 +205,15 @@ def _linear(shape: Shape, epilogue: str, features: Features, e4m3: bool) -> tupl
     return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, 0.0625
 
 
-def _flops_of(features: Features) -> Callable[[Shape], float]:
-    def flops(shape: Shape) -> float:
-        in_features, out_features = features(shape)
-        return 2.0 * shape.batch * shape.tokens * in_features * out_features
-
-    return flops
+def _linear_flops(shape: Shape, place: str) -> float:
+    return 2.0 * shape.batch * shape.tokens * prod(shape.features[place])
 
 
-def _linears() -> Iterator[Workload]:
-    forms: tuple[tuple[str, Features, str, bool | None], ...] = (
-        ("none", _qkv, "qkv", None),
-        ("gelu", _fc1, "fc1", False),
-        ("swiglu", _fc1, "fc1", True),
-        ("residual", _proj, "proj", None),
-        ("residual", _fc2, "fc2", None),
-    )
-    for (form, features, place, of_swiglu), e4m3 in product(forms, (False, True)):
-        yield Workload(
-            "linear",
-            form,
-            partial(_linear, epilogue=form, features=features, e4m3=e4m3),
-            _flops_of(features),
-            of_swiglu=of_swiglu,
-            place=place,
-            e4m3=e4m3,
-            changes=RESIDUAL if form == "residual" else None,
-        )
-
-
-def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
-    """What a gather moves: it reads what it writes."""
-    return 2 * sum(result.nbytes for result in results)
-
-
-def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
-    """What the weights of a few queries need: the keys, a third of qkv."""
-    return arguments[0].nbytes // 3 + results[0].nbytes
+def _linears(form: str, place: str, of_swiglu: bool | None = None) -> Iterator[Workload]:
+    flops, changes = partial(_linear_flops, place=place), 4 if form == "residual" else None
+    for e4m3 in (False, True):
+        arguments = partial(_linear, epilogue=form, place=place, e4m3=e4m3)
+        yield Workload("linear", form, arguments, flops, of_swiglu=of_swiglu, place=place, e4m3=e4m3, changes=changes)
 
 
 WORKLOADS = (
@@ -268,15 +224,19 @@ WORKLOADS = (
     Workload("activation", "gelu", partial(_activation, scale=0.0625), of_swiglu=False, e4m3=True),
     Workload("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
     Workload("activation", "swiglu", partial(_activation, scale=0.0625), of_swiglu=True, e4m3=True),
-    Workload("attention", "batch", _attention, _attention_flops, saved=(0,)),
+    Workload("attention", "batch", _attention, attention_flops, saved=(0,)),
     Workload("attention", "varlen", _varlen, _varlen_flops, saved=(0,)),
-    Workload("attention", "batch", partial(_attention, scale=0.0625), _attention_flops, e4m3=True),
+    Workload("attention", "batch", partial(_attention, scale=0.0625), attention_flops, e4m3=True),
     Workload("attention", "varlen", partial(_varlen, scale=0.0625), _varlen_flops, e4m3=True),
     Workload("attention", "probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
     Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
     Workload("residual", "add", _subset, saved=(1, 2), place="subset"),
     Workload("residual", "gather", _crops, moved=_copied, saved=()),
     Workload("attention_pool", "pool", _pool, _pool_flops),
-    Workload("patches", "patches", _pictures),
-    *_linears(),
+    Workload("patches", "patches", _images),
+    *_linears("none", "qkv"),
+    *_linears("gelu", "fc1", of_swiglu=False),
+    *_linears("swiglu", "fc1", of_swiglu=True),
+    *_linears("residual", "proj"),
+    *_linears("residual", "fc2"),
 )
