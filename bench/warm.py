@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,8 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gpu, harness, model, modes, ops
-from bench.peers import OURS, TIMM, load_ours
-from bench.tasks import Models, Setting
+from bench.peers import OURS
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import use_backend
@@ -165,12 +165,15 @@ def peers(commands: list[list[str]], device: str) -> Iterator[Task]:
 
 
 def peer(name: str, resolution: int, batch: int, output: str, precision: str, device: str) -> int:
-    """Runs timm's compiled forward pass as bench.model does."""
-    config, on = harness.MODELS[name], torch.device(device)
-    x = Setting("throughput", config, resolution, batch, output, precision).images(on)
-    with torch.inference_mode(), modes.compiling():
-        made = Models(config, load_ours(config, on)).get(TIMM, x.dtype)
-        modes.prepare(TIMM, made, x, output, precision, "compile")()
+    """Runs timm's compiled forward pass by bench.model itself.
+
+    Inductor's key holds pickled arguments, and with them names of modules: in a process that was started in another way
+    it is another key.
+    """
+    where = {"models": name, "sizes": resolution, "batches": batch, "outputs": output, "precisions": precision}
+    options = where | {"device": device, "implementations": "timm", "modes": "compile", "seconds": 0}
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+    subprocess.run([sys.executable, "-m", "bench.model", *words], check=True)
     return 1
 
 
@@ -178,7 +181,7 @@ def peer(name: str, resolution: int, batch: int, output: str, precision: str, de
 
 
 def run(tasks: list[Task], workers: int) -> int:
-    """Each in a process of its own kind of start, since CUDA and fake tensors do not survive a fork."""
+    """Each in a process that was not forked, which neither CUDA nor fake tensors would survive; the exit status."""
     failed = 0
     with ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=get_context("spawn")) as pool:
         running = {pool.submit(task.run, *task.arguments): task for task in tasks}
