@@ -30,9 +30,10 @@ Name = TypeVar("Name", bound=Hashable)
 ROUNDS = 5  # of each run at least
 # Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
 FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
+REST = 0.05  # seconds on a CPU before each timing: the threads of the run before spin on for some milliseconds
 STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
 PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
-ATTEMPTS = 100  # likewise: the times of a run of microseconds may go up and down for ever
+ATTEMPTS = 100  # runs, likewise: the times of one of microseconds may go up and down for long
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -58,6 +59,8 @@ def in_turn(
     order, start = list(runs), time.perf_counter()
     while order and (len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds):
         for name in order:
+            if device.type == "cpu":
+                time.sleep(REST)
             if cold is not None:
                 cold.zero_()
             count = calls[name] if calls else 1

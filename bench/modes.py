@@ -46,6 +46,8 @@ WAYS = ("single", "grouped", "padded")
 OF_PEERS = (*COMPILED, "graphs", *WAYS)
 BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
 ENGINE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")
+Forward = Callable[[Tensor], Any]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]  # makes the surroundings of one run
 CALIBRATING = 8  # images, for the scales of fp8
 RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
 
@@ -143,8 +145,10 @@ def prepare(
     def forward(x: Tensor) -> Any:
         return call(model, x)
 
-    if mode in COMPILED:
+    if mode == "compile":
         forward = torch.compile(forward, dynamic=False)
+    if mode == "freezing":
+        forward = _frozen(forward, x, context)
     if mode == "graphs":
         return _captured(forward, x, context)
 
@@ -172,9 +176,7 @@ def compiling() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def surroundings(
-    precision: str, mode: str, device: torch.device, best: str | None = None
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def surroundings(precision: str, mode: str, device: torch.device, best: str | None = None) -> Context:
     """Makes the context of one run. One backend that is forced must take all inputs; those of engine-best may not."""
     backend = backend_of(mode, best)
 
@@ -185,16 +187,24 @@ def surroundings(
                 stack.enter_context(torch.autocast(device.type, torch.bfloat16))
             if backend:
                 stack.enter_context(use_backend(backend, strict=backend != best))
-            if mode == "freezing":
-                stack.enter_context(torch._inductor.config.patch(freezing=True))
             yield
 
-    return context if precision == "autocast-bf16" or backend or mode == "freezing" else contextlib.nullcontext
+    return context if precision == "autocast-bf16" or backend else contextlib.nullcontext
 
 
-def _captured(
-    forward: Callable[[Tensor], Any], x: Tensor, context: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Run:
+def _frozen(forward: Forward, x: Tensor, context: Context) -> Forward:
+    """torch.compile with the weights as constants.
+
+    The option keeps it apart from mode compile, whose graph it would take over; the patch is for dynamo, which asks the
+    global setting at the first call.
+    """
+    compiled = torch.compile(forward, dynamic=False, options={"freezing": True})
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode(), context():
+        compiled(x)
+    return compiled
+
+
+def _captured(forward: Forward, x: Tensor, context: Context) -> Run:
     """A CUDA graph of the forward pass, captured as our engine does, with the copy of new images into its input.
 
     Raises:

@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,12 @@ from bench import harness, records
 from bench.harness import Run, contest, quantiles, worst_error
 from bench.records import Recorder
 from bench.roofline import PRECISION, SECONDS, Speeds
-from bench.workloads import E4M3, WORKLOADS, Shape, Workload
+from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import first_tensor, tensors_of
 
 TASK = "ops"
 BEST = "best.json"
-MODES = ("forward", "backward")
 # In a batch, of two images at least. On a GPU so many that the shortest op, a norm of 384 channels, moves 100 MB:
 # some 25 us on an H200, against which the gaps between an event and a kernel are small.
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
@@ -81,11 +80,7 @@ class Case:
         return next(each.function for each in self.workload.implementations() if each.backend == "torch")
 
     def checked(self, function: Callable[..., Any]) -> tuple[Run, float]:
-        """What is timed of an implementation, and its error.
-
-        Raises:
-            AssertionError: its results break the rule of the tests.
-        """
+        """What is timed of an implementation, and its error; an AssertionError if it breaks the rule of the tests."""
         run = self.run(function)
         return run, worst_error(run(), *self.expected)
 
@@ -173,6 +168,7 @@ def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str]
     times = contest(rows, ready, device, SECONDS[device.type], flush=True)
     moved, flops = case.work() if times else (0, 0.0)
     by_bytes, by_flops = floor(moved, flops, any(x.dtype == E4M3 for x in tensors_of(case.arguments)), speeds)
+    amount, unit = (moved / 1e3, "GB/s") if by_bytes >= by_flops else (flops / 1e6, "TFLOP/s")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, row in rows.items():
         if name not in times:
@@ -181,11 +177,8 @@ def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str]
         fastest, median, slowest = (1e6 * value for value in quantiles(times[name]))
         share = max(by_bytes, by_flops) / medians[name]
         row |= {"value": median, "unit": "us", "p20": fastest, "p80": slowest, "floor_share": share}
-        achieved = (
-            f"{moved / median / 1e3:5.3g} GB/s" if by_bytes >= by_flops else f"{flops / median / 1e6:5.3g} TFLOP/s"
-        )
         ratios = ", ".join(f"{medians[other] / medians[name]:.2f}x {other}" for other in medians if other != name)
-        print(f"  {name:14} {median:9.1f} us {achieved}, {share:4.0%} of the floor  {ratios}")
+        print(f"  {name:14} {median:9.1f} us {amount / median:5.3g} {unit}, {share:4.0%} of the floor  {ratios}")
     return list(rows.values())
 
 
@@ -221,15 +214,11 @@ def write_best(path: Path, commit: str | None) -> None:
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every workload that is asked for, at each size, forward and where it has one backward."""
     for config, resolution in itertools.product(options.models, options.sizes):
-        tokens = Shape(config, resolution, 1, device, dtype).tokens
-        shape = Shape(config, resolution, max(2, BATCH_TOKENS[device.type] // tokens), device, dtype)
-        for workload, mode in itertools.product(WORKLOADS, options.modes):
-            if (
-                workload.applies(shape)
-                and workload.op in options.ops
-                and (mode == "forward" or workload.saved is not None)
-            ):
-                yield Case(workload, shape, mode)
+        shape = Shape(config, resolution, 1, device, dtype)
+        shape = replace(shape, batch=max(2, BATCH_TOKENS[device.type] // shape.tokens))
+        for workload in WORKLOADS:
+            if workload.applies(shape) and workload.op in options.ops:
+                yield from (Case(workload, shape, mode) for mode in workload.modes if mode in options.modes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     speeds = Speeds.measured(device, dtype)
     recorder.common["versions"] |= {f"{name}_per_s": rate for name, rate in speeds._asdict().items()}
-    print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
+    rates = ", ".join(f"{name} {rate:.3g}/s" for name, rate in speeds._asdict().items() if rate)
+    print(f"{recorder}, {PRECISION[dtype]}, {rates}")
     if device.type == "cpu":
         print("On a CPU no kernel and no torch.compile runs.")
     # Rows without torch.compile were measured without it; those without torch are what the device was lost in.

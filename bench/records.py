@@ -26,29 +26,10 @@ from dinov2_fast.ops.dispatch import BackendError
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
-KEYS = (
-    "task",
-    "model",
-    "resolution",
-    "batch",
-    "output",
-    "precision",
-    "implementation",
-    "mode",
-    "value",
-    "unit",
-    "p20",
-    "p80",
-    "floor_share",
-    "outputs_max_error",
-    "gpu",
-    "torch",
-    "triton",
-    "versions",
-    "commit",
-    "date",
-)
-IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "implementation", "mode", "commit")
+SETTING = ("task", "model", "resolution", "batch", "output", "precision")  # what is asked of all alike
+IDENTITY = (*SETTING, "implementation", "mode", "commit")
+MEASURED = ("value", "unit", "p20", "p80", "floor_share", "outputs_max_error")
+KEYS = (*IDENTITY[:-1], *MEASURED, "gpu", "torch", "triton", "versions", "commit", "date")
 PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
 LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; more is better in all others
 

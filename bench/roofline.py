@@ -25,7 +25,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ def floor(config: BackboneConfig, resolution: int, batch: int, output: str, ceil
         ValueError: `ceilings` lack a rate for these sizes.
     """
     sizes = attention_sizes(config, resolution, batch)
-    flops = attention_flops(_shape(config, resolution, batch)) * (config.depth - SKINNY_LAYERS[output])
+    flops = attention_flops(Shape(config, resolution, batch)) * (config.depth - SKINNY_LAYERS[output])
     moved = elementwise_bytes(config, resolution, batch, output, ceilings.precision)
     products = products_of(config, resolution, batch, output)
     try:
@@ -119,7 +119,7 @@ def floor(config: BackboneConfig, resolution: int, batch: int, output: str, ceil
 
 def products_of(config: BackboneConfig, resolution: int, batch: int, output: str) -> Iterator[Product]:
     """All matrix products of a forward pass but those inside attention."""
-    shape, skinny = _shape(config, resolution, batch), SKINNY_LAYERS[output]
+    shape, skinny = Shape(config, resolution, batch), SKINNY_LAYERS[output]
     yield Product("patch embedding", batch * (resolution // PATCH) ** 2, 3 * PATCH**2, shape.hidden, 1)
     for place, features in shape.features.items():
         yield Product(place, batch * shape.tokens, *features, config.depth - skinny)
@@ -132,7 +132,7 @@ def products_of(config: BackboneConfig, resolution: int, batch: int, output: str
 
 def elementwise_bytes(config: BackboneConfig, resolution: int, batch: int, output: str, precision: str) -> float:
     """What must be moved beside the products and attention; the docstring of this module says what that is."""
-    elements = batch * _shape(config, resolution, batch).tokens * config.embed_dim  # of the residual stream
+    elements = batch * Shape(config, resolution, batch).tokens * config.embed_dim  # of the residual stream
     stream, skinny = DTYPES[precision].itemsize, SKINNY_LAYERS[output]
     layer = 2 * (stream + OPERAND_BYTES[precision]) + 2 * stream  # two layer norms, two epilogues
     return elements * ((config.depth - skinny) * layer + skinny * stream)
@@ -146,11 +146,7 @@ def parameters(config: BackboneConfig) -> int:
 
 def attention_sizes(config: BackboneConfig, resolution: int, batch: int) -> tuple[int, int, int, int]:
     """Batch, heads, tokens, head_dim."""
-    return batch, config.num_heads, _shape(config, resolution, batch).tokens, config.embed_dim // config.num_heads
-
-
-def _shape(config: BackboneConfig, resolution: int, batch: int) -> Shape:
-    return Shape(config, resolution, batch, torch.device("cpu"), torch.float32)
+    return batch, config.num_heads, Shape(config, resolution, batch).tokens, config.embed_dim // config.num_heads
 
 
 def ceilings_of(rows: Iterable[dict[str, Any]], precision: str) -> Ceilings:
@@ -210,40 +206,40 @@ def measure_device(device: torch.device, dtype: torch.dtype) -> list[dict[str, A
 
 
 def measure(shape: Shape, precision: str, without: Collection[tuple[str, str]] = ()) -> list[dict[str, Any]]:
-    """Rows of what a backbone runs in a precision, all timed in turn; for "fp8" only what is not measured for "bf16".
+    """Rows of what a backbone runs in a precision; for "fp8" only what is not measured for "bf16".
 
     Outputs and implementations in `without` are left out.
     """
     place = {"model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
     qkv = shape.qkv(shape.batch, shape.tokens)
-    runs, flops, rows = {}, {}, {}
-    for output, implementation, work, run in _runs(shape, qkv, precision):
-        if (key := (output, implementation)) not in without:
-            runs[key], flops[key] = run, work
-            rows[key] = _row(output, precision, implementation=implementation, **place)
+    parts = {key: part for key, *part in _parts(shape, qkv, precision) if key not in without}
+    rows = {key: _row(key[0], precision, implementation=key[1], **place) for key in parts}
+    expected = cache(partial(_attention_expected, qkv[:1]))
 
     def ready(key: tuple[str, str]) -> Run:
+        _, run = parts[key]
         if key[0] == "attention":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's reasons why a backend does not run, many of them
-                rows[key]["outputs_max_error"] = attention_error(qkv[:1], runs[key]()[:1])
-        return runs[key]
+                rows[key]["outputs_max_error"] = worst_error([run()[:1]], *expected())
+        return run
 
-    seconds = SECONDS[shape.device.type] * len(set(flops))
-    for key, times in contest(rows, ready, shape.device, seconds, flush=True).items():
-        rows[key] |= _rates("TFLOP/s", flops[key], times)
+    for output in dict.fromkeys(key[0] for key in parts):  # one by one, so that a small product is timed many times
+        mine = {key: row for key, row in rows.items() if key[0] == output}
+        for key, times in contest(mine, ready, shape.device, SECONDS[shape.device.type], flush=True).items():
+            rows[key] |= _rates("TFLOP/s", parts[key][0], times)
     return list(rows.values())
 
 
-def _runs(shape: Shape, qkv: Tensor, precision: str) -> Iterator[tuple[str, str, float, Run]]:
-    """Output, implementation, operations, and what is timed."""
+def _parts(shape: Shape, qkv: Tensor, precision: str) -> Iterator[tuple[tuple[str, str], float, Run]]:
+    """Of each row the output and the implementation, the operations, and what is timed."""
     for product in products_of(shape.config, shape.resolution, shape.batch, "cls"):
         if _measured_in(product.place, precision) == precision:
             for library, run in product_runs(product, precision, shape.device).items():
-                yield product.place, library, product.flops, run
+                yield (product.place, library), product.flops, run
     if _measured_in("attention", precision) == precision:
         for backend in ATTENTION_BACKENDS[shape.device.type]:
-            yield "attention", backend.name.lower(), attention_flops(shape), partial(_attention, qkv, backend)
+            yield ("attention", backend.name.lower()), attention_flops(shape), partial(_attention, qkv, backend)
 
 
 def product_runs(product: Product, precision: str, device: torch.device) -> dict[str, Run]:
@@ -270,19 +266,13 @@ def _attention(qkv: Tensor, backend: SDPBackend) -> Tensor:
         return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
 
 
-def attention_error(qkv: Tensor, result: Tensor) -> float:
-    """How far attention is off from the formula in a wider dtype.
-
-    Raises:
-        AssertionError: it breaks the rule of the tests.
-    """
-
-    def formula(dtype: torch.dtype) -> Tensor:
+def _attention_expected(qkv: Tensor) -> list[list[Tensor]]:
+    """By the formula, in a wider dtype and in that of qkv."""
+    expected = []
+    for dtype in (torch.float64 if qkv.dtype == torch.float32 else torch.float32, qkv.dtype):
         q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind()
-        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-
-    wide = torch.float64 if qkv.dtype == torch.float32 else torch.float32
-    return worst_error([result], [formula(wide)], [formula(qkv.dtype)])
+        expected.append([(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v])
+    return expected
 
 
 def _row(output: str, precision: str | None, implementation: str = "torch", **place: Any) -> dict[str, Any]:

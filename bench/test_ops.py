@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ops import MODES, Case
+from bench.ops import Case
 from bench.workloads import WORKLOADS, Shape
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.ops.dispatch import Implementation
@@ -29,7 +29,7 @@ def cases() -> Iterator[Any]:
     for workload in WORKLOADS:
         config = BACKBONES["dinov2_vitg14" if workload.of_swiglu else "dinov2_vits14"]
         shape = Shape(config, PIXELS, BATCH, DEVICE, DTYPE)
-        for mode in MODES if workload.saved is not None else ("forward",):
+        for mode in workload.modes:
             for implementation in workload.implementations():
                 if implementation.is_for(DEVICE):
                     name = f"{workload.label}-{mode}-{implementation.backend}".replace(" ", "-")

@@ -16,7 +16,9 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
 
+MODES = ("forward", "backward")
 PATCH = 14
+CPU = torch.device("cpu")
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
 
 
@@ -27,8 +29,8 @@ class Shape:
     config: BackboneConfig
     resolution: int
     batch: int
-    device: torch.device
-    dtype: torch.dtype
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         return f"{self.config.name}, {self.resolution} px, batch {self.batch}"
@@ -64,11 +66,8 @@ class Shape:
     def stream(self) -> Tensor:
         return self.random(self.batch, self.tokens, self.hidden)
 
-    def vector(self) -> Tensor:
-        return self.random(self.hidden)
-
     def norm(self) -> tuple[Tensor, Tensor, float]:
-        return self.vector(), self.vector(), 1e-6
+        return self.random(self.hidden), self.random(self.hidden), 1e-6
 
     def qkv(self, *lead: int) -> Tensor:
         return self.random(*lead, 3, self.config.num_heads, self.hidden // self.config.num_heads)
@@ -126,12 +125,16 @@ class Workload:
         assert sample is not None
         return [each for each in op.implementations if each.has(self.form, first_tensor(sample).dtype)]
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("forward",) if self.saved is None else MODES
+
     def applies(self, shape: Shape) -> bool:
         return self.of_swiglu in (None, shape.swiglu)
 
 
 def _norm(shape: Shape, branch: bool = False, scale: float | None = None) -> tuple[Any, ...]:
-    addends = (shape.stream(), shape.vector()) if branch else (None, None)
+    addends = (shape.stream(), shape.random(shape.hidden)) if branch else (None, None)
     return shape.stream(), *shape.norm(), *addends, None, None, scale
 
 
@@ -164,7 +167,7 @@ def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
 
 def _subset(shape: Shape) -> tuple[Any, ...]:
     residual, index = shape.stream(), shape.half()
-    return residual, residual[: len(index)].clone(), shape.vector(), None, index, shape.batch / len(index)
+    return residual, residual[: len(index)].clone(), shape.random(shape.hidden), None, index, shape.batch / len(index)
 
 
 def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,10 +184,6 @@ def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
 def _pool(shape: Shape) -> tuple[Any, ...]:
     absorbed = shape.random(shape.batch, shape.config.num_heads, shape.hidden) / shape.hidden**0.5
     return shape.stream(), absorbed, *shape.norm()
-
-
-def _pool_flops(shape: Shape) -> float:
-    return 4.0 * shape.batch * shape.tokens * shape.config.num_heads * shape.hidden
 
 
 def _images(shape: Shape) -> tuple[Any, ...]:
@@ -205,15 +204,18 @@ def _linear(shape: Shape, epilogue: str, place: str, e4m3: bool) -> tuple[Any, .
     return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, 0.0625
 
 
-def _linear_flops(shape: Shape, place: str) -> float:
-    return 2.0 * shape.batch * shape.tokens * prod(shape.features[place])
-
-
 def _linears(form: str, place: str, of_swiglu: bool | None = None) -> Iterator[Workload]:
-    flops, changes = partial(_linear_flops, place=place), 4 if form == "residual" else None
     for e4m3 in (False, True):
-        arguments = partial(_linear, epilogue=form, place=place, e4m3=e4m3)
-        yield Workload("linear", form, arguments, flops, of_swiglu=of_swiglu, place=place, e4m3=e4m3, changes=changes)
+        yield Workload(
+            "linear",
+            form,
+            partial(_linear, epilogue=form, place=place, e4m3=e4m3),
+            lambda shape: 2.0 * shape.batch * shape.tokens * prod(shape.features[place]),
+            of_swiglu=of_swiglu,
+            place=place,
+            e4m3=e4m3,
+            changes=4 if form == "residual" else None,
+        )
 
 
 WORKLOADS = (
@@ -229,10 +231,10 @@ WORKLOADS = (
     Workload("attention", "batch", partial(_attention, scale=0.0625), attention_flops, e4m3=True),
     Workload("attention", "varlen", partial(_varlen, scale=0.0625), _varlen_flops, e4m3=True),
     Workload("attention", "probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
-    Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.vector(), None, None, 1.0), saved=(1, 2)),
+    Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.random(s.hidden), None, None, 1.0), saved=(1, 2)),
     Workload("residual", "add", _subset, saved=(1, 2), place="subset"),
     Workload("residual", "gather", _crops, moved=_copied, saved=()),
-    Workload("attention_pool", "pool", _pool, _pool_flops),
+    Workload("attention_pool", "pool", _pool, lambda s: 4.0 * s.batch * s.tokens * s.config.num_heads * s.hidden),
     Workload("patches", "patches", _images),
     *_linears("none", "qkv"),
     *_linears("gelu", "fc1", of_swiglu=False),

@@ -15,7 +15,7 @@ from dinov2_fast.model import DinoVisionTransformer
 
 CPU = torch.device("cpu")
 S, B, L, G = (BACKBONES[f"dinov2_vit{letter}14"] for letter in "sblg")
-TINY = Shape(harness.TINY, 28, 2, CPU, torch.float32)  # 5 tokens, hidden size 64, 1 head
+TINY = Shape(harness.TINY, 28, 2)  # 5 tokens, hidden size 64, 1 head
 # Worked out by hand for an H200, apart from this code, at 790 TFLOP/s in bf16, 1400 in fp8, 250, 450 and 500 of
 # attention, and 4.3 TB/s: MB of elementwise traffic in one layer for each image in bf16; images per second in bf16 and
 # fp8; percent of that time in products, attention and elementwise traffic.
@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_model_and_of_the_ops(name) -> None:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.forward_features(x)
     products = {p.place: p for p in roofline.products_of(config, 518, 2, "all")}
-    shape = Shape(config, 518, 2, CPU, torch.float32)
+    shape = Shape(config, 518, 2)
     assert sum(p.count * p.flops for p in products.values()) + config.depth * attention_flops(shape) == (
         counter.get_total_flops()
     )
@@ -72,22 +72,11 @@ def test_counts_are_those_of_the_model_and_of_the_ops(name) -> None:
     assert round(roofline.parameters(config) / 1e6, 2) == {"dinov2_vitb14_reg": 86.58, "dinov2_vitg14": 1136.48}[name]
 
 
-def test_the_last_layer_of_a_class_token_has_one_row_and_reads_the_stream_once() -> None:
-    every, cls = (list(roofline.products_of(S, 224, 1, output)) for output in ("all", "cls"))
-    assert [product.count for product in every] == [1, 12, 12, 12, 12]
-    assert [product.count for product in cls[:5]] == [1, 11, 11, 11, 11]
-    # q, keys, values and proj: 2 * 384**2 each; fc1 and fc2: 8 each
-    assert sum(product.count * product.flops for product in cls[5:]) == 24 * 384**2
-    for precision, stream, operand in (("fp32", 4, 4), ("bf16", 2, 2), ("fp8", 2, 1)):
-        layer = 257 * 384 * (4 * stream + 2 * operand)
-        assert roofline.elementwise_bytes(S, 224, 1, "all", precision) == 12 * layer
-        assert roofline.elementwise_bytes(S, 224, 1, "cls", precision) == 11 * layer + 257 * 384 * stream
-
-
 def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The median of each run is 20 ms."""
+    """The median of each run is 20 ms, on a cold cache."""
+    times = lambda runs, *_, flush, **options: {key: [0.01, 0.02, 0.04] for key in runs if flush}  # noqa: E731
     for module in (harness, roofline):
-        monkeypatch.setattr(module, "in_turn", lambda runs, *rest, **options: {key: [0.01, 0.02, 0.04] for key in runs})
+        monkeypatch.setattr(module, "in_turn", times)
 
 
 def test_rows_are_work_over_time_and_make_floors(monkeypatch) -> None:
@@ -121,7 +110,7 @@ def test_the_best_rate_of_the_right_precision_counts() -> None:
     rows += [row("patch embedding", "bf16", 2.0), row("copy", None, 9.0) | {"task": "throughput"}]
     with pytest.raises(ValueError, match="No copy was measured"):
         roofline.ceilings_of(rows, "bf16")
-    rows += [row("copy", None, value) | {"model": None, "unit": "GB/s"} for value in (3.0, 4.0)]
+    rows += [row("copy", None, value) | {"model": None, "unit": "GB/s"} for value in (3.0, 4.0, 1.0)]
     patches, qkv, attention = (8, 588, 64), (10, 64, 192), {(2, 1, 5, 64): 7e12}
     assert roofline.ceilings_of(rows, "bf16") == ("bf16", 4e9, {patches: 2e12, qkv: 9e12}, attention)
     assert roofline.ceilings_of(rows, "fp8") == ("fp8", 4e9, {patches: 2e12, qkv: 20e12}, attention)
