@@ -207,8 +207,9 @@ def ordered(steps: list[Step], job: Job) -> tuple[list[Group], list[Step]]:
     before = job.states()
     state = {step.name: before.get((step.name, step.command)) for step in steps}
     done = [step for step in steps if state[step.name] == "done" and not step.always]
+    last = {step.name for step in steps if state[step.name] == "failed" and not step.always}
     groups: list[Group] = []
-    for step in sorted((step for step in steps if step not in done), key=lambda step: state[step.name] == "failed"):
+    for step in sorted((step for step in steps if step not in done), key=lambda step: step.name in last):
         if step.beside and groups:
             groups[-1].append(step)
         else:
@@ -357,7 +358,10 @@ def summary(outcomes: list[Outcome], job: Job) -> int:
     """Prints the headlines and what happened; the exit status."""
     rows = job.rows()
     refused = [row for row in rows if (records.reason(row) or "").startswith(("refused", "failed"))]
-    print("", *headlines(rows), *outcomes, sep="\n")
+    print("", *headlines(rows), sep="\n")
+    for state in ("done before", "failed", "cut off", "left out"):
+        if names := [outcome.step.name for outcome in outcomes if outcome.state == state]:
+            print(f"{state}: {', '.join(names)}")
     if refused:
         print(f"{len(refused)} rows of this commit were refused or failed: see their {records.NOT_MEASURED}")
     states = {outcome.state for outcome in outcomes}

@@ -127,14 +127,22 @@ def launches(call: Callable[[], Any]) -> int:
     """Compiles all that `call` launches, with Triton wherever there is a kernel of it; gives how many launches."""
     from tests.aot import compiling
 
-    has_gpu = torch.cuda.is_available()
     with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
-        if has_gpu:
+        if has_driver():
             stack.enter_context(building_launchers())
         stack.enter_context(use_backend("triton"))
         stack.enter_context(RunKernels())
         call()
     return len(reports)
+
+
+def has_driver() -> bool:
+    from triton.backends.nvidia.driver import libcuda_dirs
+
+    try:
+        return bool(libcuda_dirs())
+    except (AssertionError, OSError, subprocess.SubprocessError):
+        return False
 
 
 @contextlib.contextmanager
@@ -180,10 +188,16 @@ def peer(name: str, resolution: int, batch: int, output: str, precision: str, de
 # The command
 
 
-def run(tasks: list[Task], workers: int) -> int:
+def hide_gpu() -> None:
+    """Fake tensors would make a context on a GPU that they find, in each process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def run(tasks: list[Task], workers: int, prepare: Callable[[], None] | None) -> int:
     """Each in a process that was not forked, which neither CUDA nor fake tensors would survive; the exit status."""
     failed = 0
-    with ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=get_context("spawn")) as pool:
+    workers = max(1, min(workers, len(tasks)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare) as pool:
         running = {pool.submit(task.run, *task.arguments): task for task in tasks}
         for future in as_completed(running):
             error = future.exception()
@@ -203,9 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     job = gpu.Job(Path(), "none", gpu.BUDGET, tiny=options.device == "cpu")
     commands = [job.words(step) for step in gpu.PLAN if step.name in options.steps.split(",")]
-    find, share = {"kernels": (kernels, 1), "peers": (peers, 2)}[options.what]
-    tasks = list(dict.fromkeys(find(commands, options.device)))
-    return run(tasks, max(2, (os.cpu_count() or 1) // share))
+    cores = os.cpu_count() or 1
+    if options.what == "kernels":
+        return run(list(dict.fromkeys(kernels(commands, options.device))), max(2, cores), hide_gpu)
+    return run(list(dict.fromkeys(peers(commands, options.device))), max(2, cores // 2), None)
 
 
 if __name__ == "__main__":
