@@ -37,8 +37,8 @@ def test_the_headlines_are_in_the_first_call(tmp_path: Path, capsys: pytest.Capt
     listed, _, left_out = capsys.readouterr().out.partition("\nleft out: ")
     rows = dict(re.findall(r"^(\S+) +[\d.]+ +([\d.]+)", listed, re.MULTILINE))
     assert [*rows] == [step.name for step in PLAN[: len(rows)]], "in the order of the plan"
-    assert {"smoke", "warm", "tests", "peers", "ops", "model-224", "model-518", "latency"} <= rows.keys()
-    assert float(rows["latency"]) <= 8.7 - gpu.RESERVE / 60
+    assert {"smoke", "warm", "tests", "peers", "ops", "model-224", "model-518", "latency", "training"} <= rows.keys()
+    assert max(map(float, rows.values())) <= 8.7 - gpu.RESERVE / 60
     for name in ("model-224", "model-518"):
         words = dict(zip(STEP[name].command.split(), STEP[name].command.split()[1:], strict=False))
         assert words["--precisions"] == "bf16,fp8"
