@@ -34,7 +34,7 @@ define make_venv
 endef
 
 .PHONY: setup demo test test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
-    types bench bench-ops report gpu clean broken
+    types bench bench-ops report gpu gpu-tiny clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -144,11 +144,16 @@ report: setup
 	$(BENCH).report
 
 # No setup: runs on the torch of $(PYTHON), on a machine with a GPU. `$(PYTHON) -m bench.gpu --help` says what comes of it.
+# TINY=1 (or DEVICE=cpu) runs the same steps on a CPU with tiny models.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
 	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
-	    $(if $(REFERENCE),--reference-path '$(REFERENCE)') $(if $(QUICK),--quick) \
-	    $(if $(DRY_RUN),--dry-run $(filter-out 1,$(DRY_RUN)))
+	    $(if $(TINY)$(filter cpu,$(DEVICE)),--tiny) $(if $(DRY_RUN),--dry-run)
+
+# What CI runs of it, in the reference environment and from nothing.
+gpu-tiny: setup
+	rm -rf build/gpu-tiny
+	$(PY) -m bench.gpu --tiny --commit tiny
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output

@@ -1,22 +1,18 @@
-"""All that this project asks of a machine with a GPU, by one command: ``make gpu``, which is ``python -m bench.gpu``.
+"""All that this project asks of a machine with a GPU, in one call of nine minutes: ``make gpu``.
 
 It runs the checkout as it is, with the Python that runs it: nothing is installed, downloaded, or set on the device. The
-steps follow one another, each a process of its own: whether the CUDA extension loads, the tests of kernels that are new
-to a GPU, some of them under compute-sanitizer, the questions of speed, all other tests, all other benchmarks.
-Everything goes to one folder, bench/results/<device>/ or the one in --results, and into one archive beside it,
-<device>.tar.gz, below 16 MiB:
+steps of :data:`PLAN` follow one another, each a process of its own. Everything goes to one folder,
+bench/results/<device>/ or the one in --results, and into one archive beside it, <device>.tar.gz:
 
-- <task>.jsonl: the rows of the benchmarks;
-- steps.jsonl: a line for each step that ran;
-- logs/<step>.log: what it printed.
+- <task>.jsonl: the rows of the benchmarks; best.json: the fastest backend of each op;
+- steps.jsonl: a line for each step that ran; logs/<step>.log: what it printed.
 
-A step gets what is left of the budget, and is stopped then; what it has written stays. One that would need more than
-three times what is left is left out. A step that takes much longer than expected is stopped, too, and has failed. The
-next run for the same commit goes on: what is done is not run again, what was cut off or left out is run in the order of
-the plan, what failed comes last. Benchmarks keep each setting as soon as it is measured and leave out what is there.
+A step that crashes does not stop the next one, and one that hangs is stopped. One that lost the device starts again
+and leaves out what it was lost in. The next call for the same commit goes on: what is done is not run again, what
+failed comes last. --dry-run prints the plan on any machine, --tiny runs all of it on a CPU.
 
-Exit status: 0 if all is done; 1 if a test or a benchmark failed, or a result was refused; 2 if nothing could run; 3 if
-something was left for another run.
+Exit status: 0 if all is done; 1 if a step failed or a result was refused; 2 if nothing could run; 3 if something is
+left for another call.
 """
 
 from __future__ import annotations
@@ -24,10 +20,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import io
+import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -36,136 +31,280 @@ import sys
 import tarfile
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from bench import harness, records
-from bench.gpu_plan import ROOT, Step, plan
+from bench import records
 from bench.peers import OURS
-from bench.records import best, ratio
-from dinov2_fast import extension
+from dinov2_fast import extension, ops
 
+ROOT = Path(__file__).parents[1]
 EPILOG = """\
-The CUDA extension is used if it is in place, as dinov2_fast/_cuda.abi3.so, where `make build` leaves it. EXTENSION
-(--extension) puts one there that was built elsewhere. The first step says whether it loads, and if not, why.
+The CUDA extension must be in place, where `make build` leaves it; EXTENSION names one that was built elsewhere, and
+EXTENSION=none does without. From a machine that forgets everything after a call, and of which a few files come back:
 
-On a machine that forgets everything after each call, and from which only a few files can be fetched, leave --results at
-its default and take the archive, which holds all rows, steps.jsonl and all logs:
+    make gpu PYTHON=python3 COMMIT=<sha>; cp bench/results/*.tar.gz <folder that comes back>
 
-    make gpu PYTHON=python3 COMMIT=<sha> BUDGET=9; cp bench/results/*.tar.gz <folder that is fetched>
-
-It comes even if tests fail or time runs out, so the exit status must not stop the copy; give the call a minute more
-than the budget. Before the next call, unpack it into the checkout that is sent there, and name the same commit:
-
-    tar -xzf <device>.tar.gz -C bench/results
-
-So that call goes on from there, and its archive holds the rows of both. What git ignores, the extension and the logs
-among it, may have to be sent by name; the logs need not.
+The archive comes even if tests fail or time runs out, so the exit status must not stop the copy; give the call a minute
+more than the budget. What git ignores, the extension among it, may have to be sent by name. The next call goes on where
+the archive was unpacked before, `tar -xzf <device>.tar.gz -C bench/results`, and the same commit is named.
 """
-BUDGET, QUICK_BUDGET = 8.0, 2.75  # minutes
-RESERVE = 30.0  # seconds of the budget kept for stopping the last step, the report and the archive
-REPORT = 15.0  # seconds of them for the report
+BUDGET = 8.7  # minutes
+RESERVE = 10.0  # seconds of it for stopping the last step, and for the archive
 GRACE = 8.0  # seconds between asking a step to stop and killing it
-LEAST = 10.0  # seconds with which a step is still begun
-WORTH = 1 / 3  # the share of a step's expected time that must be left for it to be begun
-LOG_BYTES = 1 << 20  # of a step's log that are kept
-ARCHIVE_BYTES = 16 << 20
-TAIL = 15  # lines of a failed step's log that are shown
-CLEAN = ("env", "-u", "TRITON_INTERPRET", "-u", "DINOV2_FAST_BACKEND", "PYTHONUNBUFFERED=1")  # before every command
-NOT_RUN = ("skipped", "left out", "done before")
-STOPPED = 124  # the exit status noted for a step that reached its own limit, as timeout(1) has it
-COMPARED = ("throughput", "latency", "training", "mixed")  # tasks whose rows are models, ours and others'
+WORTH = 0.5  # the share of a step's minutes that must be left for it to be begun
+LIMIT = 1.5  # times its minutes: a step that takes longer hangs
+LOG_BYTES = 1 << 19  # of a log that are kept
+STATES = {0: "done", None: "cut off", records.AGAIN: "cut off"}  # by exit status; all others have failed
+
+
+class Step(NamedTuple):
+    """One process."""
+
+    name: str
+    minutes: float  # expected, on an H200
+    decides: str  # what its outcome is for
+    command: str  # arguments of ``python -m``; Job.words fills in the {names}
+    beside: bool = False  # starts together with the step before
+    always: bool = False  # runs in each call, since a new machine remembers nothing
+    needed: bool = False  # if it fails nothing else is worth running
+
+
+FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py"
+OTHERS = "-m 'not aot and not slow and not gpu_first' -k 'not to_the_31' {tests}"
+TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
+OPS = "--ops linear,attention,layer_norm,attention_pool --modes forward --no-compile"
+MODEL = "bench.model {record} --implementations dinov2_fast,timm --precisions bf16"
+SPEED = MODEL + ",fp8 --seconds 3 --modes eager,compile,engine,engine-best,engine-best-graphs --task throughput"
+LATENCY = (
+    MODEL + " --seconds 2 --modes graphs,engine-graphs,engine-best-graphs --task latency --batches 1 --outputs cls"
+)
+TRAIN = MODEL + " --seconds 3 --modes eager,triton --task training --sizes 224"
+MIXED = MODEL + " --seconds 3 --modes eager,engine,engine-best,single,grouped,padded --task mixed --sizes 224,518"
+MEMORY = MODEL + " --modes eager,triton --task memory --sizes 224 --outputs training"
+
+# The first call reaches `training`, a second one goes on. Minutes are predictions: see bench/results/NOTES.md.
+#
+# All models of one size share a process: a start takes some 10 s, so one for each model would cost 50 s of every call.
+# A hang would cost LIMIT times the step and the models behind it, some 300 s, but each kernel has then run 50 times in
+# `tests` and at these sizes in `ops`: one hang in 30 calls, a cautious guess, costs 10 s a call.
+PLAN = [
+    Step("smoke", 0.2, "do the extension and Triton run here", "bench.gpu --smoke {smoke}", always=True, needed=True),
+    Step("warm", 0.4, "nothing: compiles the kernels of the steps below", "bench.warm kernels {warm}", always=True),
+    Step("tests", 1.0, "which kernels are right: races, graphs, e4m3", f"{TEST} -n {{workers}} {FIRST}"),
+    Step("peers", 1.0, "nothing: compiles timm", "bench.warm peers {warm}", beside=True, always=True),
+    Step("ops", 1.25, "which backend of each op wins", f"bench.ops {{record}} --models B,g --sizes 224,518 {OPS}"),
+    Step("model-224", 2.58, "the headline, class token", f"{SPEED} --models B,S,L,g --sizes 224 --outputs cls"),
+    Step("model-518", 2.08, "the headline, dense features", f"{SPEED} --models B,L,S --sizes 518 --outputs all"),
+    Step("latency", 0.58, "one image, graphs on both sides", f"{LATENCY} --models S,B --sizes 224"),
+    Step("training", 0.42, "do our kernels train faster", f"{TRAIN} --models B"),
+    Step("roofline", 0.6, "how much is left to win", "bench.roofline {record} --models B,L --sizes 224,518"),
+    Step("model-1036", 0.8, "attention of 5477 tokens", f"{SPEED} --models B --sizes 1036 --outputs all"),
+    Step("mixed", 0.6, "does one sequence of many sizes win", f"{MIXED} --models B"),
+    Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
+    Step("memory", 1.2, "what training takes", f"{MEMORY} --models B,L"),
+    Step("extraction", 1.8, "do images come fast enough", "bench.extraction {record} --models S"),
+    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -k to_the_31 tests/test_on_gpu.py"),
+    Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
+]
+
+# What --tiny puts in place of options, so that the same steps run on a CPU.
+SMALL = {"models": "tiny", "precisions": "fp32", "batches": "2", "seconds": "0.1"}
+SMALLER = {"224": "28", "518": "56", "1036": "84"}  # pixels
+
+
+def tiny(words: list[str]) -> list[str]:
+    """The command of a step for a CPU: tiny models and images in fp32, no CUDA graphs; tests are only collected."""
+    if words[0] == "pytest":
+        return [*words, "--collect-only", "-qq", "-n", "0"]
+    small = list(words)
+    for i, (option, value) in enumerate(itertools.pairwise(words), 1):
+        if option == "--sizes":
+            small[i] = ",".join(SMALLER[size] for size in value.split(","))
+        elif option == "--modes" and words[0] == "bench.model":
+            modes = (mode.removesuffix("-graphs").replace("graphs", "eager") for mode in value.split(","))
+            small[i] = ",".join(dict.fromkeys(mode for mode in modes if mode != "triton"))
+        elif option.startswith("--"):
+            small[i] = SMALL.get(option[2:], value)
+    return small
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all steps share.
+    """What all steps share."""
 
-    Args:
-        folder: for this device's results.
-        budget: minutes.
-    """
-
-    folder: Path
+    folder: Path  # for this device's results
     commit: str
-    budget: float
+    budget: float = BUDGET  # minutes
+    tiny: bool = False
+    extension: bool = True  # whether it must be there
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+
+    @property
+    def kept(self) -> Path:
+        return self.folder / "steps.jsonl"
 
     def log(self, step: Step) -> Path:
         return self.folder / "logs" / f"{step.name}.log"
 
-    def command(self, step: Step) -> list[str]:
-        values = {"results": self.folder.parent, "commit": self.commit, "junit-xml": self.log(step).with_suffix(".xml")}
-        told = [f"--{name}={values[name]}" for name in step.told]
-        return [*CLEAN, *step.prefix, sys.executable, *step.arguments, *told]
+    def words(self, step: Step, coming: Sequence[Step] = ()) -> list[str]:
+        """The arguments of ``python -m``; `coming` are the steps that this call will run."""
+        device = f"--device {'cpu' if self.tiny else 'cuda'}"
+        folder = shlex.quote(str(self.folder.parent))
+        words = shlex.split(
+            step.command.format(
+                record=f"{device} --write --resume --results {folder} --commit {self.commit}",
+                smoke=device if self.extension else f"{device} --extension none",
+                warm=f"{device} --steps {','.join(other.name for other in coming)}",
+                workers=min(6, os.cpu_count() or 1),
+                tests=" ".join(gpu_tests()),
+            )
+        )
+        return tiny(words) if self.tiny else words
 
-    def lines(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Of steps.jsonl, the last for each step of this commit, by its name and arguments."""
-        lines = records.read(self.folder / "steps.jsonl")
-        return {(line["step"], line["arguments"]): line for line in lines if line["commit"] == self.commit}
+    def states(self) -> dict[tuple[str, str], str]:
+        """How each step of this commit ended last, by its name and command."""
+        lines = [line for line in records.read(self.kept) if line["commit"] == self.commit]
+        return {(line["step"], line["command"]): line["state"] for line in lines}
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[records.Row]:
         """Those of all benchmarks for this commit."""
-        files = [path for path in sorted(self.folder.glob("*.jsonl")) if path.name != "steps.jsonl"]
+        files = [path for path in sorted(self.folder.glob("*.jsonl")) if path != self.kept]
         return [row for path in files for row in records.read(path) if row["commit"] == self.commit]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`state`: done, failed, cut off, skipped, left out, or done before."""
+class Outcome(NamedTuple):
+    """`state`: done, failed, cut off, left out, or done before."""
 
     step: Step
     state: str
     seconds: float = 0.0
     note: str = ""
 
-
-class Machine(Protocol):
-    """What runs steps: a machine with a GPU, or one that only counts."""
-
-    folder: str
-
-    def now(self) -> float:
-        """Seconds of a clock."""
-
-    def run(self, step: Step, command: list[str], log: Path, seconds: float) -> int | None:
-        """The exit status, or None if the step took longer than that and was stopped."""
+    def __str__(self) -> str:
+        return f"{self.step.name:14} {self.state:11} {self.seconds:5.0f} s  {self.note}".rstrip()
 
 
-class Gpu:
-    """This machine."""
+def gpu_tests() -> list[str]:
+    """The files of tests that ask tests/devices.py for the device."""
+    files = sorted((ROOT / "tests").glob("**/test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "tests.devices import" in path.read_text()]
 
-    def __init__(self) -> None:
-        self.folder = records.device_folder(torch.device("cuda"))
 
-    def now(self) -> float:
-        return time.monotonic()
+# Running
 
-    def run(self, step: Step, command: list[str], log: Path, seconds: float) -> int | None:
-        with log.open("ab") as output:
-            output.write(f"$ {shlex.join(command)}\n".encode())
-            output.flush()
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+Group = list[Step]  # that start together
+
+
+def ordered(steps: list[Step], job: Job) -> tuple[list[Group], list[Step]]:
+    """What is to run, what failed before last, and what is done."""
+    before = job.states()
+    state = {step.name: before.get((step.name, step.command)) for step in steps}
+    done = [step for step in steps if state[step.name] == "done" and not step.always]
+    last = {step.name for step in steps if state[step.name] == "failed" and not step.always}
+    groups: list[Group] = []
+    for step in sorted((step for step in steps if step not in done), key=lambda step: step.name in last):
+        if step.beside and groups:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups, done
+
+
+def minutes(group: Group) -> float:
+    return max(step.minutes for step in group)
+
+
+def within(groups: list[Group], left: float) -> list[Step]:
+    """What runs in so many seconds if each step takes as long as predicted."""
+    steps: list[Step] = []
+    for group in groups:
+        if left >= WORTH * 60 * minutes(group):
+            steps += group
+            left -= min(left, 60 * minutes(group))
+    return steps
+
+
+def run(steps: list[Step], job: Job) -> list[Outcome]:
+    """Runs what is not done within the budget, and keeps a line and a log of each step."""
+    end = time.monotonic() + 60 * job.budget - RESERVE
+    groups, done = ordered(steps, job)
+    outcomes = [Outcome(step, "done before") for step in done]
+    for i, group in enumerate(groups):
+        left = end - time.monotonic()
+        coming = within(groups[i:], left)
+        stopped = any(outcome.step.needed and outcome.state == "failed" for outcome in outcomes)
+        if stopped or group[0] not in coming:
+            outcomes += [Outcome(step, "left out") for step in group]
+            continue
+        names = " and ".join(step.name for step in group)
+        print(f"{names}: {minutes(group):g} minutes, {left / 60:.1f} left", flush=True)
+        with ThreadPoolExecutor(len(group)) as pool:
             try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                return None
-            finally:
-                _stop(process)
+                ended = list(pool.map(partial(execute, job=job, coming=coming, left=left), group))
+            except KeyboardInterrupt:
+                for process in list(job.running):
+                    stop(process)
+                raise
+        print(*ended, sep="\n")
+        outcomes += ended
+    return outcomes
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def execute(step: Step, job: Job, coming: list[Step], left: float) -> Outcome:
+    """Runs a step until what is `left` is over, or until its own limit, which is a failure."""
+    begin, limit, log = time.monotonic(), LIMIT * 60 * step.minutes, job.log(step)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", *job.words(step, coming)]
+    status: int | None = records.AGAIN
+    while status == records.AGAIN and (rest := begin + min(left, limit) - time.monotonic()) > 0:
+        status = launch(command, log, rest, job.running)
+    took, state, note = time.monotonic() - begin, STATES.get(status, "failed"), last_line(log)
+    if status is None and limit < left:
+        state, note = "failed", f"stopped at its limit of {limit:.0f} s: {note}"
+    line = {"step": step.name, "command": step.command, "commit": job.commit, "state": state}
+    line |= {"seconds": round(took, 1), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    with job.kept.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    log.write_bytes(without_middle(log.read_bytes()))
+    return Outcome(step, state, took, note)
+
+
+def launch(command: list[str], log: Path, seconds: float, running: set[subprocess.Popen[bytes]]) -> int | None:
+    """The exit status of a process in a group of its own, None if it took longer and was stopped."""
+    with log.open("ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **streams)
+    running.add(process)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        stop(process)
+        running.discard(process)
+
+
+def environment() -> dict[str, str]:
+    """Compiled kernels, no forced backend, and caches that all steps share.
+
+    Without TRITON_CACHE_DIR Inductor would point Triton, in its own process, to another cache than `warm` fills.
+    """
+    cache = Path(tempfile.gettempdir()) / "dinov2_fast-gpu"
+    shared = {"TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    kept = {name: os.environ[name] for name in os.environ if name not in ("TRITON_INTERPRET", "DINOV2_FAST_BACKEND")}
+    return shared | kept | {"PYTHONUNBUFFERED": "1"}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a step with all processes that it has started, politely at first, so that pytest reports what it knows."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
@@ -176,335 +315,138 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-class DryRun:
-    """A device that counts what would run: every step takes as long as expected and succeeds."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.ran: list[str] = []
-        self._now = 0.0
-
-    def now(self) -> float:
-        return self._now
-
-    def run(self, step: Step, command: list[str], log: Path, seconds: float) -> int | None:
-        self.ran.append(step.name)
-        self._now += min(seconds, 60 * step.minutes)
-        return 0 if 60 * step.minutes <= seconds else None
+def last_line(log: Path) -> str:
+    """The last that says something."""
+    lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()]
+    return next(line for line in reversed(lines) if line and not line.startswith("wrote "))[:100]
 
 
-# Running it
-
-
-def run(steps: list[Step], machine: Machine, job: Job, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Runs what is not done within the budget, and keeps a line and a log of each step."""
-    end = machine.now() + 60 * job.budget - RESERVE
-    (job.folder / "logs").mkdir(parents=True, exist_ok=True)
-    known = job.lines()
-    state = {step.name: _state(known.get((step.name, step.key))) for step in steps}
-    outcomes = []
-    interrupted = False
-    for step in sorted(steps, key=lambda step: state[step.name] == "failed"):
-        left = end - machine.now()
-        if step.skip:
-            outcome = Outcome(step, "skipped", note=step.skip)
-        elif state[step.name] == "done":
-            outcome = Outcome(step, "done before")
-        elif interrupted or left < max(LEAST, WORTH * 60 * step.minutes):
-            outcome = Outcome(step, "left out", note=f"{state[step.name]} before" if state[step.name] else "")
-        else:
-            say(f"{step.name}: about {step.minutes:g} minutes, {left / 60:.1f} left")
-            try:
-                outcome = _execute(step, machine, job, left)
-                while outcome.state == "cut off" and (left := end - machine.now()) >= LEAST:  # with records.AGAIN
-                    outcome = _execute(step, machine, job, left)
-            except KeyboardInterrupt:
-                interrupted, outcome = True, Outcome(step, "cut off", note="interrupted")
-            say(_line(outcome))
-            if outcome.state == "failed" or step.shown:
-                say(_tail(job.log(step)))
-        outcomes.append(outcome)
-    return outcomes
-
-
-def _state(line: dict[str, Any] | None) -> str | None:
-    if line is None:
-        return None
-    return "cut off" if line["returncode"] in (None, records.AGAIN) else "failed" if line["returncode"] else "done"
-
-
-def _execute(step: Step, machine: Machine, job: Job, left: float) -> Outcome:
-    """Runs a step for as long as it may: until what is `left` is over, or until its own limit, which is a failure."""
-    begin, log, limit = machine.now(), job.log(step), 60 * step.limit
-    returncode: int | None = None
-    try:
-        returncode = machine.run(step, job.command(step), log, min(left, limit))
-        if returncode is None and limit < left:
-            returncode = STOPPED
-    finally:
-        took = machine.now() - begin
-        counts = _counts(log.with_suffix(".xml"))
-        line = {"step": step.name, "arguments": step.key, "commit": job.commit, "returncode": returncode}
-        line |= {"seconds": round(took, 1), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
-        with (job.folder / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(line | counts) + "\n")
-        if log.is_file():
-            log.write_bytes(without_middle(log.read_bytes(), LOG_BYTES))
-    notes = [f"stopped at its limit of {limit:.0f} s"] if returncode == STOPPED else []
-    notes += [] if counts["passed"] is None else [f"{number} {name}" for name, number in counts.items()]
-    return Outcome(step, str(_state(line)), took, ", ".join(notes))
-
-
-def _counts(xml: Path) -> dict[str, int | None]:
-    """How many tests passed, failed and were skipped; null where pytest did not get to say so."""
-    try:
-        suites = list(ElementTree.parse(xml).getroot().iter("testsuite"))
-    except (OSError, ElementTree.ParseError):
-        return {"passed": None, "failed": None, "skipped": None}
-    finally:
-        xml.unlink(missing_ok=True)
-    total, failures, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return "\n".join(f"  | {line}" for line in lines[-TAIL:])
-
-
-def without_middle(data: bytes, longest: int) -> bytes:
+def without_middle(data: bytes, longest: int = LOG_BYTES) -> bytes:
     """The beginning and the end of a log that is longer than that."""
-    if len(data) <= longest:
-        return data
     half = longest // 2
-    return data[:half] + b"\n[... %d bytes left out ...]\n" % (len(data) - 2 * half) + data[len(data) - half :]
+    return data if len(data) <= longest else data[:half] + b"\n[... left out ...]\n" + data[-half:]
 
 
-# What it leaves
+# What is left behind
 
 
-def pack(folder: Path, limit: int = ARCHIVE_BYTES) -> list[str]:
-    """Writes <folder>.tar.gz, smaller than `limit` bytes; says what had to be shortened or left out for that.
-
-    Logs lose their middles first, as much as it takes, then whole files are left out, the largest first.
-    """
+def pack(folder: Path) -> Path:
+    """Writes <folder>.tar.gz: rows, best.json, steps.jsonl, logs."""
     archive = folder.with_name(f"{folder.name}.tar.gz")
-    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    logs = [path for path in files if path.parent.name == "logs"]
-    said: list[str] = []
-    longest = LOG_BYTES
-    while _write_archive(archive, folder, files) >= limit and files:
-        longest //= 4
-        if longest >= 1 << 10 and logs:
-            files |= {path: without_middle(files[path], longest) for path in logs}
-            said = [f"logs were cut to {longest} bytes each"]
-        else:
-            largest = max(files, key=lambda path: len(files[path]))
-            del files[largest]
-            said.append(f"{largest.relative_to(folder)} was left out")
-    return said
-
-
-def _write_archive(archive: Path, folder: Path, files: Mapping[Path, bytes]) -> int:
     with tarfile.open(archive, "w:gz") as tar:
-        for path, data in files.items():
-            entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
-            entry.size, entry.mtime = len(data), int(path.stat().st_mtime)
-            tar.addfile(entry, io.BytesIO(data))
-    return archive.stat().st_size
+        tar.add(folder, arcname=folder.name)
+    return archive
 
 
-def numbers(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """For each task, model, size, output and batch: our fastest in bf16 and in fp8, and the fastest peer in bf16."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def headlines(rows: list[records.Row]) -> Iterator[str]:
+    """For each setting of models our best row over the best of a peer; in fp8 that is the peer's in bf16."""
+    groups: dict[tuple[Any, ...], list[records.Row]] = {}
     for row in rows:
-        if row["task"] in COMPARED and row["value"] is not None:
+        if row["task"] not in ("ops", "roofline"):
             key = tuple(row[name] for name in ("task", "model", "resolution", "output", "batch"))
             groups.setdefault(key, []).append(row)
-    if groups:
-        yield f"{'':50} {'ours':>30} {'best peer in bf16':>34}  ratio"
-    for (task, model, resolution, output, batch), group in groups.items():
-        peer = best(row for row in group if row["precision"] == "bf16" and row["implementation"] != OURS.name)
-        for precision in ("bf16", "fp8"):
-            ours = best(row for row in group if row["precision"] == precision and row["implementation"] == OURS.name)
-            if ours or (peer and precision == "bf16"):
-                name = f"{task} {model} {resolution} px, {output}, {batch}, {precision}"
-                faster = f"{ratio(ours, peer):.3f}" if ours and peer else "–"
-                mine = f"{_value(ours)} {ours['mode']}" if ours else "–"
-                other = f"{_value(peer)} {peer['implementation']} {peer['mode']}" if peer else "–"
-                yield f"{name:50} {mine:>30} {other:>34}  {faster}"
-
-
-def _value(row: dict[str, Any]) -> str:
-    return f"{row['value']:.3f} ms" if row["unit"] == "ms" else f"{row['value']:.1f}/s"
+    for key, group in groups.items():
+        peer = records.best(row for row in group if row["implementation"] != OURS.name)
+        own = [row for row in group if row["implementation"] == OURS.name]
+        for precision in dict.fromkeys(row["precision"] for row in own):
+            if (ours := records.best(row for row in own if row["precision"] == precision)) and peer:
+                values = f"{ours['value']:.4g} {ours['unit']} {ours['mode']}; {peer['value']:.4g} {peer['mode']}"
+                yield f"{' '.join(map(str, key))} {precision}: {records.ratio(ours, peer):.3f} ({values})"
 
 
 def summary(outcomes: list[Outcome], job: Job) -> int:
-    """Prints what happened, the numbers, and what is left; the exit status."""
+    """Prints the headlines and what happened; the exit status."""
     rows = job.rows()
     refused = [row for row in rows if (records.reason(row) or "").startswith(("refused", "failed"))]
-    of = {state: [o for o in outcomes if o.state == state] for state in (*NOT_RUN, "failed", "cut off")}
-    failed = of["failed"] or any(o.note.startswith("failed") for o in of["left out"]) or refused
-    print()
-    for line in numbers(rows):
-        print(line)
-    print(f"\n{'step':34} {'state':11} seconds")
-    for outcome in outcomes:
-        if outcome.state not in ("left out", "done before"):
-            print(_line(outcome))
-    if of["done before"]:
-        print(f"done before: {', '.join(o.step.name for o in of['done before'])}")
+    print("", *headlines(rows), sep="\n")
+    for state in ("done before", "failed", "cut off", "left out"):
+        if names := [outcome.step.name for outcome in outcomes if outcome.state == state]:
+            print(f"{state}: {', '.join(names)}")
     if refused:
         print(f"{len(refused)} rows of this commit were refused or failed: see their {records.NOT_MEASURED}")
-    if of["left out"]:
-        names = [f"{o.step.name} ({o.note})" if o.note else o.step.name for o in of["left out"]]
-        minutes = round(sum(o.step.minutes for o in of["left out"]), 1)
-        print(f"left out ({len(names)}, about {minutes:g} minutes): {', '.join(names)}")
-    if of["left out"] or of["cut off"]:
-        print("The same command goes on from here.")
-    return 1 if failed else 3 if of["left out"] or of["cut off"] else 0
+    states = {outcome.state for outcome in outcomes}
+    return 1 if "failed" in states or refused else 3 if states & {"left out", "cut off"} else 0
 
 
-def _line(outcome: Outcome) -> str:
-    seconds = "" if outcome.state in NOT_RUN else f"{outcome.seconds:.0f}"
-    return f"{outcome.step.name:34} {outcome.state:11} {seconds:>7}  {outcome.note}".rstrip()
-
-
-def report(machine: Machine, job: Job) -> None:
-    """Makes README's tables and plots, which show what is in bench/results."""
-    if job.folder.parent.resolve() != records.RESULTS.resolve():
-        return
-    step = Step("report", ("-m", "bench.report"), REPORT / 60)
-    if machine.run(step, [sys.executable, *step.arguments], job.log(step), REPORT) != 0:
-        print(f"bench.report did not succeed: {job.log(step)}")
+def dry_run(steps: list[Step], job: Job) -> None:
+    """Prints what a call runs if each step takes as long as predicted: minutes, their sum, what it decides."""
+    groups, done = ordered(steps, job)
+    coming, total = within(groups, 60 * job.budget - RESERVE), 0.0
+    print(f"The plan for commit {job.commit} and {job.budget:g} minutes. Nothing is run.\n")
+    print(f"{'step':14} minutes    sum  decides")
+    for group in (group for group in groups if group[0] in coming):
+        total += minutes(group)
+        for step in group:
+            print(f"{step.name:14} {step.minutes:7.2f} {total:6.2f}  {step.decides}{' (beside)' * step.beside}")
+            print(f"{'':16}python -m {shlex.join(job.words(step, coming))}")
+    left_out = [step for group in groups for step in group if step not in coming]
+    for title, names in (("done before", done), ("left out", left_out)):
+        print(f"\n{title}: {', '.join(f'{step.name} ({step.minutes:g})' for step in names) or 'nothing'}")
 
 
 # The command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
-    steps = plan(options)
-    if options.dry_run:
-        return dry_run(steps, DryRun(options.dry_run), options)
-    if not torch.cuda.is_available():
-        print("There is no GPU that torch can use here. DRY_RUN=1 shows the plan without one.", file=sys.stderr)
-        return 2
-    if options.smoke:
-        return smoke()
-    if options.extension:
-        put_in_place(options.extension)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step ends, too, and the archive is written
-    return carry_out(steps, Gpu(), options)
-
-
-def smoke() -> int:
-    """Says what runs here and whether the CUDA extension loads; 1 if it is in place and does not."""
-    triton = records.version("triton")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton}")
+def smoke(device: str, with_extension: bool) -> int:
+    """Says what runs here. It raises where Triton or the CUDA extension does not: a call without them tells little."""
+    packages = ", ".join(f"{name} {records.version(name)}" for name in ("torch", "triton", "timm", "pytest-xdist"))
+    print(f"{records.device_folder(torch.device(device))}, Python {sys.version.split()[0]}, {packages}")
     print(f"CUDA extension: {extension.describe()}")
-    reason = extension.load().reason
-    if reason:
-        print("The tests of its kernels are skipped, and benchmarks say that the backend cuda does not run.")
-    return int(reason is not None and extension.FILE.is_file())
-
-
-def put_in_place(built: Path) -> None:
-    """Copies an extension into the package, unless it is that one."""
-    place = ROOT / "dinov2_fast" / extension.FILE.name
-    if not (place.is_file() and place.samefile(built)):
-        shutil.copy(built, place)
-
-
-def carry_out(steps: list[Step], machine: Machine, options: argparse.Namespace) -> int:
-    """Runs the steps, then writes the report, the archive, and last the summary."""
-    job = Job(options.results.resolve() / machine.folder, options.commit, options.budget)
-    print(f"{machine.folder}, commit {job.commit}, {job.budget:g} minutes, {len(steps)} steps")
-    outcomes = run(steps, machine, job)
-    report(machine, job)
-    said = pack(job.folder)
-    status = summary(outcomes, job)
-    print(f"{job.folder} and {job.folder.name}.tar.gz{''.join(f'; {sentence}' for sentence in said)}")
-    return status
-
-
-def dry_run(steps: list[Step], machine: DryRun, options: argparse.Namespace) -> int:
-    """Prints the steps in their order, and what would come of each if it took as long as expected. Writes nothing."""
-    job = Job(options.results.resolve() / machine.folder, options.commit, options.budget)
-    rows = job.rows()
-    with tempfile.TemporaryDirectory() as copy:
-        there = Job(Path(copy), job.commit, job.budget)
-        if (job.folder / "steps.jsonl").is_file():
-            shutil.copy(job.folder / "steps.jsonl", copy)
-        outcomes = run(steps, machine, there, say=lambda text: None)
-    print(f"The plan for {machine.folder}, commit {job.commit}, {job.budget:g} minutes. Nothing is run.")
-    print(f"Commands begin with {shlex.join(CLEAN)}; results go to {job.folder}.")
-    for number, outcome in enumerate(outcomes, 1):
-        step, state = outcome.step, {"done": "would run", "cut off": "would be cut off"}.get(outcome.state)
-        have = sum(_leaves(step, row) for row in rows)
-        notes = [outcome.note, f"{have} rows are there" if have else ""]
-        print(f"{number:3} {step.name}: about {step.minutes:g} minutes, {state or outcome.state}", end="")
-        print("".join(f" ({note})" for note in notes if note))
-        print(f"      {shlex.join([*step.prefix, 'python', *step.arguments])}")
-    left_out = [outcome.step.name for outcome in outcomes if outcome.state == "left out"]
-    print(f"{len(machine.ran)} of {len(steps)} steps would run, in {machine.now() / 60:.1f} minutes.")
-    print(f"Left out under the budget: {', '.join(left_out) or 'nothing'}.")
+    sizes = ((257, 384), (1536, 384), (1536,))
+    for backend in ("triton", *["cuda"] * with_extension) if device == "cuda" else ():
+        ops.linear(*(torch.randn(size, device=device).bfloat16() for size in sizes), epilogue="gelu", backend=backend)
+        torch.cuda.synchronize()
+        print(f"{backend} runs")
     return 0
 
 
-def _leaves(step: Step, row: dict[str, Any]) -> bool:
-    """Whether a row is one of those that a benchmark writes."""
-    wanted = {name: value.split(",") for name, value in step.settings.items()}
-    models = [harness.MODELS[name].name for name in wanted.get("models", [])]
-    checks = [("models", row["model"] in models), ("sizes", str(row["resolution"]) in wanted.get("sizes", []))]
-    checks += [("precisions", row["precision"] in wanted.get("precisions", []))]
-    checks += [("modes", str(row["mode"]).removeprefix("xformers-") in wanted.get("modes", []))]
-    checks += [("batches", str(row["batch"]) in wanted.get("batches", []))]
-    checks += [("outputs", row["output"] in wanted.get("outputs", []))]
-    checks += [("ops", re.split("[. ]", str(row["output"]))[0] in wanted.get("ops", []))]
-    return row["task"] == step.task and all(holds for name, holds in checks if name in wanted)
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    with_extension = options.extension != "none"
+    if options.smoke:
+        return smoke(options.device, with_extension)
+    if not (options.tiny or options.dry_run or torch.cuda.is_available()):
+        print("There is no GPU that torch can use here: DRY_RUN=1 shows the plan, TINY=1 runs it.", file=sys.stderr)
+        return 2
+    name = "nvidia-h200" if options.dry_run else records.device_folder(torch.device("cpu" if options.tiny else "cuda"))
+    folder = options.results.resolve() / name
+    job = Job(folder, options.commit, options.budget, options.tiny, with_extension)
+    if options.dry_run:
+        dry_run(PLAN, job)
+        return 0
+    place = ROOT / "dinov2_fast" / extension.FILE.name
+    if options.extension and with_extension and not (place.is_file() and place.samefile(options.extension)):
+        shutil.copy(options.extension, place)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step ends, too, and the archive is written
+    print(f"{name}, commit {job.commit}, {job.budget:g} minutes, {len(PLAN)} steps")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        status = summary(run(PLAN, job), job)
+    finally:
+        print(pack(folder))
+    return status
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: bench/results")
+    described = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", **described)
+    parser.add_argument("--results", type=Path, help="default: bench/results; with --tiny build/gpu-tiny")
     parser.add_argument("--commit", help="what is measured (default: the commit that git names)")
-    parser.add_argument("--budget", type=float, help=f"minutes in all (default: {BUDGET:g}; --quick: {QUICK_BUDGET:g})")
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: few tests, S and B, 224 pixels")
-    parser.add_argument("--extension", type=Path, help="a built CUDA extension, to put into the package")
-    parser.add_argument("--smoke", action="store_true", help="the first step: say whether the CUDA extension loads")
-    parser.add_argument(
-        "--dry-run",
-        nargs="?",
-        const="nvidia-h200",
-        metavar="DEVICE",
-        help="print the plan, on any machine; DEVICE is the name of the folder of results (default: %(const)s)",
-    )
-    harness.add_peers(parser)
+    parser.add_argument("--budget", type=float, default=BUDGET, help="minutes in all (default: %(default)s)")
+    parser.add_argument("--extension", help="a built CUDA extension, to put into the package; none to do without")
+    parser.add_argument("--tiny", action="store_true", help="all steps on the CPU, with tiny models")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, on any machine")
+    parser.add_argument("--smoke", action="store_true", help="the first step: say what runs here")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="of --smoke")
     options = parser.parse_args(arguments)
-    options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET)
-    options.commit = options.commit or _commit()
+    options.results = options.results or (ROOT / "build" / "gpu-tiny" if options.tiny else records.RESULTS)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git
+        options.commit = options.commit or records._commit()
     if not options.commit and not options.smoke:
         parser.error("git names no commit here: say what is measured, COMMIT=<sha> (--commit)")
-    if options.extension and not options.extension.is_file():
+    if options.extension not in (None, "none") and not Path(options.extension).is_file():
         parser.error(f"EXTENSION (--extension): {options.extension} does not exist; it must be a built extension")
-    if options.reference_path and not options.reference_path.is_dir():
-        parser.error(f"REFERENCE (--reference-path): {options.reference_path} is no folder")
     return options
-
-
-def _commit() -> str | None:
-    try:
-        return records._commit()
-    except (OSError, subprocess.SubprocessError):  # no git
-        return None
 
 
 if __name__ == "__main__":

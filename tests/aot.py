@@ -230,6 +230,8 @@ def _torch_cuda_of(arch: int) -> Iterator[None]:
             get_device_properties=lambda device=None: properties,
             device=lambda device: nullcontext(),
             current_device=lambda: 0,
+            is_current_stream_capturing=lambda: False,
+            current_stream=lambda device=None: SimpleNamespace(synchronize=lambda: None),
         ):
             yield
     finally:

@@ -90,6 +90,7 @@ def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[in
 
 @on_gpu
 @runs_cuda
+@pytest.mark.gpu_first
 @pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE], ids=str)
 @each_dtype
 def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -231,6 +232,7 @@ def test_fp8_residual_in_fp32() -> None:
 
 @on_gpu
 @runs_cuda
+@pytest.mark.gpu_first
 @pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE_FP8], ids=str)
 def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, size: tuple[int, int, int]) -> None:
     operands, matrices = _fp8_operands(size)

@@ -122,6 +122,12 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         lambda: [_x(2056, 768), _e4m3(2056, 3072), _e4m3(768, 3072), _x(768).float()],
     ),
 }
+# What the first call on a GPU tests: forward, the kernels that the engine may take by default.
+FIRST = [
+    name
+    for name in CASES
+    if re.fullmatch(r"(layer_norm\.plain|attention|linear\.\w+)( e4m3)?|attention_pool|patches|activation.swiglu", name)
+]
 TRAINABLE = [
     *("layer_norm.plain", "layer_norm.add", "activation.gelu", "activation.swiglu"),
     *("add_residual", "add_residual on a subset"),
@@ -166,16 +172,20 @@ def _each_backend(name: str) -> list[Any]:
     return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
 
 
-def _cases(names: Iterable[str], *rest: Any) -> list[Any]:
-    """A case for each backend of each of these; `rest` stands before the backend."""
-    return [
-        pytest.param(name, *rest, *getattr(backend, "values", [backend]), marks=getattr(backend, "marks", ()))
-        for name in names
-        for backend in _each_backend(name)
-    ]
+def _cases(names: Iterable[str], *rest: Any, first: Iterable[str] = ()) -> list[Any]:
+    """A case for each backend of each of these; `rest` stands before the backend, `first` are marked."""
+    cases = []
+    for name in names:
+        marked = [pytest.mark.gpu_first] if name in first else []
+        for backend in _each_backend(name):
+            marks = [*getattr(backend, "marks", ()), *marked]
+            cases.append(pytest.param(name, *rest, *getattr(backend, "values", [backend]), marks=marks))
+    return cases
 
 
-each_case = pytest.mark.parametrize(("name", "train", "backend"), [*_cases(CASES, False), *_cases(TRAINABLE, True)])
+each_case = pytest.mark.parametrize(
+    ("name", "train", "backend"), [*_cases(CASES, False, first=FIRST), *_cases(TRAINABLE, True)]
+)
 
 
 def test_every_op_has_a_case() -> None:
@@ -262,6 +272,7 @@ def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> Non
 
 
 @on_gpu
+@pytest.mark.gpu_first
 @pytest.mark.parametrize(
     ("name", "backend"), _cases(["layer_norm.plain e4m3", "activation.gelu e4m3", "attention e4m3"])
 )
