@@ -15,7 +15,7 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.ops import dispatch
 
 SHAPE = Shape(harness.TINY, 28, 2)  # 2 images of 5 tokens, hidden size 64, 1 head
-SPEEDS = roofline.Speeds(copy=1e9, product=1e9, e4m3=4e9)
+SPEEDS = ops.Speeds(copy=1e9, product=1e9, e4m3=4e9)
 COMMAND = ["--device", "cpu", "--models", "tiny", "--commit", "c0ffee", "--write", "--resume"]
 
 
@@ -79,9 +79,10 @@ def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) ->
         ("linear.residual", "forward"): (3 * stream + 4 * (64 * 64 + 64), 2 * 10 * 64 * 64),
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
-    assert ops.floor(2000, 1000.0, False, SPEEDS) == (2e-6, 1e-6)
-    assert ops.floor(100, 2000.0, True, SPEEDS) == (1e-7, 5e-7)
-    assert ops.floor(100, 2000.0, True, SPEEDS._replace(e4m3=None)) == (1e-7, 2e-6)
+    plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))
+    assert [case.floor(SPEEDS) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
+    assert e4m3.floor(SPEEDS._replace(e4m3=None)) == pytest.approx(81920e-9)
+    assert plain.floor(SPEEDS._replace(product=1e10)) == pytest.approx(24320e-9)
     cold = lambda runs, *_, flush, **options: {name: [1e-6, 2e-6, 4e-6] for name in runs if flush}  # noqa: E731
     monkeypatch.setattr(harness, "in_turn", cold)
     row = _measured(_workload("layer_norm.plain"), "forward")["torch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -72,27 +73,27 @@ def test_counts_are_those_of_the_model_and_of_the_ops(name) -> None:
     assert round(roofline.parameters(config) / 1e6, 2) == {"dinov2_vitb14_reg": 86.58, "dinov2_vitg14": 1136.48}[name]
 
 
-def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The median of each run is 20 ms, on a cold cache."""
+def _measured(shape: Shape, *precisions: str) -> list[dict]:
+    """Rows of the device and of a backbone; the median of each run is 20 ms, on a cold cache."""
     times = lambda runs, *_, flush, **options: {key: [0.01, 0.02, 0.04] for key in runs if flush}  # noqa: E731
-    for module in (harness, roofline):
-        monkeypatch.setattr(module, "in_turn", times)
+    parts = [roofline.device_parts(CPU, shape.dtype), *(roofline.parts_of(shape, each) for each in precisions)]
+    with mock.patch.object(harness, "in_turn", times):
+        return [row for each in parts for row in roofline.measure(each, CPU)]
 
 
-def test_rows_are_work_over_time_and_make_floors(monkeypatch) -> None:
-    _timed(monkeypatch)
-    device, rows = roofline.measure_device(CPU, torch.float32), roofline.measure(TINY, "fp32")
-    copy, product = 2 * 65536 / 0.02, 2 * 32**3 / 0.02
-    assert [(row["output"], row["precision"]) for row in device] == [("copy", None), ("large product", "fp32")]
-    assert roofline.Speeds.measured(CPU, torch.float32) == pytest.approx((copy, product, None))
+def test_rows_are_work_over_time_and_make_floors() -> None:
+    rows = _measured(TINY, "fp32")
+    values = {(row["output"], row["implementation"]): row["value"] * roofline.UNITS[row["unit"]] for row in rows}
     assert all(row["p20"] < row["value"] < row["p80"] for row in rows)
-    values = {(row["output"], row["implementation"]): row["value"] * 1e12 for row in rows}
+    copy = values["copy", "torch"]
+    assert copy == pytest.approx(2 * 65536 / 0.02)
+    assert values["large product", "torch"] == pytest.approx(2 * 32**3 / 0.02)
     assert values["fc1", "torch"] == pytest.approx(2 * 10 * 64 * 256 / 0.02)
     assert values["patch embedding", "torch"] == pytest.approx(2 * 8 * 588 * 64 / 0.02)  # though 592 values are timed
     for backend in ("flash_attention", "math"):
         assert values["attention", backend] == pytest.approx(4 * 2 * 25 * 64 / 0.02)
     assert all(row["outputs_max_error"] < 1e-6 for row in rows if row["output"] == "attention")
-    ceilings = roofline.ceilings_of([*device, *rows], "fp32")
+    ceilings = roofline.ceilings_of(rows, "fp32")
     floors = {output: roofline.floor(harness.TINY, 28, 2, output, ceilings) for output in ("all", "cls")}
     assert floors["all"] == pytest.approx((0.02 * (1 + 4 * 12), 0.02 * 12, 2 * 5 * 64 * 24 * 12 / copy))
     assert floors["cls"] == pytest.approx((0.02 * (1 + 4 * 11 + 6), 0.02 * 11, 2 * 5 * 64 * (24 * 11 + 4) / copy))
@@ -117,38 +118,28 @@ def test_the_best_rate_of_the_right_precision_counts() -> None:
 
 
 def test_what_fails_or_is_wrong_has_a_reason_and_sets_no_floor(monkeypatch) -> None:
-    _timed(monkeypatch)
-    products, attention, calls = torch._scaled_mm, torch.nn.functional.scaled_dot_product_attention, []
-
-    def scaled_mm(x, *rest, **options):
-        if len(x) == 16:  # the class tokens of 16 images
-            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
-        return products(x, *rest, **options)
-
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(
-        roofline.F, "scaled_dot_product_attention", lambda *x: attention(*x) * (calls.append(x) or len(calls) > 1 or 2)
-    )
-    shape = replace(TINY, batch=16, dtype=torch.bfloat16)
-    bf16, fp8 = (roofline.measure(shape, precision) for precision in ("bf16", "fp8"))
-    assert {row["output"] for row in bf16} - {row["output"] for row in fp8} == {"patch embedding", "attention"}
-    assert [records.reason(row)[:9] for row in bf16 if not row["value"]] == ["refused: "]
-    failed = {row["output"]: records.reason(row) for row in fp8 if not row["value"]}
-    assert failed == dict.fromkeys(("cls qkv and proj", "cls fc1", "cls fc2"), "failed: CUBLAS_STATUS_NOT_SUPPORTED")
-    ceilings = roofline.ceilings_of([*bf16, *fp8, *roofline.measure_device(CPU, torch.bfloat16)], "fp8")
-    assert roofline.floor(harness.TINY, 28, 16, "all", ceilings).seconds > 0
+    attention, refused = roofline.F.scaled_dot_product_attention, mock.Mock(side_effect=RuntimeError("no such\nmore"))
+    wrong = mock.Mock(side_effect=lambda *x: attention(*x) * (2 if wrong.call_count == 1 else 1))
+    monkeypatch.setattr(roofline.F, "scaled_dot_product_attention", wrong)
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    rows = _measured(replace(TINY, dtype=torch.bfloat16), "bf16", "fp8")
+    outputs = {row["output"] for row in rows if row["precision"] == "fp8"}
+    assert outputs == {"qkv", "proj", "fc1", "fc2", "cls qkv and proj", "cls fc1", "cls fc2"}
+    reasons = {(row["precision"], records.reason(row)[:15]) for row in rows if not row["value"]}
+    assert reasons == {("bf16", "refused: an ele"), ("fp8", "failed: no such")}
+    assert roofline.floor(harness.TINY, 28, 2, "all", roofline.ceilings_of(rows, "bf16")).seconds > 0
     with pytest.raises(ValueError, match="was not measured"):
-        roofline.floor(harness.TINY, 28, 16, "cls", ceilings)
+        roofline.floor(harness.TINY, 28, 2, "all", roofline.ceilings_of(rows, "fp8"))
 
 
 def test_the_command_resumes_without_what_the_device_was_lost_in(monkeypatch, tmp_path, capsys) -> None:
     attention, broken = roofline._attention, []
 
-    def breaking(qkv, backend):
-        if qkv.shape[1] == 17 and backend.name == "MATH":
+    def breaking(shape, backend, row):
+        if shape.tokens == 17 and backend.name == "MATH":
             broken.append(True)
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return attention(qkv, backend)
+        return attention(shape, backend, row)
 
     monkeypatch.setattr(roofline, "_attention", breaking)
     monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
@@ -157,7 +148,7 @@ def test_the_command_resumes_without_what_the_device_was_lost_in(monkeypatch, tm
     for status, floors in ((records.AGAIN, 2), (0, 4), (0, 4)):
         broken.clear()
         assert roofline.main([*command, "--results", str(tmp_path)]) == status
-        assert capsys.readouterr().out.count("floor fp32, ") == floors
+        assert capsys.readouterr().out.count("Floor(") == floors
         before, rows = rows, records.read(tmp_path / "cpu" / "roofline.jsonl")
         assert rows[: len(before)] == before
         assert [(row["resolution"], row["implementation"]) for row in rows if not row["value"]] == [(56, "math")]
