@@ -6,8 +6,7 @@ the files. Ours is what `dinov2-fast extract` runs, shards and the means of the 
 own preprocessing, in a DataLoader with as many workers. Whole passes run in turn, A B C B C A; the medians count.
 
 In every pass the features of a sample are held to the rule of the tests, against our model on that implementation's
-pixels. Each image must be more like itself there than like any other, and most must be so against our features on our
-pixels: rows in another order, a lost one and other images are refused. `floor_share` is the share of a pass in which
+pixels, and each image must be more like itself there than like any other. `floor_share` is the share of a pass in which
 the device works: the time that the forward passes take when nothing else is done.
 
 Whether decoding limits our extraction is seen beside it: the images per second that its workers decode alone, their
@@ -156,7 +155,6 @@ class Judge:
         self.sample = [paths[place] for place in self._places]
         self._usual = models.get(OURS, DTYPES[setting.precision])
         self._exact = copy.deepcopy(models.ours).double() if setting.precision == "fp32" else models.ours
-        self._ours = self._run(self._usual, OURS, our_pixels(self.sample))
 
     def expected(self, peer: Peer, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """What a peer must make of its pixels of the sample: in a wider dtype, and in its own."""
@@ -167,10 +165,10 @@ class Judge:
         if features.shape != self._shape or features.dtype != np.float32 or not np.isfinite(features).all():
             raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {self._shape}")
         sample = torch.tensor(features[self._places])
-        if wrong := strangers(sample, exact):
+        # In bf16 two images may be as near to each other as the rule allows: each must be nearest to itself.
+        mine, right = (nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (sample, exact))
+        if wrong := int(((mine @ right.T).argmax(dim=1) != torch.arange(len(sample))).sum()):
             raise ValueError(f"the order is wrong: {wrong} of {len(sample)} images have the features of others")
-        if 2 * (wrong := strangers(sample, self._ours)) > len(sample):
-            raise ValueError(f"other pixels: {wrong} of {len(sample)} images are more like others of ours")
         return harness.worst_error([sample.to(usual.dtype)], [exact], [usual])
 
     def _run(self, model: nn.Module, peer: Peer, pixels: Tensor) -> Tensor:
@@ -181,19 +179,15 @@ class Judge:
             return torch.cat([model(part) for part in x.split(self._setting.batch)]).cpu()
 
 
-def strangers(features: Tensor, others: Tensor) -> int:
-    """How many rows are more like another row of `others` than like their own, what all have in common left out."""
-    rows, others = (nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (features, others))
-    return int(((rows @ others.T).argmax(dim=1) != torch.arange(len(rows))).sum())
-
-
 @torch.inference_mode()
 def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options: Namespace) -> list[Row]:
     """A row for each implementation, from whole passes in turn."""
     harness.keep_freed_memory()
     device = torch.device(options.device)
     models = Models(setting.config, load_ours(setting.config, device))
-    judge, pipelines, expected = Judge(setting, models, paths), dict[Peer, Pipeline](), dict[Peer, tuple[Tensor, ...]]()
+    judge = Judge(setting, models, paths)
+    pipelines: dict[Peer, Pipeline] = {}
+    expected: dict[Peer, tuple[Tensor, Tensor]] = {}
     rows = {peer: setting.row(peer, mode) for peer, mode in entrants}
     rows = {peer: row | (records.missing(peer.missing) if peer.missing else {}) for peer, row in rows.items()}
     passes: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in rows if not peer.missing}
@@ -220,9 +214,8 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
                 records.stop([rows[peer]], exception, device)
     for peer, taken in passes.items():
         seconds, errors = zip(*taken, strict=True)
-        fast, median, slow = (
-            len(paths) / each for each in harness.quantiles([*seconds] * (2 if len(seconds) == 1 else 1))
-        )
+        several = seconds if len(seconds) > 1 else 2 * seconds
+        fast, median, slow = (len(paths) / each for each in harness.quantiles(several))
         rows[peer] |= {"value": median, "p20": slow, "p80": fast, "unit": "images/s", "outputs_max_error": max(errors)}
         about = {"workers": options.workers, "pictures": len(paths), "pillow": records.version("pillow")}
         rows[peer]["versions"] = about | ({"decoding": decoding_alone(paths, options.workers)} if peer is OURS else {})

@@ -32,7 +32,7 @@ from bench.records import Recorder, Row
 from bench.roofline import PRECISION, SECONDS, UNITS, device_parts
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import first_tensor, tensors_of
+from dinov2_fast.ops.dispatch import tensors_of
 
 TASK = "ops"
 BEST = "best.json"
@@ -110,11 +110,8 @@ class Case:
     def candidates(self, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The implementations that run on these arguments, by name."""
         for implementation in self.workload.implementations():
-            reason = implementation.reason_against(self.arguments)
-            if reason is None:
+            if implementation.reason_against(self.arguments) is None:
                 yield implementation.backend, implementation.function
-            elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs
-                print(f"  {implementation.backend:14} not run: {reason}")
         if compiled:
             torch._dynamo.reset()  # each shape is compiled for itself, none falls back to eager at a limit
             yield COMPILED, torch.compile(self.torch_function, dynamic=False, fullgraph=True)
@@ -236,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not all(recorder.has(**case.row, implementation=name) for name in wanted):
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
                 recorder.keep(measure(case, speeds, compiled, lost))
-    if options.write:
+    if options.write and recorder.path.is_file():
         chosen = best(records.read(recorder.path), recorder.common["commit"])
         recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
     return recorder.finish()
