@@ -179,8 +179,8 @@ MODELS = {letter: BACKBONES[f"dinov2_vit{letter.lower()}14"] for letter in "SBLg
 TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # only its Python takes time
 MODELS["tiny"] = TINY
 
-# pixels; on a CPU the smaller two
-SIZES = {"throughput": [224, 518, 1036], "latency": [224, 518], "training": [224], "host": [28]}
+# What is measured unless something else is asked for.
+OF_DEVICE = {"cpu": {"models": "S,B", "sizes": "224,518"}, "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"}}
 BATCHES = {
     "throughput": {"cpu": {224: [8], 518: [8]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
     "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
@@ -239,6 +239,21 @@ def add_models(made: argparse.ArgumentParser) -> None:
     made.add_argument("--models", type=some_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
 
 
+def add_backbones(made: argparse.ArgumentParser) -> None:
+    """``--models`` and ``--sizes``, for :func:`parse`."""
+    add_models(made)
+    made.add_argument("--sizes", type=pixels, help="default: 224,518,1036, on a CPU 224,518")
+
+
+def parse(
+    made: argparse.ArgumentParser, arguments: list[str] | None, **of_device: dict[str, Any]
+) -> argparse.Namespace:
+    """The options; what are defaults of the device goes before those of all."""
+    device = made.parse_known_args(arguments)[0].device
+    made.set_defaults(**(OF_DEVICE[device] | of_device.get(device, {})))
+    return made.parse_args(arguments)
+
+
 def add_peers(made: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """``--reference-path``, and where there are `names` to choose from, ``--implementations``: None unless given."""
     made.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as two more peers")
@@ -246,19 +261,9 @@ def add_peers(made: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
         made.add_argument("--implementations", type=some_of(names), help=f"some of {','.join(names)} (default: all)")
 
 
-def sizes(task: str, device: str) -> list[int]:
-    """Pixels that a task takes unless others are asked for."""
-    return SIZES[task] if device == "cuda" else [size for size in SIZES[task] if size <= 518]
-
-
 def batches(task: str, device: str, resolution: int | str) -> list[int]:
-    """Images in a batch, likewise: as many as keep a device busy, or few for latency."""
+    """Images in a batch that a task takes: as many as keep a device busy, or few for latency."""
     return BATCHES[task][device].get(resolution, [1])
-
-
-def models(device: str) -> list[BackboneConfig]:
-    """Backbones, likewise."""
-    return [MODELS[letter] for letter in ("SB" if device == "cpu" else "SBLg")]
 
 
 def title(config: BackboneConfig) -> str:

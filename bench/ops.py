@@ -20,20 +20,19 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
-from bench import harness, records
+from bench import harness, records, roofline
 from bench.harness import Run, contest, quantiles, worst_error
-from bench.records import Recorder
-from bench.roofline import PRECISION, SECONDS, Speeds
+from bench.records import Recorder, Row
+from bench.roofline import PRECISION, SECONDS, UNITS, device_parts
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import first_tensor, tensors_of
+from dinov2_fast.ops.dispatch import tensors_of
 
 TASK = "ops"
 BEST = "best.json"
@@ -42,6 +41,14 @@ BEST = "best.json"
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
 BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
 COMPILED = "torch.compile"
+
+
+class Speeds(NamedTuple):
+    """Bytes per second of a copy, flops per second of a large product, and of one in e4m3 where the device has it."""
+
+    copy: float
+    product: float
+    e4m3: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Case:
         return f"{self.workload.label} {self.mode}: {self.shape}"
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """The keys that say what a row is about."""
         shape = self.shape
         place = {"task": TASK, "model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
@@ -103,24 +110,28 @@ class Case:
     def candidates(self, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The implementations that run on these arguments, by name."""
         for implementation in self.workload.implementations():
-            reason = implementation.reason_against(self.arguments)
-            if reason is None:
+            if implementation.reason_against(self.arguments) is None:
                 yield implementation.backend, implementation.function
-            elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs
-                print(f"  {implementation.backend:14} not run: {reason}")
         if compiled:
             torch._dynamo.reset()  # each shape is compiled for itself, none falls back to eager at a limit
             yield COMPILED, torch.compile(self.torch_function, dynamic=False, fullgraph=True)
 
     def work(self) -> tuple[int, float]:
         """Bytes that must be moved and flops of matrix products."""
+        flops = self.workload.flops(self.shape)
         if self.mode == "forward":
-            return self.workload.moved(self.arguments, self.expected[1]), self.workload.flops(self.shape)
+            return self.workload.moved(self.arguments, self.expected[1]), flops
         outputs, inputs, incoming = _run_forward(self.torch_function, self.arguments)
         outgoing = torch.autograd.grad(outputs, inputs, incoming)
         saved = tensors_of([self.arguments[place] for place in self.workload.saved or ()])
         each = {x.data_ptr(): x.nbytes for x in [*incoming, *outgoing, *saved]}  # what is passed on costs nothing
-        return sum(each.values()), BACKWARD_FLOPS * self.workload.flops(self.shape)
+        return sum(each.values()), BACKWARD_FLOPS * flops
+
+    def floor(self, speeds: Speeds) -> float:
+        """Seconds that the bytes and that the matrix products take, whichever is longer."""
+        moved, flops = self.work()
+        in_e4m3 = any(x.dtype == E4M3 for x in tensors_of(self.arguments))
+        return max(moved / speeds.copy, flops / ((in_e4m3 and speeds.e4m3) or speeds.product))
 
 
 def _run_forward(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Tensor], ...]:
@@ -149,15 +160,9 @@ def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tree_map(widen, arguments)
 
 
-def floor(moved: int, flops: float, in_e4m3: bool, speeds: Speeds) -> tuple[float, float]:
-    """Seconds that the bytes and that the matrix products take: no implementation beats the longer."""
-    return moved / speeds.copy, flops / ((in_e4m3 and speeds.e4m3) or speeds.product)
-
-
-def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str] = ()) -> list[dict[str, Any]]:
+def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str] = ()) -> list[Row]:
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
     print(case)
-    device = case.shape.device
     functions = {name: function for name, function in case.candidates(compiled) if name not in without}
     rows = {name: case.row | {"implementation": name} for name in functions}
 
@@ -165,24 +170,22 @@ def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str]
         run, rows[name]["outputs_max_error"] = case.checked(functions[name])
         return run
 
+    device = case.shape.device
     times = contest(rows, ready, device, SECONDS[device.type], flush=True)
-    moved, flops = case.work() if times else (0, 0.0)
-    by_bytes, by_flops = floor(moved, flops, any(x.dtype == E4M3 for x in tensors_of(case.arguments)), speeds)
-    amount, unit = (moved / 1e3, "GB/s") if by_bytes >= by_flops else (flops / 1e6, "TFLOP/s")
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    least = case.floor(speeds) if times else 0.0
+    usual = statistics.median(times.get("torch", [math.nan]))
     for name, row in rows.items():
         if name not in times:
             print(f"  {name:14} {records.reason(row)}")
             continue
-        fastest, median, slowest = (1e6 * value for value in quantiles(times[name]))
-        share = max(by_bytes, by_flops) / medians[name]
-        row |= {"value": median, "unit": "us", "p20": fastest, "p80": slowest, "floor_share": share}
-        ratios = ", ".join(f"{medians[other] / medians[name]:.2f}x {other}" for other in medians if other != name)
-        print(f"  {name:14} {median:9.1f} us {amount / median:5.3g} {unit}, {share:4.0%} of the floor  {ratios}")
+        fast, median, slow = quantiles(times[name])
+        share = least / median
+        row |= {"value": 1e6 * median, "unit": "us", "p20": 1e6 * fast, "p80": 1e6 * slow, "floor_share": share}
+        print(f"  {name:14} {1e6 * median:9.1f} us, {share:4.0%} of the floor, {usual / median:.2f}x torch")
     return list(rows.values())
 
 
-def best(rows: Iterable[dict[str, Any]], commit: str | None) -> dict[str, Any]:
+def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
     """The fastest backend of each form at each resolution, forward, among the rows of a commit.
 
     Backends are compared by the geometric mean of their times over the rows that all of them have: the places of a form
@@ -203,14 +206,6 @@ def best(rows: Iterable[dict[str, Any]], commit: str | None) -> dict[str, Any]:
     return {"commit": commit, "forms": forms}
 
 
-def write_best(path: Path, commit: str | None) -> None:
-    """Leaves :func:`best` of a file of rows beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{BEST}.part")
-    part.write_text(json.dumps(best(records.read(path), commit), indent=1) + "\n")
-    part.replace(path.with_name(BEST))  # whole or not at all: a run may be stopped at any moment
-
-
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Every workload that is asked for, at each size, forward and where it has one backward."""
     for config, resolution in itertools.product(options.models, options.sizes):
@@ -226,12 +221,11 @@ def main(arguments: list[str] | None = None) -> int:
     recorder = Recorder(TASK, options)
     device, compiled = recorder.device, options.compile and options.device != "cpu"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    speeds = Speeds.measured(device, dtype)
+    speeds = Speeds(
+        *(row["value"] * UNITS[row["unit"]] for row in roofline.measure(device_parts(device, dtype), device))
+    )
     recorder.common["versions"] |= {f"{name}_per_s": rate for name, rate in speeds._asdict().items()}
-    rates = ", ".join(f"{name} {rate:.3g}/s" for name, rate in speeds._asdict().items() if rate)
-    print(f"{recorder}, {PRECISION[dtype]}, {rates}")
-    if device.type == "cpu":
-        print("On a CPU no kernel and no torch.compile runs.")
+    print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
     # Rows without torch.compile were measured without it; those without torch are what the device was lost in.
     wanted = ["torch", COMPILED] if compiled else ["torch"]
     with recorder.until_lost():
@@ -239,8 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not all(recorder.has(**case.row, implementation=name) for name in wanted):
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
                 recorder.keep(measure(case, speeds, compiled, lost))
-    if options.write:
-        write_best(recorder.path, recorder.common["commit"])
+    if options.write and recorder.path.is_file():
+        chosen = best(records.read(recorder.path), recorder.common["commit"])
+        recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
     return recorder.finish()
 
 
@@ -248,16 +243,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = dispatch.names()
     parser = harness.parser("ops", __doc__)
     parser.add_argument("--ops", type=harness.some_of(names), default=names, help=f"some of {','.join(names)}")
-    harness.add_models(parser)
-    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
+    harness.add_backbones(parser)
     parser.add_argument("--modes", type=harness.some_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a peer"
-    )
-    options = parser.parse_args(arguments)
-    options.models = options.models or harness.models(options.device)
-    options.sizes = options.sizes or harness.sizes("throughput", options.device)
-    return options
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile as a peer")
+    return harness.parse(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,7 @@
 """What a device can reach, and the floor that sets under every forward pass: ``python -m bench.roofline --models S,B``.
 
 It measures a copy, a large matrix product, the products of each backbone at their very sizes, and attention with each
-backend that torch has for it. :func:`floor` adds up from these, one part after the other, nothing overlapping:
-
-- matrix products, each at its own rate, without bias, activation or residual. What a product itself reads and writes is
-  in that rate. e4m3 products are summed precisely (no fast accumulation).
-- attention, at the best rate for that batch, number of heads and tokens. In fp8 it and the patch embedding are in bf16.
-- elementwise bytes, at the speed of the copy. In a layer with everything fused that usual kernels can fuse, two layer
-  norms read the residual stream and write an operand, and two epilogues read the residual: 6 transfers of the stream
-  (5 in fp8, where an operand takes half the bytes). Activation, bias and LayerScale move nothing of their own. The
-  embedding, the last norm and what a single token moves are not counted.
+backend that torch has for it. :func:`floor` adds the best of these rates up.
 
 Output "cls" is the class token only: the last layer needs no keys and values of its own. The scores of one query q are
 y·(W_k^T q) for the normed stream y, and its result is W_v applied to their weighted sum of y, so the stream is read
@@ -24,8 +16,9 @@ import argparse
 import itertools
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness, records
-from bench.harness import ROUNDS, Run, contest, in_turn, quantiles, worst_error
-from bench.records import Recorder
+from bench.harness import Run, contest, quantiles, worst_error
+from bench.records import Row
 from bench.workloads import E4M3, PATCH, Shape, attention_flops
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
@@ -79,7 +72,7 @@ class Product(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """Rates that were measured: a copy's bytes per second, floating-point operations per second of the rest."""
+    """Rates that were measured: bytes per second of a copy, flops per second of the rest."""
 
     precision: str
     copy: float
@@ -100,7 +93,15 @@ class Floor(NamedTuple):
 
 
 def floor(config: BackboneConfig, resolution: int, batch: int, output: str, ceilings: Ceilings) -> Floor:
-    """The time of a forward pass, as the docstring of this module adds it up; `output` is "all" tokens or "cls".
+    """The time that the parts of a forward pass take one after the other, nothing overlapping.
+
+    - Matrix products, each at its own rate, without bias, activation or residual. What a product itself reads and
+      writes is in that rate. e4m3 products are summed precisely (no fast accumulation).
+    - Attention, at the best rate for these sizes. In fp8 it and the patch embedding are in bf16.
+    - Elementwise bytes, at the speed of the copy.
+
+    Args:
+        output: "all" tokens or "cls".
 
     Raises:
         ValueError: `ceilings` lack a rate for these sizes.
@@ -131,10 +132,15 @@ def products_of(config: BackboneConfig, resolution: int, batch: int, output: str
 
 
 def elementwise_bytes(config: BackboneConfig, resolution: int, batch: int, output: str, precision: str) -> float:
-    """What must be moved beside the products and attention; the docstring of this module says what that is."""
+    """What must be moved beside products and attention, with everything fused that usual kernels can fuse.
+
+    Two layer norms of a layer read the residual stream and write an operand, and two epilogues read the residual: 6
+    transfers of the stream (5 in fp8, where an operand takes half the bytes). Activation, bias and LayerScale move
+    nothing of their own. The embedding, the last norm and what a single token moves are not counted.
+    """
     elements = batch * Shape(config, resolution, batch).tokens * config.embed_dim  # of the residual stream
     stream, skinny = DTYPES[precision].itemsize, SKINNY_LAYERS[output]
-    layer = 2 * (stream + OPERAND_BYTES[precision]) + 2 * stream  # two layer norms, two epilogues
+    layer = 2 * (stream + OPERAND_BYTES[precision]) + 2 * stream
     return elements * ((config.depth - skinny) * layer + skinny * stream)
 
 
@@ -149,7 +155,7 @@ def attention_sizes(config: BackboneConfig, resolution: int, batch: int) -> tupl
     return batch, config.num_heads, Shape(config, resolution, batch).tokens, config.embed_dim // config.num_heads
 
 
-def ceilings_of(rows: Iterable[dict[str, Any]], precision: str) -> Ceilings:
+def ceilings_of(rows: Iterable[Row], precision: str) -> Ceilings:
     """The best rates among rows of this task, for :func:`floor` in "fp32", "bf16" or "fp8".
 
     Raises:
@@ -178,72 +184,65 @@ def _measured_in(output: str, precision: str) -> str:
     return "bf16" if precision == "fp8" and output in NEVER_FP8 else precision
 
 
-class Speeds(NamedTuple):
-    """Bytes per second of a copy, flops per second of a large product, and of one in e4m3 where the device has it."""
+class Part(NamedTuple):
+    """What a row is about, the bytes or operations that are timed, and what makes its run."""
 
-    copy: float
-    product: float
-    e4m3: float | None = None
-
-    @classmethod
-    def measured(cls, device: torch.device, dtype: torch.dtype) -> Speeds:
-        return cls(*(row["value"] * UNITS[row["unit"]] for row in measure_device(device, dtype)))
+    row: Row
+    work: float
+    ready: Callable[[], Run]
 
 
-def measure_device(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rows of a copy and of a large product, in e4m3 too where the device has it."""
-    source, size = torch.empty(COPY[device.type], dtype=torch.uint8, device=device), LARGE[device.type]
-    target, product = torch.empty_like(source), Product("large product", size, size, size, 1)
+def measure(parts: Iterable[Part], device: torch.device) -> list[Row]:
+    """The rows with their rates, one output after the other, so that a small product is timed many times."""
+    done: list[Row] = []
+    for output, group in itertools.groupby(parts, key=lambda part: part.row["output"]):
+        of = {part.ready: part for part in group}
+        rows, unit = {ready: part.row for ready, part in of.items()}, "GB/s" if output == "copy" else "TFLOP/s"
+        times = contest(rows, lambda ready: ready(), device, SECONDS[device.type], flush=True)
+        for ready, taken in times.items():
+            p20, median, p80 = quantiles([of[ready].work / seconds / UNITS[unit] for seconds in taken])
+            rows[ready] |= {"value": median, "unit": unit, "p20": p20, "p80": p80}
+        done += rows.values()
+    return done
+
+
+def device_parts(device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+    """A copy and a large product, the latter in e4m3 too where the device has it."""
+    yield Part(_row("copy", None), 2.0 * COPY[device.type], partial(_copy, device))
+    large = Product("large product", *[LARGE[device.type]] * 3, 1)
     has_e4m3 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    precisions = [PRECISION[dtype], "fp8"] if has_e4m3 else [PRECISION[dtype]]
-    runs: dict[str, Run] = {"copy": lambda: target.copy_(source)}
-    runs |= {precision: product_runs(product, precision, device)["torch"] for precision in precisions}
-    for run in runs.values():
-        run()
-    times = in_turn(runs, device, ROUNDS * SECONDS[device.type], flush=True)
-    rows = [_row("copy", None) | _rates("GB/s", 2.0 * source.nbytes, times["copy"])]
-    return rows + [_row(product.place, each) | _rates("TFLOP/s", product.flops, times[each]) for each in precisions]
+    for precision in (PRECISION[dtype], "fp8") if has_e4m3 else (PRECISION[dtype],):
+        yield Part(_row(large.place, precision), large.flops, partial(_product, large, precision, device, "torch"))
 
 
-def measure(shape: Shape, precision: str, without: Collection[tuple[str, str]] = ()) -> list[dict[str, Any]]:
-    """Rows of what a backbone runs in a precision; for "fp8" only what is not measured for "bf16".
-
-    Outputs and implementations in `without` are left out.
-    """
+def parts_of(shape: Shape, precision: str) -> Iterator[Part]:
+    """What a backbone runs in a precision; for "fp8" only what is not measured for "bf16"."""
+    device = shape.device
     place = {"model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
-    qkv = shape.qkv(shape.batch, shape.tokens)
-    parts = {key: part for key, *part in _parts(shape, qkv, precision) if key not in without}
-    rows = {key: _row(key[0], precision, implementation=key[1], **place) for key in parts}
-    expected = cache(partial(_attention_expected, qkv[:1]))
-
-    def ready(key: tuple[str, str]) -> Run:
-        _, run = parts[key]
-        if key[0] == "attention":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's reasons why a backend does not run, many of them
-                rows[key]["outputs_max_error"] = worst_error([run()[:1]], *expected())
-        return run
-
-    for output in dict.fromkeys(key[0] for key in parts):  # one by one, so that a small product is timed many times
-        mine = {key: row for key, row in rows.items() if key[0] == output}
-        for key, times in contest(mine, ready, shape.device, SECONDS[shape.device.type], flush=True).items():
-            rows[key] |= _rates("TFLOP/s", parts[key][0], times)
-    return list(rows.values())
-
-
-def _parts(shape: Shape, qkv: Tensor, precision: str) -> Iterator[tuple[tuple[str, str], float, Run]]:
-    """Of each row the output and the implementation, the operations, and what is timed."""
+    onednn = device.type == "cpu" and precision != "fp8" and torch.backends.mkldnn.is_available()
     for product in products_of(shape.config, shape.resolution, shape.batch, "cls"):
         if _measured_in(product.place, precision) == precision:
-            for library, run in product_runs(product, precision, shape.device).items():
-                yield (product.place, library), product.flops, run
+            for library in ("torch", "onednn") if onednn else ("torch",):
+                row = _row(product.place, precision, library, **place)
+                yield Part(row, product.flops, partial(_product, product, precision, device, library))
     if _measured_in("attention", precision) == precision:
-        for backend in ATTENTION_BACKENDS[shape.device.type]:
-            yield ("attention", backend.name.lower()), attention_flops(shape), partial(_attention, qkv, backend)
+        for backend in ATTENTION_BACKENDS[device.type]:
+            row = _row("attention", precision, backend.name.lower(), **place)
+            yield Part(row, attention_flops(shape), partial(_attention, shape, backend, row))
 
 
-def product_runs(product: Product, precision: str, device: torch.device) -> dict[str, Run]:
-    """Runs one product on random operands, with each library that there is for it: on a CPU oneDNN beside torch's own.
+def _row(output: str, precision: str | None, implementation: str = "torch", **place: Any) -> Row:
+    about = {"task": TASK, "model": None, "resolution": None, "batch": None, "output": output, "precision": precision}
+    return about | {"implementation": implementation, "mode": "eager"} | place
+
+
+def _copy(device: torch.device) -> Run:
+    source = torch.empty(COPY[device.type], dtype=torch.uint8, device=device)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+def _product(product: Product, precision: str, device: torch.device, library: str) -> Run:
+    """One product of random operands.
 
     Rows are padded to a multiple of 8 elements, which fast kernels of 16-bit operands ask for: the 588 values of a
     patch to 592. The padding counts as time, not as work.
@@ -252,59 +251,56 @@ def product_runs(product: Product, precision: str, device: torch.device) -> dict
     sizes = ((product.rows, in_features), (product.out_features, in_features))
     x, weight = (torch.randn(size, device=device, dtype=DTYPES[precision]) for size in sizes)
     if precision == "fp8":
-        one, x8, weight8 = torch.ones((), device=device), x.to(E4M3), weight.to(E4M3)
-        return {"torch": lambda: torch._scaled_mm(x8, weight8.T, one, one, out_dtype=DTYPES[precision])}
-    runs: dict[str, Run] = {"torch": lambda: x @ weight.T}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        runs["onednn"] = lambda: linear_onednn(x, weight, None)
-    return runs
+        one, x, weight = torch.ones((), device=device), x.to(E4M3), weight.to(E4M3)
+        return lambda: torch._scaled_mm(x, weight.T, one, one, out_dtype=DTYPES[precision])
+    return (lambda: linear_onednn(x, weight, None)) if library == "onednn" else lambda: x @ weight.T
 
 
-def _attention(qkv: Tensor, backend: SDPBackend) -> Tensor:
-    # (batch, tokens, 3, heads, head_dim) -> three views (batch, heads, tokens, head_dim), as in the model
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
+def _attention(shape: Shape, backend: SDPBackend, row: Row) -> Run:
+    """Attention of a batch; of its first image the row learns the error."""
+    qkv = shape.qkv(shape.batch, shape.tokens)
 
+    def run() -> Tensor:
+        # (batch, tokens, 3, heads, head_dim) -> three views (batch, heads, tokens, head_dim), as in the model
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind())
 
-def _attention_expected(qkv: Tensor) -> list[list[Tensor]]:
-    """By the formula, in a wider dtype and in that of qkv."""
-    expected = []
-    for dtype in (torch.float64 if qkv.dtype == torch.float32 else torch.float32, qkv.dtype):
-        q, k, v = qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind()
-        expected.append([(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v])
-    return expected
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = qkv[:1].to(dtype).permute(2, 0, 3, 1, 4).unbind()
+        return [(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v]
 
-
-def _row(output: str, precision: str | None, implementation: str = "torch", **place: Any) -> dict[str, Any]:
-    """What a row is about, with nothing measured yet."""
-    about = {"task": TASK, "model": None, "resolution": None, "batch": None, "output": output, "precision": precision}
-    return about | {"implementation": implementation, "mode": "eager", "value": None} | place
-
-
-def _rates(unit: str, work: float, times: list[float]) -> dict[str, Any]:
-    p20, median, p80 = quantiles([work / seconds / UNITS[unit] for seconds in times])
-    return {"value": median, "unit": unit, "p20": p20, "p80": p80}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's reasons why a backend does not run, many of them
+        wide = torch.float64 if qkv.dtype == torch.float32 else torch.float32
+        row["outputs_max_error"] = worst_error([run()[:1]], formula(wide), formula(qkv.dtype))
+    return run
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    recorder = Recorder(TASK, options)
+    recorder = records.Recorder(TASK, options)
     print(recorder)
     before = recorder.known(TASK) if options.resume else []
+
+    def keep(parts: Iterable[Part]) -> None:
+        rows = measure((part for part in parts if not recorder.has(**part.row)), recorder.device)
+        recorder.keep(rows)
+        for row in rows:
+            about = (row[key] for key in ("model", "resolution", "batch", "output", "precision", "implementation"))
+            rate = f"{row['value']:.4g} {row['unit']}" if row["value"] else records.reason(row)
+            print(f"{' '.join(str(each) for each in about if each):60} {rate}")
+
     with recorder.until_lost():
         for dtype in dict.fromkeys(DTYPES[precision] for precision in options.precisions):
-            if not recorder.has(output="large product", precision=PRECISION[dtype]):
-                _keep(recorder, measure_device(recorder.device, dtype))
+            keep(device_parts(recorder.device, dtype))
         for config, resolution, batch in cases(options):
-            print(f"{config.name}, {parameters(config) / 1e6:.2f} M parameters, {resolution} px, batch {batch}")
             for precision in options.precisions:
-                shape = Shape(config, resolution, batch, recorder.device, DTYPES[precision])
-                place = {"model": config.name, "resolution": resolution, "batch": batch, "precision": precision}
-                lost = {(row["output"], row["implementation"]) for row in recorder.lost_in(**place)}
-                if not recorder.has(**place, unit="TFLOP/s"):  # what the device was lost in has no unit
-                    _keep(recorder, measure(shape, precision, lost))
-            for precision in options.precisions:
-                _print_floors(config, resolution, batch, ceilings_of([*before, *recorder.rows], precision))
+                keep(parts_of(Shape(config, resolution, batch, recorder.device, DTYPES[precision]), precision))
+            for precision, output in itertools.product(options.precisions, SKINNY_LAYERS):
+                ceilings = ceilings_of([*before, *recorder.rows], precision)
+                with suppress(ValueError):  # where what failed leaves no rate
+                    seconds = floor(config, resolution, batch, output, ceilings)
+                    print(f"{config.name} {resolution} {batch} {output} {precision}: {seconds}")
     recorder.finish()  # a product that a device refuses is no failure: there is no floor then, and the row says why
     return records.AGAIN if recorder.lost else 0
 
@@ -316,37 +312,12 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[BackboneConfig, int, in
             yield config, resolution, batch
 
 
-def _keep(recorder: Recorder, rows: list[dict[str, Any]]) -> None:
-    recorder.keep(rows)
-    for row in rows:
-        name = " ".join(filter(None, (row["output"], row["precision"], row["implementation"])))
-        rate = f"{row['value']:8.4g} {row['unit']} ({row['p20']:.4g} to {row['p80']:.4g})" if row["value"] else ""
-        print(f"  {name:30} {rate or records.reason(row)}")
-
-
-def _print_floors(config: BackboneConfig, resolution: int, batch: int, ceilings: Ceilings) -> None:
-    for output in SKINNY_LAYERS:
-        try:
-            time = floor(config, resolution, batch, output, ceilings)
-        except ValueError as error:  # such as that every backend of attention was refused
-            print(f"  no floor: {error}")
-            continue
-        parts = ", ".join(f"{name} {part / time.seconds:.0%}" for name, part in time._asdict().items())
-        speed = f"{1e3 * time.seconds:.4g} ms, {batch / time.seconds:.4g} images/s"
-        print(f"  floor {ceilings.precision}, {output:3}: {speed} ({parts})")
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = harness.parser("roofline", __doc__)
-    harness.add_models(parser)
-    parser.add_argument("--sizes", type=harness.pixels, help="pixels (default: 224,518,1036, on a CPU 224,518)")
+    harness.add_backbones(parser)
     parser.add_argument("--batches", type=harness.numbers, help="images (default: those of bench.model)")
     parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help="default: bf16,fp8, on a CPU fp32")
-    options = parser.parse_args(arguments)
-    options.models = options.models or harness.models(options.device)
-    options.sizes = options.sizes or harness.sizes("throughput", options.device)
-    options.precisions = options.precisions or (["fp32"] if options.device == "cpu" else ["bf16", "fp8"])
-    return options
+    return harness.parse(parser, arguments, cpu={"precisions": "fp32"}, cuda={"precisions": "bf16,fp8"})
 
 
 if __name__ == "__main__":

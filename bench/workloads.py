@@ -133,36 +133,34 @@ class Workload:
         return self.of_swiglu in (None, shape.swiglu)
 
 
-def _norm(shape: Shape, branch: bool = False, scale: float | None = None) -> tuple[Any, ...]:
-    addends = (shape.stream(), shape.random(shape.hidden)) if branch else (None, None)
-    return shape.stream(), *shape.norm(), *addends, None, None, scale
-
-
-def _activation(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
-    x = shape.random(shape.batch, shape.tokens, shape.features["fc1"][1])
-    return x, "swiglu" if shape.swiglu else "gelu", False, scale
-
-
-def _attention(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
-    return shape.qkv(shape.batch, shape.tokens), None, 0.0, scale
-
-
 def attention_flops(shape: Shape) -> float:
     """Of queries with keys and of weights with values, in one layer."""
     return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
-
-
-def _varlen(shape: Shape, scale: float | None = None) -> tuple[Any, ...]:
-    return shape.qkv(sum(shape.mixed_lengths)), shape.mixed_lengths, 0.0, scale
 
 
 def _varlen_flops(shape: Shape) -> float:
     return 4.0 * sum(length**2 for length in shape.mixed_lengths) * shape.hidden
 
 
-def _keys(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
-    """What the weights of a few queries need: the keys, a third of qkv."""
-    return arguments[0].nbytes // 3 + results[0].nbytes
+# The arguments of the forms below; with a `scale` of those that give e4m3 values.
+
+
+def _norm(shape: Shape, scale: float | None = None, branch: bool = False) -> tuple[Any, ...]:
+    addends = (shape.stream(), shape.random(shape.hidden)) if branch else (None, None)
+    return shape.stream(), *shape.norm(), *addends, None, None, scale
+
+
+def _activation(shape: Shape, scale: float | None) -> tuple[Any, ...]:
+    x = shape.random(shape.batch, shape.tokens, shape.features["fc1"][1])
+    return x, "swiglu" if shape.swiglu else "gelu", False, scale
+
+
+def _attention(shape: Shape, scale: float | None) -> tuple[Any, ...]:
+    return shape.qkv(shape.batch, shape.tokens), None, 0.0, scale
+
+
+def _varlen(shape: Shape, scale: float | None) -> tuple[Any, ...]:
+    return shape.qkv(sum(shape.mixed_lengths)), shape.mixed_lengths, 0.0, scale
 
 
 def _subset(shape: Shape) -> tuple[Any, ...]:
@@ -176,11 +174,6 @@ def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
     return [shape.stream(), small], [shape.half(), shape.half()]
 
 
-def _copied(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
-    """What a gather moves: it reads what it writes."""
-    return 2 * sum(result.nbytes for result in results)
-
-
 def _pool(shape: Shape) -> tuple[Any, ...]:
     absorbed = shape.random(shape.batch, shape.config.num_heads, shape.hidden) / shape.hidden**0.5
     return shape.stream(), absorbed, *shape.norm()
@@ -192,53 +185,53 @@ def _images(shape: Shape) -> tuple[Any, ...]:
     return images, PATCH, (PATCH, PATCH), 592, shape.dtype
 
 
-def _linear(shape: Shape, epilogue: str, place: str, e4m3: bool) -> tuple[Any, ...]:
+def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tuple[Any, ...]:
     in_features, out_features = shape.features[place]
     x, bias = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features)
     weight = shape.random(out_features, in_features) / in_features**0.5
     residual = shape.stream() if epilogue == "residual" else None
-    if not e4m3:
+    if not scale:
         return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0
     scales = torch.full_like(bias, 0.125 / in_features**0.5, dtype=torch.float32)
     dtype = {"none": shape.dtype, "residual": None}.get(epilogue, E4M3)
-    return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, 0.0625
+    return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, scale
 
 
-def _linears(form: str, place: str, of_swiglu: bool | None = None) -> Iterator[Workload]:
-    for e4m3 in (False, True):
-        yield Workload(
-            "linear",
-            form,
-            partial(_linear, epilogue=form, place=place, e4m3=e4m3),
-            lambda shape: 2.0 * shape.batch * shape.tokens * prod(shape.features[place]),
-            of_swiglu=of_swiglu,
-            place=place,
-            e4m3=e4m3,
-            changes=4 if form == "residual" else None,
-        )
+def _both(
+    op: str, form: str, arguments: Callable[[Shape, float | None], tuple[Any, ...]], scale: float = 0.0625, **about: Any
+) -> Iterator[Workload]:
+    """A form without e4m3 values, and with them, which has no backward."""
+    yield Workload(op, form, partial(arguments, scale=None), **about)
+    yield Workload(op, form, partial(arguments, scale=scale), **(about | {"saved": None, "e4m3": True}))
+
+
+def _linears(form: str, place: str, **about: Any) -> Iterator[Workload]:
+    about |= {"place": place, "flops": lambda s: 2.0 * s.batch * s.tokens * prod(s.features[place])}
+    return _both("linear", form, partial(_linear, epilogue=form, place=place), **about)
 
 
 WORKLOADS = (
-    Workload("layer_norm", "plain", _norm, saved=(0, 1)),
-    Workload("layer_norm", "plain", partial(_norm, scale=0.125), e4m3=True),
+    *_both("layer_norm", "plain", _norm, 0.125, saved=(0, 1)),
     Workload("layer_norm", "add", partial(_norm, branch=True), saved=(0, 1, 4, 5)),
-    Workload("activation", "gelu", _activation, saved=(0,), of_swiglu=False),
-    Workload("activation", "gelu", partial(_activation, scale=0.0625), of_swiglu=False, e4m3=True),
-    Workload("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
-    Workload("activation", "swiglu", partial(_activation, scale=0.0625), of_swiglu=True, e4m3=True),
-    Workload("attention", "batch", _attention, attention_flops, saved=(0,)),
-    Workload("attention", "varlen", _varlen, _varlen_flops, saved=(0,)),
-    Workload("attention", "batch", partial(_attention, scale=0.0625), attention_flops, e4m3=True),
-    Workload("attention", "varlen", partial(_varlen, scale=0.0625), _varlen_flops, e4m3=True),
-    Workload("attention", "probabilities", lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)), moved=_keys),
+    *_both("activation", "gelu", _activation, saved=(0,), of_swiglu=False),
+    *_both("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
+    *_both("attention", "batch", _attention, flops=attention_flops, saved=(0,)),
+    *_both("attention", "varlen", _varlen, flops=_varlen_flops, saved=(0,)),
+    Workload(
+        "attention",
+        "probabilities",
+        lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)),
+        moved=lambda arguments, results: arguments[0].nbytes // 3 + results[0].nbytes,  # of qkv the keys
+    ),
     Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.random(s.hidden), None, None, 1.0), saved=(1, 2)),
     Workload("residual", "add", _subset, saved=(1, 2), place="subset"),
-    Workload("residual", "gather", _crops, moved=_copied, saved=()),
+    # It reads what it writes.
+    Workload("residual", "gather", _crops, moved=lambda _, results: 2 * sum(x.nbytes for x in results), saved=()),
     Workload("attention_pool", "pool", _pool, lambda s: 4.0 * s.batch * s.tokens * s.config.num_heads * s.hidden),
     Workload("patches", "patches", _images),
     *_linears("none", "qkv"),
     *_linears("gelu", "fc1", of_swiglu=False),
     *_linears("swiglu", "fc1", of_swiglu=True),
-    *_linears("residual", "proj"),
-    *_linears("residual", "fc2"),
+    *_linears("residual", "proj", changes=4),
+    *_linears("residual", "fc2", changes=4),
 )
