@@ -124,7 +124,6 @@ BENCH := $(PY) -m bench
 CPU := --device cpu --write
 CPU_MODES := eager,freezing,engine,accelerated-transformers,accelerated-timm
 bench: setup
-	$(BENCH).roofline $(CPU)
 	$(BENCH).model $(CPU) --task throughput --seconds 30 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task host --seconds 5

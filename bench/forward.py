@@ -38,15 +38,19 @@ class Forward(Task):
         outputs = peer.take[setting.output](run())[self._judged]
         return run, self._judge.verdict(peer, {"the outputs": outputs})
 
-    def floor(self, ceilings: roofline.Ceilings) -> float:
-        setting = self.setting
-        return roofline.floor(setting.config, setting.resolution, setting.batch, setting.output, ceilings).seconds
+    def floor(self, rates: roofline.Rates) -> float | None:
+        setting, in_e4m3 = self.setting, self.setting.precision == "fp8"
+        if setting.task == "host":
+            return None
+        itemsize = 2 if "bf16" in setting.precision else self._x.itemsize
+        work = roofline.work(setting.config, setting.resolution, setting.batch, setting.output, itemsize, in_e4m3)
+        return work.seconds(rates, in_e4m3)
 
     def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
         """Of task host: the time over timm's in the same round."""
         timm = times.get((TIMM, "eager"))
         for entrant, taken in times.items() if timm and self.setting.task == "host" else ():
-            rows[entrant]["versions"] = {"of_timm": statistics.median(map(truediv, taken, timm))}
+            rows[entrant]["versions"] |= {"of_timm": statistics.median(map(truediv, taken, timm))}
 
 
 class Mixed(Task):

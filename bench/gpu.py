@@ -104,7 +104,6 @@ PLAN = [
     Step("model-518", 2.08, "the headline, dense features", f"{SPEED} --models B,L,S --sizes 518 --outputs all"),
     Step("latency", 0.58, "one image, graphs on both sides", f"{LATENCY} --models S,B --sizes 224"),
     Step("training", 0.42, "do our kernels train faster", f"{TRAIN} --models B"),
-    Step("roofline", 0.6, "how much is left to win", "bench.roofline {record} --models B,L --sizes 224,518"),
     Step("model-1036", 0.8, "attention of 5477 tokens", f"{SPEED} --models B --sizes 1036 --outputs all"),
     Step("mixed", 0.6, "does one sequence of many sizes win", f"{MIXED} --models B"),
     Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
@@ -342,7 +341,7 @@ def headlines(rows: list[records.Row]) -> Iterator[str]:
     """For each setting of models our best row over the best of a peer; in fp8 that is the peer's in bf16."""
     groups: dict[tuple[Any, ...], list[records.Row]] = {}
     for row in rows:
-        if row["task"] not in ("ops", "roofline"):
+        if row["task"] != "ops":
             key = tuple(row[name] for name in ("task", "model", "resolution", "output", "batch"))
             groups.setdefault(key, []).append(row)
     for key, group in groups.items():

@@ -15,7 +15,7 @@ the medians count.
 - training: images per second of steps with AdamW and stochastic depth (bench/training.py);
 - memory: MiB at the worst moment of a forward pass or a training step (bench/memory.py).
 
-Throughput, latency and training are also given as a share of the floor that bench.roofline sets.
+Throughput, latency and training are also given as a share of their floor (bench/roofline.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, modes, records, roofline
+from bench import harness, modes, records
 from bench.forward import Forward, Mixed
 from bench.memory import Memory
 from bench.modes import DTYPES, best_backends, goes_with, why_missing
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(config: BackboneConfig, options: argparse.Namespace, recorder: Recorder) -> None:
     """All settings of a backbone, each kept as soon as it is measured."""
-    known, models = recorder.known(roofline.TASK), None
+    models = None
     in_memory = options.task == "memory"  # where our model must not be on the device
     make = partial(Memory, device=recorder.device) if in_memory else TASKS[options.task]
     for setting in settings(options, config):
@@ -100,7 +100,7 @@ def measure(config: BackboneConfig, options: argparse.Namespace, recorder: Recor
         entrants = left(recorder, setting, list(entrants_of(options, setting)), chosen)
         if entrants:
             models = models or Models(config, load_ours(config, torch.device("cpu") if in_memory else recorder.device))
-            rows = make(setting, models, known, chosen).measure(entrants, options.seconds)
+            rows = make(setting, models, chosen).measure(entrants, options.seconds)
             recorder.keep(rows)
             show(str(setting), rows)
 

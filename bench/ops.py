@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from bench import harness, records, roofline
 from bench.harness import Run, contest, quantiles, worst_error
 from bench.records import Recorder, Row
-from bench.roofline import PRECISION, SECONDS, UNITS, device_parts
+from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import tensors_of
@@ -39,16 +39,10 @@ BEST = "best.json"
 # In a batch, of two images at least. On a GPU so many that the shortest op, a norm of 384 channels, moves 100 MB:
 # some 25 us on an H200, against which the gaps between an event and a kernel are small.
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a case
 BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
 COMPILED = "torch.compile"
-
-
-class Speeds(NamedTuple):
-    """Bytes per second of a copy, flops per second of a large product, and of one in e4m3 where the device has it."""
-
-    copy: float
-    product: float
-    e4m3: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +121,11 @@ class Case:
         each = {x.data_ptr(): x.nbytes for x in [*incoming, *outgoing, *saved]}  # what is passed on costs nothing
         return sum(each.values()), BACKWARD_FLOPS * flops
 
-    def floor(self, speeds: Speeds) -> float:
+    def floor(self, rates: Rates) -> float:
         """Seconds that the bytes and that the matrix products take, whichever is longer."""
         moved, flops = self.work()
         in_e4m3 = any(x.dtype == E4M3 for x in tensors_of(self.arguments))
-        return max(moved / speeds.copy, flops / ((in_e4m3 and speeds.e4m3) or speeds.product))
+        return max(moved / rates.copy, flops / ((in_e4m3 and rates.e4m3) or rates.product))
 
 
 def _run_forward(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Tensor], ...]:
@@ -160,7 +154,7 @@ def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tree_map(widen, arguments)
 
 
-def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str] = ()) -> list[Row]:
+def measure(case: Case, rates: Rates, compiled: bool, without: Collection[str] = ()) -> list[Row]:
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
     print(case)
     functions = {name: function for name, function in case.candidates(compiled) if name not in without}
@@ -172,7 +166,7 @@ def measure(case: Case, speeds: Speeds, compiled: bool, without: Collection[str]
 
     device = case.shape.device
     times = contest(rows, ready, device, SECONDS[device.type], flush=True)
-    least = case.floor(speeds) if times else 0.0
+    least = case.floor(rates) if times else 0.0
     usual = statistics.median(times.get("torch", [math.nan]))
     for name, row in rows.items():
         if name not in times:
@@ -221,18 +215,16 @@ def main(arguments: list[str] | None = None) -> int:
     recorder = Recorder(TASK, options)
     device, compiled = recorder.device, options.compile and options.device != "cpu"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    speeds = Speeds(
-        *(row["value"] * UNITS[row["unit"]] for row in roofline.measure(device_parts(device, dtype), device))
-    )
-    recorder.common["versions"] |= {f"{name}_per_s": rate for name, rate in speeds._asdict().items()}
-    print(f"{recorder}, {PRECISION[dtype]}, {speeds}")
+    rates = roofline.measured(device, dtype)
+    recorder.common["versions"] |= rates.row
+    print(f"{recorder}, {PRECISION[dtype]}, {rates}")
     # Rows without torch.compile were measured without it; those without torch are what the device was lost in.
     wanted = ["torch", COMPILED] if compiled else ["torch"]
     with recorder.until_lost():
         for case in cases(options, device, dtype):
             if not all(recorder.has(**case.row, implementation=name) for name in wanted):
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
-                recorder.keep(measure(case, speeds, compiled, lost))
+                recorder.keep(measure(case, rates, compiled, lost))
     if options.write and recorder.path.is_file():
         chosen = best(records.read(recorder.path), recorder.common["commit"])
         recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")

@@ -127,10 +127,6 @@ class Recorder:
                 file=sys.stderr,
             )
 
-    def known(self, task: str) -> list[dict[str, Any]]:
-        """The rows of another task on this device, of whatever commit."""
-        return read(self.folder / f"{task}.jsonl")
-
     def finish(self) -> int:
         """Says where the rows are and how many were refused or failed; the exit status, AGAIN for a new process."""
         if self._write:

@@ -31,8 +31,8 @@ ORDER = [*BACKBONES, "bf16", "autocast-bf16", "fp16", "fp32", "all", "cls"]  # f
 HEADINGS = {"resolution": "pixels"}
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB", "images": "largest batch"}
 FLOOR = (
-    "The floor is the time that a forward pass cannot go below at the rates of this device's own products, attention "
-    "and copies (`bench/roofline.py`)."
+    "The floor is the time that a forward pass cannot go below at the rates of this device's largest products and "
+    "copies (`bench/roofline.py`)."
 )
 WIDTH, COLUMNS, HEAD, BAR = 10.0, 2, 0.6, 0.2  # inches of a figure, panels side by side, inches above a panel, of a bar
 
@@ -68,7 +68,7 @@ class Comparison:
         share: how much of the floor our best row reaches.
         ratio: how many times better ours is than the best peer.
         accelerated: how many times better each peer's model is with our blocks in it, both eager.
-        floor: what the floor of bench.roofline allows, in the unit of the rows.
+        floor: what the floor allows, in the unit of the rows.
     """
 
     def __init__(self, values: list[Row]) -> None:
@@ -124,23 +124,32 @@ def usual(every: list[Comparison], batch: int) -> list[Comparison]:
 class Device:
     """What was measured on a device: of each task all rows of the commit measured last.
 
-    `headline` is what the project's README shows. `ceilings` says in one sentence what bench.roofline measured.
+    `headline` is what the project's README shows. `rates` says in one sentence what the floor is made of.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        every = {task: records.newest(records.read(folder / f"{task}.jsonl")) for task in (*TASKS, "roofline")}
-        rates = [row for row in every.pop("roofline") if row["model"] is None and row["value"] is not None]
-        words = [(row["output"], row["precision"], number(row["value"]), row["unit"]) for row in rates]
-        ceilings = ", ".join(" ".join(filter(None, each)) for each in words)
-        self.ceilings = f"Ceilings: {ceilings} ({provenance(rates)})." if rates else ""
+        every = {task: records.newest(records.read(folder / f"{task}.jsonl")) for task in TASKS}
         self.rows = {task: rows for task, rows in every.items() if rows}
+        self.rates = rates(self.rows.get("throughput", []))
         self.comparisons = {task: comparisons(rows) for task, rows in self.rows.items()}
         chosen = {task: usual(self.comparisons.get(task, []), batch) for task, batch in PLOTTED.items()}
         self.headline = {task: some for task, some in chosen.items() if some}
         rows = [row for rows in self.rows.values() for row in rows]
         self.gpu = facts(rows, "gpu")
         self.name = self.gpu or f"CPU: {facts(rows, 'cpu')}"
+
+
+def rates(rows: list[Row]) -> str:
+    """Those of a copy and of large products, among the versions of rows; "" where they are not there."""
+    units = {"copy_per_s": ("a copy", "GB/s", 1e9), "product_per_s": ("a product", "TFLOP/s", 1e12)}
+    units |= {"e4m3_per_s": ("one in e4m3", "TFLOP/s", 1e12)}
+    words = []
+    for name, (what, unit, scale) in units.items():
+        values = sorted({rate for row in rows if (rate := records.fact(row, name))})
+        span = " to ".join(dict.fromkeys(number(value / scale) for value in (values[0], values[-1]))) if values else ""
+        words += [f"{what} {span} {unit}"] if values else []
+    return f"Here {', '.join(words)}." if words else ""
 
 
 def devices(results: Path) -> list[Device]:
@@ -171,7 +180,7 @@ def device_section(device: Device) -> str:
         parts.append(table(chosen, best_only=True))
     parts.append(
         "These are the rows that most people would run, each implementation in its best mode (in brackets where that "
-        f"is not eager); [all that was measured]({results}/README.md). {FLOOR} {device.ceilings}\n"
+        f"is not eager); [all that was measured]({results}/README.md). {FLOOR} {device.rates}\n"
     )
     every = [times for task in device.headline for one in device.comparisons[task] for times in one.accelerated]
     if every:
@@ -186,7 +195,7 @@ def device_readme(device: Device) -> str:
         f"# Speed on {device.name}\n",
         "Written by `python -m bench.report` from the rows beside this file. The best mode of each implementation "
         "stands first and counts; in brackets the mode where it is not eager; – where nothing was measured.\n",
-        f"{FLOOR} {device.ceilings}\n",
+        f"{FLOOR} {device.rates}\n",
     ]
     for task, chosen in device.comparisons.items():
         parts.append(f"## {task.capitalize()}\n\n{provenance(device.rows[task])}.\n")

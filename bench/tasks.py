@@ -149,16 +149,14 @@ class Task:
     """One setting of a task, in which implementations are measured.
 
     Args:
-        ceilings: rows of bench.roofline, for the floor.
         best: the backends of mode engine-best.
     """
 
     in_inference_mode: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting, models: Models, ceilings: Iterable[Row] = (), best: str | None = None) -> None:
+    def __init__(self, setting: Setting, models: Models, best: str | None = None) -> None:
         self.setting, self.models, self.best = setting, models, best
         self.device = models.device
-        self._ceilings = ceilings
 
     def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
         """What is timed, and what a row says about its results.
@@ -168,13 +166,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def floor(self, ceilings: roofline.Ceilings) -> float:
-        """Seconds that a run takes at least; ValueError where a rate is not known."""
-        raise ValueError("this task has no floor")
+    def floor(self, rates: roofline.Rates) -> float | None:
+        """Seconds that a run takes at least; None where that is not known."""
+        return None
 
     def measure(self, entrants: Iterable[Entrant], seconds: float) -> list[Row]:
         """A row for each, from times taken in turn for about `seconds` in all."""
-        rows = self.rows(entrants)
+        rows, rates = self.rows(entrants), self.rates()
 
         def ready(entrant: Entrant) -> Run:
             run, about = self.ready(*entrant)
@@ -187,9 +185,15 @@ class Task:
         with torch.inference_mode(self.in_inference_mode), compiling():
             times = contest(rows, ready, self.device, seconds, sample)
         for entrant, taken in times.items():
-            rows[entrant] |= self.values(entrant, taken)
+            versions = rows[entrant].get("versions") or {}
+            rows[entrant] |= {"versions": versions | rates.row} | self.values(entrant, taken)
         self.compare(rows, times)
         return list(rows.values())
+
+    def rates(self) -> roofline.Rates:
+        """What the device reaches in the dtype of the products."""
+        dtype = torch.bfloat16 if self.setting.precision == "autocast-bf16" else DTYPES[self.setting.precision]
+        return roofline.measured(self.device, dtype)
 
     def rows(self, entrants: Iterable[Entrant]) -> dict[Entrant, Row]:
         """A row for each: what it is about, and why it is missing if it is."""
@@ -202,7 +206,7 @@ class Task:
     def values(self, entrant: Entrant, times: list[float]) -> Row:
         """The measured keys of a row, from seconds."""
         fast, median, slow = quantiles(times)
-        least = self._least()
+        least = self.floor(self.rates())
         share = {"floor_share": least and least / median}
         if self.setting.task in ("latency", "host"):
             return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
@@ -211,10 +215,3 @@ class Task:
 
     def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
         """Adds what follows from all times together."""
-
-    def _least(self) -> float | None:
-        """The floor, or None where bench.roofline has not measured what it takes."""
-        try:
-            return self.floor(roofline.ceilings_of(self._ceilings, self.setting.precision.removeprefix("autocast-")))
-        except ValueError:
-            return None

@@ -109,9 +109,8 @@ class Training(Task):
             return super().values(entrant, times)
         return records.not_measured("refused: after the steps a parameter is not finite")
 
-    def floor(self, ceilings: roofline.Ceilings) -> float:
-        setting = self.setting
-        return floor(setting.config, setting.resolution, setting.batch, setting.precision, ceilings)
+    def floor(self, rates: roofline.Rates) -> float:
+        return floor(self.setting, rates)
 
 
 def build(peer: Peer, setting: Setting, ours: nn.Module, device: torch.device) -> nn.Module:
@@ -139,26 +138,22 @@ def watched(config: BackboneConfig) -> list[str]:
     ]
 
 
-def floor(config: BackboneConfig, resolution: int, batch: int, precision: str, ceilings: roofline.Ceilings) -> float:
+def floor(setting: Setting, rates: roofline.Rates) -> float:
     """Seconds that a training step takes at least, its parts one after the other:
 
         products(k) * 3 + attention * k * 3.5 + elementwise * k * 3 + AdamW
 
-    Products, attention and elementwise are those of a forward pass with output "all" (:func:`bench.roofline.floor`). A
-    product becomes three, of the same size; the two of attention become seven, since its backward computes the scores
-    anew; elementwise traffic is taken to be the same three times. AdamW moves 7 tensors as large as the parameters, in
-    their dtype, at the speed of a copy.
+    Products, attention and elementwise are those of a forward pass with output "all" (bench/roofline.py). A product
+    becomes three, of the same size; the two of attention become seven, since its backward computes the scores anew;
+    elementwise traffic is taken to be the same three times. AdamW moves 7 tensors as large as the parameters, in their
+    dtype, at the speed of a copy.
 
-    k is the share of the images that stochastic depth keeps in each branch, as the reference rounds it: what it leaves
-    out is not counted, at the rates of whole batches. The patch embedding sees all images.
-
-    Raises:
-        ValueError: `ceilings` lack a rate for these sizes.
+    k is the share of the images that stochastic depth keeps in each branch, as the reference rounds it. The patch
+    embedding sees all images.
     """
-    kept = max(int(batch * (1 - DROP_PATH)), 1) / batch
-    whole = roofline.floor(config, resolution, batch, "all", ceilings)
-    patches = next(p for p in roofline.products_of(config, resolution, batch, "all") if p.place == "patch embedding")
-    embedding = patches.flops / ceilings.products[patches.sizes]
-    products = embedding + (whole.products - embedding) * kept
-    moved = ADAMW_TENSORS * roofline.parameters(config) * DTYPES[precision].itemsize
-    return 3 * products + 3.5 * kept * whole.attention + 3 * kept * whole.elementwise + moved / ceilings.copy
+    kept = max(int(setting.batch * (1 - DROP_PATH)), 1) / setting.batch
+    stream = 2 if "bf16" in setting.precision else DTYPES[setting.precision].itemsize
+    whole = roofline.work(setting.config, setting.resolution, setting.batch, "all", stream, False)
+    flops = 3 * whole.embedding + kept * (3 * whole.products + 3.5 * whole.attention)
+    adamw = ADAMW_TENSORS * roofline.parameters(setting.config) * DTYPES[setting.precision].itemsize
+    return flops / rates.product + (3 * kept * whole.elementwise + adamw) / rates.copy

@@ -15,7 +15,7 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.ops import dispatch
 
 SHAPE = Shape(harness.TINY, 28, 2)  # 2 images of 5 tokens, hidden size 64, 1 head
-SPEEDS = ops.Speeds(copy=1e9, product=1e9, e4m3=4e9)
+RATES = roofline.Rates(copy=1e9, product=1e9, e4m3=4e9)
 COMMAND = ["--device", "cpu", "--models", "tiny", "--commit", "c0ffee", "--write", "--resume"]
 
 
@@ -39,7 +39,7 @@ def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
 def _measured(workload: Workload, mode: str) -> dict[str, dict]:
     giant = replace(BACKBONES["dinov2_vitg14"], embed_dim=64, num_heads=1)
     shape = replace(SHAPE, config=giant) if workload.of_swiglu else SHAPE
-    rows = ops.measure(ops.Case(workload, shape, mode), SPEEDS, compiled=False)
+    rows = ops.measure(ops.Case(workload, shape, mode), RATES, compiled=False)
     return {row["implementation"]: row for row in rows}
 
 
@@ -80,9 +80,9 @@ def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) ->
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
     plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))
-    assert [case.floor(SPEEDS) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
-    assert e4m3.floor(SPEEDS._replace(e4m3=None)) == pytest.approx(81920e-9)
-    assert plain.floor(SPEEDS._replace(product=1e10)) == pytest.approx(24320e-9)
+    assert [case.floor(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
+    assert e4m3.floor(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
+    assert plain.floor(RATES._replace(product=1e10)) == pytest.approx(24320e-9)
     cold = lambda runs, *_, flush, **options: {name: [1e-6, 2e-6, 4e-6] for name in runs if flush}  # noqa: E731
     monkeypatch.setattr(harness, "in_turn", cold)
     row = _measured(_workload("layer_norm.plain"), "forward")["torch"]
