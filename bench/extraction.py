@@ -251,7 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> Namespace:
     parser = harness.parser("extraction", __doc__)
-    harness.add_models(parser)
     parser.add_argument("--images", type=int, help="files")
     parser.add_argument("--workers", type=int, help="processes that decode")
     parser.add_argument("--batch", type=int, help="images")

@@ -191,14 +191,14 @@ BATCHES = {
 }
 
 
-def some_of(known: Any, unit: str = "") -> Callable[[str], list[Any]]:
+def some_of(known: Any) -> Callable[[str], list[Any]]:
     """Parses names with commas between them; `known` holds the values, or maps names to them."""
     names = known if isinstance(known, dict) else {str(value): value for value in known}
 
     def parse(text: str) -> list[Any]:
         unknown = [name for name in text.split(",") if name not in names]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}{unit}")
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}")
         return [names[name] for name in text.split(",")]
 
     return parse
@@ -221,7 +221,7 @@ def pixels(text: str) -> list[int]:
 
 
 def parser(module: str, docstring: str) -> argparse.ArgumentParser:
-    """A parser with the options of :class:`bench.records.Recorder`."""
+    """A parser with the options of :class:`bench.records.Recorder`, and the backbones."""
     made = argparse.ArgumentParser(
         prog=f"python -m bench.{module}", description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,18 +231,8 @@ def parser(module: str, docstring: str) -> argparse.ArgumentParser:
     made.add_argument("--results", type=Path, default=records.RESULTS, help="where that is (default: bench/results)")
     made.add_argument("--commit", help="what is measured (default: the commit that git names)")
     made.add_argument("--resume", action="store_true", help="leave out what --results hold of this commit")
-    return made
-
-
-def add_models(made: argparse.ArgumentParser) -> None:
-    """``--models``: None unless given."""
     made.add_argument("--models", type=some_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
-
-
-def add_backbones(made: argparse.ArgumentParser) -> None:
-    """``--models`` and ``--sizes``, for :func:`parse`."""
-    add_models(made)
-    made.add_argument("--sizes", type=pixels, help="default: 224,518,1036, on a CPU 224,518")
+    return made
 
 
 def parse(
@@ -252,13 +242,6 @@ def parse(
     device = made.parse_known_args(arguments)[0].device
     made.set_defaults(**(OF_DEVICE[device] | of_device.get(device, {})))
     return made.parse_args(arguments)
-
-
-def add_peers(made: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """``--reference-path``, and where there are `names` to choose from, ``--implementations``: None unless given."""
-    made.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as two more peers")
-    if names:
-        made.add_argument("--implementations", type=some_of(names), help=f"some of {','.join(names)} (default: all)")
 
 
 def batches(task: str, device: str, resolution: int | str) -> list[int]:

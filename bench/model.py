@@ -55,25 +55,21 @@ HOST = {"models": "tiny", "sizes": "28", "precisions": "fp32", "modes": "eager,e
 DEFAULTS = {
     ("throughput", "cpu"): {"modes": "eager,freezing,engine"},
     ("throughput", "cuda"): {
-        "sizes": "224,518,1036",
         "precisions": "bf16,fp8",
         "modes": "eager,compile,engine,engine-best",
     },
     ("latency", "cpu"): {"modes": "eager,freezing,engine"},
-    ("latency", "cuda"): {"modes": "eager,graphs,compile,engine,engine-graphs,engine-best-graphs"},
+    ("latency", "cuda"): {"sizes": "224,518", "modes": "eager,graphs,compile,engine,engine-graphs,engine-best-graphs"},
     ("host", "cpu"): HOST,
     ("host", "cuda"): HOST,
     ("mixed", "cpu"): {"models": "S", "sizes": "112,224", "modes": "eager,engine,single,grouped,padded"},
-    ("mixed", "cuda"): {"modes": "eager,engine,engine-best,single,grouped,padded"},
+    ("mixed", "cuda"): {"sizes": "224,518", "modes": "eager,engine,engine-best,single,grouped,padded"},
     ("training", "cpu"): {"models": "S", "sizes": "224", "modes": "eager"},
     ("training", "cuda"): {"models": "S,B,L", "sizes": "224", "modes": "eager,compile,triton"},
     ("memory", "cpu"): {"models": "S", "sizes": "224", "outputs": "all,training", "modes": "eager"},
     ("memory", "cuda"): {"sizes": "224", "outputs": "all,training", "modes": "eager,triton,engine"},
 }
-OF_DEVICE = {
-    "cpu": {"models": "S,B", "sizes": "224,518", "precisions": "fp32"},
-    "cuda": {"models": "S,B,L,g", "sizes": "224,518", "precisions": "bf16"},
-}
+PRECISION = {"cpu": {"precisions": "fp32"}, "cuda": {"precisions": "bf16"}}
 OUTPUTS_OF = {"mixed": "cls", "training": "all"}
 
 
@@ -184,7 +180,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = (*NAMES, ONNXRUNTIME.name, OPENVINO.name)
     parser = harness.parser("model", __doc__)
     parser.add_argument("--task", default="throughput", choices=TASKS)
-    harness.add_models(parser)
     parser.add_argument("--sizes", type=harness.pixels, help="pixels, such as 224,518")
     parser.add_argument("--batches", type=harness.numbers, help="images")
     parser.add_argument("--outputs", type=harness.some_of((*OUTPUTS, "training")), help="all,cls; of memory: training")
@@ -193,10 +188,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
     parser.add_argument("--implementations", type=harness.some_of(names), default=list(names), help=",".join(names))
     parser.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as one more peer")
-    first, _ = parser.parse_known_args(arguments)
-    outputs = {"outputs": OUTPUTS_OF.get(first.task, "all,cls")}
-    parser.set_defaults(**(outputs | OF_DEVICE[first.device] | DEFAULTS[first.task, first.device]))
-    options = parser.parse_args(arguments)
+    task = parser.parse_known_args(arguments)[0].task
+    outputs = {"outputs": OUTPUTS_OF.get(task, "all,cls")}
+    defaults = {on: PRECISION[on] | outputs | DEFAULTS[task, on] for on in PRECISION}
+    options = harness.parse(parser, arguments, **defaults)
     if "training" in options.outputs and options.task != "memory":
         parser.error("--outputs: training is an output of task memory; a training step is timed by --task training")
     if options.task == "mixed" and (len(options.sizes) != 2 or options.sizes[0] >= options.sizes[1]):

@@ -235,7 +235,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = dispatch.names()
     parser = harness.parser("ops", __doc__)
     parser.add_argument("--ops", type=harness.some_of(names), default=names, help=f"some of {','.join(names)}")
-    harness.add_backbones(parser)
+    parser.add_argument("--sizes", type=harness.pixels, help="pixels, such as 224,518")
     parser.add_argument("--modes", type=harness.some_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile as a peer")
     return harness.parse(parser, arguments)
