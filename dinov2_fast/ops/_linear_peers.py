@@ -88,7 +88,7 @@ def onednn() -> Implementation:
     # rows, 384 to 3072 features; AVX2 by ONEDNN_MAX_CPU_ISA and its like). With AVX2 alone it has to be asked for.
     #             as it is      packed
     #   AVX-512   0.45 to 0.55  0.42 to 0.46
-    #   AVX2      0.80 to 0.90  the same    but 1.2 on an AMD EPYC that has no AVX-512
+    #   AVX2      0.80 to 0.93  the same    but 1.2 on an AMD EPYC that has no AVX-512
     return Implementation(
         "onednn",
         linear_onednn,
