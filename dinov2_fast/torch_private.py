@@ -34,6 +34,7 @@ __all__ = [
     "is_jit_traced",
     "is_traced",
     "onednn_linear",
+    "onednn_pack",
     "pytree",
     "softmax_backward",
     "without_autocast",
@@ -101,9 +102,18 @@ def has_kernel(name: str, device_type: str) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """oneDNN's linear on a CPU, with "none" or the erf form of "gelu" behind it; contiguous operands."""
+    """oneDNN's linear on a CPU, with "none" or the erf form of "gelu" behind it; contiguous operands, the weight
+    packed or not."""
     algorithm = "none" if activation == "gelu" else ""  # not the tanh form
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+
+
+def onednn_pack(weight: Tensor) -> Tensor:
+    """A linear's weight in the blocks that oneDNN's products read, for `onednn_linear` alone.
+
+    With AVX-512 they are the same for any number of rows, once they were asked for by as many as here.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -61,6 +61,20 @@ def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
 
 
 @pytest.mark.usefixtures("_small_products_too")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_packed_weight_gives_the_same_for_any_number_of_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_linear_peers, "HAS_AVX512", True)
+    x, weight, bias = torch.randn(257, 800), torch.randn(96, 800) / 800**0.5, torch.randn(96)
+    packed = weight.clone()
+    _linear_peers.let_pack(packed)
+    for rows in (257, 3, 64):
+        expected, found = (_run(form, "onednn", x[:rows], each, bias) for each in (weight, packed))
+        torch.testing.assert_close(found, expected)
+    assert [part.is_mkldnn for part in _linear_peers._parts(packed)] == [True, True]
+    assert not any(part.is_mkldnn for part in _linear_peers._parts(weight))
+
+
+@pytest.mark.usefixtures("_small_products_too")
 def test_strided_operands() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
     torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)

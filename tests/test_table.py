@@ -13,7 +13,8 @@ def test_every_op_is_in_the_table_on_every_device() -> None:
         chosen = {row.name: row.backend for row in table(device)}
         assert {name.partition(".")[0] for name in chosen} == set(dispatch.ops())
         assert len(chosen) == sum(len(op.samples) for op in dispatch.ops().values())
-        assert {name for op, name in chosen.items() if not op.startswith("linear")} == {"torch"}
+        others = {name for op, name in chosen.items() if not op.startswith(("linear", "attention.batch"))}
+        assert others == {"torch"}
         assert set(chosen.values()) <= {"torch", "onednn"}
         assert device == "cpu" or "onednn" not in chosen.values()
 

@@ -100,7 +100,8 @@ def test_kernels_of_operators_are_found() -> None:
 def test_onednn_linear(activation: str) -> None:
     expected = F.linear(X, X, X[0, :3])
     expected = F.gelu(expected) if activation == "gelu" else expected
-    torch.testing.assert_close(torch_private.onednn_linear(X, X, X[0, :3].contiguous(), activation), expected)
+    for weight in (X, torch_private.onednn_pack(X)):
+        torch.testing.assert_close(torch_private.onednn_linear(X, weight, X[0, :3].contiguous(), activation), expected)
 
 
 def test_gelu_linear() -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
+from dinov2_fast.ops._linear_peers import let_pack
 from dinov2_fast.ops.dispatch import Bound
 from dinov2_fast.ops.layer_norm import LAYER_NORM
 from dinov2_fast.ops.linear import LINEAR
@@ -196,6 +197,7 @@ class FoldedLinear(FoldedModule):
 
     def bind(self) -> None:
         self._bound = {epilogue: Bound(LINEAR, epilogue) for epilogue in LINEAR.samples}
+        let_pack(self.weight)
 
     def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = self._buffers  # attributes of a module are slow to read

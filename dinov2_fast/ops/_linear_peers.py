@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,13 +12,16 @@ from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, finish, refuses_stream
 from dinov2_fast.ops.dispatch import Implementation
-from dinov2_fast.torch_private import gelu_linear, onednn_linear
+from dinov2_fast.torch_private import gelu_linear, is_traced, onednn_linear, onednn_pack
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
 # Multiplications from which oneDNN is worth its start, some 10 us dearer than that of F.linear: they break even at
 # 2**19 to 2**20 (AMD EPYC with AVX-512, 1 and 2 threads, 1 to 257 rows, 64 to 768 in_features).
 ONEDNN_LEAST = 2**19
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # torch.compile does not trace it
+_PACKED = "_onednn_packed"  # the attribute of a weight with its packed parts
+# torch.compile traces neither.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 # oneDNN
@@ -33,19 +38,37 @@ def linear_onednn(
     bias = None if bias is None else bias.to(x.dtype)
     if x.numel() * weight.shape[0] < ONEDNN_LEAST:
         return finish(F.linear(x, weight, bias), epilogue, residual)
-    if weight.shape[1] <= ONEDNN_CHAIN:
+    first, *others = _parts(weight)
+    if not others:
         if epilogue == "gelu":
-            return _product(x, weight, bias, "gelu")
-        return finish(_product(x, weight, bias), epilogue, residual)
-    first, *others = zip(x.split(ONEDNN_CHAIN, dim=-1), weight.split(ONEDNN_CHAIN, dim=1), strict=True)
-    z = _product(*first, bias)
-    for part in others:
-        z += _product(*part, None)
+            return _product(x, first, bias, "gelu")
+        return finish(_product(x, first, bias), epilogue, residual)
+    x_first, *x_others = x.split(ONEDNN_CHAIN, dim=-1)
+    z = _product(x_first, first, bias)
+    for x_part, part in zip(x_others, others, strict=True):
+        z += _product(x_part, part, None)
     return finish(z, epilogue, residual)
 
 
+def _parts(weight: Tensor) -> Sequence[Tensor]:
+    """The weight's columns, `ONEDNN_CHAIN` at a time; packed, and kept with it, if :func:`let_pack` was told of it."""
+    kept: list[Tensor] | None = None if is_traced() else getattr(weight, _PACKED, None)
+    if kept is None or weight.dtype != torch.float32 or not HAS_AVX512:
+        return weight.split(ONEDNN_CHAIN, dim=1)
+    if not kept:
+        with torch.inference_mode(False), torch.no_grad():
+            kept[:] = [onednn_pack(part) for part in weight.split(ONEDNN_CHAIN, dim=1)]
+    return kept
+
+
+def let_pack(weight: Tensor) -> None:
+    """Lets :func:`linear_onednn` keep a copy of `weight` in oneDNN's blocks, since its values never change."""
+    setattr(weight, _PACKED, [])
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    return onednn_linear(x.contiguous(), weight.contiguous(), bias, activation)
+    weight = weight if weight.is_mkldnn else weight.contiguous()
+    return onednn_linear(x.contiguous(), weight, bias, activation)
 
 
 def _onednn_refuses(x: Tensor, weight: Tensor, *_: object) -> str | None:
@@ -54,27 +77,28 @@ def _onednn_refuses(x: Tensor, weight: Tensor, *_: object) -> str | None:
     return "does not follow autocast" if torch.is_autocast_enabled(x.device.type) else None
 
 
-def _onednn_is_absent(device: torch.device) -> str | None:
+def onednn_is_absent(device: torch.device) -> str | None:
     if not _HAS_ONEDNN:
         return "needs a torch that is built with oneDNN"
     return "does not export: an exported graph holds standard ops only" if _registry._is_exporting() else None
 
 
 def onednn() -> Implementation:
-    # On a CPU with AVX-512 it took 0.5 (up to 768 in_features) to 0.65 of the time of F.linear, which is MKL's in fp32
-    # (AMD EPYC, 257 to 2056 rows, 384 to 4096 features); on one with AVX2 alone 1.2 times it, so there it has to be
-    # asked for.
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # Its time as a share of that of F.linear, which is MKL's in fp32 (AMD EPYC of family 26, 2 threads, 257 to 2056
+    # rows, 384 to 3072 features; AVX2 by ONEDNN_MAX_CPU_ISA and its like). With AVX2 alone it has to be asked for.
+    #             as it is      packed
+    #   AVX-512   0.45 to 0.55  0.42 to 0.46
+    #   AVX2      0.80 to 0.93  the same    but 1.2 on an AMD EPYC that has no AVX-512
     return Implementation(
         "onednn",
         linear_onednn,
         _onednn_refuses,
-        devices=("cpu",) if fast else ("cpu with AVX-512",),
+        devices=("cpu",) if HAS_AVX512 else ("cpu with AVX-512",),
         dtypes=(torch.float32, torch.bfloat16),
         trains=False,
-        unavailable=_onednn_is_absent,
+        unavailable=onednn_is_absent,
         elsewhere=lambda device: device.type == "cpu",
-        why="takes 0.5 to 0.65 of the time of torch's on a CPU with AVX-512",
+        why="takes 0.45 of the time of torch's on a CPU with AVX-512",
     )
 
 
