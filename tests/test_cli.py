@@ -360,7 +360,7 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
         rf"  torch +{re.escape(importlib.metadata.version('torch'))}",
         r"What runs on cpu \(float32, inference\)",
         r"  layer_norm +torch +(the others need a GPU|was asked for)",
-        r"  attention +torch +the others need a GPU",
+        r"  activation +torch +the others need a GPU",
         r"  DINOV2_FAST_BACKEND +layer_norm=torch",
         rf"  DINOV2_FAST_CACHE +{tmp_path}",
         rf"  dinov2_vitb14_reg +{tmp_path}/dinov2_vitb14_reg4_pretrain\.pth",

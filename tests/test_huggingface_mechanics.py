@@ -185,7 +185,7 @@ def test_every_attention_implementation_is_this_one(model: Any) -> None:
 
 
 def test_printing_shows_the_backends() -> None:
-    assert re.search(r"  attention +torch +the others need a GPU\n", repr(small(task="ForImageClassification")))
+    assert re.search(r"  activation +torch +the others need a GPU\n", repr(small(task="ForImageClassification")))
 
 
 # Hooks

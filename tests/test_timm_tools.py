@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_fast import create_model, ops, optimize_for_inference
+from dinov2_fast import create_model, ops, optimize_for_inference, use_backend
 from tests.test_timm_adapter import NAMES, SMALL, Pair, assert_close, make_pair, pictures
 
 timm = pytest.importorskip("timm", reason="these are timm's tools, and timm is not installed")
@@ -33,7 +33,8 @@ def test_features_by_the_names_of_nodes(pair: Pair) -> None:
         x = pictures(*size, batch=1)
         ours, theirs = (extractor(x) for extractor in extractors)
         assert_close(ours, theirs)
-        assert torch.equal(ours["head"], pair.ours(x))
+        with use_backend("torch"):  # as a traced model runs
+            assert torch.equal(ours["head"], pair.ours(x))
     with pytest.raises(ValueError, match="height 30 is not a multiple of patch height 14"):
         extractors[0](pictures(30, 28))
 

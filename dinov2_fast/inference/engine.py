@@ -62,7 +62,8 @@ def optimize_for_inference(
 
     LayerScale is folded into the linears before it, the normalisation of uint8 pictures into the patch embedding;
     activations and residual additions go with their linears. Weights are folded in fp64 from those that the model
-    holds, and rounded once: give a model in fp32, since what bf16 has lost does not come back.
+    holds, and rounded once: give a model in fp32, since what bf16 has lost does not come back. In fp32 on a CPU with
+    AVX-512 the weights of the linears are kept a second time, in the blocks that oneDNN reads.
 
     Args:
         model: in eval mode, of one of the classes of this package. It stays as it is and remains in memory.
