@@ -33,7 +33,8 @@ class Exported(nn.Module):
 
     def __init__(self, model: nn.Module, start: Callable[[Path], Session]) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).eval()
+        with torch.inference_mode(False):  # inside, copies would be tensors that no exporter takes
+            self.model = copy.deepcopy(model).eval()
         self._start, self._sessions = start, dict[tuple[Any, ...], Session]()
 
     def forward(self, x: Tensor, output: str) -> Outputs:

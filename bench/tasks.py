@@ -20,6 +20,9 @@ from dinov2_fast.ops.dispatch import use_backend
 from tests.reference import assert_obeys_rule
 
 SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls, without waiting between, that one time is taken of, at least
+# Times the error that the rule of the tests allows. The rule is for ours; a peer has to compute the same model, and
+# some have three times torch's error (OpenVINO in fp32).
+SLACK_OF_PEERS = 5
 COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
 
 Entrant = tuple[Peer, str]  # an implementation and its mode
@@ -115,10 +118,11 @@ class Judge:
         wide, usual = self._known[dialect]
         if self._setting.precision == "fp8":
             return _judged_by_cosine(found["the outputs"].float(), wide["the outputs"])
-        worst = 0.0
+        worst, slack = 0.0, 1 if peer.name == OURS.name else SLACK_OF_PEERS
         for name, result in found.items():
+            allowed = (wide[name] + slack * (usual[name] - wide[name])).to(usual[name].dtype)
             try:
-                worst = max(worst, assert_obeys_rule(result.to(usual[name].dtype), wide[name], usual[name]))
+                worst = max(worst, assert_obeys_rule(result.to(allowed.dtype), wide[name], allowed))
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
         return {"outputs_max_error": worst}

@@ -94,6 +94,14 @@ def test_wrong_outputs_are_refused_and_the_others_are_timed(tmp_path: Path) -> N
     ]
 
 
+def test_a_peer_may_err_more_than_ours() -> None:
+    (row,) = _measure(OURS)
+    four_times = _off(lambda y: y * (1 + 4 * row["outputs_max_error"]))
+    ours, peer = _measure(_peer(OURS.name, take=four_times), _peer("peer", take=four_times))
+    assert records.reason(ours).startswith("refused: the outputs: ")
+    assert peer["value"] > 0
+
+
 @pytest.mark.parametrize("precision", ["bf16", "autocast-bf16"])
 @pytest.mark.parametrize("task", ["throughput", "training"])
 def test_each_precision_is_held_to_its_own_error(precision: str, task: str) -> None:

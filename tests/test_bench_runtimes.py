@@ -22,7 +22,8 @@ REGISTERS = dataclasses.replace(TINY, name="tiny_reg", num_register_tokens=4)
 
 def _model(config: object = TINY) -> nn.Module:
     torch.manual_seed(0)
-    return DinoVisionTransformer(**config.constructor_arguments()).eval()
+    with torch.inference_mode(False):
+        return DinoVisionTransformer(**config.constructor_arguments()).eval()
 
 
 def _images(*shape: int) -> Tensor:
@@ -31,10 +32,11 @@ def _images(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("peer", [ONNXRUNTIME, OPENVINO], ids=lambda peer: peer.name)
 @pytest.mark.parametrize("config", [TINY, REGISTERS], ids=lambda config: config.name)
+@pytest.mark.parametrize("size", [(28, 42), (518, 518)], ids=str)  # the second is that of the table of positions
 @torch.inference_mode()
-def test_they_compute_what_our_model_does(peer: Peer, config: object) -> None:
+def test_they_compute_what_our_model_does(peer: Peer, config: object, size: tuple[int, int]) -> None:
     pytest.importorskip(peer.name)
-    model, x = _model(config), _images(2, 3, 28, 42)
+    model, x = _model(config), _images(1, 3, *size)
     built = peer.build(config, model, 0.0).to(x.device, x.dtype).eval()
     for output in ("all", "cls"):
         usual = OURS.result(model, x, output)
