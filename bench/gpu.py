@@ -79,7 +79,7 @@ class Step(NamedTuple):
 FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py"
 OTHERS = "-m 'not aot and not slow and not gpu_first' -k 'not to_the_31' {tests}"
 TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
-OPS = "--ops linear,attention,layer_norm,attention_pool --modes forward --no-compile"
+OPS = "--ops linear,attention,layer_norm,attention_pool --modes forward"
 MODEL = "bench.model {record} --implementations dinov2_fast,timm --precisions bf16"
 SPEED = MODEL + ",fp8 --seconds 3 --modes eager,compile,engine,engine-best,engine-best-graphs --task throughput"
 LATENCY = (

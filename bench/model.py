@@ -131,7 +131,8 @@ def _takes_part(setting: Setting, peer: Peer, mode: str, among: list[Peer]) -> b
     if setting.task == "mixed":
         return mode in modes.WAYS if peer is not OURS else mode not in modes.OF_PEERS
     trained = setting.task == "training" or setting.output == "training"
-    return mode not in modes.WAYS and not (trained and (modes.is_engine(mode) or mode in ACCELERATED))
+    inference_only = modes.is_engine(mode) or mode in (*ACCELERATED, "freezing", "graphs")
+    return mode not in modes.WAYS and not (trained and inference_only)
 
 
 def left(recorder: Recorder, setting: Setting, entrants: list[Entrant], best: str | None) -> list[Entrant]:

@@ -3,8 +3,7 @@
 An implementation's result is first held to the rule of the tests, against plain PyTorch in a wider dtype; one that
 breaks it is refused. Then they run in turn, each time on a cold L2 cache, and the medians count. The floor is the time
 that the bytes an op must move take at the speed of a copy, or its matrix products at the speed of a large one,
-whichever is longer; both speeds are measured in the same run. Beside the package's own implementations runs
-``torch.compile`` of the torch one. On a CPU neither that nor any kernel runs.
+whichever is longer; both speeds are measured in the same run. On a CPU no kernel runs.
 
 With ``--write``, ``best.json`` beside the rows names the fastest backend of each form of an op at each resolution.
 """
@@ -32,7 +31,7 @@ from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import tensors_of
+from dinov2_fast.ops.dispatch import first_tensor, tensors_of
 
 TASK = "ops"
 BEST = "best.json"
@@ -42,7 +41,6 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a case
 BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
-COMPILED = "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,14 @@ class Case:
 
         return run
 
-    def candidates(self, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+    def candidates(self) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The implementations that run on these arguments, by name."""
         for implementation in self.workload.implementations():
-            if implementation.reason_against(self.arguments) is None:
+            reason = implementation.reason_against(self.arguments)
+            if reason is None:
                 yield implementation.backend, implementation.function
-        if compiled:
-            torch._dynamo.reset()  # each shape is compiled for itself, none falls back to eager at a limit
-            yield COMPILED, torch.compile(self.torch_function, dynamic=False, fullgraph=True)
+            elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs
+                print(f"  {implementation.backend:14} not run: {reason}")
 
     def work(self) -> tuple[int, float]:
         """Bytes that must be moved and flops of matrix products."""
@@ -154,10 +152,10 @@ def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tree_map(widen, arguments)
 
 
-def measure(case: Case, rates: Rates, compiled: bool, without: Collection[str] = ()) -> list[Row]:
+def measure(case: Case, rates: Rates, without: Collection[str] = ()) -> list[Row]:
     """A row for each implementation but those `without`; those that break the rule or fail have no value."""
     print(case)
-    functions = {name: function for name, function in case.candidates(compiled) if name not in without}
+    functions = {name: function for name, function in case.candidates() if name not in without}
     rows = {name: case.row | {"implementation": name} for name in functions}
 
     def ready(name: str) -> Run:
@@ -187,7 +185,7 @@ def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
     """
     times: dict[tuple[str, str], dict[str, dict[Any, float | None]]] = {}
     for row in rows:
-        if row["commit"] == commit and row["mode"] == "forward" and row["implementation"] != COMPILED:
+        if row["commit"] == commit and row["mode"] == "forward":
             backends = times.setdefault((str(row["resolution"]), row["output"].partition(" (")[0]), {})
             where = row["model"], row["batch"], row["precision"], row["output"]
             backends.setdefault(row["implementation"], {})[where] = row["value"]
@@ -213,18 +211,16 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     recorder = Recorder(TASK, options)
-    device, compiled = recorder.device, options.compile and options.device != "cpu"
+    device = recorder.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = roofline.measured(device, dtype)
     recorder.common["versions"] |= rates.row
     print(f"{recorder}, {PRECISION[dtype]}, {rates}")
-    # Rows without torch.compile were measured without it; those without torch are what the device was lost in.
-    wanted = ["torch", COMPILED] if compiled else ["torch"]
     with recorder.until_lost():
         for case in cases(options, device, dtype):
-            if not all(recorder.has(**case.row, implementation=name) for name in wanted):
+            if not recorder.has(**case.row, implementation="torch"):  # rows without it are what the device was lost in
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
-                recorder.keep(measure(case, rates, compiled, lost))
+                recorder.keep(measure(case, rates, lost))
     if options.write and recorder.path.is_file():
         chosen = best(records.read(recorder.path), recorder.common["commit"])
         recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
@@ -237,7 +233,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", type=harness.some_of(names), default=names, help=f"some of {','.join(names)}")
     parser.add_argument("--sizes", type=harness.pixels, help="pixels, such as 224,518")
     parser.add_argument("--modes", type=harness.some_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile as a peer")
     return harness.parse(parser, arguments)
 
 

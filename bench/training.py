@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench import records, roofline
 from bench.harness import Run
-from bench.modes import COMPILED, DTYPES, surroundings
+from bench.modes import DTYPES, surroundings
 from bench.peers import OURS, Peer
 from bench.tasks import Entrant, Judge, Row, Setting, Task
 from bench.workloads import Shape
@@ -46,7 +46,7 @@ class Step:
 
         device = next(model.parameters()).device
         self.model = model
-        self._forward = torch.compile(forward, dynamic=False) if mode in COMPILED else forward
+        self._forward = torch.compile(forward, dynamic=False) if mode == "compile" else forward
         self._context = surroundings(precision, mode, device)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
 

@@ -100,7 +100,7 @@ def cases(name: str, resolution: int, op: str, device: str) -> int:
 
     def call() -> None:
         for case in ops.cases(options, CUDA, torch.bfloat16):
-            for backend, function in case.candidates(compiled=False):
+            for backend, function in case.candidates():
                 if backend == "triton":
                     case.run(function)()
 
