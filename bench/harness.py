@@ -30,7 +30,9 @@ Name = TypeVar("Name", bound=Hashable)
 ROUNDS = 5  # of each run at least
 # Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
 FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
-REST = 0.05  # seconds on a CPU before each timing: the threads of the run before spin on for some milliseconds
+# Seconds for which a run shorter than LONG goes on before it is timed on a CPU. The threads of the run before spin on
+# for some milliseconds, and its own, woken up, may share a core until the scheduler's next tick, 4 ms away.
+UNTIMED, LONG = 0.05, 1.0
 STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
 PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
 ATTEMPTS = 100  # runs, likewise: the times of one of microseconds may go up and down for long
@@ -59,12 +61,12 @@ def in_turn(
     order, start = list(runs), time.perf_counter()
     while order and (len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds):
         for name in order:
-            if device.type == "cpu":
-                time.sleep(REST)
-            if cold is not None:
-                cold.zero_()
             count = calls[name] if calls else 1
             try:
+                if device.type == "cpu" and not (times[name] and times[name][-1] > LONG):
+                    _go_on(runs[name])
+                if cold is not None:
+                    cold.zero_()
                 times[name].append(elapsed(runs[name], device, count) / count)
             except Exception as exception:
                 if stop is None:
@@ -73,6 +75,12 @@ def in_turn(
                 stop(name, exception)
         order = [name for name in order[1:] + order[:1] if name in times]
     return times
+
+
+def _go_on(run: Run) -> None:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < UNTIMED:
+        run()
 
 
 @cache

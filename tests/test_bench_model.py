@@ -24,6 +24,11 @@ CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=2, 
 SETTING = Setting("throughput", CONFIG, 56, 2, "all", "fp32")
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "UNTIMED", 0.0)
+
+
 def _models(config: BackboneConfig = CONFIG) -> Models:
     torch.manual_seed(0)
     ours = DinoVisionTransformer(**config.constructor_arguments()).eval()
@@ -134,6 +139,16 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     times = harness.in_turn(runs, CPU, 0.0, calls={"a": 1, "b": 2, "c": 1}, stop=lambda name, _: stopped.append(name))
     assert "".join(called) == "abbcbbcacabbabbbbaabb"[: len(called)]
     assert (stopped, [len(taken) for taken in times.values()]) == (["c"], [5, 5])
+    called.clear()
+    clock = iter(
+        [0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99]
+    )  # the first goes on for 50 ms: three calls, then a timed one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "UNTIMED", 0.05)
+        patch.setattr(harness.time, "perf_counter", lambda: next(clock))
+        patch.setattr(harness, "ROUNDS", 1)
+        harness.in_turn({"a": runs["a"]}, CPU, 0.0)
+    assert "".join(called) == "aaaa"
     failed, fine = _measure(_peer("failed", call=_raising(RuntimeError("no more\nat all"))), OURS)
     assert records.reason(failed) == "failed: no more"
     assert fine["value"] > 0

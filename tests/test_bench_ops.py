@@ -23,6 +23,7 @@ COMMAND = ["--device", "cpu", "--models", "tiny", "--commit", "c0ffee", "--write
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, size in ((harness, "FLUSH", 0), (roofline, "COPY", 1 << 16), (roofline, "LARGE", 32)):
         monkeypatch.setattr(module, name, {"cpu": size})
+    monkeypatch.setattr(harness, "UNTIMED", 0.0)
     for module in (ops, roofline):
         monkeypatch.setattr(module, "SECONDS", {"cpu": 0})
 
