@@ -142,13 +142,13 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     called.clear()
     clock = iter(
         [0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99]
-    )  # the first goes on for 50 ms: three calls, then a timed one
+    )  # it goes on for 50 ms, two calls; then one is timed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "UNTIMED", 0.05)
         patch.setattr(harness.time, "perf_counter", lambda: next(clock))
         patch.setattr(harness, "ROUNDS", 1)
         harness.in_turn({"a": runs["a"]}, CPU, 0.0)
-    assert "".join(called) == "aaaa"
+    assert "".join(called) == "aaa"
     failed, fine = _measure(_peer("failed", call=_raising(RuntimeError("no more\nat all"))), OURS)
     assert records.reason(failed) == "failed: no more"
     assert fine["value"] > 0
