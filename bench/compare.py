@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ratios = compared(load(options.a), load(options.b))
     except (OSError, ValueError, KeyError) as error:
-        print(f"bench.compare: {error!r}", file=sys.stderr)
+        what = f"a row lacks {error}" if isinstance(error, KeyError) else error
+        print(f"bench.compare: {what}", file=sys.stderr)
         return 2
     too_slow = [key for key, r in ratios.items() if r.verdict == "slower" and r.value < 1 - options.threshold]
     for key in sorted(too_slow, key=lambda key: ratios[key]):

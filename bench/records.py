@@ -271,8 +271,11 @@ def device_folder(device: torch.device) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a file; none if it does not exist. ValueError if a line is no JSON."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds a line that is no JSON: {error}") from error
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -140,9 +140,7 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     assert "".join(called) == "abbcbbcacabbabbbbaabb"[: len(called)]
     assert (stopped, [len(taken) for taken in times.values()]) == (["c"], [5, 5])
     called.clear()
-    clock = iter(
-        [0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99]
-    )  # it goes on for 50 ms, two calls; then one is timed
+    clock = iter([0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99])  # it goes on for 50 ms, two calls; then one is timed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "UNTIMED", 0.05)
         patch.setattr(harness.time, "perf_counter", lambda: next(clock))

@@ -76,8 +76,17 @@ def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> Non
         compare.load(f"{path}@b")
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"step": 1}'])
-def test_a_bad_file_is_refused(text, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "bad.jsonl does not exist or holds no rows"),
+        ("{", "bad.jsonl holds a line"),
+        ('{"step": 1}', "a row lacks"),
+    ],
+)
+def test_a_bad_file_is_refused(text, said, tmp_path, capsys) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
     assert compare.main([str(tmp_path / "bad.jsonl"), str(tmp_path / "bad.jsonl")]) == 2
-    assert "bench.compare: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("bench.compare: ")
+    assert said in error
