@@ -34,7 +34,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,11 +244,14 @@ def run(steps: list[Step], job: Job) -> list[Outcome]:
         names = " and ".join(step.name for step in group)
         print(f"{names}: {minutes(group):g} minutes, {left / 60:.1f} left", flush=True)
         with ThreadPoolExecutor(len(group)) as pool:
+            futures = [pool.submit(execute, step, job, coming, left) for step in group]
             try:
-                ended = list(pool.map(partial(execute, job=job, coming=coming, left=left), group))
+                ended = [future.result() for future in futures]
             except KeyboardInterrupt:
-                for process in list(job.running):
-                    stop(process)
+                while not all(future.done() for future in futures):  # one may be about to start its process
+                    for process in list(job.running):
+                        stop(process)
+                    time.sleep(0.1)
                 raise
         print(*ended, sep="\n")
         outcomes += ended
@@ -306,8 +308,8 @@ def environment() -> dict[str, str]:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends a step with all processes that it has started, politely at first, so that pytest reports what it knows."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

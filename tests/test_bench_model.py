@@ -153,6 +153,7 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
 
 
 def test_modes_go_to_whom_they_are_for() -> None:
+    pytest.importorskip("timm")
     among = [OURS, peers.TRANSFORMERS, TIMM, *peers.ACCELERATED.values()]
 
     def having(mode: str) -> list[Peer]:
