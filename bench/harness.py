@@ -254,7 +254,7 @@ def parse(
 
 def batches(task: str, device: str, resolution: int | str) -> list[int]:
     """Images in a batch that a task takes: as many as keep a device busy, or few for latency."""
-    return BATCHES[task][device].get(resolution, [1])
+    return BATCHES[task][device].get(resolution, [2 if task == "mixed" else 1])
 
 
 def title(config: BackboneConfig) -> str:

@@ -197,6 +197,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--outputs: training is an output of task memory; a training step is timed by --task training")
     if options.task == "mixed" and (len(options.sizes) != 2 or options.sizes[0] >= options.sizes[1]):
         parser.error("--sizes: task mixed wants two, the smaller one first, such as 224,518")
+    if options.task == "mixed" and 1 in (options.batches or ()):
+        parser.error("--batches: task mixed wants at least 2 images, one of each of the two --sizes")
     return options
 
 

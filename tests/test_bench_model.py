@@ -292,6 +292,7 @@ def test_a_command_keeps_its_rows_and_resumes(task: str, tmp_path: Path, capsys:
         (["--sizes", "225"], "a size is a multiple of 14"),
         (["--models", "X"], "X: there are S, B"),
         (["--task", "mixed", "--sizes", "56"], "task mixed wants two"),
+        (["--task", "mixed", "--batches", "1"], "at least 2 images"),
         (["--outputs", "training"], "an output of task memory"),
     ],
 )
