@@ -58,3 +58,11 @@ def test_what_is_torch_s(products: list[int]) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.attention(qkv, backend="onednn").dtype == torch.bfloat16
     assert not products
+
+
+def test_no_derivative_of_forward_mode_is_lost(products: list[int]) -> None:
+    """torch's attention has none, and says so."""
+    qkv = torch.randn(1, 400, 3, 1, 64)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda x: ops.attention(x, backend="onednn"), (qkv,), (qkv,))
+    assert not products

@@ -21,7 +21,7 @@ from dinov2_fast.ops import _attention_peers, _fp8, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
 from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
-from dinov2_fast.torch_private import is_traced, onednn_linear, softmax_backward
+from dinov2_fast.torch_private import has_tangent, is_traced, onednn_linear, softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
 ONEDNN_TOKENS = 384  # between those where oneDNN's products win and those where torch's attention does
@@ -108,7 +108,7 @@ def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float
     values with a mean would have more than twice the error of torch's.
     """
     plain = not dropout_p and scale is None and qkv.dtype == torch.float32
-    followed = is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(qkv.device.type)
+    followed = is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(qkv.device.type) or has_tangent(qkv)
     if followed or not plain or qkv.shape[1] < ONEDNN_TOKENS:
         return attention_torch(qkv, seq_lens, dropout_p, scale)
     batch, seq_len, _, heads, head_dim = qkv.shape
