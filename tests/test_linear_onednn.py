@@ -112,3 +112,19 @@ def test_an_engine_that_uses_it_also_compiled() -> None:
         compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(found, model(x).detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(compiled, found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_derivatives_of_forward_mode_are_left_to_torch(place: int) -> None:
+    operands = [torch.randn(10, 72), torch.randn(96, 72), torch.randn(96)]
+
+    def run(backend: str | None, moving: Tensor) -> Tensor:
+        return linear(*operands[:place], moving, *operands[place + 1 :], backend=backend)
+
+    moving = operands[place]
+    with torch.no_grad(), pytest.raises(BackendError, match="has no derivative of forward mode"):
+        torch.func.jvp(lambda x: run("onednn", x), (moving,), (moving,))
+    with torch.no_grad(), use_backend("linear=onednn"):
+        _, tangent = torch.func.jvp(lambda x: run(None, x), (moving,), (moving,))
+    expected = run("torch", moving) - run("torch", torch.zeros_like(moving))
+    torch.testing.assert_close(tangent, expected)
