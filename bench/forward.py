@@ -42,9 +42,8 @@ class Forward(Task):
         setting, in_e4m3 = self.setting, self.setting.precision == "fp8"
         if setting.task == "host":
             return None
-        itemsize = 2 if "bf16" in setting.precision else self._x.itemsize
-        work = roofline.work(setting.config, setting.resolution, setting.batch, setting.output, itemsize, in_e4m3)
-        return work.seconds(rates, in_e4m3)
+        where = setting.config, setting.resolution, setting.batch, setting.output
+        return roofline.work(*where, setting.dtype.itemsize, in_e4m3).seconds(rates, in_e4m3)
 
     def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
         """Of task host: the time over timm's in the same round."""

@@ -68,6 +68,12 @@ def is_engine(mode: str) -> bool:
     return ENGINE.fullmatch(mode) is not None
 
 
+def is_best(mode: str) -> bool:
+    """Whether it is engine-best, or that as graphs."""
+    engine = ENGINE.fullmatch(mode)
+    return engine is not None and engine[1] == "best"
+
+
 def runs(peer: Peer, mode: str, among: list[Peer]) -> bool:
     """Whether a peer has a mode, and it is worth its time.
 
@@ -121,7 +127,7 @@ def best_backends(folder: Path, resolution: int, precision: str) -> str | None:
 
 def why_missing(peer: Peer, mode: str, best: str | None = None) -> str | None:
     """Why a peer cannot run in a mode until something is installed, built or measured, or None."""
-    if (engine := ENGINE.fullmatch(mode)) and engine[1] == "best" and best is None:
+    if is_best(mode) and best is None:
         return "there is no best.json, which bench.ops writes"
     needs_extension = "cuda" in re.split("[=,]", backend_of(mode, best) or "")
     reason = load().reason if needs_extension else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench import harness, records, roofline
 from bench.harness import Run, contest, quantiles
-from bench.modes import DTYPES, ENGINE, compiling, surroundings, why_missing
+from bench.modes import DTYPES, compiling, is_best, surroundings, why_missing
 from bench.peers import OURS, Peer
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
@@ -44,6 +44,11 @@ class Setting:
         generator = torch.Generator(device).manual_seed(0)
         size = (self.batch, 3, self.resolution, self.resolution)
         return torch.randn(size, device=device, generator=generator).to(DTYPES[self.precision])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products and, in the floor, of the residual stream."""
+        return torch.bfloat16 if self.precision == "autocast-bf16" else DTYPES[self.precision]
 
     def row(self, peer: Peer, mode: str) -> Row:
         """The keys that say what a row is about."""
@@ -181,7 +186,7 @@ class Task:
         def ready(entrant: Entrant) -> Run:
             run, about = self.ready(*entrant)
             rows[entrant] |= about
-            if self.best and (engine := ENGINE.fullmatch(entrant[1])) and engine[1] == "best":
+            if self.best and is_best(entrant[1]):
                 rows[entrant]["versions"] = (about.get("versions") or {}) | {"backends": self.best}
             return run
 
@@ -196,8 +201,7 @@ class Task:
 
     def rates(self) -> roofline.Rates:
         """What the device reaches in the dtype of the products."""
-        dtype = torch.bfloat16 if self.setting.precision == "autocast-bf16" else DTYPES[self.setting.precision]
-        return roofline.measured(self.device, dtype)
+        return roofline.measured(self.device, self.setting.dtype)
 
     def rows(self, entrants: Iterable[Entrant]) -> dict[Entrant, Row]:
         """A row for each: what it is about, and why it is missing if it is."""

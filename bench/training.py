@@ -152,8 +152,7 @@ def floor(setting: Setting, rates: roofline.Rates) -> float:
     embedding sees all images.
     """
     kept = max(int(setting.batch * (1 - DROP_PATH)), 1) / setting.batch
-    stream = 2 if "bf16" in setting.precision else DTYPES[setting.precision].itemsize
-    whole = roofline.work(setting.config, setting.resolution, setting.batch, "all", stream, False)
+    whole = roofline.work(setting.config, setting.resolution, setting.batch, "all", setting.dtype.itemsize, False)
     flops = 3 * whole.embedding + kept * (3 * whole.products + 3.5 * whole.attention)
     adamw = ADAMW_TENSORS * roofline.parameters(setting.config) * DTYPES[setting.precision].itemsize
     return flops / rates.product + (3 * kept * whole.elementwise + adamw) / rates.copy
