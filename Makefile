@@ -119,14 +119,14 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-# On the CPU, some 20 minutes on 2 idle cores. What else runs meanwhile shows in the figures. OpenVINO takes part where it
+# On the CPU, some 35 minutes on 2 idle cores. What else runs meanwhile shows in the figures. OpenVINO takes part where it
 # is installed: `pip install openvino`.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
 CPU_MODES := eager,freezing,engine,accelerated-transformers,accelerated-timm
 bench: setup
 	$(BENCH).model $(CPU) --task throughput --sizes 224 --modes $(CPU_MODES)
-	$(BENCH).model $(CPU) --task throughput --sizes 518 --models S --outputs all
+	$(BENCH).model $(CPU) --task throughput --sizes 518 --models S,B --outputs all
 	$(BENCH).model $(CPU) --task latency --outputs cls --seconds 10 --modes $(CPU_MODES)
 	$(BENCH).model $(CPU) --task host --seconds 5
 	$(BENCH).model $(CPU) --task training

@@ -15,14 +15,13 @@ start included, are kept with its row (`decoding`, among the versions).
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -38,9 +37,8 @@ from torch.utils.data import DataLoader
 import dinov2_fast.__main__ as command
 from bench import harness, records
 from bench.model import left, show
-from bench.modes import DTYPES
 from bench.peers import OURS, TIMM, TRANSFORMERS, Peer, load_ours
-from bench.tasks import Entrant, Models, Row, Setting, resampling
+from bench.tasks import Entrant, Judge, Models, Row, Setting
 from dinov2_fast import load_features, optimize_for_inference
 from dinov2_fast.extraction.decoding import decode
 from dinov2_fast.extraction.extract import extract
@@ -48,7 +46,6 @@ from dinov2_fast.extraction.inputs import Picture
 from dinov2_fast.extraction.outputs import without_normalization
 from dinov2_fast.extraction.workers import decode_all
 from dinov2_fast.image_processor import Dinov2ImageProcessor
-from dinov2_fast.ops.dispatch import use_backend
 
 SIZE = (500, 375)  # of the files: width and height
 SOURCES = Path(__file__).parents[1] / "examples" / "pictures"
@@ -115,8 +112,8 @@ def our_pixels(paths: list[str]) -> Tensor:
 
 def theirs(peer: Peer, setting: Setting, models: Models, workers: int) -> Pipeline:
     """A peer, fed by a DataLoader, in pinned memory where there is a GPU; features stay on the device until the end."""
-    model, pixels = models.get(peer, DTYPES[setting.precision]), partial(prepared, transform_of(peer, setting))
-    to, on_gpu = {"device": models.device, "dtype": DTYPES[setting.precision]}, models.device.type == "cuda"
+    model, pixels = models.get(peer, setting.dtype), partial(prepared, transform_of(peer, setting))
+    to, on_gpu = {"device": models.device, "dtype": setting.dtype}, models.device.type == "cuda"
 
     def features(paths: list[str]) -> Features:
         batches = DataLoader(paths, setting.batch, num_workers=workers, pin_memory=on_gpu, collate_fn=pixels)
@@ -146,37 +143,22 @@ def transform_of(peer: Peer, setting: Setting) -> Callable[[Image.Image], Tensor
     return timm.data.create_transform(**timm.data.resolve_data_config(size, pretrained_cfg=pretrained.to_dict()))
 
 
-class Judge:
-    """Knows what the features of a sample must be: more images than a batch, spread over all, the ends among them."""
+def class_tokens(pixels: Tensor, batch: int, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model makes of pixels, for the judge; on the CPU."""
+    x = pixels.to(next(model.parameters()).device, dtype)
+    return {"the features": torch.cat([model(part) for part in x.split(batch)]).cpu()}
 
-    def __init__(self, setting: Setting, models: Models, paths: list[str]) -> None:
-        self._setting, self._device, self._shape = setting, models.device, (len(paths), setting.config.embed_dim)
-        self._places = np.linspace(0, len(paths) - 1, min(len(paths), setting.batch + 1), dtype=int)
-        self.sample = [paths[place] for place in self._places]
-        self._usual = models.get(OURS, DTYPES[setting.precision])
-        self._exact = copy.deepcopy(models.ours).double() if setting.precision == "fp32" else models.ours
 
-    def expected(self, peer: Peer, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """What a peer must make of its pixels of the sample: in a wider dtype, and in its own."""
-        return self._run(self._exact, peer, pixels), self._run(self._usual, peer, pixels)
-
-    def error(self, features: Features, exact: Tensor, usual: Tensor) -> float:
-        """The largest error of an element in the sample, of the features of all files; raises where they are wrong."""
-        if features.shape != self._shape or features.dtype != np.float32 or not np.isfinite(features).all():
-            raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {self._shape}")
-        sample = torch.tensor(features[self._places])
-        # In bf16 two images may be as near to each other as the rule allows: each must be nearest to itself.
-        mine, right = (nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (sample, exact))
-        if wrong := int(((mine @ right.T).argmax(dim=1) != torch.arange(len(sample))).sum()):
-            raise ValueError(f"the order is wrong: {wrong} of {len(sample)} images have the features of others")
-        return harness.worst_error([sample.to(usual.dtype)], [exact], [usual])
-
-    def _run(self, model: nn.Module, peer: Peer, pixels: Tensor) -> Tensor:
-        """Class tokens of our model on plain PyTorch, in its dtype, with that peer's positions; on the CPU."""
-        x = pixels.to(self._device, next(model.parameters()).dtype)
-        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with use_backend("torch"), exactly, resampling(model, peer.dialect(self._setting.config)):
-            return torch.cat([model(part) for part in x.split(self._setting.batch)]).cpu()
+def error(features: Features, shape: tuple[int, int], sample: Sequence[int], judge: Judge, peer: Peer) -> float:
+    """The largest error of an element in the sample, which are rows of the features; raises where they are wrong."""
+    if features.shape != shape or features.dtype != np.float32 or not np.isfinite(features).all():
+        raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {shape}")
+    found, exact = torch.tensor(features[sample]), judge.expected(peer)[0]["the features"]
+    # In bf16 two images may be as near to each other as the rule allows: each must be nearest to itself.
+    mine, right = (nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (found, exact))
+    if wrong := int(((mine @ right.T).argmax(dim=1) != torch.arange(len(found))).sum()):
+        raise ValueError(f"the order is wrong: {wrong} of {len(found)} images have the features of others")
+    return float(judge.verdict(peer, {"the features": found})["outputs_max_error"])
 
 
 @torch.inference_mode()
@@ -185,9 +167,11 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
     harness.keep_freed_memory()
     device = torch.device(options.device)
     models = Models(setting.config, load_ours(setting.config, device))
-    judge = Judge(setting, models, paths)
+    # More images than a batch, spread over all, the ends among them.
+    places = np.linspace(0, len(paths) - 1, min(len(paths), setting.batch + 1), dtype=int)
+    sample = [paths[place] for place in places]
     pipelines: dict[Peer, Pipeline] = {}
-    expected: dict[Peer, tuple[Tensor, Tensor]] = {}
+    judges: dict[Peer, Judge] = {}
     rows = {peer: setting.row(peer, mode) for peer, mode in entrants}
     rows = {peer: row | (records.missing(peer.missing) if peer.missing else {}) for peer, row in rows.items()}
     passes: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in rows if not peer.missing}
@@ -195,14 +179,15 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
     def begin(peer: Peer) -> None:
         make = ours if peer is OURS else partial(theirs, peer)
         pipelines[peer] = make(setting, models, options.workers)
-        expected[peer] = judge.expected(peer, pipelines[peer].pixels(judge.sample))
-        pipelines[peer].features(judge.sample)  # the first time, libraries plan and load
+        judges[peer] = Judge(setting, models, partial(class_tokens, pipelines[peer].pixels(sample), setting.batch))
+        pipelines[peer].features(sample)  # the first time, libraries plan and load
 
     def go_on(peer: Peer) -> None:
         start = time.perf_counter()
         features = pipelines[peer].features(paths)
         seconds = time.perf_counter() - start
-        passes[peer].append((seconds, judge.error(features, *expected[peer])))
+        shape = len(paths), setting.config.embed_dim
+        passes[peer].append((seconds, error(features, shape, places, judges[peer], peer)))
 
     for turn in range(options.passes + 1):
         order = list(passes)
@@ -219,7 +204,7 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
         rows[peer] |= {"value": median, "p20": slow, "p80": fast, "unit": "images/s", "outputs_max_error": max(errors)}
         about = {"workers": options.workers, "pictures": len(paths), "pillow": records.version("pillow")}
         rows[peer]["versions"] = about | ({"decoding": decoding_alone(paths, options.workers)} if peer is OURS else {})
-        x = pipelines[peer].pixels(judge.sample[: setting.batch]).to(device, DTYPES[setting.precision])
+        x = pipelines[peer].pixels(sample[: setting.batch]).to(device, setting.dtype)
         of_an_image = harness.warm_up(partial(pipelines[peer].forward, x), device) / len(x)
         rows[peer]["floor_share"] = of_an_image * median
     return list(rows.values())

@@ -9,12 +9,11 @@ from operator import truediv
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import roofline
 from bench.harness import Run
-from bench.modes import DTYPES, WAYS, engine, is_engine, prepare, surroundings
+from bench.modes import engine, is_engine, prepare, surroundings
 from bench.peers import OURS, TIMM, Peer
 from bench.tasks import Entrant, Judge, Row, Task
 
@@ -53,87 +52,56 @@ class Forward(Task):
 
 
 class Mixed(Task):
-    """Images of many sizes: ours takes the list, a peer runs one after another, groups of one size, or padded images.
+    """Images of many sizes: our model and engine take the list, a peer runs a batch of each size.
 
-    Of padded images no error is given: none of the models knows what is padding, so these are other class tokens.
     Making batches counts as time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ends = map(int, str(self.setting.resolution).split("-"))
-        generator, dtype = torch.Generator(self.device).manual_seed(0), DTYPES[self.setting.precision]
+        generator = torch.Generator(self.device).manual_seed(0)
         self._images = [
-            torch.randn((3, side, side), device=self.device, generator=generator).to(dtype)
+            torch.randn((3, side, side), device=self.device, generator=generator).to(self.setting.dtype)
             for side in sides(self.setting.batch, *ends)
         ]
         self._judge = Judge(self.setting, self.models, self._outputs)
 
     def _outputs(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"the outputs": single(OURS, model, [x.to(dtype) for x in self._images])}
+        return {"the outputs": torch.cat([OURS.result(model, x[None].to(dtype), "cls") for x in self._images])}
 
     def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
-        forward = self._forward(peer, mode)
-        context = surroundings(self.setting.precision, mode, self.device, self.best)
+        forward, context = self._forward(peer, mode), surroundings(mode, self.best)
 
         def run() -> Tensor:
             with context():
                 return forward()
 
-        tokens = run()
-        if mode == "padded":
-            assert tokens.shape == (len(self._images), self.setting.config.embed_dim), f"there are {len(tokens)} tokens"
-            assert tokens.isfinite().all(), "a class token is not finite"
-            return run, {"versions": {"outputs": "of padded images: not compared, since they are not the same"}}
-        return run, self._judge.verdict(peer, {"the outputs": tokens})
+        return run, self._judge.verdict(peer, {"the outputs": run()})
 
     def _forward(self, peer: Peer, mode: str) -> Callable[[], Tensor]:
+        """Gives the class tokens (images, hidden)."""
         if is_engine(mode):
             made = engine(self.models.ours, self._images, "cls", self.setting.precision, mode)
             return lambda: torch.cat(made.cls_tokens(self._images))
-        model, way = self.models.get(peer, DTYPES[self.setting.precision]), IN_WAY.get(mode, listed)
-        return lambda: way(peer, model, self._images)
+        model = self.models.get(peer, self.setting.dtype)
+
+        def run(batches: list[Tensor]) -> list[Tensor]:
+            if peer is not OURS:
+                return [peer.result(model, x, "cls") for x in batches]
+            return [features["x_norm_clstoken"] for features in model.forward_features(batches, [None] * len(batches))]
+
+        return lambda: by_size(run, self._images)
 
 
-def single(peer: Peer, model: nn.Module, images: list[Tensor]) -> Tensor:
-    """The class tokens (images, hidden), like those of the others below."""
-    return torch.cat([peer.result(model, x[None], "cls") for x in images])
-
-
-def grouped(peer: Peer, model: nn.Module, images: list[Tensor]) -> Tensor:
-    places = groups(images)
-    return in_order(places, [peer.result(model, torch.stack([images[i] for i in same]), "cls") for same in places])
-
-
-def padded(peer: Peer, model: nn.Module, images: list[Tensor]) -> Tensor:
-    height, width = (max(x.shape[side] for x in images) for side in (1, 2))
-    batch = torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
-    return peer.result(model, batch, "cls")
-
-
-def listed(peer: Peer, model: nn.Module, images: list[Tensor]) -> Tensor:
-    """The list forward of our model, which takes batches of one size."""
-    places = groups(images)
-    batches = [torch.stack([images[i] for i in same]) for same in places]
-    features = model.forward_features(batches, [None] * len(batches))
-    return in_order(places, [of_one_size["x_norm_clstoken"] for of_one_size in features])
-
-
-IN_WAY = dict(zip(WAYS, (single, grouped, padded), strict=True))
-
-
-def groups(images: list[Tensor]) -> list[list[int]]:
-    """The places in the list of the images of each size."""
+def by_size(run: Callable[[list[Tensor]], list[Tensor]], images: list[Tensor]) -> Tensor:
+    """Runs a batch of each size; gives the results' rows in the order of the images."""
     places: dict[Any, list[int]] = {}
     for i, x in enumerate(images):
         places.setdefault(x.shape, []).append(i)
-    return list(places.values())
-
-
-def in_order(places: list[list[int]], found: list[Tensor]) -> Tensor:
-    """The rows of all groups, each at its place in the list."""
-    order = torch.tensor([i for same in places for i in same], device=found[0].device)
-    return torch.cat(found)[order.argsort()]
+    found = torch.cat(run([torch.stack([images[i] for i in same]) for same in places.values()]))
+    order = torch.tensor([i for same in places.values() for i in same], device=found.device)
+    return found[order.argsort()]
 
 
 def sides(count: int, smallest: int, largest: int) -> list[int]:

@@ -85,7 +85,7 @@ LATENCY = (
     MODEL + " --seconds 2 --modes graphs,engine-graphs,engine-best-graphs --task latency --batches 1 --outputs cls"
 )
 TRAIN = MODEL + " --seconds 3 --modes eager,triton --task training --sizes 224"
-MIXED = MODEL + " --seconds 3 --modes eager,engine,engine-best,single,grouped,padded --task mixed --sizes 224,518"
+MIXED = MODEL + " --seconds 3 --modes eager,engine,engine-best --task mixed --sizes 224,518"
 MEMORY = MODEL + " --modes eager,triton --task memory --sizes 224 --outputs training"
 
 # The first call reaches `training`, a second one goes on. Minutes are predictions: see bench/results/NOTES.md.

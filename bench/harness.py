@@ -11,18 +11,16 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from bench import records
 from dinov2_fast.configs import BACKBONES, BackboneConfig
-from tests.reference import assert_obeys_rule as obeys_rule
 
 Run = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
@@ -127,20 +125,6 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     """The 20th percentile, the median and the 80th."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return fifths[0], statistics.median(values), fifths[3]
-
-
-def worst_error(results: Sequence[Tensor], reference: Sequence[Tensor], usual: Sequence[Tensor]) -> float:
-    """The largest error of an element, relative to the largest element of its tensor.
-
-    Args:
-        reference: of a wider dtype.
-        usual: torch's, in the dtype of the results.
-
-    Raises:
-        AssertionError: the results break the rule of the tests.
-        ValueError: there are not as many.
-    """
-    return max(obeys_rule(*each) for each in zip(results, reference, usual, strict=True))
 
 
 def contest(

@@ -22,7 +22,7 @@ from torch.autograd.profiler import profile
 
 from bench import records
 from bench.harness import Run
-from bench.modes import DTYPES, compiling, is_engine, prepare
+from bench.modes import compiling, is_engine, prepare
 from bench.peers import Peer
 from bench.tasks import Entrant, Row, Task
 from bench.training import Step, build, incoming
@@ -94,13 +94,13 @@ class Memory(Task):
 
     def _step(self, peer: Peer, mode: str) -> Run:
         setting = self.setting
-        step = Step(peer, build(peer, setting, self.models.ours, self.device), setting.precision, mode)
+        step = Step(peer, build(peer, setting, self.models.ours, self.device), mode)
         return partial(step, setting.images(self.device), incoming(setting, self.device))
 
     def _forward(self, peer: Peer, mode: str) -> Run:
         setting = self.setting
         model = peer.build(setting.config, self.models.ours, 0.0).to(self.device).eval()
         if not is_engine(mode):
-            model = model.to(DTYPES[setting.precision])
+            model = model.to(setting.dtype)
         x = setting.images(self.device)
         return prepare(peer, model, x, setting.output, setting.precision, mode, self.best)

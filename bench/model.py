@@ -22,20 +22,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench import harness, modes, records
 from bench.forward import Forward, Mixed
 from bench.memory import Memory
-from bench.modes import DTYPES, best_backends, goes_with, why_missing
-from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, Peer, load_ours, peers
+from bench.modes import DTYPES, best_backends, why_missing
+from bench.peers import ACCELERATED, NAMES, OURS, OUTPUTS, TIMM, TRANSFORMERS, Peer, load_ours, peers
 from bench.records import Recorder, best, ratio
 from bench.runtimes import ONNXRUNTIME, OPENVINO
 from bench.tasks import Entrant, Models, Row, Setting
@@ -62,8 +60,8 @@ DEFAULTS = {
     ("latency", "cuda"): {"sizes": "224,518", "modes": "eager,graphs,compile,engine,engine-graphs,engine-best-graphs"},
     ("host", "cpu"): HOST,
     ("host", "cuda"): HOST,
-    ("mixed", "cpu"): {"models": "S", "sizes": "112,224", "modes": "eager,engine,single,grouped,padded"},
-    ("mixed", "cuda"): {"sizes": "224,518", "modes": "eager,engine,engine-best,single,grouped,padded"},
+    ("mixed", "cpu"): {"models": "S", "sizes": "112,224", "modes": "eager,engine"},
+    ("mixed", "cuda"): {"sizes": "224,518", "modes": "eager,engine,engine-best"},
     ("training", "cpu"): {"models": "S", "sizes": "224", "modes": "eager"},
     ("training", "cuda"): {"models": "S,B,L", "sizes": "224", "modes": "eager,compile,triton"},
     ("memory", "cpu"): {"models": "S", "sizes": "224", "outputs": "all,training", "modes": "eager"},
@@ -82,7 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
     with recorder.until_lost():
         for config in options.models:
             measure(config, options, recorder)
-    summary(recorder.rows)
     return recorder.finish()
 
 
@@ -121,18 +118,32 @@ def entrants_of(options: argparse.Namespace, setting: Setting) -> Iterator[Entra
         everyone += [ONNXRUNTIME, OPENVINO]
     everyone = [peer for peer in everyone if peer.name in options.implementations]
     for peer, mode in itertools.product(everyone, options.modes):
-        if _takes_part(setting, peer, mode, everyone) and goes_with(mode, setting.precision, device):
+        if takes_part(setting, peer, mode, everyone, device):
             yield peer, mode
 
 
-def _takes_part(setting: Setting, peer: Peer, mode: str, among: list[Peer]) -> bool:
-    if not modes.runs(peer, mode, among):
-        return False
+def takes_part(setting: Setting, peer: Peer, mode: str, among: list[Peer], device: torch.device) -> bool:
+    """Whether a peer has a mode in this setting, and it is worth its time.
+
+    The graphs that torch.compile gets from all peers are nearly the same, so one peer is compiled: timm's model, which
+    has one product for queries, keys and values where transformers has three. In fp8 only the engine runs, and on a GPU
+    only with named backends, since its default linears would compute in fp32.
+    """
+    if mode in ACCELERATED or peer in ACCELERATED.values():
+        has_mode = peer is ACCELERATED.get(mode)
+    elif mode in modes.COMPILED:
+        has_mode = peer is next((each for each in (TIMM, TRANSFORMERS) if each in among and not each.missing), None)
+    elif mode == "graphs":
+        has_mode = peer is not OURS
+    else:
+        has_mode = mode == "eager" or peer is OURS
     if setting.task == "mixed":
-        return mode in modes.WAYS if peer is not OURS else mode not in modes.OF_PEERS
-    trained = setting.task == "training" or setting.output == "training"
-    inference_only = modes.is_engine(mode) or mode in (*ACCELERATED, "freezing", "graphs")
-    return mode not in modes.WAYS and not (trained and inference_only)
+        has_mode &= mode == "eager" or peer is OURS
+    if setting.task == "training" or setting.output == "training":
+        has_mode &= mode in ("eager", "compile", *modes.BACKENDS)
+    if setting.precision == "fp8":
+        has_mode &= modes.is_engine(mode) and (device.type == "cpu" or mode not in ("engine", "engine-graphs"))
+    return has_mode
 
 
 def left(recorder: Recorder, setting: Setting, entrants: list[Entrant], best: str | None) -> list[Entrant]:
@@ -158,23 +169,6 @@ def show(title: str, rows: list[Row]) -> None:
         of_timm = (row.get("versions") or {}).get("of_timm")
         times += f"  {of_timm:.3f} times timm's time" if of_timm else ""
         print(f"{name} {row['value']:10.3f} {row['unit']}{spread}{share}{times}")
-
-
-def summary(rows: list[Row]) -> None:
-    """Prints ours over the best peer in all settings."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("model", "resolution", "batch", "output", "precision"))
-        groups.setdefault(key, []).append(row)
-    ratios = []
-    for group in groups.values():
-        ours = best(row for row in group if row["implementation"] == OURS.name)
-        peer = best(row for row in group if row["implementation"] != OURS.name)
-        if ours and peer:
-            ratios.append(ratio(ours, peer))
-    if ratios:
-        mean = statistics.geometric_mean(ratios)
-        print(f"ours over the best peer: geometric mean {mean:.3f}, worst {min(ratios):.3f}, of {len(ratios)}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

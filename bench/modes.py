@@ -8,8 +8,7 @@ A mode is one of
 - triton, or another backend: our plain model with that backend forced;
 - engine, engine-best, engine-NAME: our inference engine with its defaults, with the backends that ``best.json`` names
   (bench.ops writes it), or with one backend forced. With -graphs behind it every call runs as a CUDA graph.
-- accelerated-transformers, accelerated-timm, engine-timm: our blocks or our engine in the model of a peer;
-- single, grouped, padded: how a peer runs images of many sizes (task mixed).
+- accelerated-transformers, accelerated-timm, engine-timm: our blocks or our engine in the model of a peer.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Run
-from bench.peers import ACCELERATED, OURS, TIMM, TRANSFORMERS, Peer
+from bench.peers import ACCELERATED, Peer
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.extension import load
 from dinov2_fast.inference.cuda_graphs import Cuda
@@ -38,12 +38,9 @@ DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
-    "autocast-bf16": torch.float32,
     "fp8": torch.bfloat16,
 }
 COMPILED = ("compile", "freezing")
-WAYS = ("single", "grouped", "padded")
-OF_PEERS = (*COMPILED, "graphs", *WAYS)
 BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
 ENGINE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")
 Forward = Callable[[Tensor], Any]
@@ -55,7 +52,7 @@ RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limi
 def parse(text: str) -> list[str]:
     """Modes with commas between them."""
     modes = text.split(",")
-    known = ("eager", *OF_PEERS, *BACKENDS, *ACCELERATED)
+    known = ("eager", *COMPILED, "graphs", *BACKENDS, *ACCELERATED)
     if unknown := [mode for mode in modes if mode not in known and not is_engine(mode)]:
         raise argparse.ArgumentTypeError(
             f"{', '.join(unknown)}: there are {', '.join(known)}, engine, engine-best, engine-BACKEND, and these "
@@ -72,34 +69,6 @@ def is_best(mode: str) -> bool:
     """Whether it is engine-best, or that as graphs."""
     engine = ENGINE.fullmatch(mode)
     return engine is not None and engine[1] == "best"
-
-
-def runs(peer: Peer, mode: str, among: list[Peer]) -> bool:
-    """Whether a peer has a mode, and it is worth its time.
-
-    The graphs that torch.compile gets from all peers are nearly the same, so one peer is compiled: timm's model, which
-    has one product for queries, keys and values where transformers has three.
-    """
-    if mode in COMPILED:
-        return peer is next((p for p in (TIMM, TRANSFORMERS) if p in among and not p.missing), None)
-    if mode in ACCELERATED or peer in ACCELERATED.values():
-        return peer is ACCELERATED.get(mode)
-    if mode in OF_PEERS:
-        return peer is not OURS
-    return mode == "eager" or peer is OURS
-
-
-def goes_with(mode: str, precision: str, device: torch.device) -> bool:
-    """Whether there is such a run: autocast does not change what the engine computes in, and only it has fp8.
-
-    On a GPU its default linears in fp8, which are torch's, would compute in fp32.
-    """
-    engine = ENGINE.fullmatch(mode)
-    if engine is None:
-        return precision != "fp8"
-    if precision == "fp8":
-        return device.type != "cuda" or engine[1] is not None
-    return precision != "autocast-bf16"
 
 
 def backend_of(mode: str, best: str | None = None) -> str | None:
@@ -146,7 +115,7 @@ def prepare(
     """
     if is_engine(mode):
         model = engine(model, x, output, precision, mode)
-    call, context = peer.call[output], surroundings(precision, mode, x.device, best)
+    call, context = peer.call[output], surroundings(mode, best)
 
     def forward(x: Tensor) -> Any:
         return call(model, x)
@@ -182,20 +151,10 @@ def compiling() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def surroundings(precision: str, mode: str, device: torch.device, best: str | None = None) -> Context:
-    """Makes the context of one run. One backend that is forced must take all inputs; those of engine-best may not."""
+def surroundings(mode: str, best: str | None = None) -> Context:
+    """Makes the context of one run. A forced backend must take all inputs; those of engine-best may fall back."""
     backend = backend_of(mode, best)
-
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if precision == "autocast-bf16":
-                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            if backend:
-                stack.enter_context(use_backend(backend, strict=backend != best))
-            yield
-
-    return context if precision == "autocast-bf16" or backend else contextlib.nullcontext
+    return partial(use_backend, backend, strict=backend != best) if backend else contextlib.nullcontext
 
 
 def _frozen(forward: Forward, x: Tensor, context: Context) -> Forward:

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from bench import harness, records, roofline
-from bench.harness import Run, contest, quantiles, worst_error
+from bench.harness import Run, contest, quantiles
 from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import first_tensor, tensors_of
+from tests.reference import assert_obeys_rule
 
 TASK = "ops"
 BEST = "best.json"
@@ -81,7 +82,7 @@ class Case:
     def checked(self, function: Callable[..., Any]) -> tuple[Run, float]:
         """What is timed of an implementation, and its error; an AssertionError if it breaks the rule of the tests."""
         run = self.run(function)
-        return run, worst_error(run(), *self.expected)
+        return run, max(assert_obeys_rule(*each) for each in zip(run(), *self.expected, strict=True))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...] | None = None) -> Run:
         """Runs an op as inference does, what it changes being a copy; or the backward of one that has run forward."""

@@ -142,16 +142,6 @@ def not_measured(reason: str) -> dict[str, Any]:
     return {"value": None, "versions": {NOT_MEASURED: reason}}
 
 
-def stopped(exception: Exception) -> dict[str, Any]:
-    """The same for one that an exception stopped."""
-    kind = KINDS.get(type(exception), "failed")
-    return not_measured(f"{kind}: {_first_line(exception)}")
-
-
-def _first_line(exception: Exception) -> str:
-    return (str(exception) or type(exception).__name__).splitlines()[0]
-
-
 def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device) -> None:
     """Has rows of one implementation say that an exception stopped it.
 
@@ -159,7 +149,8 @@ def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device)
         DeviceLost: nothing runs on the device any more in this process, so that all others would fail as well.
     """
     lost = is_lost(device)
-    values = not_measured(f"{LOST}{_first_line(exception)}") if lost else stopped(exception)
+    before = LOST if lost else f"{KINDS.get(type(exception), 'failed')}: "
+    values = not_measured(before + (str(exception) or type(exception).__name__).splitlines()[0])
     for row in rows:
         row |= values
     if lost:

@@ -23,13 +23,12 @@ from dinov2_fast.configs import BACKBONES
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of speed -->"
 OURS = "dinov2_fast"
-NO_PEER = "decoding alone"  # what our own workers reach without a model: no ratio against it
 TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
 PLOTTED = {"throughput": -1, "latency": 0}  # of several batches, README shows the largest and the smallest
 SETTING = ("model", "resolution", "precision", "output", "batch")  # what is asked of all alike
-ORDER = [*BACKBONES, "bf16", "autocast-bf16", "fp16", "fp32", "all", "cls"]  # first what most people would run
+ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # first what most people would run
 HEADINGS = {"resolution": "pixels"}
-UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB", "images": "largest batch"}
+UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
 FLOOR = (
     "The floor is the time that a forward pass cannot go below at the rates of this device's largest products and "
     "copies (`bench/roofline.py`)."
@@ -78,7 +77,7 @@ class Comparison:
         self.values = sorted(values, key=lambda row: row["value"], reverse=not self.less_is_better)
         names = dict.fromkeys([OURS, *(row["implementation"] for row in values)])
         self.rows = {name: [row for row in self.values if row["implementation"] == name] for name in names}
-        ours, peers = self.rows[OURS], [row for row in self.values if row["implementation"] not in (OURS, NO_PEER)]
+        ours, peers = self.rows[OURS], [row for row in self.values if row["implementation"] != OURS]
         self.ratio = records.ratio(ours[0], peers[0]) if ours and peers else None
         self.share = ours[0]["floor_share"] if ours else None
         modes, eager = {row["mode"]: row for row in ours}, [row for row in peers if row["mode"] == "eager"]

@@ -22,7 +22,7 @@ from bench.harness import in_turn
 from bench.workloads import E4M3, PATCH, Shape, attention_flops
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops._linear_peers import linear_onednn
+from dinov2_fast.torch_private import onednn_linear, onednn_pack
 
 SECONDS = {"cpu": 1.0, "cuda": 0.5}
 COPY = {"cpu": 128 << 20, "cuda": 4 << 30}  # bytes
@@ -45,12 +45,13 @@ class Rates(NamedTuple):
 
 @cache
 def measured(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of a device: of the product the best of torch's and, on a CPU, oneDNN's."""
+    """The rates of a device: of the product the best of torch's and, on a CPU, oneDNN's with packed weights."""
     source, size = torch.empty(COPY[device.type], dtype=torch.uint8, device=device), LARGE[device.type]
     target, (a, b) = torch.empty_like(source), torch.randn(2, size, size, device=device).to(dtype)
     runs: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b.T}
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        runs["onednn"] = lambda: linear_onednn(a, b, None)
+        packed = onednn_pack(b)
+        runs["onednn"] = lambda: onednn_linear(a, packed, None, "none")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         one, a8, b8 = torch.ones((), device=device), a.to(E4M3), b.to(E4M3)
         out = dtype if dtype != torch.float32 else torch.bfloat16

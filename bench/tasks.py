@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench import harness, records, roofline
 from bench.harness import Run, contest, quantiles
-from bench.modes import DTYPES, compiling, is_best, surroundings, why_missing
+from bench.modes import DTYPES, compiling, is_best, why_missing
 from bench.peers import OURS, Peer
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
@@ -43,12 +43,12 @@ class Setting:
     def images(self, device: torch.device) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)
         size = (self.batch, 3, self.resolution, self.resolution)
-        return torch.randn(size, device=device, generator=generator).to(DTYPES[self.precision])
+        return torch.randn(size, device=device, generator=generator).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products and, in the floor, of the residual stream."""
-        return torch.bfloat16 if self.precision == "autocast-bf16" else DTYPES[self.precision]
+        """Of images, products and, in the floor, of the residual stream."""
+        return DTYPES[self.precision]
 
     def row(self, peer: Peer, mode: str) -> Row:
         """The keys that say what a row is about."""
@@ -117,10 +117,7 @@ class Judge:
         Raises:
             AssertionError: they are not the model's, resampling positions as the peer does.
         """
-        dialect = peer.dialect(self._setting.config)
-        if dialect not in self._known:
-            self._known[dialect] = self._expected(dialect)
-        wide, usual = self._known[dialect]
+        wide, usual = self.expected(peer)
         if self._setting.precision == "fp8":
             return _judged_by_cosine(found["the outputs"].float(), wide["the outputs"])
         worst, slack = 0.0, 1 if peer.name == OURS.name else SLACK_OF_PEERS
@@ -132,18 +129,24 @@ class Judge:
                 raise AssertionError(f"{name}: {error}") from None
         return {"outputs_max_error": worst}
 
-    def _expected(self, dialect: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        precision = self._setting.precision
-        dtype = DTYPES[precision]
+    def expected(self, peer: Peer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Our model's results, in a wider dtype and in the setting's, with positions resampled as the peer does."""
+        dialect = peer.dialect(self._setting.config)
+        if dialect not in self._known:
+            self._known[dialect] = self._results_in(dialect)
+        return self._known[dialect]
+
+    def _results_in(self, dialect: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        dtype = self._setting.dtype
         exact, same = self._models.ours, self._models.get(OURS, dtype)
-        if precision == "fp32":
+        if dtype == torch.float32:
             exact = copy.deepcopy(exact).double()
         wide = next(exact.parameters()).dtype
         # cuDNN's convolutions compute fp32 in TF32 unless told otherwise; without `enabled` there is no cuDNN inside.
         exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with use_backend("torch"), exactly, resampling(exact, dialect):
             reference = self._results(exact, wide)
-        with use_backend("torch"), surroundings(precision, "eager", self._models.device)(), resampling(same, dialect):
+        with use_backend("torch"), resampling(same, dialect):
             return reference, self._results(same, dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench import records, roofline
 from bench.harness import Run
-from bench.modes import DTYPES, surroundings
+from bench.modes import surroundings
 from bench.peers import OURS, Peer
 from bench.tasks import Entrant, Judge, Row, Setting, Task
 from bench.workloads import Shape
@@ -40,14 +40,14 @@ class Step:
         mode: eager, compile (the forward pass is compiled, and with it the backward), or a backend of ours.
     """
 
-    def __init__(self, peer: Peer, model: nn.Module, precision: str, mode: str) -> None:
+    def __init__(self, peer: Peer, model: nn.Module, mode: str) -> None:
         def forward(x: Tensor) -> Tensor:
             return peer.result(model, x, "all")
 
         device = next(model.parameters()).device
         self.model = model
         self._forward = torch.compile(forward, dynamic=False) if mode == "compile" else forward
-        self._context = surroundings(precision, mode, device)
+        self._context = surroundings(mode)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
 
     def __call__(self, x: Tensor, gradient: Tensor) -> None:
@@ -91,7 +91,7 @@ class Training(Task):
         self._trained: dict[Entrant, nn.Module] = {}
 
     def _expected(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        step = Step(OURS, model, "fp32", "eager")  # of the dtype alone: the judge's surroundings have autocast
+        step = Step(OURS, model, "eager")
         try:
             return step.results(self._x.to(dtype), self._gradient.to(dtype), CHUNK, self._watched)
         finally:
@@ -99,7 +99,7 @@ class Training(Task):
 
     def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
         model = build(peer, self.setting, self.models.ours, self.device)
-        step = Step(peer, model, self.setting.precision, mode)
+        step = Step(peer, model, mode)
         found = step.results(self._x, self._gradient, len(self._x), self._watched)
         self._trained[peer, mode] = model
         return partial(step, self._x, self._gradient), self._judge.verdict(peer, found)
@@ -115,7 +115,7 @@ class Training(Task):
 
 def build(peer: Peer, setting: Setting, ours: nn.Module, device: torch.device) -> nn.Module:
     """A model to train, with the weights of ours."""
-    return peer.build(setting.config, ours, DROP_PATH).to(device, DTYPES[setting.precision]).train()
+    return peer.build(setting.config, ours, DROP_PATH).to(device, setting.dtype).train()
 
 
 def incoming(setting: Setting, device: torch.device) -> Tensor:
@@ -123,7 +123,7 @@ def incoming(setting: Setting, device: torch.device) -> Tensor:
     shape = Shape(setting.config, setting.resolution, setting.batch, device, torch.float32)
     generator = torch.Generator(device).manual_seed(1)
     size = (shape.batch, shape.tokens, shape.hidden)
-    return torch.randn(size, device=device, generator=generator).to(torch.bfloat16).to(DTYPES[setting.precision])
+    return torch.randn(size, device=device, generator=generator).to(torch.bfloat16).to(setting.dtype)
 
 
 def watched(config: BackboneConfig) -> list[str]:
@@ -154,5 +154,5 @@ def floor(setting: Setting, rates: roofline.Rates) -> float:
     kept = max(int(setting.batch * (1 - DROP_PATH)), 1) / setting.batch
     whole = roofline.work(setting.config, setting.resolution, setting.batch, "all", setting.dtype.itemsize, False)
     flops = 3 * whole.embedding + kept * (3 * whole.products + 3.5 * whole.attention)
-    adamw = ADAMW_TENSORS * roofline.parameters(setting.config) * DTYPES[setting.precision].itemsize
+    adamw = ADAMW_TENSORS * roofline.parameters(setting.config) * setting.dtype.itemsize
     return flops / rates.product + (3 * kept * whole.elementwise + adamw) / rates.copy

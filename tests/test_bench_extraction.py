@@ -21,7 +21,7 @@ CHANGES = {
     "ends exchanged": (lambda rows: rows[[-1, *range(1, len(rows) - 1), 0]], "refused: the order is wrong: 2 of 5"),
     "one lost": (lambda rows: rows[:-1], "refused: the features are (8, 64)"),
     "not finite": (lambda rows: np.where(rows == rows.max(), np.nan, rows), "refused: the features are (9, 64)"),
-    "slightly wrong": (lambda rows: rows * np.float32(1 + 1e-4), "refused: an element is"),
+    "slightly wrong": (lambda rows: rows * np.float32(1 + 1e-4), "refused: the features: an element is"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,9 @@ def test_a_peer_may_err_more_than_ours() -> None:
     assert peer["value"] > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16", "autocast-bf16"])
 @pytest.mark.parametrize("task", ["throughput", "training"])
-def test_each_precision_is_held_to_its_own_error(precision: str, task: str) -> None:
-    right, wrong = _measure(OURS, _peer("x", take=_off(lambda y: y + 0.5)), precision=precision, task=task)
+def test_each_precision_is_held_to_its_own_error(task: str) -> None:
+    right, wrong = _measure(OURS, _peer("x", take=_off(lambda y: y + 0.5)), precision="bf16", task=task)
     assert right["value"] > 0
     assert right["outputs_max_error"] > 1e-4
     assert records.reason(wrong).startswith("refused")
@@ -156,23 +156,27 @@ def test_modes_go_to_whom_they_are_for() -> None:
     pytest.importorskip("timm")
     among = [OURS, peers.TRANSFORMERS, TIMM, *peers.ACCELERATED.values()]
 
-    def having(mode: str) -> list[Peer]:
-        return [peer for peer in among if modes.runs(peer, mode, among)]
+    def having(mode: str, device: str = "cuda", **changes: Any) -> list[Peer]:
+        setting = dataclasses.replace(SETTING, **changes)
+        return [peer for peer in among if model.takes_part(setting, peer, mode, among, torch.device(device))]
 
-    assert having("eager") == among[:3]
-    assert having("graphs") == having("padded") == among[1:3]
-    assert having("compile") == having("freezing") == [TIMM]
-    assert having("triton") == having("engine-best-graphs") == [OURS]
+    assert having("eager") == having("eager", task="mixed") == among[:3]
+    assert having("graphs") == among[1:3]
+    assert having("compile") == having("freezing") == having("compile", task="training") == [TIMM]
+    assert having("triton") == having("engine-best-graphs") == having("engine", task="mixed") == [OURS]
     assert having("engine-timm") == [peers.ACCELERATED["engine-timm"]]
-    alone = [peers.TRANSFORMERS, dataclasses.replace(TIMM, missing="no")]
-    assert modes.runs(alone[0], "compile", alone)
-    cuda = torch.device("cuda")
-    precisions = {
-        m: [p for p in modes.DTYPES if modes.goes_with(m, p, cuda)] for m in ("eager", "engine", "engine-cuda")
-    }
-    every = list(modes.DTYPES)
-    assert precisions == {"eager": every[:4], "engine": every[:3], "engine-cuda": [*every[:3], "fp8"]}
-    assert modes.goes_with("engine", "fp8", CPU)
+    assert having("engine-cuda", precision="fp8") == having("engine", "cpu", precision="fp8") == [OURS]
+    for mode, changes in {
+        "graphs": {"task": "mixed"},
+        "engine": {"precision": "fp8"},
+        "engine-graphs": {"precision": "fp8"},
+        "triton": {"precision": "fp8"},
+        "freezing": {"task": "training"},
+        "engine-best": {"task": "memory", "output": "training"},
+    }.items():
+        assert not having(mode, **changes), mode
+    among = [peers.TRANSFORMERS, dataclasses.replace(TIMM, missing="no")]
+    assert having("compile") == among[:1]
     for text in ("engine-", "engine-nobody", "graphs-engine", "fast"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"^eager, {text}|^{text}: there are"):
             modes.parse(f"eager,{text}")
@@ -278,8 +282,7 @@ def test_a_command_keeps_its_rows_and_resumes(task: str, tmp_path: Path, capsys:
         of_timm = {row["mode"]: row["versions"]["of_timm"] for row in rows if row["implementation"] == "timm"}
         assert of_timm == {"eager": 1}
         assert {row["versions"]["threads"] for row in rows} == {1}
-    said = capsys.readouterr().out
-    assert "ours over the best peer" in said
+    assert re.search(r"  ours \d+\.\d+x", capsys.readouterr().out)
     assert model.main([*command, "--commit", "c0ffee"]) == 0
     torch.set_num_threads(threads)
     assert "images/s" not in capsys.readouterr().out
@@ -304,16 +307,15 @@ def test_the_command_refuses_what_it_cannot_do(
     assert said in capsys.readouterr().err
 
 
-def test_every_way_gives_the_class_tokens_of_a_loop_but_the_padded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_many_sizes_have_the_class_tokens_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting("mixed", CONFIG, "28-56", 7, "cls", "fp32")
-    other = _peer("other")
-    rows = _measure((OURS, "eager"), (OURS, "engine"), *((other, way) for way in modes.WAYS), setting=setting)
-    assert [row["value"] > 0 for row in rows] == [True] * 5
-    assert [row["mode"] for row in rows if "outputs_max_error" not in row] == ["padded"]
-    monkeypatch.setattr(forward, "in_order", lambda places, found: torch.cat(found))
-    rows = _measure((other, "grouped"), (_peer("y"), "single"), setting=setting)
-    assert records.reason(rows[0]).startswith("refused: the outputs: ")
-    assert rows[1]["value"] > 0
+    entrants = (OURS, (OURS, "engine"), _peer("other"))
+    rows = _measure(*entrants, setting=setting)
+    assert [row["value"] > 0 for row in rows] == [True] * 3
+    by_size = forward.by_size
+    monkeypatch.setattr(forward, "by_size", lambda run, images: by_size(run, images).flip(0))
+    reasons = [records.reason(row) for row in _measure(*entrants, setting=setting)]
+    assert [reason and reason[:22] for reason in reasons] == ["refused: the outputs: ", None, "refused: the outputs: "]
     assert sorted(forward.sides(5, 28, 56))[::4] == [28, 56]
 
 
@@ -371,9 +373,8 @@ def test_the_floor_of_training_is_the_formula() -> None:
     stream = 12 * 6 * 8 * 257 * 384 * 2  # bytes of 6 transfers in bf16
     adamw = 7 * roofline.parameters(setting.config)
     flops = 3 * (patches + kept * layers) + 3.5 * kept * scores
-    for precision, size in (("bf16", 2), ("autocast-bf16", 4)):
-        found = training.floor(dataclasses.replace(setting, precision=precision), roofline.Rates(1e11, 1e12))
-        assert found == pytest.approx(flops / 1e12 + (3 * kept * stream + adamw * size) / 1e11, rel=1e-12)
+    found = training.floor(setting, roofline.Rates(1e11, 1e12))
+    assert found == pytest.approx(flops / 1e12 + (3 * kept * stream + 2 * adamw) / 1e11, rel=1e-12)
 
 
 def test_a_meter_counts_allocations_and_releases() -> None:
