@@ -625,6 +625,8 @@ def test_training_is_refused() -> None:
         engine(x.requires_grad_())
     with torch.no_grad():
         engine(x)
+        with pytest.raises(RuntimeError, match="no derivatives of forward mode"):
+            torch.func.jvp(engine, (x.detach(),), (x.detach(),))
     with pytest.raises(
         TypeError, match=r"precision is set when it is made: use optimize_for_inference\(precision=...\)"
     ):

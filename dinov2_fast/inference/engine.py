@@ -28,6 +28,7 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.ops.table import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.torch_private import has_tangent
 
 # The dtype of activations and outputs.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -312,6 +313,11 @@ class Engine(nn.Module):
         with _without_autocast(self.device.type):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
+            if any(map(has_tangent, dispatch.tensors_of([*args, *kwargs.values()]))):
+                raise RuntimeError(
+                    "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
+                    "tangent. Use the model itself."
+                )
             return self._graphs.run(self.folded, _backbone(self.folded), method, args, kwargs)
 
     def _channels_first(self, argument: Any) -> Any:
