@@ -1,11 +1,11 @@
-"""What got slower between two result sets: ``python -m bench.compare A B``.
+"""Says what got slower between two results: ``python -m bench.compare A B``.
 
-A and B are folders ``bench/results/<device>``, or single files of them. ``PATH@COMMIT`` takes the rows of one commit
-(its first digits are enough); without it each file gives those of the commit measured last in it.
+A and B are folders ``bench/results/<device>`` or single files in them. ``PATH@COMMIT`` takes the rows of one commit,
+by its first digits; without it, each file gives the rows of the commit that was measured last.
 
-A ratio of more than 1 means B is better. The range in brackets runs from B's slow percentile against A's fast one to
-the reverse: if it holds 1, the difference is within the spread (20 to 80 %). The exit status is 1 if a row is slower
-beyond its spread and by more than the threshold, 2 if there is nothing to compare, otherwise 0.
+B is better where a ratio is above 1. The range in brackets allows for the spread of both, from their 20th to their 80th
+percentiles: if it holds 1, the difference is within the spread. The exit status is 1 if a row is slower beyond its
+spread and by more than the threshold, 2 if there is nothing to compare, otherwise 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENVIRONMENT = ("commit", "date", "gpu", "cpu", "threads", "torch", "triton", "py
 
 
 class Ratio(NamedTuple):
-    """How many times better B is than A, with the range that the spreads of both allow."""
+    """How many times better B is than A, and its range by the spreads of both."""
 
     value: float
     low: float
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.compare", description=__doc__)
     parser.add_argument("a", metavar="A", help="the old results: a folder, a .jsonl file, or either with @COMMIT")
     parser.add_argument("b", metavar="B", help="the new results")
-    parser.add_argument("--threshold", type=float, default=0.05, help="the loss that is let pass (default: 0.05)")
+    parser.add_argument("--threshold", type=float, default=0.05, help="the loss that is accepted (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
         ratios = compared(load(options.a), load(options.b))
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load(name: str) -> dict[Key, Row]:
-    """The rows of `PATH` or `PATH@COMMIT`, by what they measure; ValueError if there are none."""
+    """The rows of `PATH` or `PATH@COMMIT` by what they measure; ValueError if there are none."""
     place, commit = (name, "") if Path(name).exists() or "@" not in name else name.rsplit("@", 1)
     path = Path(place)
     # steps.jsonl is bench.gpu's, and holds no results
@@ -72,7 +72,7 @@ def load(name: str) -> dict[Key, Row]:
 
 
 def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
-    """Prints what is in both and what is not; ValueError if no row can be compared."""
+    """Prints the ratio of each row in both, and what is in one only; ValueError if no row can be compared."""
     _print_differences(a, b)
     ratios = {}
     for key in a | b:
@@ -92,14 +92,14 @@ def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
 
 
 def ratio(old: Row, new: Row) -> Ratio:
-    """The new row against the old one; more than 1 is better. A row that was measured once has no spread."""
+    """The new row against the old one. A row that was measured once has no spread."""
     better, base = (old, new) if old["unit"] in records.LESS_IS_BETTER else (new, old)
     low, high = ([row["value"] if row[key] is None else row[key] for row in (better, base)] for key in ("p20", "p80"))
     return Ratio(better["value"] / base["value"], low[0] / high[1], high[0] / low[1])
 
 
 def _print_differences(a: dict[Key, Row], b: dict[Key, Row]) -> None:
-    """Where both sides come from: which commits, hardware and versions are not the same."""
+    """Prints commits, hardware and versions that differ."""
     for name in ENVIRONMENT:
         old, new = (", ".join(sorted({str(records.fact(row, name)) for row in rows.values()})) for rows in (a, b))
         if old != new:
@@ -112,7 +112,7 @@ def _name(key: Key) -> str:
 
 
 def _print_means(ratios: dict[Key, Ratio]) -> None:
-    """For each task and implementation, since a drift of the machine moves them all; and how many got slower."""
+    """Prints means by task and implementation, which show a drift of the machine, and how many rows got slower."""
     groups: dict[str, list[float]] = {}
     for (task, *_, implementation, _mode), r in ratios.items():
         groups.setdefault(f"{task}, {implementation}", []).append(r.value)

@@ -1,16 +1,17 @@
 """From JPEG files to features, decoding included: images per second, and the share of the time the device works.
 
-All get the same files: 500 x 375, cut at random from examples/pictures, and just written, so that no disk is waited
-for. A pass takes all of them and ends with the class tokens in host memory, float32 (images, hidden), in the order of
-the files. Ours is what `dinov2-fast extract` runs, shards and the means of the patch tokens included. A peer has its
-own preprocessing, in a DataLoader with as many workers. Whole passes run in turn, A B C B C A; the medians count.
+All implementations read the same files of 500 x 375 pixels, cut at random from examples/pictures. They were just
+written, so no disk is waited for. A pass reads all files and ends with the class tokens in host memory, float32
+(images, hidden), in the order of the files. Ours is what `dinov2-fast extract` runs, with its shards and means of patch
+tokens. A peer has its own preprocessing, in a DataLoader with as many workers. Whole passes run in turn, A B C B C A; a
+row has the median.
 
-In every pass the features of a sample are held to the rule of the tests, against our model on that implementation's
-pixels, and each image must be more like itself there than like any other. `floor_share` is the share of a pass in which
-the device works: the time that the forward passes take when nothing else is done.
+In every pass the features of a sample are checked against our model on that implementation's pixels, and each image
+must be nearest to itself. `floor_share` is the share of a pass in which the device works: the time of the forward
+passes alone over that of the pass.
 
-Whether decoding limits our extraction is seen beside it: the images per second that its workers decode alone, their
-start included, are kept with its row (`decoding`, among the versions).
+`decoding` in the `versions` of our row shows whether decoding limits our extraction: the images per second that its
+workers decode without a model, their start included.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SIZE = (500, 375)  # of the files: width and height
 SOURCES = Path(__file__).parents[1] / "examples" / "pictures"
 CORES = os.cpu_count() or 1
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}
-# On a GPU a model that waits for images, and one that keeps it busy; on a CPU the workers of `dinov2-fast extract`.
+# On a GPU a model that waits for images and one that keeps it busy; on a CPU as many workers as `dinov2-fast extract`.
 DEFAULTS = {
     "cpu": {"models": "S", "images": 32, "batch": 8, "workers": min(8, max(1, CORES // 2))},
     "cuda": {"models": "S,L", "images": 8192, "batch": 256, "workers": min(16, CORES)},
@@ -61,9 +62,9 @@ Features = NDArray[np.float32]  # (images, hidden)
 
 
 def make_images(folder: Path, count: int) -> list[str]:
-    """Writes JPEG files, the same each time: random parts of photographs, with colours of random strength.
+    """Writes JPEG files, the same in every run: random parts of photographs, with colours of random strength.
 
-    With their own colours, parts of one photograph are so alike that features mix them up.
+    Without the change of colours, parts of one photograph are so alike that their features could be confused.
     """
     photographs = [Image.open(path).convert("RGB") for path in sorted(SOURCES.glob("*.jpg"))]
 
@@ -78,7 +79,7 @@ def make_images(folder: Path, count: int) -> list[str]:
         photograph.resize(SIZE, Image.Resampling.BICUBIC, box).point(table).save(path, quality=90)
         return str(path)
 
-    with ThreadPoolExecutor(CORES) as pool:  # Pillow works without Python's lock
+    with ThreadPoolExecutor(CORES) as pool:  # Pillow releases Python's lock
         return list(pool.map(write, range(count)))
 
 
@@ -86,8 +87,8 @@ class Pipeline(NamedTuple):
     """From files to features in one implementation."""
 
     forward: Callable[[Tensor], Any]  # of a batch on the device
-    pixels: Callable[[list[str]], Tensor]  # what the model gets of files (images, 3, height, width), float32
-    features: Callable[[list[str]], Features]  # of files: a whole pass
+    pixels: Callable[[list[str]], Tensor]  # of files, as the model gets them: (images, 3, height, width), float32
+    features: Callable[[list[str]], Features]  # of files, in a whole pass
 
 
 def ours(setting: Setting, models: Models, workers: int) -> Pipeline:
@@ -111,7 +112,7 @@ def our_pixels(paths: list[str]) -> Tensor:
 
 
 def theirs(peer: Peer, setting: Setting, models: Models, workers: int) -> Pipeline:
-    """A peer, fed by a DataLoader, in pinned memory where there is a GPU; features stay on the device until the end."""
+    """A peer fed by a DataLoader, from pinned memory on a GPU; features stay on the device until the end."""
     model, pixels = models.get(peer, setting.dtype), partial(prepared, transform_of(peer, setting))
     to, on_gpu = {"device": models.device, "dtype": setting.dtype}, models.device.type == "cuda"
 
@@ -130,31 +131,31 @@ def prepared(transform: Callable[[Image.Image], Tensor], paths: list[str]) -> Te
 
 def transform_of(peer: Peer, setting: Setting) -> Callable[[Image.Image], Tensor]:
     """A peer's own preprocessing."""
-    if peer.name == "transformers":  # the class that it chooses for the checkpoints' preprocessor_config.json
+    if peer.name == "transformers":  # it chooses the class by the checkpoints' preprocessor_config.json
         from transformers import AutoImageProcessor
 
         with tempfile.TemporaryDirectory() as folder:
             Dinov2ImageProcessor().save_pretrained(folder)
             processor = AutoImageProcessor.from_pretrained(folder)
         return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
-    import timm  # by its configuration of the model, made for this resolution: no margin is cut off
+    import timm  # its configuration of the model for this resolution crops no margin
 
     pretrained, size = timm.get_pretrained_cfg(setting.config.timm_name), {"img_size": setting.resolution}
     return timm.data.create_transform(**timm.data.resolve_data_config(size, pretrained_cfg=pretrained.to_dict()))
 
 
 def class_tokens(pixels: Tensor, batch: int, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a model makes of pixels, for the judge; on the CPU."""
+    """Of pixels, on the CPU: what a pass should give."""
     x = pixels.to(next(model.parameters()).device, dtype)
     return {"the features": torch.cat([model(part) for part in x.split(batch)]).cpu()}
 
 
 def error(features: Features, shape: tuple[int, int], sample: Sequence[int], judge: Judge, peer: Peer) -> float:
-    """The largest error of an element in the sample, which are rows of the features; raises where they are wrong."""
+    """The largest error of an element in a sample of rows. It raises if the features are wrong."""
     if features.shape != shape or features.dtype != np.float32 or not np.isfinite(features).all():
         raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {shape}")
     found, exact = torch.tensor(features[sample]), judge.expected(peer)[0]["the features"]
-    # In bf16 two images may be as near to each other as the rule allows: each must be nearest to itself.
+    # In bf16 the rule alone could take one image for another.
     mine, right = (nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (found, exact))
     if wrong := int(((mine @ right.T).argmax(dim=1) != torch.arange(len(found))).sum()):
         raise ValueError(f"the order is wrong: {wrong} of {len(found)} images have the features of others")
@@ -163,11 +164,11 @@ def error(features: Features, shape: tuple[int, int], sample: Sequence[int], jud
 
 @torch.inference_mode()
 def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options: Namespace) -> list[Row]:
-    """A row for each implementation, from whole passes in turn."""
+    """A row for each implementation; whole passes run in turn."""
     harness.keep_freed_memory()
     device = torch.device(options.device)
     models = Models(setting.config, load_ours(setting.config, device))
-    # More images than a batch, spread over all, the ends among them.
+    # The sample has more images than a batch, spread over all, with both ends.
     places = np.linspace(0, len(paths) - 1, min(len(paths), setting.batch + 1), dtype=int)
     sample = [paths[place] for place in places]
     pipelines: dict[Peer, Pipeline] = {}
@@ -180,7 +181,7 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
         make = ours if peer is OURS else partial(theirs, peer)
         pipelines[peer] = make(setting, models, options.workers)
         judges[peer] = Judge(setting, models, partial(class_tokens, pipelines[peer].pixels(sample), setting.batch))
-        pipelines[peer].features(sample)  # the first time, libraries plan and load
+        pipelines[peer].features(sample)  # libraries plan and load at first
 
     def go_on(peer: Peer) -> None:
         start = time.perf_counter()
@@ -211,7 +212,7 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
 
 
 def decoding_alone(paths: list[str], workers: int) -> float:
-    """Images per second that the workers of our extraction decode when no model runs."""
+    """Images per second that the workers of our extraction decode without a model."""
     start = time.perf_counter()
     for _ in decode_all(map(Picture, paths), without_normalization(Dinov2ImageProcessor()), workers=workers):
         pass
@@ -244,5 +245,5 @@ def _parse(arguments: list[str] | None) -> Namespace:
 
 
 if __name__ == "__main__":
-    __spec__ = command.__spec__  # spawned workers import the main module: that of the command is light
+    __spec__ = command.__spec__  # spawned workers import the main module, and the command's imports little
     sys.exit(main())

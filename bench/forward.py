@@ -1,4 +1,4 @@
-"""Forward passes of whole models: tasks throughput, latency and host, and mixed for images of many sizes."""
+"""Forward passes of whole models: tasks throughput, latency, host, and mixed for images of many sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Forward(Task):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._x = self.setting.images(self.device)
-        self._judged = [0, -1] if len(self._x) > 1 else [0]  # images whose outputs are looked at
+        self._judged = [0, -1] if len(self._x) > 1 else [0]  # images whose outputs are checked
         self._judge = Judge(self.setting, self.models, self._outputs)
 
     def _outputs(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,16 +45,16 @@ class Forward(Task):
         return roofline.work(*where, setting.dtype.itemsize, in_e4m3).seconds(rates, in_e4m3)
 
     def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
-        """Of task host: the time over timm's in the same round."""
+        """In task host: the median of the time over timm's in the same round."""
         timm = times.get((TIMM, "eager"))
         for entrant, taken in times.items() if timm and self.setting.task == "host" else ():
             rows[entrant]["versions"] |= {"of_timm": statistics.median(map(truediv, taken, timm))}
 
 
 class Mixed(Task):
-    """Images of many sizes: our model and engine take the list, a peer runs a batch of each size.
+    """Images of many sizes: our model and engine take them as a list, a peer runs a batch of each size.
 
-    Making batches counts as time.
+    The time includes making the batches.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +105,7 @@ def by_size(run: Callable[[list[Tensor]], list[Tensor]], images: list[Tensor]) -
 
 
 def sides(count: int, smallest: int, largest: int) -> list[int]:
-    """Multiples of 14 by a seed, both ends among them."""
+    """Random multiples of 14, the same in every run; both ends are among them."""
     draw = random.Random(0)
     drawn = [smallest, largest, *draw.choices(range(smallest, largest + 1, 14), k=count - 2)]
     draw.shuffle(drawn)

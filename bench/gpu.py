@@ -1,18 +1,18 @@
-"""All that this project asks of a machine with a GPU, in one call of nine minutes: ``make gpu``.
+"""All tests and benchmarks that need a GPU, in one call of nine minutes: ``make gpu``.
 
-It runs the checkout as it is, with the Python that runs it: nothing is installed, downloaded, or set on the device. The
-steps of :data:`PLAN` follow one another, each a process of its own. Everything goes to one folder,
-bench/results/<device>/ or the one in --results, and into one archive beside it, <device>.tar.gz:
+It runs this checkout with the Python that calls it: it installs nothing, downloads nothing, and changes no setting of
+the device. The steps of :data:`PLAN` run one after the other, each in a process of its own. Results go to the folder
+bench/results/<device>/ (or another, by --results) and into the archive <device>.tar.gz beside it:
 
 - <task>.jsonl: the rows of the benchmarks; best.json: the fastest backend of each op;
 - steps.jsonl: a line for each step that ran; logs/<step>.log: what it printed.
 
-A step that crashes does not stop the next one, and one that hangs is stopped. One that lost the device starts again
-and leaves out what it was lost in. The next call for the same commit goes on: what is done is not run again, what
-failed comes last. --dry-run prints the plan on any machine, --tiny runs all of it on a CPU.
+After a step that crashes the next one runs. A step that hangs is stopped. A step that lost the device starts again,
+without what lost it. The next call for the same commit goes on: it leaves out steps that are done, and runs those that
+failed after all others. --dry-run prints the plan on any machine, --tiny runs all of it on a CPU.
 
-Exit status: 0 if all is done; 1 if a step failed or a result was refused; 2 if nothing could run; 3 if something is
-left for another call.
+Exit status: 0 if all is done; 1 if a step failed or a result was refused; 2 if nothing could run; 3 if steps are left
+for another call.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from dinov2_fast import extension, ops
 
 ROOT = Path(__file__).parents[1]
 EPILOG = """\
-The CUDA extension must be in place, where `make build` leaves it; EXTENSION names one that was built elsewhere, and
-EXTENSION=none does without. From a machine that forgets everything after a call, and of which a few files come back:
+The CUDA extension must be where `make build` leaves it; EXTENSION names one that was built elsewhere, and
+EXTENSION=none does without. On a machine that keeps nothing after a call but the files of one folder:
 
-    make gpu PYTHON=python3 COMMIT=<sha>; cp bench/results/*.tar.gz <folder that comes back>
+    make gpu PYTHON=python3 COMMIT=<sha>; cp bench/results/*.tar.gz <folder>
 
-The archive comes even if tests fail or time runs out, so the exit status must not stop the copy; give the call a minute
-more than the budget. What git ignores, the extension among it, may have to be sent by name. The next call goes on where
-the archive was unpacked before, `tar -xzf <device>.tar.gz -C bench/results`, and the same commit is named.
+The archive is written even if tests fail or time runs out, so the exit status must not stop the copy; give the call a
+minute more than the budget. What git ignores, such as the extension, may have to be sent by name. Before the next call
+unpack the archive, `tar -xzf <device>.tar.gz -C bench/results`, and name the same commit.
 """
 BUDGET = 8.7  # minutes
-RESERVE = 10.0  # seconds of it for stopping the last step, and for the archive
+RESERVE = 10.0  # seconds of it for stopping the last step and writing the archive
 GRACE = 8.0  # seconds between asking a step to stop and killing it
-WORTH = 0.5  # the share of a step's minutes that must be left for it to be begun
-LIMIT = 1.5  # times its minutes: a step that takes longer hangs
-LOG_BYTES = 1 << 19  # of a log that are kept
-STATES = {0: "done", None: "cut off", records.AGAIN: "cut off"}  # by exit status; all others have failed
+WORTH = 0.5  # share of a step's minutes that must be left to start it
+LIMIT = 1.5  # a step that takes this many times its minutes hangs
+LOG_BYTES = 1 << 19  # kept of a log
+STATES = {0: "done", None: "cut off", records.AGAIN: "cut off"}  # by exit status; all others mean failed
 
 
 class Step(NamedTuple):
@@ -68,11 +68,11 @@ class Step(NamedTuple):
 
     name: str
     minutes: float  # expected, on an H200
-    decides: str  # what its outcome is for
+    decides: str  # what its outcome decides
     command: str  # arguments of ``python -m``; Job.words fills in the {names}
     beside: bool = False  # starts together with the step before
-    always: bool = False  # runs in each call, since a new machine remembers nothing
-    needed: bool = False  # if it fails nothing else is worth running
+    always: bool = False  # runs in each call, since a new machine has an empty cache
+    needed: bool = False  # if it fails, nothing else runs
 
 
 FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py"
@@ -88,11 +88,11 @@ TRAIN = MODEL + " --seconds 3 --modes eager,triton --task training --sizes 224"
 MIXED = MODEL + " --seconds 3 --modes eager,engine,engine-best --task mixed --sizes 224,518"
 MEMORY = MODEL + " --modes eager,triton --task memory --sizes 224 --outputs training"
 
-# The first call reaches `training`, a second one goes on. Minutes are predictions: see bench/results/NOTES.md.
+# The first call gets as far as `training`, a second one goes on. Minutes are predictions: see bench/results/NOTES.md.
 #
-# All models of one size share a process: a start takes some 10 s, so one for each model would cost 50 s of every call.
-# A hang would cost LIMIT times the step and the models behind it, some 300 s, but each kernel has then run 50 times in
-# `tests` and at these sizes in `ops`: one hang in 30 calls, a cautious guess, costs 10 s a call.
+# All models of one size share a process. A process takes some 10 s to start, so one for each model would cost 50 s of
+# every call. A hang would cost some 300 s: LIMIT times the step, and the models after it. But by then each kernel has
+# run 50 times in `tests`, and at these sizes in `ops`. One hang in 30 calls, a cautious guess, costs 10 s a call.
 PLAN = [
     Step("smoke", 0.2, "do the extension and Triton run here", "bench.gpu --smoke {smoke}", always=True, needed=True),
     Step("warm", 0.4, "nothing: compiles the kernels of the steps below", "bench.warm kernels {warm}", always=True),
@@ -112,13 +112,13 @@ PLAN = [
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 
-# What --tiny puts in place of options, so that the same steps run on a CPU.
+# What --tiny puts in place of the values of options, so that the same steps run on a CPU.
 SMALL = {"models": "tiny", "precisions": "fp32", "batches": "2", "seconds": "0.1"}
 SMALLER = {"224": "28", "518": "56", "1036": "84"}  # pixels
 
 
 def tiny(words: list[str]) -> list[str]:
-    """The command of a step for a CPU: tiny models and images in fp32, no CUDA graphs; tests are only collected."""
+    """A step's command for a CPU: tiny models and images in fp32, no CUDA graphs; tests are collected but not run."""
     if words[0] == "pytest":
         return [*words, "--collect-only", "-qq", "-n", "0"]
     small = list(words)
@@ -135,7 +135,7 @@ def tiny(words: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """What all steps share."""
+    """What all steps of a call share."""
 
     folder: Path  # for this device's results
     commit: str
@@ -167,12 +167,12 @@ class Job:
         return tiny(words) if self.tiny else words
 
     def states(self) -> dict[tuple[str, str], str]:
-        """How each step of this commit ended last, by its name and command."""
+        """How each step of this commit last ended, by name and command."""
         lines = [line for line in records.read(self.kept) if line["commit"] == self.commit]
         return {(line["step"], line["command"]): line["state"] for line in lines}
 
     def rows(self) -> list[records.Row]:
-        """Those of all benchmarks for this commit."""
+        """The rows of all benchmarks for this commit."""
         files = [path for path in sorted(self.folder.glob("*.jsonl")) if path != self.kept]
         return [row for path in files for row in records.read(path) if row["commit"] == self.commit]
 
@@ -190,18 +190,18 @@ class Outcome(NamedTuple):
 
 
 def gpu_tests() -> list[str]:
-    """The files of tests that ask tests/devices.py for the device."""
+    """The files of tests that run on the device of tests/devices.py."""
     files = sorted((ROOT / "tests").glob("**/test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "tests.devices import" in path.read_text()]
 
 
 # Running
 
-Group = list[Step]  # that start together
+Group = list[Step]  # steps that start together
 
 
 def ordered(steps: list[Step], job: Job) -> tuple[list[Group], list[Step]]:
-    """What is to run, what failed before last, and what is done."""
+    """The steps to run, with those that failed in an earlier call last, and the steps that are done."""
     before = job.states()
     state = {step.name: before.get((step.name, step.command)) for step in steps}
     done = [step for step in steps if state[step.name] == "done" and not step.always]
@@ -220,7 +220,7 @@ def minutes(group: Group) -> float:
 
 
 def within(groups: list[Group], left: float) -> list[Step]:
-    """What runs in so many seconds if each step takes as long as predicted."""
+    """The steps that run in `left` seconds if each takes as long as predicted."""
     steps: list[Step] = []
     for group in groups:
         if left >= WORTH * 60 * minutes(group):
@@ -230,7 +230,7 @@ def within(groups: list[Group], left: float) -> list[Step]:
 
 
 def run(steps: list[Step], job: Job) -> list[Outcome]:
-    """Runs what is not done within the budget, and keeps a line and a log of each step."""
+    """Runs the steps that are not done, within the budget; keeps a line and a log of each."""
     end = time.monotonic() + 60 * job.budget - RESERVE
     groups, done = ordered(steps, job)
     outcomes = [Outcome(step, "done before") for step in done]
@@ -248,7 +248,7 @@ def run(steps: list[Step], job: Job) -> list[Outcome]:
             try:
                 ended = [future.result() for future in futures]
             except KeyboardInterrupt:
-                while not all(future.done() for future in futures):  # one may be about to start its process
+                while not all(future.done() for future in futures):  # one may only now start its process
                     for process in list(job.running):
                         stop(process)
                     time.sleep(0.1)
@@ -259,7 +259,7 @@ def run(steps: list[Step], job: Job) -> list[Outcome]:
 
 
 def execute(step: Step, job: Job, coming: list[Step], left: float) -> Outcome:
-    """Runs a step until what is `left` is over, or until its own limit, which is a failure."""
+    """Runs a step for at most `left` seconds, which cuts it off, and at most its own limit, which is a failure."""
     begin, limit, log = time.monotonic(), LIMIT * 60 * step.minutes, job.log(step)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *job.words(step, coming)]
@@ -278,7 +278,7 @@ def execute(step: Step, job: Job, coming: list[Step], left: float) -> Outcome:
 
 
 def launch(command: list[str], log: Path, seconds: float, running: set[subprocess.Popen[bytes]]) -> int | None:
-    """The exit status of a process in a group of its own, None if it took longer and was stopped."""
+    """Runs a process in a group of its own; gives its exit status, or None if it took longer and was stopped."""
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
@@ -295,9 +295,9 @@ def launch(command: list[str], log: Path, seconds: float, running: set[subproces
 
 
 def environment() -> dict[str, str]:
-    """Compiled kernels, no forced backend, and caches that all steps share.
+    """The environment of all steps: compiled kernels, no forced backend, and shared caches.
 
-    Without TRITON_CACHE_DIR Inductor would point Triton, in its own process, to another cache than `warm` fills.
+    Without TRITON_CACHE_DIR, Inductor would give Triton in its process another cache than the one that `warm` fills.
     """
     cache = Path(tempfile.gettempdir()) / "dinov2_fast-gpu"
     shared = {"TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
@@ -306,7 +306,7 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step with all processes that it has started, politely at first, so that pytest reports what it knows."""
+    """Ends a step and all processes that it started: by an interrupt first, so that pytest reports what it knows."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGINT)
@@ -317,18 +317,18 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last that says something."""
+    """The last line of a log that says something."""
     lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()]
     return next(line for line in reversed(lines) if line and not line.startswith("wrote "))[:100]
 
 
 def without_middle(data: bytes, longest: int = LOG_BYTES) -> bytes:
-    """The beginning and the end of a log that is longer than that."""
+    """A log without its middle if it is longer."""
     half = longest // 2
     return data if len(data) <= longest else data[:half] + b"\n[... left out ...]\n" + data[-half:]
 
 
-# What is left behind
+# Results
 
 
 def pack(folder: Path) -> Path:
@@ -340,7 +340,7 @@ def pack(folder: Path) -> Path:
 
 
 def headlines(rows: list[records.Row]) -> Iterator[str]:
-    """For each setting of models our best row over the best of a peer; in fp8 that is the peer's in bf16."""
+    """For each setting of models our best row over a peer's best; ours in fp8 over a peer's in bf16."""
     groups: dict[tuple[Any, ...], list[records.Row]] = {}
     for row in rows:
         if row["task"] != "ops":
@@ -356,7 +356,7 @@ def headlines(rows: list[records.Row]) -> Iterator[str]:
 
 
 def summary(outcomes: list[Outcome], job: Job) -> int:
-    """Prints the headlines and what happened; the exit status."""
+    """Prints the headlines and the states of steps; gives the exit status."""
     rows = job.rows()
     refused = [row for row in rows if (records.reason(row) or "").startswith(("refused", "failed"))]
     print("", *headlines(rows), sep="\n")
@@ -370,7 +370,7 @@ def summary(outcomes: list[Outcome], job: Job) -> int:
 
 
 def dry_run(steps: list[Step], job: Job) -> None:
-    """Prints what a call runs if each step takes as long as predicted: minutes, their sum, what it decides."""
+    """Prints the steps that a call runs if each takes as long as predicted: minutes, sum, what it decides."""
     groups, done = ordered(steps, job)
     coming, total = within(groups, 60 * job.budget - RESERVE), 0.0
     print(f"The plan for commit {job.commit} and {job.budget:g} minutes. Nothing is run.\n")
@@ -389,7 +389,7 @@ def dry_run(steps: list[Step], job: Job) -> None:
 
 
 def smoke(device: str, with_extension: bool) -> int:
-    """Says what runs here. It raises where Triton or the CUDA extension does not: a call without them tells little."""
+    """Prints what runs here. Without Triton or the CUDA extension it raises: such a call would tell little."""
     packages = ", ".join(f"{name} {records.version(name)}" for name in ("torch", "triton", "timm", "pytest-xdist"))
     print(f"{records.device_folder(torch.device(device))}, Python {sys.version.split()[0]}, {packages}")
     print(f"CUDA extension: {extension.describe()}")
@@ -418,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = ROOT / "dinov2_fast" / extension.FILE.name
     if options.extension and with_extension and not (place.is_file() and place.samefile(options.extension)):
         shutil.copy(options.extension, place)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step ends, too, and the archive is written
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step is stopped and the archive written
     print(f"{name}, commit {job.commit}, {job.budget:g} minutes, {len(PLAN)} steps")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -442,7 +442,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.results = options.results or (ROOT / "build" / "gpu-tiny" if options.tiny else records.RESULTS)
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git
-        options.commit = options.commit or records._commit()
+        options.commit = options.commit or records.head()
     if not options.commit and not options.smoke:
         parser.error("git names no commit here: say what is measured, COMMIT=<sha> (--commit)")
     if options.extension not in (None, "none") and not Path(options.extension).is_file():

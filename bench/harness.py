@@ -1,7 +1,7 @@
-"""What all benchmarks share: options, the order in which implementations are timed, and what stops one of them.
+"""What all benchmarks share: how implementations are timed, and the options of the commands.
 
-Each implementation is made ready and its results are checked; then all are timed in turn, A B C A B C, so that a change
-of the device's speed meets all. What stops one stops no other.
+Each implementation is made ready and its results are checked. Then all are timed in turn, A B C A B C, so that a change
+of the device's speed affects all alike. An implementation that fails is left out; the others go on.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from dinov2_fast.configs import BACKBONES, BackboneConfig
 Run = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
 
-ROUNDS = 5  # of each run at least
-# Bytes written between timings: more than any L2, and on a GPU enough for Python to prepare the next launch meanwhile.
+ROUNDS = 5  # timings of each run, at least
+# Bytes written between timings: more than any L2 cache. On a GPU that takes long enough for Python to prepare the next
+# launch meanwhile.
 FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
-# Seconds for which a run shorter than LONG goes on before it is timed on a CPU. The threads of the run before spin on
-# for some milliseconds, and its own, woken up, may share a core until the scheduler's next tick, 4 ms away.
+# On a CPU a run repeats untimed for this many seconds before each timing, unless it takes longer than LONG. The threads
+# of the run before spin for some milliseconds, and threads that have just woken may share a core until the scheduler's
+# next tick, 4 ms later.
 UNTIMED, LONG = 0.05, 1.0
-STEADY = 0.1  # two times in a row that differ by less than this share are those of a warm run
-PATIENCE = 10.0  # seconds after which a run that does not become steady is taken as it is
-ATTEMPTS = 100  # runs, likewise: the times of one of microseconds may go up and down for long
+STEADY = 0.1  # a run is warm when two timings in a row differ by less than this share
+PATIENCE = 10.0  # seconds after which a run counts as warm in any case
+ATTEMPTS = 100  # timings after which it does: those of a run of microseconds may vary for long
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -46,12 +48,12 @@ def in_turn(
     calls: Mapping[Name, int] | None = None,
     stop: Callable[[Name, Exception], None] | None = None,
 ) -> dict[Name, list[float]]:
-    """Seconds of each run, taken in turn, for about `seconds` in all.
+    """Times runs in turn, for about `seconds` in all; gives the seconds of one call, for each timing of each run.
 
     Args:
-        flush: fill the L2 cache with other data before each.
-        calls: how often each is called for one time, one call behind the other without waiting; once by default.
-        stop: told of a run that raises, which is then left out, and has no times; without it the exception is raised.
+        flush: fill the L2 cache with other data before each timing.
+        calls: calls in one timing of each run, queued without waiting; one by default.
+        stop: is told of a run that raises, which is then left out of the result. Without it the exception is raised.
     """
     keep_freed_memory()
     cold = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device) if flush else None
@@ -83,10 +85,10 @@ def _go_on(run: Run) -> None:
 
 @cache
 def keep_freed_memory() -> None:
-    """Has glibc's malloc keep what is freed, for the next allocation, where it would give large blocks back.
+    """Has glibc's malloc keep freed memory, which it would partly return to the system.
 
-    How much it gives back depends on what the process did before, and fetching it anew is a part of the time of a
-    forward pass on a CPU that is not the same in the next run. With this every implementation has its best case.
+    How much it returns depends on what the process did before, and getting it back takes a part of a forward pass on a
+    CPU that differs from run to run. With this every implementation has its best case.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -95,7 +97,7 @@ def keep_freed_memory() -> None:
 
 
 def warm_up(run: Run, device: torch.device) -> float:
-    """Runs until the time is steady, since libraries plan and compile at first; gives the last time, in seconds."""
+    """Runs until the time is steady, since libraries plan and compile at first; gives the last one, in seconds."""
     before, last = elapsed(run, device), elapsed(run, device)
     start = time.perf_counter()
     for _ in range(ATTEMPTS):
@@ -106,7 +108,7 @@ def warm_up(run: Run, device: torch.device) -> float:
 
 
 def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds until the device is done with some calls: by its own events on a GPU, by the clock on a CPU."""
+    """Seconds that some calls take: between events on a GPU, by the clock on a CPU."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -136,17 +138,17 @@ def contest(
     *,
     flush: bool = False,
 ) -> dict[Name, list[float]]:
-    """Seconds of each run, taken in turn for about `seconds` in all.
+    """Makes entrants ready and times them as :func:`in_turn` does.
 
     Args:
-        rows: of each entrant. One that has a reason already, such as that it is missing, takes no part; that of one
-            which is stopped gets a reason.
-        ready: gives what is timed of an entrant, or raises.
-        sample: seconds of calls, one behind the other, that one time is taken of, at least.
-        flush: as :func:`in_turn` has it.
+        rows: one for each entrant. An entrant whose row already says why it has no value takes no part. The row of one
+            that fails gets the reason.
+        ready: gives the run of an entrant, or raises.
+        sample: least seconds of one timing, which has as many calls as that takes.
+        flush: as in :func:`in_turn`.
 
     Raises:
-        records.DeviceLost: an entrant took the device with it.
+        records.DeviceLost: an entrant left the device unusable.
     """
     runs: dict[Name, Run] = {}
     calls: dict[Name, int] = {}
@@ -166,12 +168,12 @@ def contest(
     return in_turn(runs, device, seconds, flush=flush, calls=calls, stop=stop) if runs else {}
 
 
-# A backbone by its letter, or by the name of its hub entry point.
+# Backbones by letter and by the name of their hub entry point.
 MODELS = {letter: BACKBONES[f"dinov2_vit{letter.lower()}14"] for letter in "SBLg"} | BACKBONES
-TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # only its Python takes time
+TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # its time is Python's
 MODELS["tiny"] = TINY
 
-# What is measured unless something else is asked for.
+# Defaults.
 OF_DEVICE = {"cpu": {"models": "S,B", "sizes": "224,518"}, "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"}}
 BATCHES = {
     "throughput": {"cpu": {224: [8], 518: [8]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
@@ -230,14 +232,14 @@ def parser(module: str, docstring: str) -> argparse.ArgumentParser:
 def parse(
     made: argparse.ArgumentParser, arguments: list[str] | None, **of_device: dict[str, Any]
 ) -> argparse.Namespace:
-    """The options; what are defaults of the device goes before those of all."""
+    """The options, with defaults that depend on the device."""
     device = made.parse_known_args(arguments)[0].device
     made.set_defaults(**(OF_DEVICE[device] | of_device.get(device, {})))
     return made.parse_args(arguments)
 
 
 def batches(task: str, device: str, resolution: int | str) -> list[int]:
-    """Images in a batch that a task takes: as many as keep a device busy, or few for latency."""
+    """Batch sizes of a task: as many images as keep a device busy, or few for latency."""
     return BATCHES[task][device].get(resolution, [2 if task == "mixed" else 1])
 
 

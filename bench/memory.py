@@ -1,12 +1,12 @@
 """Task memory: the peak of a forward pass, or with output "training" of a training step, in MiB.
 
-The peak is the most that torch has allocated on the device at any moment of a run: weights, images, outputs and all
-between; in training also gradients, both moments of AdamW and the gradient that is given for the tokens. It is taken of
-a run that another one went before, with no other model on the device. On a GPU that is torch's own count, cuBLAS'
-workspace included, without the CUDA context and what the allocator keeps in reserve. On a CPU every allocation and
-release that torch's profiler sees is added up; what libraries take for themselves is not seen.
+The peak is the most that torch has allocated on the device at any moment of a run: weights, images, outputs and all in
+between; in training also gradients, both moments of AdamW and the gradient of the tokens. It is that of a second run,
+with no other model on the device. On a GPU it is torch's own count with cuBLAS' workspace, without the CUDA context and
+the allocator's reserve. On a CPU it is the sum of all allocations and releases that torch's profiler sees; what
+libraries allocate themselves is not seen.
 
-Results are not looked at here: tasks throughput and training judge the same runs.
+Results are not checked here: tasks throughput and training check the same runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ MIB = 2**20
 
 
 class Meter:
-    """Counts what torch allocates on a device, above what it had allocated when the meter was made.
-
-    On a CPU it knows only of what happens within :meth:`peak`.
-    """
+    """Counts what torch allocates on a device after the meter was made, on a CPU only within :meth:`peak`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +43,7 @@ class Meter:
             self._before = torch.cuda.memory_allocated(device)
 
     def peak(self, work: Callable[[], Any]) -> int:
-        """Runs `work`; gives the bytes at the worst moment of it. Leaves no garbage to the next."""
+        """Runs `work`; gives the bytes at its worst moment. Collects garbage afterwards."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             work()
@@ -65,7 +62,7 @@ class Meter:
 
 
 class Memory(Task):
-    """One implementation after the other, alone on the device; our model of `models` is on the CPU."""
+    """Measures one implementation after the other, alone on the device; `models` are on the CPU."""
 
     def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +82,7 @@ class Memory(Task):
         return list(rows.values())
 
     def _peak(self, peer: Peer, mode: str, training: bool) -> int:
-        """Bytes of a run that another one went before."""
+        """Bytes of a second run."""
         meter, built = Meter(self.device), list[Run]()
         make = self._step if training else self._forward
         meter.peak(lambda: built.append(make(peer, mode)))

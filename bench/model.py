@@ -1,19 +1,19 @@
 """Whole models side by side in one process: ``python -m bench.model --task throughput --models S --sizes 224``.
 
-All get the same weights and the same random images. Before anything is timed, the outputs for the first and the last
-image (in training all tokens and some gradients) are held to the rule of the tests: our error, against our model in a
-wider dtype, is at most twice that of our model on plain PyTorch in the same precision, a peer's at most ten times
-(each time resampling positions as that peer does). What breaks the rule is refused; what cannot run is a row that says
-why. In fp8, which only our engine has, each token's cosine with that of our model in fp32 counts instead. Then all run
-in turn, A B C A B C, and the medians count.
+All have the same weights and the same random images. Before the timing the outputs of the first and the last image (in
+training all tokens and some gradients) are checked against our model in a wider dtype: our error is at most twice that
+of our model on plain PyTorch in the same precision, a peer's at most ten times, with positions resampled as that peer
+does. An implementation with larger errors is refused; one that cannot run has a row that says why. In fp8, which only
+our engine has, each token's cosine with our model in fp32 is checked instead. Then all run in turn, A B C A B C; a row
+has the median.
 
 - throughput: images per second of calls that follow each other without waiting;
-- latency: milliseconds of one call until its result is there;
-- host: the latency of a model so small that only its Python takes time, on one thread; `of_timm`, among a row's
-  versions, is the median of that time over timm's in the same round;
-- mixed: images per second of a list of images of many sizes, --sizes the smallest and the largest, --batches how many;
+- latency: milliseconds from a call to its result;
+- host: the latency, on one thread, of a model so small that only its Python takes time; `of_timm` in a row's `versions`
+  is the median of its ratio to timm's time in the same round;
+- mixed: images per second of --batches images of many sizes; --sizes are the smallest and the largest;
 - training: images per second of steps with AdamW and stochastic depth (bench/training.py);
-- memory: MiB at the worst moment of a forward pass or a training step (bench/memory.py).
+- memory: peak MiB of a forward pass or a training step (bench/memory.py).
 
 Throughput, latency and training are also given as a share of their floor (bench/roofline.py).
 """
@@ -49,7 +49,7 @@ TASKS = {
     "memory": Memory,
 }
 HOST = {"models": "tiny", "sizes": "28", "precisions": "fp32", "modes": "eager,engine,accelerated-timm,engine-timm"}
-# Options that are not given. On a GPU the backends of engine-best come from bench.ops, which runs before.
+# Of options. On a GPU engine-best needs the best.json that bench.ops writes.
 DEFAULTS = {
     ("throughput", "cpu"): {"modes": "eager,freezing,engine"},
     ("throughput", "cuda"): {
@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(config: BackboneConfig, options: argparse.Namespace, recorder: Recorder) -> None:
-    """All settings of a backbone, each kept as soon as it is measured."""
+    """Measures all settings of a backbone, and keeps the rows of each as soon as they are there."""
     models = None
-    in_memory = options.task == "memory"  # where our model must not be on the device
+    in_memory = options.task == "memory"  # which wants no other model on the device
     make = partial(Memory, device=recorder.device) if in_memory else TASKS[options.task]
     for setting in settings(options, config):
         chosen = best_backends(recorder.folder, _pixels(setting.resolution), setting.precision)
@@ -111,7 +111,7 @@ def _pixels(resolution: int | str) -> int:
 
 
 def entrants_of(options: argparse.Namespace, setting: Setting) -> Iterator[Entrant]:
-    """Every implementation in every mode that it has for a setting."""
+    """Every implementation in every mode that it has in a setting."""
     device = torch.device(options.device)
     everyone = [*peers(options.reference_path), *ACCELERATED.values()]
     if device.type == "cpu" and setting.task in ("throughput", "latency") and setting.precision == "fp32":
@@ -147,14 +147,14 @@ def takes_part(setting: Setting, peer: Peer, mode: str, among: list[Peer], devic
 
 
 def left(recorder: Recorder, setting: Setting, entrants: list[Entrant], best: str | None) -> list[Entrant]:
-    """Those to measure: none if all rows are there that can be, and never what the device was lost in."""
+    """The entrants to measure: none if all rows are there that can be, and none that the device was lost in."""
     if all(why_missing(peer, mode, best) or recorder.has(**setting.row(peer, mode)) for peer, mode in entrants):
         return []
     return [(peer, mode) for peer, mode in entrants if not recorder.lost_in(**setting.row(peer, mode))]
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """Prints what was measured together, and ours over each of the others in the same mode and at its best."""
+    """Prints the rows of a setting, and how many times better our best one is than each."""
     print(title)
     ours = best(row for row in rows if row["implementation"] == OURS.name)
     for row in rows:
@@ -180,7 +180,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--outputs", type=harness.some_of((*OUTPUTS, "training")), help="all,cls; of memory: training")
     parser.add_argument("--precisions", type=harness.some_of(list(DTYPES)), help=",".join(DTYPES))
     parser.add_argument("--modes", type=modes.parse, help="such as eager,compile,engine: see bench/modes.py")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's peers together")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing in each setting")
     parser.add_argument("--implementations", type=harness.some_of(names), default=list(names), help=",".join(names))
     parser.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as one more peer")
     task = parser.parse_known_args(arguments)[0].task

@@ -2,13 +2,13 @@
 
 A mode is one of
 
-- eager: the implementation as it comes;
+- eager: the implementation as it is;
 - compile: torch.compile of a peer's forward pass; freezing: the same with the weights as constants, on a CPU;
 - graphs: a CUDA graph of a peer's forward pass;
 - triton, or another backend: our plain model with that backend forced;
-- engine, engine-best, engine-NAME: our inference engine with its defaults, with the backends that ``best.json`` names
-  (bench.ops writes it), or with one backend forced. With -graphs behind it every call runs as a CUDA graph.
-- accelerated-transformers, accelerated-timm, engine-timm: our blocks or our engine in the model of a peer.
+- engine, engine-best, engine-NAME: our inference engine with its defaults, with the backends in ``best.json``, which
+  bench.ops writes, or with one backend forced; followed by -graphs, every call runs as a CUDA graph;
+- accelerated-transformers, accelerated-timm, engine-timm: our blocks or our engine in a peer's model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dinov2_fast.inference.cuda_graphs import Cuda
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import use_backend
 
-# Of weights and images; in fp8 the engine alone runs, with weights of its own.
+# Of weights and images. In fp8 only the engine runs, which quantises the weights itself.
 DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -44,9 +44,9 @@ COMPILED = ("compile", "freezing")
 BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
 ENGINE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")
 Forward = Callable[[Tensor], Any]
-Context = Callable[[], contextlib.AbstractContextManager[Any]]  # makes the surroundings of one run
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 CALIBRATING = 8  # images, for the scales of fp8
-RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 they would run eagerly, unnoticed
+RECOMPILE_LIMIT = 64  # all peers share one compiled function; past torch's limit of 8 it would silently run eagerly
 
 
 def parse(text: str) -> list[str]:
@@ -66,22 +66,22 @@ def is_engine(mode: str) -> bool:
 
 
 def is_best(mode: str) -> bool:
-    """Whether it is engine-best, or that as graphs."""
+    """Whether a mode is engine-best or engine-best-graphs."""
     engine = ENGINE.fullmatch(mode)
     return engine is not None and engine[1] == "best"
 
 
 def backend_of(mode: str, best: str | None = None) -> str | None:
-    """The setting of :func:`use_backend` that a mode runs under; `best` is that of engine-best."""
+    """What a mode gives to :func:`use_backend`: `best` if it is engine-best, None if it forces nothing."""
     engine = ENGINE.fullmatch(mode)
     name = engine[1] if engine else mode if mode in BACKENDS else None
     return best if name == "best" else name
 
 
 def best_backends(folder: Path, resolution: int, precision: str) -> str | None:
-    """The fastest backend of each form, by the ``best.json`` of a device's folder, as a setting; None without one.
+    """The fastest backend of each form, as :func:`use_backend` takes it; None if the folder has no ``best.json``.
 
-    The rows of the resolution that is nearest to `resolution` count.
+    The measured resolution that is nearest to `resolution` counts.
     """
     path = folder / "best.json"
     forms = json.loads(path.read_text())["forms"] if path.is_file() else {}
@@ -106,10 +106,10 @@ def why_missing(peer: Peer, mode: str, best: str | None = None) -> str | None:
 def prepare(
     peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str, best: str | None = None
 ) -> Run:
-    """A forward pass on `x`, ready to be called again and again; call it in inference mode.
+    """A function that runs a forward pass on `x`, to be called in inference mode.
 
     Args:
-        model: of that peer, its weights in the dtype of the precision; in fp32 for the engine.
+        model: the peer's, its weights in the dtype of the precision; for the engine in fp32.
         x: images (batch, 3, height, width) in the dtype of the precision.
         best: the backends of engine-best.
     """
@@ -135,7 +135,7 @@ def prepare(
 
 
 def engine(model: nn.Module, x: Tensor | list[Tensor], output: str, precision: str, mode: str) -> nn.Module:
-    """Our engine, from weights in fp32; also where it is slower than fp32."""
+    """Our engine, from weights in fp32; also in a precision that is slower here than fp32."""
     graphs = True if mode.endswith("-graphs") else "auto"
     made = optimize_for_inference(model, precision, outputs=output, cuda_graphs=graphs, allow_slow=True)
     if precision == "fp8":
@@ -145,14 +145,14 @@ def engine(model: nn.Module, x: Tensor | list[Tensor], output: str, precision: s
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Inside, as many runs as wanted can be compiled; they are forgotten at the end."""
+    """Raises torch.compile's limit of compiled versions inside, and drops them all at the end."""
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         yield
     torch._dynamo.reset()
 
 
 def surroundings(mode: str, best: str | None = None) -> Context:
-    """Makes the context of one run. A forced backend must take all inputs; those of engine-best may fall back."""
+    """The context of a mode's runs. A forced backend must take all inputs; those of engine-best may fall back."""
     backend = backend_of(mode, best)
     return partial(use_backend, backend, strict=backend != best) if backend else contextlib.nullcontext
 
@@ -160,8 +160,8 @@ def surroundings(mode: str, best: str | None = None) -> Context:
 def _frozen(forward: Forward, x: Tensor, context: Context) -> Forward:
     """torch.compile with the weights as constants.
 
-    The option keeps it apart from mode compile, whose graph it would take over; the patch is for dynamo, which asks the
-    global setting at the first call.
+    The option keeps its graph apart from that of mode compile. The patch is for dynamo, which reads the global setting
+    at the first call.
     """
     compiled = torch.compile(forward, dynamic=False, options={"freezing": True})
     with torch._inductor.config.patch(freezing=True), torch.inference_mode(), context():
@@ -170,7 +170,7 @@ def _frozen(forward: Forward, x: Tensor, context: Context) -> Forward:
 
 
 def _captured(forward: Forward, x: Tensor, context: Context) -> Run:
-    """A CUDA graph of the forward pass, captured as our engine does, with the copy of new images into its input.
+    """A CUDA graph of the forward pass, captured as our engine does. A run copies the images into the graph's input.
 
     Raises:
         RuntimeError: the forward pass waits for the device.

@@ -1,9 +1,9 @@
 """Speed of each op, all implementations side by side: ``python -m bench.ops --ops layer_norm --models S --sizes 224``.
 
-An implementation's result is first held to the rule of the tests, against plain PyTorch in a wider dtype; one that
-breaks it is refused. Then they run in turn, each time on a cold L2 cache, and the medians count. The floor is the time
-that the bytes an op must move take at the speed of a copy, or its matrix products at the speed of a large one,
-whichever is longer; both speeds are measured in the same run. On a CPU no kernel runs.
+Results are first checked against plain PyTorch in a wider dtype; an implementation that breaks the rule of the tests is
+refused. Then all run in turn, each time with a cold L2 cache; a row has the median. The floor is the time to move the
+bytes that an op must move at the speed of a copy, or to compute its matrix products at the speed of a large one,
+whichever is longer; both speeds are measured in the same run. On a CPU no kernel of ours runs.
 
 With ``--write``, ``best.json`` beside the rows names the fastest backend of each form of an op at each resolution.
 """
@@ -36,17 +36,17 @@ from tests.reference import assert_obeys_rule
 
 TASK = "ops"
 BEST = "best.json"
-# In a batch, of two images at least. On a GPU so many that the shortest op, a norm of 384 channels, moves 100 MB:
-# some 25 us on an H200, against which the gaps between an event and a kernel are small.
+# Tokens in a batch, which has two images at least. On a GPU they are so many that the shortest op, a norm of 384
+# channels, moves 100 MB in some 25 us on an H200: the gaps between events and kernels are small beside that.
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-SECONDS = {"cpu": 0.1, "cuda": 0.2}  # for all implementations of a case
-BACKWARD_FLOPS = 2.5  # of attention, the only product that is trained: five instead of two
+SECONDS = {"cpu": 0.1, "cuda": 0.2}  # of timing in each case
+BACKWARD_FLOPS = 2.5  # times the forward ones. Only attention has a backward with products: five, where forward has two
 
 
 @dataclass(frozen=True)
 class Case:
-    """A workload at a shape, forward or backward, and what its implementations are held to."""
+    """A workload at a shape, forward or backward, and the results that are expected."""
 
     workload: Workload
     shape: Shape
@@ -57,14 +57,14 @@ class Case:
 
     @property
     def row(self) -> Row:
-        """The keys that say what a row is about."""
+        """The keys that say what a row measures."""
         shape = self.shape
         place = {"task": TASK, "model": shape.config.name, "resolution": shape.resolution, "batch": shape.batch}
         return place | {"output": self.workload.label, "precision": PRECISION[shape.dtype], "mode": self.mode}
 
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
-        """Gradients are wanted of all floating-point ones, backward."""
+        """Those of the op; in mode backward all floating-point ones require a gradient."""
         wanted = self.mode == "backward"
         made = self.workload.arguments(self.shape)
         return tree_map_only(Tensor, lambda x: x.requires_grad_(wanted) if x.is_floating_point() else x, made)
@@ -80,12 +80,12 @@ class Case:
         return next(each.function for each in self.workload.implementations() if each.backend == "torch")
 
     def checked(self, function: Callable[..., Any]) -> tuple[Run, float]:
-        """What is timed of an implementation, and its error; an AssertionError if it breaks the rule of the tests."""
+        """The run to time of an implementation, and its error; AssertionError if it breaks the rule of the tests."""
         run = self.run(function)
         return run, max(assert_obeys_rule(*each) for each in zip(run(), *self.expected, strict=True))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...] | None = None) -> Run:
-        """Runs an op as inference does, what it changes being a copy; or the backward of one that has run forward."""
+        """Runs an op as inference does, on a copy of the argument that it changes; or only its backward."""
         own = list(self.arguments if arguments is None else arguments)
         if self.mode == "backward":
             outputs, inputs, incoming = _run_forward(function, own)
@@ -106,7 +106,7 @@ class Case:
             reason = implementation.reason_against(self.arguments)
             if reason is None:
                 yield implementation.backend, implementation.function
-            elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs
+            elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs anyway
                 print(f"  {implementation.backend:14} not run: {reason}")
 
     def work(self) -> tuple[int, float]:
@@ -117,18 +117,18 @@ class Case:
         outputs, inputs, incoming = _run_forward(self.torch_function, self.arguments)
         outgoing = torch.autograd.grad(outputs, inputs, incoming)
         saved = tensors_of([self.arguments[place] for place in self.workload.saved or ()])
-        each = {x.data_ptr(): x.nbytes for x in [*incoming, *outgoing, *saved]}  # what is passed on costs nothing
+        each = {x.data_ptr(): x.nbytes for x in [*incoming, *outgoing, *saved]}  # a gradient passed on counts once
         return sum(each.values()), BACKWARD_FLOPS * flops
 
     def floor(self, rates: Rates) -> float:
-        """Seconds that the bytes and that the matrix products take, whichever is longer."""
+        """The seconds of the bytes or of the matrix products, whichever is longer."""
         moved, flops = self.work()
         in_e4m3 = any(x.dtype == E4M3 for x in tensors_of(self.arguments))
         return max(moved / rates.copy, flops / ((in_e4m3 and rates.e4m3) or rates.product))
 
 
 def _run_forward(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Tensor], ...]:
-    """Outputs of an op, recorded; the inputs that want a gradient; and one for each output, the same in any dtype."""
+    """Outputs with their graph, inputs that require a gradient, and gradients of the outputs, the same in any dtype."""
     outputs = list(tensors_of([function(*arguments)]))
     generator = torch.Generator(outputs[0].device).manual_seed(0)
     noise = [torch.randn(y.shape, device=y.device, generator=generator).to(torch.bfloat16) for y in outputs]
@@ -137,9 +137,9 @@ def _run_forward(function: Callable[..., Any], arguments: Sequence[Any]) -> tupl
 
 
 def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of `dtype` in fp32, or in fp64 if that is fp32; one that names the dtype names the wider one.
+    """The arguments with tensors of `dtype`, and `dtype` itself, in fp32; in fp64 if `dtype` is fp32.
 
-    An op on e4m3 values computes in fp32 whatever it is given: its fp32 arguments stay.
+    An op on e4m3 values computes in fp32 in any case: its fp32 arguments stay.
     """
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     if wide == torch.float64 and any(x.dtype == E4M3 for x in tensors_of(arguments)):
@@ -154,7 +154,7 @@ def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def measure(case: Case, rates: Rates, without: Collection[str] = ()) -> list[Row]:
-    """A row for each implementation but those `without`; those that break the rule or fail have no value."""
+    """A row for each implementation except `without`; one that breaks the rule or fails has no value."""
     print(case)
     functions = {name: function for name, function in case.candidates() if name not in without}
     rows = {name: case.row | {"implementation": name} for name in functions}
@@ -179,10 +179,11 @@ def measure(case: Case, rates: Rates, without: Collection[str] = ()) -> list[Row
 
 
 def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
-    """The fastest backend of each form at each resolution, forward, among the rows of a commit.
+    """The fastest backend, forward, of each form at each resolution, from the rows of a commit.
 
-    Backends are compared by the geometric mean of their times over the rows that all of them have: the places of a form
-    in each model. One that was refused or failed anywhere is left out. Of equals the package's own order decides.
+    A form has several rows: its places in each model. Backends are compared by the geometric mean of their times over
+    the rows that all of them have. One that was refused or failed anywhere is left out. A tie is decided by the
+    package's own order.
     """
     times: dict[tuple[str, str], dict[str, dict[Any, float | None]]] = {}
     for row in rows:
@@ -200,7 +201,7 @@ def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
 
 
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Every workload that is asked for, at each size, forward and where it has one backward."""
+    """All workloads of some ops at each size, forward and, if there is one, backward."""
     for config, resolution in itertools.product(options.models, options.sizes):
         shape = Shape(config, resolution, 1, device, dtype)
         shape = replace(shape, batch=max(2, BATCH_TOKENS[device.type] // shape.tokens))
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{recorder}, {PRECISION[dtype]}, {rates}")
     with recorder.until_lost():
         for case in cases(options, device, dtype):
-            if not recorder.has(**case.row, implementation="torch"):  # rows without it are what the device was lost in
+            if not recorder.has(**case.row, implementation="torch"):  # which is not kept if another lost the device
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
                 recorder.keep(measure(case, rates, lost))
     if options.write and recorder.path.is_file():

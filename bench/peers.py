@@ -1,6 +1,6 @@
 """The implementations that are compared, behind one interface: images in, all tokens or the class token out.
 
-Every peer gets the same weights, converted with this project's tools. One that cannot run here says why.
+Every peer has the same weights, converted with this project's tools. A peer that cannot run here says why.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Peer:
 
     Args:
         name: of the implementation.
-        build: makes a model in fp32 from ours, with a rate of stochastic depth that is the same in all layers, on the
-            device of ours.
-        call: for an output, how the model is run; this is what is timed.
-        take: for an output, the tensor in what `call` returns: all tokens after the final norm (batch, tokens, hidden)
-            with output "all", the class token (batch, hidden) with "cls".
-        dialect: how it resamples positions.
+        build: makes a model in fp32 from ours, on the same device; its last argument is the rate of stochastic depth of
+            all layers.
+        call: by output, runs the model; this is what is timed.
+        take: by output, gives the tensor in what `call` returns. Output "all" is all tokens after the final norm
+            (batch, tokens, hidden), "cls" the class token (batch, hidden).
+        dialect: how it resamples position embeddings.
         missing: why it cannot run here, or None.
     """
 
@@ -54,16 +54,12 @@ class Peer:
 
 
 def peers(reference_path: Path | None = None) -> list[Peer]:
-    """All of them, ours first.
-
-    Args:
-        reference_path: a checkout of facebookresearch/dinov2.
-    """
+    """All implementations, ours first; the reference only with the path of a checkout of facebookresearch/dinov2."""
     return [OURS, TRANSFORMERS, TIMM, *([facebook(reference_path)] if reference_path else [])]
 
 
 def load_ours(config: BackboneConfig, device: torch.device) -> nn.Module:
-    """Our model in fp32, in eval mode, with random weights that are the same each time."""
+    """Our model in fp32, in eval mode, with the same random weights in every run."""
     if config.name in BACKBONES:
         return dinov2_fast.load(config.name, weights="random:0", device=device)
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +79,7 @@ def _ours(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Modu
 
 
 def _loaded(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """A model with copies of these weights; none of its own are drawn, which takes longer than all else."""
+    """A model with copies of these weights. It draws none of its own, which would take longer than all else."""
     with torch.device("meta"):
         made = make()
     made.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
@@ -108,7 +104,7 @@ def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) ->
     weights = dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface")
     copies = {name: weight.clone() for name, weight in weights.items()}
     transformers.utils.logging.disable_progress_bar()
-    # Newer versions have other names in memory, which only this knows.
+    # Newer versions rename weights in memory, which only this method knows.
     made = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=model.cls_token.dtype)
     return made.to(model.cls_token.device)
 
@@ -119,7 +115,7 @@ def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Modu
     def make() -> nn.Module:
         sizes = {"embed_dim": config.embed_dim, "num_heads": config.num_heads, "drop_path_rate": drop_path}
         made = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, **sizes)
-        for block in made.blocks if drop_path else ():  # timm's own rate grows with depth, from none at all
+        for block in made.blocks if drop_path else ():  # timm's own rate grows from 0 with depth
             block.drop_path1, block.drop_path2 = (timm.layers.DropPath(drop_path) for _ in range(2))
         return made
 
@@ -169,7 +165,7 @@ TIMM = Peer(
 
 
 def _accelerated(peer: Peer, inference: bool = False) -> Peer:
-    """Our blocks inside a peer's model, with `inference` behind our engine."""
+    """A peer's model with our blocks inside; with `inference` it runs in our engine."""
 
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
         return dinov2_fast.accelerate(peer.build(config, model, drop_path).eval(), inference=inference)
@@ -177,23 +173,23 @@ def _accelerated(peer: Peer, inference: bool = False) -> Peer:
     return replace(peer, name=OURS.name, build=build)
 
 
-# By the mode that stands for them: these rows are ours.
+# By mode. Their rows count as ours.
 ACCELERATED = {f"accelerated-{peer.name}": _accelerated(peer) for peer in (TRANSFORMERS, TIMM)}
 ACCELERATED["engine-timm"] = _accelerated(TIMM, inference=True)
 
 
 def facebook(checkout: Path) -> Peer:
-    """The reference, from a checkout; with xformers where that is installed, as it finds out itself.
+    """The reference, from a checkout. It uses xformers if that is installed.
 
     Raises:
-        ValueError: there is no such code at `checkout`.
+        ValueError: `checkout` holds no such code.
     """
     if not (checkout / "dinov2" / "hub" / "backbones.py").is_file():
         raise ValueError(f"--reference-path: {checkout} is no checkout of facebookresearch/dinov2.")
 
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
         with mock.patch.object(sys, "path", [str(checkout), *sys.path]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of what it found
+            warnings.simplefilter("ignore")  # it warns whether it found xformers
             make = getattr(importlib.import_module("dinov2.hub.backbones"), config.name)
         given = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
         return _loaded(lambda: make(**given), model.state_dict())

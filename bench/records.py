@@ -1,6 +1,6 @@
 """Benchmark results as JSON lines, one file for each device and task: ``bench/results/<device>/<task>.jsonl``.
 
-Every row has every key, null where it does not apply. A row measured again at the same commit replaces the old one.
+Every row has every key, null where it does not apply. A row that is measured again at the same commit is replaced.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from dinov2_fast.ops.dispatch import BackendError
 Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
-SETTING = ("task", "model", "resolution", "batch", "output", "precision")  # what is asked of all alike
+SETTING = ("task", "model", "resolution", "batch", "output", "precision")  # what all implementations are asked for
 IDENTITY = (*SETTING, "implementation", "mode", "commit")
 MEASURED = ("value", "unit", "p20", "p80", "floor_share", "outputs_max_error")
 KEYS = (*IDENTITY[:-1], *MEASURED, "gpu", "torch", "triton", "versions", "commit", "date")
 PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
-LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; more is better in all others
+LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; in all others more is better
 
-
-NOT_MEASURED = "not_measured"  # the key, among a row's versions, of the reason why it has no value
+NOT_MEASURED = "not_measured"  # the key in `versions` of the reason why a row has no value
 KINDS = {
     torch.OutOfMemoryError: "out of memory",
     AssertionError: "refused",  # by the rule of the tests
@@ -42,10 +41,10 @@ KINDS = {
     NotImplementedError: "cannot run here",
     BackendError: "cannot run here",
 }
-MISSING = "missing: "  # the beginning of that reason where an implementation is not there
-LOST = "failed: after this the device ran nothing any more: "  # and where it took the device with it
-AGAIN = 75  # exit status of a benchmark that lost the device and kept that: a new process goes on (EX_TEMPFAIL)
-SENSED = 5.0  # seconds for which one reading of the sensors serves
+MISSING = "missing: "  # how the reason begins if an implementation is not installed
+LOST = "failed: after this the device ran nothing any more: "  # and if it left the device unusable
+AGAIN = 75  # exit status (EX_TEMPFAIL) of a benchmark that lost the device: its rows say so, and a new process goes on
+SENSED = 5.0  # seconds for which a reading of the sensors counts
 SENSORS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -55,10 +54,10 @@ SENSORS = {
 
 
 class DeviceLost(Exception):
-    """An error, such as an access to memory that is not there, after which this process can run nothing on the GPU.
+    """An error after which this process can run nothing on the GPU, such as an illegal memory access.
 
     Args:
-        rows: those of the implementation that it happened in.
+        rows: of the implementation that it happened in.
     """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
@@ -67,7 +66,7 @@ class DeviceLost(Exception):
 
 
 class Recorder:
-    """Keeps the rows of a task, at once, so that what fails later costs nothing that was measured.
+    """Keeps the rows of a task as soon as they are measured, so that a later failure loses none.
 
     Args:
         task: the name of the file.
@@ -85,13 +84,13 @@ class Recorder:
         self._known = read(self.path) if options.resume else []
 
     def __str__(self) -> str:
-        """The hardware and the versions, for a person."""
+        """Hardware, threads, torch, commit."""
         versions = self.common["versions"]
         name = self.common["gpu"] or f"{versions['cpu']}, {versions['threads']} threads"
         return f"{name}, torch {self.common['torch']}, commit {self.common['commit']}"
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
-        """Adds rows; keys that they lack are null, or the same for the whole run."""
+        """Adds rows. Missing keys get the values of the whole run, or null."""
         state = sensors(self.device)
         for row in rows:
             full = dict.fromkeys(KEYS) | {"task": self._task} | self.common | row
@@ -101,21 +100,21 @@ class Recorder:
             write(self.path, self.rows)
 
     def has(self, **wanted: Any) -> bool:
-        """Whether, when resuming, a row with these keys is there already for this commit, of what is not missing."""
+        """When resuming: whether this commit has a row with these keys, of an implementation that was installed."""
         wanted["commit"] = self.common["commit"]
         return any(
             all(row[key] == value for key, value in wanted.items()) for row in self._known if not is_missing(row)
         )
 
     def lost_in(self, **wanted: Any) -> list[dict[str, Any]]:
-        """When resuming, the rows with these keys, for this commit, in which the device was lost: not to be tried."""
+        """When resuming: the rows of this commit with these keys that lost the device and are not to be tried again."""
         wanted["commit"] = self.common["commit"]
         found = [row for row in self._known if all(row[key] == value for key, value in wanted.items())]
         return [row for row in found if (reason(row) or "").startswith(LOST)]
 
     @contextmanager
     def until_lost(self) -> Iterator[None]:
-        """Inside, a lost device ends the work, and what it was lost in is kept: only a new process can go on."""
+        """Inside, a lost device ends the work; the rows that lost it are kept. Only a new process can go on."""
         try:
             yield
         except DeviceLost as lost:
@@ -128,7 +127,7 @@ class Recorder:
             )
 
     def finish(self) -> int:
-        """Says where the rows are and how many were refused or failed; the exit status, AGAIN for a new process."""
+        """Prints where the rows are and how many were refused or failed; gives the exit status."""
         if self._write:
             print(f"wrote {self.path}")
         wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
@@ -138,15 +137,15 @@ class Recorder:
 
 
 def not_measured(reason: str) -> dict[str, Any]:
-    """What a row holds in place of a value."""
+    """What a row without a value holds."""
     return {"value": None, "versions": {NOT_MEASURED: reason}}
 
 
 def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device) -> None:
-    """Has rows of one implementation say that an exception stopped it.
+    """Writes into the rows of an implementation that this exception stopped it.
 
     Raises:
-        DeviceLost: nothing runs on the device any more in this process, so that all others would fail as well.
+        DeviceLost: nothing runs on the device any more in this process, so all others would fail as well.
     """
     lost = is_lost(device)
     before = LOST if lost else f"{KINDS.get(type(exception), 'failed')}: "
@@ -158,20 +157,20 @@ def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device)
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a GPU answers every call of this process with an error. The first may be about what is over."""
+    """Whether a GPU answers every call of this process with an error. The first error may belong to an earlier call."""
     return device.type == "cuda" and not any(_answers(device) for _ in range(2))
 
 
 def _answers(device: torch.device) -> bool:
     try:
         torch.cuda.synchronize(device)
-    except Exception:  # of a class that depends on the version of torch
+    except Exception:  # its class depends on the version of torch
         return False
     return True
 
 
 def missing(reason: str) -> dict[str, Any]:
-    """The same for an implementation that is not there at all, but may be the next time."""
+    """The same for an implementation that is not installed, but may be the next time."""
     return not_measured(f"{MISSING}{reason}")
 
 
@@ -185,7 +184,7 @@ def reason(row: dict[str, Any]) -> str | None:
 
 
 def best(rows: Iterable[Row]) -> Row | None:
-    """The best of rows of one setting, None if none has a value."""
+    """The best row of one setting, None if none has a value."""
     measured = [row for row in rows if row["value"] is not None]
     return max(measured, key=lambda row: row["value"] * (-1 if row["unit"] in LESS_IS_BETTER else 1), default=None)
 
@@ -197,24 +196,24 @@ def ratio(row: Row, other: Row) -> float:
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """Those of the commit that was measured last."""
+    """The rows of the commit that was measured last."""
     last = max(enumerate(rows), key=lambda numbered: (numbered[1]["date"] or "", numbered[0]), default=None)
     return [row for row in rows if last and row["commit"] == last[1]["commit"]]
 
 
 def fact(row: Row, name: str) -> Any:
-    """The value of a key, or of one among the versions."""
+    """The value of a key of a row or of its `versions`."""
     return row[name] if name in row else (row["versions"] or {}).get(name)
 
 
 def short(commit: str | None) -> str:
-    """A commit's first digits, and whether its code was changed."""
+    """A commit's first digits, with "-dirty" if its code was changed."""
     digits, dirty, _ = (commit or "unknown").partition("-dirty")
     return digits[:8] + dirty
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """The keys that are the same for every row of a run: hardware, versions, commit, date."""
+    """The keys that all rows of a run share: hardware, versions, commit, date."""
     versions: dict[str, Any] = {name: version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
     return {
@@ -222,13 +221,13 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "torch": torch.__version__,
         "triton": version("triton"),
         "versions": versions,
-        "commit": commit or _commit(),
+        "commit": commit or head(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, None if it is not there."""
+    """The installed version of a package, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -236,7 +235,7 @@ def version(package: str) -> str | None:
 
 
 def sensors(device: torch.device) -> dict[str, Any]:
-    """Clocks, temperature and power of a GPU, some seconds ago at most; nothing on a CPU or where they cannot be read.
+    """Clocks, temperature and power of a GPU, at most SENSED seconds old; nothing on a CPU or if they cannot be read.
 
     Starting nvidia-smi takes as long as measuring a row of an op.
     """
@@ -282,7 +281,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in kept.values()))
-    part.replace(path)  # whole or not at all: a run may be stopped at any moment
+    part.replace(path)  # a run may be stopped at any moment: the file is written whole or not at all
 
 
 def _cpu_name() -> str:
@@ -292,7 +291,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str | None:
+def head() -> str | None:
     """The commit of the checkout, with "-dirty" if its code is changed; None outside git."""
     git = ["git", "-C", str(Path(__file__).parents[1])]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

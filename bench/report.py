@@ -1,9 +1,8 @@
-"""Writes tables and plots of what was measured: ``python -m bench.report``. All comes from ``bench/results``.
+"""Writes tables and plots from the rows in ``bench/results``: ``python -m bench.report``.
 
 Each device's folder gets a README.md with all values, and the plots throughput.png and latency.png. The project's
-README gets, for each device, the plots and the rows that most people would run. A task's rows are those of the commit
-that was measured last in its file. Plots need matplotlib; without it only the texts are written, and the exit status
-is 1.
+README gets, for each device, the plots and the rows that most people would run. Of each file the rows of the commit
+that was measured last count. Plots need matplotlib: without it only the texts are written, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of s
 OURS = "dinov2_fast"
 TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
 PLOTTED = {"throughput": -1, "latency": 0}  # of several batches, README shows the largest and the smallest
-SETTING = ("model", "resolution", "precision", "output", "batch")  # what is asked of all alike
-ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # first what most people would run
+SETTING = ("model", "resolution", "precision", "output", "batch")  # what all implementations are asked for
+ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people would run comes first
 HEADINGS = {"resolution": "pixels"}
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
 FLOOR = (
-    "The floor is the time that a forward pass cannot go below at the rates of this device's largest products and "
-    "copies (`bench/roofline.py`)."
+    "The floor is the least time of a forward pass at this device's rates of a large product and of a copy "
+    "(`bench/roofline.py`)."
 )
-WIDTH, COLUMNS, HEAD, BAR = 10.0, 2, 0.6, 0.2  # inches of a figure, panels side by side, inches above a panel, of a bar
+WIDTH, HEAD, BAR = 10.0, 0.6, 0.2  # inches: of a figure, above a panel, of a bar
+COLUMNS = 2  # panels side by side
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,15 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Comparison:
-    """All values of one task, setting and unit, side by side.
+    """The rows of one task, setting and unit.
 
     Attributes:
         values: the rows, the best first.
-        rows: the same of each implementation, ours in front.
-        share: how much of the floor our best row reaches.
-        ratio: how many times better ours is than the best peer.
+        rows: the same by implementation, ours first.
+        share: our best row's share of the floor.
+        ratio: how many times better our best row is than the best of a peer.
         accelerated: how many times better each peer's model is with our blocks in it, both eager.
-        floor: what the floor allows, in the unit of the rows.
+        floor: the floor in the unit of the rows.
     """
 
     def __init__(self, values: list[Row]) -> None:
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """The values by setting and unit, numbers as they are, names in their ORDER, others behind them."""
+    """Rows with a value by setting and unit: numbers ascend, names are in ORDER, unknown names come last."""
     values = [row for row in rows if row["value"] is not None]
     alike = grouped(values, lambda row: (row["unit"], *(row[key] for key in SETTING)))
     return sorted(map(Comparison, alike), key=lambda one: [_place(value) for value in one.setting])
@@ -115,15 +115,15 @@ def _place(value: str | int | None) -> int:
 
 
 def usual(every: list[Comparison], batch: int) -> list[Comparison]:
-    """Of each model and size what most people would run: one precision, output and batch."""
+    """For each model and size what most people would run: the first precision and output, and one batch size."""
     groups = grouped(every, lambda one: one.setting[:2])
     return [[one for one in some if one.setting[:-1] == some[0].setting[:-1]][batch] for some in groups]
 
 
 class Device:
-    """What was measured on a device: of each task all rows of the commit measured last.
+    """What was measured on a device: for each task the rows of the commit that was measured last.
 
-    `headline` is what the project's README shows. `rates` says in one sentence what the floor is made of.
+    `headline` is what the project's README shows, `rates` a sentence with the rates of the floor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +140,7 @@ class Device:
 
 
 def rates(rows: list[Row]) -> str:
-    """Those of a copy and of large products, among the versions of rows; "" where they are not there."""
+    """A sentence with the rates of a copy and of large products in the `versions` of rows, "" without any."""
     units = {"copy_per_s": ("a copy", "GB/s", 1e9), "product_per_s": ("a product", "TFLOP/s", 1e12)}
     units |= {"e4m3_per_s": ("one in e4m3", "TFLOP/s", 1e12)}
     words = []
@@ -152,13 +152,13 @@ def rates(rows: list[Row]) -> str:
 
 
 def devices(results: Path) -> list[Device]:
-    """Those that something was measured on, GPUs first."""
+    """The devices with rows, GPUs first."""
     every = [Device(path) for path in sorted(results.iterdir()) if path.is_dir()]
     return sorted((device for device in every if device.rows), key=lambda device: not device.gpu)
 
 
 def updated(readme: str, results: Path = records.RESULTS) -> str:
-    """README's text with the part between its two marks made anew; ValueError if a mark is missing."""
+    """README's text with a new part between its two marks; ValueError if a mark is missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -170,7 +170,7 @@ def updated(readme: str, results: Path = records.RESULTS) -> str:
 
 
 def device_section(device: Device) -> str:
-    """What the project's README says of a device."""
+    """The part of the project's README about a device."""
     results = f"bench/results/{device.folder.name}"
     parts = [f"### {device.name}\n"]
     for task, chosen in device.headline.items():
@@ -189,7 +189,7 @@ def device_section(device: Device) -> str:
 
 
 def device_readme(device: Device) -> str:
-    """All values of a device, and why others are not there."""
+    """All values of a device, and the reasons of rows without one."""
     parts = [
         f"# Speed on {device.name}\n",
         "Written by `python -m bench.report` from the rows beside this file. The best mode of each implementation "
@@ -220,7 +220,7 @@ def _not_measured(rows: list[Row]) -> Iterator[str]:
 
 
 def table(chosen: list[Comparison], best_only: bool = False) -> str:
-    """A line for each setting: what each implementation reaches, in its best mode or in all, and ours beside it."""
+    """A line for each setting: the values of each implementation, in its best mode or in all, and the ratio of ours."""
     shown = list(dict.fromkeys(name for one in chosen for name in one.rows))
     share = "device busy" if chosen[0].task == "extraction" else "share of the floor"
     times = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
@@ -242,7 +242,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point; counts as they are."""
+    """At least three digits, and all before the point; integers as they are."""
     if isinstance(value, int):
         return str(value)
     decimals = next((n for n, least in enumerate((100, 10, 1)) if round(value, n) >= least), 3)
@@ -255,7 +255,7 @@ def _unit(chosen: list[Comparison]) -> str:
 
 
 def provenance(rows: list[Row]) -> str:
-    """Where rows come from: hardware, versions, commit and date."""
+    """Hardware, versions, commit and date of rows."""
     measured = [row for row in rows if row["value"] is not None] or rows
     used = " ".join(f"{row['implementation']} {row['mode']}" for row in measured)
     gpu, workers = facts(rows, "gpu"), facts(rows, "workers")
@@ -268,26 +268,26 @@ def provenance(rows: list[Row]) -> str:
 
 
 def facts(rows: list[Row], name: str) -> str:
-    """The values of a key, or of one among the versions; rows of one run have the same."""
+    """The values of a key of rows or of their `versions`; rows of one run have the same."""
     values = dict.fromkeys(records.fact(row, name) for row in rows)
     return " or ".join(str(value) for value in values if value is not None)
 
 
 def save_plot(chosen: list[Comparison], path: Path) -> None:
-    """Writes a PNG that names its rows, but not matplotlib's version: the same rows give the same bytes."""
+    """Writes a PNG with a digest of its rows but without matplotlib's version: the same rows give the same bytes."""
     metadata = {"Software": None, "rows": digest(chosen)}
     draw(chosen).savefig(path, metadata=metadata, pil_kwargs={"optimize": True})
 
 
 def digest(chosen: list[Comparison]) -> str:
-    """Of the rows that a plot shows; it is kept in the image's file."""
+    """A digest of the rows that a plot shows."""
     return hashlib.sha256(json.dumps([one.values for one in chosen], sort_keys=True).encode()).hexdigest()
 
 
 def draw(chosen: list[Comparison]) -> Any:
-    """A panel for each setting, with a bar for each implementation in its best mode and a black line at the floor.
+    """A panel for each setting, with a bar for each implementation's best mode and a black line at the floor.
 
-    Each panel has its own scale from 0, since models differ by powers of ten.
+    Each panel has its own scale, which starts at 0, since models differ by powers of ten.
     """
     from matplotlib.figure import Figure
 

@@ -1,12 +1,12 @@
-"""The floor under a forward pass: what this device's largest matrix products and its copies allow, added up.
+"""The floor of a forward pass: the least time by the device's rates of a large matrix product and of a copy.
 
-No single kernel is looked at: products and attention count their operations, at the rate of a large product; the rest
-counts the bytes that must be moved with everything fused that usual kernels can fuse, at the rate of a copy. Nothing
-overlaps. Both rates are measured in each run that gives shares of a floor, and stand in its rows.
+Products and attention count their operations, at the rate of a large product. All else counts the bytes that must be
+moved if everything is fused that usual kernels can fuse, at the rate of a copy. The two are added: nothing overlaps.
+Both rates are measured in each run that gives shares of a floor, and are kept in its rows.
 
-Output "cls" is the class token only: the last layer needs no keys and values of its own. The scores of one query q are
-y·(W_k^T q) for the normed stream y, and its result is W_v applied to their weighted sum of y, so the stream is read
-once, and every product has one row for each image. The products of that pooling hide behind the read.
+With output "cls", the class token only, the last layer needs no keys and values. The scores of one query q are
+y·(W_k^T q) for the normed stream y, and its result is W_v times the weighted sum of y. So the stream is read once, and
+every product has one row for each image. The products of this pooling hide behind the read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dinov2_fast.torch_private import onednn_linear, onednn_pack
 SECONDS = {"cpu": 1.0, "cuda": 0.5}
 COPY = {"cpu": 128 << 20, "cuda": 4 << 30}  # bytes
 LARGE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large product
-SKINNY_LAYERS = {"all": 0, "cls": 1}  # by output: layers of which only the class token's row is computed
+SKINNY_LAYERS = {"all": 0, "cls": 1}  # by output: layers that compute the class token's row only
 
 
 class Rates(NamedTuple):
-    """Bytes per second of a copy, operations per second of a large product, and of one in e4m3 where there is one."""
+    """Bytes per second of a copy; operations per second of a large product, and of one in e4m3 if there is one."""
 
     copy: float
     product: float
@@ -39,13 +39,13 @@ class Rates(NamedTuple):
 
     @property
     def row(self) -> dict[str, float]:
-        """As a row's versions have them."""
+        """As in the `versions` of a row."""
         return {f"{name}_per_s": rate for name, rate in self._asdict().items() if rate}
 
 
 @cache
 def measured(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of a device: of the product the best of torch's and, on a CPU, oneDNN's with packed weights."""
+    """The rates of a device. On a CPU the faster product counts, torch's or oneDNN's with packed weights."""
     source, size = torch.empty(COPY[device.type], dtype=torch.uint8, device=device), LARGE[device.type]
     target, (a, b) = torch.empty_like(source), torch.randn(2, size, size, device=device).to(dtype)
     runs: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b.T}
@@ -68,15 +68,15 @@ def measured(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 class Work(NamedTuple):
-    """Operations of a forward pass of a batch, and the bytes it moves beside them."""
+    """Operations of a batch's forward pass, and bytes."""
 
-    embedding: float  # the patches' product
-    products: float  # of all layers
-    attention: float
-    elementwise: float
+    embedding: float  # operations of the patch embedding
+    products: float  # operations of the linears of all layers
+    attention: float  # operations
+    elementwise: float  # bytes
 
     def seconds(self, rates: Rates, in_e4m3: bool) -> float:
-        """The floor. In fp8 attention and the patch embedding stay in 16 bits."""
+        """The floor. In fp8 attention and the patch embedding are in 16 bits."""
         layers = (in_e4m3 and rates.e4m3) or rates.product
         return (
             (self.embedding + self.attention) / rates.product + self.products / layers + self.elementwise / rates.copy
@@ -84,12 +84,11 @@ class Work(NamedTuple):
 
 
 def work(config: BackboneConfig, resolution: int, batch: int, output: str, itemsize: int, in_e4m3: bool) -> Work:
-    """What a forward pass cannot avoid.
+    """The least work of a forward pass.
 
-    Beside products and attention, two layer norms of a layer read the residual stream and write an operand, and two
-    epilogues read the residual: 6 transfers of the stream (5 in fp8, where an operand takes half the bytes).
-    Activation, bias and LayerScale move nothing of their own. The embedding, the last norm and what a single token
-    moves are not counted.
+    In each layer two layer norms read the residual stream and write an operand, and two epilogues read the residual: 6
+    transfers of the stream (5 in fp8, where an operand has half the bytes). Activation, bias and LayerScale move
+    nothing. Not counted are the bytes of the embedding, of the last norm and of single tokens.
 
     Args:
         itemsize: bytes of an element of the residual stream.
@@ -97,7 +96,7 @@ def work(config: BackboneConfig, resolution: int, batch: int, output: str, items
     shape, skinny = Shape(config, resolution, batch), SKINNY_LAYERS[output]
     full = config.depth - skinny
     of_a_row = {place: 2.0 * inputs * outputs for place, (inputs, outputs) in shape.features.items()}
-    # q, W_k^T q, W_v times the weighted sum, proj: the middle two head by head, with as many operations.
+    # q, W_k^T q, W_v times the weighted sum, proj. The middle two are by head, with as many operations.
     of_the_class_token = 4 * of_a_row["proj"] + of_a_row["fc1"] + of_a_row["fc2"]
     stream = batch * shape.tokens * config.embed_dim  # elements
     layer = 2 * (itemsize + (1 if in_e4m3 else itemsize)) + 2 * itemsize

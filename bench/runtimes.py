@@ -1,8 +1,8 @@
-"""Runtimes that a user would take on a CPU in place of PyTorch, as peers: onnxruntime and OpenVINO.
+"""onnxruntime and OpenVINO as peers: what a user may run on a CPU in place of PyTorch.
 
-Both run the ONNX file that this project's own export writes of our model. Each batch and image size gets a file of its
-own, which is their best case: sizes are fixed and positions are resampled beforehand. They compute in fp32, on a CPU
-alone, with as many threads as PyTorch.
+Both run an ONNX file of our model, written by this project's export. Each batch and image size gets its own file, which
+is their best case: sizes are fixed and positions are resampled beforehand. Here they run in fp32, on a CPU only, with
+as many threads as PyTorch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Session = Callable[[Any], Outputs]
 
 
 class Exported(nn.Module):
-    """Our model in another runtime. The first call for an output and a shape exports it; the next ones only run it.
+    """Our model in another runtime. The first call for an output and a shape exports it, the next ones only run it.
 
     Args:
-        start: reads an ONNX file, which is gone afterwards, and gives what runs it on a numpy array.
+        start: reads an ONNX file, which is deleted afterwards, and gives a function that runs it on a numpy array.
     """
 
     def __init__(self, model: nn.Module, start: Callable[[Path], Session]) -> None:
         super().__init__()
-        with torch.inference_mode(False):  # inside, copies would be tensors that no exporter takes
+        with torch.inference_mode(False):  # no exporter takes tensors made in inference mode
             self.model = copy.deepcopy(model).eval()
         self._start, self._sessions = start, dict[tuple[Any, ...], Session]()
 
@@ -45,7 +45,7 @@ class Exported(nn.Module):
 
     def _export(self, x: Tensor, output: str) -> Session:
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            raise NotImplementedError(f"it runs here in fp32 on a CPU alone, not in {x.dtype} on {x.device.type}")
+            raise NotImplementedError(f"it runs here in fp32 on a CPU only, not in {x.dtype} on {x.device.type}")
         registers = ["registers"] if self.model.num_register_tokens else []
         names = ["cls", *registers, "patches"] if output == "all" else ["cls"]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
@@ -60,7 +60,7 @@ def _onnxruntime(path: Path) -> Session:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads spin on when it is done, which can double the time of whoever runs next.
+    # Otherwise its threads keep spinning after a run, which can double the time of the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {INPUT: pixels})
@@ -75,7 +75,7 @@ def _openvino(path: Path) -> Session:
         "PERFORMANCE_HINT": "LATENCY",  # all threads work on one call; with THROUGHPUT each works on its own
     }
     compiled = openvino.Core().compile_model(path, "CPU", settings)
-    return lambda pixels: list(compiled([pixels]).values())  # reads the array where it lies
+    return lambda pixels: list(compiled([pixels]).values())  # without copying the array
 
 
 def _tokens(outputs: Outputs) -> Tensor:

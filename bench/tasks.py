@@ -1,4 +1,4 @@
-"""What the tasks of bench.model share: the setting, the models, what results must be, and how all are measured."""
+"""What the tasks of bench.model share: settings, models, the check of results, and the measuring."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 from tests.reference import assert_obeys_rule
 
-SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # seconds of calls, without waiting between, that one time is taken of, at least
-# Times the error that the rule of the tests allows. The rule is for ours; a peer has to compute the same model, and
-# some have three times torch's error (OpenVINO in fp32).
+SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # least seconds of one timing of throughput, in calls that do not wait
+# A peer may err this many times as much as the rule of the tests allows ours: it only has to compute the same model.
+# OpenVINO in fp32 errs three times as much as torch.
 SLACK_OF_PEERS = 5
-COSINE = 0.98  # in fp8, at least, of each token of the outputs with that in fp32
+COSINE = 0.98  # least cosine of a token in fp8 with the same token in fp32
 
 Entrant = tuple[Peer, str]  # an implementation and its mode
 Row = dict[str, Any]
@@ -31,11 +31,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked of all alike."""
+    """What all implementations are asked for."""
 
     task: str
     config: BackboneConfig
-    resolution: int | str  # pixels of each side, or such as "224-518" for images of many sizes
+    resolution: int | str  # pixels of each side; for images of many sizes such as "224-518"
     batch: int
     output: str
     precision: str
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of images, products and, in the floor, of the residual stream."""
+        """Of images and products and, in the floor, of the residual stream."""
         return DTYPES[self.precision]
 
     def row(self, peer: Peer, mode: str) -> Row:
@@ -69,7 +69,7 @@ class Setting:
 
 
 class Models:
-    """A backbone in every implementation, made when it is first asked for, in one dtype at a time.
+    """A backbone in every implementation, made at the first request and kept for one dtype at a time.
 
     Args:
         ours: our model in fp32, on the device.
@@ -90,7 +90,7 @@ class Models:
 
 @contextmanager
 def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
-    """Our model with another way of resampling positions."""
+    """Has our model resample position embeddings in another way."""
     before, model.position_dialect = model.position_dialect, dialect
     try:
         yield
@@ -99,10 +99,10 @@ def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
 
 
 class Judge:
-    """Knows what results must be: those of our model on plain PyTorch, in a wider dtype and in the setting's precision.
+    """Checks results against those of our model on plain PyTorch, in a wider dtype and in that of the setting.
 
     Args:
-        results: of our model, for images in a dtype, by what they are.
+        results: runs a model in a dtype; gives its results by name.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Judge:
         self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def verdict(self, peer: Peer, found: dict[str, Tensor]) -> Row:
-        """What a row says about results.
+        """The errors of results, as keys of a row.
 
         Raises:
-            AssertionError: they are not the model's, resampling positions as the peer does.
+            AssertionError: an error is too large.
         """
         wide, usual = self.expected(peer)
         if self._setting.precision == "fp8":
@@ -130,7 +130,7 @@ class Judge:
         return {"outputs_max_error": worst}
 
     def expected(self, peer: Peer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Our model's results, in a wider dtype and in the setting's, with positions resampled as the peer does."""
+        """Our model's results in a wider dtype and in the setting's, with positions resampled as the peer does."""
         dialect = peer.dialect(self._setting.config)
         if dialect not in self._known:
             self._known[dialect] = self._results_in(dialect)
@@ -142,7 +142,7 @@ class Judge:
         if dtype == torch.float32:
             exact = copy.deepcopy(exact).double()
         wide = next(exact.parameters()).dtype
-        # cuDNN's convolutions compute fp32 in TF32 unless told otherwise; without `enabled` there is no cuDNN inside.
+        # cuDNN would compute convolutions of fp32 in TF32; without `enabled` this context would switch cuDNN off.
         exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with use_backend("torch"), exactly, resampling(exact, dialect):
             reference = self._results(exact, wide)
@@ -158,7 +158,7 @@ def _judged_by_cosine(result: Tensor, wide: Tensor) -> Row:
 
 
 class Task:
-    """One setting of a task, in which implementations are measured.
+    """Measures implementations in one setting.
 
     Args:
         best: the backends of mode engine-best.
@@ -171,7 +171,7 @@ class Task:
         self.device = models.device
 
     def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
-        """What is timed, and what a row says about its results.
+        """A run to time, and the errors of its results as keys of a row.
 
         Raises:
             AssertionError: the results are wrong.
@@ -179,11 +179,11 @@ class Task:
         raise NotImplementedError
 
     def floor(self, rates: roofline.Rates) -> float | None:
-        """Seconds that a run takes at least; None where that is not known."""
+        """The least seconds that a run can take; None if there is no bound."""
         return None
 
     def measure(self, entrants: Iterable[Entrant], seconds: float) -> list[Row]:
-        """A row for each, from times taken in turn for about `seconds` in all."""
+        """A row for each entrant, timed in turn for about `seconds` in all."""
         rows, rates = self.rows(entrants), self.rates()
 
         def ready(entrant: Entrant) -> Run:
@@ -203,11 +203,11 @@ class Task:
         return list(rows.values())
 
     def rates(self) -> roofline.Rates:
-        """What the device reaches in the dtype of the products."""
+        """The device's speed in the dtype of the products."""
         return roofline.measured(self.device, self.setting.dtype)
 
     def rows(self, entrants: Iterable[Entrant]) -> dict[Entrant, Row]:
-        """A row for each: what it is about, and why it is missing if it is."""
+        """A row for each entrant: what it measures, or why it cannot."""
         rows = {(peer, mode): self.setting.row(peer, mode) for peer, mode in entrants}
         for (peer, mode), row in rows.items():
             if reason := why_missing(peer, mode, self.best):
@@ -215,7 +215,7 @@ class Task:
         return rows
 
     def values(self, entrant: Entrant, times: list[float]) -> Row:
-        """The measured keys of a row, from seconds."""
+        """The measured keys of a row, from timings in seconds."""
         fast, median, slow = quantiles(times)
         least = self.floor(self.rates())
         share = {"floor_share": least and least / median}
@@ -225,4 +225,4 @@ class Task:
         return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
 
     def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
-        """Adds what follows from all times together."""
+        """Adds to the rows what follows from the timings of several entrants."""

@@ -1,8 +1,8 @@
 """Each op with each of its implementations under pytest-benchmark, to see on one machine what a change does to it.
 
 ``make bench-ops OPTIONS="-k layer_norm --benchmark-save=before"``, and later ``OPTIONS="-k layer_norm
---benchmark-compare"``. A time counts until the device is done, with Python's share and a warm cache: what is published
-comes from bench.ops. As there, a result that breaks the rule of the tests is not timed.
+--benchmark-compare"``. Times include Python's share, with a warm cache; published times come from bench.ops. As there,
+what breaks the rule of the tests is not timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "implementation"), list(cases()))
 def test_op(benchmark: Any, case: Case, implementation: Implementation) -> None:
     torch.manual_seed(0)
-    case = replace(case)  # what it makes is freed when this test ends
+    case = replace(case)  # so that its tensors are freed when this test ends
     if reason := implementation.reason_against(case.arguments):
         pytest.skip(reason)
     run, _ = case.checked(implementation.function)

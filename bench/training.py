@@ -1,12 +1,12 @@
 """Task training: forward, backward and AdamW, with stochastic depth.
 
-All start from the same weights, get the same random images, the same gradient for all tokens after the final norm
-(there is no loss function), and the same rate of stochastic depth in every layer. AdamW is torch's, on a GPU its fused
-form. Each has a copy of the weights, which its steps change.
+All implementations have the same weights, random images, rate of stochastic depth in every layer, and gradient of all
+tokens after the final norm (there is no loss function). AdamW is torch's, on a GPU its fused form. Each steps a copy of
+its own.
 
-What is judged is the model that is timed, in the same mode and on the same batch, with stochastic depth off: its tokens
-and some gradients, from the first layer to the last. Stochastic depth is what each implementation makes of it: ours and
-the reference compute a layer's branches for the images that they keep, the others for all, and multiply by zero.
+Before the timing the same model, in the same mode and on the same batch, is checked with stochastic depth off: its
+tokens, and some gradients from the first layer to the last. Stochastic depth itself is each implementation's own: ours
+and the reference compute a branch for the images that they keep, the others for all, and multiply by zero.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
 
 DROP_PATH = 0.3  # rate of stochastic depth
-LEARNING_RATE = 1e-5  # small: the weights of all stay near those they began with
-CHUNK = 8  # images that our model runs at once for what is expected, since the wider dtype takes more memory
-ADAMW_TENSORS = 7  # reads parameter, gradient and both moments; writes parameter and both moments
+LEARNING_RATE = 1e-5  # so small that all weights stay near the first ones
+CHUNK = 8  # images at once for the expected results, since the wider dtype takes more memory
+ADAMW_TENSORS = 7  # it reads parameter, gradient and two moments, and writes parameter and two moments
 
 
 class Step:
     """Training steps of one implementation.
 
     Args:
-        model: of that peer, its weights in the dtype of the precision; the steps change it.
-        mode: eager, compile (the forward pass is compiled, and with it the backward), or a backend of ours.
+        model: the peer's, its weights in the dtype of the precision; the steps change it.
+        mode: eager, compile (of forward and backward), or a backend of ours.
     """
 
     def __init__(self, peer: Peer, model: nn.Module, mode: str) -> None:
@@ -57,21 +57,21 @@ class Step:
         self._optimizer.zero_grad()
 
     def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Adds to the parameters' gradients; gives the tokens."""
+        """Accumulates gradients; gives the tokens."""
         with self._context():
             tokens = self._forward(x)
         tokens.backward(gradient.to(tokens.dtype))
         return tokens.detach()
 
     def results(self, x: Tensor, gradient: Tensor, chunk: int, watched: list[str]) -> dict[str, Tensor]:
-        """All tokens and some gradients, without stochastic depth; nothing is left behind."""
+        """All tokens and some gradients, without stochastic depth. The model is the same afterwards."""
         self.model.eval()
         tokens = torch.cat([self.backward(*part) for part in zip(x.split(chunk), gradient.split(chunk), strict=True)])
         gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self.model.named_parameters()
         }
-        plan = plan_conversion(gradients)  # a layout renames and joins these weights, and so their gradients
+        plan = plan_conversion(gradients)  # converts gradients to our layout, as it does weights
         found = {f"the gradient of {name}": plan.read(name) for name in watched}
         self.model.zero_grad()
         self.model.train()
@@ -79,7 +79,7 @@ class Step:
 
 
 class Training(Task):
-    """A batch of random images, and the gradient of all tokens."""
+    """Steps on a batch of random images."""
 
     in_inference_mode = False
 
@@ -119,7 +119,7 @@ def build(peer: Peer, setting: Setting, ours: nn.Module, device: torch.device) -
 
 
 def incoming(setting: Setting, device: torch.device) -> Tensor:
-    """The gradient of all tokens: numbers of bf16, so that they are the same in every precision."""
+    """The gradient of all tokens: bf16 values, so that they are the same in every precision."""
     shape = Shape(setting.config, setting.resolution, setting.batch, device, torch.float32)
     generator = torch.Generator(device).manual_seed(1)
     size = (shape.batch, shape.tokens, shape.hidden)
@@ -127,7 +127,7 @@ def incoming(setting: Setting, device: torch.device) -> Tensor:
 
 
 def watched(config: BackboneConfig) -> list[str]:
-    """The parameters whose gradients stand for all, by our names."""
+    """The parameters whose gradients are checked, by our names."""
     last = config.depth - 1
     fc2 = "fc2" if config.ffn_layer == "mlp" else "w3"
     return [
@@ -139,17 +139,14 @@ def watched(config: BackboneConfig) -> list[str]:
 
 
 def floor(setting: Setting, rates: roofline.Rates) -> float:
-    """Seconds that a training step takes at least, its parts one after the other:
+    """The least seconds of a training step, the sum of
 
-        products(k) * 3 + attention * k * 3.5 + elementwise * k * 3 + AdamW
+        3 * (embedding + k * products) + 3.5 * k * attention + 3 * k * elementwise + AdamW
 
-    Products, attention and elementwise are those of a forward pass with output "all" (bench/roofline.py). A product
-    becomes three, of the same size; the two of attention become seven, since its backward computes the scores anew;
-    elementwise traffic is taken to be the same three times. AdamW moves 7 tensors as large as the parameters, in their
-    dtype, at the speed of a copy.
-
-    k is the share of the images that stochastic depth keeps in each branch, as the reference rounds it. The patch
-    embedding sees all images.
+    with the parts of a forward pass with output "all" (bench/roofline.py). The backward of a product is two more of the
+    same size; that of attention's two products is five, since it computes the scores anew; elementwise traffic counts
+    three times. AdamW moves 7 tensors as large as the parameters, in their dtype, at the speed of a copy. k is the
+    share of images that stochastic depth keeps in each branch, rounded as in the reference.
     """
     kept = max(int(setting.batch * (1 - DROP_PATH)), 1) / setting.batch
     whole = roofline.work(setting.config, setting.resolution, setting.batch, "all", setting.dtype.itemsize, False)

@@ -1,13 +1,13 @@
-"""Compiles what the steps of ``make gpu`` will run, in all cores at once, so that no step waits for a compiler.
+"""Compiles what the steps of ``make gpu`` will run, on all cores at once, so that no step waits for a compiler.
 
-    python -m bench.warm kernels --steps ops,model-224    # Triton's, ahead of time: the GPU is not touched
+    python -m bench.warm kernels --steps ops,model-224    # Triton's kernels, without touching the GPU
     python -m bench.warm peers --steps model-224          # Inductor's: timm's compiled forward pass runs once
 
-Triton and Inductor cache by content. A process that launches the same kernels with the same TRITON_CACHE_DIR, or
-compiles the same model with the same TORCHINDUCTOR_CACHE_DIR, finds them.
+Triton and Inductor cache by content: a process finds them if it launches the same kernels with the same
+TRITON_CACHE_DIR, or compiles the same model with the same TORCHINDUCTOR_CACHE_DIR.
 
-Kernels are compiled by running the engine and the ops on fake tensors (tests/aot.py), for sm_90, with Triton's
-implementation of each op: what ``engine-best`` will take is not known yet, and its launches are among these.
+Kernels are compiled for sm_90 by running the engine and the ops on fake tensors (tests/aot.py), with Triton's
+implementation of each op. What ``engine-best`` will take is not known yet, but its launches are among these.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from dinov2_fast.ops.dispatch import use_backend
 
 ARCH = 90
 CUDA = torch.device("cuda")
-DEPTH = 2  # of a model that stands for its own: all blocks launch the same, but for the last one's class token
+DEPTH = 2  # blocks of a model: all launch the same kernels, except the last one with output cls
 
 
 class Task(NamedTuple):
-    """What one process does: a function of this module, and its arguments."""
+    """The work of one process: a function of this module and its arguments."""
 
     run: Callable[..., int]
     arguments: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 def forward_settings(words: list[str]) -> Iterator[tuple[Any, list[str]]]:
-    """Of a command of bench.model, each setting of a plain forward pass, as strings and numbers, and its modes."""
+    """The settings of forward passes in a command of bench.model, as strings and numbers, and their modes."""
     options = model._parse(words)
     if options.task in ("throughput", "latency"):
         for config in options.models:
@@ -63,7 +63,7 @@ def forward_settings(words: list[str]) -> Iterator[tuple[Any, list[str]]]:
 
 
 def kernels(commands: list[list[str]], device: str) -> Iterator[Task]:
-    """Those of the engines, of bench.ops and of the tests that a GPU runs first; the longest tasks first."""
+    """Tasks for the engines, bench.ops and the tests marked gpu_first; the longest come first."""
     for module, *words in commands:
         for where, names in forward_settings(words) if module == "bench.model" else ():
             if any(map(modes.is_engine, names)):
@@ -80,7 +80,7 @@ def kernels(commands: list[list[str]], device: str) -> Iterator[Task]:
 
 
 def engine(name: str, resolution: int, batch: int, output: str, precision: str) -> int:
-    """The launches of one call of the engine. It is folded on the CPU, and then its tensors become fake ones."""
+    """Of one call of the engine, which is folded on the CPU before its tensors become fake ones."""
     sizes = harness.MODELS[name].constructor_arguments() | {"depth": DEPTH}
     options = {"outputs": output, "cuda_graphs": False, "follow_weights": False, "allow_slow": True}
     made = optimize_for_inference(DinoVisionTransformer(**sizes).eval(), precision, **options)
@@ -94,7 +94,7 @@ def engine(name: str, resolution: int, batch: int, output: str, precision: str) 
 
 
 def cases(name: str, resolution: int, op: str, device: str) -> int:
-    """Those of an op in bench.ops, forward, at the sizes of a backbone."""
+    """Of an op in bench.ops, forward, at the sizes of a backbone."""
     words = ["--device", device, "--models", name, "--sizes", str(resolution), "--ops", op, "--modes", "forward"]
     options = ops._parse(words)
 
@@ -108,14 +108,14 @@ def cases(name: str, resolution: int, op: str, device: str) -> int:
 
 
 def tested(name: str) -> int:
-    """Those of a case of tests/test_on_gpu.py."""
+    """Of a case of tests/test_on_gpu.py."""
     from tests import test_on_gpu
 
     return launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
 
 
 class RunKernels(TorchDispatchMode):
-    """Inside, an op of ours on fake tensors runs its launcher, where torch would only ask for the result's shape."""
+    """Has our ops run their launchers on fake tensors, where torch would only ask for the shape of the result."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "dinov2_fast":
@@ -124,7 +124,7 @@ class RunKernels(TorchDispatchMode):
 
 
 def launches(call: Callable[[], Any]) -> int:
-    """Compiles all that `call` launches, with Triton wherever there is a kernel of it; gives how many launches."""
+    """Compiles all that `call` launches, by Triton where it has a kernel; gives the number of launches."""
     from tests.aot import compiling
 
     with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
@@ -147,7 +147,7 @@ def has_driver() -> bool:
 
 @contextlib.contextmanager
 def building_launchers() -> Iterator[None]:
-    """Has the C compiler build what starts each kernel, too: half a second each. It needs the driver's library."""
+    """Also builds the C code that launches each kernel: half a second each. This needs the driver's library."""
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime.jit import JITFunction
 
@@ -175,8 +175,7 @@ def peers(commands: list[list[str]], device: str) -> Iterator[Task]:
 def peer(name: str, resolution: int, batch: int, output: str, precision: str, device: str) -> int:
     """Runs timm's compiled forward pass by bench.model itself.
 
-    Inductor's key holds pickled arguments, and with them names of modules: in a process that was started in another way
-    it is another key.
+    Inductor's key holds names of modules, which differ in a process that is started in another way.
     """
     where = {"models": name, "sizes": resolution, "batches": batch, "outputs": output, "precisions": precision}
     options = where | {"device": device, "implementations": "timm", "modes": "compile", "seconds": 0}
@@ -189,12 +188,12 @@ def peer(name: str, resolution: int, batch: int, output: str, precision: str, de
 
 
 def hide_gpu() -> None:
-    """Fake tensors would make a context on a GPU that they find, in each process."""
+    """Without this, fake tensors would create a CUDA context in each process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def run(tasks: list[Task], workers: int, prepare: Callable[[], None] | None) -> int:
-    """Each in a process that was not forked, which neither CUDA nor fake tensors would survive; the exit status."""
+    """Runs tasks in spawned processes, since neither CUDA nor fake tensors survive a fork; gives the exit status."""
     failed = 0
     workers = max(1, min(workers, len(tasks)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare) as pool:

@@ -1,4 +1,4 @@
-"""What :mod:`bench.ops` runs: each form of an op at the sizes of a backbone, and the work it cannot avoid."""
+"""What :mod:`bench.ops` runs: each form of an op at the sizes of a backbone, and the least work that it takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
 MODES = ("forward", "backward")
 PATCH = 14
 CPU = torch.device("cpu")
-LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of the small crops that training mixes with the large ones
+LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of a local crop of pretraining
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shape:
 
     @property
     def mixed_lengths(self) -> tuple[int, ...]:
-        """Tokens of large and small crops, as many of each, packed one kind after the other."""
+        """Tokens of global crops, then of as many local crops, packed into one sequence."""
         return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
     def random(self, *sizes: int) -> Tensor:
@@ -83,18 +83,19 @@ def arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) -> 
 
 @dataclass(frozen=True)
 class Workload:
-    """A form of an op, and what it is given.
+    """A form of an op, and its arguments.
 
     Args:
-        op, form: as settings have them.
-        arguments: for a shape, as the op's implementations take them.
+        op, form: names as in a setting of backends.
+        arguments: makes, for a shape, what the op's implementations take.
         flops: of its matrix products, forward.
         moved: bytes that it must read or write, forward, from its arguments and results.
-        saved: positions of the arguments that its backward must read (or something as large); None: it has none.
-        of_swiglu: whether only backbones with SwiGLU (True) or only those without (False) run it.
-        place: where in the model, if a form has several.
-        e4m3: whether it reads or writes e4m3 values, which is an option of the form.
-        changes: the position of the argument that is changed; None: none is.
+        saved: positions of the arguments that its backward must read (or something as large); None if it has no
+            backward.
+        of_swiglu: True if only backbones with SwiGLU run it, False if only those without do.
+        place: where in the model, if a form has several places.
+        e4m3: whether it reads or writes e4m3 values.
+        changes: position of the argument that it changes in place.
     """
 
     op: str
@@ -134,7 +135,7 @@ class Workload:
 
 
 def attention_flops(shape: Shape) -> float:
-    """Of queries with keys and of weights with values, in one layer."""
+    """Of both products of one layer."""
     return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
 
 
@@ -142,7 +143,7 @@ def _varlen_flops(shape: Shape) -> float:
     return 4.0 * sum(length**2 for length in shape.mixed_lengths) * shape.hidden
 
 
-# The arguments of the forms below; with a `scale` of those that give e4m3 values.
+# The arguments of the forms below. With a `scale` the op gives e4m3 values.
 
 
 def _norm(shape: Shape, scale: float | None = None, branch: bool = False) -> tuple[Any, ...]:
@@ -169,7 +170,7 @@ def _subset(shape: Shape) -> tuple[Any, ...]:
 
 
 def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
-    """Large and small crops of the same images, and the half of them that stochastic depth keeps."""
+    """Global and local crops of the same images, and the half of them that stochastic depth keeps."""
     small = shape.random(shape.batch, LOCAL_TOKENS, shape.hidden)
     return [shape.stream(), small], [shape.half(), shape.half()]
 
@@ -200,7 +201,7 @@ def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tup
 def _both(
     op: str, form: str, arguments: Callable[[Shape, float | None], tuple[Any, ...]], scale: float = 0.0625, **about: Any
 ) -> Iterator[Workload]:
-    """A form without e4m3 values, and with them, which has no backward."""
+    """A form without e4m3 values, and with them, where it has no backward."""
     yield Workload(op, form, partial(arguments, scale=None), **about)
     yield Workload(op, form, partial(arguments, scale=scale), **(about | {"saved": None, "e4m3": True}))
 
@@ -221,11 +222,11 @@ WORKLOADS = (
         "attention",
         "probabilities",
         lambda s: (s.qkv(s.batch, s.tokens), slice(0, 1)),
-        moved=lambda arguments, results: arguments[0].nbytes // 3 + results[0].nbytes,  # of qkv the keys
+        moved=lambda arguments, results: arguments[0].nbytes // 3 + results[0].nbytes,  # the keys in qkv
     ),
     Workload("residual", "add", lambda s: (s.stream(), s.stream(), s.random(s.hidden), None, None, 1.0), saved=(1, 2)),
     Workload("residual", "add", _subset, saved=(1, 2), place="subset"),
-    # It reads what it writes.
+    # It reads as much as it writes.
     Workload("residual", "gather", _crops, moved=lambda _, results: 2 * sum(x.nbytes for x in results), saved=()),
     Workload("attention_pool", "pool", _pool, lambda s: 4.0 * s.batch * s.tokens * s.config.num_heads * s.hidden),
     Workload("patches", "patches", _images),
