@@ -5,6 +5,8 @@ They may change with any version of torch: tests/test_torch_private.py has a tes
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,6 +25,7 @@ __all__ = [
     "TorchDispatchMode",
     "below_autograd",
     "constant_when_traced",
+    "fused_by_onednn",
     "gelu_linear",
     "has_any_global_hook",
     "has_kernel",
@@ -32,6 +35,7 @@ __all__ = [
     "is_fx_traced",
     "is_in_dispatch_mode",
     "is_jit_traced",
+    "is_plain",
     "is_traced",
     "onednn_linear",
     "onednn_pack",
@@ -39,6 +43,8 @@ __all__ = [
     "softmax_backward",
     "without_autocast",
 ]
+
+_FUSING = threading.Lock()  # what enables oneDNN's graphs is a setting of the process
 
 
 # Tracing
@@ -93,6 +99,12 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is its memory and nothing else: no subclass, no wrapper of torch.func, no tangent."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) is Tensor and not wrapped and not has_tangent(tensor)
+
+
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether an operator has a kernel for a type of device."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
@@ -114,6 +126,28 @@ def onednn_pack(weight: Tensor) -> Tensor:
     With AVX-512 they are the same for any number of rows, once they were asked for by as many as here.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024)
+
+
+def fused_by_onednn(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor] | None:
+    """`function` as one operation of oneDNN, for arguments with the sizes and strides of `examples`.
+
+    It keeps to the number of threads that torch has now. Other arguments are computed by the operations of `function`.
+    None if oneDNN cannot fuse them all, or if this torch has none of its graphs.
+    """
+    with _FUSING, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch deprecates torch.jit, but this is the only way to oneDNN's graphs
+        before = torch._C._jit_llga_enabled()
+        torch._C._jit_set_llga_enabled(True)
+        try:
+            fused = torch.jit.trace(function, examples, check_trace=False)
+            for _ in range(2):  # the first run records sizes, the second one fuses
+                fused(*examples)
+            graph = str(torch._C._last_executed_optimized_graph())
+        except Exception:  # oneDNN does not compile it, or TorchScript does not run on this version of Python
+            return None
+        finally:
+            torch._C._jit_set_llga_enabled(before)
+    return fused if "oneDNNFusionGroup" in graph else None
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

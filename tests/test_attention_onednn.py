@@ -1,4 +1,4 @@
-"""The op attention by oneDNN's products, which a CPU with AVX-512 uses for long sequences in fp32."""
+"""The op attention by oneDNN's fused attention, which a CPU with AVX-512 uses in fp32."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 
 import pytest
 import torch
+from torch import Tensor
 
 from dinov2_fast import ops
-from dinov2_fast.torch_private import onednn_linear
+from dinov2_fast.torch_private import FakeTensorMode
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
@@ -16,53 +17,90 @@ op = importlib.import_module("dinov2_fast.ops.attention")  # `ops.attention` is 
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows of each product of oneDNN."""
-    seen: list[int] = []
-    monkeypatch.setattr(op, "onednn_linear", lambda x, *rest: seen.append(len(x)) or onednn_linear(x, *rest))
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The sizes of the queries of each call of oneDNN."""
+    seen: list[tuple[int, ...]] = []
+    right = op._fused
+
+    def recorded(*layouts, threads):
+        seen.append(tuple(layouts[0][0]))
+        return right(*layouts, threads=threads)
+
+    monkeypatch.setattr(op, "_fused", recorded)
     return seen
 
 
+def _attention(qkv: Tensor, **options) -> Tensor:
+    return ops.attention(qkv, backend="onednn", **options)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-@pytest.mark.parametrize("seq_len", [384, 1370])
-def test_outputs_obey_the_rule(seq_len: int, mean: float, products: list[int]) -> None:
+@pytest.mark.parametrize(("seq_len", "heads", "head_dim"), [(182, 2, 32), (257, 3, 64), (530, 1, 64), (1370, 2, 64)])
+def test_outputs_obey_the_rule(seq_len: int, heads: int, head_dim: int, mean: float, fused) -> None:
     """Also where the values have a mean, whose sum in order would be too coarse."""
-    qkv = torch.randn(2, seq_len, 3, 2, 64)
+    qkv = torch.randn(2, seq_len, 3, heads, head_dim)
     qkv[:, :, 2] += mean
-    with torch.no_grad():
-        found = ops.attention(qkv, backend="onednn")
-    assert products == [seq_len] * 8
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled):
+            found = _attention(qkv)
+    assert fused == 2 * [(2, heads, seq_len, head_dim)]
     assert found.is_contiguous()
     reference.assert_obeys_rule(found, reference.attention(qkv), ops.attention(qkv, backend="torch"))
 
 
-def test_the_scores_are_written_in_parts(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "ONEDNN_SCORES", 1000 * 400)
-    qkv = torch.randn(1, 1000, 3, 1, 64)
-    with torch.no_grad():
-        found = ops.attention(qkv, backend="onednn")
-    assert products == [400, 400, 400, 400, 200, 200]
+@pytest.mark.parametrize(
+    ("most", "parts"),
+    [(6 * 300**2, [(2, 3, 300, 64), (1, 3, 300, 64)]), (2 * 300**2, 3 * [(1, 2, 300, 64), (1, 1, 300, 64)])],
+)
+def test_many_scores_are_computed_in_parts(most: int, parts: object, fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "ONEDNN_MOST", most)
+    qkv = torch.randn(3, 300, 3, 3, 64)
+    found = _attention(qkv)
+    assert fused == parts
     torch.testing.assert_close(found, ops.attention(qkv, backend="torch"))
 
 
-def test_what_is_torch_s(products: list[int]) -> None:
-    """Short sequences, other dtypes, and whatever is recorded, traced, or dropped."""
+def test_a_part_of_a_larger_tensor_is_read_in_place(fused) -> None:
+    whole = torch.randn(2, 300, 4, 2, 64)
+    found = _attention(whole[:, :, 1:])
+    assert len(fused) == 1
+    torch.testing.assert_close(found, ops.attention(whole[:, :, 1:].contiguous(), backend="torch"))
+
+
+def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(op, "fused_by_onednn", lambda *_: made.append(torch.get_num_threads()))
+    qkv, before = torch.randn(1, 301, 3, 1, 64), torch.get_num_threads()
+    op._fused.cache_clear()
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        found = _attention(qkv)
+    torch.set_num_threads(before)
+    op._fused.cache_clear()
+    assert made == [1, 2]
+    assert torch.equal(found, ops.attention(qkv, backend="torch")), "where oneDNN has none"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_is_torch_s(fused) -> None:
+    """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
     qkv = torch.randn(1, 400, 3, 1, 64)
-    ops.attention(qkv.requires_grad_(), backend="onednn").sum().backward()
-    assert qkv.grad is not None
-    with torch.no_grad():
-        ops.attention(qkv[:, :300], backend="onednn")
-        ops.attention(qkv.bfloat16(), backend="onednn")
-        ops.attention(qkv, backend="onednn", dropout_p=0.5)
-        torch.jit.trace(lambda x: ops.attention(x, backend="onednn"), qkv, check_trace=False)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ops.attention(qkv, backend="onednn").dtype == torch.bfloat16
-    assert not products
+    _attention(qkv.clone().requires_grad_()).sum().backward()
+    _attention(qkv[:, :200])
+    _attention(qkv.bfloat16())
+    _attention(qkv, dropout_p=0.5)
+    torch.jit.trace(_attention, qkv, check_trace=False)
+    assert torch.func.vmap(_attention)(qkv[None]).shape == (1, 1, 400, 1, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _attention(qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _attention(qkv).dtype == torch.bfloat16
+    assert not fused
 
 
-def test_no_derivative_of_forward_mode_is_lost(products: list[int]) -> None:
+def test_no_derivative_of_forward_mode_is_lost(fused) -> None:
     """torch's attention has none, and says so."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
-        torch.func.jvp(lambda x: ops.attention(x, backend="onednn"), (qkv,), (qkv,))
-    assert not products
+        torch.func.jvp(_attention, (qkv,), (qkv,))
+    assert not fused

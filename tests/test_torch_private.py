@@ -104,6 +104,30 @@ def test_onednn_linear(activation: str) -> None:
         torch.testing.assert_close(torch_private.onednn_linear(X, weight, X[0, :3].contiguous(), activation), expected)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_fused_by_onednn() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(-2, -1) / 8.0).softmax(-1) @ v
+
+    fused = torch_private.fused_by_onednn(attention, *torch.zeros(3, 1, 2, 20, 64))
+    assert fused is not None, "this torch has no oneDNN Graph: attention is slower on a CPU with AVX-512"
+    for tokens in (20, 21):
+        operands = torch.randn(3, 1, 2, tokens, 64)
+        torch.testing.assert_close(fused(*operands), attention(*operands))
+    assert torch_private.fused_by_onednn(lambda x: x.cumsum(0), X) is None
+    assert not torch._C._jit_llga_enabled()
+
+
+def test_tensors_that_are_more_than_their_memory_are_noticed() -> None:
+    plain: list[bool] = []
+    torch.func.vmap(lambda x: plain.append(torch_private.is_plain(x)) or x)(X)
+    with forward_ad.dual_level():
+        plain.append(torch_private.is_plain(forward_ad.make_dual(X, X)))
+    assert plain == [False, False]
+    assert torch_private.is_plain(X)
+    assert not torch_private.is_plain(nn.Parameter(X))
+
+
 def test_gelu_linear() -> None:
     expected = F.gelu(F.linear(X, X, X[0, :3]))
     torch.testing.assert_close(torch_private.gelu_linear(X, X, X[0, :3]), expected, atol=1e-3, rtol=0)

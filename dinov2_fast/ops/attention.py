@@ -8,6 +8,8 @@ Source: Vaswani et al., arXiv:1706.03762.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import groupby, product
 from types import ModuleType
 from typing import Any
@@ -20,12 +22,12 @@ from torch.autograd.function import once_differentiable
 from dinov2_fast.ops import _attention_peers, _fp8, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
-from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
-from dinov2_fast.torch_private import has_tangent, is_traced, onednn_linear, softmax_backward
+from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
+from dinov2_fast.torch_private import fused_by_onednn, is_in_dispatch_mode, is_plain, is_traced, softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
-ONEDNN_TOKENS = 384  # between those where oneDNN's products win and those where torch's attention does
-ONEDNN_SCORES = 1 << 22  # 16 MiB
+ONEDNN_LEAST = 1 << 16  # scores from which oneDNN's attention is faster than torch's
+ONEDNN_MOST = 1 << 25  # scores at once, of one head at least: the first call for a shape writes them out thrice
 
 
 def attention(
@@ -101,36 +103,53 @@ def attention_probabilities_torch(qkv: Tensor, rows: slice) -> Tensor:
 
 
 def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
-    """By oneDNN's products, one head at a time, for fp32 sequences of `ONEDNN_TOKENS` on; else by torch's attention.
+    """By oneDNN's fused attention in fp32; by torch's in other dtypes, for few scores, and if anything follows the ops.
 
-    torch's attention takes its products from MKL. The scores of a head are written out, `ONEDNN_SCORES` at a time.
-    oneDNN adds up p @ v one key after another, so the mean of v, which p leaves as it is, is added at the end: sums of
-    values with a mean would have more than twice the error of torch's.
+    torch's attention takes its products from MKL. oneDNN adds up p @ v one key after another, which for values with a
+    mean has more than twice the error of torch's. So it gets v without its mean, which is added at the end: p leaves it
+    as it is.
     """
-    plain = not dropout_p and scale is None and qkv.dtype == torch.float32
-    followed = is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled(qkv.device.type) or has_tangent(qkv)
-    if followed or not plain or qkv.shape[1] < ONEDNN_TOKENS:
+    batch, seq_len, _, heads, _ = qkv.shape
+    scores = heads * seq_len**2
+    followed = is_traced() or is_in_dispatch_mode() or torch.is_autocast_enabled(qkv.device.type) or not is_plain(qkv)
+    plain = not dropout_p and scale is None and qkv.dtype == torch.float32 and batch * scores >= ONEDNN_LEAST
+    if followed or not plain or records_gradient([qkv]):
         return attention_torch(qkv, seq_lens, dropout_p, scale)
-    batch, seq_len, _, heads, head_dim = qkv.shape
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()  # each (batch, heads, seq_len, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (batch, heads, seq_len, head_dim)
     mean = v.mean(2, keepdim=True)
-    q, v = q * head_dim**-0.5, (v - mean).transpose(2, 3).contiguous()
-    out = qkv.new_empty(batch, heads, seq_len, head_dim)
-    rows = max(1, ONEDNN_SCORES // seq_len)
-    for image, head in product(range(batch), range(heads)):
-        for part, into in zip(q[image, head].split(rows), out[image, head].split(rows), strict=True):
-            scores = onednn_linear(part, k[image, head], None, "none")
-            into.copy_(onednn_linear(scores.softmax(-1), v[image, head], None, "none"))
-    out += mean
-    return out.transpose(1, 2).contiguous()
+    v = v - mean
+    out = qkv.new_empty(batch, seq_len, heads, qkv.shape[-1])
+    images = max(1, ONEDNN_MOST // scores)
+    heads_at_once = min(heads, max(1, ONEDNN_MOST // seq_len**2))
+    for image, head in product(range(0, batch, images), range(0, heads, heads_at_once)):
+        part = slice(image, image + images), slice(head, head + heads_at_once)
+        operands = q[part], k[part], v[part]
+        fused = _fused(*((x.shape, x.stride()) for x in operands), threads=torch.get_num_threads())
+        if fused is None:
+            return attention_torch(qkv, seq_lens, dropout_p, scale)
+        torch.add(fused(*operands), mean[part], out=out.transpose(1, 2)[part])
+    return out
+
+
+@lru_cache(maxsize=256)
+def _fused(*layouts: tuple[torch.Size, tuple[int, ...]], threads: int) -> Callable[..., Tensor] | None:
+    """oneDNN's attention for q, k and v of these sizes and strides, and for so many threads; None if it has none."""
+    root = layouts[0][0][-1] ** 0.5
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / root).softmax(-1) @ v
+
+    with torch.inference_mode(False):
+        return fused_by_onednn(formula, *(torch.empty_strided(*layout, device="cpu").zero_() for layout in layouts))
 
 
 def _onednn() -> Implementation:
-    # Its time as a share of that of torch's, whose products are MKL's (AMD EPYC of family 26, 2 threads, 6 heads of 64,
-    # batch 1; AVX2 by ONEDNN_MAX_CPU_ISA and its like):
-    #   tokens    257   530   785   1370
-    #   AVX-512   1.00  0.72  0.67  0.64    257 tokens, batch 8: 1.11
-    #   AVX2      1.47        1.05  1.03
+    # Its time as a share of that of torch's, whose products are MKL's (AMD EPYC of family 26 with AVX-512, 2 threads,
+    # torch 2.11, heads of 64; AVX2 by ONEDNN_MAX_CPU_ISA and its like):
+    #   batch x heads    1 x 6    8 x 6    1 x 6     2 x 12    1 x 6
+    #   tokens             257      257     1370       1370     5477
+    #   AVX-512           0.54     0.49     0.53       0.50     0.58
+    #   AVX2              0.98     0.98     1.03
     return Implementation(
         "onednn",
         attention_onednn,
@@ -138,7 +157,7 @@ def _onednn() -> Implementation:
         forms=("batch",),
         unavailable=onednn_is_absent,
         elsewhere=lambda device: device.type == "cpu",
-        why=f"from {ONEDNN_TOKENS} tokens on takes 0.7 of the time of torch's on a CPU with AVX-512",
+        why="takes 0.5 to 0.6 of the time of torch's on a CPU with AVX-512",
     )
 
 
