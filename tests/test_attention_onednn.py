@@ -81,7 +81,7 @@ def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(found, ops.attention(qkv, backend="torch")), "where oneDNN has none"
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "error::torch.jit.TracerWarning")
 def test_what_is_torch_s(fused) -> None:
     """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
     qkv = torch.randn(1, 400, 3, 1, 64)

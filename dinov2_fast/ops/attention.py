@@ -109,16 +109,17 @@ def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float
     mean has more than twice the error of torch's. So it gets v without its mean, which is added at the end: p leaves it
     as it is.
     """
-    batch, seq_len, _, heads, _ = qkv.shape
-    scores = heads * seq_len**2
     followed = is_traced() or is_in_dispatch_mode() or torch.is_autocast_enabled(qkv.device.type) or not is_plain(qkv)
-    plain = not dropout_p and scale is None and qkv.dtype == torch.float32 and batch * scores >= ONEDNN_LEAST
-    if followed or not plain or records_gradient([qkv]):
+    if followed or dropout_p or scale is not None or qkv.dtype != torch.float32 or records_gradient([qkv]):
+        return attention_torch(qkv, seq_lens, dropout_p, scale)
+    batch, seq_len, _, heads, head_dim = qkv.shape
+    scores = heads * seq_len**2
+    if batch * scores < ONEDNN_LEAST:
         return attention_torch(qkv, seq_lens, dropout_p, scale)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (batch, heads, seq_len, head_dim)
     mean = v.mean(2, keepdim=True)
     v = v - mean
-    out = qkv.new_empty(batch, seq_len, heads, qkv.shape[-1])
+    out = qkv.new_empty(batch, seq_len, heads, head_dim)
     images = max(1, ONEDNN_MOST // scores)
     heads_at_once = min(heads, max(1, ONEDNN_MOST // seq_len**2))
     for image, head in product(range(0, batch, images), range(0, heads, heads_at_once)):
