@@ -85,7 +85,9 @@ def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_torch_s(fused) -> None:
     """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
     qkv = torch.randn(1, 400, 3, 1, 64)
-    _attention(qkv.clone().requires_grad_()).sum().backward()
+    leaf = qkv.clone().requires_grad_()
+    _attention(leaf).sum().backward()
+    assert leaf.grad is not None
     _attention(qkv[:, :200])
     _attention(qkv.bfloat16())
     _attention(qkv, dropout_p=0.5)

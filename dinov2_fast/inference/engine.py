@@ -28,7 +28,6 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.ops.table import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
-from dinov2_fast.torch_private import has_tangent
 
 # The dtype of activations and outputs.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -305,7 +304,8 @@ class Engine(nn.Module):
         """``folded.method(*args, **kwargs)`` with the weights as they were folded."""
         args = tuple(self._channels_first(argument) for argument in args)
         kwargs = {name: self._channels_first(argument) for name, argument in kwargs.items()}
-        if dispatch.records_gradient([*args, *kwargs.values()]):
+        inputs = [*args, *kwargs.values()]
+        if dispatch.records_gradient(inputs):
             raise RuntimeError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
@@ -313,7 +313,7 @@ class Engine(nn.Module):
         with _without_autocast(self.device.type):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
-            if any(map(has_tangent, dispatch.tensors_of([*args, *kwargs.values()]))):
+            if dispatch.carries_tangent(inputs):
                 raise RuntimeError(
                     "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
                     "tangent. Use the model itself."

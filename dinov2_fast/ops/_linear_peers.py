@@ -11,8 +11,8 @@ from torch import Tensor
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, finish, refuses_stream
-from dinov2_fast.ops.dispatch import Implementation
-from dinov2_fast.torch_private import gelu_linear, has_tangent, is_traced, onednn_linear, onednn_pack
+from dinov2_fast.ops.dispatch import Implementation, carries_tangent
+from dinov2_fast.torch_private import gelu_linear, is_traced, onednn_linear, onednn_pack
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
 # Multiplications from which oneDNN is worth its start, some 10 us dearer than that of F.linear: they break even at
@@ -74,7 +74,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "
 def _onednn_refuses(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
     if weight.dtype != x.dtype:
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
-    if has_tangent(x) or has_tangent(weight) or (bias is not None and has_tangent(bias)):
+    if carries_tangent((x, weight, bias)):
         return "has no derivative of forward mode"
     return "does not follow autocast" if torch.is_autocast_enabled(x.device.type) else None
 

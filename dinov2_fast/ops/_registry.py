@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import extension
-from dinov2_fast.ops.dispatch import Implementation, records_gradient, tensors_of
-from dinov2_fast.torch_private import below_autograd, constant_when_traced, has_tangent, without_autocast
+from dinov2_fast.ops.dispatch import Implementation, carries_tangent, records_gradient
+from dinov2_fast.torch_private import below_autograd, constant_when_traced, without_autocast
 
 
 def is_installed(package: str) -> bool:
@@ -65,7 +65,7 @@ def register(
 
 def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        if any(has_tangent(tensor) for tensor in tensors_of(args)):
+        if carries_tangent(args):
             raise NotImplementedError(f"{op} has no forward-mode derivative: use the torch backend for it.")
         if records_gradient(args):
             return autograd(*args)

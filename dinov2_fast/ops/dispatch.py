@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import environment
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.torch_private import is_fx_traced
+from dinov2_fast.torch_private import has_tangent, is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -291,6 +291,11 @@ def first_tensor(args: Iterable[Any]) -> Tensor:
 def records_gradient(args: Iterable[Any]) -> bool:
     """Whether autograd records an op on these arguments."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args))
+
+
+def carries_tangent(args: Iterable[Any]) -> bool:
+    """Whether one of these arguments has a derivative of forward mode."""
+    return any(map(has_tangent, tensors_of(args)))
 
 
 def refuse_gradient(name: str, args: Iterable[Any]) -> None:
