@@ -1,9 +1,9 @@
 """Speed of each op, all implementations side by side: ``python -m bench.ops --ops layer_norm --models S --sizes 224``.
 
-Results are first checked against plain PyTorch in a wider dtype; an implementation that breaks the rule of the tests is
-refused. Then all run in turn, each time with a cold L2 cache; a row has the median. The floor is the time to move the
-bytes that an op must move at the speed of a copy, or to compute its matrix products at the speed of a large one,
-whichever is longer; both speeds are measured in the same run. On a CPU no kernel of ours runs.
+Results are first checked against plain PyTorch in a wider dtype; an implementation that breaks the rule of
+bench/harness.py is refused. Then all run in turn, each time with a cold L2 cache; a row has the median. The floor is
+the time to move the bytes that an op must move at the speed of a copy, or to compute its matrix products at the speed
+of a large one, whichever is longer; both speeds are measured in the same run. On a CPU no kernel of ours runs.
 
 With ``--write``, ``best.json`` beside the rows names the fastest backend of each form of an op at each resolution.
 """
@@ -26,13 +26,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from bench import harness, records, roofline
-from bench.harness import Run, contest, quantiles
+from bench.harness import Run, contest, obeys_rule, quantiles
 from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import first_tensor, tensors_of
-from tests.reference import assert_obeys_rule
 
 TASK = "ops"
 BEST = "best.json"
@@ -80,9 +79,9 @@ class Case:
         return next(each.function for each in self.workload.implementations() if each.backend == "torch")
 
     def checked(self, function: Callable[..., Any]) -> tuple[Run, float]:
-        """The run to time of an implementation, and its error; AssertionError if it breaks the rule of the tests."""
+        """The run to time of an implementation, and its error; AssertionError if it breaks the rule."""
         run = self.run(function)
-        return run, max(assert_obeys_rule(*each) for each in zip(run(), *self.expected, strict=True))
+        return run, max(obeys_rule(*each) for each in zip(run(), *self.expected, strict=True))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...] | None = None) -> Run:
         """Runs an op as inference does, on a copy of the argument that it changes; or only its backward."""

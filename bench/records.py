@@ -36,7 +36,7 @@ LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; in all other
 NOT_MEASURED = "not_measured"  # the key in `versions` of the reason why a row has no value
 KINDS = {
     torch.OutOfMemoryError: "out of memory",
-    AssertionError: "refused",  # by the rule of the tests
+    AssertionError: "refused",  # by the rule
     ValueError: "refused",
     NotImplementedError: "cannot run here",
     BackendError: "cannot run here",

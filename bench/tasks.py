@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bench import harness, records, roofline
-from bench.harness import Run, contest, quantiles
+from bench.harness import Run, contest, obeys_rule, quantiles
 from bench.modes import DTYPES, compiling, is_best, why_missing
 from bench.peers import OURS, Peer
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
-from tests.reference import assert_obeys_rule
 
 SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # least seconds of one timing of throughput, in calls that do not wait
-# A peer may err this many times as much as the rule of the tests allows ours: it only has to compute the same model.
+# A peer may err this many times as much as the rule allows ours: it only has to compute the same model.
 # OpenVINO in fp32 errs three times as much as torch.
 SLACK_OF_PEERS = 5
 COSINE = 0.98  # least cosine of a token in fp8 with the same token in fp32
@@ -124,7 +123,7 @@ class Judge:
         for name, result in found.items():
             allowed = (wide[name] + slack * (usual[name] - wide[name])).to(usual[name].dtype)
             try:
-                worst = max(worst, assert_obeys_rule(result.to(allowed.dtype), wide[name], allowed))
+                worst = max(worst, obeys_rule(result.to(allowed.dtype), wide[name], allowed))
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
         return {"outputs_max_error": worst}

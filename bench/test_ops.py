@@ -2,7 +2,7 @@
 
 ``make bench-ops OPTIONS="-k layer_norm --benchmark-save=before"``, and later ``OPTIONS="-k layer_norm
 --benchmark-compare"``. Times include Python's share, with a warm cache; published times come from bench.ops. As there,
-what breaks the rule of the tests is not timed.
+what breaks the rule is not timed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The ops in fp64, written from their formulas and independently of the package, and the rule that results must meet.
 
 The rule (both at once), with `torch_result` plain PyTorch's in the dtype under test:
-    max|y - ref| <= 3 max|torch - ref| + ulp(max|ref|)
+    max|y - ref| <= 2 max|torch - ref| + ulp(max|ref|)
     ||y - ref||  <= 2 ||torch - ref|| + ||ref|| 2^-p        p = 8 for bf16, 11 for fp16, 24 for fp32
-For fp64 results p is 49, since the reference is rounded too. The largest error is a matter of chance: oneDNN's linears
-have errors of 1.4 times torch's norm, and the largest is 1.3 to 2.6 times torch's largest (75 random inputs).
+For fp64 results p is 49, since the reference is rounded too.
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ from torch import Tensor
 _BITS = {torch.float8_e4m3fn: 4, torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 49}
 
 
-def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor) -> float:
+def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor, largest_error: float = 2.0) -> float:
     """Fails if `y` is further from `ref`, of a wider dtype, than the rule allows.
+
+    Args:
+        largest_error: the factor of the first bound.
 
     Returns:
         The largest error of an element, relative to the largest element of `ref`.
@@ -31,7 +33,7 @@ def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor) -> float:
     wrong, usual, bits = y.double() - ref, torch_result.double() - ref, _BITS[y.dtype]
     largest, worst, usually = (x.abs().max().item() for x in (ref, wrong, usual))
     ulp = 2.0 ** (math.floor(math.log2(max(largest, 1e-300))) + 1 - bits)
-    assert worst <= 3 * usually + ulp, f"an element is {worst:.3g} off, torch's worst {usually:.3g}"
+    assert worst <= largest_error * usually + ulp, f"an element is {worst:.3g} off, torch's worst {usually:.3g}"
     size, error, usual_error = (x.norm().item() for x in (ref, wrong, usual))
     assert error <= 2 * usual_error + size * 2.0**-bits, f"the error's norm is {error:.3g}, torch's {usual_error:.3g}"
     return worst / max(largest, 1e-300)

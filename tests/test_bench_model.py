@@ -19,6 +19,7 @@ from bench.peers import OURS, TIMM, Peer
 from bench.tasks import COSINE, Models, Setting
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
+from tests.reference import assert_obeys_rule
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(BACKBONES["dinov2_vits14"], embed_dim=32, depth=2, num_heads=2)
@@ -150,6 +151,21 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     failed, fine = _measure(_peer("failed", call=_raising(RuntimeError("no more\nat all"))), OURS)
     assert records.reason(failed) == "failed: no more"
     assert fine["value"] > 0
+
+
+def test_one_error_may_be_larger_than_in_tests_but_not_their_norm() -> None:
+    exact = torch.randn(1000, dtype=torch.float64)
+    torchs, one, all_of_them = exact + 1e-6, exact + 1e-6, exact + 2.5e-6
+    one[0] += 1.5e-6
+    torchs, one, all_of_them = (x.float() for x in (torchs, one, all_of_them))
+    with pytest.raises(AssertionError, match="an element is"):
+        assert_obeys_rule(one, exact, torchs)
+    harness.obeys_rule(one, exact, torchs)
+    with pytest.raises(AssertionError, match="the error's norm is"):
+        harness.obeys_rule(all_of_them, exact, torchs)
+    one[0] += 1.5e-6
+    with pytest.raises(AssertionError, match="an element is"):
+        harness.obeys_rule(one, exact, torchs)
 
 
 def test_modes_go_to_whom_they_are_for() -> None:
