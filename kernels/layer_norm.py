@@ -1,7 +1,8 @@
 """Layer normalisation, alone or after the residual addition, in one pass over the stream.
 
 A program holds whole rows in registers, so that mean and variance are taken in two passes without reading twice. What
-is normalised is the sum as it is stored: the backward, which reads it again, sees the same numbers.
+is normalised after an addition is the sum as it is stored: the backward, which reads it again, sees the same numbers.
+The sum with a deferred bias is not stored, and not rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _layer_norm_forward_kernel(
     branch_ptr,  # (rows, hidden) or None
     gamma_ptr,  # (hidden,) or None
     drop_scale_ptr,  # (pictures,) or None
-    deferred_bias_ptr,  # (hidden,) or None
+    deferred_bias_ptr,  # (hidden,) or None, without a branch
     weight_ptr,  # (hidden,)
     bias_ptr,  # (hidden,)
     total_ptr,  # (rows, hidden), out: the sum; None without a branch
@@ -57,11 +58,11 @@ def _layer_norm_forward_kernel(
             picture = row // rows_per_picture
             branch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
         x += branch
-        if deferred_bias_ptr is not None:
-            x += tl.load(deferred_bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
         total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + out, total, mask=mask)
         x = total.to(COMPUTE)
+    if deferred_bias_ptr is not None:
+        x += tl.load(deferred_bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
 
     mean = tl.sum(x, axis=1) / hidden
     centred = tl.where(mask, x - mean[:, None], 0.0)
@@ -100,18 +101,18 @@ def layer_norm_forward(
     statistics: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Normalises `x` (..., hidden), or its sum with a branch, which has the dtype that torch's promotion gives it.
+    """Normalises `x` (..., hidden) with its deferred bias, or its sum with a branch, in the dtype of torch's promotion.
 
     Returns:
         The sum (None without a branch), its norm, mean and rstd (both None unless `statistics` are asked for). The norm
         has the dtype of what was normalised, or with a `scale` is e4m3 values, to be multiplied by it.
     """
     hidden = x.shape[-1]
-    addends = [t for t in (branch, gamma, drop_scale, deferred_bias) if t is not None]
+    addends = [t for t in (branch, gamma, drop_scale) if t is not None]
     dtype = x.dtype
     for addend in addends:
         dtype = torch.promote_types(dtype, addend.dtype)
-    compute = common.compute_dtype(x, weight, *addends)
+    compute = common.compute_dtype(x, weight, deferred_bias, *addends)
     shape, lead = x.shape, x.shape[:-1]
     wide = torch.float64 if compute == tl.float64 else torch.float32
     total = x.new_empty(shape, dtype=dtype) if branch is not None else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_fast.kernels import common
 
 TILE = 2048  # elements of a tile
-SUMS = 4  # vectors summed over rows: weight, bias, gamma, deferred bias; without a branch the first two
+SUMS = 3  # vectors summed over rows: weight, bias, gamma; without a branch the first two
 
 
 @triton.jit
@@ -40,7 +40,6 @@ def _layer_norm_backward_kernel(
     rows_per_picture,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
-    DEFERRED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -50,7 +49,6 @@ def _layer_norm_backward_kernel(
     dweight = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
     dbias = tl.zeros((ROWS, BLOCK), COMPUTE)
     dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)
-    ddeferred = tl.zeros((ROWS, BLOCK), COMPUTE)
 
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
@@ -76,8 +74,6 @@ def _layer_norm_backward_kernel(
 
         if branch_ptr is not None:
             dx = tl.where(mask, dx, 0.0)
-            if DEFERRED:
-                ddeferred += dx
             if drop_scale_ptr is not None:
                 dx *= tl.load(drop_scale_ptr + row // rows_per_picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
             if gamma_ptr is not None:
@@ -91,7 +87,6 @@ def _layer_norm_backward_kernel(
     tl.store(partial + hidden, tl.sum(dbias, axis=0), mask=column_mask)
     if branch_ptr is not None:
         tl.store(partial + 2 * hidden, tl.sum(dgamma, axis=0), mask=column_mask)
-        tl.store(partial + 3 * hidden, tl.sum(ddeferred, axis=0), mask=column_mask)
 
 
 def layer_norm_backward(
@@ -106,12 +101,11 @@ def layer_norm_backward(
     branch: Tensor | None = None,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
-    deferred: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of what was added or normalised, of the branch, and of weight and bias, (2, hidden).
 
-    With a branch the third holds those of gamma and of a deferred bias as well, (4, hidden), zero where there is none.
-    It is in fp32, fp64 if anything is.
+    With a branch the third holds that of gamma as well, (3, hidden), zero where there is none. It is in fp32, fp64 if
+    anything is.
     """
     hidden = x.shape[-1]
     compute = common.compute_dtype(x, weight, branch, gamma, drop_scale)
@@ -152,7 +146,6 @@ def layer_norm_backward(
             per_picture,
             COMPUTE=compute,
             SUMS=sums,
-            DEFERRED=deferred,
             ROWS=tile_rows,
             BLOCK=block,
             num_warps=8,

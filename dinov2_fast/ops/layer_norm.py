@@ -1,11 +1,11 @@
 """Layer normalisation, alone and fused with the residual addition before it.
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias              over the last dimension
-    with a branch, of the sum:  r' = x + drop_scale * gamma * branch + deferred_bias,    returns (r', y)
+    with a branch, of the sum:  r' = x + drop_scale * gamma * branch,   returns (r', y)
 
-`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-image factor of stochastic depth,
-`deferred_bias` what earlier linears left out of the stream (an inference engine adds the biases of in-place matrix
-products here).
+`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-image factor of stochastic depth. For
+inference there is `deferred_bias`: the norm is that of x + deferred_bias, a sum that is not kept. The engine adds the
+biases here that in-place matrix products have left out of the stream.
 Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
 """
 
@@ -48,23 +48,23 @@ def layer_norm(
         branch: (batch, seq_len, hidden), what is added to `x` first.
         gamma: LayerScale of the branch, (hidden,), or None for 1.
         drop_scale: (batch,) factor of each image's branch (stochastic depth), or None for 1.
-        deferred_bias: (hidden,) added to every token with the branch, or None for 0.
-        scale: return the norm of `x` in e4m3, to be multiplied by `scale`. For inference only, without a branch.
+        deferred_bias: (hidden,) added to `x` first, or None for 0. For inference only, without a branch.
+        scale: return the norm in e4m3, to be multiplied by `scale`. For inference only, without a branch.
         backend: the implementation to use instead of the default.
 
     Returns:
         The norm, of the shape and dtype of `x` (under autocast: float32). With a branch, the sum and its norm.
 
     Raises:
-        BackendError: `backend` cannot take these tensors, or gradients are recorded of a result in e4m3.
-        ValueError: `scale` with a branch, or what goes with a branch without one.
+        BackendError: `backend` cannot take these tensors, or gradients are recorded with `scale` or `deferred_bias`.
+        ValueError: `scale` or `deferred_bias` with a branch, or what goes with a branch without one.
     """
-    if branch is None and not (gamma is drop_scale is deferred_bias is None):
-        raise ValueError("gamma, drop_scale and deferred_bias go with a branch: give layer_norm one.")
-    if scale is not None:
+    if branch is None and not (gamma is drop_scale is None):
+        raise ValueError("gamma and drop_scale go with a branch: give layer_norm one.")
+    if scale is not None or deferred_bias is not None:
         if branch is not None:
-            raise ValueError("layer_norm gives no e4m3 values of a sum with a branch: add first.")
-        refuse_gradient("layer_norm into e4m3", (x, weight, bias))
+            raise ValueError("layer_norm takes no scale and no deferred_bias with a branch: add the branch first.")
+        refuse_gradient("layer_norm with scale or deferred_bias", (x, weight, bias, deferred_bias))
     args = x, weight, bias, eps, branch, gamma, drop_scale, deferred_bias, scale
     return LAYER_NORM.choose("plain" if branch is None else "add", args, backend).function(*args)
 
@@ -80,14 +80,15 @@ def layer_norm_torch(
     deferred_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    if scale is not None:
-        return _fp8.quantize(F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps), scale)
-    if branch is None:
+    if branch is not None:
+        x = add_residual_torch(x, branch, gamma, drop_scale)
+        return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+    if scale is None and deferred_bias is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    x = add_residual_torch(x, branch, gamma, drop_scale)
-    if deferred_bias is not None:
-        x = x + deferred_bias
-    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) if deferred_bias is None else x.to(wide) + deferred_bias
+    y = F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), eps)
+    return y.to(x.dtype) if scale is None else _fp8.quantize(y, scale)
 
 
 # The kernel
@@ -104,11 +105,11 @@ def layer_norm_triton(
     deferred_bias: Tensor | None,
     scale: float | None,
 ) -> Any:
-    if scale is not None:
-        return _layer_norm_fp8(x, weight, bias, eps, scale)
-    if branch is None:
+    if branch is not None:
+        return _add_layer_norm(x, branch, gamma, drop_scale, weight, bias, eps)
+    if scale is None and deferred_bias is None:
         return _layer_norm(x, weight, bias, eps)
-    return _add_layer_norm(x, branch, gamma, drop_scale, weight, bias, eps, deferred_bias)
+    return _layer_norm_inference(x, weight, bias, eps, deferred_bias, scale)
 
 
 def _launch(*args: Any, **options: Any) -> Any:
@@ -118,18 +119,9 @@ def _launch(*args: Any, **options: Any) -> Any:
 
 
 def _launch_add(
-    x: Tensor,
-    branch: Tensor,
-    gamma: Any,
-    drop: Any,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    deferred: Any,
-    **rest: bool,
+    x: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, bias: Tensor, eps: float, **rest: bool
 ) -> Any:
-    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop, "deferred_bias": deferred}
-    return _launch(x, weight, bias, eps, **addends, **rest)
+    return _launch(x, weight, bias, eps, branch=branch, gamma=gamma, drop_scale=drop, **rest)
 
 
 def _launch_backward(*args: Any, **options: Any) -> Any:
@@ -140,9 +132,9 @@ def _launch_backward(*args: Any, **options: Any) -> Any:
 
 def _launch_add_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, mean: Tensor,
-    rstd: Tensor, dtype: torch.dtype, deferred: bool,
+    rstd: Tensor, dtype: torch.dtype,
 ) -> Any:  # fmt: skip
-    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop, "deferred": deferred}
+    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop}
     return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
 
 
@@ -165,10 +157,10 @@ class _LayerNorm(torch.autograd.Function):
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        gamma, drop_scale, weight, bias, _, deferred_bias = rest
+        gamma, drop_scale, weight, bias, _ = rest
         total, y, mean, rstd = _add_forward(residual, branch, *rest)
         ctx.save_for_backward(total, branch, gamma, drop_scale, weight, mean, rstd)
-        ctx.dtypes = residual.dtype, bias.dtype, None if deferred_bias is None else deferred_bias.dtype
+        ctx.dtypes = residual.dtype, bias.dtype
         return total, y
 
     @staticmethod
@@ -176,12 +168,11 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
         gamma, weight = saved[2], saved[4]
-        dtype, bias_dtype, deferred_dtype = ctx.dtypes
-        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype, deferred_dtype is not None)
-        dweight, dbias, dgamma, ddeferred = sums.unbind(0)
+        dtype, bias_dtype = ctx.dtypes
+        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype)
+        dweight, dbias, dgamma = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
-        ddeferred = None if deferred_dtype is None else ddeferred.to(deferred_dtype)
-        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None, ddeferred
+        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None
 
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -197,26 +188,23 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
     return _like(x), _wide(x, x.shape[:-1], weight), _wide(x, x.shape[:-1], weight)
 
 
-def _fake_add(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, b: Tensor, eps: float, deferred: Any) -> Any:
-    return _like(r, o, gamma, drop, deferred), _like(r, o, gamma, drop, deferred)
+def _fake_add(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, b: Tensor, eps: float) -> Any:
+    return _like(r, o, gamma, drop), _like(r, o, gamma, drop)
 
 
 def _fake_add_forward(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows = [_wide(r, r.shape[:-1], o, gamma, drop, rest[-1], w) for _ in range(2)]
+    rows = [_wide(r, r.shape[:-1], o, gamma, drop, w) for _ in range(2)]
     return *_fake_add(r, o, gamma, drop, w, *rest), *rows
 
 
 def _fake_add_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _like(total, dtype=rest[-2]), _like(o), _wide(total, (4, total.shape[-1]), o, gamma, drop, w)
+    return _like(total, dtype=rest[-1]), _like(o), _wide(total, (3, total.shape[-1]), o, gamma, drop, w)
 
 
 _PLAIN = "(Tensor x, Tensor weight, Tensor bias, float eps"
-_ADD = (
-    "(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight, Tensor bias, float eps,"
-    " Tensor? deferred_bias)"
-)
+_ADD = "(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight, Tensor bias, float eps)"
 
 _layer_norm = _registry.register(
     f"layer_norm{_PLAIN}) -> Tensor",
@@ -235,10 +223,10 @@ _backward = _registry.register(
     lambda *args: _launch_backward(*args)[::2],
     lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
 )
-_layer_norm_fp8 = _registry.register(
-    f"layer_norm_fp8{_PLAIN}, float scale) -> Tensor",
-    lambda x, weight, bias, eps, scale: _launch(x, weight, bias, eps, scale=scale)[1],
-    lambda x, weight, bias, eps, scale: _like(x, dtype=_fp8.E4M3),
+_layer_norm_inference = _registry.register(
+    f"layer_norm_inference{_PLAIN}, Tensor? deferred_bias, float? scale) -> Tensor",
+    lambda x, weight, bias, eps, deferred, scale: _launch(x, weight, bias, eps, deferred_bias=deferred, scale=scale)[1],
+    lambda x, weight, bias, eps, deferred, scale: _like(x, dtype=x.dtype if scale is None else _fp8.E4M3),
 )
 _add_layer_norm = _registry.register(
     f"add_layer_norm{_ADD} -> (Tensor, Tensor)",
@@ -253,7 +241,7 @@ _add_forward = _registry.register(
 )
 _add_backward = _registry.register(
     "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
-    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype, bool deferred) -> (Tensor, Tensor, Tensor)",
+    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     _launch_add_backward,
     _fake_add_backward,
 )
@@ -274,17 +262,17 @@ def _refuses(
         return f"takes weight and bias of shape {tuple(x.shape[-1:])}"
     if x.shape[-1] > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {x.shape[-1]}"
-    if scale is not None:
-        return _registry.refuses_e4m3(x)
     if branch is None:
-        return None
+        if deferred_bias is not None and deferred_bias.shape != x.shape[-1:]:
+            return f"takes deferred_bias of shape {tuple(x.shape[-1:])}"
+        return None if scale is None else _registry.refuses_e4m3(x)
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = _registry.promoted(x, branch, gamma, drop_scale, deferred_bias)
+        dtype = _registry.promoted(x, branch, gamma, drop_scale)
         if dtype in (torch.float16, torch.bfloat16):
             return "gives the norm in the dtype of the sum, where autocast gives it in fp32"
-    return _registry.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma, deferred_bias=deferred_bias)
+    return _registry.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
 
 
 def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
