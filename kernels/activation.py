@@ -49,8 +49,7 @@ def _activation_forward_kernel(
     hidden,
     x_stride,
     inverse_scale,  # of e4m3
-    SWIGLU: tl.constexpr,
-    POLYNOMIAL: tl.constexpr,
+    KIND: tl.constexpr,  # "gelu_erf", "gelu_polynomial", "swiglu" or "identity"
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,13 +61,15 @@ def _activation_forward_kernel(
 
     x_ptrs = x_ptr + row64 * x_stride + column[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(COMPUTE)
-    if SWIGLU:
+    if KIND == "swiglu":
         value = tl.load(x_ptrs + hidden, mask=mask, other=0.0).to(COMPUTE)
         y = silu(x) * value
-    elif POLYNOMIAL:
+    elif KIND == "gelu_polynomial":
         y = gelu_polynomial(x)
-    else:
+    elif KIND == "gelu_erf":
         y = gelu_erf(x)
+    else:
+        y = x
     if y_ptr.dtype.element_ty == tl.float8e4nv:
         y = to_e4m3(y * inverse_scale)
     tl.store(y_ptr + row64 * hidden + column[None, :], y, mask=mask)
@@ -81,13 +82,15 @@ def configuration(hidden: int, elements: int) -> dict[str, int]:
     return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 8}
 
 
-def activation_forward(x: Tensor, *, swiglu: bool = False, scale: float | None = None) -> Tensor:
-    """GELU of `x` (..., hidden), or SwiGLU of (..., 2 * hidden), in its dtype, or with a scale in e4m3, over it."""
-    hidden = x.shape[-1] // 2 if swiglu else x.shape[-1]
+def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> Tensor:
+    """GELU or identity of `x` (..., hidden), or SwiGLU of (..., 2 * hidden), in its dtype, or in e4m3 over a scale."""
+    hidden = x.shape[-1] // 2 if kind == "swiglu" else x.shape[-1]
     y = x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else torch.float8_e4m3fn)
     if x.numel():
         x = common.rows(x)
         meta = configuration(hidden, TILE)
+        if kind == "gelu":
+            kind = "gelu_polynomial" if y.dtype in (torch.bfloat16, torch.float8_e4m3fn) else "gelu_erf"
         grid = (triton.cdiv(x.shape[0], meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"]))
         with common.on_device(x):
             _activation_forward_kernel[grid](
@@ -97,8 +100,7 @@ def activation_forward(x: Tensor, *, swiglu: bool = False, scale: float | None =
                 hidden,
                 x.stride(0),
                 1.0 if scale is None else 1.0 / scale,
-                SWIGLU=swiglu,
-                POLYNOMIAL=y.dtype in (torch.bfloat16, torch.float8_e4m3fn),
+                KIND=kind,
                 COMPUTE=common.compute_dtype(x),
                 **meta,
             )

@@ -2,6 +2,7 @@
 
     gelu(x)     = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))         the exact form, as DINOv2 was trained
     swiglu(x12) = silu(x1) * x2,  x1 the first half of the last dimension (the gate), x2 the second
+    identity(x) = x, for its step to e4m3
 
 Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
@@ -22,17 +23,17 @@ from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
 
 def activation(
     x: Tensor,
-    kind: Literal["gelu", "swiglu"],
+    kind: Literal["gelu", "swiglu", "identity"],
     *,
     overwrite: bool = False,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """GELU or SwiGLU.
+    """GELU or SwiGLU, or the step to e4m3 alone.
 
     Args:
         x: (..., hidden), for SwiGLU (..., 2 * hidden) with the gate first.
-        kind: "gelu" or "swiglu".
+        kind: "gelu", "swiglu" or "identity", which needs `scale`.
         overwrite: the result may be written over `x`, which saves memory; not while gradients are recorded.
         scale: return e4m3 values, which are to be multiplied by `scale`. For inference only.
         backend: the implementation to use instead of the default.
@@ -42,8 +43,10 @@ def activation(
 
     Raises:
         BackendError: `backend` cannot take `x`, or gradients are recorded of a result in e4m3.
-        ValueError: another `kind`.
+        ValueError: another `kind`, or "identity" without `scale`.
     """
+    if kind == "identity" and scale is None:
+        raise ValueError('activation "identity" changes nothing without a scale: give it the scale of e4m3 values.')
     if scale is not None:
         refuse_gradient("activation into e4m3", (x,))
     args = x, kind, overwrite, scale
@@ -53,6 +56,8 @@ def activation(
 def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
     if scale is not None:
         return _fp8.quantize(activation_torch(x.float(), kind, False, None), scale)
+    if kind == "identity":
+        return x
     if kind == "gelu":
         return torch.ops.aten.gelu_(x) if overwrite else F.gelu(x)
     gate, value = x.chunk(2, dim=-1)
@@ -72,7 +77,7 @@ def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None
 def _launch(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
     from dinov2_fast.kernels.activation import activation_forward
 
-    return activation_forward(x, swiglu=kind == "swiglu", scale=scale)
+    return activation_forward(x, kind, scale=scale)
 
 
 def _launch_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
@@ -129,8 +134,10 @@ def _refuses(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> str 
     return None if scale is None else _registry.refuses_e4m3(x)
 
 
-def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
     e4m3 = dtype == _fp8.E4M3
+    if kind == "identity" and not e4m3:
+        return None
     x = torch.empty(1, 257, 1536, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
     return x, kind, False, 0.0625 if e4m3 else None
 
@@ -141,5 +148,5 @@ ACTIVATION = Op(
         Implementation("torch", activation_torch, why=_registry.UNMEASURED),
         _registry.triton(activation_triton, _refuses, dtypes=_registry.FLOATS),
     ),
-    {"gelu": partial(_sample, "gelu"), "swiglu": partial(_sample, "swiglu")},
+    {kind: partial(_sample, kind) for kind in ("gelu", "swiglu", "identity")},
 )
