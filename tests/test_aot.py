@@ -321,6 +321,7 @@ def _layer_norm(dtype: torch.dtype, rows: int, hidden: int) -> None:
     forward = layer_norm.layer_norm_forward
     forward(x, vector, vector, 1e-6)
     forward(x, vector.to(dtype), vector.to(dtype), 1e-6, statistics=True)
+    forward(x, vector.to(dtype), vector.to(dtype), 1e-6, deferred_bias=vector)
     layer_norm_backward.layer_norm_backward(x, x, vector.to(dtype), statistic, statistic)
 
 
@@ -328,7 +329,7 @@ def _add_layer_norm(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x, vector, statistic = _cuda(1, rows, hidden, dtype=dtype), _cuda(hidden), _cuda(1, rows, dtype=_wide(dtype))
     drop_scale, same = _cuda(1, dtype=dtype), vector.to(dtype)
     forward, backward = layer_norm.layer_norm_forward, layer_norm_backward.layer_norm_backward
-    forward(x, same, same, 1e-6, branch=x, deferred_bias=same)
+    forward(x, same, same, 1e-6, branch=x)
     forward(x, same, same, 1e-6, branch=x, gamma=same, drop_scale=drop_scale, statistics=True)
     forward(x.to(_wide(dtype)), vector, vector, 1e-6, branch=x, gamma=vector, statistics=True)
     backward(x, x, same, statistic, statistic, dtotal=x, branch=x, gamma=same, drop_scale=drop_scale, dx_dtype=dtype)
@@ -337,20 +338,21 @@ def _add_layer_norm(dtype: torch.dtype, rows: int, hidden: int) -> None:
 def _layer_norm_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x, vector = _cuda(1, rows, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
     layer_norm.layer_norm_forward(x, vector, vector, 1e-6, scale=0.125)
+    layer_norm.layer_norm_forward(x, vector, vector, 1e-6, scale=0.125, deferred_bias=_cuda(hidden))
 
 
 def _activation(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x = _cuda(rows, 2 * hidden, dtype=dtype)
     for swiglu in (False, True):
         width = hidden * (1 + swiglu)
-        activation.activation_forward(x[:, :width], swiglu=swiglu)
+        activation.activation_forward(x[:, :width], "swiglu" if swiglu else "gelu")
         activation_backward.activation_backward(x[:, :hidden], x[:, :width], swiglu=swiglu)
 
 
 def _activation_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x = _cuda(rows, 2 * hidden, dtype=dtype)
-    activation.activation_forward(x[:, :hidden], scale=0.0625)
-    activation.activation_forward(x, swiglu=True, scale=0.0625)
+    for kind, width in (("gelu", hidden), ("identity", hidden), ("swiglu", 2 * hidden)):
+        activation.activation_forward(x[:, :width], kind, scale=0.0625)
 
 
 def _attention(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:

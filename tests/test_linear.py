@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinov2_fast import ops
 from dinov2_fast.ops import _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from dinov2_fast.ops.linear import LINEAR, interleave
@@ -62,7 +63,7 @@ def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if form != "residual":
-        return linear(x, weight, bias, epilogue=form, backend=backend)
+        return linear(x, weight, bias, epilogue=form, interleaved=form == "swiglu", backend=backend)
     residual = _stream(x, weight)
     assert linear(x, weight, bias, epilogue=form, residual=residual, backend=backend) is residual
     return residual
@@ -217,7 +218,8 @@ def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype
 @each_path
 def test_swiglu_takes_gate_and_value_in_turn(backend: str) -> None:
     weight = torch.tensor([[-30.0], [30.0], [2.0], [3.0]], device=DEVICE)
-    y = linear(torch.ones(1, 1, device=DEVICE), weight, None, epilogue="swiglu", backend=backend)
+    x = torch.ones(1, 1, device=DEVICE)
+    y = linear(x, weight, None, epilogue="swiglu", interleaved=True, backend=backend)
     torch.testing.assert_close(y, _swish(torch.tensor([[-30.0, 2.0]], device=DEVICE)) * weight[1::2].T)
 
 
@@ -229,8 +231,12 @@ def _swish(x: Tensor) -> Tensor:
 def test_interleaved_parameters_give_the_swiglu_of_packed_halves(backend: str) -> None:
     x, weight, bias = _operands(9, 12, 16, torch.float32)
     packed = F.linear(x, weight, bias)
-    y = linear(x, interleave(weight), interleave(bias), epilogue="swiglu", backend=backend)
+    y = linear(x, interleave(weight), interleave(bias), epilogue="swiglu", interleaved=True, backend=backend)
     torch.testing.assert_close(y, _swish(packed[:, :6]) * packed[:, 6:])
+    torch.testing.assert_close(linear(x, weight, bias, epilogue="swiglu", backend="torch"), y)
+    if backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match="got all gates first"):
+            linear(x, weight, bias, epilogue="swiglu", backend=backend)
     assert interleave(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
 
 
@@ -252,6 +258,7 @@ def _fp8_operands(size: tuple[int, int, int]) -> tuple[Any, ...]:
 def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dtype, out_scale: float = 1.0) -> Tensor:
     x, scale, weight, weight_scale, bias = operands
     options = {"epilogue": form, "scale": scale, "weight_scale": weight_scale, "backend": backend}
+    options["interleaved"] = form == "swiglu" and backend != "cublas"
     if form == "residual":
         residual = _stream(x, weight, dtype)
         assert linear(x, weight, bias, residual=residual, **options) is residual
@@ -340,11 +347,52 @@ def test_cublas_forms_obey_the_rule(rows: int) -> None:
     y = _linear_peers.linear_cublas(x.view(1, rows, 40), weight, bias, "gelu")
     assert y.shape == (1, rows, 48)
     reference.assert_obeys_rule(y[0], _exact("gelu", x, weight, bias), _plain("gelu", x, weight, bias))
+    y = linear(x, weight, bias, epilogue="swiglu", backend="cublas")
+    in_turn = x, interleave(weight), interleave(bias)
+    reference.assert_obeys_rule(y, _exact("swiglu", *in_turn), _plain("swiglu", *in_turn))
     residual = _stream(x, weight)
     exact = residual.double() + reference.linear(x, weight, None)
     plain = residual + F.linear(x, weight)
-    assert _linear_peers.linear_cublas(x, weight, None, "residual", residual) is residual
+    assert linear(x, weight, None, epilogue="residual", residual=residual, backend="cublas") is residual
     reference.assert_obeys_rule(residual, exact, plain)
+
+
+def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    cpu = torch.device("cpu")
+    first = _linear_peers._scale_of_rows(5, 0.25, cpu)
+    assert (first.shape, first.stride(), first.tolist()) == ((5, 1), (1, 1), [[0.25]] * 5)
+    assert _linear_peers._scale_of_rows(8, 0.25, cpu).data_ptr() == first.data_ptr()
+    assert _linear_peers._scale_of_rows(1, 0.5, cpu).tolist() == [[0.5]]
+    assert _linear_peers._scale_of_rows(9, 0.25, cpu).tolist() == [[0.25]] * 9
+    assert [len(kept) for kept in _linear_peers._SCALES[0.25, cpu]] == [8, 16]
+
+
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+def test_cublas_in_e4m3_leaves_the_activation_to_its_op(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a product in place of cuBLAS' that computes in fp32 and gives bf16."""
+
+    def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, _: Any, columns: Tensor, *rest: Any, **options: Any):
+        assert options["use_fast_accum"]
+        z = (x.float() * scale) @ (weight.float() * columns) + options["bias"].float()
+        return z.to(options["output_dtype"])
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    operands, matrices = _fp8_operands((33, 32, 48))
+    x, scale, weight, weight_scale, bias = (t.cpu() if isinstance(t, Tensor) else t for t in operands)
+    args = x, weight, bias, form, None, scale, weight_scale, E4M3, 1 / 300, False
+    asked = []
+    monkeypatch.setattr(
+        _linear_peers, "activation", lambda z, kind, **rest: asked.append(z) or ops.activation(z, kind, **rest)
+    )
+    y = _linear_peers.linear_cublas_e4m3(*args)
+    assert asked[0].dtype == torch.bfloat16
+    exact = _exact(
+        form, matrices[0], *(map(interleave, (matrices[1], bias)) if form == "swiglu" else (matrices[1], bias))
+    )
+    steps = reference.e4m3_steps(y, (exact * 300).clamp(-448, 448).to(E4M3).cpu())
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.1  # the product was rounded to bf16
 
 
 @fakes_cuda
@@ -385,7 +433,8 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         y = linear(x, weight, bias, backend=backend)
         linear(y, weight, bias, epilogue="residual", residual=residual, backend=backend)
         hidden = linear(residual, weight, bias, epilogue="gelu", backend=backend)
-        return linear(hidden, weight, bias, epilogue="swiglu", backend=backend) + residual[..., ::2]
+        y = linear(hidden, weight, bias, epilogue="swiglu", interleaved=True, backend=backend)
+        return y + residual[..., ::2]
 
     assert_compiles_whole(block, (random(2, 5, 32), random(32, 32, scale=0.2), random(32)))
 
@@ -439,14 +488,11 @@ def test_a_backend_without_a_form_leaves_it_to_the_default(
     monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
 
     def chosen(form: str, dtype: torch.dtype) -> str:
-        x, weight, bias, *rest = LINEAR.samples[form](torch.device("cuda"), dtype)
-        args = x, weight, None if (form, dtype) == ("residual", torch.bfloat16) else bias, *rest
-        return LINEAR.choose(form, args).backend
+        return LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend
 
     with FakeTensorMode(), torch.no_grad(), use_backend(f"linear={name}", strict=True):
         assert chosen("none", torch.bfloat16) == "torch"
-        assert chosen("swiglu", torch.bfloat16) == ("torch" if name == "cublas" else "cuda")
-        assert {chosen(form, torch.bfloat16) for form in ("gelu", "residual")} == {name}
+        assert {chosen(form, torch.bfloat16) for form in ("gelu", "swiglu", "residual")} == {name}
         assert {chosen(form, E4M3) for form in FORMS} == {name}
     assert not caplog.records
 
@@ -475,11 +521,13 @@ REFUSALS = {
     "takes fp16, bf16, fp32 and e4m3, got torch.float64": lambda x, w, b: linear(x.double(), w, b, backend="triton"),
     "takes x and weight of one dtype": lambda x, w, b: linear(x, w.half(), b, backend="triton"),
     "is near enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
-    "needs weight and bias in the dtype of x": lambda x, w, b: linear(
+    "takes tensors of one dtype, got torch.bfloat16, torch.bfloat16, torch.float32": lambda x, w, b: linear(
         x.bfloat16(), w.bfloat16(), b, epilogue="gelu", backend="cublas"
     ),
+    "takes all gates first": lambda x, w, b: linear(x, w, b, epilogue="swiglu", interleaved=True, backend="cublas"),
+    "takes gate and value features in turn": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
     "adds no bias": lambda x, w, b: _add(x, x, w, b, "cublas"),
-    "needs one dtype": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
+    "got torch.float32, torch.float32, torch.float16": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
     "evenly spaced rows": lambda x, w, b: _add(x[:1].expand(4, 16), x, w, b, "triton"),
     "adds to fp16, bf16 and fp32": lambda x, w, b: _add(x.double(), x, w, b, "triton"),
     "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: _e4m3(x, w[:8], None, backend="cublas"),

@@ -201,7 +201,7 @@ def test_swiglu_takes_gate_and_value_in_turn() -> None:
     x = torch.zeros(1, 8, device=DEVICE, dtype=torch.bfloat16)
     x[0, 0] = 1.0
     gate, value = weight[0::2, 0].float(), weight[1::2, 0].float()
-    y = linear(x, weight, None, epilogue="swiglu", backend="cuda")
+    y = linear(x, weight, None, epilogue="swiglu", interleaved=True, backend="cuda")
     torch.testing.assert_close(y[0], (_swish(gate) * value).bfloat16(), atol=0.0, rtol=2.0**-8)
 
 
@@ -282,7 +282,8 @@ def test_compiled_whole_and_in_inference_mode() -> None:
         residual = x * 2
         linear(x, weight, bias, epilogue="residual", residual=residual, backend="cuda")
         hidden = linear(residual, weight, bias, epilogue="gelu", backend="cuda")
-        return linear(hidden, weight, bias, epilogue="swiglu", backend="cuda") + residual[..., ::2]
+        y = linear(hidden, weight, bias, epilogue="swiglu", interleaved=True, backend="cuda")
+        return y + residual[..., ::2]
 
     assert_compiles_whole(block, [random(*size, dtype=torch.float16) for size in ((2, 5, 32), (32, 32), (32,))])
 
@@ -300,7 +301,7 @@ def test_autograd_sees_that_the_stream_was_overwritten() -> None:
 
 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "gelu", **options: Any) -> Tensor:
-    return linear(x, weight, bias, epilogue=epilogue, backend="cuda", **options)
+    return linear(x, weight, bias, epilogue=epilogue, interleaved=epilogue == "swiglu", backend="cuda", **options)
 
 
 def _half(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "gelu", **options: Any) -> Tensor:

@@ -41,9 +41,11 @@ def _e4m3(*shape: int) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, rest: Tensor, form: str, dtype: torch.dtype | None = None) -> Tensor:
     """`rest` is the bias, or with a `dtype` for the result the scale of e4m3 weights."""
+    interleaved = form == "swiglu"
     if dtype is None:
-        return ops.linear(x, weight, rest, epilogue=form)
-    return ops.linear(x, weight, None, epilogue=form, scale=0.01, weight_scale=rest, dtype=dtype, out_scale=0.1)
+        return ops.linear(x, weight, rest, epilogue=form, interleaved=interleaved)
+    e4m3 = {"scale": 0.01, "weight_scale": rest, "dtype": dtype, "out_scale": 0.1}
+    return ops.linear(x, weight, None, epilogue=form, interleaved=interleaved, **e4m3)
 
 
 def _linear_residual(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -69,15 +71,18 @@ def _add_on_subset(residual: Tensor, branch: Tensor, gamma: Tensor, index: Tenso
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "layer_norm.plain": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
     "layer_norm.plain e4m3": (partial(ops.layer_norm, scale=0.1), lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
+    "layer_norm.plain deferred": (
+        lambda x, weight, bias, deferred: ops.layer_norm(x, weight, bias, EPS, deferred_bias=deferred),
+        lambda: [_x(8, 257, 768), _x(768), _x(768), _x(768)],
+    ),
     "layer_norm.add": (
-        lambda x, branch, gamma, weight, bias, deferred: ops.layer_norm(
-            x, weight, bias, EPS, branch=branch, gamma=gamma, deferred_bias=deferred
-        ),
-        lambda: [*_stream(), _x(768), _x(768), _x(768)],
+        lambda x, branch, gamma, weight, bias: ops.layer_norm(x, weight, bias, EPS, branch=branch, gamma=gamma),
+        lambda: [*_stream(), _x(768), _x(768)],
     ),
     "activation.gelu": (partial(ops.activation, kind="gelu"), lambda: [_x(8, 257, 3072)]),
     "activation.gelu e4m3": (partial(ops.activation, kind="gelu", scale=0.1), lambda: [_x(8, 257, 3072)]),
     "activation.swiglu": (partial(ops.activation, kind="swiglu"), lambda: [_x(8, 257, 4096)]),
+    "activation.identity e4m3": (partial(ops.activation, kind="identity", scale=0.1), lambda: [_x(8, 257, 768)]),
     "activation.swiglu e4m3": (partial(ops.activation, kind="swiglu", scale=0.1), lambda: [_x(8, 257, 4096)]),
     "add_residual": (ops.add_residual, lambda: [*_stream(), None]),
     "add_residual on a subset": (
@@ -126,7 +131,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
 FIRST = [
     name
     for name in CASES
-    if re.fullmatch(r"(layer_norm\.plain|attention|linear\.\w+)( e4m3)?|attention_pool|patches|activation.swiglu", name)
+    if re.fullmatch(
+        r"(layer_norm\.plain( deferred)?|attention|linear\.\w+)( e4m3)?|attention_pool|patches"
+        r"|activation\.(swiglu|\w+ e4m3)",
+        name,
+    )
 ]
 TRAINABLE = [
     *("layer_norm.plain", "layer_norm.add", "activation.gelu", "activation.swiglu"),

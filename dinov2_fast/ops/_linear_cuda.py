@@ -7,14 +7,14 @@ from torch import Tensor
 
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops._linear_epilogue import HALF, new_result, refuses_stream, was_written
+from dinov2_fast.ops._linear_epilogue import HALF, HALVES, new_result, refuses_stream, was_written
 
 FORMS = ("none", "gelu", "swiglu", "residual")  # as csrc/linear_tiles.h numbers them
 
 
 def refuses(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
-    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float,
+    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float, interleaved: bool | None,
 ) -> str | None:  # fmt: skip
     """Why the kernels take none of these. Operands that TMA cannot read in place are copied, so strides are free."""
     if x.is_cuda and _registry._capability(x.device.index) != (9, 0):
@@ -24,6 +24,8 @@ def refuses(
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
     if torch.is_autocast_enabled(x.device.type):
         return "does not follow autocast"
+    if epilogue == "swiglu" and interleaved is False:
+        return HALVES
     out_features, in_features = weight.shape
     step, columns = 16 // x.itemsize, 16 if epilogue == "swiglu" else 8
     if in_features % step or out_features % columns:

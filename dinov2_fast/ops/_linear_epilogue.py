@@ -9,18 +9,22 @@ from torch import Tensor
 from dinov2_fast.ops._fp8 import E4M3, quantize
 
 HALF = (torch.float16, torch.bfloat16)
+HALVES = "takes gate and value features in turn, got all gates first: interleave weight, bias and weight_scale"
+IN_TURN = "takes all gates first, got gate and value features in turn"
 
 
 def finish(
-    z: Tensor, epilogue: str, residual: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0
-) -> Tensor:
+    z: Tensor, epilogue: str, residual: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
+    interleaved: bool = False,
+) -> Tensor:  # fmt: skip
     """The result of a linear whose product with its bias is `z`, which may be overwritten: nobody else holds it."""
     if residual is not None:
         return residual.add_(z)
     if epilogue == "gelu":
         z = torch.ops.aten.gelu_(z)
     elif epilogue == "swiglu":
-        z = F.silu(z[..., 0::2]) * z[..., 1::2]
+        gate, value = (z[..., 0::2], z[..., 1::2]) if interleaved else z.chunk(2, dim=-1)
+        z = F.silu(gate) * value
     if dtype is None or dtype == z.dtype:
         return z
     return quantize(z.float(), out_scale) if dtype == E4M3 else z.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops._linear_epilogue import HALF, finish, refuses_stream
+from dinov2_fast.ops._linear_epilogue import HALF, IN_TURN, finish, refuses_stream
+from dinov2_fast.ops.activation import activation
 from dinov2_fast.ops.dispatch import Implementation, carries_tangent
-from dinov2_fast.torch_private import gelu_linear, is_traced, onednn_linear, onednn_pack
+from dinov2_fast.torch_private import gelu_linear, is_fake_mode_active, is_traced, onednn_linear, onednn_pack
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
 # Multiplications from which oneDNN is worth its start, some 10 us dearer than that of F.linear: they break even at
@@ -71,9 +73,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "
     return onednn_linear(x.contiguous(), weight, bias, activation)
 
 
-def _onednn_refuses(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+def _onednn_refuses(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *rest: Any
+) -> str | None:
     if weight.dtype != x.dtype:
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
+    if epilogue == "swiglu" and rest[-1]:
+        return IN_TURN
     if carries_tangent((x, weight, bias)):
         return "has no derivative of forward mode"
     return "does not follow autocast" if torch.is_autocast_enabled(x.device.type) else None
@@ -110,46 +116,76 @@ def onednn() -> Implementation:
 def linear_cublas(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None = None, *_: object
 ) -> Tensor:
+    """The residual form without a bias reads and writes the stream inside the product. SwiGLU is the op activation."""
     rows = x.reshape(-1, x.shape[-1])
     if residual is not None:
         residual.view(-1, residual.shape[-1]).addmm_(rows, weight.t())
         return residual
+    if epilogue == "swiglu":
+        return activation(F.linear(x, weight, bias), "swiglu")
     assert bias is not None
     return gelu_linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _cublas_refuses(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *_: object
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *rest: Any
 ) -> str | None:
+    if epilogue == "swiglu":
+        return IN_TURN if rest[-1] else _refuses_dtypes(x, weight, bias)
     if residual is None:
         if x.dtype != torch.bfloat16:
             return f"computes the tanh form of GELU, which is near enough for bf16 results only, not for {x.dtype}"
-        if bias is None or weight.dtype != x.dtype or bias.dtype != x.dtype:
-            return "needs weight and bias in the dtype of x"
-        return None
+        return "needs a bias" if bias is None else _refuses_dtypes(x, weight, bias)
     if bias is not None:
         return "adds no bias: add it with the next norm"
-    if weight.dtype != x.dtype or residual.dtype != x.dtype:
-        return f"needs one dtype, got residual {residual.dtype}, x {x.dtype} and weight {weight.dtype}"
-    return refuses_stream(residual)
+    return _refuses_dtypes(x, weight, residual) or refuses_stream(residual)
+
+
+def _refuses_dtypes(x: Tensor, *others: Tensor | None) -> str | None:
+    dtypes = [other.dtype for other in others if other is not None]
+    if any(dtype != x.dtype for dtype in dtypes):
+        return f"takes tensors of one dtype, got {', '.join(map(str, (x.dtype, *dtypes)))}"
+    return None
 
 
 def linear_cublas_e4m3(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
-    weight_scale: Tensor, dtype: torch.dtype | None, out_scale: float,
+    weight_scale: Tensor, dtype: torch.dtype | None, out_scale: float, interleaved: bool,
 ) -> Tensor:  # fmt: skip
+    """The product in bf16 with fast accumulation; behind it the op activation, or the addition to the stream."""
     rows, by_row = x.reshape(-1, x.shape[-1]).contiguous(), F.ScalingType.RowWise
-    row_scale = weight_scale.new_full((rows.shape[0], 1), scale)
     z = F.scaled_mm(
-        rows, weight.t(), row_scale, by_row, weight_scale[None], by_row, bias=bias, output_dtype=torch.bfloat16
-    )
-    return finish(z.view(*x.shape[:-1], weight.shape[0]), epilogue, residual, dtype, out_scale)
+        rows, weight.t(), _scale_of_rows(len(rows), scale, x.device), by_row, weight_scale[None], by_row, bias=bias,
+        output_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    z = z.view(*x.shape[:-1], weight.shape[0])
+    if epilogue in ("gelu", "swiglu"):
+        return activation(z, cast(Any, epilogue), overwrite=True, scale=out_scale if dtype == E4M3 else None)
+    return finish(z, epilogue, residual)
+
+
+_SCALES: dict[tuple[float, torch.device], list[Tensor]] = {}  # none is ever dropped: CUDA graphs read them
+
+
+def _scale_of_rows(rows: int, scale: float, device: torch.device) -> Tensor:
+    """(rows, 1) fp32, `scale` in every row: a part of what is kept for this scale and device."""
+    if is_traced() or is_fake_mode_active():
+        return torch.full((rows, 1), scale, device=device)
+    kept = _SCALES.setdefault((scale, device), [])
+    if not kept or len(kept[-1]) < rows:
+        with torch.inference_mode(False):
+            kept.append(torch.full((1 << (rows - 1).bit_length(), 1), scale, device=device))
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # calls on other streams will read it, too
+    return kept[-1][:rows]
 
 
 def _cublas_refuses_e4m3(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
-    weight_scale: Tensor, dtype: torch.dtype | None, out_scale: float,
+    weight_scale: Tensor, dtype: torch.dtype | None, out_scale: float, interleaved: bool | None,
 ) -> str | None:  # fmt: skip
+    if epilogue == "swiglu" and interleaved:
+        return IN_TURN
     if residual is not None and residual.dtype == torch.float16:
         return "gives bf16, which is too coarse for an fp16 stream"
     if weight.shape[0] % 16 or weight.shape[1] % 16:
@@ -162,9 +198,15 @@ def _cublas_refuses_e4m3(
 
 
 def cublas() -> tuple[Implementation, Implementation]:
-    """For the forms that have an epilogue of cuBLAS, and for all of e4m3 operands; torch's plain linear is cuBLAS'."""
-    floats = (*HALF, torch.float32)
+    """One for fp16, bf16 and fp32, which leaves "none" to torch's linear, itself cuBLAS'; and one for e4m3 operands.
+
+    The first can be forced on a CPU. The same functions of torch compute the same there, but for the form of the GELU.
+    """
+    floats, forms = (*HALF, torch.float32), ("gelu", "swiglu", "residual")
     return (
-        Implementation("cublas", linear_cublas, _cublas_refuses, ("cuda",), floats, ("gelu", "residual"), trains=False),
+        Implementation(
+            "cublas", linear_cublas, _cublas_refuses, ("cuda",), floats, forms, trains=False,
+            elsewhere=lambda device: device.type == "cpu",
+        ),
         Implementation("cublas", linear_cublas_e4m3, _cublas_refuses_e4m3, ("cuda",), (E4M3,), trains=False),
-    )
+    )  # fmt: skip

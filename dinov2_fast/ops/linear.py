@@ -4,7 +4,7 @@
 
     none       z
     gelu       z * Phi(z), the exact (erf) GELU
-    swiglu     silu(z[0::2]) * z[1::2], gate and value features in turn (:func:`interleave` orders them)
+    swiglu     silu(gate) * value, the two halves of z, or features in turn (:func:`interleave` orders them so)
     residual   residual += z, in place
 
 The operands may be e4m3: `x` times one scale, `weight` times a scale of each output feature. A scale is what the e4m3
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dinov2_fast.ops import _linear_cuda, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops._linear_epilogue import HALF, finish, new_result, refuses_stream, was_written
+from dinov2_fast.ops._linear_epilogue import HALF, HALVES, finish, new_result, refuses_stream, was_written
 from dinov2_fast.ops._linear_peers import cublas, onednn
 from dinov2_fast.ops.dispatch import Implementation, Op
 
@@ -49,13 +49,14 @@ def linear(
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out_scale: float = 1.0,
+    interleaved: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`x` @ `weight`^T + `bias`, and what `epilogue` makes of it.
 
     Args:
         x: (..., in_features), fp16, bf16, fp32, fp64 or e4m3.
-        weight: (out_features, in_features), in the dtype of `x`; for "swiglu" in the order of :func:`interleave`.
+        weight: (out_features, in_features), in the dtype of `x`; for "swiglu" all gates first.
         bias: (out_features,) in that order, or None.
         epilogue: "none", "gelu", "swiglu" or "residual".
         residual: for "residual": (..., out_features), to which the result is added in place. It may be wider (fp32)
@@ -64,6 +65,8 @@ def linear(
         weight_scale: (out_features,), fp32, for e4m3 operands.
         dtype: of the result of e4m3 operands: bf16 (default) or fp16; with "gelu" and "swiglu" also e4m3.
         out_scale: what the values of an e4m3 result are to be multiplied by.
+        interleaved: for "swiglu", whether weight, bias and weight_scale are in the order of :func:`interleave`. Kernels
+            that compute it in their epilogue take this order alone, since a tile then holds gates and their values.
         backend: the implementation to use instead of the default.
 
     Returns:
@@ -80,7 +83,8 @@ def linear(
     if scale is not None or weight_scale is not None or dtype is not None or x.dtype == E4M3:
         _check_e4m3(x, weight, scale, weight_scale)
         dtype = _result_dtype(epilogue, residual, dtype)
-    args = x, weight, bias, epilogue, residual, 1.0 if scale is None else scale, weight_scale, dtype, out_scale
+    scale = 1.0 if scale is None else scale
+    args = x, weight, bias, epilogue, residual, scale, weight_scale, dtype, out_scale, interleaved
     return LINEAR.choose(epilogue, args, backend).function(*args)
 
 
@@ -129,12 +133,13 @@ def _result_dtype(epilogue: str, residual: Tensor | None, dtype: torch.dtype | N
 def linear_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "none", residual: Tensor | None = None,
     scale: float = 1.0, weight_scale: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
+    interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
     if weight_scale is not None:
         x, weight = x.float() * scale, weight.float() * weight_scale[:, None]
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return finish(F.linear(x, weight, bias), epilogue, residual, dtype, out_scale)
+    return finish(F.linear(x, weight, bias), epilogue, residual, dtype, out_scale, interleaved)
 
 
 # The kernels
@@ -142,7 +147,7 @@ def linear_torch(
 
 def linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
-    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float,
+    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float, interleaved: bool,
 ) -> Tensor:  # fmt: skip
     if residual is not None:
         _residual(residual, x, weight, bias, scale, weight_scale)
@@ -153,12 +158,13 @@ def linear_triton(
 
 
 def linear_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *rest: Any
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
+    weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float, interleaved: bool,
+) -> Tensor:  # fmt: skip
     if residual is not None:
-        _residual_cuda(residual, x, weight, bias, *rest[:2])
+        _residual_cuda(residual, x, weight, bias, scale, weight_scale)
         return residual
-    return _forward_cuda(x, weight, bias, epilogue, *rest)
+    return _forward_cuda(x, weight, bias, epilogue, scale, weight_scale, dtype, out_scale)
 
 
 def _launch(
@@ -206,24 +212,27 @@ _residual_cuda = _registry.register(
 
 
 def _refuses(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *_: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, *rest: Any
 ) -> str | None:
     if weight.dtype != x.dtype:
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
+    if epilogue == "swiglu" and rest[-1] is False:
+        return HALVES
     if x.dtype == E4M3 and (reason := _registry.refuses_e4m3(x)):
         return reason
     return None if residual is None else refuses_stream(residual)
 
 
-def _sample(epilogue: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def linear_sample(epilogue: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of a form. `interleaved` is None and the stream gets no bias: callers fit both to who is chosen."""
     e4m3 = dtype == E4M3
     x = torch.empty(1, 257, 384, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
     weight, bias = x.new_empty(1536, 384), x.new_empty(1536)
     residual = x.new_empty(1, 257, 1536) if epilogue == "residual" else None
     if not e4m3:
-        return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0
+        return x, weight, None if residual is not None else bias, epilogue, residual, 1.0, None, None, 1.0, None
     result = {"none": torch.bfloat16, "residual": None}.get(epilogue, E4M3)
-    return x.to(E4M3), weight.to(E4M3), bias, epilogue, residual, 0.125, bias.float(), result, 0.0625
+    return x.to(E4M3), weight.to(E4M3), bias, epilogue, residual, 0.125, bias.float(), result, 0.0625, None
 
 
 # The CUDA extension has no plain linear of fp16 and bf16: that is cuBLAS' to compute.
@@ -239,5 +248,5 @@ LINEAR = Op(
         ),
         _registry.cuda(linear_cuda, _linear_cuda.refuses, dtypes=(E4M3,), trains=False),
     ),
-    {epilogue: partial(_sample, epilogue) for epilogue in _linear_cuda.FORMS},
+    {epilogue: partial(linear_sample, epilogue) for epilogue in _linear_cuda.FORMS},
 )
