@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -17,10 +17,13 @@ from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference import watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.block import FoldedBlock
+from dinov2_fast.inference.engine import Engine
+from dinov2_fast.inference.fold import layout_for
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.ops._fp8 import E4M3
 from tests import golden, huggingface_peers
-from tests.devices import DEVICE, poisoned_memory, runs_triton
+from tests.devices import DEVICE, fakes_cuda, poisoned_memory, runs_triton
 from tests.huggingface_peers import KIND_NAMES, KINDS, make_pair, pictures
 from tests.test_model import INPUTS, TOLERANCE, close, small
 
@@ -59,6 +62,19 @@ def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
     return model.eval()
 
 
+@pytest.fixture(params=["", "linear=cublas"], ids=["", "deferred biases"])
+def deferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Runs a test with the default backends, and with products that leave the biases of the stream to the norms."""
+    if not request.param:
+        yield False
+        return
+    ran, addmm_ = [], Tensor.addmm_
+    monkeypatch.setattr(Tensor, "addmm_", lambda *args: ran.append(1) or addmm_(*args))
+    with use_backend(request.param):
+        yield True
+    assert ran
+
+
 @pytest.fixture(scope="module", params=golden.cases())
 def reference(request) -> tuple[Any, dict[str, Tensor], str]:
     arguments, weights, tensors = golden.load_case(request.param)
@@ -67,6 +83,7 @@ def reference(request) -> tuple[Any, dict[str, Tensor], str]:
     return optimize_for_inference(model, "fp32"), tensors, request.param
 
 
+@pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize("i", INPUTS)
 def test_golden_features(reference, i: int) -> None:
     engine, tensors, name = reference
@@ -90,9 +107,10 @@ def test_golden_features(reference, i: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
+@pytest.mark.usefixtures("deferred")
 @torch.no_grad()
 def test_every_form_of_the_reference_s_face(kind: dict[str, Any]) -> None:
-    model = small(**kind)
+    model = with_biases(small(**kind))
     engine = optimize_for_inference(model, "fp32")
     x, other = torch.randn(2, 3, 42, 98), torch.randn(1, 3, 70, 70)
     masks = torch.rand(2, 21) < 0.5
@@ -127,6 +145,7 @@ def test_pictures_of_many_sizes_get_their_own_positions() -> None:
     assert len(engine._sizes) <= CACHED_SIZES
 
 
+@pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
 def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu: bool) -> None:
@@ -145,6 +164,7 @@ def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu
         huggingface_peers.assert_close(ours, theirs, TOLERANCE)
 
 
+@pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
 def test_classifiers_and_backbones_as_transformers(family: str, swiglu: bool) -> None:
@@ -176,6 +196,7 @@ def _errors(model: Any, wanted: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
+@pytest.mark.usefixtures("deferred")
 @torch.no_grad()
 def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[str, Any], dtype: torch.dtype) -> None:
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -195,6 +216,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
+@pytest.mark.usefixtures("deferred")
 @torch.no_grad()
 def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
     model, x = wild(kind), torch.randn(4, 3, 56, 70)
@@ -204,31 +226,117 @@ def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
 
 @runs_triton
 @pytest.mark.parametrize(
-    ("kind", "settings", "precision"),
+    ("kind", "settings", "precision", "backends"),
     [
-        ("mlp", {}, "fp32"),
-        ("swiglu", {"residual": "fp32"}, "bf16"),
-        ("registers", {}, "bf16"),
+        ("mlp", {}, "fp32", "triton"),
+        ("swiglu", {"residual": "fp32"}, "bf16", "triton"),
+        ("registers", {}, "bf16", "triton"),
+        ("registers", {}, "bf16", "triton,linear.gelu=cublas,linear.residual=cublas"),
     ],
-    ids=["mlp", "swiglu", "registers"],
+    ids=["mlp", "swiglu", "registers", "deferred biases"],
 )
 @torch.no_grad()
-def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], precision: str) -> None:
+def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], precision: str, backends: str) -> None:
     model, x = wild(KINDS_OF_MODEL[kind], num_heads=2, depth=2).to(DEVICE), torch.randn(2, 3, 28, 42).to(DEVICE)
     decoded = torch.randint(256, (1, 28, 28, 3), dtype=torch.uint8).to(DEVICE)
     exact = _exact(model, x)
-    engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
     outputs = {}
-    for backend in ("torch", "triton"):
+    for backend in ("torch", backends):
         with use_backend(backend, strict=True):
-            assert {row.backend for row in engine.backends()} == {backend}
+            engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
+            assert all(row.backend in backend for row in engine.backends())
             with poisoned_memory():
                 lists = engine.forward_features([x, x[:1, :, :28, :28]])
                 outputs[backend] = (_errors(engine, exact, x), engine(decoded), [part["x_prenorm"] for part in lists])
-    (plain, *expected), (errors, *found) = outputs["torch"], outputs["triton"]
+    (plain, *expected), (errors, *found) = outputs["torch"], outputs[backends]
     assert (errors <= (2e-5 if precision == "fp32" else 2 * plain)).all()
     tolerance = 1e-4 if precision == "fp32" else 0.1
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+# Layouts of weights
+
+
+def with_biases(model: DinoVisionTransformer) -> DinoVisionTransformer:
+    """The model with biases that are not zero, where it has any."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+@torch.no_grad()
+def test_the_norms_add_the_sum_of_the_biases_before_them() -> None:
+    model = with_biases(small(init_values=0.3))
+    with use_backend("linear.residual=cublas"):
+        engine = optimize_for_inference(model, "fp32")
+    plain = optimize_for_inference(model, "fp32")
+    lacking = torch.zeros(32)
+    for made, block, whole in zip(engine.blocks, model.blocks, plain.blocks, strict=True):
+        assert made.attn.proj.bias is made.mlp.down.bias is None
+        biases = [block.ls1.gamma * block.attn.proj.bias, block.ls2.gamma * block.mlp.fc2.bias]
+        assert (made.deferred.norm1 is None) == (made is engine.blocks[0])
+        if made.deferred.norm1 is not None:
+            torch.testing.assert_close(made.deferred.norm1, lacking)
+        torch.testing.assert_close(made.deferred.norm2, lacking + biases[0])
+        lacking = lacking + sum(biases)
+        torch.testing.assert_close(made.deferred.end, lacking)
+        x = torch.randn(2, 5, 32)
+        torch.testing.assert_close(made(x), whole(x))
+        torch.testing.assert_close(made.first_token(x), whole.first_token(x))
+        torch.testing.assert_close(whole(x)[:, 0], whole.first_token(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("follow_weights", [True, False])
+@torch.no_grad()
+def test_an_engine_folds_anew_where_other_backends_want_another_layout(
+    follow_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = with_biases(small(ffn_layer="swiglu")), torch.randn(2, 3, 28, 28)
+    engine = optimize_for_inference(model, "fp32", follow_weights=follow_weights)
+    folded, layouts, expected = [], [], model(x)
+    fold = Engine._fold
+    monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device) or fold(self, device))
+
+    def call() -> None:
+        torch.testing.assert_close(engine(x), expected, atol=1e-5, rtol=1e-5)
+        layouts.append((engine.blocks[0].mlp.up.interleaved, engine.blocks[0].deferred.end is not None))
+
+    call()
+    with use_backend("linear=cublas"):
+        call()
+        assert "in place, the norms add the biases" in str(engine)
+        with use_backend("linear=torch,layer_norm=torch"):
+            call()
+    with use_backend("linear.gelu=torch"):
+        call()
+    assert layouts == [(False, False), (False, True), (False, False), (False, False)]
+    assert len(folded) == 2
+    copied = copy.deepcopy(engine)
+    torch.testing.assert_close(copied(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@fakes_cuda
+def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that compute SwiGLU in an epilogue run on a GPU alone, and want gates and values in turn."""
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    with use_backend("linear.swiglu=triton,linear.residual=cublas"):
+        layouts = [
+            layout_for(torch.device("cuda"), dtype, stream)
+            for dtype, stream in (
+                (torch.bfloat16, torch.bfloat16),
+                (torch.bfloat16, torch.float32),
+                (E4M3, torch.bfloat16),
+            )
+        ]
+    assert layouts == [(True, True), (True, False), (True, False)]
+    assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16) == (False, False)
+    engine = optimize_for_inference(small(), "fp32")
+    setting = engine._setting
+    engine.to("cpu")
+    assert engine._setting is None
+    engine(torch.zeros(1, 3, 28, 28))
+    assert engine._setting is setting
 
 
 # CLS only
@@ -668,7 +776,7 @@ def test_print_says_what_it_does() -> None:
     for part in (
         "Engine of a DinoVisionTransformer: 3 blocks of 32 channels",
         "weights: bf16, folded in fp64 from fp32 and rounded once",
-        "LayerScale into proj and w3, rows of w12 interleaved",
+        "LayerScale into proj and w3",
         "uint8 pictures: normalised in the patch embedding",
         "residual stream: fp32",
         "last block: computed for the CLS token alone where nothing else is returned (outputs='auto')",

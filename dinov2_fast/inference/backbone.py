@@ -23,10 +23,12 @@ from dinov2_fast.inference.fold import (
     FoldedLinear,
     FoldedModule,
     FoldedNorm,
+    Layout,
     expect,
     fold_normalization,
     frozen,
     hollow,
+    layout_for,
     rounded,
 )
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
@@ -140,6 +142,7 @@ class FoldedBackbone(DinoVisionTransformer):
 
     cls_only: bool
     plan: Plan
+    layouts: dict[torch.dtype, Layout]  # of linears, by the dtype of their operands
     _sizes: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -223,9 +226,10 @@ class FoldedBackbone(DinoVisionTransformer):
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:
+    """Runs the first blocks in place, and adds at the end what they have left out of the stream."""
     for block in blocks:
         block.update_(x, seq_lens)
-    return x
+    return blocks[-1].deferred.restore_(x) if blocks else x
 
 
 def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
@@ -299,8 +303,19 @@ def _folded_class(kind: Any) -> type[FoldedBackbone]:
     return type(f"Folded{kind.__name__}", (FoldedEncoder, kind), {})
 
 
-def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
+def layouts_for(plan: Plan, device: torch.device) -> dict[torch.dtype, Layout]:
+    """What the linears that would run now want, by the dtype of their operands."""
+    dtypes = (plan.dtype, E4M3) if plan.e4m3 else (plan.dtype,)
+    return {dtype: layout_for(device, dtype, plan.stream) for dtype in dtypes}
+
+
+def fold_backbone(model: DinoVisionTransformer, plan: Plan, device: torch.device) -> FoldedBackbone:
     """The backbone of the engine for `model`, of a subclass of its class.
+
+    Args:
+        model: the model's backbone.
+        plan: what to make of it.
+        device: where it will run; the result is on that of the model.
 
     Raises:
         TypeError: a part of the model is not one that can be folded.
@@ -308,6 +323,7 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
     kind: Any = type(model)
     made = hollow(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}
+    made.layouts = layouts_for(plan, device)
     made.cls_only = plan.outputs == "cls" or (plan.outputs == "auto" and _gives_cls_alone(model))
     for name in ("cls_token", "pos_embed", "register_tokens", "mask_token"):
         tensor = getattr(model, name)
@@ -316,7 +332,7 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan) -> FoldedBackbone:
         else:
             setattr(made, name, None)
     made.patch_embed = FoldedPatchEmbed.of(model.patch_embed, plan)
-    made.blocks = nn.ModuleList(_fold_blocks(model, plan))
+    made.blocks = nn.ModuleList(_fold_blocks(model, plan, made.layouts))
     made.chunked_blocks = False
     for name, child in model.named_children():
         if name in ("norm", "fc_norm") and type(child) in (LayerNorm, nn.LayerNorm):
@@ -333,8 +349,8 @@ def _gives_cls_alone(model: DinoVisionTransformer) -> bool:
     return not isinstance(model, Dinov2Model) and getattr(model, "global_pool", "token") == "token"
 
 
-def _fold_blocks(model: DinoVisionTransformer, plan: Plan) -> list[FoldedBlock]:
-    """The blocks, in one list also where the model groups them."""
+def _fold_blocks(model: DinoVisionTransformer, plan: Plan, layouts: dict[torch.dtype, Layout]) -> list[FoldedBlock]:
+    """The blocks, in one list also where the model groups them. If one defers its biases, all do."""
     named = []
     for name, module in model.blocks.named_children():
         if isinstance(module, BlockChunk):
@@ -350,10 +366,18 @@ def _fold_blocks(model: DinoVisionTransformer, plan: Plan) -> list[FoldedBlock]:
     scales = scales_of(plan.calibration, len(named))
     folded: list[FoldedBlock] = []
     for i, (name, block) in enumerate(named):
-        arguments = block, f"blocks.{name}", plan.dtype, plan.stream
-        for_cls = plan.outputs != "all" and i + 1 == len(named)
-        if plan.e4m3 and i not in plan.skip_layers:
-            folded.append(Fp8Block(*arguments, scales[i], for_cls))
-        else:
-            folded.append(FoldedBlock(*arguments))
+        arguments, layout = (block, f"blocks.{name}", plan.dtype, plan.stream), layouts[plan.dtype]
+        if not plan.e4m3 or i in plan.skip_layers:
+            folded.append(FoldedBlock(*arguments, layout))
+            continue
+        for_cls = None
+        if plan.outputs != "all" and i + 1 == len(named):
+            for_cls = FoldedBlock(*arguments, layout)
+            if layout.defers_bias:
+                for_cls.defer_biases(None)
+        folded.append(Fp8Block(*arguments, layouts[E4M3], scales[i], for_cls))
+    if any(layouts[E4M3 if isinstance(block, Fp8Block) else plan.dtype].defers_bias for block in folded):
+        left_out = None
+        for made in folded:
+            left_out = made.defer_biases(left_out)
     return folded

@@ -3,7 +3,8 @@
     x += proj(attention(qkv(norm1(x))))        gamma of LayerScale is in the weight and bias of proj
     x += down(act(up(norm2(x))))               and of down; act is GELU or SwiGLU, in the epilogue of up
 
-Which implementation of a step runs is for the tables in `ops/` to say.
+Which implementation of a step runs is for the tables in `ops/` to say. Where proj and down have no room for a bias, x
+lacks the biases so far, and the norms add them (:class:`Deferred`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.block import Block
-from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, expect, fold_linear, gamma_of
+from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, Layout, expect, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import Bound
-from dinov2_fast.ops.linear import interleave
 from dinov2_fast.timm_layers import TimmAttention
 
 
@@ -69,12 +69,12 @@ class FoldedAttention(FoldedModule):
 class FoldedMlp(FoldedModule):
     """Feed-forward network, with the LayerScale behind it."""
 
-    def __init__(self, mlp: nn.Module, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, mlp: nn.Module, gamma: Tensor | None, name: str, dtype: torch.dtype, interleaved: bool) -> None:
         super().__init__()
         expect(mlp, name, Mlp, SwiGLUFFN, SwiGLUFFNFused)
         self.gated = isinstance(mlp, SwiGLUFFN)
         if isinstance(mlp, SwiGLUFFN):
-            self.up = fold_linear(mlp.w12, f"{name}.w12", dtype, order=interleave)
+            self.up = fold_linear(mlp.w12, f"{name}.w12", dtype, interleaved=interleaved)
             self.down = fold_linear(mlp.w3, f"{name}.w3", dtype, gamma)
         elif isinstance(mlp, Mlp):
             expect(mlp.act, f"{name}.act", GELU)
@@ -87,6 +87,23 @@ class FoldedMlp(FoldedModule):
         self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
 
 
+class Deferred(FoldedModule):
+    """The biases that `proj` and `down` have left out of the residual stream where a block reads it, and at its end.
+
+    Each is (hidden,), in fp32, or None for none.
+    """
+
+    def __init__(self, norm1: Tensor | None = None, norm2: Tensor | None = None, end: Tensor | None = None) -> None:
+        super().__init__()
+        for name, biases in (("norm1", norm1), ("norm2", norm2), ("end", end)):
+            self.register_buffer(name, None if biases is None else biases.float())
+
+    def restore_(self, x: Tensor) -> Tensor:
+        """Adds to the stream `x` behind the block what it lacks there."""
+        end = self._buffers["end"]
+        return x if end is None else x.add_(end)
+
+
 class FoldedBlock(FoldedModule):
     """One block.
 
@@ -95,9 +112,10 @@ class FoldedBlock(FoldedModule):
         name: of it, for errors.
         dtype: of the linears and what they read.
         stream: of the residual stream.
+        layout: of the linears.
     """
 
-    def __init__(self, block: Any, name: str, dtype: torch.dtype, stream: torch.dtype) -> None:
+    def __init__(self, block: Any, name: str, dtype: torch.dtype, stream: torch.dtype, layout: Layout) -> None:
         super().__init__()
         expect(block, name, Block)
         for part in ("drop_path1", "drop_path2"):
@@ -106,17 +124,37 @@ class FoldedBlock(FoldedModule):
         self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, stream)
         self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
         self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, stream)
-        self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype)
+        self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype, layout.interleaved)
+        self.deferred, self.deferred_alone = Deferred(), Deferred()
+
+    def defer_biases(self, before: Tensor | None) -> Tensor | None:
+        """Takes the biases out of `proj` and `down`.
+
+        Args:
+            before: those that blocks before have left out of the stream, (hidden,), fp64, or None.
+
+        Returns:
+            The same behind this block.
+        """
+        own = [_take_bias(linear) for linear in (self.attn.proj, self.mlp.down)]
+        norm2 = _sum(before, own[0])
+        end = _sum(norm2, own[1])
+        self.deferred, self.deferred_alone = Deferred(before, norm2, end), Deferred(None, own[0], _sum(*own))
+        return end
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for the residual stream `x` (batch, seq_len, hidden), which is left as it is."""
-        return self.update_(x.clone())
+        return self.deferred_alone.restore_(self.update_(x.clone(), None, self.deferred_alone))
 
-    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-        """`forward`, in place; with `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths."""
+    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: Deferred | None = None) -> Tensor:
+        """The block in place on the stream that the block before has left; `deferred` says what that lacks.
+
+        With `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths.
+        """
         parts = self._modules
-        parts["attn"].add_to_(x, parts["norm1"].forward(x), seq_lens)
-        parts["mlp"].add_to_(x, parts["norm2"].forward(x))
+        lacking = (deferred or parts["deferred"])._buffers
+        parts["attn"].add_to_(x, parts["norm1"].forward(x, lacking["norm1"]), seq_lens)
+        parts["mlp"].add_to_(x, parts["norm2"].forward(x, lacking["norm2"]))
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
@@ -129,13 +167,23 @@ class FoldedBlock(FoldedModule):
         out = cls_attention(x.to(norm.dtype), weight, bias, norm.eps, qkv.weight, qkv.bias, self.attn.num_heads)
         row = x[:, 0].clone()
         self.attn.proj.add_to_(row, out)
-        self.mlp.add_to_(row, self.norm2(row))
-        return row
+        self.mlp.add_to_(row, self.norm2(row, self.deferred_alone.norm2))
+        return self.deferred_alone.restore_(row)
 
     def op_names(self) -> dict[torch.dtype, set[str]]:
         """The forms of ops that it runs in each dtype, but for the CLS token's own."""
         linears = {"linear.none", "linear.swiglu" if self.mlp.gated else "linear.gelu", "linear.residual"}
         return {self.norm1.dtype: {"layer_norm.plain", "attention.batch", "attention.varlen", *linears}}
+
+
+def _take_bias(linear: Any) -> Tensor | None:
+    """The bias of a folded linear, in fp64, which then has none."""
+    bias, linear.bias = linear.bias, None
+    return None if bias is None else bias.double()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def cls_attention(

@@ -17,7 +17,7 @@ from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
 from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
-from dinov2_fast.inference.backbone import Plan, fold_backbone
+from dinov2_fast.inference.backbone import Plan, fold_backbone, layouts_for
 from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
 from dinov2_fast.inference.fold import FoldedModule, frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
@@ -164,14 +164,15 @@ class Engine(nn.Module):
     def _fold(self, device: torch.device | None) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self._watch = ModelWatch(self._model) if self.plan.follow_weights else None
-            folded = _fold(self._model, self.plan).to(device).eval()
+            device = device or next(self._model.parameters()).device
+            folded = _fold(self._model, self.plan, device).to(device).eval()
             with _without_autocast(next(folded.buffers()).device.type):
                 check_agreement(_backbone(self._model), _backbone(folded))
-        device = next(folded.buffers()).device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # streams other than this may read the weights before, and will these
         self._graphs.clear()
         self.folded = folded
+        self._setting: dispatch.Setting | None = dispatch.current_setting()
 
     def refresh(self) -> None:
         """Folds the model's present weights; a calibration stays, CUDA graphs are captured anew.
@@ -181,10 +182,18 @@ class Engine(nn.Module):
         """
         if is_captured(next(self.folded.buffers())):
             raise RuntimeError(
-                "The model's weights have changed, and while a CUDA graph is captured they cannot be folded: call "
-                "refresh() on the engine before."
+                "The model's weights or the setting of backends have changed, and while a CUDA graph is captured "
+                "nothing can be folded: call refresh() on the engine before."
             )
         self._fold(self.device)
+
+    def _follow_setting(self) -> None:
+        """Folds anew if the backends that are chosen now want their weights laid out in another way."""
+        setting = dispatch.current_setting()
+        if setting is not self._setting:
+            if layouts_for(self.plan, self.device) != _backbone(self.folded).layouts:
+                self.refresh()
+            self._setting = setting
 
     # What a precision costs
 
@@ -235,7 +244,7 @@ class Engine(nn.Module):
         """The backbone of this engine in another precision."""
         plan = replace(self.plan, dtype=dtype, stream=dtype, e4m3=False)
         with torch.inference_mode(False), torch.no_grad():
-            return _backbone(_fold(self._model, plan).to(self.device).eval())
+            return _backbone(_fold(self._model, plan, self.device).to(self.device).eval())
 
     def _batches(self, pictures: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         for batch in as_batch(pictures).split(BATCH) if isinstance(pictures, Tensor) else pictures:
@@ -318,6 +327,7 @@ class Engine(nn.Module):
                     "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
                     "tangent. Use the model itself."
                 )
+            self._follow_setting()
             return self._graphs.run(self.folded, _backbone(self.folded), method, args, kwargs)
 
     def _channels_first(self, argument: Any) -> Any:
@@ -395,6 +405,7 @@ class Engine(nn.Module):
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             raise TypeError("The engine's precision is set when it is made: use optimize_for_inference(precision=...).")
         self._graphs.clear()
+        self._setting = None  # what runs there may want other layouts
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -413,6 +424,8 @@ def describe(engine: Engine) -> str:
     plan, backbone, model = engine.plan, _backbone(engine.folded), engine._model
     held = next(parameter.dtype for parameter in model.parameters())
     gated = any(block.mlp.gated for block in backbone.blocks)
+    interleaved = any(block.mlp.up.interleaved for block in backbone.blocks)
+    deferred = any(block.deferred.end is not None for block in backbone.blocks)
     uint8 = "normalised in the patch embedding" if backbone.patch_embed.proj_uint8 else "not taken: no mean and std"
     last = (
         "computed for the CLS token alone where nothing else is returned" if backbone.cls_only else "computed in full"
@@ -421,9 +434,10 @@ def describe(engine: Engine) -> str:
         f"weights: {_name(plan.dtype)}, folded in fp64 from {_name(held)} and rounded once",
         f"changes of the model: {'noticed at the next call' if plan.follow_weights else 'not noticed: call refresh()'}",
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
-        f"folded: LayerScale into proj and {'w3' if gated else 'fc2'}" + (", rows of w12 interleaved" if gated else ""),
+        f"folded: LayerScale into proj and {'w3' if gated else 'fc2'}"
+        + (", rows of w12 interleaved" if interleaved else ""),
         f"uint8 pictures: {uint8}",
-        f"residual stream: {_name(plan.stream)}, in place",
+        f"residual stream: {_name(plan.stream)}, in place" + (", the norms add the biases" if deferred else ""),
         f"lists of pictures: packed, {f'up to {plan.max_tokens} tokens' if plan.max_tokens else 'all'} at a time",
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
@@ -443,15 +457,15 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-def _fold(model: Any, plan: Plan) -> Any:
-    """The folded model of any face."""
+def _fold(model: Any, plan: Plan, device: torch.device) -> Any:
+    """The folded model of any face, for that device."""
     refuse_edits(model)
     refuse_tensors(model)
     if isinstance(model, DinoVisionTransformer):
-        return fold_backbone(model, plan)
+        return fold_backbone(model, plan, device)
     made = hollow(model)
     for name, child in model.named_children():
-        folded = fold_backbone(child, plan) if child is model.base_model else frozen(child, plan.dtype)
+        folded = fold_backbone(child, plan, device) if child is model.base_model else frozen(child, plan.dtype)
         made.add_module(name, folded)
     return made
 

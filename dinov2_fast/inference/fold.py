@@ -1,7 +1,8 @@
 """Turns a model's parameters into the tensors of the inference engine: computed in fp64, rounded once.
 
     gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale disappears into the linear before it
-    rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, see `ops.linear.interleave`
+    rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, where a kernel wants it so
+    x @ W^T + b            =  x @ W^T, and b later             of the linears that add to the stream, see `Layout`
     (n * w + c) @ W^T + b  =  n @ (W diag(w))^T + W c + b      a norm's weight and bias, in the linear that reads it
 
 What is folded no longer has a module of its own, so only modules whose computation is known are taken.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from inspect import isroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
 from dinov2_fast.ops._linear_peers import let_pack
-from dinov2_fast.ops.dispatch import Bound
+from dinov2_fast.ops.dispatch import BackendError, Bound, current_setting
 from dinov2_fast.ops.layer_norm import LAYER_NORM
-from dinov2_fast.ops.linear import LINEAR
+from dinov2_fast.ops.linear import LINEAR, interleave, linear_sample
 from dinov2_fast.ops.patches import UINT8_SHIFT
+from dinov2_fast.torch_private import FakeTensorMode
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,6 +152,39 @@ def _frozen_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
+class Layout(NamedTuple):
+    """What the linears want that the present setting of backends chooses.
+
+    With `interleaved` gate and value rows of a SwiGLU in turn (`ops.linear.interleave`). With `defers_bias` the linears
+    that add to the residual stream have no bias: the norms that read the stream add the biases so far.
+    """
+
+    interleaved: bool
+    defers_bias: bool
+
+
+def layout_for(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> Layout:
+    """The layout for linears of operands in `dtype`, and a residual stream in `stream`."""
+    with FakeTensorMode(), torch.no_grad():
+        *swiglu, _ = linear_sample("swiglu", device, dtype)
+        x, weight, _, form, residual, *rest = linear_sample("residual", device, dtype)
+        residual = residual.to(stream)
+        bias = residual.new_empty(len(weight))
+        return Layout(
+            _refused("swiglu", (*swiglu, None), (*swiglu, False)),
+            _refused("residual", (x, weight, None, form, residual, *rest), (x, weight, bias, form, residual, *rest)),
+        )
+
+
+def _refused(form: str, given: tuple[Any, ...], asked: tuple[Any, ...]) -> bool:
+    """Whether the implementation of `linear` that is chosen for the arguments `given` refuses those `asked` about."""
+    try:
+        chosen, *_ = LINEAR.select(form, given, current_setting())
+    except BackendError:  # which the first call will raise
+        return False
+    return chosen.refuses is not None and chosen.refuses(*asked) is not None
+
+
 class FoldedModule(nn.Module):
     """A part of the engine, with which its owner computes without always calling it.
 
@@ -184,13 +219,17 @@ class FoldedModule(nn.Module):
 
 
 class FoldedLinear(FoldedModule):
-    """A linear whose weight (out_features, in_features) and bias (or None) are buffers."""
+    """A linear whose weight (out_features, in_features) and bias (or None) are buffers.
+
+    With `interleaved` the rows are in the order that `Layout` calls so.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, interleaved: bool = False) -> None:
         super().__init__()
+        self.interleaved = interleaved
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.bind()
@@ -201,7 +240,7 @@ class FoldedLinear(FoldedModule):
 
     def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = self._buffers  # attributes of a module are slow to read
-        arguments = tensors["weight"], tensors["bias"], epilogue, residual, 1.0, None, None, 1.0
+        arguments = tensors["weight"], tensors["bias"], epilogue, residual, 1.0, None, None, 1.0, self.interleaved
         return self._bound[epilogue](x, *arguments)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,8 +263,8 @@ def fold_exactly(
     linear: Any,
     name: str,
     gamma: Tensor | None = None,
-    order: Callable[[Tensor], Tensor] | None = None,
     norm: Any = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Folds what stands around an `nn.Linear` into its weight and bias, which are returned in fp64.
 
@@ -233,8 +272,8 @@ def fold_exactly(
         linear: the model's.
         name: of it, for errors.
         gamma: LayerScale, (out_features,), or None.
-        order: puts the output features in another order.
         norm: the layer norm whose weight and bias it takes over, or None.
+        interleaved: put gate and value rows in turn.
     """
     expect(linear, name, nn.Linear)
     weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
@@ -244,8 +283,8 @@ def fold_exactly(
     if gamma is not None:
         weight = weight * gamma.double()[:, None]
         bias = None if bias is None else bias * gamma.double()
-    if order is not None:
-        weight, bias = order(weight), None if bias is None else order(bias)
+    if interleaved:
+        weight, bias = interleave(weight), None if bias is None else interleave(bias)
     return weight, bias
 
 
@@ -254,11 +293,11 @@ def fold_linear(
     name: str,
     dtype: torch.dtype,
     gamma: Tensor | None = None,
-    order: Callable[[Tensor], Tensor] | None = None,
+    interleaved: bool = False,
 ) -> FoldedLinear:
     """`fold_exactly`, rounded to `dtype`."""
-    weight, bias = fold_exactly(linear, name, gamma, order)
-    return FoldedLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype))
+    weight, bias = fold_exactly(linear, name, gamma, interleaved=interleaved)
+    return FoldedLinear(rounded(weight, dtype), None if bias is None else rounded(bias, dtype), interleaved)
 
 
 class FoldedNorm(FoldedModule):
@@ -285,12 +324,13 @@ class FoldedNorm(FoldedModule):
     def bind(self) -> None:
         self._bound = Bound(LAYER_NORM, "plain")
 
-    def _run(self, x: Tensor, scale: float | None = None) -> Tensor:
+    def _run(self, x: Tensor, deferred: Tensor | None, scale: float | None = None) -> Tensor:
         tensors = self._buffers
-        return self._bound(x, tensors["weight"], tensors["bias"], self.eps, None, None, None, None, scale)
+        return self._bound(x, tensors["weight"], tensors["bias"], self.eps, None, None, None, deferred, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x).to(self.dtype)
+    def forward(self, x: Tensor, deferred: Tensor | None = None) -> Tensor:
+        """The norm of `x`, or with `deferred` (hidden,) of their sum."""
+        return self._run(x, deferred).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

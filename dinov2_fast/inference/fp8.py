@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
-from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
+from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, Layout, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
-from dinov2_fast.ops.linear import interleave
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -64,8 +63,8 @@ class Fp8Norm(FoldedNorm):
         self.bias.zero_()
         self.scale = scale_for(self.weight.numel() ** 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.scale)
+    def forward(self, x: Tensor, deferred: Tensor | None = None) -> Tensor:
+        return self._run(x, deferred, self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -80,17 +79,25 @@ class Fp8Linear(FoldedLinear):
         dtype: of the bias and of a result that is not e4m3.
         scale: of what it reads.
         out_scale: of what `gelu` and `swiglu` give, in e4m3.
+        interleaved: as `FoldedLinear` has it.
     """
 
     weight_scale: Tensor  # (out_features,), fp32
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float, out_scale: float = 1.0
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scale: float,
+        out_scale: float = 1.0,
+        interleaved: bool = False,
     ) -> None:
         weight_scale = scale_of_rows(weight)
         super().__init__(
             quantize(weight, weight_scale.double()[:, None]).contiguous(),
             None if bias is None else rounded(bias, dtype),
+            interleaved,
         )
         self.register_buffer("weight_scale", weight_scale)
         self.dtype, self.scale, self.out_scale = dtype, scale, out_scale
@@ -99,7 +106,7 @@ class Fp8Linear(FoldedLinear):
     def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = self._buffers
         operands = tensors["weight"], tensors["bias"], epilogue, residual, self.scale, tensors["weight_scale"]
-        return self._bound[epilogue](x, *operands, self._results[epilogue], self.out_scale)
+        return self._bound[epilogue](x, *operands, self._results[epilogue], self.out_scale, self.interleaved)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}"
@@ -121,18 +128,26 @@ class Fp8Block(FoldedBlock):
     """A block with e4m3 linears.
 
     Args:
-        block, name, dtype, stream: as for `FoldedBlock`.
+        block, name, dtype, stream, layout: as for `FoldedBlock`.
         scales: of its activations.
-        for_cls: keep the linears in `dtype` as well, in which the CLS token alone is computed.
+        for_cls: the same block in `dtype`, which then computes the CLS token alone, or None.
     """
 
     def __init__(
-        self, block: Any, name: str, dtype: torch.dtype, stream: torch.dtype, scales: Scales, for_cls: bool
+        self,
+        block: Any,
+        name: str,
+        dtype: torch.dtype,
+        stream: torch.dtype,
+        layout: Layout,
+        scales: Scales,
+        for_cls: FoldedBlock | None,
     ) -> None:
-        super().__init__(block, name, dtype, stream)
-        self.for_cls = FoldedBlock(block, name, dtype, stream) if for_cls else None
+        super().__init__(block, name, dtype, stream, layout)
+        self.for_cls = for_cls
         attention, mlp, gated = block.attn, block.mlp, self.mlp.gated
-        up, down, order = ("w12", "w3", interleave) if gated else ("fc1", "fc2", None)
+        up, down = ("w12", "w3") if gated else ("fc1", "fc2")
+        interleaved = gated and layout.interleaved
         self.norm1 = Fp8Norm(block.norm1, f"{name}.norm1", dtype, stream)
         self.norm2 = Fp8Norm(block.norm2, f"{name}.norm2", dtype, stream)
         qkv = fold_exactly(attention.qkv, f"{name}.attn.qkv", norm=block.norm1)
@@ -142,8 +157,8 @@ class Fp8Block(FoldedBlock):
             Fp8Linear(*qkv, dtype, self.norm1.scale),
             Fp8Linear(*proj, dtype, scales.attention),
         )
-        first = fold_exactly(getattr(mlp, up), f"{name}.mlp.{up}", order=order, norm=block.norm2)
-        self.mlp.up = Fp8Linear(*first, dtype, self.norm2.scale, scales.hidden)
+        first = fold_exactly(getattr(mlp, up), f"{name}.mlp.{up}", norm=block.norm2, interleaved=interleaved)
+        self.mlp.up = Fp8Linear(*first, dtype, self.norm2.scale, scales.hidden, interleaved)
         second = fold_exactly(getattr(mlp, down), f"{name}.mlp.{down}", gamma_of(block.ls2, f"{name}.ls2"))
         self.mlp.down = Fp8Linear(*second, dtype, scales.hidden)
 

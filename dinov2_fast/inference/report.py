@@ -123,10 +123,10 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
         streams = {name: backbone.embed(batch) for name, backbone in others.items()}
         stream = exact.embed(batch)
         for i in range(last + 1):
-            wanted_cls, wanted = _step_(exact, i, stream)
+            stream, wanted_cls, wanted = _step(exact, i, stream)
             for name, backbone in others.items():
                 alone = _cls_alone(backbone, streams[name]) if backbone.cls_only and i == last else None
-                cls, patches = _step_(backbone, i, streams[name])
+                streams[name], cls, patches = _step(backbone, i, streams[name])
                 tallies.setdefault((f"block {i}", name), _Tally()).add(cls, wanted_cls, patches, wanted)
                 if i == last:
                     cls = cls if alone is None else alone
@@ -137,10 +137,11 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
     return Report(tuple(tallies[key].row(*key) for key in order), pictures)
 
 
-def _step_(backbone: FoldedBackbone, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Updates the stream `x` by block `i`; its CLS token and patch tokens through the last norm, (batch, …, hidden)."""
-    normed = backbone.norm(backbone.blocks[i].update_(x))
-    return normed[:, 0], normed[:, 1 + backbone.num_register_tokens :]
+def _step(backbone: FoldedBackbone, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The stream behind block `i`; its CLS token and patch tokens through the last norm, (batch, …, hidden)."""
+    x = backbone.blocks[i](x)
+    normed = backbone.norm(x)
+    return x, normed[:, 0], normed[:, 1 + backbone.num_register_tokens :]
 
 
 def _cls_alone(backbone: FoldedBackbone, x: Tensor) -> Tensor:
