@@ -113,9 +113,10 @@ def prepare(
         x: images (batch, 3, height, width) in the dtype of the precision.
         best: the backends of engine-best.
     """
-    if is_engine(mode):
-        model = engine(model, x, output, precision, mode)
     call, context = peer.call[output], surroundings(mode, best)
+    if is_engine(mode):
+        with context():  # whose weights are laid out for these backends
+            model = engine(model, x, output, precision, mode)
 
     def forward(x: Tensor) -> Any:
         return call(model, x)

@@ -5,12 +5,16 @@ bench/harness.py is refused. Then all run in turn, each time with a cold L2 cach
 the time to move the bytes that an op must move at the speed of a copy, or to compute its matrix products at the speed
 of a large one, whichever is longer; both speeds are measured in the same run. On a CPU no kernel of ours runs.
 
+An implementation of attention or of a linear may leave the step to e4m3, or SwiGLU, to the op activation: there the
+backend of activation runs that was the fastest at this resolution before.
+
 With ``--write``, ``best.json`` beside the rows names the fastest backend of each form of an op at each resolution.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -29,9 +33,9 @@ from bench import harness, records, roofline
 from bench.harness import Run, contest, obeys_rule, quantiles
 from bench.records import Recorder, Row
 from bench.roofline import Rates
-from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload
+from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload, in_turn
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import first_tensor, tensors_of
+from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of, use_backend
 
 TASK = "ops"
 BEST = "best.json"
@@ -78,9 +82,9 @@ class Case:
     def torch_function(self) -> Callable[..., Any]:
         return next(each.function for each in self.workload.implementations() if each.backend == "torch")
 
-    def checked(self, function: Callable[..., Any]) -> tuple[Run, float]:
+    def checked(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Run, float]:
         """The run to time of an implementation, and its error; AssertionError if it breaks the rule."""
-        run = self.run(function)
+        run = self.run(function, arguments)
         return run, max(obeys_rule(*each) for each in zip(run(), *self.expected, strict=True))
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...] | None = None) -> Run:
@@ -99,12 +103,20 @@ class Case:
 
         return run
 
-    def candidates(self) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """The implementations that run on these arguments, by name."""
+    def arguments_for(self, implementation: Implementation) -> tuple[tuple[Any, ...], str | None]:
+        """Those that it takes, which give the same results, and why it cannot run on them, or None."""
+        reason = implementation.reason_against(self.arguments)
+        if reason is not None and (self.workload.op, self.workload.form) == ("linear", "swiglu"):
+            arguments = in_turn(self.arguments)
+            return arguments, implementation.reason_against(arguments)
+        return self.arguments, reason
+
+    def candidates(self) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+        """The implementations that can run, by name, and the arguments of each."""
         for implementation in self.workload.implementations():
-            reason = implementation.reason_against(self.arguments)
+            arguments, reason = self.arguments_for(implementation)
             if reason is None:
-                yield implementation.backend, implementation.function
+                yield implementation.backend, implementation.function, arguments
             elif first_tensor(self.arguments).device.type != "cpu":  # where no kernel runs anyway
                 print(f"  {implementation.backend:14} not run: {reason}")
 
@@ -155,11 +167,11 @@ def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 def measure(case: Case, rates: Rates, without: Collection[str] = ()) -> list[Row]:
     """A row for each implementation except `without`; one that breaks the rule or fails has no value."""
     print(case)
-    functions = {name: function for name, function in case.candidates() if name not in without}
-    rows = {name: case.row | {"implementation": name} for name in functions}
+    candidates = {name: rest for name, *rest in case.candidates() if name not in without}
+    rows = {name: case.row | {"implementation": name} for name in candidates}
 
     def ready(name: str) -> Run:
-        run, rows[name]["outputs_max_error"] = case.checked(functions[name])
+        run, rows[name]["outputs_max_error"] = case.checked(*candidates[name])
         return run
 
     device = case.shape.device
@@ -199,6 +211,14 @@ def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
     return {"commit": commit, "forms": forms}
 
 
+def with_activation(case: Case, found: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Runs the op activation inside other ops by its fastest backend in `found`, which :func:`best` gives."""
+    forms, ending = found["forms"].get(str(case.shape.resolution), {}), " e4m3" if case.workload.e4m3 else ""
+    names = [f"activation.{form}" for form in dispatch.ops()["activation"].samples]
+    setting = ",".join(f"{name}={forms[name + ending]}" for name in names if name + ending in forms)
+    return use_backend(setting) if setting else contextlib.nullcontext()
+
+
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """All workloads of some ops at each size, forward and, if there is one, backward."""
     for config, resolution in itertools.product(options.models, options.sizes):
@@ -212,7 +232,7 @@ def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     recorder = Recorder(TASK, options)
-    device = recorder.device
+    device, commit = recorder.device, recorder.common["commit"]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rates = roofline.measured(device, dtype)
     recorder.common["versions"] |= rates.row
@@ -221,9 +241,10 @@ def main(arguments: list[str] | None = None) -> int:
         for case in cases(options, device, dtype):
             if not recorder.has(**case.row, implementation="torch"):  # which is not kept if another lost the device
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
-                recorder.keep(measure(case, rates, lost))
+                with with_activation(case, best(recorder.measured, commit)):
+                    recorder.keep(measure(case, rates, lost))
     if options.write and recorder.path.is_file():
-        chosen = best(records.read(recorder.path), recorder.common["commit"])
+        chosen = best(records.read(recorder.path), commit)
         recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
     return recorder.finish()
 

@@ -99,6 +99,11 @@ class Recorder:
         if self._write:
             write(self.path, self.rows)
 
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The rows so far; when resuming, also those before."""
+        return self._known + self.rows
+
     def has(self, **wanted: Any) -> bool:
         """When resuming: whether this commit has a row with these keys, of an implementation that was installed."""
         wanted["commit"] = self.common["commit"]

@@ -41,9 +41,10 @@ def cases() -> Iterator[Any]:
 def test_op(benchmark: Any, case: Case, implementation: Implementation) -> None:
     torch.manual_seed(0)
     case = replace(case)  # so that its tensors are freed when this test ends
-    if reason := implementation.reason_against(case.arguments):
+    arguments, reason = case.arguments_for(implementation)
+    if reason:
         pytest.skip(reason)
-    run, _ = case.checked(implementation.function)
+    run, _ = case.checked(implementation.function, arguments)
 
     def until_done() -> None:
         run()

@@ -100,9 +100,9 @@ def cases(name: str, resolution: int, op: str, device: str) -> int:
 
     def call() -> None:
         for case in ops.cases(options, CUDA, torch.bfloat16):
-            for backend, function in case.candidates():
+            for backend, function, arguments in case.candidates():
                 if backend == "triton":
-                    case.run(function)()
+                    case.run(function, arguments)()
 
     return launches(call)
 

@@ -15,6 +15,7 @@ from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
+from dinov2_fast.ops.linear import interleave
 
 MODES = ("forward", "backward")
 PATCH = 14
@@ -156,6 +157,10 @@ def _activation(shape: Shape, scale: float | None) -> tuple[Any, ...]:
     return x, "swiglu" if shape.swiglu else "gelu", False, scale
 
 
+def _quantised(shape: Shape, scale: float | None) -> tuple[Any, ...]:
+    return shape.stream(), "identity", False, scale
+
+
 def _attention(shape: Shape, scale: float | None) -> tuple[Any, ...]:
     return shape.qkv(shape.batch, shape.tokens), None, 0.0, scale
 
@@ -187,15 +192,24 @@ def _images(shape: Shape) -> tuple[Any, ...]:
 
 
 def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tuple[Any, ...]:
+    """Without a bias in the residual form, and for SwiGLU with all gates first (:func:`in_turn` reorders them)."""
     in_features, out_features = shape.features[place]
     x, bias = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features)
     weight = shape.random(out_features, in_features) / in_features**0.5
-    residual = shape.stream() if epilogue == "residual" else None
+    residual, bias = (shape.stream(), None) if epilogue == "residual" else (None, bias)
     if not scale:
-        return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0
-    scales = torch.full_like(bias, 0.125 / in_features**0.5, dtype=torch.float32)
+        return x, weight, bias, epilogue, residual, 1.0, None, None, 1.0, False
+    scales = torch.full_like(weight[:, 0], 0.125 / in_features**0.5, dtype=torch.float32)
     dtype = {"none": shape.dtype, "residual": None}.get(epilogue, E4M3)
-    return (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias, epilogue, residual, 0.125, scales, dtype, scale
+    operands = (x * 8).to(E4M3), (weight / scales[:, None]).to(E4M3), bias
+    return *operands, epilogue, residual, 0.125, scales, dtype, scale, False
+
+
+def in_turn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a SwiGLU linear with gates and values in turn, which give the same."""
+    x, weight, bias, epilogue, residual, scale, weight_scale, dtype, out_scale, _ = arguments
+    ordered = [None if t is None else interleave(t) for t in (weight, bias, weight_scale)]
+    return x, *ordered[:2], epilogue, residual, scale, ordered[2], dtype, out_scale, True
 
 
 def _both(
@@ -216,6 +230,7 @@ WORKLOADS = (
     Workload("layer_norm", "add", partial(_norm, branch=True), saved=(0, 1, 4, 5)),
     *_both("activation", "gelu", _activation, saved=(0,), of_swiglu=False),
     *_both("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
+    Workload("activation", "identity", partial(_quantised, scale=0.0625), e4m3=True),
     *_both("attention", "batch", _attention, flops=attention_flops, saved=(0,)),
     *_both("attention", "varlen", _varlen, flops=_varlen_flops, saved=(0,)),
     Workload(

@@ -34,7 +34,12 @@ def _workload(name: str) -> Workload:
 
 def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
     """Puts implementations beside torch's."""
-    monkeypatch.setattr(ops.Case, "candidates", lambda self: [("torch", self.torch_function), *functions.items()])
+
+    def candidates(case: ops.Case):
+        every = {"torch": case.torch_function} | functions
+        return [(name, function, case.arguments) for name, function in every.items()]
+
+    monkeypatch.setattr(ops.Case, "candidates", candidates)
 
 
 def _measured(workload: Workload, mode: str) -> dict[str, dict]:
@@ -77,13 +82,13 @@ def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) ->
         ("attention.batch", "backward"): (7 * stream, 2.5 * 4 * 2 * 5 * 5 * 64),
         ("attention.varlen", "forward"): (4 * 4 * 2 * 55 * 64, 4 * 2 * (5 * 5 + 50 * 50) * 64),
         ("attention.probabilities", "forward"): (stream + 4 * 2 * 5, 0),  # the keys, and one query's weights
-        ("linear.residual", "forward"): (3 * stream + 4 * (64 * 64 + 64), 2 * 10 * 64 * 64),
+        ("linear.residual", "forward"): (3 * stream + 4 * 64 * 64, 2 * 10 * 64 * 64),
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
     plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))
     assert [case.floor(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
     assert e4m3.floor(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
-    assert plain.floor(RATES._replace(product=1e10)) == pytest.approx(24320e-9)
+    assert plain.floor(RATES._replace(product=1e10)) == pytest.approx(24064e-9)
     cold = lambda runs, *_, flush, **options: {name: [1e-6, 2e-6, 4e-6] for name in runs if flush}  # noqa: E731
     monkeypatch.setattr(harness, "in_turn", cold)
     row = _measured(_workload("layer_norm.plain"), "forward")["torch"]
@@ -104,6 +109,33 @@ def test_what_computes_something_else_or_fails_has_a_reason_and_no_value(monkeyp
     assert records.reason(rows["failing"]).startswith("failed: ")
     _against(monkeypatch, wrong=lambda x, *_: gelu(x.detach()) + (x - x.detach()))  # its gradient alone is
     assert records.reason(_measured(_workload("activation.gelu"), "backward")["wrong"]).startswith("refused: ")
+
+
+@pytest.mark.parametrize("name", ["linear.swiglu", "linear.swiglu e4m3"])
+def test_an_implementation_gets_the_order_of_features_that_it_takes(name: str) -> None:
+    """Kernels take gates and values in turn, the others all gates first, and all are measured."""
+    giant = replace(BACKBONES["dinov2_vitg14"], embed_dim=64, num_heads=1)
+    case = ops.Case(_workload(name), replace(SHAPE, config=giant), "forward")
+    (torch_s,) = (each for each in case.workload.implementations() if each.backend == "torch")
+    kernel = replace(torch_s, refuses=lambda *args: None if args[-1] else "takes gates and values in turn")
+    results = []
+    for implementation, interleaved in ((torch_s, False), (kernel, True)):
+        arguments, reason = case.arguments_for(implementation)
+        assert (arguments[-1], reason) == (interleaved, None)
+        results += case.run(implementation.function, arguments)()
+    torch.testing.assert_close(*(y.float() for y in results))
+
+
+def test_other_ops_run_activation_by_its_fastest_backend() -> None:
+    found = {"forms": {"28": {"activation.identity e4m3": "triton", "activation.swiglu": "torch", "patches": "triton"}}}
+    settings = []
+    for name in ("attention.batch e4m3", "linear.residual"):
+        with ops.with_activation(ops.Case(_workload(name), SHAPE, "forward"), found):
+            settings.append(dispatch.current_setting().by_name)
+    assert settings == [{"activation.identity": "triton"}, {"activation.swiglu": "torch"}]
+    outside = dispatch.current_setting()
+    with ops.with_activation(ops.Case(_workload("patches"), replace(SHAPE, resolution=56), "forward"), found):
+        assert dispatch.current_setting() is outside
 
 
 TIMES = [
