@@ -102,8 +102,8 @@ def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left
 def test_the_norm_with_a_deferred_bias_is_that_of_the_unrounded_sum(
     backend: str, dtype: torch.dtype, rows: int, hidden: int
 ) -> None:
-    """The bias is a hundred times the stream: a sum rounded to 16 bits would break the rule."""
-    x, deferred = random(rows, hidden, dtype=dtype), random(hidden, scale=100)
+    """Far from zero, where a sum rounded to 16 bits has lost what the norm is made of."""
+    x, deferred = random(rows, hidden, dtype=dtype), random(hidden, shift=100)
     weight, bias = _parameters(hidden, dtype)
     with poisoned_memory():
         y = ops.layer_norm(x, weight, bias, EPS, deferred_bias=deferred, backend=backend)
