@@ -11,7 +11,9 @@ ops/linear.py). e4m3 scales are dequantisation factors: real value = e4m3 value 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -159,17 +161,32 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
     return _Tile(128, 128, 4, 4 if capability == (8, 0) else 3, 2), small
 
 
-def _configuration(x: Tensor, weight: Tensor, epilogue: str, tma: bool) -> tuple[_Tile, int]:
-    """The largest tile of which every multiprocessor gets one, else the smallest; and in_features per step."""
-    (rows, in_features), out_features = x.shape, weight.shape[0]
+@lru_cache(maxsize=1024)
+def _configuration(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, epilogue: str, tma: bool,
+    capability: tuple[int, int], multiprocessors: int,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Programs and options of a launch: the largest tile of which every multiprocessor gets one, else the smallest."""
     # An epilogue need not be hidden behind the products of 1024 in_features, of 2048 in e4m3, which take half the time.
-    light = epilogue in ("none", "residual") or in_features * x.itemsize >= 2048
-    for tile in _tiles(x.dtype, tma, common.capability(x.device)):
-        fits = tile.n < 256 or (out_features % 256 == 0 and light)
-        if fits and triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n) >= common.multiprocessors(x.device):
+    light = epilogue in ("none", "residual") or in_features * dtype.itemsize >= 2048
+    for tile in _tiles(dtype, tma, capability):
+        tiles = math.ceil(rows / tile.m) * math.ceil(out_features / tile.n)
+        if tiles >= multiprocessors and (tile.n < 256 or (out_features % 256 == 0 and light)):
             break
-    step = 128 if tma and x.dtype != torch.float32 else 64  # bytes
-    return tile, step // x.itemsize
+    block_k = (128 if tma and dtype != torch.float32 else 64) // dtype.itemsize
+    options = {
+        "EPILOGUE": epilogue,
+        "TMA": tma,
+        "EVEN_K": in_features % block_k == 0,
+        "UPCAST": common.interpreting() and dtype == torch.bfloat16,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": block_k,
+        "GROUP": 8,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return min(tiles, multiprocessors * tile.programs), options
 
 
 def _can_use_tma(matrix: Tensor) -> bool:
@@ -177,7 +194,8 @@ def _can_use_tma(matrix: Tensor) -> bool:
 
     sm_120 has TMA as well, but the tensor cores of sm_80, which do not read what it brings.
     """
-    start = matrix.storage_offset() * matrix.itemsize if is_fake(matrix) else matrix.data_ptr()
+    plain = type(matrix) is Tensor or not is_fake(matrix)  # which takes its time, so only subclasses are asked
+    start = matrix.data_ptr() if plain else matrix.storage_offset() * matrix.itemsize
     row = matrix.stride(0) * matrix.itemsize
     aligned = row > 0 and row % TMA_ALIGNMENT == 0 and start % TMA_ALIGNMENT == 0
     return aligned and matrix.stride(1) == 1 and common.capability(matrix.device)[0] in (9, 10)
@@ -200,15 +218,15 @@ def _launch(
     tma = _can_use_tma(x) and _can_use_tma(weight)
     if epilogue == "gelu":
         epilogue = "gelu_polynomial" if out.dtype in (torch.bfloat16, E4M3) else "gelu_erf"
-    tile, block_k = _configuration(x, weight, epilogue, tma)
-    programs = min(
-        triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n),
-        common.multiprocessors(x.device) * tile.programs,
-    )
+    programs, options = _configuration(
+        rows, in_features, out_features, x.dtype, epilogue, tma, common.capability(x.device),
+        common.multiprocessors(x.device),
+    )  # fmt: skip
+    m, n, k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     with common.on_device(x):
         _linear_forward_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, [tile.m, block_k]) if tma else x,
-            TensorDescriptor.from_tensor(weight, [tile.n, block_k]) if tma else weight,
+            TensorDescriptor.from_tensor(x, [m, k]) if tma else x,
+            TensorDescriptor.from_tensor(weight, [n, k]) if tma else weight,
             bias,
             weight_scale,
             out,
@@ -220,16 +238,7 @@ def _launch(
             out.stride(0),
             scale,
             1.0 / out_scale,
-            EPILOGUE=epilogue,
-            TMA=tma,
-            EVEN_K=in_features % block_k == 0,
-            UPCAST=common.interpreting() and x.dtype == torch.bfloat16,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=block_k,
-            GROUP=8,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **options,
         )
 
 

@@ -537,3 +537,25 @@ def test_every_configuration_is_good(name: str, arch: int) -> None:
     found = [fault for dtype in case.dtypes for fault in _faults(case, arch, dtype, case.sizes + case.more)]
     found += [fault for dtype in case.alike for fault in _faults(case, arch, dtype, case.sizes[:1])]
     assert found == []
+
+
+# (dtype, epilogue, rows, in_features, out_features), rows and columns of the tile, programs on 132 multiprocessors
+TILES = [
+    (torch.bfloat16, "none", 16448, 384, 1536, (128, 256, 132)),
+    (E4M3, "none", 16448, 384, 1536, (128, 256, 132)),
+    (E4M3, "none", 16448, 1024, 384, (128, 128, 264)),  # 256 columns would pad 384 to 512
+    (torch.bfloat16, "gelu", 16448, 1024, 1536, (128, 256, 132)),
+    (E4M3, "gelu", 16448, 1024, 1536, (128, 128, 264)),  # an activation is hidden up to twice as many in_features
+    (E4M3, "gelu", 16448, 2048, 1536, (128, 256, 132)),
+    (E4M3, "none", 257, 384, 384, (64, 64, 30)),
+]
+
+
+def test_linear_takes_the_largest_tile_that_keeps_the_gpu_busy() -> None:
+    with compiling(90) as reports:
+        for dtype, epilogue, rows, in_features, out_features, _ in TILES:
+            x, weight = (_cuda(n, in_features, dtype=dtype) for n in (rows, out_features))
+            scales = {"dtype": torch.bfloat16, "weight_scale": _cuda(out_features)} if dtype == E4M3 else {}
+            linear.linear_forward(x, weight, None, epilogue, **scales)
+    found = [(report.constants["BLOCK_M"], report.constants["BLOCK_N"], *report.grid) for report in reports]
+    assert found == [tile for *_, tile in TILES]
