@@ -30,8 +30,7 @@ void linear_forward(const LinearForward& args, void* stream) {
   const Dtype operand = args.x.dtype;
   const int multiprocessors = multiprocessors_of(args.x.device);
   if (args.x.rows() == 0) return;
-  const int bytes = static_cast<int>(item_size(operand));
-  const int tile = choose_tile(args.x.rows(), args.weight.rows(), args.form, bytes, multiprocessors);
+  const int tile = choose_tile(args.x.rows(), args.weight.rows(), args.form, multiprocessors);
   if (operand == Dtype::bf16) return launch_linear<Dtype::bf16>(args, tile, multiprocessors, stream);
   if (operand == Dtype::fp16) return launch_linear<Dtype::fp16>(args, tile, multiprocessors, stream);
   launch_linear<Dtype::e4m3>(args, tile, multiprocessors, stream);

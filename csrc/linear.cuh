@@ -1,9 +1,9 @@
 // The kernels of linear.cu: CUTLASS' warp-specialised product for sm_90a (TMA loads, wgmma, a persistent grid) with the
 // epilogue of epilogue.cuh. Empty for other architectures. Each linear_<dtype>.cu compiles those of its operands.
 //
-// e4m3: the tensor cores add up products with fewer bits than fp32 has, so every 128 products (4 instructions, one step
-// over in_features) their sum is added to accumulators in fp32 and begins anew, which is what CUTLASS does unless asked
-// for fast accumulation.
+// e4m3: the tensor cores add up all products, with fewer bits than fp32 has (fast accumulation; ops/linear.py says what
+// that costs). CUTLASS would else add every 128 products to a second set of accumulators, for which the larger tiles
+// have no registers.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -74,8 +74,11 @@ struct LinearGemm {
   static constexpr int ALIGNMENT = 16 / sizeof(Element), STEP = 128 / sizeof(Element);
   // Two blocks, one below the other, share what they read of the weight.
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Schedule = std::conditional_t<TILES[TILE].pingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+  static constexpr bool E4M3 = OPERAND == Dtype::e4m3;
+  using Pingpong = std::conditional_t<E4M3, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
+                                      cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
+  using Cooperative = std::conditional_t<E4M3, cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
+                                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
   using Epilogue =
       cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<LinearEpilogue<FORM, OPERAND, TILE>>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -85,7 +88,7 @@ struct LinearGemm {
       float,                                                // sums
       cute::Shape<cute::Int<TILES[TILE].rows>, cute::Int<TILES[TILE].columns>, cute::Int<STEP>>, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
-      Schedule>::CollectiveOp;
+      std::conditional_t<TILES[TILE].pingpong, Pingpong, Cooperative>>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
@@ -133,7 +136,7 @@ void launch_kernel(const LinearForward& args, int multiprocessors, cudaStream_t 
 template <Form FORM, Dtype OPERAND, int TILE = 0>
 void launch_tile(const LinearForward& args, int tile, int multiprocessors, cudaStream_t stream) {
   if constexpr (TILE < NUM_TILES) {
-    if constexpr (serves(TILES[TILE], FORM, OPERAND == Dtype::e4m3 ? 1 : 2)) {
+    if constexpr (serves(TILES[TILE], FORM)) {
       if (tile == TILE) return launch_kernel<FORM, OPERAND, TILE>(args, multiprocessors, stream);
     }
     launch_tile<FORM, OPERAND, TILE + 1>(args, tile, multiprocessors, stream);

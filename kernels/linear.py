@@ -5,13 +5,15 @@ whose operands stay in L2, and the loads of its next tile overlap the epilogue o
 read with TMA through descriptors that the launcher makes; elsewhere, and where TMA's 16-byte alignment is not met, with
 masked loads. Invariants: elements of a row are neighbours in `x`, `weight` and the output; `weight` holds one output
 feature per row, with gate and value rows in turn for SwiGLU; row offsets are int64; the sum over in_features is in
-fp32, for e4m3 operands as well, of which no more than BLOCK_K products are summed at the tensor cores' lower precision.
-e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
+fp32, but for e4m3 operands, whose products the tensor cores add up with the bits that they have (fast accumulation:
+ops/linear.py). e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -107,7 +109,6 @@ def _linear_forward_kernel(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
-    BLOCKWISE_SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,10 +125,7 @@ def _linear_forward_kernel(
             b = _load_block(weight, n, out_features, weight_stride, k, in_features, BLOCK_N, BLOCK_K, TMA, EVEN_K)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            if BLOCKWISE_SUM:
-                y += tl.dot(a, b.T, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-            else:
-                y = tl.dot(a, b.T, y, input_precision="ieee")
+            y = tl.dot(a, b.T, y, input_precision="ieee")
         # Half a tile at a time: fewer registers, and what the residual needs fits in them.
         halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
@@ -151,14 +149,11 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
     """The tiles to choose from, largest first.
 
     The tensor cores of sm_90 want 256 columns, which leaves room for one program per multiprocessor; two programs with
-    128 columns each hide the epilogue of one behind the products of the other. Precise sums of e4m3 need a second set
-    of registers.
+    128 columns each hide the epilogue of one behind the products of the other.
     """
     small = _Tile(64, 64, 4, 4, 3)
     if dtype == torch.float32:
         return (_Tile(64, 64, 8, 3, 2),)
-    if dtype == E4M3:
-        return _Tile(128, 128, 8, 4 if tma else 3, 1), small
     if tma:
         return _Tile(128, 256, 8, 3, 1), _Tile(128, 128, 4, 3, 2), small
     if capability >= (9, 0):
@@ -166,16 +161,32 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
     return _Tile(128, 128, 4, 4 if capability == (8, 0) else 3, 2), small
 
 
-def _configuration(x: Tensor, weight: Tensor, epilogue: str, tma: bool) -> tuple[_Tile, int]:
-    """The largest tile of which every multiprocessor gets one, else the smallest; and in_features per step."""
-    (rows, in_features), out_features = x.shape, weight.shape[0]
-    light = epilogue in ("none", "residual") or in_features >= 1024  # an epilogue that need not be hidden
-    for tile in _tiles(x.dtype, tma, common.capability(x.device)):
-        fits = tile.n < 256 or (out_features % 256 == 0 and light)
-        if fits and triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n) >= common.multiprocessors(x.device):
+@lru_cache(maxsize=1024)
+def _configuration(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, epilogue: str, tma: bool,
+    capability: tuple[int, int], multiprocessors: int,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Programs and options of a launch: the largest tile of which every multiprocessor gets one, else the smallest."""
+    # An epilogue need not be hidden behind the products of 1024 in_features, of 2048 in e4m3, which take half the time.
+    light = epilogue in ("none", "residual") or in_features * dtype.itemsize >= 2048
+    for tile in _tiles(dtype, tma, capability):
+        tiles = math.ceil(rows / tile.m) * math.ceil(out_features / tile.n)
+        if tiles >= multiprocessors and (tile.n < 256 or (out_features % 256 == 0 and light)):
             break
-    step = 128 if tma and x.dtype != torch.float32 else 64  # bytes
-    return tile, step // x.itemsize
+    block_k = (128 if tma and dtype != torch.float32 else 64) // dtype.itemsize
+    options = {
+        "EPILOGUE": epilogue,
+        "TMA": tma,
+        "EVEN_K": in_features % block_k == 0,
+        "UPCAST": common.interpreting() and dtype == torch.bfloat16,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": block_k,
+        "GROUP": 8,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    return min(tiles, multiprocessors * tile.programs), options
 
 
 def _can_use_tma(matrix: Tensor) -> bool:
@@ -183,7 +194,8 @@ def _can_use_tma(matrix: Tensor) -> bool:
 
     sm_120 has TMA as well, but the tensor cores of sm_80, which do not read what it brings.
     """
-    start = matrix.storage_offset() * matrix.itemsize if is_fake(matrix) else matrix.data_ptr()
+    plain = type(matrix) is Tensor or not is_fake(matrix)  # which takes its time, so only subclasses are asked
+    start = matrix.data_ptr() if plain else matrix.storage_offset() * matrix.itemsize
     row = matrix.stride(0) * matrix.itemsize
     aligned = row > 0 and row % TMA_ALIGNMENT == 0 and start % TMA_ALIGNMENT == 0
     return aligned and matrix.stride(1) == 1 and common.capability(matrix.device)[0] in (9, 10)
@@ -206,15 +218,15 @@ def _launch(
     tma = _can_use_tma(x) and _can_use_tma(weight)
     if epilogue == "gelu":
         epilogue = "gelu_polynomial" if out.dtype in (torch.bfloat16, E4M3) else "gelu_erf"
-    tile, block_k = _configuration(x, weight, epilogue, tma)
-    programs = min(
-        triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n),
-        common.multiprocessors(x.device) * tile.programs,
-    )
+    programs, options = _configuration(
+        rows, in_features, out_features, x.dtype, epilogue, tma, common.capability(x.device),
+        common.multiprocessors(x.device),
+    )  # fmt: skip
+    m, n, k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     with common.on_device(x):
         _linear_forward_kernel[(programs,)](
-            TensorDescriptor.from_tensor(x, [tile.m, block_k]) if tma else x,
-            TensorDescriptor.from_tensor(weight, [tile.n, block_k]) if tma else weight,
+            TensorDescriptor.from_tensor(x, [m, k]) if tma else x,
+            TensorDescriptor.from_tensor(weight, [n, k]) if tma else weight,
             bias,
             weight_scale,
             out,
@@ -226,17 +238,7 @@ def _launch(
             out.stride(0),
             scale,
             1.0 / out_scale,
-            EPILOGUE=epilogue,
-            TMA=tma,
-            EVEN_K=in_features % block_k == 0,
-            UPCAST=common.interpreting() and x.dtype == torch.bfloat16,
-            BLOCKWISE_SUM=x.dtype == E4M3 and common.capability(x.device)[0] != 10,
-            BLOCK_M=tile.m,
-            BLOCK_N=tile.n,
-            BLOCK_K=block_k,
-            GROUP=8,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **options,
         )
 
 

@@ -43,8 +43,11 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 FP8_ARCHITECTURES = (89, 90, 100, 120)
 
-# Products an fp8 dot may add up at the tensor core's own precision (some 14 bits) before they go to an fp32 register.
-MAX_IMPRECISE = 128
+# How many products of a dot the tensor cores of sm_90 add up with some 14 bits before the sum goes to fp32 registers,
+# by operands in MLIR's words: all of e4m3 (fast accumulation: dinov2_fast/ops/linear.py says what that costs), and none
+# of anything else.
+ALL = 2**30
+FAST_ACCUMULATION = {"f8E4M3FN": ALL}
 
 WARP_GROUP = 4  # warps of sm_90 that execute a wgmma together
 
@@ -129,9 +132,9 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
     """What is wrong with a kernel, in sentences.
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
-    to tf32, or on sm_90 adds up fp8 products imprecisely; a dot on sm_90 that does not run on that chip's own tensor
-    core instructions, which need 64 rows, or whose instructions wait for one another; a write there over operands that
-    another warp group may still be reading (tests/wgmma.py). `fast` is "always", "mostly"
+    to tf32, or on sm_90 adds up its products otherwise than `FAST_ACCUMULATION` says; a dot on sm_90 that does not run
+    on that chip's own tensor core instructions, which need 64 rows, or whose instructions wait for one another; a write
+    there over operands that another warp group may still be reading (tests/wgmma.py). `fast` is "always", "mostly"
     (narrow tiles beside wide ones) or "never".
     """
     found = []
@@ -142,8 +145,8 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
         found.append(f"spills above the limit of {max_spill} B")
     found += [f"a dot of {dot.operands} in tf32" for dot in report.dots if dot.tf32]
     if report.arch == 90:
-        rough = {dot.imprecise for dot in report.dots if dot.imprecise > MAX_IMPRECISE}
-        found += [f"{sums} products of a dot added up imprecisely" for sums in sorted(rough)]
+        wrong = {dot for dot in report.dots if dot.imprecise != FAST_ACCUMULATION.get(dot.operands, 0)}
+        found += sorted(f"{dot.imprecise} products of a dot of {dot.operands} added up imprecisely" for dot in wrong)
         if fast != "never":
             wanted = {_TENSOR_CORES[dot.operands] for dot in report.dots if dot.operands in _TENSOR_CORES}
             found += [f"a dot without {opcode}" for opcode in sorted(wanted) if not report.uses(opcode)]

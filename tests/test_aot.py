@@ -32,6 +32,7 @@ from dinov2_fast.kernels import (
     residual_backward,
 )
 from tests.aot import (
+    ALL,
     ARCHITECTURES,
     FP8_ARCHITECTURES,
     MULTIPROCESSORS,
@@ -112,7 +113,7 @@ def _dot(
     block: tuple[int, int, int] = (128, 128, 64),
     stages: int = 3,
     precision: str = "ieee",
-    sums: int | None = 64,
+    sums: int | None = None,
 ) -> None:
     m, n, k = block
     a, b = (torch.empty(rows, 1024, device="cuda", dtype=dtype) for rows in (m, n))
@@ -229,7 +230,7 @@ def test_tensor_cores_are_seen() -> None:
         _dot(torch.bfloat16, (16, 64, 64))
     *fast, slow = reports
     assert [_tensor_cores(report) for report in fast] == ["HGMMA", "HGMMA", "QGMMA", "", "HGMMA"]
-    assert [_sentences(report) for report in fast] == [[WAITING], [WAITING], [], [], [WAITING]]  # as ptxas says
+    assert [_sentences(report) for report in fast] == [[WAITING], [WAITING], [WAITING], [], [WAITING]]  # as ptxas says
     slow_path, no_hgmma = "a dot on HMMA, the slow path", "a dot without HGMMA"
     assert _sentences(slow) == [no_hgmma, slow_path]
     assert _sentences(slow, fast="mostly") == [no_hgmma]
@@ -248,12 +249,23 @@ def test_imprecise_dots_are_seen() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
             _dot(dtype)
         _dot(torch.float32, precision="tf32")
-        _dot(torch.float8_e4m3fn, sums=None)
-    *precise, tf32, fp8 = reports
-    assert [dot.operands for report in precise for dot in report.dots] == ["f32", "bf16", "f8E4M3FN"]
-    assert [_sentences(report) for report in precise] == [[], [WAITING], []]
+        _dot(torch.float8_e5m2)
+    *right, tf32, e5m2 = reports
+    assert [dot.operands for report in right for dot in report.dots] == ["f32", "bf16", "f8E4M3FN"]
+    assert [_sentences(report) for report in right] == [[], [WAITING], [WAITING]]
     assert _sentences(tf32) == ["a dot of f32 in tf32", WAITING]
-    assert _sentences(fp8) == ["1073741824 products of a dot added up imprecisely", WAITING]
+    assert _sentences(e5m2) == [f"{ALL} products of a dot of f8E5M2 added up imprecisely", WAITING]
+
+
+def test_sums_of_e4m3_that_leave_the_tensor_cores_are_seen() -> None:
+    """They take additions in fp32 that the machine code of fast accumulation has none of."""
+    with compiling(90) as reports:
+        _dot(torch.float8_e4m3fn)
+        _dot(torch.float8_e4m3fn, sums=64)
+    fast, slow = reports
+    assert _sentences(slow) == ["64 products of a dot of f8E4M3FN added up imprecisely"]
+    assert [report.opcodes["FADD"] > 0 for report in reports] == [False, True]
+    assert slow.registers > fast.registers
 
 
 def test_a_missing_barrier_is_seen() -> None:
@@ -527,3 +539,25 @@ def test_every_configuration_is_good(name: str, arch: int) -> None:
     found = [fault for dtype in case.dtypes for fault in _faults(case, arch, dtype, case.sizes + case.more)]
     found += [fault for dtype in case.alike for fault in _faults(case, arch, dtype, case.sizes[:1])]
     assert found == []
+
+
+# (dtype, epilogue, rows, in_features, out_features), rows and columns of the tile, programs on 132 multiprocessors
+TILES = [
+    (torch.bfloat16, "none", 16448, 384, 1536, (128, 256, 132)),
+    (E4M3, "none", 16448, 384, 1536, (128, 256, 132)),
+    (E4M3, "none", 16448, 1024, 384, (128, 128, 264)),  # 256 columns would pad 384 to 512
+    (torch.bfloat16, "gelu", 16448, 1024, 1536, (128, 256, 132)),
+    (E4M3, "gelu", 16448, 1024, 1536, (128, 128, 264)),  # an activation is hidden up to twice as many in_features
+    (E4M3, "gelu", 16448, 2048, 1536, (128, 256, 132)),
+    (E4M3, "none", 257, 384, 384, (64, 64, 30)),
+]
+
+
+def test_linear_takes_the_largest_tile_that_keeps_the_gpu_busy() -> None:
+    with compiling(90) as reports:
+        for dtype, epilogue, rows, in_features, out_features, _ in TILES:
+            x, weight = (_cuda(n, in_features, dtype=dtype) for n in (rows, out_features))
+            scales = {"dtype": torch.bfloat16, "weight_scale": _cuda(out_features)} if dtype == E4M3 else {}
+            linear.linear_forward(x, weight, None, epilogue, **scales)
+    found = [(report.constants["BLOCK_M"], report.constants["BLOCK_N"], *report.grid) for report in reports]
+    assert found == [tile for *_, tile in TILES]

@@ -10,7 +10,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -239,7 +238,7 @@ def test_a_report_above_the_limits_is_found() -> None:
 
 class Code(NamedTuple):
     arch: str
-    kernels: dict[str, Counter[str]]  # instructions, by the kernel's name
+    kernels: dict[str, list[str]]  # instructions in the order of the code, by the kernel's name
 
 
 @pytest.fixture(scope="module")
@@ -255,26 +254,34 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
 
 def code_of(cubin: Path, tools: Path) -> Code:
     listing = subprocess.run([tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True).stdout
-    kernels: dict[str, Counter[str]] = {}
+    kernels: dict[str, list[str]] = {}
     for section in re.split(r"^\s*\.section\s+", listing, flags=re.MULTILINE)[1:]:
         name = re.match(r"\.text\.(\w+)", section)
         if name:
-            opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", section)
-            kernels[name[1]] = Counter(opcodes)
+            kernels[name[1]] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", section)
     return Code(re.search(r"sm_\d+a?", cubin.name)[0], kernels)
 
 
-def uses(opcodes: Counter[str], *words: str) -> bool:
-    """Whether an instruction is there that begins with the first word and has the others among its modifiers."""
-    return any(found.split(".")[0] == words[0] and {*words} <= {*found.split(".")} for found in opcodes)
+PRODUCTS = {"HGMMA.64x128x16", "HGMMA.64x256x16", "QGMMA.64x128x32", "QGMMA.64x256x32"}  # 32 bytes of in_features each
+
+
+def products_in(opcodes: list[str]) -> set[str]:
+    """The matrix products of a kernel by their size: "QGMMA.64x128x32"."""
+    return {".".join(opcode.split(".")[:2]) for opcode in opcodes if opcode.startswith(("HGMMA", "QGMMA", "HMMA"))}
+
+
+def sums_between_products(opcodes: list[str]) -> int:
+    """How many additions in fp32 stand among the matrix products, where CUTLASS adds up precise sums of e4m3."""
+    products = [i for i, opcode in enumerate(opcodes) if opcode.startswith(("HGMMA", "QGMMA"))]
+    return opcodes[products[0] : products[-1]].count("FADD")
 
 
 @pytest.mark.slow
 @needs_build
-def test_linear_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) -> None:
+def test_linear_runs_on_the_tensor_cores_of_hopper_which_add_up_all_products(machine_code: list[Code]) -> None:
     of_linear = {name: opcodes for code in machine_code for name, opcodes in code.kernels.items() if "linear" in name}
     assert of_linear
-    products = [name for name, opcodes in of_linear.items() if not (uses(opcodes, "HGMMA") or uses(opcodes, "QGMMA"))]
-    assert products == []
-    assert any(uses(opcodes, "QGMMA") for opcodes in of_linear.values())
-    assert any(uses(opcodes, "HGMMA") for opcodes in of_linear.values())
+    found = {name: products_in(opcodes) for name, opcodes in of_linear.items()}
+    assert [name for name, products in found.items() if len(products) != 1] == []
+    assert {product for products in found.values() for product in products} == PRODUCTS
+    assert {name: n for name, opcodes in of_linear.items() if (n := sums_between_products(opcodes))} == {}

@@ -8,8 +8,12 @@
     residual   residual += z, in place
 
 The operands may be e4m3: `x` times one scale, `weight` times a scale of each output feature. A scale is what the e4m3
-value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has it. Sums of such products are
-precise: where the tensor cores add them with fewer bits than fp32, short partial sums are added in fp32.
+value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has it.
+
+The kernels leave the sum of e4m3 products to the tensor cores (fast accumulation). Those of sm_90 add with some 14
+significant bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), not with the 24 of fp32. In a simulation with 4096
+in_features the error of that is less than a twentieth of the error of rounding the operands to e4m3.
+
 Sources: GELU: Hendrycks & Gimpel, arXiv:1606.08415; SwiGLU: Shazeer, arXiv:2002.05202; e4m3: Micikevicius et al.,
 arXiv:2209.05433.
 """

@@ -42,7 +42,7 @@ void linear_forward_kernel(const LinearForward* args) {
 template <Form FORM, Dtype OPERAND, int TILE = 0>
 void launch_tile(const LinearForward& args, int tile) {
   if constexpr (TILE < NUM_TILES) {
-    if constexpr (serves(TILES[TILE], FORM, OPERAND == Dtype::e4m3 ? 1 : 2)) {
+    if constexpr (serves(TILES[TILE], FORM)) {
       const dim3 grid(tiles_in(args.x.rows(), TILES[TILE].rows), tiles_in(args.weight.rows(), TILES[TILE].columns));
       const dim3 block(TILES[TILE].pingpong ? 128 : 256);
       if (tile == TILE) return launch(linear_forward_kernel<FORM, OPERAND, TILE>, grid, block, nullptr, &args);
@@ -68,8 +68,8 @@ template void launch_linear<Dtype::e4m3>(const LinearForward&, int, int, void*);
 }  // namespace dinov2_fast
 
 // For tests/test_linear_cuda.py
-extern "C" int dinov2_fast_choose_tile(int64_t rows, int64_t out_features, int form, int operand_bytes,
-                                       int multiprocessors) {
+extern "C" const dinov2_fast::Tile* dinov2_fast_choose_tile(int64_t rows, int64_t out_features, int form,
+                                                            int multiprocessors) {
   using namespace dinov2_fast;
-  return choose_tile(rows, out_features, static_cast<Form>(form), operand_bytes, multiprocessors);
+  return &TILES[choose_tile(rows, out_features, static_cast<Form>(form), multiprocessors)];
 }
