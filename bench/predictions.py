@@ -29,21 +29,18 @@ SHAPES = {f"{name} {pixels}": Shape(MODELS[name], pixels, 1) for pixels in OUTPU
 # - linear torch: published curves of cuBLAS, with 588 and 3072 put between their neighbours;
 # - linear.gelu cublas: a guess, 0.95 of that;
 # - attention torch: cuDNN's, a guess at 257 tokens, published at 1370; attention cuda: published for FlashAttention-3;
-# - all others: counted in compiled code. linear cuda is 0.90 to 0.96 of torch's, with promoted sums 0.76 of that;
-#   linear triton is 0.72 to 0.93 of torch's.
+# - all others: counted in compiled code. linear cuda is 0.90 to 0.96 of torch's, linear triton 0.72 to 0.93.
 SPEEDS: dict[str, dict[int, float]] = {
     "linear torch": {384: 0.62, 588: 0.70, 768: 0.76, 1024: 0.82, 1536: 0.87, 3072: 0.92, 4096: 0.94},
     "linear.gelu cublas": {384: 0.59, 768: 0.72, 1024: 0.78},
     "linear cuda": {384: 0.56, 768: 0.71, 1024: 0.77, 1536: 0.84, 3072: 0.88, 4096: 0.90},
-    "linear e4m3 cuda, promoted sums": {384: 0.43, 768: 0.54, 1024: 0.59, 1536: 0.64, 3072: 0.68, 4096: 0.69},
     "linear triton": {384: 0.45, 768: 0.62, 1024: 0.70, 1536: 0.77, 3072: 0.85, 4096: 0.87},
     "attention torch": {257: 185, 1370: 385},
-    "attention triton, 128×128": {257: 130, 1370: 270},
-    "attention triton, tuned": {257: 240, 1370: 350},
+    "attention triton": {257: 240, 1370: 350},
     "attention cuda": {1370: 450},
 }
 Kernels = tuple[str, ...]  # names in SPEEDS, of which the fastest counts
-TORCH, CUBLAS, CUDA, PROMOTED, TRITON, CUDNN, UNTUNED, TUNED, FMHA = ((name,) for name in SPEEDS)
+TORCH, CUBLAS, CUDA, TRITON, CUDNN, OURS, FMHA = ((name,) for name in SPEEDS)
 
 
 class Programme(NamedTuple):
@@ -61,20 +58,17 @@ class Programme(NamedTuple):
 
 
 # The hidden tensor h is 4 transfers with GELU, and 8/3 with SwiGLU, whose fc1 gives 2h. GELU moves 2h in place. SwiGLU
-# moves 3h in one kernel and 5h as silu and a product, which on every second feature take as long as 31 transfers.
-# torch's way from 16 bits to e4m3 (float, divide, clamp, cast) moves 13.5 times the tensor, a kernel of ours 1.5 times.
+# moves 3h in one kernel and 5h as silu and a product. From 16 bits to e4m3 a kernel of ours moves 1.5 times the tensor.
 PEERS = {"timm eager": Programme(2, 2 + 3, 8, 40 / 3), "timm compile": Programme(2, 2, 8, 8)}
 PROGRAMMES = PEERS | {
-    "engine, SwiGLU interleaved": Programme(2, 3, 8, 31),
-    "engine, SwiGLU in halves": Programme(2, 3, 8, 40 / 3),
-    "engine-triton": Programme(2, 1, 0, 0, 0, TRITON, TRITON, UNTUNED),
-    "A: residual and GELU cublas": Programme(2, 1, 0, 40 / 3, 0, TORCH, CUBLAS),
-    "B: A, SwiGLU cuda, attention triton": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + TUNED),
-    "C: B, attention cuda": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + TUNED + FMHA),
-    "fp8 before, cuda": Programme(1.5, 1, 0, 0, 13.5, PROMOTED, PROMOTED, e4m3=True),
-    "fp8 before, cublas": Programme(1.5, 3, 8 + 4 * 13.5, 31 + 8 / 3 * 13.5, 13.5, e4m3=True),
+    "engine": Programme(2, 3, 8, 40 / 3),
+    "engine-triton": Programme(2, 1, 0, 0, 0, TRITON, TRITON, OURS),
+    "A: residual, GELU, SwiGLU cublas": Programme(2, 1, 0, 8, 0, TORCH, CUBLAS),
+    "B: A, SwiGLU cuda, attention triton": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + OURS),
+    "C: B, attention cuda": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + OURS + FMHA),
     "fp8, cublas, activation triton": Programme(1.5, 3, 6, 20 / 3, 1.5, e4m3=True),
     "fp8, cuda": Programme(1.5, 1, 0, 0, 1.5, CUDA, CUDA, e4m3=True),
+    "fp8, cuda, attention as C": Programme(1.5, 1, 0, 0, 1.5, CUDA, CUDA, CUDNN + OURS + FMHA, e4m3=True),
 }
 
 
