@@ -7,7 +7,8 @@ Triton and Inductor cache by content: a process finds them if it launches the sa
 TRITON_CACHE_DIR, or compiles the same model with the same TORCHINDUCTOR_CACHE_DIR.
 
 Kernels are compiled for sm_90 by running the engine and the ops on fake tensors (tests/aot.py), with Triton's
-implementation of each op. What ``engine-best`` will take is not known yet, but its launches are among these.
+implementation of each op. What ``engine-best`` will take is not known yet, but its launches are among these: an engine
+runs a second time with the linears of cuBLAS, which leave biases to the norms.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import gpu, harness, model, modes, ops
 from bench.peers import OURS
 from dinov2_fast import optimize_for_inference
+from dinov2_fast.inference.engine import _fold as fold
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import use_backend
 
 ARCH = 90
 CUDA = torch.device("cuda")
-DEPTH = 2  # blocks of a model: all launch the same kernels, except the last one with output cls
+DEPTH = 3  # blocks of a model: all launch the same kernels, except the first (no biases) and with output cls the last
+ENGINES = ("triton", "triton,linear=cublas")  # backends of engines whose weights are laid out in different ways
 
 
 class Task(NamedTuple):
@@ -80,7 +83,7 @@ def kernels(commands: list[list[str]], device: str) -> Iterator[Task]:
 
 
 def engine(name: str, resolution: int, batch: int, output: str, precision: str) -> int:
-    """Of one call of the engine, which is folded on the CPU before its tensors become fake ones."""
+    """Of calls of the engine, which is folded on the CPU before its tensors become fake ones."""
     sizes = harness.MODELS[name].constructor_arguments() | {"depth": DEPTH}
     options = {"outputs": output, "cuda_graphs": False, "follow_weights": False, "allow_slow": True}
     made = optimize_for_inference(DinoVisionTransformer(**sizes).eval(), precision, **options)
@@ -90,7 +93,12 @@ def engine(name: str, resolution: int, batch: int, output: str, precision: str) 
         size = (batch, 3, resolution, resolution)
         OURS.call[output](made, torch.empty(size, dtype=modes.DTYPES[precision], device=CUDA))
 
-    return launches(call)
+    count = 0
+    for backends in ENGINES:
+        with use_backend(backends):
+            made.folded = fold(made._model, made.plan, CUDA).eval()
+        count += launches(call, backends)
+    return count
 
 
 def cases(name: str, resolution: int, op: str, device: str) -> int:
@@ -123,14 +131,14 @@ class RunKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(call: Callable[[], Any]) -> int:
-    """Compiles all that `call` launches, by Triton where it has a kernel; gives the number of launches."""
+def launches(call: Callable[[], Any], backends: str = "triton") -> int:
+    """Compiles all that `call` launches by Triton; gives the number of launches."""
     from tests.aot import compiling
 
     with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
         if has_driver():
             stack.enter_context(building_launchers())
-        stack.enter_context(use_backend("triton"))
+        stack.enter_context(use_backend(backends))
         stack.enter_context(RunKernels())
         call()
     return len(reports)

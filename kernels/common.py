@@ -72,3 +72,8 @@ def to_e4m3(x):
         subnormal = (x + 24576.0) - 24576.0  # a neighbour of 1.5 * 2**14 is 2**-9 away
         x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
     return x.to(tl.float8e4nv)
+
+
+# Triton's key of a kernel names the constants of this function only if the function's own key is there already: without
+# this line, what a process finds in Triton's cache would depend on which kernel it launched first.
+_ = getattr(to_e4m3, "cache_key", None)

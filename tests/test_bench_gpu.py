@@ -93,12 +93,14 @@ def test_every_setting_of_the_engine_and_of_compiled_peers_is_compiled() -> None
     assert sorted(peers) == sorted(f"peer({harness.MODELS[m].name}, {s}, bf16, cuda)" for s, m in wanted)
 
 
-def _whole_engine(precision: str) -> int:
+def _whole_engine(precision: str, backends: str) -> int:
     """What bench.model launches of an engine of full depth, calibrated in fp8; gives how many launches."""
     model = load_ours(harness.TINY, torch.device("cpu"))
     x = torch.randn(2, 3, 28, 28).to(modes.DTYPES[precision])
-    engine = modes.engine(model, x, "cls", precision, "engine-triton")
-    with torch.inference_mode(), compiling(90) as reports, use_backend("triton", strict=True), warm.RunKernels():
+    engine = modes.engine(model, x, "cls", precision, "engine-best")
+    with use_backend(backends):
+        engine.folded = warm.fold(model, engine.plan, warm.CUDA).eval()
+    with torch.inference_mode(), compiling(90) as reports, use_backend(backends), warm.RunKernels():
         engine.folded._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
         OURS.call["cls"](engine, torch.empty(x.shape, dtype=x.dtype, device="cuda"))
     return len(reports)
@@ -113,7 +115,7 @@ def test_an_engine_launches_nothing_that_was_not_compiled(precision: str, tmp_pa
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
             few = pool.submit(warm.engine, "tiny", 28, 2, "cls", precision).result()
             known = {*tmp_path.rglob("*.cubin")}
-            many = pool.submit(_whole_engine, precision).result()
+            many = sum(pool.submit(_whole_engine, precision, backends).result() for backends in warm.ENGINES)
     assert many > few >= len(known) > 5
     assert {*tmp_path.rglob("*.cubin")} == known
 

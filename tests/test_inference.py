@@ -322,15 +322,16 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
     monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
     with use_backend("linear.swiglu=triton,linear.residual=cublas"):
         layouts = [
-            layout_for(torch.device("cuda"), dtype, stream)
+            layout_for(torch.device("cuda"), dtype, stream, gated=True)
             for dtype, stream in (
                 (torch.bfloat16, torch.bfloat16),
                 (torch.bfloat16, torch.float32),
                 (E4M3, torch.bfloat16),
             )
         ]
+        assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=False) == (False, True)
     assert layouts == [(True, True), (True, False), (True, False)]
-    assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16) == (False, False)
+    assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=True) == (False, False)
     engine = optimize_for_inference(small(), "fp32")
     setting = engine._setting
     engine.to("cpu")

@@ -32,7 +32,7 @@ from dinov2_fast.inference.fold import (
     rounded,
 )
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
-from dinov2_fast.layers import LayerNorm, PatchEmbed, check_is_tensor
+from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
@@ -303,10 +303,10 @@ def _folded_class(kind: Any) -> type[FoldedBackbone]:
     return type(f"Folded{kind.__name__}", (FoldedEncoder, kind), {})
 
 
-def layouts_for(plan: Plan, device: torch.device) -> dict[torch.dtype, Layout]:
-    """What the linears that would run now want, by the dtype of their operands."""
+def layouts_for(plan: Plan, device: torch.device, gated: bool) -> dict[torch.dtype, Layout]:
+    """What the linears that would run now want, by the dtype of their operands; `gated` models have SwiGLU."""
     dtypes = (plan.dtype, E4M3) if plan.e4m3 else (plan.dtype,)
-    return {dtype: layout_for(device, dtype, plan.stream) for dtype in dtypes}
+    return {dtype: layout_for(device, dtype, plan.stream, gated) for dtype in dtypes}
 
 
 def fold_backbone(model: DinoVisionTransformer, plan: Plan, device: torch.device) -> FoldedBackbone:
@@ -323,7 +323,7 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan, device: torch.device
     kind: Any = type(model)
     made = hollow(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}
-    made.layouts = layouts_for(plan, device)
+    made.layouts = layouts_for(plan, device, any(isinstance(module, SwiGLUFFN) for module in model.modules()))
     made.cls_only = plan.outputs == "cls" or (plan.outputs == "auto" and _gives_cls_alone(model))
     for name in ("cls_token", "pos_embed", "register_tokens", "mask_token"):
         tensor = getattr(model, name)

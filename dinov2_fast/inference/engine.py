@@ -191,7 +191,9 @@ class Engine(nn.Module):
         """Folds anew if the backends that are chosen now want their weights laid out in another way."""
         setting = dispatch.current_setting()
         if setting is not self._setting:
-            if layouts_for(self.plan, self.device) != _backbone(self.folded).layouts:
+            backbone = _backbone(self.folded)
+            gated = any(block.mlp.gated for block in backbone.blocks)
+            if layouts_for(self.plan, self.device, gated) != backbone.layouts:
                 self.refresh()
             self._setting = setting
 

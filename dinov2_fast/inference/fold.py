@@ -155,7 +155,7 @@ def _frozen_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class Layout(NamedTuple):
     """What the linears want that the present setting of backends chooses.
 
-    With `interleaved` gate and value rows of a SwiGLU in turn (`ops.linear.interleave`). With `defers_bias` the linears
+    With `interleaved`, gate and value rows of a SwiGLU in turn (`ops.linear.interleave`). With `defers_bias`, linears
     that add to the residual stream have no bias: the norms that read the stream add the biases so far.
     """
 
@@ -163,15 +163,15 @@ class Layout(NamedTuple):
     defers_bias: bool
 
 
-def layout_for(device: torch.device, dtype: torch.dtype, stream: torch.dtype) -> Layout:
-    """The layout for linears of operands in `dtype`, and a residual stream in `stream`."""
+def layout_for(device: torch.device, dtype: torch.dtype, stream: torch.dtype, gated: bool) -> Layout:
+    """The layout for linears of operands in `dtype`, a residual stream in `stream` and, if `gated`, SwiGLU."""
     with FakeTensorMode(), torch.no_grad():
         *swiglu, _ = linear_sample("swiglu", device, dtype)
         x, weight, _, form, residual, *rest = linear_sample("residual", device, dtype)
         residual = residual.to(stream)
         bias = residual.new_empty(len(weight))
         return Layout(
-            _refused("swiglu", (*swiglu, None), (*swiglu, False)),
+            gated and _refused("swiglu", (*swiglu, None), (*swiglu, False)),
             _refused("residual", (x, weight, None, form, residual, *rest), (x, weight, bias, form, residual, *rest)),
         )
 
