@@ -18,7 +18,7 @@ from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
 from dinov2_fast.inference.backbone import Plan, fold_backbone
-from dinov2_fast.inference.cuda_graphs import Graphs, is_captured
+from dinov2_fast.inference.cuda_graphs import NOT_CAPTURED, Graphs, is_captured
 from dinov2_fast.inference.fold import FoldedModule, frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
@@ -302,8 +302,12 @@ class Engine(nn.Module):
 
     def _run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``folded.method(*args, **kwargs)`` with the weights as they were folded."""
-        args = tuple(self._channels_first(argument) for argument in args)
+        args = tuple(map(self._channels_first, args))
         kwargs = {name: self._channels_first(argument) for name, argument in kwargs.items()}
+        if not torch.compiler.is_compiling():
+            output = self._graphs.replay(self._modules["folded"], self.device, method, args, kwargs)
+            if output is not NOT_CAPTURED:
+                return output
         inputs = [*args, *kwargs.values()]
         if dispatch.records_gradient(inputs):
             raise RuntimeError(
@@ -334,7 +338,7 @@ class Engine(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return _backbone(self.folded).cls_token.device
+        return _backbone(self._modules["folded"])._buffers["cls_token"].device  # in each call: it is to cost little
 
     @property
     def dtype(self) -> torch.dtype:
