@@ -1,7 +1,7 @@
-"""CUDA graphs of an engine's calls: small batches end sooner if the host launches one graph instead of every kernel.
+"""CUDA graphs of an engine's calls: the host launches one graph instead of every kernel.
 
 A graph repeats the launches of one call, in the memory of that call. So there is one for each method, shapes and dtypes
-of its inputs, and whatever else decides what is launched; pictures are copied into its inputs and results out of it.
+of its inputs, and whatever else decides what is launched; images are copied into its inputs and results out of it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ logger = logging.getLogger("dinov2_fast")
 CHOICES = ("auto", True, False)
 CACHED_GRAPHS = 16  # of an engine: each keeps inputs and outputs of its own, and shares the memory in between
 WARM_UP = 2  # calls before a capture: libraries plan, Triton compiles
-# With "auto" only calls of up to this many tokens x hidden^2 are captured. A block launches some ten kernels, for
-# which the host takes 50 to 100 us; about here the 24 x tokens x hidden^2 operations of its matrix products take a GPU
-# as long (5e10, at 5e14 a second), and beyond, the host waits for the GPU anyway. That is an estimate, which
-# bench/results/NOTES.md asks to measure.
-AUTO_WORK = 2**31
+# With "auto" only calls of up to this many tokens x hidden^2 are captured. Python takes up to 0.5 ms to launch a block.
+# At this bound the 24 x tokens x hidden^2 operations of its matrix products take a GPU 0.8 ms (4e11, at 5e14 a second),
+# so beyond it the host is ahead of the GPU also without a graph. This is an estimate, which bench/results/NOTES.md asks
+# to measure. A graph at the bound is of 28 (ViT-g) to 453 images (ViT-S) of 224 x 224. If they are in fp32, and all
+# tokens are returned in bf16, it keeps 60 to 450 MB.
+AUTO_WORK = 2**34
 NOT_CAPTURED = object()  # in place of an output
 COSTLY = ("output_attentions", "output_hidden_states")  # copying those would take as long as computing them
 CONFIGURED = (*COSTLY, "return_dict", "out_features", "apply_layernorm", "reshape_hidden_states")  # in Hugging Face's
@@ -353,7 +354,7 @@ class Graphs:
         most = AUTO_WORK // backbone.embed_dim**2
         which = "every call that can be captured"
         if self.mode == "auto":
-            which = f"calls of up to {most} tokens, where launching takes longest, from the second of a kind on"
+            which = f"calls of up to {most} tokens, where launching may take longest, from the second of a kind on"
         with self._lock:
             count = sum(captured is not None for captured in self._kinds.values())
         return f"for {which}; {count} captured, at most {CACHED_GRAPHS}"
