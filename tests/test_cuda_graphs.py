@@ -133,6 +133,25 @@ def test_results_are_those_of_eager_calls_and_stay(call: Any, outputs: str) -> N
                 assert ours.dtype == torch.bool or ours.untyped_storage().nbytes() <= theirs.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@torch.no_grad()
+def test_a_captured_call_is_found_without_asking_whether_to_capture_it(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(num_register_tokens=2)
+    engines = [with_graphs(model, mode)[0] for mode in (True, "auto")]
+    eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
+    mask = torch.rand(2, 12) < 0.5
+    given = random(), torch.randint(256, (2, 42, 56, 3)).byte()
+    for engine in engines:
+        for x in (*given, *given):
+            call(engine, x, mask)
+    expected = [call(eager, x, mask) for x in given]
+    monkeypatch.delattr(Graphs, "run")
+    for engine in engines:
+        torch.testing.assert_close([call(engine, x, mask) for x in given], expected, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
     engine, _ = with_graphs(small())
