@@ -115,7 +115,7 @@ def has_kernel(name: str, device_type: str) -> bool:
 
 
 def matmul_precision() -> str:
-    """`torch.backends.cuda.matmul.fp32_precision`, at a seventh of its cost."""
+    """`torch.backends.cuda.matmul.fp32_precision`, at a quarter of its cost."""
     return torch._C._get_fp32_precision_getter("cuda", "matmul")
 
 
