@@ -37,6 +37,7 @@ __all__ = [
     "is_jit_traced",
     "is_plain",
     "is_traced",
+    "matmul_precision",
     "onednn_linear",
     "onednn_pack",
     "pytree",
@@ -111,6 +112,11 @@ def has_kernel(name: str, device_type: str) -> bool:
 
 
 # Operators
+
+
+def matmul_precision() -> str:
+    """`torch.backends.cuda.matmul.fp32_precision`, at a quarter of its cost."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul")
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

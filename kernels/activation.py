@@ -6,13 +6,15 @@ one: far below a rounding of bf16 or e4m3, not of fp16 or fp32, whose outputs ta
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import to_e4m3
+from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
 
 TILE = 4096  # elements in flight in one program
 
@@ -75,11 +77,15 @@ def _activation_forward_kernel(
     tl.store(y_ptr + row64 * hidden + column[None, :], y, mask=mask)
 
 
-def configuration(hidden: int, elements: int) -> dict[str, int]:
-    """Rows and columns of a program's tile: whole columns where a power of two divides them, else a masked rest."""
+@lru_cache(LAUNCHES)
+def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and rows and columns of a program's tile: whole columns where a power of two divides them, else a
+    masked rest."""
     block = next((block for block in (1024, 512, 256) if hidden % block == 0), None)
     block = block or min(triton.next_power_of_2(hidden), 1024)
-    return {"ROWS": max(1, elements // block), "BLOCK": block, "num_warps": 8}
+    tile_rows = max(1, elements // block)
+    grid = triton.cdiv(rows, tile_rows), triton.cdiv(hidden, block)
+    return grid, {"ROWS": tile_rows, "BLOCK": block, "num_warps": 8}
 
 
 def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> Tensor:
@@ -88,10 +94,9 @@ def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> T
     y = x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else torch.float8_e4m3fn)
     if x.numel():
         x = common.rows(x)
-        meta = configuration(hidden, TILE)
         if kind == "gelu":
             kind = "gelu_polynomial" if y.dtype in (torch.bfloat16, torch.float8_e4m3fn) else "gelu_erf"
-        grid = (triton.cdiv(x.shape[0], meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"]))
+        grid, meta = configuration(x.shape[0], hidden, TILE)
         with common.on_device(x):
             _activation_forward_kernel[grid](
                 x,

@@ -59,8 +59,7 @@ def activation_backward(dy: Tensor, x: Tensor, *, swiglu: bool = False) -> Tenso
     if x.numel():
         compute = common.compute_dtype(dy, x)
         x, dy = common.rows(x), common.rows(dy)
-        meta = configuration(hidden, TILE)
-        grid = (triton.cdiv(x.shape[0], meta["ROWS"]), triton.cdiv(hidden, meta["BLOCK"]))
+        grid, meta = configuration(x.shape[0], hidden, TILE)
         with common.on_device(x):
             _activation_backward_kernel[grid](
                 dy,

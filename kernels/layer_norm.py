@@ -7,13 +7,15 @@ The sum with a deferred bias is not stored, and not rounded.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import to_e4m3
+from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
 
 TILE = 4096  # elements in flight in one program
 
@@ -79,13 +81,15 @@ def _layer_norm_forward_kernel(
     tl.store(y_ptr + out, y, mask=mask)
 
 
-def _configuration(rows: int, hidden: int, device: torch.device) -> dict[str, int]:
-    """Rows and columns of a program's tile: fewer rows where the device would stand idle."""
+@lru_cache(LAUNCHES)
+def _configuration(rows: int, hidden: int, multiprocessors: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and rows and columns of a program's tile: fewer rows where the device would stand idle."""
     block = triton.next_power_of_2(hidden)
     tile_rows = max(1, TILE // block)
-    while tile_rows > 1 and triton.cdiv(rows, tile_rows) < 2 * common.multiprocessors(device):
+    while tile_rows > 1 and triton.cdiv(rows, tile_rows) < 2 * multiprocessors:
         tile_rows //= 2
-    return {"ROWS": tile_rows, "BLOCK": block, "num_warps": 4 if tile_rows * block < TILE else 8}
+    warps = 4 if tile_rows * block < TILE else 8
+    return (triton.cdiv(rows, tile_rows),), {"ROWS": tile_rows, "BLOCK": block, "num_warps": warps}
 
 
 def layer_norm_forward(
@@ -122,9 +126,9 @@ def layer_norm_forward(
     if x.numel():
         per_picture = x.numel() // hidden // shape[0]
         x, branch = common.rows(x), None if branch is None else common.rows(branch)
-        configuration = _configuration(x.shape[0], hidden, x.device)
+        grid, configuration = _configuration(x.shape[0], hidden, common.multiprocessors(x.device))
         with common.on_device(x):
-            _layer_norm_forward_kernel[(triton.cdiv(x.shape[0], configuration["ROWS"]),)](
+            _layer_norm_forward_kernel[grid](
                 x,
                 branch,
                 common.vector(gamma),

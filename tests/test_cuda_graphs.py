@@ -10,13 +10,16 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,11 +41,13 @@ class Fake:
     class Graph:
         def __init__(self, fake: Fake, run: Callable[[], Any]) -> None:
             self._fake, self._run, self.output = fake, run, run()
+            self._autocast = torch.is_autocast_enabled("cpu")  # what a graph launches was cast, or not, at its capture
             self._own = [leaf for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Tensor)]
 
         def replay(self) -> None:
             self._fake.happened.append("replay")
-            new = [leaf.clone() for leaf in pytree.tree_leaves(self._run()) if isinstance(leaf, Tensor)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+                new = [leaf.clone() for leaf in pytree.tree_leaves(self._run()) if isinstance(leaf, Tensor)]
             for own, leaf in zip(self._own, new, strict=True):
                 own.copy_(leaf)
             time.sleep(self._fake.pause)
@@ -128,6 +133,25 @@ def test_results_are_those_of_eager_calls_and_stay(call: Any, outputs: str) -> N
                 assert ours.dtype == torch.bool or ours.untyped_storage().nbytes() <= theirs.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@torch.no_grad()
+def test_a_captured_call_is_found_without_asking_whether_to_capture_it(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(num_register_tokens=2)
+    engines = [with_graphs(model, mode)[0] for mode in (True, "auto")]
+    eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
+    mask = torch.rand(2, 12) < 0.5
+    given = random(), torch.randint(256, (2, 42, 56, 3)).byte()
+    for engine in engines:
+        for x in (*given, *given):
+            call(engine, x, mask)
+    expected = [call(eager, x, mask) for x in given]
+    monkeypatch.delattr(Graphs, "run")
+    for engine in engines:
+        torch.testing.assert_close([call(engine, x, mask) for x in given], expected, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
     engine, _ = with_graphs(small())
@@ -190,6 +214,33 @@ def test_settings_of_a_hugging_face_model_are_heeded() -> None:
     assert fake.count("capture") == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("output_attentions", True),
+        ("output_hidden_states", True),
+        ("return_dict", False),
+        ("out_features", ["stage1", "stage2"]),
+        ("apply_layernorm", False),
+        ("reshape_hidden_states", False),
+    ],
+)
+@torch.no_grad()
+def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: str, value: Any) -> None:
+    model, x = make_pair("Dinov2", "Backbone", out_features=["stage1"]).ours, pictures(98)
+    engine, fake = with_graphs(model)
+    eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
+    engine(x)
+    engine(x)
+    assert (fake.count("capture"), fake.count("replay")) == (1, 2)
+    for each in (engine, eager):
+        setattr(each.config, name, value)
+    found, expected = engine(x), eager(x)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(leaves(found), leaves(expected), rtol=0, atol=0)
+    assert fake.count("capture") == 1 + (name not in cuda_graphs.COSTLY)
+
+
 @torch.no_grad()
 def test_pictures_in_every_layout_and_dtype() -> None:
     engine, fake = with_graphs(small())
@@ -222,6 +273,17 @@ def test_modes_of_autograd_mix() -> None:
     second.add_(1)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(engine(x) + 1, second)
+    assert fake.count("capture") == 1
+
+
+@torch.no_grad()
+def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
+    engine, fake = with_graphs(small())
+    x = random()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = engine(x)
+    assert torch.equal(engine(x), first)
+    assert torch.equal(optimize_for_inference(engine._model, "fp32", cuda_graphs=False)(x), first)
     assert fake.count("capture") == 1
 
 
@@ -268,24 +330,9 @@ def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatc
 
 
 @torch.no_grad()
-def test_a_graph_for_everything_that_changes_what_is_launched() -> None:
+def test_a_graph_for_every_method_and_arguments() -> None:
     engine, fake = with_graphs(small(num_register_tokens=2))
     x, mask = random(), torch.zeros(2, 12, dtype=torch.bool)
-
-    def deterministic() -> Any:
-        torch.use_deterministic_algorithms(True)
-        try:
-            return engine(x)
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    def without_flash() -> Any:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return engine(x)
-
-    def on(backend: str) -> Any:
-        with use_backend(backend, strict=True):
-            return engine(x)
 
     kinds = [
         lambda: engine(x),
@@ -300,10 +347,7 @@ def test_a_graph_for_everything_that_changes_what_is_launched() -> None:
         lambda: engine.get_intermediate_layers(x, 1, norm=False),
         lambda: engine.get_intermediate_layers(x, 1, return_class_token=True),
         lambda: engine.get_intermediate_layers(x, 1, reshape=True),
-        deterministic,
-        without_flash,
-        lambda: on("torch"),
-        lambda: on("layer_norm=torch"),
+        lambda: engine.get_intermediate_layers(x, 1, reshape=False),
     ]
     assert len(kinds) <= CACHED_GRAPHS
     for _ in range(2):
@@ -312,15 +356,49 @@ def test_a_graph_for_everything_that_changes_what_is_launched() -> None:
     assert (fake.count("capture"), fake.count("replay")) == (len(kinds), 2 * len(kinds))
 
 
+@contextmanager
+def _changed(get: Callable[[], Any], change: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    """Changes a setting of torch inside."""
+    before = get()
+    change(value)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+_CUDA = torch.backends.cuda
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "deterministic": lambda: _changed(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "precision of products": lambda: _changed(
+        lambda: _CUDA.matmul.fp32_precision, partial(setattr, _CUDA.matmul, "fp32_precision"), "tf32"
+    ),
+    "cuDNN's attention": lambda: _changed(_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp, False),
+    "flash attention": lambda: _changed(_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp, False),
+    "efficient attention": lambda: _changed(_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp, False),
+    "math attention": lambda: _changed(_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp, False),
+    "backend of all ops": lambda: use_backend("torch"),
+    "backend of an op": lambda: use_backend("layer_norm=torch"),
+    "strict": lambda: use_backend("layer_norm=torch", strict=True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @torch.no_grad()
-def test_a_strict_setting_has_a_graph_of_its_own() -> None:
+def test_a_setting_that_changes_between_two_calls_is_heeded(setting: Callable[[], Any]) -> None:
     engine, fake = with_graphs(small())
     x = random()
-    for strict in (False, True):  # strict, what falls back without it may have to raise
-        with use_backend("torch", strict=strict):
+    with use_backend("layer_norm=torch") if setting is SETTINGS["strict"] else nullcontext():
+        engine(x)
+        engine(x)
+        assert fake.count("capture") == 1
+        with setting():
             engine(x)
-            engine(x)
-    assert fake.count("capture") == 2
+        assert fake.count("capture") == 2
+        engine(x)
+    assert (fake.count("capture"), fake.count("replay")) == (2, 4)
 
 
 @torch.no_grad()
@@ -415,7 +493,10 @@ def test_hidden_states_attentions_and_losses_run_eagerly() -> None:
     assert fake.count("capture") == 0
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+TRACING = ("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.mark.filterwarnings(*TRACING)
 def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     model, x = small(), random()
@@ -437,6 +518,42 @@ def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.Mo
             torch.testing.assert_close(engine(x), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
     assert fake.count("replay") == 2
+
+
+@pytest.mark.filterwarnings(*TRACING)
+@torch.no_grad()
+def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is asked in each call, also of a kind that was captured."""
+    engine, fake = with_graphs(small())
+    x = random()
+    expected = engine(x)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="an input requires one"):
+        engine(x.clone().requires_grad_())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="carries a tangent"):
+        engine(forward_ad.make_dual(x, x))
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(engine(x), expected)
+    assert counter.get_total_flops() > 0
+    assert torch.equal(engine(x.as_subclass(Subclass)), expected)
+    with pytest.raises(RuntimeError, match="device"):
+        engine(x.to("meta"))
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_graphs, "is_captured", lambda x: True)
+        assert torch.equal(engine(x), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    with use_backend("torch"):  # an op of oneDNN's cannot be traced
+        engine(x)
+        happened = list(fake.happened)
+        traced = torch.jit.trace(engine, x, check_trace=False)
+        other = random()
+        assert fake.happened == happened == ["capture", "begin", "replay", "end"] * 2
+        assert torch.equal(traced(other), engine(other))
+    engine.folded.to("meta")  # past the engine, whose `to` drops the graphs
+    happened = list(fake.happened)
+    assert engine(x.to("meta")).is_meta
+    assert fake.happened == happened
 
 
 @torch.no_grad()
@@ -668,7 +785,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_calls_into_cuda(calls: list[str]) -> None:
     cuda, device = cuda_graphs.Cuda(), torch.device("cuda:1")
-    cuda.begin(device)
+    cuda.end(cuda.begin(device))
     cuda.wait()
     assert calls == []
 
@@ -685,10 +802,11 @@ def test_the_calls_into_cuda(calls: list[str]) -> None:
         *("out of side", "out of cuda:1", "current waits for side"),
     ]
     calls.clear()
-    cuda.begin(device)
-    cuda.end(device)
+    stream = cuda.begin(device)
+    stream.name = "the same"
+    cuda.end(stream)
     cuda.wait()
-    assert calls == ["current waits for event", "event on current", "host waits for event"]
+    assert calls == ["current waits for event", "event on the same", "host waits for event"]
     assert cuda_graphs.held((1,)) is None, "the capture is over"
 
 

@@ -90,6 +90,17 @@ def test_global_hooks_are_noticed() -> None:
     handle.remove()
 
 
+def test_the_precision_of_matrix_products_is_torch_s() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            assert torch_private.matmul_precision() == matmul.fp32_precision == precision
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_kernels_of_operators_are_found() -> None:
     assert torch_private.has_kernel("aten::_softmax", "cpu")
     assert not torch_private.has_kernel("aten::_softmax", "fpga")

@@ -1,7 +1,7 @@
-"""CUDA graphs of an engine's calls: small batches end sooner if the host launches one graph instead of every kernel.
+"""CUDA graphs of an engine's calls: the host launches one graph instead of every kernel.
 
 A graph repeats the launches of one call, in the memory of that call. So there is one for each method, shapes and dtypes
-of its inputs, and whatever else decides what is launched; pictures are copied into its inputs and results out of it.
+of its inputs, and whatever else decides what is launched; images are copied into its inputs and results out of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov2_fast.inference.waiting import NoWaiting
 from dinov2_fast.ops import dispatch
-from dinov2_fast.torch_private import is_in_dispatch_mode, is_jit_traced, pytree
+from dinov2_fast.torch_private import has_tangent, is_in_dispatch_mode, is_jit_traced, matmul_precision, pytree
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -29,14 +29,17 @@ logger = logging.getLogger("dinov2_fast")
 CHOICES = ("auto", True, False)
 CACHED_GRAPHS = 16  # of an engine: each keeps inputs and outputs of its own, and shares the memory in between
 WARM_UP = 2  # calls before a capture: libraries plan, Triton compiles
-# With "auto" only calls of up to this many tokens x hidden^2 are captured. A block launches some ten kernels, for
-# which the host takes 50 to 100 us; about here the 24 x tokens x hidden^2 operations of its matrix products take a GPU
-# as long (5e10, at 5e14 a second), and beyond, the host waits for the GPU anyway. That is an estimate, which
-# bench/results/NOTES.md asks to measure.
-AUTO_WORK = 2**31
+# With "auto" only calls of up to this many tokens x hidden^2 are captured. Python takes up to 0.5 ms to launch a block.
+# At this bound the 24 x tokens x hidden^2 operations of its matrix products take a GPU 0.8 ms (4e11, at 5e14 a second),
+# so beyond it the host is ahead of the GPU also without a graph. This is an estimate, which bench/results/NOTES.md asks
+# to measure. A graph at the bound is of 28 (ViT-g) to 453 images (ViT-S) of 224 x 224. If they are in fp32, and all
+# tokens are returned in bf16, it keeps 60 to 450 MB.
+AUTO_WORK = 2**34
+NOT_CAPTURED = object()  # in place of an output
 COSTLY = ("output_attentions", "output_hidden_states")  # copying those would take as long as computing them
 CONFIGURED = (*COSTLY, "return_dict", "out_features", "apply_layernorm", "reshape_hidden_states")  # in Hugging Face's
 
+_VALUES = frozenset((type(None), bool, int, float, str))  # classes of arguments whose repr says all
 _one_at_a_time = threading.Lock()  # a capture begins with synchronising the device, which would spoil another one
 _own = threading.local()  # .held: what the graph that this thread captures reads, while it does
 
@@ -110,14 +113,21 @@ class Cuda:
         current.wait_stream(side)
         return graph, output, holder
 
-    def begin(self, device: torch.device) -> None:
-        """Makes the current stream wait for the graph before, whose memory may be the same, on whatever stream."""
-        if self._done is not None:
-            torch.cuda.current_stream(device).wait_event(self._done)
+    def begin(self, device: torch.device) -> Any:
+        """Makes the current stream wait for the graph before, whose memory may be the same, on whatever stream.
 
-    def end(self, device: torch.device) -> None:
+        Returns:
+            The stream, for `end`.
+        """
+        stream = torch.cuda.current_stream(device)
         if self._done is not None:
-            self._done.record(torch.cuda.current_stream(device))
+            stream.wait_event(self._done)
+        return stream
+
+    def end(self, stream: Any) -> None:
+        """Notes that the graph and the copies of its results were launched on `stream`."""
+        if self._done is not None:
+            self._done.record(stream)
 
     def wait(self) -> None:
         """Until the device no longer uses any graph."""
@@ -125,60 +135,62 @@ class Cuda:
             self._done.synchronize()
 
 
+Maker = Callable[[list[Tensor], list[Tensor]], Any]  # makes a part of an output from a call's tensors and the copies
+
+
 class Results:
     """Copies what a graph wrote, so that the next replay changes nothing that was returned.
 
     As few copies as possible: results that together are as large as the memory they lie in (CLS, registers and patches
-    of one norm) are copied with it at once, and are views of one tensor again.
+    of one norm) are copied with it at once, and are views of one tensor again. How an output is made of the copies is
+    worked out once.
     """
 
     def __init__(self, output: Any, inputs: list[Tensor]) -> None:
-        leaves, self._spec = pytree.tree_flatten(output)
         self._bases: list[Tensor] = []  # what is copied
-        self._makers: list[Callable[[list[Tensor], list[Tensor]], Any]] = []  # of each leaf, from inputs and copies
-        places = {id(x): i for i, x in enumerate(inputs)}
+        self._places = {id(x): i for i, x in enumerate(inputs)}
+        self._whole: dict[int, int] = {}  # id of a leaf to the base that is all of its storage
         shared: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        for leaf in leaves:
+        for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor):
                 shared.setdefault((leaf.untyped_storage().data_ptr(), leaf.dtype), []).append(leaf)
-        whole: dict[int, int] = {}  # id of a leaf to the base that is all of its storage
         for group in shared.values():
             size = group[0].untyped_storage().nbytes() // group[0].itemsize
             if len(group) > 1 and sum(leaf.numel() for leaf in group) >= size:
-                whole |= dict.fromkeys(map(id, group), len(self._bases))
+                self._whole |= dict.fromkeys(map(id, group), len(self._bases))
                 self._bases.append(group[0].as_strided((size,), (1,), 0))
-        for leaf in leaves:
-            if id(leaf) in places:
-                self._makers.append(_given(places[id(leaf)]))
-            elif not isinstance(leaf, Tensor):
-                self._makers.append(_constant(leaf))
-            elif id(leaf) in whole:
-                self._makers.append(_view(whole[id(leaf)], leaf))
-            else:
-                self._makers.append(_copy(len(self._bases)))
-                self._bases.append(leaf)
+        self._make = self._maker(output)
 
     def copied(self, given: list[Tensor]) -> Any:
         """The output of a call with the tensors `given`: those of them that it passes on, and copies of the rest."""
-        copies = [base.clone() for base in self._bases]
-        return pytree.tree_unflatten([make(given, copies) for make in self._makers], self._spec)
+        return self._make(given, [base.clone() for base in self._bases])
 
+    def _maker(self, part: Any) -> Maker:
+        """What makes a part of an output: without pytree where it is a dictionary, list or tuple of Python's."""
+        if type(part) is dict:
+            named = {key: self._maker(value) for key, value in part.items()}
+            return lambda given, copies: {key: make(given, copies) for key, make in named.items()}
+        if type(part) in (list, tuple):
+            kind, makers = type(part), [self._maker(value) for value in part]
+            return lambda given, copies: kind([make(given, copies) for make in makers])
+        leaves, spec = pytree.tree_flatten(part)
+        if spec.is_leaf():
+            return self._leaf_maker(part)
+        makers = [self._leaf_maker(leaf) for leaf in leaves]
+        return lambda given, copies: pytree.tree_unflatten([make(given, copies) for make in makers], spec)
 
-def _given(i: int) -> Callable[..., Any]:
-    return lambda given, copies: given[i]
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda given, copies: value
-
-
-def _copy(i: int) -> Callable[..., Any]:
-    return lambda given, copies: copies[i]
-
-
-def _view(i: int, leaf: Tensor) -> Callable[..., Any]:
-    geometry = leaf.size(), leaf.stride(), leaf.storage_offset()
-    return lambda given, copies: copies[i].as_strided(*geometry)
+    def _leaf_maker(self, leaf: Any) -> Maker:
+        if id(leaf) in self._places:
+            i = self._places[id(leaf)]
+            return lambda given, copies: given[i]
+        if not isinstance(leaf, Tensor):
+            return lambda given, copies: leaf
+        if id(leaf) in self._whole:
+            base, geometry = self._whole[id(leaf)], (leaf.size(), leaf.stride(), leaf.storage_offset())
+            return lambda given, copies: copies[base].as_strided(*geometry)
+        self._bases.append(leaf)
+        own = len(self._bases) - 1
+        return lambda given, copies: copies[own]
 
 
 class Captured:
@@ -211,6 +223,24 @@ class Graphs:
         self._device: torch.device | None = None  # of all of them: replicas of an engine elsewhere run eagerly
         self._failure = self._said = ""
 
+    def replay(self, folded: Any, device: torch.device, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The output of ``folded.method(*args, **kwargs)`` by its graph; `NOT_CAPTURED` if there is none.
+
+        This is all that a captured call does in Python: it finds the graph, copies in, replays and copies out.
+
+        Args:
+            device: of the weights.
+        """
+        if not self._kinds:
+            return NOT_CAPTURED
+        key = self._key(folded, device, method, args, kwargs)
+        with self._lock:
+            captured = self._kinds.get(key)
+            if captured is None:
+                return NOT_CAPTURED
+            self._kinds.move_to_end(key)
+            return self._replay(captured, device, args, kwargs)
+
     def run(self, folded: Any, backbone: FoldedBackbone, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """``folded.method(*args, **kwargs)``, as a graph where that is wanted and possible.
 
@@ -236,40 +266,54 @@ class Graphs:
                 self._make_room()
                 self._kinds[key] = captured
             if captured is not None:
-                self._cuda.begin(device)
-                output = captured.replay(_tensors(args, kwargs))
-                self._cuda.end(device)
-                return output
+                return self._replay(captured, device, args, kwargs)
         output = function(*args, **kwargs)  # which raises what is wrong with the arguments
         if failure:
             self._give_up(failure)
         return output
 
+    def _replay(self, captured: Captured, device: torch.device, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The caller holds the lock."""
+        stream = self._cuda.begin(device)
+        output = captured.replay(_tensors(args, kwargs))
+        self._cuda.end(stream)
+        return output
+
     def _kind(self, folded: Any, backbone: Any, method: str, args: Any, kwargs: dict[str, Any]) -> Hashable | None:
-        """Everything that decides what a call launches and returns; None for a call that is to run eagerly."""
-        if self.mode is False or self._failure or is_jit_traced():
+        """The key of a call's graph; None for a call that is to run eagerly."""
+        device = backbone.cls_token.device
+        if self.mode is False or self._failure or not self._cuda.serves(device):
             return None
-        device, tensors = backbone.cls_token.device, _tensors(args, kwargs)
+        tensors = _tensors(args, kwargs)
         pictures = next((x for x in tensors if x.ndim == 4), None)
-        if not self._cuda.serves(device) or pictures is None or not all(_is_plain(x, device) for x in tensors):
-            return None
-        if self._device not in (None, device):
+        if pictures is None or not all(x.numel() for x in tensors):
             return None
         if self.mode == "auto" and _tokens(pictures, backbone) * backbone.embed_dim**2 > AUTO_WORK:
             return None
-        if is_in_dispatch_mode() or is_captured(pictures):
-            return None
-        config = getattr(folded, "config", None)
-        configured = {name: getattr(config, name, None) for name in CONFIGURED}
         named = dict(zip(_positional(folded.__class__, method), args, strict=False)) | kwargs
-        asked = [named[name] if named.get(name) is not None else configured[name] for name in COSTLY]
+        asked = [named[name] if named.get(name) is not None else _configured(folded, name) for name in COSTLY]
         if any(asked) or named.get("labels") is not None:
             return None
-        arguments = [_described(value) for value in (*args, *kwargs.values())]
+        return self._key(folded, device, method, args, kwargs)
+
+    def _key(
+        self, folded: Any, device: torch.device, method: str, args: Any, kwargs: dict[str, Any]
+    ) -> Hashable | None:
+        """Everything that decides what a call launches and returns; None for a call that no graph may answer now."""
+        if self._device not in (None, device) or is_jit_traced() or is_in_dispatch_mode():
+            return None
+        arguments: list[Hashable] = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                if not _is_plain(value, device) or is_captured(value):
+                    return None
+                arguments.append((value.shape, value.dtype))
+            else:
+                arguments.append(_described(value))
         if None in arguments:
             return None
         # As long as a graph of `folded` is kept, no other object has its id.
-        return id(folded), method, (*kwargs,), (*arguments,), str(configured), (*_settings(),)
+        return id(folded), method, (*kwargs,), (*arguments,), _configuration(folded), _settings()
 
     def _capture(self, function: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -> Captured:
         other = next((captured for captured in self._kinds.values() if captured is not None), None)
@@ -310,7 +354,7 @@ class Graphs:
         most = AUTO_WORK // backbone.embed_dim**2
         which = "every call that can be captured"
         if self.mode == "auto":
-            which = f"calls of up to {most} tokens, where launching takes longest, from the second of a kind on"
+            which = f"calls of up to {most} tokens, where launching may take longest, from the second of a kind on"
         with self._lock:
             count = sum(captured is not None for captured in self._kinds.values())
         return f"for {which}; {count} captured, at most {CACHED_GRAPHS}"
@@ -321,8 +365,21 @@ def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _is_plain(x: Tensor, device: torch.device) -> bool:
-    """Not on another device, empty, or of a class that computes in a way of its own."""
-    return type(x) is Tensor and x.device == device and x.numel() > 0
+    """Not on another device, of a class that computes in a way of its own, or with a derivative."""
+    if type(x) is not Tensor or x.device != device:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled()) and not has_tangent(x)
+
+
+def _configured(folded: Any, name: str) -> Any:
+    """An attribute of the model's configuration; None if there is none."""
+    return getattr(vars(folded).get("config"), name, None)
+
+
+def _configuration(folded: Any) -> str | None:
+    """What a model of the Hugging Face face takes from its configuration in a call."""
+    config = vars(folded).get("config")
+    return None if config is None else str([getattr(config, name, None) for name in CONFIGURED])
 
 
 def _tokens(pictures: Tensor, backbone: Any) -> int:
@@ -330,26 +387,28 @@ def _tokens(pictures: Tensor, backbone: Any) -> int:
     return len(pictures) * (1 + backbone.num_register_tokens + rows * columns)
 
 
-def _described(value: Any) -> Hashable | None:
-    """What of an argument decides what is launched; None if there is no telling."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
+def _described(value: Any) -> str | None:
+    """What an argument that is no tensor is; None if there is no telling."""
+    if type(value) in _VALUES:
+        return repr(value)
     numbers = isinstance(value, list | tuple | range) and all(isinstance(part, int) for part in value)
-    return repr(value) if numbers or value is None or isinstance(value, bool | int | float | str) else None
+    return repr(value) if numbers or isinstance(value, bool | int | float | str) else None
 
 
-def _settings() -> Iterator[Hashable]:
+def _settings() -> Hashable:
     """Of the process: those that decide which kernels run."""
     setting, cuda = dispatch.current_setting(), torch.backends.cuda
-    yield setting.everywhere
-    yield setting.strict
-    yield from sorted(setting.by_name.items())
-    yield torch.are_deterministic_algorithms_enabled()
-    yield cuda.matmul.fp32_precision
-    yield cuda.cudnn_sdp_enabled()
-    yield cuda.flash_sdp_enabled()
-    yield cuda.mem_efficient_sdp_enabled()
-    yield cuda.math_sdp_enabled()
+    return (
+        setting.everywhere,
+        setting.strict,
+        (*sorted(setting.by_name.items()),),
+        torch.are_deterministic_algorithms_enabled(),
+        matmul_precision(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
 
 
 @cache
