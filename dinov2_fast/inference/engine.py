@@ -28,6 +28,7 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.ops.table import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.torch_private import is_traced
 
 # The dtype of activations and outputs.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -192,7 +193,7 @@ class Engine(nn.Module):
     def _follow_setting(self) -> None:
         """Folds anew if the backends that are chosen now want their weights laid out in another way."""
         setting = dispatch.current_setting()
-        if setting is not self._setting:
+        if setting is not self._setting and not is_traced():
             backbone = _backbone(self.folded)
             gated = any(block.mlp.gated for block in backbone.blocks)
             if layouts_for(self.plan, self.device, gated) != backbone.layouts:
