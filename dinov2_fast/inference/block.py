@@ -147,9 +147,10 @@ class FoldedBlock(FoldedModule):
         return self.deferred_alone.restore_(self.update_(x.clone(), None, self.deferred_alone))
 
     def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: Deferred | None = None) -> Tensor:
-        """The block in place on the stream that the block before has left; `deferred` says what that lacks.
+        """Adds both branches to the stream `x` in place, and leaves out the biases that `deferred` says.
 
-        With `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths.
+        By default that is what all blocks up to here leave out. With `seq_lens`, `x` (1, total_tokens, hidden) holds
+        sequences of those lengths.
         """
         parts = self._modules
         lacking = (deferred or parts["deferred"])._buffers
