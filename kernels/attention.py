@@ -9,9 +9,8 @@ What the kernels rely on:
 - Without cu_seqlens a sequence is a row of the batch; with it, sequence i is the tokens from cu_seqlens[i] up to
   cu_seqlens[i + 1] of a batch of 1.
 - Keys that fill no whole tile, such as the last of 257 = 4 * 64 + 1, are a masked tile of their own, the tail, as wide
-  as `tail_block` says. It is taken first: its loads come with those of q, and after the loop ptxas would make all
-  products wait for one another (C7515).
-- One of a list of sequences may have no such keys: then no key of its tail counts.
+  as `tail_block` says. It is there even if no key is left for it, and it is taken first: its loads come with q's, and
+  without it, or with it after the loop, ptxas makes all products wait for one another (C7515).
 - With `inverse_scale` out is e4m3, multiplied by it, and nothing asks for lse; otherwise it is None.
 """
 
@@ -45,10 +44,11 @@ def load_rows(
     ptr, start, stop, stride, ROWS: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr
 ):
     """Rows start, start + 1, ... of a matrix, (ROWS, DIM). If MASKED, those from `stop` on are zeros."""
-    rows = start + tl.arange(0, ROWS)
-    pointers = ptr + rows.to(tl.int64)[:, None] * stride + tl.arange(0, DIM)[None, :]
+    row = tl.arange(0, ROWS)
+    ptr += tl.cast(start, tl.int64) * stride  # once a tile: in a loop the rest stays as it is
+    pointers = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, DIM)[None, :]
     if MASKED:
-        x = tl.load(pointers, mask=(rows < stop)[:, None], other=0.0)
+        x = tl.load(pointers, mask=(start + row < stop)[:, None], other=0.0)
     else:
         x = tl.load(pointers)
     return x.to(tl.float32) if UPCAST else x
@@ -116,10 +116,9 @@ def _attention_forward_kernel(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
     tail = length // BLOCK_K * BLOCK_K
-    if TAIL_K > 0:
-        greatest, total, acc = _attend(
-            q, k_ptr, v_ptr, tail, length, stride_token, greatest, total, acc, SCALE, HEAD_DIM, TAIL_K, True, UPCAST
-        )
+    greatest, total, acc = _attend(
+        q, k_ptr, v_ptr, tail, length, stride_token, greatest, total, acc, SCALE, HEAD_DIM, TAIL_K, True, UPCAST
+    )
     for key in tl.range(0, tail, BLOCK_K):
         greatest, total, acc = _attend(
             q, k_ptr, v_ptr, key, length, stride_token, greatest, total, acc, SCALE, HEAD_DIM, BLOCK_K, False, UPCAST
@@ -169,11 +168,10 @@ def _attention_probabilities_kernel(
 
 
 def tail_block(seq_len: int, block: int, varlen: bool) -> int:
-    """Width of the masked tile for the tokens that fill no tile of `block`: 0 if there are none."""
+    """Width of the masked tile for the tokens that fill no tile of `block`."""
     if varlen:  # each sequence has other ones
         return block
-    rest = seq_len % block
-    return max(MIN_BLOCK, triton.next_power_of_2(rest)) if rest else 0
+    return max(MIN_BLOCK, triton.next_power_of_2(seq_len % block))
 
 
 def softmax_scale(head_dim: int) -> float:
@@ -195,8 +193,7 @@ def _configuration(qkv: Tensor, seq_len: int) -> tuple[int, int, dict[str, int]]
     """Tiles of queries and of keys, warps and stages."""
     head_dim = qkv.shape[-1]
     if qkv.dtype == torch.float32:  # not on tensor cores; larger tiles spill
-        block_q, block_k = {32: (64, 32), 64: (64, 16), 128: (16, 16)}[head_dim]
-        return block_q, block_k, {"num_warps": 8, "num_stages": 2}
+        return 16 if head_dim == 128 else 64, 16, {"num_warps": 8, "num_stages": 2}
     room, least = (triton.cdiv(seq_len, block) * block for block in (128, 64))
     block_q = 128 if room <= 1.05 * least else 64  # a tile of 128 reads each key for twice as many queries
     return block_q, 64, {"num_warps": block_q // 16, "num_stages": 3 if head_dim <= 64 else 2}

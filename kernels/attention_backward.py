@@ -54,8 +54,8 @@ def _attention_delta_kernel(
 def _load_lse_delta(lse_delta_ptr, start, stop, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """lse and delta, (ROWS,) each, of the rows start, start + 1, ... If MASKED, those from `stop` on are zeros.
 
-    One load for both: where it has an element for each thread, each thread loads its own and the rest passes through
-    shared memory. A shorter one Triton repeats in each thread for all rows that the thread needs.
+    Both in one load: if it has as many elements as the program has threads, each thread loads its own, and shared
+    memory spreads them. A smaller load Triton repeats in every thread, for all rows that the thread needs.
     """
     rows = start + tl.arange(0, ROWS)
     pairs = lse_delta_ptr + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -95,11 +95,10 @@ def _key_rows(
     dk = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     dv = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     tail = length // BLOCK_Q * BLOCK_Q
-    if TAIL_Q > 0:
-        dk, dv = _take_queries(
-            k, v, q_ptr, dout_ptr, lse_delta_ptr, tail, length, stride_token, stride_out, dk, dv,
-            SCALE, HEAD_DIM, TAIL_Q, True, UPCAST,
-        )  # fmt: skip
+    dk, dv = _take_queries(
+        k, v, q_ptr, dout_ptr, lse_delta_ptr, tail, length, stride_token, stride_out, dk, dv,
+        SCALE, HEAD_DIM, TAIL_Q, True, UPCAST,
+    )  # fmt: skip
     for query in tl.range(0, tail, BLOCK_Q):
         dk, dv = _take_queries(
             k, v, q_ptr, dout_ptr, lse_delta_ptr, query, length, stride_token, stride_out, dk, dv,
@@ -139,10 +138,9 @@ def _query_rows(
     v_ptr = k_ptr + stride_kind
     dq = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     tail = length // BLOCK_K * BLOCK_K
-    if TAIL_K > 0:
-        dq = _take_keys(
-            q, dout, lse, delta, k_ptr, v_ptr, tail, length, stride_token, dq, SCALE, HEAD_DIM, TAIL_K, True, UPCAST
-        )
+    dq = _take_keys(
+        q, dout, lse, delta, k_ptr, v_ptr, tail, length, stride_token, dq, SCALE, HEAD_DIM, TAIL_K, True, UPCAST
+    )
     for key in tl.range(0, tail, BLOCK_K):
         dq = _take_keys(
             q, dout, lse, delta, k_ptr, v_ptr, key, length, stride_token, dq, SCALE, HEAD_DIM, BLOCK_K, False, UPCAST

@@ -463,12 +463,13 @@ CASES = {
         ((257, 383), (257, 8192), (257, 384, 1), (1, 384), (1, 384, 1)),
         alike=FP16_AND_64,
     ),
-    "attention": Case(_attention, **HEADS),
+    # at head_dim 32, which DINOv2 does not have, sm_100 gives 80 registers to a thread and reads 16 bytes twice
+    "attention": Case(_attention, **HEADS, max_spill=32),
     # at head_dim 128, which DINOv2 does not have, sm_120 spills a little more
     "attention_varlen": Case(
         _attention_varlen, ((257, 6, 64),), ((64, 16, 64), (257, 6, 32), (257, 6, 128), *ONE_TOKEN), max_spill=24
     ),
-    "attention_e4m3": Case(_attention_e4m3, **HEADS, architectures=FP8_ARCHITECTURES),
+    "attention_e4m3": Case(_attention_e4m3, **HEADS, architectures=FP8_ARCHITECTURES, max_spill=32),
     "attention_varlen_e4m3": Case(
         _attention_varlen_e4m3,
         ((257, 6, 64),),
@@ -527,6 +528,7 @@ def test_attention_on_sm_90_leaves_room_for_two_programs_and_loads_ahead(seq_len
         _attention(torch.bfloat16, seq_len, 6, 64)
     forward, _, keys, queries = reports
     assert min(report.programs for report in (forward, keys, queries)) >= 2
+    assert max(report.stack for report in (forward, keys, queries)) == 0
     # where a loop waits for the copies of its tile, those of the next (of keys and values, say) are under way
     for report in (forward, keys, queries):
         assert max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", report.ptx))) >= 2, report
