@@ -102,6 +102,15 @@ class Report:
         return 1 < count["HGMMA"] + count["QGMMA"] <= count["WARPGROUP.ARRIVE"]
 
     @property
+    def programs(self) -> int:
+        """How many programs a multiprocessor of sm_90 holds at once, by its 64 K registers and 228 KB of shared memory.
+
+        Registers are given out in eights for each thread; each program takes 1 KB of shared memory besides its own.
+        """
+        registers = -(-self.registers // 8) * 8 * 32 * self.num_warps
+        return min((64 << 10) // registers, (228 << 10) // (self.shared + (1 << 10)))
+
+    @property
     def spill_stores(self) -> int:
         """Bytes that the instructions of one thread write to local memory, each counted once."""
         return self._local_bytes("STL")
@@ -128,14 +137,13 @@ class Report:
         )
 
 
-def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str]:
+def faults(report: Report, max_spill: int = 0, fast: bool = True) -> list[str]:
     """What is wrong with a kernel, in sentences.
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
-    to tf32, or on sm_90 adds up its products otherwise than `FAST_ACCUMULATION` says; a dot on sm_90 that does not run
-    on that chip's own tensor core instructions, which need 64 rows, or whose instructions wait for one another; a write
-    there over operands that another warp group may still be reading (tests/wgmma.py). `fast` is "always", "mostly"
-    (narrow tiles beside wide ones) or "never".
+    to tf32. On sm_90 also: products that are added up otherwise than `FAST_ACCUMULATION` says; if `fast`, a dot that does
+    not run on the chip's own tensor core instructions, which need 64 rows; dots whose instructions wait for one another;
+    a write over what another warp group's products may still be reading (tests/wgmma.py).
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]
@@ -147,11 +155,10 @@ def faults(report: Report, max_spill: int = 0, fast: str = "always") -> list[str
     if report.arch == 90:
         wrong = {dot for dot in report.dots if dot.imprecise != FAST_ACCUMULATION.get(dot.operands, 0)}
         found += sorted(f"{dot.imprecise} products of a dot of {dot.operands} added up imprecisely" for dot in wrong)
-        if fast != "never":
+        if fast:
             wanted = {_TENSOR_CORES[dot.operands] for dot in report.dots if dot.operands in _TENSOR_CORES}
             found += [f"a dot without {opcode}" for opcode in sorted(wanted) if not report.uses(opcode)]
-        if fast == "always" and report.uses("HMMA"):
-            found.append("a dot on HMMA, the slow path")
+            found += ["a dot on HMMA, the slow path"] if report.uses("HMMA") else []
         if report.serialised:
             found.append("dots whose products wait for one another")
         if report.num_warps > WARP_GROUP:

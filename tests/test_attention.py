@@ -31,7 +31,8 @@ from tests.devices import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 E4M3 = torch.float8_e4m3fn
-SEQ_LENS = [1, 5, 50, 257, 261]  # prefix only, ragged, and one and five tokens before exact tiles
+# One key, tails of each width with and without whole tiles, no tail; one to three tiles of queries of either size
+SEQ_LENS = [1, 16, 17, 63, 64, 65, 127, 128, 129, 257, 261]
 VARLEN = (1, 57, 1, 16, 1, 16)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,7 +108,7 @@ def _exact_gradient(function: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor
     return gradients(function, [qkv.double()])[0]
 
 
-@pytest.mark.parametrize("seq_len", [5, 50, 69, 257])
+@pytest.mark.parametrize("seq_len", [16, 17, 63, 64, 65, 129, 257])
 @each_dtype
 @each_backend
 def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, seq_len: int) -> None:
@@ -131,7 +132,7 @@ def test_one_token_passes_its_gradient_to_its_value(backend: str, dtype: torch.d
 
 
 @runs_triton
-@pytest.mark.parametrize("seq_len", [5, 50, 65])
+@pytest.mark.parametrize("seq_len", [5, 64, 65])
 def test_lse_obeys_the_rule(seq_len: int) -> None:
     qkv = _qkv(2, seq_len)
     with poisoned_memory():
@@ -263,7 +264,7 @@ def test_nothing_in_gives_nothing(backend: str) -> None:
 # Packed sequences
 
 
-@pytest.mark.parametrize("seq_lens", [(5,), VARLEN, (70, 3)], ids=str)
+@pytest.mark.parametrize("seq_lens", [(5,), VARLEN, (70, 3), (64, 40, 128)], ids=str)
 @each_dtype
 @each_backend
 def test_varlen_obeys_the_rule(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
@@ -527,7 +528,7 @@ def test_lengths_that_do_not_sum_up_are_refused(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("key", [0, 64], ids=["in the prefix", "in a tile"])
+@pytest.mark.parametrize("key", [0, 64], ids=["in a tile", "in the tail"])
 def test_a_key_of_infinite_negative_score_gets_no_weight(backend: str, key: int) -> None:
     qkv = random(1, 65, 3, 1, 64)
     qkv[:, :, 0] = qkv[:, :, 0].abs()
