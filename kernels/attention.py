@@ -17,6 +17,8 @@ What the kernels rely on:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import to_e4m3
+from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
 
 MIN_BLOCK = 16  # rows of a tile: the fewest that a matrix product takes
 
@@ -184,19 +186,24 @@ def rows_in_place(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
-def upcast(x: Tensor) -> bool:
+def upcast(dtype: torch.dtype) -> bool:
     """Whether operands go to fp32 before a product: Triton's interpreter multiplies bf16 wrongly."""
-    return common.interpreting() and x.dtype == torch.bfloat16
+    return common.interpreting() and dtype == torch.bfloat16
 
 
-def _configuration(qkv: Tensor, seq_len: int) -> tuple[int, int, dict[str, int]]:
-    """Tiles of queries and of keys, warps and stages."""
-    head_dim = qkv.shape[-1]
-    if qkv.dtype == torch.float32:  # not on tensor cores; larger tiles spill
-        return 16 if head_dim == 128 else 64, 16, {"num_warps": 8, "num_stages": 2}
-    room, least = (triton.cdiv(seq_len, block) * block for block in (128, 64))
-    block_q = 128 if room <= 1.05 * least else 64  # a tile of 128 reads each key for twice as many queries
-    return block_q, 64, {"num_warps": block_q // 16, "num_stages": 3 if head_dim <= 64 else 2}
+@lru_cache(LAUNCHES)
+def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool) -> tuple[int, dict[str, Any]]:
+    """Tiles of queries, and the constants, warps and stages of a launch."""
+    if dtype == torch.float32:  # not on tensor cores; larger tiles spill
+        block_q, block_k, warps, stages = 16 if head_dim == 128 else 64, 16, 8, 2
+    else:
+        room, least = (triton.cdiv(seq_len, block) * block for block in (128, 64))
+        block_q = 128 if room <= 1.05 * least else 64  # a tile of 128 reads each key for twice as many queries
+        block_k, warps, stages = 64, block_q // 16, 3 if head_dim <= 64 else 2
+    tail = tail_block(seq_len, block_k, varlen)
+    constants = {"SCALE": softmax_scale(head_dim), "HEAD_DIM": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+    constants |= {"TAIL_K": tail, "VARLEN": varlen, "UPCAST": upcast(dtype)}
+    return triton.cdiv(seq_len, block_q), constants | {"num_warps": warps, "num_stages": stages}
 
 
 def attention_forward(
@@ -222,14 +229,11 @@ def attention_forward(
     sequences, seq_len = (cu_seqlens.shape[0] - 1, max_seqlen) if varlen else (batch, tokens)
     if out.numel() == 0:
         return out, lse
-    block_q, block_k, options = _configuration(qkv, seq_len)
-    tiles = triton.cdiv(seq_len, block_q)
+    tiles, options = _configuration(seq_len, head_dim, qkv.dtype, varlen)
     with common.on_device(qkv):
         _attention_forward_kernel[(tiles * heads * sequences,)](
             qkv, out, lse if scale is None else None, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4],
-            None if scale is None else 1.0 / scale,
-            SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=block_k,
-            TAIL_K=tail_block(seq_len, block_k, varlen), VARLEN=varlen, UPCAST=upcast(qkv), **options,
+            None if scale is None else 1.0 / scale, **options,
         )  # fmt: skip
     return out, lse
 
@@ -255,7 +259,7 @@ def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: in
     with common.on_device(qkv):
         _attention_probabilities_kernel[(tiles * heads * batch,)](
             q, k, p, rows, tokens, heads, tiles, q.stride(0), q.stride(1), k.stride(1), k.stride(2),
-            SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=block_k, UPCAST=upcast(qkv),
-            num_warps=4, num_stages=2,
+            SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=block_k,
+            UPCAST=upcast(qkv.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
     return p

@@ -141,9 +141,9 @@ def faults(report: Report, max_spill: int = 0, fast: bool = True) -> list[str]:
     """What is wrong with a kernel, in sentences.
 
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
-    to tf32. On sm_90 also: products that are added up otherwise than `FAST_ACCUMULATION` says; if `fast`, a dot that does
-    not run on the chip's own tensor core instructions, which need 64 rows; dots whose instructions wait for one another;
-    a write over what another warp group's products may still be reading (tests/wgmma.py).
+    to tf32. On sm_90 also: products that are added up otherwise than `FAST_ACCUMULATION` says; if `fast`, a dot that
+    does not run on the chip's own tensor core instructions, which need 64 rows; dots whose instructions wait for one
+    another; a write over what another warp group's products may still be reading (tests/wgmma.py).
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]
