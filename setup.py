@@ -60,7 +60,7 @@ def reason_against_extension() -> str | None:
     if cutlass is None:
         return f"CUTLASS is not there: pip install --no-deps {CUTLASS}"
     missing = [str(folder) for folder in include_folders(cutlass) if not folder.is_dir()]
-    return f"{CUTLASS} is needed: another has no {missing[0]}" if missing else None
+    return f"{CUTLASS} is needed: the CUTLASS that is there has no {missing[0]}" if missing else None
 
 
 def cutlass_folder() -> Path | None:

@@ -53,7 +53,7 @@ inline void check_attention(const AttentionForward& args) {
     fail("qkv must have the shape (batch, tokens, 3, heads, ", HEAD_DIM, "), got ", shape(qkv));
   }
   if (qkv.strides[4] != 1) fail("qkv must have the elements of a head side by side");
-  check_aligned(qkv);
+  check_start(qkv);
   for (int d = 0; d < 4; ++d) {
     if (qkv.sizes[d] > 1 && (qkv.strides[d] < HEAD_DIM || qkv.strides[d] * item_size(qkv.dtype) % 16)) {
       fail("qkv must have heads that start at multiples of 16 bytes and do not overlap, got a stride of ",

@@ -65,12 +65,20 @@ inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allow
   fail(tensor.name, " must be ", names, ", got ", name(tensor.dtype));
 }
 
-// Chunks of 16 bytes are read and written at once (8 bytes of e4m3), so every row has to begin at a multiple of that.
-inline void check_aligned(const Tensor& tensor) {
-  const int64_t bytes = tensor.dtype == Dtype::e4m3 ? 8 : 16;
+// Chunks of 16 bytes are read and written at once (8 bytes of e4m3).
+inline int64_t chunk_bytes(const Tensor& tensor) { return tensor.dtype == Dtype::e4m3 ? 8 : 16; }
+
+inline void check_start(const Tensor& tensor) {
+  const int64_t bytes = chunk_bytes(tensor);
   if (reinterpret_cast<uintptr_t>(tensor.data) % bytes) {
     fail(tensor.name, " must begin at a multiple of ", bytes, " bytes");
   }
+}
+
+// Every row has to begin at a multiple of a chunk.
+inline void check_aligned(const Tensor& tensor) {
+  check_start(tensor);
+  const int64_t bytes = chunk_bytes(tensor);
   if (tensor.dim == 2 && tensor.strides[0] * item_size(tensor.dtype) % bytes) {
     fail(tensor.name, " must have rows a multiple of ", bytes, " bytes apart, got a stride of ", tensor.strides[0]);
   }
@@ -106,7 +114,7 @@ inline void check_contiguous(const Tensor& tensor, std::initializer_list<int64_t
     stride *= std::max<int64_t>(tensor.sizes[d], 1);
   }
   if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
-  check_aligned(tensor);
+  check_start(tensor);
 }
 
 }  // namespace dinov2_fast

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -133,7 +133,8 @@ def test_it_is_never_chosen_by_default() -> None:
     with use_backend("cuda"):
         rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
     names = ["linear.gelu", "linear.swiglu", "linear.residual"]
-    assert [row.name for row in rows if row.backend == "cuda"] == [*names, "linear.none", *names]
+    expected = ["attention.batch", *names, "attention.batch", "linear.none", *names]
+    assert [row.name for row in rows if row.backend == "cuda"] == expected
 
 
 # Building it
@@ -159,6 +160,21 @@ def test_nvcc_is_the_one_of_cuda_home(setup_py: ModuleType, tmp_path: Path, monk
     nvcc.chmod(0o755)
     assert setup_py.find_nvcc() == str(nvcc)
     assert setup_py.reason_against_extension() == f"{nvcc} is not of CUDA 13"
+
+
+def test_a_cutlass_without_the_example_of_attention_is_a_reason(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(setup_py.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="release 13.0"))
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(setup_py, "cutlass_folder", lambda: tmp_path)
+    (tmp_path / "include").mkdir()
+    example = tmp_path / "examples" / "88_hopper_fmha"
+    reason = f"{setup_py.CUTLASS} is needed: the CUTLASS that is there has no {example}"
+    assert setup_py.reason_against_extension() == reason
+    example.mkdir(parents=True)
+    assert setup_py.reason_against_extension() is None
 
 
 def test_one_cutlass_is_named(setup_py: ModuleType) -> None:
@@ -202,7 +218,7 @@ def test_kernels_stay_within_their_registers() -> None:
     assert [sentence for kernel in kernels for sentence in above_limits(kernel)] == []
 
 
-# That each wgmma waits for the last one (C7510), or that setmaxnreg is ignored: either way a kernel of linear gives the
+# That each wgmma waits for the last one (C7510, C7512), or that setmaxnreg is ignored: either way a kernel gives the
 # right numbers, slowly.
 LOSS = re.compile("Potential Performance Loss: .*")
 
@@ -278,3 +294,15 @@ def test_linear_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) -> 
     assert products == []
     assert any(uses(opcodes, "QGMMA") for opcodes in of_linear.values())
     assert any(uses(opcodes, "HGMMA") for opcodes in of_linear.values())
+
+
+@pytest.mark.slow
+@needs_build
+def test_attention_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) -> None:
+    kernels = [opcodes for code in machine_code for name, opcodes in code.kernels.items() if "attention" in name]
+    assert len(kernels) == 2  # of bf16 and fp16
+    for opcodes in kernels:
+        assert uses(opcodes, "HGMMA")
+        assert uses(opcodes, "UTMALDG", "4D")  # qkv is read in place
+        # one power of 2 for each score, which asks nothing first: with exp2f's range, each has a comparison
+        assert sum(n for op, n in opcodes.items() if op.startswith("FSETP")) < opcodes["MUFU.EX2"] / 4
