@@ -1,6 +1,7 @@
 // The launcher of attention.cu, its checks, and where its kernels find what in memory: plain C++, as checks.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -31,9 +32,8 @@ struct AttentionLayout {
   int64_t batch, tokens, heads;
   int64_t stride_batch, stride_token, stride_kind, stride_head;
 
-  int64_t key_tiles() const { return (tokens + KEYS - 1) / KEYS; }
-  int64_t query_tiles() const { return (tokens + QUERIES - 1) / QUERIES; }
-  int64_t blocks() const { return query_tiles() * heads * batch; }
+  int64_t tiles() const { return (tokens + QUERIES - 1) / QUERIES; }  // of a head's queries
+  int64_t blocks() const { return tiles() * heads * batch; }
   int64_t offset(int64_t image, int64_t token, int64_t kind, int64_t head) const {
     return image * stride_batch + token * stride_token + kind * stride_kind + head * stride_head;
   }
@@ -61,8 +61,9 @@ inline void check_attention(const AttentionForward& args) {
     }
   }
   const AttentionLayout layout = layout_of(qkv);
-  if (layout.blocks() > std::numeric_limits<int>::max()) {
-    fail("qkv must have less than 2^31 tiles of ", QUERIES, " queries, got ", layout.blocks());
+  if (std::max(layout.tokens, layout.blocks()) > std::numeric_limits<int>::max()) {
+    fail("qkv must have less than 2^31 tokens in an image and less than 2^31 tiles of ", QUERIES, " queries, got ",
+         layout.tokens, " and ", layout.blocks());
   }
   check_dtype(args.out, {qkv.dtype});
   check_contiguous(args.out, {layout.batch, layout.tokens, layout.heads, HEAD_DIM}, qkv.device);

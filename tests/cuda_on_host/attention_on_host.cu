@@ -28,7 +28,7 @@ struct Row {
   float lse = INFINITY;
 };
 
-// rows `first` ... `first + count` of one head, zeros from `tokens` on
+// `count` queries, keys or values of one head from `first` on; zeros beyond the last, as TMA gives them.
 std::vector<float> rows_of(const Tensor& qkv, const AttentionLayout& layout, int64_t image, int64_t head, int kind,
                            int64_t first, int count) {
   std::vector<float> rows(count * HEAD_DIM, 0.0f);
@@ -43,15 +43,15 @@ void attend(const Tensor& qkv, const AttentionLayout& layout, int64_t image, int
   const float scale = 1.0f / std::sqrt(static_cast<float>(HEAD_DIM)), scale_log2 = scale * LOG2_E;
   const std::vector<float> q = rows_of(qkv, layout, image, head, 0, first, QUERIES);
   std::vector<float> greatest(QUERIES, -INFINITY), total(QUERIES, 0.0f);
-  for (int64_t tile = 0; tile < layout.key_tiles(); ++tile) {
-    const std::vector<float> k = rows_of(qkv, layout, image, head, 1, tile * KEYS, KEYS);
-    const std::vector<float> v = rows_of(qkv, layout, image, head, 2, tile * KEYS, KEYS);
+  for (int64_t first_key = 0; first_key < layout.tokens; first_key += KEYS) {
+    const std::vector<float> k = rows_of(qkv, layout, image, head, 1, first_key, KEYS);
+    const std::vector<float> v = rows_of(qkv, layout, image, head, 2, first_key, KEYS);
     for (int row = 0; row < QUERIES && first + row < layout.tokens; ++row) {
       float scores[KEYS], before = greatest[row];
       for (int key = 0; key < KEYS; ++key) {
         scores[key] = 0.0f;
         for (int i = 0; i < HEAD_DIM; ++i) scores[key] += q[row * HEAD_DIM + i] * k[key * HEAD_DIM + i];
-        if (tile * KEYS + key >= layout.tokens) scores[key] = -INFINITY;
+        if (first_key + key >= layout.tokens) scores[key] = -INFINITY;
         greatest[row] = std::fmax(greatest[row], scores[key]);
       }
       const float shift = greatest[row] == -INFINITY ? 0.0f : greatest[row];
@@ -87,8 +87,8 @@ template <Dtype OPERAND>
 void launch_attention(const AttentionForward& args, int, void*) {
   const AttentionLayout layout = layout_of(args.qkv);
   for (int64_t index = 0; index < layout.blocks(); ++index) {
-    const int64_t first = index % layout.query_tiles() * QUERIES, image = index / layout.query_tiles() % layout.batch;
-    const int64_t head = index / layout.query_tiles() / layout.batch;
+    const int64_t first = index % layout.tiles() * QUERIES, image = index / layout.tiles() % layout.batch;
+    const int64_t head = index / layout.tiles() / layout.batch;
     std::vector<Row> block(QUERIES);
     attend(args.qkv, layout, image, head, first, block.data());
     launch(attention_forward_kernel<OPERAND>, dim3(1), dim3(THREADS), nullptr, block.data(), first, image, head,
@@ -110,8 +110,7 @@ extern "C" void dinov2_fast_attention_layout(const int64_t* sizes, const int64_t
   std::copy(sizes, sizes + MOST_DIMS, qkv.sizes);
   std::copy(strides, strides + MOST_DIMS, qkv.strides);
   const AttentionLayout layout = layout_of(qkv);
-  out[0] = layout.query_tiles();
-  out[1] = layout.key_tiles();
-  out[2] = layout.blocks();
-  out[3] = layout.offset(at[0], at[1], at[2], at[3]);
+  out[0] = layout.tiles();
+  out[1] = layout.blocks();
+  out[2] = layout.offset(at[0], at[1], at[2], at[3]);
 }
