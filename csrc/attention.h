@@ -19,7 +19,9 @@ constexpr int KEYS = 96;
 struct AttentionForward {
   Tensor qkv;  // (batch, tokens, 3, heads, HEAD_DIM), bf16 or fp16; the elements of a head are neighbours
   Tensor out;  // (batch, tokens, heads, HEAD_DIM), as qkv, contiguous
-  Tensor lse;  // (batch, heads, tokens), fp32, contiguous; or left out
+  // (batch, heads, tokens), fp32, contiguous: the logarithm of the sum of the exponentials of the scaled scores, to
+  // base 2 as kernels/attention_backward.py reads it. Or left out.
+  Tensor lse;
 };
 void attention_forward(const AttentionForward& args, void* stream);
 

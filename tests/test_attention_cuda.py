@@ -241,6 +241,14 @@ def test_compiled_whole_and_in_inference_mode() -> None:
 
 
 @runs_cuda
+@runs_triton
+def test_compiled_whole_with_gradients() -> None:
+    qkv = _qkv(2, 5, dtype=torch.float16)
+    compiled = torch.compile(_cuda, fullgraph=True, backend="aot_eager")
+    assert torch.equal(gradients(compiled, [qkv])[0], gradients(_cuda, [qkv])[0])
+
+
+@runs_cuda
 def test_autocast_gives_the_dtype_torch_gives() -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert _cuda(_qkv(1, 5, dtype=torch.float16)).dtype == torch.bfloat16

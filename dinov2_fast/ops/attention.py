@@ -327,7 +327,9 @@ ATTENTION = Op(
         Implementation("torch", attention_probabilities_torch, forms=("probabilities",), why=_registry.UNMEASURED),
         _registry.triton(attention_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("batch", "varlen")),
         _registry.triton(attention_probabilities_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("probabilities",)),
-        _registry.cuda(attention_cuda, _attention_cuda.refuses, dtypes=_KERNEL_DTYPES[:2], forms=("batch",)),
+        _registry.cuda(
+            attention_cuda, _attention_cuda.refuses, dtypes=(torch.float16, torch.bfloat16), forms=("batch",)
+        ),
         _attention_peers.VARLEN_ATTN,
         _attention_peers.XFORMERS,
     ),
