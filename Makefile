@@ -89,9 +89,11 @@ build: setup
 test-extension: build
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_extension.py
 
-# The tests of linear over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a GPU.
+# The tests of linear and attention over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a
+# GPU. The gradient of attention is Triton's.
 test-cuda-on-host: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -p tests.cuda_on_host -m "not aot and not gpu" tests/test_linear_cuda.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -p tests.cuda_on_host -m "not aot and not gpu" \
+	    tests/test_linear_cuda.py tests/test_attention_cuda.py
 
 # compute-sanitizer over a few tests, on a machine with a GPU. No setup: $(PYTHON)'s torch and pytest, and the extension
 # that is there. The allocator keeps nothing, so each tensor's end shows. memcheck alone: of CUTLASS' pipelines racecheck,
@@ -109,6 +111,7 @@ sanitize:
 	@$(PYTHON) -c 'import sys, torch; from dinov2_fast import extension as e; gpu = torch.cuda.is_available(); \
 	    sys.exit(e.load().reason if gpu else "make sanitize needs a GPU that $(PYTHON) can use")'
 	$(call sanitize,memcheck,$(PRODUCTS),tests/test_linear_cuda.py)
+	$(call sanitize,memcheck,attention_obeys or around,tests/test_attention_cuda.py)
 	$(call sanitize,memcheck,$(TRITON),$(TRITON_TESTS))
 
 lint: setup

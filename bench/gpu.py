@@ -75,7 +75,8 @@ class Step(NamedTuple):
     needed: bool = False  # if it fails, nothing else runs
 
 
-FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py"
+FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py tests/test_attention_cuda.py"
+LARGE = "tests/test_on_gpu.py tests/test_attention_cuda.py"
 OTHERS = "-m 'not aot and not slow and not gpu_first' -k 'not to_the_31' {tests}"
 TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
 OPS = "--ops linear,attention,layer_norm,activation,attention_pool --modes forward"
@@ -108,7 +109,7 @@ PLAN = [
     Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
     Step("memory", 1.2, "what training takes", f"{MEMORY} --models B,L"),
     Step("extraction", 1.8, "do images come fast enough", "bench.extraction {record} --models S"),
-    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -k to_the_31 tests/test_on_gpu.py"),
+    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -k to_the_31 {LARGE}"),
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 

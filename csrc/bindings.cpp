@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "attention.h"
 #include "linear.h"
 
 namespace {
@@ -39,7 +40,7 @@ dinov2_fast::Tensor view(const char* name, const TorchTensor& tensor) {
   view.dtype = dtype_of(tensor);
   view.device = tensor.get_device_index();
   view.dim = static_cast<int>(tensor.dim());
-  for (int d = 0; d < view.dim && d < 2; ++d) {
+  for (int d = 0; d < view.dim && d < dinov2_fast::MOST_DIMS; ++d) {
     view.sizes[d] = tensor.size(d);
     view.strides[d] = tensor.stride(d);
   }
@@ -81,12 +82,18 @@ void linear_forward(const TorchTensor& x, const TorchTensor& weight, const Optio
       device.stream);
 }
 
+void attention_forward(const TorchTensor& qkv, const TorchTensor& out, const Optional& lse) {
+  const OnDevice device(qkv);
+  dinov2_fast::attention_forward({view("qkv", qkv), view("out", out), view("lse", lse)}, device.stream);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dinov2_fast_cuda, library) {
   library.def(
       "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_scale, float scale, float inverse_scale, "
       "int form, Tensor(a!) out) -> ()");
+  library.def("attention_forward(Tensor qkv, Tensor(a!) out, Tensor(b!)? lse) -> ()");
 }
 
 #ifdef DINOV2_FAST_ON_HOST
@@ -95,4 +102,5 @@ STABLE_TORCH_LIBRARY_IMPL(dinov2_fast_cuda, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(dinov2_fast_cuda, CUDA, library) {
 #endif
   library.impl("linear_forward", TORCH_BOX(&linear_forward));
+  library.impl("attention_forward", TORCH_BOX(&attention_forward));
 }

@@ -2,6 +2,7 @@
 // that the tests compile them for the host. A check that fails throws a sentence that says what was wrong.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -19,15 +20,17 @@ inline const char* name(Dtype dtype) {
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::e4m3 ? 1 : 2; }
 
-// A tensor of one or two dimensions; without data, one that was left out. Strides are in elements.
+constexpr int MOST_DIMS = 5;
+
+// A tensor; without data, one that was left out. Strides are in elements.
 struct Tensor {
   const char* name = "";
   void* data = nullptr;
   Dtype dtype = Dtype::other;
   int device = 0;
   int dim = 0;
-  int64_t sizes[2] = {0, 0};
-  int64_t strides[2] = {0, 0};
+  int64_t sizes[MOST_DIMS] = {};
+  int64_t strides[MOST_DIMS] = {};
   bool given = false;
 
   explicit operator bool() const { return given; }
@@ -43,13 +46,15 @@ template <typename... Parts>
   throw std::invalid_argument(sentence.str());
 }
 
-inline std::string shape(const Tensor& tensor) {
+inline std::string shape(const int64_t* sizes, int dim) {
   std::ostringstream text;
   text << "(";
-  for (int d = 0; d < tensor.dim && d < 2; ++d) text << (d ? ", " : "") << tensor.sizes[d];
-  text << (tensor.dim > 2 ? ", ...)" : ")");
+  for (int d = 0; d < dim && d < MOST_DIMS; ++d) text << (d ? ", " : "") << sizes[d];
+  text << (dim > MOST_DIMS ? ", ...)" : ")");
   return text.str();
 }
+
+inline std::string shape(const Tensor& tensor) { return shape(tensor.sizes, tensor.dim); }
 
 inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allowed) {
   std::string names;
@@ -60,12 +65,20 @@ inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allow
   fail(tensor.name, " must be ", names, ", got ", name(tensor.dtype));
 }
 
-// Chunks of 16 bytes are read and written at once (8 bytes of e4m3), so every row has to begin at a multiple of that.
-inline void check_aligned(const Tensor& tensor) {
-  const int64_t bytes = tensor.dtype == Dtype::e4m3 ? 8 : 16;
+// Chunks of 16 bytes are read and written at once (8 bytes of e4m3).
+inline int64_t chunk_bytes(const Tensor& tensor) { return tensor.dtype == Dtype::e4m3 ? 8 : 16; }
+
+inline void check_start(const Tensor& tensor) {
+  const int64_t bytes = chunk_bytes(tensor);
   if (reinterpret_cast<uintptr_t>(tensor.data) % bytes) {
     fail(tensor.name, " must begin at a multiple of ", bytes, " bytes");
   }
+}
+
+// Every row has to begin at a multiple of a chunk.
+inline void check_aligned(const Tensor& tensor) {
+  check_start(tensor);
+  const int64_t bytes = chunk_bytes(tensor);
   if (tensor.dim == 2 && tensor.strides[0] * item_size(tensor.dtype) % bytes) {
     fail(tensor.name, " must have rows a multiple of ", bytes, " bytes apart, got a stride of ", tensor.strides[0]);
   }
@@ -88,6 +101,20 @@ inline void check_vector(const Tensor& tensor, int64_t size, int device) {
   if (size > 1 && tensor.strides[0] != 1) fail(tensor.name, " must have neighbouring elements side by side");
   if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
   check_aligned(tensor);
+}
+
+inline void check_contiguous(const Tensor& tensor, std::initializer_list<int64_t> sizes, int device) {
+  const int dim = static_cast<int>(sizes.size());
+  if (tensor.dim != dim || !std::equal(sizes.begin(), sizes.end(), tensor.sizes)) {
+    fail(tensor.name, " must have the shape ", shape(sizes.begin(), dim), ", got ", shape(tensor));
+  }
+  int64_t stride = 1;
+  for (int d = dim - 1; d >= 0; --d) {
+    if (tensor.sizes[d] > 1 && tensor.strides[d] != stride) fail(tensor.name, " must be contiguous");
+    stride *= std::max<int64_t>(tensor.sizes[d], 1);
+  }
+  if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
+  check_start(tensor);
 }
 
 }  // namespace dinov2_fast

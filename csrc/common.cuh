@@ -1,4 +1,5 @@
-// What the kernels share: chunks of 8 elements in 16-byte accesses, types as values, and the check of CUDA's errors.
+// What the kernels share: chunks of 8 elements in 16-byte accesses, the exchange between 4 lanes, types as values, and
+// what launchers ask of CUDA.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -76,6 +77,19 @@ __device__ __forceinline__ void write(T* to, const Chunk<T>& chunk) {
   for (int i = 0; i < chunk.ACCESSES; ++i) reinterpret_cast<typename Chunk<T>::Access*>(to)[i] = chunk.words[i];
 }
 
+// The compiler splits plain stores of results at times, and then spills.
+template <typename T>
+__device__ __forceinline__ void store_at_once(T* to, const Chunk<T>& chunk) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+  for (int i = 0; i < chunk.ACCESSES; ++i) {
+    __stwb(reinterpret_cast<typename Chunk<T>::Access*>(to) + i, chunk.words[i]);
+  }
+#else
+  write(to, chunk);
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ void unpack(const Chunk<T>& chunk, float (&to)[WIDTH]) {
 #pragma unroll
@@ -104,6 +118,22 @@ __device__ __forceinline__ void load(const T* from, float (&to)[WIDTH]) {
   unpack(read(from), to);
 }
 
+// Transposes the 4 x 4 words of 4 neighbouring lanes (a quad): x[i] of lane j becomes x[j] of lane i.
+template <typename Word>
+__device__ __forceinline__ void transpose_in_quad(Word (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const Word received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
+      x[i] = upper ? received : x[i];
+      x[i + bit] = upper ? x[i + bit] : received;
+    }
+  }
+}
+
 // Host code
 
 template <typename T>
@@ -116,9 +146,25 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data);
 }
 
-#ifndef DINOV2_FAST_ON_HOST
+#ifdef DINOV2_FAST_ON_HOST
+inline int multiprocessors_of(int, const char*) { return 2; }
+#else
 inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+// Of a device that can run the kernels of `op`.
+inline int multiprocessors_of(int device, const char* op) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) fail("the kernels of ", op, " are for sm_90 only, got sm_", major, minor);
+  return attribute(cudaDevAttrMultiProcessorCount, device);
 }
 #endif
 

@@ -54,21 +54,6 @@ __device__ __forceinline__ void load(const ColumnVector& vector, int64_t column,
   }
 }
 
-// Transposes the 4 x 4 numbers of a quad: x[i] of lane j becomes x[j] of lane i.
-__device__ __forceinline__ void transpose_in_quad(float (&x)[4], int lane) {
-#pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const float received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + bit], bit);
-      x[i] = upper ? received : x[i];
-      x[i + bit] = upper ? x[i + bit] : received;
-    }
-  }
-}
-
 // The coefficients of 8 columns.
 struct Columns {
   float scale[WIDTH], bias[WIDTH];
@@ -98,20 +83,6 @@ __device__ __forceinline__ float gelu_for(float x) {
 // For results of 2 bytes or fewer.
 __device__ __forceinline__ float fast_silu(float x) { return x * fast_reciprocal(1.0f + fast_exp(-x)); }
 
-// The compiler splits plain stores here at times, and then spills.
-template <typename T>
-__device__ __forceinline__ void store_at_once(T* to, const float (&from)[WIDTH]) {
-  const Chunk<T> chunk = pack<T>(from);
-#ifdef __CUDA_ARCH__
-#pragma unroll
-  for (int i = 0; i < chunk.ACCESSES; ++i) {
-    __stwb(reinterpret_cast<typename Chunk<T>::Access*>(to) + i, chunk.words[i]);
-  }
-#else
-  write(to, chunk);
-#endif
-}
-
 // From z = x @ weight^T + bias to the result: 8 columns of one row, of z 16 for SwiGLU.
 template <Form FORM, typename Out, int CHUNKS>
 __device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], float inverse_scale, Out* to) {
@@ -128,7 +99,7 @@ __device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], float in
     }
     if constexpr (std::is_same_v<Out, __nv_fp8_e4m3>) y[i] *= inverse_scale;
   }
-  store_at_once(to, y);
+  store_at_once(to, pack<Out>(y));
 }
 
 // Writes a tile of ROWS x COLUMNS that begins at (tile_row, tile_column) of the product. `accumulators(i)` are those of

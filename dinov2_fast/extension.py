@@ -15,7 +15,7 @@ import torch
 from dinov2_fast.torch_private import has_kernel
 
 FILE = Path(__file__).with_name("_cuda.abi3.so")
-LINEAR = "dinov2_fast_cuda::linear_forward"  # the one launch in it
+LAUNCHES = ("dinov2_fast_cuda::linear_forward", "dinov2_fast_cuda::attention_forward")
 CUDA = "13"  # the major version it is built with: its machine code calls that runtime
 
 
@@ -53,8 +53,9 @@ def _reason_against(file: Path) -> str | None:
 
 
 def register_fakes() -> None:
-    """For torch.compile: the raw launch returns nothing, it writes into what it is given."""
-    torch.library.register_fake(LINEAR, _writes_into_its_arguments)
+    """For torch.compile: a raw launch returns nothing, it writes into what it is given."""
+    for launch in LAUNCHES:
+        torch.library.register_fake(launch, _writes_into_its_arguments)
 
 
 def _writes_into_its_arguments(*args: object, **kwargs: object) -> None:
@@ -63,4 +64,4 @@ def _writes_into_its_arguments(*args: object, **kwargs: object) -> None:
 
 def is_built_for(device_type: str) -> bool:
     """Whether what is loaded has launches for this type of device: "cuda", or in a build of the tests' own "cpu"."""
-    return has_kernel(LINEAR, device_type)
+    return has_kernel(LAUNCHES[0], device_type)

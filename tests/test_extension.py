@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -132,7 +132,8 @@ def test_it_is_never_chosen_by_default() -> None:
     with use_backend("cuda"):
         rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
     names = ["linear.gelu", "linear.swiglu", "linear.residual"]
-    assert [row.name for row in rows if row.backend == "cuda"] == [*names, "linear.none", *names]
+    expected = ["attention.batch", *names, "attention.batch", "linear.none", *names]
+    assert [row.name for row in rows if row.backend == "cuda"] == expected
 
 
 # Building it
@@ -158,6 +159,21 @@ def test_nvcc_is_the_one_of_cuda_home(setup_py: ModuleType, tmp_path: Path, monk
     nvcc.chmod(0o755)
     assert setup_py.find_nvcc() == str(nvcc)
     assert setup_py.reason_against_extension() == f"{nvcc} is not of CUDA 13"
+
+
+def test_a_cutlass_without_the_example_of_attention_is_a_reason(
+    setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(setup_py.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="release 13.0"))
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(setup_py, "cutlass_folder", lambda: tmp_path)
+    (tmp_path / "include").mkdir()
+    example = tmp_path / "examples" / "88_hopper_fmha"
+    reason = f"{setup_py.CUTLASS} is needed: the CUTLASS that is there has no {example}"
+    assert setup_py.reason_against_extension() == reason
+    example.mkdir(parents=True)
+    assert setup_py.reason_against_extension() is None
 
 
 def test_one_cutlass_is_named(setup_py: ModuleType) -> None:
@@ -201,7 +217,7 @@ def test_kernels_stay_within_their_registers() -> None:
     assert [sentence for kernel in kernels for sentence in above_limits(kernel)] == []
 
 
-# That each wgmma waits for the last one (C7510), or that setmaxnreg is ignored: either way a kernel of linear gives the
+# That each wgmma waits for the last one (C7510, C7512), or that setmaxnreg is ignored: either way a kernel gives the
 # right numbers, slowly.
 LOSS = re.compile("Potential Performance Loss: .*")
 
@@ -285,3 +301,15 @@ def test_linear_runs_on_the_tensor_cores_of_hopper_which_add_up_all_products(mac
     assert [name for name, products in found.items() if len(products) != 1] == []
     assert {product for products in found.values() for product in products} == PRODUCTS
     assert {name: n for name, opcodes in of_linear.items() if (n := sums_between_products(opcodes))} == {}
+
+
+@pytest.mark.slow
+@needs_build
+def test_attention_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) -> None:
+    kernels = [opcodes for code in machine_code for name, opcodes in code.kernels.items() if "attention" in name]
+    assert len(kernels) == 2  # of bf16 and fp16
+    for opcodes in kernels:
+        assert products_in(opcodes) == {"HGMMA.64x96x16", "HGMMA.64x64x16"}
+        assert any(opcode.startswith("UTMALDG.4D") for opcode in opcodes)  # qkv is read in place
+        # one power of 2 for each score, which asks nothing first: with exp2f's range, each has a comparison
+        assert sum(opcode.startswith("FSETP") for opcode in opcodes) < opcodes.count("MUFU.EX2") / 4

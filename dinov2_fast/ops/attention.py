@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fast.ops import _attention_peers, _registry
+from dinov2_fast.ops import _attention_cuda, _attention_peers, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
 from dinov2_fast.ops.activation import activation
@@ -195,6 +195,23 @@ class _Attention(torch.autograd.Function):
         return _backward(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None, None
 
 
+class _AttentionCuda(torch.autograd.Function):
+    """Its forward is csrc's, its backward Triton's, which reads the same lse."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+        out, lse = _cuda(qkv, True)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # no zeros for lse
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(dout, *ctx.saved_tensors, None, None), None
+
+
 class _AttentionProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
@@ -221,6 +238,12 @@ def _fake(qkv: Tensor, cu_seqlens: Any, max_seqlen: Any, scale: float | None) ->
     return out, qkv.new_empty((batch, heads, tokens) if scale is None else (0,), dtype=torch.float32)
 
 
+def _fake_cuda(qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty((batch, heads, tokens) if with_lse else (0,), dtype=torch.float32)
+    return qkv.new_empty((batch, tokens, heads, head_dim)), lse
+
+
 def _fake_probabilities(qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
     batch, tokens, _, heads, _ = qkv.shape
     return qkv.new_empty((batch, heads, max(0, (stop - start + step - 1) // step), tokens))
@@ -240,6 +263,13 @@ _backward = _registry.register(
     lambda *args: _backward_kernels().attention_backward(*args),
     lambda dout, qkv, *rest: qkv.new_empty(qkv.shape),
 )
+_cuda = _registry.register(
+    "attention_cuda(Tensor qkv, bool with_lse) -> (Tensor out, Tensor lse)",
+    _attention_cuda.attention_forward,
+    _fake_cuda,
+    _AttentionCuda.apply,
+    autocast=torch.get_autocast_dtype,
+)
 _probabilities = _registry.register(
     "attention_probabilities(Tensor qkv, SymInt start, SymInt stop, SymInt step) -> Tensor",
     lambda *args: _kernels().attention_probabilities_forward(*args),
@@ -253,6 +283,11 @@ def attention_triton(qkv: Tensor, seq_lens: tuple[int, ...] | None, dropout_p: f
     if seq_lens is None:
         return _attention(qkv, None, None, scale)[0]
     return _attention(qkv[None], *_attention_peers.packing(qkv, seq_lens), scale)[0][0]
+
+
+def attention_cuda(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
+    out = _cuda(qkv, False)[0]
+    return out if scale is None else activation(out, "identity", scale=scale)
 
 
 def attention_probabilities_triton(qkv: Tensor, rows: slice) -> Tensor:
@@ -293,6 +328,9 @@ ATTENTION = Op(
         Implementation("torch", attention_probabilities_torch, forms=("probabilities",), why=_registry.UNMEASURED),
         _registry.triton(attention_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("batch", "varlen")),
         _registry.triton(attention_probabilities_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("probabilities",)),
+        _registry.cuda(
+            attention_cuda, _attention_cuda.refuses, dtypes=(torch.float16, torch.bfloat16), forms=("batch",)
+        ),
         _attention_peers.VARLEN_ATTN,
         _attention_peers.XFORMERS,
     ),

@@ -1,9 +1,9 @@
 """Builds the kernels of csrc for the CPU and puts them in the extension's place: ``pytest -p tests.cuda_on_host``.
 
-With it, the tests of the op linear run over the backend `cuda` without a GPU, as Triton's interpreter does it for
-Triton's kernels. The checks, the choice of a tile and the epilogue are those of a GPU, shuffles included
-(cuda_on_host.h). The products, which are made of Hopper's instructions, come from plain loops (linear_on_host.cu). What
-only a GPU does (its memory, its fast approximations, real concurrency) does not show.
+With it, the tests of the ops linear and attention run over the backend `cuda` without a GPU, as Triton's interpreter
+does it for Triton's kernels. The checks, the choice of a tile and the epilogue are those of a GPU, shuffles included
+(cuda_on_host.h). The products, which are made of Hopper's instructions, and attention's softmax between them come from
+plain loops (*_on_host.cu). What only a GPU does (its memory, its fast approximations, real concurrency) does not show.
 Needs g++ and the CUDA headers that Triton ships, not nvcc.
 """
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("bindings.cpp", "linear.cu")  # with the products of linear_on_host.cu
+SOURCES = ("bindings.cpp", "linear.cu", "attention.cu")  # with the products of *_on_host.cu
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DDINOV2_FAST_ON_HOST", "-ffp-contract=off")
 FLAGS += ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 
@@ -57,7 +57,7 @@ def build(csrc: Path = ROOT / "csrc") -> Path:
             "-x",
             "c++",
             *(csrc / name for name in SOURCES),
-            Path(__file__).with_name("linear_on_host.cu"),
+            *Path(__file__).parent.glob("*_on_host.cu"),
             "-x",
             "none",
         ]

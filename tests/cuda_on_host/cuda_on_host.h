@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <mutex>
 #include <stdexcept>
@@ -27,8 +28,8 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   State state;
   uint3 index;
-  int shuffles;      // how many it has taken part in
-  float offered[2];  // its values in the last two: a lane may be a shuffle ahead of those that still read
+  int shuffles;         // how many it has taken part in
+  uint32_t offered[2];  // its words in the last two: a lane may be a shuffle ahead of those that still read
 };
 
 inline ucontext_t scheduler;
@@ -96,13 +97,16 @@ inline void run_block(int threads) {
 
 }  // namespace cuda_on_host
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+template <typename Word>
+Word __shfl_xor_sync(unsigned mask, Word value, int lanes) {
   using namespace cuda_on_host;
+  static_assert(sizeof(Word) == sizeof(uint32_t));
   if (mask != 0xffffffffu) throw std::logic_error("only shuffles of whole warps are there");
   const int turn = fibers[current].shuffles++ % 2;
-  fibers[current].offered[turn] = value;
+  std::memcpy(&fibers[current].offered[turn], &value, sizeof(value));
   wait_for_warp();
-  return fibers[current ^ lanes].offered[turn];
+  std::memcpy(&value, &fibers[current ^ lanes].offered[turn], sizeof(value));
+  return value;
 }
 
 namespace dinov2_fast {
