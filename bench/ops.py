@@ -220,12 +220,12 @@ def with_activation(case: Case, found: dict[str, Any]) -> contextlib.AbstractCon
 
 
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """All workloads of some ops at each size, forward and, if there is one, backward."""
-    for config, resolution in itertools.product(options.models, options.sizes):
+    """All workloads of some ops, one op after another, at each size, forward and, if there is one, backward."""
+    for op, config, resolution in itertools.product(options.ops, options.models, options.sizes):
         shape = Shape(config, resolution, 1, device, dtype)
         shape = replace(shape, batch=max(2, BATCH_TOKENS[device.type] // shape.tokens))
         for workload in WORKLOADS:
-            if workload.applies(shape) and workload.op in options.ops:
+            if workload.applies(shape) and workload.op == op:
                 yield from (Case(workload, shape, mode) for mode in workload.modes if mode in options.modes)
 
 
@@ -243,10 +243,15 @@ def main(arguments: list[str] | None = None) -> int:
                 lost = [there["implementation"] for there in recorder.lost_in(**case.row)]
                 with with_activation(case, best(recorder.measured, commit)):
                     recorder.keep(measure(case, rates, lost))
-    if options.write and recorder.path.is_file():
-        chosen = best(records.read(recorder.path), commit)
-        recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
+                write_best(recorder)  # each time: what hangs later loses nothing
+    write_best(recorder)
     return recorder.finish()
+
+
+def write_best(recorder: Recorder) -> None:
+    if recorder.writes and recorder.path.is_file():
+        chosen = best(records.read(recorder.path), recorder.common["commit"])
+        recorder.path.with_name(BEST).write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -80,7 +80,7 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.common = environment(self.device, options.commit)
         self.lost = False
-        self._task, self._write = task, options.write
+        self._task, self.writes = task, options.write
         self._known = read(self.path) if options.resume else []
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Recorder:
             full = dict.fromkeys(KEYS) | {"task": self._task} | self.common | row
             full["versions"] = self.common["versions"] | state | (row.get("versions") or {})
             self.rows.append(full)
-        if self._write:
+        if self.writes:
             write(self.path, self.rows)
 
     @property
@@ -133,7 +133,7 @@ class Recorder:
 
     def finish(self) -> int:
         """Prints where the rows are and how many were refused or failed; gives the exit status."""
-        if self._write:
+        if self.writes:
             print(f"wrote {self.path}")
         wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
         if wrong:

@@ -69,6 +69,9 @@ LARGE_FP8 = [*(("none", size, tile) for form, size, tile in LARGE if form == "re
 each_form = pytest.mark.parametrize("form", FORMS)
 each_fp8_form = pytest.mark.parametrize("form", FP8_FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+bf16_first = pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu_first)], ids=str
+)
 
 
 @runs_cuda
@@ -84,9 +87,8 @@ def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[in
 
 @on_gpu
 @runs_cuda
-@pytest.mark.gpu_first
 @pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE], ids=str)
-@each_dtype
+@bf16_first
 def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     operands = _operands(*size, dtype)
     with poisoned_memory():
