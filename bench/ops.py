@@ -220,12 +220,12 @@ def with_activation(case: Case, found: dict[str, Any]) -> contextlib.AbstractCon
 
 
 def cases(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """All workloads of some ops, one op after another, at each size, forward and, if there is one, backward."""
-    for op, config, resolution in itertools.product(options.ops, options.models, options.sizes):
+    """All workloads of some ops or forms, in this order, at each size, forward and, if there is one, backward."""
+    for wanted, config, resolution in itertools.product(options.ops, options.models, options.sizes):
         shape = Shape(config, resolution, 1, device, dtype)
         shape = replace(shape, batch=max(2, BATCH_TOKENS[device.type] // shape.tokens))
         for workload in WORKLOADS:
-            if workload.applies(shape) and workload.op == op:
+            if workload.applies(shape) and wanted in (workload.op, f"{workload.op}.{workload.form}"):
                 yield from (Case(workload, shape, mode) for mode in workload.modes if mode in options.modes)
 
 
@@ -256,8 +256,10 @@ def write_best(recorder: Recorder) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     names = dispatch.names()
+    forms = [f"{workload.op}.{workload.form}" for workload in WORKLOADS]
     parser = harness.parser("ops", __doc__)
-    parser.add_argument("--ops", type=harness.some_of(names), default=names, help=f"some of {','.join(names)}")
+    what = f"some of {','.join(names)}, or forms such as attention.batch"
+    parser.add_argument("--ops", type=harness.some_of([*names, *forms]), default=names, help=what)
     parser.add_argument("--sizes", type=harness.pixels, help="pixels, such as 224,518")
     parser.add_argument("--modes", type=harness.some_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
     return harness.parse(parser, arguments)
