@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
+from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
 
 TILE = 4096  # elements in flight in one program
 
@@ -77,7 +77,7 @@ def _activation_forward_kernel(
     tl.store(y_ptr + row64 * hidden + column[None, :], y, mask=mask)
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(CONFIGURATIONS)
 def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and rows and columns of a program's tile: whole columns where a power of two divides them, else a
     masked rest."""

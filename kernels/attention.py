@@ -9,8 +9,8 @@ What the kernels rely on:
 - Without cu_seqlens a sequence is a row of the batch; with it, sequence i is the tokens from cu_seqlens[i] up to
   cu_seqlens[i + 1] of a batch of 1.
 - Keys that fill no whole tile, such as the last of 257 = 4 * 64 + 1, are a masked tile of their own, the tail, as wide
-  as `tail_block` says. It is there even if no key is left for it, and it is taken first: its loads come with q's, and
-  without it, or with it after the loop, ptxas makes all products wait for one another (C7515).
+  as `tail_block` says. The tail is taken first, so that its loads come with q's, and also where it has no key: in a
+  kernel without a tail, or with the tail after the loop, ptxas makes all products wait for one another (C7515).
 - With `inverse_scale` out is e4m3, multiplied by it, and nothing asks for lse; otherwise it is None.
 """
 
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
+from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
 
 MIN_BLOCK = 16  # rows of a tile: the fewest that a matrix product takes
 
@@ -191,7 +191,7 @@ def upcast(dtype: torch.dtype) -> bool:
     return common.interpreting() and dtype == torch.bfloat16
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(CONFIGURATIONS)
 def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool) -> tuple[int, dict[str, Any]]:
     """Tiles of queries, and the constants, warps and stages of a launch."""
     if dtype == torch.float32:  # not on tensor cores; larger tiles spill

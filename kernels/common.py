@@ -13,9 +13,9 @@ from torch import Tensor
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 E4M3_MAX = tl.constexpr(448.0)
-# How many grids a launcher remembers. To compute one takes several calls of `triton.cdiv`, each of which takes the host
-# as long as an `F.linear` of 4 x 4.
-LAUNCHES = 1024
+# How many configurations a launcher remembers. To compute one takes several calls of `triton.cdiv`, each of which takes
+# the host as long as an `F.linear` of 4 x 4.
+CONFIGURATIONS = 1024
 
 
 def interpreting() -> bool:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import LAUNCHES, to_e4m3
+from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
 
 TILE = 4096  # elements in flight in one program
 
@@ -81,7 +81,7 @@ def _layer_norm_forward_kernel(
     tl.store(y_ptr + out, y, mask=mask)
 
 
-@lru_cache(LAUNCHES)
+@lru_cache(CONFIGURATIONS)
 def _configuration(rows: int, hidden: int, multiprocessors: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and rows and columns of a program's tile: fewer rows where the device would stand idle."""
     block = triton.next_power_of_2(hidden)

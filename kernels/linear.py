@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dinov2_fast.kernels import common
 from dinov2_fast.kernels.activation import gelu_erf, gelu_polynomial, silu
-from dinov2_fast.kernels.common import to_e4m3
+from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
 from dinov2_fast.torch_private import is_fake
 
 E4M3 = torch.float8_e4m3fn
@@ -161,7 +161,7 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
     return _Tile(128, 128, 4, 4 if capability == (8, 0) else 3, 2), small
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(CONFIGURATIONS)
 def _configuration(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, epilogue: str, tma: bool,
     capability: tuple[int, int], multiprocessors: int,

@@ -18,7 +18,7 @@ from dinov2_fast.inference import watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.fold import layout_for
+from dinov2_fast.inference.fold import Layout, layout_for
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
@@ -244,7 +244,8 @@ def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], preci
     for backend in ("torch", backends):
         with use_backend(backend, strict=True):
             engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
-            assert all(row.backend in backend for row in engine.backends())
+            assert {row.backend for row in engine.backends()} == ({"cublas", "triton"} if "," in backend else {backend})
+            assert (engine.blocks[0].deferred.end is not None) == ("," in backend)
             with poisoned_memory():
                 lists = engine.forward_features([x, x[:1, :, :28, :28]])
                 outputs[backend] = (_errors(engine, exact, x), engine(decoded), [part["x_prenorm"] for part in lists])
@@ -287,13 +288,10 @@ def test_the_norms_add_the_sum_of_the_biases_before_them() -> None:
         torch.testing.assert_close(whole(x)[:, 0], whole.first_token(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("follow_weights", [True, False])
 @torch.no_grad()
-def test_an_engine_folds_anew_where_other_backends_want_another_layout(
-    follow_weights: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_folds_anew_where_other_backends_want_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = with_biases(small(ffn_layer="swiglu")), torch.randn(2, 3, 28, 28)
-    engine = optimize_for_inference(model, "fp32", follow_weights=follow_weights)
+    engine = optimize_for_inference(model, "fp32")
     folded, layouts, expected = [], [], model(x)
     fold = Engine._fold
     monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device) or fold(self, device))
@@ -316,6 +314,46 @@ def test_an_engine_folds_anew_where_other_backends_want_another_layout(
     torch.testing.assert_close(copied(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weights() -> None:
+    model, other, x = with_biases(small()), with_biases(small()), torch.randn(2, 3, 28, 28)
+    still, loaded = (optimize_for_inference(model, "fp32", follow_weights=follow) for follow in (False, True))
+    loaded.load_state_dict(optimize_for_inference(other, "fp32").state_dict())
+    expected = model(x)
+    model.norm.bias.add_(1)
+    for engine, wanted in ((still, expected), (loaded, other(x))):
+        if engine is loaded:
+            engine._watch = None  # it would take over the model's weights
+        with use_backend("linear.residual=cublas"):
+            torch.testing.assert_close(engine(x), wanted, atol=1e-5, rtol=1e-5)
+        assert engine.blocks[0].deferred.end is None
+    still.refresh()
+    torch.testing.assert_close(still(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_another_layout_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
+    monkeypatch.setattr("dinov2_fast.inference.backbone.layout_for", lambda *args: Layout(True, False))
+    interleaved = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
+    for ours, theirs in ((engine, interleaved), (interleaved, engine)):
+        with pytest.raises(RuntimeError, match="interleaved_rows"):
+            ours.load_state_dict(theirs.state_dict())
+
+
+def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast some linears refuse what they take in the engine, which runs without it."""
+    autocast = []
+    monkeypatch.setattr(
+        "dinov2_fast.inference.backbone.layout_for",
+        lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or Layout(False, False),
+    )
+    with torch.autocast("cpu"):
+        engine = optimize_for_inference(small(), "fp32")
+        with use_backend("linear=torch"):
+            engine(torch.zeros(1, 3, 28, 28))
+    assert autocast == [False, False]
+
+
 @fakes_cuda
 def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that compute SwiGLU in an epilogue run on a GPU alone, and want gates and values in turn."""
@@ -332,12 +370,15 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
         assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=False) == (False, True)
     assert layouts == [(True, True), (True, False), (True, False)]
     assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=True) == (False, False)
-    engine = optimize_for_inference(small(), "fp32")
-    setting = engine._setting
-    engine.to("cpu")
-    assert engine._setting is None
-    engine(torch.zeros(1, 3, 28, 28))
-    assert engine._setting is setting
+    engine, asked, folded = optimize_for_inference(small(), "fp32").to("meta"), [], []
+    monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device))
+    monkeypatch.setattr(
+        "dinov2_fast.inference.engine.layouts_for",
+        lambda plan, device, gated: asked.append(device) or {plan.dtype: Layout(False, True)},
+    )
+    engine(torch.zeros(1, 3, 28, 28, device="meta"))
+    engine(torch.zeros(1, 3, 28, 28, device="meta"))
+    assert asked == folded == [torch.device("meta")]
 
 
 # CLS only

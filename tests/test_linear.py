@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -424,6 +425,33 @@ def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pyt
     assert _linear_peers._scale_of_rows(1, 0.5, cpu).tolist() == [[0.5]]
     assert _linear_peers._scale_of_rows(9, 0.25, cpu).tolist() == [[0.25]] * 9
     assert [len(kept) for kept in _linear_peers._SCALES[0.25, cpu]] == [8, 16]
+
+
+@fakes_cuda
+def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture must not wait for the device; and what it would fill later nobody else may read."""
+    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    waited = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(_kept()))
+    )
+
+    def _kept() -> int:
+        return sum(map(len, _linear_peers._SCALES.values()))
+
+    cuda = torch.device("cuda", 0)
+    with FakeTensorMode():
+        assert _linear_peers._scale_of_rows(5, 0.25, cuda).shape == (5, 1)
+        assert (_kept(), waited) == (0, [])
+        capturing[0] = False
+        _linear_peers._scale_of_rows(5, 0.25, cuda)
+        assert (_kept(), waited) == (1, [0])  # kept once it is filled
+        capturing[0] = True
+        assert _linear_peers._scale_of_rows(8, 0.25, cuda).shape == (8, 1)
+        assert _kept() == 1
 
 
 @pytest.mark.parametrize("form", ["gelu", "swiglu"])

@@ -131,7 +131,7 @@ class FoldedBlock(FoldedModule):
         """Takes the biases out of `proj` and `down`.
 
         Args:
-            before: those that blocks before have left out of the stream, (hidden,), fp64, or None.
+            before: the sum of those that the blocks before have left out of the stream, (hidden,), fp64, or None.
 
         Returns:
             The same behind this block.
@@ -147,10 +147,10 @@ class FoldedBlock(FoldedModule):
         return self.deferred_alone.restore_(self.update_(x.clone(), None, self.deferred_alone))
 
     def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: Deferred | None = None) -> Tensor:
-        """Adds both branches to the stream `x` in place, and leaves out the biases that `deferred` says.
+        """Adds both branches to the stream `x` in place.
 
-        By default that is what all blocks up to here leave out. With `seq_lens`, `x` (1, total_tokens, hidden) holds
-        sequences of those lengths.
+        The norms add the biases that `x` lacks, by default those that all blocks up to here have left out. Behind the
+        block `x` lacks `deferred.end`. With `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths.
         """
         parts = self._modules
         lacking = (deferred or parts["deferred"])._buffers
@@ -178,7 +178,7 @@ class FoldedBlock(FoldedModule):
 
 
 def _take_bias(linear: Any) -> Tensor | None:
-    """The bias of a folded linear, in fp64, which then has none."""
+    """The bias of a folded linear, which then has none: the rounded bias, in fp64 for the sums."""
     bias, linear.bias = linear.bias, None
     return None if bias is None else bias.double()
 

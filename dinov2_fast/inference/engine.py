@@ -91,7 +91,8 @@ def optimize_for_inference(
             While a kind is captured no other thread may draw random numbers on the device: torch raises an error there
             ("Offset increment outside graph capture").
         follow_weights: notice changes of the model, see :class:`Engine`. With False the engine notices none, in weights
-            or settings, and spares the check of each call; `Engine.refresh` takes the changes over.
+            or settings, and spares the check of each call; `Engine.refresh` takes the changes over. Its weights then
+            stay laid out for the backends that were chosen when it was made.
 
     Returns:
         An engine with the methods of the model. Besides what the model takes it accepts pictures in any floating
@@ -150,7 +151,9 @@ class Engine(nn.Module):
     the device computes; if something has changed it folds anew and runs again. What it does not see are writes through
     ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile, and with
     ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the engine
-    cannot compute (a hook was added, a method replaced), the call raises and says why.
+    cannot compute (a hook was added, a method replaced), the call raises and says why. It also folds anew, once, where
+    :func:`~dinov2_fast.use_backend` chooses linears that want their weights laid out in another way; to go back and
+    forth between such settings, make an engine for each.
 
     It has no parameters, its weights are buffers. `.to(device)` moves it, and it stays there when the model moves.
     Copies and pickles hold the model and fold anew. Under autocast it computes in its own precision.
@@ -165,17 +168,21 @@ class Engine(nn.Module):
         self._fold(device)
 
     def _fold(self, device: torch.device | None) -> None:
+        setting = dispatch.current_setting()  # read first: another thread may change it
         with torch.inference_mode(False), torch.no_grad():
             self._watch = ModelWatch(self._model) if self.plan.follow_weights else None
             device = device or next(self._model.parameters()).device
-            folded = _fold(self._model, self.plan, device).to(device).eval()
-            with _without_autocast(next(folded.buffers()).device.type):
+            with _without_autocast(device.type):
+                folded = _fold(self._model, self.plan, device).to(device).eval()
                 check_agreement(_backbone(self._model), _backbone(folded))
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # streams other than this may read the weights before, and will these
         self._graphs.clear()
         self.folded = folded
-        self._setting: dispatch.Setting | None = dispatch.current_setting()
+        # By device, since replicas of torch.nn.DataParallel share it. None: whatever is set, the layout stays.
+        self._laid_out_for: dict[torch.device, dispatch.Setting] | None = None
+        if self.plan.follow_weights:
+            self._laid_out_for = {device: setting}
 
     def refresh(self) -> None:
         """Folds the model's present weights; a calibration stays, CUDA graphs are captured anew.
@@ -191,14 +198,17 @@ class Engine(nn.Module):
         self._fold(self.device)
 
     def _follow_setting(self) -> None:
-        """Folds anew if the backends that are chosen now want their weights laid out in another way."""
-        setting = dispatch.current_setting()
-        if setting is not self._setting and not is_traced():
+        """Folds anew if the backends that are chosen now want their weights laid out in another way.
+
+        Not with ``follow_weights=False``, nor if the weights came by `load_state_dict`: the model may have others.
+        """
+        known, device, setting = self._laid_out_for, self.device, dispatch.current_setting()
+        if known is not None and known.get(device) is not setting and not is_traced():
             backbone = _backbone(self.folded)
             gated = any(block.mlp.gated for block in backbone.blocks)
-            if layouts_for(self.plan, self.device, gated) != backbone.layouts:
+            if layouts_for(self.plan, device, gated) != backbone.layouts:
                 self.refresh()
-            self._setting = setting
+            known[device] = setting
 
     # What a precision costs
 
@@ -404,6 +414,7 @@ class Engine(nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
         finally:  # it raises for keys that do not fit, after it has loaded those that do
             self._graphs.clear()
+            self._laid_out_for = None
             backbone = _backbone(self.folded)
             backbone._sizes.clear()  # made of the tensors that were written
             for part in backbone.modules():
@@ -414,7 +425,6 @@ class Engine(nn.Module):
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             raise TypeError("The engine's precision is set when it is made: use optimize_for_inference(precision=...).")
         self._graphs.clear()
-        self._setting = None  # what runs there may want other layouts
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -230,6 +230,8 @@ class FoldedLinear(FoldedModule):
     def __init__(self, weight: Tensor, bias: Tensor | None, interleaved: bool = False) -> None:
         super().__init__()
         self.interleaved = interleaved
+        if interleaved:  # a mark in the state dict, which a linear of the other order does not load
+            self.register_buffer("interleaved_rows", torch.empty(0))
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.bind()

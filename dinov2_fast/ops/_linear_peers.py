@@ -169,15 +169,18 @@ _SCALES: dict[tuple[float, torch.device], list[Tensor]] = {}  # none is ever dro
 
 def _scale_of_rows(rows: int, scale: float, device: torch.device) -> Tensor:
     """(rows, 1) fp32, `scale` in every row: a part of what is kept for this scale and device."""
-    if is_traced() or is_fake_mode_active():
+    passing = is_traced() or is_fake_mode_active()
+    kept = [] if passing else _SCALES.setdefault((scale, device), [])
+    if kept and len(kept[-1]) >= rows:
+        return kept[-1][:rows]
+    if passing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.full((rows, 1), scale, device=device)
-    kept = _SCALES.setdefault((scale, device), [])
-    if not kept or len(kept[-1]) < rows:
-        with torch.inference_mode(False):
-            kept.append(torch.full((1 << (rows - 1).bit_length(), 1), scale, device=device))
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # calls on other streams will read it, too
-    return kept[-1][:rows]
+    with torch.inference_mode(False):
+        made = torch.full((1 << (rows - 1).bit_length(), 1), scale, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # calls on other streams will read it, too
+    kept.append(made)
+    return made[:rows]
 
 
 def _cublas_refuses_e4m3(

@@ -53,7 +53,8 @@ def layer_norm(
         backend: the implementation to use instead of the default.
 
     Returns:
-        The norm, of the shape and dtype of `x` (under autocast: float32). With a branch, the sum and its norm.
+        The norm, of the shape and dtype of `x` (under autocast: float32, but not with `deferred_bias`), or in e4m3.
+        With a branch, the sum and its norm.
 
     Raises:
         BackendError: `backend` cannot take these tensors, or gradients are recorded with `scale` or `deferred_bias`.

@@ -83,6 +83,12 @@ def _recorded(arguments: Any, training: bool) -> Any:
     return arguments
 
 
+def _forms(op: str, dtype: torch.dtype) -> set[str]:
+    """Those that an op has in a dtype."""
+    meta = torch.device("meta")
+    return {form for form, sample in ops()[op].samples.items() if sample(meta, dtype) is not None}
+
+
 def summary(rows: Iterable[Row]) -> list[str]:
     """A short table of what runs and why; forms of an op that run alike share a line."""
     alike: dict[tuple[str, bool, str, str], list[str]] = {}
@@ -90,8 +96,7 @@ def summary(rows: Iterable[Row]) -> list[str]:
         alike.setdefault((row.op, row.dtype == E4M3, row.backend, row.because), []).append(row.form)
     lines = [("operation", "run by", "because")]
     for (op, e4m3, backend, because), forms in alike.items():
-        is_whole = set(forms) == set(ops()[op].samples)
-        what = op if is_whole else f"{op} ({', '.join(forms)})"
+        what = op if set(forms) == _forms(op, E4M3 if e4m3 else torch.float32) else f"{op} ({', '.join(forms)})"
         lines.append((f"{what} in e4m3" if e4m3 else what, backend, because))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     return [f"{what:{widths[0]}}  {backend:{widths[1]}}  {because}" for what, backend, because in lines]
