@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -509,15 +511,28 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.attention(qkv.double(), backend="xformers")
         with pytest.raises(BackendError, match="takes a head_dim that 8 divides, got 12"):
             ops.attention(qkv[..., :12], backend="xformers")
-        for backend in ("varlen_attn", "xformers"):
-            with pytest.raises(BackendError, match="writes no e4m3"):
-                ops.attention(packed, seq_lens=(4, 5), scale=0.1, backend=backend)
         monkeypatch.setenv("XFORMERS_DISABLED", "1")
         with pytest.raises(BackendError, match="switched off by XFORMERS_DISABLED"):
             ops.attention(qkv, backend="xformers")
         monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", False)
         with pytest.raises(BackendError, match="xformers, which is not installed"):
             ops.attention(packed, seq_lens=(4, 5), backend="xformers")
+
+
+def test_results_of_peers_become_e4m3_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the queries as what a peer's attention gives."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *_: q)
+    peer = SimpleNamespace(memory_efficient_attention=lambda q, k, v, **_: q)
+    monkeypatch.setitem(sys.modules, "xformers.ops", peer)
+    monkeypatch.setattr(_attention_peers, "_block_diagonal_mask", lambda *_: None)
+    qkv = torch.randn(2, 9, 3, 2, 64).half()
+    for y, queries in (
+        (_attention_peers.varlen_attn(qkv[0], (4, 5), 0.0, 0.01), qkv[0, :, 0]),
+        (_attention_peers.xformers_attention(qkv[0], (4, 5), 0.0, 0.01), qkv[0, :, 0]),
+        (_attention_peers.xformers_attention(qkv, None, 0.0, 0.01), qkv[:, :, 0]),
+    ):
+        assert torch.equal(y.float(), _quantized(queries.float(), 0.01).float())
+    assert torch.equal(_attention_peers.varlen_attn(qkv[0], (4, 5), 0.0, None), qkv[0, :, 0])
 
 
 @each_backend

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinov2_fast import environment
 from dinov2_fast.ops import _registry
+from dinov2_fast.ops.activation import into_e4m3
 from dinov2_fast.ops.dispatch import Implementation
 from dinov2_fast.torch_private import constant_when_traced, is_fake_mode_active
 
@@ -40,23 +41,24 @@ def _copy_cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32, device=device)
 
 
-def varlen_attn(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float, scale: None) -> Tensor:
+def varlen_attn(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float, scale: float | None) -> Tensor:
     from torch.nn.attention import varlen
 
     q, k, v = qkv.unbind(1)
     offsets, longest = packing(qkv, seq_lens)
     out = varlen.varlen_attn(q, k, v, offsets, offsets, longest, longest)
     assert isinstance(out, Tensor)  # a tuple only where auxiliary results are asked for
-    return out.contiguous()
+    return into_e4m3(out.contiguous(), scale)
 
 
-def xformers_attention(qkv: Tensor, seq_lens: tuple[int, ...] | None, dropout_p: float, scale: None) -> Tensor:
+def xformers_attention(qkv: Tensor, seq_lens: tuple[int, ...] | None, dropout_p: float, scale: float | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     if seq_lens is None:
-        return memory_efficient_attention(*qkv.unbind(2), p=dropout_p).contiguous()
+        return into_e4m3(memory_efficient_attention(*qkv.unbind(2), p=dropout_p).contiguous(), scale)
     mask = _block_diagonal_mask(tuple(seq_lens), qkv.device)
-    return memory_efficient_attention(*qkv[None].unbind(2), attn_bias=mask, p=dropout_p)[0].contiguous()
+    out = memory_efficient_attention(*qkv[None].unbind(2), attn_bias=mask, p=dropout_p)[0]
+    return into_e4m3(out.contiguous(), scale)
 
 
 @lru_cache(maxsize=PACKED_KINDS)
@@ -68,9 +70,7 @@ def _block_diagonal_mask(seq_lens: tuple[int, ...], device: torch.device) -> Any
 
 
 def _refuses(qkv: Tensor, seq_lens: object, dropout_p: float, scale: float | None) -> str | None:
-    if qkv.shape[-1] % 8:
-        return f"takes a head_dim that 8 divides, got {qkv.shape[-1]}"
-    return None if scale is None else "writes no e4m3"
+    return f"takes a head_dim that 8 divides, got {qkv.shape[-1]}" if qkv.shape[-1] % 8 else None
 
 
 def _refuses_varlen_attn(qkv: Tensor, seq_lens: object, dropout_p: float, scale: float | None) -> str | None:

@@ -53,6 +53,11 @@ def activation(
     return ACTIVATION.choose(kind, args, backend).function(*args)
 
 
+def into_e4m3(x: Tensor, scale: float | None) -> Tensor:
+    """What an op without e4m3 of its own does at its end: `x`, or with a `scale` its values in e4m3."""
+    return x if scale is None else activation(x, "identity", scale=scale)
+
+
 def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
     if scale is not None:
         return _fp8.quantize(activation_torch(x.float(), kind, False, None), scale)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from dinov2_fast.ops import _attention_cuda, _attention_peers, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
-from dinov2_fast.ops.activation import activation
+from dinov2_fast.ops.activation import into_e4m3
 from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
 from dinov2_fast.torch_private import fused_by_onednn, is_in_dispatch_mode, is_plain, is_traced, softmax_backward
 
@@ -81,7 +81,7 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
 def attention_torch(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (batch, heads, seq_len, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).contiguous()
-    return out if scale is None else activation(out, "identity", scale=scale)
+    return into_e4m3(out, scale)
 
 
 def attention_varlen_torch(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float, scale: float | None) -> Tensor:
@@ -92,7 +92,7 @@ def attention_varlen_torch(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: fl
         for part, (seq_len, batch) in zip(parts, runs, strict=True)
     ]
     out = torch.cat(outputs)
-    return out if scale is None else activation(out, "identity", scale=scale)
+    return into_e4m3(out, scale)
 
 
 def attention_probabilities_torch(qkv: Tensor, rows: slice) -> Tensor:
@@ -287,7 +287,7 @@ def attention_triton(qkv: Tensor, seq_lens: tuple[int, ...] | None, dropout_p: f
 
 def attention_cuda(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
     out = _cuda(qkv, False)[0]
-    return out if scale is None else activation(out, "identity", scale=scale)
+    return into_e4m3(out, scale)
 
 
 def attention_probabilities_triton(qkv: Tensor, rows: slice) -> Tensor:
