@@ -168,8 +168,7 @@ def layout_for(device: torch.device, dtype: torch.dtype, stream: torch.dtype, ga
     with FakeTensorMode(), torch.no_grad():
         *swiglu, _ = linear_sample("swiglu", device, dtype)
         x, weight, _, form, residual, *rest = linear_sample("residual", device, dtype)
-        residual = residual.to(stream)
-        bias = residual.new_empty(len(weight))
+        bias, residual = residual.new_empty(len(weight)), residual.to(stream)
         return Layout(
             gated and _refused("swiglu", (*swiglu, None), (*swiglu, False)),
             _refused("residual", (x, weight, None, form, residual, *rest), (x, weight, bias, form, residual, *rest)),
