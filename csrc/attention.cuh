@@ -3,7 +3,7 @@
 // attention_<dtype>.cu compiles that of its operands. Source: Shah et al., arXiv:2407.08608.
 //
 // One warp group loads, the others compute 64 queries each and share the keys and values. Keys beyond the last token
-// are zeros, by TMA, and get a score of -inf, by ResidualFusion, in the first and the last tile, which may be the same.
+// are zeros, by TMA, and get a score of -inf, by MaskedKeys, in the last tile.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -17,7 +17,7 @@
 
 #include "attention.h"
 #include "attention_epilogue.cuh"
-#include "common.cuh"
+#include "cutlass_kernel.cuh"
 
 namespace dinov2_fast {
 
@@ -85,17 +85,6 @@ struct Attention {
                              cutlass::fmha::kernel::PersistentTileScheduler>;
 };
 
-template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::MaxThreadsPerBlock, Kernel::MinBlocksPerMultiprocessor)
-    attention_forward_kernel(const __grid_constant__ typename Kernel::Params params) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ char shared[];
-  Kernel()(params, shared);
-#else
-  __trap();  // the launcher runs this on sm_90 only, so it was compiled for sm_90 without the a
-#endif
-}
-
 template <Dtype OPERAND>
 void launch_attention(const AttentionForward& args, int multiprocessors, void* stream) {
   using Kernel = typename Attention<OPERAND>::Kernel;
@@ -115,10 +104,7 @@ void launch_attention(const AttentionForward& args, int multiprocessors, void* s
   // The example's can_implement takes lengths that 8 divides alone, for the stores of its epilogue; ours has no such
   // need.
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-  static_assert(Kernel::SharedStorageSize <= 227 << 10, "more shared memory than a block can have");
-
-  void (*kernel)(typename Kernel::Params) = attention_forward_kernel<Kernel>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize));
+  const auto kernel = prepared<Kernel>();
   kernel<<<Kernel::get_grid_shape(params), Kernel::get_block_shape(), Kernel::SharedStorageSize,
            static_cast<cudaStream_t>(stream)>>>(params);
   check_cuda(cudaGetLastError());

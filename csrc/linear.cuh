@@ -14,6 +14,7 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <type_traits>
 
+#include "cutlass_kernel.cuh"
 #include "epilogue.cuh"
 
 namespace dinov2_fast {
@@ -92,17 +93,6 @@ struct LinearGemm {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
 };
 
-template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::MaxThreadsPerBlock, Kernel::MinBlocksPerMultiprocessor)
-    linear_forward_kernel(const __grid_constant__ typename Kernel::Params params) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ char shared[];
-  Kernel()(params, shared);
-#else
-  __trap();  // the launcher runs this on sm_90 only, so it was compiled for sm_90 without the a
-#endif
-}
-
 template <Form FORM, Dtype OPERAND, int TILE>
 void launch_kernel(const LinearForward& args, int multiprocessors, cudaStream_t stream) {
   using Kernel = typename LinearGemm<FORM, OPERAND, TILE>::Kernel;
@@ -115,10 +105,7 @@ void launch_kernel(const LinearForward& args, int multiprocessors, cudaStream_t 
       epilogue_of(args),
       {x.device, multiprocessors}};
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-  static_assert(Kernel::SharedStorageSize <= 227 << 10, "more shared memory than a block can have");
 
-  void (*kernel)(typename Kernel::Params) = linear_forward_kernel<Kernel>;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {2, 1, 1};
@@ -129,7 +116,7 @@ void launch_kernel(const LinearForward& args, int multiprocessors, cudaStream_t 
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, params));
+  check_cuda(cudaLaunchKernelEx(&config, prepared<Kernel>(), params));
 }
 
 // Launches TILES[tile], of those from TILE on.
