@@ -10,11 +10,10 @@ small beside a large batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from bench.harness import MODELS
-from bench.report import number
+from bench.report import markdown, number
 from bench.roofline import SKINNY_LAYERS, Rates, work
 from bench.workloads import Shape, attention_flops
 
@@ -158,12 +157,8 @@ def text() -> str:
         ratios = [peer / seconds(steps) for peer, steps in zip(compiled, some, strict=True)]
         times.append([f"times that, {name}", *map("{:.2f}".format, ratios)])
     heads = ("row of `bench.ops`", "by in_features: share of a large product; by tokens: TFLOP/s")
-    tables = table(heads, speeds), table(("a layer / a model", *SHAPES), amounts), table(("a model", *SHAPES), times)
-    return "\n".join(tables)
-
-
-def table(head: Sequence[str], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
+    tables = (heads, speeds), (("a layer / a model", *SHAPES), amounts), (("a model", *SHAPES), times)
+    return "\n".join(markdown(*one) for one in tables)
 
 
 if __name__ == "__main__":

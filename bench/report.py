@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,13 +224,17 @@ def table(chosen: list[Comparison], best_only: bool = False) -> str:
     shown = list(dict.fromkeys(name for one in chosen for name in one.rows))
     share = "device busy" if chosen[0].task == "extraction" else "share of the floor"
     times = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
-    lines = [[*(HEADINGS.get(key, key) for key in SETTING), *shown, times, share]]
-    lines.append(["---"] * len(lines[0]))
+    head, lines = [*(HEADINGS.get(key, key) for key in SETTING), *shown, times, share], []
     for one in chosen:
         rows = [one.rows.get(name, [])[: 1 if best_only else None] for name in shown]
         cells = ["<br>".join(map(_value, some)) or "–" for some in rows]
         lines.append([*one.words, *cells, _or_dash(one.ratio, "{:.2f}"), _or_dash(one.share, "{:.0%}")])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(head, lines)
+
+
+def markdown(head: Sequence[str], lines: list[list[str]]) -> str:
+    """A table of these cells."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *lines])
 
 
 def _value(row: Row) -> str:
