@@ -79,8 +79,7 @@ def _activation_forward_kernel(
 
 @lru_cache(CONFIGURATIONS)
 def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, and rows and columns of a program's tile: whole columns where a power of two divides them, else a
-    masked rest."""
+    """The grid and a program's tile: whole columns where a power of two divides them, else a masked rest."""
     block = next((block for block in (1024, 512, 256) if hidden % block == 0), None)
     block = block or min(triton.next_power_of_2(hidden), 1024)
     tile_rows = max(1, elements // block)

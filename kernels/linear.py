@@ -11,7 +11,6 @@ ops/linear.py). e4m3 scales are dequantisation factors: real value = e4m3 value 
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -170,7 +169,7 @@ def _configuration(
     # An epilogue need not be hidden behind the products of 1024 in_features, of 2048 in e4m3, which take half the time.
     light = epilogue in ("none", "residual") or in_features * dtype.itemsize >= 2048
     for tile in _tiles(dtype, tma, capability):
-        tiles = math.ceil(rows / tile.m) * math.ceil(out_features / tile.n)
+        tiles = triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n)
         if tiles >= multiprocessors and (tile.n < 256 or (out_features % 256 == 0 and light)):
             break
     block_k = (128 if tma and dtype != torch.float32 else 64) // dtype.itemsize
