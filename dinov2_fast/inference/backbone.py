@@ -141,6 +141,7 @@ class FoldedBackbone(DinoVisionTransformer):
     """
 
     cls_only: bool
+    gated: bool  # whether the MLPs have SwiGLU
     plan: Plan
     layouts: dict[torch.dtype, Layout]  # of linears, by the dtype of their operands
     _sizes: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]
@@ -323,7 +324,8 @@ def fold_backbone(model: DinoVisionTransformer, plan: Plan, device: torch.device
     kind: Any = type(model)
     made = hollow(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}
-    made.layouts = layouts_for(plan, device, any(isinstance(module, SwiGLUFFN) for module in model.modules()))
+    made.gated = any(isinstance(module, SwiGLUFFN) for module in model.modules())
+    made.layouts = layouts_for(plan, device, made.gated)
     made.cls_only = plan.outputs == "cls" or (plan.outputs == "auto" and _gives_cls_alone(model))
     for name in ("cls_token", "pos_embed", "register_tokens", "mask_token"):
         tensor = getattr(model, name)

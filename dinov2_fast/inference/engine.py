@@ -205,8 +205,7 @@ class Engine(nn.Module):
         known, device, setting = self._laid_out_for, self.device, dispatch.current_setting()
         if known is not None and known.get(device) is not setting and not is_traced():
             backbone = _backbone(self.folded)
-            gated = any(block.mlp.gated for block in backbone.blocks)
-            if layouts_for(self.plan, device, gated) != backbone.layouts:
+            if layouts_for(self.plan, device, backbone.gated) != backbone.layouts:
                 self.refresh()
             known[device] = setting
 
@@ -442,7 +441,6 @@ def describe(engine: Engine) -> str:
     """What the engine does and why, in some lines."""
     plan, backbone, model = engine.plan, _backbone(engine.folded), engine._model
     held = next(parameter.dtype for parameter in model.parameters())
-    gated = any(block.mlp.gated for block in backbone.blocks)
     interleaved = any(block.mlp.up.interleaved for block in backbone.blocks)
     deferred = any(block.deferred.end is not None for block in backbone.blocks)
     uint8 = "normalised in the patch embedding" if backbone.patch_embed.proj_uint8 else "not taken: no mean and std"
@@ -453,7 +451,7 @@ def describe(engine: Engine) -> str:
         f"weights: {_name(plan.dtype)}, folded in fp64 from {_name(held)} and rounded once",
         f"changes of the model: {'noticed at the next call' if plan.follow_weights else 'not noticed: call refresh()'}",
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
-        f"folded: LayerScale into proj and {'w3' if gated else 'fc2'}"
+        f"folded: LayerScale into proj and {'w3' if backbone.gated else 'fc2'}"
         + (", rows of w12 interleaved" if interleaved else ""),
         f"uint8 pictures: {uint8}",
         f"residual stream: {_name(plan.stream)}, in place" + (", the norms add the biases" if deferred else ""),
