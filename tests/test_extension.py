@@ -295,7 +295,9 @@ def sums_between_products(opcodes: list[str]) -> int:
 @pytest.mark.slow
 @needs_build
 def test_linear_runs_on_the_tensor_cores_of_hopper_which_add_up_all_products(machine_code: list[Code]) -> None:
-    of_linear = {name: opcodes for code in machine_code for name, opcodes in code.kernels.items() if "LinearEpilogue" in name}
+    of_linear = {
+        name: opcodes for code in machine_code for name, opcodes in code.kernels.items() if "LinearEpilogue" in name
+    }
     assert of_linear
     found = {name: products_in(opcodes) for name, opcodes in of_linear.items()}
     assert [name for name, products in found.items() if len(products) != 1] == []
@@ -306,7 +308,9 @@ def test_linear_runs_on_the_tensor_cores_of_hopper_which_add_up_all_products(mac
 @pytest.mark.slow
 @needs_build
 def test_attention_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) -> None:
-    kernels = [opcodes for code in machine_code for name, opcodes in code.kernels.items() if "AttentionEpilogue" in name]
+    kernels = [
+        opcodes for code in machine_code for name, opcodes in code.kernels.items() if "AttentionEpilogue" in name
+    ]
     assert len(kernels) == 2  # of bf16 and fp16
     for opcodes in kernels:
         assert products_in(opcodes) == {"HGMMA.64x96x16", "HGMMA.64x64x16"}

@@ -179,10 +179,11 @@ def _backward_kernels() -> ModuleType:
 
 
 class _Attention(torch.autograd.Function):
+    """The forward is Triton's, or csrc's with `by_cuda`; the backward is Triton's, which reads the same lse."""
+
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Any, max_seqlen: Any, scale: None) -> tuple[Tensor, Tensor]:
-        assert scale is None, "e4m3 is for inference only"
-        out, lse = _attention(qkv, cu_seqlens, max_seqlen, None)
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Any, max_seqlen: Any, by_cuda: bool) -> tuple[Tensor, Tensor]:
+        out, lse = _cuda(qkv, True) if by_cuda else _attention(qkv, cu_seqlens, max_seqlen, None)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         ctx.max_seqlen = max_seqlen
         ctx.mark_non_differentiable(lse)
@@ -193,23 +194,6 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None, None
-
-
-class _AttentionCuda(torch.autograd.Function):
-    """Its forward is csrc's, its backward Triton's, which reads the same lse."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-        out, lse = _cuda(qkv, True)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)  # no zeros for lse
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(dout, *ctx.saved_tensors, None, None), None
 
 
 class _AttentionProbabilities(torch.autograd.Function):
@@ -230,6 +214,11 @@ class _AttentionProbabilities(torch.autograd.Function):
         dqkv[:, ctx.rows, 0] = (dscores @ k).transpose(1, 2)
         dqkv[:, :, 1] = (dscores.transpose(-2, -1) @ q).transpose(1, 2)
         return dqkv, None, None, None
+
+
+def _record(qkv: Tensor, cu_seqlens: Any, max_seqlen: Any, scale: None) -> Any:
+    assert scale is None, "e4m3 is for inference only"
+    return _Attention.apply(qkv, cu_seqlens, max_seqlen, False)
 
 
 def _fake(qkv: Tensor, cu_seqlens: Any, max_seqlen: Any, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -255,7 +244,7 @@ _attention = _registry.register(
     f"attention(Tensor qkv, {_PACKING}, float? scale) -> (Tensor out, Tensor lse)",
     lambda *args: _kernels().attention_forward(*args),
     _fake,
-    _Attention.apply,
+    _record,
     autocast=torch.get_autocast_dtype,
 )
 _backward = _registry.register(
@@ -267,7 +256,7 @@ _cuda = _registry.register(
     "attention_cuda(Tensor qkv, bool with_lse) -> (Tensor out, Tensor lse)",
     _attention_cuda.attention_forward,
     _fake_cuda,
-    _AttentionCuda.apply,
+    lambda qkv, with_lse: _Attention.apply(qkv, None, None, True),
     autocast=torch.get_autocast_dtype,
 )
 _probabilities = _registry.register(
@@ -286,8 +275,7 @@ def attention_triton(qkv: Tensor, seq_lens: tuple[int, ...] | None, dropout_p: f
 
 
 def attention_cuda(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
-    out = _cuda(qkv, False)[0]
-    return into_e4m3(out, scale)
+    return into_e4m3(_cuda(qkv, False)[0], scale)
 
 
 def attention_probabilities_triton(qkv: Tensor, rows: slice) -> Tensor:
