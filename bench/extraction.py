@@ -41,12 +41,12 @@ from bench.model import left, show
 from bench.peers import OURS, TIMM, TRANSFORMERS, Peer, load_ours
 from bench.tasks import Entrant, Judge, Models, Row, Setting
 from dinov2_fast import load_features, optimize_for_inference
-from dinov2_fast.extraction.decoding import decode
+from dinov2_fast.data.decoding import decode
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.workers import decode_all
+from dinov2_fast.extraction.compute import without_normalization
 from dinov2_fast.extraction.extract import extract
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.extraction.outputs import without_normalization
-from dinov2_fast.extraction.workers import decode_all
-from dinov2_fast.image_processor import Dinov2ImageProcessor
 
 SIZE = (500, 375)  # of the files: width and height
 SOURCES = Path(__file__).parents[1] / "examples" / "pictures"

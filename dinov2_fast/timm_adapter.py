@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES, BackboneConfig
-from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
 from dinov2_fast.position_embeddings import Grid

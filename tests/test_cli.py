@@ -21,10 +21,10 @@ from PIL import Image
 import dinov2_fast
 from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import Progress
-from dinov2_fast.extraction import read_image
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
 from dinov2_fast.extraction.extract import Status
-from dinov2_fast.extraction.features import read_manifest
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features.store import read_manifest
 from dinov2_fast.inference import Engine
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import _parser, labelled, linear, main
-from dinov2_fast.evaluate import Tokens, knn, linear_probes
-from dinov2_fast.extraction import read_image
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
+from dinov2_fast.evaluation.evaluate import Tokens, knn, linear_probes
 from tests import readme
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import dinov2_fast
 from dinov2_fast.cli import main
 from dinov2_fast.cli.export import EPILOG
-from dinov2_fast.extraction import read_image
-from dinov2_fast.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
 from tests import readme
 
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"

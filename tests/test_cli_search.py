@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import main
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from tests import golden
 
 

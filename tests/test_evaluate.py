@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_fast import evaluate
-from dinov2_fast.evaluate import Accuracy, Tokens, knn, linear_probes
+from dinov2_fast.evaluation import evaluate
+from dinov2_fast.evaluation.evaluate import Accuracy, Tokens, knn, linear_probes
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")

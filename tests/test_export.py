@@ -14,9 +14,9 @@ import torch
 
 import dinov2_fast
 from dinov2_fast import export as exporting
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
 from dinov2_fast.export import METADATA, ExportError, export
-from dinov2_fast.extraction import read_image
-from dinov2_fast.image_processor import Dinov2ImageProcessor
 from tests.test_model import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 import dinov2_fast
-from dinov2_fast.extraction import list_images, read_image, shards
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
+from dinov2_fast.data.sources import list_images
 from dinov2_fast.extraction.extract import Announcement, Status, extract
-from dinov2_fast.extraction.features import read_manifest
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features import schema as shards
+from dinov2_fast.features.store import read_manifest
 from dinov2_fast.inference import optimize_for_inference
 from tests.devices import on_gpu
 from tests.test_model import small
@@ -196,7 +198,7 @@ def test_batches_begin_anew_with_each_shard(plain: list[str], tmp_path: Path) ->
 
 
 def test_row_groups_join_up(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.extraction.parquet_shards.ROW_GROUP_BYTES", 3 * 24)
+    monkeypatch.setattr("dinov2_fast.features.parquet.ROW_GROUP_BYTES", 3 * 24)
     out = extract([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).path
     assert pq.ParquetFile(out / "features-00000.parquet").num_row_groups == 3
     assert_rows(out, [*plain, "missing"], {7})

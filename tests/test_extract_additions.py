@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import dinov2_fast
+from dinov2_fast.data.failures import NothingReadError
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.extraction.extract import extract
-from dinov2_fast.extraction.failures import NothingReadError
-from dinov2_fast.extraction.features import read_manifest
-from dinov2_fast.extraction.manifest import ManifestError
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features.manifest import ManifestError
+from dinov2_fast.features.store import read_manifest
 from tests.test_extract import MeanColour
 from tests.test_extract_resume import Stopping, contents, plain
 

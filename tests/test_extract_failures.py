@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import dinov2_fast
+from dinov2_fast.data.failures import Failures, NothingReadError
 from dinov2_fast.extraction import extract as extraction
 from dinov2_fast.extraction.extract import extract
-from dinov2_fast.extraction.failures import Failures, NothingReadError
 from tests.test_extract import MeanColour
 from tests.test_extract_resume import contents
 

@@ -57,5 +57,5 @@ def test_the_examples_of_extraction_run(tmp_path: Path, monkeypatch: pytest.Monk
     np.testing.assert_allclose(more["cls"][0], features["cls"][0], atol=1e-5)
     np.testing.assert_array_equal(dinov2_fast.load_features("shared")["cls"], features["cls"])
     shard = names["shard"]
-    assert isinstance(shard, dinov2_fast.extraction.features.Features)
+    assert isinstance(shard, dinov2_fast.features.store.Features)
     assert (shard["patches@5"].shape, str(shard["patches@5"].dtype)) == ((2, 1024, 384), "float16")

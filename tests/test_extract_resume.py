@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 import dinov2_fast
-from dinov2_fast.extraction import lock as locks
-from dinov2_fast.extraction import parquet_shards
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.extraction.extract import Announcement, extract
-from dinov2_fast.extraction.lock import LockedError, lock
-from dinov2_fast.extraction.manifest import ManifestError
-from dinov2_fast.extraction.whole_files import part_of
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features import lock as locks
+from dinov2_fast.features import parquet as parquet_shards
+from dinov2_fast.features.lock import LockedError, lock
+from dinov2_fast.features.manifest import ManifestError
+from dinov2_fast.features.whole_files import part_of
 from dinov2_fast.inference import optimize_for_inference
 from tests.test_extract import MeanColour, assert_rows, rows_of
 from tests.test_model import small
@@ -93,7 +93,7 @@ def test_a_run_that_is_complete_does_nothing(plain: list[str], tmp_path: Path) -
 def part_of_another_process(path: Path) -> Path:
     """The temporary file of a process that has ended."""
     code = (
-        "import sys; from pathlib import Path; from dinov2_fast.extraction.whole_files import part_of; "
+        "import sys; from pathlib import Path; from dinov2_fast.features.whole_files import part_of; "
         "print(part_of(Path(sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -281,9 +281,9 @@ def test_other_settings_are_refused_and_named(plain: list[str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        ("dinov2_fast.extraction.manifest.PIL.__version__", "decoder.pillow"),
-        ("dinov2_fast.extraction.manifest.__version__", "versions.dinov2_fast"),
-        ("dinov2_fast.extraction.manifest.FORMATS", "decoder.formats"),
+        ("dinov2_fast.features.manifest.PIL.__version__", "decoder.pillow"),
+        ("dinov2_fast.features.manifest.__version__", "versions.dinov2_fast"),
+        ("dinov2_fast.features.manifest.FORMATS", "decoder.formats"),
     ],
 )
 def test_other_versions_are_refused_and_named(

@@ -73,7 +73,7 @@ def test_mutated_pictures_are_rows(tmp_path: Path, kind: str) -> None:
 MEMORY = """
 import resource, sys
 from dinov2_fast.extraction.extract import extract
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from tests.test_extract import MeanColour
 
 def resident():

@@ -22,10 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import ImageError, archives, files, inputs, list_images, parquet_images, read_image
-from dinov2_fast.extraction.decoding import decode
-from dinov2_fast.extraction.inputs import Picture, PictureList, find_pictures
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data import archives, files, parquet_images
+from dinov2_fast.data import sources as inputs
+from dinov2_fast.data.decoding import decode
+from dinov2_fast.data.files import ImageError
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
+from dinov2_fast.data.sources import Picture, PictureList, find_pictures, list_images
 
 PROCESSOR = Dinov2ImageProcessor(size=14, crop_size=14, do_rescale=False, do_normalize=False)
 
@@ -397,7 +400,7 @@ def test_images_that_one_dictionary_entry_stands_for_take_no_memory(tmp_path: Pa
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from dinov2_fast.extraction.parquet_images import read_row\n"
+        "from dinov2_fast.data.parquet_images import read_row\n"
         "def peak():\n"
         "    return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
         "read_row(sys.argv[1], 0)\n"
@@ -590,7 +593,7 @@ def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
 def test_a_long_list_takes_no_memory(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nimport pyarrow\n"
-        "from dinov2_fast.extraction.inputs import Picture, PictureList\n"
+        "from dinov2_fast.data.sources import Picture, PictureList\n"
         "def peak():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(status.partition('VmHWM:')[2].split()[0])\n"

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import workers as pool
-from dinov2_fast.extraction.decoding import Decoded, decode
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.extraction.workers import decode_all
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data import workers as pool
+from dinov2_fast.data.decoding import Decoded, decode
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.workers import decode_all
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,8 +155,8 @@ def test_time_in_which_the_job_was_stopped_does_not_count(
 def test_a_job_that_is_stopped_and_continued_decodes_everything(pictures: list[Picture]) -> None:
     code = (
         "import os, signal, sys\n"
-        "from dinov2_fast.extraction.inputs import Picture\n"
-        "from dinov2_fast.extraction.workers import decode_all\n"
+        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.workers import decode_all\n"
         "from tests.test_extraction_workers import Sabotaged\n"
         "if __name__ == '__main__':\n"
         "    pictures = [Picture(path) for path in sys.argv[1:]] * 2\n"
@@ -301,9 +301,9 @@ def test_signals_do_not_reach_the_first_worker_of_a_program(pictures: list[Pictu
     """It starts when multiprocessing has started nothing else yet."""
     code = (
         "import multiprocessing, os, signal, time\n"
-        "from dinov2_fast.extraction.inputs import Picture\n"
-        "from dinov2_fast.extraction.workers import decode_all\n"
-        "from dinov2_fast.image_processor import Dinov2ImageProcessor\n"
+        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.workers import decode_all\n"
+        "from dinov2_fast.data.image_processor import Dinov2ImageProcessor\n"
         "if __name__ == '__main__':\n"
         f"    decoded = decode_all([Picture({pictures[0].path!r})] * 9, Dinov2ImageProcessor(), workers=1, ahead=2)\n"
         "    found = [next(decoded)]\n"
@@ -319,9 +319,9 @@ def test_signals_do_not_reach_the_first_worker_of_a_program(pictures: list[Pictu
 def test_workers_end_with_a_process_that_is_killed(pictures: list[Picture]) -> None:
     code = (
         "import multiprocessing, sys, time\n"
-        "from dinov2_fast.extraction.inputs import Picture\n"
-        "from dinov2_fast.extraction.workers import decode_all\n"
-        "from dinov2_fast.image_processor import Dinov2ImageProcessor\n"
+        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.workers import decode_all\n"
+        "from dinov2_fast.data.image_processor import Dinov2ImageProcessor\n"
         "if __name__ == '__main__':\n"
         f"    decoded = decode_all([Picture({pictures[0].path!r})] * 99, Dinov2ImageProcessor(), workers=1, ahead=4)\n"
         "    next(decoded)\n"
@@ -338,8 +338,8 @@ def test_workers_end_with_a_process_that_is_killed(pictures: list[Picture]) -> N
 def test_workers_in_mid_image_end_with_a_process_that_is_killed(pictures: list[Picture]) -> None:
     code = (
         "import multiprocessing, sys, time\n"
-        "from dinov2_fast.extraction.inputs import Picture\n"
-        "from dinov2_fast.extraction.workers import decode_all\n"
+        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.workers import decode_all\n"
         "from tests.test_extraction_workers import Sabotaged\n"
         "if __name__ == '__main__':\n"
         "    pictures = [Picture(path) for path in sys.argv[1:]]\n"
@@ -376,5 +376,5 @@ def running(pid: int) -> bool:
 
 
 def test_decoding_needs_no_torch_and_no_pyarrow() -> None:
-    code = "import sys, dinov2_fast.extraction.workers; sys.exit(bool({'torch', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, dinov2_fast.data.workers; sys.exit(bool({'torch', 'pyarrow'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast import Extractor
-from dinov2_fast.extraction import read_image
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import read_image
 from dinov2_fast.inference import Engine
 from tests.test_extract import MeanColour
 from tests.test_model import small

@@ -14,7 +14,7 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessorPil
 
-from dinov2_fast.image_processor import Dinov2ImageProcessor, to_rgb
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, to_rgb
 from dinov2_fast.weights import WeightsError
 from tests.places import isolate, refuse_network
 

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_fast.extraction import ImageError, ReadError, list_images, read_image
-from dinov2_fast.extraction.decoding import decode
-from dinov2_fast.extraction.images import decode_image
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.decoding import decode
+from dinov2_fast.data.files import ImageError, ReadError
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import decode_image, read_image
+from dinov2_fast.data.sources import Picture, list_images
 
 PICTURES = Path(__file__).parents[1] / "examples" / "pictures"
 
@@ -236,7 +236,9 @@ def test_heic_is_read_where_its_plugin_is_installed(tmp_path: Path, installed: b
     code = (
         "import sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from dinov2_fast.extraction import ImageError, list_images, read_image\n"
+        "from dinov2_fast.data.files import ImageError\n"
+        "from dinov2_fast.data.images import read_image\n"
+        "from dinov2_fast.data.sources import list_images\n"
         "print(len(list_images(sys.argv[1:])))\n"
         "try:\n"
         "    print(read_image(sys.argv[1] + '/photo.HEIC').getpixel((0, 0)))\n"
@@ -265,7 +267,8 @@ def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
     (tmp_path / "image.tif").write_bytes(tiff_of_many_channels(999))
     code = (
         "import sys\n"
-        "from dinov2_fast.extraction import ImageError, read_image\n"
+        "from dinov2_fast.data.files import ImageError\n"
+        "from dinov2_fast.data.images import read_image\n"
         "try:\n"
         "    read_image(sys.argv[1])\n"
         "except ImageError:\n"
@@ -381,10 +384,10 @@ def test_errors_of_reading_are_told_from_errors_of_decoding(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "step",
     [
-        "dinov2_fast.extraction.files._read_local",
+        "dinov2_fast.data.files._read_local",
         "PIL.Image.preinit",
         "PIL.Image.Image.load",
-        "dinov2_fast.image_processor.Dinov2ImageProcessor.__call__",
+        "dinov2_fast.data.image_processor.Dinov2ImageProcessor.__call__",
     ],
 )
 def test_a_lack_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
@@ -403,7 +406,7 @@ def test_reading_takes_as_much_memory_as_the_file(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from dinov2_fast.extraction import read_image\n"
+        "from dinov2_fast.data.images import read_image\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))\n"
         "print(read_image(sys.argv[1]).size)\n"
@@ -452,7 +455,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr("dinov2_fast.extraction.inputs.os.scandir", refuse)
+    monkeypatch.setattr("dinov2_fast.data.sources.os.scandir", refuse)
     with pytest.raises(PermissionError):
         list_images([tmp_path])
 

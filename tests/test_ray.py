@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dinov2_fast
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from tests import golden
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import dinov2_fast
-from dinov2_fast import retrieval
-from dinov2_fast.extraction.decoding import Decoded
-from dinov2_fast.extraction.shards import MANIFEST, Feature, Rows, format_named, stem
-from dinov2_fast.retrieval import nearest
+from dinov2_fast.curation import neighbours as retrieval
+from dinov2_fast.curation.neighbours import nearest
+from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.features.schema import MANIFEST, Feature, Rows, format_named, stem
 
 
 def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dinov2_fast
 from dinov2_fast import Dinov2ImageProcessor, Extractor, ops, optimize_for_inference
 from dinov2_fast.cli import main
+from dinov2_fast.curation.neighbours import search
 from dinov2_fast.export import export
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import BackendError, use_backend
-from dinov2_fast.retrieval import search
 from tests import reference
 from tests.huggingface_peers import FAMILIES, make_pair
 from tests.test_inference import wild

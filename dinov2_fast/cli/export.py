@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.options import at_least, names, size
-from dinov2_fast.extraction.failures import Failures
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -169,7 +169,9 @@ def _pictures(paths: list[str], size: tuple[int, int] | None, failures: Failures
     Raises:
         ValueError: there are none, or none can be read.
     """
-    from dinov2_fast.extraction import ImageError, list_images, read_image
+    from dinov2_fast.data.files import ImageError
+    from dinov2_fast.data.images import read_image
+    from dinov2_fast.data.sources import list_images
 
     images = []
     for path in list_images(paths):

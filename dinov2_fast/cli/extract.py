@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dinov2_fast import environment
 from dinov2_fast.cli.options import DIALECTS, add_stride, at_least, default_workers, names, size
 from dinov2_fast.cli.streams import losable_output
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.extract import Announcement, Status, Summary
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     """Extracts; 0 if every picture has features, 3 if some have not."""
     if args.workers:
         environment.let_idle_threads_sleep()
-    from dinov2_fast.extraction.inputs import find_pictures
+    from dinov2_fast.data.sources import find_pictures
 
     if args.engine == "off" and args.precision == "fp8":
         raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 import dinov2_fast
 from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES
 from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
-from dinov2_fast.extraction.failures import Failures
+from dinov2_fast.data.failures import Failures
 
 if TYPE_CHECKING:
-    from dinov2_fast.evaluate import Tokens
-    from dinov2_fast.extraction.features import Features
+    from dinov2_fast.evaluation.evaluate import Tokens
+    from dinov2_fast.features.store import Features
 
 SOURCES = """\
 Each folder holds a folder of pictures for each class, on which --model runs, or
@@ -200,7 +200,7 @@ def _check_writable(path: Path) -> None:
 
 def is_stored(folder: Path) -> bool:
     """Whether `dinov2-fast extract` wrote this folder."""
-    from dinov2_fast.extraction.shards import find_manifest
+    from dinov2_fast.features.schema import find_manifest
 
     return find_manifest(folder) is not None
 
@@ -267,7 +267,7 @@ def _read_pictures(args: argparse.Namespace, folders: Sequence[str], blocks: int
 
 def _list_labelled(folder: str) -> list[str]:
     """The pictures in the class folders of `folder`."""
-    from dinov2_fast.extraction import list_images
+    from dinov2_fast.data.sources import list_images
 
     files = list_images([folder])
     if not files:
@@ -310,8 +310,8 @@ def _batches(
 
     Those that cannot be read go to `failures`.
     """
-    from dinov2_fast.extraction.inputs import Picture
-    from dinov2_fast.extraction.workers import decode_all
+    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.data.workers import decode_all
 
     done, progress = 0, Progress(folder, len(files), "pictures")
     answers = decode_all(map(Picture, files), processor, workers=args.workers, ahead=2 * args.batch_size)
@@ -342,7 +342,7 @@ def _run_batch(engine: Any, pixels: NDArray[Any], blocks: int) -> tuple[NDArray[
 def _tokens(cls: NDArray[Any], patch_mean: NDArray[Any] | None) -> Tokens:
     import torch
 
-    from dinov2_fast.evaluate import Tokens
+    from dinov2_fast.evaluation.evaluate import Tokens
 
     mean = None if patch_mean is None else torch.from_numpy(np.ascontiguousarray(patch_mean))
     return Tokens(torch.from_numpy(np.ascontiguousarray(cls)), mean)

@@ -14,7 +14,7 @@ from dinov2_fast.cli.options import at_least
 
 if TYPE_CHECKING:
     from dinov2_fast.cli.labelled import Labelled
-    from dinov2_fast.evaluate import Accuracy, Probe, Tokens
+    from dinov2_fast.evaluation.evaluate import Accuracy, Probe, Tokens
 
 DESCRIPTION = f"""\
 Trains linear classifiers on frozen features of TRAIN, as DINOv2 is evaluated: a
@@ -83,7 +83,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and evaluates; 0, or 3 if pictures had to be left out."""
-    from dinov2_fast.evaluate import BLOCKS, LEARNING_RATES, linear_probes
+    from dinov2_fast.evaluation.evaluate import BLOCKS, LEARNING_RATES, linear_probes
     from dinov2_fast.extraction.extractor import find_device
 
     folders = [args.train, args.val, *([args.test] if args.test else [])]
@@ -124,7 +124,7 @@ def _blocks(read: Sequence[Labelled], asked: Sequence[int] | None) -> list[int]:
     Raises:
         ValueError: one was asked for that is not there.
     """
-    from dinov2_fast.evaluate import BLOCKS
+    from dinov2_fast.evaluation.evaluate import BLOCKS
 
     least = min(read, key=lambda each: each.tokens.cls.shape[1])
     available, depth = least.tokens.cls.shape[1], least.model.blocks

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 DIALECTS = ("offset", "size", "antialias")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from dinov2_fast.cli import options
 from dinov2_fast.cli.extract import SOME_FAILED
-from dinov2_fast.retrieval import Found, search, vector_size
+from dinov2_fast.curation.neighbours import Found, search, vector_size
 
 DESCRIPTION = """\
 Finds the images in FEATURES, a folder that `dinov2-fast extract` wrote, whose
@@ -64,9 +64,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches; 0, or 3 if some queries could not be read."""
     import dinov2_fast
+    from dinov2_fast.data.sources import find_pictures
     from dinov2_fast.extraction.as_stored import extract_as_stored
-    from dinov2_fast.extraction.inputs import find_pictures
-    from dinov2_fast.extraction.shards import as_text
+    from dinov2_fast.features.schema import as_text
 
     if args.weights and not args.model:
         raise ValueError("--weights needs --model.")

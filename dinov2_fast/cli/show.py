@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 
 from dinov2_fast import visualize
 from dinov2_fast.cli import options
-from dinov2_fast.image_processor import Dinov2ImageProcessor
-from dinov2_fast.retrieval import nearest
+from dinov2_fast.curation.neighbours import nearest
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
-    from dinov2_fast.extraction.features import Features
-    from dinov2_fast.extraction.inputs import Picture
+    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.features.store import Features
 
 SOME_FAILED = 3
 KINDS = ("pca", "attention", "neighbours")
@@ -117,7 +117,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws; 0, or 3 if pictures had to be left out."""
-    from dinov2_fast.extraction.shards import find_manifest
+    from dinov2_fast.features.schema import find_manifest
 
     args.pca = args.pca or bool(args.basis or args.save_basis)
     asked = [kind for kind in KINDS if getattr(args, kind)]
@@ -136,7 +136,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Runs the model on pictures and draws what was asked for, by default everything."""
     import dinov2_fast
     from dinov2_fast.extraction.extractor import find_device
-    from dinov2_fast.extraction.manifest import fingerprint
+    from dinov2_fast.features.manifest import fingerprint
 
     if not args.model:
         raise ValueError("--model is missing: pictures are shown as a model sees them.")
@@ -191,7 +191,7 @@ class _Seen:
 
 def _read_pictures(args: argparse.Namespace) -> tuple[_Seen, int]:
     """Names and pictures, and how many could not be read."""
-    from dinov2_fast.extraction.inputs import find_pictures
+    from dinov2_fast.data.sources import find_pictures
 
     found = list(islice(find_pictures(args.paths), args.limit + 1))
     if not found:
@@ -214,7 +214,7 @@ def _read_pictures(args: argparse.Namespace) -> tuple[_Seen, int]:
 
 def _cut(picture: Picture, processor: Dinov2ImageProcessor) -> Image.Image | None:
     """A picture as the processor cuts it; None, and the reason on stderr, if it cannot be read."""
-    from dinov2_fast.extraction.decoding import decode
+    from dinov2_fast.data.decoding import decode
 
     decoded = decode(picture, processor)
     if decoded.pixels is None:
@@ -253,9 +253,9 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any, attention: bo
 def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Draws what stored features allow: neighbours, and the PCA of patches."""
     import dinov2_fast
+    from dinov2_fast.data.sources import Picture
     from dinov2_fast.extraction.as_stored import processor_of
-    from dinov2_fast.extraction.inputs import Picture
-    from dinov2_fast.extraction.outputs import without_normalization
+    from dinov2_fast.extraction.compute import without_normalization
 
     features = dinov2_fast.load_features(args.paths[0])
     if "attention" in asked:

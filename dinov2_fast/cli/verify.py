@@ -13,7 +13,7 @@ from dinov2_fast.cli import options
 from dinov2_fast.cli.convert import describe, find
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.peers import is_peer, load_peer
-from dinov2_fast.extraction.failures import Failures
+from dinov2_fast.data.failures import Failures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +75,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares; 0 or 3 if the features are the same within the tolerance, else 1."""
+    from dinov2_fast.data.sources import find_pictures
     from dinov2_fast.extraction.extractor import find_device
-    from dinov2_fast.extraction.inputs import find_pictures
     from dinov2_fast.weights.compare import compare_features
 
     if not any(True for _ in find_pictures(args.paths)):
@@ -117,9 +117,9 @@ class _Pictures:
         import numpy as np
         import torch
 
-        from dinov2_fast.extraction.decoding import decode
-        from dinov2_fast.extraction.inputs import find_pictures
-        from dinov2_fast.image_processor import Dinov2ImageProcessor
+        from dinov2_fast.data.decoding import decode
+        from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+        from dinov2_fast.data.sources import find_pictures
 
         processor = Dinov2ImageProcessor.for_size(self.size)
         pictures, self.failures, found = find_pictures(self.paths), Failures(), False

@@ -11,11 +11,11 @@ from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
-from dinov2_fast.extraction.failures import NothingReadError
-from dinov2_fast.extraction.features import Section, read_manifest, stored_features, stored_sections
-from dinov2_fast.extraction.inputs import Picture, PictureList
-from dinov2_fast.extraction.manifest import write_sections
-from dinov2_fast.extraction.shards import as_text, format_named, stem
+from dinov2_fast.data.failures import NothingReadError
+from dinov2_fast.data.sources import Picture, PictureList
+from dinov2_fast.features.manifest import write_sections
+from dinov2_fast.features.schema import as_text, format_named, stem
+from dinov2_fast.features.store import Section, read_manifest, stored_features, stored_sections
 
 
 def begin_addition(

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dinov2_fast.configs import BACKBONES
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.workers import decode_all
 from dinov2_fast.extraction.batches import run_batches
+from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.extraction.extractor import find_device, load_model
-from dinov2_fast.extraction.features import Features
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.extraction.manifest import architecture, fingerprint
-from dinov2_fast.extraction.outputs import Outputs
-from dinov2_fast.extraction.workers import decode_all
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features.manifest import architecture, fingerprint
+from dinov2_fast.features.store import Features
 from dinov2_fast.inference import Engine
 from dinov2_fast.inference.engine import why_slow
 from dinov2_fast.weights import WeightsError

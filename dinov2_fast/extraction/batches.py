@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.decoding import Decoded
-from dinov2_fast.extraction.outputs import Outputs, Running
+from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.extraction.compute import Outputs, Running
 
 NOT_FINITE = "the model's features are not finite"
 

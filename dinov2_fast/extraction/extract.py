@@ -12,18 +12,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dinov2_fast.extraction import manifest, shards
+from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.data.failures import Failures, NothingReadError
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import MAX_PIXELS
+from dinov2_fast.data.sources import Picture, PictureList
+from dinov2_fast.data.workers import MAX_SECONDS, decode_all
 from dinov2_fast.extraction.additions import begin_addition
 from dinov2_fast.extraction.batches import Batch, Pending, run_batches
-from dinov2_fast.extraction.decoding import Decoded
-from dinov2_fast.extraction.failures import Failures, NothingReadError
-from dinov2_fast.extraction.features import Section
-from dinov2_fast.extraction.images import MAX_PIXELS
-from dinov2_fast.extraction.inputs import Picture, PictureList
-from dinov2_fast.extraction.lock import lock
-from dinov2_fast.extraction.outputs import DEFAULT, Outputs
-from dinov2_fast.extraction.workers import MAX_SECONDS, decode_all
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.extraction.compute import DEFAULT, Outputs
+from dinov2_fast.features import manifest
+from dinov2_fast.features import schema as shards
+from dinov2_fast.features.lock import lock
+from dinov2_fast.features.store import Section
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def extract(
 ) -> Summary:
     """Writes the features of every picture to the folder `out`: one row each, in order, in shards.
 
-    The folder is described in :mod:`dinov2_fast.extraction.shards`; :func:`dinov2_fast.load_features` reads it. A
+    The folder is described in :mod:`dinov2_fast.features.schema`; :func:`dinov2_fast.load_features` reads it. A
     picture that cannot be read, or whose features are not finite, is a row with its error. A shard is there whole or
     not at all, and those that are there are not made again: after an interruption the same call does the rest, with the
     same bits. Only a shard for which memory ran out, so that its batches were halved, may differ in rounding; it says
@@ -121,13 +122,13 @@ def extract(
     An error is as final as features are, until `retry_failed`. Where not one image can be read, nothing is written.
 
     Args:
-        pictures: paths of pictures, each one row, or what :func:`dinov2_fast.extraction.inputs.find_pictures` yields.
+        pictures: paths of pictures, each one row, or what :func:`dinov2_fast.data.sources.find_pictures` yields.
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one by
             :func:`dinov2_fast.optimize_for_inference`; its device and dtype are used. An engine with the processor's
             mean and std gets uint8 pictures and normalises them itself: a quarter of the bytes from worker processes
             and to the device.
         processor: by default the checkpoints' (224 x 224). Its outputs must have one size, a multiple of the patch.
-        features: names, see :mod:`dinov2_fast.extraction.outputs`.
+        features: names, see :mod:`dinov2_fast.extraction.compute`.
         dtype: of the stored features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens. The
             precision of the computation is the model's; bf16 values fit fp32 exactly, and npy and Parquet have no bf16.
         batch_size: pictures in one forward pass. A batch is a fixed range of rows, unreadable pictures included, and

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinov2_fast.data.decoding import Decoded, decode_bytes
+from dinov2_fast.data.files import ImageError, reason
+from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.data.images import MAX_PIXELS, check_pixels
 from dinov2_fast.extraction.batches import Pending
-from dinov2_fast.extraction.decoding import Decoded, decode_bytes
-from dinov2_fast.extraction.files import ImageError, reason
-from dinov2_fast.extraction.images import MAX_PIXELS, check_pixels
-from dinov2_fast.extraction.outputs import DEFAULT, Outputs
-from dinov2_fast.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.extraction.compute import DEFAULT, Outputs
 from dinov2_fast.inference import optimize_for_inference
 from dinov2_fast.weights import load
 
@@ -40,7 +40,7 @@ class Extractor:
         size: pixels, an int or (height, width), multiples of 14: what is not square is cropped. By default the size of
             the processor.
         processor: by default the one beside the model in a folder, or the checkpoints' (224 x 224).
-        features: names, see :mod:`dinov2_fast.extraction.outputs`.
+        features: names, see :mod:`dinov2_fast.extraction.compute`.
         dtype: of the features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
         device: by default a GPU where there is one.
         precision: of the computation, "fp32", "bf16", "fp16", "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.

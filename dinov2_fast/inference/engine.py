@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import huggingface
+from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
-from dinov2_fast.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.agreement import check_agreement
 from dinov2_fast.inference.backbone import Plan, fold_backbone, layouts_for

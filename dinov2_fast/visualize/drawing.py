@@ -72,7 +72,7 @@ def neighbour_strips(
     Args:
         names, pictures: by row.
         rows: the pictures whose neighbours are shown.
-        neighbours, cosines: (rows, count) from `dinov2_fast.retrieval.nearest`.
+        neighbours, cosines: (rows, count) from `dinov2_fast.curation.neighbours.nearest`.
     """
     strips = []
     for row, found, near in zip(rows, neighbours.tolist(), cosines.tolist(), strict=True):

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinov2_fast.extraction.shards import Feature
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.features.schema import Feature
 from dinov2_fast.inference import Engine
 
 DEFAULT = ("cls", "patch_mean")

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.decoding import Decoded, decode
-from dinov2_fast.extraction.images import MAX_PIXELS, own_process
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.decoding import Decoded, decode
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import MAX_PIXELS, own_process
+from dinov2_fast.data.sources import Picture
 
 MAX_SECONDS = 60.0
 SECONDS_TO_START = 60.0  # where many processes import at once from a slow disk, some take tens

@@ -30,9 +30,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinov2_fast.extraction import archives, lists, parquet_images
-from dinov2_fast.extraction.files import ending, filesystem, is_url, reason, shown
-from dinov2_fast.extraction.images import ENDINGS, FORMATS
+from dinov2_fast.data import archives, lists, parquet_images
+from dinov2_fast.data.files import ending, filesystem, is_url, reason, shown
+from dinov2_fast.data.images import ENDINGS, FORMATS
 
 logger = logging.getLogger("dinov2_fast")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".7z", ".rar")

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, columns_of
-from dinov2_fast.extraction.whole_files import whole_file
+from dinov2_fast.features.schema import COLUMNS, Feature, Rows, columns_of
+from dinov2_fast.features.whole_files import whole_file
 
 METADATA_KEY = b"dinov2_fast"
 ROW_GROUP_BYTES = 1 << 26

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from dinov2_fast.extraction.files import ending, is_url, open_file, reason, shown
+from dinov2_fast.data.files import ending, is_url, open_file, reason, shown
 
 COLUMNS = ("path", "image", "url", "file_name")  # the first that is there
 

@@ -43,8 +43,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.decoding import Decoded
-from dinov2_fast.extraction.whole_files import ENDING, is_left_over
+from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.features.whole_files import ENDING, is_left_over
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names that begin so
 OLD_MANIFEST = "manifest.json"
@@ -110,11 +110,11 @@ def format_named(name: str) -> Format:
         ValueError: there is no such format.
     """
     if name == "parquet":
-        from dinov2_fast.extraction import parquet_shards
+        from dinov2_fast.features import parquet as parquet_shards
 
         return parquet_shards
     if name == "npy":
-        from dinov2_fast.extraction import npy_shards
+        from dinov2_fast.features import npy as npy_shards
 
         return npy_shards
     raise ValueError(f"There is no format {name!r}; choose parquet or npy.")

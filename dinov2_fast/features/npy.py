@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import COLUMNS, Feature, Rows, columns_of
-from dinov2_fast.extraction.whole_files import whole_file
+from dinov2_fast.features.schema import COLUMNS, Feature, Rows, columns_of
+from dinov2_fast.features.whole_files import whole_file
 
 
 def write(stem: Path, rows: Sequence[Rows], features: Sequence[Feature], note: Mapping[str, Any]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from dinov2_fast.extraction.archives import read_member
-from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
-from dinov2_fast.extraction.images import MAX_PIXELS, decode_image
-from dinov2_fast.extraction.inputs import Picture
-from dinov2_fast.image_processor import Dinov2ImageProcessor, Pixels
+from dinov2_fast.data.archives import read_member
+from dinov2_fast.data.files import ImageError, ReadError, read_bytes, reason
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, Pixels
+from dinov2_fast.data.images import MAX_PIXELS, decode_image
+from dinov2_fast.data.sources import Picture
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Decided once, for every caller:
   from one that lacks pixels: whoever knows better can append the marker.
 - The first frame of an animation, the first page of a TIFF.
 - EXIF rotation is applied, so the image is as a viewer shows it.
-- Modes become RGB by :func:`dinov2_fast.image_processor.to_rgb`: alpha dropped, or composited on a background, and
+- Modes become RGB by :func:`dinov2_fast.data.image_processor.to_rgb`: alpha dropped, or composited on a background, and
   16-bit grey scaled to 8 bits.
 """
 
@@ -23,8 +23,8 @@ import warnings
 
 from PIL import Image, ImageFile, features
 
-from dinov2_fast.extraction.files import ImageError, ReadError, read_bytes, reason
-from dinov2_fast.image_processor import to_rgb
+from dinov2_fast.data.files import ImageError, ReadError, read_bytes, reason
+from dinov2_fast.data.image_processor import to_rgb
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 1_000_000  # Pillow keeps a pointer for each row

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from dinov2_fast import __version__
-from dinov2_fast.extraction.features import Section, read_manifest
-from dinov2_fast.extraction.images import FORMATS
-from dinov2_fast.extraction.outputs import Outputs, place_of
-from dinov2_fast.extraction.shards import MANIFEST, find_manifest, find_shards
-from dinov2_fast.extraction.whole_files import part_of, whole_file
-from dinov2_fast.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import FORMATS
+from dinov2_fast.extraction.compute import Outputs, place_of
+from dinov2_fast.features.schema import MANIFEST, find_manifest, find_shards
+from dinov2_fast.features.store import Section, read_manifest
+from dinov2_fast.features.whole_files import part_of, whole_file
 from dinov2_fast.inference import Engine
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

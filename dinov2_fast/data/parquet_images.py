@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from dinov2_fast.extraction.files import MAX_BYTES, ImageError, ReadError, open_file, read_bytes, reason, shown
+from dinov2_fast.data.files import MAX_BYTES, ImageError, ReadError, open_file, read_bytes, reason, shown
 
 COLUMN = "image"
 

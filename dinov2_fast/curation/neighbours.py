@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from dinov2_fast.extraction.features import Features
+    from dinov2_fast.features.store import Features
 
 BLOCK = 16384  # rows compared at a time
 _QUERIES = 1024  # queries compared at a time
@@ -64,7 +64,7 @@ def search(
             number of dimensions or are not finite; a k below 1; another model than that of the store; a store in which
             no image has features.
     """
-    from dinov2_fast.extraction.features import load_features
+    from dinov2_fast.features.store import load_features
 
     if isinstance(features, str | os.PathLike):
         features = load_features(features)
@@ -126,7 +126,7 @@ def vector_size(features: Features, name: str) -> int:
     Raises:
         ValueError: it is not stored, or is several vectors an image.
     """
-    from dinov2_fast.extraction.features import stored_features
+    from dinov2_fast.features.store import stored_features
 
     shapes = {feature.name: feature.shape for feature in stored_features(features.manifest)}
     vectors = ", ".join(name for name, shape in shapes.items() if len(shape) == 1) or "none"
@@ -139,8 +139,8 @@ def vector_size(features: Features, name: str) -> int:
 
 def _of_images(features: Features, paths: Any, name: str, source: Mapping[str, Any]) -> NDArray[np.float32]:
     """The feature of images, as those of the store were made, (images, dim)."""
+    from dinov2_fast.data.sources import Picture
     from dinov2_fast.extraction.as_stored import extract_as_stored
-    from dinov2_fast.extraction.inputs import Picture
 
     images = [Picture(os.fsdecode(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     vectors, errors = extract_as_stored(features, images, name, **source)

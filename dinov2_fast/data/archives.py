@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from dinov2_fast.extraction import parquet_images
-from dinov2_fast.extraction.files import MAX_BYTES, ImageError, ReadError, ending, open_file, read_bytes, reason, shown
+from dinov2_fast.data import parquet_images
+from dinov2_fast.data.files import MAX_BYTES, ImageError, ReadError, ending, open_file, read_bytes, reason, shown
 
 _LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # of a zip member: magic, flags, method, lengths of name and extra field
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1

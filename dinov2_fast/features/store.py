@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.extraction.shards import MANIFEST, Feature, find_manifest, format_named, shard_numbers, stem
+from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, format_named, shard_numbers, stem
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:

@@ -1,0 +1,1 @@
+"""Working on collections of images by their features."""
