@@ -76,7 +76,7 @@ test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
 
 test-oldest: $(OLDEST)/.complete
-	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/test_accelerate*.py
+	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/integrations
 
 # The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH; only what has changed is
 # compiled again, by as many compilers at once as MAX_JOBS says.
@@ -87,19 +87,19 @@ build: setup
 
 # That it loads without a GPU, the compiler's reports on its kernels, and their machine code.
 test-extension: build
-	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_extension.py
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/ops/test_extension.py
 
 # The tests of linear and attention over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a
 # GPU. The gradient of attention is Triton's.
 test-cuda-on-host: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -p tests.cuda_on_host -m "not aot and not gpu" \
-	    tests/test_linear_cuda.py tests/test_attention_cuda.py
+	    tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py
 
 # compute-sanitizer over a few tests, on a machine with a GPU. No setup: $(PYTHON)'s torch and pytest, and the extension
 # that is there. The allocator keeps nothing, so each tensor's end shows. memcheck alone: of CUTLASS' pipelines racecheck,
 # synccheck and initcheck report what is no fault.
 PRODUCTS := (every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)
-TRITON_TESTS := $(addprefix tests/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
+TRITON_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
     patches))
 TRITON := triton and (nan and stay or packed_gradients)
 define sanitize
@@ -110,8 +110,8 @@ endef
 sanitize:
 	@$(PYTHON) -c 'import sys, torch; from dinov2_fast import extension as e; gpu = torch.cuda.is_available(); \
 	    sys.exit(e.load().reason if gpu else "make sanitize needs a GPU that $(PYTHON) can use")'
-	$(call sanitize,memcheck,$(PRODUCTS),tests/test_linear_cuda.py)
-	$(call sanitize,memcheck,attention_obeys or around,tests/test_attention_cuda.py)
+	$(call sanitize,memcheck,$(PRODUCTS),tests/ops/test_linear_cuda.py)
+	$(call sanitize,memcheck,attention_obeys or around,tests/ops/test_attention_cuda.py)
 	$(call sanitize,memcheck,$(TRITON),$(TRITON_TESTS))
 
 lint: setup

@@ -75,8 +75,8 @@ class Step(NamedTuple):
     needed: bool = False  # if it fails, nothing else runs
 
 
-FIRST = "-m gpu_first tests/test_on_gpu.py tests/test_linear_cuda.py tests/test_attention_cuda.py"
-LARGE = "tests/test_on_gpu.py tests/test_attention_cuda.py"
+FIRST = "-m gpu_first tests/ops/test_on_gpu.py tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py"
+LARGE = "tests/ops/test_on_gpu.py tests/ops/test_attention_cuda.py"
 OTHERS = "-m 'not aot and not slow and not gpu_first' -k 'not to_the_31' {tests}"
 TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
 # What an engine launches, in an order in which the kernel that may hang comes last.
@@ -193,9 +193,9 @@ class Outcome(NamedTuple):
 
 
 def gpu_tests() -> list[str]:
-    """The files of tests that run on the device of tests/devices.py."""
+    """The files of tests that run on the device of tests/helpers/devices.py."""
     files = sorted((ROOT / "tests").glob("**/test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if "tests.devices import" in path.read_text()]
+    return [str(path.relative_to(ROOT)) for path in files if "tests.helpers.devices import" in path.read_text()]
 
 
 # Running

@@ -6,7 +6,7 @@
 Triton and Inductor cache by content: a process finds them if it launches the same kernels with the same
 TRITON_CACHE_DIR, or compiles the same model with the same TORCHINDUCTOR_CACHE_DIR.
 
-Kernels are compiled for sm_90 by running the engine and the ops on fake tensors (tests/aot.py), with Triton's
+Kernels are compiled for sm_90 by running the engine and the ops on fake tensors (tests/helpers/aot.py), with Triton's
 implementation of each op. What ``engine-best`` will take is not known yet, but its launches are among these: an engine
 runs a second time with the linears of cuBLAS, which leave biases to the norms.
 """
@@ -77,7 +77,7 @@ def kernels(commands: list[list[str]], device: str) -> Iterator[Task]:
             for config, size, op in product(options.models, options.sizes, options.ops):
                 yield Task(cases, (config.name, size, op, device))
         elif module == "pytest" and "gpu_first" in words:
-            from tests import test_on_gpu
+            from tests.ops import test_on_gpu
 
             yield from (Task(tested, (name,)) for name in test_on_gpu.FIRST)
 
@@ -116,8 +116,8 @@ def cases(name: str, resolution: int, op: str, device: str) -> int:
 
 
 def tested(name: str) -> int:
-    """Of a case of tests/test_on_gpu.py."""
-    from tests import test_on_gpu
+    """Of a case of tests/ops/test_on_gpu.py."""
+    from tests.ops import test_on_gpu
 
     return launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
 
@@ -133,7 +133,7 @@ class RunKernels(TorchDispatchMode):
 
 def launches(call: Callable[[], Any], backends: str = "triton") -> int:
     """Compiles all that `call` launches by Triton; gives the number of launches."""
-    from tests.aot import compiling
+    from tests.helpers.aot import compiling
 
     with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
         if has_driver():

@@ -1,6 +1,6 @@
 """The private names of torch that this package uses, in one place.
 
-They may change with any version of torch: tests/test_torch_private.py has a test of each.
+They may change with any version of torch: tests/model/test_torch_private.py has a test of each.
 """
 
 from __future__ import annotations

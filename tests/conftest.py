@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import dinov2_fast
 from dinov2_fast import environment
 from dinov2_fast.ops import dispatch
-from tests import devices
+from tests.helpers import devices
 
 
 def pytest_configure(config: pytest.Config) -> None:

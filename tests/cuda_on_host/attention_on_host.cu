@@ -101,7 +101,7 @@ template void launch_attention<Dtype::fp16>(const AttentionForward&, int, void*)
 
 }  // namespace dinov2_fast
 
-// For tests/test_attention_cuda.py: what is computed from sizes and strides of qkv, and the place of an element.
+// For tests/ops/test_attention_cuda.py: what is computed from sizes and strides of qkv, and the place of an element.
 extern "C" void dinov2_fast_attention_layout(const int64_t* sizes, const int64_t* strides, const int64_t* at,
                                              int64_t* out) {
   using namespace dinov2_fast;

@@ -67,7 +67,7 @@ template void launch_linear<Dtype::e4m3>(const LinearForward&, int, int, void*);
 
 }  // namespace dinov2_fast
 
-// For tests/test_linear_cuda.py
+// For tests/ops/test_linear_cuda.py
 extern "C" const dinov2_fast::Tile* dinov2_fast_choose_tile(int64_t rows, int64_t out_features, int form,
                                                             int multiprocessors) {
   using namespace dinov2_fast;

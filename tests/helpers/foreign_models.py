@@ -1,0 +1,177 @@
+"""Small models of the libraries whose blocks `dinov2_fast.accelerate` takes, and what to call on them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import hub_standin
+
+SIZE = 70
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One kind of model.
+
+    Args:
+        make: builds it; takes `drop_path` and `attention_dropout`.
+        calls: what a user calls, each on a model and pictures.
+        blocks: where its blocks are.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    calls: tuple[Callable[[Any, Tensor], Any], ...]
+    blocks: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self, **settings: Any) -> nn.Module:
+        """In eval mode, with random weights no part of which is trivial."""
+        return filled(self.make(**settings)).eval()
+
+
+def filled(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if "lambda1" in name or "gamma" in name:
+            noise = 0.1 + 0.3 * noise.abs()
+        elif "norm" in name:
+            noise = 0.1 * noise + name.endswith("weight")
+        elif parameter.ndim > 1 and name.endswith("weight"):
+            noise = noise / parameter[0].numel() ** 0.5
+        elif name.endswith("bias"):
+            noise = 0.1 * noise
+        parameter.data.copy_(noise)
+    return model
+
+
+def pictures(batch: int = 2, height: int = SIZE, width: int = SIZE) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Those in an output, in order."""
+    return list(_tensors(output))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def transformers_model(
+    family: str,
+    task: str,
+    drop_path: float = 0.0,
+    attention_dropout: float = 0.0,
+    attention: str = "sdpa",
+    **fields: Any,
+) -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE, "patch_size": 14}
+    more: dict[str, Any] = {"drop_path_rate": drop_path, "attention_probs_dropout_prob": attention_dropout}
+    more |= {"out_indices": [1, -1]} if task == "Backbone" else {}
+    config = getattr(transformers, f"{family}Config")(**sizes | more | fields, attn_implementation=attention)
+    return getattr(transformers, family + task)(config)
+
+
+def timm_model(name: str, drop_path: float = 0.0, attention_dropout: float = 0.0, **arguments: Any) -> nn.Module:
+    import timm
+
+    sizes = {"depth": 2, "embed_dim": 192, "num_heads": 3, "img_size": SIZE}
+    rates = {"drop_path_rate": drop_path, "attn_drop_rate": attention_dropout}
+    return timm.create_model(name, **sizes | rates | arguments)
+
+
+def hub_model(drop_path: float = 0.0, attention_dropout: float = 0.0, **arguments: Any) -> nn.Module:
+    return hub_standin.DinoVisionTransformer(drop_path_rate=drop_path, attn_drop=attention_dropout, **arguments)
+
+
+def _call(model: Any, x: Tensor) -> Any:
+    return model(x)
+
+
+def _with_labels(model: Any, x: Tensor) -> Any:
+    return model(x, labels=torch.arange(len(x)) % 2)
+
+
+def _hidden(model: Any, x: Tensor) -> Any:
+    return model(pixel_values=x, output_hidden_states=True)
+
+
+def _tuple(model: Any, x: Tensor) -> Any:
+    return model(x, return_dict=False)
+
+
+def _features(model: Any, x: Tensor) -> Any:
+    return model.forward_features(x)
+
+
+def _intermediates(model: Any, x: Tensor) -> Any:
+    return model.forward_intermediates(x)
+
+
+def _layers(model: Any, x: Tensor) -> Any:
+    return model.get_intermediate_layers(x, n=2)
+
+
+def _kinds() -> Iterator[Foreign]:
+    for family in ("Dinov2", "Dinov2WithRegisters"):
+        for task in ("Model", "ForImageClassification", "Backbone"):
+            for swiglu in (False, True):
+                classifies = task == "ForImageClassification"
+                prefix = {"Dinov2": "dinov2.", "Dinov2WithRegisters": "dinov2_with_registers."}[family]
+                yield Foreign(
+                    f"{family}{task}{'-swiglu' if swiglu else ''}",
+                    lambda family=family, task=task, swiglu=swiglu, **settings: transformers_model(
+                        family, task, use_swiglu_ffn=swiglu, **settings
+                    ),
+                    (_with_labels if classifies else _call, _hidden, _tuple),
+                    f"{prefix if classifies else ''}encoder.layer",
+                )
+    for name in ("small_patch14_dinov2", "small_patch14_reg4_dinov2", "giant_patch14_dinov2"):
+        yield Foreign(
+            f"timm-{name}",
+            lambda name=name, **settings: timm_model(f"vit_{name}", **settings),
+            (_call, _features, _intermediates),
+            "blocks",
+        )
+    for name, arguments in (("mlp", {}), ("registers", {"registers": 4}), ("swiglu", {"swiglu": True})):
+        yield Foreign(
+            f"hub-{name}",
+            lambda arguments=arguments, **settings: hub_model(**arguments | settings),
+            (_call, _features, _layers),
+            "blocks",
+        )
+
+
+KINDS = tuple(_kinds())
+# One of each library and kind of block, for what does not depend on the rest.
+SOME = tuple(
+    kind
+    for kind in KINDS
+    if kind.name in ("Dinov2Model", "Dinov2WithRegistersBackbone-swiglu", "timm-giant_patch14_dinov2")
+    or kind.name in ("timm-small_patch14_reg4_dinov2", "hub-mlp", "hub-swiglu")
+)
+
+
+def needs(kind: Foreign) -> None:
+    """Skips where a library is missing."""
+    import pytest
+
+    pytest.importorskip("timm" if kind.name.startswith("timm") else "transformers")

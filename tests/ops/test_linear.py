@@ -1,0 +1,673 @@
+"""The op linear: a matrix product and what follows it, in place or not, in e4m3 or not. Inference only."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_fast import ops
+from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops.dispatch import BackendError, use_backend
+from dinov2_fast.ops.linear import LINEAR, interleave
+from tests import reference
+from tests.helpers.devices import (
+    BACKENDS,
+    DEVICE,
+    assert_compiles_whole,
+    fakes_cuda,
+    poisoned_memory,
+    random,
+    runs_triton,
+    skip_without_opcheck,
+)
+
+E4M3 = torch.float8_e4m3fn
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMS = ["none", "gelu", "swiglu", "residual"]
+# (rows, out_features, in_features): each leads the launcher to another tile; all tails, and none
+SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
+
+each_form = pytest.mark.parametrize("form", FORMS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_path = pytest.mark.parametrize(
+    "backend", [*BACKENDS, pytest.param("triton without TMA", marks=runs_triton)], indirect=True
+)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name, _, without_tma = request.param.partition(" ")
+    if without_tma:
+        monkeypatch.setattr("dinov2_fast.kernels.linear._can_use_tma", lambda matrix: False)
+    return name
+
+
+def _operands(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(rows, in_features, dtype=dtype)
+    weight = random(out_features, in_features, dtype=dtype, scale=in_features**-0.5)
+    return x, weight, random(out_features, dtype=dtype)
+
+
+def _stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A residual stream, the same whenever the sizes are."""
+    generator = torch.Generator().manual_seed(3)
+    residual = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator)
+    return residual.to(x.device, dtype or x.dtype)
+
+
+def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if form != "residual":
+        return linear(x, weight, bias, epilogue=form, interleaved=form == "swiglu", backend=backend)
+    residual = _stream(x, weight)
+    assert linear(x, weight, bias, epilogue=form, residual=residual, backend=backend) is residual
+    return residual
+
+
+def _finish(form: str, z: Tensor, residual: Tensor | None = None) -> Tensor:
+    """What follows the product, in plain torch."""
+    if form == "gelu":
+        return F.gelu(z)
+    if form == "swiglu":
+        return F.silu(z[..., 0::2]) * z[..., 1::2]
+    return z if form == "none" else residual + z
+
+
+def _exact(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if form == "swiglu":
+        return reference.linear_swiglu(x, weight, bias)
+    z = reference.linear(x, weight, bias)
+    if form == "residual":
+        return _stream(x, weight).double() + z
+    return reference.gelu(z) if form == "gelu" else z
+
+
+def _plain(form: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    stream = _stream(x, weight) if form == "residual" else None
+    return _finish(form, F.linear(x, weight, bias), stream)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@each_dtype
+@each_form
+@each_path
+def test_every_form_obeys_the_rule(backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    operands = _operands(*size, dtype)
+    with poisoned_memory():
+        y = _run(form, backend, *operands)
+    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+
+
+@each_form
+@each_path
+def test_many_tiles_in_groups_and_no_bias(backend: str, form: str) -> None:
+    x, weight, _ = _operands(1100, 258, 16, torch.float16)
+    with poisoned_memory():
+        y = _run(form, backend, x, weight, None)
+    reference.assert_obeys_rule(y, _exact(form, x, weight, None), _plain(form, x, weight, None))
+
+
+@each_dtype
+@each_form
+@each_backend
+def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, form: str, dtype: torch.dtype) -> None:
+    x, weight, _ = _operands(7, 66, 72, dtype)
+    x[3] /= 1000
+    y, exact, plain = (f(x, weight) for f in (
+        lambda x, w: _run(form, backend, x, w, None),
+        lambda x, w: _exact(form, x, w, None),
+        lambda x, w: _plain(form, x, w, None),
+    ))  # fmt: skip
+    for row in range(7):
+        reference.assert_obeys_rule(y[row], exact[row], plain[row])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_the_stream_may_be_wider_and_the_rest_stays(backend: str, dtype: torch.dtype, with_bias: bool) -> None:
+    x, weight, bias = (t.view(2, 5, -1) if t.ndim == 2 and len(t) == 10 else t for t in _operands(10, 72, 40, dtype))
+    residual = _stream(x, weight, torch.float32)
+    arguments = [x, weight, bias if with_bias else None]
+    before = [None if t is None else t.clone() for t in arguments]
+    exact = residual.double() + reference.linear(*arguments)
+    plain = residual + F.linear(*arguments)
+    linear(*arguments, epilogue="residual", residual=residual, backend=backend)
+    reference.assert_obeys_rule(residual, exact, plain)
+    for now, then in zip(arguments, before, strict=True):
+        assert now is then is None or torch.equal(now, then)
+
+
+@each_path
+def test_the_surroundings_of_the_stream_stay(backend: str) -> None:
+    x, weight, bias = _operands(131, 70, 40, torch.float32)
+    residual = _stream(x, weight)
+    buffer = torch.full((133, 90), float("nan"), device=DEVICE)
+    buffer[1:-1, 8:78] = residual
+    linear(x, weight, bias, epilogue="residual", residual=buffer[1:-1, 8:78], backend=backend)
+    reference.assert_obeys_rule(
+        buffer[1:-1, 8:78], _exact("residual", x, weight, bias), _plain("residual", x, weight, bias)
+    )
+    buffer[1:-1, 8:78] = float("nan")
+    assert buffer.isnan().all()
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+    "columns": lambda x: x[..., ::2],
+    "misaligned": lambda x: x[..., 1:33],
+    "slice": lambda x: x[..., 8:40],
+}
+
+
+@pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
+@each_form
+@each_path
+def test_strided_operands_give_what_copies_give(backend: str, form: str, make: Any) -> None:
+    x, weight = make(random(6, 4, 64)), make(random(6, 4, 64))[0]
+    weight = weight[: len(weight) // 2 * 2]  # pairs, for SwiGLU
+    bias = random(1).expand(weight.shape[0])
+    strided = _run(form, backend, x, weight, bias)
+    copied = _run(form, backend, x.contiguous(), weight.contiguous(), bias.contiguous())
+    torch.testing.assert_close(strided, copied, atol=2e-6, rtol=1e-6)
+
+
+@each_form
+@each_path
+def test_what_lies_around_the_operands_is_not_read(backend: str, form: str) -> None:
+    x, weight, bias = _operands(67, 66, 40, torch.float16)
+    wide_x, wide_weight = (
+        torch.full((len(t) + 2, 56), float("nan"), device=DEVICE, dtype=t.dtype) for t in (x, weight)
+    )
+    wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48] = x, weight
+    y = _run(form, backend, wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48], bias)
+    reference.assert_obeys_rule(y, _exact(form, x, weight, bias), _plain(form, x, weight, bias))
+
+
+@each_form
+@each_path
+def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> None:
+    x, weight, bias = _operands(70, 66, 40, torch.float32)
+    x[3, 7], weight[10, 2] = float("nan"), float("nan")
+    wrong = _run(form, backend, x, weight, bias).isnan()
+    expected = torch.zeros_like(wrong)
+    expected[3], expected[:, 5 if form == "swiglu" else 10] = True, True
+    assert torch.equal(wrong, expected)
+    x[3, 7], weight[10, 2] = float("inf"), 0.0
+    y = _run(form, backend, x, weight, bias)
+    assert torch.equal(y.isfinite(), torch.arange(70, device=DEVICE)[:, None].expand_as(y) != 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@each_path
+def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype) -> None:
+    x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).to(dtype)
+    y = linear(x, torch.eye(8, device=DEVICE, dtype=dtype), None, epilogue="gelu", backend=backend)
+    exact = reference.gelu(x)
+    rounding = exact.abs() * 2.0 ** (-10 if dtype == torch.float16 else -22)
+    assert ((y.double() - exact).abs() <= 1e-6 + rounding).all()  # the polynomial is off by 3e-6, the tanh by 5e-4
+
+
+@each_path
+def test_swiglu_takes_gate_and_value_in_turn(backend: str) -> None:
+    weight = torch.tensor([[-30.0], [30.0], [2.0], [3.0]], device=DEVICE)
+    x = torch.ones(1, 1, device=DEVICE)
+    y = linear(x, weight, None, epilogue="swiglu", interleaved=True, backend=backend)
+    torch.testing.assert_close(y, _swish(torch.tensor([[-30.0, 2.0]], device=DEVICE)) * weight[1::2].T)
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x / (1.0 + torch.exp(-x))
+
+
+@each_backend
+def test_interleaved_parameters_give_the_swiglu_of_packed_halves(backend: str) -> None:
+    x, weight, bias = _operands(9, 12, 16, torch.float32)
+    packed = F.linear(x, weight, bias)
+    y = linear(x, interleave(weight), interleave(bias), epilogue="swiglu", interleaved=True, backend=backend)
+    torch.testing.assert_close(y, _swish(packed[:, :6]) * packed[:, 6:])
+    torch.testing.assert_close(linear(x, weight, bias, epilogue="swiglu", backend="torch"), y)
+    if backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match="got all gates first"):
+            linear(x, weight, bias, epilogue="swiglu", backend=backend)
+    assert interleave(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+
+
+# e4m3
+
+
+def _fp8_operands(size: tuple[int, int, int]) -> tuple[Any, ...]:
+    """x, its scale, weight, its scale, bias, and the first four as the matrices that they stand for."""
+    rows, out_features, in_features = size
+    x, weight = random(rows, in_features, scale=50).to(E4M3), random(out_features, in_features, scale=50).to(E4M3)
+    weight_scale = torch.rand(out_features).add(0.5).div(50 * in_features**0.5).to(DEVICE)
+    bias = random(out_features, dtype=torch.bfloat16)
+    return (x, 0.02, weight, weight_scale, bias), (
+        x.double() * 0.02,
+        weight.double() * weight_scale[:, None].double(),
+    )
+
+
+def _run_fp8(form: str, backend: str, operands: tuple[Any, ...], dtype: torch.dtype, out_scale: float = 1.0) -> Tensor:
+    x, scale, weight, weight_scale, bias = operands
+    options = {"epilogue": form, "scale": scale, "weight_scale": weight_scale, "backend": backend}
+    options["interleaved"] = form == "swiglu" and backend != "cublas"
+    if form == "residual":
+        residual = _stream(x, weight, dtype)
+        assert linear(x, weight, bias, residual=residual, **options) is residual
+        return residual
+    return linear(x, weight, bias, dtype=dtype, out_scale=out_scale, **options)
+
+
+def _exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if form == "residual":
+        return _stream(operands[0], operands[2], dtype).double() + reference.linear(x, weight, operands[-1])
+    return _exact(form, x, weight, operands[-1])
+
+
+@pytest.mark.parametrize("size", [(0, 32, 32), (1, 6, 16), (130, 258, 144), (65, 66, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_form
+@each_path
+def test_fp8_operands_obey_the_rule(backend: str, form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    operands, matrices = _fp8_operands(size)
+    with poisoned_memory():
+        y = _run_fp8(form, backend, operands, dtype)
+    exact = _exact_fp8(form, operands, *matrices, dtype)
+    reference.assert_obeys_rule(y, exact, exact.float().to(dtype))
+
+
+def _fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """By how much x @ weight^T may be off, element by element, given what two e4m3 matrices stand for.
+
+    Everything but the tensor cores of a GPU adds up in fp32.
+    """
+    if DEVICE == "cuda" and backend != "torch":
+        return _tensor_core_slack(x, weight)
+    return 2.0**-22 * (x.abs() @ weight.abs().T)
+
+
+PRODUCTS = 32  # of an element that one instruction of the tensor cores adds to its sum
+SIGNIFICANT_BITS = 14  # of the greatest of these numbers; the others are cut off where it is
+
+
+def _tensor_core_slack(x: Tensor, weight: Tensor) -> Tensor:
+    """By how much the sums of Hopper's tensor cores may be off.
+
+    Instruction i loses less than u_i = 2^-13 max(|sum before|, |products|, |sum after|) of each of the two sums and of
+    each product (DeepSeek-V3, arXiv:2412.19437, sections 3.3.2 and 3.5.2). What it loses of products is as random in
+    sign as they are in these tests, so Hoeffding's inequality bounds that: of 2^45 elements one is off by more than
+
+        sum_i 2 u_i + 8 sqrt(sum_i 32 u_i^2)
+    """
+    total, lost_of_sums, squares = (x.new_zeros(len(x), len(weight)) for _ in range(3))
+    for a, b in zip(x.split(PRODUCTS, 1), weight.split(PRODUCTS, 1), strict=True):
+        largest = torch.maximum(total.abs(), torch.outer(a.abs().amax(1), b.abs().amax(1)))
+        total = total + a @ b.T
+        unit = 2.0 ** (1 - SIGNIFICANT_BITS) * torch.maximum(largest, total.abs())
+        lost_of_sums += 2 * unit
+        squares += PRODUCTS * unit**2
+    return lost_of_sums + 8 * squares.sqrt()
+
+
+def _tensor_core_sums(x: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """x @ weight^T as tensor cores add it up that keep so many bits of the greatest number."""
+
+    def cut_off(numbers: Tensor) -> Tensor:
+        unit = torch.exp2(torch.frexp(numbers.abs().amax(-1, keepdim=True)).exponent.double() - bits)
+        return (numbers / unit).trunc() * unit
+
+    total = x.new_zeros(len(x), len(weight), 1)
+    for a, b in zip(x.split(PRODUCTS, 1), weight.split(PRODUCTS, 1), strict=True):
+        total = cut_off(cut_off(torch.cat((total, a[:, None] * b), -1)).sum(-1, keepdim=True))
+    return total[..., 0]
+
+
+@pytest.mark.parametrize("size", [(66, 40, 48), (130, 258, 144), (32, 64, 1552)], ids=str)
+def test_the_slack_allows_for_tensor_cores_and_no_more(size: tuple[int, int, int]) -> None:
+    (*_, weight_scale, _), (x, weight) = _fp8_operands(size)
+    exact, slack = reference.linear(x, weight, None), _tensor_core_slack(x, weight)
+
+    def share(sums: Tensor) -> float:
+        """Of what is allowed, how much is taken by the worst element."""
+        return ((sums - exact).abs() / slack).max().item()
+
+    assert 0 < share(_tensor_core_sums(x, weight, SIGNIFICANT_BITS)) < share(_tensor_core_sums(x, weight, 13)) < 1
+    assert share(_tensor_core_sums(x, weight, 10)) > 1
+    assert share(reference.linear(x[:, 1:], weight[:, 1:], None)) > 1  # a product left out
+    assert share(exact * (weight_scale.roll(1) / weight_scale)) > 1  # the scale of another column
+
+
+def test_the_error_of_tensor_cores_is_far_below_that_of_rounding_to_e4m3() -> None:
+    real = random(16, 4096, scale=50).double(), random(64, 4096, scale=50).double()
+    x, weight = (matrix.to(E4M3).double() for matrix in real)
+    rounded = reference.linear(x, weight, None)
+    from_rounding = (rounded - reference.linear(*real, None)).norm()
+    assert 20 * (_tensor_core_sums(x, weight, SIGNIFICANT_BITS) - rounded).norm() < from_rounding
+    assert 20 * (_tensor_core_sums(x, weight, 12) - rounded).norm() > from_rounding
+
+
+def _assert_fp8_residual_in_fp32(backend: str) -> None:
+    operands, matrices = _fp8_operands((66, 40, 48))
+    y = _run_fp8("residual", backend, operands, torch.float32)
+    exact = _exact_fp8("residual", operands, *matrices, torch.float32)
+    rounding = exact.abs().max() * 2.0**-23
+    wrong = (y.double() - exact).abs()
+    assert y.dtype == torch.float32
+    assert (wrong <= _fp8_slack(*matrices, backend) + rounding).all()
+
+
+def _assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int]) -> None:
+    """At most one step, and seldom, from what the formula gives for products that are off by the slack or less."""
+    operands, matrices = _fp8_operands(size)
+    with poisoned_memory():
+        y = _run_fp8(form, backend, operands, E4M3, 1 / 300)
+    z, slack = reference.linear(*matrices, operands[-1]), _fp8_slack(*matrices, backend)
+    if form == "gelu":  # whose slope is 1.13 or less, and that of SiLU 1.1
+        slack = 1.13 * slack
+    else:
+        gate, value = F.silu(z[:, 0::2]).abs(), z[:, 1::2].abs()
+        slack = 1.1 * slack[:, 0::2] * (value + slack[:, 1::2]) + gate * slack[:, 1::2]
+    exact = _exact(form, *matrices, operands[-1])
+    low, high = (((exact + s) * 300).clamp(-448, 448).to(E4M3) for s in (-slack, slack))
+    below = reference.e4m3_position(low) - reference.e4m3_position(y)
+    above = reference.e4m3_position(y) - reference.e4m3_position(high)
+    away = torch.maximum(below, above)
+    assert away.max() <= 1
+    assert (away > 0).double().mean() < 0.01
+    assert y.float().max() == 448
+
+
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+@each_path
+def test_e4m3_results_are_one_step_from_the_formula(backend: str, form: str) -> None:
+    _assert_e4m3_result(form, backend, (130, 258, 144))
+
+
+@each_backend
+def test_fp8_residual_in_fp32(backend: str) -> None:
+    _assert_fp8_residual_in_fp32(backend)
+
+
+# cuBLAS, which CPUs have under other names as far as the first two go
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_cublas_forms_obey_the_rule(rows: int) -> None:
+    x, weight, bias = (t.cpu() for t in _operands(rows, 48, 40, torch.bfloat16))
+    y = _linear_peers.linear_cublas(x.view(1, rows, 40), weight, bias, "gelu")
+    assert y.shape == (1, rows, 48)
+    reference.assert_obeys_rule(y[0], _exact("gelu", x, weight, bias), _plain("gelu", x, weight, bias))
+    y = linear(x, weight, bias, epilogue="swiglu", backend="cublas")
+    in_turn = x, interleave(weight), interleave(bias)
+    reference.assert_obeys_rule(y, _exact("swiglu", *in_turn), _plain("swiglu", *in_turn))
+    residual = _stream(x, weight)
+    exact = residual.double() + reference.linear(x, weight, None)
+    plain = residual + F.linear(x, weight)
+    assert linear(x, weight, None, epilogue="residual", residual=residual, backend="cublas") is residual
+    reference.assert_obeys_rule(residual, exact, plain)
+
+
+def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    cpu = torch.device("cpu")
+    first = _linear_peers._scale_of_rows(5, 0.25, cpu)
+    assert (first.shape, first.stride(), first.tolist()) == ((5, 1), (1, 1), [[0.25]] * 5)
+    assert _linear_peers._scale_of_rows(8, 0.25, cpu).data_ptr() == first.data_ptr()
+    assert _linear_peers._scale_of_rows(1, 0.5, cpu).tolist() == [[0.5]]
+    assert _linear_peers._scale_of_rows(9, 0.25, cpu).tolist() == [[0.25]] * 9
+    assert [len(kept) for kept in _linear_peers._SCALES[0.25, cpu]] == [8, 16]
+
+
+@fakes_cuda
+def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture must not wait for the device; and what it would fill later nobody else may read."""
+    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    waited = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(_kept()))
+    )
+
+    def _kept() -> int:
+        return sum(map(len, _linear_peers._SCALES.values()))
+
+    cuda = torch.device("cuda", 0)
+    with FakeTensorMode():
+        assert _linear_peers._scale_of_rows(5, 0.25, cuda).shape == (5, 1)
+        assert (_kept(), waited) == (0, [])
+        capturing[0] = False
+        _linear_peers._scale_of_rows(5, 0.25, cuda)
+        assert (_kept(), waited) == (1, [0])  # kept once it is filled
+        capturing[0] = True
+        assert _linear_peers._scale_of_rows(8, 0.25, cuda).shape == (8, 1)
+        assert _kept() == 1
+
+
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+def test_cublas_in_e4m3_leaves_the_activation_to_its_op(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a product in place of cuBLAS' that computes in fp32 and gives bf16."""
+
+    def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, _: Any, columns: Tensor, *rest: Any, **options: Any):
+        assert options["use_fast_accum"]
+        z = (x.float() * scale) @ (weight.float() * columns) + options["bias"].float()
+        return z.to(options["output_dtype"])
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    operands, matrices = _fp8_operands((33, 32, 48))
+    x, scale, weight, weight_scale, bias = (t.cpu() if isinstance(t, Tensor) else t for t in operands)
+    args = x, weight, bias, form, None, scale, weight_scale, E4M3, 1 / 300, False
+    asked = []
+    monkeypatch.setattr(
+        _linear_peers, "activation", lambda z, kind, **rest: asked.append(z) or ops.activation(z, kind, **rest)
+    )
+    y = _linear_peers.linear_cublas_e4m3(*args)
+    assert asked[0].dtype == torch.bfloat16
+    exact = _exact(
+        form, matrices[0], *(map(interleave, (matrices[1], bias)) if form == "swiglu" else (matrices[1], bias))
+    )
+    steps = reference.e4m3_steps(y, (exact * 300).clamp(-448, 448).to(E4M3).cpu())
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.1  # the product was rounded to bf16
+
+
+@fakes_cuda
+@pytest.mark.parametrize("form", FORMS)
+def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 64, device="cuda").to(E4M3) for n in (10, 48))
+        operands = (x.view(2, 5, 64), 0.5, weight, torch.empty(48, device="cuda"), None)
+        y, expected = (_run_fp8(form, backend, operands, torch.bfloat16) for backend in ("cublas", "torch"))
+        assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+# How torch sees the ops
+
+
+@runs_triton
+@pytest.mark.parametrize("strided", [False, True])
+def test_opcheck(strided: bool) -> None:
+    skip_without_opcheck()
+    x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
+    weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
+    library, check = torch.ops.dinov2_fast, torch.library.opcheck
+    for form in ("none", "gelu", "swiglu"):
+        check(library.linear.default, (x, weight, bias, form))
+    check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias, 1.0, None))
+    fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(8, device=DEVICE))
+    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for form, dtype in (("none", torch.float16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
+        check(library.linear_fp8.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
+    check(library.linear_residual_.default, (random(5, 3, 8), *fp8, *scales), test_utils=most)
+
+
+@each_backend
+def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        residual = x * 2
+        y = linear(x, weight, bias, backend=backend)
+        linear(y, weight, bias, epilogue="residual", residual=residual, backend=backend)
+        hidden = linear(residual, weight, bias, epilogue="gelu", backend=backend)
+        y = linear(hidden, weight, bias, epilogue="swiglu", interleaved=True, backend=backend)
+        return y + residual[..., ::2]
+
+    assert_compiles_whole(block, (random(2, 5, 32), random(32, 32, scale=0.2), random(32)))
+
+
+@each_form
+@each_backend
+def test_autocast_gives_the_dtype_torch_gives(backend: str, form: str) -> None:
+    operands = _operands(3, 8, 16, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert _run(form, backend, *operands).dtype == _run(form, "torch", *operands).dtype
+
+
+@each_backend
+def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
+    x, weight, bias = _operands(3, 8, 16, torch.float32)
+    residual = _stream(x, weight)
+    versions = [residual._version]
+    linear(x, weight, bias, epilogue="residual", residual=residual, backend=backend)
+    versions.append(residual._version)
+    scales = {"scale": 1.0, "weight_scale": bias.abs()}
+    linear(x.to(E4M3), weight.to(E4M3), bias, epilogue="residual", residual=residual, **scales, backend=backend)
+    assert versions[0] < versions[1] < residual._version
+
+
+def test_what_was_measured_comes_first(monkeypatch) -> None:
+    """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
+    cpu = torch.device("cpu")
+    for first in (True, False):
+        monkeypatch.setattr(_linear_peers, "HAS_AVX512", first)
+        assert _linear_peers.onednn().is_for(cpu) == first
+        assert _linear_peers.onednn().reason_against_kind(cpu, torch.float32, False, forced=True) is None
+    assert LINEAR.backends("none")[:2] == ["onednn", "torch"]
+
+
+@fakes_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
+@each_form
+def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    with FakeTensorMode(), torch.no_grad():
+        assert LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend == "torch"
+
+
+@fakes_cuda
+@pytest.mark.parametrize("name", ["cublas", "cuda"])
+def test_a_backend_without_a_form_leaves_it_to_the_default(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+
+    def chosen(form: str, dtype: torch.dtype) -> str:
+        return LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend
+
+    with FakeTensorMode(), torch.no_grad(), use_backend(f"linear={name}", strict=True):
+        assert chosen("none", torch.bfloat16) == "torch"
+        assert {chosen(form, torch.bfloat16) for form in ("gelu", "swiglu", "residual")} == {name}
+        assert {chosen(form, E4M3) for form in FORMS} == {name}
+    assert not caplog.records
+
+
+@each_form
+@each_backend
+def test_gradients_are_refused(backend: str, form: str) -> None:
+    x, weight, bias = _operands(2, 4, 8, torch.float32)
+    weight.requires_grad_()
+    with pytest.raises(BackendError, match="inference only"):
+        _run(form, backend, x, weight, bias)
+    with torch.no_grad():
+        _run(form, backend, x, weight, bias)
+
+
+def _e4m3(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    scales = {"scale": 1.0, "weight_scale": torch.ones(len(weight), device=x.device)}
+    return linear(x.to(E4M3), weight.to(E4M3), bias, **scales | options)
+
+
+def _add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "torch") -> Tensor:
+    return linear(x, weight, bias, epilogue="residual", residual=residual, backend=backend)
+
+
+REFUSALS = {
+    "takes fp16, bf16, fp32 and e4m3, got torch.float64": lambda x, w, b: linear(x.double(), w, b, backend="triton"),
+    "takes x and weight of one dtype": lambda x, w, b: linear(x, w.half(), b, backend="triton"),
+    "is near enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
+    "takes tensors of one dtype, got torch.bfloat16, torch.bfloat16, torch.float32": lambda x, w, b: linear(
+        x.bfloat16(), w.bfloat16(), b, epilogue="gelu", backend="cublas"
+    ),
+    "takes all gates first": lambda x, w, b: linear(x, w, b, epilogue="swiglu", interleaved=True, backend="cublas"),
+    "takes gate and value features in turn": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
+    "adds no bias": lambda x, w, b: _add(x, x, w, b, "cublas"),
+    "got torch.float32, torch.float32, torch.float16": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
+    "evenly spaced rows": lambda x, w, b: _add(x[:1].expand(4, 16), x, w, b, "triton"),
+    "adds to fp16, bf16 and fp32": lambda x, w, b: _add(x.double(), x, w, b, "triton"),
+    "features in multiples of 16, got 16 in and 8 out": lambda x, w, b: _e4m3(x, w[:8], None, backend="cublas"),
+    "takes a bf16 bias": lambda x, w, b: _e4m3(x, w, b, backend="cublas"),
+    "too coarse for an fp16 stream": lambda x, w, b: _e4m3(
+        x, w, None, epilogue="residual", residual=x.half(), backend="cublas"
+    ),
+    "there is no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
+    "there is no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
+}
+
+
+@fakes_cuda
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
+        with pytest.raises(BackendError, match=reason):
+            REFUSALS[reason](x, weight, bias)
+
+
+@pytest.mark.parametrize("backend", ["cublas", "triton"])
+@pytest.mark.parametrize("form", FORMS)
+def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    with FakeTensorMode():
+        x, scale = torch.empty(16, 16, device="cuda").to(E4M3), torch.empty(16, device="cuda")
+        with pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
+            _run_fp8(form, backend, (x, 1.0, x, scale, None), torch.bfloat16)
+
+
+MISTAKES = {
+    "weight has shape": lambda x, w, b: linear(x, w[:, 1:], b),
+    "which does not go with x": lambda x, w, b: linear(x[0, 0], w, b),
+    "bias has shape": lambda x, w, b: linear(x, w, b[1:], epilogue="gelu"),
+    "nothing to multiply": lambda x, w, b: linear(x[:, :0], w[:, :0], b),
+    "pairs of gate and value": lambda x, w, b: linear(x, w[1:], b[1:], epilogue="swiglu"),
+    "no form 'relu', only none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
+    "residual has shape": lambda x, w, b: _add(x[1:], x, w, b),
+    "which needs it": lambda x, w, b: linear(x, w, b, epilogue="residual"),
+    "residual goes with the epilogue": lambda x, w, b: linear(x, w, b, residual=x),
+    "of shape .7,., not torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
+    "weight_scale is torch.float16": lambda x, w, b: _e4m3(x, w, b, weight_scale=b.half()),
+    "x and weight must be e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
+    "for scale, weight_scale and dtype": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
+    "need scale and weight_scale": lambda x, w, b: linear(x.to(E4M3), w.to(E4M3), b),
+    "operands need scale": lambda x, w, b: _e4m3(x, w, b, scale=None),
+    "the result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
+    "the result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_sizes_that_do_not_go_together_are_an_error(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MISTAKES[message](random(4, 8), random(8, 8), random(8))

@@ -1,0 +1,41 @@
+"""The table of what runs, over all ops; tests/ops/test_dispatch.py has what it says of each choice."""
+
+from __future__ import annotations
+
+import torch
+
+from dinov2_fast.ops import dispatch, use_backend
+from dinov2_fast.ops.table import summary, table
+
+
+def test_every_op_is_in_the_table_on_every_device() -> None:
+    for device in ("cpu", "meta", *(["cuda"] if torch.backends.cuda.is_built() else [])):
+        chosen = {row.name: row.backend for row in table(device)}
+        assert {name.partition(".")[0] for name in chosen} == set(dispatch.ops())
+        assert len(chosen) == sum(len(op.samples) for op in dispatch.ops().values()) - 1  # "identity" is e4m3's alone
+        others = {name for op, name in chosen.items() if not op.startswith(("linear", "attention.batch"))}
+        assert others == {"torch"}
+        assert set(chosen.values()) <= {"torch", "onednn"}
+        assert device == "cpu" or "onednn" not in chosen.values()
+
+
+def test_e4m3_has_the_forms_that_read_or_write_it() -> None:
+    names = {row.name for row in table("cpu", torch.float8_e4m3fn)}
+    linears = {f"linear.{epilogue}" for epilogue in ("none", "gelu", "swiglu", "residual")}
+    others = {"layer_norm.plain", "attention.batch", "attention.varlen"}
+    others |= {f"activation.{kind}" for kind in ("gelu", "swiglu", "identity")}
+    assert names == linears | others
+
+
+def test_the_summary_has_a_line_for_forms_that_run_alike() -> None:
+    with use_backend("linear=torch,linear.gelu=onednn"):
+        lines = summary(row for row in table("cpu") if row.op in ("linear", "patches"))
+    assert [line.split() for line in lines] == [
+        ["operation", "run", "by", "because"],
+        ["linear", "(none,", "swiglu,", "residual)", "torch", "was", "asked", "for"],
+        ["linear", "(gelu)", "onednn", "was", "asked", "for"],
+        ["patches", "torch", "the", "others", "need", "a", "GPU"],
+    ]
+    assert (
+        len({line.index(backend) for line, backend in zip(lines[1:], ("torch", "onednn", "torch"), strict=True)}) == 1
+    )
