@@ -188,11 +188,8 @@ def may_import(source: str, target: list[str]) -> bool:
 
 def ops_without_entries(root: Path) -> list[str]:
     ops = {path.stem for path in root.glob("dinov2_fast/ops/*.py") if not path.stem.startswith("_")}
-    found = [
-        f"op {op} has no tests/ops/test_{op}.py"
-        for op in sorted(ops)
-        if not (root / f"tests/ops/test_{op}.py").is_file()
-    ]
+    tests = {op: f"tests/ops/test_{op}.py" for op in sorted(ops)}
+    found = [f"op {op} has no {test}" for op, test in tests.items() if not (root / test).is_file()]
     for path in sorted([*root.glob("kernels/*.py"), *root.glob("csrc/*.cu")]):
         # linear_bf16.cu: a source of csrc may hold a part of an op, so that parts compile at the same time
         of_an_op = path.suffix == ".cu" and any(path.stem.startswith(f"{op}_") for op in ops)

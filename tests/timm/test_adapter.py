@@ -20,10 +20,7 @@ from tests.helpers.readme import example
 
 NAMES = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2")
 SMALL = {"embed_dim": 128, "depth": 4, "num_heads": 2}
-TOLERANCE = {
-    "atol": 5e-5,
-    "rtol": 0.0,
-}  # of positions that torch resamples in fp32, see tests/helpers/huggingface_peers.py
+TOLERANCE = {"atol": 5e-5, "rtol": 0.0}  # torch resamples positions in fp32, see tests/helpers/huggingface_peers.py
 
 
 class Pair(NamedTuple):
