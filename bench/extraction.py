@@ -1,6 +1,6 @@
 """From JPEG files to features, decoding included: images per second, and the share of the time the device works.
 
-All implementations read the same files of 500 x 375 pixels, cut at random from examples/pictures. They were just
+All implementations read the same files of 500 x 375 pixels, cut at random from examples/images. They were just
 written, so no disk is waited for. A pass reads all files and ends with the class tokens in host memory, float32
 (images, hidden), in the order of the files. Ours is what `dinov2-fast extract` runs, with its shards and means of patch
 tokens. A peer has its own preprocessing, in a DataLoader with as many workers. Whole passes run in turn, A B C B C A; a
@@ -43,13 +43,13 @@ from bench.tasks import Entrant, Judge, Models, Row, Setting
 from dinov2_fast import load_features, optimize_for_inference
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
 from dinov2_fast.extraction.compute import without_normalization
 from dinov2_fast.extraction.extract import extract
 
 SIZE = (500, 375)  # of the files: width and height
-SOURCES = Path(__file__).parents[1] / "examples" / "pictures"
+SOURCES = Path(__file__).parents[1] / "examples" / "images"
 CORES = os.cpu_count() or 1
 PRECISION = {"cpu": "fp32", "cuda": "bf16"}
 # On a GPU a model that waits for images and one that keeps it busy; on a CPU as many workers as `dinov2-fast extract`.
@@ -108,7 +108,7 @@ def ours(setting: Setting, models: Models, workers: int) -> Pipeline:
 
 def our_pixels(paths: list[str]) -> Tensor:
     processor = Dinov2ImageProcessor()
-    return torch.from_numpy(np.stack([decode(Picture(path), processor).pixels for path in paths]))
+    return torch.from_numpy(np.stack([decode(ImageSource(path), processor).pixels for path in paths]))
 
 
 def theirs(peer: Peer, setting: Setting, models: Models, workers: int) -> Pipeline:
@@ -203,7 +203,7 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
         several = seconds if len(seconds) > 1 else 2 * seconds
         fast, median, slow = (len(paths) / each for each in harness.quantiles(several))
         rows[peer] |= {"value": median, "p20": slow, "p80": fast, "unit": "images/s", "outputs_max_error": max(errors)}
-        about = {"workers": options.workers, "pictures": len(paths), "pillow": records.version("pillow")}
+        about = {"workers": options.workers, "images": len(paths), "pillow": records.version("pillow")}
         rows[peer]["versions"] = about | ({"decoding": decoding_alone(paths, options.workers)} if peer is OURS else {})
         x = pipelines[peer].pixels(sample[: setting.batch]).to(device, setting.dtype)
         of_an_image = harness.warm_up(partial(pipelines[peer].forward, x), device) / len(x)
@@ -214,7 +214,7 @@ def measure(setting: Setting, entrants: list[Entrant], paths: list[str], options
 def decoding_alone(paths: list[str], workers: int) -> float:
     """Images per second that the workers of our extraction decode without a model."""
     start = time.perf_counter()
-    for _ in decode_all(map(Picture, paths), without_normalization(Dinov2ImageProcessor()), workers=workers):
+    for _ in decode_all(map(ImageSource, paths), without_normalization(Dinov2ImageProcessor()), workers=workers):
         pass
     return len(paths) / (time.perf_counter() - start)
 

@@ -89,7 +89,7 @@ def export(
     opset: int | None = None,
     batch_size: int | None = None,
     size: tuple[int, int] | None = None,
-    pictures: Sequence[Tensor] | None = None,
+    images: Sequence[Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -107,9 +107,9 @@ def export(
         outputs: names, in the order wanted; see the module's description.
         dtype: of weights, input and outputs, "fp32", "fp16" or, for "torch-export", "bf16".
         opset: of ONNX, 18 or newer; default 20.
-        batch_size: fixes the number of pictures.
+        batch_size: fixes the number of images.
         size: fixes (height, width) in pixels.
-        pictures: batches (pictures, 3, height, width) in fp32 to compare file and model with, default noise of two
+        images: batches (images, 3, height, width) in fp32 to compare file and model with, default noise of two
             sizes. With a fixed batch size they run in batches of it, the last filled up. ONNX needs onnxruntime for it.
         metadata: what to store as JSON in the file besides outputs, dtype, position dialect and version.
         overwrite: replace what is there.
@@ -126,12 +126,12 @@ def export(
     _check_classifier(model, classifier, outputs)
     path = Path(path)
     _check_path(path, format, overwrite)
-    _check_packages(format, pictures)
-    batches = _noise(model, size) if pictures is None else pictures
-    _check_pictures(model, batches, size)
+    _check_packages(format, images)
+    batches = _noise(model, size) if images is None else images
+    _check_images(model, batches, size)
     about = {"outputs": list(outputs), "dtype": dtype, "position_dialect": model.position_dialect}
     text = json.dumps({**(metadata or {}), **about, "version": __version__})
-    program = _trace(_Pictures(_prepared(model, DTYPES[dtype], size), outputs, classifier), batch_size, size)
+    program = _trace(_Images(_prepared(model, DTYPES[dtype], size), outputs, classifier), batch_size, size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
@@ -141,12 +141,12 @@ def export(
             torch.export.save(program, written, extra_files={METADATA: text})
         del program
         run = _runner(written, format)
-        exact = _Pictures(_exact(model), outputs, classifier)
+        exact = _Images(_exact(model), outputs, classifier)
         differences = _compare(run, exact, batches, dtype, batch_size) if run else ()
         return Exported(_move(written, path), differences)
 
 
-class _Pictures(nn.Module):
+class _Images(nn.Module):
     """The model, with a copy of the classifier in its dtype, as a function of images alone, with a tuple of outputs."""
 
     def __init__(self, model: DinoVisionTransformer, outputs: Sequence[str], classifier: nn.Linear | None) -> None:
@@ -241,8 +241,8 @@ def _check_path(path: Path, format: str, overwrite: bool) -> None:
         raise ExportError(f"{str(path)!r} cannot be written: {str(folder)!r} is no folder in which you may write.")
 
 
-def _check_packages(format: str, pictures: Sequence[Tensor] | None) -> None:
-    needed = ["onnx", "onnxscript"] + ["onnxruntime"] * (pictures is not None)
+def _check_packages(format: str, images: Sequence[Tensor] | None) -> None:
+    needed = ["onnx", "onnxscript"] + ["onnxruntime"] * (images is not None)
     missing = [name for name in needed if format == "onnx" and not is_installed(name)]
     if missing:
         raise ExportError(
@@ -251,16 +251,16 @@ def _check_packages(format: str, pictures: Sequence[Tensor] | None) -> None:
         )
 
 
-def _check_pictures(model: DinoVisionTransformer, batches: Sequence[Tensor], size: tuple[int, int] | None) -> None:
+def _check_images(model: DinoVisionTransformer, batches: Sequence[Tensor], size: tuple[int, int] | None) -> None:
     channels, patch = model.patch_embed.in_chans, model.patch_size
     if not batches:
-        raise ValueError("There is no picture to compare on; leave pictures out to compare on noise.")
+        raise ValueError("There is no image to compare on; leave images out to compare on noise.")
     for batch in batches:
         sides = tuple(batch.shape[2:])
         right = sides == size if size else all(side > 0 and side % patch == 0 for side in sides)
         if batch.ndim != 4 or not len(batch) or batch.shape[1] != channels or not right:
             wanted = f"{size[0]}, {size[1]}" if size else f"multiple of {patch}, multiple of {patch}"
-            raise ValueError(f"pictures must be batches (pictures, {channels}, {wanted}), got {tuple(batch.shape)}.")
+            raise ValueError(f"images must be batches (images, {channels}, {wanted}), got {tuple(batch.shape)}.")
 
 
 def _exact(model: DinoVisionTransformer) -> DinoVisionTransformer:
@@ -284,9 +284,9 @@ def _prepared(model: DinoVisionTransformer, dtype: torch.dtype, size: tuple[int,
     return copied.requires_grad_(False)
 
 
-def _trace(pictures: _Pictures, batch_size: int | None, size: tuple[int, int] | None) -> ExportedProgram:
+def _trace(images: _Images, batch_size: int | None, size: tuple[int, int] | None) -> ExportedProgram:
     """The graph, for every batch and size that is not fixed."""
-    model = pictures.model
+    model = images.model
     patch, parameter = model.patch_size, model.pos_embed
     height, width = size or (5 * patch, 4 * patch)
     example = torch.zeros(batch_size or 2, model.patch_embed.in_chans, height, width, dtype=parameter.dtype)
@@ -295,7 +295,7 @@ def _trace(pictures: _Pictures, batch_size: int | None, size: tuple[int, int] | 
         free |= {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     try:
         with torch.no_grad():
-            return torch.export.export(pictures, (example,), dynamic_shapes={INPUT: free})
+            return torch.export.export(images, (example,), dynamic_shapes={INPUT: free})
     except BackendError as error:
         raise ExportError(
             f"Exported graphs hold torch's own operators, not kernels: unset the backend. {error}"
@@ -373,7 +373,7 @@ def _runner(path: Path, format: str) -> Callable[[Tensor], Sequence[Tensor]] | N
 
 
 def _noise(model: DinoVisionTransformer, size: tuple[int, int] | None) -> list[Tensor]:
-    """Pictures to compare with, of the fixed size or of two others."""
+    """Images to compare with, of the fixed size or of two others."""
     patch, generator = model.patch_size, torch.Generator().manual_seed(0)
     sizes = [size] if size else [(16 * patch, 16 * patch), (11 * patch, 14 * patch)]
     channels = model.patch_embed.in_chans
@@ -382,7 +382,7 @@ def _noise(model: DinoVisionTransformer, size: tuple[int, int] | None) -> list[T
 
 def _compare(
     run: Callable[[Tensor], Sequence[Tensor]],
-    model: _Pictures,
+    model: _Images,
     batches: Sequence[Tensor],
     dtype: str,
     batch_size: int | None,
@@ -406,7 +406,7 @@ def _compare(
 
 
 def _run_all(run: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor, batch_size: int) -> list[Tensor]:
-    """The outputs for all pictures, which run in batches of one size; the first pictures fill up the last."""
+    """The outputs for all images, which run in batches of one size; the first images fill up the last."""
     starts = range(0, len(pixels), batch_size)
     parts = [run(pixels[torch.arange(start, start + batch_size) % len(pixels)]) for start in starts]
     wholes = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]

@@ -151,14 +151,14 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth for each picture: the branch is zeroed with probability `drop_prob`, or scaled by 1/(1 - p)."""
+    """Stochastic depth for each image: the branch is zeroed with probability `drop_prob`, or scaled by 1/(1 - p)."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """Each picture's factor, (batch,); None outside training."""
+        """Each image's factor, (batch,); None outside training."""
         if not self.training or not self.drop_prob:
             return None
         keep = 1 - self.drop_prob
@@ -226,7 +226,7 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
 
     def forward(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-        """Attends within each picture of `x` (batch, seq_len, hidden).
+        """Attends within each image of `x` (batch, seq_len, hidden).
 
         With `seq_lens`, `x` is (1, total_tokens, hidden) and holds sequences of those lengths, one after the other.
         """

@@ -1,8 +1,8 @@
-"""DINOv2, a vision transformer: a picture becomes a sequence of tokens, a stack of blocks refines them.
+"""DINOv2, a vision transformer: an image becomes a sequence of tokens, a stack of blocks refines them.
 
     tokens = [CLS, registers, patches]     CLS and patches carry a position, registers none
     tokens = block(tokens)                 depth times
-    tokens = norm(tokens)                  CLS describes the picture, each patch token its place in it
+    tokens = norm(tokens)                  CLS describes the image, each patch token its place in it
 
 The class has the constructor, attributes, methods and state-dict keys of the reference (facebookresearch/dinov2,
 dinov2/models/vision_transformer.py), so its checkpoints and the code written for it work unchanged.
@@ -146,9 +146,9 @@ class DinoVisionTransformer(AnyLayout):
     """A DINOv2 backbone. The arguments are the reference's; the eight published models are in `dinov2_fast.configs`.
 
     Args:
-        img_size: size in pixels of the pictures the position table is made for, an int or (height, width).
+        img_size: size in pixels of the images the position table is made for, an int or (height, width).
         patch_size: side of a patch in pixels.
-        in_chans: channels of a picture.
+        in_chans: channels of an image.
         embed_dim: hidden size.
         depth: number of blocks.
         num_heads: attention heads.
@@ -287,11 +287,11 @@ class DinoVisionTransformer(AnyLayout):
         self.interpolate_offset, self.interpolate_antialias = dialect(name)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """The position embeddings for a picture of `w` rows and `h` columns of pixels (the reference's names).
+        """The position embeddings for an image of `w` rows and `h` columns of pixels (the reference's names).
 
         Args:
             x: the CLS token and patch tokens (batch, 1 + patches, hidden), for their dtype.
-            w, h: height and width of the picture in pixels.
+            w, h: height and width of the image in pixels.
 
         Returns:
             (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
@@ -311,10 +311,10 @@ class DinoVisionTransformer(AnyLayout):
         """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
         return position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
 
-    # From pictures to tokens
+    # From images to tokens
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Embeds pictures as tokens with positions.
+        """Embeds images as tokens with positions.
 
         Args:
             x: (batch, channels, height, width), floating point, height and width multiples of the patch size.
@@ -603,7 +603,7 @@ def _indices(asked: int | Sequence[int], count: int, what: str) -> list[int]:
 def _check_masks(masks: Tensor, x: Tensor) -> Tensor:
     if masks.shape != x.shape[:2]:
         raise ValueError(
-            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these pictures, got {tuple(masks.shape)}."
+            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these images, got {tuple(masks.shape)}."
         )
     if masks.dtype != torch.bool:
         raise TypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")

@@ -1,4 +1,4 @@
-"""Resampling the position table to a picture's grid of patches: bicubic, in three dialects, as two small matrices.
+"""Resampling the position table to an image's grid of patches: bicubic, in three dialects, as two small matrices.
 
 DINOv2's table is trained for a 37 x 37 grid (518 px). At any other size it is resampled, and the implementations
 people use do that differently; the results agree only at the trained size:

@@ -199,21 +199,21 @@ class TimmVisionTransformer(DinoVisionTransformer):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Resamples the position table for pictures of another size; the new one is a new parameter.
+        """Resamples the position table for images of another size; the new one is a new parameter.
 
-        The model still takes pictures of every size, whose positions are resampled from the new table.
+        The model still takes images of every size, whose positions are resampled from the new table.
 
         Args:
             img_size: in pixels, an int or (height, width), which may be no square; None leaves it.
             patch_size: the model's own, or None: there is no resampling of the patch embedding.
 
         Raises:
-            ValueError: another patch size, or pictures smaller than a patch.
+            ValueError: another patch size, or images smaller than a patch.
         """
         if patch_size is not None and _pair(patch_size) != self.patch_embed.patch_size:
             raise ValueError(
                 f"patch_size={patch_size} cannot be set: the patch embedding is for patches of {self.patch_size} "
-                "pixels. Resize the pictures instead."
+                "pixels. Resize the images instead."
             )
         height, width = self.patch_embed.img_size if img_size is None else _pair(img_size)
         if min(height, width) < self.patch_size:
@@ -275,7 +275,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         """Outputs of chosen blocks, in ascending order.
 
         Args:
-            x: pictures (batch, channels, height, width).
+            x: images (batch, channels, height, width).
             indices: the last so many blocks, or their indices, which may be negative; None for all.
             return_prefix_tokens: give CLS and registers, too.
             norm: apply the final norm to the outputs of the blocks.
@@ -437,7 +437,7 @@ class FeatureInfo:
         return self.get("num_chs", idx)
 
     def reduction(self, idx: Indices = None) -> Any:
-        """Pixels of the picture for each pixel of a map: the patch size."""
+        """Pixels of the image for each pixel of a map: the patch size."""
         return self.get("reduction", idx)
 
     def module_name(self, idx: Indices = None) -> Any:
@@ -452,7 +452,7 @@ class FeatureInfo:
 
 
 class FeatureGetter(nn.Module):
-    """Pictures to a list of feature maps (batch, hidden, rows, columns), of the blocks `out_indices`.
+    """Images to a list of feature maps (batch, hidden, rows, columns), of the blocks `out_indices`.
 
     All have the resolution of the patches, as timm's have. `model` loses the blocks and the norm that they do not need.
     For inference it may be replaced by its engine: ``features.model = optimize_for_inference(features.model)``.

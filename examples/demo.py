@@ -1,4 +1,4 @@
-"""The main job on the pictures that ship with the project: their features, and sheets of what the model sees in them.
+"""The main job on the images that ship with the project: their features, and sheets of what the model sees in them.
 
 With the released ViT-S/14 weights where they can be had (cache or network), otherwise with seeded random weights, and
 then every output says so. Run it by ``make demo`` or ``python examples/demo.py [output folder]``; the commands that it
@@ -17,7 +17,7 @@ from dinov2_fast.cli import main as dinov2_fast_command
 from dinov2_fast.weights.sources import find_backbone
 
 MODEL = "dinov2_vits14"
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "images"
 
 OFFLINE = """
 ************************************************************************
@@ -31,10 +31,10 @@ OFFLINE = """
 def main(out: Path) -> None:
     """Writes features, and sheets of PCA, attention and neighbours, to the folder `out`."""
     options, mark = choose_weights()
-    pictures, features = os.path.relpath(PICTURES), str(out / f"features{mark}")
+    images, features = os.path.relpath(IMAGES), str(out / f"features{mark}")
     model = ["--model", MODEL, *options]
-    run("extract", pictures, *model, "--out", features, "--workers", "0", "--batch-size", "4", "--overwrite")
-    run("show", pictures, *model, "--pca", "--attention", "--out", str(out))
+    run("extract", images, *model, "--out", features, "--workers", "0", "--batch-size", "4", "--overwrite")
+    run("show", images, *model, "--pca", "--attention", "--out", str(out))
     run("show", features, "--neighbours", "--count", "3", "--out", str(out))
     if mark:
         print("\nAll of it was made with RANDOM weights.")

@@ -209,7 +209,7 @@ def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool
 def attention_forward(
     qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each picture of a batch, or with cu_seqlens of each sequence of a batch of 1.
+    """Attention of each image of a batch, or with cu_seqlens of each sequence of a batch of 1.
 
     Args:
         qkv: (batch, tokens, 3, heads, head_dim).

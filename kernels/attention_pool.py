@@ -43,12 +43,12 @@ def _attention_pool_scores_kernel(
     BLOCK: tl.constexpr,
 ):
     token_blocks = tl.cdiv(seq_len, TOKENS)
-    picture = (tl.program_id(0) // token_blocks).to(tl.int64)
+    image = (tl.program_id(0) // token_blocks).to(tl.int64)
     token = tl.program_id(0) % token_blocks * TOKENS + tl.arange(0, TOKENS)
     head = tl.arange(0, HEADS)
     token_mask, head_mask = token < seq_len, head < num_heads
-    x_rows = x_ptr + picture * x_batch_stride + token.to(tl.int64)[:, None] * x_token_stride
-    queries = absorbed_ptr + (picture * num_heads + head[:, None]) * hidden
+    x_rows = x_ptr + image * x_batch_stride + token.to(tl.int64)[:, None] * x_token_stride
+    queries = absorbed_ptr + (image * num_heads + head[:, None]) * hidden
     dtype = x_ptr.dtype.element_ty
     operand = tl.float32 if UPCAST else dtype
 
@@ -81,10 +81,10 @@ def _attention_pool_scores_kernel(
         query = (query.to(COMPUTE) * weight[None, :]).to(dtype).to(operand)
         scores = tl.dot(query, tl.trans(x_hat), scores, input_precision="ieee", out_dtype=COMPUTE)
 
-    statistic = picture * seq_len + token
+    statistic = image * seq_len + token
     tl.store(mean_ptr + statistic, mean, mask=token_mask)
     tl.store(rstd_ptr + statistic, rstd, mask=token_mask)
-    score_row = (picture * num_heads + head[:, None]) * seq_len
+    score_row = (image * num_heads + head[:, None]) * seq_len
     tl.store(scores_ptr + score_row + token[None, :], scores, mask=head_mask[:, None] & token_mask[None, :])
 
 
@@ -110,7 +110,7 @@ def _attention_pool_sum_kernel(
     STAGES: tl.constexpr,
 ):
     blocks = tl.cdiv(hidden, BLOCK)
-    picture = (tl.program_id(0) // blocks).to(tl.int64)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     head = tl.arange(0, HEADS)
     column_mask, head_mask = column < hidden, head < num_heads
@@ -123,13 +123,13 @@ def _attention_pool_sum_kernel(
     for start in tl.range(0, seq_len, TOKENS, num_stages=STAGES):
         token = start + tl.arange(0, TOKENS)
         token_mask = token < seq_len
-        x_rows = x_ptr + picture * x_batch_stride + token.to(tl.int64)[:, None] * x_token_stride
+        x_rows = x_ptr + image * x_batch_stride + token.to(tl.int64)[:, None] * x_token_stride
         x = tl.load(x_rows + column[None, :], mask=token_mask[:, None] & column_mask[None, :], other=0.0).to(COMPUTE)
-        mean = tl.load(mean_ptr + picture * seq_len + token, mask=token_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + picture * seq_len + token, mask=token_mask, other=0.0)
+        mean = tl.load(mean_ptr + image * seq_len + token, mask=token_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + image * seq_len + token, mask=token_mask, other=0.0)
         x_hat = ((x - mean[:, None]) * rstd[:, None]).to(dtype).to(operand)
 
-        score_row = scores_ptr + (picture * num_heads + head[:, None]) * seq_len
+        score_row = scores_ptr + (image * num_heads + head[:, None]) * seq_len
         scores = tl.load(score_row + token[None, :], mask=head_mask[:, None] & token_mask[None, :], other=0.0)
         scores = tl.where(token_mask[None, :], scores * LOG2E, float("-inf"))  # (HEADS, TOKENS), base 2
         larger = tl.maximum(largest, tl.max(scores, axis=1))
@@ -143,7 +143,7 @@ def _attention_pool_sum_kernel(
     weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
     pooled = acc / total[:, None] * weight[None, :] + bias[None, :]
-    row = (picture * num_heads + head[:, None]) * hidden
+    row = (image * num_heads + head[:, None]) * hidden
     tl.store(pooled_ptr + row + column[None, :], pooled, mask=head_mask[:, None] & column_mask[None, :])
 
 

@@ -25,7 +25,7 @@ def _layer_norm_forward_kernel(
     x_ptr,  # (rows, hidden), the residual stream if there is a branch
     branch_ptr,  # (rows, hidden) or None
     gamma_ptr,  # (hidden,) or None
-    drop_scale_ptr,  # (pictures,) or None
+    drop_scale_ptr,  # (images,) or None
     deferred_bias_ptr,  # (hidden,) or None, without a branch
     weight_ptr,  # (hidden,)
     bias_ptr,  # (hidden,)
@@ -37,7 +37,7 @@ def _layer_norm_forward_kernel(
     hidden,
     x_stride,
     branch_stride,
-    rows_per_picture,
+    rows_per_image,
     inverse_scale,  # of e4m3
     EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -57,8 +57,8 @@ def _layer_norm_forward_kernel(
         if gamma_ptr is not None:
             branch *= tl.load(gamma_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
         if drop_scale_ptr is not None:
-            picture = row // rows_per_picture
-            branch *= tl.load(drop_scale_ptr + picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+            image = row // rows_per_image
+            branch *= tl.load(drop_scale_ptr + image, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
         x += branch
         total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + out, total, mask=mask)
@@ -124,7 +124,7 @@ def layer_norm_forward(
     mean = x.new_empty(lead, dtype=wide) if statistics else None
     rstd = x.new_empty(lead, dtype=wide) if statistics else None
     if x.numel():
-        per_picture = x.numel() // hidden // shape[0]
+        per_image = x.numel() // hidden // shape[0]
         x, branch = common.rows(x), None if branch is None else common.rows(branch)
         grid, configuration = _configuration(x.shape[0], hidden, common.multiprocessors(x.device))
         with common.on_device(x):
@@ -144,7 +144,7 @@ def layer_norm_forward(
                 hidden,
                 x.stride(0),
                 0 if branch is None else branch.stride(0),
-                per_picture,
+                per_image,
                 1.0 if scale is None else 1.0 / scale,
                 EPS=eps,
                 COMPUTE=compute,

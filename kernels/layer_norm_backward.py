@@ -24,7 +24,7 @@ def _layer_norm_backward_kernel(
     x_ptr,  # (rows, hidden), what was normalised
     branch_ptr,  # (rows, hidden) or None
     gamma_ptr,  # (hidden,) or None
-    drop_scale_ptr,  # (pictures,) or None
+    drop_scale_ptr,  # (images,) or None
     weight_ptr,  # (hidden,)
     mean_ptr,  # (rows,)
     rstd_ptr,  # (rows,)
@@ -37,7 +37,7 @@ def _layer_norm_backward_kernel(
     dtotal_stride,
     x_stride,
     branch_stride,
-    rows_per_picture,
+    rows_per_image,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -75,7 +75,7 @@ def _layer_norm_backward_kernel(
         if branch_ptr is not None:
             dx = tl.where(mask, dx, 0.0)
             if drop_scale_ptr is not None:
-                dx *= tl.load(drop_scale_ptr + row // rows_per_picture, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
+                dx *= tl.load(drop_scale_ptr + row // rows_per_image, mask=row_mask, other=0.0).to(COMPUTE)[:, None]
             if gamma_ptr is not None:
                 branch = tl.load(branch_ptr + row64 * branch_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
                 dgamma += dx * branch
@@ -115,7 +115,7 @@ def layer_norm_backward(
     sums = 2 if branch is None else SUMS
     if not x.numel():
         return dx, dbranch, x.new_zeros((sums, hidden), dtype=wide)
-    per_picture = x.numel() // hidden // x.shape[0]
+    per_image = x.numel() // hidden // x.shape[0]
     x, dy = common.rows(x), common.rows(dy)
     dtotal = None if dtotal is None else common.rows(dtotal)
     branch = None if branch is None else common.rows(branch)
@@ -143,7 +143,7 @@ def layer_norm_backward(
             0 if dtotal is None else dtotal.stride(0),
             x.stride(0),
             0 if branch is None else branch.stride(0),
-            per_picture,
+            per_image,
             COMPUTE=compute,
             SUMS=sums,
             ROWS=tile_rows,

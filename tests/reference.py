@@ -48,16 +48,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_residual(residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None) -> Tensor:
     out = residual.double().clone()
-    for picture in range(residual.shape[0]):
-        scale = 1.0 if drop_scale is None else drop_scale[picture].item()
-        out[picture] += branch[picture].double() * scale * (1.0 if gamma is None else gamma.double())
+    for image in range(residual.shape[0]):
+        scale = 1.0 if drop_scale is None else drop_scale[image].item()
+        out[image] += branch[image].double() * scale * (1.0 if gamma is None else gamma.double())
     return out
 
 
 def scatter_add_residual(residual: Tensor, index: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
     out = residual.double().clone()
-    for row, picture in enumerate(index.tolist()):
-        out[picture] += branch[row].double() * scale * (1.0 if gamma is None else gamma.double())
+    for row, image in enumerate(index.tolist()):
+        out[image] += branch[row].double() * scale * (1.0 if gamma is None else gamma.double())
     return out
 
 

@@ -1,6 +1,6 @@
 """The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
 
-Exit codes: 0 all good, 1 aborted (or `verify` found a difference), 2 wrong usage, 3 finished but some pictures failed,
+Exit codes: 0 all good, 1 aborted (or `verify` found a difference), 2 wrong usage, 3 finished but some images failed,
 130 interrupted.
 """
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Writes a model as a graph of standard operators that runs without this package:
 an ONNX file for onnxruntime and what else reads ONNX, or a torch.export
-program (.pt2). It takes pictures of any size, a multiple of 14 and at least
+program (.pt2). It takes images of any size, a multiple of 14 and at least
 28 pixels a side, in batches of any size, unless --size and --batch-size fix
 them. The input, pixel_values (batch, 3, height, width), is scaled and
 normalised as the image processor does it.
 
 Before the file takes its place it is run, an ONNX file in onnxruntime, and its
-outputs are compared with the model's: on the pictures of --check, otherwise on
+outputs are compared with the model's: on the images of --check, otherwise on
 noise. A file that computes something else is not kept.
 """
 EPILOG = """\
@@ -82,15 +82,15 @@ def add_parser(subparsers: Any) -> None:
         metavar="N|HxW",
         help="fix the size in pixels, a multiple of 14; such a graph holds no float64",
     )
-    graph.add_argument("--batch-size", type=at_least(1), metavar="N", help="fix the number of pictures")
-    parser.add_argument("--check", nargs="+", metavar="PATH", help="pictures, or folders of them, to compare on")
+    graph.add_argument("--batch-size", type=at_least(1), metavar="N", help="fix the number of images")
+    parser.add_argument("--check", nargs="+", metavar="PATH", help="images, or folders of them, to compare on")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports and prints how far the file is from the model; 0, or 3 if images to check had to be left out."""
     failures = Failures()
-    pictures = _pictures(args.check, args.size, failures) if args.check else None
+    batches = _images(args.check, args.size, failures) if args.check else None
     if failures:
         print(f"Left out:\n{failures}", file=sys.stderr)
 
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         opset=args.opset,
         batch_size=args.batch_size,
         size=args.size,
-        pictures=pictures,
+        images=batches,
         metadata={
             "model": args.model,
             "weights": model.loaded_from,
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if not exported.differences:
         print("Not checked: onnxruntime is not installed (pip install onnxruntime).", file=sys.stderr)
         return 0
-    print(f"\nDifference from the model, on {'pictures' if pictures else 'noise'}:")
+    print(f"\nDifference from the model, on {'images' if batches else 'noise'}:")
     print(f"  {'output':12} {'shape':18} {'relative':>9} {'worst':>9}")
     for each in exported.differences:
         shape = " x ".join(map(str, each.shape))
@@ -161,7 +161,7 @@ def _classifier(model: Any) -> nn.Linear | None:
     return classifier
 
 
-def _pictures(paths: list[str], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
+def _images(paths: list[str], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
     """The images in one batch of the fixed size; otherwise of 224 x 224, and once more the first, of another size.
 
     Those that cannot be read go to `failures`.
@@ -182,6 +182,6 @@ def _pictures(paths: list[str], size: tuple[int, int] | None, failures: Failures
     if failures and not images:
         raise ValueError(f"None of the images can be read:\n{failures}")
     if not images:
-        raise ValueError(f"There are no pictures in {', '.join(map(repr, paths))}.")
+        raise ValueError(f"There are no images in {', '.join(map(repr, paths))}.")
     sizes = [(size, images)] if size else [((224, 224), images), ((154, 280), images[:1])]
     return [Dinov2ImageProcessor.for_size(sides)(some).pixel_values for sides, some in sizes]

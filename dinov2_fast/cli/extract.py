@@ -1,4 +1,4 @@
-"""``dinov2-fast extract``: pictures to a folder of features."""
+"""``dinov2-fast extract``: images to a folder of features."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SOME_FAILED = 3
 SECONDS_BETWEEN_LINES = 30.0
 
 DESCRIPTION = """\
-Writes the features of pictures to the folder DIR: one row for each picture, in
+Writes the features of images to the folder DIR: one row for each image, in
 order, in shards (features-00000.parquet, ...) with the columns id, path, width,
-height, sha256, error and the features. A picture that cannot be read is a row
+height, sha256, error and the features. An image that cannot be read is a row
 with its error, and shifts no other. Read it all with
 dinov2_fast.load_features(DIR).
 
@@ -50,7 +50,7 @@ Several GPUs or machines, a process for each part:
   CUDA_VISIBLE_DEVICES=0 dinov2-fast extract photos/ ... --out out/ --shard 1/2 &
   CUDA_VISIBLE_DEVICES=1 dinov2-fast extract photos/ ... --out out/ --shard 2/2
 
-Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some pictures
+Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some images
 failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 whole shards stay."""
 
 
@@ -58,12 +58,12 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "extract",
-        help="extract the features of pictures to a folder",
+        help="extract the features of images to a folder",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or where they are (see above)")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are (see above)")
     what = parser.add_argument_group("what is extracted")
     what.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     what.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
@@ -77,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
     )
     what.add_argument("--size", type=size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
     what.add_argument(
-        "--no-crop", action="store_true", help="squeeze whole pictures into --size instead of cutting out the centre"
+        "--no-crop", action="store_true", help="squeeze whole images into --size instead of cutting out the centre"
     )
     what.add_argument(
         "--background",
@@ -129,7 +129,7 @@ def add_parser(subparsers: Any) -> None:
         type=at_least(0),
         default=default_workers(),
         metavar="N",
-        help="processes that decode pictures, 0 for none (default: %(default)s)",
+        help="processes that decode images, 0 for none (default: %(default)s)",
     )
     how.add_argument(
         "--shard", type=_part, default=(0, 1), metavar="I/N", help="do the shards of part I of N (1/N to N/N) alone"
@@ -139,7 +139,7 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="try images that failed anew, and do shards again in which one succeeds; with --add they get new rows",
     )
-    how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="refuse larger pictures (default: 50000000)")
+    how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="refuse larger images (default: 50000000)")
     how.add_argument(
         "--max-seconds",
         type=at_least(1),
@@ -150,23 +150,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extracts; 0 if every picture has features, 3 if some have not."""
+    """Extracts; 0 if every image has features, 3 if some have not."""
     if args.workers:
         environment.let_idle_threads_sleep()
-    from dinov2_fast.data.sources import find_pictures
+    from dinov2_fast.data.sources import find_images
 
     if args.engine == "off" and args.precision == "fp8":
         raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")
     if args.no_crop and not args.size:
         raise ValueError("--no-crop needs --size.")
-    pictures = find_pictures(args.paths)
-    first = next(pictures, None)
+    images = find_images(args.paths)
+    first = next(images, None)
     if first is None:
         raise ValueError(
-            f"There are no pictures in {', '.join(map(repr, args.paths))}. Archives and lists in a folder must be "
+            f"There are no images in {', '.join(map(repr, args.paths))}. Archives and lists in a folder must be "
             "named, as in 'folder/*.tar'."
         )
-    return _extract(args, first, pictures)
+    return _extract(args, first, images)
 
 
 def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
@@ -231,11 +231,11 @@ def _source(model: Any) -> Any:
 
 def describe(summary: Summary) -> str:
     """What was done, where the features are and how to read them, in three lines."""
-    made = summary.pictures - summary.resumed
+    made = summary.images - summary.resumed
     resumed = f", {summary.resumed} were there already" if summary.resumed else ""
-    speed = f"{made / summary.seconds:.1f} pictures/s, model busy {summary.busy:.0%}" if made else "nothing to do"
+    speed = f"{made / summary.seconds:.1f} images/s, model busy {summary.busy:.0%}" if made else "nothing to do"
     return (
-        f"{summary.pictures} pictures, {summary.failures} failed{resumed}, {summary.seconds:.1f} s, {speed}\n"
+        f"{summary.images} images, {summary.failures} failed{resumed}, {summary.seconds:.1f} s, {speed}\n"
         f"Features: {summary.path}\n"
         f"Read it:  import dinov2_fast; features = dinov2_fast.load_features({str(summary.path)!r})"
     )
@@ -252,7 +252,7 @@ def announce(about: Announcement) -> None:
     there = f", {about.done} of them there already" if about.done else ""
     shards = f"{about.shards} shard{'s' * (about.shards != 1)}"
     sizes = f"{_bytes(about.bytes)} of features in {shards} ({_bytes(about.free)} free)"
-    print(f"{about.pictures} pictures{there}, {sizes}", file=sys.stderr, flush=True)
+    print(f"{about.images} images{there}, {sizes}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -264,9 +264,9 @@ class Progress:
         self._width = 0
 
     def __call__(self, status: Status) -> None:
-        text = f"{status.done}/{status.total} pictures, {status.failures} failed"
+        text = f"{status.done}/{status.total} images, {status.failures} failed"
         rate = (status.done - status.resumed) / status.seconds
-        text += f", {rate:.1f} pictures/s, {_time((status.total - status.done) / rate)} left"
+        text += f", {rate:.1f} images/s, {_time((status.total - status.done) / rate)} left"
         text += f", model busy {status.busy:.0%}"
         now = time.perf_counter()
         if self._terminal:

@@ -1,4 +1,4 @@
-"""``dinov2-fast knn``: how well the nearest neighbours of pictures tell their classes."""
+"""``dinov2-fast knn``: how well the nearest neighbours of images tell their classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.options import at_least
 
 DESCRIPTION = f"""\
-Classifies the pictures of VAL by their nearest neighbours among those of TRAIN,
+Classifies the images of VAL by their nearest neighbours among those of TRAIN,
 as DINOv2 is evaluated: the k nearest by the cosine of their CLS tokens vote for
 their classes, each with a weight of exp(cosine / temperature). Without VAL each
-picture of TRAIN is classified by the others.
+image of TRAIN is classified by the others.
 
-With --n-per-class few pictures of TRAIN vote: so many of each class, or all of
+With --n-per-class few images of TRAIN vote: so many of each class, or all of
 a smaller one, chosen at random, with the mean of --n-tries choices. k is then
 that number, and the values of --k below it.
 
@@ -31,10 +31,10 @@ examples:
       --n-per-class 1,5,all --n-tries 5
   dinov2-fast knn features/train features/val --json knn.json
 
-Top 1 and top 5 are the percentages of pictures whose class comes first, and
+Top 1 and top 5 are the percentages of images whose class comes first, and
 among the first five. A tie counts against.
 
-Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some pictures have no
+Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images have no
 features and are left out, 130 interrupted.
 """
 
@@ -62,22 +62,22 @@ def add_parser(subparsers: Any) -> None:
         type=_shots,
         default=[None],
         metavar="N,N",
-        help="how many pictures of each class of TRAIN vote (default: all)",
+        help="how many images of each class of TRAIN vote (default: all)",
     )
     parser.add_argument(
-        "--n-tries", type=at_least(1), default=1, metavar="N", help="choices of these pictures (default: 1)"
+        "--n-tries", type=at_least(1), default=1, metavar="N", help="choices of these images (default: 1)"
     )
     labelled.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates; 0, or 3 if pictures had to be left out."""
+    """Evaluates; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import NEIGHBOURS, knn
     from dinov2_fast.extraction.extractor import find_device
 
     if args.val is None and args.n_per_class != [None]:
-        raise ValueError("--n-per-class needs VAL: without it all pictures of TRAIN but one vote.")
+        raise ValueError("--n-per-class needs VAL: without it all images of TRAIN but one vote.")
     read = labelled.read_all(args, [args.train] if args.val is None else [args.train, args.val], blocks=1)
     labels = labelled.classes_of(read)
     pairs = [value for each, numbers in zip(read, labels, strict=True) for value in (each.tokens.cls[:, -1], numbers)]
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracies in percent by k, and by the number of pictures of a class where that was chosen."""
+    """Accuracies in percent by k, and by the number of images of a class where that was chosen."""
     few = any(row["n_per_class"] for row in rows)
     lines = ["per class " * few + f"{'k':>5} {'top 1':>7} {'top 5':>7}"]
     for row in rows:
@@ -123,5 +123,5 @@ def _positive(text: str) -> float:
 
 
 def _shots(text: str) -> list[int | None]:
-    """Numbers of pictures with commas between them; None for ``all``."""
+    """Numbers of images with commas between them; None for ``all``."""
     return [number for part in text.split(",") for number in ([None] if part == "all" else labelled.counts(part))]

@@ -1,4 +1,4 @@
-"""What ``knn`` and ``linear`` share: pictures in class folders, or their stored features, with their classes."""
+"""What ``knn`` and ``linear`` share: images in class folders, or their stored features, with their classes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from dinov2_fast.features.store import Features
 
 SOURCES = """\
-Each folder holds a folder of pictures for each class, on which --model runs, or
-is one that `dinov2-fast extract` wrote, which needs no model. The class of a
-picture is the name of the folder that it lies in."""
+Each folder holds a folder of images for each class, on which --model runs, or
+is one that `dinov2-fast extract` wrote, which needs no model. The class of an
+image is the name of the folder that it lies in."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The pictures of one folder that have features.
+    """The images of one folder that have features.
 
     Attributes:
         folder: where they are.
@@ -71,7 +71,7 @@ class Labelled:
     def describe(self) -> dict[str, Any]:
         """For the JSON."""
         classes = len(set(self.names))
-        return {"folder": self.folder, "pictures": len(self.names), "classes": classes, "failures": len(self.failures)}
+        return {"folder": self.folder, "images": len(self.names), "classes": classes, "failures": len(self.failures)}
 
 
 class Progress:
@@ -89,7 +89,7 @@ class Progress:
 
 def add_options(parser: Any) -> None:
     """Adds those of the model, and --json."""
-    model = parser.add_argument_group("the model, for pictures")
+    model = parser.add_argument_group("the model, for images")
     model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     model.add_argument(
@@ -110,7 +110,7 @@ def add_options(parser: Any) -> None:
         type=at_least(0),
         default=default_workers(),
         metavar="N",
-        help="processes that decode pictures, 0 for none (default: %(default)s)",
+        help="processes that decode images, 0 for none (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
@@ -120,7 +120,7 @@ def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> l
     """The folders, with the class tokens of up to `blocks` last blocks.
 
     Raises:
-        ValueError: no class folders, classes that do not fit, pictures without a model, a model without pictures,
+        ValueError: no class folders, classes that do not fit, images without a model, a model without images,
             features of two models, nothing readable, or a file for --json that cannot be written.
     """
     for folder in folders:
@@ -131,26 +131,26 @@ def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> l
     stored = [is_stored(Path(folder)) for folder in folders]
     if all(stored):
         if args.model or args.weights:
-            raise ValueError("Folders of features need no --model; to run one, give folders of pictures.")
+            raise ValueError("Folders of features need no --model; to run one, give folders of images.")
         return _read_stored(folders, blocks)
     if any(stored):
-        raise ValueError("Give folders of pictures or folders of features, not both: features of two models differ.")
+        raise ValueError("Give folders of images or folders of features, not both: features of two models differ.")
     if not args.model:
-        raise ValueError("--model is missing: these folders hold no features, and pictures need a model.")
-    return _read_pictures(args, folders, blocks)
+        raise ValueError("--model is missing: these folders hold no features, and images need a model.")
+    return _read_images(args, folders, blocks)
 
 
 def classes_of(read: Sequence[Labelled]) -> list[NDArray[np.int64]]:
-    """The labels of the pictures, as numbers of the classes of the first folder, the training's, in alphabetical order.
+    """The labels of the images, as numbers of the classes of the first folder, the training's, in alphabetical order.
 
     Raises:
-        ValueError: fewer than two classes, or a class that no training picture has.
+        ValueError: fewer than two classes, or a class that no training image has.
     """
     return _numbers([(each.folder, each.names) for each in read])
 
 
 def _numbers(named: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int64]]:
-    """`classes_of` for folders and the classes of the pictures in each."""
+    """`classes_of` for folders and the classes of the images in each."""
     train, names = named[0]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(numbers) < 2:
@@ -169,7 +169,7 @@ def report(args: argparse.Namespace, read: Sequence[Labelled], table: str, resul
             print(f"Left out of {labelled.folder}:\n{labelled.failures}", file=sys.stderr)
         about = labelled.describe()
         failed = f", {about['failures']} left out" if about["failures"] else ""
-        print(f"{labelled.folder}: {about['pictures']} pictures in {about['classes']} classes{failed}")
+        print(f"{labelled.folder}: {about['images']} images in {about['classes']} classes{failed}")
     print(f"\n{table}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -248,7 +248,7 @@ def _class_of(path: str) -> str:
     return os.path.basename(os.path.dirname(path))
 
 
-def _read_pictures(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> list[Labelled]:
+def _read_images(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> list[Labelled]:
     from dinov2_fast.extraction.extractor import find_device, processor_for
 
     files = [_list_labelled(folder) for folder in folders]
@@ -266,12 +266,12 @@ def _read_pictures(args: argparse.Namespace, folders: Sequence[str], blocks: int
 
 
 def _list_labelled(folder: str) -> list[str]:
-    """The pictures in the class folders of `folder`."""
+    """The images in the class folders of `folder`."""
     from dinov2_fast.data.sources import list_images
 
     files = list_images([folder])
     if not files:
-        raise ValueError(f"There are no pictures in {folder!r}.")
+        raise ValueError(f"There are no images in {folder!r}.")
     loose = [file for file in files if os.path.dirname(os.path.relpath(file, folder)) == ""]
     if loose:
         raise ValueError(f"{loose[0]!r} lies in no class folder: {folder!r} must hold a folder for each class.")
@@ -310,17 +310,17 @@ def _batches(
 
     Those that cannot be read go to `failures`.
     """
-    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.data.sources import ImageSource
     from dinov2_fast.data.workers import decode_all
 
-    done, progress = 0, Progress(folder, len(files), "pictures")
-    answers = decode_all(map(Picture, files), processor, workers=args.workers, ahead=2 * args.batch_size)
+    done, progress = 0, Progress(folder, len(files), "images")
+    answers = decode_all(map(ImageSource, files), processor, workers=args.workers, ahead=2 * args.batch_size)
     decoded = zip(files, answers, strict=True)
     while batch := list(islice(decoded, args.batch_size)):
-        good = [(file, picture.pixels) for file, picture in batch if picture.pixels is not None]
-        for file, picture in batch:
-            if picture.error is not None:
-                failures.add(file, picture.error)
+        good = [(file, image.pixels) for file, image in batch if image.pixels is not None]
+        for file, image in batch:
+            if image.error is not None:
+                failures.add(file, image.error)
         if good:
             yield [file for file, _ in good], np.stack([pixels for _, pixels in good])
         done += len(batch)

@@ -22,7 +22,7 @@ grid of 13 learning rates, the CLS tokens of the last 1 and the last 4 blocks,
 without and with the mean of the patches. The best on VAL is taken. Its figure
 there is flattering, having been chosen by it: give --test to see it elsewhere.
 
-The pictures are seen as they are, in features computed once. The original
+The images are seen as they are, in features computed once. The original
 trains on random crops and flips: its figures are not quite comparable.
 
 {labelled.SOURCES}
@@ -39,10 +39,10 @@ examples:
   dinov2-fast linear photos/train photos/val --test photos/test --model dinov2_vits14
   dinov2-fast linear features/train features/val --steps 2000 --json linear.json
 
-The table shows the percentage of pictures of VAL that are classified right,
+The table shows the percentage of images of VAL that are classified right,
 by learning rate, number of last blocks, and without or with the patches' mean.
 
-Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some pictures have no
+Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images have no
 features and are left out, 130 interrupted.
 """
 
@@ -74,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
     )
     grid.add_argument("--steps", type=at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
     grid.add_argument(
-        "--step-pictures", type=at_least(1), default=128, metavar="N", help="pictures in an update (default: 128)"
+        "--step-images", type=at_least(1), default=128, metavar="N", help="images in an update (default: 128)"
     )
     grid.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
     labelled.add_options(parser)
@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and evaluates; 0, or 3 if pictures had to be left out."""
+    """Trains and evaluates; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import BLOCKS, LEARNING_RATES, linear_probes
     from dinov2_fast.extraction.extractor import find_device
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         blocks=_blocks(read, args.blocks),
         learning_rates=args.learning_rates or LEARNING_RATES,
         steps=args.steps,
-        batch_size=args.step_pictures,
+        batch_size=args.step_images,
         seed=args.seed,
         device=find_device(args.device),
         progress=labelled.Progress("training", args.steps, "updates"),
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows = [{**_setting(probe), **_percent(each)} for probe, each in zip(probes, accuracies, strict=True)]
     results = {"task": "linear", **read[0].model.describe(), "steps": args.steps}
-    results |= {"step_pictures": args.step_pictures, "seed": args.seed}
+    results |= {"step_images": args.step_images, "seed": args.seed}
     results |= {name: each.describe() for name, each in zip(("train", "val", "test"), read, strict=False)}
     results |= {"results": rows, "best": rows[best], "best_on_test": _percent(test) if test else None}
     chosen = f"{_input(probes[best])}, learning rate {probes[best].learning_rate:g}"

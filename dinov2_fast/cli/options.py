@@ -11,14 +11,14 @@ from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 DIALECTS = ("offset", "size", "antialias")
 
 
-def add_pictures_and_device(parser: Any, default_size: int) -> None:
+def add_images_and_device(parser: Any, default_size: int) -> None:
     """Adds --size, --dialect and --device."""
     parser.add_argument(
         "--size",
         type=size,
         default=(default_size, default_size),
         metavar="N|HxW",
-        help=f"the pictures' size in pixels, a multiple of 14; the centre is cut out (default: {default_size})",
+        help=f"the images' size in pixels, a multiple of 14; the centre is cut out (default: {default_size})",
     )
     parser.add_argument(
         "--dialect",

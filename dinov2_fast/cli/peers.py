@@ -1,4 +1,4 @@
-"""The implementations that a checkpoint is verified against, as functions from pictures to tokens."""
+"""The implementations that a checkpoint is verified against, as functions from images to tokens."""
 
 from __future__ import annotations
 

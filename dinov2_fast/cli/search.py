@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches; 0, or 3 if some queries could not be read."""
     import dinov2_fast
-    from dinov2_fast.data.sources import find_pictures
+    from dinov2_fast.data.sources import find_images
     from dinov2_fast.extraction.as_stored import extract_as_stored
     from dinov2_fast.features.schema import as_text
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--weights needs --model.")
     features = dinov2_fast.load_features(args.features)
     vector_size(features, args.feature)
-    images = list(find_pictures(args.queries))
+    images = list(find_images(args.queries))
     if not images:
         raise ValueError(f"There are no images in {', '.join(map(repr, args.queries))}.")
     vectors, errors = extract_as_stored(

@@ -1,4 +1,4 @@
-"""``dinov2-fast show``: PNGs of what a model finds in pictures, to look at."""
+"""``dinov2-fast show``: PNGs of what a model finds in images, to look at."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 if TYPE_CHECKING:
-    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.data.sources import ImageSource
     from dinov2_fast.features.store import Features
 
 SOME_FAILED = 3
 KINDS = ("pca", "attention", "neighbours")
 THUMBNAIL = (252, 252)  # pixels
 DESCRIPTION = """\
-Draws PNGs of what a model finds in pictures:
+Draws PNGs of what a model finds in images:
 
-  pca.png         each picture beside the first three principal components of
+  pca.png         each image beside the first three principal components of
                   its patch features, as red, green and blue. One PCA serves
-                  all pictures: equal colours are equal features.
+                  all images: equal colours are equal features.
   attention.png   where the CLS token looks, for each head
-  neighbours.png  each picture and those nearest to it, by the cosine of their
+  neighbours.png  each image and those nearest to it, by the cosine of their
                   CLS tokens
 
-All that can be drawn are, unless you ask for some of them. PATH are pictures,
-or folders of pictures, on which --model runs; or one folder that `dinov2-fast
+All that can be drawn are, unless you ask for some of them. PATH are images,
+or folders of images, on which --model runs; or one folder that `dinov2-fast
 extract` wrote, which needs no model: its neighbours are those of the stored
 features, and the PCA of the patches if they were stored.
 
@@ -54,7 +54,7 @@ examples:
   dinov2-fast show photos/ --model dinov2_vits14 --save-basis colours.safetensors --out sheets/
   dinov2-fast show cat.jpg --model dinov2_vits14 --basis colours.safetensors --out cat/
 
-Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some pictures could not
+Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images could not
 be read and are left out.
 """
 
@@ -68,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures and folders of them, or one of features")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of them, or one of features")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the PNGs; those there are replaced")
     what = parser.add_argument_group("what to draw")
     what.add_argument("--pca", action="store_true", help="colours of the patch features")
@@ -97,26 +97,26 @@ def add_parser(subparsers: Any) -> None:
         "--head", type=options.indices, metavar="N,N|all", help="heads for the attention maps; 0 is the first"
     )
     what.add_argument(
-        "--count", type=options.at_least(1), default=5, metavar="N", help="neighbours of a picture (default: 5)"
+        "--count", type=options.at_least(1), default=5, metavar="N", help="neighbours of an image (default: 5)"
     )
     what.add_argument(
         "--limit",
         type=options.at_least(1),
         default=24,
         metavar="N",
-        help="draw the first N pictures only. With a folder of features their neighbours are looked for among all "
-        "pictures in it (default: 24)",
+        help="draw the first N images only. With a folder of features their neighbours are looked for among all "
+        "images in it (default: 24)",
     )
-    model = parser.add_argument_group("the model, for pictures")
+    model = parser.add_argument_group("the model, for images")
     model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
-    options.add_pictures_and_device(model, default_size=518)
+    options.add_images_and_device(model, default_size=518)
     options.add_stride(model)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws; 0, or 3 if pictures had to be left out."""
+    """Draws; 0, or 3 if images had to be left out."""
     from dinov2_fast.features.schema import find_manifest
 
     args.pca = args.pca or bool(args.basis or args.save_basis)
@@ -127,22 +127,22 @@ def run(args: argparse.Namespace) -> int:
         visualize.PcaBasis.load(args.basis)  # what is none is refused before a model runs
     if len(args.paths) == 1 and find_manifest(Path(args.paths[0])):
         if args.model or args.weights:
-            raise ValueError("A folder of features needs no --model; to run one, give the pictures instead.")
+            raise ValueError("A folder of features needs no --model; to run one, give the images instead.")
         return show_features(args, asked)
-    return show_pictures(args, asked)
+    return show_images(args, asked)
 
 
-def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
-    """Runs the model on pictures and draws what was asked for, by default everything."""
+def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
+    """Runs the model on images and draws what was asked for, by default everything."""
     import dinov2_fast
     from dinov2_fast.extraction.extractor import find_device
     from dinov2_fast.features.manifest import fingerprint
 
     if not args.model:
-        raise ValueError("--model is missing: pictures are shown as a model sees them.")
-    seen, failures = _read_pictures(args)
-    if "neighbours" in asked and len(seen.pictures) < 2:
-        raise ValueError("Neighbours need two pictures or more.")
+        raise ValueError("--model is missing: images are shown as a model sees them.")
+    seen, failures = _read_images(args)
+    if "neighbours" in asked and len(seen.images) < 2:
+        raise ValueError("Neighbours need two images or more.")
     device = find_device(args.device)
     model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype="float32", dialect=args.dialect)
     layers = _resolved(args.layer, model.n_blocks, "block")
@@ -153,7 +153,7 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
         model.stride = args.stride
     grid = model.patch_grid(*args.size)
     size = f"{args.size[0]} x {args.size[1]}"
-    print(f"Running {args.model} on {len(seen.pictures)} picture(s) of {size} ...", file=sys.stderr)
+    print(f"Running {args.model} on {len(seen.images)} image(s) of {size} ...", file=sys.stderr)
     _look(model, seen, layers, device, attention=not asked or "attention" in asked)
     sheets = _Sheets(Path(args.out), args.model, str(model.loaded_from))
     if not asked or "pca" in asked:
@@ -164,67 +164,67 @@ def show_pictures(args: argparse.Namespace, asked: Sequence[str]) -> int:
             for layer, tokens in patches.items()
         }
         rgb = {layer: basis.rgb(patches[layer], grid) for layer, basis in bases.items()}
-        strips = visualize.pca_strips(seen.names, seen.pictures, rgb)
+        strips = visualize.pca_strips(seen.names, seen.images, rgb)
         sheets.save_pca(strips, f"{size}, {_blocks(layers)}", _note(args, bases[layers[0]]))
     if not asked or "attention" in asked:
-        strips = visualize.attention_strips(seen.names, seen.pictures, seen.attention, grid, heads)
+        strips = visualize.attention_strips(seen.names, seen.images, seen.attention, grid, heads)
         sheets.save_attention(strips, f"{size}, {_blocks(layers)}")
-    if "neighbours" in asked or (not asked and len(seen.pictures) > 1):
-        rows = range(len(seen.pictures))
+    if "neighbours" in asked or (not asked and len(seen.images) > 1):
+        rows = range(len(seen.images))
         found, cosines = nearest(np.stack(seen.cls), rows, args.count)
-        pictures = {row: _square(picture) for row, picture in enumerate(seen.pictures)}
-        strips = visualize.neighbour_strips(dict(enumerate(seen.names)), pictures, rows, found, cosines)
+        images = {row: _square(image) for row, image in enumerate(seen.images)}
+        strips = visualize.neighbour_strips(dict(enumerate(seen.names)), images, rows, found, cosines)
         sheets.save_neighbours(strips, len(rows))
     return SOME_FAILED if failures else 0
 
 
 @dataclass
 class _Seen:
-    """What a model sees and finds, one of each for every picture."""
+    """What a model sees and finds, one of each for every image."""
 
     names: list[str] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)  # cut to size
+    images: list[Image.Image] = field(default_factory=list)  # cut to size
     cls: list[Any] = field(default_factory=list)  # (hidden,)
     patches: dict[int, list[Any]] = field(default_factory=dict)  # block -> (patches, hidden)
     attention: dict[int, list[Any]] = field(default_factory=dict)  # block -> (heads, patches)
 
 
-def _read_pictures(args: argparse.Namespace) -> tuple[_Seen, int]:
-    """Names and pictures, and how many could not be read."""
-    from dinov2_fast.data.sources import find_pictures
+def _read_images(args: argparse.Namespace) -> tuple[_Seen, int]:
+    """Names and images, and how many could not be read."""
+    from dinov2_fast.data.sources import find_images
 
-    found = list(islice(find_pictures(args.paths), args.limit + 1))
+    found = list(islice(find_images(args.paths), args.limit + 1))
     if not found:
-        raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
+        raise ValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
     if len(found) > args.limit:
-        print(f"The first {args.limit} pictures are shown; --limit sets how many.", file=sys.stderr)
+        print(f"The first {args.limit} images are shown; --limit sets how many.", file=sys.stderr)
     processor = Dinov2ImageProcessor.for_size(args.size, do_rescale=False, do_normalize=False)
     seen, failures = _Seen(), 0
-    for picture in found[: args.limit]:
-        image = _cut(picture, processor)
-        if image is None:
+    for image in found[: args.limit]:
+        cut = _cut(image, processor)
+        if cut is None:
             failures += 1
         else:
-            seen.names.append(Path(picture.path).stem)
-            seen.pictures.append(image)
-    if not seen.pictures:
-        raise ValueError("None of the pictures could be read.")
+            seen.names.append(Path(image.path).stem)
+            seen.images.append(cut)
+    if not seen.images:
+        raise ValueError("None of the images could be read.")
     return seen, failures
 
 
-def _cut(picture: Picture, processor: Dinov2ImageProcessor) -> Image.Image | None:
-    """A picture as the processor cuts it; None, and the reason on stderr, if it cannot be read."""
+def _cut(image: ImageSource, processor: Dinov2ImageProcessor) -> Image.Image | None:
+    """An image as the processor cuts it; None, and the reason on stderr, if it cannot be read."""
     from dinov2_fast.data.decoding import decode
 
-    decoded = decode(picture, processor)
+    decoded = decode(image, processor)
     if decoded.pixels is None:
-        print(f"{picture.path!r} cannot be shown: {decoded.error}", file=sys.stderr)
+        print(f"{image.path!r} cannot be shown: {decoded.error}", file=sys.stderr)
         return None
     return Image.fromarray(np.ascontiguousarray(decoded.pixels.transpose(1, 2, 0)))
 
 
 def _grey(processor: Dinov2ImageProcessor) -> Image.Image:
-    """In the place of a picture that cannot be read any more."""
+    """In the place of an image that cannot be read any more."""
     height, width = processor.output_size or THUMBNAIL
     return Image.new("RGB", (width, height), "lightgrey")
 
@@ -237,8 +237,8 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any, attention: bo
     last = model.n_blocks - 1
     kept = sorted({*layers, last})
     with torch.inference_mode():
-        for picture in seen.pictures:
-            pixels = normalize(picture).pixel_values.to(device)
+        for image in seen.images:
+            pixels = normalize(image).pixel_values.to(device)
             outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
             found = dict(zip(kept, outputs, strict=True))
             seen.cls.append(found[last][1][0].cpu().numpy())
@@ -253,22 +253,22 @@ def _look(model: Any, seen: _Seen, layers: list[int], device: Any, attention: bo
 def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Draws what stored features allow: neighbours, and the PCA of patches."""
     import dinov2_fast
-    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.data.sources import ImageSource
     from dinov2_fast.extraction.as_stored import processor_of
     from dinov2_fast.extraction.compute import without_normalization
 
     features = dinov2_fast.load_features(args.paths[0])
     if "attention" in asked:
-        raise ValueError("Features hold no attention maps: give the pictures, and --model.")
+        raise ValueError("Features hold no attention maps: give the images, and --model.")
     for kind, name in (("pca", "patches"), ("neighbours", "cls")):
         if kind in asked and name not in features:
             raise ValueError(f"--{kind} needs the feature {name!r}; stored are {', '.join(features)}.")
     there = [row for row, error in enumerate(features.error) if error is None]
     rows = there[: args.limit]
     if not rows:
-        raise ValueError(f"No picture in {args.paths[0]!r} has features.")
+        raise ValueError(f"No image in {args.paths[0]!r} has features.")
     if len(there) > len(rows):
-        print(f"The first {len(rows)} pictures are shown; --limit sets how many.", file=sys.stderr)
+        print(f"The first {len(rows)} images are shown; --limit sets how many.", file=sys.stderr)
     sheets = _Sheets(Path(args.out), *_origin(features))
     processor = without_normalization(processor_of(features.manifest))
     paths = features.path
@@ -279,13 +279,13 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
         patches = _stored_patches(features, rows)
         about = {"model": _origin(features)[0], "weights": features.manifest["weights"], "block": str(last)}
         basis = _basis(args, patches, grid, about)
-        pictures = [_cut(Picture(paths[row]), processor) or _grey(processor) for row in rows]
-        strips = visualize.pca_strips([names[row] for row in rows], pictures, {last: basis.rgb(patches, grid)})
+        images = [_cut(ImageSource(paths[row]), processor) or _grey(processor) for row in rows]
+        strips = visualize.pca_strips([names[row] for row in rows], images, {last: basis.rgb(patches, grid)})
         sheets.save_pca(strips, "as they were stored", _note(args, basis))
     if "neighbours" in asked or (not asked and "cls" in features and len(there) > 1):
         found, cosines = nearest(features["cls"], rows, args.count)
         drawn = {
-            row: _square(_cut(Picture(paths[row]), processor) or _grey(processor))
+            row: _square(_cut(ImageSource(paths[row]), processor) or _grey(processor))
             for row in sorted({*rows, *found.ravel().tolist()})
         }
         strips = visualize.neighbour_strips(dict(enumerate(names)), drawn, rows, found, cosines)
@@ -359,7 +359,7 @@ def _check_basis(args: argparse.Namespace, basis: visualize.PcaBasis, about: dic
 
 def _note(args: argparse.Namespace, basis: visualize.PcaBasis) -> str:
     """What the colours of a sheet mean."""
-    note = f"The PCA is that of {args.basis}" if args.basis else "One PCA for all pictures"
+    note = f"The PCA is that of {args.basis}" if args.basis else "One PCA for all images"
     return f"{note}: equal colours are equal features." + (" The background is black." if basis.foreground else "")
 
 
@@ -384,8 +384,8 @@ class _Sheets:
         note = "Each map is scaled on its own: it shows where a head looks, not how strongly beside another."
         self._save("attention", strips, f"attention of the CLS token, {what}", note, height=150)
 
-    def save_neighbours(self, strips: visualize.Strips, pictures: int) -> None:
-        note = f"On the left a picture, then those nearest to it among {pictures}, with the cosine of the CLS tokens."
+    def save_neighbours(self, strips: visualize.Strips, images: int) -> None:
+        note = f"On the left an image, then those nearest to it among {images}, with the cosine of the CLS tokens."
         self._save("neighbours", strips, "nearest neighbours", note, height=150)
 
     def _save(self, kind: str, strips: visualize.Strips, title: str, note: str, **layout: int) -> None:
@@ -401,9 +401,9 @@ def _blocks(layers: list[int]) -> str:
     return f"block{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _square(picture: Image.Image) -> Image.Image:
-    """The centre of a picture."""
-    return ImageOps.fit(picture, THUMBNAIL)
+def _square(image: Image.Image) -> Image.Image:
+    """The centre of an image."""
+    return ImageOps.fit(image, THUMBNAIL)
 
 
 def _resolved(asked: tuple[int, ...] | None, number: int, what: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""``dinov2-fast verify``: two checkpoints, or a checkpoint and another implementation, on pictures."""
+"""``dinov2-fast verify``: two checkpoints, or a checkpoint and another implementation, on images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUNDING = 1e-4  # what fp32 reaches when the same sums are taken in another ord
 BATCH = 8
 DESCRIPTION = """\
 Compares two DINOv2 checkpoints, in whatever layouts, or a checkpoint and
-another implementation: the weights, and what each makes of your pictures.
+another implementation: the weights, and what each makes of your images.
 
 A and B are checkpoint files, folders, hub ids, or names such as dinov2_vits14.
 B may be `transformers` or `timm` instead: that library's own model with the
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("a", metavar="A", help="a checkpoint")
     parser.add_argument("b", metavar="B", help="a checkpoint, transformers[:MODEL] or timm[:MODEL]")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, or folders to search for pictures")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -69,20 +69,20 @@ def add_parser(subparsers: Any) -> None:
         help="largest difference of one element, in standard deviations, that counts as the same "
         f"(default: {TOLERANCE:g}; rounding in fp32 stays below {ROUNDING:g} as a rule)",
     )
-    options.add_pictures_and_device(parser, default_size=224)
+    options.add_images_and_device(parser, default_size=224)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares; 0 or 3 if the features are the same within the tolerance, else 1."""
-    from dinov2_fast.data.sources import find_pictures
+    from dinov2_fast.data.sources import find_images
     from dinov2_fast.extraction.extractor import find_device
     from dinov2_fast.weights.compare import compare_features
 
-    if not any(True for _ in find_pictures(args.paths)):
-        raise ValueError(f"There are no pictures in {', '.join(map(repr, args.paths))}.")
+    if not any(True for _ in find_images(args.paths)):
+        raise ValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
     device = find_device(args.device)
-    pictures = _Pictures(args.paths, args.size, device)
+    images = _Images(args.paths, args.size, device)
     checkpoint, other = find(args.a), None if is_peer(args.b) else find(args.b)
     print(f"A: {_describe(checkpoint)}")
     model = _load(checkpoint, args.dialect, device)
@@ -93,17 +93,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"B: {_describe(other)}\nWeights: {in_words(_compare_weights(checkpoint, other))}")
         b = _tokens(_load(other, args.dialect, device))
-    difference = compare_features(_tokens(model), b, pictures)
+    difference = compare_features(_tokens(model), b, images)
     print(f"\n{_table(difference, args.size, device)}\n\n{_verdict(difference, args.tolerance)}")
-    if pictures.failures:
-        print(f"\nLeft out:\n{pictures.failures}", file=sys.stderr)
+    if images.failures:
+        print(f"\nLeft out:\n{images.failures}", file=sys.stderr)
     if difference.worst <= args.tolerance:
-        return SOME_FAILED if pictures.failures else SAME
-    _explain(model, b, pictures, args.tolerance)
+        return SOME_FAILED if images.failures else SAME
+    _explain(model, b, images, args.tolerance)
     return DIFFERENT
 
 
-class _Pictures:
+class _Images:
     """Batches of pixel values (batch, 3, height, width), read anew each time they are gone through.
 
     Attributes:
@@ -119,18 +119,18 @@ class _Pictures:
 
         from dinov2_fast.data.decoding import decode
         from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-        from dinov2_fast.data.sources import find_pictures
+        from dinov2_fast.data.sources import find_images
 
         processor = Dinov2ImageProcessor.for_size(self.size)
-        pictures, self.failures, found = find_pictures(self.paths), Failures(), False
-        while batch := list(islice(pictures, BATCH)):
+        images, self.failures, found = find_images(self.paths), Failures(), False
+        while batch := list(islice(images, BATCH)):
             pixels = []
-            for picture in batch:
-                decoded = decode(picture, processor)
+            for image in batch:
+                decoded = decode(image, processor)
                 if decoded.pixels is not None:
                     pixels.append(decoded.pixels)
                 else:
-                    self.failures.add(picture.path, decoded.error or "")
+                    self.failures.add(image.path, decoded.error or "")
             if pixels:
                 found = True
                 yield torch.from_numpy(np.stack(pixels)).to(self.device)
@@ -175,7 +175,7 @@ def _verdict(difference: FeatureDifference, tolerance: float) -> str:
     return f"The features are the same within the tolerance of {tolerance:g}: the worst difference is {worst:.2g}."
 
 
-def _explain(model: Any, b: Any, pictures: _Pictures, tolerance: float) -> None:
+def _explain(model: Any, b: Any, images: _Images, tolerance: float) -> None:
     """Says so if A with another way of resampling positions agrees with B."""
     from dinov2_fast.position_embeddings import DIALECTS
     from dinov2_fast.weights.compare import compare_features
@@ -185,7 +185,7 @@ def _explain(model: Any, b: Any, pictures: _Pictures, tolerance: float) -> None:
         if dialect == own:
             continue
         model.position_dialect = dialect
-        worst = compare_features(_tokens(model), b, pictures).worst
+        worst = compare_features(_tokens(model), b, images).worst
         if worst <= tolerance:
             print(
                 f"Position resampling differs, and nothing else: A resamples positions as {own!r}, and with "
@@ -196,7 +196,7 @@ def _explain(model: Any, b: Any, pictures: _Pictures, tolerance: float) -> None:
 
 def _table(difference: FeatureDifference, size: tuple[int, int], device: Any) -> str:
     lines = [
-        f"{difference.pictures} picture(s) of {size[0]} x {size[1]}, fp32, {device}; differences in "
+        f"{difference.images} image(s) of {size[0]} x {size[1]}, fp32, {device}; differences in "
         "standard deviations of B",
         f"{'':14}{'worst':>10}{'mean':>10}{'cosine: smallest':>19}{'mean':>10}{'deviation':>11}",
     ]

@@ -139,10 +139,10 @@ def vector_size(features: Features, name: str) -> int:
 
 def _of_images(features: Features, paths: Any, name: str, source: Mapping[str, Any]) -> NDArray[np.float32]:
     """The feature of images, as those of the store were made, (images, dim)."""
-    from dinov2_fast.data.sources import Picture
+    from dinov2_fast.data.sources import ImageSource
     from dinov2_fast.extraction.as_stored import extract_as_stored
 
-    images = [Picture(os.fsdecode(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    images = [ImageSource(os.fsdecode(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     vectors, errors = extract_as_stored(features, images, name, **source)
     for image, error in zip(images, errors, strict=True):
         if error is not None:

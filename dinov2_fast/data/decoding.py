@@ -1,4 +1,4 @@
-"""Decoding one picture: from where it is to pixel values, or to the reason why not."""
+"""Decoding one source: from where it is to pixel values, or to the reason why not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dinov2_fast.data.archives import read_member
 from dinov2_fast.data.files import ImageError, ReadError, read_bytes, reason
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor, Pixels
 from dinov2_fast.data.images import MAX_PIXELS, decode_image
-from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Decoded:
     transient: bool = False
 
 
-def decode(picture: Picture, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Reads and processes one picture; what is wrong with it stands in `error`, nothing is raised for it."""
+def decode(source: ImageSource, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Reads and processes one image; what is wrong with it stands in `error`, nothing is raised for it."""
     try:
-        if picture.archive is None:
-            content = read_bytes(picture.path)
+        if source.archive is None:
+            content = read_bytes(source.path)
         else:
-            content = read_member(picture.archive, picture.offset, picture.size)
+            content = read_member(source.archive, source.offset, source.size)
     except ImageError as error:
         return Decoded(error=str(error), transient=isinstance(error, ReadError))
     return decode_bytes(content, processor, max_pixels)

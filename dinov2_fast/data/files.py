@@ -1,4 +1,4 @@
-"""Opening what a path names: a local file, or by fsspec what a URL such as ``s3://bucket/picture.jpg`` names."""
+"""Opening what a path names: a local file, or by fsspec what a URL such as ``s3://bucket/image.jpg`` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures to pixel values: the preprocessing of the DINOv2 checkpoints, on PIL and numpy.
+"""Images to pixel values: the preprocessing of the DINOv2 checkpoints, on PIL and numpy.
 
 The steps are those of the checkpoints' ``preprocessor_config.json`` (a ``BitImageProcessor``), in this order: convert
 to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, scale by 1/255, normalise with the
@@ -12,7 +12,7 @@ What is decided once, here:
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
 - Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels (alpha is dropped), or a batch of
   the latter two; where both readings fit, channels come first. They hold uint8, uint16 (scaled as 16-bit grey), or
-  floats: 0 to 255 if `do_rescale`, 0 to 1 if not. A float picture in 0 to 255 whose largest value is at most 1 is
+  floats: 0 to 255 if `do_rescale`, 0 to 1 if not. A float image in 0 to 255 whose largest value is at most 1 is
   refused, because it was almost surely scaled already.
 - Resizing works on 8 bits. Floats in 0 to 1 are cut to 8 bits (as transformers does), floats in 0 to 255 rounded.
 - NaN, infinite and out-of-range values are refused.
@@ -69,15 +69,15 @@ class ImageBatch(dict[str, Any]):
 
 
 class Dinov2ImageProcessor:
-    """Turns pictures into the float32 pixel values (batch, 3, height, width) that DINOv2 expects.
+    """Turns images into the float32 pixel values (batch, 3, height, width) that DINOv2 expects.
 
     Args:
-        do_convert_rgb: convert PIL pictures of every mode, and grey arrays, to RGB; otherwise they must be RGB.
+        do_convert_rgb: convert PIL images of every mode, and grey arrays, to RGB; otherwise they must be RGB.
         do_resize, size, resample: `size` is the length of the shortest edge (an int or ``{"shortest_edge": n}``), or
             the exact ``{"height": h, "width": w}`` (also ``(h, w)``), where the aspect ratio is not kept. `resample` is
             a ``PIL.Image.Resampling`` (3 is bicubic).
         do_center_crop, crop_size: the central ``{"height": h, "width": w}`` (also ``(h, w)``, or an int for a square);
-            smaller pictures are padded with black.
+            smaller images are padded with black.
         do_rescale, rescale_factor: multiply by `rescale_factor`.
         do_normalize, image_mean, image_std: subtract and divide, one number or one for each channel.
         background: a colour, by a name or code that Pillow knows, that is put behind what is transparent; by default
@@ -125,7 +125,7 @@ class Dinov2ImageProcessor:
         """A processor whose every output has exactly this size: pixels, an int for a square or (height, width).
 
         With `crop` the shortest edge becomes the longer side of `size` and the centre is cut out: nothing is distorted,
-        the rest is lost. Without, the whole picture is squeezed into `size`. `settings` are the constructor's others.
+        the rest is lost. Without, the whole image is squeezed into `size`. `settings` are the constructor's others.
 
         Raises:
             ValueError: a side that is not a positive multiple of 14; the message names the nearest ones.
@@ -188,7 +188,7 @@ class Dinov2ImageProcessor:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every output, or None where it depends on the picture."""
+        """(height, width) of every output, or None where it depends on the image."""
         exact = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
         return (exact["height"], exact["width"]) if "height" in exact else None
 
@@ -292,7 +292,7 @@ class Dinov2ImageProcessor:
     def _pixels(self, image: Any, data_format: str | None) -> Pixels:
         if isinstance(image, Image.Image):
             if not self.do_convert_rgb and image.mode != "RGB":
-                raise ValueError(f"The picture's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
+                raise ValueError(f"The image's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
             if not (image.width and image.height):
                 raise ValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
             return np.asarray(to_rgb(image, self.background))
@@ -303,13 +303,13 @@ class Dinov2ImageProcessor:
             array = _checked_floats(array, 255 if self.do_rescale else 1)
         if array.shape[2] == 4:
             if not self.do_convert_rgb:
-                raise ValueError("The picture has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
+                raise ValueError("The image has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
             if self.background is not None:
                 raise ValueError("A background is put behind PIL images alone; convert the array with Image.fromarray.")
             array = array[:, :, :3]
         if array.shape[2] == 1:
             if not self.do_convert_rgb:
-                raise ValueError("The picture has one channel, not 3; set do_convert_rgb=True.")
+                raise ValueError("The image has one channel, not 3; set do_convert_rgb=True.")
             array = np.repeat(array, 3, axis=2)
         return array
 
@@ -317,7 +317,7 @@ class Dinov2ImageProcessor:
         height, width = self._resized_size(*pixels.shape[:2])
         if height * width > MAX_RESIZED_PIXELS:
             raise ValueError(
-                f"A picture of {pixels.shape[1]} x {pixels.shape[0]} pixels is too long and narrow: resized it would "
+                f"An image of {pixels.shape[1]} x {pixels.shape[0]} pixels is too long and narrow: resized it would "
                 f"have {width} x {height}."
             )
         unit_range = pixels.dtype != np.uint8 and not self.do_rescale
@@ -350,11 +350,11 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
             convert.
     """
     if image.mode == "F":
-        raise ValueError("A picture of floating-point pixels has no agreed range; convert it to 8 bits first.")
+        raise ValueError("An image of floating-point pixels has no agreed range; convert it to 8 bits first.")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("A picture of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
+            raise ValueError("An image of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
         return Image.fromarray(_to_8_bits(values)).convert("RGB")
     if background is not None and image.has_transparency_data:
         behind = Image.new("RGBA", image.size, _rgb(background))
@@ -404,7 +404,7 @@ def _channel_setting(name: str, value: float | Sequence[float]) -> list[float]:
 def _flat_list(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         if not images:
-            raise ValueError("The list of pictures is empty.")
+            raise ValueError("The list of images is empty.")
         return list(images)
     return list(images) if getattr(images, "ndim", 0) == 4 and len(images) else [images]
 
@@ -415,14 +415,14 @@ def _to_numpy(image: Any) -> NDArray[Any]:
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"A picture must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}.")
+        raise TypeError(f"An image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}.")
     return image
 
 
 def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]:
     """(height, width, channels) with 1, 3 or 4 channels."""
     if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"A picture must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
+        raise ValueError(f"An image must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
     if array.ndim == 2:
         return array[:, :, None]
     if data_format not in _DATA_FORMATS:
@@ -432,26 +432,26 @@ def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]
             return array.transpose(1, 2, 0)
         if data_format != "channels_first" and array.shape[2] in channels:
             return array
-    raise ValueError(f"A picture must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
+    raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
 
 
 def _checked_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"Pictures hold uint8 or floating-point values, got {array.dtype}; convert them to uint8.")
+        raise ValueError(f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8.")
     low, high = float(array.min()), float(array.max())  # NaN carries through both
     if not (low >= 0 and high <= top):
         other = "" if top == 255 else " (do_rescale=False)"
-        raise ValueError(f"A float picture must lie between 0 and {top}{other}, got values from {low} to {high}.")
+        raise ValueError(f"A float image must lie between 0 and {top}{other}, got values from {low} to {high}.")
     if top == 255 and 0 < high <= 1:
         raise ValueError(
-            f"A float picture with values from {low} to {high} looks scaled already; pass do_rescale=False for 0 to 1, "
+            f"A float image with values from {low} to {high} looks scaled already; pass do_rescale=False for 0 to 1, "
             "or uint8."
         )
     return array.astype(np.float32)
 
 
 def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
-    """The central (height, width), padded with zeros where the picture is smaller."""
+    """The central (height, width), padded with zeros where the image is smaller."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     if top >= 0 and left >= 0:
         return pixels[top : top + height, left : left + width]
@@ -467,7 +467,7 @@ def _stack(pixel_values: list[Pixels]) -> NDArray[Any]:
     if len(sizes) > 1:
         some = ", ".join(f"{h} x {w}" for h, w in sizes[:3])
         raise ValueError(
-            f"The pictures come out in {len(sizes)} sizes ({some}) and do not fit one batch; crop them to one size "
+            f"The images come out in {len(sizes)} sizes ({some}) and do not fit one batch; crop them to one size "
             "(do_center_crop), resize to an exact height and width, or ask for a list (return_tensors=None)."
         )
     return np.stack(pixel_values)

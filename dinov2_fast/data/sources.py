@@ -39,7 +39,7 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".
 _OTHER_LISTS = (".json", ".xls", ".xlsx", ".arrow", ".feather")
 
 
-class Picture(NamedTuple):
+class ImageSource(NamedTuple):
     """Where an image is: a file or URL, or a member of an archive, at its `offset` (:mod:`.archives`).
 
     `path` names it for people: the file, or archive/member.
@@ -71,7 +71,7 @@ class _LeftOut(Counter[str]):
         return f"{text} HEIC needs: pip install pillow_heif." if needs_plugin else text
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Picture]:
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[ImageSource]:
     """The images that the paths name, one after the other; see the module's description.
 
     Folders, lists and archives are read while the result is used. At its end, a warning is logged about files in them
@@ -113,10 +113,10 @@ def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     return found
 
 
-def _find(given: tuple[str, ...], found: list[str]) -> Iterator[Picture]:
+def _find(given: tuple[str, ...], found: list[str]) -> Iterator[ImageSource]:
     left_out = _LeftOut()
     for path in found:
-        yield from _pictures(path, left_out)
+        yield from _images(path, left_out)
     _report(given, left_out)
 
 
@@ -175,21 +175,21 @@ def _refuse_other_kinds(path: str) -> None:
         )
 
 
-def _pictures(path: str, left_out: _LeftOut) -> Iterator[Picture]:
+def _images(path: str, left_out: _LeftOut) -> Iterator[ImageSource]:
     """The images that one path, which is no glob, names."""
     kind = ending(path)
     if not is_url(path) and os.path.isdir(path):
-        return map(Picture, _walk(path, left_out))
+        return map(ImageSource, _walk(path, left_out))
     if kind == ".parquet" and parquet_images.holds_images(path):
-        return (Picture(f"{path}/{row}", path, row) for row in parquet_images.rows(path))
+        return (ImageSource(f"{path}/{row}", path, row) for row in parquet_images.rows(path))
     if kind in lists.READERS:
-        return map(Picture, lists.read_list(path))
+        return map(ImageSource, lists.read_list(path))
     if kind in (".tar", ".zip"):
         members = (member for member in archives.members(path) if left_out.takes(member.name))
-        return (Picture(f"{path}/{name}", path, offset, size) for name, offset, size in members)
+        return (ImageSource(f"{path}/{name}", path, offset, size) for name, offset, size in members)
     if is_url(path) and kind not in ENDINGS and filesystem(path).isdir(path):
-        return map(Picture, _find_below(path, left_out))
-    return iter([Picture(path)])
+        return map(ImageSource, _find_below(path, left_out))
+    return iter([ImageSource(path)])
 
 
 def _walk(folder: str, left_out: _LeftOut) -> Iterator[str]:
@@ -219,33 +219,33 @@ def _find_below(url: str, left_out: _LeftOut) -> Iterator[str]:
     return (files.unstrip_protocol(name) for name in sorted(files.find(url)) if left_out.takes(name))
 
 
-class PictureList:
+class ImageList:
     """The images of an extraction, in shards; those that this process needs lie in a temporary file.
 
     So memory does not grow with their number.
 
     Args:
-        pictures: all of them, iterated once.
-        shard_size: pictures in each shard but the last.
+        images: all of them, iterated once.
+        shard_size: images in each shard but the last.
         part: (index from 0, count): this process needs the shards `index`, `index` + `count`, and so on.
         folder: where the temporary file goes, which has no name and goes with the process.
 
     Attributes:
-        count: of all pictures.
+        count: of all images.
         sha256: of all paths, with offsets and sizes in archives, in hexadecimal.
     """
 
-    def __init__(self, pictures: Iterable[Picture], shard_size: int, part: tuple[int, int], folder: Path) -> None:
+    def __init__(self, images: Iterable[ImageSource], shard_size: int, part: tuple[int, int], folder: Path) -> None:
         import pyarrow as pa
 
         self._shard_size, self._part = shard_size, part
-        self._file = tempfile.TemporaryFile(dir=folder, prefix=".pictures-")  # noqa: SIM115  # close() closes it
+        self._file = tempfile.TemporaryFile(dir=folder, prefix=".images-")  # noqa: SIM115  # close() closes it
         digest, self.count, shard = hashlib.sha256(), 0, []
         fields = [("path", pa.binary()), ("archive", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
         schema = pa.schema(fields)
         with pa.ipc.new_file(self._file, schema) as kept:
-            for picture in pictures:
-                row = _encoded(picture)
+            for image in images:
+                row = _encoded(image)
                 digest.update(repr(row).encode())
                 if self._is_ours(self.count // shard_size):
                     shard.append(row)
@@ -267,15 +267,15 @@ class PictureList:
         return range(self._part[0], -(-self.count // self._shard_size), self._part[1])
 
     def rows(self, shard: int) -> range:
-        """The numbers of the pictures of a shard."""
+        """The numbers of the images of a shard."""
         first = shard * self._shard_size
         return range(first, min(first + self._shard_size, self.count))
 
-    def shard(self, shard: int) -> list[Picture]:
-        """The pictures of one of this process's shards."""
+    def shard(self, shard: int) -> list[ImageSource]:
+        """The images of one of this process's shards."""
         columns = self._reader.get_batch(shard // self._part[1]).to_pydict()
         return [
-            Picture(os.fsdecode(path), archive and os.fsdecode(archive), offset, size)
+            ImageSource(os.fsdecode(path), archive and os.fsdecode(archive), offset, size)
             for path, archive, offset, size in zip(*columns.values(), strict=True)
         ]
 
@@ -284,8 +284,8 @@ class PictureList:
         self._file.close()
 
 
-def _encoded(picture: Picture) -> tuple[Any, ...]:
-    path, archive, offset, size = picture
+def _encoded(image: ImageSource) -> tuple[Any, ...]:
+    path, archive, offset, size = image
     return os.fsencode(path), None if archive is None else os.fsencode(archive), offset, size
 
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from dinov2_fast.data.decoding import Decoded, decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS, own_process
-from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.sources import ImageSource
 
 MAX_SECONDS = 60.0
 SECONDS_TO_START = 60.0  # where many processes import at once from a slow disk, some take tens
@@ -49,7 +49,7 @@ _context = multiprocessing.get_context("spawn")
 
 
 def decode_all(
-    pictures: Iterable[Picture],
+    images: Iterable[ImageSource],
     processor: Dinov2ImageProcessor,
     *,
     max_pixels: int = MAX_PIXELS,
@@ -57,26 +57,26 @@ def decode_all(
     workers: int = 0,
     ahead: int = 64,
 ) -> Generator[Decoded, None, None]:
-    """Decodes in the order of `pictures`; with `workers` processes, about `ahead` pictures before they are asked for.
+    """Decodes in the order of `images`; with `workers` processes, about `ahead` images before they are asked for.
 
     The processes are spawned: a script that calls this needs the usual ``if __name__ == "__main__":``. Close the
     iterator to stop them early. An image at which a worker dies, or for which this process would wait more than
     `max_seconds`, is tried once more, and then gets an error. Without workers there is no limit of time.
 
     Args:
-        pictures: where they are.
+        images: where they are.
         processor: its outputs must have one size.
 
     Raises:
         RuntimeError: a worker cannot start.
     """
     if not workers:
-        for picture in pictures:
-            yield decode(picture, processor, max_pixels)
+        for image in images:
+            yield decode(image, processor, max_pixels)
         return
     pool = _Pool(workers, processor, max_pixels, max_seconds, ahead)
     try:
-        yield from pool.decode(iter(pictures))
+        yield from pool.decode(iter(images))
     finally:
         pool.close()
 
@@ -100,14 +100,14 @@ class _Pool:
         for _ in range(workers):
             self._workers.append(_Worker(self._arguments))
 
-    def decode(self, pictures: Iterator[Picture]) -> Generator[Decoded, None, None]:
-        """The pictures' answers, in order."""
+    def decode(self, images: Iterator[ImageSource]) -> Generator[Decoded, None, None]:
+        """The images' answers, in order."""
         sent = taken = 0
         while True:
             while sent - taken < len(self._pixels) and (worker := self._free_worker()):
-                if (picture := next(pictures, None)) is None:
+                if (image := next(images, None)) is None:
                     break
-                worker.send(_Task(sent, sent % len(self._pixels), picture))
+                worker.send(_Task(sent, sent % len(self._pixels), image))
                 sent += 1
             if taken == sent:
                 return
@@ -168,13 +168,13 @@ class _Pool:
 class _Task(NamedTuple):
     number: int
     slot: int
-    picture: Picture
+    image: ImageSource
     again: bool = False  # a worker has died of it, or was ended
 
     @property
     def nbytes(self) -> int:
         """About what it takes in a pipe."""
-        return len(self.picture.path) + len(self.picture.archive or "")
+        return len(self.image.path) + len(self.image.archive or "")
 
 
 class _Worker:
@@ -198,7 +198,7 @@ class _Worker:
         """Gives it one more task."""
         self.tasks.append(task)
         with suppress(OSError):  # it has ended, which is noticed when its answers are read
-            self.connection.send((task.slot, task.picture))
+            self.connection.send((task.slot, task.image))
 
     def answers(self) -> dict[int, Decoded]:
         """The answers that have come, without pixels, by the number of their task.
@@ -259,8 +259,8 @@ def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, 
     try:
         while True:
             connection.send(answer)
-            slot, picture = connection.recv()
-            answer = decode(picture, processor, max_pixels)
+            slot, image = connection.recv()
+            answer = decode(image, processor, max_pixels)
             if answer.pixels is not None:
                 pixels[slot] = answer.pixels
                 answer = replace(answer, pixels=None)
@@ -280,7 +280,7 @@ def _end_with_parent() -> None:
 
 
 def pixel_dtype(processor: Dinov2ImageProcessor) -> np.dtype[Any]:
-    """Of the processor's outputs for pictures of 8 bits."""
+    """Of the processor's outputs for images of 8 bits."""
     return np.dtype(np.float32 if processor.do_rescale or processor.do_normalize else np.uint8)
 
 

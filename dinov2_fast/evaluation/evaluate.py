@@ -1,10 +1,10 @@
 """How good features are at telling classes apart: weighted k-NN and linear probes, as DINOv2 is evaluated.
 
 The protocols are those of the reference (facebookresearch/dinov2, dinov2/eval/knn.py and linear.py), with one
-difference: both work on features of pictures as they are at evaluation, while the reference trains its linear probes on
+difference: both work on features of images as they are at evaluation, while the reference trains its linear probes on
 random crops and flips. Figures of linear probes are therefore not comparable with published ones to the last digit.
 
-Accuracies are fractions. A picture is right in the top k if fewer than k other classes score as high or higher: ties,
+Accuracies are fractions. An image is right in the top k if fewer than k other classes score as high or higher: ties,
 among them those of classes without a vote, count against.
 """
 
@@ -31,7 +31,7 @@ _SIMILARITIES = 2**27  # held at a time, half a gigabyte
 
 
 class Accuracy(NamedTuple):
-    """Fractions of pictures whose class is the best, and among the best five."""
+    """Fractions of images whose class is the best, and among the best five."""
 
     top1: float
     top5: float
@@ -49,20 +49,20 @@ def knn(
     n_tries: int = 1,
     device: str | torch.device = "cpu",
 ) -> dict[int, Accuracy]:
-    """Weighted k-NN: the k nearest training pictures by cosine vote for their classes, each with exp(cosine / T).
+    """Weighted k-NN: the k nearest training images by cosine vote for their classes, each with exp(cosine / T).
 
     Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (2018), section 3.4.
 
-    With `n_per_class` few training pictures vote: so many of each class, or all of a smaller one, chosen at random. The
+    With `n_per_class` few training images vote: so many of each class, or all of a smaller one, chosen at random. The
     values of k are then that number and those of `neighbours` below it.
 
     Args:
-        train, val: features (pictures, dim), array or tensor, normalised here. Without `val` each training picture is
+        train, val: features (images, dim), array or tensor, normalised here. Without `val` each training image is
             classified by the others (leave-one-out).
-        train_labels, val_labels: (pictures,) classes as whole numbers from 0 on.
+        train_labels, val_labels: (images,) classes as whole numbers from 0 on.
         neighbours: the values of k.
         temperature: T.
-        n_per_class: training pictures of each class; default all. Needs `val`.
+        n_per_class: training images of each class; default all. Needs `val`.
         n_tries: choices of them, the accuracies' mean is taken; number t, from 0 on, is made with the seed t.
         device: where to compute.
 
@@ -70,7 +70,7 @@ def knn(
         The accuracies by k.
 
     Raises:
-        ValueError: shapes, labels or settings that do not fit, more neighbours or pictures of a class than there are,
+        ValueError: shapes, labels or settings that do not fit, more neighbours or images of a class than there are,
             NaN or infinity.
     """
     train, train_labels = _checked("train", train, train_labels)
@@ -96,9 +96,7 @@ def knn(
 def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int | None) -> Sequence[int]:
     """The values of k that are evaluated."""
     if not neighbours or min(neighbours) < 1 or (n_per_class is None and max(neighbours) > most):
-        raise ValueError(
-            f"k must be between 1 and the {most} training pictures, got {', '.join(map(str, neighbours))}."
-        )
+        raise ValueError(f"k must be between 1 and the {most} training images, got {', '.join(map(str, neighbours))}.")
     if n_per_class is None:
         return neighbours
     return sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
@@ -106,7 +104,7 @@ def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int |
 
 def _check_few(labels: Tensor, alone: bool, n_per_class: int, n_tries: int) -> None:
     if alone:
-        raise ValueError("n_per_class needs val, the pictures that the few of each class classify.")
+        raise ValueError("n_per_class needs val, the images that the few of each class classify.")
     largest = int(labels.bincount().max())
     if not 1 <= n_per_class <= largest:
         raise ValueError(
@@ -117,7 +115,7 @@ def _check_few(labels: Tensor, alone: bool, n_per_class: int, n_tries: int) -> N
 
 
 def _choices(labels: Tensor, n_per_class: int | None, n_tries: int) -> Iterator[Tensor | slice]:
-    """The rows of training pictures that vote in each try; of few of each class, those that the reference chooses."""
+    """The rows of training images that vote in each try; of few of each class, those that the reference chooses."""
     if n_per_class is None:
         yield slice(None)
         return
@@ -138,7 +136,7 @@ def _knn_ranks(
     classes: int,
     alone: bool,
 ) -> dict[int, Tensor]:
-    """By k, how many other classes score as high as each picture's own or higher; features of length 1."""
+    """By k, how many other classes score as high as each image's own or higher; features of length 1."""
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     chunk = max(1, _SIMILARITIES // len(train))
     for start in range(0, len(val), chunk):
@@ -156,18 +154,18 @@ def _knn_ranks(
 
 @dataclass(frozen=True)
 class Tokens:
-    """What linear probes see of pictures.
+    """What linear probes see of images.
 
     Args:
-        cls: (pictures, blocks, dim) class tokens after the last blocks, the last block last, the final norm applied.
-        patch_mean: (pictures, dim) mean of the last block's patch tokens, or None.
+        cls: (images, blocks, dim) class tokens after the last blocks, the last block last, the final norm applied.
+        patch_mean: (images, dim) mean of the last block's patch tokens, or None.
     """
 
     cls: Tensor
     patch_mean: Tensor | None = None
 
     def joined(self, blocks: int, avgpool: bool) -> Tensor:
-        """(pictures, features) fp32: the class tokens of the last `blocks` side by side, then the patches' mean."""
+        """(images, features) fp32: the class tokens of the last `blocks` side by side, then the patches' mean."""
         parts = [self.cls[:, -blocks:].flatten(1)]
         if avgpool:
             assert self.patch_mean is not None
@@ -186,7 +184,7 @@ class Probe:
     bias: Tensor
 
     def accuracy(self, tokens: Tokens, labels: Any) -> Accuracy:
-        """On pictures with labels, whole numbers below the number of classes."""
+        """On images with labels, whole numbers below the number of classes."""
         logits = tokens.joined(self.blocks, self.avgpool).to(self.weight.device) @ self.weight + self.bias
         return _accuracy(_ranks(logits, torch.as_tensor(labels).to(logits.device)))
 
@@ -207,15 +205,15 @@ def linear_probes(
 
     One for each number of last blocks, without and (if there is a `patch_mean`) with the mean of the patches, and each
     learning rate. SGD with momentum 0.9 and no weight decay, the rate times batch_size / 256, down to 0 as a cosine.
-    Training pictures are shuffled anew whenever all were seen; a rest smaller than a batch is left out.
+    Training images are shuffled anew whenever all were seen; a rest smaller than a batch is left out.
 
     Args:
-        tokens: of the training pictures.
-        labels: (pictures,) classes as whole numbers from 0 on.
+        tokens: of the training images.
+        labels: (images,) classes as whole numbers from 0 on.
         blocks: numbers of last blocks, at most those in `tokens`.
         learning_rates: before scaling.
         steps: updates.
-        batch_size: pictures in an update, or all of them where there are fewer; the scale of the rates follows.
+        batch_size: images in an update, or all of them where there are fewer; the scale of the rates follows.
         seed: of initial weights and order.
         device: where to compute.
         progress: called after each update with the number of updates so far.
@@ -232,7 +230,7 @@ def linear_probes(
             f"There are the class tokens of {available} last blocks, asked for {', '.join(map(str, blocks))}."
         )
     if steps < 1 or batch_size < 1 or not learning_rates or not min(learning_rates) > 0:
-        raise ValueError("There must be a step, a picture in each batch, and learning rates above 0.")
+        raise ValueError("There must be a step, an image in each batch, and learning rates above 0.")
     kinds = [(n, avgpool) for n in blocks for avgpool in (False, True)[: 1 if tokens.patch_mean is None else 2]]
     target = _checked("train", tokens.joined(*kinds[-1]), labels)[1].to(device)
     batch_size = min(batch_size, len(target))
@@ -280,11 +278,11 @@ class _Grid:
 
 
 def _checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Features (pictures, dim) in fp32 and labels in int64."""
+    """Features (images, dim) in fp32 and labels in int64."""
     features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise ValueError(
-            f"{name} must be features (pictures, dim) and labels (pictures,), got {tuple(features.shape)} and "
+            f"{name} must be features (images, dim) and labels (images,), got {tuple(features.shape)} and "
             f"{tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.min() < 0:
@@ -295,7 +293,7 @@ def _checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many other classes score as high as a picture's own, or higher; too many for any top if that is NaN."""
+    """How many other classes score as high as an image's own, or higher; too many for any top if that is NaN."""
     own = scores.gather(1, labels[:, None])
     ranks = (scores >= own).sum(dim=1) - 1
     return torch.where(own.squeeze(1).isnan(), scores.shape[1] + 5, ranks)

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from dinov2_fast.data.failures import NothingReadError
-from dinov2_fast.data.sources import Picture, PictureList
+from dinov2_fast.data.sources import ImageList, ImageSource
 from dinov2_fast.features.manifest import write_sections
 from dinov2_fast.features.schema import as_text, format_named, stem
 from dinov2_fast.features.store import Section, read_manifest, stored_features, stored_sections
 
 
 def begin_addition(
-    folder: Path, given: Iterable[Picture], stack: ExitStack, retry_failed: bool
-) -> tuple[Section, PictureList]:
+    folder: Path, given: Iterable[ImageSource], stack: ExitStack, retry_failed: bool
+) -> tuple[Section, ImageList]:
     """The section of the given images that are not there, which the manifest names from now on, and these images.
 
     Args:
@@ -35,9 +35,9 @@ def begin_addition(
     last, parts = before[-1], stored.finished_parts(before[-1])
     listed = stack.enter_context(closing(stored.list_new(given, finished + parts * (parts == [last]))))
     if parts != [last]:
-        if (listed.count, listed.sha256) == (last.pictures, last.sha256):
+        if (listed.count, listed.sha256) == (last.images, last.sha256):
             return last, listed
-        rest = (picture for shard in listed.shards for picture in listed.shard(shard))
+        rest = (image for shard in listed.shards for image in listed.shard(shard))
         listed = stack.enter_context(closing(stored.list_new(rest, parts)))
     first = max((section.shards(stored.shard_size).stop for section in (*finished, *parts)), default=0)
     added = Section(first, listed.count, listed.sha256)
@@ -70,16 +70,16 @@ class _Stored:
             if not self._is_there(shard, rows):
                 continue
             if parts and parts[-1].shards(self.shard_size).stop == shard:
-                parts[-1] = Section(parts[-1].first_shard, parts[-1].pictures + rows)
+                parts[-1] = Section(parts[-1].first_shard, parts[-1].images + rows)
             else:
                 parts.append(Section(shard, rows))
-        return [section] if sum(part.pictures for part in parts) == section.pictures else parts
+        return [section] if sum(part.images for part in parts) == section.images else parts
 
-    def list_new(self, pictures: Iterable[Picture], sections: Iterable[Section]) -> PictureList:
+    def list_new(self, images: Iterable[ImageSource], sections: Iterable[Section]) -> ImageList:
         """The images whose paths are not in these sections."""
         known = set(self._paths(sections))
-        new = (picture for picture in pictures if as_text(picture.path) not in known)
-        return PictureList(new, self.shard_size, (0, 1), self._folder)
+        new = (image for image in images if as_text(image.path) not in known)
+        return ImageList(new, self.shard_size, (0, 1), self._folder)
 
     def _is_there(self, shard: int, rows: int) -> bool:
         found = self._format.count(stem(self._folder, shard), self._features)

@@ -13,7 +13,7 @@ from torch import nn
 
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
 from dinov2_fast.extraction.batches import run_batches
 from dinov2_fast.extraction.compute import Outputs
@@ -29,7 +29,7 @@ BATCH = 32
 
 def extract_as_stored(
     features: Features,
-    images: Sequence[Picture],
+    images: Sequence[ImageSource],
     name: str,
     *,
     model: Any = None,
@@ -65,10 +65,10 @@ def extract_as_stored(
     decoded = decode_all(images, outputs.decoder, workers=0, max_pixels=manifest["decoder"]["max_pixels"])
     for pending in run_batches(outputs, decoded, range(len(images)), BATCH):
         batch = pending.result()
-        for picture, values in zip(batch.pictures, batch.features[name], strict=True):
-            if picture.error is None:
+        for image, values in zip(batch.images, batch.features[name], strict=True):
+            if image.error is None:
                 found[len(errors)] = values
-            errors.append(picture.error)
+            errors.append(image.error)
     return found, errors
 
 

@@ -1,4 +1,4 @@
-"""Pictures through the model in batches: one computes while the next is gathered, smaller where memory ends."""
+"""Images through the model in batches: one computes while the next is gathered, smaller where memory ends."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ NOT_FINITE = "the model's features are not finite"
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive pictures, without pixels, and their features (pictures, …), which count where there is no error."""
+    """Consecutive images, without pixels, and their features (images, …), which count where there is no error."""
 
-    pictures: list[Decoded]
+    images: list[Decoded]
     features: dict[str, NDArray[Any]]
     seconds: float  # that the device worked
 
 
 class Pending:
-    """A batch on its way through the model, in parts of at most `size` pictures.
+    """A batch on its way through the model, in parts of at most `size` images.
 
     Where memory does not suffice, `size` is halved. Other errors are not retried: after an illegal access, for
     instance, nothing that the device computes can be trusted.
 
     Raises:
-        torch.OutOfMemoryError: for a single picture, too.
+        torch.OutOfMemoryError: for a single image, too.
     """
 
-    def __init__(self, outputs: Outputs, pictures: list[Decoded], size: int) -> None:
+    def __init__(self, outputs: Outputs, images: list[Decoded], size: int) -> None:
         self.size = size
         self._outputs = outputs
-        self._rows = [row for row, picture in enumerate(pictures) if picture.pixels is not None]
-        pixels = [picture.pixels for picture in pictures if picture.pixels is not None]
-        self._pictures = [replace(picture, pixels=None) for picture in pictures]
+        self._rows = [row for row, image in enumerate(images) if image.pixels is not None]
+        pixels = [image.pixels for image in images if image.pixels is not None]
+        self._images = [replace(image, pixels=None) for image in images]
         self._parts = self._start(np.stack(pixels)) if pixels else []
 
     def _start(self, pixels: NDArray[Any]) -> list[Running]:
@@ -55,9 +55,9 @@ class Pending:
             torch.cuda.empty_cache()  # does nothing where there is no GPU
 
     def result(self) -> Batch:
-        """Waits for the features; pictures whose features are not finite get an error."""
-        pictures = list(self._pictures)
-        features = {f.name: np.zeros((len(pictures), *f.shape), f.dtype) for f in self._outputs.features}
+        """Waits for the features; images whose features are not finite get an error."""
+        images = list(self._images)
+        features = {f.name: np.zeros((len(images), *f.shape), f.dtype) for f in self._outputs.features}
         first, total = 0, 0.0
         small = any(feature.dtype == "float16" for feature in self._outputs.features)
         error = f"{NOT_FINITE}{' or too large for fp16' * small}"
@@ -67,15 +67,15 @@ class Pending:
             for name, values in found.items():
                 features[name][rows] = values
             for row in np.array(rows)[~finite]:
-                pictures[row] = replace(pictures[row], error=error)
+                images[row] = replace(images[row], error=error)
             first, total = first + len(finite), total + seconds
-        return Batch(pictures, features, total)
+        return Batch(images, features, total)
 
 
 def run_batches(outputs: Outputs, decoded: Iterator[Decoded], rows: range, batch_size: int) -> Iterator[Pending]:
     """The batches of a shard, each started when it is yielded.
 
-    A batch is a fixed range of rows, unreadable pictures included. Where one had to be made smaller, so are those that
+    A batch is a fixed range of rows, unreadable images included. Where one had to be made smaller, so are those that
     follow in the shard.
     """
     size = batch_size

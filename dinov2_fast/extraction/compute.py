@@ -1,9 +1,9 @@
-"""Which features of a picture are taken from the model, and computing them for a batch.
+"""Which features of an image are taken from the model, and computing them for a batch.
 
 =============  ======================  ===============================================================================
 cls            (dim,)                  class token after the final norm
 patch_mean     (dim,)                  mean of the patch tokens after the final norm, without registers
-patches        (patches, dim)          patch tokens after the final norm, rows of the picture from the top
+patches        (patches, dim)          patch tokens after the final norm, rows of the image from the top
 registers      (registers, dim)        register tokens after the final norm
 cls@K          as without K            the first three after block K (0 is the first), the final norm applied, as
 patch_mean@K                           ``get_intermediate_layers(n=[K])`` gives them
@@ -33,7 +33,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 class Outputs:
-    """The features `names` of a model for pictures that a processor prepares.
+    """The features `names` of a model for images that a processor prepares.
 
     Args:
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one.
@@ -43,7 +43,7 @@ class Outputs:
 
     Attributes:
         features: name, shape and dtype of each.
-        decoder: the processor for pictures that `start` takes: the given one, or without rescaling and normalisation
+        decoder: the processor for images that `start` takes: the given one, or without rescaling and normalisation
             where the model does both.
 
     Raises:
@@ -71,7 +71,7 @@ class Outputs:
         return device
 
     def start(self, pixels: NDArray[Any]) -> Running:
-        """Begins to compute the features of a batch (pictures, 3, height, width); on a GPU it does not wait.
+        """Begins to compute the features of a batch (images, 3, height, width); on a GPU it does not wait.
 
         Raises:
             torch.OutOfMemoryError: the batch is too large.
@@ -115,7 +115,7 @@ class Running:
         self._names, self._arrays, self._watch = names, arrays, watch
 
     def result(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], float]:
-        """Each feature (pictures, …), which pictures have finite ones, and the seconds that the device took."""
+        """Each feature (images, …), which images have finite ones, and the seconds that the device took."""
         seconds = self._watch.seconds()
         *features, finite = (tensor.numpy() for tensor in self._arrays)
         return dict(zip(self._names, features, strict=True)), finite, seconds
@@ -205,7 +205,7 @@ def _check(model: Any, processor: Dinov2ImageProcessor) -> None:
 
 
 def _normalizes(model: Any, processor: Dinov2ImageProcessor) -> bool:
-    """Whether the model does to uint8 pictures what the processor does last: scaling by 1/255 and normalisation."""
+    """Whether the model does to uint8 images what the processor does last: scaling by 1/255 and normalisation."""
     if not isinstance(model, Engine) or not processor.do_rescale or not processor.do_normalize:
         return False
     settings = processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std)

@@ -1,4 +1,4 @@
-"""The main job: pictures in, a folder of features out, which can be interrupted at any time and goes on."""
+"""The main job: images in, a folder of features out, which can be interrupted at any time and goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.failures import Failures, NothingReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
-from dinov2_fast.data.sources import Picture, PictureList
+from dinov2_fast.data.sources import ImageList, ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all
 from dinov2_fast.extraction.additions import begin_addition
 from dinov2_fast.extraction.batches import Batch, Pending, run_batches
@@ -29,18 +29,18 @@ from dinov2_fast.features.store import Section
 
 @dataclass(frozen=True)
 class Announcement:
-    """What an extraction is going to do, known before its first picture.
+    """What an extraction is going to do, known before its first image.
 
     Attributes:
         folder: the output folder.
-        pictures, shards: of this process, those that are there already included, but not what is added to.
-        done, failures: pictures that are there already, and those with an error among them.
-        bytes: that the features of all `pictures` take on disk, without the other columns.
+        images, shards: of this process, those that are there already included, but not what is added to.
+        done, failures: images that are there already, and those with an error among them.
+        bytes: that the features of all `images` take on disk, without the other columns.
         free: bytes on the disk.
     """
 
     folder: Path
-    pictures: int
+    images: int
     shards: int
     done: int
     failures: int
@@ -53,9 +53,9 @@ class Status:
     """How far an extraction is.
 
     Attributes:
-        done, failures: pictures, those that were there already included.
-        total, resumed: pictures of this process, and those of them that were there already.
-        seconds: since the first picture of this run was asked for.
+        done, failures: images, those that were there already included.
+        total, resumed: images of this process, and those of them that were there already.
+        seconds: since the first image of this run was asked for.
         busy: share of this time in which the device ran the model.
     """
 
@@ -73,15 +73,15 @@ class Summary:
 
     Attributes:
         path: the output folder.
-        pictures, failures: of this process, those that were there already included.
-        resumed: pictures that were there already.
-        seconds: that it took, with the model loaded and the pictures listed.
+        images, failures: of this process, those that were there already included.
+        resumed: images that were there already.
+        seconds: that it took, with the model loaded and the images listed.
         busy: share of this time in which the device ran the model.
         reasons: the failures of this run, without those that were there already.
     """
 
     path: Path
-    pictures: int
+    images: int
     failures: int
     resumed: int
     seconds: float
@@ -90,7 +90,7 @@ class Summary:
 
 
 def extract(
-    pictures: Iterable[str | os.PathLike[str] | Picture],
+    images: Iterable[str | os.PathLike[str] | ImageSource],
     model: Any,
     out: str | os.PathLike[str],
     *,
@@ -111,10 +111,10 @@ def extract(
     announce: Callable[[Announcement], None] | None = None,
     progress: Callable[[Status], None] | None = None,
 ) -> Summary:
-    """Writes the features of every picture to the folder `out`: one row each, in order, in shards.
+    """Writes the features of every image to the folder `out`: one row each, in order, in shards.
 
-    The folder is described in :mod:`dinov2_fast.features.schema`; :func:`dinov2_fast.load_features` reads it. A
-    picture that cannot be read, or whose features are not finite, is a row with its error. A shard is there whole or
+    The folder is described in :mod:`dinov2_fast.features.schema`; :func:`dinov2_fast.load_features` reads it. An
+    image that cannot be read, or whose features are not finite, is a row with its error. A shard is there whole or
     not at all, and those that are there are not made again: after an interruption the same call does the rest, with the
     same bits. Only a shard for which memory ran out, so that its batches were halved, may differ in rounding; it says
     so. One shard is held in memory at most.
@@ -122,21 +122,21 @@ def extract(
     An error is as final as features are, until `retry_failed`. Where not one image can be read, nothing is written.
 
     Args:
-        pictures: paths of pictures, each one row, or what :func:`dinov2_fast.data.sources.find_pictures` yields.
+        images: paths of images, each one row, or what :func:`dinov2_fast.data.sources.find_images` yields.
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one by
             :func:`dinov2_fast.optimize_for_inference`; its device and dtype are used. An engine with the processor's
-            mean and std gets uint8 pictures and normalises them itself: a quarter of the bytes from worker processes
+            mean and std gets uint8 images and normalises them itself: a quarter of the bytes from worker processes
             and to the device.
         processor: by default the checkpoints' (224 x 224). Its outputs must have one size, a multiple of the patch.
         features: names, see :mod:`dinov2_fast.extraction.compute`.
         dtype: of the stored features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens. The
             precision of the computation is the model's; bf16 values fit fp32 exactly, and npy and Parquet have no bf16.
-        batch_size: pictures in one forward pass. A batch is a fixed range of rows, unreadable pictures included, and
+        batch_size: images in one forward pass. A batch is a fixed range of rows, unreadable images included, and
             batches begin anew with each shard.
         shard_size: rows of a shard; by default whole batches of at most 8192 rows or 256 MB.
         workers: processes that decode; 0 decodes in this one, without a limit of time.
-        max_pixels: larger pictures are refused.
-        max_seconds: pictures that take longer to read and decode, twice, are given up.
+        max_pixels: larger images are refused.
+        max_seconds: images that take longer to read and decode, twice, are given up.
         part: (index from 0, count): this process does the shards `index`, `index` + `count`, and so on. `count`
             processes with the same arguments write together what one would write.
         format: "parquet" or "npy".
@@ -146,7 +146,7 @@ def extract(
         retry_failed: decode the images with errors anew, and make shards anew in which one succeeds. With `add`, which
             keeps all shards, images with errors count as new, and get another row.
         metadata: what to record in the manifest, under ``about``.
-        announce: called once before the first picture.
+        announce: called once before the first image.
         progress: called after each batch.
 
     Raises:
@@ -162,26 +162,26 @@ def extract(
     _check(batch_size, shard_size, workers, part, overwrite, add)
     size = shard_size or shards.default_shard_size(outputs.features, batch_size)
     stored_as = shards.format_named(format)
-    given = iter(pictures)
+    given = iter(images)
     first = next(given, None)
     if first is None:
-        raise ValueError("There are no pictures to extract.")
+        raise ValueError("There are no images to extract.")
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     decoding = {"max_pixels": max_pixels, "max_seconds": max_seconds, "workers": workers}
-    all_pictures = map(_as_picture, chain([first], given))
+    all_images = map(_as_image, chain([first], given))
     claimed = {**manifest.describe(outputs, processor, max_pixels), "batch_size": batch_size}
     claimed |= {"shard_size": size, "format": format, "about": {**manifest.about(), **(metadata or {})}}
     with lock(folder, part), ExitStack() as stack:
         if add and shards.find_manifest(folder):
             manifest.compare(folder, claimed)
-            section, listed = begin_addition(folder, all_pictures, stack, retry_failed)
+            section, listed = begin_addition(folder, all_images, stack, retry_failed)
         else:
-            listed = stack.enter_context(closing(PictureList(all_pictures, size, part, folder)))
+            listed = stack.enter_context(closing(ImageList(all_images, size, part, folder)))
             section = Section(0, listed.count, listed.sha256)
             if overwrite:
                 manifest.discard(folder)
-            manifest.claim(folder, {**claimed, "inputs": {"pictures": listed.count, "sha256": listed.sha256}})
+            manifest.claim(folder, {**claimed, "inputs": {"images": listed.count, "sha256": listed.sha256}})
         store = _Store(folder, stored_as, outputs.features, section.first_shard, size)
         return _run(store, outputs, listed, batch_size, decoding, retry_failed, announce, progress)
 
@@ -208,8 +208,8 @@ def _check(
         raise ValueError("add keeps what is there, and one process decides what is new: leave out overwrite and part.")
 
 
-def _as_picture(given: str | os.PathLike[str] | Picture) -> Picture:
-    return given if isinstance(given, Picture) else Picture(os.fsdecode(given))
+def _as_image(given: str | os.PathLike[str] | ImageSource) -> ImageSource:
+    return given if isinstance(given, ImageSource) else ImageSource(os.fsdecode(given))
 
 
 class _Store:
@@ -250,7 +250,7 @@ class _Store:
 def _run(
     store: _Store,
     outputs: Outputs,
-    listed: PictureList,
+    listed: ImageList,
     batch_size: int,
     decoding: Mapping[str, Any],
     retry_failed: bool,
@@ -271,19 +271,19 @@ def _run(
         free = shutil.disk_usage(store.folder).free
         announce(Announcement(store.folder, total, len(known), resumed, failures, size, free))
     begin, done, worked, reasons, read = time.perf_counter(), resumed, 0.0, Failures(), False
-    stream = (picture for shard in todo for picture in listed.shard(shard))
+    stream = (image for shard in todo for image in listed.shard(shard))
     growing: _Growing | None = None
     with closing(decode_all(stream, outputs.decoder, ahead=max(2 * batch_size, 8), **decoding)) as decoded:
         for shard, pending in _lagging(_batches(outputs, listed, todo, decoded, batch_size)):
             growing = growing or _Growing(listed.shard(shard), store.first_id(shard), batch_size)
             batch = pending.result()
-            read = read or any(not picture.transient for picture in batch.pictures)
+            read = read or any(not image.transient for image in batch.images)
             if growing.add(batch, pending.size, reasons):
                 if not read:
                     raise NothingReadError(_nothing_read(reasons))
                 store.write(shard, growing.rows, growing.note)
                 growing = None
-            done, worked = done + len(batch.pictures), worked + batch.seconds
+            done, worked = done + len(batch.images), worked + batch.seconds
             if progress:
                 seconds = time.perf_counter() - begin
                 progress(Status(done, failures + len(reasons), total, resumed, seconds, worked / seconds))
@@ -293,18 +293,18 @@ def _run(
 
 def _improved(
     store: _Store,
-    listed: PictureList,
+    listed: ImageList,
     failed: Sequence[int],
     processor: Dinov2ImageProcessor,
     decoding: Mapping[str, Any],
 ) -> set[int]:
     """Those of these shards in which an image that failed can be decoded now."""
-    pairs: list[tuple[int, Picture]] = []
+    pairs: list[tuple[int, ImageSource]] = []
     for shard in failed:
-        pictures = listed.shard(shard)
-        pairs += [(shard, pictures[row]) for row in store.failed_rows(shard)]
-    with closing(decode_all((picture for _, picture in pairs), processor, **decoding)) as decoded:
-        return {shard for (shard, _), image in zip(pairs, decoded, strict=True) if image.error is None}
+        images = listed.shard(shard)
+        pairs += [(shard, images[row]) for row in store.failed_rows(shard)]
+    with closing(decode_all((image for _, image in pairs), processor, **decoding)) as decoded:
+        return {shard for (shard, _), each in zip(pairs, decoded, strict=True) if each.error is None}
 
 
 def _nothing_read(reasons: Failures) -> str:
@@ -317,27 +317,27 @@ def _nothing_read(reasons: Failures) -> str:
 class _Growing:
     """The shard whose batches are coming."""
 
-    def __init__(self, pictures: Sequence[Picture], first_id: int, batch_size: int) -> None:
+    def __init__(self, images: Sequence[ImageSource], first_id: int, batch_size: int) -> None:
         self.rows: list[shards.Rows] = []
         self.note: dict[str, Any] = {}
-        self._paths = [picture.path for picture in pictures]
+        self._paths = [image.path for image in images]
         self._first, self._count, self._batch_size = first_id, 0, batch_size
 
     def add(self, batch: Batch, size: int, failures: Failures) -> bool:
         """Takes the next batch, which ran in parts of `size`; adds to `failures`; whether it was the last."""
-        paths = self._paths[self._count : self._count + len(batch.pictures)]
-        self.rows.append(shards.Rows(self._first + self._count, paths, batch.pictures, batch.features))
+        paths = self._paths[self._count : self._count + len(batch.images)]
+        self.rows.append(shards.Rows(self._first + self._count, paths, batch.images, batch.features))
         self._count += len(paths)
-        for path, picture in zip(paths, batch.pictures, strict=True):
-            if picture.error is not None:
-                failures.add(shards.as_text(path), picture.error)
+        for path, image in zip(paths, batch.images, strict=True):
+            if image.error is not None:
+                failures.add(shards.as_text(path), image.error)
         if size < self._batch_size:
             self.note = {"batch_size": size}
         return self._count == len(self._paths)
 
 
 def _batches(
-    outputs: Outputs, listed: PictureList, todo: Sequence[int], decoded: Iterator[Decoded], batch_size: int
+    outputs: Outputs, listed: ImageList, todo: Sequence[int], decoded: Iterator[Decoded], batch_size: int
 ) -> Iterator[tuple[int, Pending]]:
     """All batches of the shards, started one after the other."""
     for shard in todo:

@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Extractor:
-    """A function from a batch of pictures to the same batch with their features, cheap to send to other processes.
+    """A function from a batch of images to the same batch with their features, cheap to send to other processes.
 
     It holds settings alone until it is first called; the model is then loaded where that happens. A pickle holds the
     settings, also of one that has loaded (a model given as an object is pickled with them).
@@ -45,8 +45,8 @@ class Extractor:
         device: by default a GPU where there is one.
         precision: of the computation, "fp32", "bf16", "fp16", "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
         engine: run the model's faster form for inference (:func:`dinov2_fast.optimize_for_inference`).
-        column: of the pictures; by default "image", or "bytes" where that is missing.
-        batch_size: pictures in one forward pass at most; halved for good where memory runs out.
+        column: of the images; by default "image", or "bytes" where that is missing.
+        batch_size: images in one forward pass at most; halved for good where memory runs out.
         max_pixels: larger images are refused, as bytes and as PIL images, before they are decoded. There is no limit of
             time: what may come from anyone is safer in :func:`dinov2_fast.extract`.
 
@@ -102,11 +102,11 @@ class Extractor:
         return self._loaded
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds the features of each picture.
+        """Adds the features of each image.
 
         Args:
-            batch: columns of one length. That of the pictures holds the bytes of files, or what
-                :class:`dinov2_fast.Dinov2ImageProcessor` takes: arrays (height, width, 3), PIL pictures. An array
+            batch: columns of one length. That of the images holds the bytes of files, or what
+                :class:`dinov2_fast.Dinov2ImageProcessor` takes: arrays (height, width, 3), PIL images. An array
                 (batch, height, width, 3) is a batch of them.
 
         Returns:
@@ -114,11 +114,11 @@ class Extractor:
             (batch,), None or the reason. Length and order are those of the batch.
 
         Raises:
-            KeyError: no column of pictures.
+            KeyError: no column of images.
             ValueError: columns that differ in length, or that are called as what is added.
         """
-        name = self._name_of_pictures(batch)
-        outputs, pictures = self.outputs, batch[name]
+        name = self._name_of_images(batch)
+        outputs, images = self.outputs, batch[name]
         taken = [key for key in (*(f.name for f in outputs.features), "error") if key in batch and key != name]
         if taken:
             raise ValueError(
@@ -128,13 +128,13 @@ class Extractor:
         lengths = {key: len(column) for key, column in batch.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The columns differ in length: {lengths}.")
-        decoded = [self._decode(picture, outputs) for picture in pictures]
+        decoded = [self._decode(image, outputs) for image in images]
         errors: list[str | None] = []
         parts: dict[str, list[NDArray[Any]]] = {f.name: [np.empty((0, *f.shape), f.dtype)] for f in outputs.features}
         while len(errors) < len(decoded):
             pending = Pending(outputs, decoded[len(errors) : len(errors) + self._batch_size], self._batch_size)
             self._batch_size, done = pending.size, pending.result()
-            errors += [picture.error for picture in done.pictures]
+            errors += [image.error for image in done.images]
             for key, values in done.features.items():
                 parts[key].append(values)
         found = {key: column for key, column in batch.items() if key != name}
@@ -144,7 +144,7 @@ class Extractor:
             found[key][failed] = np.nan
         return {**found, "error": np.array(errors, object)}
 
-    def _name_of_pictures(self, batch: Mapping[str, Any]) -> str:
+    def _name_of_images(self, batch: Mapping[str, Any]) -> str:
         wanted = COLUMNS if self._column is None else (self._column,)
         name = next((name for name in wanted if name in batch), None)
         if name is None:
@@ -153,13 +153,13 @@ class Extractor:
             )
         return name
 
-    def _decode(self, picture: Any, outputs: Outputs) -> Decoded:
-        if isinstance(picture, (bytes, bytearray, memoryview)):
-            return decode_bytes(bytes(picture), outputs.decoder, self._max_pixels)
+    def _decode(self, image: Any, outputs: Outputs) -> Decoded:
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            return decode_bytes(bytes(image), outputs.decoder, self._max_pixels)
         try:
-            if isinstance(picture, Image.Image):
-                check_pixels(picture, self._max_pixels)
-            return Decoded(pixels=outputs.decoder(picture, return_tensors=None).pixel_values[0])
+            if isinstance(image, Image.Image):
+                check_pixels(image, self._max_pixels)
+            return Decoded(pixels=outputs.decoder(image, return_tensors=None).pixel_values[0])
         except ImageError as error:
             return Decoded(error=str(error))
         except Exception as error:  # a fault costs this image, not the batch
@@ -177,7 +177,7 @@ def load_model(
     engine: bool = True,
     stride: int | tuple[int, int] | None = None,
 ) -> Any:
-    """The model of an extraction: an engine that takes the processor's uint8 pictures, or the model as it is.
+    """The model of an extraction: an engine that takes the processor's uint8 images, or the model as it is.
 
     Raises:
         WeightsError: the weights cannot be had.

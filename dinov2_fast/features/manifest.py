@@ -127,7 +127,7 @@ def write_sections(folder: Path, sections: Sequence[Section]) -> None:
     manifest, path = read_manifest(folder), find_manifest(folder)
     assert path is not None
     first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
-    manifest[INPUTS] = {"pictures": first.pictures, "sha256": first.sha256}
+    manifest[INPUTS] = {"images": first.images, "sha256": first.sha256}
     manifest["added"] = [asdict(section) for section in added]
     with whole_file(path) as file:
         file.write(_encoded(manifest))

@@ -16,7 +16,7 @@ from dinov2_fast.features.whole_files import whole_file
 
 def write(stem: Path, rows: Sequence[Rows], features: Sequence[Feature], note: Mapping[str, Any]) -> None:
     """See :class:`.shards.Format`. The lines come last: a shard that has them is whole."""
-    bad = np.array([picture.error is not None for part in rows for picture in part.pictures])
+    bad = np.array([image.error is not None for part in rows for image in part.images])
     for feature in features:
         values = np.concatenate([part.features[feature.name] for part in rows]).astype(feature.dtype, copy=False)
         values[bad] = np.nan

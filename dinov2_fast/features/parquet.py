@@ -95,7 +95,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 
 def _batch(rows: Rows, features: Sequence[Feature], schema: pa.Schema) -> pa.RecordBatch:
-    missing = pa.array([picture.error is not None for picture in rows.pictures], pa.bool_())
+    missing = pa.array([image.error is not None for image in rows.images], pa.bool_())
     arrays = [pa.array(values, schema.field(name).type) for name, values in columns_of(rows).items()]
     for feature in features:
         flat = pa.array(np.ascontiguousarray(rows.features[feature.name], feature.dtype).ravel())

@@ -57,7 +57,7 @@ _SHARD_NAME = re.compile(rf"{PREFIX}\d{{5,}}\.(parquet|jsonl|[a-z_]+(@\d+)?\.npy
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature as it is stored: of each picture an array of `shape`, of dtype "float32" or "float16"."""
+    """One feature as it is stored: of each image an array of `shape`, of dtype "float32" or "float16"."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Feature:
 
     @property
     def size(self) -> int:
-        """Values of one picture."""
+        """Values of one image."""
         size = 1
         for side in self.shape:
             size *= side
@@ -73,7 +73,7 @@ class Feature:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one picture."""
+        """Bytes of one image."""
         return self.size * (2 if self.dtype == "float16" else 4)
 
 
@@ -83,7 +83,7 @@ class Rows:
 
     first: int
     paths: Sequence[str]
-    pictures: Sequence[Decoded]
+    images: Sequence[Decoded]
     features: Mapping[str, NDArray[Any]]
 
 
@@ -162,14 +162,14 @@ def remove_leftovers(folder: Path, is_ours: Callable[[int], bool]) -> None:
 
 def columns_of(rows: Rows) -> dict[str, list[Any]]:
     """The columns that are no features (`COLUMNS`)."""
-    pictures = rows.pictures
+    images = rows.images
     values: tuple[list[Any], ...] = (
-        list(range(rows.first, rows.first + len(pictures))),
+        list(range(rows.first, rows.first + len(images))),
         [as_text(path) for path in rows.paths],
-        [picture.width for picture in pictures],
-        [picture.height for picture in pictures],
-        [None if picture.transient else picture.sha256 for picture in pictures],
-        [picture.error for picture in pictures],
+        [image.width for image in images],
+        [image.height for image in images],
+        [None if image.transient else image.sha256 for image in images],
+        [image.error for image in images],
     )
     return dict(zip(COLUMNS, values, strict=True))
 

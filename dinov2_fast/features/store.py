@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shard_size, sections = manifest["shard_size"], stored_sections(manifest)
-        counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.pictures))]
+        counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.images))]
         if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
             raise ValueError(f"sections {sections} in shards of {shard_size}")
         stored_features(manifest)
@@ -79,32 +79,32 @@ class Section:
 
     Attributes:
         first_shard: the number of their first shard; they have the following ones too.
-        pictures: how many they are.
+        images: how many they are.
         sha256: of their paths, in hexadecimal; None where others were to be among them.
     """
 
     first_shard: int
-    pictures: int
+    images: int
     sha256: str | None = None
 
     def shards(self, shard_size: int) -> range:
         """The numbers of its shards."""
-        return range(self.first_shard, self.first_shard - (-self.pictures // shard_size))
+        return range(self.first_shard, self.first_shard - (-self.images // shard_size))
 
     def rows(self, shard: int, shard_size: int) -> int:
         """How many of its images are in one of its shards."""
-        return min(shard_size, self.pictures - (shard - self.first_shard) * shard_size)
+        return min(shard_size, self.images - (shard - self.first_shard) * shard_size)
 
 
 def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
     """An extraction's own images, and what was added, in the order of the shards."""
     inputs = manifest["inputs"]
     added = manifest.get("added", [])
-    return [Section(0, inputs["pictures"], inputs.get("sha256")), *(Section(**section) for section in added)]
+    return [Section(0, inputs["images"], inputs.get("sha256")), *(Section(**section) for section in added)]
 
 
 class Features:
-    """The rows of an extraction, one for each picture, in the order of the pictures; made by `load_features`.
+    """The rows of an extraction, one for each image, in the order of the images; made by `load_features`.
 
     ``len(features)`` is their number. ``features["cls"]`` is a feature by its name (:mod:`.outputs`), a numpy array
     with one entry for each row: (rows, dim) for "cls" and "patch_mean", (rows, patches, dim) for "patches",
@@ -141,7 +141,7 @@ class Features:
 
     @property
     def width(self) -> NDArray[np.int32]:
-        """Pixels, EXIF rotation applied; 0 where the picture could not be read."""
+        """Pixels, EXIF rotation applied; 0 where the image could not be read."""
         return np.array([width or 0 for width in self._columns["width"]], np.int32)
 
     @property
@@ -190,7 +190,7 @@ class Features:
 
     def __repr__(self) -> str:
         described = ", ".join(f"{f.name} {f.shape} {f.dtype}" for f in self._features.values())
-        return f"<Features of {len(self)} pictures in {str(self.folder)!r}: {described}>"
+        return f"<Features of {len(self)} images in {str(self.folder)!r}: {described}>"
 
     @cached_property
     def _columns(self) -> dict[str, list[Any]]:

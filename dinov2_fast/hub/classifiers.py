@@ -47,7 +47,7 @@ class LinearClassifier(nn.Module):
         self.layers = check_layers(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (batch, channels, height, width) to logits (batch, classes)."""
+        """Images (batch, channels, height, width) to logits (batch, classes)."""
         pairs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
         patches = pairs[-1][0]
         return self.linear_head(torch.cat([*(cls_token for _, cls_token in pairs), patches.mean(dim=1)], dim=1))

@@ -29,7 +29,7 @@ class Weights(Enum):
 
 
 class DepthEstimator(EncoderDecoder):
-    """Pictures to depth maps in metres: the reference's DepthEncoderDecoder, without its training."""
+    """Images to depth maps in metres: the reference's DepthEncoderDecoder, without its training."""
 
     def extract_feat(self, img: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Map (batch, hidden, rows, columns) and CLS token of each block of `out_index`, before the last norm."""
@@ -44,12 +44,12 @@ class DepthEstimator(EncoderDecoder):
         rescale: bool = True,
         size: Sequence[int] | None = None,
     ) -> Tensor:
-        """The depth of pictures taken as a whole.
+        """The depth of images taken as a whole.
 
         Args:
             img: (batch, channels, height, width), normalised.
             img_metas: None, or dictionaries whose first has the size to give as "ori_shape".
-            rescale: give a map of the pictures' size (or `size`); otherwise of the head's.
+            rescale: give a map of the images' size (or `size`); otherwise of the head's.
             size: (height, width) of the map.
 
         Returns:
@@ -94,7 +94,7 @@ class DepthEstimator(EncoderDecoder):
         stride: tuple[int, int],
         crop_size: tuple[int, int],
     ) -> Tensor:
-        """The mean depth over overlapping windows (see `slide`), always of the pictures' size."""
+        """The mean depth over overlapping windows (see `slide`), always of the images' size."""
         return slide(self.encode_decode, img, crop_size, stride)
 
 

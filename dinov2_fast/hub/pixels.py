@@ -1,4 +1,4 @@
-"""A backbone and a head that decodes its feature maps to a map of the picture: depth, classes.
+"""A backbone and a head that decodes its feature maps to a map of the image: depth, classes.
 
 Source: facebookresearch/dinov2, dinov2/hub/utils.py and dinov2/hub/depth/encoder_decoder.py, and the model of the same
 name in mmsegmentation, which the reference's segmenters are of.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class CenterPadding(nn.Module):
-    """Pads pictures (..., height, width) with zeros to multiples of a size, the odd pixel below and on the right."""
+    """Pads images (..., height, width) with zeros to multiples of a size, the odd pixel below and on the right."""
 
     def __init__(self, multiple: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tenso
 
 
 def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
-    """Maps (batch, channels, height, width), mirrored if the first of `img_meta` says that the pictures were ("flip").
+    """Maps (batch, channels, height, width), mirrored if the first of `img_meta` says that the images were ("flip").
 
     It says how as "flip_direction", "horizontal" if it does not, or "vertical".
     """
@@ -44,9 +44,9 @@ def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tens
 
 
 class EncoderDecoder(nn.Module):
-    """Pictures of any size to maps of that size.
+    """Images of any size to maps of that size.
 
-    A picture is padded around to whole patches, and the map of the padded picture is resized to the picture's own size,
+    An image is padded around to whole patches, and the map of the padded image is resized to the image's own size,
     as the reference does: it does not cut the padding off.
 
     Args:
@@ -62,22 +62,22 @@ class EncoderDecoder(nn.Module):
         self.out_index = tuple(out_index)
 
     def extract_feat(self, img: Tensor) -> tuple[Any, ...]:
-        """What the head takes of pictures (batch, channels, height, width)."""
+        """What the head takes of images (batch, channels, height, width)."""
         raise NotImplementedError
 
     def encode_decode(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The map of pictures taken as a whole."""
+        """The map of images taken as a whole."""
         raise NotImplementedError
 
     def forward(self, img: Tensor) -> Tensor:
-        """The map of pictures (batch, channels, height, width), taken as a whole: (batch, maps, height, width)."""
+        """The map of images (batch, channels, height, width), taken as a whole: (batch, maps, height, width)."""
         return self.encode_decode(img)
 
     def _pad(self, img: Tensor) -> Tensor:
         padded = CenterPadding(self.backbone.patch_size)(img)
         if padded.shape != img.shape and not img.is_floating_point():
             raise TypeError(
-                f"Pictures of {tuple(img.shape[-2:])} pixels are padded with zeros to multiples of "
+                f"Images of {tuple(img.shape[-2:])} pixels are padded with zeros to multiples of "
                 f"{self.backbone.patch_size} once they are normalised, and these are {img.dtype}: normalise them first."
             )
         return padded
@@ -92,7 +92,7 @@ def slide(
         decode: maps (batch, channels, h, w) to (batch, maps, h, w).
         img: (batch, channels, height, width); where it is smaller than a window, the window is as small.
         crop_size, stride: height and width of a window, and how far the next one is, in pixels. The last of a row
-            or column ends with the picture.
+            or column ends with the image.
 
     Returns:
         (batch, maps, height, width).
@@ -102,7 +102,7 @@ def slide(
     """
     for size, step in zip(crop_size, stride, strict=True):
         if not 0 < step <= size:
-            raise ValueError(f"Windows of {crop_size} pixels every {stride} do not cover a picture.")
+            raise ValueError(f"Windows of {crop_size} pixels every {stride} do not cover an image.")
     height, width = img.shape[-2:]
     total, count = None, img.new_zeros(height, width)
     for rows in _windows(height, crop_size[0], stride[0]):

@@ -3,10 +3,10 @@
 The reference publishes these heads as files of mmsegmentation, of which nothing is needed here. Source:
 facebookresearch/dinov2, dinov2/eval/segmentation; Oquab et al., arXiv:2304.07193, section 7.4.
 
-The heads were tested on pictures resized to a shorter side of 512 pixels ("linear") or 640 ("ms", for multi-scale). For
+The heads were tested on images resized to a shorter side of 512 pixels ("linear") or 640 ("ms", for multi-scale). For
 the latter the reference takes the mean of the probabilities at 1, 1.32, 1.73, 2.28 and 3 times that size, each also of
-the mirror image. A `Segmenter` takes pictures as they are given, once, also with an "ms" head: that mean is left to its
-caller, with `img_meta` to bring the probabilities of all to the size and the side of the picture.
+the mirror image. A `Segmenter` takes images as they are given, once, also with an "ms" head: that mean is left to its
+caller, with `img_meta` to bring the probabilities of all to the size and the side of the image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LinearSegmentationHead(nn.Module):
 
 
 class Segmenter(EncoderDecoder):
-    """Pictures to the logits of a class for each pixel: mmsegmentation's EncoderDecoder, without its training.
+    """Images to the logits of a class for each pixel: mmsegmentation's EncoderDecoder, without its training.
 
     Args:
         backbone, decode_head, out_index: as for `EncoderDecoder`.
@@ -81,7 +81,7 @@ class Segmenter(EncoderDecoder):
         return self.backbone.get_intermediate_layers(self._pad(img), n=self.out_index, reshape=True)
 
     def encode_decode(self, img: Tensor, img_metas: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
-        """The logits of pictures (batch, channels, height, width) taken as a whole: (batch, classes, height, width)."""
+        """The logits of images (batch, channels, height, width) taken as a whole: (batch, classes, height, width)."""
         return resize(self.decode_head(self.extract_feat(img)), img.shape[2:])
 
     def whole_inference(

@@ -46,7 +46,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         if not config.use_mask_token:
             self.register_parameter("mask_token", None)
         for block in self.blocks:
-            block.subset_threshold = 1.0  # transformers drops branches of single pictures at every rate
+            block.subset_threshold = 1.0  # transformers drops branches of single images at every rate
             block.attn.attn_drop = config.attention_probs_dropout_prob
             block.attn.proj_drop = Dropout(config.hidden_dropout_prob)
         for module in self.modules():
@@ -69,18 +69,18 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         nn.init.trunc_normal_(self.cls_token, std=std)
 
     def embed(self, pixel_values: Tensor | None, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Pictures (batch, channels, height, width) of any size as tokens (batch, 1 + registers + patches, hidden).
+        """Images (batch, channels, height, width) of any size as tokens (batch, 1 + registers + patches, hidden).
 
         Rows and columns of pixels beyond the last whole patch are left out, as transformers does.
         """
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: give a batch of pictures (batch, channels, height, width).")
+            raise ValueError("pixel_values is missing: give a batch of images (batch, channels, height, width).")
         check_is_tensor(pixel_values)
         if pixel_values.ndim == 4:
             rows, columns = self.grid(pixel_values)
             if rows < 1 or columns < 1:
                 raise ValueError(
-                    f"The pictures are {tuple(pixel_values.shape[2:])} pixels, smaller than one patch of "
+                    f"The images are {tuple(pixel_values.shape[2:])} pixels, smaller than one patch of "
                     f"{self.patch_size}."
                 )
             (down, across), patch = self.stride, self.patch_size
@@ -137,7 +137,7 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Features of a batch of pictures.
+        """Features of a batch of images.
 
         Args:
             pixel_values: (batch, channels, height, width), floating point, cast to the dtype of the weights.
@@ -209,7 +209,7 @@ class Dinov2ForImageClassification(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Classifies a batch of pictures; see `Dinov2Model.forward` for the arguments not listed.
+        """Classifies a batch of images; see `Dinov2Model.forward` for the arguments not listed.
 
         Args:
             labels: class indices (batch,), or targets as `config.problem_type` wants them (set from them if None:
@@ -298,7 +298,7 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Feature maps of a batch of pictures; see `Dinov2Model.forward` for the arguments.
+        """Feature maps of a batch of images; see `Dinov2Model.forward` for the arguments.
 
         Returns:
             `BackboneOutput`: `feature_maps`, one for each of `out_features`, (batch, hidden, rows, columns) of patches;

@@ -41,7 +41,7 @@ from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patch
 from dinov2_fast.torch_private import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
-CACHED_SIZES = 16  # sizes of pictures whose position embeddings are kept
+CACHED_SIZES = 16  # sizes of images whose position embeddings are kept
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
     """What the engine was asked for.
 
     `dtype` is that of linears and activations, `stream` of the residual stream; `outputs` is "auto", "cls" or "all";
-    `mean` and `std` are those with which uint8 pictures are normalised; `max_tokens` of a list run at a time, None
+    `mean` and `std` are those with which uint8 images are normalised; `max_tokens` of a list run at a time, None
     for all. With `e4m3` the linears of blocks are in e4m3, but for the blocks `skip_layers`, with the scales of
     `calibration`. With `follow_weights` changes of the model are noticed.
     """
@@ -68,7 +68,7 @@ class Plan:
 
 
 class FoldedPatchEmbed(FoldedModule, PatchEmbed):
-    """The patch embedding as one matrix product, for normalised pictures and for uint8 ones as they are decoded."""
+    """The patch embedding as one matrix product, for normalised images and for uint8 ones as they are decoded."""
 
     proj: FoldedLinear  # type: ignore[assignment]  # a convolution in the model
     stride: Any = None  # of the model's convolution, (down, across)
@@ -92,16 +92,16 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         return made
 
     def folded(self, x: Tensor) -> FoldedLinear:
-        """The projection for pictures of the dtype of `x`.
+        """The projection for images of the dtype of `x`.
 
         Raises:
-            ValueError: uint8 pictures, but mean and std are those of another number of channels.
+            ValueError: uint8 images, but mean and std are those of another number of channels.
         """
         if x.dtype != torch.uint8:
             return self.proj
         if self.proj_uint8 is None:
             raise ValueError(
-                f"uint8 pictures of {self.in_chans} channels need mean and std of {self.in_chans} values: give them to "
+                f"uint8 images of {self.in_chans} channels need mean and std of {self.in_chans} values: give them to "
                 "optimize_for_inference."
             )
         return self.proj_uint8
@@ -159,7 +159,7 @@ class FoldedBackbone(DinoVisionTransformer):
         return torch.cat((first.expand(len(x), -1, -1), tokens), dim=1)
 
     def _tokens_of_size(self, x: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What tokens are made of for pictures of one size.
+        """What tokens are made of for images of one size.
 
         Returns:
             CLS with its position and the registers, (1, 1 + registers, hidden), and positions with the bias of the
@@ -201,7 +201,7 @@ class FoldedBackbone(DinoVisionTransformer):
         return last.first_token(_update_(x, blocks)).unsqueeze(1)
 
     def _run_list_for_cls(self, x_list: list[Tensor]) -> Tensor:
-        """The CLS tokens of all batches after the last block, (pictures, hidden)."""
+        """The CLS tokens of all batches after the last block, (images, hidden)."""
         *blocks, last = self.blocks
         return torch.cat([last.first_token(x) for x in _update_list(x_list, blocks)])
 

@@ -244,7 +244,7 @@ class Graphs:
     def run(self, folded: Any, backbone: FoldedBackbone, method: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """``folded.method(*args, **kwargs)``, as a graph where that is wanted and possible.
 
-        With "auto" a kind of call is captured when it comes again while it is remembered, so that a stream of pictures
+        With "auto" a kind of call is captured when it comes again while it is remembered, so that a stream of images
         of ever other sizes is not slowed down by captures.
         """
         function = getattr(folded, method)
@@ -285,10 +285,10 @@ class Graphs:
         if self.mode is False or self._failure or not self._cuda.serves(device):
             return None
         tensors = _tensors(args, kwargs)
-        pictures = next((x for x in tensors if x.ndim == 4), None)
-        if pictures is None or not all(x.numel() for x in tensors):
+        images = next((x for x in tensors if x.ndim == 4), None)
+        if images is None or not all(x.numel() for x in tensors):
             return None
-        if self.mode == "auto" and _tokens(pictures, backbone) * backbone.embed_dim**2 > AUTO_WORK:
+        if self.mode == "auto" and _tokens(images, backbone) * backbone.embed_dim**2 > AUTO_WORK:
             return None
         named = dict(zip(_positional(folded.__class__, method), args, strict=False)) | kwargs
         asked = [named[name] if named.get(name) is not None else _configured(folded, name) for name in COSTLY]
@@ -382,9 +382,9 @@ def _configuration(folded: Any) -> str | None:
     return None if config is None else str([getattr(config, name, None) for name in CONFIGURED])
 
 
-def _tokens(pictures: Tensor, backbone: Any) -> int:
-    rows, columns = backbone.grid(pictures)
-    return len(pictures) * (1 + backbone.num_register_tokens + rows * columns)
+def _tokens(images: Tensor, backbone: Any) -> int:
+    rows, columns = backbone.grid(images)
+    return len(images) * (1 + backbone.num_register_tokens + rows * columns)
 
 
 def _described(value: Any) -> str | None:

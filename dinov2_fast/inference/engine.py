@@ -32,7 +32,7 @@ from dinov2_fast.torch_private import is_traced
 
 # The dtype of activations and outputs.
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
-BATCH = 32  # pictures at a time where a tensor of many is given
+BATCH = 32  # images at a time where a tensor of many is given
 OUTPUTS = ("auto", "cls", "all")
 RESIDUALS = ("same", "fp32")
 BACKBONES = (
@@ -61,7 +61,7 @@ def optimize_for_inference(
 ) -> Engine:
     """A faster form of a model, for inference.
 
-    LayerScale is folded into the linears before it, the normalisation of uint8 pictures into the patch embedding;
+    LayerScale is folded into the linears before it, the normalisation of uint8 images into the patch embedding;
     activations and residual additions go with their linears. Weights are folded in fp64 from those that the model
     holds, and rounded once: give a model in fp32, since what bf16 has lost does not come back. In fp32 on a CPU with
     AVX-512 the weights of the linears are kept a second time, in the blocks that oneDNN reads.
@@ -70,17 +70,17 @@ def optimize_for_inference(
         model: in eval mode, of one of the classes of this package. It stays as it is and remains in memory.
         precision: "bf16", "fp16" or "fp32"; "auto" is bf16 on a GPU and fp32 elsewhere. Outputs have this dtype. "fp8"
             is bf16 with e4m3 operands in the linears of the blocks, whose errors are several times larger:
-            `Engine.calibrate` fits it to pictures, and `Engine.report` shows what it costs there.
+            `Engine.calibrate` fits it to images, and `Engine.report` shows what it costs there.
         outputs: "auto" runs the last block for the CLS token alone where a call returns nothing else, which is the
             reference's ``model(x)``, and timm's where it pools the CLS token. "cls" does so in the Hugging Face face,
             too, whose outputs then have `pooler_output` and no `last_hidden_state`. "all" never does.
         residual: "fp32" keeps the residual stream in fp32, "same" in the dtype of `precision`. In fp32 the errors of a
             bf16 engine were a quarter smaller (random weights with outliers, 4 blocks), for more memory traffic;
             outputs before the last norm are fp32 then.
-        mean, std: of each channel, for values in 0 to 1; with these uint8 pictures are normalised.
+        mean, std: of each channel, for values in 0 to 1; with these uint8 images are normalised.
         allow_slow: take bf16, fp16 and fp8 also on a device that has no instructions for it.
-        max_tokens: a list of pictures runs as packed sequences of at most so many tokens (a picture of 224 x 224 has
-            257), to bound memory; None for one sequence. A larger picture runs alone.
+        max_tokens: a list of images runs as packed sequences of at most so many tokens (an image of 224 x 224 has
+            257), to bound memory; None for one sequence. A larger image runs alone.
         skip_layers: with "fp8", the indices of blocks (0 is the first) that stay in bf16.
         cuda_graphs: on a GPU, run calls as CUDA graphs: True for all calls but those for lists, hidden states,
             attentions or a loss; "auto" where batches are small enough for the launching of kernels to take longest,
@@ -95,7 +95,7 @@ def optimize_for_inference(
             stay laid out for the backends that were chosen when it was made.
 
     Returns:
-        An engine with the methods of the model. Besides what the model takes it accepts pictures in any floating
+        An engine with the methods of the model. Besides what the model takes it accepts images in any floating
         dtype, and uint8 ones, (batch, channels, height, width) or (batch, height, width, channels).
 
     Raises:
@@ -212,39 +212,39 @@ class Engine(nn.Module):
     # What a precision costs
 
     @torch.no_grad()
-    def calibrate(self, pictures: Tensor | Iterable[Tensor]) -> None:
-        """Fits the e4m3 scales of precision "fp8" to pictures: some hundred of those that it is for.
+    def calibrate(self, images: Tensor | Iterable[Tensor]) -> None:
+        """Fits the e4m3 scales of precision "fp8" to images: some hundred of those that it is for.
 
         The largest magnitudes of attention outputs and hidden activations, which a bf16 engine has on them, then have
         at least twice the room they need. Norms need no calibration.
 
         Args:
-            pictures: (pictures, channels, height, width), or batches of that form, as the engine takes them; they are
+            images: (images, channels, height, width), or batches of that form, as the engine takes them; they are
                 moved to its device.
 
         Raises:
-            ValueError: another precision, no pictures, or activations that are not finite.
+            ValueError: another precision, no images, or activations that are not finite.
         """
         if not self.plan.e4m3:
             raise ValueError(f"calibrate is for precision='fp8', and this engine is in {self.precision}.")
         with _without_autocast(self.device.type):
-            scales, count = fp8.measure(self._beside(self.dtype), self._batches(pictures))
+            scales, count = fp8.measure(self._beside(self.dtype), self._batches(images))
         self.plan = replace(self.plan, calibration=fp8.Calibration(scales, count, fp8.checksum(self._model)))
         self.refresh()
 
     @torch.no_grad()
-    def report(self, pictures: Tensor | Iterable[Tensor]) -> Report:
+    def report(self, images: Tensor | Iterable[Tensor]) -> Report:
         """How near this engine's features, and those in bf16, are to those in fp32: print it for a table.
 
         Args:
-            pictures: as for `calibrate`, but not the same ones; at least three are needed for nearest neighbours.
+            images: as for `calibrate`, but not the same ones; at least three are needed for nearest neighbours.
 
         Returns:
             After each block and at the end, for CLS and patch tokens: the mean and the smallest cosine, and the share
-            of pictures whose nearest neighbour among those given stays the same.
+            of images whose nearest neighbour among those given stays the same.
 
         Raises:
-            ValueError: no pictures.
+            ValueError: no images.
         """
         if self._watch is not None and self._watch.changed():
             self.refresh()
@@ -252,7 +252,7 @@ class Engine(nn.Module):
         if self.precision != "bf16":
             versions["bf16"] = self._beside(torch.bfloat16)
         with _without_autocast(self.device.type):
-            return compare(self._beside(torch.float32), versions, self._batches(pictures))
+            return compare(self._beside(torch.float32), versions, self._batches(images))
 
     def _beside(self, dtype: torch.dtype) -> Any:
         """The backbone of this engine in another precision."""
@@ -260,10 +260,10 @@ class Engine(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             return _backbone(_fold(self._model, plan, self.device).to(self.device).eval())
 
-    def _batches(self, pictures: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-        for batch in as_batch(pictures).split(BATCH) if isinstance(pictures, Tensor) else pictures:
+    def _batches(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+        for batch in as_batch(images).split(BATCH) if isinstance(images, Tensor) else images:
             if not isinstance(batch, Tensor):
-                raise TypeError(f"pictures must be a tensor or batches that are tensors, got {type(batch).__name__}.")
+                raise TypeError(f"images must be a tensor or batches that are tensors, got {type(batch).__name__}.")
             yield self._channels_first(as_batch(batch).to(self.device))
 
     # The methods of the model
@@ -285,18 +285,18 @@ class Engine(nn.Module):
         """`DinoVisionTransformer.forward_features_list`."""
         return self._call("forward_features_list", args, kwargs)
 
-    def cls_tokens(self, pictures: list[Tensor]) -> list[Tensor]:
-        """The CLS tokens of pictures of different sizes, which run as one sequence.
+    def cls_tokens(self, images: list[Tensor]) -> list[Tensor]:
+        """The CLS tokens of images of different sizes, which run as one sequence.
 
         Args:
-            pictures: batches (batch, channels, height, width) or single pictures (channels, height, width). uint8 ones
+            images: batches (batch, channels, height, width) or single images (channels, height, width). uint8 ones
                 may have their channels last. `forward_features` takes such lists, too.
 
         Returns:
-            For each entry its `x_norm_clstoken` of `forward_features`, (batch, hidden); a single picture is a batch of
+            For each entry its `x_norm_clstoken` of `forward_features`, (batch, hidden); a single image is a batch of
             one.
         """
-        return self._call("cls_tokens", (pictures,), {})
+        return self._call("cls_tokens", (images,), {})
 
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         """`get_intermediate_layers` of the model's class."""
@@ -349,7 +349,7 @@ class Engine(nn.Module):
             return self._graphs.run(self.folded, _backbone(self.folded), method, args, kwargs)
 
     def _channels_first(self, argument: Any) -> Any:
-        """uint8 pictures as (batch, channels, height, width), also from channels last; anything else as it is."""
+        """uint8 images as (batch, channels, height, width), also from channels last; anything else as it is."""
         if isinstance(argument, list):
             return [self._channels_first(as_batch(part)) for part in argument]
         if isinstance(argument, Tensor) and argument.dtype == torch.uint8 and argument.ndim == 4:
@@ -453,9 +453,9 @@ def describe(engine: Engine) -> str:
         *(fp8.describe(backbone, model) if plan.e4m3 else ()),
         f"folded: LayerScale into proj and {'w3' if backbone.gated else 'fc2'}"
         + (", rows of w12 interleaved" if interleaved else ""),
-        f"uint8 pictures: {uint8}",
+        f"uint8 images: {uint8}",
         f"residual stream: {_name(plan.stream)}, in place" + (", the norms add the biases" if deferred else ""),
-        f"lists of pictures: packed, {f'up to {plan.max_tokens} tokens' if plan.max_tokens else 'all'} at a time",
+        f"lists of images: packed, {f'up to {plan.max_tokens} tokens' if plan.max_tokens else 'all'} at a time",
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
         f"what runs on {engine.device}:",

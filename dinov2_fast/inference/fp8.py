@@ -47,10 +47,10 @@ STATIC = Scales(1 / 16, 1 / 16)  # before calibration: clips beyond ±28
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `Engine.calibrate` found: the scales of each block, on how many pictures, with which weights."""
+    """What `Engine.calibrate` found: the scales of each block, on how many images, with which weights."""
 
     scales: tuple[Scales, ...]
-    pictures: int
+    images: int
     checksum: int
 
 
@@ -206,35 +206,35 @@ class _Recorder(FoldedLinear):
     def scale(self, what: str) -> float:
         largest = self.largest.item()
         if not math.isfinite(largest):
-            raise ValueError(f"{what} gave {largest} for these pictures: nothing can be calibrated on them.")
+            raise ValueError(f"{what} gave {largest} for these images: nothing can be calibrated on them.")
         return scale_for(HEADROOM * largest) if largest > 0 else STATIC.hidden
 
 
 def measure(backbone: FoldedBackbone, batches: Iterable[Tensor]) -> tuple[tuple[Scales, ...], int]:
-    """Runs pictures through an engine's blocks, which are not in e4m3 and are changed by this.
+    """Runs images through an engine's blocks, which are not in e4m3 and are changed by this.
 
     Returns:
-        The scales of each block in which the largest values met have `HEADROOM`, and the number of pictures.
+        The scales of each block in which the largest values met have `HEADROOM`, and the number of images.
 
     Raises:
-        ValueError: no pictures, or values that are not finite.
+        ValueError: no images, or values that are not finite.
     """
     recorders = []
     for block in backbone.blocks:
         block.attn.proj, block.mlp.down = _Recorder(block.attn.proj), _Recorder(block.mlp.down)
         recorders.append((block.attn.proj, block.mlp.down))
-    pictures = 0
+    images = 0
     for batch in batches:
         if len(batch):
             backbone._run_blocks(backbone.embed(batch))
-        pictures += len(batch)
-    if pictures == 0:
-        raise ValueError("calibrate needs at least one picture.")
+        images += len(batch)
+    if images == 0:
+        raise ValueError("calibrate needs at least one image.")
     scales = [
         Scales(proj.scale(f"the attention of block {i}"), down.scale(f"the MLP of block {i}"))
         for i, (proj, down) in enumerate(recorders)
     ]
-    return tuple(scales), pictures
+    return tuple(scales), images
 
 
 def checksum(model: nn.Module) -> int:
@@ -267,10 +267,10 @@ def describe(backbone: FoldedBackbone, model: nn.Module) -> list[str]:
 def _describe(calibration: Calibration | None, blocks: int, model: nn.Module) -> str:
     clipped = f"attention and hidden activations are clipped at ±{E4M3_MAX * STATIC.hidden:g}"
     if calibration is None:
-        return f"none: {clipped}; calibrate(pictures) measures what they need"
+        return f"none: {clipped}; calibrate(images) measures what they need"
     if len(calibration.scales) != blocks:
-        return f"made for {len(calibration.scales)} blocks and not used: {clipped}; call calibrate(pictures) again"
-    made = f"on {calibration.pictures} pictures, whose activations have {HEADROOM:g} times the room they need"
+        return f"made for {len(calibration.scales)} blocks and not used: {clipped}; call calibrate(images) again"
+    made = f"on {calibration.images} images, whose activations have {HEADROOM:g} times the room they need"
     if calibration.checksum != checksum(model):
-        made += "; stale: the weights have changed since, call calibrate(pictures) again"
+        made += "; stale: the weights have changed since, call calibrate(images) again"
     return made

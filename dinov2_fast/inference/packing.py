@@ -1,7 +1,7 @@
-"""Pictures of different sizes, run together as packed sequences.
+"""Images of different sizes, run together as packed sequences.
 
-Pictures of one size are one batch. The tokens of all batches lie one after another, (1, total_tokens, hidden), the
-short sequences first: linears and norms run on all of them at once, attention within each picture, and sequences of one
+Images of one size are one batch. The tokens of all batches lie one after another, (1, total_tokens, hidden), the
+short sequences first: linears and norms run on all of them at once, attention within each image, and sequences of one
 length are neighbours, for which it runs as one batch. No token is padding.
 """
 
@@ -24,20 +24,20 @@ Features = dict[str, Tensor]  # each (batch, ...)
 
 
 class Part(NamedTuple):
-    """Pictures `start` to `stop` of an entry of the list."""
+    """Images `start` to `stop` of an entry of the list."""
 
     entry: int
     start: int
     stop: int
 
 
-def as_batch(pictures: Any) -> Any:
-    """A single picture, of three dimensions, as a batch of one; anything else as it is."""
-    return pictures[None] if isinstance(pictures, Tensor) and pictures.ndim == 3 else pictures
+def as_batch(images: Any) -> Any:
+    """A single image, of three dimensions, as a batch of one; anything else as it is."""
+    return images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
 
 
 def forward_features_list(
-    backbone: FoldedBackbone, pictures: Sequence[Tensor], masks: Sequence[Tensor | None] | None
+    backbone: FoldedBackbone, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
 ) -> list[dict[str, Tensor | None]]:
     """`DinoVisionTransformer.forward_features_list`."""
 
@@ -46,49 +46,49 @@ def forward_features_list(
         found = [backbone._split_tokens(x, None) for x in backbone._run_blocks(tokens)]
         return [{key: value for key, value in features.items() if value is not None} for features in found]
 
-    masks = _checked(backbone, pictures, masks)
-    features = _in_runs(backbone, pictures, masks, forward)
+    masks = _checked(backbone, images, masks)
+    features = _in_runs(backbone, images, masks, forward)
     return [{**found, "masks": mask} for found, mask in zip(features, masks, strict=True)]
 
 
-def cls_tokens(backbone: FoldedBackbone, pictures: Sequence[Tensor]) -> list[Tensor]:
+def cls_tokens(backbone: FoldedBackbone, images: Sequence[Tensor]) -> list[Tensor]:
     """The normalised CLS tokens of each batch, (batch, hidden); unless `outputs` is "all" nothing else is computed."""
     if backbone.plan.outputs == "all":
-        features = forward_features_list(backbone, pictures, None)
+        features = forward_features_list(backbone, images, None)
         return [found["x_norm_clstoken"] for found in features]  # type: ignore[misc]  # only masks may be None
 
     def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
         tokens = [backbone.prepare_tokens_with_masks(x) for x in batches]
         return [{"cls": x} for x in backbone.norm(backbone._run_list_for_cls(tokens)).split([len(x) for x in batches])]
 
-    masks = _checked(backbone, pictures, None)
-    return [found["cls"] for found in _in_runs(backbone, pictures, masks, forward)]
+    masks = _checked(backbone, images, None)
+    return [found["cls"] for found in _in_runs(backbone, images, masks, forward)]
 
 
 def _checked(
-    backbone: FoldedBackbone, pictures: Sequence[Tensor], masks: Sequence[Tensor | None] | None
+    backbone: FoldedBackbone, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
 ) -> Sequence[Tensor | None]:
     """The masks, one or None for each batch.
 
     Raises:
         TypeError, ValueError: no list of batches, or masks that do not fit them.
     """
-    if not isinstance(pictures, list):
-        raise TypeError(f"Got a {type(pictures).__name__} where a list of batches or of pictures is needed.")
-    if not pictures:
+    if not isinstance(images, list):
+        raise TypeError(f"Got a {type(images).__name__} where a list of batches or of images is needed.")
+    if not images:
         raise ValueError("The list of batches is empty.")
-    for i, x in enumerate(pictures):
+    for i, x in enumerate(images):
         check_is_tensor(x)
         if x.ndim != 4:
             raise ValueError(
-                f"A list holds batches (batch, channels, height, width) or pictures of three dimensions; entry {i} has "
+                f"A list holds batches (batch, channels, height, width) or images of three dimensions; entry {i} has "
                 f"shape {tuple(x.shape)}."
             )
     if masks is None:
-        return [None] * len(pictures)
-    if len(masks) != len(pictures):
-        raise ValueError(f"Got {len(pictures)} batches but {len(masks)} masks; give one (or None) for each.")
-    for x, mask in zip(pictures, masks, strict=True):
+        return [None] * len(images)
+    if len(masks) != len(images):
+        raise ValueError(f"Got {len(images)} batches but {len(masks)} masks; give one (or None) for each.")
+    for x, mask in zip(images, masks, strict=True):
         if mask is not None:
             _check_masks(mask, torch.empty(len(x), _patches(backbone, x), device="meta"))
     return masks
@@ -101,24 +101,24 @@ def _patches(backbone: FoldedBackbone, x: Tensor) -> int:
 
 def _in_runs(
     backbone: FoldedBackbone,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     forward: Callable[[list[Tensor], list[Tensor | None]], list[Features]],
 ) -> list[Features]:
-    """`forward` of batches that differ in size, called for as many pictures at a time as `max_tokens` allows.
+    """`forward` of batches that differ in size, called for as many images at a time as `max_tokens` allows.
 
     Returns:
-        What it gives for the pictures of each entry of the list.
+        What it gives for the images of each entry of the list.
     """
-    seq_lens = [1 + backbone.num_register_tokens + _patches(backbone, x) for x in pictures]
-    found: list[list[Features]] = [[] for _ in pictures]
-    for run in split([len(x) for x in pictures], seq_lens, backbone.plan.max_tokens):
+    seq_lens = [1 + backbone.num_register_tokens + _patches(backbone, x) for x in images]
+    found: list[list[Features]] = [[] for _ in images]
+    for run in split([len(x) for x in images], seq_lens, backbone.plan.max_tokens):
         groups: dict[Any, list[Part]] = {}  # by what one batch has in common
         for part in sorted(run, key=lambda part: seq_lens[part.entry]):
-            x = pictures[part.entry]
+            x = images[part.entry]
             key = (x.shape[1:], x.dtype, x.device, masks[part.entry] is None)
             groups.setdefault(key, []).append(part)
-        batches = [_joined([pictures[i][start:stop] for i, start, stop in group]) for group in groups.values()]
+        batches = [_joined([images[i][start:stop] for i, start, stop in group]) for group in groups.values()]
         masked = [_joined_masks(masks, group) for group in groups.values()]
         for group, features in zip(groups.values(), forward(batches, masked), strict=True):
             for part, own in zip(group, _shared_out(group, features), strict=True):
@@ -127,10 +127,10 @@ def _in_runs(
 
 
 def split(batches: Sequence[int], seq_lens: Sequence[int], max_tokens: int | None) -> list[list[Part]]:
-    """Which pictures run together: in order, as many as fit; one that is larger than `max_tokens` runs alone.
+    """Which images run together: in order, as many as fit; one that is larger than `max_tokens` runs alone.
 
     Args:
-        batches: the number of pictures of each entry.
+        batches: the number of images of each entry.
         seq_lens: tokens of each of them.
         max_tokens: of one run, or None for one run.
     """
@@ -138,7 +138,7 @@ def split(batches: Sequence[int], seq_lens: Sequence[int], max_tokens: int | Non
     runs: list[list[Part]] = [[]]
     room = limit
     for entry, (batch, seq_len) in enumerate(zip(batches, seq_lens, strict=True)):
-        stop, remaining = 0, True  # a batch of no pictures is a part as well
+        stop, remaining = 0, True  # a batch of no images is a part as well
         while remaining:
             if batch and room < seq_len and runs[-1]:
                 runs.append([])
@@ -161,7 +161,7 @@ def _joined_masks(masks: Sequence[Tensor | None], group: list[Part]) -> Tensor |
 
 
 def _shared_out(group: list[Part], features: Features) -> Iterator[Features]:
-    """The features of each part of a group, from those of all its pictures."""
+    """The features of each part of a group, from those of all its images."""
     first = 0
     for part in group:
         last = first + part.stop - part.start

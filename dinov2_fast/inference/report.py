@@ -1,4 +1,4 @@
-"""What a precision costs: features of engines beside those in fp32, block by block, on pictures of the user's own."""
+"""What a precision costs: features of engines beside those in fp32, block by block, on images of the user's own."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Row:
 
     `layer` is "block i", whose output is taken through the last norm as `get_intermediate_layers` gives it, or "final",
     what a plain call returns before any head: CLS is from a last block that ran for it alone, if the engine has that.
-    The cosines are those between the CLS tokens, and between the patch tokens, of the same picture: mean and smallest.
-    `neighbours` is the share of pictures whose nearest neighbour among the others, by the cosine of CLS tokens, is the
-    same as in fp32; NaN for fewer than three pictures.
+    The cosines are those between the CLS tokens, and between the patch tokens, of the same image: mean and smallest.
+    `neighbours` is the share of images whose nearest neighbour among the others, by the cosine of CLS tokens, is the
+    same as in fp32; NaN for fewer than three images.
     """
 
     layer: str
@@ -42,11 +42,11 @@ class Report:
     """The rows of a report, block by block; printed, a table."""
 
     rows: tuple[Row, ...]
-    pictures: int
+    images: int
 
     def __repr__(self) -> str:
         lines = [
-            f"Cosine to the features in fp32 (same neighbour: of the CLS tokens of {self.pictures} pictures)",
+            f"Cosine to the features in fp32 (same neighbour: of the CLS tokens of {self.images} images)",
             f"{'layer':<10}{'precision':<11}{'CLS mean':>10}{'worst':>10}{'patches mean':>14}{'worst':>10}"
             f"{'same neighbour':>16}",
         ]
@@ -92,7 +92,7 @@ class _Tally:
 
 
 def same_neighbours(cls: Tensor, exact: Tensor) -> float:
-    """The share of rows whose nearest other row in `cls` is one of the nearest in `exact`; (pictures, hidden)."""
+    """The share of rows whose nearest other row in `cls` is one of the nearest in `exact`; (images, hidden)."""
     if len(cls) < 3:
         return math.nan
     itself = torch.eye(len(cls), dtype=torch.bool, device=cls.device)
@@ -109,17 +109,17 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
     Args:
         exact: of the engine in fp32.
         others: those it is compared with, by the names of their precisions.
-        batches: pictures, (batch, channels, height, width) each.
+        batches: images, (batch, channels, height, width) each.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
     """
     tallies: dict[tuple[str, str], _Tally] = {}
-    pictures, last = 0, len(exact.blocks) - 1
+    images, last = 0, len(exact.blocks) - 1
     for batch in batches:
         if len(batch) == 0:
             continue
-        pictures += len(batch)
+        images += len(batch)
         streams = {name: backbone.embed(batch) for name, backbone in others.items()}
         stream = exact.embed(batch)
         for i in range(last + 1):
@@ -131,10 +131,10 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
                 if i == last:
                     cls = cls if alone is None else alone
                     tallies.setdefault(("final", name), _Tally()).add(cls, wanted_cls, patches, wanted)
-    if pictures == 0:
-        raise ValueError("report needs at least one picture.")
+    if images == 0:
+        raise ValueError("report needs at least one image.")
     order = sorted(tallies, key=lambda key: key[0] == "final")  # which stands behind every block
-    return Report(tuple(tallies[key].row(*key) for key in order), pictures)
+    return Report(tuple(tallies[key].row(*key) for key in order), images)
 
 
 def _step(backbone: FoldedBackbone, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,7 +72,7 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
         model: already built and loaded; changed in place.
         inference: also let the engine of `optimize_for_inference` answer plain calls of the backbones in eval mode,
             through their own `forward`. Outputs have the dtype of the model and the precision of the engine, and carry
-            no gradient. Calls in training mode, with masks, of uint8 pictures, for hidden states or attentions,
+            no gradient. Calls in training mode, with masks, of uint8 images, for hidden states or attentions,
             compiled, or while hooks hang on modules inside, run the accelerated blocks instead. So do backbones whose
             methods return something else than ours on a small image, tried when the engine is made and whenever a
             setting changes. The engine follows weights and settings; after what it does not see (writes through

@@ -117,7 +117,7 @@ class TimmTower(AcceleratedTower):
     def refuses(tower: Any) -> str | None:
         embed = tower.patch_embed
         if type(embed).__name__ != "PatchEmbed" or embed.grid_size[0] != embed.grid_size[1]:
-            return "its pictures are not cut into patches on a square grid of positions"
+            return "its images are not cut into patches on a square grid of positions"
         if type(tower.norm_pre) is not nn.Identity or type(tower.patch_drop) is not nn.Identity:
             return "it has a norm before the blocks or drops patches"
         return None
@@ -226,7 +226,7 @@ def make_engine(tower: nn.Module, options: dict[str, Any]) -> AttachedEngine:
 
 
 def is_whole(x: Tensor, patch_size: tuple[int, int]) -> bool:
-    """Whether pictures are whole patches, at least one."""
+    """Whether images are whole patches, at least one."""
     return all(size >= patch and size % patch == 0 for size, patch in zip(x.shape[-2:], patch_size, strict=True))
 
 

@@ -22,7 +22,7 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
 
     Args:
         weights: tensor or array (..., patches), of patches only (leave out CLS and registers); not negative.
-        grid: (height, width) in patches where the picture is not square.
+        grid: (height, width) in patches where the image is not square.
 
     Returns:
         (..., height, width, 3) uint8.

@@ -1,4 +1,4 @@
-"""Strips of tiles for `save_sheet`: a picture beside its PCA, beside its attention maps, beside its neighbours."""
+"""Strips of tiles for `save_sheet`: an image beside its PCA, beside its attention maps, beside its neighbours."""
 
 from __future__ import annotations
 
@@ -15,67 +15,65 @@ from dinov2_fast.visualize.sheet import Tile
 Strips = list[list[Tile]]
 
 
-def pca_strips(
-    names: Sequence[str], pictures: Sequence[Image.Image], colours: Mapping[int, NDArray[np.uint8]]
-) -> Strips:
-    """Each picture and its colours.
+def pca_strips(names: Sequence[str], images: Sequence[Image.Image], colours: Mapping[int, NDArray[np.uint8]]) -> Strips:
+    """Each image and its colours.
 
     Args:
-        names, pictures: a row for each picture.
-        colours: block -> (pictures, rows, columns, 3) from `pca_rgb`; the maps are labelled where there are several.
+        names, images: a row for each image.
+        colours: block -> (images, rows, columns, 3) from `pca_rgb`; the maps are labelled where there are several.
     """
     strips = []
-    for i, (name, picture) in enumerate(zip(names, pictures, strict=True)):
+    for i, (name, image) in enumerate(zip(names, images, strict=True)):
         maps = [
             Tile(Image.fromarray(rgb[i]), f"block {block}" if len(colours) > 1 else "", smooth=False)
             for block, rgb in colours.items()
         ]
-        strips.append([Tile(picture, name), *maps])
+        strips.append([Tile(image, name), *maps])
     return strips
 
 
 def attention_strips(
     names: Sequence[str],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     attention: Mapping[int, Sequence[Any]],
     grid: tuple[int, int],
     heads: Sequence[int],
 ) -> Strips:
-    """Each picture, the mean of all heads' attention maps, and the maps of chosen heads; a strip for each block.
+    """Each image, the mean of all heads' attention maps, and the maps of chosen heads; a strip for each block.
 
     Args:
-        names, pictures: a row for each picture.
-        attention: block -> for each picture (all heads, patches), as arrays.
+        names, images: a row for each image.
+        attention: block -> for each image (all heads, patches), as arrays.
         grid: (rows, columns) of patches.
         heads: indices.
     """
     strips = []
     texts = ["mean of all heads", *(f"head {head}" for head in heads)]
-    for i, (name, picture) in enumerate(zip(names, pictures, strict=True)):
-        for block, of_pictures in attention.items():
-            weights = np.asarray(of_pictures[i])
+    for i, (name, image) in enumerate(zip(names, images, strict=True)):
+        for block, of_images in attention.items():
+            weights = np.asarray(of_images[i])
             maps = attention_rgb(np.concatenate((weights.mean(axis=0, keepdims=True), weights[list(heads)])), grid)
             tiles = [Tile(Image.fromarray(rgb), text, smooth=False) for rgb, text in zip(maps, texts, strict=True)]
-            strips.append([Tile(picture, name if len(attention) == 1 else f"{name}, block {block}"), *tiles])
+            strips.append([Tile(image, name if len(attention) == 1 else f"{name}, block {block}"), *tiles])
     return strips
 
 
 def neighbour_strips(
     names: Mapping[int, str],
-    pictures: Mapping[int, Image.Image],
+    images: Mapping[int, Image.Image],
     rows: Sequence[int],
     neighbours: NDArray[np.int64],
     cosines: NDArray[np.float32],
 ) -> Strips:
-    """Each of some pictures and its neighbours, with their cosines.
+    """Each of some images and its neighbours, with their cosines.
 
     Args:
-        names, pictures: by row.
-        rows: the pictures whose neighbours are shown.
+        names, images: by row.
+        rows: the images whose neighbours are shown.
         neighbours, cosines: (rows, count) from `dinov2_fast.curation.neighbours.nearest`.
     """
     strips = []
     for row, found, near in zip(rows, neighbours.tolist(), cosines.tolist(), strict=True):
-        tiles = [Tile(pictures[i], f"{cosine:.3f} {names[i]}") for i, cosine in zip(found, near, strict=True)]
-        strips.append([Tile(pictures[row], names[row]), *tiles])
+        tiles = [Tile(images[i], f"{cosine:.3f} {names[i]}") for i, cosine in zip(found, near, strict=True)]
+        strips.append([Tile(images[row], names[row]), *tiles])
     return strips

@@ -215,7 +215,7 @@ def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
         raise ValueError(f"Three colours need features of at least 3 dimensions, got {tokens.shape[-1]}.")
     broken = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2, 3)))
     if len(broken):
-        raise ValueError(f"The features of picture {broken[0]} of the batch contain NaN or infinity.")
+        raise ValueError(f"The features of image {broken[0]} of the batch contain NaN or infinity.")
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""A sheet: strips of pictures with a line of text under each, on one PNG."""
+"""A sheet: strips of images with a line of text under each, on one PNG."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TITLE_FONT, _TEXT_FONT = ImageFont.load_default(18), ImageFont.load_default(14)
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture on a sheet and the text under it, which runs on under the next tiles of its strip if they have none.
+    """One image on a sheet and the text under it, which runs on under the next tiles of its strip if they have none.
 
     `smooth` is False for maps of patches, whose squares stay squares when they are enlarged.
     """
 
-    picture: Image.Image
+    image: Image.Image
     text: str = ""
     smooth: bool = True
 
@@ -38,10 +38,10 @@ def save_sheet(
 
     Args:
         path: of the PNG, which is replaced if it is there; its folder is made.
-        strips: what stands side by side, such as a picture and its maps.
+        strips: what stands side by side, such as an image and its maps.
         title, note: on top of the sheet, in large and in small letters.
         columns: strips in one row of the sheet.
-        height: of every picture on the sheet, in pixels; the width keeps its shape.
+        height: of every image on the sheet, in pixels; the width keeps its shape.
 
     Returns:
         The path.
@@ -50,7 +50,7 @@ def save_sheet(
         ValueError: no strips, or an empty one.
     """
     if not strips or not all(strips):
-        raise ValueError("A sheet needs at least one strip, and every strip at least one picture.")
+        raise ValueError("A sheet needs at least one strip, and every strip at least one image.")
     drawn = [_draw_strip(strip, height) for strip in strips]
     columns = min(columns, len(drawn))
     cell_width, cell_height = max(strip.width for strip in drawn) + _GAP, height + _TEXT_HEIGHT + _GAP
@@ -71,16 +71,16 @@ def save_sheet(
 
 
 def _draw_strip(tiles: Sequence[Tile], height: int) -> Image.Image:
-    pictures = [_scaled(tile, height) for tile in tiles]
-    width = sum(picture.width for picture in pictures) + _SEAM * (len(pictures) - 1)
+    images = [_scaled(tile, height) for tile in tiles]
+    width = sum(image.width for image in images) + _SEAM * (len(images) - 1)
     strip = Image.new("RGB", (width, height + _TEXT_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
     starts = [0]
-    for picture in pictures:
-        starts.append(starts[-1] + picture.width + _SEAM)
+    for image in images:
+        starts.append(starts[-1] + image.width + _SEAM)
     written = [i for i, tile in enumerate(tiles) if tile.text]
-    for i, (picture, start) in enumerate(zip(pictures, starts, strict=False)):
-        strip.paste(picture, (start, 0))
+    for i, (image, start) in enumerate(zip(images, starts, strict=False)):
+        strip.paste(image, (start, 0))
         if tiles[i].text:
             following = next((j for j in written if j > i), len(tiles))
             text = _shortened(tiles[i].text, starts[following] - _SEAM - start)
@@ -89,9 +89,9 @@ def _draw_strip(tiles: Sequence[Tile], height: int) -> Image.Image:
 
 
 def _scaled(tile: Tile, height: int) -> Image.Image:
-    picture = tile.picture.convert("RGB")
-    size = max(round(height * picture.width / picture.height), 1), height
-    return picture.resize(size, Image.Resampling.LANCZOS if tile.smooth else Image.Resampling.NEAREST)
+    image = tile.image.convert("RGB")
+    size = max(round(height * image.width / image.height), 1), height
+    return image.resize(size, Image.Resampling.LANCZOS if tile.smooth else Image.Resampling.NEAREST)
 
 
 def _shortened(text: str, width: int) -> str:

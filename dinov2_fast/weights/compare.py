@@ -1,4 +1,4 @@
-"""How far apart two checkpoints are, and two models on the same pictures."""
+"""How far apart two checkpoints are, and two models on the same images."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ class TokenDifference:
 
 @dataclass(frozen=True)
 class FeatureDifference:
-    """What two models make of the same pictures: of the CLS tokens, and of the patch tokens."""
+    """What two models make of the same images: of the CLS tokens, and of the patch tokens."""
 
-    pictures: int
+    images: int
     cls: TokenDifference
     patches: TokenDifference
 
@@ -126,7 +126,7 @@ class FeatureDifference:
 def compare_features(
     a: Callable[[Tensor], Tokens], b: Callable[[Tensor], Tokens], batches: Iterable[Tensor]
 ) -> FeatureDifference:
-    """Runs two models on the same pictures.
+    """Runs two models on the same images.
 
     Args:
         a, b: from pixel values (batch, 3, height, width) to the normed CLS token (batch, hidden) and patch tokens
@@ -134,17 +134,17 @@ def compare_features(
         batches: pixel values.
 
     Raises:
-        ValueError: the models' tokens differ in number or size, or there are no pictures.
+        ValueError: the models' tokens differ in number or size, or there are no images.
     """
-    pictures, tallies = 0, (_Tally(), _Tally())
+    images, tallies = 0, (_Tally(), _Tally())
     for batch in batches:
-        pictures += len(batch)
+        images += len(batch)
         with torch.inference_mode():
             for tally, x, y in zip(tallies, a(batch), b(batch), strict=True):
                 tally.add(x, y)
-    if not pictures:
-        raise ValueError("There are no pictures to compare the models on.")
-    return FeatureDifference(pictures, *(tally.result() for tally in tallies))
+    if not images:
+        raise ValueError("There are no images to compare the models on.")
+    return FeatureDifference(images, *(tally.result() for tally in tallies))
 
 
 class _Tally:
@@ -158,7 +158,7 @@ class _Tally:
     def add(self, x: Tensor, y: Tensor) -> None:
         if x.shape != y.shape:
             raise ValueError(
-                f"For the same pictures the models give tokens of the shapes {tuple(x.shape)} and {tuple(y.shape)}: "
+                f"For the same images the models give tokens of the shapes {tuple(x.shape)} and {tuple(y.shape)}: "
                 "they are models of different sizes."
             )
         x, y = x.double(), y.double()

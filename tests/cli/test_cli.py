@@ -28,7 +28,7 @@ from dinov2_fast.features.store import read_manifest
 from dinov2_fast.inference import Engine
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+IMAGES = ROOT / "examples" / "images"
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -102,7 +102,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     arguments = [
         "extract",
-        str(PICTURES),
+        str(IMAGES),
         "--model",
         "dinov2_vits14",
         "--weights",
@@ -113,18 +113,18 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
         "cpu",
     ]
     done = run(*arguments, "--batch-size", "2", "--workers", "1")
-    assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (0, "5/5 pictures, 0 failed"), done.stderr
+    assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (0, "5/5 images, 0 failed"), done.stderr
     assert not CONTROL_CHARACTERS.search(done.stdout + done.stderr)
 
     summary, where, how = done.stdout.splitlines()
-    assert re.fullmatch(r"5 pictures, 0 failed, \d+\.\d s, \d+\.\d pictures/s, model busy \d+%", summary)
+    assert re.fullmatch(r"5 images, 0 failed, \d+\.\d s, \d+\.\d images/s, model busy \d+%", summary)
     assert where == f"Features: {out}"
     code = how.removeprefix("Read it:  ")
     names: dict[str, Any] = {}
     exec(code, names)
     found = names["features"]
 
-    files = sorted(PICTURES.glob("*.jpg"))
+    files = sorted(IMAGES.glob("*.jpg"))
     assert found.path == [str(file) for file in files]
     model = dinov2_fast.load("dinov2_vits14", weights="random:0")
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     assert (manifest["dtype"], manifest["precision"], bool(manifest["engine"])) == ("float32", "fp32", True)
     left_out, announced, *_ = done.stderr.splitlines()
     assert left_out == "1 file with another ending was left out (.md 1)."
-    assert announced.startswith("5 pictures, 15.4 kB of features in 1 shard (")
+    assert announced.startswith("5 images, 15.4 kB of features in 1 shard (")
 
 
 def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path: Path) -> None:
@@ -162,13 +162,13 @@ def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path:
         assert np.abs(found[2][1] - found[2][2]).max() > 0.01
 
 
-def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_image_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
-    arguments = ["extract", str(bad), str(PICTURES / "coffee.jpg"), "--model", checkpoint, "--workers", "0"]
+    arguments = ["extract", str(bad), str(IMAGES / "coffee.jpg"), "--model", checkpoint, "--workers", "0"]
     options = ["--size", "28x42", "--precision", "bf16", "--engine", "off"]
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
-    assert "2 pictures, 1 failed" in capsys.readouterr().out
+    assert "2 images, 1 failed" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "a")
     assert (manifest["dtype"], manifest["precision"], manifest["engine"]) == ("bfloat16", "bf16", None)
     assert manifest["processor"]["crop_size"] == {"height": 28, "width": 42}
@@ -177,8 +177,8 @@ def test_a_bad_picture_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pyt
     assert str(found.error[0]).startswith("not an image")
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     captured = capsys.readouterr()
-    assert "2 pictures, 1 failed, 2 were there already, 0.0 s, nothing to do" in captured.out
-    assert captured.err.startswith("2 pictures, 2 of them there already, ")
+    assert "2 images, 1 failed, 2 were there already, 0.0 s, nothing to do" in captured.out
+    assert captured.err.startswith("2 images, 2 of them there already, ")
 
 
 @pytest.mark.parametrize("engine", ["on", "off"])
@@ -193,8 +193,8 @@ def test_the_engine_and_its_precision_are_chosen(
     processor = Dinov2ImageProcessor(size=56, crop_size=42, image_mean=(0.7, 0.2, 0.4), image_std=(0.5, 0.3, 0.1))
     processor.save_pretrained(folder)
     os.link(checkpoint, folder / "model.safetensors")
-    arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", str(folder), "--workers", "0", "--device", "cpu"]
-    pixels = processor(read_image(PICTURES / "coffee.jpg")).pixel_values
+    arguments = ["extract", str(IMAGES / "coffee.jpg"), "--model", str(folder), "--workers", "0", "--device", "cpu"]
+    pixels = processor(read_image(IMAGES / "coffee.jpg")).pixel_values
     with torch.inference_mode():
         expected = dinov2_fast.load(str(folder)).forward_features(pixels)["x_norm_clstoken"].numpy()
     for precision, bound in (("auto", 1e-4), ("bf16", 0.1)):
@@ -209,7 +209,7 @@ def test_the_engine_and_its_precision_are_chosen(
 
 
 def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", checkpoint, "--out", str(tmp_path)]
+    arguments = ["extract", str(IMAGES / "coffee.jpg"), "--model", checkpoint, "--out", str(tmp_path)]
     arguments += ["--workers", "0", "--size", "14"]
     assert main(arguments) == 0
     arguments[-1] = "28"
@@ -219,11 +219,11 @@ def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytes
 
 
 def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{PICTURES / 'coffee.jpg'}\nmissing.jpg\n")
+    (tmp_path / "list.txt").write_text(f"{IMAGES / 'coffee.jpg'}\nmissing.jpg\n")
     arguments = [
         "extract",
         str(tmp_path / "list.txt"),
-        str(PICTURES / "c*.jpg"),
+        str(IMAGES / "c*.jpg"),
         "--model",
         checkpoint,
         "--size",
@@ -250,7 +250,7 @@ def test_reasons_of_failures_are_printed_and_tried_again(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = tmp_path / "list.txt"
-    listed.write_text("\n".join([str(PICTURES / "coffee.jpg"), *(str(tmp_path / f"{n}.jpg") for n in range(4))]))
+    listed.write_text("\n".join([str(IMAGES / "coffee.jpg"), *(str(tmp_path / f"{n}.jpg") for n in range(4))]))
     arguments = ["extract", str(listed), "--model", checkpoint, "--size", "14", "--workers", "0"]
     arguments += ["--out", str(tmp_path / "out"), "--features", "cls, patches"]
     assert main(arguments) == 3
@@ -262,10 +262,10 @@ def test_reasons_of_failures_are_printed_and_tried_again(
     ]
     assert list(dinov2_fast.load_features(tmp_path / "out")) == ["cls", "patches"]
     for number in range(4):
-        os.link(PICTURES / "coffee.jpg", tmp_path / f"{number}.jpg")
+        os.link(IMAGES / "coffee.jpg", tmp_path / f"{number}.jpg")
     assert main(arguments) == 3
     said = capsys.readouterr()
-    assert said.out.startswith("5 pictures, 4 failed, 5 were there already, 0.0 s, nothing to do")
+    assert said.out.startswith("5 images, 4 failed, 5 were there already, 0.0 s, nothing to do")
     assert said.err.endswith("To try what failed anew, run the same command with --retry-failed.\n")
     assert main([*arguments, "--retry-failed"]) == 0
 
@@ -275,17 +275,17 @@ def test_new_images_are_added_where_that_is_asked_for(
 ) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    os.link(PICTURES / "coffee.jpg", photos / "b.jpg")
+    os.link(IMAGES / "coffee.jpg", photos / "b.jpg")
     arguments = ["extract", str(photos), "--model", checkpoint, "--size", "14", "--workers", "0"]
     arguments += ["--out", str(tmp_path / "out")]
     assert main([*arguments, "--add"]) == 0
-    os.link(PICTURES / "chelsea.jpg", photos / "a.jpg")
+    os.link(IMAGES / "chelsea.jpg", photos / "a.jpg")
     assert main(arguments) == 1
     assert (
         "add the images that are new with --add (add=True), or begin anew with --overwrite" in capsys.readouterr().err
     )
     assert main([*arguments, "--add"]) == 0
-    assert capsys.readouterr().out.startswith("1 pictures, 0 failed")
+    assert capsys.readouterr().out.startswith("1 images, 0 failed")
     assert [Path(path).name for path in dinov2_fast.load_features(tmp_path / "out").path] == ["b.jpg", "a.jpg"]
     assert main([*arguments, "--add"]) == 0
 
@@ -295,7 +295,7 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
     processor = Dinov2ImageProcessor(size=56, crop_size=28)
     processor.save_pretrained(folder)
     os.link(checkpoint, folder / "model.safetensors")
-    arguments = ["extract", str(PICTURES / "coffee.jpg"), "--model", str(folder), "--workers", "0"]
+    arguments = ["extract", str(IMAGES / "coffee.jpg"), "--model", str(folder), "--workers", "0"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert read_manifest(tmp_path)["processor"] == processor.to_dict()
 
@@ -303,15 +303,15 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("path", "model", "options", "message"),
     [
-        (str(PICTURES), "dinov2_vits4", [], "no DINOv2 backbone called 'dinov2_vits4'. Did you mean dinov2_vits14"),
+        (str(IMAGES), "dinov2_vits4", [], "no DINOv2 backbone called 'dinov2_vits4'. Did you mean dinov2_vits14"),
         ("missing\x1b[31m", "dinov2_vits14", [], r"no file or folder 'missing\x1b[31m'"),
-        (str(ROOT / "kernels"), "dinov2_vits14", [], "There are no pictures in"),
-        (str(PICTURES), "dinov2_vits14", ["--weights", str(PICTURES / "README.md")], "README.md"),
-        (str(PICTURES), "dinov2_vits14", ["--weights", "random:x"], "random:SEED"),
-        (str(PICTURES), "dinov2_vits14", ["--weights", "random:0", "--device", "abacus"], "abacus"),
-        (str(PICTURES), "dinov2_vits14", ["--precision", "fp8", "--engine", "off"], "fp8 exists in the engine only"),
-        (str(PICTURES), "dinov2_vits14", ["--no-crop"], "--no-crop needs --size"),
-        (str(PICTURES), "dinov2_vits14", ["--weights", "random:0", "--features", "tokens"], "no feature 'tokens'"),
+        (str(ROOT / "kernels"), "dinov2_vits14", [], "There are no images in"),
+        (str(IMAGES), "dinov2_vits14", ["--weights", str(IMAGES / "README.md")], "README.md"),
+        (str(IMAGES), "dinov2_vits14", ["--weights", "random:x"], "random:SEED"),
+        (str(IMAGES), "dinov2_vits14", ["--weights", "random:0", "--device", "abacus"], "abacus"),
+        (str(IMAGES), "dinov2_vits14", ["--precision", "fp8", "--engine", "off"], "fp8 exists in the engine only"),
+        (str(IMAGES), "dinov2_vits14", ["--no-crop"], "--no-crop needs --size"),
+        (str(IMAGES), "dinov2_vits14", ["--weights", "random:0", "--features", "tokens"], "no feature 'tokens'"),
         ("s3x://bucket/", "dinov2_vits14", [], "'s3x://bucket/' cannot be opened: Protocol not known: s3x"),
     ],
 )
@@ -331,12 +331,12 @@ def test_an_abort_exits_with_1_and_one_message(
 
 @pytest.mark.parametrize(("workers", "name"), [("0", "SIGINT"), ("1", "SIGINT"), ("1", "SIGTERM")])
 def test_control_c_and_sigterm_exit_with_130(checkpoint: str, tmp_path: Path, workers: str, name: str) -> None:
-    out, pictures = tmp_path / "out", [str(PICTURES / "coffee.jpg")] * 3000
-    command = [sys.executable, "-m", "dinov2_fast", "extract", *pictures, "--model", checkpoint, "--size", "14"]
+    out, images = tmp_path / "out", [str(IMAGES / "coffee.jpg")] * 3000
+    command = [sys.executable, "-m", "dinov2_fast", "extract", *images, "--model", checkpoint, "--size", "14"]
     command += ["--out", str(out), "--workers", workers, "--shard-size", "8", "--batch-size", "4"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("3000 pictures, 1.5 MB of features in 375 shards (")
+        assert process.stderr.readline().startswith("3000 images, 1.5 MB of features in 375 shards (")
         while not list(out.glob("features-*.parquet")):
             time.sleep(0.05)
         os.killpg(process.pid, signal.Signals[name])  # a terminal sends it to the whole group
@@ -392,8 +392,8 @@ def test_progress_rewrites_its_line_on_a_terminal_only(monkeypatch: pytest.Monke
         text = stream.getvalue()
         assert text.count("\r") == rewrites
         assert text.endswith("\n")
-        assert "100/100 pictures, 2 failed, 5.0 pictures/s, 0:00:00 left, model busy 50%" in text
-        assert ("50/100 pictures, 1 failed, 5.0 pictures/s, 0:00:10 left, model busy 26%" in text) == bool(rewrites)
+        assert "100/100 images, 2 failed, 5.0 images/s, 0:00:00 left, model busy 50%" in text
+        assert ("50/100 images, 1 failed, 5.0 images/s, 0:00:10 left, model busy 26%" in text) == bool(rewrites)
 
 
 def test_elsewhere_a_line_comes_every_30_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""``dinov2-fast knn`` and ``linear``, on the digits that scikit-learn ships as pictures in class folders."""
+"""``dinov2-fast knn`` and ``linear``, on the digits that scikit-learn ships as images in class folders."""
 
 from __future__ import annotations
 
@@ -90,18 +90,18 @@ def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Captu
 
     found = json.loads(out.read_text())
     assert found["results"] == [{"n_per_class": None, "k": k, **as_percent(expected[k])} for k in (10, 20, 100, 200)]
-    assert found["train"] == {"folder": train, "pictures": 300, "classes": 10, "failures": 0}
-    assert (found["val"]["pictures"], found["temperature"], found["weights"]) == (100, 0.07, checkpoint)
+    assert found["train"] == {"folder": train, "images": 300, "classes": 10, "failures": 0}
+    assert (found["val"]["images"], found["temperature"], found["weights"]) == (100, 0.07, checkpoint)
     assert expected[10].top1 > 0.5  # chance is 0.1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[:2] == [f"{train}: 300 pictures in 10 classes", f"{val}: 100 pictures in 10 classes"]
+    assert lines[:2] == [f"{train}: 300 images in 10 classes", f"{val}: 100 images in 10 classes"]
     assert lines[3].split() == ["k", "top", "1", "top", "5"]
     assert lines[4].split() == ["10", f"{found['results'][0]['top1']:.2f}", f"{found['results'][0]['top5']:.2f}"]
-    assert captured.err.splitlines() == [f"{train}: 300/300 pictures", f"{val}: 100/100 pictures"]
+    assert captured.err.splitlines() == [f"{train}: 300/300 images", f"{val}: 100/100 images"]
 
 
-def test_knn_of_one_folder_leaves_each_picture_out(photos: Path, checkpoint: str, tmp_path: Path) -> None:
+def test_knn_of_one_folder_leaves_each_image_out(photos: Path, checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "knn.json"
     arguments = ["knn", str(photos / "val"), "--model", checkpoint, "--json", str(out), *COMMON]
     x, y = tokens_of(photos / "val", checkpoint, 1)
@@ -112,7 +112,7 @@ def test_knn_of_one_folder_leaves_each_picture_out(photos: Path, checkpoint: str
         assert json.loads(out.read_text())["results"] == rows
 
 
-def test_knn_of_few_pictures_of_each_class(
+def test_knn_of_few_images_of_each_class(
     photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "knn.json"
@@ -148,7 +148,7 @@ def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Ca
         (n, mean, rate) for n in (1, 4) for mean in (False, True) for rate in (0.001, 0.05, 0.5)
     ]
     for row, accuracy in zip(found["results"], accuracies, strict=True):
-        assert row["top1"] == pytest.approx(100 * accuracy.top1, abs=1.01)  # one picture, by rounding
+        assert row["top1"] == pytest.approx(100 * accuracy.top1, abs=1.01)  # one image, by rounding
     best = max(range(12), key=lambda row: found["results"][row]["top1"])
     assert found["best"] == found["results"][best]
     assert found["best"]["top1"] > 60
@@ -164,7 +164,7 @@ def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.Ca
     assert lines[-1].startswith(f"The same on {folders[2]}: top 1 {found['best_on_test']['top1']:.2f}")
 
 
-def test_stored_features_give_what_pictures_give(
+def test_stored_features_give_what_images_give(
     photos: Path,
     checkpoint: str,
     tmp_path: Path,
@@ -190,12 +190,12 @@ def test_stored_features_give_what_pictures_give(
             assert re.search(rf"Left out of {folders[0]}:\n  '.*val/3/broken\.png': not a", capsys.readouterr().err)
             results.append(json.loads(Path("out.json").read_text()))
             assert (results[-1]["model"], results[-1]["weights"]) == (checkpoint, checkpoint)
-    assert results[0]["train"] | {"folder": ""} == {"folder": "", "pictures": 100, "classes": 10, "failures": 1}
-    for pictures, features in zip(results[:2], results[2:], strict=True):
-        assert pictures["train"] | {"folder": ""} == features["train"] | {"folder": ""}
-        assert len(pictures["results"]) == len(features["results"])
-        for one, other in zip(pictures["results"], features["results"], strict=True):
-            assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one picture, by rounding
+    assert results[0]["train"] | {"folder": ""} == {"folder": "", "images": 100, "classes": 10, "failures": 1}
+    for images, features in zip(results[:2], results[2:], strict=True):
+        assert images["train"] | {"folder": ""} == features["train"] | {"folder": ""}
+        assert len(images["results"]) == len(features["results"])
+        for one, other in zip(images["results"], features["results"], strict=True):
+            assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one image, by rounding
 
 
 def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,13 +211,13 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "_manifest.json").touch()
     assert main(["knn", str(tmp_path), "--json", str(tmp_path / "out.json"), "--device", "cpu"]) == 3
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["train"] == {"folder": str(tmp_path), "pictures": 5, "classes": 2, "failures": 1}
+    assert found["train"] == {"folder": str(tmp_path), "images": 5, "classes": 2, "failures": 1}
     assert [row["k"] for row in found["results"]] == [4]
 
 
 @pytest.fixture(scope="module")
 def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folders of features of 50 pictures, and the model of 12 blocks that they are of.
+    """Folders of features of 50 images, and the model of 12 blocks that they are of.
 
     all/ is what help's command writes, last/ what extract does by itself, three/ has three blocks, bare/ no mean of the
     patches, other/ is of another model, patches/ has no class tokens, gap/ those of the last and the fourth last block.
@@ -248,7 +248,7 @@ def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return root, checkpoint
 
 
-def test_linear_on_four_stored_blocks_is_that_on_pictures(photos: Path, stored: tuple[Path, str]) -> None:
+def test_linear_on_four_stored_blocks_is_that_on_images(photos: Path, stored: tuple[Path, str]) -> None:
     root, checkpoint = stored
     options = ["--learning-rates", "0.1", "--steps", "20", "--json", str(root / "out.json"), "--device", "cpu"]
     results = []
@@ -257,7 +257,7 @@ def test_linear_on_four_stored_blocks_is_that_on_pictures(photos: Path, stored: 
         results.append(json.loads((root / "out.json").read_text())["results"])
     assert [(row["blocks"], row["avgpool"]) for row in results[1]] == [(1, False), (1, True), (4, False), (4, True)]
     for one, other in zip(*results, strict=True):
-        assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one picture, by rounding
+        assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one image, by rounding
     args = _parser().parse_args(["linear", "train", "val"])
     read = labelled.read_all(args, [str(root / name) for name in ("all", "three", "bare", "gap")], blocks=4)
     expected, _ = tokens_of(photos / "test", checkpoint, 4)

@@ -35,7 +35,7 @@ EXAMPLES += [line for command in (show, search, convert, verify) for line in com
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples name: pictures, features and checkpoints."""
+    """A folder with what the examples name: images, features and checkpoints."""
     folder = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
     model = dinov2_fast.DinoVisionTransformer(
@@ -45,9 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(model.state_dict(), checkpoint)
     (folder / "photos").mkdir()
     for i in range(3):
-        picture = Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), np.uint8))
-        picture.save(folder / "photos" / f"{i}.jpg")
-        picture.save(folder / ("cat.jpg" if i else "photo.jpg"))
+        image = Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), np.uint8))
+        image.save(folder / "photos" / f"{i}.jpg")
+        image.save(folder / ("cat.jpg" if i else "photo.jpg"))
     for name in ("original.pth", "teacher_checkpoint.pth"):
         torch.save(model.state_dict(), folder / name)
     for name in ("converted.safetensors", "small.safetensors"):

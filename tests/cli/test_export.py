@@ -18,7 +18,7 @@ from dinov2_fast.data.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from tests.helpers import readme
 
-PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+IMAGES = Path(__file__).parents[2] / "examples" / "images"
 
 
 @pytest.mark.parametrize("command", ["export", "knn", "linear"])
@@ -42,7 +42,7 @@ def test_readmes_command_and_example(
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").symlink_to(PICTURES)
+    (tmp_path / "photos").symlink_to(IMAGES)
     (command,) = re.findall(
         r"^    dinov2-fast (export .*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -52,7 +52,7 @@ def test_readmes_command_and_example(
     assert captured.err == ""
     file, _, title, header, *rows, _, stored = captured.out.splitlines()
     assert re.fullmatch(r"vits14\.onnx  \d\.\d MB", file)
-    assert title == "Difference from the model, on pictures:"
+    assert title == "Difference from the model, on images:"
     assert header.split() == ["output", "shape", "relative", "worst"]
     assert [row.split()[:-2] for row in rows] == [
         ["cls", "5", "x", "64"],
@@ -63,8 +63,8 @@ def test_readmes_command_and_example(
     assert all(0 < float(row.split()[-2]) < 1e-5 for row in rows)
     assert "'dinov2_fast'" in stored
 
-    pixels = Dinov2ImageProcessor()([read_image(path) for path in sorted(PICTURES.glob("*.jpg"))]).pixel_values
-    names: dict[str, Any] = {"pictures": pixels}
+    pixels = Dinov2ImageProcessor()([read_image(path) for path in sorted(IMAGES.glob("*.jpg"))]).pixel_values
+    names: dict[str, Any] = {"images": pixels}
     exec(readme.example('InferenceSession("vits14.onnx")'), names)
     with torch.no_grad():
         features = dinov2_fast.load(checkpoint).forward_features(pixels)
@@ -111,8 +111,8 @@ def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytes
         (["--outputs", "cls,scores"], "outputs are some of"),
         (["--outputs", "registers"], "has no registers"),
         (["--format", "torch-export"], "ends in .pt2"),
-        (["--check", str(PICTURES / "README.md")], f"can be read:\n  {str(PICTURES / 'README.md')!r}: not a"),
-        (["--check", "tests"], "There are no pictures in 'tests'"),
+        (["--check", str(IMAGES / "README.md")], f"can be read:\n  {str(IMAGES / 'README.md')!r}: not a"),
+        (["--check", "tests"], "There are no images in 'tests'"),
     ],
 )
 def test_what_is_not_possible_exits_with_1(
@@ -139,7 +139,7 @@ def test_images_that_cannot_be_read_are_left_out_of_the_check(
     (tmp_path / "bad.jpg").write_text("<html>")
     arguments = ["export", "--model", checkpoint, "--out", str(tmp_path / "model.pt2"), "--format", "torch-export"]
     arguments += ["--size", "28", "--outputs", "cls, patch_mean"]
-    assert main([*arguments, "--check", str(tmp_path / "bad.jpg"), str(PICTURES)]) == 3
+    assert main([*arguments, "--check", str(tmp_path / "bad.jpg"), str(IMAGES)]) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith(f"Left out:\n  {str(tmp_path / 'bad.jpg')!r}: not a")
     assert [line.split()[:2] for line in captured.out.splitlines()[4:6]] == [["cls", "5"], ["patch_mean", "5"]]

@@ -1,4 +1,4 @@
-"""`dinov2-fast show`: its sheets hold what the model computes, in its place, from pictures and from stored features."""
+"""`dinov2-fast show`: its sheets hold what the model computes, in its place, from images and from stored features."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of four pictures; the third is the first again."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of four images; the third is the first again."""
+    folder = tmp_path_factory.mktemp("images")
     for i, name in enumerate(NAMES):
         small = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
         Image.fromarray(small).resize((160, 120)).save(folder / f"{name}.png")
@@ -64,18 +64,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 
 
 def pixels_of(tile: Tile) -> np.ndarray:
-    return np.asarray(tile.picture)
+    return np.asarray(tile.image)
 
 
-def seen_by_the_model(pictures: str, size: tuple[int, int]) -> torch.Tensor:
-    images = [Image.open(Path(pictures) / f"{name}.png") for name in NAMES]
-    return Dinov2ImageProcessor.for_size(size)(images).pixel_values
+def seen_by_the_model(images: str, size: tuple[int, int]) -> torch.Tensor:
+    opened = [Image.open(Path(images) / f"{name}.png") for name in NAMES]
+    return Dinov2ImageProcessor.for_size(size)(opened).pixel_values
 
 
 def test_everything_is_drawn_by_default(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["show", pictures, "--model", checkpoint, "--out", str(tmp_path / "new"), "--size", "70x98"]) == 0
+    assert main(["show", images, "--model", checkpoint, "--out", str(tmp_path / "new"), "--size", "70x98"]) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"pca.png", "attention.png", "neighbours.png"}
     for kind in ("pca", "attention", "neighbours"):
         assert f"{kind}:" in capsys.readouterr().out or kind != "pca"
@@ -84,19 +84,19 @@ def test_everything_is_drawn_by_default(
     assert drawn.texts("pca.png") == [[name, ""] for name in NAMES]
     assert drawn.texts("attention.png") == [[name, "mean of all heads", "head 0", "head 1"] for name in NAMES]
 
-    x = seen_by_the_model(pictures, (70, 98))
+    x = seen_by_the_model(images, (70, 98))
     with torch.inference_mode():
         tokens = dinov2_fast.load(checkpoint).forward_features(x)["x_norm_patchtokens"]
     expected = pca_rgb(tokens, (5, 7))
     for strip, rgb, name in zip(drawn.strips["pca.png"], expected, NAMES, strict=True):
         assert np.abs(pixels_of(strip[1]).astype(int) - rgb).max() <= 2, name
-        assert strip[0].picture.size == (98, 70)
+        assert strip[0].image.size == (98, 70)
 
 
 def test_attention_is_that_of_the_blocks_and_heads_asked_for(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
-    arguments = ["show", pictures, "--model", checkpoint, "--out", str(tmp_path), "--size", "56"]
+    arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "56"]
     assert main([*arguments, "--attention", "--layer", "0,-1", "--head", "1"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"attention.png"}
     assert drawn.texts("attention.png")[:2] == [
@@ -106,7 +106,7 @@ def test_attention_is_that_of_the_blocks_and_heads_asked_for(
     assert main(["convert", checkpoint, str(tmp_path / "model"), "--to", "huggingface"]) == 0
     model = dinov2_fast.Dinov2WithRegistersModel.from_pretrained(tmp_path / "model")
     with torch.inference_mode():
-        attentions = model(seen_by_the_model(pictures, (56, 56)), output_attentions=True).attentions
+        attentions = model(seen_by_the_model(images, (56, 56)), output_attentions=True).attentions
     for i in range(len(NAMES)):
         for strip, block in zip(drawn.strips["attention.png"][2 * i :], (0, 2), strict=False):
             row = attentions[block][i, :, 0, 5:]  # after CLS and 4 registers
@@ -114,22 +114,20 @@ def test_attention_is_that_of_the_blocks_and_heads_asked_for(
                 assert np.abs(pixels_of(tile).astype(int) - attention_rgb(weights, (4, 4))).max() <= 2
 
 
-def test_pca_of_several_blocks_stands_side_by_side(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn
-) -> None:
-    arguments = ["show", pictures, "--model", checkpoint, "--out", str(tmp_path), "--size", "56", "--pca"]
+def test_pca_of_several_blocks_stands_side_by_side(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
+    arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "56", "--pca"]
     assert main([*arguments, "--layer", "all"]) == 0
     assert drawn.texts("pca.png")[0] == ["a", "block 0", "block 1", "block 2"]
     with torch.inference_mode():
-        layers = dinov2_fast.load(checkpoint).get_intermediate_layers(seen_by_the_model(pictures, (56, 56)), n=3)
+        layers = dinov2_fast.load(checkpoint).get_intermediate_layers(seen_by_the_model(images, (56, 56)), n=3)
     for block, patches in enumerate(layers):
         expected = pca_rgb(patches)
         for strip, rgb in zip(drawn.strips["pca.png"], expected, strict=True):
             assert np.abs(pixels_of(strip[1 + block]).astype(int) - rgb).max() <= 2
 
 
-def test_the_foreground_alone(checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn) -> None:
-    arguments = ["show", pictures, "--model", checkpoint, "--out", str(tmp_path), "--size", "70", "--pca"]
+def test_the_foreground_alone(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
+    arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "70", "--pca"]
     assert main([*arguments, "--foreground"]) == 0
     black = np.array([(pixels_of(strip[1]) == 0).all(axis=-1).mean() for strip in drawn.strips["pca.png"]])
     assert 0 < black.mean() < 1
@@ -145,18 +143,18 @@ def colours_of(drawn: Drawn) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("options", [[], ["--foreground"]], ids=["all", "foreground"])
 def test_a_saved_basis_gives_other_runs_the_same_colours(
-    options: list[str], checkpoint: str, pictures: str, features: str, tmp_path: Path, drawn: Drawn
+    options: list[str], checkpoint: str, images: str, features: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     basis = str(tmp_path / "basis.safetensors")
     arguments = ["--model", checkpoint, "--size", "70x98", "--out", str(tmp_path / "out")]
-    made_of = [f"{pictures}/a.png", f"{pictures}/b.png"]
+    made_of = [f"{images}/a.png", f"{images}/b.png"]
     assert main(["show", *made_of, *arguments, "--save-basis", basis, *options]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pca.png"}
     first = colours_of(drawn)
     assert main(["show", *made_of, *arguments, "--pca", *options]) == 0
     for name, colours in colours_of(drawn).items():
         assert np.array_equal(colours, first[name])  # keeping the PCA changes no colour
-    assert main(["show", f"{pictures}/d.png", f"{pictures}/b.png", *arguments, "--basis", basis]) == 0
+    assert main(["show", f"{images}/d.png", f"{images}/b.png", *arguments, "--basis", basis]) == 0
     other = colours_of(drawn)
     assert np.array_equal(other["b"], first["b"])
     assert "The PCA is that of" in drawn.titles["pca.png"]
@@ -167,25 +165,25 @@ def test_a_saved_basis_gives_other_runs_the_same_colours(
 
 
 def test_a_basis_is_for_its_model_and_block_alone(
-    checkpoint: str, pictures: str, features: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, images: str, features: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     basis, out = str(tmp_path / "basis.safetensors"), tmp_path / "out"
     arguments = ["--size", "56", "--out", str(out)]
     ours, others = ["--model", checkpoint], ["--model", "dinov2_vits14", "--weights", "random:0"]
-    assert main(["show", pictures, *ours, *arguments, "--save-basis", basis, "--layer", "1"]) == 0
+    assert main(["show", images, *ours, *arguments, "--save-basis", basis, "--layer", "1"]) == 0
     content = Path(basis).read_bytes()
     shutil.rmtree(out)
     capsys.readouterr()
     for options, message in (
-        ([pictures, *ours, "--save-basis", basis], "basis.safetensors' exists already; choose another name"),
-        ([pictures, *ours, "--basis", basis], "is of block 1, and these are the features of block 2: choose the block"),
+        ([images, *ours, "--save-basis", basis], "basis.safetensors' exists already; choose another name"),
+        ([images, *ours, "--basis", basis], "is of block 1, and these are the features of block 2: choose the block"),
         ([features, "--basis", basis], "is of block 1, and these are the features of block 2"),
-        ([pictures, *ours, "--basis", basis, "--layer", "0,1"], "A basis is of one block: choose one with --layer"),
-        ([pictures, *ours, "--save-basis", f"{basis}2", "--layer", "all"], "A basis is of one block"),
-        ([pictures, *ours, "--basis", basis, "--layer", "1", "--foreground"], "knows no foreground: make one with"),
-        ([pictures, *others, "--basis", basis, "--layer", "1"], "and 'dinov2_vits14' has other weights: make one of"),
-        ([pictures, *ours, "--basis", f"{basis}3"], "No such file"),
-        ([pictures, *ours, "--basis", checkpoint], "is no PCA basis; `dinov2-fast show --save-basis` writes one"),
+        ([images, *ours, "--basis", basis, "--layer", "0,1"], "A basis is of one block: choose one with --layer"),
+        ([images, *ours, "--save-basis", f"{basis}2", "--layer", "all"], "A basis is of one block"),
+        ([images, *ours, "--basis", basis, "--layer", "1", "--foreground"], "knows no foreground: make one with"),
+        ([images, *others, "--basis", basis, "--layer", "1"], "and 'dinov2_vits14' has other weights: make one of"),
+        ([images, *ours, "--basis", f"{basis}3"], "No such file"),
+        ([images, *ours, "--basis", checkpoint], "is no PCA basis; `dinov2-fast show --save-basis` writes one"),
     ):
         assert main(["show", *options, *arguments]) == 1
         err = capsys.readouterr().err
@@ -194,14 +192,14 @@ def test_a_basis_is_for_its_model_and_block_alone(
             assert "Running" not in err  # nobody waits for a model to hear that
         assert not out.exists()
     assert Path(basis).read_bytes() == content
-    assert main(["show", pictures, *ours, *arguments, "--basis", basis, "--layer", "1"]) == 0
+    assert main(["show", images, *ours, *arguments, "--basis", basis, "--layer", "1"]) == 0
 
 
-def test_the_copy_of_a_picture_is_its_nearest_neighbour(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn
+def test_the_copy_of_a_image_is_its_nearest_neighbour(
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     options = ["--model", checkpoint, "--size", "56", "--neighbours", "--count", "2"]
-    assert main(["show", pictures, *options, "--out", str(tmp_path)]) == 0
+    assert main(["show", images, *options, "--out", str(tmp_path)]) == 0
     texts = drawn.texts("neighbours.png")
     assert (texts[0][0], texts[0][1]) == ("a", "1.000 copy_of_a")
     assert (texts[2][0], texts[2][1]) == ("copy_of_a", "1.000 a")
@@ -211,64 +209,64 @@ def test_the_copy_of_a_picture_is_its_nearest_neighbour(
     assert not np.array_equal(pixels_of(strips[0][0]), pixels_of(strips[0][2]))
 
 
-def test_random_weights_are_marked(pictures: str, tmp_path: Path, drawn: Drawn) -> None:
-    arguments = ["show", pictures, "--model", "dinov2_vits14", "--size", "28", "--out", str(tmp_path)]
+def test_random_weights_are_marked(images: str, tmp_path: Path, drawn: Drawn) -> None:
+    arguments = ["show", images, "--model", "dinov2_vits14", "--size", "28", "--out", str(tmp_path)]
     assert main([*arguments, "--weights", "random:3"]) == 0
     names = {f"{kind}-random-weights.png" for kind in ("pca", "attention", "neighbours")}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert all(title.startswith("RANDOM WEIGHTS (random:3): dinov2_vits14, ") for title in drawn.titles.values())
 
 
-def test_a_picture_that_cannot_be_read_is_left_out(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
+def test_a_image_that_cannot_be_read_is_left_out(
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     arguments = ["--model", checkpoint, "--size", "28", "--out", str(tmp_path / "out")]
-    assert main(["show", str(bad), pictures, *arguments]) == 3
+    assert main(["show", str(bad), images, *arguments]) == 3
     assert "bad.jpg' cannot be shown: not an image" in capsys.readouterr().err
     assert [strip[0] for strip in drawn.texts("pca.png")] == NAMES
     assert main(["show", str(bad), *arguments]) == 1
-    assert "None of the pictures could be read" in capsys.readouterr().err
+    assert "None of the images could be read" in capsys.readouterr().err
 
 
-def test_one_picture_has_no_neighbours(
-    checkpoint: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_one_image_has_no_neighbours(
+    checkpoint: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["show", f"{pictures}/a.png", "--model", checkpoint, "--size", "28", "--out", str(tmp_path)]
+    arguments = ["show", f"{images}/a.png", "--model", checkpoint, "--size", "28", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"pca.png", "attention.png"}
     assert main([*arguments, "--neighbours"]) == 1
-    assert "two pictures or more" in capsys.readouterr().err
+    assert "two images or more" in capsys.readouterr().err
 
 
 def test_no_more_than_the_limit(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["show", pictures, "--model", checkpoint, "--size", "28", "--out", str(tmp_path), "--pca"]
+    arguments = ["show", images, "--model", checkpoint, "--size", "28", "--out", str(tmp_path), "--pca"]
     assert main([*arguments, "--limit", "2"]) == 0
     assert [strip[0] for strip in drawn.texts("pca.png")] == NAMES[:2]
-    assert "The first 2 pictures are shown" in capsys.readouterr().err
+    assert "The first 2 images are shown" in capsys.readouterr().err
     assert main([*arguments, "--limit", "4"]) == 0
     assert "The first" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def features(checkpoint: str, pictures: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `extract` writes of the pictures and one that cannot be read, in shards of two."""
+def features(checkpoint: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `extract` writes of the images and one that cannot be read, in shards of two."""
     folder = tmp_path_factory.mktemp("features")
     (folder / "0.jpg").write_text("<html>")
-    arguments = ["extract", str(folder / "0.jpg"), pictures, "--model", checkpoint, "--size", "70x98"]
+    arguments = ["extract", str(folder / "0.jpg"), images, "--model", checkpoint, "--size", "70x98"]
     arguments += ["--features", "cls,patches", "--dtype", "fp32", "--shard-size", "2", "--batch-size", "2"]
     assert main([*arguments, "--workers", "0", "--out", str(folder / "out"), "--device", "cpu"]) == 3
     return str(folder / "out")
 
 
 def test_stored_features_give_the_same_sheets(
-    checkpoint: str, pictures: str, features: str, tmp_path: Path, drawn: Drawn
+    checkpoint: str, images: str, features: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     options = ["--size", "70x98", "--pca", "--neighbours", "--count", "3"]
-    assert main(["show", pictures, "--model", checkpoint, "--out", str(tmp_path), *options]) == 0
+    assert main(["show", images, "--model", checkpoint, "--out", str(tmp_path), *options]) == 0
     ran, drawn.strips = drawn.strips, {}
     assert main(["show", features, "--out", str(tmp_path), "--count", "3"]) == 0
     assert drawn.strips.keys() == ran.keys() == {"pca.png", "neighbours.png"}
@@ -286,19 +284,19 @@ def test_neighbours_are_looked_for_beyond_the_limit(features: str, tmp_path: Pat
     assert "among 4" in drawn.titles["neighbours.png"]
 
 
-def test_random_weights_of_stored_features_are_marked(pictures: str, tmp_path: Path, drawn: Drawn) -> None:
+def test_random_weights_of_stored_features_are_marked(images: str, tmp_path: Path, drawn: Drawn) -> None:
     out = str(tmp_path / "features")
-    arguments = ["extract", pictures, "--model", "dinov2_vits14", "--weights", "random:0", "--size", "28"]
+    arguments = ["extract", images, "--model", "dinov2_vits14", "--weights", "random:0", "--size", "28"]
     assert main([*arguments, "--workers", "0", "--out", out, "--device", "cpu"]) == 0
     assert main(["show", out, "--out", str(tmp_path / "sheets")]) == 0
     assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["neighbours-random-weights.png"]
     assert drawn.titles["neighbours-random-weights.png"].startswith("RANDOM WEIGHTS (random:0): dinov2_vits14")
 
 
-def test_a_picture_that_is_gone_is_grey(
-    checkpoint: str, pictures: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
+def test_a_image_that_is_gone_is_grey(
+    checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    folder = shutil.copytree(images, tmp_path / "images")
     arguments = ["extract", str(folder), "--model", checkpoint, "--size", "28", "--workers", "0", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder / "b.png").unlink()
@@ -314,33 +312,33 @@ def test_a_picture_that_is_gone_is_grey(
         (["FEATURES", "--attention"], "Features hold no attention maps"),
         (["FEATURES", "--model", "x"], "A folder of features needs no --model"),
         (["CLS", "--pca"], "--pca needs the feature 'patches'; stored are cls"),
-        (["PICTURES"], "--model is missing"),
-        (["EMPTY", "--model", "MODEL"], "There are no pictures in"),
+        (["IMAGES"], "--model is missing"),
+        (["EMPTY", "--model", "MODEL"], "There are no images in"),
         (
-            ["PICTURES", "--model", "MODEL", "--size", "28", "--layer", "3"],
+            ["IMAGES", "--model", "MODEL", "--size", "28", "--layer", "3"],
             "There is no block 3; the blocks of this model",
         ),
         (
-            ["PICTURES", "--model", "MODEL", "--size", "28", "--head", "0,2"],
+            ["IMAGES", "--model", "MODEL", "--size", "28", "--head", "0,2"],
             "There is no head 2; the heads of this model",
         ),
-        (["PICTURES", "--model", "MODEL", "--size", "28", "--device", "abacus"], "There is no device 'abacus'"),
+        (["IMAGES", "--model", "MODEL", "--size", "28", "--device", "abacus"], "There is no device 'abacus'"),
     ],
 )
 def test_what_cannot_be_shown_is_said(
     options: list[str],
     message: str,
     checkpoint: str,
-    pictures: str,
+    images: str,
     features: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"FEATURES": features, "PICTURES": pictures, "MODEL": checkpoint, "EMPTY": str(tmp_path / "empty")}
+    places = {"FEATURES": features, "IMAGES": images, "MODEL": checkpoint, "EMPTY": str(tmp_path / "empty")}
     if "CLS" in options:
         places["CLS"] = str(tmp_path / "cls")
-        arguments = ["extract", pictures, "--model", checkpoint, "--size", "28", "--workers", "0", "--features", "cls"]
+        arguments = ["extract", images, "--model", checkpoint, "--size", "28", "--workers", "0", "--features", "cls"]
         assert main([*arguments, "--out", places["CLS"], "--device", "cpu"]) == 0
     out = tmp_path / "out"
     assert main(["show", *(places.get(word, word) for word in options), "--out", str(out)]) == 1

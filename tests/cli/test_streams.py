@@ -18,7 +18,7 @@ from dinov2_fast.cli import extract as command
 from dinov2_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+IMAGES = ROOT / "examples" / "images"
 
 
 def in_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def test_extraction_goes_on_where_nobody_listens(
     checkpoint: str, tmp_path: Path, redirections: str, lines: int
 ) -> None:
     (tmp_path / "bad.jpg").write_text("<html>")
-    arguments = ["extract", str(PICTURES), str(tmp_path / "bad.jpg"), "--model", checkpoint, "--size", "28"]
+    arguments = ["extract", str(IMAGES), str(tmp_path / "bad.jpg"), "--model", checkpoint, "--size", "28"]
     done = in_shell(redirections, *arguments, "--workers", "1", "--out", str(tmp_path / "out"))
     assert done.returncode == 3, done.stderr
     assert len(dinov2_fast.load_features(tmp_path / "out")) == 6
@@ -44,13 +44,13 @@ def test_extraction_goes_on_where_nobody_listens(
 
 
 def test_extraction_goes_on_when_the_reader_of_its_progress_has_left(checkpoint: str, tmp_path: Path) -> None:
-    arguments = ["extract", str(PICTURES), "--model", checkpoint, "--size", "28", "--workers", "0"]
+    arguments = ["extract", str(IMAGES), "--model", checkpoint, "--size", "28", "--workers", "0"]
     whole = [sys.executable, "-m", "dinov2_fast", *arguments, "--out", str(tmp_path)]
     reads, writes = os.pipe()
     os.close(reads)
     done = subprocess.run(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=writes, text=True)
     os.close(writes)
-    assert (done.returncode, done.stdout.startswith("5 pictures, 0 failed")) == (0, True)
+    assert (done.returncode, done.stdout.startswith("5 images, 0 failed")) == (0, True)
 
 
 def test_what_is_printed_for_its_own_sake_is_an_error_where_it_is_lost() -> None:
@@ -61,7 +61,7 @@ def test_what_is_printed_for_its_own_sake_is_an_error_where_it_is_lost() -> None
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_many_signals_are_as_one(checkpoint: str, tmp_path: Path, name: str) -> None:
-    whole = [sys.executable, "-m", "dinov2_fast", "extract", *[str(PICTURES / "coffee.jpg")] * 3000]
+    whole = [sys.executable, "-m", "dinov2_fast", "extract", *[str(IMAGES / "coffee.jpg")] * 3000]
     whole += [
         "--model",
         checkpoint,

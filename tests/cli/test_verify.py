@@ -21,9 +21,9 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of three pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of three images."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(3):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (90, 120, 3), np.uint8)).save(folder / f"{i}.png")
     return str(folder)
@@ -41,21 +41,21 @@ def saved(weights: Weights, path: Path) -> str:
 class Runs:
     """Runs the command on two sets of weights; its exit code and what it said."""
 
-    def __init__(self, folder: Path, pictures: str, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.pictures, self.capsys = folder, pictures, capsys
+    def __init__(self, folder: Path, images: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.images, self.capsys = folder, images, capsys
 
     def __call__(self, a: Weights, b: Weights | str, *options: str, size: int = 56) -> tuple[int, str]:
         first = saved(a, self.folder / "a.safetensors")
         second = b if isinstance(b, str) else saved(b, self.folder / "b.safetensors")
         self.capsys.readouterr()
-        code = main(["verify", first, second, self.pictures, "--size", str(size), "--device", "cpu", *options])
+        code = main(["verify", first, second, self.images, "--size", str(size), "--device", "cpu", *options])
         captured = self.capsys.readouterr()
         return code, captured.out + captured.err
 
 
 @pytest.fixture
-def runs(tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]) -> Runs:
-    return Runs(tmp_path, pictures, capsys)
+def runs(tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]) -> Runs:
+    return Runs(tmp_path, images, capsys)
 
 
 @pytest.mark.parametrize("layout", ["facebook", "huggingface", "huggingface_memory", "timm"])
@@ -66,7 +66,7 @@ def test_the_same_weights_in_another_layout_are_the_same(case: str, layout: str,
     code, said = runs(weights, checkpoints.SOURCES[layout](weights), *dialect)
     assert code == 0
     assert f"{len(weights) - (layout == 'timm')} tensors are the same, bit for bit" in said
-    assert "3 picture(s) of 56 x 56, fp32, cpu" in said
+    assert "3 image(s) of 56 x 56, fp32, cpu" in said
     assert "The features are the same, bit for bit." in said or "the same up to rounding" in said
     assert "DIFFERENT" not in said
 
@@ -128,7 +128,7 @@ def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
     code, said = runs(weights_of(), dict(small.state_dict()))
     assert code == 1
     assert "of other shapes: blocks.0.attn.proj.bias (128,) and (64,), " in said
-    assert "error: For the same pictures the models give tokens of the shapes (3, 128) and (3, 64)" in said
+    assert "error: For the same images the models give tokens of the shapes (3, 128) and (3, 64)" in said
 
 
 @pytest.mark.parametrize(("peer", "dialect"), [("transformers", "size"), ("timm", "antialias")])
@@ -174,7 +174,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.Monk
 
 
 def test_images_that_cannot_be_read_are_left_out_and_told_from_a_difference(
-    tmp_path: Path, pictures: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = weights_of()
     a = saved(weights, tmp_path / "a.safetensors")
@@ -182,9 +182,9 @@ def test_images_that_cannot_be_read_are_left_out_and_told_from_a_difference(
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     for other, code in ((a, 3), (b, 1)):
-        assert main(["verify", a, other, str(bad), pictures, "--size", "56"]) == code
+        assert main(["verify", a, other, str(bad), images, "--size", "56"]) == code
         captured = capsys.readouterr()
-        assert "3 picture(s) of 56 x 56" in captured.out
+        assert "3 image(s) of 56 x 56" in captured.out
         assert captured.err.startswith(f"\nLeft out:\n  {str(bad)!r}: not a")
 
 
@@ -192,7 +192,7 @@ def test_where_no_image_can_be_read_nothing_is_compared(tmp_path: Path, capsys: 
     a = saved(weights_of(), tmp_path / "a.safetensors")
     (tmp_path / "bad.jpg").write_text("<html>")
     (tmp_path / "empty").mkdir()
-    for path, message in (("bad.jpg", "None of the images can be read:\n  "), ("empty", "There are no pictures in")):
+    for path, message in (("bad.jpg", "None of the images can be read:\n  "), ("empty", "There are no images in")):
         assert main(["verify", a, a, str(tmp_path / path)]) == 1
         assert message in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_the_numbers_are_those_of_their_formulas() -> None:
     a = {id(b): (torch.randn(len(b), 8), torch.randn(len(b), 4, 8)) for b in batches}
     b = {id(x): (torch.randn(len(x), 8) + 5, torch.randn(len(x), 4, 8)) for x in batches}
     result = compare_features(lambda x: a[id(x)], lambda x: b[id(x)], batches)
-    assert result.pictures == 5
+    assert result.images == 5
     for found, kind in ((result.cls, 0), (result.patches, 1)):
         x, y = (torch.cat([side[id(batch)][kind] for batch in batches]).double().numpy() for side in (a, b))
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
@@ -211,7 +211,7 @@ def test_the_numbers_are_those_of_their_formulas() -> None:
         actual = [found.worst, found.mean, found.std, found.cosine_worst, found.cosine_mean]
         np.testing.assert_allclose(actual, expected, rtol=1e-9)
     assert result.worst == max(result.cls.worst, result.patches.worst)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         compare_features(lambda x: x, lambda x: x, [])
 
 

@@ -96,7 +96,7 @@ def store(folder: Path, features: np.ndarray, shard_size: int, format: str = "pa
         images = [Decoded(error=None if np.isfinite(row).all() else "broken") for row in part]
         rows = Rows(first, [f"{first + i}.jpg" for i in range(len(part))], images, {"cls": part})
         format_named(format).write(stem(folder, shard), [rows], [kind], {})
-    manifest = {"inputs": {"pictures": len(features)}, "shard_size": shard_size, "format": format}
+    manifest = {"inputs": {"images": len(features)}, "shard_size": shard_size, "format": format}
     manifest |= {"about": {}, "processor": {}, "features": {"cls": {"shape": list(kind.shape), "dtype": kind.dtype}}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return str(folder)

@@ -18,7 +18,7 @@ from dinov2_fast.data.image_processor import Dinov2ImageProcessor, to_rgb
 from dinov2_fast.weights import WeightsError
 from tests.helpers.places import isolate, refuse_network
 
-PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.jpg"))
+IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))
 SETTINGS: dict[str, Any] = {
     "size": {"shortest_edge": 256},
     "crop_size": {"height": 224, "width": 224},
@@ -40,14 +40,14 @@ def assert_equal_to_transformers(images: Any, background: str | None = None, **s
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 def test_equals_transformers_on_photographs(path: Path) -> None:
     assert_equal_to_transformers(Image.open(path))
 
 
 def test_equals_transformers_on_a_list_of_sizes() -> None:
-    assert len(PICTURES) == 5
-    assert_equal_to_transformers([Image.open(path) for path in PICTURES])
+    assert len(IMAGES) == 5
+    assert_equal_to_transformers([Image.open(path) for path in IMAGES])
 
 
 @pytest.mark.parametrize("size", [(3, 700), (700, 3), (1, 1), (100, 101), (101, 100), (224, 224), (256, 300)])
@@ -71,7 +71,7 @@ def test_equals_transformers_for_every_shape(size: tuple[int, int], settings: di
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_equals_transformers_for_every_mode(mode: str) -> None:
-    image = Image.open(PICTURES[1])
+    image = Image.open(IMAGES[1])
     if mode == "RGBA":
         image.putalpha(Image.fromarray(noise(*image.size[::-1])))
     else:
@@ -81,7 +81,7 @@ def test_equals_transformers_for_every_mode(mode: str) -> None:
 
 
 def test_equals_transformers_for_arrays_and_tensors() -> None:
-    hwc = np.asarray(Image.open(PICTURES[0]))
+    hwc = np.asarray(Image.open(IMAGES[0]))
     chw = np.ascontiguousarray(hwc.transpose(2, 0, 1))
     unit = (hwc / 255).astype(np.float32)
     batch = np.stack([chw, chw[:, ::-1]])
@@ -93,7 +93,7 @@ def test_equals_transformers_for_arrays_and_tensors() -> None:
 
 def test_inputs_that_mean_the_same_give_the_same() -> None:
     processor = Dinov2ImageProcessor()
-    hwc = np.asarray(Image.open(PICTURES[2]))
+    hwc = np.asarray(Image.open(IMAGES[2]))
     expected = processor(hwc).pixel_values
     tensor = torch.from_numpy(hwc.transpose(2, 0, 1).copy())
     assert torch.equal(processor(tensor.double()).pixel_values, expected)
@@ -220,7 +220,7 @@ def test_settings_round_trip_and_transformers_reads_them(tmp_path: Path) -> None
     pytest.importorskip("torchvision", reason="AutoImageProcessor needs torchvision, which is not installed")
     theirs = AutoImageProcessor.from_pretrained(path.parent, backend="pil")
     assert isinstance(theirs, BitImageProcessorPil)
-    image = Image.open(PICTURES[3])
+    image = Image.open(IMAGES[3])
     np.testing.assert_allclose(
         processor(image, "np").pixel_values, theirs(image, return_tensors="np").pixel_values, rtol=0, atol=1e-6
     )
@@ -230,7 +230,7 @@ def test_settings_round_trip_and_transformers_reads_them(tmp_path: Path) -> None
 
 def test_a_file_with_left_out_settings_means_what_transformers_says(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "BitImageProcessor", "crop_size": 98}')
-    image = Image.open(PICTURES[4])
+    image = Image.open(IMAGES[4])
     ours = Dinov2ImageProcessor.from_pretrained(tmp_path)(image, "np").pixel_values
     pytest.importorskip("torchvision", reason="AutoImageProcessor needs torchvision, which is not installed")
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(image, return_tensors="np").pixel_values
@@ -346,7 +346,7 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
 @pytest.mark.parametrize(
     ("images", "settings", "error", "message"),
     [
-        ([], {}, ValueError, "list of pictures is empty"),
+        ([], {}, ValueError, "list of images is empty"),
         (np.zeros((0, 3, 20, 20), np.uint8), {}, ValueError, "not empty"),
         (np.zeros((2, 2, 3, 20, 20), np.uint8), {}, ValueError, "got shape"),
         (np.zeros(5, np.uint8), {}, ValueError, "got shape"),
@@ -360,7 +360,7 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
         (GOOD * -1.0, {}, ValueError, "between 0 and 255"),
         (GOOD / 1.0, {"do_rescale": False}, ValueError, r"between 0 and 1 \(do_rescale=False\)"),
         (GOOD / 255, {}, ValueError, "looks scaled already; pass do_rescale=False"),
-        ("picture.jpg", {}, TypeError, "got str"),
+        ("image.jpg", {}, TypeError, "got str"),
         ([[GOOD]], {}, TypeError, "got list"),
         (GOOD, {"do_resized": True}, TypeError, "no setting 'do_resized'; did you mean do_resize"),
         (GOOD, {"return_tensors": "tf"}, ValueError, "return_tensors"),
@@ -387,7 +387,7 @@ def test_bad_input_is_a_clear_error(images: Any, settings: dict[str, Any], error
         Dinov2ImageProcessor()(images, **settings)
 
 
-def test_rgba_and_16_bit_arrays_are_read_as_the_same_pil_pictures() -> None:
+def test_rgba_and_16_bit_arrays_are_read_as_the_same_pil_images() -> None:
     rgba = np.random.default_rng(0).integers(0, 256, (260, 300, 4), np.uint8)
     processor = Dinov2ImageProcessor()
     expected = processor(Image.fromarray(rgba), "np").pixel_values

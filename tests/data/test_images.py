@@ -1,4 +1,4 @@
-"""Reading pictures safely, and listing them."""
+"""Reading images safely, and listing them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError, ReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import decode_image, read_image
-from dinov2_fast.data.sources import Picture, list_images
+from dinov2_fast.data.sources import ImageSource, list_images
 
-PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+IMAGES = Path(__file__).parents[2] / "examples" / "images"
 
 
 def colourful(width: int = 40, height: int = 30) -> Image.Image:
@@ -47,7 +47,7 @@ def png_header(width: int, height: int) -> bytes:
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.jpg": (lambda: b"", "empty file"),
     "ten_bytes.jpg": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", "JPEG that cannot be opened: Truncated"),
-    "half.jpg": (lambda: (PICTURES / "coffee.jpg").read_bytes()[:36000], "cannot be decoded: .*truncated"),
+    "half.jpg": (lambda: (IMAGES / "coffee.jpg").read_bytes()[:36000], "cannot be decoded: .*truncated"),
     "html.jpg": (lambda: b"<!DOCTYPE html><html><body>Not found</body></html>", "not an image of a known format"),
     "bomb.png": (lambda: png_header(20_000, 20_000), "too large"),
     "121_mpx.png": (lambda: png_header(11_000, 11_000), "too large: 11000 x 11000 pixels, the limit is 50000000"),
@@ -68,7 +68,7 @@ def test_a_bad_file_is_an_error_with_its_reason(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF"])
 def test_each_format_is_read_and_half_of_it_is_an_error(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "picture.anything"
+    path = tmp_path / "image.anything"
     colourful(200, 150).save(path, kind)
     assert read_image(path).size == (200, 150)
     content = path.read_bytes()
@@ -78,16 +78,16 @@ def test_each_format_is_read_and_half_of_it_is_an_error(tmp_path: Path, kind: st
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    colourful().save(tmp_path / "picture.ppm")
+    colourful().save(tmp_path / "image.ppm")
     with pytest.raises(ImageError, match=r"not an image of a known format \(JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF\)"):
-        read_image(tmp_path / "picture.ppm")
+        read_image(tmp_path / "image.ppm")
 
 
 def test_the_limit_is_checked_before_decoding(tmp_path: Path) -> None:
-    colourful(100, 100).save(tmp_path / "picture.png")
-    assert read_image(tmp_path / "picture.png", max_pixels=10_000).size == (100, 100)
+    colourful(100, 100).save(tmp_path / "image.png")
+    assert read_image(tmp_path / "image.png", max_pixels=10_000).size == (100, 100)
     with pytest.raises(ImageError, match="too large: 100 x 100"):
-        read_image(tmp_path / "picture.png", max_pixels=9_999)
+        read_image(tmp_path / "image.png", max_pixels=9_999)
 
     (tmp_path / "large.png").write_bytes(png_header(9_000, 9_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,7 +119,7 @@ def test_the_limit_may_be_larger_than_pillows(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_jpeg_without_its_end_marker_is_an_error_that_names_it(tmp_path: Path) -> None:
-    content = (PICTURES / "coffee.jpg").read_bytes()
+    content = (IMAGES / "coffee.jpg").read_bytes()
     assert content.endswith(b"\xff\xd9")
     (tmp_path / "image.jpg").write_bytes(content[:-2])
     with pytest.raises(ImageError, match=r"truncated.* a JPEG ends in FF D9, this one does not"):
@@ -314,7 +314,7 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_hide_the_picture(tmp_path: Path) -> None:
+def test_damaged_exif_does_not_hide_the_image(tmp_path: Path) -> None:
     colourful().save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
     assert read_image(tmp_path / "exif.jpg").size == (40, 30)
 
@@ -354,18 +354,18 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
 
 
 def test_an_input_error_of_the_disk_is_an_image_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    colourful().save(tmp_path / "picture.png")
+    colourful().save(tmp_path / "image.png")
 
     def fail(*args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied", "picture.png")
+        raise PermissionError(13, "Permission denied", "image.png")
 
     monkeypatch.setattr("builtins.open", fail)
     with pytest.raises(ImageError, match=r"^Permission denied$"):
-        read_image(tmp_path / "picture.png")
+        read_image(tmp_path / "image.png")
 
 
 def outcome(path: Path) -> tuple[str | None, bool]:
-    decoded = decode(Picture(str(path)), Dinov2ImageProcessor())
+    decoded = decode(ImageSource(str(path)), Dinov2ImageProcessor())
     return decoded.error, decoded.transient
 
 
@@ -424,17 +424,17 @@ def touch(folder: Path, *names: str | bytes) -> None:
             pass
 
 
-def test_listing_is_recursive_sorted_and_takes_pictures_only(tmp_path: Path) -> None:
+def test_listing_is_recursive_sorted_and_takes_images_only(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a/z.png", "a/y/x.webp", "c.txt", "README.md", "a.jpeg", "a/notes.jpg.txt")
     expected = [tmp_path / name for name in ("a/y/x.webp", "a/z.png", "a.jpeg", "b.JPG")]
     assert list_images([tmp_path]) == [str(path) for path in expected]
 
 
 def test_listing_keeps_what_was_given(tmp_path: Path) -> None:
-    touch(tmp_path, "one.jpg", "picture_without_ending", "folder/two.jpg")
-    given = [tmp_path / "picture_without_ending", tmp_path / "folder", tmp_path / "one.jpg", tmp_path / "one.jpg"]
+    touch(tmp_path, "one.jpg", "image_without_ending", "folder/two.jpg")
+    given = [tmp_path / "image_without_ending", tmp_path / "folder", tmp_path / "one.jpg", tmp_path / "one.jpg"]
     names = [os.path.basename(path) for path in list_images(given)]
-    assert names == ["picture_without_ending", "two.jpg", "one.jpg", "one.jpg"]
+    assert names == ["image_without_ending", "two.jpg", "one.jpg", "one.jpg"]
     assert list_images([]) == []
     (tmp_path / "empty").mkdir()
     assert list_images([tmp_path / "empty"]) == []

@@ -1,4 +1,4 @@
-"""What pictures may be given as: files, folders, globs, lists, archives, URLs; all of them, in a fixed order."""
+"""What images may be given as: files, folders, globs, lists, archives, URLs; all of them, in a fixed order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.data.sources import Picture, PictureList, find_pictures, list_images
+from dinov2_fast.data.sources import ImageList, ImageSource, find_images, list_images
 
 PROCESSOR = Dinov2ImageProcessor(size=14, crop_size=14, do_rescale=False, do_normalize=False)
 
@@ -39,14 +39,14 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def colour(picture: Picture) -> int | str | None:
-    """The colour of a picture, which tells them apart, or its error."""
-    decoded = decode(picture, PROCESSOR)
+def colour(image: ImageSource) -> int | str | None:
+    """The colour of an image, which tells them apart, or its error."""
+    decoded = decode(image, PROCESSOR)
     return decoded.error if decoded.pixels is None else int(decoded.pixels[0, 0, 0])
 
 
 def names(paths: list[Any]) -> list[str]:
-    return [os.path.basename(picture.path) for picture in find_pictures(paths)]
+    return [os.path.basename(image.path) for image in find_images(paths)]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_files_folders_and_globs(folder: Path) -> None:
     assert names([folder / "[1].png"]) == ["[1].png"]  # the file of that very name
     for missing in ("nothing.png", "*.gif"):
         with pytest.raises(FileNotFoundError, match="There is no file or folder"):
-            find_pictures([folder, folder / missing])
+            find_images([folder, folder / missing])
 
 
 def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,8 +124,8 @@ def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "list.csv").write_text("label,path\n" + "".join(f'1,"{entry}"\n' for entry in entries), "utf-8-sig")
     pq.write_table(pa.table({"n": range(5), "path": entries}), folder / "list.parquet")
     for name in ("list.txt", "list.csv", "list.parquet"):
-        assert [picture.path for picture in find_pictures([name])] == entries
-        assert list(map(colour, find_pictures([name]))) == [0, "No such file or directory", 10, 0, 40]
+        assert [image.path for image in find_images([name])] == entries
+        assert list(map(colour, find_images([name]))) == [0, "No such file or directory", 10, 0, 40]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_lists_as_people_have_them(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert [picture.path for picture in find_pictures([tmp_path / name])] == ["a.png", "日本.png"]
+    assert [image.path for image in find_images([tmp_path / name])] == ["a.png", "日本.png"]
 
 
 def test_file_names_are_relative_to_their_list(folder: Path) -> None:
@@ -152,8 +152,8 @@ def test_file_names_are_relative_to_their_list(folder: Path) -> None:
         '{"file_name": "2.png"}\n{"file_name": "/none.png"}\n{"file_name": null}'
     )
     for name in ("metadata.csv", "metadata.jsonl"):
-        found = list(find_pictures([folder / "a" / name]))
-        assert [picture.path for picture in found] == [str(folder / "a" / "2.png"), "/none.png", ""]
+        found = list(find_images([folder / "a" / name]))
+        assert [image.path for image in found] == [str(folder / "a" / "2.png"), "/none.png", ""]
         assert list(map(colour, found)) == [10, "No such file or directory", "the list has no path here"]
 
 
@@ -161,7 +161,7 @@ def test_file_names_are_relative_to_their_list(folder: Path) -> None:
 def test_parquet_columns_of_text(folder: Path, type: Any) -> None:
     values = pa.array([str(folder / "b.png"), None], type)
     pq.write_table(pa.table({"path": values}), folder / "list.parquet")
-    assert list(map(colour, find_pictures([folder / "list.parquet"]))) == [0, "the list has no path here"]
+    assert list(map(colour, find_images([folder / "list.parquet"]))) == [0, "the list has no path here"]
 
 
 def test_parquet_text_that_is_not_utf8(folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_parquet_text_that_is_not_utf8(folder: Path) -> None:
     Path(os.fsdecode(name)).write_bytes(png(7))
     values = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, len(name)], np.int32)), pa.py_buffer(name))
     pq.write_table(pa.table({"path": values}), folder / "list.parquet")
-    assert list(map(colour, find_pictures([folder / "list.parquet"]))) == [7]
+    assert list(map(colour, find_images([folder / "list.parquet"]))) == [7]
 
 
 @pytest.mark.parametrize(
@@ -192,23 +192,23 @@ def test_a_damaged_list_is_an_error_that_names_file_and_line(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}'.*{reason}"):
-        list(find_pictures([tmp_path / name]))
+        list(find_images([tmp_path / name]))
 
 
 def test_a_parquet_column_without_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": pa.array([b"a.png"])}), tmp_path / "l.parquet")
     with pytest.raises(ValueError, match=r"l\.parquet'.* the column 'path' holds binary, no text"):
-        list(find_pictures([tmp_path / "l.parquet"]))
+        list(find_images([tmp_path / "l.parquet"]))
 
 
 @pytest.mark.parametrize("name", ["w.tar.gz", "w.TGZ", "w.txt.xz", "w.7z", "w.json", "w.xlsx"])
 def test_other_kinds_are_refused_at_once_and_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{name}' is .*\. (Unpack it|Write the paths)"):
-        find_pictures([tmp_path / name])
+        find_images([tmp_path / name])
     (tmp_path / "folder.zip").mkdir()
     (tmp_path / "folder.tgz").mkdir()
-    assert list(find_pictures([tmp_path / "folder.zip", tmp_path / "folder.tgz"])) == []
+    assert list(find_images([tmp_path / "folder.zip", tmp_path / "folder.tgz"])) == []
 
 
 def test_a_line_may_be_any_name(folder: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_line_may_be_any_name(folder: Path) -> None:
     (folder / "list.txt").write_bytes(name + b"\n")
     (folder / "list.csv").write_bytes(b'path\n"' + name.replace(b'"', b'""') + b'"\n')
     for list_ in ("list.txt", "list.csv"):
-        assert list(map(colour, find_pictures([folder / list_]))) == [7]
+        assert list(map(colour, find_images([folder / list_]))) == [7]
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
@@ -225,7 +225,7 @@ def test_a_list_without_paths_is_an_error(folder: Path, name: str) -> None:
     (folder / "list.csv").write_text("file,label\nb.png,1\n")
     pq.write_table(pa.table({"file": ["b.png"], "label": [1]}), folder / "list.parquet")
     with pytest.raises(ValueError, match=r"list\..*'path', 'image', 'url', 'file_name', but 'file', 'label'"):
-        list(find_pictures([folder / name]))
+        list(find_images([folder / name]))
 
 
 def write_tar(path: Path, count: int = 3, mode: Any = "w", format: int = tarfile.PAX_FORMAT) -> list[bytes]:
@@ -245,12 +245,12 @@ def write_tar(path: Path, count: int = 3, mode: Any = "w", format: int = tarfile
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_archives(tmp_path: Path, format: int) -> None:
     contents = write_tar(tmp_path / "train-000.tar", format=format)
-    pictures = list(find_pictures([tmp_path / "train-*.tar"]))
-    assert [picture.path for picture in pictures] == [
+    images = list(find_images([tmp_path / "train-*.tar"]))
+    assert [image.path for image in images] == [
         f"{tmp_path}/train-000.tar/{name}.png" for name in ("0000", "deep/" * 30 + "0001", "0002")
     ]
-    assert list(map(colour, pictures)) == [1, 2, 3]
-    assert [decode(p, PROCESSOR).sha256 for p in pictures] == [hashlib.sha256(c).hexdigest() for c in contents]
+    assert list(map(colour, images)) == [1, 2, 3]
+    assert [decode(p, PROCESSOR).sha256 for p in images] == [hashlib.sha256(c).hexdigest() for c in contents]
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ def test_a_damaged_archive_is_an_error_and_never_shorter(tmp_path: Path, damage:
         content = bytearray(b"not found" * 200)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.tar' is damaged, or no uncompressed tar archive"):
-        list(find_pictures([path]))
+        list(find_images([path]))
 
 
-def test_an_archive_that_shrinks_afterwards_is_an_error_of_the_picture(tmp_path: Path) -> None:
+def test_an_archive_that_shrinks_afterwards_is_an_error_of_the_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar")
-    *_, last = find_pictures([tmp_path / "a.tar"])
+    *_, last = find_images([tmp_path / "a.tar"])
     assert last.offset is not None
     os.truncate(tmp_path / "a.tar", last.offset + 10)
     assert colour(last) == f"truncated: 10 of {last.size} bytes are there"
@@ -300,7 +300,7 @@ def test_links_and_sparse_files_in_an_archive_are_rows_with_an_error(tmp_path: P
         info = tarfile.TarInfo("sparse of pax.png")
         info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "0"}
         tar.addfile(info)
-    found = list(find_pictures([tmp_path / "a.tar"]))
+    found = list(find_images([tmp_path / "a.tar"]))
     assert names([tmp_path / "a.tar"]) == ["link.png", "hard.png", "sparse.png", "sparse of pax.png"]
     assert set(map(colour, found)) == {"a link or sparse file in the archive, which is not read: unpack the archive"}
 
@@ -316,7 +316,7 @@ def test_an_archive_with_hostile_sizes_is_an_error_and_ends(tmp_path: Path, head
         info.pax_headers = headers
         tar.addfile(info)
     with pytest.raises(ValueError, match=r"a\.tar' is damaged"):
-        list(islice(find_pictures([path]), 1000))
+        list(islice(find_images([path]), 1000))
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -327,9 +327,9 @@ def test_zip_archives(tmp_path: Path, method: int) -> None:
         archive.writestr("deep.png/日本.png", png(7))
         archive.writestr("b.PNG", content)
         archive.writestr("notes.txt", b"no image")
-    found = list(find_pictures([tmp_path / "a.zip"]))
-    assert [picture.path for picture in found] == [f"{tmp_path}/a.zip/deep.png/日本.png", f"{tmp_path}/a.zip/b.PNG"]
-    first, second = (decode(picture, PROCESSOR) for picture in found)
+    found = list(find_images([tmp_path / "a.zip"]))
+    assert [image.path for image in found] == [f"{tmp_path}/a.zip/deep.png/日本.png", f"{tmp_path}/a.zip/b.PNG"]
+    first, second = (decode(image, PROCESSOR) for image in found)
     assert (first.error, first.sha256) == (None, hashlib.sha256(png(7)).hexdigest())
     assert second.sha256 == hashlib.sha256(content).hexdigest()
 
@@ -338,11 +338,11 @@ def test_damaged_zip_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK\3\4 and no more")
     with pytest.raises(ValueError, match=r"a\.zip' is damaged, or no zip archive"):
-        list(find_pictures([path]))
+        list(find_images([path]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10_000))
     content = bytearray(path.read_bytes())
-    (member,) = find_pictures([path])
+    (member,) = find_images([path])
 
     def error(place: int, *values: int) -> tuple[str | None, bool]:
         """What reading gives with other values in the header of the member."""
@@ -371,20 +371,20 @@ def test_parquet_with_images(folder: Path) -> None:
     images = [{"bytes": png(value), "path": f"{value}.png"} for value in range(1, 6)]
     images += [{"bytes": None, "path": str(folder / "a" / "2.png")}, {"bytes": None, "path": None}, None]
     write_dataset(folder / "train.parquet", images)
-    found = list(find_pictures([folder / "train.parquet"]))
-    assert [picture.path for picture in found] == [f"{folder}/train.parquet/{row}" for row in range(8)]
+    found = list(find_images([folder / "train.parquet"]))
+    assert [image.path for image in found] == [f"{folder}/train.parquet/{row}" for row in range(8)]
     expected = [1, 2, 3, 4, 5, 10, "no image in this row", "no image in this row"]
     assert list(map(colour, found)) == expected
     assert list(map(colour, reversed(found))) == expected[::-1]
     for values in ([3], [5, 6, 7]):
         write_dataset(folder / "plain.parquet", [png(value) for value in values], rows=len(values))
-        assert list(map(colour, find_pictures([folder / "plain.parquet"]))) == values
+        assert list(map(colour, find_images([folder / "plain.parquet"]))) == values
 
 
 def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:
     path = folder / "train.parquet"
     write_dataset(path, [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}], rows=1)
-    first, second = find_pictures([path])
+    first, second = find_images([path])
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
     path.write_bytes(content)
@@ -420,7 +420,7 @@ def test_row_groups_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         ValueError, match=r"train\.parquet' has a row group with \d+ bytes of images.* smaller row groups"
     ):
-        list(find_pictures([folder / "train.parquet"]))
+        list(find_images([folder / "train.parquet"]))
 
 
 @pytest.fixture
@@ -445,23 +445,23 @@ def test_urls(bucket: str) -> None:
         ("/list.txt", ["b.png", "none.png"]),
     ):
         assert names([bucket + given]) == expected, given
-    assert list(map(colour, find_pictures([f"{bucket}/set.tar"]))) == [1, 2, 3]
-    assert list(map(colour, find_pictures([bucket]))) == [20, 10, 0]
-    first, second = map(colour, find_pictures([f"{bucket}/list.txt"]))
+    assert list(map(colour, find_images([f"{bucket}/set.tar"]))) == [1, 2, 3]
+    assert list(map(colour, find_images([bucket]))) == [20, 10, 0]
+    first, second = map(colour, find_images([f"{bucket}/list.txt"]))
     assert (first, type(second)) == (0, str)
     assert read_image(f"{bucket}/b.png").size == (16, 16)
     with pytest.raises(ImageError):
         read_image(f"{bucket}/none.png")
     with pytest.raises(FileNotFoundError, match="nothing at 'memory://bucket/none"):
-        find_pictures([f"{bucket}/none.png"])
+        find_images([f"{bucket}/none.png"])
 
 
 def test_urls_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'nosuch://a/b\.png' cannot be opened: Protocol not known"):
-        find_pictures(["nosuch://a/b.png"])
+        find_images(["nosuch://a/b.png"])
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match="need fsspec, which is not installed: pip install fsspec"):
-        find_pictures(["memory://bucket"])
+        find_images(["memory://bucket"])
 
 
 class Unwell(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -498,17 +498,17 @@ class Unwell(fsspec.AbstractFileSystem):  # type: ignore[misc]
 def test_errors_of_urls_name_the_reason_and_no_secrets(name: str, reason: str) -> None:
     fsspec.register_implementation("unwell", Unwell, clobber=True)
     url = f"unwell://bucket/{name}?token=SECRET"
-    decoded = decode(Picture(url), PROCESSOR)
+    decoded = decode(ImageSource(url), PROCESSOR)
     assert (decoded.error, decoded.transient) == (reason, True)
     with pytest.raises(FileNotFoundError) as caught:
-        find_pictures([url])
+        find_images([url])
     assert str(caught.value) == f"There is nothing at 'unwell://bucket/{name}' ({reason})."
 
 
 def test_a_server_that_sends_more_than_was_asked_for_is_an_error() -> None:
     fsspec.register_implementation("unwell", Unwell, clobber=True)
     url = "unwell://bucket/set.tar"
-    assert colour(Picture(f"{url}/a.png", url, 512, 100)) == "the server sends 20480 bytes where 100 were asked for"
+    assert colour(ImageSource(f"{url}/a.png", url, 512, 100)) == "the server sends 20480 bytes where 100 were asked for"
 
 
 @pytest.mark.parametrize("name", ["list.txt", "set.tar"])
@@ -524,7 +524,7 @@ def test_a_list_or_archive_that_cannot_be_read_is_named_without_secrets(
 
     monkeypatch.setattr(type(memory), "_open", fail)
     with pytest.raises(OSError) as caught:
-        list(find_pictures([url]))
+        list(find_images([url]))
     assert str(caught.value) == f"'memory://{name}' cannot be read: Connection reset by peer."
 
 
@@ -533,27 +533,27 @@ def test_secrets_are_not_shown_and_do_not_hide_the_ending(tmp_path: Path) -> Non
     assert (files.shown(signed), files.ending(signed)) == ("https://host/a/b.Tar", ".tar")
     assert (files.shown("a?b.tar"), files.ending("a?b.tar")) == ("a?b.tar", ".tar")
     with pytest.raises(ValueError, match=r"^'nosuch://a/b' cannot be opened"):
-        find_pictures(["nosuch://a/b?token=SECRET"])
+        find_images(["nosuch://a/b?token=SECRET"])
     fsspec.filesystem("memory").pipe_file("/cut.tar?token=SECRET", b"")
     with pytest.raises(ValueError, match=r"^'memory://cut.tar' is damaged"):
-        list(find_pictures(["memory://cut.tar?token=SECRET"]))
+        list(find_images(["memory://cut.tar?token=SECRET"]))
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "huge.png", "wb") as file:
         file.truncate(files.MAX_BYTES + 1)
-    assert colour(Picture(str(tmp_path / "huge.png"))) == "too large: 1073741825 bytes, the limit is 1073741824"
+    assert colour(ImageSource(str(tmp_path / "huge.png"))) == "too large: 1073741825 bytes, the limit is 1073741824"
     fsspec.filesystem("memory").pipe_file("/large.png", bytes(2000))
     monkeypatch.setattr(files, "MAX_BYTES", 1000)
-    assert colour(Picture("memory://large.png")) == "too large: 1001 bytes, the limit is 1000"
+    assert colour(ImageSource("memory://large.png")) == "too large: 1001 bytes, the limit is 1000"
 
 
 # The list of an extraction
 
 
-def make_list(count: int, part: tuple[int, int], folder: Path, size: int = 4) -> PictureList:
-    pictures = (Picture(f"{n}.png", "a.tar", n, 10) if n % 3 else Picture(f"/x\udce9/{n}") for n in range(count))
-    return PictureList(pictures, size, part, folder)
+def make_list(count: int, part: tuple[int, int], folder: Path, size: int = 4) -> ImageList:
+    images = (ImageSource(f"{n}.png", "a.tar", n, 10) if n % 3 else ImageSource(f"/x\udce9/{n}") for n in range(count))
+    return ImageList(images, size, part, folder)
 
 
 @pytest.mark.parametrize(("count", "parts"), [(0, 1), (1, 1), (4, 1), (10, 1), (10, 2), (23, 3), (24, 4), (5, 7)])
@@ -561,7 +561,7 @@ def test_parts_of_a_list_are_the_list(tmp_path: Path, count: int, parts: int) ->
     lists = [make_list(count, (index, parts), tmp_path) for index in range(parts)]
     assert {listed.count for listed in lists} == {count}
     assert len({listed.sha256 for listed in lists}) == 1
-    found: dict[int, Picture] = {}
+    found: dict[int, ImageSource] = {}
     for listed in lists:
         for shard in listed.shards:
             found.update(zip(listed.rows(shard), listed.shard(shard), strict=True))
@@ -574,16 +574,16 @@ def test_parts_of_a_list_are_the_list(tmp_path: Path, count: int, parts: int) ->
 
 def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
     rows = [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"]]
-    lists = [[Picture(path) for path in row] for row in rows]
+    lists = [[ImageSource(path) for path in row] for row in rows]
     lists += [
-        [Picture("a", "x", 1, 2)],
-        [Picture("a", "x", 1, 3)],
-        [Picture("a", "x", 2, 2)],
-        [Picture("a", "y", 1, 2)],
+        [ImageSource("a", "x", 1, 2)],
+        [ImageSource("a", "x", 1, 3)],
+        [ImageSource("a", "x", 2, 2)],
+        [ImageSource("a", "y", 1, 2)],
     ]
     digests = set()
-    for pictures in lists:
-        with closing(PictureList(pictures, 4, (0, 1), tmp_path)) as listed:
+    for images in lists:
+        with closing(ImageList(images, 4, (0, 1), tmp_path)) as listed:
             digests.add(listed.sha256)
     assert len(digests) == len(lists)
 
@@ -593,12 +593,12 @@ def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
 def test_a_long_list_takes_no_memory(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nimport pyarrow\n"
-        "from dinov2_fast.data.sources import Picture, PictureList\n"
+        "from dinov2_fast.data.sources import ImageSource, ImageList\n"
         "def peak():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(status.partition('VmHWM:')[2].split()[0])\n"
         "def make(count):\n"
-        "    return PictureList((Picture(f'{n:0200}') for n in range(count)), 8192, (0, 1), Path(sys.argv[1]))\n"
+        "    return ImageList((ImageSource(f'{n:0200}') for n in range(count)), 8192, (0, 1), Path(sys.argv[1]))\n"
         "make(20_000).close()\nbefore = peak()\nlisted = make(300_000)\n"
         "assert listed.shard(30)[5].path == f'{30 * 8192 + 5:0200}'\n"
         "print((peak() - before) / 1024)"
@@ -607,10 +607,10 @@ def test_a_long_list_takes_no_memory(tmp_path: Path) -> None:
     assert float(done.stdout) < 20  # MB; the paths alone are 60
 
 
-def test_pictures_of_an_archive_and_of_files_are_decoded_alike(tmp_path: Path) -> None:
+def test_images_of_an_archive_and_of_files_are_decoded_alike(tmp_path: Path) -> None:
     (content, *_) = write_tar(tmp_path / "a.tar")
     (tmp_path / "a.png").write_bytes(content)
-    alone = decode(Picture(str(tmp_path / "a.png")), PROCESSOR)
-    (packed, *_) = (decode(picture, PROCESSOR) for picture in find_pictures([tmp_path / "a.tar"]))
+    alone = decode(ImageSource(str(tmp_path / "a.png")), PROCESSOR)
+    (packed, *_) = (decode(image, PROCESSOR) for image in find_images([tmp_path / "a.tar"]))
     assert (alone.sha256, alone.width) == (packed.sha256, packed.width)
     np.testing.assert_array_equal(alone.pixels, packed.pixels)

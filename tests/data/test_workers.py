@@ -1,4 +1,4 @@
-"""Worker processes that decode: a death or a delay costs one picture, signals are not theirs, memory is bounded."""
+"""Worker processes that decode: a death or a delay costs one image, signals are not theirs, memory is bounded."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from PIL import Image
 from dinov2_fast.data import workers as pool
 from dinov2_fast.data.decoding import Decoded, decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.sources import Picture
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Picture]:
-    """Twelve pictures, each of one colour and of its own width."""
+def images(tmp_path: Path) -> list[ImageSource]:
+    """Twelve images, each of one colour and of its own width."""
     found = []
     for index in range(12):
         path = tmp_path / f"{index}.png"
         Image.new("RGB", (20 + index, 30), (20 * index, 0, 255)).save(path)
-        found.append(Picture(str(path)))
+        found.append(ImageSource(str(path)))
     return found
 
 
 class Sabotaged(Dinov2ImageProcessor):
-    """A processor that does something else in the worker, for pictures of the widths in `at`."""
+    """A processor that does something else in the worker, for images of the widths in `at`."""
 
     def __init__(self, what: str, at: Container[int], once: Path | None = None) -> None:
         super().__init__(size=14, crop_size=14, do_rescale=False, do_normalize=False)
@@ -72,13 +72,13 @@ class Sabotaged(Dinov2ImageProcessor):
         return found
 
 
-def check(found: list[Decoded], pictures: list[Picture], bad: dict[int, str]) -> None:
-    assert len(found) == len(pictures)
-    for index, (picture, decoded) in enumerate(zip(pictures, found, strict=True)):
+def check(found: list[Decoded], images: list[ImageSource], bad: dict[int, str]) -> None:
+    assert len(found) == len(images)
+    for index, (image, decoded) in enumerate(zip(images, found, strict=True)):
         if index in bad:
             assert (decoded.error, decoded.transient) == (bad[index], "ended" in bad[index] or "within" in bad[index])
             continue
-        expected = decode(picture, Sabotaged("", ()))
+        expected = decode(image, Sabotaged("", ()))
         assert (decoded.error, decoded.width, decoded.sha256) == (None, 20 + index, expected.sha256)
         assert decoded.pixels is not None
         np.testing.assert_array_equal(decoded.pixels, expected.pixels)
@@ -92,80 +92,80 @@ def check(found: list[Decoded], pictures: list[Picture], bad: dict[int, str]) ->
         ("quit", "the process that decoded it ended (exit code 7)"),
     ],
 )
-def test_a_worker_that_dies_costs_one_picture(pictures: list[Picture], what: str, error: str) -> None:
+def test_a_worker_that_dies_costs_one_image(images: list[ImageSource], what: str, error: str) -> None:
     workers = 1 if what == "die" else 2
-    found = list(decode_all(pictures, Sabotaged(what, (20, 24, 25, 31)), workers=workers, ahead=5))
-    check(found, pictures, dict.fromkeys((0, 4, 5, 11), error))
+    found = list(decode_all(images, Sabotaged(what, (20, 24, 25, 31)), workers=workers, ahead=5))
+    check(found, images, dict.fromkeys((0, 4, 5, 11), error))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_decoder_costs_one_picture(pictures: list[Picture], workers: int) -> None:
-    found = list(decode_all(pictures, Sabotaged("raise", (21,)), workers=workers))
-    check(found, pictures, {1: "cannot be processed: a fault of the decoder"})
+def test_a_fault_of_the_decoder_costs_one_image(images: list[ImageSource], workers: int) -> None:
+    found = list(decode_all(images, Sabotaged("raise", (21,)), workers=workers))
+    check(found, images, {1: "cannot be processed: a fault of the decoder"})
 
 
-def test_pillows_own_limit_is_out_of_use(pictures: list[Picture]) -> None:
-    found = list(decode_all(pictures, Sabotaged("limit", at=(20,)), workers=1))
+def test_pillows_own_limit_is_out_of_use(images: list[ImageSource]) -> None:
+    found = list(decode_all(images, Sabotaged("limit", at=(20,)), workers=1))
     assert found[0].error == "cannot be processed: Pillow's limit is None"
 
 
-def test_a_picture_that_takes_too_long_is_given_up(pictures: list[Picture]) -> None:
-    found = list(decode_all(pictures, Sabotaged("hang", (22, 23)), workers=2, ahead=6, max_seconds=1.5))
-    check(found, pictures, dict.fromkeys((2, 3), "not decoded within 1.5 s"))
+def test_a_image_that_takes_too_long_is_given_up(images: list[ImageSource]) -> None:
+    found = list(decode_all(images, Sabotaged("hang", (22, 23)), workers=2, ahead=6, max_seconds=1.5))
+    check(found, images, dict.fromkeys((2, 3), "not decoded within 1.5 s"))
 
 
-def test_waiting_for_work_is_not_taking_long(pictures: list[Picture]) -> None:
+def test_waiting_for_work_is_not_taking_long(images: list[ImageSource]) -> None:
     """What counts is the time since a worker got a task, not since its last answer, and answers that wait count."""
-    decoded = decode_all(pictures, Sabotaged("", ()), workers=1, ahead=2, max_seconds=0.5)
+    decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2, max_seconds=0.5)
     found = []
-    for picture in decoded:
-        found.append(picture)
+    for image in decoded:
+        found.append(image)
         if len(found) in (2, 5):
             time.sleep(1)
-    check(found, pictures, {})
+    check(found, images, {})
 
 
-def test_a_worker_that_dies_while_it_waits_costs_nothing(pictures: list[Picture]) -> None:
-    decoded = decode_all(pictures, Sabotaged("", ()), workers=1, ahead=2)
+def test_a_worker_that_dies_while_it_waits_costs_nothing(images: list[ImageSource]) -> None:
+    decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2)
     found = [next(decoded)]
     time.sleep(0.5)
     (worker,) = multiprocessing.active_children()
     worker.kill()
     worker.join()
-    check([*found, *decoded], pictures, {})
+    check([*found, *decoded], images, {})
 
 
 @pytest.mark.parametrize("what", ["die", "hang"])
-def test_what_goes_wrong_once_costs_nothing(pictures: list[Picture], tmp_path: Path, what: str) -> None:
+def test_what_goes_wrong_once_costs_nothing(images: list[ImageSource], tmp_path: Path, what: str) -> None:
     """The machine was the cause, as where memory ran out: the image is tried once more."""
     processor = Sabotaged(what, (20, 25), once=tmp_path)
-    check(list(decode_all(pictures, processor, workers=2, max_seconds=1.5)), pictures, {})
+    check(list(decode_all(images, processor, workers=2, max_seconds=1.5)), images, {})
     assert sorted(os.listdir(tmp_path / "done")) == ["20", "25"]
 
 
 def test_time_in_which_the_job_was_stopped_does_not_count(
-    pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
+    images: list[ImageSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the process that waits, a stop is a wait that took far longer than it asked for."""
     hours = itertools.count(0, 3600)
     monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: float(next(hours))))
-    check(list(decode_all(pictures[:3], Sabotaged("slow", (20, 21, 22)), workers=1, max_seconds=30)), pictures[:3], {})
+    check(list(decode_all(images[:3], Sabotaged("slow", (20, 21, 22)), workers=1, max_seconds=30)), images[:3], {})
 
 
-def test_a_job_that_is_stopped_and_continued_decodes_everything(pictures: list[Picture]) -> None:
+def test_a_job_that_is_stopped_and_continued_decodes_everything(images: list[ImageSource]) -> None:
     code = (
         "import os, signal, sys\n"
-        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.sources import ImageSource\n"
         "from dinov2_fast.data.workers import decode_all\n"
         "from tests.data.test_workers import Sabotaged\n"
         "if __name__ == '__main__':\n"
-        "    pictures = [Picture(path) for path in sys.argv[1:]] * 2\n"
-        "    decoded = decode_all(pictures, Sabotaged('slow', range(99)), workers=1, max_seconds=1.5)\n"
+        "    images = [ImageSource(path) for path in sys.argv[1:]] * 2\n"
+        "    decoded = decode_all(images, Sabotaged('slow', range(99)), workers=1, max_seconds=1.5)\n"
         "    found = [next(decoded)]\n"
         "    print('begun', flush=True)\n"
-        "    print([picture.error for picture in [*found, *decoded]] == [None] * 8)\n"
+        "    print([image.error for image in [*found, *decoded]] == [None] * 8)\n"
     )
-    command = [sys.executable, "-c", code, *(picture.path for picture in pictures[:4])]
+    command = [sys.executable, "-c", code, *(image.path for image in images[:4])]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
@@ -177,24 +177,24 @@ def test_a_job_that_is_stopped_and_continued_decodes_everything(pictures: list[P
         assert process.stdout.read() == "True\n"
 
 
-def test_a_worker_that_cannot_start_is_an_error(pictures: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_is_an_error(images: list[ImageSource], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_work", time.sleep)  # fails on its arguments
     with pytest.raises(RuntimeError, match=r"ended before it could begin \(exit code 1\)"):
-        list(decode_all(pictures, Sabotaged("", ()), workers=1))
+        list(decode_all(images, Sabotaged("", ()), workers=1))
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_worker_that_is_ended_or_stopped_while_it_starts_is_replaced(
-    pictures: list[Picture], name: str, monkeypatch: pytest.MonkeyPatch
+    images: list[ImageSource], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "SECONDS_TO_START", 8)
-    decoded = decode_all(interrupted_start(pictures, name), Sabotaged("", ()), workers=1, ahead=5)
-    check(list(decoded), pictures, {})
+    decoded = decode_all(interrupted_start(images, name), Sabotaged("", ()), workers=1, ahead=5)
+    check(list(decoded), images, {})
 
 
 def test_workers_that_are_ended_at_every_start_are_an_error(
-    pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
+    images: list[ImageSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = pool._Worker.__init__
 
@@ -204,35 +204,35 @@ def test_workers_that_are_ended_at_every_start_are_an_error(
 
     monkeypatch.setattr(pool._Worker, "__init__", killed)
     with pytest.raises(RuntimeError, match=r"ended before it could begin \(SIGKILL\)"):
-        list(decode_all(pictures, Sabotaged("", ()), workers=1))
+        list(decode_all(images, Sabotaged("", ()), workers=1))
 
 
-def interrupted_start(pictures: list[Picture], name: str) -> Iterator[Picture]:
-    """The pictures, for which a pool asks when its workers have only just been started."""
+def interrupted_start(images: list[ImageSource], name: str) -> Iterator[ImageSource]:
+    """The images, for which a pool asks when its workers have only just been started."""
     for worker in multiprocessing.active_children():
         assert worker.pid is not None
         os.kill(worker.pid, signal.Signals[name])
-    yield from pictures
+    yield from images
 
 
-def test_long_names_do_not_fill_the_pipe_of_a_worker_that_hangs(pictures: list[Picture]) -> None:
-    folder, name = os.path.split(pictures[0].path)
-    long = Picture(f"{folder}/{'./' * 1800}{name}")
-    slow = Picture(f"{folder}/{'./' * 1800}1.png")
+def test_long_names_do_not_fill_the_pipe_of_a_worker_that_hangs(images: list[ImageSource]) -> None:
+    folder, name = os.path.split(images[0].path)
+    long = ImageSource(f"{folder}/{'./' * 1800}{name}")
+    slow = ImageSource(f"{folder}/{'./' * 1800}1.png")
     begin = time.monotonic()
     found = list(decode_all([slow, *[long] * 200], Sabotaged("hang", (21,)), workers=1, ahead=256, max_seconds=1))
-    assert [picture.error for picture in found] == ["not decoded within 1 s", *[None] * 200]
+    assert [image.error for image in found] == ["not decoded within 1 s", *[None] * 200]
     assert time.monotonic() - begin < 60
 
 
-def test_decoding_ahead_is_bounded(pictures: list[Picture]) -> None:
+def test_decoding_ahead_is_bounded(images: list[ImageSource]) -> None:
     taken = 0
 
-    def endless() -> Iterator[Picture]:
+    def endless() -> Iterator[ImageSource]:
         nonlocal taken
         while True:
             taken += 1
-            yield pictures[0]
+            yield images[0]
 
     decoded = decode_all(endless(), Sabotaged("", ()), workers=1, ahead=4)
     for _ in range(3):
@@ -242,18 +242,18 @@ def test_decoding_ahead_is_bounded(pictures: list[Picture]) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_pixels_on_their_way_are_bounded_in_bytes(pictures: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_on_their_way_are_bounded_in_bytes(images: list[ImageSource], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "SHARED_BYTES", 5 * 3 * 14 * 14)
     processor = Sabotaged("", ())
     for workers, slots in ((1, 5), (4, 8)):
         some = pool._Pool(workers, processor, 10**6, 60, ahead=40)
         assert some._pixels.shape == (slots, 3, 14, 14)
-        check(list(some.decode(iter(pictures))), pictures, {})
+        check(list(some.decode(iter(images))), images, {})
         some.close()
 
 
-def test_workers_go_on_while_nobody_asks(pictures: list[Picture]) -> None:
-    decoded = decode_all(pictures * 4, Sabotaged("", ()), workers=1, ahead=40)
+def test_workers_go_on_while_nobody_asks(images: list[ImageSource]) -> None:
+    decoded = decode_all(images * 4, Sabotaged("", ()), workers=1, ahead=40)
     next(decoded)
     time.sleep(1)
     begin = time.perf_counter()
@@ -264,14 +264,14 @@ def test_workers_go_on_while_nobody_asks(pictures: list[Picture]) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_to_the_group_do_not_reach_the_workers(pictures: list[Picture], name: str) -> None:
-    decoded = decode_all(pictures, Sabotaged("", ()), workers=1, ahead=2)
+def test_signals_to_the_group_do_not_reach_the_workers(images: list[ImageSource], name: str) -> None:
+    decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2)
     found = [next(decoded)]
     time.sleep(0.5)  # until the worker waits for work, where the interrupt would end it
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     os.kill(worker.pid, signal.Signals[name])
-    check([*found, *decoded], pictures, {})
+    check([*found, *decoded], images, {})
 
 
 def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
@@ -297,33 +297,34 @@ def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
     assert after is signal.default_int_handler
 
 
-def test_signals_do_not_reach_the_first_worker_of_a_program(pictures: list[Picture]) -> None:
+def test_signals_do_not_reach_the_first_worker_of_a_program(images: list[ImageSource]) -> None:
     """It starts when multiprocessing has started nothing else yet."""
     code = (
         "import multiprocessing, os, signal, time\n"
-        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.sources import ImageSource\n"
         "from dinov2_fast.data.workers import decode_all\n"
         "from dinov2_fast.data.image_processor import Dinov2ImageProcessor\n"
         "if __name__ == '__main__':\n"
-        f"    decoded = decode_all([Picture({pictures[0].path!r})] * 9, Dinov2ImageProcessor(), workers=1, ahead=2)\n"
+        f"    decoded = decode_all([ImageSource({images[0].path!r})] * 9, Dinov2ImageProcessor(), workers=1, ahead=2)\n"
         "    found = [next(decoded)]\n"
         "    for name in ('SIGINT', 'SIGTERM'):\n"
         "        os.kill(multiprocessing.active_children()[0].pid, signal.Signals[name])\n"
         "    time.sleep(0.5)\n"
-        "    print([picture.error for picture in [*found, *decoded]] == [None] * 9)\n"
+        "    print([image.error for image in [*found, *decoded]] == [None] * 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
-def test_workers_end_with_a_process_that_is_killed(pictures: list[Picture]) -> None:
+def test_workers_end_with_a_process_that_is_killed(images: list[ImageSource]) -> None:
     code = (
         "import multiprocessing, sys, time\n"
-        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.sources import ImageSource\n"
         "from dinov2_fast.data.workers import decode_all\n"
         "from dinov2_fast.data.image_processor import Dinov2ImageProcessor\n"
         "if __name__ == '__main__':\n"
-        f"    decoded = decode_all([Picture({pictures[0].path!r})] * 99, Dinov2ImageProcessor(), workers=1, ahead=4)\n"
+        f"    found = [ImageSource({images[0].path!r})] * 99\n"
+        "    decoded = decode_all(found, Dinov2ImageProcessor(), workers=1, ahead=4)\n"
         "    next(decoded)\n"
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    time.sleep(1000)\n"
@@ -335,21 +336,21 @@ def test_workers_end_with_a_process_that_is_killed(pictures: list[Picture]) -> N
     assert_ends(worker)
 
 
-def test_workers_in_mid_image_end_with_a_process_that_is_killed(pictures: list[Picture]) -> None:
+def test_workers_in_mid_image_end_with_a_process_that_is_killed(images: list[ImageSource]) -> None:
     code = (
         "import multiprocessing, sys, time\n"
-        "from dinov2_fast.data.sources import Picture\n"
+        "from dinov2_fast.data.sources import ImageSource\n"
         "from dinov2_fast.data.workers import decode_all\n"
         "from tests.data.test_workers import Sabotaged\n"
         "if __name__ == '__main__':\n"
-        "    pictures = [Picture(path) for path in sys.argv[1:]]\n"
-        "    decoded = decode_all(pictures, Sabotaged('hang', (21,)), workers=1)\n"
+        "    images = [ImageSource(path) for path in sys.argv[1:]]\n"
+        "    decoded = decode_all(images, Sabotaged('hang', (21,)), workers=1)\n"
         "    next(decoded)\n"
         "    time.sleep(0.5)\n"
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    time.sleep(1000)\n"
     )
-    command = [sys.executable, "-c", code, *(picture.path for picture in pictures)]
+    command = [sys.executable, "-c", code, *(image.path for image in images)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())

@@ -25,7 +25,7 @@ class Digits:
 
 
 def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Top 1 and top 5 of scores (pictures, classes), by sorting: of equal scores the picture's own comes last."""
+    """Top 1 and top 5 of scores (images, classes), by sorting: of equal scores the image's own comes last."""
     right = []
     for row, label in zip(scores, labels, strict=True):
         order = sorted(range(len(row)), key=lambda one: (-row[one], one == label))
@@ -34,7 +34,7 @@ def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def sklearns(k: int, temperature: float, rows: Any = slice(None)) -> np.ndarray:
-    """Scores of the classes for the validation pictures, by the training pictures `rows`."""
+    """Scores of the classes for the validation images, by the training images `rows`."""
     votes = neighbors.KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     )
@@ -60,7 +60,7 @@ def test_knn_is_scikit_learns(temperature: float, held: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("held", [2**27, 300 * 70])
-def test_without_validation_each_picture_is_left_out(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_validation_each_image_is_left_out(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_SIMILARITIES", held)
     features, labels = Digits.train[:300].astype(np.float64), Digits.train_labels[:300]
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -180,7 +180,7 @@ def test_linear_probes_learn_the_digits() -> None:
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(again, same, strict=True))
 
 
-def test_without_patches_and_with_few_pictures() -> None:
+def test_without_patches_and_with_few_images() -> None:
     tokens = Tokens(torch.randn(10, 1, 4))
     labels = torch.arange(10) % 2
     probes = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=128)
@@ -195,8 +195,8 @@ X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        ((X, Y), {"neighbours": (6,)}, "between 1 and the 5 training pictures, got 6"),
-        ((X, Y, X, Y), {"neighbours": (2, 7)}, "between 1 and the 6 training pictures, got 2, 7"),
+        ((X, Y), {"neighbours": (6,)}, "between 1 and the 5 training images, got 6"),
+        ((X, Y, X, Y), {"neighbours": (2, 7)}, "between 1 and the 6 training images, got 2, 7"),
         ((X, Y), {"neighbours": (0,)}, "between 1 and"),
         ((X, Y), {"neighbours": ()}, "between 1 and"),
         ((X, Y), {"neighbours": (1,), "temperature": 0.0}, "temperature must be positive, got 0.0"),
@@ -205,8 +205,8 @@ X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])
         ((X, Y, X, Y), {"n_per_class": 0}, "between 1 and 3, the size of the largest training class, got 0"),
         ((X, Y, X, Y), {"n_per_class": 4}, "between 1 and 3, the size of the largest training class, got 4"),
         ((X, Y, X, Y), {"n_per_class": 1, "n_tries": 0}, "There must be a try, got 0"),
-        ((X, Y, X, Y), {"n_per_class": 1, "neighbours": (0,)}, "between 1 and the 6 training pictures, got 0"),
-        ((X, Y[:5]), {}, r"train must be features \(pictures, dim\) and labels \(pictures,\), got \(6, 4\) and \(5,\)"),
+        ((X, Y, X, Y), {"n_per_class": 1, "neighbours": (0,)}, "between 1 and the 6 training images, got 0"),
+        ((X, Y[:5]), {}, r"train must be features \(images, dim\) and labels \(images,\), got \(6, 4\) and \(5,\)"),
         ((X, Y, X[0], Y), {}, r"val must be features .* got \(4,\)"),
         ((X, Y, X[:, :3], Y), {"neighbours": (1,)}, "train has features of 4 dimensions, val of 3"),
         ((X, Y - 1), {}, "labels of train must be whole numbers from 0 on"),

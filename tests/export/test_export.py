@@ -22,14 +22,14 @@ from tests.model.test_model import small
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-PICTURES = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.jpg"))
+IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))
 OUTPUTS = ("cls", "patch_mean", "patches", "registers")
 ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-def pictures(height: int, width: int, count: int = 5) -> torch.Tensor:
+def images(height: int, width: int, count: int = 5) -> torch.Tensor:
     """The photographs that ship with the project, in one batch."""
-    return Dinov2ImageProcessor.for_size((height, width))([read_image(path) for path in PICTURES[:count]]).pixel_values
+    return Dinov2ImageProcessor.for_size((height, width))([read_image(path) for path in IMAGES[:count]]).pixel_values
 
 
 def outputs_of(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,8 +78,8 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def onnx_file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     path = tmp_path_factory.mktemp("onnx") / "new" / "model.onnx"
-    batches = [pictures(70, 70), pictures(56, 98, count=1)]
-    return export(model, path, outputs=OUTPUTS, pictures=batches, metadata={"model": "small"}), path
+    batches = [images(70, 70), images(56, 98, count=1)]
+    return export(model, path, outputs=OUTPUTS, images=batches, metadata={"model": "small"}), path
 
 
 def test_the_onnx_file_holds_standard_operators_for_any_batch_and_size(onnx_file: tuple[Any, Path]) -> None:
@@ -115,7 +115,7 @@ def test_the_onnx_file_holds_standard_operators_for_any_batch_and_size(onnx_file
 def test_the_onnx_file_computes_what_the_model_does(
     model: Any, onnx_file: tuple[Any, Path], size: tuple[int, int], count: int
 ) -> None:
-    pixels = pictures(*size, count=count)
+    pixels = images(*size, count=count)
     as_exact_as_torch(run(session_of(onnx_file[1]), pixels), model, pixels, torch.float32)
 
 
@@ -133,7 +133,7 @@ def test_a_fixed_fp16_graph_holds_no_float64_and_may_have_two_files(
     before = copy.deepcopy(model.state_dict())
     path = tmp_path / "fixed.onnx"
     settings: dict[str, Any] = {"dtype": "fp16", "opset": 18, "batch_size": 2, "size": (56, 84)}
-    exported = export(model, path, pictures=[pictures(56, 84, count=3)], **settings)
+    exported = export(model, path, images=[images(56, 84, count=3)], **settings)
     assert exported.files == (path, tmp_path / "fixed.onnx.data")
     assert set(tmp_path.iterdir()) == set(exported.files)
     assert exported.differences[0].shape == (3, 32)
@@ -147,7 +147,7 @@ def test_a_fixed_fp16_graph_holds_no_float64_and_may_have_two_files(
     assert onnx.TensorProto.DOUBLE not in held
     assert onnx.TensorProto.FLOAT16 in held
 
-    pixels = pictures(56, 84, count=2).half()
+    pixels = images(56, 84, count=2).half()
     ours = run(session_of(path), pixels)
     as_exact_as_torch(ours, model, pixels, torch.float16)
     assert type(model) is dinov2_fast.DinoVisionTransformer
@@ -164,7 +164,7 @@ def test_a_torch_program_holds_aten_operators_and_runs_every_size(model: Any, tm
     targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     assert {target.namespace for target in targets} == {"aten"}
     for count, size in ((1, (28, 42)), (4, (112, 70))):
-        pixels = pictures(*size, count=count).bfloat16()
+        pixels = images(*size, count=count).bfloat16()
         patches, cls = program.module()(pixels)
         as_exact_as_torch({"patches": patches, "cls": cls}, model, pixels, torch.bfloat16)
 
@@ -188,7 +188,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert path.read_text() == "as before"
 
 
-def test_every_picture_is_compared_where_the_batch_size_is_fixed() -> None:
+def test_every_image_is_compared_where_the_batch_size_is_fixed() -> None:
     counts: list[int] = []
 
     def run(batch: torch.Tensor) -> list[torch.Tensor]:
@@ -205,7 +205,7 @@ def test_every_picture_is_compared_where_the_batch_size_is_fixed() -> None:
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1 + 2e-4, "fp32"), (1.03, "fp16"), (float("nan"), "bf16")])
 def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
-    pixels, whole = pictures(28, 28, count=1), exporting._Pictures(model, ("cls",), None)
+    pixels, whole = images(28, 28, count=1), exporting._Images(model, ("cls",), None)
     with torch.no_grad():
         right, wrong = (lambda x: whole(x.float())), (lambda x: [factor * whole(x.float())[0]])
         exporting._compare(right, whole, [pixels], dtype, None)
@@ -230,12 +230,12 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"size": (224, 225)}, "multiples of the patch size 14, got 224 x 225"),
         ({"format": "torch-export"}, "ends in .pt2"),
-        ({"pictures": []}, "There is no picture to compare on"),
-        ({"pictures": [torch.zeros(0, 3, 28, 28)]}, r"got \(0, 3, 28, 28\)"),
-        ({"pictures": [torch.zeros(3, 28, 28)]}, r"got \(3, 28, 28\)"),
-        ({"pictures": [torch.zeros(1, 1, 28, 28)]}, r"batches \(pictures, 3, .* got \(1, 1, 28, 28\)"),
-        ({"pictures": [torch.zeros(1, 3, 28, 28), torch.zeros(1, 3, 28, 30)]}, r"of 14\), got \(1, 3, 28, 30\)"),
-        ({"pictures": [torch.zeros(1, 3, 28, 28)], "size": (28, 42)}, r"\(pictures, 3, 28, 42\), got"),
+        ({"images": []}, "There is no image to compare on"),
+        ({"images": [torch.zeros(0, 3, 28, 28)]}, r"got \(0, 3, 28, 28\)"),
+        ({"images": [torch.zeros(3, 28, 28)]}, r"got \(3, 28, 28\)"),
+        ({"images": [torch.zeros(1, 1, 28, 28)]}, r"batches \(images, 3, .* got \(1, 1, 28, 28\)"),
+        ({"images": [torch.zeros(1, 3, 28, 28), torch.zeros(1, 3, 28, 30)]}, r"of 14\), got \(1, 3, 28, 30\)"),
+        ({"images": [torch.zeros(1, 3, 28, 28)], "size": (28, 42)}, r"\(images, 3, 28, 42\), got"),
     ],
 )
 def test_settings_that_do_not_fit(model: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -320,7 +320,7 @@ def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert exporting._runner(tmp_path / "model.onnx", "onnx") is None
     missing = ("onnxruntime",)
     with pytest.raises(ExportError, match=r"^Missing: onnxruntime\. .*: pip install onnx onnxscript onnxruntime$"):
-        export(model, tmp_path / "model.onnx", pictures=[pictures(28, 28, count=1)])
+        export(model, tmp_path / "model.onnx", images=[images(28, 28, count=1)])
     assert export(model, tmp_path / "model.onnx", size=(28, 28)).differences == ()
 
 

@@ -32,7 +32,7 @@ def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path
     out = extract([*plain[2:6], "missing"], MeanColour(), tmp_path / "out", **options).path
     before, model = contents(out), MeanColour()
     summary = extract([*plain, "missing"], model, out, add=True, **options)
-    assert (summary.pictures, summary.failures, summary.resumed) == (5, 0, 0)
+    assert (summary.images, summary.failures, summary.resumed) == (5, 0, 0)
     assert model.batches == [2, 2, 1]
     after = contents(out)
     assert all(after[name] == content for name, content in before.items() if name != "_manifest.json")
@@ -45,7 +45,7 @@ def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path
     found, expected = cls_by_path(out), cls_by_path(tmp_path / "whole")
     np.testing.assert_array_equal([found[path] for path in plain], [expected[path] for path in plain])
     again = extract([*plain, "missing"], MeanColour(), out, add=True, **options)
-    assert again.pictures == 0
+    assert again.images == 0
     assert contents(out) == after
 
 
@@ -96,7 +96,7 @@ def test_after_an_interruption_other_images_may_be_added(
     assert len(set(features.id.tolist())) == len(features) == 8
     expected = cls_by_path(extract(given, MeanColour(), tmp_path / "whole").path)
     assert cls_by_path(out) == expected
-    assert extract(given, MeanColour(), out, add=True, **options).pictures == 0
+    assert extract(given, MeanColour(), out, add=True, **options).images == 0
 
 
 def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_p
     extract(plain, MeanColour(), out, shard_size=2, add=True)
     assert dinov2_fast.load_features(out).path == [*plain[:4], plain[6], plain[7], plain[4], plain[5], plain[8]]
     manifest = read_manifest(out)
-    assert (manifest["inputs"]["pictures"], [each["first_shard"] for each in manifest["added"]]) == (4, [3, 4, 5])
+    assert (manifest["inputs"]["images"], [each["first_shard"] for each in manifest["added"]]) == (4, [3, 4, 5])
 
 
 def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str], tmp_path: Path) -> None:
@@ -115,14 +115,14 @@ def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str
     extract(given[:5], MeanColour(), out, shard_size=2)
     before = contents(out)
     Path(plain[2]).rename(given[2])
-    assert extract(given[:5], MeanColour(), out, shard_size=2, add=True).pictures == 0
+    assert extract(given[:5], MeanColour(), out, shard_size=2, add=True).images == 0
     summary = extract(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True)
-    assert (summary.pictures, summary.failures) == (5, 0)
+    assert (summary.images, summary.failures) == (5, 0)
     assert before.items() - contents(out).items() == {("_manifest.json", before["_manifest.json"])}
     features = dinov2_fast.load_features(out)
     assert features.path == [*given[:5], given[2], *given[5:]]
     assert [row for row, error in enumerate(features.error) if error] == [2]
-    assert extract(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True).pictures == 0
+    assert extract(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True).images == 0
 
 
 def test_an_addition_of_which_nothing_can_be_read_changes_nothing(plain: list[str], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_an_addition_of_which_nothing_can_be_read_changes_nothing(plain: list[st
 
 def test_other_settings_are_refused(plain: list[str], tmp_path: Path) -> None:
     out = extract(plain[:3], MeanColour(), tmp_path / "out").path
-    with pytest.raises(ManifestError, match=r"inputs.pictures is 3 there and 9 here.*--add .*--overwrite"):
+    with pytest.raises(ManifestError, match=r"inputs.images is 3 there and 9 here.*--add .*--overwrite"):
         extract(plain, MeanColour(), out)
     with pytest.raises(ManifestError, match="processor") as caught:
         extract(plain, MeanColour(), out, add=True, processor=Dinov2ImageProcessor.for_size(28))

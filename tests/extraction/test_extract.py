@@ -1,4 +1,4 @@
-"""Extraction: as many rows out as pictures in, in order, each with its own features or its own error."""
+"""Extraction: as many rows out as images in, in order, each with its own features or its own error."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.helpers.devices import on_gpu
 from tests.model.test_model import small
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+IMAGES = ROOT / "examples" / "images"
 
 
 class MeanColour(nn.Module):
-    """The model's interface on features that can be computed by hand: colours, averaged over picture and patches."""
+    """The model's interface on features that can be computed by hand: colours, averaged over image and patches."""
 
     patch_size, stride, embed_dim, position_dialect = 14, (14, 14), 3, "offset"
 
@@ -85,23 +85,23 @@ def assert_rows(out: Path, files: list[str], bad: set[int]) -> None:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> list[str]:
-    """Seven pictures of different size and colour."""
+    """Seven images of different size and colour."""
     random = np.random.default_rng(0)
     files = []
     for index in range(7):
         pixels = random.integers(0, 30 * (index + 2), (40 + 9 * index, 90 - 7 * index, 3), dtype=np.uint8)
-        files.append(str(tmp_path / f"picture_{index}.png"))
+        files.append(str(tmp_path / f"image_{index}.png"))
         Image.fromarray(pixels).save(files[-1])
     return files
 
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> tuple[list[str], set[int]]:
-    """A folder of everything that goes wrong, good pictures in between; the files, and which of them are bad."""
+    """A folder of everything that goes wrong, good images in between; the files, and which of them are bad."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     rgb = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    jpeg = (PICTURES / "coffee.jpg").read_bytes()
+    jpeg = (IMAGES / "coffee.jpg").read_bytes()
     (folder / "a0_empty.jpg").write_bytes(b"")
     rgb.save(folder / "a1_good.png")
     (folder / "a2_ten_bytes.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
@@ -134,11 +134,11 @@ def hostile(tmp_path: Path) -> tuple[list[str], set[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_hostile_pictures_are_rows_in_order(hostile: tuple[list[str], set[int]], tmp_path: Path, workers: int) -> None:
+def test_hostile_images_are_rows_in_order(hostile: tuple[list[str], set[int]], tmp_path: Path, workers: int) -> None:
     files, bad = hostile
     assert (len(files), len(bad)) == (17, 8)
     summary = extract(files, MeanColour(), tmp_path / "out", batch_size=4, workers=workers)
-    assert (summary.pictures, summary.failures) == (17, 8)
+    assert (summary.images, summary.failures) == (17, 8)
     assert_rows(summary.path, files, bad)
     errors = {os.path.basename(row["path"]): row["error"] for row in rows_of(summary.path)}
     assert errors["a0_empty.jpg"] == "empty file"
@@ -160,17 +160,17 @@ def test_workers_batches_and_shards_change_no_row(plain: list[str], tmp_path: Pa
     assert_rows(tmp_path / "0_1", plain, set())
 
 
-def test_only_bad_pictures(tmp_path: Path) -> None:
+def test_only_bad_images(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{index}.jpg") for index in range(5)]
     for file in files:
         Path(file).write_text("<html>")
     model = MeanColour()
     summary = extract(files, model, tmp_path, batch_size=2)
-    assert (summary.pictures, summary.failures, model.batches) == (5, 5, [])
+    assert (summary.images, summary.failures, model.batches) == (5, 5, [])
     assert_rows(summary.path, files, set(range(5)))
 
 
-def test_one_picture_and_duplicates(plain: list[str], tmp_path: Path) -> None:
+def test_one_image_and_duplicates(plain: list[str], tmp_path: Path) -> None:
     assert_rows(extract(plain[:1], MeanColour(), tmp_path / "one").path, plain[:1], set())
     repeated = [plain[0], plain[1], plain[0], plain[0]]
     assert_rows(extract(repeated, MeanColour(), tmp_path / "repeated").path, repeated, set())
@@ -222,12 +222,12 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert table["error"].to_pylist() == [None, None]
 
 
-def test_a_picture_that_cannot_be_resized_has_its_size_and_an_error(tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_resized_has_its_size_and_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (1, 3000)).save(tmp_path / "narrow.png")
     row = rows_of(extract([str(tmp_path / "narrow.png")], MeanColour(), tmp_path).path)[0]
     assert (row["width"], row["height"], row["cls"]) == (1, 3000, None)
     assert row["error"] == (
-        "cannot be processed: A picture of 1 x 3000 pixels is too long and narrow: resized it would have 256 x 768000."
+        "cannot be processed: An image of 1 x 3000 pixels is too long and narrow: resized it would have 256 x 768000."
     )
 
 
@@ -318,7 +318,7 @@ def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> 
     assert manifest["processor"] == processor.to_dict()
     assert (manifest["dtype"], manifest["device"], manifest["batch_size"]) == ("float32", "cpu", 5)
     assert manifest["features"] == {name: {"shape": [3], "dtype": "float32"} for name in ("cls", "patch_mean")}
-    assert manifest["inputs"]["pictures"] == 7
+    assert manifest["inputs"]["images"] == 7
     assert manifest["versions"]["dinov2_fast"] == dinov2_fast.__version__
     assert manifest["versions"]["torch"] == torch.__version__
 
@@ -329,7 +329,7 @@ def test_what_is_announced(plain: list[str], tmp_path: Path) -> None:
     extract(plain, MeanColour(), tmp_path, **options)
     extract(plain, MeanColour(), tmp_path, **options)
     first, second = said
-    assert (first.pictures, first.shards, first.done) == (7, 4, 0)
+    assert (first.images, first.shards, first.done) == (7, 4, 0)
     assert first.bytes == 7 * (3 * 4 + 256 * 3 * 2)
     assert first.free > 0
     assert (second.done, second.failures) == (7, 0)
@@ -344,7 +344,7 @@ class Training(MeanColour):
 @pytest.mark.parametrize(
     ("files", "model", "options", "message"),
     [
-        ([], MeanColour, {}, "no pictures"),
+        ([], MeanColour, {}, "no images"),
         (["a"], Training, {}, r"call model.eval\(\)"),
         (["a"], MeanColour, {"batch_size": 0}, "batch_size and shard_size must be at least 1"),
         (["a"], MeanColour, {"shard_size": 0}, "batch_size and shard_size must be at least 1"),
@@ -378,7 +378,7 @@ def test_a_file_as_output_folder_is_an_error(plain: list[str]) -> None:
 def test_the_summary(plain: list[str], tmp_path: Path) -> None:
     summary = extract([*plain, "missing"], MeanColour(), tmp_path / "out")
     assert summary.path == tmp_path / "out"
-    assert (summary.pictures, summary.failures, summary.resumed) == (8, 1, 0)
+    assert (summary.images, summary.failures, summary.resumed) == (8, 1, 0)
     assert 0 < summary.seconds < 60
     assert 0 < summary.busy < 1
 
@@ -516,7 +516,7 @@ def test_a_folder_with_a_manifest_of_the_old_name_is_read_and_goes_on(
     assert dinov2_fast.load_features(out).path == plain
     next(out.glob("features-00001.*")).unlink()
     assert extract(plain, MeanColour(), out, shard_size=3, format=format).resumed == 4
-    extract([*plain, f"{tmp_path}/./picture_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
+    extract([*plain, f"{tmp_path}/./image_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
     assert len(dinov2_fast.load_features(out)) == 8
     assert not (out / "_manifest.json").exists()
     extract(plain, MeanColour(), out, shard_size=3, format=format, overwrite=True)

@@ -25,12 +25,12 @@ from tests.extraction.test_extract import MeanColour
 from tests.model.test_model import small
 
 ROOT = Path(__file__).parents[2]
-PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.jpg"))
+IMAGES = sorted((ROOT / "examples" / "images").glob("*.jpg"))
 
 
 def expected(model: Any, processor: Dinov2ImageProcessor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode():
-        output = model.forward_features(processor([read_image(path) for path in PICTURES]).pixel_values)
+        output = model.forward_features(processor([read_image(path) for path in IMAGES]).pixel_values)
     return output["x_norm_clstoken"], output["x_norm_patchtokens"]
 
 
@@ -45,14 +45,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_bytes_arrays_and_pictures_have_the_features_of_the_model(weights: str, engine: bool) -> None:
+def test_bytes_arrays_and_images_have_the_features_of_the_model(weights: str, engine: bool) -> None:
     extractor = Extractor(
         weights, size=(28, 42), features=["cls", "patches"], dtype="fp32", engine=engine, device="cpu"
     )
     cls, patches = expected(dinov2_fast.load(weights), Dinov2ImageProcessor.for_size((28, 42)))
-    images = [read_image(path) for path in PICTURES]
+    images = [read_image(path) for path in IMAGES]
     for batch in (
-        {"bytes": np.array([path.read_bytes() for path in PICTURES], object)},
+        {"bytes": np.array([path.read_bytes() for path in IMAGES], object)},
         {"image": [np.asarray(image) for image in images]},
         {"image": images},
     ):
@@ -65,7 +65,7 @@ def test_bytes_arrays_and_pictures_have_the_features_of_the_model(weights: str, 
     assert not engine or not extractor.outputs.model.plan.follow_weights
 
 
-def test_one_array_is_a_batch_of_pictures() -> None:
+def test_one_array_is_a_batch_of_images() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 30, 40, 3), dtype=np.uint8)
     found = Extractor(MeanColour())({"image": pixels})
     assert found["cls"].shape == (4, 3)
@@ -73,7 +73,7 @@ def test_one_array_is_a_batch_of_pictures() -> None:
 
 
 def test_failures_are_rows_and_other_columns_stay() -> None:
-    jpeg = PICTURES[0].read_bytes()
+    jpeg = IMAGES[0].read_bytes()
     labels = np.array([5, 4, 3, 2, 1])
     batch = {
         "label": labels,
@@ -96,7 +96,7 @@ def test_failures_are_rows_and_other_columns_stay() -> None:
 
 def test_pil_images_that_are_broken_or_too_large_are_rows(tmp_path: Path) -> None:
     """Opened and not yet decoded, as datasets hand them out."""
-    jpeg = PICTURES[0].read_bytes()
+    jpeg = IMAGES[0].read_bytes()
     huge = io.BytesIO()
     Image.new("L", (2000, 1000)).save(huge, "PNG")
     images = [Image.open(io.BytesIO(content)) for content in (jpeg, jpeg[:3000], huge.getvalue(), jpeg)]
@@ -139,7 +139,7 @@ def test_a_pickle_holds_settings_alone(weights: str) -> None:
     extractor = Extractor(weights, size=28, device="cpu")
     before = pickle.dumps(extractor)
     assert len(before) < 1500
-    batch = {"bytes": [PICTURES[0].read_bytes()]}
+    batch = {"bytes": [IMAGES[0].read_bytes()]}
     found = extractor(batch)
     assert pickle.dumps(extractor) == before
     np.testing.assert_array_equal(pickle.loads(before)(batch)["cls"], found["cls"])
@@ -166,7 +166,7 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
     os.link(weights, tmp_path / "model.safetensors")
     extractor = Extractor(tmp_path, device="cpu")
     buffer = io.BytesIO()
-    Image.open(PICTURES[0]).save(buffer, "PNG")
+    Image.open(IMAGES[0]).save(buffer, "PNG")
     found = extractor({"bytes": [buffer.getvalue()]})
     cls, _ = expected(dinov2_fast.load(weights), processor)
     np.testing.assert_allclose(found["cls"][0], cls[0], atol=2e-5)
@@ -176,7 +176,7 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "batch", "message"),
     [
-        ({}, {"picture": []}, "no column image or bytes, but picture: give column="),
+        ({}, {"image": []}, "no column image or bytes, but image: give column="),
         ({"column": "jpg"}, {"image": []}, "no column jpg, but image"),
         ({}, {"bytes": [b""], "label": [1, 2]}, "differ in length: {'bytes': 1, 'label': 2}"),
         ({}, {"bytes": [b""], "cls": [7], "error": ["mine"]}, "columns called cls, error, which the features"),

@@ -1,4 +1,4 @@
-"""Damaged pictures by the hundred, and pictures by the ten thousand: every row is there, and memory stays flat."""
+"""Damaged images by the hundred, and images by the ten thousand: every row is there, and memory stays flat."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 SEEDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 
 
-def seed_picture(kind: str) -> bytes:
-    """A small picture of a format, with EXIF where the format has it."""
+def seed_image(kind: str) -> bytes:
+    """A small image of a format, with EXIF where the format has it."""
     random = np.random.default_rng(3)
     pixels = random.integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     exif = Image.Exif()
@@ -52,8 +52,8 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_mutated_pictures_are_rows(tmp_path: Path, kind: str) -> None:
-    random, seed = np.random.default_rng(SEEDS.index(kind)), seed_picture(kind)
+def test_mutated_images_are_rows(tmp_path: Path, kind: str) -> None:
+    random, seed = np.random.default_rng(SEEDS.index(kind)), seed_image(kind)
     files = []
     for index in range(201):
         path = tmp_path / f"{index:03}"
@@ -61,7 +61,7 @@ def test_mutated_pictures_are_rows(tmp_path: Path, kind: str) -> None:
         files.append(str(path))
     summary = extract(files, MeanColour(), tmp_path / "out", workers=1, batch_size=16, shard_size=64)
     found = dinov2_fast.load_features(tmp_path / "out")
-    assert len(found) == summary.pictures == 201
+    assert len(found) == summary.images == 201
     assert found.path == files
     bad = np.array([error is not None for error in found.error])
     assert not bad[0]
@@ -81,13 +81,13 @@ def resident():
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
 if __name__ == "__main__":
-    out, picture, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    out, image, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     seen = []
     def progress(status):
         if status.done % 2000 == 0:
             seen.append(resident())
             print(status.done, round(seen[-1]), file=sys.stderr)
-    extract((picture for _ in range(count)), MeanColour(), out, processor=Dinov2ImageProcessor.for_size(56), workers=1,
+    extract((image for _ in range(count)), MeanColour(), out, processor=Dinov2ImageProcessor.for_size(56), workers=1,
             batch_size=50, shard_size=1000, features=["cls", "patches"], dtype="fp32", progress=progress)
     print(max(seen) - seen[0])
 """
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_is_flat_over_20_000_pictures(tmp_path: Path) -> None:
+def test_memory_is_flat_over_20_000_images(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "a.png")
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "out"), str(tmp_path / "a.png"), "20000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

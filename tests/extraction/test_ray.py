@@ -38,9 +38,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of four pictures and a file that is none."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A folder of four images and a file that is none."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (90, 120, 3), np.uint8)).save(folder / f"{i}.png")
@@ -56,7 +56,7 @@ def cls_tokens(checkpoint: str, files: Iterable[Path], size: int | None = None) 
         return {str(file): model(processor(Image.open(file)).pixel_values)[0].numpy() for file in files}
 
 
-def run_example(pictures: Path, out: Path, checkpoint: str) -> None:
+def run_example(images: Path, out: Path, checkpoint: str) -> None:
     """Runs the script as a user does, on a Ray that it starts itself."""
     environment = {
         **os.environ,
@@ -66,7 +66,7 @@ def run_example(pictures: Path, out: Path, checkpoint: str) -> None:
         # On two busy cores Ray 2.60's newer reader took 100 s to read a checkpoint of six rows, the older one 14 s.
         "RAY_DATA_USE_DATASOURCE_V2": "0",
     }
-    command = [sys.executable, str(ROOT / "examples" / "ray_extract.py"), str(pictures), str(out)]
+    command = [sys.executable, str(ROOT / "examples" / "ray_extract.py"), str(images), str(out)]
     command += ["--model", checkpoint, "--size", "28"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -75,27 +75,27 @@ def run_example(pictures: Path, out: Path, checkpoint: str) -> None:
 @pytest.mark.slow
 @needs_ray
 def test_the_example_extracts_and_does_what_is_missing_when_it_is_run_again(
-    checkpoint: str, pictures: Path, tmp_path: Path
+    checkpoint: str, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features"
-    run_example(pictures, out, checkpoint)
-    check_rows(out, pictures, checkpoint)
+    run_example(images, out, checkpoint)
+    check_rows(out, images, checkpoint)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    shutil.copy(pictures / "2.png", pictures / "new.png")
-    run_example(pictures, out, checkpoint)
-    check_rows(out, pictures, checkpoint)
+    shutil.copy(images / "2.png", images / "new.png")
+    run_example(images, out, checkpoint)
+    check_rows(out, images, checkpoint)
     assert before.items() <= {path: path.read_bytes() for path in out.iterdir()}.items()
 
 
-def check_rows(out: Path, pictures: Path, checkpoint: str) -> None:
-    """One row for each file, with the features of its picture or its error."""
+def check_rows(out: Path, images: Path, checkpoint: str) -> None:
+    """One row for each file, with the features of its image or its error."""
     rows = {row["path"]: row for row in pq.read_table(out).to_pylist()}
     assert pq.read_table(out).num_rows == len(rows)
-    assert rows.keys() == {str(path) for path in pictures.iterdir()}
-    for path, expected in cls_tokens(checkpoint, pictures.glob("*.png"), 28).items():
+    assert rows.keys() == {str(path) for path in images.iterdir()}
+    for path, expected in cls_tokens(checkpoint, images.glob("*.png"), 28).items():
         assert rows[path]["error"] is None
         np.testing.assert_allclose(np.array(rows[path]["cls"]).ravel(), expected, atol=1e-4)
-    assert rows[str(pictures / "bad.jpg")]["error"].startswith("not an image")
+    assert rows[str(images / "bad.jpg")]["error"].startswith("not an image")
 
 
 def readme_block(word: str) -> str:
@@ -118,8 +118,8 @@ class Dataset:
         assert path == "features/"
 
 
-def test_readme_s_code_for_ray(checkpoint: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = sorted(pictures.iterdir())
+def test_readme_s_code_for_ray(checkpoint: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(images.iterdir())
 
     def read_binary_files(path: str, include_paths: bool) -> Dataset:
         assert (path, include_paths) == ("photos/", True)
@@ -152,9 +152,9 @@ def test_ray_has_what_readme_calls() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_readme_s_code_for_spark(checkpoint: str, pictures: Path) -> None:
+def test_readme_s_code_for_spark(checkpoint: str, images: Path) -> None:
     pandas = pytest.importorskip("pandas")
-    files = sorted(pictures.iterdir())
+    files = sorted(images.iterdir())
 
     class Frame:
         """What Spark does with the calls in README: pandas frames to the function, and its frames to the schema."""

@@ -17,7 +17,7 @@ import dinov2_fast
 from dinov2_fast.cli import main
 
 ROOT = Path(__file__).parents[2]
-PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.jpg"))
+IMAGES = sorted((ROOT / "examples" / "images").glob("*.jpg"))
 
 
 def section() -> str:
@@ -27,20 +27,20 @@ def section() -> str:
 
 @pytest.mark.slow
 def test_the_examples_of_extraction_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With random weights where the published ones would be, and small pictures."""
+    """With random weights where the published ones would be, and small images."""
     monkeypatch.setenv("DINOV2_FAST_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     weights = dict(dinov2_fast.load("dinov2_vits14", weights="random:0").state_dict())
     save_file(weights, tmp_path / "dinov2_vits14_pretrain.safetensors")
     (tmp_path / "photos").mkdir()
     (tmp_path / "archives").mkdir()
-    for path in PICTURES[:2]:
+    for path in IMAGES[:2]:
         shutil.copy(path, tmp_path / "photos")
     (tmp_path / "list.csv").write_text("path\nphotos/astronaut.jpg\n")
     with tarfile.open(tmp_path / "archives" / "a.tar", "w") as tar:
         info = tarfile.TarInfo("0.jpg")
-        info.size = PICTURES[0].stat().st_size
-        tar.addfile(info, io.BytesIO(PICTURES[0].read_bytes()))
+        info.size = IMAGES[0].stat().st_size
+        tar.addfile(info, io.BytesIO(IMAGES[0].read_bytes()))
 
     commands = re.findall(r"^    dinov2-fast (extract .*)$", section(), re.MULTILINE)
     assert len(commands) == 6

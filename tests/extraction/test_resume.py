@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def plain(tmp_path: Path) -> list[str]:
-    """Nine pictures."""
+    """Nine images."""
     random = np.random.default_rng(0)
     files = []
     for index in range(9):
@@ -76,7 +76,7 @@ def test_what_was_interrupted_goes_on_with_the_same_bits(
     model, said = MeanColour(), []
     summary = extract(plain, model, tmp_path / "out", announce=said.append, **options)
     assert model.batches == [2, 1, 2, 1]
-    assert (summary.pictures, summary.resumed, said[0].done) == (9, 3, 3)
+    assert (summary.images, summary.resumed, said[0].done) == (9, 3, 3)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert before.items() <= contents(tmp_path / "out").items()
 
@@ -86,7 +86,7 @@ def test_a_run_that_is_complete_does_nothing(plain: list[str], tmp_path: Path) -
     extract(files, MeanColour(), tmp_path / "out", shard_size=3)
     before, model = contents(tmp_path / "out"), MeanColour()
     summary = extract(files, model, tmp_path / "out", shard_size=3, workers=1)
-    assert (summary.pictures, summary.failures, summary.resumed, model.batches) == (11, 1, 11, [])
+    assert (summary.images, summary.failures, summary.resumed, model.batches) == (11, 1, 11, [])
     assert contents(tmp_path / "out") == before
 
 
@@ -189,7 +189,7 @@ def test_an_abort_leaves_what_was_there(plain: list[str], tmp_path: Path, error:
 
 
 def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk; the first shard, of bad pictures, fits."""
+    """A limit on the size of files stands in for the disk; the first shard, of bad images, fits."""
     (tmp_path / "bad.png").write_text("<html>")
     files = [str(tmp_path / "bad.png")] * 5 + plain[:5]
     options: Any = {"shard_size": 5, "features": ["patches"], "dtype": "fp32"}
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> No
 def changed(plain: list[str], name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = small(num_register_tokens=0)
-    given: dict[str, Any] = {"pictures": plain, "model": model, "processor": Dinov2ImageProcessor.for_size(28)}
+    given: dict[str, Any] = {"images": plain, "model": model, "processor": Dinov2ImageProcessor.for_size(28)}
     if name == "weights":
         with torch.no_grad():
             model.blocks[1].mlp.fc1.bias[7] += 1e-3
@@ -242,16 +242,16 @@ def changed(plain: list[str], name: str) -> dict[str, Any]:
         given[name] = 4
     elif name == "format":
         given["format"] = "npy"
-    elif name == "inputs.pictures":
-        given["pictures"] = plain[:-1]
+    elif name == "inputs.images":
+        given["images"] = plain[:-1]
     elif name == "inputs.sha256":
-        given["pictures"] = [*plain[1:], plain[0]]
+        given["images"] = [*plain[1:], plain[0]]
     return given
 
 
 NAMES = ["weights", "model.num_heads", "position_dialect", "dtype", "engine", "processor.crop_size.height"]
 NAMES += ["processor.image_mean", "decoder.max_pixels", "features.cls.dtype", "features.patches", "batch_size"]
-NAMES += ["shard_size", "format", "inputs.pictures", "inputs.sha256"]
+NAMES += ["shard_size", "format", "inputs.images", "inputs.sha256"]
 
 
 def test_images_are_known_by_their_paths(plain: list[str], tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_shards_without_a_manifest_are_not_taken_for_ours(plain: list[str], tmp_
 def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
     extract(plain, MeanColour(), tmp_path / "out", shard_size=2)
     summary = extract(plain[:3], MeanColour(), tmp_path / "out", shard_size=2, overwrite=True)
-    assert (summary.pictures, summary.resumed) == (3, 0)
+    assert (summary.images, summary.resumed) == (3, 0)
     assert_rows(tmp_path / "out", plain[:3], set())
 
 
@@ -366,7 +366,7 @@ def test_parts_together_are_what_one_process_writes(plain: list[str], tmp_path: 
     done = [
         extract(files, models[i], tmp_path / "out", part=(i, 3), announce=said.append, **options) for i in (2, 0, 1)
     ]
-    assert [summary.pictures for summary in done] == [3, 4, 4]
+    assert [summary.images for summary in done] == [3, 4, 4]
     assert [summary.failures for summary in done] == [0, 1, 0]
     assert [(about.shards, about.done) for about in said] == [(2, 0)] * 3
     assert [len(model.batches) for model in models] == [2, 2, 2]
@@ -375,7 +375,7 @@ def test_parts_together_are_what_one_process_writes(plain: list[str], tmp_path: 
 
 def test_more_parts_than_shards(plain: list[str], tmp_path: Path) -> None:
     summary = extract(plain, MeanColour(), tmp_path / "out", part=(5, 6))
-    assert (summary.pictures, os.listdir(tmp_path / "out")) == (0, ["_manifest.json"])
+    assert (summary.images, os.listdir(tmp_path / "out")) == (0, ["_manifest.json"])
 
 
 def test_a_second_writer_is_refused(plain: list[str], tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
 
 
 class Small(MeanColour):
-    """A model for which memory suffices for `most` pictures."""
+    """A model for which memory suffices for `most` images."""
 
     most = 3
     error: Any = torch.OutOfMemoryError
@@ -482,7 +482,7 @@ def test_where_memory_ends_batches_are_halved(plain: list[str], tmp_path: Path) 
     expected = extract(files, MeanColour(), tmp_path / "whole", shard_size=8).path
     model = Small()
     extract(files, model, tmp_path / "out", batch_size=8, shard_size=8)
-    assert model.batches == [7, 3, 3, 1, 3]  # the second shard begins with whole batches, and has 3 pictures
+    assert model.batches == [7, 3, 3, 1, 3]  # the second shard begins with whole batches, and has 3 images
     assert rows_of(tmp_path / "out") == rows_of(expected)
     notes = [parquet_shards.note(tmp_path / "out" / f"features-0000{shard}") for shard in (0, 1)]
     assert notes == [{"batch_size": 3}, {}]
@@ -504,7 +504,7 @@ def assert_same(out: Path, files: list[str]) -> None:
     np.testing.assert_array_equal(found["cls"], dinov2_fast.load_features(expected)["cls"])
 
 
-def test_one_picture_without_memory_is_an_error(plain: list[str], tmp_path: Path) -> None:
+def test_one_image_without_memory_is_an_error(plain: list[str], tmp_path: Path) -> None:
     model = Small()
     model.most = 0
     with pytest.raises(torch.OutOfMemoryError):

@@ -10,7 +10,7 @@ import pytest
 
 import dinov2_fast
 
-MANIFEST = {"inputs": {"pictures": 5}, "shard_size": 2, "format": "npy", "features": {}}
+MANIFEST = {"inputs": {"images": 5}, "shard_size": 2, "format": "npy", "features": {}}
 
 
 def written(folder: Path, **fields: Any) -> Path:
@@ -25,9 +25,9 @@ def written(folder: Path, **fields: Any) -> Path:
         {"shard_size": -1},
         {"shard_size": "2"},
         {"shard_size": 1.5},
-        {"inputs": {"pictures": -1}},
-        {"inputs": {"pictures": None}},
-        {"inputs": {"pictures": 10**30}},
+        {"inputs": {"images": -1}},
+        {"inputs": {"images": None}},
+        {"inputs": {"images": 10**30}},
     ],
     ids=str,
 )
@@ -37,7 +37,7 @@ def test_numbers_that_make_no_sense(fields: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_more_images_than_there_are_shards_for(tmp_path: Path) -> None:
-    folder = written(tmp_path, inputs={"pictures": 10**12})
+    folder = written(tmp_path, inputs={"images": 10**12})
     with pytest.raises(ValueError, match=r"500000000000 of the 500000000000 shards .* are missing"):
         dinov2_fast.load_features(folder)
     assert len(dinov2_fast.load_features(folder, partial=True)) == 0

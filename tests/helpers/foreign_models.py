@@ -21,7 +21,7 @@ class Foreign:
 
     Args:
         make: builds it; takes `drop_path` and `attention_dropout`.
-        calls: what a user calls, each on a model and pictures.
+        calls: what a user calls, each on a model and images.
         blocks: where its blocks are.
     """
 
@@ -53,7 +53,7 @@ def filled(model: Any) -> Any:
     return model
 
 
-def pictures(batch: int = 2, height: int = SIZE, width: int = SIZE) -> Tensor:
+def images(batch: int = 2, height: int = SIZE, width: int = SIZE) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 

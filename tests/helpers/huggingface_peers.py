@@ -79,7 +79,7 @@ def fill_like_trained(model: nn.Module) -> None:
         parameter.data.copy_(noise)
 
 
-def pictures(height: int, width: int | None = None, batch: int = 2, channels: int = 3, seed: int = 0) -> Tensor:
+def images(height: int, width: int | None = None, batch: int = 2, channels: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, channels, height, width or height, generator=generator)
 

@@ -48,7 +48,7 @@ def backbone(request: pytest.FixtureRequest) -> DinoVisionTransformer:
     return model.double().eval()
 
 
-def pictures(height: int, width: int, batch: int = 2) -> Tensor:
+def images(height: int, width: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(height + width)
     return torch.randn(batch, 3, height, width, generator=generator, dtype=torch.float64)
 
@@ -73,7 +73,7 @@ def padded(x: Tensor) -> Tensor:
 
 
 def maps_after(backbone: DinoVisionTransformer, x: Tensor, blocks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Map and CLS token after each of `blocks`, before the norm, of padded pictures."""
+    """Map and CLS token after each of `blocks`, before the norm, of padded images."""
     x = padded(x)
     first, rows = 1 + backbone.num_register_tokens, x.shape[2] // 14
     tokens = tokens_after(backbone, x, blocks)
@@ -92,7 +92,7 @@ def upsample(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Ten
     [((42, 70), (0, 0, 0, 0)), ((43, 69), (0, 1, 6, 7)), ((1, 27), (0, 1, 6, 7)), ((40, 65), (2, 3, 1, 1))],
 )
 def test_center_padding(size: tuple[int, int], pads: tuple[int, int, int, int]) -> None:
-    x = pictures(*size).requires_grad_()
+    x = images(*size).requires_grad_()
     out = hub.CenterPadding(14)(x)
     assert torch.equal(out, F.pad(x, pads))
     assert torch.equal(out, padded(x))
@@ -105,7 +105,7 @@ def test_center_padding(size: tuple[int, int], pads: tuple[int, int, int, int]) 
 
 @pytest.mark.parametrize("layers", [1, 4])
 def test_classifier(backbone: DinoVisionTransformer, layers: int) -> None:
-    x, head = pictures(42, 70), make(nn.Linear((1 + layers) * D, 10))
+    x, head = images(42, 70), make(nn.Linear((1 + layers) * D, 10))
     tokens = [backbone.norm(t) for t in tokens_after(backbone, x, range(12 - layers, 12))]
     mean = tokens[-1][:, 1 + backbone.num_register_tokens :].mean(1)
     features = torch.cat([*(t[:, 0] for t in tokens), mean], dim=1)
@@ -136,7 +136,7 @@ def test_linear_depth_estimator(
 ) -> None:
     head = make(LinearDepthHead(D, len(blocks), 0.001, 80.0))
     model = hub.DepthEstimator(backbone, head, blocks)
-    x = pictures(*size)
+    x = images(*size)
     small = linear_depth(head, maps_after(backbone, x, blocks))
     # The bins are written with 24 bits in one of the two places.
     torch.testing.assert_close(model.encode_decode(x, rescale=False), small, atol=1e-5, rtol=0)
@@ -188,7 +188,7 @@ def dpt_depth(weights: dict[str, Tensor], maps: list[tuple[Tensor, Tensor]], min
 def test_dpt_depth_estimator(backbone: DinoVisionTransformer, size: tuple[int, int]) -> None:
     head = make(DPTHead(D, 0.001, 10.0))
     model = hub.DepthEstimator(backbone, head, BLOCKS)
-    x = pictures(*size, batch=1)
+    x = images(*size, batch=1)
     maps = maps_after(backbone, x, BLOCKS)
     middle = dpt_depth(dict(head.state_dict()), maps, 0.0).median()
     head.conv_depth.head[4].bias.data -= middle  # so that the last ReLU has something to do
@@ -203,7 +203,7 @@ def test_dpt_depth_estimator(backbone: DinoVisionTransformer, size: tuple[int, i
 
 
 class FixedHead(nn.Module):
-    """Gives a depth map from -5 to 15, whatever the pictures."""
+    """Gives a depth map from -5 to 15, whatever the images."""
 
     min_depth, max_depth = 0.5, 7.0
 
@@ -212,7 +212,7 @@ class FixedHead(nn.Module):
 
 
 def test_depths_are_clamped_before_they_are_resized(backbone: DinoVisionTransformer) -> None:
-    model, x = hub.DepthEstimator(backbone, FixedHead(), (11,)), pictures(28, 28, batch=1)
+    model, x = hub.DepthEstimator(backbone, FixedHead(), (11,)), images(28, 28, batch=1)
     clamped = FixedHead()(None).clamp(0.5, 7.0)
     assert torch.equal(model.encode_decode(x, rescale=False), clamped)
     torch.testing.assert_close(model.whole_inference(x, img_meta=None, rescale=True), upsample(clamped, (28, 28)))
@@ -247,7 +247,7 @@ def segmentation_logits(
 def test_segmenter(backbone: DinoVisionTransformer, layers: int, size: tuple[int, int]) -> None:
     head = make(LinearSegmentationHead(D, layers, 7))
     model = hub.Segmenter(backbone, head, range(12 - layers, 12))
-    x = pictures(*size)
+    x = images(*size)
     wanted = segmentation_logits(head, backbone, x, layers)
     torch.testing.assert_close(model(x), wanted, **EXACT)
     torch.testing.assert_close(model.inference(x, mode="whole"), F.softmax(wanted, 1), **EXACT)
@@ -259,9 +259,9 @@ def test_segmenter(backbone: DinoVisionTransformer, layers: int, size: tuple[int
 def test_segmenter_by_windows(backbone: DinoVisionTransformer) -> None:
     head = make(LinearSegmentationHead(D, 1, 3))
     model = hub.Segmenter(backbone, head, [11], crop_size=(28, 42), stride=(20, 30))
-    x = pictures(60, 80, batch=1)
+    x = images(60, 80, batch=1)
     total, count = torch.zeros(1, 3, 60, 80).double(), torch.zeros(60, 80)
-    for top in (0, 20, 32):  # the last ends with the picture
+    for top in (0, 20, 32):  # the last ends with the image
         for left in (0, 30, 38):
             window = (slice(top, top + 28), slice(left, left + 42))
             total[:, :, window[0], window[1]] += segmentation_logits(head, backbone, x[:, :, window[0], window[1]], 1)
@@ -274,11 +274,11 @@ def test_segmenter_by_windows(backbone: DinoVisionTransformer) -> None:
         model.inference(x, mode="whales")
 
 
-def test_what_mmsegmentation_says_of_a_picture(backbone: DinoVisionTransformer) -> None:
+def test_what_mmsegmentation_says_of_a_image(backbone: DinoVisionTransformer) -> None:
     """Padding below and on the right is cut off, and what was a mirror image is mirrored back."""
     head = make(LinearSegmentationHead(D, 1, 3))
     model = hub.Segmenter(backbone, head, [11], crop_size=(28, 42), stride=(20, 30))
-    x = pictures(45, 64)
+    x = images(45, 64)
     meta = {"ori_shape": (30, 40, 3), "img_shape": (42, 60, 3)}
     for mode, logits in (("whole", segmentation_logits(head, backbone, x, 1)), ("slide", model.slide_inference(x))):
         wanted = F.softmax(upsample(logits[:, :, :42, :60], (30, 40)), 1)
@@ -290,9 +290,9 @@ def test_what_mmsegmentation_says_of_a_picture(backbone: DinoVisionTransformer) 
         torch.testing.assert_close(unscaled, F.softmax(logits, 1).flip(3), **EXACT)
 
 
-def test_depth_by_windows_is_the_whole_of_a_picture_that_fits_in_one(backbone: DinoVisionTransformer) -> None:
+def test_depth_by_windows_is_the_whole_of_a_image_that_fits_in_one(backbone: DinoVisionTransformer) -> None:
     model = hub.DepthEstimator(backbone, make(LinearDepthHead(D, 1, 0.001, 80.0)), (11,))
-    x = pictures(45, 64, batch=1)
+    x = images(45, 64, batch=1)
     torch.testing.assert_close(model.slide_inference(x, None, True, (50, 50), (100, 70)), model(x), **EXACT)
 
 
@@ -300,7 +300,7 @@ def test_depth_by_windows_is_the_whole_of_a_picture_that_fits_in_one(backbone: D
     ("length", "size", "step", "starts"),
     [(10, 4, 3, [0, 3, 6]), (11, 4, 3, [0, 3, 6, 7]), (4, 4, 4, [0]), (3, 4, 2, [0]), (9, 4, 4, [0, 4, 5])],
 )
-def test_windows_cover_the_picture(length: int, size: int, step: int, starts: list[int]) -> None:
+def test_windows_cover_the_image(length: int, size: int, step: int, starts: list[int]) -> None:
     x = torch.arange(float(length)).expand(1, 1, length, length)
     seen: list[list[int]] = []
 
@@ -314,7 +314,7 @@ def test_windows_cover_the_picture(length: int, size: int, step: int, starts: li
 
 @pytest.mark.parametrize(("size", "step"), [(4, 5), (4, 0), (0, 0), (4, -1)])
 def test_windows_that_leave_gaps_are_refused(size: int, step: int) -> None:
-    with pytest.raises(ValueError, match="do not cover a picture"):
+    with pytest.raises(ValueError, match="do not cover an image"):
         slide(nn.Identity(), torch.ones(1, 1, 9, 9), (size, 4), (step, 4))
 
 
@@ -333,7 +333,7 @@ def models(backbone: DinoVisionTransformer) -> dict[str, nn.Module]:
 @pytest.mark.parametrize("name", models(DinoVisionTransformer(embed_dim=D, depth=1, num_heads=1)))
 def test_gradients_reach_every_parameter_used(backbone: DinoVisionTransformer, name: str) -> None:
     model = copy.deepcopy(models(backbone)[name]).train()
-    x = pictures(42, 70)
+    x = images(42, 70)
     model(x).square().sum().backward()
     unused = {"backbone.mask_token", *(["backbone.norm.weight", "backbone.norm.bias"] if "depth" in name else [])}
     assert {key for key, parameter in model.named_parameters() if parameter.grad is None} == unused
@@ -344,7 +344,7 @@ def test_gradients_reach_every_parameter_used(backbone: DinoVisionTransformer, n
 @pytest.mark.parametrize("name", models(DinoVisionTransformer(embed_dim=D, depth=1, num_heads=1)))
 def test_the_engine_can_be_the_backbone(backbone: DinoVisionTransformer, name: str) -> None:
     model = copy.deepcopy(models(backbone)[name]).float()
-    x = pictures(42, 70).float()
+    x = images(42, 70).float()
     with torch.no_grad():
         wanted = model(x)
         with pytest.raises(TypeError, match="Its backbone can be an engine: ") as refusal:
@@ -354,7 +354,7 @@ def test_the_engine_can_be_the_backbone(backbone: DinoVisionTransformer, name: s
         torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_that_were_not_normalised_are_not_padded(backbone: DinoVisionTransformer) -> None:
+def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTransformer) -> None:
     """The engine takes them, but zero is black in them, and the mean once they are normalised."""
     model = hub.Segmenter(backbone, make(LinearSegmentationHead(D, 1, 7)), [11]).float()
     model.backbone = optimize_for_inference(model.backbone)
@@ -382,13 +382,13 @@ def test_readmes_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None
         (hub.dinov2_vits14_ls, "ade20k_linear_head"),
     ):
         write(head_of(model(pretrained=False)), places.cache / f"dinov2_vits14_{file}.pth")
-    names: dict[str, Any] = {"pictures": pictures(40, 70, batch=1).float()}
+    names: dict[str, Any] = {"images": images(40, 70, batch=1).float()}
     with pytest.raises(ValueError, match="Input image height 40 is not a multiple"):
         exec(example("hub.dinov2_vits14_lc"), names)  # a classifier is for whole patches
-    names["pictures"] = pictures(42, 70, batch=1).float()
+    names["images"] = images(42, 70, batch=1).float()
     exec(example("hub.dinov2_vits14_lc"), names)
     assert names["logits"].shape == (1, 1000)
-    assert names["depth"].shape == names["linear"](names["pictures"]).shape == (1, 1, 42, 70)
+    assert names["depth"].shape == names["linear"](names["images"]).shape == (1, 1, 42, 70)
     assert names["linear"].decode_head.max_depth == 10.0
     assert names["classes"].shape == (1, 42, 70)
     assert attempts == []

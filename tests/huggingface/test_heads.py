@@ -19,8 +19,8 @@ from tests.helpers.huggingface_peers import (
     assert_close,
     both,
     fill_like_trained,
+    images,
     make_pair,
-    pictures,
     small_config,
 )
 from tests.helpers.readme import example
@@ -50,14 +50,14 @@ def backbone(backbones: Pair) -> Pair:
 
 @pytest.mark.parametrize("size", [(98, 98), (60, 75)], ids=str)
 def test_logits(classifier: Pair, size: tuple[int, int]) -> None:
-    ours, theirs = both(classifier, pictures(*size), output_hidden_states=True, output_attentions=True)
+    ours, theirs = both(classifier, images(*size), output_hidden_states=True, output_attentions=True)
     assert isinstance(ours, ImageClassifierOutput)
     assert list(ours) == list(theirs) == ["logits", "hidden_states", "attentions"]
     assert_close(ours.to_tuple(), theirs.to_tuple())
 
 
 def test_registers_are_not_in_the_classifiers_mean(classifier: Pair) -> None:
-    x = pictures(98)
+    x = images(98)
     tokens = classifier.ours.base_model(x).last_hidden_state
     inputs = torch.cat([tokens[:, 0], tokens[:, 1 + classifier.ours.base_model.num_register_tokens :].mean(1)], dim=1)
     assert inputs.shape == (2, 256)
@@ -78,7 +78,7 @@ def test_losses(family: str, problem: str, given: bool) -> None:
     num_labels, labels = LABELS[problem]
     fields = {"problem_type": problem} if given else {}
     pair = make_pair(family, "ForImageClassification", num_labels=num_labels, num_hidden_layers=1, **fields)
-    ours, theirs = both(pair, pictures(56), labels=labels)
+    ours, theirs = both(pair, images(56), labels=labels)
     assert_close(ours.to_tuple(), theirs.to_tuple())
     assert ours[0] is ours.loss
     assert ours.loss.ndim == 0
@@ -87,7 +87,7 @@ def test_losses(family: str, problem: str, given: bool) -> None:
 
 def test_regression_of_several_targets() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_labels=3, num_hidden_layers=1, problem_type="regression")
-    ours, theirs = both(pair, pictures(56), labels=torch.randn(2, 3))
+    ours, theirs = both(pair, images(56), labels=torch.randn(2, 3))
     assert_close(ours.loss, theirs.loss)
 
 
@@ -96,7 +96,7 @@ def test_one_label_may_be_a_class_where_a_configuration_is_changed_to_it() -> No
     config.problem_type = "single_label_classification"
     labels = torch.tensor([0, 0])
     losses = [
-        library.Dinov2ForImageClassification(config)(pictures(56), labels=labels).loss
+        library.Dinov2ForImageClassification(config)(images(56), labels=labels).loss
         for library in (dinov2_fast, transformers)
     ]
     assert losses[0] == losses[1] == 0
@@ -104,7 +104,7 @@ def test_one_label_may_be_a_class_where_a_configuration_is_changed_to_it() -> No
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
 def test_loss_over_the_items_of_all_accumulated_batches(classifier: Pair, count: Any) -> None:
-    x, labels = pictures(56), torch.tensor([4, -100])  # -100 is left out
+    x, labels = images(56), torch.tensor([4, -100])  # -100 is left out
     ours, theirs = both(classifier, x, labels=labels, num_items_in_batch=count)
     assert_close(ours.loss, theirs.loss)
     assert ours.loss == pytest.approx(classifier.ours(x, labels=labels).loss.item() / 7)
@@ -115,21 +115,21 @@ def test_unknown_problem_type(classifier: Pair) -> None:
     classifier.ours.config.problem_type = "guessing"
     try:
         with pytest.raises(ValueError, match="no problem_type 'guessing'; choose regression"):
-            classifier.ours(pictures(28), labels=torch.tensor([0, 1]))
+            classifier.ours(images(28), labels=torch.tensor([0, 1]))
     finally:
         classifier.ours.config.problem_type = before
 
 
 def test_no_labels_means_features() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_labels=0, num_hidden_layers=1)
-    ours, theirs = both(pair, pictures(56))
+    ours, theirs = both(pair, images(56))
     assert ours.logits.shape == (2, 256)
     assert_close(ours.logits, theirs.logits)
 
 
 def test_one_channel() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_channels=1, num_hidden_layers=1)
-    ours, theirs = both(pair, pictures(56, channels=1))
+    ours, theirs = both(pair, images(56, channels=1))
     assert_close(ours.logits, theirs.logits)
 
 
@@ -143,7 +143,7 @@ def test_feature_maps(backbone: Pair, indices: list[int], norm: bool, reshape: b
     for side in backbone:
         side.config.apply_layernorm, side.config.reshape_hidden_states = norm, reshape
         side.out_indices = indices
-    x = pictures(70, 98)
+    x = images(70, 98)
     ours, theirs = both(backbone, x)
     assert isinstance(ours, BackboneOutput)
     assert list(ours) == list(theirs) == ["feature_maps"]
@@ -158,7 +158,7 @@ def test_feature_maps(backbone: Pair, indices: list[int], norm: bool, reshape: b
 def test_feature_maps_of_any_size(backbone: Pair, features: list[str], size: tuple[int, int]) -> None:
     for side in backbone:
         side.out_features = features
-    ours, theirs = both(backbone, pictures(*size))
+    ours, theirs = both(backbone, images(*size))
     assert_close(ours.feature_maps, theirs.feature_maps)
     assert [tuple(maps.shape[2:]) for maps in ours.feature_maps] == [(size[0] // 14, size[1] // 14)] * len(features)
 
@@ -171,10 +171,10 @@ def test_backbone_gives_states_attentions_and_tuples_as_transformers(backbone: P
         {"output_attentions": True},
         {"output_hidden_states": True, "output_attentions": True},
     ):
-        ours, theirs = both(backbone, pictures(56), **kwargs)
+        ours, theirs = both(backbone, images(56), **kwargs)
         assert list(ours) == list(theirs)
         assert_close(ours.to_tuple(), theirs.to_tuple())
-        assert_close(backbone.ours(pictures(56), **kwargs, return_dict=False), ours.to_tuple(), 0.0)
+        assert_close(backbone.ours(images(56), **kwargs, return_dict=False), ours.to_tuple(), 0.0)
 
 
 def test_backbone_attributes(backbone: Pair) -> None:
@@ -182,7 +182,7 @@ def test_backbone_attributes(backbone: Pair) -> None:
         side.out_features = ["stem", "stage2"]
     for name in ("stage_names", "out_features", "out_indices", "channels", "num_features", "out_feature_channels"):
         assert getattr(backbone.ours, name) == getattr(backbone.theirs, name), name
-    ours, x = backbone.ours, pictures(56)
+    ours, x = backbone.ours, images(56)
     assert_close(ours.forward_with_filtered_kwargs(x).feature_maps, ours(x).feature_maps, 0.0)
     ours.out_features = []
     assert ours(x).feature_maps == ()
@@ -224,7 +224,7 @@ def test_a_model_of_transformers_on_this_backbone(family: str, make: Any, reshap
     fill_like_trained(model)
     [part for part in model.modules() if isinstance(part, nn.Conv2d)][-1].bias.data.fill_(1.0)  # a ReLU follows
     pair.ours.load_state_dict(model.backbone.state_dict())
-    x, asked = pictures(70, 98), {"output_hidden_states": True, "output_attentions": True}
+    x, asked = images(70, 98), {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         expected = model(x, **asked)
         for backbone in (pair.ours, optimize_for_inference(pair.ours, "fp32")):
@@ -242,7 +242,7 @@ def test_readmes_example() -> None:
     config.reshape_hidden_states = False
     names: dict[str, Any] = {"dinov2_fast": dinov2_fast, "depth_model": depth_anything(config).eval()}
     fill_like_trained(names["depth_model"])
-    x = pictures(70, 98)
+    x = images(70, 98)
     expected = names["depth_model"](x).predicted_depth
     exec(example("depth_model.backbone = "), names)
     assert isinstance(names["depth_model"].backbone, dinov2_fast.Dinov2Backbone)
@@ -255,7 +255,7 @@ def test_backbone_stops_after_the_last_stage_asked_for(backbone: Pair) -> None:
         block.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, block in enumerate(backbone.ours.blocks)
     ]
     backbone.ours.out_indices = [2]
-    backbone.ours(pictures(28))
+    backbone.ours(images(28))
     for handle in handles:
         handle.remove()
     assert calls == [0, 1]

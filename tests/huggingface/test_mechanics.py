@@ -18,9 +18,9 @@ from tests.helpers.huggingface_peers import (
     KIND_NAMES,
     KINDS,
     assert_close,
+    images,
     make_pair,
     our_class,
-    pictures,
     worst,
 )
 
@@ -66,32 +66,32 @@ def _no_compiled_code_of_other_tests() -> Iterator[None]:
     ],
     ids=["none", "channels", "rank 3", "rank 5", "integers", "small", "empty"],
 )
-def test_bad_pictures(task: str, pixels: Tensor | None, error: type[Exception], message: str) -> None:
+def test_bad_images(task: str, pixels: Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small(task=task)(pixels)
 
 
 def test_bad_masks(model: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"masks must be \(batch, patches\) = \(2, 16\) for these pictures, got \(2, 15\)"
+        ValueError, match=r"masks must be \(batch, patches\) = \(2, 16\) for these images, got \(2, 15\)"
     ):
-        model(pictures(56), torch.zeros(2, 15, dtype=torch.bool))
+        model(images(56), torch.zeros(2, 15, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"got \(1, 16\)"):
-        model(pictures(56), torch.zeros(1, 16, dtype=torch.bool))
+        model(images(56), torch.zeros(1, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match="use_mask_token=False"):
-        small(use_mask_token=False)(pictures(56), torch.zeros(2, 16, dtype=torch.bool))
+        small(use_mask_token=False)(images(56), torch.zeros(2, 16, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["attention_mask", "head_mask"])
 def test_attention_and_head_masks_are_refused(task: str, name: str) -> None:
     with pytest.raises(ValueError, match="attention_mask and head_mask are not supported"):
-        small(task=task)(pictures(56), **{name: torch.ones(2, 17)})
-    small(task=task)(pictures(56), **{name: None})
+        small(task=task)(images(56), **{name: torch.ones(2, 17)})
+    small(task=task)(images(56), **{name: None})
 
 
 def test_an_empty_batch_gives_empty_features(model: Any) -> None:
-    assert model(pictures(56, batch=0)).pooler_output.shape == (0, 32)
+    assert model(images(56, batch=0)).pooler_output.shape == (0, 32)
 
 
 # dtypes and devices
@@ -99,23 +99,23 @@ def test_an_empty_batch_gives_empty_features(model: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("task", TASKS)
-def test_low_precision_models_take_float32_pictures(task: str, dtype: torch.dtype) -> None:
+def test_low_precision_models_take_float32_images(task: str, dtype: torch.dtype) -> None:
     model = small(task=task)
     low = copy.deepcopy(model).to(dtype)
     assert low.dtype is dtype
-    out = first(low(pictures(56)))
+    out = first(low(images(56)))
     assert out.dtype is dtype
-    assert torch.equal(out, first(low(pictures(56).to(dtype))))
-    assert 0 < worst(out.float(), first(model(pictures(56)))) < (0.02 if dtype is torch.float16 else 0.15)
+    assert torch.equal(out, first(low(images(56).to(dtype))))
+    assert 0 < worst(out.float(), first(model(images(56)))) < (0.02 if dtype is torch.float16 else 0.15)
 
 
 def test_half_and_to(model: Any) -> None:
     assert model.half() is model
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert model.to(torch.float64).dtype is torch.float64
-    assert model(pictures(56)).pooler_output.dtype is torch.float64
+    assert model(images(56)).pooler_output.dtype is torch.float64
     assert model.to("meta").device.type == "meta"
-    assert model(pictures(56).to("meta")).pooler_output.shape == (2, 32)
+    assert model(images(56).to("meta")).pooler_output.shape == (2, 32)
 
 
 # Copies and state dicts
@@ -125,13 +125,13 @@ def test_half_and_to(model: Any) -> None:
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(task: str, clone: Any) -> None:
     model = small(task=task)
-    expected = model(pictures(56)).to_tuple()
+    expected = model(images(56)).to_tuple()
     twin = clone(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     model.config.output_hidden_states = True
-    assert_close(twin(pictures(56)).to_tuple(), expected, 0.0)
+    assert_close(twin(images(56)).to_tuple(), expected, 0.0)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -140,7 +140,7 @@ def test_state_dict_round_trip(family: str, task: str) -> None:
     model = small(family, task)
     empty = our_class(family, task)(model.config).eval()
     assert empty.load_state_dict(model.state_dict()) == ([], [])
-    assert_close(empty(pictures(56)).to_tuple(), model(pictures(56)).to_tuple(), 0.0)
+    assert_close(empty(images(56)).to_tuple(), model(images(56)).to_tuple(), 0.0)
     names = set(model.base_model.state_dict())
     assert {"cls_token", "pos_embed", "blocks.1.attn.qkv.weight", "norm.bias"} <= names
     if task == "ForImageClassification":
@@ -155,12 +155,12 @@ def test_head_of_another_model_is_an_error() -> None:
 
 def test_train_and_eval() -> None:
     model = small(hidden_dropout_prob=0.5)
-    first = model(pictures(56)).pooler_output
-    assert torch.equal(model(pictures(56)).pooler_output, first)
+    first = model(images(56)).pooler_output
+    assert torch.equal(model(images(56)).pooler_output, first)
     model.train()
-    assert worst(model(pictures(56)).pooler_output, first) > 0.01
+    assert worst(model(images(56)).pooler_output, first) > 0.01
     model.eval()
-    assert torch.equal(model(pictures(56)).pooler_output, first)
+    assert torch.equal(model(images(56)).pooler_output, first)
     assert Dinov2Model(Dinov2Config(**SMALL)).training, "a module is in train mode until eval() is called"
 
 
@@ -188,9 +188,9 @@ def test_sizes_are_counted_as_transformers_counts(family: str) -> None:
 
 
 def test_every_attention_implementation_is_this_one(model: Any) -> None:
-    before = model(pictures(56)).pooler_output
+    before = model(images(56)).pooler_output
     model.set_attn_implementation("eager")
-    assert torch.equal(model(pictures(56)).pooler_output, before)
+    assert torch.equal(model(images(56)).pooler_output, before)
 
 
 def test_printing_shows_the_backends() -> None:
@@ -207,22 +207,22 @@ PARTS = ("", "norm1", "attn", "attn.qkv", "ls1", "norm2", "mlp", "mlp.fc1", "ls2
 def test_hooks_fire_and_may_change_the_output(part: str, task: str) -> None:
     model = small(task=task)
     module = model.base_model.blocks[1].get_submodule(part)
-    before = model(pictures(56)).to_tuple()
+    before = model(images(56)).to_tuple()
     seen: list[Tensor] = []
     watch = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    assert_close(model(pictures(56)).to_tuple(), before, 1e-6)
+    assert_close(model(images(56)).to_tuple(), before, 1e-6)
     assert len(seen) == 1
     watch.remove()
     change = module.register_forward_hook(lambda _module, _inputs, output: output + 1.0 * output.flip(-1))
-    after = model(pictures(56)).to_tuple()
+    after = model(images(56)).to_tuple()
     change.remove()
     assert worst(first(after), first(before)) > 1e-3
-    assert_close(model(pictures(56)).to_tuple(), before, 0.0)
+    assert_close(model(images(56)).to_tuple(), before, 0.0)
 
 
 def test_hidden_states_show_what_hooks_changed(model: Any) -> None:
     handle = model.blocks[0].register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
-    assert not model(pictures(56), output_hidden_states=True).hidden_states[1].any()
+    assert not model(images(56), output_hidden_states=True).hidden_states[1].any()
     handle.remove()
 
 
@@ -235,7 +235,7 @@ def test_a_replaced_part_is_used(model: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.inner(x)
 
-    x = pictures(56)
+    x = images(56)
     gamma = model.blocks[0].ls1.gamma
     with torch.no_grad():
         gamma.mul_(2)
@@ -257,7 +257,7 @@ def test_compiles_as_one_graph(family: str, task: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for i, (size, batch) in enumerate([(56, 2), (70, 2), (60, 3)]):
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            x, asked = pictures(size, batch=batch), {"output_hidden_states": True, "output_attentions": True}
+            x, asked = images(size, batch=batch), {"output_hidden_states": True, "output_attentions": True}
             output = compiled(x, **asked)
             assert type(output) is OUTPUTS[task]
             assert list(output) == list(model(x, **asked))
@@ -265,7 +265,7 @@ def test_compiles_as_one_graph(family: str, task: str) -> None:
 
 
 def test_compiles_with_labels_masks_and_tuples() -> None:
-    classifier, x = small(task="ForImageClassification", problem_type="single_label_classification"), pictures(56)
+    classifier, x = small(task="ForImageClassification", problem_type="single_label_classification"), images(56)
     compiled = torch.compile(classifier, fullgraph=True, backend="eager")
     labels = torch.tensor([0, 2])
     assert_close(compiled(x, labels=labels).to_tuple(), classifier(x, labels=labels).to_tuple(), 1e-5)
@@ -281,7 +281,7 @@ def test_backbone_compiles(family: str) -> None:
     model = small(family, "Backbone")
     model.out_indices = [1, 2]
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert_close(compiled(pictures(56)).feature_maps, model(pictures(56)).feature_maps, 1e-5)
+    assert_close(compiled(images(56)).feature_maps, model(images(56)).feature_maps, 1e-5)
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ def test_compiles_to_machine_code() -> None:
     model = small("Dinov2WithRegisters", "ForImageClassification", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for batch in (2, 3):
-        x = pictures(56, batch=batch)
+        x = images(56, batch=batch)
         with torch.no_grad():
             assert_close(compiled(x).to_tuple(), model(x).to_tuple(), 1e-5)
 
@@ -298,11 +298,11 @@ def test_compiles_to_machine_code() -> None:
 def test_exports_with_a_dynamic_batch(family: str) -> None:
     model = small(family)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (pictures(70),), dynamic_shapes={"pixel_values": {0: batch}})
+    program = torch.export.export(model, (images(70),), dynamic_shapes={"pixel_values": {0: batch}})
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {target.split(".")[0] for target in targets if "getitem" not in target} == {"aten"}
     for count in (1, 2, 5):
-        x = pictures(70, batch=count)
+        x = images(70, batch=count)
         output = program.module()(x)
         assert isinstance(output, BaseModelOutputWithPooling)
         assert_close(output.to_tuple(), model(x).to_tuple(), 1e-5)
@@ -316,7 +316,7 @@ def test_traces_for_any_size(task: str) -> None:
     model = small(task=task)
     model.config.return_dict = False
     with torch.no_grad():
-        traced = torch.jit.trace(model, (pictures(56),))
+        traced = torch.jit.trace(model, (images(56),))
         for size, batch in ((56, 2), (98, 3)):
-            x = pictures(size, batch=batch)
+            x = images(size, batch=batch)
             assert_close(first(traced(x)), first(model(x)), 1e-5)

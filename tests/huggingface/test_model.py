@@ -21,9 +21,9 @@ from tests.helpers.huggingface_peers import (
     Pair,
     assert_close,
     both,
+    images,
     make_pair,
     our_class,
-    pictures,
     their_class,
     worst,
 )
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest) -> Pair:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_outputs(model: Pair, size: tuple[int, int]) -> None:
     asked = {"output_hidden_states": True, "output_attentions": True}
-    ours, theirs = both(model, pictures(*size, batch=1 if size == (518, 518) else 2), **asked)
+    ours, theirs = both(model, images(*size, batch=1 if size == (518, 518) else 2), **asked)
     assert isinstance(ours, BaseModelOutputWithPooling)
     assert list(ours) == list(theirs)
     for name in theirs:
@@ -64,7 +64,7 @@ UNUSUAL: list[dict[str, Any]] = [
 def test_every_setting_of_the_config_reaches_the_model(family: str, fields: dict[str, Any]) -> None:
     usual = make_pair(family, num_hidden_layers=1).ours
     pair = make_pair(family, **{"num_hidden_layers": 1, **fields})
-    x = pictures(56, channels=fields.get("num_channels", 3))
+    x = images(56, channels=fields.get("num_channels", 3))
     ours, theirs = both(pair, x)
     assert_close(ours.to_tuple(), theirs.to_tuple())
     if "num_channels" not in fields:
@@ -73,7 +73,7 @@ def test_every_setting_of_the_config_reaches_the_model(family: str, fields: dict
 
 def test_order_and_norm_of_the_outputs(model: Pair) -> None:
     """Stated without transformers: CLS first, then registers; hidden states end before the norm."""
-    x = pictures(98)
+    x = images(98)
     output = model.ours(x, output_hidden_states=True)
     features = model.ours.forward_features(x)
     assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
@@ -85,13 +85,13 @@ def test_order_and_norm_of_the_outputs(model: Pair) -> None:
 
 
 def test_pixels_beyond_the_last_patch_are_left_out(model: Pair) -> None:
-    x = pictures(60, 75)
+    x = images(60, 75)
     assert torch.equal(model.ours(x).last_hidden_state, model.ours(x[:, :, :56, :70]).last_hidden_state)
 
 
 @pytest.mark.parametrize("size", [(98, 98), (60, 75)], ids=str)
 def test_masked_patches(model: Pair, size: tuple[int, int]) -> None:
-    x = pictures(*size)
+    x = images(*size)
     mask = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.4
     ours, theirs = both(model, x, bool_masked_pos=mask, output_hidden_states=True)
     assert_close(ours.to_tuple(), theirs.to_tuple())
@@ -100,7 +100,7 @@ def test_masked_patches(model: Pair, size: tuple[int, int]) -> None:
 
 
 def test_a_masked_patch_has_no_influence(model: Pair) -> None:
-    x, mask = pictures(98), torch.zeros(2, 49, dtype=torch.bool)
+    x, mask = images(98), torch.zeros(2, 49, dtype=torch.bool)
     mask[:, 0] = True
     noise = x.clone()
     noise[:, :, :14, :14] = float("nan")
@@ -108,7 +108,7 @@ def test_a_masked_patch_has_no_influence(model: Pair) -> None:
 
 
 def test_attentions_are_the_weights_and_can_be_asked_for_by_layer(model: Pair) -> None:
-    x = pictures(98)
+    x = images(98)
     plain, every = model.ours(x), model.ours(x, output_attentions=True).attentions
     tokens = 1 + model.registers + 49
     assert all(a.shape == (2, 2, tokens, tokens) for a in every)
@@ -123,7 +123,7 @@ def test_attentions_are_the_weights_and_can_be_asked_for_by_layer(model: Pair) -
 
 
 def test_without_dictionary_the_same_values_as_a_tuple(model: Pair) -> None:
-    x, asked = pictures(98), {"output_hidden_states": True, "output_attentions": True}
+    x, asked = images(98), {"output_hidden_states": True, "output_attentions": True}
     for kwargs in ({}, asked):
         as_tuple = model.ours(x, **kwargs, return_dict=False)
         assert type(as_tuple) is tuple
@@ -132,7 +132,7 @@ def test_without_dictionary_the_same_values_as_a_tuple(model: Pair) -> None:
 
 
 def test_the_configs_defaults_and_the_calls_word(model: Pair) -> None:
-    config, x = model.ours.config, pictures(98)
+    config, x = model.ours.config, images(98)
     try:
         config.return_dict, config.output_hidden_states, config.output_attentions = False, True, True
         assert len(model.ours(x)) == 4
@@ -164,7 +164,7 @@ def test_chosen_dialect_is_the_references_model_with_it(family: str, dialect: st
     ).eval()
     reference.load_state_dict(ours.state_dict())
     reference.position_dialect = dialect
-    x = pictures(98, 140)
+    x = images(98, 140)
     assert torch.equal(ours(x).pooler_output, reference(x))
     others = {"offset", "size", "antialias"} - {dialect}
     for reference.position_dialect in others:

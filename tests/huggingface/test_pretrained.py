@@ -22,9 +22,9 @@ from tests.helpers.huggingface_peers import (
     KINDS,
     Pair,
     assert_close,
+    images,
     make_pair,
     our_class,
-    pictures,
     small_config,
     their_class,
     worst,
@@ -55,7 +55,7 @@ def classifier_folder(tmp_path: Path) -> Path:
 
 
 def features(pair: Pair, **kwargs: Any) -> tuple[Any, Any]:
-    x = pictures(70)
+    x = images(70)
     with torch.no_grad():
         return pair.ours(x, **kwargs).to_tuple(), pair.theirs(x, **kwargs).to_tuple()
 
@@ -161,8 +161,8 @@ def test_another_number_of_labels(classifier_folder: Path, caplog: pytest.LogCap
     expected = load(classifier_folder)
     model = load(classifier_folder, num_labels=10, ignore_mismatched_sizes=True)
     assert "the classification head is initialised at random" in caplog.text
-    assert model(pictures(56)).logits.shape == (2, 10)
-    assert torch.equal(model.base_model(pictures(56))[0], expected.base_model(pictures(56))[0])
+    assert model(images(56)).logits.shape == (2, 10)
+    assert torch.equal(model.base_model(images(56))[0], expected.base_model(images(56))[0])
     same = load(classifier_folder, ignore_mismatched_sizes=True)
     assert torch.equal(same.classifier.weight, expected.classifier.weight)
     with pytest.raises(WeightsError, match="pos_embed"):  # only a head may be another
@@ -183,11 +183,11 @@ def test_another_number_of_channels(num_channels: int, folder: Path) -> None:
 def test_overrides_of_the_config(folder: Path) -> None:
     assert Dinov2Backbone.from_pretrained(folder, out_indices=[0, 1]).out_features == ["stem", "stage1"]
     assert Dinov2Model.from_pretrained(folder, position_dialect="offset").position_dialect == "offset"
-    assert Dinov2Model.from_pretrained(folder, output_hidden_states=True)(pictures(56)).hidden_states is not None
+    assert Dinov2Model.from_pretrained(folder, output_hidden_states=True)(images(56)).hidden_states is not None
     assert Dinov2Model.from_pretrained(folder, drop_path_rate=0.2).blocks[0].drop_path1.drop_prob == 0.2
     without_mask = Dinov2Model.from_pretrained(folder, use_mask_token=False)
     assert without_mask.mask_token is None
-    assert torch.equal(without_mask(pictures(56))[0], Dinov2Model.from_pretrained(folder)(pictures(56))[0])
+    assert torch.equal(without_mask(images(56))[0], Dinov2Model.from_pretrained(folder)(images(56))[0])
 
 
 def test_given_config(folder: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_dtype(folder: Path, arguments: dict[str, Any], dtype: torch.dtype) -> N
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.dtype is dtype
     assert model.config.dtype is dtype
-    assert Dinov2Model.from_pretrained(folder, **arguments)(pictures(56))[0].dtype is dtype
+    assert Dinov2Model.from_pretrained(folder, **arguments)(images(56))[0].dtype is dtype
 
 
 @pytest.mark.parametrize("named", ["float16", "float32", None])
@@ -469,7 +469,7 @@ def test_published_size_of_table(tmp_path: Path) -> None:
     before = make_pair("Dinov2", **small_config()).ours
     before.save_pretrained(tmp_path)
     after = Dinov2Model.from_pretrained(tmp_path)
-    assert worst(after(pictures(98))[0], before(pictures(98))[0]) == 0
+    assert worst(after(images(98))[0], before(images(98))[0]) == 0
 
 
 def test_a_model_without_mask_token_is_saved_without_one(tmp_path: Path) -> None:
@@ -477,7 +477,7 @@ def test_a_model_without_mask_token_is_saved_without_one(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     assert "embeddings.mask_token" not in load_file(tmp_path / "model.safetensors")
     reloaded = transformers.AutoModel.from_pretrained(tmp_path)
-    assert_close(reloaded(pictures(70)).last_hidden_state, model(pictures(70)).last_hidden_state)
+    assert_close(reloaded(images(70)).last_hidden_state, model(images(70)).last_hidden_state)
 
 
 def test_given_weights_are_saved_and_other_formats_refused(tmp_path: Path) -> None:
@@ -528,8 +528,8 @@ def test_hidden_states_are_kept_only_when_asked_for() -> None:
 
         block.register_forward_hook(note)
     with torch.no_grad():
-        pair.ours(pictures(70))
+        pair.ours(images(70))
         assert max(most) <= 2
         most.clear()
-        pair.ours(pictures(70), output_hidden_states=True)
+        pair.ours(images(70), output_hidden_states=True)
         assert max(most) == 6

@@ -22,16 +22,16 @@ from tests.helpers.huggingface_peers import (
     FAMILIES,
     assert_close,
     both,
+    images,
     make_pair,
     our_class,
-    pictures,
     their_class,
     worst,
 )
 from tests.helpers.readme import example
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "num_labels": 3}
-PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "pictures").glob("*.jpg"))[:2]
+PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))[:2]
 
 
 # Trainer
@@ -42,7 +42,7 @@ class Labelled(Dataset[dict[str, Any]]):
         return 8
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"pixel_values": pictures(56, batch=1, seed=i)[0], "labels": i % 3}
+        return {"pixel_values": images(56, batch=1, seed=i)[0], "labels": i % 3}
 
 
 def make_trainer(model: Any, folder: Path, **settings: Any) -> Trainer:
@@ -64,7 +64,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model.eval()(pictures(56)).logits.float()
+        return model.eval()(images(56)).logits.float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -171,7 +171,7 @@ def test_a_saved_pipeline_is_loaded_by_transformers(tmp_path: Path) -> None:
 
 
 def test_outputs_are_known_to_transformers() -> None:
-    ours, theirs = both(make_pair("Dinov2", **SMALL), pictures(56))
+    ours, theirs = both(make_pair("Dinov2", **SMALL), images(56))
     assert isinstance(ours, type(theirs))
     assert isinstance(ours, transformers.utils.ModelOutput)
     assert type(ours) is BaseModelOutputWithPooling

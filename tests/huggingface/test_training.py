@@ -17,9 +17,9 @@ from tests.helpers.huggingface_peers import (
     KIND_NAMES,
     KINDS,
     Pair,
+    images,
     make_pair,
     our_class,
-    pictures,
     their_class,
     worst,
 )
@@ -35,7 +35,7 @@ def train_step(pair: Pair, **arguments: Any) -> None:
     for side in pair:
         side.train()
         side.zero_grad()
-        side(pictures(84), **arguments).loss.backward()
+        side(images(84), **arguments).loss.backward()
 
 
 # Gradients
@@ -55,11 +55,11 @@ def test_gradients_of_every_parameter(family: str, swiglu: bool) -> None:
         assert worst(ours[name], expected) <= 2e-5 * expected.abs().max() + 1e-7, name
 
 
-def test_gradient_of_the_pictures() -> None:
+def test_gradient_of_the_images() -> None:
     pair = make_pair("Dinov2", **SMALL)
     grads = []
     for side in pair:
-        x = pictures(60).requires_grad_()
+        x = images(60).requires_grad_()
         side(x).pooler_output.square().sum().backward()
         grads.append(x.grad)
     assert worst(*grads) <= 1e-5 * grads[1].abs().max()
@@ -69,11 +69,11 @@ def test_gradient_of_the_pictures() -> None:
 def test_backbone_and_attentions_have_gradients() -> None:
     backbone = make_pair("Dinov2", "Backbone", **SMALL).ours
     backbone.out_indices = [1]
-    backbone(pictures(56)).feature_maps[0].sum().backward()
+    backbone(images(56)).feature_maps[0].sum().backward()
     assert backbone.blocks[0].attn.qkv.weight.grad is not None
     assert backbone.blocks[1].attn.qkv.weight.grad is None
     model = make_pair("Dinov2", **SMALL).ours
-    model(pictures(56), output_attentions=True).attentions[1].square().sum().backward()
+    model(images(56), output_attentions=True).attentions[1].square().sum().backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
     assert model.blocks[1].mlp.fc1.weight.grad is None
 
@@ -86,7 +86,7 @@ def test_some_steps_of_training_go_as_transformers(family: str) -> None:
         side.train()
         optimiser = torch.optim.SGD(side.parameters(), lr=0.05)
         for step in range(5):
-            loss = side(pictures(56, seed=step, batch=4), labels=torch.tensor([0, 1, 2, 0])).loss
+            loss = side(images(56, seed=step, batch=4), labels=torch.tensor([0, 1, 2, 0])).loss
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -112,7 +112,7 @@ def test_gradient_checkpointing_gives_equal_gradients(family: str) -> None:
         model.zero_grad()
         calls.clear()
         torch.manual_seed(0)
-        output = model(pictures(56), labels=torch.tensor([0, 2]), output_hidden_states=True)
+        output = model(images(56), labels=torch.tensor([0, 2]), output_hidden_states=True)
         output.loss.backward()
         results.append((output.loss.item(), gradients(model), output.hidden_states[1].detach()))
         assert len(calls) == 1 + enabled, "with checkpointing a block runs again in the backward pass"
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_is_for_training_only() -> None:
     model.gradient_checkpointing_enable()
     calls: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model(pictures(56)).pooler_output.sum().backward()
+    model(images(56)).pooler_output.sum().backward()
     assert calls == [1]
     assert copy.deepcopy(model).is_gradient_checkpointing
 
@@ -159,9 +159,9 @@ def test_checkpointing_of_some_blocks_is_refused(arguments: dict[str, Any]) -> N
 def test_frozen_models_can_pass_gradients_from_the_embedding_on(task: str) -> None:
     model = make_pair("Dinov2", task, **SMALL).ours.requires_grad_(False)
     model.enable_input_require_grads()
-    assert model(pictures(56))[0].requires_grad
+    assert model(images(56))[0].requires_grad
     model.disable_input_require_grads()
-    assert not model(pictures(56))[0].requires_grad
+    assert not model(images(56))[0].requires_grad
 
 
 # Dropouts and stochastic depth
@@ -170,7 +170,7 @@ MANY = 400
 
 
 def token_changes(model: Any, x: Tensor) -> Tensor:
-    """What block 0 adds to the tokens of each picture: (batch, tokens, hidden)."""
+    """What block 0 adds to the tokens of each image: (batch, tokens, hidden)."""
     before, after = model(x, output_hidden_states=True).hidden_states[:2]
     return after - before
 
@@ -184,9 +184,9 @@ def drop_path_model(family: str, rate: float) -> Any:
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stochastic_depth_drops_branches_of_single_pictures(family: str, rate: float) -> None:
+def test_stochastic_depth_drops_branches_of_single_images(family: str, rate: float) -> None:
     model = drop_path_model(family, rate)
-    x = pictures(28, batch=1).expand(MANY, -1, -1, -1)
+    x = images(28, batch=1).expand(MANY, -1, -1, -1)
     with torch.no_grad():
         branch = token_changes(model.eval(), x[:1])
         torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_stochastic_depth_draws_anew_for_each_branch_and_block() -> None:
     seen: list[Tensor] = []
     for block in model.blocks:  # a hook lets the drops be seen: it makes the parts run one by one
         block.drop_path1.register_forward_hook(lambda _m, inputs, out: seen.append((out == 0).flatten(1).all(1)))
-    model(pictures(28, batch=64))
+    model(images(28, batch=64))
     assert len(seen) == 4
     assert all(0.2 < dropped.float().mean() < 0.8 for dropped in seen)
     assert len({tuple(dropped.tolist()) for dropped in seen}) == 4
@@ -219,7 +219,7 @@ def test_stochastic_depth_has_one_rate_in_all_blocks() -> None:
 def test_dropout_keeps_the_expectation(setting: str) -> None:
     rate = 0.3
     model = make_pair("Dinov2", **{**SMALL, "num_hidden_layers": 1}, **{setting: rate}).ours
-    x = pictures(28, batch=1).expand(4 * MANY, -1, -1, -1)
+    x = images(28, batch=1).expand(4 * MANY, -1, -1, -1)
     with torch.no_grad():
         exact = model(x[:1], output_hidden_states=True).hidden_states
         torch.manual_seed(0)
@@ -245,7 +245,7 @@ def test_dropouts_are_where_transformers_has_them(setting: str) -> None:
     places = sum(isinstance(module, nn.Dropout) for module in pair.theirs.modules())
     if setting == "hidden_dropout_prob" and places == 1:
         pytest.skip("since 5.23 transformers drops what is embedded alone, and no longer the output of an attention")
-    x = pictures(28, batch=1).expand(4 * MANY, -1, -1, -1)
+    x = images(28, batch=1).expand(4 * MANY, -1, -1, -1)
     spreads = []
     for side in pair:
         torch.manual_seed(0)

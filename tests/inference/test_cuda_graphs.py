@@ -29,7 +29,7 @@ from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.waiting import NoWaiting
 from dinov2_fast.inference.watch import ModelWatch
 from tests.helpers.devices import DEVICE, on_gpu, runs_triton
-from tests.helpers.huggingface_peers import make_pair, pictures
+from tests.helpers.huggingface_peers import images, make_pair
 from tests.model.test_model import small
 
 X = (2, 3, 42, 56)
@@ -186,7 +186,7 @@ def test_the_hugging_face_face() -> None:
         model = make_pair("Dinov2WithRegisters", task).ours
         engine, fake = with_graphs(model, outputs=outputs)
         eager = optimize_for_inference(model, "fp32", outputs, cuda_graphs=False)
-        given = [pictures(98) + i for i in range(2)]
+        given = [images(98) + i for i in range(2)]
         for call in (lambda m, x: m(x), lambda m, x: m(pixel_values=x, return_dict=False)):
             before = fake.count("capture")
             results = [call(engine, x) for x in given]
@@ -200,7 +200,7 @@ def test_the_hugging_face_face() -> None:
 @torch.no_grad()
 def test_settings_of_a_hugging_face_model_are_heeded() -> None:
     engine, fake = with_graphs(make_pair("Dinov2", "Backbone", out_indices=[1]).ours)
-    x = pictures(98)
+    x = images(98)
     assert len(engine(x).feature_maps) == 1
     engine.config.out_indices = [1, 2]
     assert len(engine(x).feature_maps) == 2
@@ -227,7 +227,7 @@ def test_settings_of_a_hugging_face_model_are_heeded() -> None:
 )
 @torch.no_grad()
 def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: str, value: Any) -> None:
-    model, x = make_pair("Dinov2", "Backbone", out_features=["stage1"]).ours, pictures(98)
+    model, x = make_pair("Dinov2", "Backbone", out_features=["stage1"]).ours, images(98)
     engine, fake = with_graphs(model)
     eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
     engine(x)
@@ -242,14 +242,14 @@ def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: 
 
 
 @torch.no_grad()
-def test_pictures_in_every_layout_and_dtype() -> None:
+def test_images_in_every_layout_and_dtype() -> None:
     engine, fake = with_graphs(small())
     eager = optimize_for_inference(engine._model, "fp32")
     x = random(2, 3, 84, 56)
     layouts = [x, x.mT.contiguous().mT, x.contiguous(memory_format=torch.channels_last), x[:1].expand(2, -1, -1, -1)]
     layouts.append(random(4, 3, 84, 112)[::2, :, :, ::2])
-    for picture in layouts:
-        torch.testing.assert_close(engine(picture), eager(picture), rtol=0, atol=0)
+    for image in layouts:
+        torch.testing.assert_close(engine(image), eager(image), rtol=0, atol=0)
     assert fake.count("capture") == 1
     for pixels in (torch.randint(256, (2, 84, 56, 3)).byte(), torch.randint(256, (2, 3, 84, 56)).byte()):
         torch.testing.assert_close(engine(pixels), eager(pixels), rtol=0, atol=0)
@@ -451,7 +451,7 @@ class Subclass(Tensor):
         lambda m, x: m(x.as_subclass(Subclass)),
         lambda m, x: m.get_intermediate_layers(x, {1, 2}),
     ],
-    ids=["lists", "list, is_training", "cls_tokens", "pictures", "no pictures", "subclass", "unknown argument"],
+    ids=["lists", "list, is_training", "cls_tokens", "images", "no images", "subclass", "unknown argument"],
 )
 @torch.no_grad()
 def test_other_calls_run_eagerly(call: Any) -> None:
@@ -481,7 +481,7 @@ def test_replicas_on_another_device_run_eagerly() -> None:
 @torch.no_grad()
 def test_hidden_states_attentions_and_losses_run_eagerly() -> None:
     engine, fake = with_graphs(make_pair("Dinov2").ours)
-    x = pictures(98)
+    x = images(98)
     for kwargs in ({"output_hidden_states": True}, {"output_attentions": True}, {"output_attentions": [1]}):
         engine(x, **kwargs)
     assert engine(x, None, None, [0]).attentions is not None

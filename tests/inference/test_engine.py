@@ -24,7 +24,7 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from tests.helpers import golden, huggingface_peers
 from tests.helpers.devices import DEVICE, fakes_cuda, poisoned_memory, runs_triton
-from tests.helpers.huggingface_peers import KIND_NAMES, KINDS, make_pair, pictures
+from tests.helpers.huggingface_peers import KIND_NAMES, KINDS, images, make_pair
 from tests.model.test_model import INPUTS, TOLERANCE, close, small
 
 KINDS_OF_MODEL = {
@@ -135,7 +135,7 @@ def test_every_form_of_the_reference_s_face(kind: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_many_sizes_get_their_own_positions() -> None:
+def test_images_of_many_sizes_get_their_own_positions() -> None:
     model = small(num_register_tokens=2)
     engine = optimize_for_inference(model, "fp32")
     sizes = [(42, 98), (98, 42), (42, 70), (70, 70), *((14, 14 * columns) for columns in range(1, 20)), (42, 98)]
@@ -152,7 +152,7 @@ def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu
     pair = make_pair(family, swiglu=swiglu)
     engine = optimize_for_inference(pair.ours, "fp32")
     for size in ((98, 140), (60, 74)):  # 60 and 74 are no multiples of the patch size
-        x = pictures(*size)
+        x = images(*size)
         masks = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.5
         asked = {"output_hidden_states": True, "output_attentions": True, "bool_masked_pos": masks}
         for kwargs in ({}, asked):
@@ -168,7 +168,7 @@ def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
 def test_classifiers_and_backbones_as_transformers(family: str, swiglu: bool) -> None:
-    x = pictures(98)
+    x = images(98)
     pair = make_pair(family, "ForImageClassification", swiglu=swiglu, num_labels=5)
     ours, theirs = (model(x, labels=torch.tensor([1, 4])) for model in (optimize_for_inference(pair.ours), pair.theirs))
     huggingface_peers.assert_close(ours.logits, theirs.logits, TOLERANCE)
@@ -187,7 +187,7 @@ def _exact(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def _errors(model: Any, wanted: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Relative errors of CLS and patch tokens, and of CLS in the plain call, for each picture: (3, batch)."""
+    """Relative errors of CLS and patch tokens, and of CLS in the plain call, for each image: (3, batch)."""
     features = model.forward_features(x)
     pairs = [(features[key], wanted[key]) for key in ("x_norm_clstoken", "x_norm_patchtokens")]
     pairs.append((model(x), wanted["x_norm_clstoken"]))
@@ -209,7 +209,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
         for settings, ratios in (({}, same), ({"residual": "fp32"}, wide)):
             engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
             ratios.append(_errors(engine, exact, x) / eager)
-    same, wide = (torch.cat(ratios, dim=1).log() for ratios in (same, wide))  # (3, pictures)
+    same, wide = (torch.cat(ratios, dim=1).log() for ratios in (same, wide))  # (3, images)
     chance = 3 * same.std(dim=1) / same.shape[1] ** 0.5  # three standard errors of the mean
     assert (same.mean(1) <= chance).all()  # geometric means measured: 0.87 to 1.06
     assert (wide.mean(1).exp() <= 0.9).all()  # measured 0.66 to 0.81
@@ -424,7 +424,7 @@ def test_the_head_gets_the_cls_token() -> None:
 
 @torch.no_grad()
 def test_cls_only_in_the_hugging_face_face() -> None:
-    model, x = make_pair("Dinov2").ours, pictures(98)
+    model, x = make_pair("Dinov2").ours, images(98)
     engine = optimize_for_inference(model, outputs="cls")
     assert _blocks_in_full(engine, lambda m: m(x)) == 2
     output, expected = engine(pixel_values=x), model(x, output_hidden_states=True, output_attentions=True)
@@ -443,11 +443,11 @@ def test_cls_only_in_the_hugging_face_face() -> None:
             optimize_for_inference(make_pair("Dinov2", task).ours, outputs="cls")
 
 
-# uint8 pictures
+# uint8 images
 
 
 @torch.no_grad()
-def test_uint8_pictures_give_what_processing_and_the_model_give() -> None:
+def test_uint8_images_give_what_processing_and_the_model_give() -> None:
     model = small(embed_dim=64)
     pixels = torch.randint(256, (2, 3, 56, 70), dtype=torch.uint8)
     processor = dinov2_fast.Dinov2ImageProcessor(do_resize=False, do_center_crop=False)
@@ -483,8 +483,8 @@ def test_mean_and_std_are_the_caller_s() -> None:
     engine = optimize_for_inference(model)
     x = torch.randn(1, 6, 28, 28)
     torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)
-    assert "uint8 pictures: not taken" in str(engine)
-    with pytest.raises(ValueError, match="uint8 pictures of 6 channels need mean and std of 6 values"):
+    assert "uint8 images: not taken" in str(engine)
+    with pytest.raises(ValueError, match="uint8 images of 6 channels need mean and std of 6 values"):
         engine(torch.zeros(1, 6, 28, 28, dtype=torch.uint8))
     for wrong in (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1, 3, 28, 28)):
         with pytest.raises(ValueError, match="takes 6 channels, got 3"):
@@ -744,7 +744,7 @@ def test_inference_mode_and_no_grad_mix() -> None:
 
 @torch.no_grad()
 def test_outputs_are_the_caller_s_to_keep_and_to_change() -> None:
-    model, x = make_pair("Dinov2").ours, pictures(98)
+    model, x = make_pair("Dinov2").ours, images(98)
     engine = optimize_for_inference(model)
     output = engine(x, output_hidden_states=True)
     kept = [state.clone() for state in output.hidden_states]
@@ -821,7 +821,7 @@ def test_print_says_what_it_does() -> None:
         "Engine of a DinoVisionTransformer: 3 blocks of 32 channels",
         "weights: bf16, folded in fp64 from fp32 and rounded once",
         "LayerScale into proj and w3",
-        "uint8 pictures: normalised in the patch embedding",
+        "uint8 images: normalised in the patch embedding",
         "residual stream: fp32",
         "last block: computed for the CLS token alone where nothing else is returned (outputs='auto')",
         "linear (none, swiglu, residual) ",

@@ -30,13 +30,13 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _registry
 from tests import reference
 from tests.helpers.devices import DEVICE, fakes_cuda, on_gpu, poisoned_memory, runs_triton
-from tests.helpers.huggingface_peers import make_pair, pictures
+from tests.helpers.huggingface_peers import images, make_pair
 from tests.inference.test_cuda_graphs import Fake
 from tests.inference.test_engine import KINDS_OF_MODEL, wild, with_biases
 from tests.model.test_model import small
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "examples" / "pictures"
+IMAGES = ROOT / "examples" / "images"
 E4M3 = torch.float8_e4m3fn
 MLPS = {"mlp": {}, "swiglu": {"ffn_layer": "swiglufused"}}
 each_mlp = pytest.mark.parametrize("kind", MLPS.values(), ids=MLPS)
@@ -287,7 +287,7 @@ def test_calibration_sets_scales_that_clip_nothing(kind: dict[str, Any]) -> None
         for module in (block.attn.proj, block.mlp.w3 if kind else block.mlp.fc2):
             module._forward_pre_hooks.clear()
     engine.calibrate([x[:7], x[7:]])
-    assert engine.plan.calibration.pictures == 40
+    assert engine.plan.calibration.images == 40
     for i, (block, scales) in enumerate(zip(engine.blocks, engine.plan.calibration.scales, strict=True)):
         assert (block.attn.proj.scale, block.mlp.down.scale, block.mlp.up.out_scale) == (*scales, scales.hidden)
         for name in ("attention", "hidden"):
@@ -299,7 +299,7 @@ def test_calibration_sets_scales_that_clip_nothing(kind: dict[str, Any]) -> None
 
 
 @torch.no_grad()
-def test_calibration_takes_pictures_in_every_form() -> None:
+def test_calibration_takes_images_in_every_form() -> None:
     model = small(depth=1)
     batch = torch.randint(256, (33, 3, 28, 28), dtype=torch.uint8)
     found = []
@@ -308,10 +308,10 @@ def test_calibration_takes_pictures_in_every_form() -> None:
         engine.calibrate(form)
         found.append(engine.plan.calibration)
     assert found == [found[0]] * len(found)
-    assert found[0].pictures == 33
+    assert found[0].images == 33
     hub = in_fp8(make_pair("Dinov2").ours)
-    hub.calibrate([pictures(60, 74), pictures(98)])  # of different sizes, cut to whole patches
-    assert hub.plan.calibration.pictures == 4
+    hub.calibrate([images(60, 74), images(98)])  # of different sizes, cut to whole patches
+    assert hub.plan.calibration.images == 4
 
 
 @pytest.mark.parametrize("made", ["deepcopy", "pickle", "refresh", "to"])
@@ -332,7 +332,7 @@ def test_a_calibration_stays(made: str) -> None:
     else:
         engine = engine.to(DEVICE).to("cpu")
     assert torch.equal(engine.forward_features(x)["x_prenorm"], expected)
-    assert "calibration: on 4 pictures" in str(engine)
+    assert "calibration: on 4 images" in str(engine)
     assert "stale" not in str(engine)
 
 
@@ -348,7 +348,7 @@ def test_new_weights_get_new_scales_and_make_a_calibration_stale() -> None:
         engine.blocks[1].mlp.up.weight_scale, Block(model.blocks[1]).up.scale[:, 0].float()
     )  # it follows
     assert engine.plan.calibration is calibration
-    assert "stale: the weights have changed since, call calibrate(pictures) again" in str(engine)
+    assert "stale: the weights have changed since, call calibrate(images) again" in str(engine)
     engine.calibrate(x)
     assert "stale" not in str(engine)
     assert engine.plan.calibration.scales != calibration.scales
@@ -438,7 +438,7 @@ def _near(found: Any, wanted: Any, cosine: float = 0.98) -> None:
 @pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
 @torch.no_grad()
 def test_outputs_of_the_hugging_face_face(family: str) -> None:
-    model, x = make_pair(family).ours, pictures(60, 74)
+    model, x = make_pair(family).ours, images(60, 74)
     asked = {"output_hidden_states": True, "output_attentions": True}
     found, wanted = in_fp8(model)(x, **asked), model(x, **asked)
     assert list(found) == list(wanted)
@@ -541,8 +541,8 @@ CALLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], float, float]] = {
 
 @torch.no_grad()
 def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, batches: list[int]) -> None:
-    """Calibrated on the pictures `x`, and run on the first of them: kernels are as near to the model in fp64 as torch's
-    forms, and CUDA graphs that other pictures went through before give what eager calls give, bit by bit.
+    """Calibrated on the images `x`, and run on the first of them: kernels are as near to the model in fp64 as torch's
+    forms, and CUDA graphs that other images went through before give what eager calls give, bit by bit.
     """
     model, x = model.to(DEVICE), x.to(DEVICE)
     double, eager = copy.deepcopy(model).double(), in_fp8(model, cuda_graphs=False)
@@ -616,7 +616,7 @@ def test_the_command_line_refuses_it_in_its_own_words(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
-    arguments = ["extract", str(PICTURES), "--model", "dinov2_vits14", "--weights", "missing.pth", "--device", "cpu"]
+    arguments = ["extract", str(IMAGES), "--model", "dinov2_vits14", "--weights", "missing.pth", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--precision", precision]) == 1
     message = capsys.readouterr().err
     assert f"--precision {precision} would be slower than fp32 here: " in message
@@ -636,9 +636,9 @@ def test_the_example_in_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (example,) = (block for block in blocks if '"fp8"' in block)
     names = {"dinov2_fast": dinov2_fast, "model": small(depth=12)}
-    names |= {name: torch.randn(4, 3, 28, 28) for name in ("pictures", "other_pictures")}
+    names |= {name: torch.randn(4, 3, 28, 28) for name in ("images", "other_images")}
     exec(example, names)
-    assert names["fp8"].plan.calibration.pictures == 4
+    assert names["fp8"].plan.calibration.images == 4
     assert names["fp8"].plan.skip_layers == (0, 11)
     assert "fp8" in capsys.readouterr().out
 
@@ -657,17 +657,17 @@ def test_wrong_settings_get_a_clear_error(kwargs: dict[str, Any], message: str) 
         optimize_for_inference(small(), **{"precision": "fp8", "allow_slow": True, **kwargs})
 
 
-def test_wrong_pictures_get_a_clear_error() -> None:
+def test_wrong_images_get_a_clear_error() -> None:
     model, x = small(), torch.randn(2, 3, 28, 28)
     with pytest.raises(ValueError, match="calibrate is for precision='fp8', and this engine is in fp32"):
         optimize_for_inference(model).calibrate(x)
     engine = in_fp8(model)
     for nothing in ([], x[:0]):
-        with pytest.raises(ValueError, match="calibrate needs at least one picture"):
+        with pytest.raises(ValueError, match="calibrate needs at least one image"):
             engine.calibrate(nothing)
-    with pytest.raises(TypeError, match="pictures must be a tensor or batches that are tensors, got tuple"):
+    with pytest.raises(TypeError, match="images must be a tensor or batches that are tensors, got tuple"):
         engine.calibrate([(x, torch.zeros(2))])
-    with pytest.raises(ValueError, match="the attention of block 0 gave nan for these pictures"):
+    with pytest.raises(ValueError, match="the attention of block 0 gave nan for these images"):
         engine.calibrate([torch.full_like(x, math.nan), x])
     assert engine.plan.calibration is None
 
@@ -677,7 +677,7 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
     for part in (
         "weights: bf16, folded in fp64 from fp32",
         "e4m3: qkv, proj and MLP, not in the blocks 0, 2; a scale for each output feature, norms over their bound",
-        "calibration: none: attention and hidden activations are clipped at ±28; calibrate(pictures) measures",
+        "calibration: none: attention and hidden activations are clipped at ±28; calibrate(images) measures",
         "speed: no faster than bf16 here: torch's forms of layer_norm.plain, linear.none, "
         "linear.gelu, linear.residual compute in fp32",
         "linear (none, gelu, residual) in e4m3 ",

@@ -1,4 +1,4 @@
-"""Lists of pictures of different sizes: as each picture alone, in as few steps as they allow."""
+"""Lists of images of different sizes: as each image alone, in as few steps as they allow."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.model.test_model import small
 from tests.reference import assert_obeys_rule
 
 TOKENS = ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm")
-BUDGETS = [None, 1, 40, 75]  # the pictures below have 7 to 36 tokens
+BUDGETS = [None, 1, 40, 75]  # the images below have 7 to 36 tokens
 
 
-def _pictures() -> list[Tensor]:
-    """Batches and single pictures; sizes return, some differ only in height and width, one batch is empty."""
+def _images() -> list[Tensor]:
+    """Batches and single images; sizes return, some differ only in height and width, one batch is empty."""
     shapes = [(2, 3, 28, 42), (3, 70, 98), (1, 3, 42, 28), (3, 3, 28, 42), (0, 3, 14, 28), (3, 28, 42), (1, 3, 56, 56)]
     return [torch.randn(shape) for shape in shapes]
 
@@ -40,16 +40,16 @@ def _close(ours: Any, expected: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @torch.no_grad()
 def test_a_list_gives_what_the_model_gives_for_each_entry(kind: dict[str, Any], max_tokens: int | None) -> None:
-    model, pictures = small(**kind), _pictures()
+    model, images = small(**kind), _images()
     engine = optimize_for_inference(model, "fp32", max_tokens=max_tokens)
     masks = [torch.rand(2, 6) < 0.5, None, None, torch.rand(3, 6) < 0.5, None, None, torch.rand(1, 16) < 0.5]
     for given in (None, masks):
-        expected = [_alone(model, x, mask) for x, mask in zip(pictures, given or [None] * 7, strict=True)]
-        for found in (engine.forward_features(pictures, given), engine(pictures, masks=given, is_training=True)):
+        expected = [_alone(model, x, mask) for x, mask in zip(images, given or [None] * 7, strict=True)]
+        for found in (engine.forward_features(images, given), engine(images, masks=given, is_training=True)):
             _close(found, expected)
             assert all(features["masks"] is mask for features, mask in zip(found, given or [None] * 7, strict=True))
-    cls_tokens = engine.cls_tokens(pictures)
-    _close(cls_tokens, [_alone(model, x)["x_norm_clstoken"] for x in pictures])
+    cls_tokens = engine.cls_tokens(images)
+    _close(cls_tokens, [_alone(model, x)["x_norm_clstoken"] for x in images])
     assert [len(x) for x in cls_tokens] == [2, 1, 1, 3, 0, 1, 1]
 
 
@@ -57,30 +57,30 @@ def test_a_list_gives_what_the_model_gives_for_each_entry(kind: dict[str, Any], 
 @torch.no_grad()
 def test_no_list_and_no_budget_makes_errors_larger(precision: str) -> None:
     torch.manual_seed(0)
-    model, pictures = wild({"num_register_tokens": 2}), _pictures()
-    exact = [_alone(copy.deepcopy(model).double(), x.double()) for x in pictures]
-    alone = [_alone(optimize_for_inference(model, precision, allow_slow=True), x) for x in pictures]
+    model, images = wild({"num_register_tokens": 2}), _images()
+    exact = [_alone(copy.deepcopy(model).double(), x.double()) for x in images]
+    alone = [_alone(optimize_for_inference(model, precision, allow_slow=True), x) for x in images]
     for max_tokens in BUDGETS:
         engine = optimize_for_inference(model, precision, allow_slow=True, max_tokens=max_tokens)
-        together = engine.forward_features(pictures)
+        together = engine.forward_features(images)
         for key in TOKENS:
             assert_obeys_rule(*(torch.cat([x[key].flatten() for x in parts]) for parts in (together, exact, alone)))
         exact_cls, cls_alone = (torch.cat([x["x_norm_clstoken"] for x in parts]) for parts in (exact, alone))
-        assert_obeys_rule(torch.cat(engine.cls_tokens(pictures)), exact_cls, cls_alone)
+        assert_obeys_rule(torch.cat(engine.cls_tokens(images)), exact_cls, cls_alone)
 
 
 @runs_triton
 @torch.no_grad()
 def test_the_kernels_compute_the_same() -> None:
     model = wild({"num_register_tokens": 2}, num_heads=2, depth=2).to(DEVICE)
-    pictures = [torch.randn(shape).to(DEVICE) for shape in ((3, 14, 28), (2, 3, 14, 14), (3, 14, 28))]
+    images = [torch.randn(shape).to(DEVICE) for shape in ((3, 14, 28), (2, 3, 14, 14), (3, 14, 28))]
     engine = optimize_for_inference(model, "fp32", max_tokens=14)  # of 5, 4, 4 and 5 tokens: two runs
     found = {}
     for backend in ("torch", "triton"):
         with use_backend(backend, strict=True):
             engine.refresh()  # for which memory must be real
             with poisoned_memory():
-                found[backend] = engine.forward_features(pictures), engine.cls_tokens(pictures)
+                found[backend] = engine.forward_features(images), engine.cls_tokens(images)
     torch.testing.assert_close(found["triton"], found["torch"], atol=1e-4, rtol=1e-4)
 
 
@@ -103,25 +103,25 @@ def _attention_calls(call: Any) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def test_sequences_of_one_length_are_neighbours_and_pictures_of_one_size_a_batch() -> None:
+def test_sequences_of_one_length_are_neighbours_and_images_of_one_size_a_batch() -> None:
     engine = optimize_for_inference(small(depth=1), "fp32")
-    pictures = _pictures()
-    assert _attention_calls(lambda: engine.forward_features(pictures)) == [(7,) * 7 + (17, 36)]
-    same = [pictures[0], pictures[5], pictures[3]]
+    images = _images()
+    assert _attention_calls(lambda: engine.forward_features(images)) == [(7,) * 7 + (17, 36)]
+    same = [images[0], images[5], images[3]]
     assert _attention_calls(lambda: engine.forward_features(same)) == [(-7,) * 6]
     packed = optimize_for_inference(small(depth=1), "fp32", max_tokens=40)
-    assert _attention_calls(lambda: packed.forward_features(pictures)) == [(-7, -7), (-36,), (7,) * 5, (-17,)]
+    assert _attention_calls(lambda: packed.forward_features(images)) == [(-7, -7), (-36,), (7,) * 5, (-17,)]
 
 
 @torch.no_grad()
 def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
-    pictures = _pictures()
+    images = _images()
     for model, depth in ((small(), 3), (make_pair("Dinov2").ours, 3)):
         for outputs, blocks in (("auto", depth - 1), ("cls", depth - 1), ("all", depth)):
             engine = optimize_for_inference(model, "fp32", outputs)
-            assert _blocks_in_full(engine, lambda m: m.cls_tokens(pictures)) == blocks
-            expected = [features["x_norm_clstoken"] for features in engine.forward_features(pictures)]
-            _close(engine.cls_tokens(pictures), expected)
+            assert _blocks_in_full(engine, lambda m: m.cls_tokens(images)) == blocks
+            expected = [features["x_norm_clstoken"] for features in engine.forward_features(images)]
+            _close(engine.cls_tokens(images), expected)
 
 
 @pytest.mark.parametrize(
@@ -146,55 +146,55 @@ def test_runs_take_what_fits_in_order(
 
 
 @torch.no_grad()
-def test_uint8_and_floating_pictures_in_one_list() -> None:
+def test_uint8_and_floating_images_in_one_list() -> None:
     engine = optimize_for_inference(small(), "fp32")
     decoded = torch.randint(256, (2, 28, 42, 3), dtype=torch.uint8)
-    pictures = [
+    images = [
         decoded,
         torch.randn(2, 3, 28, 42),
         decoded[0],
         decoded[1].permute(2, 0, 1),
         torch.randn(3, 28, 42).half(),
     ]
-    expected = [engine.forward_features(x)["x_norm_clstoken"] for x in (decoded, pictures[1], decoded[:1], decoded[1:])]
-    expected.append(engine.forward_features(pictures[4].float()[None])["x_norm_clstoken"])
-    _close(engine.cls_tokens(pictures), expected)
-    _close([features["x_norm_clstoken"] for features in engine.forward_features(pictures)], expected)
+    expected = [engine.forward_features(x)["x_norm_clstoken"] for x in (decoded, images[1], decoded[:1], decoded[1:])]
+    expected.append(engine.forward_features(images[4].float()[None])["x_norm_clstoken"])
+    _close(engine.cls_tokens(images), expected)
+    _close([features["x_norm_clstoken"] for features in engine.forward_features(images)], expected)
 
 
 @torch.no_grad()
 def test_more_sizes_than_are_kept() -> None:
     model = small()
     engine = optimize_for_inference(model, "fp32")
-    pictures = [torch.randn(3, 14, 14 * columns) for columns in range(1, 40)]
+    images = [torch.randn(3, 14, 14 * columns) for columns in range(1, 40)]
     for _ in range(2):
-        _close(engine.cls_tokens(pictures), [model(x[None]) for x in pictures])
+        _close(engine.cls_tokens(images), [model(x[None]) for x in images])
 
 
 def test_compiled() -> None:
     torch._dynamo.reset()
     engine = optimize_for_inference(small(num_register_tokens=2, depth=2), "fp32")
-    pictures = [torch.randn(2, 3, 28, 42), torch.randn(1, 3, 56, 42), torch.randn(3, 28, 42)]
+    images = [torch.randn(2, 3, 28, 42), torch.randn(1, 3, 56, 42), torch.randn(3, 28, 42)]
     for method in (engine.cls_tokens, engine.forward_features):
-        _close(torch.compile(method, fullgraph=True, backend="aot_eager")(pictures), method(pictures))
+        _close(torch.compile(method, fullgraph=True, backend="aot_eager")(images), method(images))
 
 
 def test_an_engine_follows_its_model_for_lists_too() -> None:
-    model, pictures = small(), _pictures()
+    model, images = small(), _images()
     engine = optimize_for_inference(model, "fp32", max_tokens=40)
-    engine.cls_tokens(pictures)
+    engine.cls_tokens(images)
     with torch.no_grad():
         model.norm.weight.mul_(2)
-        _close(engine.cls_tokens(pictures), [_alone(model, x)["x_norm_clstoken"] for x in pictures])
+        _close(engine.cls_tokens(images), [_alone(model, x)["x_norm_clstoken"] for x in images])
     assert copy.deepcopy(engine).plan.max_tokens == 40
-    assert "lists of pictures: packed, up to 40 tokens at a time" in str(engine)
-    assert "lists of pictures: packed, all at a time" in str(optimize_for_inference(model))
+    assert "lists of images: packed, up to 40 tokens at a time" in str(engine)
+    assert "lists of images: packed, all at a time" in str(optimize_for_inference(model))
     with pytest.raises(RuntimeError, match="computes no gradients"):
-        engine.cls_tokens([pictures[0].requires_grad_()])
+        engine.cls_tokens([images[0].requires_grad_()])
 
 
 @pytest.mark.parametrize(
-    ("pictures", "masks", "error", "message"),
+    ("images", "masks", "error", "message"),
     [
         ([], None, ValueError, "list of batches is empty"),
         (torch.zeros(1, 3, 28, 28), None, TypeError, "Got a Tensor where a list"),
@@ -207,13 +207,13 @@ def test_an_engine_follows_its_model_for_lists_too() -> None:
         ([torch.zeros(3, 28, 28)], [torch.zeros(1, 4)], TypeError, "masks must be bool"),
     ],
 )
-def test_bad_lists_get_a_clear_error(pictures: Any, masks: Any, error: type[Exception], message: str) -> None:
+def test_bad_lists_get_a_clear_error(images: Any, masks: Any, error: type[Exception], message: str) -> None:
     engine = optimize_for_inference(small(), "fp32")
     with pytest.raises(error, match=message):
-        engine.forward_features_list(pictures, masks)
+        engine.forward_features_list(images, masks)
     if masks is None:
         with pytest.raises(error, match=message):
-            engine.cls_tokens(pictures)
+            engine.cls_tokens(images)
 
 
 def test_other_errors() -> None:

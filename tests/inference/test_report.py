@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.inference.report import Report, same_neighbours
-from tests.helpers.huggingface_peers import make_pair, pictures
+from tests.helpers.huggingface_peers import images, make_pair
 from tests.inference.test_engine import wild
 from tests.model.test_model import small
 
@@ -41,7 +41,7 @@ def test_rows_are_what_the_outputs_give(precision: str) -> None:
     engine = optimize_for_inference(model, precision, allow_slow=True)
     engines = {precision: engine, "bf16": optimize_for_inference(model, "bf16", allow_slow=True)}
     report = engine.report([x[:4], x[4:]])
-    assert report.pictures == 9
+    assert report.images == 9
     assert len(report.rows) == 4 * len(engines)
     every = {"n": 3, "return_class_token": True}
     wanted = model.get_intermediate_layers(x, **every)
@@ -60,7 +60,7 @@ def test_rows_are_what_the_outputs_give(precision: str) -> None:
 
 @torch.no_grad()
 def test_the_hugging_face_face() -> None:
-    model, x = make_pair("Dinov2").ours, pictures(60, 74)
+    model, x = make_pair("Dinov2").ours, images(60, 74)
     decoded = torch.randint(256, (3, 42, 56, 3), dtype=torch.uint8)
     engine = optimize_for_inference(model, "fp8", allow_slow=True)
     rows = engine.report([x, decoded]).rows
@@ -108,7 +108,7 @@ def test_a_report_prints_as_a_table() -> None:
     model = small(depth=2)
     report = optimize_for_inference(model, "fp32").report(torch.randn(3, 3, 28, 28))
     lines = str(report).splitlines()
-    assert lines[0] == "Cosine to the features in fp32 (same neighbour: of the CLS tokens of 3 pictures)"
+    assert lines[0] == "Cosine to the features in fp32 (same neighbour: of the CLS tokens of 3 images)"
     assert lines[1].split("  ")[0] == "layer"
     assert len(lines) == 2 + 6
     assert lines[2].split() == ["block", "0", "fp32", "1.00000", "1.00000", "1.00000", "1.00000", "100.0%"]
@@ -128,18 +128,18 @@ def test_values_that_are_not_finite_show() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ([], ValueError, "report needs at least one picture"),
-        ([torch.zeros(0, 3, 28, 28)], ValueError, "report needs at least one picture"),
-        ([[1, 2]], TypeError, "pictures must be a tensor or batches that are tensors, got list"),
+        ([], ValueError, "report needs at least one image"),
+        ([torch.zeros(0, 3, 28, 28)], ValueError, "report needs at least one image"),
+        ([[1, 2]], TypeError, "images must be a tensor or batches that are tensors, got list"),
         (torch.zeros(2, 3, 28, 29), ValueError, "width 29 is not a multiple"),
     ],
 )
-def test_wrong_pictures_get_a_clear_error(given: Any, error: type[Exception], message: str) -> None:
+def test_wrong_images_get_a_clear_error(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         optimize_for_inference(small(), "fp32").report(given)
 
 
-def test_a_single_picture_is_enough() -> None:
+def test_a_single_image_is_enough() -> None:
     report = optimize_for_inference(small(), "fp32").report(torch.randn(3, 28, 28))
     assert isinstance(report, Report)
-    assert report.pictures == 1
+    assert report.images == 1

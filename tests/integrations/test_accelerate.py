@@ -26,8 +26,8 @@ from tests.helpers.foreign_models import (
     Foreign,
     filled,
     hub_model,
+    images,
     needs,
-    pictures,
     tensors,
     timm_model,
     transformers_model,
@@ -101,7 +101,7 @@ def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tens
 
 def test_outputs_hidden_states_and_losses_are_the_models_own(kind: Foreign) -> None:
     model, untouched = pair(kind)
-    x = pictures()
+    x = images()
     for call in kind.calls:
         with torch.no_grad():
             assert_same(call(model, x), call(untouched, x))
@@ -110,14 +110,14 @@ def test_outputs_hidden_states_and_losses_are_the_models_own(kind: Foreign) -> N
 
 def test_gradients_of_every_parameter_are_the_models_own(kind: Foreign) -> None:
     model, untouched = (model.train() for model in pair(kind))
-    x = pictures()
+    x = images()
     run = lambda model: kind.calls[0](model, x)  # noqa: E731
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
 def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: Foreign) -> None:
     model, untouched = pair(some)
-    x = pictures()
+    x = images()
     call = some.calls[0]
     with torch.no_grad():
         exact = tensors(call(copy.deepcopy(untouched).double(), x.double()))
@@ -128,7 +128,7 @@ def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: Foreign) -> 
 
 def test_autocast_gives_the_models_dtypes(some: Foreign) -> None:
     model, untouched = pair(some)
-    x = pictures()
+    x = images()
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(some.calls[0](model, x), some.calls[0](untouched, x), 3e-2)
 
@@ -136,7 +136,7 @@ def test_autocast_gives_the_models_dtypes(some: Foreign) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 def test_stochastic_depth_draws_the_same_random_numbers(some: Foreign, rate: float) -> None:
     model, untouched = (model.train() for model in pair(some, drop_path=rate))
-    x = pictures(batch=6)
+    x = images(batch=6)
     run = lambda model: some.calls[0](model, x)  # noqa: E731
     torch.manual_seed(1)
     found = tensors(run(model))[0]
@@ -158,7 +158,7 @@ def train(model: nn.Module, kind: Foreign, steps: int = 20) -> Tensor:
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = (tensors(kind.calls[0](model, pictures()))[0] - 1).square().mean()
+        loss = (tensors(kind.calls[0](model, images()))[0] - 1).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -186,7 +186,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
         spy(forms, name)
     depth = len(blocks_of(model, some))
     with torch.no_grad():
-        some.calls[0](model, pictures())
+        some.calls[0](model, images())
     counts = {name: used.count(name) for name in used}
     separate = "Dinov2" in some.name
     expected = dict.fromkeys(("layer_norm.plain", "layer_norm.add", "add_residual"), depth)
@@ -202,7 +202,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
 @runs_triton
 def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
     model, untouched = (m.to(DEVICE) for m in pair(some))
-    x = pictures(1).to(DEVICE)
+    x = images(1).to(DEVICE)
     with torch.no_grad(), use_backend("attention=triton,layer_norm=triton,activation=triton", strict=True):
         found = some.calls[0](model, x)
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_nothing_else_of_the_model_changes(kind: Foreign) -> None:
 
 def test_restored_models_give_the_same_bits(kind: Foreign) -> None:
     model, untouched = pair(kind)
-    x = pictures()
+    x = images()
     with torch.no_grad():
         for call in kind.calls:
             call(model, x)
@@ -248,7 +248,7 @@ def test_restored_models_give_the_same_bits(kind: Foreign) -> None:
 
 def test_copies_and_pickles_are_accelerated_models_of_their_own(some: Foreign) -> None:
     model, _ = pair(some)
-    x = pictures()
+    x = images()
     copies = [copy.deepcopy(model)]
     if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' own hooks on it refuse
         copies.append(pickle.loads(pickle.dumps(model)))
@@ -272,7 +272,7 @@ def test_calling_it_again_changes_nothing(some: Foreign) -> None:
 
 def test_hooks_on_every_part_see_what_they_saw(some: Foreign) -> None:
     model, untouched = pair(some)
-    x = pictures()
+    x = images()
     names = [name for name, _ in blocks_of(model, some)[0].named_modules()]
     for name in names:
         seen: list[list[Tensor]] = []
@@ -297,7 +297,7 @@ def test_hooks_that_change_a_result_change_the_output(some: Foreign) -> None:
             for each in (model, untouched)
         ]
         with torch.no_grad():
-            assert_same(model(pictures()), untouched(pictures()))
+            assert_same(model(images()), untouched(images()))
         for handle in handles:
             handle.remove()
 
@@ -329,7 +329,7 @@ def test_adapters_in_place_of_linears_are_called(some: Foreign, first: str) -> N
     untouched = adapt(some.build())
     model = adapt(some.build()) if first == "adapters" else accelerate(some.build())
     model = accelerate(model) if first == "adapters" else adapt(model)
-    run = lambda model: some.calls[0](model, pictures())  # noqa: E731
+    run = lambda model: some.calls[0](model, images())  # noqa: E731
     with torch.no_grad():
         assert_same(run(model), run(untouched))
     assert_same_gradients(gradients(model.train(), run), gradients(untouched.train(), run))
@@ -361,8 +361,8 @@ def test_parts_that_are_replaced_later_are_called(make: Callable[[], nn.Module],
     block = next(module for module in model.modules() if isinstance(module, AcceleratedBlock))
     SURGERY[change](block)
     with torch.no_grad():
-        found = model(pictures())
-        assert_same(found, restore(model)(pictures()))
+        found = model(images())
+        assert_same(found, restore(model)(images()))
 
 
 def test_only_a_plain_layer_norm_is_computed_by_the_op() -> None:
@@ -384,12 +384,12 @@ def test_transformers_records_the_same_attentions(task: str, attention: str) -> 
     accelerate(model)
     asked = {"output_attentions": True, "output_hidden_states": True}
     with torch.no_grad():
-        found, wanted = model(pictures(), **asked), untouched(pictures(), **asked)
+        found, wanted = model(images(), **asked), untouched(images(), **asked)
         assert_same(found, wanted)
         assert len(wanted.attentions or ()) == (2 if attention == "eager" else 0)
         model.set_attn_implementation("eager")
         untouched.set_attn_implementation("eager")
-        assert_same(model(pictures(), **asked), untouched(pictures(), **asked))
+        assert_same(model(images(), **asked), untouched(images(), **asked))
 
 
 def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,7 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     calls: list[int] = []
     attend = forms.attend
     monkeypatch.setattr(forms, "attend", lambda *args: calls.append(1) or attend(*args))
-    model(pictures())
+    model(images())
     assert len(calls) == 2
 
 
@@ -413,7 +413,7 @@ def test_checkpointed_blocks_have_the_same_gradients(library: str) -> None:
         model.gradient_checkpointing_enable()
     untouched = copy.deepcopy(model)
     accelerate(model)
-    run = lambda model: model(pictures())  # noqa: E731
+    run = lambda model: model(images())  # noqa: E731
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
@@ -426,12 +426,12 @@ def test_masks_and_settings_of_timm_run_its_own_code() -> None:
     takes_masks = "attn_mask" in inspect.signature(untouched.forward_features).parameters  # not in 1.0.9
     for asked in ({"attn_mask": mask}, {"is_causal": True}) if takes_masks else ():
         with torch.no_grad():
-            assert_same(model.forward_features(pictures(), **asked), untouched.forward_features(pictures(), **asked))
+            assert_same(model.forward_features(images(), **asked), untouched.forward_features(images(), **asked))
     weights: list[Tensor] = []
     for each in (model, untouched):  # how people get timm's attention maps
         each.blocks[0].attn.fused_attn = False
         each.blocks[0].attn.attn_drop.register_forward_hook(lambda m, args, out: weights.append(out))
-        each(pictures())
+        each(images())
     assert_same(*weights)
 
 
@@ -442,7 +442,7 @@ def test_lists_and_masks_of_the_hub_models_run_as_they_did() -> None:
     tokens = [torch.randn(2, length, 128) for length in (5, 9)]
     assert_same(model.blocks[0](tokens), untouched.blocks[0](tokens))
     masks = torch.rand(2, 25) < 0.5
-    found, wanted = (each.forward_features(pictures(), masks) for each in (model, untouched))
+    found, wanted = (each.forward_features(images(), masks) for each in (model, untouched))
     assert found.pop("masks") is wanted.pop("masks")
     assert_same(found, wanted)
 
@@ -456,22 +456,22 @@ def test_it_compiles_to_one_graph(library: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(accelerate(model), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert_same(tensors(compiled(pictures()))[0], tensors(untouched(pictures()))[0])
+        assert_same(tensors(compiled(images()))[0], tensors(untouched(images()))[0])
     torch._dynamo.reset()
 
 
 def test_it_exports_and_traces() -> None:
     pytest.importorskip("transformers")
     model = filled(transformers_model("Dinov2", "Model")).eval()
-    wanted = model(pictures()).last_hidden_state
+    wanted = model(images()).last_hidden_state
     accelerate(model)
     with torch.no_grad():
-        exported = torch.export.export(model, (pictures(),), strict=False)
-        traced = torch.jit.trace(model, pictures(), strict=False, check_trace=False)
+        exported = torch.export.export(model, (images(),), strict=False)
+        traced = torch.jit.trace(model, images(), strict=False, check_trace=False)
     targets = {str(node.target).split(".")[0] for node in exported.graph.nodes if node.op == "call_function"}
     assert targets == {"aten"}
-    assert_same(exported.module()(pictures()).last_hidden_state, wanted)
-    assert_same(traced(pictures())["last_hidden_state"], wanted)
+    assert_same(exported.module()(images()).last_hidden_state, wanted)
+    assert_same(traced(images())["last_hidden_state"], wanted)
 
 
 # What is found, and what is refused
@@ -559,10 +559,10 @@ def test_what_cannot_be_taken_is_refused_with_the_reason_and_left_as_it_was(case
 def test_attention_dropout_runs_the_blocks_own_code_in_training(some: Foreign) -> None:
     model, untouched = pair(some, attention_dropout=0.2)
     with torch.no_grad():
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
     for each in (model, untouched):
         each.train()
-    run = lambda model: some.calls[0](model, pictures())  # noqa: E731
+    run = lambda model: some.calls[0](model, images())  # noqa: E731
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 

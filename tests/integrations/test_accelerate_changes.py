@@ -17,7 +17,7 @@ from torch import nn
 from dinov2_fast import accelerate, accelerated
 from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock
-from tests.helpers.foreign_models import KINDS, Foreign, needs, pictures, tensors
+from tests.helpers.foreign_models import KINDS, Foreign, images, needs, tensors
 from tests.integrations.test_accelerate import assert_same
 
 LIBRARIES = {name: next(kind for kind in KINDS if kind.name == name) for name in ("Dinov2Model", "hub-mlp")}
@@ -138,7 +138,7 @@ CASES = [(library, name) for library, changes in CHANGES.items() for name in cha
 def call_plainly(model: Any) -> Any:
     """A call after which a block knows how it is computed."""
     with torch.no_grad():
-        return model(pictures())
+        return model(images())
 
 
 def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: bool) -> tuple[Any, Any]:
@@ -149,13 +149,13 @@ def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: boo
     stock, model = kind.build(), kind.build()
     if name == "output's forward" and not hasattr(stock.get_submodule(kind.blocks)[0].attention, "output"):  # type: ignore[index]
         pytest.skip("this transformers has no such module")
-    before = tensors(stock(pictures()))[0]
+    before = tensors(stock(images()))[0]
     if not first:
         call_plainly(accelerate(model))
     for each in (stock, model):
         for block in each.get_submodule(kind.blocks):  # type: ignore[union-attr]
             change(block, patch)
-    wanted = stock(pictures())
+    wanted = stock(images())
     assert (tensors(wanted)[0] - before).abs().max() > 1e-3 * before.abs().max()  # it is a change
     return model, wanted
 
@@ -164,7 +164,7 @@ def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: boo
 def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = changed_model(library, name, monkeypatch, first=False)
     with torch.no_grad():
-        assert_same(model(pictures()), wanted)
+        assert_same(model(images()), wanted)
     (row,) = accelerated(model).rows
     assert bool(row.reasons) == (name != "eps" or "eps was changed" in row.reasons[0])
     assert row.accelerated == (0 if name == "block's class" else 2)
@@ -182,7 +182,7 @@ def test_a_change_beforehand_is_followed_or_refused_in_words(
         refusal = str(error)
     assert "computes something else" in refusal
     with torch.no_grad():
-        assert_same(model(pictures()), wanted)
+        assert_same(model(images()), wanted)
 
 
 @pytest.mark.parametrize("name", ["scaling", "heads", "mlp's forward"])
@@ -193,11 +193,11 @@ def test_a_compiled_model_follows_a_change(name: str, monkeypatch: pytest.Monkey
     torch._dynamo.reset()
     compiled = torch.compile(accelerate(model), backend="eager")
     with torch.no_grad():
-        compiled(pictures())
+        compiled(images())
         for each in (stock, model):
             for block in each.get_submodule(kind.blocks):  # type: ignore[union-attr]
                 CHANGES["Dinov2Model"][name](block, monkeypatch)
-        assert_same(tensors(compiled(pictures()))[0], tensors(stock(pictures()))[0])
+        assert_same(tensors(compiled(images()))[0], tensors(stock(images()))[0])
     torch._dynamo.reset()
 
 

@@ -21,7 +21,7 @@ from dinov2_fast import accelerate, accelerated, restore
 from dinov2_fast.inference import Engine, watch
 from dinov2_fast.inference.watch import ModelWatch
 from tests.helpers import hub_standin
-from tests.helpers.foreign_models import KINDS, SOME, Foreign, filled, hub_model, needs, pictures, tensors, timm_model
+from tests.helpers.foreign_models import KINDS, SOME, Foreign, filled, hub_model, images, needs, tensors, timm_model
 from tests.helpers.foreign_models import transformers_model as hf
 from tests.integrations.test_accelerate import LowRank, assert_same, gradients, loss_of
 
@@ -62,9 +62,9 @@ def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(kind: Fo
     assert list(model.state_dict()) == list(untouched.state_dict())
     with torch.no_grad():
         for call in kind.calls:
-            assert_same(call(model, pictures()), call(untouched, pictures()))
+            assert_same(call(model, images()), call(untouched, images()))
         answered.clear()
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
     assert len(answered) == 1
     assert isinstance(model, type(untouched))
     assert str(model) == str(untouched)
@@ -72,7 +72,7 @@ def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(kind: Fo
     assert [(row.accelerated, row.count, row.reasons) for row in rows] == [(2, 2, ()), (1, 1, ())]
     restore(model)
     with torch.no_grad():
-        for ours, theirs in zip(tensors(model(pictures())), tensors(untouched(pictures())), strict=True):
+        for ours, theirs in zip(tensors(model(images())), tensors(untouched(images())), strict=True):
             assert torch.equal(ours, theirs)
     for ours, theirs in zip(model.modules(), untouched.modules(), strict=True):
         assert type(ours) is type(theirs)
@@ -81,10 +81,10 @@ def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(kind: Fo
 
 @pytest.mark.parametrize(("height", "width"), [(70, 84), (98, 70), (60, 95)])
 @pytest.mark.parametrize("task", ["Model", "Backbone"])
-def test_pictures_of_any_size_as_transformers_takes_them(task: str, height: int, width: int, answered: Any) -> None:
+def test_images_of_any_size_as_transformers_takes_them(task: str, height: int, width: int, answered: Any) -> None:
     pytest.importorskip("transformers")
     model, untouched = pair(filled(hf("Dinov2", task)).eval())
-    x = pictures(1, height, width)
+    x = images(1, height, width)
     with torch.no_grad():
         assert_same(model(x), untouched(x))
     assert len(answered) == 1
@@ -94,26 +94,26 @@ def test_sizes_of_timm_and_of_the_hub(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = pair(filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval())
     with torch.no_grad():
-        assert_same(model(pictures(1, 84, 98)), untouched(pictures(1, 84, 98)))
+        assert_same(model(images(1, 84, 98)), untouched(images(1, 84, 98)))
     assert len(answered) == 1
     fixed, _ = pair(filled(timm_model("vit_small_patch14_dinov2")).eval())
     with pytest.raises(AssertionError, match="doesn't match model"):
-        fixed(pictures(1, 84, 84))
+        fixed(images(1, 84, 84))
     model, untouched = pair(filled(hub_model()).eval())
     with torch.no_grad():
-        assert_same(model(pictures(1, 84, 98)), untouched(pictures(1, 84, 98)))
+        assert_same(model(images(1, 84, 98)), untouched(images(1, 84, 98)))
         with pytest.raises(AssertionError, match="no multiple of the patch size"):
-            model(pictures(1, 60, 60))
+            model(images(1, 60, 60))
 
 
 def test_outputs_keep_the_dtype_of_the_model(some: Foreign) -> None:
     model, untouched = pair(some.build(), precision="bf16", allow_slow=True)
     with torch.no_grad():
-        ours, theirs = tensors(model(pictures()))[0], tensors(untouched(pictures()))[0]
+        ours, theirs = tensors(model(images()))[0], tensors(untouched(images()))[0]
         assert ours.dtype == theirs.dtype == torch.float32
         assert 1e-4 < (ours - theirs).abs().max() / theirs.abs().max() < 0.05
         model.bfloat16()
-        assert tensors(model(pictures().bfloat16()))[0].dtype == torch.bfloat16
+        assert tensors(model(images().bfloat16()))[0].dtype == torch.bfloat16
 
 
 # When the weights or settings change
@@ -125,18 +125,18 @@ def test_it_follows_the_weights(some: Foreign, answered: list[str]) -> None:
         each.train()
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(each.parameters(), lr=0.05)
-        loss_of(some.calls[0](each, pictures())).backward()
+        loss_of(some.calls[0](each, images())).backward()
         optimizer.step()
         each.eval()
     assert not answered
     with torch.no_grad():
-        assert_same(model(pictures()), untouched(pictures()), 1e-4)
+        assert_same(model(images()), untouched(images()), 1e-4)
     fresh = some.build()
     model.load_state_dict(fresh.state_dict())
     with torch.no_grad():
-        assert_same(model(pictures()), fresh(pictures()))
+        assert_same(model(images()), fresh(images()))
         model.double()
-        assert tensors(model(pictures().double()))[0].dtype == torch.float64
+        assert tensors(model(images().double()))[0].dtype == torch.float64
     assert len(answered) == 3
 
 
@@ -147,12 +147,12 @@ def test_it_follows_the_settings(answered: list[str]) -> None:
         each.out_features = ["stage1", "stage2"]
         each.config.apply_layernorm = False
     with torch.no_grad():
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
     hub, untouched = pair(filled(hub_model()).eval())
     for each in (hub, untouched):
         each.interpolate_offset = 0.0
     with torch.no_grad():
-        assert_same(hub(pictures(1, 98, 98)), untouched(pictures(1, 98, 98)))
+        assert_same(hub(images(1, 98, 98)), untouched(images(1, 98, 98)))
     assert len(answered) == 2
 
 
@@ -163,10 +163,10 @@ def test_copies_and_pickles_have_engines_of_their_own(some: Foreign, answered: l
         copies.append(pickle.loads(pickle.dumps(model)))
     for made in copies:
         with torch.no_grad():
-            assert_same(made(pictures()), model(pictures()))
+            assert_same(made(images()), model(images()))
             for parameter in made.parameters():
                 parameter.add_(1)
-            assert not torch.equal(tensors(made(pictures()))[0], tensors(model(pictures()))[0])
+            assert not torch.equal(tensors(made(images()))[0], tensors(model(images()))[0])
     assert len(answered) == 4 * len(copies)
 
 
@@ -185,16 +185,16 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_it_answers_before_it_looks_for_changes_once(some: Foreign, checks: list[str]) -> None:
     model, untouched = pair(some.build())
     checks.clear()
-    assert_same(model(pictures()), untouched(pictures()))
+    assert_same(model(images()), untouched(images()))
     assert checks == ["run", "check"]
     for each in (model, untouched):
         for parameter in each.parameters():
             parameter.mul_(1.1)
     checks.clear()
-    assert_same(model(pictures()), untouched(pictures()))
+    assert_same(model(images()), untouched(images()))
     assert checks == ["run", "check", "run"]
     checks.clear()
-    model(pictures())
+    model(images())
     assert checks == ["run", "check"]
 
 
@@ -203,12 +203,12 @@ def test_it_follows_nothing_where_that_is_asked_for(some: Foreign, checks: list[
     model, _ = pair(some.build(), follow_weights=False)
     copied = copy.deepcopy(model)
     for made in (model, copied):
-        before = tensors(made(pictures()))[0]
+        before = tensors(made(images()))[0]
         for parameter in made.parameters():
             parameter.mul_(1.1)
-        assert torch.equal(tensors(made(pictures()))[0], before)
+        assert torch.equal(tensors(made(images()))[0], before)
         accelerate(made, inference=True, follow_weights=False)
-        assert not torch.equal(tensors(made(pictures()))[0], before)
+        assert not torch.equal(tensors(made(images()))[0], before)
     assert checks == ["run"] * 6
 
 
@@ -219,7 +219,7 @@ def test_accelerate_again_sees_what_was_not_noticed(some: Foreign, answered: lis
         for parameter in each.parameters():
             parameter.data.mul_(1.1)
     accelerate(model, inference=True)
-    assert_same(model(pictures()), untouched(pictures()))
+    assert_same(model(images()), untouched(images()))
     assert len(answered) == 1
 
 
@@ -332,10 +332,10 @@ def test_what_a_user_changed_is_followed(
     else:
         accelerate(model, inference=True)
         with torch.no_grad():
-            model(pictures(1, 84, 84))
+            model(images(1, 84, 84))
         edit(model)
     answered.clear()
-    x = pictures(1, 84, 98)
+    x = images(1, 84, 98)
     with torch.no_grad():
         try:
             expected = untouched(x)
@@ -378,7 +378,7 @@ class _Vendored(hub_standin.Backbone):
 def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered: list[str]) -> None:
     model, untouched = pair(filled(_Vendored(registers=2)).eval())
     assert not hasattr(model, "forward_features")
-    x = pictures(1, 84, 98)
+    x = images(1, 84, 98)
     with torch.no_grad():
         assert_same(model(x), untouched(x))
         assert len(answered) == 1
@@ -393,7 +393,7 @@ def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered:
 def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = pair(filled(timm_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)).eval())
-    x = pictures(1, 84, 98)
+    x = images(1, 84, 98)
     calls: list[Callable[[Any], Any]] = [
         lambda m: m.forward_intermediates(x),
         lambda m: m.forward_intermediates(x, [0], norm=True, output_fmt="NLC", intermediates_only=True),
@@ -409,7 +409,7 @@ def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
     assert len(answered) == len(calls)
     averaged, untouched = pair(filled(timm_model("vit_small_patch14_dinov2", global_pool="avg", num_classes=3)).eval())
     with torch.no_grad():
-        assert_same(averaged(pictures()), untouched(pictures()))
+        assert_same(averaged(images()), untouched(images()))
     assert len(answered) == len(calls) + 1
 
 
@@ -421,7 +421,7 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
     own = model.forward
     accelerate(model, inference=True)
     with torch.no_grad():
-        assert_same(model(pictures())[0], untouched(pictures())[0])
+        assert_same(model(images())[0], untouched(images())[0])
     assert len(answered) == 1
     restore(model)
     assert model.forward is own
@@ -430,7 +430,7 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
         each.forward = MethodType(lambda self, x: self.norm(self.prepare_tokens_with_masks(x)), each)
     accelerate(hub, inference=True)
     with torch.no_grad():
-        assert_same(hub(pictures()), untouched(pictures()))
+        assert_same(hub(images()), untouched(images()))
     assert len(answered) == 1
     assert "forward runs its own code: it needs no engine" in str(accelerated(hub))
 
@@ -439,11 +439,11 @@ def test_fused_optimizers_are_followed(some: Foreign) -> None:
     model, untouched = pair(some.build())
     for each in (model, untouched):
         optimizer = torch.optim.AdamW(each.train().parameters(), lr=0.01, fused=True)
-        loss_of(some.calls[0](each, pictures())).backward()
+        loss_of(some.calls[0](each, images())).backward()
         optimizer.step()
         each.eval()
     with torch.no_grad():
-        assert_same(model(pictures()), untouched(pictures()), 1e-4)
+        assert_same(model(images()), untouched(images()), 1e-4)
 
 
 # What the engine does not answer
@@ -454,20 +454,20 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
     model, untouched = pair(filled(hf("Dinov2", "Model", attention="eager")).eval())
     masks = torch.rand(2, 25, generator=torch.Generator().manual_seed(0)) < 0.5
     calls: list[Callable[[Any], Any]] = [
-        lambda m: m(pictures(), bool_masked_pos=masks),
-        lambda m: m(pictures(), masks),
-        lambda m: m(pictures(), output_hidden_states=True),
-        lambda m: m(pictures(), output_attentions=True),
-        lambda m: m(pictures(), return_dict=False),
-        lambda m: m((pictures() * 50 + 99).to(torch.uint8)),
-        lambda m: m(pictures().requires_grad_()),
+        lambda m: m(images(), bool_masked_pos=masks),
+        lambda m: m(images(), masks),
+        lambda m: m(images(), output_hidden_states=True),
+        lambda m: m(images(), output_attentions=True),
+        lambda m: m(images(), return_dict=False),
+        lambda m: m((images() * 50 + 99).to(torch.uint8)),
+        lambda m: m(images().requires_grad_()),
     ]
     for call in calls:
         assert_same(call(model), call(untouched))
     for name in ("output_hidden_states", "output_attentions"):
         for each in (model, untouched):
             setattr(each.config, name, True)
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
     with pytest.raises((ValueError, AttributeError)) as wanted:  # newer transformers does not check it
         untouched()
     with pytest.raises(wanted.type, match=re.escape(str(wanted.value))):
@@ -477,24 +477,24 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
 
 def test_training_mode_has_gradients(some: Foreign, answered: list[str]) -> None:
     model, untouched = pair(some.build(drop_path=0.1))
-    ours, theirs = (gradients(each.train(), lambda m: m(pictures())) for each in (model, untouched))
+    ours, theirs = (gradients(each.train(), lambda m: m(images())) for each in (model, untouched))
     assert not answered
     for name, wanted in theirs.items():
         assert (ours[name] is None) == (wanted is None)
-    assert not tensors(model.eval()(pictures()))[0].requires_grad
+    assert not tensors(model.eval()(images()))[0].requires_grad
 
 
 def test_hooks_that_come_later_are_heard(answered: list[str], caplog: pytest.LogCaptureFixture) -> None:
     model, untouched = pair(filled(hub_model()).eval())
     with torch.no_grad():
         handles = [each.blocks[1].mlp.register_forward_hook(lambda m, a, out: 2 * out) for each in (model, untouched)]
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
         assert not answered
         assert "blocks.1.mlp has a hook" in caplog.text
         assert "blocks.1.mlp has a hook" in str(accelerated(model))
         for handle in handles:
             handle.remove()
-        assert_same(model(pictures()), untouched(pictures()))
+        assert_same(model(images()), untouched(images()))
     assert len(answered) == 1
 
 
@@ -569,7 +569,7 @@ def test_one_of_two_towers(caplog: pytest.LogCaptureFixture, answered: list[str]
     ]
     with torch.no_grad():
         for name in model:
-            assert_same(model[name](pictures()), untouched[name](pictures()))
+            assert_same(model[name](images()), untouched[name](images()))
     assert len(answered) == 1
 
 
@@ -614,7 +614,7 @@ def _dense_model(name: str) -> Any:
 def test_models_for_dense_prediction_take_our_backbone_and_accelerated_ones(name: str, answered: list[str]) -> None:
     pytest.importorskip("transformers")
     model = filled(_dense_model(name)).eval()
-    x = pictures(1, 70, 98)
+    x = images(1, 70, 98)
     with torch.no_grad():
         wanted = model(x)
         assert_same(accelerate(copy.deepcopy(model))(x), wanted, 1e-4)
@@ -633,7 +633,7 @@ def test_compiled_it_is_one_graph_of_the_blocks(answered: list[str]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert_same(compiled(pictures()), untouched(pictures()))
+        assert_same(compiled(images()), untouched(images()))
     torch._dynamo.reset()
     assert not answered
 
@@ -641,9 +641,9 @@ def test_compiled_it_is_one_graph_of_the_blocks(answered: list[str]) -> None:
 @torch.no_grad()
 def test_moved_to_the_meta_device_the_model_runs_without_an_engine(answered: list[str]) -> None:
     model = accelerate(filled(hub_model()).eval(), inference=True)
-    model(pictures())
+    model(images())
     assert answered
     answered.clear()
-    assert model.to("meta")(pictures().to("meta")).shape[0] == len(pictures())
+    assert model.to("meta")(images().to("meta")).shape[0] == len(images())
     assert not answered
     assert "on the meta device" in str(accelerated(model))

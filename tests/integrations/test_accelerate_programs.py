@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import accelerate, accelerated, restore
-from tests.helpers.foreign_models import SIZE, filled, pictures, tensors, timm_model, transformers_model
+from tests.helpers.foreign_models import SIZE, filled, images, tensors, timm_model, transformers_model
 from tests.integrations.test_accelerate import assert_same, assert_same_gradients, gradients
 
 MODELS = {
@@ -30,7 +30,7 @@ def lora(model: nn.Module, **settings: Any) -> Any:
 
 
 def run(model: Any) -> Any:
-    return model(pictures())
+    return model(images())
 
 
 @pytest.mark.parametrize("first", ["adapters", "accelerate"])
@@ -56,7 +56,7 @@ def test_lora_trains_and_merges_as_in_the_untouched_model(name: str, first: str)
 
 
 class Labelled(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Eight pictures of two classes."""
+    """Eight images of two classes."""
 
     def __len__(self) -> int:
         return 8

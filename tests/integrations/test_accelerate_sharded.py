@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov2_fast import accelerate, accelerated, restore
-from tests.helpers.foreign_models import filled, pictures, timm_model
+from tests.helpers.foreign_models import filled, images, timm_model
 
 WORLD = 2
 
@@ -38,7 +38,7 @@ def _train(rank: int, folder: str) -> None:
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    _step(model, pictures(WORLD)[rank : rank + 1])
+    _step(model, images(WORLD)[rank : rank + 1])
     try:
         restore(model)
     except ValueError as error:
@@ -57,7 +57,7 @@ def test_a_sharded_step_is_the_step_of_the_untouched_model(tmp_path) -> None:
     mp.spawn(_train, (str(tmp_path),), nprocs=WORLD)
     result = torch.load(tmp_path / "result.pth", weights_only=True)
     expected = _model()
-    _step(expected, pictures(WORLD))
+    _step(expected, images(WORLD))
     assert list(result["state"]) == list(expected.state_dict())
     for name, wanted in expected.state_dict().items():
         torch.testing.assert_close(

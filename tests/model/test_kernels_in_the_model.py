@@ -44,12 +44,12 @@ def _bernoulli_of_the_cpu_(x: Tensor, p: float = 0.5) -> Tensor:
     return x.copy_(torch.empty(x.shape).bernoulli(p))
 
 
-def _gradients(model: nn.Module, pictures: Tensor | list[Tensor]) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(4)  # of stochastic depth, which drops some branches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "bernoulli_", _bernoulli_of_the_cpu_)  # on a GPU fp64 draws others than fp32 and bf16
-        features = model(pictures, is_training=True)
+        features = model(images, is_training=True)
     loss = torch.zeros((), device=DEVICE, dtype=next(model.parameters()).dtype)
     for part in features if isinstance(features, list) else [features]:
         for key in ("x_norm_clstoken", "x_norm_patchtokens", "x_prenorm"):
@@ -72,12 +72,12 @@ def _gradients(model: nn.Module, pictures: Tensor | list[Tensor]) -> dict[str, T
 def test_gradients_of_every_parameter_obey_the_rule(name: str, kwargs: dict, dtype: torch.dtype) -> None:
     model, tensors = _model(name, **kwargs)
     model.train().to(dtype)
-    pictures = tensors["0.input"].to(dtype)
+    images = tensors["0.input"].to(dtype)
     found = {}
     for backend in ("torch", "triton"):
         with use_backend(backend, strict=True), poisoned_memory():
-            found[backend] = _gradients(model, pictures)
-    exact = _gradients(copy.deepcopy(model).double(), pictures.double())
+            found[backend] = _gradients(model, images)
+    exact = _gradients(copy.deepcopy(model).double(), images.double())
     assert found["triton"].keys() == exact.keys()
     off, whole = (torch.cat([(exact[key] - less * found["torch"][key]).flatten() for key in exact]) for less in (1, 0))
     assert off.norm() < 0.1 * whole.norm(), "the same branches are dropped"
@@ -88,30 +88,30 @@ def test_gradients_of_every_parameter_obey_the_rule(name: str, kwargs: dict, dty
 def test_gradients_of_lists_with_subsets_obey_the_rule() -> None:
     model, tensors = _model("facebook_mlp", drop_path_rate=0.5, drop_path_uniform=True)
     model.train()
-    pictures = [tensors["0.input"], tensors["3.input"]]
+    images = [tensors["0.input"], tensors["3.input"]]
     found = {}
     for backend in ("torch", "triton"):
         with use_backend(backend, strict=True):
-            found[backend] = _gradients(model, pictures)
-    exact = _gradients(copy.deepcopy(model).double(), [x.double() for x in pictures])
+            found[backend] = _gradients(model, images)
+    exact = _gradients(copy.deepcopy(model).double(), [x.double() for x in images])
     for key, ref in exact.items():
         reference.assert_obeys_rule(found["triton"][key], ref, found["torch"][key])
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model, tensors = _model("facebook_mlp")
-    pictures = tensors["3.input"]
+    images = tensors["3.input"]
     with use_backend("triton", strict=True):
-        plain = _gradients(model.train(), pictures)
+        plain = _gradients(model.train(), images)
         model.set_grad_checkpointing()
-        recomputed = _gradients(model, pictures)
+        recomputed = _gradients(model, images)
     for key, gradient in plain.items():
         assert torch.equal(recomputed[key], gradient)
 
 
 def test_fifty_steps_of_training_follow_torch() -> None:
-    pictures = torch.randn(50, 2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    pictures[:, 1] += 0.5  # what there is to learn
+    images = torch.randn(50, 2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    images[:, 1] += 0.5  # what there is to learn
     targets = torch.tensor([0, 1], device=DEVICE)
     losses: dict[str, list[float]] = {}
     for backend in ("torch", "triton"):
@@ -124,7 +124,7 @@ def test_fifty_steps_of_training_follow_torch() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses[backend] = []
         with use_backend(backend, strict=True):
-            for batch in pictures:
+            for batch in images:
                 loss = nn.functional.cross_entropy(model(batch), targets)
                 optimizer.zero_grad()
                 loss.backward()

@@ -174,7 +174,7 @@ def test_stochastic_depth_grows_with_depth_unless_uniform(uniform: bool, rates: 
     ],
     ids=["channels", "rank", "height", "width", "small", "empty", "integers", "empty list", "tuple", "array"],
 )
-def test_bad_pictures_get_a_clear_error(x, error: type[Exception], message: str) -> None:
+def test_bad_images_get_a_clear_error(x, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small().forward_features(x)
 

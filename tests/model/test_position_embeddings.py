@@ -20,12 +20,12 @@ def _interpolated(table: torch.Tensor, height: int, width: int, name: str) -> to
     grid = round(table.shape[0] ** 0.5)
     if (height, width) == (grid, grid):
         return table
-    picture = table.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    image = table.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     if name == "offset":
         scale = ((height + 0.1) / grid, (width + 0.1) / grid)
-        out = F.interpolate(picture, scale_factor=scale, mode="bicubic")
+        out = F.interpolate(image, scale_factor=scale, mode="bicubic")
     else:
-        out = F.interpolate(picture, size=(height, width), mode="bicubic", antialias=name == "antialias")
+        out = F.interpolate(image, size=(height, width), mode="bicubic", antialias=name == "antialias")
     assert out.shape[-2:] == (height, width)
     return out.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -101,8 +101,8 @@ def test_the_cache_is_bounded_and_holds_no_fake_tensors() -> None:
 def test_a_traced_graph_follows_the_size(name: str) -> None:
     table = torch.randn(25, 4, dtype=torch.float64)
 
-    def resample(picture: torch.Tensor) -> torch.Tensor:
-        return resample_position_embeddings(table, picture.shape[0], picture.shape[1], dialect(name))
+    def resample(image: torch.Tensor) -> torch.Tensor:
+        return resample_position_embeddings(table, image.shape[0], image.shape[1], dialect(name))
 
     torch._dynamo.reset()
     compiled = torch.compile(resample, fullgraph=True, dynamic=True, backend="eager")

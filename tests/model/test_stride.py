@@ -270,15 +270,15 @@ def test_timm_s_position_table_is_resampled_for_patches_without_overlap() -> Non
 
 
 def test_extracted_patches_and_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(2):
         noise = np.random.default_rng(i).integers(0, 256, (60, 90, 3), np.uint8)
-        Image.fromarray(noise).save(pictures / f"{i}.png")
+        Image.fromarray(noise).save(images / f"{i}.png")
     model = small(embed_dim=64)
     torch.save(model.state_dict(), tmp_path / "small.pth")
     arguments = ["--model", str(tmp_path / "small.pth"), "--size", "56", "--device", "cpu"]
-    extract = ["extract", str(pictures), *arguments, "--out", str(tmp_path / "features"), "--workers", "1"]
+    extract = ["extract", str(images), *arguments, "--out", str(tmp_path / "features"), "--workers", "1"]
     assert main([*extract, "--features", "cls,patches", "--stride", "7", "--dtype", "fp32"]) == 0
     features = dinov2_fast.load_features(tmp_path / "features")
     assert features.manifest["model"]["stride"] == [7, 7]
@@ -287,16 +287,16 @@ def test_extracted_patches_and_the_manifest(tmp_path: Path, capsys: pytest.Captu
     loaded.stride = 7
     processor = Dinov2ImageProcessor.for_size(56)
     with torch.no_grad():
-        x = processor([Image.open(pictures / f"{i}.png") for i in range(2)], return_tensors="pt").pixel_values
+        x = processor([Image.open(images / f"{i}.png") for i in range(2)], return_tensors="pt").pixel_values
         expected = loaded.forward_features(x)["x_norm_patchtokens"]
     close(torch.from_numpy(np.asarray(features["patches"])), expected)
-    column = {"bytes": [(pictures / "0.png").read_bytes()]}
+    column = {"bytes": [(images / "0.png").read_bytes()]}
     found = Extractor(loaded, features=["patches"], processor=processor, dtype="fp32")(column)
     close(torch.from_numpy(found["patches"]), expected[:1])
-    assert search(features, [pictures / "1.png"], k=1, device="cpu").cosines[0, 0] == pytest.approx(1, abs=1e-5)
+    assert search(features, [images / "1.png"], k=1, device="cpu").cosines[0, 0] == pytest.approx(1, abs=1e-5)
     assert main([*extract, "--features", "cls,patches", "--dtype", "fp32"]) == 1
     assert "model.stride is [7, 7] there and null here" in capsys.readouterr().err
-    show = ["show", str(pictures), *arguments, "--out", str(tmp_path / "sheets"), "--stride", "7"]
+    show = ["show", str(images), *arguments, "--out", str(tmp_path / "sheets"), "--stride", "7"]
     assert main([*show, "--pca", "--attention"]) == 0
     assert main(["show", str(tmp_path / "features"), "--pca", "--out", str(tmp_path / "sheets2")]) == 0
 

@@ -497,7 +497,7 @@ CASES = {
         ((1370, 16, 64), (257, 6, 32), (257, 6, 128), (257, 1, 64, 1), *ONE_TOKEN),
         fast=False,
     ),
-    # one query per head: the heads of a picture are too few rows for HGMMA
+    # one query per head: the heads of an image are too few rows for HGMMA
     "attention_pool": Case(
         _attention_pool,
         ((64, 384), (64, 768), (64, 1024), (64, 1536)),

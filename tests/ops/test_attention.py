@@ -241,7 +241,7 @@ def test_a_strided_gradient_gives_what_a_copy_gives() -> None:
 @pytest.mark.parametrize("seq_len", [1, 9, 80])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @each_backend
-def test_nan_and_inf_stay_in_their_picture_and_head(backend: str, bad: float, seq_len: int) -> None:
+def test_nan_and_inf_stay_in_their_image_and_head(backend: str, bad: float, seq_len: int) -> None:
     for part in range(3):
         qkv = _qkv(3, seq_len, dtype=torch.float16)
         qkv[1, seq_len // 2, part, 0, 5] = bad
@@ -720,7 +720,7 @@ def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtyp
 @on_gpu
 @pytest.mark.parametrize("form", ["dense", "varlen"])
 def test_more_than_two_to_the_31_elements(form: str) -> None:
-    """The last picture of a batch that large gets what it gets alone."""
+    """The last image of a batch that large gets what it gets alone."""
     batch, seq_len = 2750, 257
 
     def run(qkv: Tensor, dout: Tensor) -> list[Tensor]:

@@ -60,13 +60,13 @@ def test_sizes_of_the_backbones_and_odd_ones(backend: str, dtype: torch.dtype, n
 
 
 @each_backend
-def test_the_tokens_of_a_518_pixel_picture(backend: str) -> None:
+def test_the_tokens_of_a_518_pixel_image(backend: str) -> None:
     arguments = _arguments(torch.float32, 1, 1370)
     _assert_obeys_rule(attention_pool(*arguments, backend=backend), arguments)
 
 
 @each_backend
-def test_many_pictures(backend: str) -> None:
+def test_many_images(backend: str) -> None:
     """Enough of them for the wide blocks of the kernels."""
     arguments = _arguments(torch.float16, 600 if DEVICE == "cuda" else 5, 5, 6, 384)
     with poisoned_memory():
@@ -83,9 +83,9 @@ def test_a_sharp_softmax_and_rows_of_other_sizes_obey_the_rule(backend: str, dty
     absorbed[0] *= 20  # one token takes nearly all
     pooled = attention_pool(x, absorbed, *rest, backend=backend)
     ref, plain = reference.attention_pool(x, absorbed, *rest), attention_pool_torch(x, absorbed, *rest)
-    for picture in range(2):
+    for image in range(2):
         for head in range(2):
-            row = picture, head
+            row = image, head
             reference.assert_obeys_rule(pooled[row], ref[row], plain[row])
 
 
@@ -124,7 +124,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
 
 
 @each_backend
-def test_nan_stays_in_its_picture(backend: str) -> None:
+def test_nan_stays_in_its_image(backend: str) -> None:
     arguments = _arguments(torch.float32, batch=4)
     x = arguments[0]
     x[1, 36, 3], x[2, 0, 63] = float("nan"), float("inf")
@@ -144,7 +144,7 @@ def test_huge_values_and_constant_rows(backend: str) -> None:
 
 
 @each_backend
-def test_no_picture_and_no_head(backend: str) -> None:
+def test_no_image_and_no_head(backend: str) -> None:
     x, absorbed, *rest = _arguments(torch.float32)
     assert attention_pool(x[:0], absorbed[:0], *rest, backend=backend).shape == (0, 2, 64)
     assert attention_pool(x, absorbed[:, :0], *rest, backend=backend).shape == (2, 0, 64)

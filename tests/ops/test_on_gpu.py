@@ -27,12 +27,12 @@ def _x(*shape: int) -> Tensor:
     return torch.randn(*shape).to("cuda", BF16)
 
 
-def _stream(pictures: int = 8, seq_len: int = 257, hidden: int = 768) -> tuple[Tensor, Tensor, Tensor]:
-    return _x(pictures, seq_len, hidden), _x(pictures, seq_len, hidden), _x(hidden)
+def _stream(images: int = 8, seq_len: int = 257, hidden: int = 768) -> tuple[Tensor, Tensor, Tensor]:
+    return _x(images, seq_len, hidden), _x(images, seq_len, hidden), _x(hidden)
 
 
-def _index(*pictures: int) -> Tensor:
-    return torch.tensor(pictures, device="cuda")
+def _index(*images: int) -> Tensor:
+    return torch.tensor(images, device="cuda")
 
 
 def _e4m3(*shape: int) -> Tensor:
@@ -264,10 +264,10 @@ def test_more_than_two_to_the_31_elements(name: str, backend: str) -> None:
 
 @on_gpu
 def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> None:
-    pictures, seq_len, hidden = 2**31 // (256 * 1024) + 2, 256, 1024
+    images, seq_len, hidden = 2**31 // (256 * 1024) + 2, 256, 1024
     residual, branch, gamma = _stream(2, seq_len, hidden)
-    index = _index(pictures - 1, 0)
-    stream = residual.repeat(pictures // 2, 1, 1)
+    index = _index(images - 1, 0)
+    stream = residual.repeat(images // 2, 1, 1)
     assert stream.numel() > 2**31
     for train in (False, True):
         arguments = [stream, branch, gamma, index]

@@ -1,4 +1,4 @@
-"""The op patches, and the normalisation of uint8 pictures folded into the weight that multiplies them."""
+"""The op patches, and the normalisation of uint8 images folded into the weight that multiplies them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def _pictures(dtype: torch.dtype, *shape: int) -> Tensor:
+def _images(dtype: torch.dtype, *shape: int) -> Tensor:
     if dtype == torch.uint8:
         return torch.randint(0, 256, shape, dtype=torch.uint8).to(DEVICE)
     return torch.rand(shape).to(DEVICE, dtype)
@@ -32,7 +32,7 @@ def _normalization(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """The same pictures lying in memory as (batch, height, width, channels)."""
+    """The same images lying in memory as (batch, height, width, channels)."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -41,7 +41,7 @@ def _channels_last(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("of", [torch.uint8, *FLOATS], ids=str)
 @each_backend
 def test_obeys_the_rule(backend: str, of: torch.dtype, dtype: torch.dtype, channels_last: bool) -> None:
-    images = _pictures(of, 2, 3, 28, 42)
+    images = _images(of, 2, 3, 28, 42)
     images = _channels_last(images) if channels_last else images
     with poisoned_memory():
         rows = patches(images, 14, padded_to=592, dtype=dtype, backend=backend)
@@ -84,10 +84,10 @@ def test_rows_times_weight_is_the_convolution(backend: str) -> None:
 
 STRIDES = {
     "crop": lambda x: x[:, :, 3:31, 5:47],
-    "every second picture": lambda x: x[::2, :, :28, :42],
+    "every second image": lambda x: x[::2, :, :28, :42],
     "every second pixel": lambda x: x[:, :, :56:2, :84:2],
     "grey seen as three channels": lambda x: x[:, :1, :28, :42].expand(-1, 3, -1, -1),
-    "one picture seen as four": lambda x: x[:1, :, :28, :42].expand(4, -1, -1, -1),
+    "one image seen as four": lambda x: x[:1, :, :28, :42].expand(4, -1, -1, -1),
     "channels outermost": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)[:, :, :28, :42],
     "transposed": lambda x: x.transpose(2, 3)[:, :, :42, :28],
     "bgr": lambda x: x[:, [2, 1, 0], :28, :42],
@@ -97,8 +97,8 @@ STRIDES = {
 @pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES)
 @pytest.mark.parametrize("of", [torch.uint8, torch.float32], ids=str)
 @each_backend
-def test_strided_pictures_give_what_a_copy_gives(backend: str, of: torch.dtype, make: Any) -> None:
-    images = make(_pictures(of, 4, 3, 70, 84))
+def test_strided_images_give_what_a_copy_gives(backend: str, of: torch.dtype, make: Any) -> None:
+    images = make(_images(of, 4, 3, 70, 84))
     rows = patches(images, 14, padded_to=592, backend=backend)
     assert torch.equal(rows, patches(images.contiguous(), 14, padded_to=592, backend=backend))
     assert torch.equal(rows.double(), reference.patches(images, 14, 592))
@@ -124,8 +124,8 @@ def test_an_empty_batch(backend: str) -> None:
 
 
 def _noise_and_embedding() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """uint8 pictures, the convolution's weight and bias, and what it makes of the normalised pictures in fp64."""
-    images = _pictures(torch.uint8, 2, 3, 140, 210)
+    """uint8 images, the convolution's weight and bias, and what it makes of the normalised images in fp64."""
+    images = _images(torch.uint8, 2, 3, 140, 210)
     weight, bias = random(64, 3, 14, 14, scale=0.02), random(64, scale=0.02)
     mean, std = (v[:, None, None] for v in _normalization(torch.float64))
     exact = F.conv2d((images.double() / 255 - mean) / std, weight.double(), bias.double(), stride=14)
@@ -171,7 +171,7 @@ def test_folding_rounds_once() -> None:
     exact = weight.double() / (255 * std.double()[:, None, None])
     assert torch.equal(folded, exact.flatten(1).to(torch.bfloat16))
     assert constant.dtype == torch.float32
-    # A picture in the colour of the mean gives the bias alone.
+    # An image in the colour of the mean gives the bias alone.
     colour = (255 * mean.double() - 128)[:, None].expand(3, 196).flatten()
     torch.testing.assert_close(folded.double() @ colour + constant.double(), bias.double(), rtol=0, atol=1e-6)
 
@@ -218,7 +218,7 @@ def test_is_for_inference_only(backend: str | None) -> None:
 @pytest.mark.parametrize("of", [torch.uint8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(channels_last: bool, of: torch.dtype) -> None:
-    images = _pictures(of, 2, 3, 28, 42)
+    images = _images(of, 2, 3, 28, 42)
     images = _channels_last(images) if channels_last else images
     op = torch.ops.dinov2_fast.patches.default
     opcheck(op, (images, 14, 592, torch.float32))
@@ -229,7 +229,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
     def embed(images: Tensor, weight: Tensor) -> Tensor:
         return patches(images, 14, dtype=torch.float32, backend=backend) @ weight
 
-    images, weight = _pictures(torch.uint8, 2, 3, 28, 42), random(588, 8)
+    images, weight = _images(torch.uint8, 2, 3, 28, 42), random(588, 8)
     compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, weight), embed(images, weight))
     with torch.inference_mode():
@@ -238,7 +238,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
 
 @on_gpu
 def test_more_than_2_to_the_31_elements() -> None:
-    images = _pictures(torch.uint8, 1, 3, 224, 224).expand(14300, -1, -1, -1).contiguous()
+    images = _images(torch.uint8, 1, 3, 224, 224).expand(14300, -1, -1, -1).contiguous()
     rows = patches(images, 14, padded_to=592, dtype=torch.bfloat16, backend="triton")
     assert rows.numel() > 2**31
     assert torch.equal(rows[-1], patches(images[:1], 14, padded_to=592, dtype=torch.bfloat16, backend="torch")[0])

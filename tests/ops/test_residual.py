@@ -20,13 +20,13 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def _stream(dtype: torch.dtype, hidden: int = 64, pictures: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(dtype: torch.dtype, hidden: int = 64, images: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     gamma = torch.rand(hidden).to(DEVICE, dtype)
-    return random(pictures, 9, hidden, dtype=dtype), random(pictures, 9, hidden, dtype=dtype), gamma
+    return random(images, 9, hidden, dtype=dtype), random(images, 9, hidden, dtype=dtype), gamma
 
 
-def _index(*pictures: int) -> Tensor:
-    return torch.tensor(pictures, device=DEVICE, dtype=torch.int64)
+def _index(*images: int) -> Tensor:
+    return torch.tensor(images, device=DEVICE, dtype=torch.int64)
 
 
 def _drop_scale(dtype: torch.dtype) -> Tensor:

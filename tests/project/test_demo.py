@@ -48,7 +48,7 @@ def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
     sheets = {kind: out / f"{kind}-random-weights.png" for kind in ("pca", "attention", "neighbours")}
     assert set(out.iterdir()) == {out / "features-random-weights", *sheets.values()}
     features = dinov2_fast.load_features(out / "features-random-weights")
-    assert len(features) == len(list((ROOT / "examples" / "pictures").glob("*.jpg"))) == 5
+    assert len(features) == len(list((ROOT / "examples" / "images").glob("*.jpg"))) == 5
     assert features.error == [None] * 5
     assert features.manifest["about"]["weights"] == "random:0"
     commands = [line for line in demo.stdout.splitlines() if line.startswith("$ dinov2-fast ")]
@@ -60,7 +60,7 @@ def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
 
 
 def check_readme_shows(kind: str, sheet: Path) -> None:
-    """README's picture is that sheet: of its size and, but for the rounding of another machine, of its colours."""
+    """README's image is that sheet: of its size and, but for the rounding of another machine, of its colours."""
     assert f"(examples/{kind}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
     shown, drawn = (
         np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (ROOT / "examples" / f"{kind}.png", sheet)

@@ -44,7 +44,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return make_pair(request.param, num_classes=5)
 
 
-def pictures(height: int, width: int, batch: int = 2) -> Tensor:
+def images(height: int, width: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(height + width)
     return torch.randn(batch, 3, height, width, generator=generator)
 
@@ -70,7 +70,7 @@ def assert_close(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("size", [(518, 518), (98, 98), (70, 98)], ids=str)
 @torch.no_grad()
 def test_forward(pair: Pair, size: tuple[int, int]) -> None:
-    x = pictures(*size, batch=1)
+    x = images(*size, batch=1)
     tokens, theirs = pair.ours.forward_features(x), pair.theirs.forward_features(x)
     assert_close(tokens, theirs)
     assert_close(pair.ours(x), pair.theirs(x))
@@ -87,7 +87,7 @@ def test_forward(pair: Pair, size: tuple[int, int]) -> None:
 @torch.no_grad()
 def test_pools(global_pool: str, fc_norm: bool | None, num_classes: int) -> None:
     pair = make_pair(NAMES[1], global_pool=global_pool, fc_norm=fc_norm, num_classes=num_classes)
-    x = pictures(70, 98)
+    x = images(70, 98)
     assert_close(pair.ours(x), pair.theirs(x))
     tokens = pair.theirs.forward_features(x)
     assert_close(pair.ours.forward_head(tokens, pre_logits=True), pair.theirs.forward_head(tokens, pre_logits=True))
@@ -114,14 +114,14 @@ def test_pools(global_pool: str, fc_norm: bool | None, num_classes: int) -> None
 )
 @torch.no_grad()
 def test_forward_intermediates(pair: Pair, kwargs: dict[str, Any]) -> None:
-    x = pictures(70, 98)
+    x = images(70, 98)
     assert_close(pair.ours.forward_intermediates(x, **kwargs), pair.theirs.forward_intermediates(x, **kwargs))
 
 
 def test_stop_early_runs_no_block_too_many(pair: Pair) -> None:
     ran: list[int] = []
     hooks = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(pair.ours.blocks)]
-    pair.ours.forward_intermediates(pictures(28, 28), indices=[1], stop_early=True)
+    pair.ours.forward_intermediates(images(28, 28), indices=[1], stop_early=True)
     for hook in hooks:
         hook.remove()
     assert ran == [0, 1]
@@ -134,7 +134,7 @@ def test_stop_early_runs_no_block_too_many(pair: Pair) -> None:
 )
 @torch.no_grad()
 def test_get_intermediate_layers(pair: Pair, kwargs: dict[str, Any]) -> None:
-    x = pictures(70, 98)
+    x = images(70, 98)
     assert_close(pair.ours.get_intermediate_layers(x, **kwargs), pair.theirs.get_intermediate_layers(x, **kwargs))
 
 
@@ -142,25 +142,25 @@ def test_get_intermediate_layers(pair: Pair, kwargs: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_padding(size: tuple[int, int]) -> None:
     pair = make_pair(dynamic_img_pad=True)
-    x = pictures(*size)
+    x = images(*size)
     assert_close(pair.ours.forward_intermediates(x), pair.theirs.forward_intermediates(x))
 
 
 @torch.no_grad()
 def test_a_timm_model_of_another_size(pair: Pair) -> None:
-    """timm resamples its table once, for `img_size`; here that is done for each picture."""
+    """timm resamples its table once, for `img_size`; here that is done for each image."""
     name = pair.theirs.default_cfg["architecture"]
     timm = pytest.importorskip("timm")
     timms = {"mlp_ratio": 688 / 128} if "giant" in name else {}
     theirs = timm.create_model(name, img_size=(70, 98), num_classes=5, **SMALL, **timms).eval()
     theirs.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(pair.theirs.state_dict(), theirs))
-    x = pictures(70, 98)
+    x = images(70, 98)
     assert_close(pair.ours(x), theirs(x))
 
 
 # Sizes of the position table
 
-TABLES = [98, (70, 98), (28, 112)]  # the last has as many patches as a square picture of 56 pixels
+TABLES = [98, (70, 98), (28, 112)]  # the last has as many patches as a square image of 56 pixels
 
 
 @pytest.mark.parametrize("img_size", TABLES, ids=str)
@@ -171,13 +171,13 @@ def test_set_input_size(img_size: Any) -> None:
         model.set_input_size(img_size, patch_size=14)
     assert_same_table(pair)
     for size in ((70, 98), (98, 98), (56, 56), (28, 112)):
-        x = pictures(*size, batch=1)
+        x = images(*size, batch=1)
         assert_close(pair.ours(x), pair.theirs(x))
     for model in pair:
         model.set_input_size((56, 84))
         model.set_input_size()
     assert_same_table(pair)
-    x = pictures(56, 84)
+    x = images(56, 84)
     assert_close(pair.ours.forward_intermediates(x), pair.theirs.forward_intermediates(x))
 
 
@@ -194,7 +194,7 @@ def assert_same_table(pair: Pair) -> None:
 def test_weights_trained_at_another_size(img_size: Any) -> None:
     """Both are made for that size: the weights load, and training finds the same gradients at other sizes, too."""
     pair = make_pair(NAMES[1], num_classes=5, img_size=img_size)
-    x = pictures(42, 70)
+    x = images(42, 70)
     for model in pair:
         model(x).square().sum().backward()
     gradients = pair.ours.pos_embed.grad[:, 1:], pair.theirs.pos_embed.grad
@@ -214,11 +214,11 @@ def test_a_table_that_is_not_resampled_stays_the_same_parameter() -> None:
 
 
 def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = create_model(NAMES[1], **SMALL, img_size=(70, 98)).eval(), pictures(28, 42)
+    model, x = create_model(NAMES[1], **SMALL, img_size=(70, 98)).eval(), images(28, 42)
     compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for picture in (x, pictures(70, 98)):
-            assert_close(compiled(picture), model.forward_features(picture))
+        for image in (x, images(70, 98)):
+            assert_close(compiled(image), model.forward_features(image))
         exact = model.interpolate_pos_encoding(x, 28, 42)
         with torch.autocast("cpu"):
             assert torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
@@ -246,7 +246,7 @@ def test_features_only(out_indices: Any) -> None:
     ours.model.load_state_dict(kept)
     pruned = {key: tensor for key, tensor in pair.theirs.state_dict().items() if key in theirs.model.state_dict()}
     theirs.model.load_state_dict(pruned)
-    x = pictures(70, 98)
+    x = images(70, 98)
     maps = ours(x)
     assert_close(maps, theirs(x))
     assert [tuple(m.shape) for m in maps] == [(2, 128, 5, 7)] * len(maps)
@@ -353,7 +353,7 @@ def test_reset_classifier() -> None:
     assert pair.ours.get_classifier() is pair.ours.head
     assert pair.ours.head.training
     pair.theirs.head.load_state_dict(pair.ours.head.state_dict())
-    x = pictures(28, 42)
+    x = images(28, 42)
     assert_close(pair.ours(x), pair.theirs(x))
     for model in pair:
         model.reset_classifier(0)
@@ -372,7 +372,7 @@ def test_a_new_classifier_has_the_models_dtype() -> None:
 
 def test_prune_intermediate_layers() -> None:
     pair = make_pair(num_classes=5)
-    x = pictures(28, 42)
+    x = images(28, 42)
     assert pair.ours.prune_intermediate_layers([0, -2]) == pair.theirs.prune_intermediate_layers([0, -2]) == [0, 2]
     assert len(pair.ours.blocks) == len(pair.theirs.blocks) == 3
     assert_close(pair.ours(x), pair.theirs(x))
@@ -387,7 +387,7 @@ def test_training(rate: float) -> None:
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in pair.ours.blocks]
     theirs = [getattr(block.drop_path1, "drop_prob", 0.0) for block in pair.theirs.blocks]
     assert rates == pytest.approx(theirs)
-    x = pictures(28, 42, batch=3)
+    x = images(28, 42, batch=3)
     for model in pair:
         for block in model.blocks:  # nothing random, the rates are compared above
             for path in (block.drop_path1, block.drop_path2):
@@ -401,14 +401,14 @@ def test_training(rate: float) -> None:
     torch.testing.assert_close(pair.ours.pos_embed.grad[:, 1:], theirs["pos_embed"], atol=1e-3, rtol=1e-4)
 
 
-def test_branches_are_dropped_for_single_pictures_at_every_rate() -> None:
+def test_branches_are_dropped_for_single_images_at_every_rate() -> None:
     model = create_model(NAMES[0], **SMALL, drop_path_rate=0.5).train()
     assert {block.sample_drop_ratio > block.subset_threshold for block in model.blocks} == {False}
 
 
 def test_grad_checkpointing() -> None:
     model = create_model(NAMES[0], **SMALL, num_classes=5).train()
-    x, gradients = pictures(28, 42), []
+    x, gradients = images(28, 42), []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
@@ -424,7 +424,7 @@ def test_dropout_before_the_head() -> None:
 
 
 def test_compiles_to_one_graph() -> None:
-    model, x = create_model(NAMES[1], **SMALL).eval(), pictures(28, 42)
+    model, x = create_model(NAMES[1], **SMALL).eval(), images(28, 42)
     compiled = torch.compile(model.forward_intermediates, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(compiled(x, indices=2), model.forward_intermediates(x, indices=2))
@@ -465,17 +465,17 @@ def test_published_weights(name: str, places: Places) -> None:
     assert model.loaded_from == str(path)
     assert model.blocks[1].drop_path1.drop_prob == 0.5
     assert all(parameter.requires_grad for parameter in model.parameters())
-    x = pictures(42, 56)
+    x = images(42, 56)
     same = load(TINY, dialect="antialias")
     assert_close(model.eval()(x), same(x))
 
 
 @torch.no_grad()
-def test_published_weights_for_pictures_of_another_size(places: Places) -> None:
+def test_published_weights_for_images_of_another_size(places: Places) -> None:
     write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(28, 42)).eval()
     assert model.pos_embed.shape[1] == 1 + 2 * 3
-    x = pictures(28, 42)
+    x = images(28, 42)
     assert_close(model(x), load(TINY, dialect="antialias")(x))
     again = create_model("vit_tiny_patch14_dinov2", img_size=(28, 42)).eval()
     again.load_state_dict(model.state_dict())
@@ -485,7 +485,7 @@ def test_published_weights_for_pictures_of_another_size(places: Places) -> None:
 def test_published_weights_with_a_new_classifier(places: Places) -> None:
     write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model("vit_tiny_patch14_dinov2", pretrained=True, num_classes=3, global_pool="avg", fc_norm=False)
-    tokens = model.forward_features(pictures(42, 56))
+    tokens = model.forward_features(images(42, 56))
     expected = tokens[:, 1:].mean(1) @ model.head.weight.T
     assert_close(model.forward_head(tokens), expected)
     assert 0.01 < model.head.weight.std() < 0.03
@@ -534,8 +534,8 @@ def test_a_table_for_no_square_is_saved_and_loaded(places: Places, tmp_path: Pat
     again = load(path, img_size=(98, 140), dialect="antialias")
     fed_back = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(98, 140)).eval()
     for size in ((98, 140), (56, 28)):
-        assert torch.equal(again(pictures(*size)), made(pictures(*size)))
-        assert torch.equal(fed_back(pictures(*size)), made(pictures(*size)))
+        assert torch.equal(again(images(*size)), made(images(*size)))
+        assert torch.equal(fed_back(images(*size)), made(images(*size)))
 
 
 def test_errors() -> None:
@@ -570,7 +570,7 @@ def test_errors() -> None:
         model.set_input_size(224, patch_size=16)
     with pytest.raises(ValueError, match=r"img_size=\(28, 13\) is smaller than one patch of 14 pixels"):
         model.set_input_size((28, 13))
-    x = pictures(28, 28)
+    x = images(28, 28)
     with pytest.raises(ValueError, match="The blocks are 0 to 3, or -4 to -1 from the last; got"):
         model.forward_intermediates(x, indices=[4])
     with pytest.raises(ValueError, match=r"from the last; got \[\]"):
@@ -584,7 +584,7 @@ def test_errors() -> None:
             with pytest.raises(ValueError, match="every token attends to all"):
                 method(x, **kwargs)
     with pytest.raises(ValueError, match="Input image height 30 is not a multiple of patch height 14"):
-        model(pictures(30, 28))
+        model(images(30, 28))
     with pytest.raises(TypeError, match="takes a tensor"):
         model.forward_intermediates([x])
 
@@ -594,7 +594,7 @@ def test_what_timms_scripts_give_by_default_is_taken() -> None:
     unset = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps", "in_chans"))
     flags = {"scriptable": False, "exportable": True, "no_jit": True, "patch_drop_rate": 0.0}
     model = create_model(NAMES[0], pretrained=False, **SMALL, num_classes=5, drop_rate=0.0, **unset, **flags)
-    assert model(pictures(28, 28)).shape == (2, 5)
+    assert model(images(28, 28)).shape == (2, 5)
     with pytest.raises(TypeError, match=r"scriptable=True: torch.jit.script cannot compile .* Use torch.jit.trace"):
         create_model(NAMES[0], **SMALL, scriptable=True)
 
@@ -621,10 +621,10 @@ def test_what_says_what_is_so_anyway_is_taken(name: str) -> None:
     }
     model = create_model(name, **SMALL, **so_anyway)
     assert model.default_cfg["crop_pct"] == 0.9
-    assert model(pictures(28, 28)).shape == (2, 128)
+    assert model(images(28, 28)).shape == (2, 128)
     features = create_model(name, **SMALL, features_only=True, feature_cls="getter", **so_anyway)
-    assert len(features(pictures(28, 28))) == 3
-    assert create_model(NAMES[0], **SMALL, act_layer=torch.nn.GELU)(pictures(28, 28)).shape == (2, 128)
+    assert len(features(images(28, 28))) == 3
+    assert create_model(NAMES[0], **SMALL, act_layer=torch.nn.GELU)(images(28, 28)).shape == (2, 128)
     for argument, value in so_anyway.items():
         other = {"no_embed_class": registers == 0, "reg_tokens": 2}.get(argument, not value)
         if not isinstance(value, str | dict):
@@ -664,7 +664,7 @@ def test_timm_is_not_needed() -> None:
 def test_readmes_examples(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     random = load("dinov2_vits14", weights="random:0")
     write(dict(random.state_dict()), places.cache / "dinov2_vits14_pretrain.pth")
-    names: dict[str, Any] = {"pictures": pictures(42, 70, batch=1)}
+    names: dict[str, Any] = {"images": images(42, 70, batch=1)}
     exec(example("dinov2_fast.create_model("), names)
     assert names["logits"].shape == (1, 10)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 384, 3, 5)] * 2

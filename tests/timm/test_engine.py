@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2_fast import Dinov2ImageProcessor, create_model, optimize_for_inference
 from tests.inference.test_cuda_graphs import with_graphs
 from tests.inference.test_engine import _blocks_in_full
-from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, make_pair, pictures
+from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, images, make_pair
 
 CALLS = {
     "forward": lambda m, x: m(x),
@@ -39,7 +39,7 @@ def test_every_call_as_timm(pair: Pair) -> None:
     engine = optimize_for_inference(pair.ours, "fp32")
     for size in ((70, 98), (28, 42)):
         for call in CALLS.values():
-            assert_close(call(engine, pictures(*size)), call(pair.theirs, pictures(*size)))
+            assert_close(call(engine, images(*size)), call(pair.theirs, images(*size)))
 
 
 @pytest.mark.parametrize("fc_norm", [None, False, True])
@@ -47,7 +47,7 @@ def test_every_call_as_timm(pair: Pair) -> None:
 @torch.no_grad()
 def test_pools(global_pool: str, fc_norm: bool | None) -> None:
     pair = make_pair(NAMES[1], global_pool=global_pool, fc_norm=fc_norm, num_classes=5)
-    x = pictures(28, 42)
+    x = images(28, 42)
     for outputs in ("auto", "all", *(["cls"] if global_pool == "token" else [])):
         engine = optimize_for_inference(pair.ours, "fp32", outputs)
         assert_close(engine(x), pair.theirs(x))
@@ -65,7 +65,7 @@ def test_pools(global_pool: str, fc_norm: bool | None) -> None:
 @torch.no_grad()
 def test_half_precision(global_pool: str, residual: str) -> None:
     """No worse than the model in that dtype, which rounds more often; the norm behind the pool is in it, too."""
-    model, x = make_pair(NAMES[1], global_pool=global_pool, num_classes=5).ours, pictures(70, 98)
+    model, x = make_pair(NAMES[1], global_pool=global_pool, num_classes=5).ours, images(70, 98)
     exact = copy.deepcopy(model).double()(x.double())
     engine = optimize_for_inference(model, "bf16", residual=residual, allow_slow=True)
     plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
@@ -75,19 +75,19 @@ def test_half_precision(global_pool: str, residual: str) -> None:
 
 @torch.no_grad()
 def test_tables_of_another_size() -> None:
-    pair, x = make_pair(NAMES[1]), pictures(70, 98)
+    pair, x = make_pair(NAMES[1]), images(70, 98)
     engine = optimize_for_inference(pair.ours)
     assert_close(engine(x), pair.theirs(x))
     for model in pair:
         model.set_input_size((56, 28))
     for size in ((70, 98), (56, 28)):
-        assert_close(engine(pictures(*size)), pair.theirs(pictures(*size)))
+        assert_close(engine(images(*size)), pair.theirs(images(*size)))
 
 
 @torch.no_grad()
 def test_feature_maps() -> None:
     features = create_model(NAMES[1], **SMALL, features_only=True, out_indices=(0, -2)).eval()
-    x = pictures(42, 56)
+    x = images(42, 56)
     expected = features(x)
     features.model = optimize_for_inference(features.model)
     assert _blocks_in_full(features, lambda m: assert_close(m(x), expected)) == 3
@@ -95,7 +95,7 @@ def test_feature_maps() -> None:
 
 
 @torch.no_grad()
-def test_pictures_as_they_were_decoded() -> None:
+def test_images_as_they_were_decoded() -> None:
     model = create_model(NAMES[0], **SMALL, dynamic_img_pad=True).eval()
     engine = optimize_for_inference(model, "fp32")
     pixels = torch.randint(256, (2, 42, 28, 3), dtype=torch.uint8)
@@ -103,7 +103,7 @@ def test_pictures_as_they_were_decoded() -> None:
     processed = processor(list(pixels.numpy()), return_tensors="pt").pixel_values
     assert_close(engine(pixels), model(processed))
     assert_close(engine.forward_intermediates(pixels), model.forward_intermediates(processed))
-    x = pictures(31, 57)
+    x = images(31, 57)
     assert_close(engine(x), model(x))
     assert_close(engine.forward_intermediates(x), model.forward_intermediates(x))
     with pytest.raises(ValueError, match=r"uint8 images of \(42, 27\) pixels cannot be padded to multiples of 14"):
@@ -114,7 +114,7 @@ def test_pictures_as_they_were_decoded() -> None:
 
 @torch.no_grad()
 def test_lists_reports_and_print(pair: Pair) -> None:
-    engine, x = optimize_for_inference(pair.ours, "fp32"), pictures(28, 42, batch=4)
+    engine, x = optimize_for_inference(pair.ours, "fp32"), images(28, 42, batch=4)
     first = engine.cls_tokens([x, x[:1, :, :14]])[0]
     assert_close(first, pair.theirs.forward_features(x)[:, 0])
     assert engine.report(x).rows[-1].cls_worst > 0.99
@@ -127,7 +127,7 @@ def test_lists_reports_and_print(pair: Pair) -> None:
 
 @torch.no_grad()
 def test_it_follows_its_model() -> None:
-    pair, x = make_pair(num_classes=5), pictures(28, 42)
+    pair, x = make_pair(num_classes=5), images(28, 42)
     engine = optimize_for_inference(pair.ours)
     for changed in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         changed._model.reset_classifier(3)
@@ -149,26 +149,26 @@ def test_other_faces_have_no_intermediates_of_timms() -> None:
 
     for method in ("forward_intermediates", "forward_head"):
         with pytest.raises(AttributeError, match=f"no attribute '{method}'"):
-            getattr(optimize_for_inference(small().eval()), method)(pictures(28, 28))
+            getattr(optimize_for_inference(small().eval()), method)(images(28, 28))
 
 
 @torch.no_grad()
 def test_it_compiles_and_runs_as_cuda_graphs(pair: Pair) -> None:
     torch._dynamo.reset()
-    engine, x = optimize_for_inference(pair.ours, "fp32"), pictures(28, 42)
+    engine, x = optimize_for_inference(pair.ours, "fp32"), images(28, 42)
     assert_close(torch.compile(engine, fullgraph=True, backend="eager")(x), engine(x))
     captured, fake = with_graphs(pair.ours)
     for name in ("forward", "forward_features", "intermediates", "layers"):
         before = fake.count("capture")
         call: Any = CALLS[name]
-        results: list[Any] = [call(captured, picture) for picture in (x, x + 1)]
+        results: list[Any] = [call(captured, image) for image in (x, x + 1)]
         assert fake.count("capture") == before + 1, name
-        for result, picture in zip(results, (x, x + 1), strict=True):
-            assert_close(result, call(engine, picture))
+        for result, image in zip(results, (x, x + 1), strict=True):
+            assert_close(result, call(engine, image))
 
 
 def test_gradients_are_refused() -> None:
     engine = optimize_for_inference(create_model(NAMES[0], **SMALL).eval())
-    x: Tensor = pictures(28, 28).requires_grad_()
+    x: Tensor = images(28, 28).requires_grad_()
     with pytest.raises(RuntimeError, match="computes no gradients"):
         engine.forward_intermediates(x)

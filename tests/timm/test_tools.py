@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import create_model, ops, optimize_for_inference, use_backend
-from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, make_pair, pictures
+from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, images, make_pair
 
 timm = pytest.importorskip("timm", reason="these are timm's tools, and timm is not installed")
 
@@ -30,18 +30,18 @@ def test_features_by_the_names_of_nodes(pair: Pair) -> None:
     nodes = ["norm_pre", "blocks.0", "blocks.1.norm2", "blocks.2.attn", "blocks.3.mlp", "norm", "head"]
     extractors = [fx.create_feature_extractor(model, nodes) for model in pair]
     for size in ((70, 98), (28, 42), (518, 518)):
-        x = pictures(*size, batch=1)
+        x = images(*size, batch=1)
         ours, theirs = (extractor(x) for extractor in extractors)
         assert_close(ours, theirs)
         with use_backend("torch"):  # as a traced model runs
             assert torch.equal(ours["head"], pair.ours(x))
     with pytest.raises(ValueError, match="height 30 is not a multiple of patch height 14"):
-        extractors[0](pictures(30, 28))
+        extractors[0](images(30, 28))
 
 
 def test_a_graph_refuses_masks_and_trains() -> None:
     model = create_model(NAMES[1], **SMALL, drop_path_rate=0.3, dynamic_img_pad=True).train()
-    graph, x = torch.fx.symbolic_trace(model), pictures(31, 40)
+    graph, x = torch.fx.symbolic_trace(model), images(31, 40)
     with pytest.raises(ValueError, match="every token attends to all"):
         graph(x, torch.ones(5, 5))
     results = []
@@ -62,7 +62,7 @@ def test_attention_extract(pair: Pair, method: str) -> None:
     for model in pair:
         for block in model.blocks:
             block.attn.fused_attn = False
-    x = pictures(42, 56)
+    x = images(42, 56)
     ours, theirs = (timm.utils.AttentionExtract(model, method=method)(x) for model in pair)
     assert_close(ours, theirs)
     assert len(theirs) == 4
@@ -73,7 +73,7 @@ def test_attention_extract(pair: Pair, method: str) -> None:
 
 @torch.no_grad()
 def test_a_hook_on_the_dropout_of_attention_is_called_also_where_attention_is_fused(pair: Pair) -> None:
-    x, seen = pictures(28, 42), []
+    x, seen = images(28, 42), []
     expected = pair.ours(x)
     hook = pair.ours.blocks[1].attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
     torch.testing.assert_close(pair.ours(x), expected, atol=1e-5, rtol=0)
@@ -109,7 +109,7 @@ def test_replaced_parts_of_attention_are_followed(pair: Pair) -> None:
         model.blocks[0].attn.q_norm = model.blocks[2].attn.k_norm = norm
         model.blocks[1].attn.fused_attn = False
     for size in ((28, 42), (56, 28)):
-        assert_close(pair.ours(pictures(*size)), pair.theirs(pictures(*size)))
+        assert_close(pair.ours(images(*size)), pair.theirs(images(*size)))
     block, x = pair.ours.blocks[0], torch.randn(2, 5, 128)
     for block.attn.fused_attn in (True, False):  # sequences of several lengths, packed
         for ours, alone in zip(block([x, x[:1, :3]]), (block(x), block(x[:1, :3])), strict=True):
@@ -138,7 +138,7 @@ def _forward_of_a_client(attention: Any, x: Tensor) -> Tensor:
 def test_attention_that_a_client_computes_itself(pair: Pair) -> None:
     for block in pair.ours.blocks:
         block.attn.forward = lambda x, attention=block.attn: _forward_of_a_client(attention, x)
-    assert_close(pair.ours(pictures(28, 42)), pair.theirs(pictures(28, 42)))
+    assert_close(pair.ours(images(28, 42)), pair.theirs(images(28, 42)))
 
 
 # The steps between images and features
@@ -156,7 +156,7 @@ def test_every_step(arguments: dict[str, bool]) -> None:
     pair = make_pair(NAMES[1], img_size=(70, 98), **arguments)
     sizes = {"dynamic_img_pad": [(31, 40), (70, 98)], "dynamic_img_size": [(70, 98)]}
     for size in sizes.get(next(iter(arguments), ""), [(28, 42), (70, 98), (98, 70)]):
-        x = pictures(*size)
+        x = images(*size)
         assert_close(pair.ours.patch_embed(x), pair.theirs.patch_embed(x))
         assert_close(pair.ours._pos_embed(pair.ours.patch_embed(x)), pair.theirs._pos_embed(pair.theirs.patch_embed(x)))
         assert_close(_in_steps(pair.ours, x), _in_steps(pair.theirs, x))
@@ -172,32 +172,32 @@ def test_every_step(arguments: dict[str, bool]) -> None:
 
 @torch.no_grad()
 def test_overlapping_patches() -> None:
-    model, x = create_model(NAMES[1], **SMALL).eval(), pictures(70, 98)
+    model, x = create_model(NAMES[1], **SMALL).eval(), images(70, 98)
     model.stride = 7
     assert model.patch_embed.dynamic_feat_size((70, 98)) == model.grid(x) == model.patch_embed(x).shape[1:3] == (9, 13)
     graph = torch.fx.symbolic_trace(model)
     for size in ((70, 98), (28, 42)):
-        assert torch.equal(graph(pictures(*size)), model(pictures(*size)))
+        assert torch.equal(graph(images(*size)), model(images(*size)))
 
 
 def test_a_model_for_one_size_refuses_others() -> None:
     model = create_model(NAMES[0], **SMALL, img_size=(70, 98), dynamic_img_size=False).eval()
     engine = optimize_for_inference(model)
-    torch.testing.assert_close(engine(pictures(70, 98)), model(pictures(70, 98)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(engine(images(70, 98)), model(images(70, 98)), atol=1e-4, rtol=0)
     for each in (model, engine):
         with pytest.raises(
             ValueError, match=r"takes images of 70 x 98 pixels, got 98 x 70. Leave dynamic_img_size out"
         ):
-            each(pictures(98, 70))
+            each(images(98, 70))
     model.set_input_size((98, 70))
-    assert model(pictures(98, 70)).shape == (2, 128)
+    assert model(images(98, 70)).shape == (2, 128)
 
 
 @pytest.mark.parametrize("part", ["patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks", "norm", "head_drop"])
 def test_hooks_on_every_part_are_called(part: str) -> None:
     model, calls = create_model(NAMES[0], **SMALL), []
     getattr(model, part).register_forward_hook(lambda *_: calls.append(part))
-    model(pictures(28, 28))
+    model(images(28, 28))
     assert calls == [part]
 
 
@@ -207,16 +207,16 @@ def test_parts_that_do_nothing_may_be_replaced(part: str) -> None:
     pair = make_pair(NAMES[0])
     for model in pair:
         setattr(model, part, nn.LayerNorm(128))
-    assert_close(pair.ours.forward_intermediates(pictures(28, 42)), pair.theirs.forward_intermediates(pictures(28, 42)))
+    assert_close(pair.ours.forward_intermediates(images(28, 42)), pair.theirs.forward_intermediates(images(28, 42)))
     with pytest.raises(TypeError, match=f"{part} is a LayerNorm"):
         optimize_for_inference(pair.ours)
 
 
 def test_dropout_of_positions() -> None:
     model = create_model(NAMES[0], **SMALL, pos_drop_rate=0.5)
-    dropped = (model._pos_embed(model.patch_embed(pictures(56, 56))) == 0).float().mean()
+    dropped = (model._pos_embed(model.patch_embed(images(56, 56))) == 0).float().mean()
     assert 0.45 < dropped < 0.55
-    assert (model.eval()._pos_embed(model.patch_embed(pictures(56, 56))) != 0).all()
+    assert (model.eval()._pos_embed(model.patch_embed(images(56, 56))) != 0).all()
 
 
 READ: dict[str, Callable[[Any], Any]] = {

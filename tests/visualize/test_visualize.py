@@ -152,7 +152,7 @@ BROKEN[1, 2, 3] = np.nan
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        (BROKEN, {}, "picture 1 of the batch contain NaN"),
+        (BROKEN, {}, "image 1 of the batch contain NaN"),
         (np.ones((1, 8)), {}, "at least 4 patches, got 1"),
         (np.ones((1, 8)), {"foreground": "threshold"}, "at least 4 patches, got 1"),
         (np.ones((16, 2)), {}, "at least 3 dimensions, got 2"),
@@ -206,7 +206,7 @@ def test_what_are_no_attention_weights_is_an_error(weights: Any) -> None:
         attention_rgb(weights, (1, 2))
 
 
-def test_the_sheet_shows_pictures_and_maps(tmp_path: Path) -> None:
+def test_the_sheet_shows_images_and_maps(tmp_path: Path) -> None:
     patches = np.zeros((3, 4, 3), np.uint8)
     patches[0, 0] = 255
     colours = Image.fromarray(patches)
@@ -247,7 +247,7 @@ def test_the_sheet_is_wide_enough_for_its_title_and_note(tmp_path: Path) -> None
         assert sheet.shape[1] > 800
         assert (sheet[:, -8:] == 255).all()
         assert dark(sheet, slice(0, 16 + 24 * len(heading)), slice(700, None))
-        assert sheet.shape[0] == 16 + 24 * len(heading) + 8 + 9 + 24 + 16  # the picture lies below
+        assert sheet.shape[0] == 16 + 24 * len(heading) + 8 + 9 + 24 + 16  # the image lies below
 
 
 def test_the_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
@@ -257,24 +257,24 @@ def test_the_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
 
 
 def test_strips_show_what_they_are_given() -> None:
-    pictures = [Image.new("RGB", (28, 14), colour) for colour in ("red", "blue")]
+    images = [Image.new("RGB", (28, 14), colour) for colour in ("red", "blue")]
     rgb = {2: np.full((2, 1, 2, 3), 7, np.uint8), 5: np.full((2, 1, 2, 3), 9, np.uint8)}
-    strips = visualize.pca_strips("ab", pictures, rgb)
+    strips = visualize.pca_strips("ab", images, rgb)
     assert [[tile.text for tile in strip] for strip in strips] == [
         ["a", "block 2", "block 5"],
         ["b", "block 2", "block 5"],
     ]
-    assert np.asarray(strips[1][2].picture).max() == 9
+    assert np.asarray(strips[1][2].image).max() == 9
 
-    weights = {4: [np.array([[1.0, 0], [0, 1], [1, 0]]) for _ in pictures]}
-    strips = visualize.attention_strips("ab", pictures, weights, (1, 2), [2, 1])
+    weights = {4: [np.array([[1.0, 0], [0, 1], [1, 0]]) for _ in images]}
+    strips = visualize.attention_strips("ab", images, weights, (1, 2), [2, 1])
     assert [tile.text for tile in strips[0]] == ["a", "mean of all heads", "head 2", "head 1"]
-    brightest = [int(np.asarray(tile.picture).sum(axis=-1).argmax()) for tile in strips[0][1:]]
+    brightest = [int(np.asarray(tile.image).sum(axis=-1).argmax()) for tile in strips[0][1:]]
     assert brightest == [0, 0, 1]
-    both = visualize.attention_strips("ab", pictures, {4: weights[4], 5: weights[4]}, (1, 2), [0])
+    both = visualize.attention_strips("ab", images, {4: weights[4], 5: weights[4]}, (1, 2), [0])
     assert [strip[0].text for strip in both] == ["a, block 4", "a, block 5", "b, block 4", "b, block 5"]
 
     found, cosines = np.array([[1]]), np.array([[0.25]], np.float32)
-    ((tile, neighbour),) = visualize.neighbour_strips({0: "a", 1: "b"}, dict(enumerate(pictures)), [0], found, cosines)
+    ((tile, neighbour),) = visualize.neighbour_strips({0: "a", 1: "b"}, dict(enumerate(images)), [0], found, cosines)
     assert (tile.text, neighbour.text) == ("a", "0.250 b")
-    assert neighbour.picture is pictures[1]
+    assert neighbour.image is images[1]
