@@ -38,7 +38,7 @@ class Peer:
         call: by output, runs the model; this is what is timed.
         take: by output, gives the tensor in what `call` returns. Output "all" is all tokens after the final norm
             (batch, tokens, hidden), "cls" the class token (batch, hidden).
-        dialect: how it resamples position embeddings.
+        position_interpolation: how it resamples position embeddings.
         missing: why it cannot run here, or None.
     """
 
@@ -46,7 +46,7 @@ class Peer:
     build: Callable[[BackboneConfig, nn.Module, float], nn.Module]
     call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
     take: Mapping[str, Callable[[Any], Tensor]]
-    dialect: Callable[[BackboneConfig], str]
+    position_interpolation: Callable[[BackboneConfig], str]
     missing: str | None = None
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
@@ -144,7 +144,7 @@ OURS = Peer(
     _ours,
     {"all": _forward_features, "cls": _forward},
     {"all": _tokens, "cls": _as_it_is},
-    lambda config: config.dialect,
+    lambda config: config.position_interpolation,
 )
 TRANSFORMERS = Peer(
     "transformers",
@@ -194,4 +194,4 @@ def facebook(checkout: Path) -> Peer:
         given = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
         return _loaded(lambda: make(**given), model.state_dict())
 
-    return Peer("facebook", build, OURS.call, OURS.take, lambda config: config.dialect)
+    return Peer("facebook", build, OURS.call, OURS.take, lambda config: config.position_interpolation)

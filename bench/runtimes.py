@@ -94,7 +94,7 @@ def _peer(name: str, start: Callable[[Path], Session]) -> Peer:
         build,
         {"all": lambda model, x: model(x, "all"), "cls": lambda model, x: model(x, "cls")},
         {"all": _tokens, "cls": lambda outputs: torch.from_numpy(outputs[0])},
-        lambda config: config.dialect,
+        lambda config: config.position_interpolation,
         missing=not_installed(name) or not_installed("onnx") or not_installed("onnxscript"),
     )
 

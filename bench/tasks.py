@@ -88,13 +88,13 @@ class Models:
 
 
 @contextmanager
-def resampling(model: nn.Module, dialect: str) -> Iterator[None]:
+def resampling(model: nn.Module, position_interpolation: str) -> Iterator[None]:
     """Has our model resample position embeddings in another way."""
-    before, model.position_dialect = model.position_dialect, dialect
+    before, model.position_interpolation = model.position_interpolation, position_interpolation
     try:
         yield
     finally:
-        model.position_dialect = before
+        model.position_interpolation = before
 
 
 class Judge:
@@ -130,12 +130,12 @@ class Judge:
 
     def expected(self, peer: Peer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Our model's results in a wider dtype and in the setting's, with positions resampled as the peer does."""
-        dialect = peer.dialect(self._setting.config)
-        if dialect not in self._known:
-            self._known[dialect] = self._results_in(dialect)
-        return self._known[dialect]
+        position_interpolation = peer.position_interpolation(self._setting.config)
+        if position_interpolation not in self._known:
+            self._known[position_interpolation] = self._results_in(position_interpolation)
+        return self._known[position_interpolation]
 
-    def _results_in(self, dialect: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _results_in(self, position_interpolation: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         dtype = self._setting.dtype
         exact, same = self._models.ours, self._models.get(OURS, dtype)
         if dtype == torch.float32:
@@ -143,9 +143,9 @@ class Judge:
         wide = next(exact.parameters()).dtype
         # cuDNN would compute convolutions of fp32 in TF32; without `enabled` this context would switch cuDNN off.
         exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with use_backend("torch"), exactly, resampling(exact, dialect):
+        with use_backend("torch"), exactly, resampling(exact, position_interpolation):
             reference = self._results(exact, wide)
-        with use_backend("torch"), resampling(same, dialect):
+        with use_backend("torch"), resampling(same, position_interpolation):
             return reference, self._results(same, dtype)
 
 

@@ -23,8 +23,8 @@ class BackboneConfig:
     timm_name: str
 
     @property
-    def dialect(self) -> str:
-        """Position-embedding dialect of the reference's hub model (:mod:`dinov2_fast.position_embeddings`)."""
+    def position_interpolation(self) -> str:
+        """Position interpolation of the reference's hub model (:mod:`dinov2_fast.position_embeddings`)."""
         return "antialias" if self.num_register_tokens else "offset"
 
     @property

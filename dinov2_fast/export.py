@@ -111,7 +111,7 @@ def export(
         size: fixes (height, width) in pixels.
         images: batches (images, 3, height, width) in fp32 to compare file and model with, default noise of two
             sizes. With a fixed batch size they run in batches of it, the last filled up. ONNX needs onnxruntime for it.
-        metadata: what to store as JSON in the file besides outputs, dtype, position dialect and version.
+        metadata: what to store as JSON in the file besides outputs, dtype, position interpolation and version.
         overwrite: replace what is there.
 
     Raises:
@@ -129,7 +129,7 @@ def export(
     _check_packages(format, images)
     batches = _noise(model, size) if images is None else images
     _check_images(model, batches, size)
-    about = {"outputs": list(outputs), "dtype": dtype, "position_dialect": model.position_dialect}
+    about = {"outputs": list(outputs), "dtype": dtype, "position_interpolation": model.position_interpolation}
     text = json.dumps({**(metadata or {}), **about, "version": __version__})
     program = _trace(_Images(_prepared(model, DTYPES[dtype], size), outputs, classifier), batch_size, size)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ from dinov2_fast.block import Block
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
 from dinov2_fast.ops.table import Row, summary, table
 from dinov2_fast.position_embeddings import (
-    DIALECTS,
-    Dialect,
+    POSITION_INTERPOLATIONS,
     Grid,
-    dialect,
+    PositionInterpolation,
     is_native,
     position_grid,
+    position_interpolation,
     resample_position_embeddings,
 )
 
@@ -161,7 +161,7 @@ class DinoVisionTransformer(AnyLayout):
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
         block_chunks: groups of blocks (`BlockChunk`); 0 for a flat list, as in the published checkpoints.
         num_register_tokens: registers between CLS and patches.
-        interpolate_antialias, interpolate_offset: how positions are resampled, see `position_dialect`.
+        interpolate_antialias, interpolate_offset: how positions are resampled, see `position_interpolation`.
     """
 
     def __init__(
@@ -274,17 +274,17 @@ class DinoVisionTransformer(AnyLayout):
         return (height - (patch - down)) // down, (width - (patch - across)) // across
 
     @property
-    def position_dialect(self) -> str:
+    def position_interpolation(self) -> str:
         """How the position table is resampled: "offset", "size" or "antialias" (`dinov2_fast.position_embeddings`).
 
         Setting it sets `interpolate_offset` and `interpolate_antialias`; another pair of those is called "custom".
         """
-        current = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
-        return next((name for name, known in DIALECTS.items() if known == current), "custom")
+        current = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
+        return next((name for name, known in POSITION_INTERPOLATIONS.items() if known == current), "custom")
 
-    @position_dialect.setter
-    def position_dialect(self, name: str) -> None:
-        self.interpolate_offset, self.interpolate_antialias = dialect(name)
+    @position_interpolation.setter
+    def position_interpolation(self, name: str) -> None:
+        self.interpolate_offset, self.interpolate_antialias = position_interpolation(name)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """The position embeddings for an image of `w` rows and `h` columns of pixels (the reference's names).
@@ -303,7 +303,7 @@ class DinoVisionTransformer(AnyLayout):
         grid = self._position_grid()
         if is_native(rows, columns, grid):
             return self.pos_embed
-        how = Dialect(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
+        how = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
 
@@ -582,7 +582,7 @@ class DinoVisionTransformer(AnyLayout):
         return table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
-        return "\n".join([f"position_dialect={self.position_dialect}", *summary(self.backends())])
+        return "\n".join([f"position_interpolation={self.position_interpolation}", *summary(self.backends())])
 
 
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Resampling the position table to an image's grid of patches: bicubic, in three dialects, as two small matrices.
+"""Resampling the position table to an image's grid of patches: bicubic, in three interpolations, as two small matrices.
 
 DINOv2's table is trained for a 37 x 37 grid (518 px). At any other size it is resampled, and the implementations
 people use do that differently; the results agree only at the trained size:
@@ -25,43 +25,45 @@ from torch import Tensor
 from dinov2_fast.torch_private import is_traced
 
 
-class Dialect(NamedTuple):
+class PositionInterpolation(NamedTuple):
     """How the table is resampled: `offset` is added to the output size before the step is computed."""
 
     offset: float
     antialias: bool
 
 
-DIALECTS = {
-    "offset": Dialect(0.1, False),
-    "size": Dialect(0.0, False),
-    "antialias": Dialect(0.0, True),
+POSITION_INTERPOLATIONS = {
+    "offset": PositionInterpolation(0.1, False),
+    "size": PositionInterpolation(0.0, False),
+    "antialias": PositionInterpolation(0.0, True),
 }
 
 
-def dialect(name: str) -> Dialect:
-    """The dialect called `name`.
+def position_interpolation(name: str) -> PositionInterpolation:
+    """The interpolation called `name`.
 
     Raises:
         ValueError: unknown name.
     """
-    if name not in DIALECTS:
-        raise ValueError(f"There is no position-embedding dialect {name!r}; choose one of {', '.join(DIALECTS)}.")
-    return DIALECTS[name]
+    if name not in POSITION_INTERPOLATIONS:
+        raise ValueError(
+            f"There is no position interpolation {name!r}; choose one of {', '.join(POSITION_INTERPOLATIONS)}."
+        )
+    return POSITION_INTERPOLATIONS[name]
 
 
 Grid = tuple[int, int]  # rows and columns of positions
 
 
 def resample_position_embeddings(
-    table: Tensor, height: int, width: int, dialect: Dialect, grid: Grid | None = None
+    table: Tensor, height: int, width: int, interpolation: PositionInterpolation, grid: Grid | None = None
 ) -> Tensor:
     """Resamples the table to `height` x `width` patches.
 
     Args:
         table: (positions, hidden) in row-major order.
         height, width: the new grid, in patches; may be symbolic under tracing.
-        dialect: how.
+        interpolation: how.
         grid: the grid of the table; None if it is square.
 
     Returns:
@@ -75,7 +77,7 @@ def resample_position_embeddings(
     if is_native(height, width, grid):
         return table
     make = _matrices if is_traced() or type(table) is not torch.Tensor else _cached_matrices
-    rows, columns = make(height, width, grid, dialect, table.device)
+    rows, columns = make(height, width, grid, interpolation, table.device)
     with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
     return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
 
@@ -122,34 +124,36 @@ _CACHE_SIZE = 256
 
 
 def _cached_matrices(
-    height: int, width: int, grid: Grid, dialect: Dialect, device: torch.device
+    height: int, width: int, grid: Grid, interpolation: PositionInterpolation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_matrices`, kept for each size and device; a few kilobytes each."""
-    key = (height, width, grid, dialect, device)
+    key = (height, width, grid, interpolation, device)
     found = _CACHE.get(key)
     if found is None:
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
         with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
-            found = _CACHE[key] = _matrices(height, width, grid, dialect, device)
+            found = _CACHE[key] = _matrices(height, width, grid, interpolation, device)
     return found
 
 
-def _matrices(height: int, width: int, grid: Grid, dialect: Dialect, device: torch.device) -> tuple[Tensor, Tensor]:
+def _matrices(
+    height: int, width: int, grid: Grid, interpolation: PositionInterpolation, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The matrices of both axes, (height, rows of the grid) and (width, columns of the grid).
 
-    At the native grid the table is taken as it is in every dialect, so there the offset does not count. Written with
-    tensor operations only, so that a traced graph decides it for each size.
+    At the native grid the table is taken as it is in every interpolation, so there the offset does not count. Written
+    with tensor operations only, so that a traced graph decides it for each size.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
     sizes, old = (
         torch.stack([torch.full((), size, dtype=dtype, device=device) for size in pair])
         for pair in ((height, width), grid)
     )
-    steps = old / (sizes + dialect.offset * (sizes != old).any().to(dtype))
+    steps = old / (sizes + interpolation.offset * (sizes != old).any().to(dtype))
     return (
-        _resample_matrix(height, grid[0], steps[0], dialect.antialias),
-        _resample_matrix(width, grid[1], steps[1], dialect.antialias),
+        _resample_matrix(height, grid[0], steps[0], interpolation.antialias),
+        _resample_matrix(width, grid[1], steps[1], interpolation.antialias),
     )
 
 

@@ -67,7 +67,7 @@ def create_model(
 
     Unlike timm's, the model by default takes images of any size that is a multiple of the patch size: its position
     table is resampled for each, as timm's with ``dynamic_img_size=True``. The resampling is timm's; Meta's
-    is another one in models without registers: set ``model.position_dialect = "offset"`` for that.
+    is another one in models without registers: set ``model.position_interpolation = "offset"`` for that.
 
     Args:
         model_name: such as "vit_small_patch14_dinov2" or "vit_small_patch14_reg4_dinov2.lvd142m".

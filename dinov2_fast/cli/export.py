@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     parser.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     parser.add_argument(
-        "--dialect",
+        "--position-interpolation",
         choices=("offset", "size", "antialias"),
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
@@ -97,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     import dinov2_fast
     from dinov2_fast.export import METADATA, export
 
-    model = dinov2_fast.load(args.model, weights=args.weights, dtype="float32", dialect=args.dialect)
+    model = dinov2_fast.load(
+        args.model, weights=args.weights, dtype="float32", position_interpolation=args.position_interpolation
+    )
     classifier = _classifier(model)
     processor = Dinov2ImageProcessor()
     exported = export(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast import environment
-from dinov2_fast.cli.options import DIALECTS, add_stride, at_least, default_workers, names, size
+from dinov2_fast.cli.options import POSITION_INTERPOLATIONS, add_stride, at_least, default_workers, names, size
 from dinov2_fast.cli.streams import losable_output
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
@@ -85,8 +85,8 @@ def add_parser(subparsers: Any) -> None:
         help="put it behind what is transparent, for example white (default: drop alpha, as Meta's code and timm do)",
     )
     what.add_argument(
-        "--dialect",
-        choices=DIALECTS,
+        "--position-interpolation",
+        choices=POSITION_INTERPOLATIONS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
     add_stride(what)
@@ -187,7 +187,7 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
         args.model,
         processor,
         weights=args.weights,
-        dialect=args.dialect,
+        position_interpolation=args.position_interpolation,
         device=args.device,
         precision=args.precision,
         engine=args.engine == "on",

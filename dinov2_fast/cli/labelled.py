@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import dinov2_fast
 from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES
-from dinov2_fast.cli.options import DIALECTS, at_least, default_workers, size
+from dinov2_fast.cli.options import POSITION_INTERPOLATIONS, at_least, default_workers, size
 from dinov2_fast.data.failures import Failures
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def add_options(parser: Any) -> None:
     model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     model.add_argument(
-        "--dialect",
-        choices=DIALECTS,
+        "--position-interpolation",
+        choices=POSITION_INTERPOLATIONS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
     model.add_argument("--size", type=size, metavar="N|HxW", help="pixels, a multiple of 14 (default: 224)")
@@ -254,7 +254,11 @@ def _read_images(args: argparse.Namespace, folders: Sequence[str], blocks: int) 
     files = [_list_labelled(folder) for folder in folders]
     _numbers([(folder, list(map(_class_of, listed))) for folder, listed in zip(folders, files, strict=True)])
     model = dinov2_fast.load(
-        args.model, weights=args.weights, device=find_device(args.device), dtype="float32", dialect=args.dialect
+        args.model,
+        weights=args.weights,
+        device=find_device(args.device),
+        dtype="float32",
+        position_interpolation=args.position_interpolation,
     )
     processor = processor_for(args.model, args.size)
     engine = dinov2_fast.optimize_for_inference(model, args.precision, follow_weights=False)

@@ -8,11 +8,11 @@ from typing import Any
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
-DIALECTS = ("offset", "size", "antialias")
+POSITION_INTERPOLATIONS = ("offset", "size", "antialias")
 
 
 def add_images_and_device(parser: Any, default_size: int) -> None:
-    """Adds --size, --dialect and --device."""
+    """Adds --size, --position-interpolation and --device."""
     parser.add_argument(
         "--size",
         type=size,
@@ -21,8 +21,8 @@ def add_images_and_device(parser: Any, default_size: int) -> None:
         help=f"the images' size in pixels, a multiple of 14; the centre is cut out (default: {default_size})",
     )
     parser.add_argument(
-        "--dialect",
-        choices=DIALECTS,
+        "--position-interpolation",
+        choices=POSITION_INTERPOLATIONS,
         help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")

@@ -144,7 +144,13 @@ def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
     if "neighbours" in asked and len(seen.images) < 2:
         raise ValueError("Neighbours need two images or more.")
     device = find_device(args.device)
-    model = dinov2_fast.load(args.model, weights=args.weights, device=device, dtype="float32", dialect=args.dialect)
+    model = dinov2_fast.load(
+        args.model,
+        weights=args.weights,
+        device=device,
+        dtype="float32",
+        position_interpolation=args.position_interpolation,
+    )
     layers = _resolved(args.layer, model.n_blocks, "block")
     heads = _resolved(args.head, model.num_heads, "head")
     if len(layers) > 1 and (args.basis or args.save_basis):

@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
     images = _Images(args.paths, args.size, device)
     checkpoint, other = find(args.a), None if is_peer(args.b) else find(args.b)
     print(f"A: {_describe(checkpoint)}")
-    model = _load(checkpoint, args.dialect, device)
+    model = _load(checkpoint, args.position_interpolation, device)
     if other is None:
         peer = load_peer(args.b, checkpoint, device)
         print(f"B: {peer.description}")
         b = peer.tokens
     else:
         print(f"B: {_describe(other)}\nWeights: {in_words(_compare_weights(checkpoint, other))}")
-        b = _tokens(_load(other, args.dialect, device))
+        b = _tokens(_load(other, args.position_interpolation, device))
     difference = compare_features(_tokens(model), b, images)
     print(f"\n{_table(difference, args.size, device)}\n\n{_verdict(difference, args.tolerance)}")
     if images.failures:
@@ -177,19 +177,19 @@ def _verdict(difference: FeatureDifference, tolerance: float) -> str:
 
 def _explain(model: Any, b: Any, images: _Images, tolerance: float) -> None:
     """Says so if A with another way of resampling positions agrees with B."""
-    from dinov2_fast.position_embeddings import DIALECTS
+    from dinov2_fast.position_embeddings import POSITION_INTERPOLATIONS
     from dinov2_fast.weights.compare import compare_features
 
-    own = model.position_dialect
-    for dialect in DIALECTS:
-        if dialect == own:
+    own = model.position_interpolation
+    for position_interpolation in POSITION_INTERPOLATIONS:
+        if position_interpolation == own:
             continue
-        model.position_dialect = dialect
+        model.position_interpolation = position_interpolation
         worst = compare_features(_tokens(model), b, images).worst
         if worst <= tolerance:
             print(
                 f"Position resampling differs, and nothing else: A resamples positions as {own!r}, and with "
-                f"--dialect {dialect}\nit agrees with B (worst difference {worst:.2g})."
+                f"--position-interpolation {position_interpolation}\nit agrees with B (worst difference {worst:.2g})."
             )
             return
 
@@ -235,11 +235,11 @@ def _describe(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.weights}\n   {describe(plan_weights(state_dict), architecture)}"
 
 
-def _load(checkpoint: Checkpoint, dialect: str | None, device: Any) -> Any:
+def _load(checkpoint: Checkpoint, position_interpolation: str | None, device: Any) -> Any:
     import dinov2_fast
 
     where = checkpoint.config.parent if checkpoint.config else checkpoint.weights
-    return dinov2_fast.load(where, device=device, dtype="float32", dialect=dialect)
+    return dinov2_fast.load(where, device=device, dtype="float32", position_interpolation=position_interpolation)
 
 
 def _some(keys: tuple[str, ...]) -> str:

@@ -94,7 +94,7 @@ def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImagePro
     precision, engine = manifest["precision"], manifest["engine"] is not None
     if engine and why_slow(precision, find_device(device)):
         precision = "auto"
-    way = {"dialect": manifest["position_dialect"], "precision": precision, "engine": engine}
+    way = {"position_interpolation": manifest["position_interpolation"], "precision": precision, "engine": engine}
     stride = manifest["model"].get("stride")
     try:
         return load_model(name, processor, weights=weights, device=device, stride=stride, **way)
@@ -118,8 +118,9 @@ def _check_same(model: Any, features: Features) -> None:
             f"The features in {folder!r} are of a model with {manifest['model']}, and this one has "
             f"{architecture(model)}: give the model that made them."
         )
-    if model.position_dialect != manifest["position_dialect"]:
+    if model.position_interpolation != manifest["position_interpolation"]:
         raise ValueError(
-            f"The features in {folder!r} were made with position_dialect {manifest['position_dialect']!r}, and this "
-            f"model has {model.position_dialect!r}: set it on the model."
+            f"The features in {folder!r} were made with position_interpolation "
+            f"{manifest['position_interpolation']!r}, and this model has {model.position_interpolation!r}: set it on "
+            "the model."
         )

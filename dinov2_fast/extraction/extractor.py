@@ -36,7 +36,7 @@ class Extractor:
 
     Args:
         model: a name, file, folder or hub id for :func:`dinov2_fast.load`, or a model or engine in eval mode.
-        weights, dialect: for `load`.
+        weights, position_interpolation: for `load`.
         size: pixels, an int or (height, width), multiples of 14: what is not square is cropped. By default the size of
             the processor.
         processor: by default the one beside the model in a folder, or the checkpoints' (224 x 224).
@@ -59,7 +59,7 @@ class Extractor:
         model: Any = "dinov2_vits14",
         *,
         weights: str | Path | None = None,
-        dialect: str | None = None,
+        position_interpolation: str | None = None,
         size: int | tuple[int, int] | None = None,
         processor: Dinov2ImageProcessor | None = None,
         features: Sequence[str] = DEFAULT,
@@ -76,7 +76,11 @@ class Extractor:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         self._model = model
-        self._loading: dict[str, Any] = {"weights": weights, "dialect": dialect, "device": device}
+        self._loading: dict[str, Any] = {
+            "weights": weights,
+            "position_interpolation": position_interpolation,
+            "device": device,
+        }
         self._loading |= {"precision": precision, "engine": engine}
         self._processor = Dinov2ImageProcessor.for_size(size) if size is not None else processor
         self._features, self._dtype = tuple(features), dtype
@@ -171,7 +175,7 @@ def load_model(
     processor: Dinov2ImageProcessor,
     *,
     weights: str | Path | None = None,
-    dialect: str | None = None,
+    position_interpolation: str | None = None,
     device: str | None = None,
     precision: str = "auto",
     engine: bool = True,
@@ -181,7 +185,7 @@ def load_model(
 
     Raises:
         WeightsError: the weights cannot be had.
-        ValueError: a device, precision, dialect or stride that does not exist, or is not for this model.
+        ValueError: a device, precision, position_interpolation or stride that does not exist, or is not for this model.
     """
     place = find_device(device)
     if precision == "auto":
@@ -189,7 +193,7 @@ def load_model(
     if not engine and precision not in DTYPES:
         raise ValueError(f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}.")
     dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
-    loaded = load(model, weights=weights, device=place, dtype=dtype, dialect=dialect)
+    loaded = load(model, weights=weights, device=place, dtype=dtype, position_interpolation=position_interpolation)
     if stride is not None:
         loaded.stride = stride
     if not engine:

@@ -46,7 +46,7 @@ def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int)
     return {
         "model": architecture(model),
         "weights": fingerprint(model._model if engine else model),
-        "position_dialect": model.position_dialect,
+        "position_interpolation": model.position_interpolation,
         "processor": processor.to_dict(),
         "decoder": {"pillow": PIL.__version__, "formats": list(FORMATS), "max_pixels": max_pixels},
         "features": {f.name: {"shape": list(f.shape), "dtype": f.dtype} for f in outputs.features},

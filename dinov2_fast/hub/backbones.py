@@ -73,7 +73,7 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
         pretrained: load the published weights; otherwise initialise at random.
         weights: which weights, only "LVD142M".
         **kwargs: arguments of `dinov2_fast.DinoVisionTransformer`; with `pretrained` also those of `dinov2_fast.load`
-            (device, dtype, dialect, …).
+            (device, dtype, position_interpolation, …).
 
     Returns:
         The model in training mode, as torch.hub's users expect; call ``.eval()`` for features.

@@ -78,7 +78,7 @@ _RULES = {
     "use_mask_token": _FLAG,
     "hidden_act": _TEXT,
     "problem_type": _optional(_TEXT),
-    "position_dialect": _optional(_TEXT),
+    "position_interpolation": _optional(_TEXT),
     "out_features": _optional(_list_of(_TEXT.fits, "names")),
     "out_indices": _optional(_list_of(lambda value: _is(numbers.Integral, value), "whole numbers")),
     "id2label": _optional(Rule(_are_labels, "a dictionary from whole numbers to names")),

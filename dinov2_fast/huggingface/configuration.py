@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from dinov2_fast.huggingface.config_fields import check_fields
-from dinov2_fast.position_embeddings import dialect
+from dinov2_fast.position_embeddings import position_interpolation
 from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import as_dtype
 from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config
@@ -25,15 +25,15 @@ _UNWRITTEN: dict[str, Any] = {
     "output_hidden_states": False,
     "problem_type": None,
     "return_dict": True,
-    "position_dialect": None,
+    "position_interpolation": None,
 }
 
 
 class Dinov2Config:
     """Sizes and settings of a Dinov2 model; the arguments and defaults are transformers'.
 
-    Besides those: `position_dialect` ("offset", "size", "antialias") sets how positions are resampled; None takes what
-    transformers does for this kind of model. Other keyword arguments are kept as attributes. In training,
+    Besides those: `position_interpolation` ("offset", "size", "antialias") sets how positions are resampled; None takes
+    what transformers does for this kind of model. Other keyword arguments are kept as attributes. In training,
     `hidden_dropout_prob` drops of what is embedded and of what each attention returns, as transformers does up to 5.17
     at least (5.23 drops the former alone).
 
@@ -42,7 +42,7 @@ class Dinov2Config:
     """
 
     model_type: ClassVar[str] = "dinov2"
-    default_dialect: ClassVar[str] = "size"
+    default_position_interpolation: ClassVar[str] = "size"
     _commit_hash: ClassVar[str | None] = None  # transformers' pipelines ask for it
 
     def __init__(
@@ -101,9 +101,9 @@ class Dinov2Config:
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError("single_label_classification needs two labels or more; for one, use regression.")
         self.return_dict: bool = kwargs.pop("return_dict", True)
-        self.position_dialect: str | None = kwargs.pop("position_dialect", None)
-        if self.position_dialect is not None:
-            dialect(self.position_dialect)
+        self.position_interpolation: str | None = kwargs.pop("position_interpolation", None)
+        if self.position_interpolation is not None:
+            position_interpolation(self.position_interpolation)
         self._name_or_path = str(kwargs.pop("name_or_path", ""))
         for name in ("model_type", "stage_names", "transformers_version"):
             kwargs.pop(name, None)
@@ -201,7 +201,7 @@ class Dinov2Config:
                 f"The hidden size {self.hidden_size} is not a multiple of the number of attention heads "
                 f"{self.num_attention_heads}."
             )
-        resample = dialect(self.position_dialect or self.default_dialect)
+        resample = position_interpolation(self.position_interpolation or self.default_position_interpolation)
         return {
             "img_size": _pair(self.image_size),
             "patch_size": _square(self.patch_size),
@@ -335,7 +335,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
     """`Dinov2Config` of a model with register tokens. As in transformers, `patch_size` is 16 unless given."""
 
     model_type = "dinov2_with_registers"
-    default_dialect = "antialias"
+    default_position_interpolation = "antialias"
     num_register_tokens: int
 
     def __init__(self, *, patch_size: Size = 16, num_register_tokens: int = 4, **kwargs: Any) -> None:

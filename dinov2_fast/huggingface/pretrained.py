@@ -197,7 +197,7 @@ class PreTrainedModel(AnyLayout):
                 save_original_format: accepted as transformers does; one safetensors file is written, here, by
                 safetensors itself.
 
-        The position dialect is written too if it is not the default; transformers does not look at it.
+        The position interpolation is written too if it is not the default; transformers does not look at it.
 
         Raises:
             ValueError: `safe_serialization` is False or `push_to_hub` True.
@@ -207,7 +207,7 @@ class PreTrainedModel(AnyLayout):
         refuse_upload(push_to_hub)
         if not is_main_process:
             return
-        self.config.position_dialect = self._dialect_to_save()
+        self.config.position_interpolation = self._position_interpolation_to_save()
         self.config.architectures = [type(self).__name__]
         self.config.dtype = self.dtype
         self.config.save_pretrained(save_directory)
@@ -233,11 +233,15 @@ class PreTrainedModel(AnyLayout):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _dialect_to_save(self) -> str | None:
-        dialect = self.base_model.position_dialect
-        if dialect == "custom":
+    def _position_interpolation_to_save(self) -> str | None:
+        position_interpolation = self.base_model.position_interpolation
+        if position_interpolation == "custom":
             logger.warning("Positions are resampled in a way that config.json cannot hold; the default is saved.")
-        return None if dialect in ("custom", self.config.default_dialect) else dialect
+        return (
+            None
+            if position_interpolation in ("custom", self.config.default_position_interpolation)
+            else position_interpolation
+        )
 
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Gives a classification head that no checkpoint filled its initial values."""

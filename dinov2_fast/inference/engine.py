@@ -147,10 +147,10 @@ class Engine(nn.Module):
     """What `optimize_for_inference` returns; see there.
 
     It follows its model: when a parameter was replaced, moved or written to, or a setting changed (such as
-    `position_dialect`, or the eps of a norm), the next call folds anew. On a GPU the call runs first and checks while
-    the device computes; if something has changed it folds anew and runs again. What it does not see are writes through
-    ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile, and with
-    ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the engine
+    `position_interpolation`, or the eps of a norm), the next call folds anew. On a GPU the call runs first and checks
+    while the device computes; if something has changed it folds anew and runs again. What it does not see are writes
+    through ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile, and
+    with ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the engine
     cannot compute (a hook was added, a method replaced), the call raises and says why. It also folds anew, once, where
     :func:`~dinov2_fast.use_backend` chooses linears that want their weights laid out in another way; to go back and
     forth between such settings, make an engine for each.

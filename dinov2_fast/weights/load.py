@@ -33,7 +33,7 @@ def load(
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    dialect: str | None = None,
+    position_interpolation: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     **kwargs: Any,
@@ -50,8 +50,8 @@ def load(
             that depend on the seed alone.
         device: where the model goes; default the CPU.
         dtype: of the parameters, also as a name ("bfloat16"); default that of the checkpoint.
-        dialect: how positions are resampled ("offset", "size", "antialias"); default as the reference does for this
-            kind of model.
+        position_interpolation: how positions are resampled ("offset", "size", "antialias"); default as the reference
+            does for this kind of model.
         revision: of the hub repository.
         local_files_only: do not touch the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
@@ -60,7 +60,7 @@ def load(
 
     Raises:
         WeightsError: the weights cannot be found, fetched, read, or do not fit.
-        ValueError: unknown or empty name (the message lists the nearest), or dialect.
+        ValueError: unknown or empty name (the message lists the nearest), or position_interpolation.
     """
     name = str(name_or_path)
     if weights is not None and str(weights).startswith("random:"):
@@ -73,8 +73,8 @@ def load(
         known = backbone(name).constructor_arguments() if name in BACKBONES else None
         arguments = known or read_architecture(state_dict, checkpoint.config, kwargs.get("img_size"))
     model = _on_meta({**arguments, **kwargs})
-    if dialect is not None:
-        model.position_dialect = dialect
+    if position_interpolation is not None:
+        model.position_interpolation = position_interpolation
     fill(
         model,
         state_dict,

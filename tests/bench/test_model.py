@@ -70,7 +70,7 @@ def test_peers_have_our_weights_outputs_and_gradients(peer: Peer, registers: int
     if peer.missing:
         pytest.skip(peer.missing)
     config = BACKBONES[f"dinov2_vits14{'_reg' if registers else ''}"]
-    wrong = dataclasses.replace(peer, dialect=lambda config: "offset")
+    wrong = dataclasses.replace(peer, position_interpolation=lambda config: "offset")
     for output in peers.OUTPUTS:
         right, refused = _measure(peer, wrong, config=config, output=output, batch=1)
         assert right["outputs_max_error"] < 1e-5

@@ -113,7 +113,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
         "cpu",
     ]
     done = run(*arguments, "--batch-size", "2", "--workers", "1")
-    assert (done.returncode, done.stderr.splitlines()[-1][:22]) == (0, "5/5 images, 0 failed"), done.stderr
+    assert (done.returncode, done.stderr.splitlines()[-1][:20]) == (0, "5/5 images, 0 failed"), done.stderr
     assert not CONTROL_CHARACTERS.search(done.stdout + done.stderr)
 
     summary, where, how = done.stdout.splitlines()
@@ -136,7 +136,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], expected.numpy(), atol=1e-4)
     manifest = found.manifest
     assert (manifest["about"]["model"], manifest["about"]["weights"]) == ("dinov2_vits14", "random:0")
-    assert manifest["position_dialect"] == "offset"
+    assert manifest["position_interpolation"] == "offset"
     assert (manifest["dtype"], manifest["precision"], bool(manifest["engine"])) == ("float32", "fp32", True)
     left_out, announced, *_ = done.stderr.splitlines()
     assert left_out == "1 file with another ending was left out (.md 1)."

@@ -85,7 +85,7 @@ def test_readmes_extra_is_what_help_names() -> None:
 def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.pt2"
     arguments = ["export", "--model", checkpoint, "--out", str(path), "--format", "torch-export", "--dtype", "fp16"]
-    arguments += ["--outputs", "patch_mean", "--size", "28x42", "--batch-size", "3", "--dialect", "size"]
+    arguments += ["--outputs", "patch_mean", "--size", "28x42", "--batch-size", "3", "--position-interpolation", "size"]
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -95,7 +95,7 @@ def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytes
     (given,) = [node.meta["val"] for node in program.graph.nodes if node.name == "pixel_values"]
     assert given.shape == (3, 3, 28, 42)
     (ours,) = program.module()(pixels.half())
-    model = dinov2_fast.load(checkpoint, dialect="size")
+    model = dinov2_fast.load(checkpoint, position_interpolation="size")
     with torch.no_grad():
         expected = model.forward_features(pixels)["x_norm_patchtokens"].mean(dim=1)
     assert (ours.float() - expected).norm() < 1e-2 * expected.norm()
@@ -162,14 +162,14 @@ def test_a_trained_classifier_goes_along(kind: str, tmp_path: Path, capsys: pyte
         model: Any = dinov2_fast.Dinov2ForImageClassification(config).eval()
         perturb(model)
         model.save_pretrained(tmp_path)
-        logits, dialect = (lambda: model(pixels).logits), "size"
+        logits, position_interpolation = (lambda: model(pixels).logits), "size"
     else:
         model = dinov2_fast.create_model("vit_small_patch14_dinov2", depth=1, num_classes=5, img_size=28).eval()
         perturb(model)
         save_file(model.state_dict(), tmp_path / "model.safetensors")
-        logits, dialect = (lambda: model(pixels)), "antialias"
+        logits, position_interpolation = (lambda: model(pixels)), "antialias"
     arguments = ["export", "--model", str(tmp_path), "--out", str(path), "--format", "torch-export"]
-    assert main([*arguments, "--dialect", dialect]) == 0
+    assert main([*arguments, "--position-interpolation", position_interpolation]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[4:7]] == ["cls", "patches", "logits"]
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(path).module()(pixels)[2], logits(), atol=1e-5, rtol=1e-4)

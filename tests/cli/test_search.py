@@ -32,7 +32,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "photos" / "b.png", folder / "photos" / "copy_of_b.png")
     (folder / "photos" / "broken.jpg").write_text("<html>")
     arguments = ["extract", str(folder / "photos"), "--model", str(folder / "tiny.safetensors"), "--size", "56x70"]
-    arguments += ["--features", "cls,patches,cls@0", "--dialect", "size", "--shard-size", "2", "--batch-size", "2"]
+    arguments += [
+        "--features",
+        "cls,patches,cls@0",
+        "--position-interpolation",
+        "size",
+        "--shard-size",
+        "2",
+        "--batch-size",
+        "2",
+    ]
     assert main([*arguments, "--device", "cpu", "--workers", "0", "--out", str(folder / "features")]) == 3
     return folder
 
@@ -47,7 +56,7 @@ def searched(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0)
 
 def cosines_by_hand(place: Path, query: str, layer: int) -> dict[str, float]:
     """The cosines of the CLS tokens of a query and of the images that can be read, by the model itself."""
-    model = dinov2_fast.load(place / "tiny.safetensors", dialect="size")
+    model = dinov2_fast.load(place / "tiny.safetensors", position_interpolation="size")
     processor = Dinov2ImageProcessor.for_size((56, 70))
     paths = [place / "photos" / f"{name}.png" for name in ("a", "b", "copy_of_b", "d", "e")]
     with torch.inference_mode():
@@ -107,7 +116,7 @@ def test_the_library_takes_paths_models_and_rows(place: Path) -> None:
     expected = dinov2_fast.search(place / "features", [query], 3)
     assert expected.paths[0][0] == str(query)
     assert dinov2_fast.search(str(place / "features"), str(query), 3).paths == expected.paths
-    model = dinov2_fast.load(place / "tiny.safetensors", dialect="size")
+    model = dinov2_fast.load(place / "tiny.safetensors", position_interpolation="size")
     for given in (model, dinov2_fast.optimize_for_inference(model)):
         found = dinov2_fast.search(place / "features", [query], 3, model=given)
         assert found.paths == expected.paths
@@ -120,8 +129,10 @@ def test_the_library_takes_paths_models_and_rows(place: Path) -> None:
     model.num_heads = 1  # which no weight shows
     with pytest.raises(ValueError, match=r"with .*'num_heads': 2.*, and this one has .*'num_heads': 1"):
         dinov2_fast.search(features, [query], model=model)
-    model = dinov2_fast.load(place / "tiny.safetensors", dialect="offset")
-    with pytest.raises(ValueError, match="position_dialect 'size', and this model has 'offset': set it on the model"):
+    model = dinov2_fast.load(place / "tiny.safetensors", position_interpolation="offset")
+    with pytest.raises(
+        ValueError, match="position_interpolation 'size', and this model has 'offset': set it on the model"
+    ):
         dinov2_fast.search(features, [query], model=model)
 
 

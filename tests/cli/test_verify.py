@@ -62,8 +62,8 @@ def runs(tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]) -> Run
 @pytest.mark.parametrize("case", ["facebook_mlp", "facebook_reg4", "facebook_swiglu"])
 def test_the_same_weights_in_another_layout_are_the_same(case: str, layout: str, runs: Runs) -> None:
     weights = weights_of(case)
-    dialect = () if case == "facebook_reg4" else ("--dialect", "size")
-    code, said = runs(weights, checkpoints.SOURCES[layout](weights), *dialect)
+    position_interpolation = () if case == "facebook_reg4" else ("--position-interpolation", "size")
+    code, said = runs(weights, checkpoints.SOURCES[layout](weights), *position_interpolation)
     assert code == 0
     assert f"{len(weights) - (layout == 'timm')} tensors are the same, bit for bit" in said
     assert "3 image(s) of 56 x 56, fp32, cpu" in said
@@ -131,17 +131,17 @@ def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
     assert "error: For the same images the models give tokens of the shapes (3, 128) and (3, 64)" in said
 
 
-@pytest.mark.parametrize(("peer", "dialect"), [("transformers", "size"), ("timm", "antialias")])
+@pytest.mark.parametrize(("peer", "position_interpolation"), [("transformers", "size"), ("timm", "antialias")])
 def test_other_implementations_resample_positions_otherwise_and_nothing_else(
-    peer: str, dialect: str, runs: Runs
+    peer: str, position_interpolation: str, runs: Runs
 ) -> None:
     pytest.importorskip(peer)
     code, said = runs(weights_of(), peer)
     assert code == 1
     assert "Position resampling differs, and nothing else: A resamples positions as 'offset', and with" in said
-    assert f"--dialect {dialect}\nit agrees with B (worst difference" in said
+    assert f"--position-interpolation {position_interpolation}\nit agrees with B (worst difference" in said
     assert "with the weights of A" in said
-    code, said = runs(weights_of(), peer, "--dialect", dialect)
+    code, said = runs(weights_of(), peer, "--position-interpolation", position_interpolation)
     assert code == 0
     assert "the same up to rounding" in said
     assert runs(weights_of(), peer, size=70)[0] == 0  # the table's own size

@@ -105,7 +105,7 @@ def test_the_onnx_file_holds_standard_operators_for_any_batch_and_size(onnx_file
         "model": "small",
         "outputs": list(OUTPUTS),
         "dtype": "fp32",
-        "position_dialect": "offset",
+        "position_interpolation": "offset",
         "version": dinov2_fast.__version__,
     }
 
@@ -324,12 +324,12 @@ def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert export(model, tmp_path / "model.onnx", size=(28, 28)).differences == ()
 
 
-def test_positions_of_a_fixed_size_are_those_of_the_dialect() -> None:
-    """Each dialect's own, and not those of the table's size."""
+def test_positions_of_a_fixed_size_are_those_of_the_position_interpolation() -> None:
+    """Each position_interpolation's own, and not those of the table's size."""
     model = small(depth=1)
     tables = []
-    for dialect in ("offset", "size", "antialias"):
-        model.position_dialect = dialect
+    for position_interpolation in ("offset", "size", "antialias"):
+        model.position_interpolation = position_interpolation
         fixed = exporting._prepared(model, torch.float32, (42, 28))
         pixels = torch.randn(1, 3, 42, 28)
         with torch.no_grad():

@@ -34,7 +34,7 @@ IMAGES = ROOT / "examples" / "images"
 class MeanColour(nn.Module):
     """The model's interface on features that can be computed by hand: colours, averaged over image and patches."""
 
-    patch_size, stride, embed_dim, position_dialect = 14, (14, 14), 3, "offset"
+    patch_size, stride, embed_dim, position_interpolation = 14, (14, 14), 3, "offset"
 
     def __init__(self) -> None:
         super().__init__()

@@ -176,8 +176,8 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "batch", "message"),
     [
-        ({}, {"image": []}, "no column image or bytes, but image: give column="),
-        ({"column": "jpg"}, {"image": []}, "no column jpg, but image"),
+        ({}, {"photo": []}, "no column image or bytes, but photo: give column="),
+        ({"column": "jpg"}, {"photo": []}, "no column jpg, but photo"),
         ({}, {"bytes": [b""], "label": [1, 2]}, "differ in length: {'bytes': 1, 'label': 2}"),
         ({}, {"bytes": [b""], "cls": [7], "error": ["mine"]}, "columns called cls, error, which the features"),
         ({"features": ["logits"]}, {"bytes": []}, "no feature 'logits'"),

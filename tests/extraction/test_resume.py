@@ -222,8 +222,8 @@ def changed(plain: list[str], name: str) -> dict[str, Any]:
             model.blocks[1].mlp.fc1.bias[7] += 1e-3
     elif name == "model.num_heads":
         model.num_heads = 4
-    elif name == "position_dialect":
-        model.position_dialect = "size"
+    elif name == "position_interpolation":
+        model.position_interpolation = "size"
     elif name == "dtype":
         model.double()
     elif name == "engine":
@@ -249,7 +249,7 @@ def changed(plain: list[str], name: str) -> dict[str, Any]:
     return given
 
 
-NAMES = ["weights", "model.num_heads", "position_dialect", "dtype", "engine", "processor.crop_size.height"]
+NAMES = ["weights", "model.num_heads", "position_interpolation", "dtype", "engine", "processor.crop_size.height"]
 NAMES += ["processor.image_mean", "decoder.max_pixels", "features.cls.dtype", "features.patches", "batch_size"]
 NAMES += ["shard_size", "format", "inputs.images", "inputs.sha256"]
 

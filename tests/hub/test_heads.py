@@ -138,7 +138,7 @@ def test_classifier_has_the_references_keys(size: str, layers: int, registers: s
     head = prefixed("linear_head.", classifier_shapes(SIZES[size][0], layers))
     assert_backbone_and_head(model, name, head)
     assert model.training
-    assert model.backbone.position_dialect == ("antialias" if registers else "offset")
+    assert model.backbone.position_interpolation == ("antialias" if registers else "offset")
 
 
 @pytest.mark.parametrize("layers", [1, 4])

@@ -129,19 +129,19 @@ def test_their_file_is_read_by_ours_and_written_back(family: str, tmp_path: Path
 
 
 def test_our_own_round_trip(family: str, tmp_path: Path) -> None:
-    config = our_class(family, "Config")(**UNUSUAL, position_dialect="offset")
+    config = our_class(family, "Config")(**UNUSUAL, position_interpolation="offset")
     config.save_pretrained(tmp_path)
     back = our_class(family, "Config").from_pretrained(tmp_path)
     assert back == config
-    assert back.position_dialect == "offset"
+    assert back.position_interpolation == "offset"
     assert back.out_indices == [0, 2, -1]
     assert back.dtype is torch.bfloat16
     assert our_class(family, "Config").from_pretrained(tmp_path / "config.json") == config
 
 
-def test_default_file_names_no_dialect_and_no_dtype(family: str) -> None:
+def test_default_file_names_no_position_interpolation_and_no_dtype(family: str) -> None:
     written = json.loads(our_class(family, "Config")().to_json_string())
-    assert not {"position_dialect", "dtype", "architectures", "problem_type", "return_dict"} & written.keys()
+    assert not {"position_interpolation", "dtype", "architectures", "problem_type", "return_dict"} & written.keys()
     assert written["model_type"] == {"Dinov2": "dinov2"}.get(family, "dinov2_with_registers")
     assert our_class(family, "Config")(dtype=torch.float16).to_dict()["dtype"] == "float16"
 
@@ -191,7 +191,7 @@ NONSENSE: dict[str, list[Any]] = {
     "use_mask_token": ["false"],
     "hidden_act": [1, ["gelu"]],
     "problem_type": [3],
-    "position_dialect": [["size"]],
+    "position_interpolation": [["size"]],
     "out_features": ["stage1", [1], 5],
     "out_indices": ["1", ["1"], 1, [1.0]],
     "id2label": [{"a": "b"}, ["a"], 3],
@@ -320,7 +320,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"position_dialect": "bilinear"}, "no position-embedding dialect 'bilinear'; choose one of offset, size"),
+        ({"position_interpolation": "bilinear"}, "no position interpolation 'bilinear'; choose one of offset, size"),
         ({"dtype": "float8"}, "no dtype 'float8'"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "needs two labels"),
     ],

@@ -1,4 +1,4 @@
-"""`Dinov2Model` against transformers' own, live, on the same random weights: outputs, masks, dialects, sizes."""
+"""`Dinov2Model` against transformers' own, live, on the same random weights: outputs, masks, positions, sizes."""
 
 from __future__ import annotations
 
@@ -145,29 +145,33 @@ def test_the_configs_defaults_and_the_calls_word(model: Pair) -> None:
 # Position embeddings
 
 
-@pytest.mark.parametrize(("family", "dialect"), [("Dinov2", "size"), ("Dinov2WithRegisters", "antialias")])
-def test_default_dialect(family: str, dialect: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "position_interpolation"), [("Dinov2", "size"), ("Dinov2WithRegisters", "antialias")]
+)
+def test_default_position_interpolation(family: str, position_interpolation: str) -> None:
     config = our_class(family, "Config")(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    assert our_class(family, "Model")(config).position_dialect == dialect
-    assert our_class(family, "Backbone")(config).position_dialect == dialect
+    assert our_class(family, "Model")(config).position_interpolation == position_interpolation
+    assert our_class(family, "Backbone")(config).position_interpolation == position_interpolation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dialect", ["offset", "size", "antialias"])
-def test_chosen_dialect_is_the_references_model_with_it(family: str, dialect: str) -> None:
+@pytest.mark.parametrize("position_interpolation", ["offset", "size", "antialias"])
+def test_a_chosen_position_interpolation_is_the_references(family: str, position_interpolation: str) -> None:
     config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 518, "patch_size": 14}
-    ours = our_class(family, "Model")(our_class(family, "Config")(**config, position_dialect=dialect)).eval()
+    ours = our_class(family, "Model")(
+        our_class(family, "Config")(**config, position_interpolation=position_interpolation)
+    ).eval()
     torch.nn.init.normal_(ours.pos_embed)
     registers = getattr(ours.config, "num_register_tokens", 0)
     reference = DinoVisionTransformer(
         518, 14, embed_dim=32, depth=1, num_heads=2, init_values=1.0, block_chunks=0, num_register_tokens=registers
     ).eval()
     reference.load_state_dict(ours.state_dict())
-    reference.position_dialect = dialect
+    reference.position_interpolation = position_interpolation
     x = images(98, 140)
     assert torch.equal(ours(x).pooler_output, reference(x))
-    others = {"offset", "size", "antialias"} - {dialect}
-    for reference.position_dialect in others:
+    others = {"offset", "size", "antialias"} - {position_interpolation}
+    for reference.position_interpolation in others:
         assert (
             worst(ours(x).last_hidden_state[:, 1 + registers :], reference.forward_features(x)["x_norm_patchtokens"])
             > 0.01

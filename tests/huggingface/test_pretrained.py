@@ -97,11 +97,11 @@ def test_loads_what_transformers_saves(kind: tuple[str, bool], task: str, tmp_pa
 @pytest.mark.parametrize("task", TASKS)
 def test_own_round_trip(kind: tuple[str, bool], task: str, tmp_path: Path) -> None:
     family, swiglu = kind
-    before = make_pair(family, task, **SMALL, use_swiglu_ffn=swiglu, position_dialect="offset").ours
+    before = make_pair(family, task, **SMALL, use_swiglu_ffn=swiglu, position_interpolation="offset").ours
     before.save_pretrained(tmp_path / "new" / "folder")
     after = our_class(family, task).from_pretrained(str(tmp_path / "new" / "folder"))
     assert after.config == before.config
-    assert after.base_model.position_dialect == "offset"
+    assert after.base_model.position_interpolation == "offset"
     for key, tensor in before.state_dict().items():
         assert torch.equal(after.state_dict()[key], tensor), key
 
@@ -182,7 +182,7 @@ def test_another_number_of_channels(num_channels: int, folder: Path) -> None:
 
 def test_overrides_of_the_config(folder: Path) -> None:
     assert Dinov2Backbone.from_pretrained(folder, out_indices=[0, 1]).out_features == ["stem", "stage1"]
-    assert Dinov2Model.from_pretrained(folder, position_dialect="offset").position_dialect == "offset"
+    assert Dinov2Model.from_pretrained(folder, position_interpolation="offset").position_interpolation == "offset"
     assert Dinov2Model.from_pretrained(folder, output_hidden_states=True)(images(56)).hidden_states is not None
     assert Dinov2Model.from_pretrained(folder, drop_path_rate=0.2).blocks[0].drop_path1.drop_prob == 0.2
     without_mask = Dinov2Model.from_pretrained(folder, use_mask_token=False)
@@ -191,15 +191,15 @@ def test_overrides_of_the_config(folder: Path) -> None:
 
 
 def test_given_config(folder: Path, tmp_path: Path) -> None:
-    config = Dinov2Config(**SMALL, position_dialect="antialias")
+    config = Dinov2Config(**SMALL, position_interpolation="antialias")
     model = Dinov2Model.from_pretrained(folder, config=config, dtype="float16")
-    assert model.position_dialect == "antialias"
+    assert model.position_interpolation == "antialias"
     assert config.dtype is None, "the caller's config is not changed"
     config.save_pretrained(tmp_path / "elsewhere")
     for where in (tmp_path / "elsewhere", str(tmp_path / "elsewhere" / "config.json")):
-        assert Dinov2Model.from_pretrained(folder, config=where).position_dialect == "antialias"
+        assert Dinov2Model.from_pretrained(folder, config=where).position_interpolation == "antialias"
     (folder / "config.json").unlink()
-    assert Dinov2Model.from_pretrained(folder, config=config).position_dialect == "antialias"
+    assert Dinov2Model.from_pretrained(folder, config=config).position_interpolation == "antialias"
     with pytest.raises(TypeError, match="num_labels cannot be set together with config"):
         Dinov2Model.from_pretrained(folder, config=config, num_labels=3)
 
@@ -490,18 +490,18 @@ def test_given_weights_are_saved_and_other_formats_refused(tmp_path: Path) -> No
         pair.ours.save_pretrained(tmp_path, safe_serialization=False)
 
 
-def test_the_dialect_is_kept_and_harmless_arguments_of_transformers_are_taken(tmp_path: Path) -> None:
+def test_the_position_interpolation_is_kept_and_harmless_arguments_of_transformers_are_taken(tmp_path: Path) -> None:
     model = make_pair("Dinov2", **SMALL).ours
-    model.position_dialect = "antialias"
+    model.position_interpolation = "antialias"
     model.save_pretrained(
         tmp_path, is_main_process=True, push_to_hub=False, max_shard_size="5GB", save_function=torch.save, token=None,
         save_peft_format=True, variant=None,
     )  # fmt: skip
-    assert Dinov2Model.from_pretrained(tmp_path).position_dialect == "antialias"
+    assert Dinov2Model.from_pretrained(tmp_path).position_interpolation == "antialias"
     assert transformers.AutoModel.from_pretrained(tmp_path).config.hidden_size == SMALL["hidden_size"]
-    model.position_dialect = "size"
+    model.position_interpolation = "size"
     model.save_pretrained(tmp_path)
-    assert "position_dialect" not in json.loads((tmp_path / "config.json").read_text())
+    assert "position_interpolation" not in json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(ValueError, match="Nothing is uploaded"):
         model.save_pretrained(tmp_path, push_to_hub=True)
     model.save_pretrained(tmp_path / "other", is_main_process=False)

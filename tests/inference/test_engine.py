@@ -537,7 +537,7 @@ CHANGES = {
     "dtype": lambda m: m.to(torch.bfloat16).float(),
     "a new head": lambda m: setattr(m, "head", nn.Linear(32, 3)),
     "one more block": lambda m: m.blocks.append(small().blocks[0]),
-    "position dialect": lambda m: setattr(m, "position_dialect", "antialias"),
+    "position interpolation": lambda m: setattr(m, "position_interpolation", "antialias"),
     "eps": lambda m: setattr(m.blocks[0].norm1, "eps", 0.1),
     "heads": _double_heads,
     "positions of its own": lambda m: setattr(m, "interpolate_pos_encoding", lambda x, w, h: torch.zeros(1, 1, 32)),
@@ -655,15 +655,17 @@ def test_hooks_that_an_engine_would_not_run_are_refused() -> None:
 def test_what_an_engine_cannot_see_needs_refresh() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
-    model.position_dialect = "antialias"
+    model.position_interpolation = "antialias"
     before = engine(x)
     model.norm.bias.data.add_(1)
     assert torch.equal(engine(x), before)
     engine.refresh()
     torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(AttributeError, match="position_dialect belongs to the model: set it there and call refresh"):
-        engine.position_dialect = "size"
-    assert engine.position_dialect == "antialias"
+    with pytest.raises(
+        AttributeError, match="position_interpolation belongs to the model: set it there and call refresh"
+    ):
+        engine.position_interpolation = "size"
+    assert engine.position_interpolation == "antialias"
     assert (engine.embed_dim, engine.patch_size, engine.patch_embed.num_patches) == (32, 14, 25)
 
 
@@ -678,7 +680,7 @@ def test_an_engine_that_does_not_follow_its_model(monkeypatch: pytest.MonkeyPatc
         before = engine(x)
         for each in engines:
             each._model.norm.bias.add_(1)
-            each._model.position_dialect = "antialias"
+            each._model.position_interpolation = "antialias"
             assert torch.equal(each(x), before)
             each.refresh()
             torch.testing.assert_close(each(x), each._model(x), atol=1e-5, rtol=1e-5)

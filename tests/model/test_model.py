@@ -293,10 +293,10 @@ def test_meta_device_construction_takes_no_memory() -> None:
     assert not list(model.buffers())
 
 
-def test_print_shows_backends_and_dialect() -> None:
+def test_print_shows_backends_and_position_interpolation() -> None:
     model = small()
     text = str(model)
-    assert "position_dialect=offset" in text
+    assert "position_interpolation=offset" in text
     assert re.search(r"layer_norm +torch ", text)
     assert {row.op for row in model.backends()} >= {"layer_norm", "activation"}
 
@@ -307,7 +307,7 @@ def test_golden_features_of_timm(name: str) -> None:
     arguments, weights, tensors = golden.load_case(name)
     model = DinoVisionTransformer(**arguments).eval()
     model.load_state_dict(weights)
-    assert model.position_dialect == "antialias"
+    assert model.position_interpolation == "antialias"
     for i in INPUTS:
         features = model.forward_features(tensors[f"{i}.input"])
         keys = ("x_norm_regtokens", "x_norm_patchtokens")

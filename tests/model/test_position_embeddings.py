@@ -1,4 +1,4 @@
-"""Resampling of positions: three dialects against F.interpolate, at every size, eager and traced."""
+"""Resampling of positions: three interpolations against F.interpolate, at every size, eager and traced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch.nn.functional as F
 
 from dinov2_fast import position_embeddings
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.position_embeddings import DIALECTS, dialect, resample_position_embeddings
+from dinov2_fast.position_embeddings import (
+    POSITION_INTERPOLATIONS,
+    position_interpolation,
+    resample_position_embeddings,
+)
 from dinov2_fast.weights import load
 
 GRID = 37
@@ -30,31 +34,32 @@ def _interpolated(table: torch.Tensor, height: int, width: int, name: str) -> to
     return out.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", POSITION_INTERPOLATIONS)
 def test_every_size_equals_interpolate(name: str) -> None:
     table = torch.randn(GRID * GRID, 8, dtype=torch.float64)
     for height, width in SIZES:
-        exact = resample_position_embeddings(table, height, width, dialect(name))
+        exact = resample_position_embeddings(table, height, width, position_interpolation(name))
         assert (exact - _interpolated(table, height, width, name)).abs().max() <= 1e-12, (height, width)
-        single = resample_position_embeddings(table.float(), height, width, dialect(name))
+        single = resample_position_embeddings(table.float(), height, width, position_interpolation(name))
         assert single.dtype == torch.float32
         assert (single - _interpolated(table.float(), height, width, name)).abs().max() <= 1e-4, (height, width)
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", POSITION_INTERPOLATIONS)
 def test_the_native_grid_is_the_table_itself(name: str) -> None:
     table = torch.randn(GRID * GRID, 8)
-    assert torch.equal(resample_position_embeddings(table, GRID, GRID, dialect(name)), table)
-    matrices = position_embeddings._matrices(GRID, GRID, (GRID, GRID), dialect(name), torch.device("cpu"))
+    assert torch.equal(resample_position_embeddings(table, GRID, GRID, position_interpolation(name)), table)
+    interpolation = position_interpolation(name)
+    matrices = position_embeddings._matrices(GRID, GRID, (GRID, GRID), interpolation, torch.device("cpu"))
     for matrix in matrices:  # what a traced graph uses at that size
         assert torch.equal(matrix, torch.eye(GRID, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", POSITION_INTERPOLATIONS)
 def test_gradients_are_those_of_interpolate(name: str) -> None:
     table = torch.randn(25, 3, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(4 * 9, 3, dtype=torch.float64)
-    (ours,) = torch.autograd.grad(resample_position_embeddings(table, 4, 9, dialect(name)), table, seed)
+    (ours,) = torch.autograd.grad(resample_position_embeddings(table, 4, 9, position_interpolation(name)), table, seed)
     (theirs,) = torch.autograd.grad(_interpolated(table, 4, 9, name), table, seed)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
@@ -62,25 +67,25 @@ def test_gradients_are_those_of_interpolate(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_tables_are_resampled_in_fp32(dtype: torch.dtype) -> None:
     table = torch.randn(25, 8).to(dtype)
-    out = resample_position_embeddings(table, 4, 9, dialect("size"))
-    assert torch.equal(out, resample_position_embeddings(table.float(), 4, 9, dialect("size")))
+    out = resample_position_embeddings(table, 4, 9, position_interpolation("size"))
+    assert torch.equal(out, resample_position_embeddings(table.float(), 4, 9, position_interpolation("size")))
     assert out.dtype == torch.float32
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
     table = torch.randn(25, 8)
-    plain = resample_position_embeddings(table, 4, 9, dialect("size"))
+    plain = resample_position_embeddings(table, 4, 9, position_interpolation("size"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(resample_position_embeddings(table, 4, 9, dialect("size")), plain)
+        assert torch.equal(resample_position_embeddings(table, 4, 9, position_interpolation("size")), plain)
 
 
 def test_matrices_made_in_inference_mode_serve_training() -> None:
     position_embeddings._CACHE.clear()
     table = torch.randn(25, 8, dtype=torch.float64, requires_grad=True)  # the matrices' own dtype: they are used as is
     with torch.inference_mode():
-        resample_position_embeddings(table, 3, 7, dialect("antialias"))
+        resample_position_embeddings(table, 3, 7, position_interpolation("antialias"))
     assert position_embeddings._CACHE
-    resample_position_embeddings(table, 3, 7, dialect("antialias")).sum().backward()
+    resample_position_embeddings(table, 3, 7, position_interpolation("antialias")).sum().backward()
     assert table.grad is not None
 
 
@@ -89,20 +94,20 @@ def test_the_cache_is_bounded_and_holds_no_fake_tensors() -> None:
 
     position_embeddings._CACHE.clear()
     with FakeTensorMode():
-        resample_position_embeddings(torch.randn(25, 8), 3, 7, dialect("size"))
+        resample_position_embeddings(torch.randn(25, 8), 3, 7, position_interpolation("size"))
     assert not position_embeddings._CACHE
     for width in range(1, 300):
-        resample_position_embeddings(torch.zeros(4, 1), 1, width, dialect("size"))
+        resample_position_embeddings(torch.zeros(4, 1), 1, width, position_interpolation("size"))
     assert len(position_embeddings._CACHE) <= position_embeddings._CACHE_SIZE
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", POSITION_INTERPOLATIONS)
 def test_a_traced_graph_follows_the_size(name: str) -> None:
     table = torch.randn(25, 4, dtype=torch.float64)
 
     def resample(image: torch.Tensor) -> torch.Tensor:
-        return resample_position_embeddings(table, image.shape[0], image.shape[1], dialect(name))
+        return resample_position_embeddings(table, image.shape[0], image.shape[1], position_interpolation(name))
 
     torch._dynamo.reset()
     compiled = torch.compile(resample, fullgraph=True, dynamic=True, backend="eager")
@@ -116,18 +121,18 @@ def test_a_traced_graph_follows_the_size(name: str) -> None:
         assert difference.abs().max() <= 1e-12
 
 
-def test_models_take_the_dialect_of_the_reference_and_can_be_told_another() -> None:
+def test_models_take_the_interpolation_of_the_reference_and_can_be_given_another() -> None:
     sizes = {"img_size": 70, "patch_size": 14, "embed_dim": 8, "depth": 1, "num_heads": 1}
     model = DinoVisionTransformer(**sizes)
-    assert model.position_dialect == "offset"
-    model.position_dialect = "antialias"
+    assert model.position_interpolation == "offset"
+    model.position_interpolation = "antialias"
     assert (model.interpolate_offset, model.interpolate_antialias) == (0.0, True)
     model.interpolate_antialias = False
-    assert model.position_dialect == "size"
+    assert model.position_interpolation == "size"
     model.interpolate_offset = 0.2
-    assert model.position_dialect == "custom"
-    with pytest.raises(ValueError, match="no position-embedding dialect 'facebook'; choose one of offset, size"):
-        model.position_dialect = "facebook"
+    assert model.position_interpolation == "custom"
+    with pytest.raises(ValueError, match="no position interpolation 'facebook'; choose one of offset, size"):
+        model.position_interpolation = "facebook"
 
 
 def test_interpolate_pos_encoding_keeps_the_cls_position_and_the_dtype() -> None:
@@ -140,14 +145,14 @@ def test_interpolate_pos_encoding_keeps_the_cls_position_and_the_dtype() -> None
 
 def test_a_table_that_is_no_square_is_refused() -> None:
     with pytest.raises(ValueError, match="24 positions, which is not a square grid"):
-        resample_position_embeddings(torch.zeros(24, 2), 3, 3, dialect("size"))
+        resample_position_embeddings(torch.zeros(24, 2), 3, 3, position_interpolation("size"))
 
 
 @torch.inference_mode()
-def test_the_dialects_differ_at_224_px_as_readme_says() -> None:
+def test_the_interpolations_differ_at_224_px_as_readme_says() -> None:
     model, x, features = load("dinov2_vits14", weights="random:0"), torch.randn(2, 3, 224, 224), {}
-    for name in DIALECTS:
-        model.position_dialect = name
+    for name in POSITION_INTERPOLATIONS:
+        model.position_interpolation = name
         features[name] = model.forward_features(x)["x_norm_patchtokens"]
     worst = {name: (f - features["offset"]).abs().max() / features["offset"].std() for name, f in features.items()}
     assert worst["size"] == pytest.approx(0.2, abs=0.05)

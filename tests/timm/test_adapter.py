@@ -223,7 +223,7 @@ def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytes
         with torch.autocast("cpu"):
             assert torch.equal(model.interpolate_pos_encoding(x, 28, 42), exact)
         for name in ("antialias", "size", "offset"):
-            model.position_dialect = name
+            model.position_interpolation = name
             assert torch.equal(model.interpolate_pos_encoding(x, 70, 98), model.pos_embed)
             with monkeypatch.context() as patch:
                 patch.setattr("dinov2_fast.position_embeddings.is_traced", lambda: True)  # as in a graph
@@ -440,7 +440,7 @@ def test_timms_models(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = create_model(config.timm_name), timm.create_model(config.timm_name)
     assert shapes(convert_state_dict(ours.state_dict(), to="timm")) == shapes(theirs.state_dict())
-    assert ours.position_dialect == "antialias"
+    assert ours.position_interpolation == "antialias"
     assert ours.blocks[0].ls1.init_values == 1e-5
 
 
@@ -466,7 +466,7 @@ def test_published_weights(name: str, places: Places) -> None:
     assert model.blocks[1].drop_path1.drop_prob == 0.5
     assert all(parameter.requires_grad for parameter in model.parameters())
     x = images(42, 56)
-    same = load(TINY, dialect="antialias")
+    same = load(TINY, position_interpolation="antialias")
     assert_close(model.eval()(x), same(x))
 
 
@@ -476,7 +476,7 @@ def test_published_weights_for_images_of_another_size(places: Places) -> None:
     model = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(28, 42)).eval()
     assert model.pos_embed.shape[1] == 1 + 2 * 3
     x = images(28, 42)
-    assert_close(model(x), load(TINY, dialect="antialias")(x))
+    assert_close(model(x), load(TINY, position_interpolation="antialias")(x))
     again = create_model("vit_tiny_patch14_dinov2", img_size=(28, 42)).eval()
     again.load_state_dict(model.state_dict())
     assert_close(again(x), model(x))
@@ -531,7 +531,7 @@ def test_a_table_for_no_square_is_saved_and_loaded(places: Places, tmp_path: Pat
     write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
     made = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(98, 140)).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
-    again = load(path, img_size=(98, 140), dialect="antialias")
+    again = load(path, img_size=(98, 140), position_interpolation="antialias")
     fed_back = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(98, 140)).eval()
     for size in ((98, 140), (56, 28)):
         assert torch.equal(again(images(*size)), made(images(*size)))
@@ -672,6 +672,10 @@ def test_readmes_examples(places: Places, monkeypatch: pytest.MonkeyPatch) -> No
 
     timm = pytest.importorskip("timm", reason="compares with timm, which is not installed")
     names["timm_model"] = timm.create_model("vit_small_patch14_dinov2.lvd142m")
-    monkeypatch.setattr(dinov2_fast, "load", lambda name, dialect: load("dinov2_vits14", dialect=dialect))
-    exec(example('dialect="antialias")'), names)
+    monkeypatch.setattr(
+        dinov2_fast,
+        "load",
+        lambda name, position_interpolation: load("dinov2_vits14", position_interpolation=position_interpolation),
+    )
+    exec(example('position_interpolation="antialias")'), names)
     assert_same(names["weights"], names["timm_model"].state_dict())

@@ -19,7 +19,7 @@ def test_sizes_are_read_from_the_weights(case: str) -> None:
     model = DinoVisionTransformer(**read_architecture(weights))
     assert model.num_heads == arguments["num_heads"]
     assert model.num_register_tokens == arguments["num_register_tokens"]
-    assert model.position_dialect == ("antialias" if "reg4" in case or "chunked" in case else "offset")
+    assert model.position_interpolation == ("antialias" if "reg4" in case or "chunked" in case else "offset")
     model.load_state_dict(weights)
 
 

@@ -79,7 +79,7 @@ def test_a_file_in_any_layout(case: str, source: str, ending: str, tmp_path: Pat
 @pytest.mark.parametrize("case", golden.cases("timm"))
 def test_a_file_of_timms(case: str, tmp_path: Path) -> None:
     _, weights, tensors = golden.load_case(case)
-    model = load(write(weights, tmp_path / "timm.safetensors"), dialect="antialias")
+    model = load(write(weights, tmp_path / "timm.safetensors"), position_interpolation="antialias")
     assert_gives(model, tensors, "forward_features")
 
 
@@ -153,7 +153,7 @@ def test_a_name_unlike_any_other_lists_them_all() -> None:
         load("resnet")
 
 
-def test_dtype_device_dialect_and_arguments(tmp_path: Path) -> None:
+def test_dtype_device_position_interpolation_and_arguments(tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "tiny.pth")
     half = load(path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -161,10 +161,10 @@ def test_dtype_device_dialect_and_arguments(tmp_path: Path) -> None:
     write(half.state_dict(), tmp_path / "half.safetensors")
     assert load(tmp_path / "half.safetensors").norm.weight.dtype == torch.bfloat16
     assert load(path, device="meta").norm.weight.device.type == "meta"
-    assert load(path).position_dialect == "offset"
-    assert load(path, dialect="size").position_dialect == "size"
+    assert load(path).position_interpolation == "offset"
+    assert load(path, position_interpolation="size").position_interpolation == "size"
     with pytest.raises(ValueError, match="'bilinear'"):
-        load(path, dialect="bilinear")
+        load(path, position_interpolation="bilinear")
     model = load(path, drop_path_rate=0.3, drop_path_uniform=True, block_chunks=2)
     assert model.chunked_blocks
     checkpoints.assert_same(convert_state_dict(model.state_dict(), to="facebook"), load(path).state_dict())
@@ -258,7 +258,7 @@ def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
 def test_a_position_table_that_is_not_of_a_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
     rows, columns = img_size[0] // 14, img_size[1] // 14
     model = dinov2_fast.DinoVisionTransformer(img_size=img_size, patch_size=14, embed_dim=64, depth=1, num_heads=1)
-    model.position_dialect = "antialias"
+    model.position_interpolation = "antialias"
     table = model.pos_embed[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
     wanted = F.interpolate(table, (12, 5), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     resampled = model.interpolate_pos_encoding(torch.empty(0), 12 * 14, 5 * 14)[:, 1:]

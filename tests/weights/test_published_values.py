@@ -24,17 +24,19 @@ WITH_REGISTERS = [[-0.4638, -1.4563, -0.0289], [-1.4736, -0.8866, 0.3005], [0.07
 
 
 @pytest.mark.parametrize(
-    ("name", "dialect", "expected", "tokens", "tolerance"),
+    ("name", "position_interpolation", "expected", "tokens", "tolerance"),
     [
         pytest.param(BASE, "offset", GENERATION_A, 257, 1e-4, id="base-A"),
         pytest.param(BASE, "size", GENERATION_B, 257, 1e-3, id="base-B"),
         pytest.param(REGISTERS, "antialias", WITH_REGISTERS, 261, 1e-4, id="registers"),
     ],
 )
-def test_published_values(name: str, dialect: str, expected: list[list[float]], tokens: int, tolerance: float) -> None:
+def test_published_values(
+    name: str, position_interpolation: str, expected: list[list[float]], tokens: int, tolerance: float
+) -> None:
     image = _image()
     try:
-        model = load(name, dialect=dialect, local_files_only=True)
+        model = load(name, position_interpolation=position_interpolation, local_files_only=True)
     except WeightsError as error:
         pytest.skip(
             f"needs the published weights of {name}, which are in no cache here ({error.args[0].splitlines()[0]})"
