@@ -20,6 +20,7 @@ _PUBLIC = {
     "DinoVisionTransformer": "model",
     "Dinov2Backbone": "huggingface",
     "Dinov2Config": "huggingface",
+    "Dinov2FastError": "errors",
     "Dinov2ForImageClassification": "huggingface",
     "Dinov2ImageProcessor": "data.image_processor",
     "Dinov2Model": "huggingface",

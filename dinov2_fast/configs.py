@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from dinov2_fast.errors import InvalidValueError
+
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 
@@ -106,4 +108,4 @@ def backbone(name: str) -> BackboneConfig:
         return BACKBONES[name]
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"The backbones are {', '.join(BACKBONES)}."
-    raise ValueError(f"There is no DINOv2 backbone called {name!r}. {hint}")
+    raise InvalidValueError(f"There is no DINOv2 backbone called {name!r}. {hint}")

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dinov2_fast import __version__
+from dinov2_fast.errors import Dinov2FastError, InvalidTypeError, InvalidValueError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._registry import is_installed
 from dinov2_fast.ops.dispatch import BackendError
@@ -56,7 +57,7 @@ OUTPUTS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
 LOGITS = "logits"
 
 
-class ExportError(RuntimeError):
+class ExportError(Dinov2FastError, RuntimeError):
     """The model cannot be exported this way, or the file does not compute what the model does."""
 
 
@@ -178,12 +179,12 @@ class _FixedSize(DinoVisionTransformer):
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, DinoVisionTransformer):
-        raise TypeError(
+        raise InvalidTypeError(
             f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
             "dinov2_fast.load, which reads every layout. An engine's is the model that it was made of."
         )
     if model.training:
-        raise ValueError("The model is in training mode; call model.eval() first.")
+        raise InvalidValueError("The model is in training mode; call model.eval() first.")
 
 
 def _check_settings(
@@ -197,32 +198,36 @@ def _check_settings(
 ) -> None:
     for name, value, choices in (("format", format, ENDINGS), ("dtype", dtype, DTYPES)):
         if value not in choices:
-            raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
+            raise InvalidValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
     known = (*OUTPUTS, LOGITS)
     if not outputs or len(set(outputs) & set(known)) < len(outputs):
-        raise ValueError(f"outputs are some of {', '.join(known)}, each once; got {', '.join(outputs) or 'none'}.")
+        raise InvalidValueError(
+            f"outputs are some of {', '.join(known)}, each once; got {', '.join(outputs) or 'none'}."
+        )
     if "registers" in outputs and not model.num_register_tokens:
-        raise ValueError("This model has no registers: leave them out of the outputs.")
+        raise InvalidValueError("This model has no registers: leave them out of the outputs.")
     if format == "onnx" and dtype == "bf16":
-        raise ValueError(
+        raise InvalidValueError(
             "bf16 cannot be exported to ONNX here: onnxruntime computes it on no CPU, so the file could not be "
             "checked. Use fp32 or fp16, or the format torch-export."
         )
     if format != "onnx" and opset is not None:
-        raise ValueError("Only ONNX has opsets: leave opset out, or use the format onnx.")
+        raise InvalidValueError("Only ONNX has opsets: leave opset out, or use the format onnx.")
     if opset is not None and opset < LOWEST_OPSET:
-        raise ValueError(f"opset {opset} is too old: torch's exporter writes {LOWEST_OPSET} and newer.")
+        raise InvalidValueError(f"opset {opset} is too old: torch's exporter writes {LOWEST_OPSET} and newer.")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, or None for any; got {batch_size}.")
+        raise InvalidValueError(f"batch_size must be at least 1, or None for any; got {batch_size}.")
     if size is not None and any(side < 1 or side % model.patch_size for side in size):
-        raise ValueError(f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}.")
+        raise InvalidValueError(
+            f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}."
+        )
 
 
 def _check_classifier(model: DinoVisionTransformer, classifier: nn.Linear | None, outputs: Sequence[str]) -> None:
     if LOGITS in outputs and classifier is None:
-        raise ValueError("There is no classifier for the output logits: give one, or leave logits out.")
+        raise InvalidValueError("There is no classifier for the output logits: give one, or leave logits out.")
     if classifier is not None and classifier.in_features not in (model.embed_dim, 2 * model.embed_dim):
-        raise ValueError(
+        raise InvalidValueError(
             f"The classifier takes {classifier.in_features} features. Those can be exported that take the model's "
             f"{model.embed_dim} of the CLS token, or {2 * model.embed_dim} of it and the mean of the patches."
         )
@@ -230,7 +235,7 @@ def _check_classifier(model: DinoVisionTransformer, classifier: nn.Linear | None
 
 def _check_path(path: Path, format: str, overwrite: bool) -> None:
     if path.suffix != ENDINGS[format]:
-        raise ValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
+        raise InvalidValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
     for file in (path, _data_of(path)) if format == "onnx" else (path,):
         if file.is_dir() or (file.exists() and not overwrite):
             raise FileExistsError(
@@ -254,13 +259,13 @@ def _check_packages(format: str, images: Sequence[Tensor] | None) -> None:
 def _check_images(model: DinoVisionTransformer, batches: Sequence[Tensor], size: tuple[int, int] | None) -> None:
     channels, patch = model.patch_embed.in_chans, model.patch_size
     if not batches:
-        raise ValueError("There is no image to compare on; leave images out to compare on noise.")
+        raise InvalidValueError("There is no image to compare on; leave images out to compare on noise.")
     for batch in batches:
         sides = tuple(batch.shape[2:])
         right = sides == size if size else all(side > 0 and side % patch == 0 for side in sides)
         if batch.ndim != 4 or not len(batch) or batch.shape[1] != channels or not right:
             wanted = f"{size[0]}, {size[1]}" if size else f"multiple of {patch}, multiple of {patch}"
-            raise ValueError(f"images must be batches (images, {channels}, {wanted}), got {tuple(batch.shape)}.")
+            raise InvalidValueError(f"images must be batches (images, {channels}, {wanted}), got {tuple(batch.shape)}.")
 
 
 def _exact(model: DinoVisionTransformer) -> DinoVisionTransformer:

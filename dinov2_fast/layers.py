@@ -13,6 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from dinov2_fast import ops
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 
@@ -29,7 +30,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def check_is_tensor(x: object) -> None:
     """Raises `TypeError` if `x` is no tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(
+        raise InvalidTypeError(
             f"The model takes a tensor (batch, channels, height, width), got {type(x).__name__}. "
             "Dinov2ImageProcessor makes one of images and arrays."
         )
@@ -40,22 +41,22 @@ def check_is_tensor(x: object) -> None:
 def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: tuple[int, int]) -> None:
     """Raises `ValueError` or `TypeError` if `x` is no batch of images of `in_chans` channels and whole patches."""
     if x.ndim != 4:
-        raise ValueError(
+        raise InvalidValueError(
             f"The model takes a batch of images (batch, {in_chans}, height, width), got a tensor of shape "
             f"{tuple(x.shape)}." + (" Add a batch dimension with x[None]." if x.ndim == 3 else "")
         )
     if not x.is_floating_point():
-        raise TypeError(
+        raise InvalidTypeError(
             f"The model takes normalised floating-point images, got {x.dtype}. "
             "Use dinov2_fast.Dinov2ImageProcessor, or divide by 255 and normalise."
         )
     if x.shape[1] != in_chans:
-        raise ValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
+        raise InvalidValueError(f"The model takes {in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)}).")
     for name, size, patch, step in zip(("height", "width"), x.shape[2:], patch_size, stride, strict=True):
         if (size % patch != 0 and (size - patch) % step != 0) or size < patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
             nearest = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(
+            raise InvalidValueError(
                 f"Input image {name} {size} is not a multiple of patch {name} {patch}. Resize, crop or pad "
                 f"it to {nearest}."
             )
@@ -103,7 +104,7 @@ class PatchEmbed(nn.Module):
     def stride(self, stride: int | tuple[int, int]) -> None:
         pair = _pair(stride)
         if not all(1 <= step <= patch for step, patch in zip(pair, self.patch_size, strict=True)):
-            raise ValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
+            raise InvalidValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
         self.proj.stride = pair
 
     def check(self, x: Tensor) -> None:
@@ -208,7 +209,9 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"The hidden size {dim} is not a multiple of the number of attention heads {num_heads}.")
+            raise InvalidValueError(
+                f"The hidden size {dim} is not a multiple of the number of attention heads {num_heads}."
+            )
         self.dim = dim
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)

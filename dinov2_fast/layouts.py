@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+
 logger = logging.getLogger("dinov2_fast")
 
 LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
@@ -143,9 +145,9 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
         KeyError: the weights are in no known layout.
     """
     if to not in LAYOUTS:
-        raise ValueError(f"There is no layout {to!r}; choose one of {', '.join(LAYOUTS)}.")
+        raise InvalidValueError(f"There is no layout {to!r}; choose one of {', '.join(LAYOUTS)}.")
     if block_chunks and to != "facebook":
-        raise ValueError(f"Only the layout 'facebook' has block chunks, not {to!r}.")
+        raise InvalidValueError(f"Only the layout 'facebook' has block chunks, not {to!r}.")
     plan = plan_conversion(state_dict)
     for needed in ("cls_token", "pos_embed"):
         if needed not in plan.recipes:
@@ -174,9 +176,11 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> Plan:
     """
     source = _unwrap(state_dict)
     if len(source) > MAX_KEYS:
-        raise ValueError(f"A state dict of {len(source)} keys is none of a DINOv2, which has fewer than {MAX_KEYS}.")
+        raise InvalidValueError(
+            f"A state dict of {len(source)} keys is none of a DINOv2, which has fewer than {MAX_KEYS}."
+        )
     if not all(isinstance(key, str) for key in source):
-        raise TypeError(f"The keys of a state dict are names, but these are {some_keys(source)}.")
+        raise InvalidTypeError(f"The keys of a state dict are names, but these are {some_keys(source)}.")
     names, beside = _names_of_backbone(source)
     if len(names) < len(source):
         logger.info("Left out what is not the (teacher's) backbone: %d keys.", len(source) - len(names))
@@ -198,7 +202,7 @@ def _names_of_backbone(source: Mapping[str, Any]) -> tuple[dict[str, str], set[s
         if name.startswith(_TRAINING_HEADS) or (has_teacher and not _is_teacher(key)):
             continue
         if name in names:
-            raise ValueError(_doubled(names[name], key, name))
+            raise InvalidValueError(_doubled(names[name], key, name))
         names[name] = key
     anchor = next((names[name] for name in _CLS_TOKENS if name in names), None)
     if anchor is not None:
@@ -221,7 +225,9 @@ def _unknown_prefix(names: Iterable[str]) -> str:
     of_blocks = {name.partition(block)[0] for block in _FIRST_BLOCKS for name in names if block in name}
     found = sorted(of_cls_tokens & of_blocks)
     if len(found) > 1:
-        raise ValueError(f"This state dict holds several backbones, under {some_keys(found)}: give the tensors of one.")
+        raise InvalidValueError(
+            f"This state dict holds several backbones, under {some_keys(found)}: give the tensors of one."
+        )
     return found[0] if found else ""
 
 
@@ -272,7 +278,7 @@ def misfit(layout: str, missing: list[str], unexpected: list[str], misshapen: li
 
 def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"A state dict is a dictionary of tensors, not a {type(state_dict).__name__}.")
+        raise InvalidTypeError(f"A state dict is a dictionary of tensors, not a {type(state_dict).__name__}.")
     for name in _NESTED:
         inner = state_dict.get(name)
         if isinstance(inner, Mapping):
@@ -296,7 +302,7 @@ def _recipes(layout: str, names: Mapping[str, str]) -> dict[str, Recipe]:
 
     def add(own: str, keys: tuple[str, ...]) -> None:
         if own in recipes:
-            raise ValueError(_doubled(recipes[own].keys[0], keys[0], own))
+            raise InvalidValueError(_doubled(recipes[own].keys[0], keys[0], own))
         recipes[own] = Recipe(keys, _same if len(keys) == 1 else _join)
 
     top = {theirs: own for own, theirs in _TOP[layout].items()}

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import layouts, ops
 from dinov2_fast.block import Block
+from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError, UnsupportedError
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
 from dinov2_fast.ops.table import Row, summary, table
 from dinov2_fast.position_embeddings import (
@@ -104,7 +105,7 @@ class AnyLayout(nn.Module):
             if key in own and tensor.shape != own[key].shape
         ]
         if misshapen or (strict and (missing or unexpected)):
-            raise RuntimeError(layouts.misfit(layout, missing, unexpected, misshapen))
+            raise InvalidStateError(layouts.misfit(layout, missing, unexpected, misshapen))
         return super().load_state_dict(converted, strict=strict, assign=assign)
 
     def _load_from_state_dict(
@@ -190,9 +191,9 @@ class DinoVisionTransformer(AnyLayout):
     ) -> None:
         super().__init__()
         if ffn_layer not in _FFN_LAYERS:
-            raise ValueError(f"There is no ffn_layer {ffn_layer!r}; choose one of {', '.join(_FFN_LAYERS)}.")
+            raise InvalidValueError(f"There is no ffn_layer {ffn_layer!r}; choose one of {', '.join(_FFN_LAYERS)}.")
         if num_register_tokens < 0:
-            raise ValueError(f"num_register_tokens must not be negative, got {num_register_tokens}.")
+            raise InvalidValueError(f"num_register_tokens must not be negative, got {num_register_tokens}.")
         norm_layer = partial(LayerNorm, eps=1e-6)
         self.embed_dim = embed_dim
         self.num_features: Any = embed_dim
@@ -328,7 +329,7 @@ class DinoVisionTransformer(AnyLayout):
         x = self.patch_embed(x)
         if masks is not None:
             if self.mask_token is None:
-                raise ValueError("masks were given, but this model has no mask token.")
+                raise InvalidValueError("masks were given, but this model has no mask token.")
             x = torch.where(_check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self._add_positions(x, height, width)
 
@@ -367,7 +368,7 @@ class DinoVisionTransformer(AnyLayout):
         if is_training:
             return features
         if isinstance(features, list):
-            raise TypeError(
+            raise InvalidTypeError(
                 "A list of batches has one result for each: call the model with is_training=True, or use "
                 "forward_features."
             )
@@ -395,10 +396,12 @@ class DinoVisionTransformer(AnyLayout):
     ) -> list[dict[str, Tensor | None]]:
         """`forward_features` of a list of batches of different sizes, computed together."""
         if not x_list:
-            raise ValueError("The list of batches is empty.")
+            raise InvalidValueError("The list of batches is empty.")
         masks_list = [None] * len(x_list) if masks_list is None else masks_list
         if len(masks_list) != len(x_list):
-            raise ValueError(f"Got {len(x_list)} batches but {len(masks_list)} masks; give one (or None) for each.")
+            raise InvalidValueError(
+                f"Got {len(x_list)} batches but {len(masks_list)} masks; give one (or None) for each."
+            )
         tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         outputs = self._run_blocks(tokens)
         return [self._split_tokens(x, masks) for x, masks in zip(outputs, masks_list, strict=True)]
@@ -453,7 +456,7 @@ class DinoVisionTransformer(AnyLayout):
         missing = sorted(take - set(range(len(blocks))))
         if missing:
             found = len(take) - len(missing)
-            raise AssertionError(
+            raise UnsupportedError(
                 f"only {found} / {len(take)} blocks found: there is no block {', '.join(map(str, missing))}; "
                 f"the blocks are 0 to {len(blocks) - 1}"
             )
@@ -570,7 +573,7 @@ class DinoVisionTransformer(AnyLayout):
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks for first."""
-        raise TypeError(NOT_SCRIPTABLE)
+        raise InvalidTypeError(NOT_SCRIPTABLE)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -596,17 +599,17 @@ def _indices(asked: int | Sequence[int], count: int, what: str) -> list[int]:
     outside = [i for i in indices if not -count <= i < count]
     if outside or not indices:
         wrong = f"There is no {what} {outside[0]}" if outside else f"No {what} was asked for"
-        raise ValueError(f"{wrong}; the {what}s of this model are 0 to {count - 1}, or -{count} to -1.")
+        raise InvalidValueError(f"{wrong}; the {what}s of this model are 0 to {count - 1}, or -{count} to -1.")
     return [i % count for i in indices]
 
 
 def _check_masks(masks: Tensor, x: Tensor) -> Tensor:
     if masks.shape != x.shape[:2]:
-        raise ValueError(
+        raise InvalidValueError(
             f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these images, got {tuple(masks.shape)}."
         )
     if masks.dtype != torch.bool:
-        raise TypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
+        raise InvalidTypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
     return masks
 
 

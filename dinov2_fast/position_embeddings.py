@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.torch_private import is_traced
 
 
@@ -46,7 +47,7 @@ def position_interpolation(name: str) -> PositionInterpolation:
         ValueError: unknown name.
     """
     if name not in POSITION_INTERPOLATIONS:
-        raise ValueError(
+        raise InvalidValueError(
             f"There is no position interpolation {name!r}; choose one of {', '.join(POSITION_INTERPOLATIONS)}."
         )
     return POSITION_INTERPOLATIONS[name]
@@ -90,7 +91,7 @@ def square_grid(table: Tensor) -> Grid:
     """
     side = round(int(table.shape[0]) ** 0.5)
     if side * side != table.shape[0]:
-        raise ValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
+        raise InvalidValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
     return side, side
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
 from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
 from dinov2_fast.position_embeddings import Grid
@@ -148,7 +149,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         block_fn = partial(kwargs.pop("block_fn", Block), attn_class=TimmAttention, attn_drop=attn_drop_rate)
         super().__init__(**{"block_chunks": 0, **kwargs}, embed_layer=embed_layer, block_fn=block_fn)
         if self.chunked_blocks:
-            raise ValueError("timm's models have no block chunks: leave block_chunks at 0.")
+            raise InvalidValueError("timm's models have no block chunks: leave block_chunks at 0.")
         self.mask_token = None  # timm has none, and training would find it unused
         for block in self.blocks:
             block.subset_threshold = 1.0  # timm drops branches of single images at every rate
@@ -211,13 +212,13 @@ class TimmVisionTransformer(DinoVisionTransformer):
             ValueError: another patch size, or images smaller than a patch.
         """
         if patch_size is not None and _pair(patch_size) != self.patch_embed.patch_size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"patch_size={patch_size} cannot be set: the patch embedding is for patches of {self.patch_size} "
                 "pixels. Resize the images instead."
             )
         height, width = self.patch_embed.img_size if img_size is None else _pair(img_size)
         if min(height, width) < self.patch_size:
-            raise ValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
+            raise InvalidValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
         if (height // self.patch_size, width // self.patch_size) != self.patch_embed.patches_resolution:
             with torch.no_grad():
                 table = self._positions(height // self.patch_size, width // self.patch_size).to(self.pos_embed.dtype)
@@ -294,7 +295,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         """
         _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"There is no output_fmt {output_fmt!r}; choose one of NCHW, NLC.")
+            raise InvalidValueError(f"There is no output_fmt {output_fmt!r}; choose one of NCHW, NLC.")
         take = _take_indices(len(self.blocks), indices)
         grid, x, outputs = self.grid(x), self.embed(x), []
         for i, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
@@ -336,7 +337,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images as tokens (batch, 1 + registers + patches, hidden), by the reference's name; masks are refused."""
         if masks is not None:
-            raise ValueError("masks were given, but this model has no mask token.")
+            raise InvalidValueError("masks were given, but this model has no mask token.")
         return self.embed(x)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -485,7 +486,7 @@ def _find(model_name: str) -> BackboneConfig:
     if plain in named:
         return named[plain]
     near = difflib.get_close_matches(plain, named, n=3, cutoff=0.5) or list(named)
-    raise ValueError(f"timm has no DINOv2 called {model_name!r}; did you mean {' or '.join(near)}?")
+    raise InvalidValueError(f"timm has no DINOv2 called {model_name!r}; did you mean {' or '.join(near)}?")
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -497,7 +498,9 @@ def _given_cfg(config: BackboneConfig, pretrained_cfg: Any, overlay: dict[str, A
     """The entries of timm's `pretrained_cfg` and of what is laid over it."""
     if isinstance(pretrained_cfg, str):
         if pretrained_cfg != TAG.removeprefix("."):
-            raise ValueError(f"{config.timm_name} has no weights tagged {pretrained_cfg!r}; leave pretrained_cfg out.")
+            raise InvalidValueError(
+                f"{config.timm_name} has no weights tagged {pretrained_cfg!r}; leave pretrained_cfg out."
+            )
         pretrained_cfg = None
     if is_dataclass(pretrained_cfg) and not isinstance(pretrained_cfg, type):
         pretrained_cfg = asdict(pretrained_cfg)
@@ -515,18 +518,18 @@ def _refuse_other_sources(config: BackboneConfig, cfg: dict[str, Any], cache_dir
     published = (None, config.url, "timm/", f"timm/{config.timm_name}")
     others = [name for name in ("url", "hf_hub_id", "state_dict") if cfg.get(name) not in published]
     if others and not cfg.get("file"):
-        raise ValueError(
+        raise InvalidValueError(
             f"pretrained_cfg names other weights, by {', '.join(others)}. Give a file: as its entry `file`, or as "
             "checkpoint_path."
         )
     if cache_dir is not None:
-        raise ValueError("cache_dir is not read: set the environment variable DINOV2_FAST_CACHE to that folder.")
+        raise InvalidValueError("cache_dir is not read: set the environment variable DINOV2_FAST_CACHE to that folder.")
 
 
 def _own_arguments(config: BackboneConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Those of `given` that a `TimmVisionTransformer` takes, without what says what is so anyway."""
     if given.get("scriptable"):
-        raise TypeError(f"scriptable=True: {NOT_SCRIPTABLE}")
+        raise InvalidTypeError(f"scriptable=True: {NOT_SCRIPTABLE}")
     so_anyway = {
         **SO_ANYWAY,
         "reg_tokens": (config.num_register_tokens,),
@@ -542,7 +545,7 @@ def _own_arguments(config: BackboneConfig, given: dict[str, Any]) -> dict[str, A
     known = [name for signature in signatures for name in signature.parameters if name not in elsewhere]
     unknown = [f"{name}={value!r}" for name, value in given.items() if name not in known]
     if unknown:
-        raise TypeError(
+        raise InvalidTypeError(
             f"create_model has no {', '.join(unknown)}. A model takes {', '.join(known)}. Weights of your own go in as "
             "checkpoint_path; `dinov2_fast.load` says where published ones are looked for."
         )
@@ -561,7 +564,7 @@ def _with_published_weights(
     with torch.device("meta"):
         model = _build(config, {**arguments, "num_classes": 0, "img_size": TRAINED_SIZE})
     if isinstance(model.norm, nn.Identity):
-        raise ValueError(
+        raise InvalidValueError(
             f"The published weights normalise before pooling: with global_pool={model.global_pool!r}, give "
             "fc_norm=False."
         )
@@ -604,7 +607,9 @@ def _data_config(config: BackboneConfig) -> dict[str, Any]:
 
 def _check_pool(global_pool: str) -> str:
     if global_pool not in POOLS:
-        raise ValueError(f"There is no global_pool {global_pool!r}; choose one of {', '.join(map(repr, POOLS))}.")
+        raise InvalidValueError(
+            f"There is no global_pool {global_pool!r}; choose one of {', '.join(map(repr, POOLS))}."
+        )
     return global_pool
 
 
@@ -613,10 +618,12 @@ def _take_indices(blocks: int, indices: Indices) -> list[int]:
     if indices is None or isinstance(indices, int):
         last = blocks if indices is None else indices
         if not 0 < last <= blocks:
-            raise ValueError(f"There are {blocks} blocks, so not the last {last}.")
+            raise InvalidValueError(f"There are {blocks} blocks, so not the last {last}.")
         return list(range(blocks - last, blocks))
     if not all(-blocks <= i < blocks for i in indices) or not indices:
-        raise ValueError(f"The blocks are 0 to {blocks - 1}, or -{blocks} to -1 from the last; got {list(indices)}.")
+        raise InvalidValueError(
+            f"The blocks are 0 to {blocks - 1}, or -{blocks} to -1 from the last; got {list(indices)}."
+        )
     return [i % blocks for i in indices]
 
 
@@ -624,4 +631,4 @@ def _take_indices(blocks: int, indices: Indices) -> list[int]:
 @torch.fx.node.has_side_effect
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise ValueError("attn_mask and is_causal are not supported: every token attends to all.")
+        raise InvalidValueError("attn_mask and is_causal are not supported: every token attends to all.")

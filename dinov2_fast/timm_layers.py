@@ -12,6 +12,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.layers import Attention, PatchEmbed, attend, check_is_tensor, is_watched
 
 torch.fx.wrap("check_is_tensor")
@@ -108,7 +109,7 @@ def pad_to_patches(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 def check_img_size(x: Tensor, img_size: tuple[int, int]) -> None:
     """Raises `ValueError` if the images `x` are not of the size that a table of positions is for."""
     if tuple(x.shape[2:]) != img_size:
-        raise ValueError(
+        raise InvalidValueError(
             f"With dynamic_img_size=False this model takes images of {img_size[0]} x {img_size[1]} pixels, got "
             f"{x.shape[2]} x {x.shape[3]}. Leave dynamic_img_size out, or call set_input_size."
         )

@@ -11,6 +11,7 @@ from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.options import at_least, names, size
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -182,8 +183,8 @@ def _images(paths: list[str], size: tuple[int, int] | None, failures: Failures) 
         except ImageError as error:
             failures.add(path, str(error))
     if failures and not images:
-        raise ValueError(f"None of the images can be read:\n{failures}")
+        raise InvalidValueError(f"None of the images can be read:\n{failures}")
     if not images:
-        raise ValueError(f"There are no images in {', '.join(map(repr, paths))}.")
+        raise InvalidValueError(f"There are no images in {', '.join(map(repr, paths))}.")
     sizes = [(size, images)] if size else [((224, 224), images), ((154, 280), images[:1])]
     return [Dinov2ImageProcessor.for_size(sides)(some).pixel_values for sides, some in sizes]

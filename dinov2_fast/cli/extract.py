@@ -13,6 +13,7 @@ from dinov2_fast import environment
 from dinov2_fast.cli.options import POSITION_INTERPOLATIONS, add_stride, at_least, default_workers, names, size
 from dinov2_fast.cli.streams import losable_output
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.extract import Announcement, Status, Summary
@@ -156,13 +157,13 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.data.sources import find_images
 
     if args.engine == "off" and args.precision == "fp8":
-        raise ValueError("--precision fp8 exists in the engine only: leave out --engine off.")
+        raise InvalidValueError("--precision fp8 exists in the engine only: leave out --engine off.")
     if args.no_crop and not args.size:
-        raise ValueError("--no-crop needs --size.")
+        raise InvalidValueError("--no-crop needs --size.")
     images = find_images(args.paths)
     first = next(images, None)
     if first is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"There are no images in {', '.join(map(repr, args.paths))}. Archives and lists in a folder must be "
             "named, as in 'folder/*.tar'."
         )
@@ -300,7 +301,7 @@ def _refuse_slow(precision: str, device: Any) -> None:
     reason = why_slow(precision, device)
     if reason:
         instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
-        raise ValueError(
+        raise InvalidValueError(
             f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
             f"{instead}{otherwise}."
         )

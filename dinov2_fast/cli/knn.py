@@ -10,6 +10,7 @@ from typing import Any
 from dinov2_fast.cli import labelled
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.options import at_least
+from dinov2_fast.errors import InvalidValueError
 
 DESCRIPTION = f"""\
 Classifies the images of VAL by their nearest neighbours among those of TRAIN,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.extraction.extractor import find_device
 
     if args.val is None and args.n_per_class != [None]:
-        raise ValueError("--n-per-class needs VAL: without it all images of TRAIN but one vote.")
+        raise InvalidValueError("--n-per-class needs VAL: without it all images of TRAIN but one vote.")
     read = labelled.read_all(args, [args.train] if args.val is None else [args.train, args.val], blocks=1)
     labels = labelled.classes_of(read)
     pairs = [value for each, numbers in zip(read, labels, strict=True) for value in (each.tokens.cls[:, -1], numbers)]

@@ -20,6 +20,7 @@ import dinov2_fast
 from dinov2_fast.cli.extract import SECONDS_BETWEEN_LINES
 from dinov2_fast.cli.options import POSITION_INTERPOLATIONS, at_least, default_workers, size
 from dinov2_fast.data.failures import Failures
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluation.evaluate import Tokens
@@ -125,18 +126,22 @@ def read_all(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> l
     """
     for folder in folders:
         if not os.path.isdir(folder):
-            raise ValueError(f"{folder!r} is {'a file' if os.path.exists(folder) else 'not there'}; give a folder.")
+            raise InvalidValueError(
+                f"{folder!r} is {'a file' if os.path.exists(folder) else 'not there'}; give a folder."
+            )
     if args.json:
         _check_writable(Path(args.json))
     stored = [is_stored(Path(folder)) for folder in folders]
     if all(stored):
         if args.model or args.weights:
-            raise ValueError("Folders of features need no --model; to run one, give folders of images.")
+            raise InvalidValueError("Folders of features need no --model; to run one, give folders of images.")
         return _read_stored(folders, blocks)
     if any(stored):
-        raise ValueError("Give folders of images or folders of features, not both: features of two models differ.")
+        raise InvalidValueError(
+            "Give folders of images or folders of features, not both: features of two models differ."
+        )
     if not args.model:
-        raise ValueError("--model is missing: these folders hold no features, and images need a model.")
+        raise InvalidValueError("--model is missing: these folders hold no features, and images need a model.")
     return _read_images(args, folders, blocks)
 
 
@@ -154,11 +159,13 @@ def _numbers(named: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int6
     train, names = named[0]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
     if len(numbers) < 2:
-        raise ValueError(f"{train!r} has one class, {names[0]!r}: there is nothing to tell apart.")
+        raise InvalidValueError(f"{train!r} has one class, {names[0]!r}: there is nothing to tell apart.")
     for folder, others in named[1:]:
         unknown = sorted(set(others) - set(numbers))
         if unknown:
-            raise ValueError(f"{folder!r} has {len(unknown)} class(es) that {train!r} lacks, such as {unknown[0]!r}.")
+            raise InvalidValueError(
+                f"{folder!r} has {len(unknown)} class(es) that {train!r} lacks, such as {unknown[0]!r}."
+            )
     return [np.array([numbers[name] for name in names], np.int64) for _, names in named]
 
 
@@ -193,9 +200,9 @@ def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--json: the folder {str(path.parent)!r} cannot be made: {error.strerror}.") from None
+        raise InvalidValueError(f"--json: the folder {str(path.parent)!r} cannot be made: {error.strerror}.") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--json: {str(path)!r} is a folder, or may not be written.")
+        raise InvalidValueError(f"--json: {str(path)!r} is a folder, or may not be written.")
 
 
 def is_stored(folder: Path) -> bool:
@@ -209,7 +216,7 @@ def _read_stored(folders: Sequence[str], blocks: int) -> list[Labelled]:
     opened = [dinov2_fast.load_features(folder) for folder in folders]
     for folder, features in zip(folders[1:], opened[1:], strict=True):
         if features.manifest["weights"] != opened[0].manifest["weights"]:
-            raise ValueError(f"The features in {folder!r} are of another model than those in {folders[0]!r}.")
+            raise InvalidValueError(f"The features in {folder!r} are of another model than those in {folders[0]!r}.")
     return [_labelled(folder, features, blocks) for folder, features in zip(folders, opened, strict=True)]
 
 
@@ -221,11 +228,13 @@ def _labelled(folder: str, features: Features, blocks: int) -> Labelled:
     for row in np.flatnonzero(~good):
         failures.add(features.path[row], features.error[row] or "")
     if not good.any():
-        raise ValueError(f"No image in {folder!r} has features:\n{failures}")
+        raise InvalidValueError(f"No image in {folder!r} has features:\n{failures}")
     names = [_class_of(features.path[row]) for row in np.flatnonzero(good)]
     stored = _last_blocks(features, model.blocks, blocks)
     if not stored:
-        raise ValueError(f"{folder!r} has no class tokens of the last block: extract the features cls,patch_mean.")
+        raise InvalidValueError(
+            f"{folder!r} has no class tokens of the last block: extract the features cls,patch_mean."
+        )
     cls = np.stack([features[name][good] for name in stored], axis=1)
     patch_mean = next((name for name in ("patch_mean", f"patch_mean@{model.blocks - 1}") if name in features), None)
     tokens = _tokens(cls, features[patch_mean][good] if patch_mean else None)
@@ -275,10 +284,10 @@ def _list_labelled(folder: str) -> list[str]:
 
     files = list_images([folder])
     if not files:
-        raise ValueError(f"There are no images in {folder!r}.")
+        raise InvalidValueError(f"There are no images in {folder!r}.")
     loose = [file for file in files if os.path.dirname(os.path.relpath(file, folder)) == ""]
     if loose:
-        raise ValueError(f"{loose[0]!r} lies in no class folder: {folder!r} must hold a folder for each class.")
+        raise InvalidValueError(f"{loose[0]!r} lies in no class folder: {folder!r} must hold a folder for each class.")
     return files
 
 
@@ -303,7 +312,7 @@ def _run_model(
             else:
                 failures.add(file, NOT_FINITE)
     if not cls:
-        raise ValueError(f"No image in {folder!r} can be read:\n{failures}")
+        raise InvalidValueError(f"No image in {folder!r} can be read:\n{failures}")
     return Labelled(folder, _tokens(np.stack(cls), np.stack(patch_mean)), names, failures, source)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dinov2_fast.cli import labelled
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.options import at_least
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.cli.labelled import Labelled
@@ -130,12 +131,12 @@ def _blocks(read: Sequence[Labelled], asked: Sequence[int] | None) -> list[int]:
     available, depth = least.tokens.cls.shape[1], least.model.blocks
     wanted = asked or [n for n in BLOCKS if n <= depth]
     if max(wanted) > depth:
-        raise ValueError(f"The model has {depth} blocks, asked for {', '.join(map(str, wanted))}.")
+        raise InvalidValueError(f"The model has {depth} blocks, asked for {', '.join(map(str, wanted))}.")
     if max(wanted) > available:
         held = f"{least.folder!r} has the class tokens of {_last(available)}"
         needed = f"dinov2-fast extract ... --features {labelled.features_for(depth, max(wanted))}"
         if asked:
-            raise ValueError(f"{held} alone, asked for {', '.join(map(str, asked))}. For more: {needed}")
+            raise InvalidValueError(f"{held} alone, asked for {', '.join(map(str, asked))}. For more: {needed}")
         print(f"{held} alone, so n = {max(wanted)} is not tried. For more: {needed}", file=sys.stderr)
     return [n for n in wanted if n <= available]
 

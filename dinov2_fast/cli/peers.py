@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli.convert import huggingface_model
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ def load_peer(name: str, checkpoint: Checkpoint, device: Any) -> Peer:
     try:
         return (_transformers if library == "transformers" else _timm)(model, checkpoint, device)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install {library}.") from error
+        raise InvalidValueError(f"{error.name} is not installed: pip install {library}.") from error
 
 
 def _transformers(name: str, checkpoint: Checkpoint, device: Any) -> Peer:

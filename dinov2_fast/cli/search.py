@@ -14,6 +14,7 @@ import numpy as np
 from dinov2_fast.cli import options
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.curation.neighbours import Found, search, vector_size
+from dinov2_fast.errors import InvalidValueError
 
 DESCRIPTION = """\
 Finds the images in FEATURES, a folder that `dinov2-fast extract` wrote, whose
@@ -69,12 +70,12 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.features.schema import as_text
 
     if args.weights and not args.model:
-        raise ValueError("--weights needs --model.")
+        raise InvalidValueError("--weights needs --model.")
     features = dinov2_fast.load_features(args.features)
     vector_size(features, args.feature)
     images = list(find_images(args.queries))
     if not images:
-        raise ValueError(f"There are no images in {', '.join(map(repr, args.queries))}.")
+        raise InvalidValueError(f"There are no images in {', '.join(map(repr, args.queries))}.")
     vectors, errors = extract_as_stored(
         features, images, args.feature, model=args.model, weights=args.weights, device=args.device
     )
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{image.path!r} is left out: {error}", file=sys.stderr)
     good = [error is None for error in errors]
     if not any(good):
-        raise ValueError("None of the queries could be read.")
+        raise InvalidValueError("None of the queries could be read.")
     found = search(features, vectors[np.array(good)], args.k, feature=args.feature)
     read = [as_text(image.path) for image, is_good in zip(images, good, strict=True) if is_good]
     {"table": print_table, "json": print_json, "csv": print_csv}[args.format](read, found)

@@ -17,6 +17,7 @@ from dinov2_fast import visualize
 from dinov2_fast.cli import options
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.data.sources import ImageSource
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         visualize.PcaBasis.load(args.basis)  # what is none is refused before a model runs
     if len(args.paths) == 1 and find_manifest(Path(args.paths[0])):
         if args.model or args.weights:
-            raise ValueError("A folder of features needs no --model; to run one, give the images instead.")
+            raise InvalidValueError("A folder of features needs no --model; to run one, give the images instead.")
         return show_features(args, asked)
     return show_images(args, asked)
 
@@ -139,10 +140,10 @@ def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
     from dinov2_fast.features.manifest import fingerprint
 
     if not args.model:
-        raise ValueError("--model is missing: images are shown as a model sees them.")
+        raise InvalidValueError("--model is missing: images are shown as a model sees them.")
     seen, failures = _read_images(args)
     if "neighbours" in asked and len(seen.images) < 2:
-        raise ValueError("Neighbours need two images or more.")
+        raise InvalidValueError("Neighbours need two images or more.")
     device = find_device(args.device)
     model = dinov2_fast.load(
         args.model,
@@ -154,7 +155,7 @@ def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
     layers = _resolved(args.layer, model.n_blocks, "block")
     heads = _resolved(args.head, model.num_heads, "head")
     if len(layers) > 1 and (args.basis or args.save_basis):
-        raise ValueError("A basis is of one block: choose one with --layer.")
+        raise InvalidValueError("A basis is of one block: choose one with --layer.")
     if args.stride is not None:
         model.stride = args.stride
     grid = model.patch_grid(*args.size)
@@ -201,7 +202,7 @@ def _read_images(args: argparse.Namespace) -> tuple[_Seen, int]:
 
     found = list(islice(find_images(args.paths), args.limit + 1))
     if not found:
-        raise ValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
+        raise InvalidValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
     if len(found) > args.limit:
         print(f"The first {args.limit} images are shown; --limit sets how many.", file=sys.stderr)
     processor = Dinov2ImageProcessor.for_size(args.size, do_rescale=False, do_normalize=False)
@@ -214,7 +215,7 @@ def _read_images(args: argparse.Namespace) -> tuple[_Seen, int]:
             seen.names.append(Path(image.path).stem)
             seen.images.append(cut)
     if not seen.images:
-        raise ValueError("None of the images could be read.")
+        raise InvalidValueError("None of the images could be read.")
     return seen, failures
 
 
@@ -265,14 +266,14 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
 
     features = dinov2_fast.load_features(args.paths[0])
     if "attention" in asked:
-        raise ValueError("Features hold no attention maps: give the images, and --model.")
+        raise InvalidValueError("Features hold no attention maps: give the images, and --model.")
     for kind, name in (("pca", "patches"), ("neighbours", "cls")):
         if kind in asked and name not in features:
-            raise ValueError(f"--{kind} needs the feature {name!r}; stored are {', '.join(features)}.")
+            raise InvalidValueError(f"--{kind} needs the feature {name!r}; stored are {', '.join(features)}.")
     there = [row for row, error in enumerate(features.error) if error is None]
     rows = there[: args.limit]
     if not rows:
-        raise ValueError(f"No image in {args.paths[0]!r} has features.")
+        raise InvalidValueError(f"No image in {args.paths[0]!r} has features.")
     if len(there) > len(rows):
         print(f"The first {len(rows)} images are shown; --limit sets how many.", file=sys.stderr)
     sheets = _Sheets(Path(args.out), *_origin(features))
@@ -347,17 +348,17 @@ def _check_basis(args: argparse.Namespace, basis: visualize.PcaBasis, about: dic
     """Raises `ValueError` as `_basis` does."""
     of = {name: basis.about.get(name) for name in about}
     if of["weights"] != about["weights"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"The basis {args.basis!r} was made of {of['model']!r}, and {about['model']!r} has other weights: make one "
             "of this model with --save-basis."
         )
     if of["block"] != about["block"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"The basis {args.basis!r} is of block {of['block']}, and these are the features of block "
             f"{about['block']}: choose the block with --layer, or make a basis with --save-basis."
         )
     if args.foreground and basis.foreground is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"The basis {args.basis!r} knows no foreground: make one with --foreground --save-basis, or leave out "
             "--foreground."
         )
@@ -417,5 +418,5 @@ def _resolved(asked: tuple[int, ...] | None, number: int, what: str) -> list[int
     indices = range(number) if asked is None else asked
     outside = [index for index in indices if not -number <= index < number]
     if outside:
-        raise ValueError(f"There is no {what} {outside[0]}; the {what}s of this model are 0 to {number - 1}.")
+        raise InvalidValueError(f"There is no {what} {outside[0]}; the {what}s of this model are 0 to {number - 1}.")
     return sorted({index % number for index in indices})

@@ -14,6 +14,7 @@ from dinov2_fast.cli.convert import describe, find
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.peers import is_peer, load_peer
 from dinov2_fast.data.failures import Failures
+from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.weights.compare import compare_features
 
     if not any(True for _ in find_images(args.paths)):
-        raise ValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
+        raise InvalidValueError(f"There are no images in {', '.join(map(repr, args.paths))}.")
     device = find_device(args.device)
     images = _Images(args.paths, args.size, device)
     checkpoint, other = find(args.a), None if is_peer(args.b) else find(args.b)
@@ -135,7 +136,7 @@ class _Images:
                 found = True
                 yield torch.from_numpy(np.stack(pixels)).to(self.device)
         if not found:
-            raise ValueError(f"None of the images can be read:\n{self.failures}")
+            raise InvalidValueError(f"None of the images can be read:\n{self.failures}")
 
 
 def in_words(weights: WeightDifference) -> str:

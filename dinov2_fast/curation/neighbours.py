@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2_fast.errors import InvalidValueError
+
 if TYPE_CHECKING:
     from dinov2_fast.features.store import Features
 
@@ -69,7 +71,7 @@ def search(
     if isinstance(features, str | os.PathLike):
         features = load_features(features)
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
+        raise InvalidValueError(f"k must be at least 1, got {k}.")
     dim = vector_size(features, feature)
     if not hasattr(queries, "ndim"):
         queries = _of_images(features, queries, feature, {"model": model, "weights": weights, "device": device})
@@ -78,7 +80,7 @@ def search(
         found.add(block)
     rows, cosines = found.result()
     if not rows.shape[1]:
-        raise ValueError(f"No image in {str(features.folder)!r} has features.")
+        raise InvalidValueError(f"No image in {str(features.folder)!r} has features.")
     paths = _paths(features, rows)
     listed = [[paths[row] for row in each] for each in rows.tolist()]
     return Found(listed, cosines, rows, found.added - found.skipped, found.skipped)
@@ -103,20 +105,22 @@ def nearest(
         ValueError: a wrong rank, a row that does not exist or has no features, or nothing to compare with.
     """
     if features.ndim != 2 or count < 1:
-        raise ValueError(f"Need features (rows, dim) and a count of at least 1, got {features.shape} and {count}.")
+        raise InvalidValueError(
+            f"Need features (rows, dim) and a count of at least 1, got {features.shape} and {count}."
+        )
     wanted = np.asarray(queries, np.int64)
     if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(features):
-        raise ValueError(f"The queries must be rows from 0 to {len(features) - 1}, got {list(queries)}.")
+        raise InvalidValueError(f"The queries must be rows from 0 to {len(features) - 1}, got {list(queries)}.")
     vectors = np.asarray(features[wanted])
     without = wanted[~np.isfinite(vectors).all(axis=1)]
     if len(without):
-        raise ValueError(f"Row {without[0]} has no features.")
+        raise InvalidValueError(f"Row {without[0]} has no features.")
     found = _Nearest(vectors, count, without=wanted)
     for start in range(0, len(features), block):
         found.add(features[start : start + block])
     indices, cosines = found.result()
     if not indices.shape[1]:
-        raise ValueError("There is no other row with features to be a neighbour.")
+        raise InvalidValueError("There is no other row with features to be a neighbour.")
     return indices, cosines
 
 
@@ -131,9 +135,11 @@ def vector_size(features: Features, name: str) -> int:
     shapes = {feature.name: feature.shape for feature in stored_features(features.manifest)}
     vectors = ", ".join(name for name, shape in shapes.items() if len(shape) == 1) or "none"
     if name not in shapes:
-        raise ValueError(f"There is no feature {name!r} in {str(features.folder)!r}; choose of: {vectors}.")
+        raise InvalidValueError(f"There is no feature {name!r} in {str(features.folder)!r}; choose of: {vectors}.")
     if len(shapes[name]) != 1:
-        raise ValueError(f"{name!r} is {shapes[name][0]} vectors an image; choose one that is a vector: {vectors}.")
+        raise InvalidValueError(
+            f"{name!r} is {shapes[name][0]} vectors an image; choose one that is a vector: {vectors}."
+        )
     return shapes[name][0]
 
 
@@ -146,7 +152,7 @@ def _of_images(features: Features, paths: Any, name: str, source: Mapping[str, A
     vectors, errors = extract_as_stored(features, images, name, **source)
     for image, error in zip(images, errors, strict=True):
         if error is not None:
-            raise ValueError(f"{image.path!r} has no features: {error}.")
+            raise InvalidValueError(f"{image.path!r} has no features: {error}.")
     return vectors
 
 
@@ -155,9 +161,11 @@ def _checked(queries: Any, dim: int) -> NDArray[Any]:
         queries = queries.detach().cpu().float().numpy()
     vectors = np.atleast_2d(np.asarray(queries))
     if vectors.ndim != 2 or vectors.shape[1] != dim or not len(vectors):
-        raise ValueError(f"The queries must be features (queries, {dim}) or paths of images, got {vectors.shape}.")
+        raise InvalidValueError(
+            f"The queries must be features (queries, {dim}) or paths of images, got {vectors.shape}."
+        )
     if not np.isfinite(vectors).all():
-        raise ValueError("The queries contain NaN or infinity: leave out rows without features.")
+        raise InvalidValueError("The queries contain NaN or infinity: leave out rows without features.")
     return vectors
 
 

@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 
 from dinov2_fast.data import parquet_images
 from dinov2_fast.data.files import MAX_BYTES, ImageError, ReadError, ending, open_file, read_bytes, reason, shown
+from dinov2_fast.errors import InvalidValueError
 
 _LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # of a zip member: magic, flags, method, lengths of name and extra field
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
@@ -44,7 +45,7 @@ def members(archive: str) -> Iterator[Member]:
         raise OSError(f"{shown(archive)!r} cannot be read: {reason(error)}.") from error
     except Exception as error:  # tarfile raises more than its own errors on damaged archives
         name = "uncompressed tar" if kind == ".tar" else "zip"
-        raise ValueError(f"{shown(archive)!r} is damaged, or no {name} archive ({reason(error)}).") from error
+        raise InvalidValueError(f"{shown(archive)!r} is damaged, or no {name} archive ({reason(error)}).") from error
 
 
 def read_member(archive: str, offset: int | None, size: int | None) -> bytes:

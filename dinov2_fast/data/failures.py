@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dinov2_fast.errors import Dinov2FastError
+
 FIRST = 3
 REASONS = 5
 MOST_REASONS = 1000  # that are told apart: some name sizes, so that there may be as many as images
 
 
-class NothingReadError(RuntimeError):
+class NothingReadError(Dinov2FastError, RuntimeError):
     """Not one image could be read: more likely than that is a disk or a server that is away."""
 
 

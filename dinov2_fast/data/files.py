@@ -8,13 +8,15 @@ import re
 import stat
 from typing import IO, Any
 
+from dinov2_fast.errors import Dinov2FastError, InvalidValueError
+
 MAX_BYTES = 1 << 30
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _URL = re.compile(rf"{_SCHEME.pattern}[^\s'\"]*")
 _SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*", re.DOTALL)
 
 
-class ImageError(Exception):
+class ImageError(Dinov2FastError):
     """An image cannot be had; the message is the reason, without the path."""
 
 
@@ -46,13 +48,13 @@ def filesystem(url: str) -> Any:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError(
+        raise InvalidValueError(
             f"URLs such as {shown(url)!r} need fsspec, which is not installed: pip install fsspec."
         ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{shown(url)!r} cannot be opened: {reason(error)}") from error
+        raise InvalidValueError(f"{shown(url)!r} cannot be opened: {reason(error)}") from error
 
 
 def open_file(path: str) -> IO[bytes]:

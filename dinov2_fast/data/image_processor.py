@@ -34,6 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+
 CONFIG_NAME = "preprocessor_config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,7 +117,7 @@ class Dinov2ImageProcessor:
         self.image_mean = _channel_setting("image_mean", image_mean)
         self.image_std = _channel_setting("image_std", image_std)
         if 0.0 in self.image_std:
-            raise ValueError("image_std must not contain 0: pixels are divided by it.")
+            raise InvalidValueError("image_std must not contain 0: pixels are divided by it.")
         self.background = background
         if background is not None:
             _rgb(background)
@@ -135,7 +137,7 @@ class Dinov2ImageProcessor:
             if side < PATCH_SIZE or side % PATCH_SIZE:
                 below = max(side // PATCH_SIZE, 1) * PATCH_SIZE
                 nearest = f"{below} or {below + PATCH_SIZE}" if side > PATCH_SIZE else str(PATCH_SIZE)
-                raise ValueError(f"{side} is not a multiple of the patch size {PATCH_SIZE}; nearest: {nearest}.")
+                raise InvalidValueError(f"{side} is not a multiple of the patch size {PATCH_SIZE}; nearest: {nearest}.")
         exact = {"height": height, "width": width}
         return cls(size=max(height, width) if crop else exact, do_center_crop=crop, crop_size=exact, **settings)
 
@@ -166,11 +168,11 @@ class Dinov2ImageProcessor:
                 device for what is no tensor.
         """
         if return_tensors not in ("pt", "np", None):
-            raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}.')
+            raise InvalidValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}.')
         if data_format not in _DATA_FORMATS:
-            raise ValueError(f'data_format must be "channels_first" or "channels_last", got {data_format!r}.')
+            raise InvalidValueError(f'data_format must be "channels_first" or "channels_last", got {data_format!r}.')
         if device is not None and return_tensors != "pt":
-            raise ValueError('Only tensors have a device; ask for return_tensors="pt".')
+            raise InvalidValueError('Only tensors have a device; ask for return_tensors="pt".')
         processor = self._with(overrides)
         pixel_values = [processor._process(image, input_data_format) for image in _flat_list(images)]
         if data_format == "channels_last":
@@ -257,13 +259,13 @@ class Dinov2ImageProcessor:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+            raise InvalidValueError(f"{path} is not JSON: {error}.") from None
         if not isinstance(found, dict):
-            raise ValueError(f"{path} does not hold the settings of an image processor.")
+            raise InvalidValueError(f"{path} does not hold the settings of an image processor.")
         kind = found.get("image_processor_type", found.get("feature_extractor_type", _FILE_TYPES[0]))
         if kind not in _FILE_TYPES or found.get("do_pad"):
             what = f"a {kind}" if kind not in _FILE_TYPES else "a processor that pads (do_pad)"
-            raise ValueError(f"{path} describes {what}; DINOv2 checkpoints have a plain {_FILE_TYPES[0]}.")
+            raise InvalidValueError(f"{path} describes {what}; DINOv2 checkpoints have a plain {_FILE_TYPES[0]}.")
         given = {name: found[name] for name in _SETTINGS if found.get(name) is not None}
         return cls(**{**_FILE_DEFAULTS, **given})._with(overrides)
 
@@ -272,7 +274,7 @@ class Dinov2ImageProcessor:
             if name not in _SETTINGS and (name not in _SWITCHED_OFF or value):
                 near = difflib.get_close_matches(name, _SETTINGS, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_SETTINGS)}."
-                raise TypeError(f"The image processor has no setting {name!r}; {hint}")
+                raise InvalidTypeError(f"The image processor has no setting {name!r}; {hint}")
         given = {name: value for name, value in overrides.items() if name in _SETTINGS and value is not None}
         return type(self)(**{**self.settings(), **given}) if given else self
 
@@ -292,9 +294,9 @@ class Dinov2ImageProcessor:
     def _pixels(self, image: Any, data_format: str | None) -> Pixels:
         if isinstance(image, Image.Image):
             if not self.do_convert_rgb and image.mode != "RGB":
-                raise ValueError(f"The image's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
+                raise InvalidValueError(f"The image's mode is {image.mode}, not RGB; set do_convert_rgb=True.")
             if not (image.width and image.height):
-                raise ValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
+                raise InvalidValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
             return np.asarray(to_rgb(image, self.background))
         array = _channels_last(_to_numpy(image), data_format)
         if array.dtype == np.uint16:
@@ -303,20 +305,22 @@ class Dinov2ImageProcessor:
             array = _checked_floats(array, 255 if self.do_rescale else 1)
         if array.shape[2] == 4:
             if not self.do_convert_rgb:
-                raise ValueError("The image has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
+                raise InvalidValueError("The image has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
             if self.background is not None:
-                raise ValueError("A background is put behind PIL images alone; convert the array with Image.fromarray.")
+                raise InvalidValueError(
+                    "A background is put behind PIL images alone; convert the array with Image.fromarray."
+                )
             array = array[:, :, :3]
         if array.shape[2] == 1:
             if not self.do_convert_rgb:
-                raise ValueError("The image has one channel, not 3; set do_convert_rgb=True.")
+                raise InvalidValueError("The image has one channel, not 3; set do_convert_rgb=True.")
             array = np.repeat(array, 3, axis=2)
         return array
 
     def _resize(self, pixels: Pixels) -> Pixels:
         height, width = self._resized_size(*pixels.shape[:2])
         if height * width > MAX_RESIZED_PIXELS:
-            raise ValueError(
+            raise InvalidValueError(
                 f"An image of {pixels.shape[1]} x {pixels.shape[0]} pixels is too long and narrow: resized it would "
                 f"have {width} x {height}."
             )
@@ -350,11 +354,13 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
             convert.
     """
     if image.mode == "F":
-        raise ValueError("An image of floating-point pixels has no agreed range; convert it to 8 bits first.")
+        raise InvalidValueError("An image of floating-point pixels has no agreed range; convert it to 8 bits first.")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ValueError("An image of 32-bit integers has no agreed range; convert it to 8 or 16 bits first.")
+            raise InvalidValueError(
+                "An image of 32-bit integers has no agreed range; convert it to 8 or 16 bits first."
+            )
         return Image.fromarray(_to_8_bits(values)).convert("RGB")
     if background is not None and image.has_transparency_data:
         behind = Image.new("RGBA", image.size, _rgb(background))
@@ -370,7 +376,7 @@ def _rgb(colour: str) -> tuple[int, ...]:
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError:
-        raise ValueError(f"background must be a colour such as white or #ffffff, got {colour!r}.") from None
+        raise InvalidValueError(f"background must be a colour such as white or #ffffff, got {colour!r}.") from None
 
 
 def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -388,23 +394,23 @@ def _size_setting(name: str, value: Any, *, square: bool) -> dict[str, int]:
         sizes = {"height": value, "width": value} if square else {"shortest_edge": value}
     if set(sizes) != {"height", "width"} and (square or set(sizes) != {"shortest_edge"}):
         also = "" if square else " or shortest_edge"
-        raise ValueError(f"{name} must have the keys height and width{also}, got {value!r}.")
+        raise InvalidValueError(f"{name} must have the keys height and width{also}, got {value!r}.")
     if not all(isinstance(side, int) and side > 0 for side in sizes.values()):
-        raise ValueError(f"{name} must be made of positive whole numbers, got {value!r}.")
+        raise InvalidValueError(f"{name} must be made of positive whole numbers, got {value!r}.")
     return sizes
 
 
 def _channel_setting(name: str, value: float | Sequence[float]) -> list[float]:
     values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * 3
     if len(values) != 3 or not all(math.isfinite(v) for v in values):
-        raise ValueError(f"{name} must be one finite number or three (red, green, blue), got {value!r}.")
+        raise InvalidValueError(f"{name} must be one finite number or three (red, green, blue), got {value!r}.")
     return values
 
 
 def _flat_list(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         if not images:
-            raise ValueError("The list of images is empty.")
+            raise InvalidValueError("The list of images is empty.")
         return list(images)
     return list(images) if getattr(images, "ndim", 0) == 4 and len(images) else [images]
 
@@ -415,35 +421,41 @@ def _to_numpy(image: Any) -> NDArray[Any]:
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"An image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}.")
+        raise InvalidTypeError(
+            f"An image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}."
+        )
     return image
 
 
 def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]:
     """(height, width, channels) with 1, 3 or 4 channels."""
     if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"An image must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}.")
+        raise InvalidValueError(
+            f"An image must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}."
+        )
     if array.ndim == 2:
         return array[:, :, None]
     if data_format not in _DATA_FORMATS:
-        raise ValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
+        raise InvalidValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
     for channels in ((1, 3), (4,)):  # four is the less likely reading, so it comes second
         if data_format != "channels_last" and array.shape[0] in channels:
             return array.transpose(1, 2, 0)
         if data_format != "channels_first" and array.shape[2] in channels:
             return array
-    raise ValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
+    raise InvalidValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
 
 
 def _checked_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8.")
+        raise InvalidValueError(
+            f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8."
+        )
     low, high = float(array.min()), float(array.max())  # NaN carries through both
     if not (low >= 0 and high <= top):
         other = "" if top == 255 else " (do_rescale=False)"
-        raise ValueError(f"A float image must lie between 0 and {top}{other}, got values from {low} to {high}.")
+        raise InvalidValueError(f"A float image must lie between 0 and {top}{other}, got values from {low} to {high}.")
     if top == 255 and 0 < high <= 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"A float image with values from {low} to {high} looks scaled already; pass do_rescale=False for 0 to 1, "
             "or uint8."
         )
@@ -466,7 +478,7 @@ def _stack(pixel_values: list[Pixels]) -> NDArray[Any]:
     sizes = sorted({p.shape[1:] for p in pixel_values})
     if len(sizes) > 1:
         some = ", ".join(f"{h} x {w}" for h, w in sizes[:3])
-        raise ValueError(
+        raise InvalidValueError(
             f"The images come out in {len(sizes)} sizes ({some}) and do not fit one batch; crop them to one size "
             "(do_center_crop), resize to an exact height and width, or ask for a list (return_tensors=None)."
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from dinov2_fast.data.files import ending, is_url, open_file, reason, shown
+from dinov2_fast.errors import InvalidValueError
 
 COLUMNS = ("path", "image", "url", "file_name")  # the first that is there
 
@@ -30,7 +31,7 @@ def read_list(path: str) -> Iterator[str]:
     except OSError as error:
         raise OSError(f"{shown(path)!r} cannot be read: {reason(error)}.") from error
     except Exception as error:
-        raise ValueError(f"The list {shown(path)!r} cannot be read: {reason(error)}.") from error
+        raise InvalidValueError(f"The list {shown(path)!r} cannot be read: {reason(error)}.") from error
 
 
 def _open_text(path: str, newline: str) -> io.TextIOWrapper:
@@ -60,10 +61,10 @@ def _csv_paths(path: str) -> Iterator[str]:
             column = names.index(name)
             for row in filter(None, rows):
                 if len(row) <= column:
-                    raise ValueError(f"the row has {len(row)} columns, and {name!r} is number {column + 1}")
+                    raise InvalidValueError(f"the row has {len(row)} columns, and {name!r} is number {column + 1}")
                 yield _from_list(path, name, row[column])
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from error
+            raise InvalidValueError(f"line {rows.line_num}: {error}") from error
 
 
 def _json_paths(path: str) -> Iterator[str]:
@@ -75,12 +76,12 @@ def _json_paths(path: str) -> Iterator[str]:
             try:
                 entry = json.loads(line)
                 if not isinstance(entry, dict):
-                    raise ValueError('a line must be an object such as {"path": "a.jpg"}')
+                    raise InvalidValueError('a line must be an object such as {"path": "a.jpg"}')
                 name = _column(list(entry))
                 if not isinstance(entry[name] or "", str):
-                    raise ValueError(f"{name!r} is no text")
+                    raise InvalidValueError(f"{name!r} is no text")
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from error
+                raise InvalidValueError(f"line {number}: {error}") from error
             yield _from_list(path, name, entry[name] or "")
 
 
@@ -96,7 +97,7 @@ def _parquet_paths(path: str) -> Iterator[str]:
             if pa.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
             if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-                raise ValueError(f"the column {name!r} holds {values.type}, no text")
+                raise InvalidValueError(f"the column {name!r} holds {values.type}, no text")
             for value in values.cast(pa.large_binary()).to_pylist():
                 yield _from_list(path, name, os.fsdecode(value or b""))
 
@@ -106,7 +107,7 @@ def _column(names: Sequence[str]) -> str:
     found = next((name for name in COLUMNS if name in names), None)
     if found is None:
         wanted, there = (", ".join(map(repr, some)) for some in (COLUMNS, names))
-        raise ValueError(f"it has none of the columns {wanted}, but {there or 'none'}")
+        raise InvalidValueError(f"it has none of the columns {wanted}, but {there or 'none'}")
     return found
 
 

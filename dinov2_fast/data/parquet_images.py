@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from dinov2_fast.data.files import MAX_BYTES, ImageError, ReadError, open_file, read_bytes, reason, shown
+from dinov2_fast.errors import InvalidValueError
 
 COLUMN = "image"
 
@@ -40,7 +41,7 @@ def rows(path: str) -> range:
     metadata = _metadata(path)
     largest = max((_size(metadata.row_group(group)) for group in range(metadata.num_row_groups)), default=0)
     if largest > MAX_BYTES:
-        raise ValueError(
+        raise InvalidValueError(
             f"{shown(path)!r} has a row group with {largest} bytes of images, the limit is {MAX_BYTES}. Write it anew "
             "with smaller row groups."
         )
@@ -120,4 +121,4 @@ def _metadata(path: str) -> Any:
         with open_file(path) as file:
             return pq.read_metadata(file)
     except pa.ArrowException as error:
-        raise ValueError(f"{shown(path)!r} is damaged, or no Parquet file ({reason(error)}).") from error
+        raise InvalidValueError(f"{shown(path)!r} is damaged, or no Parquet file ({reason(error)}).") from error

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from dinov2_fast.data import archives, lists, parquet_images
 from dinov2_fast.data.files import ending, filesystem, is_url, reason, shown
 from dinov2_fast.data.images import ENDINGS, FORMATS
+from dinov2_fast.errors import InvalidValueError
 
 logger = logging.getLogger("dinov2_fast")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".tzst", ".lz4", ".7z", ".rar")
@@ -164,12 +165,12 @@ def _refuse_other_kinds(path: str) -> None:
     if os.path.isdir(path):
         return
     if ending(path) in _COMPRESSED:
-        raise ValueError(
+        raise InvalidValueError(
             f"{shown(path)!r} is compressed as a whole, so that no image in it can be read by itself. Unpack it, or "
             "pack its files into a .zip or an uncompressed .tar."
         )
     if ending(path) in _OTHER_LISTS:
-        raise ValueError(
+        raise InvalidValueError(
             f"{shown(path)!r} is of a kind that is not read. Write the paths of its images to a file that ends in "
             f"{', '.join(lists.READERS)}."
         )

@@ -33,6 +33,7 @@ from dinov2_fast.data.decoding import Decoded, decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS, own_process
 from dinov2_fast.data.sources import ImageSource
+from dinov2_fast.errors import InvalidStateError
 
 MAX_SECONDS = 60.0
 SECONDS_TO_START = 60.0  # where many processes import at once from a slow disk, some take tens
@@ -145,7 +146,7 @@ class _Pool:
         old = self._workers[place]
         tasks = list(old.tasks)
         if not old.has_begun and (old.exit_code >= 0 or old.starts == STARTS):
-            raise RuntimeError(
+            raise InvalidStateError(
                 f"A process for decoding ended before it could begin ({old.how_it_ended}). A script needs `if __name__ "
                 "== '__main__':` around what it does; otherwise see what the process printed and whether memory "
                 "suffices, or use workers=0."

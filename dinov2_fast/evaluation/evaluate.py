@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from dinov2_fast.errors import InvalidValueError
+
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 BLOCKS = (1, 4)
@@ -77,12 +79,12 @@ def knn(
     alone = val is None
     val, val_labels = (train, train_labels) if alone else _checked("val", val, val_labels)
     if train.shape[1] != val.shape[1]:
-        raise ValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
+        raise InvalidValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
     neighbours = _checked_neighbours(neighbours, len(train) - alone, n_per_class)
     if n_per_class is not None:
         _check_few(train_labels, alone, n_per_class, n_tries)
     if not 0 < temperature < math.inf:
-        raise ValueError(f"The temperature must be positive, got {temperature}.")
+        raise InvalidValueError(f"The temperature must be positive, got {temperature}.")
     classes = int(max(train_labels.max(), val_labels.max())) + 1
     train, train_labels = normalize(train.to(device), dim=1), train_labels.to(device)
     val, val_labels = normalize(val.to(device), dim=1), val_labels.to(device)
@@ -96,7 +98,9 @@ def knn(
 def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int | None) -> Sequence[int]:
     """The values of k that are evaluated."""
     if not neighbours or min(neighbours) < 1 or (n_per_class is None and max(neighbours) > most):
-        raise ValueError(f"k must be between 1 and the {most} training images, got {', '.join(map(str, neighbours))}.")
+        raise InvalidValueError(
+            f"k must be between 1 and the {most} training images, got {', '.join(map(str, neighbours))}."
+        )
     if n_per_class is None:
         return neighbours
     return sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
@@ -104,14 +108,14 @@ def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int |
 
 def _check_few(labels: Tensor, alone: bool, n_per_class: int, n_tries: int) -> None:
     if alone:
-        raise ValueError("n_per_class needs val, the images that the few of each class classify.")
+        raise InvalidValueError("n_per_class needs val, the images that the few of each class classify.")
     largest = int(labels.bincount().max())
     if not 1 <= n_per_class <= largest:
-        raise ValueError(
+        raise InvalidValueError(
             f"n_per_class must be between 1 and {largest}, the size of the largest training class, got {n_per_class}."
         )
     if n_tries < 1:
-        raise ValueError(f"There must be a try, got {n_tries}.")
+        raise InvalidValueError(f"There must be a try, got {n_tries}.")
 
 
 def _choices(labels: Tensor, n_per_class: int | None, n_tries: int) -> Iterator[Tensor | slice]:
@@ -226,11 +230,11 @@ def linear_probes(
     """
     available = tokens.cls.shape[1]
     if not blocks or min(blocks) < 1 or max(blocks) > available:
-        raise ValueError(
+        raise InvalidValueError(
             f"There are the class tokens of {available} last blocks, asked for {', '.join(map(str, blocks))}."
         )
     if steps < 1 or batch_size < 1 or not learning_rates or not min(learning_rates) > 0:
-        raise ValueError("There must be a step, an image in each batch, and learning rates above 0.")
+        raise InvalidValueError("There must be a step, an image in each batch, and learning rates above 0.")
     kinds = [(n, avgpool) for n in blocks for avgpool in (False, True)[: 1 if tokens.patch_mean is None else 2]]
     target = _checked("train", tokens.joined(*kinds[-1]), labels)[1].to(device)
     batch_size = min(batch_size, len(target))
@@ -281,14 +285,14 @@ def _checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Features (images, dim) in fp32 and labels in int64."""
     features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
-        raise ValueError(
+        raise InvalidValueError(
             f"{name} must be features (images, dim) and labels (images,), got {tuple(features.shape)} and "
             f"{tuple(labels.shape)}."
         )
     if labels.is_floating_point() or labels.min() < 0:
-        raise ValueError(f"The labels of {name} must be whole numbers from 0 on.")
+        raise InvalidValueError(f"The labels of {name} must be whole numbers from 0 on.")
     if not features.isfinite().all():
-        raise ValueError(f"The features of {name} contain NaN or infinity.")
+        raise InvalidValueError(f"The features of {name} contain NaN or infinity.")
     return features, labels.long()
 
 

@@ -15,6 +15,7 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.batches import run_batches
 from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.extraction.extractor import find_device, load_model
@@ -83,7 +84,9 @@ def _source(features: Features) -> tuple[str, str | None]:
     about = features.manifest["about"]
     name, weights = about.get("model"), about.get("weights")
     if name is None:
-        raise ValueError(f"The features in {str(features.folder)!r} do not say which model made them: give the model.")
+        raise InvalidValueError(
+            f"The features in {str(features.folder)!r} do not say which model made them: give the model."
+        )
     there = name in BACKBONES and weights and (weights.startswith("random:") or Path(weights).is_file())
     return name, weights if there else None
 
@@ -109,17 +112,17 @@ def _check_same(model: Any, features: Features) -> None:
     """Raises `ValueError` if it is not the model that made the features."""
     manifest, folder = features.manifest, str(features.folder)
     if fingerprint(model._model if isinstance(model, Engine) else model) != manifest["weights"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"The features in {folder!r} are of {manifest['about'].get('model', 'another model')!r}, and this model "
             "has other weights: features of two models cannot be compared. Give the model that made them."
         )
     if architecture(model) != manifest["model"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"The features in {folder!r} are of a model with {manifest['model']}, and this one has "
             f"{architecture(model)}: give the model that made them."
         )
     if model.position_interpolation != manifest["position_interpolation"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"The features in {folder!r} were made with position_interpolation "
             f"{manifest['position_interpolation']!r}, and this model has {model.position_interpolation!r}: set it on "
             "the model."

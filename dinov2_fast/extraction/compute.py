@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import Feature
 from dinov2_fast.inference import Engine
 
@@ -55,13 +56,13 @@ class Outputs:
     ) -> None:
         _check(model, processor)
         if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"There is no dtype {dtype!r} for features; choose auto, {' or '.join(DTYPES)}.")
+            raise InvalidValueError(f"There is no dtype {dtype!r} for features; choose auto, {' or '.join(DTYPES)}.")
         self.model = model
         self.takes_uint8 = _normalizes(model, processor)
         self.decoder = without_normalization(processor) if self.takes_uint8 else processor
         self._wanted = [_Wanted.named(name, model) for name in dict.fromkeys(names)]
         if not self._wanted:
-            raise ValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
+            raise InvalidValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
         self.features = [wanted.feature(model, processor, dtype) for wanted in self._wanted]
 
     @property
@@ -134,11 +135,11 @@ class _Wanted:
         kind, at, layer = name.partition("@")
         if kind not in KINDS or (at and (kind == "registers" or not layer.isdecimal())):
             with_layer = ", ".join(f"{kind}@K" for kind in KINDS if kind != "registers")
-            raise ValueError(f"There is no feature {name!r}; there are {', '.join(KINDS)}, and {with_layer}.")
+            raise InvalidValueError(f"There is no feature {name!r}; there are {', '.join(KINDS)}, and {with_layer}.")
         if kind == "registers" and not model.num_register_tokens:
-            raise ValueError("The model has no registers; those whose names end in _reg have.")
+            raise InvalidValueError("The model has no registers; those whose names end in _reg have.")
         if at and int(layer) >= model.n_blocks:
-            raise ValueError(f"{name!r}: there is no block {layer}; the blocks are 0 to {model.n_blocks - 1}.")
+            raise InvalidValueError(f"{name!r}: there is no block {layer}; the blocks are 0 to {model.n_blocks - 1}.")
         return cls(f"{kind}@{int(layer)}" if at else kind, kind, int(layer) if at else None)
 
     def feature(self, model: Any, processor: Dinov2ImageProcessor, dtype: str) -> Feature:
@@ -194,12 +195,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _check(model: Any, processor: Dinov2ImageProcessor) -> None:
     if model.training:
-        raise ValueError("The model is in training mode; call model.eval() first.")
+        raise InvalidValueError("The model is in training mode; call model.eval() first.")
     size = processor.output_size
     if size is None:
-        raise ValueError("The processor's outputs differ in size; set do_center_crop, or an exact height and width.")
+        raise InvalidValueError(
+            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
+        )
     if any(side % model.patch_size for side in size):
-        raise ValueError(
+        raise InvalidValueError(
             f"The processor's output is {size[0]} x {size[1]}, not a multiple of the patch size {model.patch_size}."
         )
 

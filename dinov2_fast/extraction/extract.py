@@ -18,6 +18,7 @@ from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import ImageList, ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.additions import begin_addition
 from dinov2_fast.extraction.batches import Batch, Pending, run_batches
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
@@ -165,7 +166,7 @@ def extract(
     given = iter(images)
     first = next(given, None)
     if first is None:
-        raise ValueError("There are no images to extract.")
+        raise InvalidValueError("There are no images to extract.")
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     decoding = {"max_pixels": max_pixels, "max_seconds": max_seconds, "workers": workers}
@@ -196,16 +197,18 @@ def _check(
     batch_size: int, shard_size: int | None, workers: int, part: tuple[int, int], overwrite: bool, add: bool
 ) -> None:
     if batch_size < 1 or (shard_size is not None and shard_size < 1) or workers < 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"batch_size and shard_size must be at least 1 and workers at least 0, got {batch_size}, {shard_size} and "
             f"{workers}."
         )
     if not 0 <= part[0] < part[1]:
-        raise ValueError(f"part is (index, count) with an index from 0 to count - 1, got {part}.")
+        raise InvalidValueError(f"part is (index, count) with an index from 0 to count - 1, got {part}.")
     if overwrite and part[1] > 1:
-        raise ValueError("overwrite would delete what the other parts have written: delete the folder first.")
+        raise InvalidValueError("overwrite would delete what the other parts have written: delete the folder first.")
     if add and (overwrite or part[1] > 1):
-        raise ValueError("add keeps what is there, and one process decides what is new: leave out overwrite and part.")
+        raise InvalidValueError(
+            "add keeps what is there, and one process decides what is new: leave out overwrite and part."
+        )
 
 
 def _as_image(given: str | os.PathLike[str] | ImageSource) -> ImageSource:

@@ -15,6 +15,7 @@ from dinov2_fast.data.decoding import Decoded, decode_bytes
 from dinov2_fast.data.files import ImageError, reason
 from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS, check_pixels
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
 from dinov2_fast.inference import optimize_for_inference
@@ -72,9 +73,9 @@ class Extractor:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if size is not None and processor is not None:
-            raise ValueError("Give size or processor, not both.")
+            raise InvalidValueError("Give size or processor, not both.")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise InvalidValueError(f"batch_size must be at least 1, got {batch_size}.")
         self._model = model
         self._loading: dict[str, Any] = {
             "weights": weights,
@@ -125,13 +126,13 @@ class Extractor:
         outputs, images = self.outputs, batch[name]
         taken = [key for key in (*(f.name for f in outputs.features), "error") if key in batch and key != name]
         if taken:
-            raise ValueError(
+            raise InvalidValueError(
                 f"The batch has columns called {', '.join(taken)}, which the features and their errors are called too: "
                 "rename or drop these columns first."
             )
         lengths = {key: len(column) for key, column in batch.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The columns differ in length: {lengths}.")
+            raise InvalidValueError(f"The columns differ in length: {lengths}.")
         decoded = [self._decode(image, outputs) for image in images]
         errors: list[str | None] = []
         parts: dict[str, list[NDArray[Any]]] = {f.name: [np.empty((0, *f.shape), f.dtype)] for f in outputs.features}
@@ -191,7 +192,9 @@ def load_model(
     if precision == "auto":
         precision = "bf16" if place.type == "cuda" else "fp32"
     if not engine and precision not in DTYPES:
-        raise ValueError(f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}.")
+        raise InvalidValueError(
+            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
+        )
     dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
     loaded = load(model, weights=weights, device=place, dtype=dtype, position_interpolation=position_interpolation)
     if stride is not None:
@@ -212,7 +215,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise ValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
+        raise InvalidValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
 
 
 def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from dinov2_fast.errors import Dinov2FastError
+
 logger = logging.getLogger("dinov2_fast")
 
 
-class LockedError(RuntimeError):
+class LockedError(Dinov2FastError, RuntimeError):
     """Another process writes to the folder."""
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from dinov2_fast import __version__
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import FORMATS
+from dinov2_fast.errors import Dinov2FastError
 from dinov2_fast.extraction.compute import Outputs, place_of
 from dinov2_fast.features.schema import MANIFEST, find_manifest, find_shards
 from dinov2_fast.features.store import Section, read_manifest
@@ -35,7 +36,7 @@ INPUTS = "inputs"
 NOT_COMPARED = ("about", "added")
 
 
-class ManifestError(ValueError):
+class ManifestError(Dinov2FastError, ValueError):
     """The folder holds features that were made otherwise; the message names what differs."""
 
 

@@ -44,6 +44,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.whole_files import ENDING, is_left_over
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names that begin so
@@ -117,7 +118,7 @@ def format_named(name: str) -> Format:
         from dinov2_fast.features import npy as npy_shards
 
         return npy_shards
-    raise ValueError(f"There is no format {name!r}; choose parquet or npy.")
+    raise InvalidValueError(f"There is no format {name!r}; choose parquet or npy.")
 
 
 def stem(folder: Path, shard: int) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, format_named, shard_numbers, stem
 
 
@@ -39,7 +40,7 @@ def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> F
     present = [shard for shard in shard_numbers(folder) if any(shard in section for section in sections)]
     there = [shard for shard in present if format_.count(stem(folder, shard), features) is not None]
     if len(there) < wanted and not partial:
-        raise ValueError(
+        raise InvalidValueError(
             f"{wanted - len(there)} of the {wanted} shards in {str(folder)!r} are missing: the extraction is "
             "not finished. Run it again, which does what is missing, or pass partial=True."
         )
@@ -61,10 +62,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         shard_size, sections = manifest["shard_size"], stored_sections(manifest)
         counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.images))]
         if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
-            raise ValueError(f"sections {sections} in shards of {shard_size}")
+            raise InvalidValueError(f"sections {sections} in shards of {shard_size}")
         stored_features(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
+        raise InvalidValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
     return dict(manifest)
 
 

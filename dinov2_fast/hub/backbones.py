@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights import load
 from dinov2_fast.weights.heads import find_head, load_head
@@ -31,7 +32,7 @@ def choose_weights(weights: Enum | str, published: type[Published]) -> Published
     name = str(getattr(weights, "name", weights))
     if name not in published.__members__:
         known = ", ".join(published.__members__)
-        raise AssertionError(f"Unsupported weights: {name}; the published ones are {known}")
+        raise UnsupportedError(f"Unsupported weights: {name}; the published ones are {known}")
     return published[name]
 
 
@@ -60,7 +61,7 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
         try:
             choose_weights(weights, Weights)
         except AssertionError as error:
-            raise AssertionError(
+            raise UnsupportedError(
                 f"{error}. For a file of your own: dinov2_fast.load({config.name!r}, weights=file)"
             ) from None
         return make_backbone(config, pretrained, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 
 CLASSES = 1000
@@ -27,7 +28,7 @@ class Weights(Enum):
 def check_layers(layers: int) -> int:
     """`layers`, of which published heads have 1 or 4; otherwise an `AssertionError`, as in the reference."""
     if layers not in (1, 4):
-        raise AssertionError(f"Unsupported number of layers: {layers}; published heads have 1 or 4")
+        raise UnsupportedError(f"Unsupported number of layers: {layers}; published heads have 1 or 4")
     return layers
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
 from dinov2_fast.hub.depth_heads import DPTHead, LinearDepthHead
@@ -83,7 +84,9 @@ class DepthEstimator(EncoderDecoder):
     ) -> Tensor:
         """`whole_inference`; the depths of mirror images ("flip" in `img_meta`) are mirrored back."""
         if mode != "whole":
-            raise ValueError(f"There is no mode {mode!r}, only whole; slide_inference takes windows of a given size.")
+            raise InvalidValueError(
+                f"There is no mode {mode!r}, only whole; slide_inference takes windows of a given size."
+            )
         return mirror_back(self.whole_inference(img, img_meta, rescale, size), img_meta)
 
     def slide_inference(

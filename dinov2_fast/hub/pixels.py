@@ -12,6 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+
 
 class CenterPadding(nn.Module):
     """Pads images (..., height, width) with zeros to multiples of a size, the odd pixel below and on the right."""
@@ -76,7 +78,7 @@ class EncoderDecoder(nn.Module):
     def _pad(self, img: Tensor) -> Tensor:
         padded = CenterPadding(self.backbone.patch_size)(img)
         if padded.shape != img.shape and not img.is_floating_point():
-            raise TypeError(
+            raise InvalidTypeError(
                 f"Images of {tuple(img.shape[-2:])} pixels are padded with zeros to multiples of "
                 f"{self.backbone.patch_size} once they are normalised, and these are {img.dtype}: normalise them first."
             )
@@ -102,7 +104,7 @@ def slide(
     """
     for size, step in zip(crop_size, stride, strict=True):
         if not 0 < step <= size:
-            raise ValueError(f"Windows of {crop_size} pixels every {stride} do not cover an image.")
+            raise InvalidValueError(f"Windows of {crop_size} pixels every {stride} do not cover an image.")
     height, width = img.shape[-2:]
     total, count = None, img.new_zeros(height, width)
     for rows in _windows(height, crop_size[0], stride[0]):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
 from dinov2_fast.hub.pixels import EncoderDecoder, mirror_back, resize, slide
@@ -111,7 +112,7 @@ class Segmenter(EncoderDecoder):
         Those of mirror images, which the first of `img_meta` tells as "flip" and "flip_direction", are mirrored back.
         """
         if mode not in ("slide", "whole"):
-            raise ValueError(f"There is no mode {mode!r}; choose one of slide, whole.")
+            raise InvalidValueError(f"There is no mode {mode!r}; choose one of slide, whole.")
         infer = self.slide_inference if mode == "slide" else self.whole_inference
         return mirror_back(infer(img, img_meta, rescale).softmax(dim=1), img_meta)
 

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dinov2_fast.errors import InvalidValueError
+
 # Far beyond every model, and small enough that building one on the meta device takes neither memory nor long.
 MAX_LAYERS = 1000
 MAX_SIZE = 1 << 20
@@ -94,9 +96,11 @@ def check_fields(fields: Mapping[str, Any], kind: type) -> None:
     for name, value in fields.items():
         rule = _RULES.get(name)
         if rule is not None and not rule.fits(value):
-            raise ValueError(f"{name} must be {rule.wanted}, got {_shown(value)}: correct it in the configuration.")
+            raise InvalidValueError(
+                f"{name} must be {rule.wanted}, got {_shown(value)}: correct it in the configuration."
+            )
         if name.startswith("__") or callable(getattr(kind, name, None)):
-            raise ValueError(f"A configuration cannot have a field {name!r}, which its class has: take it out.")
+            raise InvalidValueError(f"A configuration cannot have a field {name!r}, which its class has: take it out.")
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.config_fields import check_fields
 from dinov2_fast.position_embeddings import position_interpolation
 from dinov2_fast.weights.errors import WeightsError
@@ -99,7 +100,7 @@ class Dinov2Config:
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise ValueError("single_label_classification needs two labels or more; for one, use regression.")
+            raise InvalidValueError("single_label_classification needs two labels or more; for one, use regression.")
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.position_interpolation: str | None = kwargs.pop("position_interpolation", None)
         if self.position_interpolation is not None:
@@ -177,18 +178,22 @@ class Dinov2Config:
         if indices is not None:
             outside = [i for i in indices if not -count <= i < count]
             if outside:
-                raise ValueError(f"out_indices {outside} do not exist; the stages are 0 to {count - 1} ({stages}).")
+                raise InvalidValueError(
+                    f"out_indices {outside} do not exist; the stages are 0 to {count - 1} ({stages})."
+                )
             from_indices = [stages[i] for i in indices]
             if names is not None and list(names) != from_indices:
-                raise ValueError(f"out_features {list(names)} and out_indices {list(indices)} name different stages.")
+                raise InvalidValueError(
+                    f"out_features {list(names)} and out_indices {list(indices)} name different stages."
+                )
             names = from_indices
         assert names is not None
         unknown = [name for name in names if name not in stages]
         if unknown:
-            raise ValueError(f"out_features {unknown} do not exist; the stages are {stages}.")
+            raise InvalidValueError(f"out_features {unknown} do not exist; the stages are {stages}.")
         in_order = [stage for stage in stages if stage in names]
         if list(names) != in_order:
-            raise ValueError(f"Stages must be distinct and in order: {in_order}, got {list(names)}.")
+            raise InvalidValueError(f"Stages must be distinct and in order: {in_order}, got {list(names)}.")
         self._out_features = list(names)
         self._out_indices = list(indices) if indices is not None else [stages.index(name) for name in names]
 
@@ -197,7 +202,7 @@ class Dinov2Config:
     def constructor_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `DinoVisionTransformer` for this configuration."""
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise InvalidValueError(
                 f"The hidden size {self.hidden_size} is not a multiple of the number of attention heads "
                 f"{self.num_attention_heads}."
             )
@@ -245,7 +250,7 @@ class Dinov2Config:
         """
         kind = fields.get("model_type", cls.model_type)
         if kind != cls.model_type:
-            raise ValueError(
+            raise InvalidValueError(
                 f"This is the configuration of a {kind!r} model; {cls.__name__} is for {cls.model_type!r}."
             )
         stale: set[str] = set()
@@ -265,7 +270,7 @@ class Dinov2Config:
         """
         if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
             got = f"{type(config).__module__}.{type(config).__qualname__}"
-            raise TypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
+            raise InvalidTypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
         if isinstance(config, cls):
             return config
         own = cls.from_dict({**config.to_dict(), "problem_type": None})
@@ -310,7 +315,7 @@ class Dinov2Config:
         try:
             return cls.from_dict(fields, **overrides)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise InvalidValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Writes ``config.json`` into `save_directory`, which is made if it does not exist.
@@ -356,10 +361,10 @@ def _pair(size: Size) -> tuple[int, int]:
 def _square(size: Size) -> int:
     height, width = _pair(size)
     if height != width:
-        raise ValueError(f"Patches must be square, got patch_size {size}.")
+        raise InvalidValueError(f"Patches must be square, got patch_size {size}.")
     return height
 
 
 def refuse_upload(push_to_hub: bool) -> None:
     if push_to_hub:
-        raise ValueError("Nothing is uploaded here; save to a folder and upload that with huggingface_hub.")
+        raise InvalidValueError("Nothing is uploaded here; save to a folder and upload that with huggingface_hub.")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import ops
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
@@ -37,7 +38,9 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
     def __init__(self, config: Dinov2Config) -> None:
         config = self.config_class.of(config)
         if config.hidden_act not in _ACTIVATIONS:
-            raise ValueError(f"There is no hidden_act {config.hidden_act!r}; choose one of {', '.join(_ACTIVATIONS)}.")
+            raise InvalidValueError(
+                f"There is no hidden_act {config.hidden_act!r}; choose one of {', '.join(_ACTIVATIONS)}."
+            )
         self.config = config  # first, since the constructor initialises the weights by it
         DinoVisionTransformer.__init__(
             self, act_layer=_ACTIVATIONS[config.hidden_act], **config.constructor_arguments()
@@ -74,12 +77,12 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         Rows and columns of pixels beyond the last whole patch are left out, as transformers does.
         """
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: give a batch of images (batch, channels, height, width).")
+            raise InvalidValueError("pixel_values is missing: give a batch of images (batch, channels, height, width).")
         check_is_tensor(pixel_values)
         if pixel_values.ndim == 4:
             rows, columns = self.grid(pixel_values)
             if rows < 1 or columns < 1:
-                raise ValueError(
+                raise InvalidValueError(
                     f"The images are {tuple(pixel_values.shape[2:])} pixels, smaller than one patch of "
                     f"{self.patch_size}."
                 )
@@ -90,7 +93,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
             pixel_values = pixel_values.to(self.patch_embed.proj.weight.dtype)
         if bool_masked_pos is not None:
             if self.mask_token is None:
-                raise ValueError("bool_masked_pos was given, but the config has use_mask_token=False.")
+                raise InvalidValueError("bool_masked_pos was given, but the config has use_mask_token=False.")
             bool_masked_pos = bool_masked_pos.bool()
         return self.embedding_dropout(self.prepare_tokens_with_masks(pixel_values, bool_masked_pos))
 
@@ -363,13 +366,15 @@ def _asked_layers(layers: Layers, depth: int) -> set[int]:
         return set(range(depth)) if layers else set()
     outside = [i for i in layers if not -depth <= i < depth]
     if outside:
-        raise ValueError(f"output_attentions asks for blocks {outside}; the blocks are 0 to {depth - 1}.")
+        raise InvalidValueError(f"output_attentions asks for blocks {outside}; the blocks are 0 to {depth - 1}.")
     return {i % depth for i in layers}
 
 
 def _refuse_masks(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None or kwargs.get("head_mask") is not None:
-        raise ValueError("attention_mask and head_mask are not supported: every token attends to all, in every head.")
+        raise InvalidValueError(
+            "attention_mask and head_mask are not supported: every token attends to all, in every head."
+        )
 
 
 def _loss(logits: Tensor, labels: Tensor, config: Dinov2Config, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -391,7 +396,7 @@ def _loss(logits: Tensor, labels: Tensor, config: Dinov2Config, num_items_in_bat
         return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
     if config.problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels)
-    raise ValueError(
+    raise InvalidValueError(
         f"There is no problem_type {config.problem_type!r}; choose regression, single_label_classification or "
         "multi_label_classification."
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.torch_private import pytree
 
 
@@ -30,7 +31,9 @@ class ModelOutput(OrderedDict[str, Any]):
         known = list(type(self).__annotations__)
         unknown = [name for name in fields if name not in known]
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+            raise InvalidTypeError(
+                f"{type(self).__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}."
+            )
         super().__init__()
         for name in known:
             self[name] = fields.get(name)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.configuration import Dinov2Config, refuse_upload
 from dinov2_fast.layouts import convert_state_dict, log_once, plain_key
 from dinov2_fast.model import AnyLayout, DinoVisionTransformer
@@ -110,7 +111,7 @@ class PreTrainedModel(AnyLayout):
             checkpoint = find_checkpoint(str(pretrained_model_name_or_path), options)
             state_dict, config = open_weights(checkpoint.weights), config or checkpoint.config
         else:
-            raise TypeError("There is nothing to load: give a folder, file or hub id, or state_dict and config.")
+            raise InvalidTypeError("There is nothing to load: give a folder, file or hub id, or state_dict and config.")
         config = cls._read_config(config, pretrained_model_name_or_path, options, kwargs)
         wanted = config.dtype if dtype in (None, "auto") else as_dtype(dtype)
         with torch.device("meta"):
@@ -151,7 +152,7 @@ class PreTrainedModel(AnyLayout):
     ) -> Dinov2Config:
         """A copy of `config`, or the one that is where it or else the name or path says, with `overrides`."""
         if config is None and pretrained_model_name_or_path is None:
-            raise TypeError(
+            raise InvalidTypeError(
                 "A state_dict alone is not enough: give a config, or the pretrained_model_name_or_path of one."
             )
         if config is not None and not isinstance(config, str | Path):
@@ -203,7 +204,7 @@ class PreTrainedModel(AnyLayout):
             ValueError: `safe_serialization` is False or `push_to_hub` True.
         """
         if not safe_serialization:
-            raise ValueError("Only safetensors files are written; call with safe_serialization=True.")
+            raise InvalidValueError("Only safetensors files are written; call with safe_serialization=True.")
         refuse_upload(push_to_hub)
         if not is_main_process:
             return
@@ -290,7 +291,7 @@ class PreTrainedModel(AnyLayout):
             ValueError: `every_n_layers` is not 1, or `offload` is True.
         """
         if every_n_layers != 1 or offload:
-            raise ValueError("Every block is checkpointed, on its device: leave out every_n_layers and offload.")
+            raise InvalidValueError("Every block is checkpointed, on its device: leave out every_n_layers and offload.")
         self._set_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -367,8 +368,8 @@ def _refuse_unknown(kwargs: Mapping[str, Any], config: Dinov2Config | None) -> N
     if not unknown:
         return
     if config is None:
-        raise TypeError(f"{', '.join(unknown)} cannot be set together with config; set it in the config.")
-    raise TypeError(
+        raise InvalidTypeError(f"{', '.join(unknown)} cannot be set together with config; set it in the config.")
+    raise InvalidTypeError(
         f"from_pretrained has no argument {', '.join(unknown)}, nor is that a field of {type(config).__name__}; leave "
         "it out, or look for another spelling."
     )
@@ -403,7 +404,9 @@ def _device(device: Any) -> Any:
     if isinstance(device, Mapping):
         places = {str(place) for place in device.values()}
         if len(places) != 1:
-            raise ValueError(f"The model runs on one device; device_map {dict(device)} would spread it over several.")
+            raise InvalidValueError(
+                f"The model runs on one device; device_map {dict(device)} would spread it over several."
+            )
         device = next(iter(device.values()))
     if device in _PLACEMENTS:
         return "cuda" if torch.cuda.is_available() else "cpu"

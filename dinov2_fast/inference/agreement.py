@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidTypeError
+
 # How far the outputs of two implementations may be apart, relative to their norm: some times what rounding does in a
 # whole model, and less than what a changed setting does.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -80,7 +82,7 @@ def check_agreement(backbone: Any, folded: Any) -> None:
     allowed = 3 * max(TOLERANCES.get(dtype, 0.0) for dtype in (folded.plan.dtype, backbone.cls_token.dtype))
     wrong = [found for found in apart if not found <= allowed]  # NaN is
     if wrong:
-        raise TypeError(
+        raise InvalidTypeError(
             f"The engine's features of a small image differ from the model's by {wrong[0]:.2g} of their norm, and "
             f"rounding explains at most {allowed:g}: part of the model computes something else than its class, or its "
             "values are beyond the range of the precision. Use another precision, or the model itself."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.block import _pack, _unpack
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
 from dinov2_fast.inference.block import FoldedBlock
@@ -100,7 +101,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         if x.dtype != torch.uint8:
             return self.proj
         if self.proj_uint8 is None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"uint8 images of {self.in_chans} channels need mean and std of {self.in_chans} values: give them to "
                 "optimize_for_inference."
             )
@@ -130,7 +131,7 @@ def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
     cuts = convolution.kernel_size == size and size[0] == size[1]
     plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
     if not (cuts and plain and (module.flatten_embedding or type(module) is TimmPatchEmbed)):
-        raise TypeError(f"patch_embed.proj is {convolution}; the engine needs square patches of {size}.")
+        raise InvalidTypeError(f"patch_embed.proj is {convolution}; the engine needs square patches of {size}.")
     return convolution
 
 
@@ -153,7 +154,7 @@ class FoldedBackbone(DinoVisionTransformer):
         tokens = patches + biased
         if masks is not None:
             if self.mask_token is None:
-                raise ValueError("masks were given, but this model has no mask token.")
+                raise InvalidValueError("masks were given, but this model has no mask token.")
             masked = (self.mask_token + positions).to(tokens.dtype)
             tokens = torch.where(_check_masks(masks, tokens).unsqueeze(-1), masked, tokens)
         return torch.cat((first.expand(len(x), -1, -1), tokens), dim=1)
@@ -250,7 +251,7 @@ class FoldedVisionTransformer(FoldedBackbone):
         if is_training or not self.cls_only:
             return super().forward(x, masks, is_training)
         if isinstance(x, list):
-            raise TypeError(
+            raise InvalidTypeError(
                 "A list of batches has one result for each: use cls_tokens, forward_features, or is_training=True."
             )
         x = self._run_for_cls(self.prepare_tokens_with_masks(x, masks))
@@ -275,7 +276,7 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
         check_is_tensor(x)
         padded = self.dynamic_img_pad and any(size % self.patch_size for size in x.shape[-2:])
         if padded and x.dtype == torch.uint8:
-            raise ValueError(
+            raise InvalidValueError(
                 f"uint8 images of {tuple(x.shape[-2:])} pixels cannot be padded to multiples of {self.patch_size}: "
                 "timm pads after normalising. Give normalised images, or other sizes."
             )
@@ -362,7 +363,7 @@ def _fold_blocks(model: DinoVisionTransformer, plan: Plan, layouts: dict[torch.d
             named.append((name, module))
     missing = sorted(set(plan.skip_layers) - set(range(len(named))))
     if missing:
-        raise ValueError(
+        raise InvalidValueError(
             f"skip_layers: there is no block {', '.join(map(str, missing))}; the blocks are 0 to {len(named) - 1}."
         )
     scales = scales_of(plan.calibration, len(named))

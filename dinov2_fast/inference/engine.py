@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
+from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
 from dinov2_fast.inference import fp8
@@ -107,23 +108,27 @@ def optimize_for_inference(
     _choose("residual", residual, RESIDUALS)
     _check_model(model, outputs)
     if len(mean) != len(std) or 0.0 in std:
-        raise ValueError(f"mean and std need one value for each channel, std none of 0; got {mean} and {std}.")
+        raise InvalidValueError(f"mean and std need one value for each channel, std none of 0; got {mean} and {std}.")
     device = next(model.parameters()).device
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, or None for no limit; got {max_tokens}.")
+        raise InvalidValueError(f"max_tokens must be at least 1, or None for no limit; got {max_tokens}.")
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
-        raise ValueError(f"There is no cuda_graphs {cuda_graphs!r}; choose one of auto, True, False.")
+        raise InvalidValueError(f"There is no cuda_graphs {cuda_graphs!r}; choose one of auto, True, False.")
     if cuda_graphs is True and device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True needs a model on a GPU, this one is on {device}: move it, or use 'auto'.")
+        raise InvalidValueError(
+            f"cuda_graphs=True needs a model on a GPU, this one is on {device}: move it, or use 'auto'."
+        )
     dtype, e4m3, skipped = PRECISIONS[precision], precision == "fp8", _indices(skip_layers)
     if skipped and not e4m3:
-        raise ValueError(f"skip_layers are blocks that stay out of fp8: it does not go with precision={precision!r}.")
+        raise InvalidValueError(
+            f"skip_layers are blocks that stay out of fp8: it does not go with precision={precision!r}."
+        )
     reason = None if allow_slow else why_slow(precision, device)
     if reason:
         instead = ("bf16", "use a newer GPU") if device.type == "cuda" else ("fp32", "move the model to a GPU first")
-        raise ValueError(
+        raise InvalidValueError(
             f"precision={precision!r} would be slower than {instead[0]} here: {reason}. Use precision={instead[0]!r}, "
             f"{instead[1]}, or pass allow_slow=True."
         )
@@ -150,10 +155,10 @@ class Engine(nn.Module):
     `position_interpolation`, or the eps of a norm), the next call folds anew. On a GPU the call runs first and checks
     while the device computes; if something has changed it folds anew and runs again. What it does not see are writes
     through ``.data``, a NumPy view or the storage: call `refresh` after them. In code compiled by torch.compile, and
-    with ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the engine
-    cannot compute (a hook was added, a method replaced), the call raises and says why. It also folds anew, once, where
-    :func:`~dinov2_fast.use_backend` chooses linears that want their weights laid out in another way; to go back and
-    forth between such settings, make an engine for each.
+    with ``follow_weights=False``, nothing is checked: call `refresh` there. Where the model has become one that the
+    engine cannot compute (a hook was added, a method replaced), the call raises and says why. It also folds anew, once,
+    where :func:`~dinov2_fast.use_backend` chooses linears that want their weights laid out in another way; to go
+    back and forth between such settings, make an engine for each.
 
     It has no parameters, its weights are buffers. `.to(device)` moves it, and it stays there when the model moves.
     Copies and pickles hold the model and fold anew. Under autocast it computes in its own precision.
@@ -191,7 +196,7 @@ class Engine(nn.Module):
             RuntimeError: a CUDA graph is being captured, in which nothing can be folded.
         """
         if is_captured(next(self.folded.buffers())):
-            raise RuntimeError(
+            raise InvalidStateError(
                 "The model's weights or the setting of backends have changed, and while a CUDA graph is captured "
                 "nothing can be folded: call refresh() on the engine before."
             )
@@ -226,7 +231,7 @@ class Engine(nn.Module):
             ValueError: another precision, no images, or activations that are not finite.
         """
         if not self.plan.e4m3:
-            raise ValueError(f"calibrate is for precision='fp8', and this engine is in {self.precision}.")
+            raise InvalidValueError(f"calibrate is for precision='fp8', and this engine is in {self.precision}.")
         with _without_autocast(self.device.type):
             scales, count = fp8.measure(self._beside(self.dtype), self._batches(images))
         self.plan = replace(self.plan, calibration=fp8.Calibration(scales, count, fp8.checksum(self._model)))
@@ -263,7 +268,9 @@ class Engine(nn.Module):
     def _batches(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         for batch in as_batch(images).split(BATCH) if isinstance(images, Tensor) else images:
             if not isinstance(batch, Tensor):
-                raise TypeError(f"images must be a tensor or batches that are tensors, got {type(batch).__name__}.")
+                raise InvalidTypeError(
+                    f"images must be a tensor or batches that are tensors, got {type(batch).__name__}."
+                )
             yield self._channels_first(as_batch(batch).to(self.device))
 
     # The methods of the model
@@ -333,7 +340,7 @@ class Engine(nn.Module):
                 return output
         inputs = [*args, *kwargs.values()]
         if dispatch.records_gradient(inputs):
-            raise RuntimeError(
+            raise InvalidStateError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
             )
@@ -341,7 +348,7 @@ class Engine(nn.Module):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
             if dispatch.carries_tangent(inputs):
-                raise RuntimeError(
+                raise InvalidStateError(
                     "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
                     "tangent. Use the model itself."
                 )
@@ -392,7 +399,7 @@ class Engine(nn.Module):
             RuntimeError: `mode` is True.
         """
         if mode:
-            raise RuntimeError(
+            raise InvalidStateError(
                 "The engine is for inference and cannot be trained. Train the model it was made from: the engine "
                 "follows its weights (with follow_weights=False at the next refresh())."
             )
@@ -405,7 +412,7 @@ class Engine(nn.Module):
             RuntimeError: weights of a model; they belong into the model that the engine follows.
         """
         if not any(key.startswith("folded.") for key in state_dict):
-            raise RuntimeError(
+            raise InvalidStateError(
                 "An engine holds its model's weights in a folded form: load them into the model, which the engine "
                 "follows (with follow_weights=False at the next refresh()), or make an engine of a model that has them."
             )
@@ -422,7 +429,9 @@ class Engine(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Engine:
         if fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype != self.dtype:
-            raise TypeError("The engine's precision is set when it is made: use optimize_for_inference(precision=...).")
+            raise InvalidTypeError(
+                "The engine's precision is set when it is made: use optimize_for_inference(precision=...)."
+            )
         self._graphs.clear()
         return super()._apply(fn, recurse)
 
@@ -493,20 +502,24 @@ def _backbone(folded: Any) -> Any:
 
 def _choose(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
-        raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
+        raise InvalidValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
 
 
 def _check_model(model: nn.Module, outputs: str) -> None:
     if type(model) not in (*BACKBONES, *CLASSIFIERS):
-        raise TypeError(
+        raise InvalidTypeError(
             f"optimize_for_inference takes a model of this package, one of "
             f"{', '.join(kind.__name__ for kind in (*BACKBONES, *CLASSIFIERS))}; got {type(model).__qualname__}. "
             f"{_instead_of(model)}"
         )
     if model.training:
-        raise ValueError("The model is in training mode, in which it drops paths and activations: call model.eval().")
+        raise InvalidValueError(
+            "The model is in training mode, in which it drops paths and activations: call model.eval()."
+        )
     if outputs == "cls" and type(model) not in BACKBONES[:3] and getattr(model, "global_pool", None) != "token":
-        raise ValueError(f"A {type(model).__name__} needs the tokens of all patches: outputs='cls' is not for it.")
+        raise InvalidValueError(
+            f"A {type(model).__name__} needs the tokens of all patches: outputs='cls' is not for it."
+        )
 
 
 def _instead_of(model: nn.Module) -> str:
@@ -520,7 +533,7 @@ def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:
     try:
         return tuple(index(i) for i in skip_layers)
     except TypeError:
-        raise TypeError(f"skip_layers takes indices of blocks, such as [0, 11], not {skip_layers!r}.") from None
+        raise InvalidTypeError(f"skip_layers takes indices of blocks, such as [0, 11], not {skip_layers!r}.") from None
 
 
 def why_slow(precision: str, device: torch.device) -> str | None:

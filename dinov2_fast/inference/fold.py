@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
 from dinov2_fast.ops._linear_peers import let_pack
 from dinov2_fast.ops.dispatch import BackendError, Bound, current_setting
@@ -74,7 +75,7 @@ def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
         TypeError: it is not.
     """
     if type(module) not in kinds:
-        raise TypeError(
+        raise InvalidTypeError(
             f"{name} is a {type(module).__name__}; the engine can fold {' or '.join(kind.__name__ for kind in kinds)} "
             "only. Merge what was added to the model into its weights first, or use the model itself."
         )
@@ -89,12 +90,12 @@ def refuse_edits(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = name or "the model"
         if is_watched(module):
-            raise TypeError(
+            raise InvalidTypeError(
                 f"{where} has a hook or its own forward, which the engine would pass over; remove it first."
             )
         replaced = set(replaced_methods(module)) - {"interpolate_pos_encoding"}
         if replaced:
-            raise TypeError(
+            raise InvalidTypeError(
                 f"{where} has a {min(replaced)} of its own, set on the instance, which the engine would pass over; "
                 "remove it first, or use the model itself."
             )
@@ -114,12 +115,12 @@ def refuse_tensors(model: nn.Module) -> None:
     """Raises `TypeError` if a parameter or buffer is of a class of its own (quantised, sharded) or has no values."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (Tensor, nn.Parameter):
-            raise TypeError(
+            raise InvalidTypeError(
                 f"{name} is a {type(tensor).__name__}; the engine can fold plain tensors only. Give the model as it "
                 "was before it was quantised or sharded, or use the model itself."
             )
         if tensor.is_meta:
-            raise TypeError(
+            raise InvalidTypeError(
                 f"{name} is on the meta device, where tensors have no values, so there is nothing to fold: load the "
                 "weights first, with load_state_dict(..., assign=True) or after to_empty."
             )
@@ -209,7 +210,7 @@ class FoldedModule(nn.Module):
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Raises `TypeError`: the hook would not run."""
-        raise TypeError(
+        raise InvalidTypeError(
             f"A hook on a {type(self).__name__} of the engine would not run in every call: register it on the model "
             "and call the model, or take get_intermediate_layers, attention_maps or qkv_features of the engine."
         )
@@ -312,7 +313,7 @@ class FoldedNorm(FoldedModule):
         expect(norm, name, LayerNorm, nn.LayerNorm)
         for part in ("weight", "bias"):
             if getattr(norm, part) is None:
-                raise TypeError(
+                raise InvalidTypeError(
                     f"{name} has no {part}; the engine can fold norms that have a weight and a bias. Give it a weight "
                     "of ones and a bias of zeros, or use the model itself."
                 )

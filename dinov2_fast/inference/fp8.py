@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, Layout, fold_exactly, gamma_of, rounded
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
@@ -206,7 +207,7 @@ class _Recorder(FoldedLinear):
     def scale(self, what: str) -> float:
         largest = self.largest.item()
         if not math.isfinite(largest):
-            raise ValueError(f"{what} gave {largest} for these images: nothing can be calibrated on them.")
+            raise InvalidValueError(f"{what} gave {largest} for these images: nothing can be calibrated on them.")
         return scale_for(HEADROOM * largest) if largest > 0 else STATIC.hidden
 
 
@@ -229,7 +230,7 @@ def measure(backbone: FoldedBackbone, batches: Iterable[Tensor]) -> tuple[tuple[
             backbone._run_blocks(backbone.embed(batch))
         images += len(batch)
     if images == 0:
-        raise ValueError("calibrate needs at least one image.")
+        raise InvalidValueError("calibrate needs at least one image.")
     scales = [
         Scales(proj.scale(f"the attention of block {i}"), down.scale(f"the MLP of block {i}"))
         for i, (proj, down) in enumerate(recorders)

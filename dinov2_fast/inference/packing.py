@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.layers import check_is_tensor
 from dinov2_fast.model import _check_masks
 
@@ -74,20 +75,20 @@ def _checked(
         TypeError, ValueError: no list of batches, or masks that do not fit them.
     """
     if not isinstance(images, list):
-        raise TypeError(f"Got a {type(images).__name__} where a list of batches or of images is needed.")
+        raise InvalidTypeError(f"Got a {type(images).__name__} where a list of batches or of images is needed.")
     if not images:
-        raise ValueError("The list of batches is empty.")
+        raise InvalidValueError("The list of batches is empty.")
     for i, x in enumerate(images):
         check_is_tensor(x)
         if x.ndim != 4:
-            raise ValueError(
+            raise InvalidValueError(
                 f"A list holds batches (batch, channels, height, width) or images of three dimensions; entry {i} has "
                 f"shape {tuple(x.shape)}."
             )
     if masks is None:
         return [None] * len(images)
     if len(masks) != len(images):
-        raise ValueError(f"Got {len(images)} batches but {len(masks)} masks; give one (or None) for each.")
+        raise InvalidValueError(f"Got {len(images)} batches but {len(masks)} masks; give one (or None) for each.")
     for x, mask in zip(images, masks, strict=True):
         if mask is not None:
             _check_masks(mask, torch.empty(len(x), _patches(backbone, x), device="meta"))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
+
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
 
@@ -132,7 +134,7 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
                     cls = cls if alone is None else alone
                     tallies.setdefault(("final", name), _Tally()).add(cls, wanted_cls, patches, wanted)
     if images == 0:
-        raise ValueError("report needs at least one image.")
+        raise InvalidValueError("report needs at least one image.")
     order = sorted(tallies, key=lambda key: key[0] == "final")  # which stands behind every block
     return Report(tuple(tallies[key].row(*key) for key in order), images)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.integrations.attached_engine import AttachedEngine
 from dinov2_fast.integrations.blocks import (
     AcceleratedBlock,
@@ -88,11 +89,11 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
         In either case the model is as it was.
     """
     if options and not inference:
-        raise TypeError(f"{', '.join(options)}: the engine's options need inference=True.")
+        raise InvalidTypeError(f"{', '.join(options)}: the engine's options need inference=True.")
     forget_verdicts()
     taken = [block for name, block in _blocks(model) if _reason(block) is None]
     if not taken:
-        raise TypeError(_nothing_to_take(model))
+        raise InvalidTypeError(_nothing_to_take(model))
     new = [block for block in taken if not isinstance(block, AcceleratedBlock)]
     for block in new:
         accelerate_block(block)
@@ -187,7 +188,7 @@ def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module,
                 reasons.append(f"{name or 'the model'}: {engine.reason}")
     if not found:
         why = "; ".join(reasons) or "its blocks are in no backbone whose calls are known here"
-        raise TypeError(f"inference=True cannot attach an engine to this {type(model).__name__}. {why}.")
+        raise InvalidTypeError(f"inference=True cannot attach an engine to this {type(model).__name__}. {why}.")
     for reason in reasons:
         logger.warning("No engine is attached to %s", reason)
     return found

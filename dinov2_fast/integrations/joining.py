@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from dinov2_fast.errors import InvalidValueError
+
 ATTRIBUTE = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
 
 
@@ -48,7 +50,7 @@ def separate(module: Joined) -> None:
         ValueError: something has made a class of the joined one.
     """
     if not is_joined(module):
-        raise ValueError(
+        raise InvalidValueError(
             f"A {type(module).__name__} was made of an accelerated class, by FSDP or the like: restore the model "
             "before it is wrapped."
         )

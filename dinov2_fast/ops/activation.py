@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _fp8, _registry
 from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
 
@@ -46,7 +47,9 @@ def activation(
         ValueError: another `kind`, or "identity" without `scale`.
     """
     if kind == "identity" and scale is None:
-        raise ValueError('activation "identity" changes nothing without a scale: give it the scale of e4m3 values.')
+        raise InvalidValueError(
+            'activation "identity" changes nothing without a scale: give it the scale of e4m3 values.'
+        )
     if scale is not None:
         refuse_gradient("activation into e4m3", (x,))
     args = x, kind, overwrite, scale

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _attention_cuda, _attention_peers, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
@@ -57,7 +58,7 @@ def attention(
         BackendError: `scale` is given, and gradients are recorded.
     """
     if seq_lens is not None and sum(seq_lens) != qkv.shape[0]:
-        raise ValueError(f"seq_lens sum to {sum(seq_lens)}, but qkv has {qkv.shape[0]} tokens.")
+        raise InvalidValueError(f"seq_lens sum to {sum(seq_lens)}, but qkv has {qkv.shape[0]} tokens.")
     args = qkv, seq_lens, dropout_p, scale
     if scale is not None:
         refuse_gradient("attention with a scale", args)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, Op
@@ -44,12 +45,12 @@ def attention_pool(
         ValueError: shapes that do not fit together, or no token.
     """
     if x.ndim != 3 or absorbed.ndim != 3 or absorbed.shape[::2] != x.shape[::2]:
-        raise ValueError(
+        raise InvalidValueError(
             "attention_pool takes x (batch, seq_len, hidden) and absorbed (batch, num_heads, hidden), "
             f"got {tuple(x.shape)} and {tuple(absorbed.shape)}."
         )
     if x.shape[1] == 0:
-        raise ValueError("attention_pool needs at least one token.")
+        raise InvalidValueError("attention_pool needs at least one token.")
     args = x, absorbed, weight, bias, eps
     return ATTENTION_POOL.choose("pool", args, backend).function(*args)
 

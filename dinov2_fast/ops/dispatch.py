@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import environment
+from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.torch_private import has_tangent, is_fx_traced
 
@@ -40,7 +41,7 @@ _DTYPES = {
 _PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
 
 
-class BackendError(RuntimeError):
+class BackendError(Dinov2FastError, RuntimeError):
     """A backend was asked for by name and cannot run this input, or does not exist."""
 
 
@@ -227,7 +228,7 @@ class Op:
 
     def _ordered(self, form: str, dtype: torch.dtype, forced: Implementation | None) -> Iterator[Implementation]:
         if form not in self.samples:
-            raise ValueError(f"{self.name} has no form {form!r}, only {', '.join(self.samples)}.")
+            raise InvalidValueError(f"{self.name} has no form {form!r}, only {', '.join(self.samples)}.")
         if forced is not None:
             yield forced
         for implementation in self.implementations:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _fp8, _registry
 from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
 from dinov2_fast.ops.residual import add_residual_torch
@@ -61,10 +62,12 @@ def layer_norm(
         ValueError: `scale` or `deferred_bias` with a branch, or what goes with a branch without one.
     """
     if branch is None and not (gamma is drop_scale is None):
-        raise ValueError("gamma and drop_scale go with a branch: give layer_norm one.")
+        raise InvalidValueError("gamma and drop_scale go with a branch: give layer_norm one.")
     if scale is not None or deferred_bias is not None:
         if branch is not None:
-            raise ValueError("layer_norm takes no scale and no deferred_bias with a branch: add the branch first.")
+            raise InvalidValueError(
+                "layer_norm takes no scale and no deferred_bias with a branch: add the branch first."
+            )
         refuse_gradient("layer_norm with scale or deferred_bias", (x, weight, bias, deferred_bias))
     args = x, weight, bias, eps, branch, gamma, drop_scale, deferred_bias, scale
     return LAYER_NORM.choose("plain" if branch is None else "add", args, backend).function(*args)

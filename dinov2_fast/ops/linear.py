@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _linear_cuda, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, HALVES, finish, new_result, refuses_stream, was_written
@@ -94,32 +95,32 @@ def linear(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> None:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, which does not go with x {tuple(x.shape)}.")
+        raise InvalidValueError(f"weight has shape {tuple(weight.shape)}, which does not go with x {tuple(x.shape)}.")
     out_features, in_features = weight.shape
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, but there are {out_features} output features.")
+        raise InvalidValueError(f"bias has shape {tuple(bias.shape)}, but there are {out_features} output features.")
     if out_features == 0 or in_features == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: there is nothing to multiply.")
+        raise InvalidValueError(f"weight has shape {tuple(weight.shape)}: there is nothing to multiply.")
     if epilogue == "swiglu" and out_features % 2:
-        raise ValueError(f"SwiGLU takes pairs of gate and value features, not {out_features} features.")
+        raise InvalidValueError(f"SwiGLU takes pairs of gate and value features, not {out_features} features.")
 
 
 def _check_residual(x: Tensor, weight: Tensor, epilogue: str, residual: Tensor | None) -> None:
     if residual is None or epilogue != "residual":
-        raise ValueError('residual goes with the epilogue "residual", which needs it.')
+        raise InvalidValueError('residual goes with the epilogue "residual", which needs it.')
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, not {(*x.shape[:-1], weight.shape[0])}.")
+        raise InvalidValueError(f"residual has shape {tuple(residual.shape)}, not {(*x.shape[:-1], weight.shape[0])}.")
 
 
 def _check_e4m3(x: Tensor, weight: Tensor, scale: float | None, weight_scale: Tensor | None) -> None:
     if x.dtype != E4M3 or weight.dtype != E4M3:
-        raise ValueError(
+        raise InvalidValueError(
             f"x and weight must be e4m3 for scale, weight_scale and dtype, got {x.dtype} and {weight.dtype}."
         )
     if scale is None or weight_scale is None:
-        raise ValueError("e4m3 operands need scale and weight_scale.")
+        raise InvalidValueError("e4m3 operands need scale and weight_scale.")
     if weight_scale.shape != weight.shape[:1] or weight_scale.dtype != torch.float32:
-        raise ValueError(
+        raise InvalidValueError(
             f"weight_scale is {weight_scale.dtype} of shape {tuple(weight_scale.shape)}, not torch.float32 of shape "
             f"{tuple(weight.shape[:1])}, a scale of each output feature."
         )
@@ -130,7 +131,7 @@ def _result_dtype(epilogue: str, residual: Tensor | None, dtype: torch.dtype | N
     given = dtype or (torch.bfloat16 if residual is None else residual.dtype)
     allowed = {"none": HALF, "residual": (*HALF, torch.float32)}.get(epilogue, (*HALF, E4M3))
     if given not in allowed or (residual is not None and given != residual.dtype):
-        raise ValueError(f"the result of {epilogue!r} can be {', '.join(map(str, allowed))}, not {given}.")
+        raise InvalidValueError(f"the result of {epilogue!r} can be {', '.join(map(str, allowed))}, not {given}.")
     return given if residual is None else None
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, Op
@@ -54,22 +55,22 @@ def patches(
         TypeError: `images` or `dtype` of an unsupported dtype.
     """
     if images.ndim != 4:
-        raise ValueError(f"patches takes (batch, channels, height, width), got shape {tuple(images.shape)}.")
+        raise InvalidValueError(f"patches takes (batch, channels, height, width), got shape {tuple(images.shape)}.")
     if images.dtype not in (torch.uint8, *_registry.FLOATS):
-        raise TypeError(f"patches takes uint8 or floating-point images, got {images.dtype}.")
+        raise InvalidTypeError(f"patches takes uint8 or floating-point images, got {images.dtype}.")
     if dtype not in _registry.FLOATS:
-        raise TypeError(f"patches returns floating-point rows, not {dtype}.")
+        raise InvalidTypeError(f"patches returns floating-point rows, not {dtype}.")
     stride = (patch_size, patch_size) if stride is None else stride
     for name, size, step in zip(("height", "width"), images.shape[2:], stride, strict=True):
         if (size % patch_size and (size - patch_size) % step) or size < patch_size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"Image {name} {size} is not a multiple of the patch size {patch_size} (shape {tuple(images.shape)}, "
                 "read as batch, channels, height, width; pass channels-last images as images.permute(0, 3, 1, 2))."
             )
     width = images.shape[1] * patch_size**2
     padded_to = width if padded_to is None else padded_to
     if padded_to < width:
-        raise ValueError(f"padded_to is {padded_to}, but a patch has {width} values.")
+        raise InvalidValueError(f"padded_to is {padded_to}, but a patch has {width} values.")
     args = images, patch_size, stride, padded_to, dtype
     return PATCHES.choose("patches", args, backend).function(*args)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.ops import _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient
@@ -51,9 +52,9 @@ def add_residual(
     """
     if index is None:
         if scale != 1.0:
-            raise ValueError("add_residual takes scale with index only; without it, give drop_scale.")
+            raise InvalidValueError("add_residual takes scale with index only; without it, give drop_scale.")
     elif drop_scale is not None:
-        raise ValueError("add_residual takes drop_scale without index only; with it, give scale.")
+        raise InvalidValueError("add_residual takes drop_scale without index only; with it, give scale.")
     args = residual, branch, gamma, drop_scale, index, scale
     return RESIDUAL.choose("add", args, backend).function(*args)
 

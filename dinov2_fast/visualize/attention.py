@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.visualize.pca import patch_grid
 
 # A map's values from 0 to its largest as red, green and blue: black, violet, red, orange, pale yellow.
@@ -34,7 +35,7 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
         weights = weights.detach().cpu().double().numpy()
     values = np.asarray(weights, np.float64)
     if values.ndim < 1 or not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError("Attention weights are finite and not negative; these are not, or there are none.")
+        raise InvalidValueError("Attention weights are finite and not negative; these are not, or there are none.")
     top = np.percentile(values, _TOP_PERCENTILE, axis=-1, keepdims=True)
     top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # a map of a few patches
     unit = np.clip(values / np.where(top > 0, top, 1.0), 0.0, 1.0)

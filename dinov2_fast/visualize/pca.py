@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dinov2_fast.errors import InvalidValueError
+
 Array = NDArray[np.float64]
 
 PERCENTILES = (1.0, 99.0)
@@ -119,7 +121,7 @@ class PcaBasis:
             foreground = _threshold(tokens, foreground)
         samples = tokens[_shown(tokens, foreground)]
         if len(samples) < 4:
-            raise ValueError(f"A PCA needs at least 4 patches, got {len(samples)} in the foreground.")
+            raise InvalidValueError(f"A PCA needs at least 4 patches, got {len(samples)} in the foreground.")
         components = Components.of(samples, 3)
         low, high = np.percentile(components.scores(samples), percentiles, axis=0)
         separates = foreground if isinstance(foreground, Components) else None
@@ -137,7 +139,7 @@ class PcaBasis:
         """
         tokens = _tokens(features, grid)
         if tokens.shape[-1] != len(self.components.mean):
-            raise ValueError(
+            raise InvalidValueError(
                 f"The basis is of features of {len(self.components.mean)} dimensions, and these have "
                 f"{tokens.shape[-1]}. Give features of the model and block that it was made of."
             )
@@ -190,7 +192,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str
                 return {name: file.get_tensor(name) for name in names}, about
     except SafetensorError:
         pass
-    raise ValueError(f"{os.fspath(path)!r} is no PCA basis; `dinov2-fast show --save-basis` writes one.")
+    raise InvalidValueError(f"{os.fspath(path)!r} is no PCA basis; `dinov2-fast show --save-basis` writes one.")
 
 
 def check_new(path: str | os.PathLike[str]) -> Path:
@@ -205,17 +207,17 @@ def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
         features = features.detach().cpu().double().numpy()
     tokens = np.asarray(features, np.float64)
     if tokens.ndim not in (2, 3, 4):
-        raise ValueError(
+        raise InvalidValueError(
             "Features must be (patches, dim), (batch, patches, dim) or (batch, height, width, dim), "
             f"got shape {tokens.shape}."
         )
     if tokens.ndim < 4:
         tokens = tokens.reshape(-1, *patch_grid(tokens.shape[-2], grid), tokens.shape[-1])
     if tokens.shape[-1] < 3:
-        raise ValueError(f"Three colours need features of at least 3 dimensions, got {tokens.shape[-1]}.")
+        raise InvalidValueError(f"Three colours need features of at least 3 dimensions, got {tokens.shape[-1]}.")
     broken = np.flatnonzero(~np.isfinite(tokens).all(axis=(1, 2, 3)))
     if len(broken):
-        raise ValueError(f"The features of image {broken[0]} of the batch contain NaN or infinity.")
+        raise InvalidValueError(f"The features of image {broken[0]} of the batch contain NaN or infinity.")
     return tokens
 
 
@@ -223,10 +225,10 @@ def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     if grid is None:
         side = round(patches**0.5)
         if side * side != patches:
-            raise ValueError(f"{patches} patches are no square; pass grid=(height, width).")
+            raise InvalidValueError(f"{patches} patches are no square; pass grid=(height, width).")
         return side, side
     if grid[0] * grid[1] != patches:
-        raise ValueError(f"A grid of {grid[0]} x {grid[1]} does not hold {patches} patches.")
+        raise InvalidValueError(f"A grid of {grid[0]} x {grid[1]} does not hold {patches} patches.")
     return grid
 
 
@@ -241,16 +243,18 @@ def _shown(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
     if mask.ndim < 3 and mask.size == np.prod(shape):
         mask = mask.reshape(shape)
     if mask.dtype != bool or mask.shape != shape:
-        raise ValueError(f"The foreground must be boolean of shape {shape}, got {mask.dtype} of shape {mask.shape}.")
+        raise InvalidValueError(
+            f"The foreground must be boolean of shape {shape}, got {mask.dtype} of shape {mask.shape}."
+        )
     return mask
 
 
 def _threshold(tokens: Array, way: str) -> Components:
     """The first component of a PCA of all patches, of the sign that is positive on the foreground."""
     if way != "threshold":
-        raise ValueError(f'foreground must be None, "threshold" or a boolean array, got {way!r}.')
+        raise InvalidValueError(f'foreground must be None, "threshold" or a boolean array, got {way!r}.')
     if tokens[..., 0].size < 4:
-        raise ValueError(f"A PCA needs at least 4 patches, got {tokens[..., 0].size}.")
+        raise InvalidValueError(f"A PCA needs at least 4 patches, got {tokens[..., 0].size}.")
     first = Components.of(tokens.reshape(-1, tokens.shape[-1]), 1)
     positive = _shown(tokens, first)
     border = np.ones(tokens.shape[1:3], bool)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dinov2_fast.errors import InvalidValueError
+
 _GAP, _SEAM, _TEXT_HEIGHT = 16, 4, 24
 _TITLE_FONT, _TEXT_FONT = ImageFont.load_default(18), ImageFont.load_default(14)
 
@@ -50,7 +52,7 @@ def save_sheet(
         ValueError: no strips, or an empty one.
     """
     if not strips or not all(strips):
-        raise ValueError("A sheet needs at least one strip, and every strip at least one image.")
+        raise InvalidValueError("A sheet needs at least one strip, and every strip at least one image.")
     drawn = [_draw_strip(strip, height) for strip in strips]
     columns = min(columns, len(drawn))
     cell_width, cell_height = max(strip.width for strip in drawn) + _GAP, height + _TEXT_HEIGHT + _GAP

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.layouts import Plan
 from dinov2_fast.weights.architecture import read_tensor
 
@@ -143,7 +144,7 @@ def compare_features(
             for tally, x, y in zip(tallies, a(batch), b(batch), strict=True):
                 tally.add(x, y)
     if not images:
-        raise ValueError("There are no images to compare the models on.")
+        raise InvalidValueError("There are no images to compare the models on.")
     return FeatureDifference(images, *(tally.result() for tally in tallies))
 
 
@@ -157,7 +158,7 @@ class _Tally:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         if x.shape != y.shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"For the same images the models give tokens of the shapes {tuple(x.shape)} and {tuple(y.shape)}: "
                 "they are models of different sizes."
             )

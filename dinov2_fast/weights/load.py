@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
 from dinov2_fast.weights.channels import adapt_filters
@@ -97,7 +98,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return dtype
     named = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(named, torch.dtype):
-        raise ValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
+        raise InvalidValueError(f"There is no dtype {dtype!r}; give one such as torch.bfloat16 or 'bfloat16'.")
     return named
 
 
@@ -232,7 +233,7 @@ class RandomWeights(Mapping[str, Tensor]):
 def _seed(weights: str) -> int:
     text = weights.removeprefix("random:")
     if not text.isdecimal() or int(text) >= 1 << 31:
-        raise ValueError(
+        raise InvalidValueError(
             f"Random weights are asked for as random:SEED with a seed from 0 to 2147483647, got {weights!r}."
         )
     return int(text)

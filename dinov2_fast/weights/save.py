@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.weights.files import SAFETENSORS, TORCH
 
 
@@ -54,7 +55,9 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """`path`, if `save_weights` may write there; raises as it does."""
     path = Path(path)
     if path.suffix not in SAFETENSORS + TORCH:
-        raise ValueError(f"{str(path)!r} must end in {', '.join(SAFETENSORS + TORCH)}; .safetensors is the safe one.")
+        raise InvalidValueError(
+            f"{str(path)!r} must end in {', '.join(SAFETENSORS + TORCH)}; .safetensors is the safe one."
+        )
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{str(path)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."

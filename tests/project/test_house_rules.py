@@ -33,7 +33,7 @@ ORDER = (
     ("kernels",),
     ("visualize",),
     ("configs", "environment", "extension"),
-    ("torch_private",),
+    ("torch_private", "errors"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
