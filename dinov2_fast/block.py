@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, is_watched
+from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, has_hooks
 from dinov2_fast.torch_private import is_fx_traced
 
 # Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
@@ -124,7 +124,7 @@ def _add_and_norm(
     x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, norm: nn.Module
 ) -> tuple[Tensor, Tensor]:
     plain = _plain(layer_scale) and _plain(drop_path) and not is_fx_traced()
-    if plain and type(norm) is LayerNorm and not is_watched(norm):
+    if plain and type(norm) is LayerNorm and not has_hooks(norm):
         gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, gamma=gamma, drop_scale=drop_scale)
     x = _add(x, branch, layer_scale, drop_path)
@@ -143,7 +143,7 @@ def _unscaled(branch: Tensor, layer_scale: nn.Module) -> tuple[Tensor, Tensor | 
 
 
 def _plain(module: nn.Module) -> bool:
-    return type(module) in (LayerScale, DropPath, nn.Identity) and not is_watched(module)
+    return type(module) in (LayerScale, DropPath, nn.Identity) and not has_hooks(module)
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

@@ -120,7 +120,7 @@ class PatchEmbed(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2))
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a hook, or a `forward` set on the instance, makes calling `module` more than its class's computation."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or "forward" in module.__dict__ or has_any_global_hook()
@@ -277,7 +277,7 @@ def _owns_hidden(fc1: nn.Module, act: nn.Module) -> bool:
     """
     plain = type(fc1) is nn.Linear and type(act) is GELU
     recorded = torch.is_grad_enabled() or is_traced()
-    return plain and not recorded and not is_watched(fc1) and not is_watched(act)
+    return plain and not recorded and not has_hooks(fc1) and not has_hooks(act)
 
 
 class SwiGLUFFN(nn.Module):

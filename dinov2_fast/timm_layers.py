@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.layers import Attention, PatchEmbed, attend, check_is_tensor, is_watched
+from dinov2_fast.layers import Attention, PatchEmbed, attend, check_is_tensor, has_hooks
 
 torch.fx.wrap("check_is_tensor")
 
@@ -35,13 +35,13 @@ class TimmAttention(Attention):
 
     def project_qkv(self, x: Tensor) -> Tensor:
         qkv = super().project_qkv(x)
-        if all(type(norm) is nn.Identity and not is_watched(norm) for norm in (self.q_norm, self.k_norm)):
+        if all(type(norm) is nn.Identity and not has_hooks(norm) for norm in (self.q_norm, self.k_norm)):
             return qkv
         q, k, v = qkv.transpose(-4, -2).unbind(-3)  # each (..., heads, seq_len, head_dim)
         return torch.stack((self.q_norm(q), self.k_norm(k), v), dim=-3).transpose(-4, -2)
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-        if self.fused_attn and type(self.attn_drop) is nn.Dropout and not is_watched(self.attn_drop):
+        if self.fused_attn and type(self.attn_drop) is nn.Dropout and not has_hooks(self.attn_drop):
             return attend(qkv, self.attn_drop.p if self.training else 0.0, seq_lens)
         parts = qkv.split(seq_lens, dim=1) if seq_lens else (qkv,)
         return torch.cat([self._attend_in_steps(part) for part in parts], dim=1)

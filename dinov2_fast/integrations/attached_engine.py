@@ -17,7 +17,7 @@ from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
 from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
 from dinov2_fast.integrations.settings import path
-from dinov2_fast.integrations.steps import is_exact_gelu, is_recorded_only, is_watched
+from dinov2_fast.integrations.steps import has_hooks, is_exact_gelu, is_recorded_only
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -159,7 +159,7 @@ def _reason_against(tower: Any) -> str | None:
             replaced.discard("forward")
             watched = bool(module._forward_hooks or module._forward_pre_hooks)
         else:
-            watched = is_watched(module) and not is_recorded_only(module)
+            watched = has_hooks(module) and not is_recorded_only(module)
         if watched:
             return f"{name or 'it'} has a hook or a forward of its own, which an engine would pass over"
         if replaced:

@@ -16,10 +16,10 @@ from dinov2_fast.integrations.steps import (
     attend,
     attend_packed,
     compose,
+    has_hooks,
     hidden_gelu,
     is_nothing,
     is_recorded_only,
-    is_watched,
     linear,
     swiglu,
 )
@@ -70,7 +70,7 @@ class Part:
         for settings, each in self._each(module):
             if not settings.hold(each):
                 return _CHANGED
-            if is_watched(each) and not is_recorded_only(each):
+            if has_hooks(each) and not is_recorded_only(each):
                 return "it has hooks or a forward of its own"
         return self.form.refuses(module)
 
@@ -204,7 +204,7 @@ def drops(rate: Any, training: bool) -> bool:
         return bool(training and rate)
     if is_nothing(rate):
         return False
-    return type(rate) is not nn.Dropout or is_watched(rate) or (rate.p > 0 and (training or rate.training))
+    return type(rate) is not nn.Dropout or has_hooks(rate) or (rate.p > 0 and (training or rate.training))
 
 
 class PlainMlp(Form):
@@ -244,7 +244,7 @@ class GatedMlp(Form):
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        plain = not module.gate_last and type(module.act) is nn.SiLU and not is_watched(module.act)
+        plain = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
         return None if plain else "its gate is not that of SwiGLU"
 
 
