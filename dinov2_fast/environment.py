@@ -3,7 +3,7 @@
 ``DINOV2_FAST_BACKEND``   which implementation of an op to use, see :mod:`dinov2_fast.ops.dispatch`.
 ``DINOV2_FAST_CACHE``     folder for downloaded checkpoints, default ``~/.cache/dinov2_fast``.
 ``XFORMERS_DISABLED``     the reference's variable: set to anything, no xformers implementation is used.
-``OMP_WAIT_POLICY``       OpenMP's, see :func:`let_idle_threads_sleep`.
+``OMP_WAIT_POLICY``       OpenMP's, see :func:`use_passive_openmp_threads`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def cache_dir() -> Path:
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "dinov2_fast"
 
 
-def let_idle_threads_sleep() -> None:
+def use_passive_openmp_threads() -> None:
     """Has torch's threads sleep between the parts that they compute together, unless the user set ``OMP_WAIT_POLICY``.
 
     By default they spin, on the cores that processes for decoding need. OpenMP reads this once: where torch is loaded,

@@ -17,7 +17,7 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -62,6 +62,17 @@ def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: 
             )
 
 
+def check_masks(masks: Tensor, x: Tensor) -> Tensor:
+    """`masks` if it is a bool mask for the patches `x` (batch, patches, hidden); raises otherwise."""
+    if masks.shape != x.shape[:2]:
+        raise InvalidValueError(
+            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these images, got {tuple(masks.shape)}."
+        )
+    if masks.dtype != torch.bool:
+        raise InvalidTypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
+    return masks
+
+
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each to a token: (batch, channels, H, W) -> (batch, patches, hidden).
 
@@ -82,8 +93,8 @@ class PatchEmbed(nn.Module):
         flatten_embedding: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size = to_pair(img_size)
+        self.patch_size = to_pair(patch_size)
         self.patches_resolution = (
             self.img_size[0] // self.patch_size[0],
             self.img_size[1] // self.patch_size[1],
@@ -98,14 +109,14 @@ class PatchEmbed(nn.Module):
     @property
     def stride(self) -> tuple[int, int]:
         """That of `proj`: pixels from one patch to the next, down and across. See `DinoVisionTransformer.stride`."""
-        return _pair(getattr(self.proj, "stride", self.patch_size))
+        return to_pair(getattr(self.proj, "stride", self.patch_size))
 
     @stride.setter
     def stride(self, stride: int | tuple[int, int]) -> None:
-        pair = _pair(stride)
-        if not all(1 <= step <= patch for step, patch in zip(pair, self.patch_size, strict=True)):
+        steps = to_pair(stride)
+        if not all(1 <= step <= patch for step, patch in zip(steps, self.patch_size, strict=True)):
             raise InvalidValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
-        self.proj.stride = pair
+        self.proj.stride = steps
 
     def check(self, x: Tensor) -> None:
         """Raises if `x` is no batch of images this model takes."""
@@ -307,3 +318,15 @@ class SwiGLUFFNFused(SwiGLUFFN):
     def __init__(self, in_features: int, hidden_features: int | None = None, **kwargs: Any) -> None:
         hidden_features = (int((hidden_features or in_features) * 2 / 3) + 7) // 8 * 8
         super().__init__(in_features, hidden_features, **kwargs)
+
+
+def _no_ffn(**kwargs: Any) -> nn.Module:
+    return nn.Identity()
+
+
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFNFused,  # as in the reference, which uses the fused class for both names
+    "swiglufused": SwiGLUFFNFused,
+    "identity": _no_ffn,
+}

@@ -20,16 +20,17 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from dinov2_fast.base_module import NOT_SCRIPTABLE
 from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError
-from dinov2_fast.layers import LayerNorm, _pair, check_is_tensor
-from dinov2_fast.model import NOT_SCRIPTABLE, DinoVisionTransformer
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
+from dinov2_fast.layers import LayerNorm, check_is_tensor, to_pair
+from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import Grid
 from dinov2_fast.timm_layers import TimmAttention, TimmPatchEmbed
-from dinov2_fast.weights import WeightsError, load
 from dinov2_fast.weights.files import open_weights
+from dinov2_fast.weights.load import load
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 TAG = ".lvd142m"  # of the weights, which timm's names end with
@@ -211,12 +212,12 @@ class TimmVisionTransformer(DinoVisionTransformer):
         Raises:
             ValueError: another patch size, or images smaller than a patch.
         """
-        if patch_size is not None and _pair(patch_size) != self.patch_embed.patch_size:
+        if patch_size is not None and to_pair(patch_size) != self.patch_embed.patch_size:
             raise InvalidValueError(
                 f"patch_size={patch_size} cannot be set: the patch embedding is for patches of {self.patch_size} "
                 "pixels. Resize the images instead."
             )
-        height, width = self.patch_embed.img_size if img_size is None else _pair(img_size)
+        height, width = self.patch_embed.img_size if img_size is None else to_pair(img_size)
         if min(height, width) < self.patch_size:
             raise InvalidValueError(f"img_size={img_size} is smaller than one patch of {self.patch_size} pixels.")
         if (height // self.patch_size, width // self.patch_size) != self.patch_embed.patches_resolution:
@@ -234,7 +235,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
         """Images (batch, channels, height, width) to logits, or without a classifier to pooled features."""
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
-    def forward_features(  # type: ignore[override]  # as above
+    def forward_features(  # type: ignore[override]  # timm's signature
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """All tokens, normalised: (batch, 1 + registers + patches, hidden). Masks are refused."""

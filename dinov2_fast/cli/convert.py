@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dinov2_fast.layouts import Plan
+    from dinov2_fast.layouts import ConversionPlan
     from dinov2_fast.weights.sources import Checkpoint
 
 LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
@@ -101,12 +101,12 @@ def find(name: str) -> Checkpoint:
     return find_backbone(BACKBONES[name]) if name in BACKBONES else find_checkpoint(name)
 
 
-def describe(plan: Plan, architecture: dict[str, Any]) -> str:
+def describe(plan: ConversionPlan, architecture: dict[str, Any]) -> str:
     """Layout, sizes and dtypes of a checkpoint, in one line."""
     from dinov2_fast.configs import BACKBONES
 
     dtypes, parameters = set(), 0
-    for key in plan.recipes.keys() - plan.made_up:
+    for key in plan.recipes.keys() - plan.not_in_source:
         tensor = plan.read(key)
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         parameters += tensor.numel()
@@ -150,7 +150,7 @@ def _is_transformers(config: Path) -> bool:
 
 def _config_fields(architecture: dict[str, Any]) -> dict[str, Any]:
     """The fields of transformers' configuration for the constructor arguments of a backbone."""
-    from dinov2_fast.weights.errors import WeightsError
+    from dinov2_fast.errors import WeightsError
 
     needed = {"proj_bias": True, "ffn_bias": True, "init_values": 1.0}
     other = [name for name, value in needed.items() if architecture[name] != value]
@@ -198,7 +198,7 @@ def _check_target(target: Path, is_file: bool, layout: str, overwrite: bool) -> 
 
 
 def _write_file(state_dict: Any, args: argparse.Namespace) -> Path:
-    from dinov2_fast.layouts import convert_state_dict
+    from dinov2_fast.weights.convert import convert_state_dict
     from dinov2_fast.weights.save import save_weights
 
     return save_weights(convert_state_dict(state_dict, to=args.to), args.target, overwrite=args.overwrite)
@@ -218,14 +218,14 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def _report_losses(before: Plan, after: Plan) -> None:
+def _report_losses(before: ConversionPlan, after: ConversionPlan) -> None:
     """What is not in the new file, and what is there with other values."""
+    from dinov2_fast.errors import WeightsError
     from dinov2_fast.weights.compare import compare_weights
-    from dinov2_fast.weights.errors import WeightsError
 
     difference = compare_weights(before, after)
     lost = list(difference.only_in_a)
-    if "mask_token" in after.made_up - before.made_up:
+    if "mask_token" in after.not_in_source - before.not_in_source:
         lost.append("mask_token, which timm's models do not have (it is zeros when it is read back)")
     if after.layout == "timm" and before.layout != "timm" and "register_tokens" in after.recipes:
         lost.append("the CLS token's position as a tensor of its own: timm's models have it added into the CLS token")

@@ -153,7 +153,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extracts; 0 if every image has features, 3 if some have not."""
     if args.workers:
-        environment.let_idle_threads_sleep()
+        environment.use_passive_openmp_threads()
     from dinov2_fast.data.sources import find_images
 
     if args.engine == "off" and args.precision == "fp8":

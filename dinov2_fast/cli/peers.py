@@ -88,8 +88,8 @@ def _timm_with(checkpoint: Checkpoint) -> Any:
     """timm's model of the sizes of a checkpoint, with its weights."""
     import timm
 
-    from dinov2_fast.layouts import convert_state_dict
     from dinov2_fast.weights.architecture import read_architecture
+    from dinov2_fast.weights.convert import convert_state_dict
     from dinov2_fast.weights.files import open_weights
 
     state_dict = open_weights(checkpoint.weights)

@@ -19,7 +19,7 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
 from dinov2_fast.inference import optimize_for_inference
-from dinov2_fast.weights import load
+from dinov2_fast.weights.load import load
 
 COLUMNS = ("image", "bytes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

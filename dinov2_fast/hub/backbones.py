@@ -11,8 +11,8 @@ from torch import nn
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights import load
 from dinov2_fast.weights.heads import find_head, load_head
+from dinov2_fast.weights.load import load
 
 Published = TypeVar("Published", bound=Enum)
 

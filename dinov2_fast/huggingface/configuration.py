@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
 from dinov2_fast.huggingface.config_fields import check_fields
 from dinov2_fast.position_embeddings import position_interpolation
-from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import as_dtype
 from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config
 

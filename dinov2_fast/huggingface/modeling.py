@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import ops
+from dinov2_fast.attention_features import QKV
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
 from dinov2_fast.layers import GELU, Dropout, LayerNorm, LayerScale, check_is_tensor
-from dinov2_fast.model import QKV, DinoVisionTransformer
+from dinov2_fast.model import DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": GELU,

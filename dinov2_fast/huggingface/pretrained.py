@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+from dinov2_fast.base_module import Dinov2Module
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
 from dinov2_fast.huggingface.configuration import Dinov2Config, refuse_upload
-from dinov2_fast.layouts import convert_state_dict, log_once, plain_key
-from dinov2_fast.model import AnyLayout, DinoVisionTransformer
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.layouts import plain_key
+from dinov2_fast.logs import log_once, logger
+from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import as_dtype, fill
 from dinov2_fast.weights.sources import SourceOptions, find_checkpoint, find_config
-
-logger = logging.getLogger("dinov2_fast")
 
 HEAD = "classifier."
 
@@ -44,7 +43,7 @@ _PLACEMENTS = {"auto", "balanced", "balanced_low_0", "sequential"}
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(AnyLayout):
+class PreTrainedModel(Dinov2Module):
     """What the models of this face share: a config, loading and saving, gradient checkpointing."""
 
     config_class: ClassVar[type[Dinov2Config]] = Dinov2Config
@@ -119,14 +118,14 @@ class PreTrainedModel(AnyLayout):
         head = _head_shapes(state_dict)
         if ignore_mismatched_sizes:
             state_dict = _without_misfit_head(state_dict, model)
-        may_leave = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
+        allowed_unexpected = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
         missing = fill(
             model,
             state_dict,
             device=device,
             dtype=wanted,
-            may_miss=(HEAD,),
-            may_leave=may_leave,
+            allowed_missing=(HEAD,),
+            allowed_unexpected=allowed_unexpected,
             adapt_channels=ignore_mismatched_sizes,
         )
         if missing:

@@ -378,14 +378,14 @@ def test_a_short_answer_leaves_nothing_and_says_where_the_file_goes(
     path = places.cache / "dinov2_vitt14_linear4_head.pth"
     with pytest.raises(WeightsError) as caught:
         FILES["linear4_head"][0](tiny)
-    assert "broke off after 500 of 100000" in str(caught.value)
-    assert f"Download {tiny.head_url('linear4')} where there is a network and put it at {path}" in str(caught.value)
+    assert "ended after 500 of 100000" in str(caught.value)
+    assert f"Download {tiny.head_url('linear4')} on a machine with a network and put it at {path}" in str(caught.value)
     assert sorted(places.cache.iterdir()) == [places.cache / "dinov2_vitt14_pretrain.pth"]
 
 
 def test_local_files_only_asks_nobody(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
-    with pytest.raises(WeightsError, match="only local files were to be used"):
+    with pytest.raises(WeightsError, match="local_files_only is set"):
         classifiers._entry_point(tiny)(local_files_only=True)
     assert attempts == []
 
@@ -406,7 +406,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"decode_head.conv_seg.bias \(151,\) where the head has \(150,\)",
     ),
     "no tensor": (lambda w: {**w, "decode_head.bn.weight": "ones"}, r"decode_head.bn.weight \(\) where the head has"),
-    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "loading it could run code, so it was refused"),
+    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "is refused: it holds more than tensors"),
 }
 
 

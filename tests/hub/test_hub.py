@@ -107,7 +107,7 @@ def test_published_weights_are_loaded(weights: Any, places: Places, monkeypatch:
 def test_offline_without_a_file_the_error_says_where_to_put_it(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fast.weights.sources._hub_answers", lambda: False)
     monkeypatch.setattr("dinov2_fast.weights.sources.download", _nobody)
-    with pytest.raises(WeightsError, match=r"dinov2_vits14_pretrain\.pth where there is a network and put it at"):
+    with pytest.raises(WeightsError, match=r"dinov2_vits14_pretrain\.pth on a machine with a network and put it at"):
         hub.dinov2_vits14()
 
 

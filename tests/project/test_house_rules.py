@@ -26,14 +26,15 @@ ORDER = (
     ("huggingface", "hub", "data"),
     ("weights",),
     ("model",),
-    ("block",),
+    ("attention_features", "block"),
+    ("base_module", "fused_residual"),
     ("timm_layers",),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),
     ("visualize",),
     ("configs", "environment", "extension"),
-    ("torch_private", "errors"),
+    ("torch_private", "errors", "logs"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
