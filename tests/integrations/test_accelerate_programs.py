@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import accelerate, accelerated, restore
-from tests.helpers.foreign_models import SIZE, filled, images, tensors, timm_model, transformers_model
+from tests.helpers.library_models import SIZE, filled, images, tensors, timm_model, transformers_model
 from tests.integrations.test_accelerate import assert_same, assert_same_gradients, gradients
 
 MODELS = {

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import hub_standin
+from tests.helpers import facebook_model
 
 SIZE = 70
 
 
 @dataclass(frozen=True)
-class Foreign:
+class LibraryModel:
     """One kind of model.
 
     Args:
@@ -99,7 +99,7 @@ def timm_model(name: str, drop_path: float = 0.0, attention_dropout: float = 0.0
 
 
 def hub_model(drop_path: float = 0.0, attention_dropout: float = 0.0, **arguments: Any) -> nn.Module:
-    return hub_standin.DinoVisionTransformer(drop_path_rate=drop_path, attn_drop=attention_dropout, **arguments)
+    return facebook_model.DinoVisionTransformer(drop_path_rate=drop_path, attn_drop=attention_dropout, **arguments)
 
 
 def _call(model: Any, x: Tensor) -> Any:
@@ -130,13 +130,13 @@ def _layers(model: Any, x: Tensor) -> Any:
     return model.get_intermediate_layers(x, n=2)
 
 
-def _kinds() -> Iterator[Foreign]:
+def _kinds() -> Iterator[LibraryModel]:
     for family in ("Dinov2", "Dinov2WithRegisters"):
         for task in ("Model", "ForImageClassification", "Backbone"):
             for swiglu in (False, True):
                 classifies = task == "ForImageClassification"
                 prefix = {"Dinov2": "dinov2.", "Dinov2WithRegisters": "dinov2_with_registers."}[family]
-                yield Foreign(
+                yield LibraryModel(
                     f"{family}{task}{'-swiglu' if swiglu else ''}",
                     lambda family=family, task=task, swiglu=swiglu, **settings: transformers_model(
                         family, task, use_swiglu_ffn=swiglu, **settings
@@ -145,14 +145,14 @@ def _kinds() -> Iterator[Foreign]:
                     f"{prefix if classifies else ''}encoder.layer",
                 )
     for name in ("small_patch14_dinov2", "small_patch14_reg4_dinov2", "giant_patch14_dinov2"):
-        yield Foreign(
+        yield LibraryModel(
             f"timm-{name}",
             lambda name=name, **settings: timm_model(f"vit_{name}", **settings),
             (_call, _features, _intermediates),
             "blocks",
         )
     for name, arguments in (("mlp", {}), ("registers", {"registers": 4}), ("swiglu", {"swiglu": True})):
-        yield Foreign(
+        yield LibraryModel(
             f"hub-{name}",
             lambda arguments=arguments, **settings: hub_model(**arguments | settings),
             (_call, _features, _layers),
@@ -170,7 +170,7 @@ SOME = tuple(
 )
 
 
-def needs(kind: Foreign) -> None:
+def needs(kind: LibraryModel) -> None:
     """Skips where a library is missing."""
     import pytest
 
