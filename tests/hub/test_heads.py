@@ -18,7 +18,7 @@ import hubconf
 from dinov2_fast import BACKBONES, WeightsError, hub, load
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.hub import classifiers, depthers, segmenters
-from tests.helpers.checkpoints import assert_same, shapes
+from tests.helpers.checkpoints import assert_same, head_of, shapes
 from tests.helpers.local_server import Server, answer, isolate_without_servers, point_to
 from tests.helpers.weight_folders import TINY, WeightFolders, refuse_network, write
 
@@ -280,13 +280,6 @@ def published_head(file: str, seed: int = 0) -> dict[str, Tensor]:
         prefix + key: torch.tensor(7) if not shape else torch.rand(shape, generator=generator)
         for key, shape in wanted.items()
     }
-
-
-def head_of(model: Any) -> dict[str, Tensor]:
-    """The weights of a model's head, named as in the published file."""
-    if isinstance(model, hub.LinearClassifier):
-        return dict(model.linear_head.state_dict())
-    return {f"decode_head.{key}": tensor for key, tensor in model.decode_head.state_dict().items()}
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -18,9 +18,9 @@ from dinov2_fast.hub.pixels import slide
 from dinov2_fast.hub.segmenters import LinearSegmentationHead
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.weights.load import RandomWeights
+from tests.helpers.checkpoints import head_of
 from tests.helpers.readme import example
 from tests.helpers.weight_folders import isolate, refuse_network, write
-from tests.hub.test_heads import head_of
 
 D, BLOCKS = 64, (2, 5, 8, 11)
 SIZES = [(42, 70), (45, 64), (28, 28)]  # 3 x 5 patches; padded to 56 x 70, by odd numbers; 2 x 2 patches

@@ -24,7 +24,11 @@ from tests.helpers.library_models import (
     KINDS,
     SOME,
     LibraryModel,
+    LowRank,
+    assert_same,
+    assert_same_gradients,
     filled,
+    gradients,
     hub_model,
     images,
     needs,
@@ -33,8 +37,6 @@ from tests.helpers.library_models import (
     transformers_model,
 )
 from tests.reference import assert_obeys_rule
-
-TOLERANCE = 1e-5  # of the largest element, in fp32
 
 
 @pytest.fixture(params=KINDS, ids=str)
@@ -59,41 +61,6 @@ def pair(kind: LibraryModel, **settings: Any) -> tuple[Any, Any]:
 
 def blocks_of(model: nn.Module, kind: LibraryModel) -> list[Any]:
     return list(model.get_submodule(kind.blocks))
-
-
-def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-    """Two outputs are of one type, and their tensors of one shape and dtype, and equal within `tolerance`."""
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, dict):
-        assert list(ours) == list(theirs)
-    found, wanted = tensors(ours), tensors(theirs)
-    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
-    for x, y in zip(found, wanted, strict=True):
-        assert not y.numel() or (x - y).abs().max() <= tolerance * y.abs().max()
-
-
-def loss_of(output: Any) -> Tensor:
-    """A scalar of the first tensor of an output, which weighs its elements differently."""
-    first = tensors(output)[0]
-    weights = torch.linspace(-1, 1, first.numel()).view(first.shape)
-    return (first * weights).sum() + first.square().mean()
-
-
-def gradients(model: nn.Module, run: Callable[[Any], Any]) -> dict[str, Tensor | None]:
-    torch.manual_seed(5)
-    model.zero_grad()
-    loss_of(run(model)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
-    for name, wanted in theirs.items():
-        found = ours[name]
-        assert (found is None) == (wanted is None), name
-        if found is not None and wanted is not None:
-            # The gradient of the keys' bias is zero but for rounding: measured as that of the queries'.
-            scale = theirs[name.replace("key", "query").replace("k_proj", "q_proj")]
-            assert (found - wanted).abs().max() <= 2 * TOLERANCE * scale.abs().max(), name
 
 
 # The same results
@@ -300,19 +267,6 @@ def test_hooks_that_change_a_result_change_the_output(some: LibraryModel) -> Non
             assert_same(model(images()), untouched(images()))
         for handle in handles:
             handle.remove()
-
-
-class LowRank(nn.Module):
-    """A linear with an adapter, as adapter libraries make them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.base = linear.requires_grad_(False)
-        self.down = nn.Linear(linear.in_features, 4, bias=False)
-        self.up = nn.Linear(4, linear.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
 
 
 def adapt(model: nn.Module) -> nn.Module:

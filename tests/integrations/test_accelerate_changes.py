@@ -17,8 +17,7 @@ from torch import nn
 from dinov2_fast import accelerate, accelerated
 from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock
-from tests.helpers.library_models import KINDS, LibraryModel, images, needs, tensors
-from tests.integrations.test_accelerate import assert_same
+from tests.helpers.library_models import KINDS, LibraryModel, assert_same, images, needs, tensors
 
 LIBRARIES = {name: next(kind for kind in KINDS if kind.name == name) for name in ("Dinov2Model", "hub-mlp")}
 LIBRARIES["timm"] = next(kind for kind in KINDS if kind.name == "timm-small_patch14_reg4_dinov2")

@@ -25,15 +25,18 @@ from tests.helpers.library_models import (
     KINDS,
     SOME,
     LibraryModel,
+    LowRank,
+    assert_same,
     filled,
+    gradients,
     hub_model,
     images,
+    loss_of,
     needs,
     tensors,
     timm_model,
 )
 from tests.helpers.library_models import transformers_model as hf
-from tests.integrations.test_accelerate import LowRank, assert_same, gradients, loss_of
 
 
 @pytest.fixture
@@ -526,7 +529,7 @@ def _changed(change: Callable[[Any], None], model: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "adapters": (lambda: _adapted(hub_model()), "blocks.0.attn.qkv is a tests.integrations.test_accelerate.LowRank"),
+    "adapters": (lambda: _adapted(hub_model()), "blocks.0.attn.qkv is a tests.helpers.library_models.LowRank"),
     "hooks": (lambda: _hooked(hub_model()), "norm has a hook"),
     "activation": (
         lambda: _changed(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), hub_model()),

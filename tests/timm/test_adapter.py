@@ -5,17 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast import BACKBONES, WeightsError, convert_state_dict, create_model, load
-from dinov2_fast.weights.load import RandomWeights
 from tests.helpers.checkpoints import assert_same, shapes
 from tests.helpers.readme import example
+from tests.helpers.timm_peers import NAMES, SMALL, Pair, assert_close, images, make_pair
 from tests.helpers.weight_folders import (
     TINY,
     WeightFolders,
@@ -26,50 +25,10 @@ from tests.helpers.weight_folders import (
     write,
 )
 
-NAMES = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2")
-SMALL = {"embed_dim": 128, "depth": 4, "num_heads": 2}
-TOLERANCE = {"atol": 5e-5, "rtol": 0.0}  # torch resamples positions in fp32, see tests/helpers/huggingface_peers.py
-
-
-class Pair(NamedTuple):
-    ours: Any
-    theirs: Any
-
-
-def make_pair(name: str = NAMES[0], **kwargs: Any) -> Pair:
-    """Small models of both libraries with the same random weights, in eval mode."""
-    timm = pytest.importorskip("timm", reason="compares with timm, which is not installed")
-    timms = {"mlp_ratio": 688 / 128} if "giant" in name else {}  # timm does not round up to a multiple of 8
-    theirs = timm.create_model(name, **SMALL, **timms, **{"dynamic_img_size": True, **kwargs}).eval()
-    theirs.load_state_dict(dict(RandomWeights(theirs, 0)))
-    ours = create_model(name, **SMALL, **kwargs).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return Pair(ours, theirs)
-
 
 @pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest) -> Pair:
     return make_pair(request.param, num_classes=5)
-
-
-def images(height: int, width: int, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randn(batch, 3, height, width, generator=generator)
-
-
-def assert_close(ours: Any, theirs: Any) -> None:
-    """Compares tensors, and lists, tuples and dictionaries of them, which must be of the same kind."""
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, Tensor):
-        torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert_close(ours[key], theirs[key])
-    else:
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_close(one, other)
 
 
 # Outputs
