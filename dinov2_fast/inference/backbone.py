@@ -37,8 +37,9 @@ from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor
 from dinov2_fast.model import BackboneFeatures, DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
-from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
-from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.timm_adapter.layers import TimmPatchEmbed, check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter.model import _refuse_masks
 from dinov2_fast.torch_private import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)

@@ -28,7 +28,6 @@ ORDER = (
     ("model",),
     ("attention_features", "block"),
     ("base_module", "fused_residual"),
-    ("timm_layers",),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),

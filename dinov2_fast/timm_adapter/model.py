@@ -28,7 +28,7 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
 from dinov2_fast.layers import LayerNorm, check_is_tensor, to_pair
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import Grid
-from dinov2_fast.timm_layers import TimmAttention, TimmPatchEmbed
+from dinov2_fast.timm_adapter.layers import TimmAttention, TimmPatchEmbed
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import load
 
