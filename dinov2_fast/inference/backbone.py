@@ -39,7 +39,7 @@ from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.timm_adapter.layers import TimmPatchEmbed, check_img_size, pad_to_patches
-from dinov2_fast.timm_adapter.model import _refuse_masks
+from dinov2_fast.timm_adapter.model import refuse_masks
 from dinov2_fast.torch_private import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
@@ -288,7 +288,7 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
         if not self.cls_only:
             return super().forward(x, attn_mask, is_causal)
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         return self.forward_head(self.norm(self._run_for_cls(self.embed(x))))
 
     def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:

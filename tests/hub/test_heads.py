@@ -112,11 +112,11 @@ def assert_backbone_and_head(model: nn.Module, name: str, head: Shapes) -> None:
 @pytest.mark.parametrize(
     ("ending", "defaults"),
     [
-        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_dd", {"pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.Weights.ADE20K}),
+        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_dd", {"pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.SegmenterWeights.ADE20K}),
     ],
 )
 @pytest.mark.parametrize("size", SIZES)
@@ -251,7 +251,7 @@ FILES: dict[str, tuple[Make, str, Shapes]] = {
     ),
     "nyu_dpt_head": (lambda tiny: depthers._dpt(tiny)(), "decode_head.", dpt_shapes(64)),
     "kitti_dpt_head": (
-        lambda tiny: depthers._dpt(tiny)(weights=depthers.Weights.KITTI),
+        lambda tiny: depthers._dpt(tiny)(weights=depthers.DepthWeights.KITTI),
         "decode_head.",
         dpt_shapes(64),
     ),

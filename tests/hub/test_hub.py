@@ -54,7 +54,7 @@ def test_signature(name: str) -> None:
     parameters = inspect.signature(entry_point).parameters
     assert [(p.name, p.kind, p.default) for p in parameters.values()] == [
         ("pretrained", inspect.Parameter.KEYWORD_ONLY, True),
-        ("weights", inspect.Parameter.KEYWORD_ONLY, hub.Weights.LVD142M),
+        ("weights", inspect.Parameter.KEYWORD_ONLY, hub.BackboneWeights.LVD142M),
         ("kwargs", inspect.Parameter.VAR_KEYWORD, inspect.Parameter.empty),
     ]
     with pytest.raises(TypeError):
@@ -100,7 +100,7 @@ def test_a_file_given_as_weights_is_answered_with_what_takes_one() -> None:
         hub.dinov2_vits14(weights="/file.pth")
 
 
-@pytest.mark.parametrize("weights", ["LVD142M", hub.Weights.LVD142M])
+@pytest.mark.parametrize("weights", ["LVD142M", hub.BackboneWeights.LVD142M])
 def test_published_weights_are_loaded(weights: Any, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))
     assert entry_point.__name__ == TINY
