@@ -182,7 +182,7 @@ def test_other_numbers_of_layers_are_an_assertion_error(name: str, layers: int) 
 @pytest.mark.parametrize(
     ("name", "known"), [("lc", "IMAGENET1K"), ("ld", "NYU, KITTI"), ("dd", "NYU, KITTI"), ("ls", "ADE20K, VOC2012")]
 )
-@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.Weights.LVD142M])
+@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.BackboneWeights.LVD142M])
 def test_unknown_weights_are_an_assertion_error(name: str, known: str, weights: Any) -> None:
     wrong = getattr(weights, "name", weights)
     with pytest.raises(AssertionError, match=f"Unsupported weights: {wrong}; the published ones are {known}"):

@@ -517,7 +517,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="no block chunks"):
         create_model(NAMES[0], **SMALL, block_chunks=2)
     with pytest.raises(
-        TypeError, match=r"no patch_drop_rate=0.1, class_token=False. A model takes num_classes, .*depth"
+        TypeError, match=r"not take patch_drop_rate=0.1, class_token=False. Its models take num_classes, .*depth"
     ):
         create_model(NAMES[0], **SMALL, patch_drop_rate=0.1, class_token=False)
     with pytest.raises(WeightsError, match=r"a\.bin"):
