@@ -7,7 +7,7 @@ from typing import Any
 
 
 def main() -> int:
-    """Runs the command line; while it is imported, Ctrl-C and SIGTERM end it at once."""
+    """Runs the command line. While its modules are imported, Ctrl-C and SIGTERM end the process at once."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _leave)
     from dinov2_fast.cli import main
@@ -16,7 +16,7 @@ def main() -> int:
 
 
 def _leave(*_: Any) -> None:
-    """Raises nothing, of which a library in the middle of its import would make another error."""
+    """Ends the process without an exception, which a library could turn into another error during its import."""
     os.write(2, b"dinov2-fast: interrupted\n")
     os._exit(130)
 
