@@ -12,16 +12,16 @@ from torch import nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.blocks import (
+from dinov2_fast.integrations.backbone import AcceleratedTower, is_tower, make_engine
+from dinov2_fast.integrations.block import (
     AcceleratedBlock,
     accelerate_block,
     face_of,
     forget_verdicts,
     reason_against,
 )
-from dinov2_fast.integrations.joining import Joined, separate
-from dinov2_fast.integrations.settings import path, settings_of
-from dinov2_fast.integrations.towers import AcceleratedTower, is_tower, make_engine
+from dinov2_fast.integrations.changes import path, settings_of
+from dinov2_fast.integrations.class_swap import Joined, separate
 
 logger = logging.getLogger("dinov2_fast")
 

@@ -14,10 +14,10 @@ from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
-from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
-from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
-from dinov2_fast.integrations.settings import path
-from dinov2_fast.integrations.steps import is_exact_gelu, is_recorded_only, is_watched
+from dinov2_fast.integrations.block import AcceleratedBlock, face_of, reason_against
+from dinov2_fast.integrations.changes import path
+from dinov2_fast.integrations.class_swap import ATTRIBUTE, has_own_forward, join, separate
+from dinov2_fast.integrations.module_ops import is_exact_gelu, is_recorded_only, is_watched
 
 logger = logging.getLogger("dinov2_fast")
 

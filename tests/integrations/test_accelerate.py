@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import accelerate, accelerated, ops, restore
-from dinov2_fast.integrations import forms
-from dinov2_fast.integrations.blocks import AcceleratedBlock
-from dinov2_fast.integrations.steps import is_layer_norm
+from dinov2_fast.integrations import parts
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.module_ops import is_layer_norm
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.devices import DEVICE, runs_triton
 from tests.helpers.foreign_models import (
@@ -183,7 +183,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("add_residual", "linear"):
         spy(ops, name)
     for name in ("attend", "attend_packed"):
-        spy(forms, name)
+        spy(parts, name)
     depth = len(blocks_of(model, some))
     with torch.no_grad():
         some.calls[0](model, images())
@@ -396,8 +396,8 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     pytest.importorskip("transformers")
     model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # its hooks hang there from the start
     calls: list[int] = []
-    attend = forms.attend
-    monkeypatch.setattr(forms, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = parts.attend
+    monkeypatch.setattr(parts, "attend", lambda *args: calls.append(1) or attend(*args))
     model(images())
     assert len(calls) == 2
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import accelerate, accelerated, restore
-from dinov2_fast.integrations.blocks import AcceleratedBlock
+from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.foreign_models import filled, hub_model
 from tests.helpers.hub_standin import DropPath, LayerScale, Mlp
 from tests.integrations.test_accelerate import assert_same
@@ -295,11 +295,11 @@ def test_blocks_with_quantised_linears_are_taken() -> None:
 
 
 def test_blocks_that_differ_by_their_weights_only_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov2_fast.integrations import blocks
+    from dinov2_fast.integrations import block
 
     tried: list[nn.Module] = []
-    try_block = blocks._try_block
-    monkeypatch.setattr(blocks, "_try_block", lambda block: tried.append(block) or try_block(block))
+    try_block = block._try_block
+    monkeypatch.setattr(block, "_try_block", lambda block: tried.append(block) or try_block(block))
     accelerate(filled(hub_model(depth=4)))
     assert len(tried) == 1
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from dinov2_fast.integrations.settings import settings_of, shadowed_methods
+from dinov2_fast.integrations.changes import settings_of, shadowed_methods
 from dinov2_fast.ops.dispatch import use_backend
 
 _SEED = 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.integrations.joining import ATTRIBUTE
+from dinov2_fast.integrations.class_swap import ATTRIBUTE
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
 _NO_SETTINGS = frozenset(vars(nn.Module())) | {ATTRIBUTE, "forward", "gradient_checkpointing"}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.integrations.joining import has_own_forward
+from dinov2_fast.integrations.class_swap import has_own_forward
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 

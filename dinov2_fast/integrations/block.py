@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from dinov2_fast import ops
 from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.block import Block as OurBlock
-from dinov2_fast.integrations.forms import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
-from dinov2_fast.integrations.joining import ATTRIBUTE, Joined, has_own_forward, join
-from dinov2_fast.integrations.probe import Trial, agree, copy_for_trial, error_of, try_out
-from dinov2_fast.integrations.settings import ModuleWatch, Settings, path, settings_of, shadowed_methods
-from dinov2_fast.integrations.steps import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
+from dinov2_fast.integrations.changes import ModuleWatch, Settings, path, settings_of, shadowed_methods
+from dinov2_fast.integrations.class_swap import ATTRIBUTE, Joined, has_own_forward, join
+from dinov2_fast.integrations.module_ops import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
+from dinov2_fast.integrations.parts import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
+from dinov2_fast.integrations.trial import Trial, agree, copy_for_trial, error_of, try_out
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _NOTHING = nn.Identity()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.joining import ATTRIBUTE, Joined
+from dinov2_fast.integrations.class_swap import ATTRIBUTE, Joined
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_jit_traced

@@ -1,6 +1,6 @@
 """The forms that the parts of a block have in the libraries, and what computes each from its own submodules.
 
-Names of submodules tell only what a part may be. That a form computes what the part does is shown by `blocks.py` on
+Names of submodules tell only what a part may be. That a form computes what the part does is shown by `block.py` on
 random input; that the part is still what it was then, by its `Settings`.
 """
 
@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from dinov2_fast.integrations.settings import Settings, shadowed_methods
-from dinov2_fast.integrations.steps import (
+from dinov2_fast.integrations.changes import Settings, shadowed_methods
+from dinov2_fast.integrations.module_ops import (
     Function,
     attend,
     attend_packed,
@@ -296,7 +296,7 @@ class DropPath(Form):
 
 
 class Norm(Form):
-    """A norm; which are computed by our op, `steps.is_layer_norm` says."""
+    """A norm; which are computed by our op, `module_ops.is_layer_norm` says."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
