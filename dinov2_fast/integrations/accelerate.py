@@ -12,16 +12,16 @@ from torch import nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.backbone import AcceleratedTower, is_tower, make_engine
+from dinov2_fast.integrations.backbone import AcceleratedBackbone, is_backbone, make_engine
 from dinov2_fast.integrations.block import (
     AcceleratedBlock,
     accelerate_block,
-    face_of,
-    forget_verdicts,
+    block_class_for,
+    clear_check_cache,
     reason_against,
 )
-from dinov2_fast.integrations.changes import path, settings_of
-from dinov2_fast.integrations.class_swap import Joined, separate
+from dinov2_fast.integrations.changes import class_path, plain_attributes
+from dinov2_fast.integrations.class_swap import SwappedModule, swap_back
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -61,9 +61,9 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     """Makes the DINOv2 blocks inside `model` compute with this package's ops.
 
     It takes the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
-    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as towers inside larger models: any
-    block that has their parts and computes the same, which is tried on copies with random weights. The object stays the
-    same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied and
+    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as backbones inside larger models:
+    any block that has their parts and computes the same, which is tried on copies with random weights. The object stays
+    the same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied and
     saved as before, be given adapters before or after, and be sharded afterwards. Everything else in the model is left
     alone. Calls with masks or lists of images run the blocks' own code, and attention for which the user chose another
     implementation than torch's runs in that. So does each part of a block from when it has hooks, or its class or an
@@ -90,21 +90,21 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     """
     if options and not inference:
         raise InvalidTypeError(f"{', '.join(options)}: the engine's options need inference=True.")
-    forget_verdicts()
-    taken = [block for name, block in _blocks(model) if _reason(block) is None]
-    if not taken:
+    clear_check_cache()
+    accepted = [block for name, block in _blocks(model) if _reason(block) is None]
+    if not accepted:
         raise InvalidTypeError(_nothing_to_take(model))
-    new = [block for block in taken if not isinstance(block, AcceleratedBlock)]
+    new = [block for block in accepted if not isinstance(block, AcceleratedBlock)]
     for block in new:
         accelerate_block(block)
     try:
-        towers = _engines(model, options) if inference else []
+        backbones = _engines(model, options) if inference else []
     except BaseException:
         for block in new:
-            separate(block)  # type: ignore[arg-type]  # its class is another one now
+            swap_back(block)  # type: ignore[arg-type]  # its class is another one now
         raise
-    for tower, engine in towers:
-        engine.attach(tower)
+    for backbone, engine in backbones:
+        engine.attach(backbone)
     for row in accelerated(model).rows:
         logger.log(logging.WARNING if row.reasons else logging.INFO, "%s", row)
     return model
@@ -120,20 +120,20 @@ def restore(model: Model) -> Model:
         ValueError: after it was accelerated, FSDP or the like made classes of its own of the accelerated ones.
     """
     for module in list(model.modules()):
-        if isinstance(module, Joined):
-            separate(module)
+        if isinstance(module, SwappedModule):
+            swap_back(module)
     return model
 
 
 def accelerated(model: nn.Module) -> Report:
     """What in `model` is accelerated: a row for each group of blocks, and for each backbone with an engine."""
-    forget_verdicts()
+    clear_check_cache()
     groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for name, block in _blocks(model):
         groups.setdefault((_group(name), type(block).__qualname__), []).append((name, block))
     rows = [_row_of_blocks(name, kind, blocks) for (name, kind), blocks in groups.items()]
-    towers = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedTower)]
-    return Report((*rows, *(_row_of_tower(name, tower) for name, tower in towers)))
+    backbones = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedBackbone)]
+    return Report((*rows, *(_row_of_backbone(name, backbone) for name, backbone in backbones)))
 
 
 def _row_of_blocks(name: str, kind: str, blocks: list[tuple[str, nn.Module]]) -> Row:
@@ -153,16 +153,16 @@ def _reasons(block: nn.Module) -> list[str]:
     return [reason_against(block) or "accelerate was not called"]
 
 
-def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
-    engine = tower.attached_engine
+def _row_of_backbone(name: str, backbone: AcceleratedBackbone) -> Row:
+    engine = backbone.attached_engine
     partly = (f"{method} runs its own code: it {why}" for method, why in engine.unanswered.items())
     reasons = (engine.reason,) if engine.reason else tuple(partly)
-    return Row(name, f"{type(tower).__qualname__} by an engine", int(not engine.reason), 1, reasons)
+    return Row(name, f"{type(backbone).__qualname__} by an engine", int(not engine.reason), 1, reasons)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
+        if isinstance(module, AcceleratedBlock) or block_class_for(module) is not None:
             yield name, module
 
 
@@ -180,7 +180,7 @@ def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module,
     found: list[tuple[nn.Module, AttachedEngine]] = []
     reasons = []
     for name, module in model.named_modules():
-        if is_tower(module):
+        if is_backbone(module):
             engine = make_engine(module, options)
             if engine.reason is None:
                 found.append((module, engine))
@@ -204,7 +204,7 @@ def _nothing_to_take(model: nn.Module) -> str:
         return f"{message}: it is a model of this package, which has these blocks already. See optimize_for_inference."
     for unseen in _unseen_backbones(model):
         return f"{message}: {unseen}, where it is no submodule. Call accelerate on that backbone itself."
-    has = ", ".join(sorted(path(kind) for kind in repeated)) or "none"
+    has = ", ".join(sorted(class_path(kind) for kind in repeated)) or "none"
     return (
         f"{message}: it has no blocks of transformers' Dinov2 or Dinov2WithRegisters, of timm's VisionTransformer, or "
         f"of Meta's DINOv2. The repeated modules it has are: {has}."
@@ -214,7 +214,7 @@ def _nothing_to_take(model: nn.Module) -> str:
 def _unseen_backbones(model: nn.Module) -> Iterator[str]:
     """Where modules with blocks stand in plain containers, which are no submodules."""
     for name, module in model.named_modules():
-        for attribute, value in settings_of(module).items():
+        for attribute, value in plain_attributes(module).items():
             values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
             for held in values:
                 if isinstance(held, nn.Module) and next(_blocks(held), None):

@@ -12,36 +12,38 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.class_swap import ATTRIBUTE, Joined
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_jit_traced
 from dinov2_fast.weights.architecture import read_architecture
 
 
-class AcceleratedTower(Joined):
+class AcceleratedBackbone(SwappedModule):
     """One backbone. The static methods take one that is not accelerated yet."""
 
-    trials: ClassVar[tuple[tuple[str, dict[str, Any]], ...]]  # the methods that an engine can answer, and arguments
+    compared_calls: ClassVar[
+        tuple[tuple[str, dict[str, Any]], ...]
+    ]  # the methods that an engine can answer, and arguments
 
     @staticmethod
-    def only_size(tower: Any) -> tuple[int, int] | None:
+    def fixed_image_size(backbone: Any) -> tuple[int, int] | None:
         """Height and width of the images that a backbone takes, None for any."""
         return None
 
     @staticmethod
-    def refuses(tower: Any) -> str | None:
+    def refuses(backbone: Any) -> str | None:
         """Why a backbone of this class is none that our model computes, or None."""
         return None
 
     @staticmethod
-    def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
+    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
         """Our model of the same settings."""
         raise NotImplementedError
 
     @property
     def attached_engine(self) -> AttachedEngine:
-        return self.__dict__[ATTRIBUTE]
+        return self.__dict__[STATE_ATTRIBUTE]
 
     def answer(self, method: str, ask: Callable[[Any], Any], x: Any, *others: Any) -> Any:
         """What `ask` gets from the engine, in the dtype of this backbone.
@@ -67,15 +69,15 @@ class AcceleratedTower(Joined):
         return outputs.to(dtype) if isinstance(outputs, Tensor) else outputs
 
 
-class TransformersTower(AcceleratedTower):
+class TransformersBackbone(AcceleratedBackbone):
     """`Dinov2Model`, `Dinov2Backbone` and the two with registers."""
 
     config: Any
-    trials = (("forward", {}),)
+    compared_calls = (("forward", {}),)
 
     @staticmethod
-    def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
-        return getattr(huggingface, type(tower).__name__)(tower.config)
+    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+        return getattr(huggingface, type(backbone).__name__)(backbone.config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(kwargs)
@@ -97,12 +99,12 @@ class TransformersTower(AcceleratedTower):
         return not (getattr(config, "return_dict", True) if dictionary is None else dictionary)
 
 
-class TimmTower(AcceleratedTower):
+class TimmBackbone(AcceleratedBackbone):
     """timm's `VisionTransformer`: the two methods that all others of it call."""
 
     patch_embed: Any
     dynamic_img_size: bool
-    trials = (
+    compared_calls = (
         ("forward", {}),
         ("forward_features", {}),
         ("forward_intermediates", {}),
@@ -110,24 +112,24 @@ class TimmTower(AcceleratedTower):
     )
 
     @staticmethod
-    def only_size(tower: Any) -> tuple[int, int] | None:
-        return None if tower.dynamic_img_size else tower.patch_embed.img_size
+    def fixed_image_size(backbone: Any) -> tuple[int, int] | None:
+        return None if backbone.dynamic_img_size else backbone.patch_embed.img_size
 
     @staticmethod
-    def refuses(tower: Any) -> str | None:
-        embed = tower.patch_embed
+    def refuses(backbone: Any) -> str | None:
+        embed = backbone.patch_embed
         if type(embed).__name__ != "PatchEmbed" or embed.grid_size[0] != embed.grid_size[1]:
             return "its images are not cut into patches on a square grid of positions"
-        if type(tower.norm_pre) is not nn.Identity or type(tower.patch_drop) is not nn.Identity:
+        if type(backbone.norm_pre) is not nn.Identity or type(backbone.patch_drop) is not nn.Identity:
             return "it has a norm before the blocks or drops patches"
         return None
 
     @staticmethod
-    def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
-        heads = tower.blocks[0].attn.num_heads
+    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+        heads = backbone.blocks[0].attn.num_heads
         antialias = {"interpolate_antialias": True, "interpolate_offset": 0.0}
         model = TimmVisionTransformer(**read_architecture(weights) | {"num_heads": heads} | antialias)
-        if type(tower.norm) is nn.Identity:
+        if type(backbone.norm) is nn.Identity:
             model.norm = nn.Identity()  # type: ignore[assignment]  # where timm normalises after pooling
         return model
 
@@ -152,17 +154,17 @@ class TimmTower(AcceleratedTower):
         embed = self.patch_embed
         if not isinstance(x, Tensor) or x.ndim != 4:
             return False
-        only_size = self.only_size(self)
-        return is_whole(x, embed.patch_size) and only_size in (None, tuple(x.shape[2:]))
+        fixed_image_size = self.fixed_image_size(self)
+        return is_whole_patches(x, embed.patch_size) and fixed_image_size in (None, tuple(x.shape[2:]))
 
 
-class FacebookTower(AcceleratedTower):
+class FacebookBackbone(AcceleratedBackbone):
     """Meta's `DinoVisionTransformer`."""
 
     head: nn.Module
     patch_size: int
     optional = ("forward_features", "get_intermediate_layers")
-    trials = (
+    compared_calls = (
         ("forward", {}),
         ("forward_features", {}),
         ("get_intermediate_layers", {"n": 1}),
@@ -170,9 +172,9 @@ class FacebookTower(AcceleratedTower):
     )
 
     @staticmethod
-    def make(tower: Any, weights: dict[str, Tensor]) -> nn.Module:
+    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
         names = ("num_heads", "interpolate_antialias", "interpolate_offset")
-        return DinoVisionTransformer(**read_architecture(weights) | {name: getattr(tower, name) for name in names})
+        return DinoVisionTransformer(**read_architecture(weights) | {name: getattr(backbone, name) for name in names})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = None
@@ -191,7 +193,11 @@ class FacebookTower(AcceleratedTower):
         return super().get_intermediate_layers(*args, **kwargs) if outputs is None else outputs  # type: ignore[misc]
 
     def _answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:
-        if not args or not isinstance(args[0], Tensor) or not is_whole(args[0], (self.patch_size, self.patch_size)):
+        if (
+            not args
+            or not isinstance(args[0], Tensor)
+            or not is_whole_patches(args[0], (self.patch_size, self.patch_size))
+        ):
             return None
         return self.answer(method, ask, *args, *others)
 
@@ -199,33 +205,33 @@ class FacebookTower(AcceleratedTower):
 class Face(NamedTuple):
     """Where a library defines its backbones: patterns for the module and the name of their class."""
 
-    tower: type[AcceleratedTower]
+    backbone: type[AcceleratedBackbone]
     module: str
     name: str
 
 
 FACES = (
     Face(
-        TransformersTower,
+        TransformersBackbone,
         r"transformers\.models\.(dinov2|dinov2_with_registers)\.modeling_\1",
         "Dinov2(WithRegisters)?(Model|Backbone)",
     ),
-    Face(TimmTower, r"timm\.models\.vision_transformer", "VisionTransformer"),
-    Face(FacebookTower, r"(?!dinov2_fast\.).*dinov2.*", "DinoVisionTransformer"),
+    Face(TimmBackbone, r"timm\.models\.vision_transformer", "VisionTransformer"),
+    Face(FacebookBackbone, r"(?!dinov2_fast\.).*dinov2.*", "DinoVisionTransformer"),
 )
 
 
-def is_tower(module: nn.Module) -> bool:
+def is_backbone(module: nn.Module) -> bool:
     """Whether `module` is a backbone whose calls are known here."""
     return any(_matches(face, module) for face in FACES)
 
 
-def make_engine(tower: nn.Module, options: dict[str, Any]) -> AttachedEngine:
-    """An engine for the calls of `tower`, not attached yet."""
-    return AttachedEngine(tower, _face_of(tower), options)
+def make_engine(backbone: nn.Module, options: dict[str, Any]) -> AttachedEngine:
+    """An engine for the calls of `backbone`, not attached yet."""
+    return AttachedEngine(backbone, _face_of(backbone), options)
 
 
-def is_whole(x: Tensor, patch_size: tuple[int, int]) -> bool:
+def is_whole_patches(x: Tensor, patch_size: tuple[int, int]) -> bool:
     """Whether images are whole patches, at least one."""
     return all(size >= patch and size % patch == 0 for size, patch in zip(x.shape[-2:], patch_size, strict=True))
 
@@ -235,5 +241,5 @@ def _matches(face: Face, module: nn.Module) -> bool:
     return bool(re.fullmatch(face.module, kind.__module__) and re.fullmatch(face.name, kind.__qualname__))
 
 
-def _face_of(tower: nn.Module) -> type[AcceleratedTower]:
-    return next(face.tower for face in FACES if _matches(face, tower))
+def _face_of(backbone: nn.Module) -> type[AcceleratedBackbone]:
+    return next(face.backbone for face in FACES if _matches(face, backbone))

@@ -1,7 +1,7 @@
 """Blocks of other libraries that compute with this package's ops, on their own modules and parameters.
 
-A block is recognised by its parts, and taken if it computes, on random input, what ours would in its place. What a call
-asks for beyond a plain forward pass runs in the block's own code. So does a part that was changed after that, or has
+A block is recognised by its parts, and accepted if it computes, on random input, what ours would in its place. What a
+call asks for beyond a plain forward pass runs in the block's own code. So does a part that was changed after that, or has
 hooks.
 """
 
@@ -17,11 +17,26 @@ from torch import Tensor, nn
 from dinov2_fast import ops
 from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.block import Block as OurBlock
-from dinov2_fast.integrations.changes import ModuleWatch, Settings, path, settings_of, shadowed_methods
-from dinov2_fast.integrations.class_swap import ATTRIBUTE, Joined, has_own_forward, join
-from dinov2_fast.integrations.module_ops import Function, drop_scale, is_layer_norm, is_nothing, layer_norm
-from dinov2_fast.integrations.parts import ATTENTIONS, MLPS, DropPath, Form, Norm, Part, Scale, form_of
-from dinov2_fast.integrations.trial import Trial, agree, copy_for_trial, error_of, try_out
+from dinov2_fast.integrations.changes import (
+    ModuleSnapshot,
+    StructureWatch,
+    class_path,
+    plain_attributes,
+    shadowed_methods,
+)
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule, has_own_forward, swap_class
+from dinov2_fast.integrations.module_ops import Function, drop_scale, is_identity, is_layer_norm, layer_norm
+from dinov2_fast.integrations.parts import (
+    ATTENTIONS,
+    MLPS,
+    AcceleratedPart,
+    DropPath,
+    KnownPart,
+    LayerScale,
+    Norm,
+    match_part,
+)
+from dinov2_fast.integrations.trial import TrialRun, agree, copy_with_random_weights, relative_error, run_copy
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _NOTHING = nn.Identity()
@@ -31,7 +46,7 @@ _DROP_PATH_NAMES = (("drop_path1", "drop_path2"), ("drop_path", "drop_path"))
 _NAMES = {"norm1", "norm2", "mlp", *_ATTENTION_NAMES, *sum(_SCALE_NAMES + _DROP_PATH_NAMES, ())}
 
 
-class Plan(NamedTuple):
+class BlockFunctions(NamedTuple):
     """The functions that compute a block as it is now, from those of its parts."""
 
     norm1: Function
@@ -41,28 +56,28 @@ class Plan(NamedTuple):
     add: Callable[[Tensor, Tensor], Tensor]
 
 
-class Anatomy:
+class BlockParts:
     """The parts of a block: their names, and by name what is known of each that our code can compute.
 
-    `decided` is the last plan and what it was made from, which copies of the block do not share.
+    `latest` is the last plan and what it was made from, which copies of the block do not share.
     """
 
     def __init__(self, block: Any) -> None:
-        self.decided: tuple[tuple[Any, ...], ModuleWatch, Plan] | None = None
+        self.latest: tuple[tuple[Any, ...], StructureWatch, BlockFunctions] | None = None
         children = block._modules.keys()
         self.attention = next(name for name in _ATTENTION_NAMES if name in children)
         self.scales = _present(children, _SCALE_NAMES)
         self.drop_paths = _present(children, _DROP_PATH_NAMES)
-        forms: dict[str, tuple[type[Form], ...]] = {self.attention: ATTENTIONS, "mlp": MLPS}
+        forms: dict[str, tuple[type[KnownPart], ...]] = {self.attention: ATTENTIONS, "mlp": MLPS}
         forms |= {"norm1": (Norm,), "norm2": (Norm,)}
-        forms |= {name: (Scale,) for name in self.scales if name}
+        forms |= {name: (LayerScale,) for name in self.scales if name}
         forms |= {name: (DropPath,) for name in self.drop_paths if name}
-        found = {name: form_of(getattr(block, name), forms[name]) for name in forms}
-        self.parts = {name: Part(getattr(block, name), form) for name, form in found.items() if form}
-        self.settings = Settings(block, block.origin[2])
+        found = {name: match_part(getattr(block, name), forms[name]) for name in forms}
+        self.parts = {name: AcceleratedPart(getattr(block, name), form) for name, form in found.items() if form}
+        self.settings = ModuleSnapshot(block, block.origin[2])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "decided": None}
+        return {**vars(self), "latest": None}
 
 
 def _present(children: Any, names: tuple[tuple[str, str], ...]) -> tuple[str | None, str | None]:
@@ -75,7 +90,7 @@ def called(module: nn.Module, x: Tensor) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-class AcceleratedBlock(Joined):
+class AcceleratedBlock(SwappedModule):
     """One block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``, with stochastic depth."""
 
     norm1: Any
@@ -91,8 +106,8 @@ class AcceleratedBlock(Joined):
         return plan.add(x, plan.mlp(y))
 
     @property
-    def anatomy(self) -> Anatomy:
-        return self.__dict__[ATTRIBUTE]
+    def accelerated_parts(self) -> BlockParts:
+        return self.__dict__[STATE_ATTRIBUTE]
 
     def declines(self, x: Any) -> bool:
         """Whether a call with `x` is for the block's own code."""
@@ -100,58 +115,58 @@ class AcceleratedBlock(Joined):
 
     def is_unchanged(self) -> bool:
         """Whether the block itself is what it was when it was accelerated; its parts are looked at apart."""
-        return self.anatomy.settings.hold_in_subclass(self)
+        return self.accelerated_parts.settings.matches_subclass(self)
 
-    def plan(self) -> Plan:
+    def plan(self) -> BlockFunctions:
         """What computes the block now: as decided last, unless something changed since, or a graph is being made."""
         if is_traced() or has_any_global_hook():
-            return self._decide()
-        anatomy = self.anatomy
+            return self._make_functions()
+        accelerated_parts = self.accelerated_parts
         children = self._modules.values()
         state = self.training, torch.is_grad_enabled(), *children
-        decided = anatomy.decided
-        if decided is None or decided[0] != state or decided[1].changed():
-            watch = ModuleWatch(module for child in children if child is not None for module in child.modules())
-            decided = anatomy.decided = state, watch, self._decide()
-        return decided[2]
+        latest = accelerated_parts.latest
+        if latest is None or latest[0] != state or latest[1].changed():
+            watch = StructureWatch(module for child in children if child is not None for module in child.modules())
+            latest = accelerated_parts.latest = state, watch, self._make_functions()
+        return latest[2]
 
-    def _decide(self) -> Plan:
-        anatomy = self.anatomy
-        drop1, drop2 = self.drop_paths(anatomy)
-        return Plan(
+    def _make_functions(self) -> BlockFunctions:
+        accelerated_parts = self.accelerated_parts
+        drop1, drop2 = self.drop_paths(accelerated_parts)
+        return BlockFunctions(
             self._norm("norm1"),
-            self._branch(anatomy.attention),
-            self._add_and_norm(anatomy.scales[0], drop1),
+            self._branch(accelerated_parts.attention),
+            self._add_and_norm(accelerated_parts.scales[0], drop1),
             self._branch("mlp"),
-            self._add(anatomy.scales[1], drop2),
+            self._add(accelerated_parts.scales[1], drop2),
         )
 
-    def drop_paths(self, anatomy: Anatomy) -> tuple[str | None, str | None]:
+    def drop_paths(self, accelerated_parts: BlockParts) -> tuple[str | None, str | None]:
         """Names of the stochastic depth of the two branches, as it is in this mode."""
-        return anatomy.drop_paths
+        return accelerated_parts.drop_paths
 
     def own_code(self) -> Iterator[str]:
         """What of it runs in its own code now, in plain calls too, and why."""
         if not self.is_unchanged():
-            yield f"it runs in its own code: {self.anatomy.settings.change_in_subclass(self)}"
+            yield f"it runs in its own code: {self.accelerated_parts.settings.change_in_subclass(self)}"
             return
-        for name, part in self.anatomy.parts.items():
+        for name, part in self.accelerated_parts.parts.items():
             module = getattr(self, name)
-            reason = None if is_nothing(module) else part.reason(module)
+            reason = None if is_identity(module) else part.reason(module)
             if reason:
                 yield f"its {name} runs in its own code: {reason}"
 
     def change(self) -> str | None:
         """What of it is not as it was when it was accelerated."""
         if not self.is_unchanged():
-            return self.anatomy.settings.change_in_subclass(self)
-        changes = ((name, part.change(getattr(self, name))) for name, part in self.anatomy.parts.items())
+            return self.accelerated_parts.settings.change_in_subclass(self)
+        changes = ((name, part.change(getattr(self, name))) for name, part in self.accelerated_parts.parts.items())
         return next((f"of its {name}, {change}" for name, change in changes if change), None)
 
     def _branch(self, name: str) -> Function:
         """Attention or MLP."""
         module = getattr(self, name)
-        part = self.anatomy.parts[name]
+        part = self.accelerated_parts.parts[name]
         return partial(called, module) if part.why_called(module) else part.form.function(module)
 
     def _norm(self, name: str) -> Function:
@@ -186,7 +201,7 @@ class AcceleratedBlock(Joined):
         return lambda x, branch: x + dropped(scaled(branch))
 
     def _foldable(self, *names: str | None) -> bool:
-        return all(is_nothing(self._get(name)) or self._knows(name, self._get(name)) for name in names)
+        return all(is_identity(self._get(name)) or self._knows(name, self._get(name)) for name in names)
 
     def _factors(self, scale: str | None, drop: str | None) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
         """LayerScale, and stochastic depth of a branch."""
@@ -203,7 +218,7 @@ class AcceleratedBlock(Joined):
         return _NOTHING if name is None else getattr(self, name)
 
     def _knows(self, name: str | None, module: nn.Module) -> bool:
-        part = self.anatomy.parts.get(name or "")
+        part = self.accelerated_parts.parts.get(name or "")
         return part is not None and part.why_called(module) is None
 
 
@@ -222,13 +237,15 @@ class FacebookBlock(AcceleratedBlock):
         # Above that rate the reference computes a branch for a subset of the images only.
         return super().declines(x) or (self.training and self.sample_drop_ratio > SUBSET_THRESHOLD)
 
-    def drop_paths(self, anatomy: Anatomy) -> tuple[str | None, str | None]:
+    def drop_paths(self, accelerated_parts: BlockParts) -> tuple[str | None, str | None]:
         if not (self.training and self.sample_drop_ratio):
             return None, None  # the reference does not call them then
-        return anatomy.drop_paths[0], anatomy.drop_paths[0]  # twice the first, as the reference does
+        return accelerated_parts.drop_paths[0], accelerated_parts.drop_paths[
+            0
+        ]  # twice the first, as the reference does
 
 
-def face_of(module: nn.Module) -> type[AcceleratedBlock] | None:
+def block_class_for(module: nn.Module) -> type[AcceleratedBlock] | None:
     """The class here that accelerates `module`, or None if it has not the parts of a block, or is this package's."""
     children = module._modules.keys()
     if isinstance(module, OurBlock) or not children >= {"norm1", "norm2", "mlp"}:
@@ -242,20 +259,20 @@ def face_of(module: nn.Module) -> type[AcceleratedBlock] | None:
 
 def reason_against(block: nn.Module) -> str | None:
     """Why `block`, which has a face here, cannot be accelerated; or None."""
-    return _reason_by_looks(block) or _verdict(block).reason
+    return _reason_by_looks(block) or _check(block).reason
 
 
 def accelerate_block(block: nn.Module) -> None:
     """Gives `block`, which :func:`reason_against` takes, the class that computes with our ops."""
-    _accelerate(block, _verdict(block).below)
+    _accelerate(block, _check(block).replaced_class)
 
 
-def _accelerate(block: nn.Module, below: type) -> None:
-    face = face_of(block)
+def _accelerate(block: nn.Module, replaced_class: type) -> None:
+    face = block_class_for(block)
     assert face is not None
-    join(block, face, below)
-    block.__dict__[ATTRIBUTE] = None  # has its place before the attributes are counted
-    block.__dict__[ATTRIBUTE] = Anatomy(block)
+    swap_class(block, face, replaced_class)
+    block.__dict__[STATE_ATTRIBUTE] = None  # has its place before the attributes are counted
+    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block)
 
 
 def _reason_by_looks(block: Any) -> str | None:
@@ -263,21 +280,21 @@ def _reason_by_looks(block: Any) -> str | None:
         return "it has a forward of its own, set on the instance"
     if shadowed_methods(block):
         return f"{' and '.join(shadowed_methods(block))} was set on the instance"
-    unknown = [name for name, child in block._modules.items() if name not in _NAMES and not is_nothing(child)]
+    unknown = [name for name, child in block._modules.items() if name not in _NAMES and not is_identity(child)]
     if unknown:
         return f"it has {' and '.join(unknown)} beside the parts of a block"
     return _reason_against_attention(block) or _reason_against_mlp(block)
 
 
 def _reason_against_mlp(block: Any) -> str | None:
-    return None if form_of(block.mlp, MLPS) else f"its mlp is a {path(type(block.mlp))}"
+    return None if match_part(block.mlp, MLPS) else f"its mlp is a {class_path(type(block.mlp))}"
 
 
 def _reason_against_attention(block: Any) -> str | None:
     attention = getattr(block, "attn" if "attn" in block._modules else "attention")
-    form = form_of(attention, ATTENTIONS)
+    form = match_part(attention, ATTENTIONS)
     if form is None:
-        return f"its attention is a {path(type(attention))}"
+        return f"its attention is a {class_path(type(attention))}"
     if form.others(attention):
         return f"its attention has {' and '.join(form.others(attention))}"
     rate = form.dropout(attention)
@@ -289,31 +306,31 @@ def _reason_against_attention(block: Any) -> str | None:
 # What a block computes, tried on copies
 
 
-class Verdict(NamedTuple):
-    """Why a block is not taken, or the class whose `forward` is replaced: the lowest that its own code reaches."""
+class BlockCheck(NamedTuple):
+    """Why a block is not accepted, or the class whose `forward` is replaced: the lowest that its own code reaches."""
 
     reason: str | None
-    below: type
+    replaced_class: type
 
 
-_verdicts: dict[Hashable, Verdict] = {}
+_checks: dict[Hashable, BlockCheck] = {}
 
 
-def forget_verdicts() -> None:
+def clear_check_cache() -> None:
     """Blocks are tried again. Within one call of `accelerate`, blocks that differ by weights only are tried once."""
-    _verdicts.clear()
+    _checks.clear()
 
 
-def _verdict(block: nn.Module) -> Verdict:
+def _check(block: nn.Module) -> BlockCheck:
     key = tuple((name, type(module), _comparable(module)) for name, module in block.named_modules())
-    if key not in _verdicts:
-        _verdicts[key] = _try_block(block)
-    return _verdicts[key]
+    if key not in _checks:
+        _checks[key] = _check_block(block)
+    return _checks[key]
 
 
 def _comparable(module: nn.Module) -> Hashable:
     return tuple(
-        (name, _rate(value) if "drop" in name else _hashable(value)) for name, value in settings_of(module).items()
+        (name, _rate(value) if "drop" in name else _hashable(value)) for name, value in plain_attributes(module).items()
     )
 
 
@@ -330,29 +347,29 @@ def _rate(value: Any) -> Hashable:
     return (value > 0, value > SUBSET_THRESHOLD) if isinstance(value, float | int) else _hashable(value)
 
 
-def _try_block(block: nn.Module) -> Verdict:
+def _check_block(block: nn.Module) -> BlockCheck:
     where: tuple[str, torch.dtype] = ("cpu", torch.float64)
-    stock = _trials(copy_for_trial(block, *where))
+    stock = _trials(copy_with_random_weights(block, *where))
     if isinstance(stock[0].output, Exception) and torch.cuda.is_available():  # xformers has no attention for the CPU
         where = ("cuda", torch.float32)
-        stock = _trials(copy_for_trial(block, *where))
+        stock = _trials(copy_with_random_weights(block, *where))
     if isinstance(stock[0].output, Exception):
-        return Verdict(f"its code fails on a random input: {_first_line(stock[0].output)}", type(block))
-    for below in _classes_with_forward(block):
-        copied = copy_for_trial(block, *where)
-        _accelerate(copied, below)
-        anatomy = copied.__dict__[ATTRIBUTE] = _SeenAnatomy(copied.__dict__[ATTRIBUTE])
+        return BlockCheck(f"its code fails on a random input: {_first_line(stock[0].output)}", type(block))
+    for replaced_class in _classes_with_forward(block):
+        copied = copy_with_random_weights(block, *where)
+        _accelerate(copied, replaced_class)
+        accelerated_parts = copied.__dict__[STATE_ATTRIBUTE] = _ReachedParts(copied.__dict__[STATE_ATTRIBUTE])
         ours = _trials(copied)
-        if anatomy.seen:
+        if accelerated_parts.seen:
             reasons = map(_difference, ("in eval mode", "in training"), stock, ours)
             reason = next(filter(None, reasons), None)
-            return Verdict(reason and (_difference_of_parts(block, where) or reason), below)
-    return Verdict("its forward does not call ours", type(block))
+            return BlockCheck(reason and (_difference_of_parts(block, where) or reason), replaced_class)
+    return BlockCheck("its forward does not call ours", type(block))
 
 
-def _trials(copied: nn.Module) -> list[Trial]:
+def _trials(copied: nn.Module) -> list[TrialRun]:
     """In eval mode, and in training."""
-    return [try_out(copied, training) for training in (False, True)]
+    return [run_copy(copied, training) for training in (False, True)]
 
 
 def _classes_with_forward(block: nn.Module) -> list[type]:
@@ -361,11 +378,11 @@ def _classes_with_forward(block: nn.Module) -> list[type]:
     return kinds[::-1]
 
 
-class _SeenAnatomy:
+class _ReachedParts:
     """Says whether the accelerated forward was reached: it alone asks for the name of the attention."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
+    def __init__(self, accelerated_parts: BlockParts) -> None:
+        self._anatomy = accelerated_parts
         self.seen = False
 
     def __getattr__(self, name: str) -> Any:
@@ -373,7 +390,7 @@ class _SeenAnatomy:
         return getattr(self._anatomy, name)
 
 
-def _difference(mode: str, stock: Trial, ours: Trial) -> str | None:
+def _difference(mode: str, stock: TrialRun, ours: TrialRun) -> str | None:
     if not isinstance(stock.output, Tensor):
         failed = isinstance(stock.output, Exception)
         what = f"fails: {_first_line(stock.output)}" if failed else f"returns a {type(stock.output).__name__}"
@@ -381,7 +398,7 @@ def _difference(mode: str, stock: Trial, ours: Trial) -> str | None:
     if stock.kept != ours.kept:
         return f"a call sets {' and '.join(stock.kept)}, which our code would not"
     if not agree(ours.output, stock.output):
-        error = error_of(ours.output, stock.output)
+        error = relative_error(ours.output, stock.output)
         return f"{mode} its forward computes something else than a block of DINOv2 (off by {error:.2g})"
     if stock.calls != ours.calls:
         again = sorted(name for name in stock.calls if stock.calls[name] != ours.calls[name])
@@ -392,17 +409,18 @@ def _difference(mode: str, stock: Trial, ours: Trial) -> str | None:
 def _difference_of_parts(block: Any, where: tuple[str, torch.dtype]) -> str | None:
     """Which of attention and MLP computes something else by itself."""
     attention = "attn" if "attn" in block._modules else "attention"
-    forms_by_name: dict[str, tuple[type[Form], ...]] = {attention: ATTENTIONS, "mlp": MLPS}
+    forms_by_name: dict[str, tuple[type[KnownPart], ...]] = {attention: ATTENTIONS, "mlp": MLPS}
     for name, forms in forms_by_name.items():
-        copied = copy_for_trial(getattr(block, name), *where)
-        form = form_of(copied, forms)
+        copied = copy_with_random_weights(getattr(block, name), *where)
+        form = match_part(copied, forms)
         if form is None or form.refuses(copied):
             continue
-        wanted = try_out(copied, False, called).output
+        wanted = run_copy(copied, False, called).output
         if isinstance(wanted, Tensor):
-            found = try_out(copied, False, form.compute).output
+            found = run_copy(copied, False, form.compute).output
             if not agree(found, wanted):
-                return f"its {name} computes something else than that of DINOv2 (off by {error_of(found, wanted):.2g})"
+                error = relative_error(found, wanted)
+                return f"its {name} computes something else than that of DINOv2 (off by {error:.2g})"
     return None
 
 

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.integrations.class_swap import ATTRIBUTE
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
-_NO_SETTINGS = frozenset(vars(nn.Module())) | {ATTRIBUTE, "forward", "gradient_checkpointing"}
+_NO_SETTINGS = frozenset(vars(nn.Module())) | {STATE_ATTRIBUTE, "forward", "gradient_checkpointing"}
 
 _TENSORS = ("_parameters", "_buffers")
 _OTHERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class ModuleWatch:
+class StructureWatch:
     """Notices any change of modules but another tensor in the place of one of the same type.
 
     That is: classes and what they define, attributes (the training mode is one) and those of a `config`, submodules and
@@ -55,7 +55,7 @@ class ModuleWatch:
         return [*chain.from_iterable(filled), *map(type, tensors), *map(type, self._modules)]
 
 
-class Settings:
+class ModuleSnapshot:
     """The class of a module, or the base of it given as `kind`, that class's `forward`, and the attributes.
 
     What is noticed: another class or another `forward` of it; an attribute that has another value, is gone, or is new
@@ -65,15 +65,15 @@ class Settings:
     def __init__(self, module: nn.Module, kind: type | None = None) -> None:
         self.kind = cast(Any, kind or type(module))
         self.forward = self.kind.forward
-        self.values = settings_of(module)
+        self.values = plain_attributes(module)
         self._of_class = tuple(_names_of_class(self.kind) - vars(module).keys())
         self._count = len(vars(module))
 
-    def hold(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         """Whether `module` is what it was."""
-        return type(module) is self.kind and self.hold_in_subclass(module)
+        return type(module) is self.kind and self.matches_subclass(module)
 
-    def hold_in_subclass(self, module: nn.Module) -> bool:
+    def matches_subclass(self, module: nn.Module) -> bool:
         """The same of a module whose class was made of that class."""
         if self.kind.forward is not self.forward:
             return False
@@ -89,7 +89,7 @@ class Settings:
     def change(self, module: Any) -> str:
         """What is not as it was, in words."""
         if type(module) is not self.kind:
-            return f"it is a {path(type(module))} now"
+            return f"it is a {class_path(type(module))} now"
         return self.change_in_subclass(module)
 
     def change_in_subclass(self, module: nn.Module) -> str:
@@ -101,11 +101,11 @@ class Settings:
         return f"{', '.join(sorted({*other, *self._new(module)}))} was changed"
 
     def _new(self, module: nn.Module) -> list[str]:
-        names = settings_of(module).keys() - self.values.keys()
+        names = plain_attributes(module).keys() - self.values.keys()
         return [name for name in names if not name.startswith("_") or hasattr(self.kind, name)]
 
 
-def settings_of(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of `module` that are no tensors, submodules or hooks of its own."""
     return {name: value for name, value in vars(module).items() if name not in _NO_SETTINGS}
 
@@ -115,7 +115,7 @@ def shadowed_methods(module: nn.Module) -> list[str]:
     return [name for name in replaced_methods(module) if name != "forward"]
 
 
-def path(kind: type) -> str:
+def class_path(kind: type) -> str:
     """The full name of a class."""
     return f"{kind.__module__}.{kind.__qualname__}"
 

@@ -14,48 +14,48 @@ from torch import nn
 
 from dinov2_fast.errors import InvalidValueError
 
-ATTRIBUTE = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
+STATE_ATTRIBUTE = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
 
 
-class Joined(nn.Module):
+class SwappedModule(nn.Module):
     """The first of the two classes. `origin`: it, the class the module had, and the one whose `forward` it replaces."""
 
-    origin: ClassVar[tuple[type[Joined], type, type]]
+    origin: ClassVar[tuple[type[SwappedModule], type, type]]
     optional: ClassVar[tuple[str, ...]] = ()  # its methods that the other class may not have: then it has none either
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_empty, self.origin, *reduced[2:]) if is_joined(self) else reduced
+        return (_empty, self.origin, *reduced[2:]) if is_swapped(self) else reduced
 
 
-def is_joined(module: nn.Module) -> bool:
+def is_swapped(module: nn.Module) -> bool:
     """Whether the class of `module` was made here, and none was made of that."""
     return "origin" in type(module).__dict__
 
 
-def join(module: nn.Module, first: type[Joined], below: type | None = None) -> None:
-    """Makes `module` compute as `first` says, in place of the `forward` of `below`, a base of its class.
+def swap_class(module: nn.Module, first: type[SwappedModule], replaced_class: type | None = None) -> None:
+    """Makes `module` compute as `first` says, in place of the `forward` of `replaced_class`, a base of its class.
 
     A class between the two, as a wrapper that runs `forward` again in the backward pass, goes on doing what it does.
-    Without `below` it is the `forward` of the module's class that is replaced.
+    Without `replaced_class` it is the `forward` of the module's class that is replaced.
     """
     _drop_class_forward(module)
-    module.__class__ = joined_class(first, type(module), below or type(module))
+    module.__class__ = mixed_class(first, type(module), replaced_class or type(module))
 
 
-def separate(module: Joined) -> None:
+def swap_back(module: SwappedModule) -> None:
     """Gives `module` its own class back.
 
     Raises:
         ValueError: something has made a class of the joined one.
     """
-    if not is_joined(module):
+    if not is_swapped(module):
         raise InvalidValueError(
             f"A {type(module).__name__} was made of an accelerated class, by FSDP or the like: restore the model "
             "before it is wrapped."
         )
     _drop_class_forward(module)
-    module.__dict__.pop(ATTRIBUTE, None)
+    module.__dict__.pop(STATE_ATTRIBUTE, None)
     module.__class__ = module.origin[1]
 
 
@@ -73,19 +73,19 @@ def _drop_class_forward(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-def joined_class(first: type[Joined], original: Any, below: Any) -> Any:
+def mixed_class(first: type[SwappedModule], original: Any, replaced_class: Any) -> Any:
     """A subclass of `first` and `original`, under the name of `original`; the same one each time."""
-    made = _classes.get((first, original, below))
+    made = _classes.get((first, original, replaced_class))
     if made is None:
-        made = _classes[first, original, below] = _join_classes(first, original, below)
+        made = _classes[first, original, replaced_class] = _mix_classes(first, original, replaced_class)
     return made
 
 
-_classes: dict[tuple[type[Joined], type, type], type] = {}
+_classes: dict[tuple[type[SwappedModule], type, type], type] = {}
 
 
-def _join_classes(first: type[Joined], original: Any, below: Any) -> type:
-    @wraps(below.forward)  # for its signature
+def _mix_classes(first: type[SwappedModule], original: Any, replaced_class: Any) -> type:
+    @wraps(replaced_class.forward)  # for its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return first.forward(self, *args, **kwargs)
 
@@ -94,11 +94,11 @@ def _join_classes(first: type[Joined], original: Any, below: Any) -> type:
         return type(kind.__name__, bases, {**names, **own})
 
     own = {"forward": forward, **{name: _Missing() for name in first.optional if not hasattr(original, name)}}
-    origin = first, original, below
-    if below is original:
+    origin = first, original, replaced_class
+    if replaced_class is original:
         return of(original, (first, original), **own, origin=origin)
-    # In the order of methods, `original` comes before this class, and this before `below`.
-    return of(original, (original, of(below, (first, below), **own)), origin=origin)
+    # In the order of methods, `original` comes before this class, and this before `replaced_class`.
+    return of(original, (original, of(replaced_class, (first, replaced_class), **own)), origin=origin)
 
 
 class _Missing:
@@ -108,7 +108,7 @@ class _Missing:
         raise AttributeError
 
 
-def _empty(first: type[Joined], original: type, below: type) -> Any:
+def _empty(first: type[SwappedModule], original: type, replaced_class: type) -> Any:
     """What `copy` and `pickle` start from."""
-    kind = joined_class(first, original, below)
+    kind = mixed_class(first, original, replaced_class)
     return kind.__new__(kind)

@@ -23,13 +23,13 @@ Function = Callable[[Tensor], Tensor]
 _CAPTURING = "transformers.utils.output_capturing"  # of the hooks with which transformers 5 records outputs
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` is more than the computation of its class."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or has_own_forward(module) or has_any_global_hook()
 
 
-def is_recorded_only(module: nn.Module) -> bool:
+def has_only_recording_hooks(module: nn.Module) -> bool:
     """Whether all that hangs on `module` are the hooks with which transformers records outputs."""
     if has_any_global_hook() or has_own_forward(module):
         return False
@@ -38,9 +38,9 @@ def is_recorded_only(module: nn.Module) -> bool:
     return all(getattr(hook, "__module__", "") == _CAPTURING for hook in module._forward_hooks.values())
 
 
-def is_nothing(module: Any) -> bool:
+def is_identity(module: Any) -> bool:
     """Whether `module` returns what it gets, and has no hooks."""
-    return module is None or (type(module) is nn.Identity and not is_watched(module))
+    return module is None or (type(module) is nn.Identity and not has_hooks(module))
 
 
 def is_layer_norm(norm: Any) -> bool:
@@ -62,7 +62,7 @@ def is_exact_gelu(activation: Any) -> bool:
 
 def layer_norm(norm: Any) -> Function:
     """What computes `norm`: our op for a layer norm that is not watched, or `norm` itself."""
-    if not is_layer_norm(norm) or is_watched(norm):
+    if not is_layer_norm(norm) or has_hooks(norm):
         return norm
     parameters, eps = norm._parameters, norm.eps
     return lambda x: ops.layer_norm(x, parameters["weight"], parameters["bias"], eps)
@@ -79,7 +79,7 @@ def linear(module: Any) -> Function:
 def compose(*functions: Function | None) -> Function:
     """Applies `functions` one after the other, without those that return what they get."""
     active: list[Any] = [
-        function for function in functions if not is_nothing(function) and not _is_idle_dropout(function)
+        function for function in functions if not is_identity(function) and not _is_idle_dropout(function)
     ]
 
     def apply(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def compose(*functions: Function | None) -> Function:
 
 
 def _is_idle_dropout(module: Any) -> bool:
-    return type(module) is nn.Dropout and not module.training and not is_watched(module)
+    return type(module) is nn.Dropout and not module.training and not has_hooks(module)
 
 
 def runs_once() -> bool:
@@ -101,7 +101,7 @@ def runs_once() -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """Whether `module` is torch's linear on a dense weight; sharded and quantised ones are of other classes."""
-    if type(module) is not nn.Linear or is_watched(module):
+    if type(module) is not nn.Linear or has_hooks(module):
         return False
     return type(module._parameters.get("weight")) is nn.Parameter and "bias" in module._parameters
 
@@ -129,7 +129,7 @@ def hidden_gelu(first: Any, activation: Any) -> Function:
 
     See `dinov2_fast.layers.Mlp` for what it saves.
     """
-    if not is_exact_gelu(activation) or is_watched(activation):
+    if not is_exact_gelu(activation) or has_hooks(activation):
         return compose(linear(first), activation)
     overwrite = runs_once() and is_plain_linear(first)
     return compose(linear(first), lambda hidden: ops.activation(hidden, "gelu", overwrite=overwrite))

@@ -1,7 +1,7 @@
 """The forms that the parts of a block have in the libraries, and what computes each from its own submodules.
 
 Names of submodules tell only what a part may be. That a form computes what the part does is shown by `block.py` on
-random input; that the part is still what it was then, by its `Settings`.
+random input; that the part is still what it was then, by its `ModuleSnapshot`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from dinov2_fast.integrations.changes import Settings, shadowed_methods
+from dinov2_fast.integrations.changes import ModuleSnapshot, shadowed_methods
 from dinov2_fast.integrations.module_ops import (
     Function,
     attend,
     attend_packed,
     compose,
+    has_hooks,
+    has_only_recording_hooks,
     hidden_gelu,
-    is_nothing,
-    is_recorded_only,
-    is_watched,
+    is_identity,
     linear,
     swiglu,
 )
@@ -28,11 +28,11 @@ _CHANGED = "it is not what it was when it was accelerated"
 _DROPS = "it drops attention weights, or has hooks where it would"
 
 
-class Form:
+class KnownPart:
     """One form of a part. Its functions take modules of other libraries."""
 
     submodules: ClassVar[tuple[str, ...]] = ()  # which a module of this form has
-    insides: ClassVar[tuple[str, ...]] = ()  # those among them whose own code `function` passes over
+    bypassed: ClassVar[tuple[str, ...]] = ()  # those among them whose own code `function` passes over
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -54,12 +54,15 @@ class Form:
         return None
 
 
-class Part:
+class AcceleratedPart:
     """A part of a block: its form, if our code can compute it, and what it was when it was accelerated."""
 
-    def __init__(self, module: Any, form: type[Form]) -> None:
+    def __init__(self, module: Any, form: type[KnownPart]) -> None:
         self.form = form
-        self._settings = [("", Settings(module)), *((name, Settings(getattr(module, name))) for name in form.insides)]
+        self._settings = [
+            ("", ModuleSnapshot(module)),
+            *((name, ModuleSnapshot(getattr(module, name))) for name in form.bypassed),
+        ]
         shadowed = [name for _, each in self._each(module) for name in shadowed_methods(each)]
         self._shadowed = f"{', '.join(shadowed)} was set on the instance" if shadowed else None
 
@@ -68,9 +71,9 @@ class Part:
         if self._shadowed:
             return self._shadowed
         for settings, each in self._each(module):
-            if not settings.hold(each):
+            if not settings.matches(each):
                 return _CHANGED
-            if is_watched(each) and not is_recorded_only(each):
+            if has_hooks(each) and not has_only_recording_hooks(each):
                 return "it has hooks or a forward of its own"
         return self.form.refuses(module)
 
@@ -81,21 +84,21 @@ class Part:
 
     def change(self, module: Any) -> str | None:
         """What of it is not as it was when it was accelerated."""
-        return next((s.change(each) for s, each in self._each(module) if not s.hold(each)), None)
+        return next((s.change(each) for s, each in self._each(module) if not s.matches(each)), None)
 
-    def _each(self, module: Any) -> list[tuple[Settings, Any]]:
+    def _each(self, module: Any) -> list[tuple[ModuleSnapshot, Any]]:
         return [(settings, getattr(module, name, None) if name else module) for name, settings in self._settings]
 
 
-Kind = TypeVar("Kind", bound=type[Form])
+Kind = TypeVar("Kind", bound=type[KnownPart])
 
 
-def form_of(module: nn.Module, forms: tuple[Kind, ...]) -> Kind | None:
+def match_part(module: nn.Module, forms: tuple[Kind, ...]) -> Kind | None:
     """The one of `forms` that `module` has."""
     return next((form for form in forms if form.fits(module)), None)
 
 
-class Attention(Form):
+class Attention(KnownPart):
     @staticmethod
     def dropout(module: Any) -> Any:
         """The probability of dropping an attention weight, or the module that does."""
@@ -132,7 +135,7 @@ class PackedAttention(Attention):
     @staticmethod
     def others(module: Any) -> list[str]:
         known = ("qkv", "attn_drop", "proj", "proj_drop")
-        return [name for name, child in module._modules.items() if name not in known and not is_nothing(child)]
+        return [name for name, child in module._modules.items() if name not in known and not is_identity(child)]
 
     @staticmethod
     def dropout(module: Any) -> Any:
@@ -172,7 +175,7 @@ class SeparateAttention(Attention):
 class NestedAttention(Attention):
     """As :class:`SeparateAttention`, in two modules: `attention` and `output`."""
 
-    submodules = insides = ("attention", "output")
+    submodules = bypassed = ("attention", "output")
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -202,12 +205,12 @@ def drops(rate: Any, training: bool) -> bool:
     """Whether dropout of attention weights, a module or a probability, is more than nothing in this mode."""
     if not isinstance(rate, nn.Module):
         return bool(training and rate)
-    if is_nothing(rate):
+    if is_identity(rate):
         return False
-    return type(rate) is not nn.Dropout or is_watched(rate) or (rate.p > 0 and (training or rate.training))
+    return type(rate) is not nn.Dropout or has_hooks(rate) or (rate.p > 0 and (training or rate.training))
 
 
-class PlainMlp(Form):
+class PlainMlp(KnownPart):
     """Two linears with an activation in between, and the dropouts that timm and Meta have."""
 
     submodules = ("fc1", "fc2")
@@ -229,7 +232,7 @@ class PlainMlp(Form):
         return part("drop1", part("drop")), part("norm"), linear(module.fc2), part("drop2", part("drop"))
 
 
-class GatedMlp(Form):
+class GatedMlp(KnownPart):
     """timm's `GluMlp`, where it is SwiGLU."""
 
     submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
@@ -244,11 +247,11 @@ class GatedMlp(Form):
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        plain = not module.gate_last and type(module.act) is nn.SiLU and not is_watched(module.act)
+        plain = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
         return None if plain else "its gate is not that of SwiGLU"
 
 
-class SwiGLU(Form):
+class SwiGLU(KnownPart):
     """Meta's, one linear for gate and value."""
 
     submodules = ("w12", "w3")
@@ -258,7 +261,7 @@ class SwiGLU(Form):
         return compose(linear(module.w12), swiglu, linear(module.w3))
 
 
-class TransformersSwiGLU(Form):
+class TransformersSwiGLU(KnownPart):
     """The same under the names of transformers."""
 
     submodules = ("weights_in", "weights_out")
@@ -268,7 +271,7 @@ class TransformersSwiGLU(Form):
         return compose(linear(module.weights_in), swiglu, linear(module.weights_out))
 
 
-class SeparateSwiGLU(Form):
+class SeparateSwiGLU(KnownPart):
     """Gate and value lie apart, where our op reads them side by side: newer transformers."""
 
     submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -279,7 +282,7 @@ class SeparateSwiGLU(Form):
         return compose(lambda x: activation(gate(x)) * up(x), linear(module.down_proj))
 
 
-class Scale(Form):
+class LayerScale(KnownPart):
     """LayerScale: a factor for each feature, the one parameter."""
 
     @classmethod
@@ -287,7 +290,7 @@ class Scale(Form):
         return not module._modules and list(module._parameters) in (["gamma"], ["lambda1"])
 
 
-class DropPath(Form):
+class DropPath(KnownPart):
     """Stochastic depth, which multiplies each image's branch by a random number."""
 
     @classmethod
@@ -295,7 +298,7 @@ class DropPath(Form):
         return not module._modules and not module._parameters and hasattr(module, "drop_prob")
 
 
-class Norm(Form):
+class Norm(KnownPart):
     """A norm; which are computed by our op, `module_ops.is_layer_norm` says."""
 
     @classmethod

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from dinov2_fast.integrations.changes import settings_of, shadowed_methods
+from dinov2_fast.integrations.changes import plain_attributes, shadowed_methods
 from dinov2_fast.ops.dispatch import use_backend
 
 _SEED = 1
@@ -29,7 +29,7 @@ _FP32_TOLERANCE = 1e-5
 Call = Callable[[Any, Tensor], Any]
 
 
-class Trial(NamedTuple):
+class TrialRun(NamedTuple):
     """What a module did with the random input.
 
     Args:
@@ -44,19 +44,19 @@ class Trial(NamedTuple):
 
 
 @torch.inference_mode(False)
-def copy_for_trial(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
+def copy_with_random_weights(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
     """A copy with random weights, the same for each copy, without hooks and without what hides methods of the class.
 
     Whatever stands in place of a linear (quantised, with an adapter) becomes a plain one of that size.
     """
-    return _copy(module, _Weights(device, dtype), {})
+    return _copy(module, _RandomTensors(device, dtype), {})
 
 
 @torch.inference_mode(False)
-def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> Trial:
-    """Calls a copy made by :func:`copy_for_trial`; in training also differentiates."""
+def run_copy(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> TrialRun:
+    """Calls a copy made by :func:`copy_with_random_weights`; in training also differentiates."""
     weight = next(module.parameters())
-    x = _Weights(weight.device, weight.dtype).tensor((_BATCH, _TOKENS, weight.shape[-1]), 1.0)
+    x = _RandomTensors(weight.device, weight.dtype).tensor((_BATCH, _TOKENS, weight.shape[-1]), 1.0)
     module.train(training)
     calls: Counter[str] = Counter()
     handles = [
@@ -66,7 +66,7 @@ def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: mo
     ]
     before = _settings(module)
     try:
-        with _untouched_process(weight.device, training):
+        with _isolated(weight.device, training):
             output = call(module, x.requires_grad_(training))
             if isinstance(output, Tensor):
                 if training:
@@ -76,10 +76,10 @@ def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: mo
         output = error
     for handle in handles:
         handle.remove()
-    return Trial(output, calls, _changed(before, _settings(module)))
+    return TrialRun(output, calls, _changed(before, _settings(module)))
 
 
-def error_of(found: Any, wanted: Tensor) -> float:
+def relative_error(found: Any, wanted: Tensor) -> float:
     """The largest difference, as a part of the largest element; infinite for another shape."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return float("inf")
@@ -87,10 +87,10 @@ def error_of(found: Any, wanted: Tensor) -> float:
 
 
 def agree(found: Any, wanted: Tensor) -> bool:
-    return error_of(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
+    return relative_error(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
 
 
-class _Weights:
+class _RandomTensors:
     """Random tensors, from a generator of their own."""
 
     def __init__(self, device: Any, dtype: torch.dtype) -> None:
@@ -113,17 +113,17 @@ class _Weights:
         return like.detach().to(self.device, self.dtype if like.is_floating_point() else like.dtype, copy=True)
 
 
-def _copy(module: Any, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
+def _copy(module: Any, weights: _RandomTensors, made: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in made:
         made[id(module)] = _copy_once(_plain_linear(module) or module, weights, made)
     return made[id(module)]
 
 
-def _copy_once(module: nn.Module, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
+def _copy_once(module: nn.Module, weights: _RandomTensors, made: dict[int, nn.Module]) -> nn.Module:
     copied: Any = type(module).__new__(type(module))
     hidden = shadowed_methods(module)
     copied.__dict__ |= vars(nn.Module())
-    copied.__dict__ |= {name: _own(value) for name, value in settings_of(module).items() if name not in hidden}
+    copied.__dict__ |= {name: _own(value) for name, value in plain_attributes(module).items() if name not in hidden}
     for name, parameter in module._parameters.items():
         copied._parameters[name] = None if parameter is None else weights.parameter(parameter)
     for name, buffer in module._buffers.items():
@@ -148,7 +148,7 @@ def _plain_linear(module: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def _untouched_process(device: torch.device, training: bool) -> Iterator[None]:
+def _isolated(device: torch.device, training: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(_SEED)
@@ -177,7 +177,7 @@ def _settings(module: nn.Module) -> dict[str, tuple[Any, int]]:
     return {
         f"{name}.{key}".lstrip("."): (value, len(value) if isinstance(value, list | dict | set) else 0)
         for name, each in module.named_modules()
-        for key, value in settings_of(each).items()
+        for key, value in plain_attributes(each).items()
     }
 
 

@@ -298,8 +298,8 @@ def test_blocks_that_differ_by_their_weights_only_are_tried_once(monkeypatch: py
     from dinov2_fast.integrations import block
 
     tried: list[nn.Module] = []
-    try_block = block._try_block
-    monkeypatch.setattr(block, "_try_block", lambda block: tried.append(block) or try_block(block))
+    try_block = block._check_block
+    monkeypatch.setattr(block, "_check_block", lambda block: tried.append(block) or try_block(block))
     accelerate(filled(hub_model(depth=4)))
     assert len(tried) == 1
 
