@@ -12,16 +12,12 @@ from torch import nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.backbone import AcceleratedBackbone, is_backbone, make_engine
-from dinov2_fast.integrations.block import (
-    AcceleratedBlock,
-    accelerate_block,
-    block_class_for,
-    clear_check_cache,
-    reason_against,
-)
+from dinov2_fast.integrations.backbone import AcceleratedBackbone
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.block_check import accelerate_block, clear_check_cache, reason_against
 from dinov2_fast.integrations.changes import class_path, plain_attributes
 from dinov2_fast.integrations.class_swap import SwappedModule, swap_back
+from dinov2_fast.integrations.libraries import backbone_class_for, block_class_for, is_backbone
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -62,9 +58,9 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
 
     It takes the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
     `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as backbones inside larger models:
-    any block that has their parts and computes the same, which is tried on copies with random weights. The object stays
-    the same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied and
-    saved as before, be given adapters before or after, and be sharded afterwards. Everything else in the model is left
+    any block that has their parts and computes the same, which is tried on copies with random weights. The object
+    stays the same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied
+    and saved as before, be given adapters before or after, and be sharded afterwards. Everything else in the model is left
     alone. Calls with masks or lists of images run the blocks' own code, and attention for which the user chose another
     implementation than torch's runs in that. So does each part of a block from when it has hooks, or its class or an
     attribute of it is changed, which ``print(dinov2_fast.accelerated(model))`` tells.
@@ -181,7 +177,7 @@ def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module,
     reasons = []
     for name, module in model.named_modules():
         if is_backbone(module):
-            engine = make_engine(module, options)
+            engine = AttachedEngine(module, backbone_class_for(module), options)
             if engine.reason is None:
                 found.append((module, engine))
             else:

@@ -14,9 +14,11 @@ from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
 from dinov2_fast.inference.fold import replaced_methods
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
-from dinov2_fast.integrations.block import AcceleratedBlock, block_class_for, reason_against
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.block_check import reason_against
 from dinov2_fast.integrations.changes import class_path
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_back, swap_class
+from dinov2_fast.integrations.libraries import block_class_for
 from dinov2_fast.integrations.module_ops import has_hooks, has_only_recording_hooks, is_exact_gelu
 
 logger = logging.getLogger("dinov2_fast")
@@ -165,7 +167,9 @@ def _reason_against(backbone: Any) -> str | None:
         if replaced:
             return f"{name or 'it'} has a {min(replaced)} of its own, set on the instance"
         if not _is_of_same_library(module, backbone):
-            return f"{name} is a {class_path(type(module))}, unknown to the engine: merge it into the weights, or remove it"
+            return (
+                f"{name} is a {class_path(type(module))}, unknown to the engine: merge it into the weights or remove it"
+            )
     for name, module in backbone.named_modules():
         if isinstance(module, AcceleratedBlock) or block_class_for(module) is not None:
             reason = module.change() if isinstance(module, AcceleratedBlock) else reason_against(module)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dinov2_fast.integrations.changes import ModuleSnapshot, shadowed_methods
 from dinov2_fast.integrations.module_ops import (
     Function,
-    attend,
     attend_packed,
     compose,
     has_hooks,
@@ -21,11 +20,10 @@ from dinov2_fast.integrations.module_ops import (
     hidden_gelu,
     is_identity,
     linear,
-    swiglu,
 )
 
 _CHANGED = "it is not what it was when it was accelerated"
-_DROPS = "it drops attention weights, or has hooks where it would"
+DROPS = "it drops attention weights, or has hooks where it would"
 
 
 class KnownPart:
@@ -130,7 +128,7 @@ class PackedAttention(Attention):
             return "fused_attn is off"
         if PackedAttention.others(module):
             return "it has parts between its linears"
-        return _DROPS if drops(PackedAttention.dropout(module), module.training) else None
+        return DROPS if drops(PackedAttention.dropout(module), module.training) else None
 
     @staticmethod
     def others(module: Any) -> list[str]:
@@ -140,65 +138,6 @@ class PackedAttention(Attention):
     @staticmethod
     def dropout(module: Any) -> Any:
         return getattr(module, "attn_drop", None)
-
-
-class SeparateAttention(Attention):
-    """A linear each for queries, keys and values, beside that of the output: transformers'."""
-
-    submodules = ("q_proj", "k_proj", "v_proj")
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        output = {"o_proj", "out_proj"} & module._modules.keys()
-        return super().fits(module) and len(output) == 1 and hasattr(module, "config")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        num_heads = module.__dict__.get("num_heads") or module.num_attention_heads
-        out = module.o_proj if "o_proj" in module._modules else module.out_proj
-        return compose(_attend_to(module.q_proj, module.k_proj, module.v_proj, num_heads), linear(out))
-
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        """Torch's attention gives weights to nobody, not even to hooks that record them; another one may."""
-        implementation = module.config._attn_implementation
-        if implementation != "sdpa":
-            return f"its attention implementation is {implementation}"
-        return _DROPS if module.training and SeparateAttention.dropout(module) else None
-
-    @staticmethod
-    def dropout(module: Any) -> Any:
-        names = ("dropout_prob", "attention_dropout", "dropout")
-        return next((module.__dict__[name] for name in names if name in module.__dict__), None)
-
-
-class NestedAttention(Attention):
-    """As :class:`SeparateAttention`, in two modules: `attention` and `output`."""
-
-    submodules = bypassed = ("attention", "output")
-
-    @classmethod
-    def fits(cls, module: Any) -> bool:
-        return super().fits(module) and {"query", "key", "value"} <= module.attention._modules.keys()
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        inner, output = module.attention, module.output
-        attention = _attend_to(inner.query, inner.key, inner.value, inner.num_attention_heads)
-        return compose(attention, linear(output.dense), output.dropout)
-
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        return SeparateAttention.refuses(module.attention)
-
-    @staticmethod
-    def dropout(module: Any) -> Any:
-        return SeparateAttention.dropout(module.attention)
-
-
-def _attend_to(query: nn.Module, key: nn.Module, value: nn.Module, num_heads: int) -> Function:
-    q, k, v = map(linear, (query, key, value))
-    return lambda x: attend(q(x), k(x), v(x), num_heads)
 
 
 def drops(rate: Any, training: bool) -> bool:
@@ -232,56 +171,6 @@ class PlainMlp(KnownPart):
         return part("drop1", part("drop")), part("norm"), linear(module.fc2), part("drop2", part("drop"))
 
 
-class GatedMlp(KnownPart):
-    """timm's `GluMlp`, where it is SwiGLU."""
-
-    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and hasattr(module, "gate_last")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.fc1), swiglu, *PlainMlp.second(module))
-
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        plain = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
-        return None if plain else "its gate is not that of SwiGLU"
-
-
-class SwiGLU(KnownPart):
-    """Meta's, one linear for gate and value."""
-
-    submodules = ("w12", "w3")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.w12), swiglu, linear(module.w3))
-
-
-class TransformersSwiGLU(KnownPart):
-    """The same under the names of transformers."""
-
-    submodules = ("weights_in", "weights_out")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.weights_in), swiglu, linear(module.weights_out))
-
-
-class SeparateSwiGLU(KnownPart):
-    """Gate and value lie apart, where our op reads them side by side: newer transformers."""
-
-    submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        gate, activation, up = linear(module.gate_proj), module.act_fn, linear(module.up_proj)
-        return compose(lambda x: activation(gate(x)) * up(x), linear(module.down_proj))
-
-
 class LayerScale(KnownPart):
     """LayerScale: a factor for each feature, the one parameter."""
 
@@ -304,7 +193,3 @@ class Norm(KnownPart):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         return True
-
-
-ATTENTIONS: tuple[type[Attention], ...] = (PackedAttention, NestedAttention, SeparateAttention)
-MLPS = (GatedMlp, PlainMlp, SwiGLU, TransformersSwiGLU, SeparateSwiGLU)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from dinov2_fast import accelerate, accelerated, ops, restore
 from dinov2_fast.integrations import parts
+from dinov2_fast.integrations import transformers as transformers_blocks
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.module_ops import is_layer_norm
 from dinov2_fast.ops.dispatch import use_backend
@@ -182,8 +183,8 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
     spy(ops, "activation", lambda x, kind, **kwargs: f".{kind}")
     for name in ("add_residual", "linear"):
         spy(ops, name)
-    for name in ("attend", "attend_packed"):
-        spy(parts, name)
+    spy(transformers_blocks, "attend")
+    spy(parts, "attend_packed")
     depth = len(blocks_of(model, some))
     with torch.no_grad():
         some.calls[0](model, images())
@@ -396,8 +397,8 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     pytest.importorskip("transformers")
     model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # its hooks hang there from the start
     calls: list[int] = []
-    attend = parts.attend
-    monkeypatch.setattr(parts, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = transformers_blocks.attend
+    monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
     model(images())
     assert len(calls) == 2
 

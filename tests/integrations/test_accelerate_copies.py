@@ -295,11 +295,11 @@ def test_blocks_with_quantised_linears_are_taken() -> None:
 
 
 def test_blocks_that_differ_by_their_weights_only_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov2_fast.integrations import block
+    from dinov2_fast.integrations import block_check
 
     tried: list[nn.Module] = []
-    try_block = block._check_block
-    monkeypatch.setattr(block, "_check_block", lambda block: tried.append(block) or try_block(block))
+    try_block = block_check._check_block
+    monkeypatch.setattr(block_check, "_check_block", lambda block: tried.append(block) or try_block(block))
     accelerate(filled(hub_model(depth=4)))
     assert len(tried) == 1
 
