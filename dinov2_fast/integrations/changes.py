@@ -1,4 +1,4 @@
-"""What modules are but for the values of their tensors, remembered, so that a later change is noticed."""
+"""Notices what a user changes in a module that is not the value of a tensor: hooks, methods, attributes, submodules."""
 
 from __future__ import annotations
 
@@ -10,22 +10,108 @@ import torch
 from torch import nn
 
 from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward
+from dinov2_fast.torch_private import has_any_global_hook
 
-# `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
-_NO_SETTINGS = frozenset(vars(nn.Module())) | {STATE_ATTRIBUTE, "forward", "gradient_checkpointing"}
+# `forward` has a check of its own, `has_own_forward`; only transformers' `__call__` reads `gradient_checkpointing`.
+_IGNORED = frozenset(vars(nn.Module())) | {STATE_ATTRIBUTE, "forward", "gradient_checkpointing"}
 
 _TENSORS = ("_parameters", "_buffers")
 _OTHERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RECORDING = "transformers.utils.output_capturing"  # defines the hooks with which transformers 5 records outputs
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks, or a `forward` set on the instance, make a call more than the computation of the class."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or has_own_forward(module) or has_any_global_hook()
+
+
+def has_only_recording_hooks(module: nn.Module) -> bool:
+    """Whether `module` has no hooks but those with which transformers records outputs."""
+    if has_any_global_hook() or has_own_forward(module):
+        return False
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(getattr(hook, "__module__", "") == _RECORDING for hook in module._forward_hooks.values())
+
+
+def shadowed_methods(module: nn.Module) -> list[str]:
+    """The methods of the class that an attribute of the instance replaces, except `forward`."""
+    return [name for name in replaced_methods(module) if name != "forward"]
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of `module` other than its tensors, submodules and hooks."""
+    return {name: value for name, value in vars(module).items() if name not in _IGNORED}
+
+
+def class_path(module_class: type) -> str:
+    """The full name of a class."""
+    return f"{module_class.__module__}.{module_class.__qualname__}"
+
+
+class ModuleSnapshot:
+    """The class of a module, the `forward` of this class, and the attributes of the module.
+
+    Noticed are another class or another `forward` of the class; and an attribute that has another value, is gone, or is
+    new (a new private one only if it shadows one of the class). Values are compared, not looked into.
+
+    Args:
+        module_class: a base of the module's class, to remember in place of it.
+    """
+
+    def __init__(self, module: nn.Module, module_class: type | None = None) -> None:
+        self.module_class = cast(Any, module_class or type(module))
+        self.forward = self.module_class.forward
+        self.values = plain_attributes(module)
+        self._names_of_class = tuple(_names_defined_by(self.module_class) - vars(module).keys())
+        self._count = len(vars(module))
+
+    def matches(self, module: Any) -> bool:
+        """Whether `module` is as it was."""
+        return type(module) is self.module_class and self.matches_subclass(module)
+
+    def matches_subclass(self, module: nn.Module) -> bool:
+        """Whether `module`, of a subclass of the remembered class, is as it was otherwise."""
+        if self.module_class.forward is not self.forward:
+            return False
+        own = module.__dict__
+        if torch.compiler.is_compiling():  # it cannot trace views and lengths of these dictionaries
+            same = all(own.get(name) is value or own.get(name) == value for name, value in self.values.items())
+            return same and not any(name in own for name in self._names_of_class)
+        try:
+            return self.values.items() <= own.items() and (len(own) == self._count or not self._new_names(module))
+        except (RuntimeError, ValueError):  # arrays have no truth value
+            return False
+
+    def change(self, module: Any) -> str:
+        """What has changed, in words."""
+        if type(module) is not self.module_class:
+            return f"it is a {class_path(type(module))} now"
+        return self.change_in_subclass(module)
+
+    def change_in_subclass(self, module: nn.Module) -> str:
+        """What has changed in `module`, of a subclass of the remembered class, in words."""
+        if self.module_class.forward is not self.forward:
+            return "the forward of its class was replaced"
+        own = vars(module)
+        other = [name for name, value in self.values.items() if own.get(name) is not value and own.get(name) != value]
+        names = sorted({*other, *self._new_names(module)})
+        return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} changed"
+
+    def _new_names(self, module: nn.Module) -> list[str]:
+        names = plain_attributes(module).keys() - self.values.keys()
+        return [name for name in names if not name.startswith("_") or hasattr(self.module_class, name)]
 
 
 class StructureWatch:
-    """Notices any change of modules but another tensor in the place of one of the same type.
+    """Notices every change of modules except a tensor that replaces one of the same type.
 
-    That is: classes and what they define, attributes (the training mode is one) and those of a `config`, submodules and
-    hooks, the names and types of tensors. Values of attributes are compared, not looked into. It holds no parameter, so
-    a replaced one is freed. The watch of an engine, in `inference/watch.py`, notices which tensors there are and what
-    is written to them, but not the mode.
+    Noticed are changes of classes and what they define, of attributes (the training mode is one) and those of a
+    `config`, of submodules and hooks, and of names and types of tensors. Values of attributes are compared, not looked
+    into. It holds no parameter, so a replaced one is freed. The watch of an engine, in `inference/watch.py`, notices
+    replaced tensors and writes to them, but not the mode.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -42,7 +128,7 @@ class StructureWatch:
         self._types_then = self._types()
 
     def changed(self) -> bool:
-        """Whether anything is not what it was."""
+        """Whether anything has changed."""
         try:
             return self._types() != self._types_then or self._now != self._then
         except Exception:  # arrays have no truth value
@@ -55,72 +141,7 @@ class StructureWatch:
         return [*chain.from_iterable(filled), *map(type, tensors), *map(type, self._modules)]
 
 
-class ModuleSnapshot:
-    """The class of a module, or the base of it given as `kind`, that class's `forward`, and the attributes.
-
-    What is noticed: another class or another `forward` of it; an attribute that has another value, is gone, or is new
-    (a new private one only if it shadows one of the class). Values are compared, not looked into.
-    """
-
-    def __init__(self, module: nn.Module, kind: type | None = None) -> None:
-        self.kind = cast(Any, kind or type(module))
-        self.forward = self.kind.forward
-        self.values = plain_attributes(module)
-        self._of_class = tuple(_names_of_class(self.kind) - vars(module).keys())
-        self._count = len(vars(module))
-
-    def matches(self, module: Any) -> bool:
-        """Whether `module` is what it was."""
-        return type(module) is self.kind and self.matches_subclass(module)
-
-    def matches_subclass(self, module: nn.Module) -> bool:
-        """The same of a module whose class was made of that class."""
-        if self.kind.forward is not self.forward:
-            return False
-        own = module.__dict__
-        if torch.compiler.is_compiling():  # it traces neither views nor lengths of these dictionaries
-            same = all(own.get(name) is value or own.get(name) == value for name, value in self.values.items())
-            return same and not any(name in own for name in self._of_class)
-        try:
-            return self.values.items() <= own.items() and (len(own) == self._count or not self._new(module))
-        except (RuntimeError, ValueError):  # of arrays that are compared as truth values
-            return False
-
-    def change(self, module: Any) -> str:
-        """What is not as it was, in words."""
-        if type(module) is not self.kind:
-            return f"it is a {class_path(type(module))} now"
-        return self.change_in_subclass(module)
-
-    def change_in_subclass(self, module: nn.Module) -> str:
-        """The same of a module whose class was made of that class."""
-        if self.kind.forward is not self.forward:
-            return "the forward of its class was replaced"
-        own = vars(module)
-        other = [name for name, value in self.values.items() if own.get(name) is not value and own.get(name) != value]
-        return f"{', '.join(sorted({*other, *self._new(module)}))} was changed"
-
-    def _new(self, module: nn.Module) -> list[str]:
-        names = plain_attributes(module).keys() - self.values.keys()
-        return [name for name in names if not name.startswith("_") or hasattr(self.kind, name)]
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of `module` that are no tensors, submodules or hooks of its own."""
-    return {name: value for name, value in vars(module).items() if name not in _NO_SETTINGS}
-
-
-def shadowed_methods(module: nn.Module) -> list[str]:
-    """Methods of the class that something set on the instance stands before, `forward` aside."""
-    return [name for name in replaced_methods(module) if name != "forward"]
-
-
-def class_path(kind: type) -> str:
-    """The full name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _names_of_class(kind: type) -> set[str]:
-    """What a class and its bases define beyond what every module has."""
-    kinds = [each for each in kind.__mro__ if not issubclass(nn.Module, each)]
-    return {name for each in kinds for name in vars(each) if not name.startswith("__")} - _NO_SETTINGS
+def _names_defined_by(module_class: type) -> set[str]:
+    """The names that a class and its bases define in addition to those of `nn.Module`."""
+    classes = [each for each in module_class.__mro__ if not issubclass(nn.Module, each)]
+    return {name for each in classes for name in vars(each) if not name.startswith("__")} - _IGNORED

@@ -1,114 +1,129 @@
-"""Gives a module a class of two: what this package computes, joined to the class that the module has.
+"""Swaps the class of a module for a subclass of it that computes with this package's code.
 
-The joined class has the name, the module and the signature of `forward` of the old one and is a subclass of it. So
-state dict, hooks, `isinstance` and whatever goes by class names (sharding, recording of outputs) stay as they are;
-copies and pickles work, too.
+The new class keeps the name, the Python module and the signature of `forward` of the old one. So state dict, hooks and
+`isinstance` work as before, and so does code that goes by class names, such as sharding and the recording of outputs.
+Copies and pickles work, too.
 """
 
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
 from dinov2_fast.errors import InvalidValueError
 
-STATE_ATTRIBUTE = "_dinov2_fast"  # the attribute in which a joined module keeps what belongs to it alone
+STATE_ATTRIBUTE = "_dinov2_fast"  # where a module with a swapped class keeps what its new code needs
+
+
+class ClassSwap(NamedTuple):
+    """The classes that a new class is made of.
+
+    Args:
+        mixin: this package's code.
+        original: the class that the module had.
+        replaced: the class whose `forward` the mixin replaces: `original` or a base of it.
+    """
+
+    mixin: type[SwappedModule]
+    original: Any
+    replaced: Any
 
 
 class SwappedModule(nn.Module):
-    """The first of the two classes. `origin`: it, the class the module had, and the one whose `forward` it replaces."""
+    """The base of the mixins."""
 
-    origin: ClassVar[tuple[type[SwappedModule], type, type]]
-    optional: ClassVar[tuple[str, ...]] = ()  # its methods that the other class may not have: then it has none either
+    class_swap: ClassVar[ClassSwap]
+    optional_methods: ClassVar[tuple[str, ...]] = ()  # methods that are hidden where the original class lacks them
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_empty, self.origin, *reduced[2:]) if is_swapped(self) else reduced
+        return (_new_module, tuple(self.class_swap), *reduced[2:]) if _has_swapped_class(self) else reduced
 
 
-def is_swapped(module: nn.Module) -> bool:
-    """Whether the class of `module` was made here, and none was made of that."""
-    return "origin" in type(module).__dict__
+def swap_class(module: nn.Module, mixin: type[SwappedModule], replaced: type | None = None) -> None:
+    """Makes `module` compute with `mixin` in place of the `forward` of `replaced`, by default of its class.
 
-
-def swap_class(module: nn.Module, first: type[SwappedModule], replaced_class: type | None = None) -> None:
-    """Makes `module` compute as `first` says, in place of the `forward` of `replaced_class`, a base of its class.
-
-    A class between the two, as a wrapper that runs `forward` again in the backward pass, goes on doing what it does.
-    Without `replaced_class` it is the `forward` of the module's class that is replaced.
+    `replaced` may be a base of its class: what the classes between do, such as running `forward` again in the backward
+    pass, stays.
     """
     _drop_class_forward(module)
-    module.__class__ = mixed_class(first, type(module), replaced_class or type(module))
+    module.__class__ = _swapped_class(ClassSwap(mixin, type(module), replaced or type(module)))
 
 
 def swap_back(module: SwappedModule) -> None:
     """Gives `module` its own class back.
 
     Raises:
-        ValueError: something has made a class of the joined one.
+        ValueError: FSDP or the like has subclassed the swapped class.
     """
-    if not is_swapped(module):
+    if not _has_swapped_class(module):
         raise InvalidValueError(
-            f"A {type(module).__name__} was made of an accelerated class, by FSDP or the like: restore the model "
-            "before it is wrapped."
+            f"{type(module).__name__} is a subclass of an accelerated class, made by FSDP or the like. "
+            "Call unaccelerate before the model is wrapped."
         )
     _drop_class_forward(module)
     module.__dict__.pop(STATE_ATTRIBUTE, None)
-    module.__class__ = module.origin[1]
+    module.__class__ = module.class_swap.original
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a `forward` set on the instance stands before that of its class.
+    """Whether a `forward` set on the instance replaces that of its class.
 
     transformers 4 leaves the class's own on an instance when it has recorded outputs, which changes nothing.
     """
     return getattr(module.forward, "__func__", None) is not type(module).forward
 
 
+def _has_swapped_class(module: nn.Module) -> bool:
+    """Whether the class of `module` was made here and not subclassed since."""
+    return "class_swap" in type(module).__dict__
+
+
 def _drop_class_forward(module: nn.Module) -> None:
-    """Removes from the instance the `forward` of a class that it is about to lose."""
+    """Removes the `forward` of the class from an instance that is about to change its class."""
     if not has_own_forward(module):
         module.__dict__.pop("forward", None)
 
 
-def mixed_class(first: type[SwappedModule], original: Any, replaced_class: Any) -> Any:
-    """A subclass of `first` and `original`, under the name of `original`; the same one each time."""
-    made = _classes.get((first, original, replaced_class))
-    if made is None:
-        made = _classes[first, original, replaced_class] = _mix_classes(first, original, replaced_class)
-    return made
+_classes: dict[ClassSwap, type] = {}
 
 
-_classes: dict[tuple[type[SwappedModule], type, type], type] = {}
+def _swapped_class(swap: ClassSwap) -> type:
+    """A subclass of the mixin and the original class under the name of the latter; the same class each time."""
+    if swap not in _classes:
+        _classes[swap] = _make_class(swap)
+    return _classes[swap]
 
 
-def _mix_classes(first: type[SwappedModule], original: Any, replaced_class: Any) -> type:
-    @wraps(replaced_class.forward)  # for its signature
+def _make_class(swap: ClassSwap) -> type:
+    mixin, original, replaced = swap
+
+    @wraps(replaced.forward)  # for its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return first.forward(self, *args, **kwargs)
+        return mixin.forward(self, *args, **kwargs)
 
-    def of(kind: type, bases: tuple[type, ...], **own: Any) -> type:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        return type(kind.__name__, bases, {**names, **own})
+    def subclass(named_after: type, bases: tuple[type, ...], **attributes: Any) -> type:
+        names = {name: getattr(named_after, name) for name in ("__module__", "__qualname__", "__doc__")}
+        return type(named_after.__name__, bases, names | attributes)
 
-    own = {"forward": forward, **{name: _Missing() for name in first.optional if not hasattr(original, name)}}
-    origin = first, original, replaced_class
-    if replaced_class is original:
-        return of(original, (first, original), **own, origin=origin)
-    # In the order of methods, `original` comes before this class, and this before `replaced_class`.
-    return of(original, (original, of(replaced_class, (first, replaced_class), **own)), origin=origin)
+    hidden = {name: _HiddenMethod() for name in mixin.optional_methods if not hasattr(original, name)}
+    own = {"forward": forward, **hidden}
+    if replaced is original:
+        return subclass(original, (mixin, original), **own, class_swap=swap)
+    # In the order of methods, `original` comes before the inner class, and that before `replaced`.
+    return subclass(original, (original, subclass(replaced, (mixin, replaced), **own)), class_swap=swap)
 
 
-class _Missing:
-    """In a class, an attribute that is not there."""
+class _HiddenMethod:
+    """A class attribute that looks as if it did not exist."""
 
-    def __get__(self, module: Any, kind: type) -> Any:
+    def __get__(self, module: Any, owner: type) -> Any:
         raise AttributeError
 
 
-def _empty(first: type[SwappedModule], original: type, replaced_class: type) -> Any:
-    """What `copy` and `pickle` start from."""
-    kind = mixed_class(first, original, replaced_class)
-    return kind.__new__(kind)
+def _new_module(mixin: type[SwappedModule], original: type, replaced: type) -> Any:
+    """An empty module, which `copy` and `pickle` fill."""
+    made: Any = _swapped_class(ClassSwap(mixin, original, replaced))
+    return made.__new__(made)

@@ -1,4 +1,4 @@
-"""The blocks and backbones of Meta's torch.hub code."""
+"""The blocks and backbones of Meta's torch.hub code, and of the projects that copied it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_fast.block import SUBSET_THRESHOLD
-from dinov2_fast.integrations.backbone import AcceleratedBackbone, is_whole_patches
-from dinov2_fast.integrations.block import AcceleratedBlock, BlockParts
+from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
+from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
-from dinov2_fast.integrations.parts import KnownPart
+from dinov2_fast.integrations.parts import BlockSpec, KnownPart, PackedAttention, PlainMlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
 
 
 class SwiGLU(KnownPart):
-    """Meta's, one linear for gate and value."""
+    """`SwiGLUFFN`, with one linear for gate and value."""
 
     submodules = ("w12", "w3")
 
@@ -27,28 +27,34 @@ class SwiGLU(KnownPart):
 
 
 class FacebookBlock(AcceleratedBlock):
-    """Meta's `Block` and copies of it, which have a rule of their own for stochastic depth."""
+    """`Block` and `NestedTensorBlock`, which have their own rule for stochastic depth."""
 
+    spec = BlockSpec(
+        attention_names=("attn",),
+        scale_names=(("ls1", "ls2"),),
+        drop_path_names=(("drop_path1", "drop_path2"),),
+        attentions=(PackedAttention,),
+        mlps=(PlainMlp, SwiGLU),
+    )
     sample_drop_ratio: float
 
-    def declines(self, x: Any) -> bool:
-        # Above that rate the reference computes a branch for a subset of the images only.
-        return super().declines(x) or (self.training and self.sample_drop_ratio > SUBSET_THRESHOLD)
+    def needs_own_code(self, x: Any) -> bool:
+        # Above this rate the reference computes a branch for a subset of the images only.
+        return super().needs_own_code(x) or (self.training and self.sample_drop_ratio > SUBSET_THRESHOLD)
 
-    def drop_paths(self, accelerated_parts: BlockParts) -> tuple[str | None, str | None]:
+    def active_drop_paths(self) -> tuple[str | None, str | None]:
         if not (self.training and self.sample_drop_ratio):
             return None, None  # the reference does not call them then
-        return accelerated_parts.drop_paths[0], accelerated_parts.drop_paths[
-            0
-        ]  # twice the first, as the reference does
+        first = self.accelerated_parts.drop_paths[0]
+        return first, first  # the reference, too, calls the first for both branches
 
 
 class FacebookBackbone(AcceleratedBackbone):
-    """Meta's `DinoVisionTransformer`."""
+    """`DinoVisionTransformer`."""
 
     head: nn.Module
     patch_size: int
-    optional = ("forward_features", "get_intermediate_layers")
+    optional_methods = ("forward_features", "get_intermediate_layers")
     compared_calls = (
         ("forward", {}),
         ("forward_features", {}),
@@ -57,7 +63,7 @@ class FacebookBackbone(AcceleratedBackbone):
     )
 
     @staticmethod
-    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+    def make_model(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
         names = ("num_heads", "interpolate_antialias", "interpolate_offset")
         return DinoVisionTransformer(**read_architecture(weights) | {name: getattr(backbone, name) for name in names})
 
@@ -78,10 +84,6 @@ class FacebookBackbone(AcceleratedBackbone):
         return super().get_intermediate_layers(*args, **kwargs) if outputs is None else outputs  # type: ignore[misc]
 
     def _answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:
-        if (
-            not args
-            or not isinstance(args[0], Tensor)
-            or not is_whole_patches(args[0], (self.patch_size, self.patch_size))
-        ):
+        if not args or not are_whole_patches(args[0], (self.patch_size, self.patch_size)):
             return None
         return self.answer(method, ask, *args, *others)

@@ -1,4 +1,4 @@
-"""The blocks and backbones of timm."""
+"""The blocks and backbones of timm: `VisionTransformer`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_fast.integrations.backbone import AcceleratedBackbone, is_whole_patches
-from dinov2_fast.integrations.module_ops import Function, compose, has_hooks, linear, swiglu
-from dinov2_fast.integrations.parts import KnownPart, PlainMlp
+from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.changes import has_hooks
+from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
+from dinov2_fast.integrations.parts import BlockSpec, KnownPart, PackedAttention, PlainMlp
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
 
 
 class GatedMlp(KnownPart):
-    """timm's `GluMlp`, where it is SwiGLU."""
+    """`GluMlp`, where its gate makes it a SwiGLU."""
 
     submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
@@ -24,16 +26,28 @@ class GatedMlp(KnownPart):
 
     @staticmethod
     def function(module: Any) -> Function:
-        return compose(linear(module.fc1), swiglu, *PlainMlp.second(module))
+        return compose(linear(module.fc1), swiglu, *PlainMlp.after_activation(module))
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        plain = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
-        return None if plain else "its gate is not that of SwiGLU"
+        is_swiglu = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
+        return None if is_swiglu else "its gate is not that of SwiGLU"
+
+
+class TimmBlock(AcceleratedBlock):
+    """`Block`, and the blocks of projects that built theirs in the same way."""
+
+    spec = BlockSpec(
+        attention_names=("attn",),
+        scale_names=(("ls1", "ls2"),),
+        drop_path_names=(("drop_path1", "drop_path2"), ("drop_path", "drop_path")),  # the second: older versions
+        attentions=(PackedAttention,),
+        mlps=(PlainMlp, GatedMlp),
+    )
 
 
 class TimmBackbone(AcceleratedBackbone):
-    """timm's `VisionTransformer`: the two methods that all others of it call."""
+    """`VisionTransformer`, by the two methods that all its others call."""
 
     patch_embed: Any
     dynamic_img_size: bool
@@ -52,19 +66,22 @@ class TimmBackbone(AcceleratedBackbone):
     def refuses(backbone: Any) -> str | None:
         embed = backbone.patch_embed
         if type(embed).__name__ != "PatchEmbed" or embed.grid_size[0] != embed.grid_size[1]:
-            return "its images are not cut into patches on a square grid of positions"
+            return "its patch embedding is not timm's PatchEmbed on a square grid"
         if type(backbone.norm_pre) is not nn.Identity or type(backbone.patch_drop) is not nn.Identity:
-            return "it has a norm before the blocks or drops patches"
+            return "it has a norm before the blocks, or drops patches"
         return None
 
     @staticmethod
-    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+    def make_model(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
         heads = backbone.blocks[0].attn.num_heads
         antialias = {"interpolate_antialias": True, "interpolate_offset": 0.0}
         model = TimmVisionTransformer(**read_architecture(weights) | {"num_heads": heads} | antialias)
         if type(backbone.norm) is nn.Identity:
             model.norm = nn.Identity()  # type: ignore[assignment]  # where timm normalises after pooling
         return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # which calls `forward_features`
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer("forward_features", args, kwargs)
@@ -74,18 +91,14 @@ class TimmBackbone(AcceleratedBackbone):
 
     def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outputs = None
-        if args and self._takes_size(args[0]):
+        if args and self._takes_size_of(args[0]):
             masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
             outputs = self.answer(method, lambda engine: getattr(engine, method)(*args, **kwargs), args[0], *masks)
         return getattr(super(), method)(*args, **kwargs) if outputs is None else outputs
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-    def _takes_size(self, x: Any) -> bool:
-        """Whether these are sizes that timm takes as they are; for others it raises or pads."""
-        embed = self.patch_embed
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            return False
-        fixed_image_size = self.fixed_image_size(self)
-        return is_whole_patches(x, embed.patch_size) and fixed_image_size in (None, tuple(x.shape[2:]))
+    def _takes_size_of(self, x: Any) -> bool:
+        """Whether timm takes images of this size as they are; for others it raises or pads."""
+        return are_whole_patches(x, self.patch_embed.patch_size) and self.fixed_image_size(self) in (
+            None,
+            tuple(x.shape[2:]),
+        )

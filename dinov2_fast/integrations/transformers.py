@@ -1,4 +1,4 @@
-"""The blocks and backbones of transformers."""
+"""The blocks and backbones of transformers: `Dinov2*`, `Dinov2WithRegisters*`, and layers of other models like them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dinov2_fast import huggingface
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.module_ops import Function, attend, compose, linear, swiglu
-from dinov2_fast.integrations.parts import DROPS, Attention, KnownPart
+from dinov2_fast.integrations.parts import DROPS_WEIGHTS, BlockSpec, KnownAttention, KnownPart, PlainMlp
 
 
-class SeparateAttention(Attention):
-    """A linear each for queries, keys and values, beside that of the output: transformers'."""
+class SeparateAttention(KnownAttention):
+    """One linear each for queries, keys, values and output, in one module: newer versions."""
 
     submodules = ("q_proj", "k_proj", "v_proj")
 
@@ -28,15 +28,15 @@ class SeparateAttention(Attention):
     def function(module: Any) -> Function:
         num_heads = module.__dict__.get("num_heads") or module.num_attention_heads
         out = module.o_proj if "o_proj" in module._modules else module.out_proj
-        return compose(_attend_to(module.q_proj, module.k_proj, module.v_proj, num_heads), linear(out))
+        return compose(_attention(module.q_proj, module.k_proj, module.v_proj, num_heads), linear(out))
 
     @staticmethod
     def refuses(module: Any) -> str | None:
-        """Torch's attention gives weights to nobody, not even to hooks that record them; another one may."""
+        # sdpa returns no weights, so hooks that record them get none; other implementations return them.
         implementation = module.config._attn_implementation
         if implementation != "sdpa":
             return f"its attention implementation is {implementation}"
-        return DROPS if module.training and SeparateAttention.dropout(module) else None
+        return DROPS_WEIGHTS if module.training and SeparateAttention.dropout(module) else None
 
     @staticmethod
     def dropout(module: Any) -> Any:
@@ -44,8 +44,8 @@ class SeparateAttention(Attention):
         return next((module.__dict__[name] for name in names if name in module.__dict__), None)
 
 
-class NestedAttention(Attention):
-    """As :class:`SeparateAttention`, in two modules: `attention` and `output`."""
+class NestedAttention(KnownAttention):
+    """As :class:`SeparateAttention`, in two modules, `attention` and `output`: older versions."""
 
     submodules = bypassed = ("attention", "output")
 
@@ -56,7 +56,7 @@ class NestedAttention(Attention):
     @staticmethod
     def function(module: Any) -> Function:
         inner, output = module.attention, module.output
-        attention = _attend_to(inner.query, inner.key, inner.value, inner.num_attention_heads)
+        attention = _attention(inner.query, inner.key, inner.value, inner.num_attention_heads)
         return compose(attention, linear(output.dense), output.dropout)
 
     @staticmethod
@@ -68,13 +68,13 @@ class NestedAttention(Attention):
         return SeparateAttention.dropout(module.attention)
 
 
-def _attend_to(query: nn.Module, key: nn.Module, value: nn.Module, num_heads: int) -> Function:
+def _attention(query: nn.Module, key: nn.Module, value: nn.Module, num_heads: int) -> Function:
     q, k, v = map(linear, (query, key, value))
     return lambda x: attend(q(x), k(x), v(x), num_heads)
 
 
-class TransformersSwiGLU(KnownPart):
-    """The same under the names of transformers."""
+class PackedSwiGLU(KnownPart):
+    """SwiGLU with one linear for gate and value: older versions."""
 
     submodules = ("weights_in", "weights_out")
 
@@ -84,7 +84,7 @@ class TransformersSwiGLU(KnownPart):
 
 
 class SeparateSwiGLU(KnownPart):
-    """Gate and value lie apart, where our op reads them side by side: newer transformers."""
+    """SwiGLU with two linears, for gate and value: newer versions. Our op, which reads both packed, does not fit."""
 
     submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
@@ -95,36 +95,44 @@ class SeparateSwiGLU(KnownPart):
 
 
 class TransformersBlock(AcceleratedBlock):
-    """`Dinov2Layer` and others of transformers, which hand on what is asked of the whole model."""
+    """`Dinov2Layer` and the like."""
 
-    irrelevant = frozenset({"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"})
+    spec = BlockSpec(
+        attention_names=("attention",),
+        scale_names=(("layer_scale1", "layer_scale2"),),
+        drop_path_names=(("drop_path", "drop_path"),),
+        attentions=(NestedAttention, SeparateAttention),
+        mlps=(PlainMlp, PackedSwiGLU, SeparateSwiGLU),
+    )
+    # They are for the whole model, which passes them on to its blocks.
+    ignored_arguments = frozenset({"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"})
 
 
 class TransformersBackbone(AcceleratedBackbone):
-    """`Dinov2Model`, `Dinov2Backbone` and the two with registers."""
+    """`Dinov2Model`, `Dinov2Backbone`, and the same two with registers."""
 
     config: Any
     compared_calls = (("forward", {}),)
 
     @staticmethod
-    def make(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+    def make_model(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
         return getattr(huggingface, type(backbone).__name__)(backbone.config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(kwargs)
-        dictionary = given.pop("return_dict", None)
-        x = args[0] if args else given.pop("pixel_values", None)
-        others = *args[1:], *given.values(), self._asks_for_more(dictionary)
-        outputs = self.answer("forward", lambda engine: engine(x), x, *others)
+        others = dict(kwargs)
+        return_dict = others.pop("return_dict", None)
+        x = args[0] if args else others.pop("pixel_values", None)
+        wants_more = self._wants_more_than_features(return_dict)
+        outputs = self.answer("forward", lambda engine: engine(x), x, *args[1:], *others.values(), wants_more)
         if outputs is None:
             return super().forward(*args, **kwargs)
-        library = sys.modules[self.origin[1].__module__]
+        library = sys.modules[self.class_swap.original.__module__]
         output = library.BackboneOutput if "Backbone" in type(self).__name__ else library.BaseModelOutputWithPooling
         return output(**outputs)
 
-    def _asks_for_more(self, dictionary: bool | None) -> bool:
-        """Whether a tuple is asked for, or the config asks for more than features."""
+    def _wants_more_than_features(self, return_dict: bool | None) -> bool:
+        """Whether the call or the config asks for a tuple, hidden states or attentions."""
         config = self.config
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return True
-        return not (getattr(config, "return_dict", True) if dictionary is None else dictionary)
+        return not (getattr(config, "return_dict", True) if return_dict is None else return_dict)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_fast import accelerate, accelerated
+from dinov2_fast import accelerate, acceleration_report
 from dinov2_fast.integrations import transformers as transformers_blocks
 from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.library_models import KINDS, LibraryModel, assert_same, images, needs, tensors
@@ -45,7 +45,7 @@ def patch_class(of: Callable[[Any], Any]) -> Change:
 
     def change(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         part = of(block)
-        kind = part.origin[1] if isinstance(part, AcceleratedBlock) else type(part)
+        kind = part.class_swap.original if isinstance(part, AcceleratedBlock) else type(part)
         if kind.forward.__name__ != "half":
             monkeypatch.setattr(kind, "forward", halved(kind))
 
@@ -164,9 +164,9 @@ def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, m
     model, wanted = changed_model(library, name, monkeypatch, first=False)
     with torch.no_grad():
         assert_same(model(images()), wanted)
-    (row,) = accelerated(model).rows
-    assert bool(row.reasons) == (name != "eps" or "eps was changed" in row.reasons[0])
-    assert row.accelerated == (0 if name == "block's class" else 2)
+    (group,) = acceleration_report(model).groups
+    assert bool(group.reasons) == (name != "eps" or "eps was changed" in group.reasons[0])
+    assert group.accelerated == (0 if name == "block's class" else 2)
 
 
 @pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
