@@ -38,9 +38,9 @@ _PUBLIC = {
     "load": "weights",
     "load_features": "features.store",
     "optimize_for_inference": "inference",
-    "unaccelerate": "integrations",
     "search": "curation.neighbours",
     "set_backend": "ops",
+    "unaccelerate": "integrations",
     "use_backend": "ops",
 }
 

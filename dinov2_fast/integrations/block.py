@@ -93,11 +93,8 @@ class AcceleratedBlock(SwappedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         others = (*args[1:], *(value for name, value in kwargs.items() if name not in self.ignored_arguments))
-        if (
-            not args
-            or self.needs_own_code(args[0])
-            or any(other is not None and other is not False for other in others)
-        ):
+        asks_for_more = any(other is not None and other is not False for other in others)
+        if not args or asks_for_more or self.needs_own_code(args[0]):
             return super().forward(*args, **kwargs)  # of the block's own class
         functions = self.current_functions()
         x, y = functions.add_and_norm(args[0], functions.attention(functions.norm1(args[0])))
