@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from dinov2_fast.huggingface import Dinov2WithRegistersModel as Dinov2WithRegistersModel
     from dinov2_fast.inference import optimize_for_inference as optimize_for_inference
     from dinov2_fast.integrations.accelerate import accelerate as accelerate
-    from dinov2_fast.integrations.accelerate import accelerated as accelerated
-    from dinov2_fast.integrations.accelerate import restore as restore
+    from dinov2_fast.integrations.accelerate import acceleration_report as acceleration_report
+    from dinov2_fast.integrations.accelerate import unaccelerate as unaccelerate
     from dinov2_fast.model import DinoVisionTransformer as DinoVisionTransformer
     from dinov2_fast.ops import set_backend as set_backend
     from dinov2_fast.ops import use_backend as use_backend
@@ -64,16 +64,16 @@ _MODULES = {
     "TimmVisionTransformer": "timm_adapter",
     "WeightsError": "errors",
     "accelerate": "integrations.accelerate",
-    "accelerated": "integrations.accelerate",
+    "acceleration_report": "integrations.accelerate",
     "convert_state_dict": "weights.convert",
     "create_model": "timm_adapter",
     "extract": "extraction.extract",
     "load": "weights.load",
     "load_features": "features.store",
     "optimize_for_inference": "inference",
-    "restore": "integrations.accelerate",
     "search": "curation.neighbours",
     "set_backend": "ops",
+    "unaccelerate": "integrations.accelerate",
     "use_backend": "ops",
 }
 
