@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli.convert import huggingface_model
+from dinov2_fast.convert import huggingface_model
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.convert import describe, find
 from dinov2_fast.cli.extract import SOME_FAILED
 from dinov2_fast.cli.peers import is_peer, load_peer
+from dinov2_fast.convert import find_named as find
+from dinov2_fast.convert import summary_of as describe
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.errors import InvalidValueError
 
