@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.cli.options import at_least
 from dinov2_fast.errors import InvalidValueError
 

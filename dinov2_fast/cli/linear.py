@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.cli.options import at_least
 from dinov2_fast.errors import InvalidValueError
 
