@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
+from dinov2_fast.cli.exit_codes import ABORTED, INTERRUPTED
 from dinov2_fast.cli.interrupts import one_interrupt
 from dinov2_fast.cli.streams import losable_output, usable_streams
 
-ABORTED = 1
-INTERRUPTED = 130
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
 

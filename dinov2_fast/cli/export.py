@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.cli.options import at_least, names, size
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor

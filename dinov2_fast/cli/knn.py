@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.cli.options import at_least
 from dinov2_fast.errors import InvalidValueError
 
@@ -74,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates; 0, or 3 if images had to be left out."""
-    from dinov2_fast.evaluation.evaluate import NEIGHBOURS, knn
+    from dinov2_fast.evaluation.knn import NEIGHBOURS, knn
     from dinov2_fast.inference.loading import find_device
 
     if args.val is None and args.n_per_class != [None]:

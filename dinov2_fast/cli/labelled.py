@@ -23,7 +23,7 @@ from dinov2_fast.data.failures import Failures
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from dinov2_fast.evaluation.evaluate import Tokens
+    from dinov2_fast.evaluation.linear import ProbeInputs
     from dinov2_fast.features.store import Features
 
 SOURCES = """\
@@ -64,7 +64,7 @@ class Labelled:
     """
 
     folder: str
-    tokens: Tokens
+    tokens: ProbeInputs
     names: list[str]
     failures: Failures
     model: Source
@@ -352,10 +352,10 @@ def _run_batch(engine: Any, pixels: NDArray[Any], blocks: int) -> tuple[NDArray[
         return cls.cpu().numpy(), layers[-1][0].float().mean(dim=1).cpu().numpy()
 
 
-def _tokens(cls: NDArray[Any], patch_mean: NDArray[Any] | None) -> Tokens:
+def _tokens(cls: NDArray[Any], patch_mean: NDArray[Any] | None) -> ProbeInputs:
     import torch
 
-    from dinov2_fast.evaluation.evaluate import Tokens
+    from dinov2_fast.evaluation.linear import ProbeInputs
 
     mean = None if patch_mean is None else torch.from_numpy(np.ascontiguousarray(patch_mean))
-    return Tokens(torch.from_numpy(np.ascontiguousarray(cls)), mean)
+    return ProbeInputs(torch.from_numpy(np.ascontiguousarray(cls)), mean)

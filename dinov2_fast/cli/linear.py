@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.cli.options import at_least
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.cli.labelled import Labelled
-    from dinov2_fast.evaluation.evaluate import Accuracy, Probe, Tokens
+    from dinov2_fast.evaluation.linear import Probe, ProbeInputs
+    from dinov2_fast.evaluation.metrics import Accuracy
 
 DESCRIPTION = f"""\
 Trains linear classifiers on frozen features of TRAIN, as DINOv2 is evaluated: a
@@ -84,7 +85,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and evaluates; 0, or 3 if images had to be left out."""
-    from dinov2_fast.evaluation.evaluate import BLOCKS, LEARNING_RATES, linear_probes
+    from dinov2_fast.evaluation.linear import BLOCKS, LEARNING_RATES, linear_probes
     from dinov2_fast.inference.loading import find_device
 
     folders = [args.train, args.val, *([args.test] if args.test else [])]
@@ -125,7 +126,7 @@ def _blocks(read: Sequence[Labelled], asked: Sequence[int] | None) -> list[int]:
     Raises:
         ValueError: one was asked for that is not there.
     """
-    from dinov2_fast.evaluation.evaluate import BLOCKS
+    from dinov2_fast.evaluation.linear import BLOCKS
 
     least = min(read, key=lambda each: each.tokens.cls.shape[1])
     available, depth = least.tokens.cls.shape[1], least.model.blocks
@@ -145,7 +146,7 @@ def _last(blocks: int) -> str:
     return "the last block" if blocks == 1 else f"the last {blocks} blocks"
 
 
-def _with_patch_mean_in_all(read: Sequence[Labelled]) -> Tokens:
+def _with_patch_mean_in_all(read: Sequence[Labelled]) -> ProbeInputs:
     """The training tokens; without the patches' mean if other folders lack it, which is then said on stderr."""
     lacking = [each.folder for each in read if each.tokens.patch_mean is None]
     if lacking:

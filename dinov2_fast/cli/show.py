@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from dinov2_fast import visualize
 from dinov2_fast.cli import options
+from dinov2_fast.cli.exit_codes import SOME_FAILED
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from dinov2_fast.data.sources import ImageSource
     from dinov2_fast.features.store import Features
 
-SOME_FAILED = 3
 KINDS = ("pca", "attention", "neighbours")
 THUMBNAIL = (252, 252)  # pixels
 DESCRIPTION = """\
@@ -111,7 +111,9 @@ def add_parser(subparsers: Any) -> None:
     model = parser.add_argument_group("the model, for images")
     model.add_argument("--model", help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
-    options.add_images_and_device(model, default_size=518)
+    options.add_size(model, default=518)
+    options.add_position_interpolation(model)
+    options.add_device(model)
     options.add_stride(model)
     parser.set_defaults(run=run)
 

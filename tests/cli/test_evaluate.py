@@ -19,7 +19,8 @@ import dinov2_fast
 from dinov2_fast.cli import _parser, labelled, linear, main
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.evaluation.evaluate import Tokens, knn, linear_probes
+from dinov2_fast.evaluation.knn import knn
+from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
 from tests.helpers import readme
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
@@ -53,13 +54,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def tokens_of(folder: Path, checkpoint: str, blocks: int) -> tuple[Tokens, np.ndarray]:
+def tokens_of(folder: Path, checkpoint: str, blocks: int) -> tuple[ProbeInputs, np.ndarray]:
     """The model called directly; the classes are digits, so their names in order are 0 to 9."""
     paths = sorted(folder.glob("*/*.png"))
     pixels = Dinov2ImageProcessor.for_size(28)([read_image(path) for path in paths]).pixel_values
     with torch.no_grad():
         layers = dinov2_fast.load(checkpoint).get_intermediate_layers(pixels, n=blocks, return_class_token=True)
-    tokens = Tokens(torch.stack([cls for _, cls in layers], dim=1), layers[-1][0].mean(dim=1))
+    tokens = ProbeInputs(torch.stack([cls for _, cls in layers], dim=1), layers[-1][0].mean(dim=1))
     return tokens, np.array([int(path.parent.name) for path in paths])
 
 
