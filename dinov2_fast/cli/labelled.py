@@ -300,7 +300,7 @@ def _run_model(
     blocks: int,
     source: Source,
 ) -> Labelled:
-    from dinov2_fast.extraction.batches import NOT_FINITE
+    from dinov2_fast.extraction.compute import NOT_FINITE
 
     cls, patch_mean, names, failures = [], [], [], Failures()
     for batch, pixels in _batches(folder, files, processor, args, failures):

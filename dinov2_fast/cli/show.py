@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 from dinov2_fast import visualize
 from dinov2_fast.cli import options
 from dinov2_fast.cli.exit_codes import SOME_FAILED
-from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 
@@ -138,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Runs the model on images and draws what was asked for, by default everything."""
     import dinov2_fast
-    from dinov2_fast.features.manifest import fingerprint
+    from dinov2_fast.extraction.provenance import fingerprint
     from dinov2_fast.inference.loading import find_device
 
     if not args.model:
@@ -180,6 +179,8 @@ def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
         sheets.save_attention(strips, f"{size}, {_blocks(layers)}")
     if "neighbours" in asked or (not asked and len(seen.images) > 1):
         rows = range(len(seen.images))
+        from dinov2_fast.curation.neighbours import nearest
+
         found, cosines = nearest(np.stack(seen.cls), rows, args.count)
         images = {row: _square(image) for row, image in enumerate(seen.images)}
         strips = visualize.neighbour_strips(dict(enumerate(seen.names)), images, rows, found, cosines)
@@ -292,6 +293,8 @@ def show_features(args: argparse.Namespace, asked: Sequence[str]) -> int:
         strips = visualize.pca_strips([names[row] for row in rows], images, {last: basis.rgb(patches, grid)})
         sheets.save_pca(strips, "as they were stored", _note(args, basis))
     if "neighbours" in asked or (not asked and "cls" in features and len(there) > 1):
+        from dinov2_fast.curation.neighbours import nearest
+
         found, cosines = nearest(features["cls"], rows, args.count)
         drawn = {
             row: _square(_cut(ImageSource(paths[row]), processor) or _grey(processor))
