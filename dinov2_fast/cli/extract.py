@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_fast import environment
 from dinov2_fast.cli.options import POSITION_INTERPOLATIONS, add_stride, at_least, default_workers, names, size
-from dinov2_fast.cli.streams import losable_output
+from dinov2_fast.cli.streams import ignored_output_errors
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 
@@ -221,7 +221,7 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
         progress.end()
     if summary.failures:
         print(describe_failures(summary), file=sys.stderr)
-    with losable_output():
+    with ignored_output_errors():
         print(describe(summary))
     return SOME_FAILED if summary.failures else 0
 
