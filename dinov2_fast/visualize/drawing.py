@@ -35,7 +35,7 @@ def pca_strips(names: Sequence[str], images: Sequence[Image.Image], colours: Map
 def attention_strips(
     names: Sequence[str],
     images: Sequence[Image.Image],
-    attention: Mapping[int, Sequence[Any]],
+    attention: Mapping[int, Sequence[Any] | NDArray[Any]],
     grid: tuple[int, int],
     heads: Sequence[int],
 ) -> Strips:
