@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 30.0
 SOURCES = """\
-TRAIN and the others hold a folder of images for each class, on which --model
-runs, or are folders that `dinov2-fast extract` wrote, which need no model. They
-may be archives or globs too. The class of an image is the name of the folder
-that it lies in."""
+Each of them holds a folder of images for each class, on which --model runs; or
+it is a folder that `dinov2-fast extract` wrote, which needs no model. Archives,
+globs and lists work too. The class of an image is the name of the folder that
+it lies in."""
 
 
 class ProgressLines:

@@ -97,7 +97,12 @@ def run(args: argparse.Namespace) -> int:
     probe, test = found.probes[found.best], found.test
     rows = [{**_setting(probe), **_percent(each)} for probe, each in zip(found.probes, found.accuracies, strict=True)]
     best = rows[found.best]
-    results: dict[str, Any] = {"task": "linear", "model": found.sets[0].model, "weights": found.sets[0].weights, "steps": args.steps}
+    results: dict[str, Any] = {
+        "task": "linear",
+        "model": found.sets[0].model,
+        "weights": found.sets[0].weights,
+        "steps": args.steps,
+    }
     results |= {"step_images": args.step_images, "seed": args.seed}
     results |= {
         name: evaluation.summary(each) for name, each in zip(("train", "val", "test"), found.sets, strict=False)

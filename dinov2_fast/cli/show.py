@@ -20,9 +20,9 @@ Draws PNGs of what a model finds in images:
   neighbours.png  each image and those nearest to it, by the cosine of their
                   CLS tokens
 
-By default all that can be drawn is drawn. PATH are images, or where they are
-(folders, globs, lists, archives, URLs, as for `dinov2-fast extract`), on which
---model runs. Or PATH is one folder that `dinov2-fast extract` wrote, which
+By default every sheet that is possible is drawn. PATH are images, or where they
+are (folders, globs, lists, archives, URLs, as for `dinov2-fast extract`), on
+which --model runs. Or PATH is one folder that `dinov2-fast extract` wrote, which
 needs no model: the neighbours are those of the stored features, and the PCA is
 drawn if patches were stored.
 

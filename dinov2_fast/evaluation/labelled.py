@@ -22,7 +22,7 @@ from dinov2_fast.data.sources import ImageSource, require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.linear import ProbeInputs
 from dinov2_fast.extraction.compute import Outputs
-from dinov2_fast.features.manifest import find_manifest
+from dinov2_fast.features.schema import find_manifest
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.inference import Engine
 from dinov2_fast.inference.loading import find_device, load_model, processor_for

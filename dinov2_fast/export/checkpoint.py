@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import find_at_least_one, readable_batches
+from dinov2_fast.data.readable import readable_batches
+from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.export.settings import LOGITS, check_path
 from dinov2_fast.export.write import Exported, export
@@ -102,7 +103,7 @@ def export_checkpoint(
 
 def _read(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
     """All images in one batch, of the fixed size or of 224 x 224; where the size is free, the first in another too."""
-    sources = find_at_least_one(paths)
+    sources = list(require_images(paths))
     sizes = (size,) if size else CHECKED_SIZES
     batches = []
     for sides in sizes:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.features.manifest import find_manifest
+from dinov2_fast.features.schema import find_manifest
 from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_model
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
 from dinov2_fast.visualize.pca import PcaBasis, check_new

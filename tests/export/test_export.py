@@ -18,7 +18,7 @@ from dinov2_fast.data.images import read_image
 from dinov2_fast.export import METADATA, ExportError, export
 from dinov2_fast.export.check import _run_all, compare, file_runner
 from dinov2_fast.export.graph import GraphModule, copy_for_export
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -21,8 +21,8 @@ from dinov2_fast import Extractor
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from dinov2_fast.inference import Engine
-from tests.extraction.test_extract import MeanColour
-from tests.model.test_model import small
+from tests.helpers.extraction import MeanColour
+from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
 IMAGES = sorted((ROOT / "examples" / "images").glob("*.jpg"))
@@ -170,7 +170,7 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
     found = extractor({"bytes": [buffer.getvalue()]})
     cls, _ = expected(dinov2_fast.load(weights), processor)
     np.testing.assert_allclose(found["cls"][0], cls[0], atol=2e-5)
-    assert extractor.outputs.takes_uint8
+    assert not extractor.outputs.decoder.do_rescale
 
 
 @pytest.mark.parametrize(
