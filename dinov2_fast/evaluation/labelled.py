@@ -25,7 +25,7 @@ from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.features.schema import find_manifest
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.inference import Engine
-from dinov2_fast.inference.loading import find_device, load_model, processor_for
+from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 Progress = Callable[[str, int, int, str], None]  # what is worked on, how much is done, of how much, its unit
 
@@ -102,10 +102,11 @@ def read_labelled(
         raise InvalidValueError(
             "Give folders of images or folders of features, not both: features of two models differ."
         )
-    found = [_find_labelled(source) for source in sources]
-    number_classes([(source, [_class_of(image.path) for image in images]) for source, images in found])
     if not options.model:
         raise InvalidValueError("--model is missing: these folders hold no features, and images need a model.")
+    check_precision(options.precision, device)
+    found = [_find_labelled(source) for source in sources]
+    number_classes([(source, [_class_of(image.path) for image in images]) for source, images in found])
     processor = processor_for(options.model, options.size)
     engine = load_model(
         options.model,

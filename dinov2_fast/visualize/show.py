@@ -80,6 +80,7 @@ def show(
     Raises:
         WeightsError: the weights cannot be had.
         FileExistsError: there is a file `save_basis`.
+        NotADirectoryError: `out` is a file.
         ValueError: no images that can be read; settings that do not exist, or do not go with the model, the features or
             the basis.
     """
@@ -87,6 +88,8 @@ def show(
     if save_basis:
         check_new(save_basis)
     given = PcaBasis.load(basis) if basis else None
+    if Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"The output folder {os.fspath(out)!r} is a file.")
     if len(paths) == 1 and find_manifest(Path(paths[0])):
         if model or weights:
             raise InvalidValueError("A folder of features needs no --model; to run one, give the images instead.")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -112,6 +113,31 @@ def test_knn_of_one_folder_leaves_each_image_out(photos: Path, checkpoint: str, 
         expected = knn(x.cls[:, 0], y, neighbours=ks, temperature=temperature)
         rows = [{"n_per_class": None, "k": k, **as_percent(expected[k])} for k in ks]
         assert json.loads(out.read_text())["results"] == rows
+
+
+def test_classes_are_folders_in_archives_and_globs_too(photos: Path, checkpoint: str, tmp_path: Path) -> None:
+    archive, out = str(tmp_path / "val.tar"), tmp_path / "knn.json"
+    with tarfile.open(archive, "w") as file:
+        file.add(photos / "val", "val")
+    results = []
+    for source in (str(photos / "val"), archive, str(photos / "val" / "*" / "*.png")):
+        assert main(["knn", source, "--model", checkpoint, "--json", str(out), *COMMON]) == 0
+        results.append(json.loads(out.read_text()))
+        assert results[-1]["train"] == {"folder": source, "images": 100, "classes": 10, "failures": 0}
+    for found in results[1:]:
+        for one, other in zip(results[0]["results"], found["results"], strict=True):
+            assert one["top1"] == pytest.approx(other["top1"], abs=1.01)  # one image, by rounding
+
+
+def test_images_at_the_top_of_an_archive_have_no_class(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = str(tmp_path / "val.tar")
+    with tarfile.open(archive, "w") as file:
+        file.add(photos / "val" / "3", "3")
+        file.add(next((photos / "val" / "4").iterdir()), "loose.png")
+    assert main(["knn", archive, "--model", checkpoint, *COMMON]) == 1
+    assert "loose.png' lies in no class folder" in capsys.readouterr().err
 
 
 def test_knn_of_few_images_of_each_class(
@@ -338,6 +364,7 @@ def test_wrong_input_is_refused_before_the_model_runs(
     photos: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dinov2_fast.evaluation.labelled.load_model", None)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     (tmp_path / "file").write_text("")
     shutil.copytree(photos / "val" / "3", tmp_path / "one" / "3")
     train, model = str(photos / "test"), ["--model", checkpoint, *COMMON]
@@ -347,6 +374,8 @@ def test_wrong_input_is_refused_before_the_model_runs(
         (["knn", str(tmp_path / "one")], "has one class, '3'"),
         (["linear", str(tmp_path / "one"), train], "has one class, '3'"),
         (["knn", train, "--n-per-class", "2"], "n_per_class needs val"),
+        (["knn", str(tmp_path / "one"), "--precision", "bf16"], "--precision bf16 would be slower than fp32 here: "),
+        (["knn", str(tmp_path / "one"), "--weights", "nowhere.safetensors"], "has one class, '3'"),
         (["knn", train, "--json", str(tmp_path / "file" / "out.json")], "cannot be made: "),
         (["knn", train, "--json", str(tmp_path)], "is a folder, or may not be written"),
     ):

@@ -316,6 +316,7 @@ def test_an_image_that_is_gone_is_grey(
         (["CLS", "--pca"], "--pca needs the feature 'patches'; stored are cls"),
         (["IMAGES"], "--model is missing"),
         (["EMPTY", "--model", "MODEL"], "There are no images in"),
+        (["IMAGES", "--model", "MODEL", "--neighbours", "--limit", "1"], "Neighbours need two images or more"),
         (
             ["IMAGES", "--model", "MODEL", "--size", "28", "--layer", "3"],
             "There is no block 3; the blocks of this model",
@@ -347,6 +348,22 @@ def test_what_cannot_be_shown_is_said(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not out.exists()
+
+
+def test_what_is_wrong_is_said_before_the_weights_are_read(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one order: the output folder, the device, the first image, and then the weights."""
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_text("")
+    for path, options, message in (
+        ("nowhere", ["--out", str(file), "--device", "abacus"], "The output folder "),
+        ("nowhere", ["--out", str(out), "--device", "abacus"], "There is no device 'abacus'"),
+        ("nowhere", ["--out", str(out), "--device", "cpu"], "There is no file or folder 'nowhere'"),
+        (images, ["--out", str(out), "--device", "cpu"], "missing.pth"),
+    ):
+        assert main(["show", path, "--model", "dinov2_vits14", "--weights", "missing.pth", *options]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
