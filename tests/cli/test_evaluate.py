@@ -136,8 +136,9 @@ def test_images_at_the_top_of_an_archive_have_no_class(
     with tarfile.open(archive, "w") as file:
         file.add(photos / "val" / "3", "3")
         file.add(next((photos / "val" / "4").iterdir()), "loose.png")
-    assert main(["knn", archive, "--model", checkpoint, *COMMON]) == 1
-    assert "loose.png' lies in no class folder" in capsys.readouterr().err
+    for source in (archive, str(tmp_path / "*.tar")):
+        assert main(["knn", source, "--model", checkpoint, *COMMON]) == 1
+        assert "loose.png' lies in no class folder" in capsys.readouterr().err
 
 
 def test_knn_of_few_images_of_each_class(
