@@ -14,7 +14,8 @@ from torch import Tensor
 from dinov2_fast.convert import find_named, huggingface_model, summary_of
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import find_at_least_one, readable_batches
+from dinov2_fast.data.readable import readable_batches
+from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.layouts import convert_state_dict
@@ -116,7 +117,7 @@ class _Images:
     def __init__(
         self, paths: Iterable[str | os.PathLike[str]], processor: Dinov2ImageProcessor, device: torch.device
     ) -> None:
-        self.sources, self.processor, self.device = find_at_least_one(paths), processor, device
+        self.sources, self.processor, self.device = list(require_images(paths)), processor, device
         self.failures = Failures()
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from dinov2_fast.cli.options import (
     at_least,
     names,
 )
-from dinov2_fast.cli.streams import losable_output
+from dinov2_fast.cli.streams import ignored_output_errors
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.run import Progress
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         report.end()
     if end.failures:
         print(failures_text(end), file=sys.stderr)
-    with losable_output():
+    with ignored_output_errors():
         print(summary_text(end))
     return SOME_FAILED if end.failures else OK
 

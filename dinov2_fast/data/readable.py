@@ -1,12 +1,8 @@
-"""Images for callers that need one at least and leave out those that cannot be read: show, knn, linear, verify, export.
-
-Extraction gives each image a row instead, with its error.
-"""
+"""Batches of the images that can be read, for callers that leave out the others: show, verify and export."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from torch import Tensor
@@ -14,22 +10,8 @@ from torch import Tensor
 from dinov2_fast.data.batches import read_batches
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.sources import ImageSource, find_images
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
-
-
-def find_at_least_one(paths: Iterable[str | os.PathLike[str]]) -> list[ImageSource]:
-    """The images that `find_images` finds.
-
-    Raises:
-        ValueError: there are none, or as `find_images`.
-        FileNotFoundError: a path that does not exist.
-    """
-    paths = tuple(map(os.fsdecode, paths))
-    found = list(find_images(paths))
-    if not found:
-        raise InvalidValueError(f"There are no images in {', '.join(map(repr, paths))}.")
-    return found
 
 
 def readable_batches(

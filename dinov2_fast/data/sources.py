@@ -82,11 +82,6 @@ def find_images(
     return _find(paths, found)
 
 
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files given, and those in the folders given, as paths in a fixed order."""
-    return [source.path for source in find_images(paths)]
-
-
 def require_images(
     images: str | os.PathLike[str] | ImageSource | Iterable[str | os.PathLike[str] | ImageSource],
 ) -> Iterator[ImageSource]:

@@ -22,8 +22,7 @@ from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.manifest import claim, compare, discard
 from dinov2_fast.features.schema import default_shard_size, find_manifest
-from dinov2_fast.inference.engine import PRECISIONS, why_slow
-from dinov2_fast.inference.loading import find_device, load_model, processor_for
+from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 
 def extract(
@@ -187,18 +186,7 @@ def _check_model_settings(is_named: bool, loading: Mapping[str, Any]) -> None:
         if given:
             raise InvalidValueError(f"The model is loaded already, so leave out {', '.join(given)}.")
         return
-    precision, device = loading["precision"], find_device(loading["device"])
-    if precision not in ("auto", *PRECISIONS):
-        raise InvalidValueError(f"There is no precision {precision!r}; choose auto, {', '.join(PRECISIONS)}.")
-    if precision == "fp8" and not loading["engine"]:
-        raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
-    reason = why_slow(precision, device) if precision != "auto" and loading["engine"] else None
-    if reason:
-        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
-        raise InvalidValueError(
-            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
-            f"{instead}{otherwise}."
-        )
+    check_precision(loading["precision"], find_device(loading["device"]), engine=loading["engine"])
 
 
 def _choose_processor(

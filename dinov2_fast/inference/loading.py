@@ -9,7 +9,7 @@ import torch
 
 from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.inference.engine import optimize_for_inference
+from dinov2_fast.inference.engine import PRECISIONS, optimize_for_inference, why_slow
 from dinov2_fast.weights import load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,3 +69,22 @@ def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dino
     if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():
         return Dinov2ImageProcessor.from_pretrained(model)
     return Dinov2ImageProcessor()
+
+
+def check_precision(precision: str, device: torch.device, *, engine: bool = True) -> None:
+    """Refuses a precision before any weights are read.
+
+    Raises:
+        ValueError: it does not exist, exists in the engine only, or is slower on the device than one of more bits.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        raise InvalidValueError(f"There is no precision {precision!r}; choose auto, {', '.join(PRECISIONS)}.")
+    if precision == "fp8" and not engine:
+        raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
+    reason = why_slow(precision, device) if precision != "auto" and engine else None
+    if reason:
+        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        raise InvalidValueError(
+            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
+            f"{instead}{otherwise}."
+        )

@@ -1,0 +1,183 @@
+"""`evaluate_knn` and `evaluate_linear`: the evaluations of images in class folders, or of their stored features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn
+from dinov2_fast.evaluation.labelled import (
+    LabelledFeatures,
+    ModelOptions,
+    Progress,
+    feature_names,
+    number_classes,
+    read_labelled,
+)
+from dinov2_fast.evaluation.linear import (
+    BATCH_SIZE,
+    BLOCKS,
+    LEARNING_RATES,
+    STEPS,
+    Probe,
+    ProbeInputs,
+    linear_probes,
+)
+from dinov2_fast.evaluation.metrics import Accuracy
+from dinov2_fast.inference.loading import find_device
+
+logger = logging.getLogger("dinov2_fast")
+_DEFAULT_OPTIONS = ModelOptions()
+
+
+@dataclass(frozen=True)
+class KnnEvaluation:
+    """The features that were evaluated, those that vote first, and the accuracies by `n_per_class` and k."""
+
+    sets: list[LabelledFeatures]
+    accuracies: dict[int | None, dict[int, Accuracy]]
+
+
+@dataclass(frozen=True)
+class LinearEvaluation:
+    """Trained linear classifiers.
+
+    Attributes:
+        sets: the features of train, val and, if it was given, test.
+        probes: the classifiers.
+        accuracies: of each on val.
+        best: the index of the classifier that is best on val.
+        test: its accuracy on test.
+    """
+
+    sets: list[LabelledFeatures]
+    probes: list[Probe]
+    accuracies: list[Accuracy]
+    best: int
+    test: Accuracy | None
+
+
+def evaluate_knn(
+    train: str,
+    val: str | None = None,
+    *,
+    options: ModelOptions = _DEFAULT_OPTIONS,
+    neighbours: Sequence[int] | None = None,
+    temperature: float = TEMPERATURE,
+    n_per_class: Sequence[int | None] = (None,),
+    n_tries: int = 1,
+    progress: Progress | None = None,
+) -> KnnEvaluation:
+    """Weighted k-NN by the class tokens of the last block.
+
+    Args:
+        train, val: see `read_labelled`; without `val` each training image is classified by the others.
+        options: the model, for images.
+        neighbours: the values of k; by default those of 10, 20, 100 and 200 that the training images allow.
+        n_per_class: how many training images of each class vote, None for all; each number is evaluated.
+        temperature, n_tries: see `knn`.
+        progress: called after each batch of images.
+
+    Raises:
+        ValueError: as `read_labelled` and `knn`.
+    """
+    if val is None and list(n_per_class) != [None]:
+        raise InvalidValueError("n_per_class needs val: without it all training images but one vote.")
+    sets = read_labelled([train] if val is None else [train, val], 1, options, progress)
+    labels = number_classes([(each.source, each.classes) for each in sets])
+    arrays = [array for each, numbers in zip(sets, labels, strict=True) for array in (each.tokens.cls[:, -1], numbers)]
+    most = len(labels[0]) - (val is None)
+    accuracies = {
+        number: knn(
+            *arrays,
+            neighbours=neighbours or [k for k in NEIGHBOURS if k <= most] or [most],
+            temperature=temperature,
+            n_per_class=number,
+            n_tries=n_tries,
+            device=find_device(options.device),
+        )
+        for number in n_per_class
+    }
+    return KnnEvaluation(sets, accuracies)
+
+
+def evaluate_linear(
+    train: str,
+    val: str,
+    test: str | None = None,
+    *,
+    options: ModelOptions = _DEFAULT_OPTIONS,
+    blocks: Sequence[int] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LinearEvaluation:
+    """Trains linear classifiers on `train`, chooses the best on `val`, and tests it on `test`.
+
+    What stored features lack is logged as a warning, and the grid is smaller then.
+
+    Args:
+        train, val, test: see `read_labelled`.
+        options: the model, for images.
+        blocks: numbers of last blocks; by default 1 and 4, or 1 where stored features lack the class tokens of 4.
+        learning_rates: by default the reference's 13.
+        steps, batch_size, seed: see `linear_probes`.
+        progress: called after each batch of images and each update.
+
+    Raises:
+        ValueError: as `read_labelled` and `linear_probes`, or `blocks` that are not stored.
+    """
+    sets = read_labelled([train, val, *([test] if test else [])], max(blocks or BLOCKS), options, progress)
+    labels = number_classes([(each.source, each.classes) for each in sets])
+    probes = linear_probes(
+        _common_inputs(sets),
+        labels[0],
+        blocks=_common_blocks(sets, blocks),
+        learning_rates=learning_rates or LEARNING_RATES,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        device=find_device(options.device),
+        progress=_training_progress(progress, steps),
+    )
+    accuracies = [probe.accuracy(sets[1].tokens, labels[1]) for probe in probes]
+    best = max(range(len(probes)), key=lambda row: accuracies[row].top1)
+    on_test = probes[best].accuracy(sets[2].tokens, labels[2]) if test else None
+    return LinearEvaluation(sets, probes, accuracies, best, on_test)
+
+
+def _training_progress(progress: Progress | None, steps: int) -> Callable[[int], None] | None:
+    return (lambda done: progress("training", done, steps, "updates")) if progress else None
+
+
+def _common_blocks(sets: Sequence[LabelledFeatures], asked: Sequence[int] | None) -> list[int]:
+    """The numbers of last blocks to try; logs those for which stored features lack class tokens.
+
+    Raises:
+        ValueError: one was asked for that is not there.
+    """
+    fewest = min(sets, key=lambda each: each.tokens.cls.shape[1])
+    available, depth = fewest.tokens.cls.shape[1], fewest.n_blocks
+    wanted = asked or [n for n in BLOCKS if n <= depth]
+    if max(wanted) > depth:
+        raise InvalidValueError(f"The model has {depth} blocks; asked for {', '.join(map(str, wanted))}.")
+    if max(wanted) > available:
+        last = "the last block" if available == 1 else f"the last {available} blocks"
+        held = f"{fewest.source!r} has the class tokens of {last} only"
+        needed = f"dinov2-fast extract ... --features {','.join(feature_names(depth, max(wanted)))}"
+        if asked:
+            raise InvalidValueError(f"{held}; asked for {', '.join(map(str, asked))}. For more: {needed}")
+        logger.warning("%s, so n = %d is not tried. For more: %s", held, max(wanted), needed)
+    return [n for n in wanted if n <= available]
+
+
+def _common_inputs(sets: Sequence[LabelledFeatures]) -> ProbeInputs:
+    """The training tokens, without the mean of the patches if another set lacks it, which is logged."""
+    lacking = [each.source for each in sets if each.tokens.patch_mean is None]
+    if lacking:
+        logger.warning("%r has no patch_mean, so only classifiers without it are tried.", lacking[0])
+    return replace(sets[0].tokens, patch_mean=None) if lacking else sets[0].tokens
