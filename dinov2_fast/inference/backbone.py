@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.block import _pack, _unpack
+from dinov2_fast.block import BlockChunk, pack, unpack
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model, Dinov2PreTrainedBackbone
 from dinov2_fast.inference import cuda_graphs, packing
@@ -33,12 +33,13 @@ from dinov2_fast.inference.fold import (
     rounded,
 )
 from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
-from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor
-from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
+from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor, check_masks
+from dinov2_fast.model import BackboneFeatures, DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
-from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
-from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.timm_adapter.layers import TimmPatchEmbed, check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter.model import refuse_masks
 from dinov2_fast.torch_private import is_traced
 
 ALIGNMENT = 16  # a patch's values are padded to a multiple of this, for the loads of matrix kernels (588 to 592)
@@ -156,7 +157,7 @@ class FoldedBackbone(DinoVisionTransformer):
             if self.mask_token is None:
                 raise InvalidValueError("masks were given, but this model has no mask token.")
             masked = (self.mask_token + positions).to(tokens.dtype)
-            tokens = torch.where(_check_masks(masks, tokens).unsqueeze(-1), masked, tokens)
+            tokens = torch.where(check_masks(masks, tokens).unsqueeze(-1), masked, tokens)
         return torch.cat((first.expand(len(x), -1, -1), tokens), dim=1)
 
     def _tokens_of_size(self, x: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +209,7 @@ class FoldedBackbone(DinoVisionTransformer):
 
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
-    ) -> list[dict[str, Tensor | None]]:
+    ) -> list[BackboneFeatures]:
         return packing.forward_features_list(self, x_list, masks_list)
 
     def cls_tokens(self, x_list: list[Tensor]) -> list[Tensor]:
@@ -238,10 +239,10 @@ def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
     """`_update_` of batches that differ in length, as one sequence."""
     if len(x_list) == 1:
         return [_update_(x_list[0], blocks)]
-    packed, seq_lens = _pack(x_list)
+    packed, seq_lens = pack(x_list)
     if seq_lens:  # there may be empty batches alone
         _update_(packed, blocks, seq_lens)
-    return _unpack(packed, [x.shape for x in x_list])
+    return unpack(packed, [x.shape for x in x_list])
 
 
 class FoldedVisionTransformer(FoldedBackbone):
@@ -287,7 +288,7 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
         if not self.cls_only:
             return super().forward(x, attn_mask, is_causal)
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         return self.forward_head(self.norm(self._run_for_cls(self.embed(x))))
 
     def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:

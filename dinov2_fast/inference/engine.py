@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import huggingface
+from dinov2_fast.attention_features import QKV
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, IMAGENET_STD
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
@@ -24,7 +25,7 @@ from dinov2_fast.inference.fold import FoldedModule, frozen, hollow, refuse_edit
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
-from dinov2_fast.model import QKV, DinoVisionTransformer
+from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
 from dinov2_fast.ops.table import Row, summary

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError
-from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
+from dinov2_fast.layers import LayerNorm, LayerScale, has_hooks
 from dinov2_fast.ops._linear_peers import let_pack
 from dinov2_fast.ops.dispatch import BackendError, Bound, current_setting
 from dinov2_fast.ops.layer_norm import LAYER_NORM
@@ -89,7 +89,7 @@ def refuse_edits(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         where = name or "the model"
-        if is_watched(module):
+        if has_hooks(module):
             raise InvalidTypeError(
                 f"{where} has a hook or its own forward, which the engine would pass over; remove it first."
             )

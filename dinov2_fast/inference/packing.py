@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
-from dinov2_fast.layers import check_is_tensor
-from dinov2_fast.model import _check_masks
+from dinov2_fast.layers import check_is_tensor, check_masks
+from dinov2_fast.model import BackboneFeatures
 
 if TYPE_CHECKING:
     from dinov2_fast.inference.backbone import FoldedBackbone
@@ -39,24 +39,24 @@ def as_batch(images: Any) -> Any:
 
 def forward_features_list(
     backbone: FoldedBackbone, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None
-) -> list[dict[str, Tensor | None]]:
+) -> list[BackboneFeatures]:
     """`DinoVisionTransformer.forward_features_list`."""
 
     def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
         tokens = [backbone.prepare_tokens_with_masks(x, mask) for x, mask in zip(batches, masks, strict=True)]
         found = [backbone._split_tokens(x, None) for x in backbone._run_blocks(tokens)]
-        return [{key: value for key, value in features.items() if value is not None} for features in found]
+        return [{key: value for key, value in features.items() if isinstance(value, Tensor)} for features in found]
 
     masks = _checked(backbone, images, masks)
     features = _in_runs(backbone, images, masks, forward)
-    return [{**found, "masks": mask} for found, mask in zip(features, masks, strict=True)]
+    return [cast(BackboneFeatures, {**found, "masks": mask}) for found, mask in zip(features, masks, strict=True)]
 
 
 def cls_tokens(backbone: FoldedBackbone, images: Sequence[Tensor]) -> list[Tensor]:
     """The normalised CLS tokens of each batch, (batch, hidden); unless `outputs` is "all" nothing else is computed."""
     if backbone.plan.outputs == "all":
         features = forward_features_list(backbone, images, None)
-        return [found["x_norm_clstoken"] for found in features]  # type: ignore[misc]  # only masks may be None
+        return [found["x_norm_clstoken"] for found in features]
 
     def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
         tokens = [backbone.prepare_tokens_with_masks(x) for x in batches]
@@ -91,7 +91,7 @@ def _checked(
         raise InvalidValueError(f"Got {len(images)} batches but {len(masks)} masks; give one (or None) for each.")
     for x, mask in zip(images, masks, strict=True):
         if mask is not None:
-            _check_masks(mask, torch.empty(len(x), _patches(backbone, x), device="meta"))
+            check_masks(mask, torch.empty(len(x), _patches(backbone, x), device="meta"))
     return masks
 
 

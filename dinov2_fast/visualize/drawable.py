@@ -29,7 +29,7 @@ from dinov2_fast.extraction.provenance import fingerprint
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights import load
+from dinov2_fast.weights.load import load
 
 KINDS = ("pca", "attention", "neighbours")
 BATCH_SIZE = 8

@@ -112,11 +112,11 @@ def assert_backbone_and_head(model: nn.Module, name: str, head: Shapes) -> None:
 @pytest.mark.parametrize(
     ("ending", "defaults"),
     [
-        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_dd", {"pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.Weights.ADE20K}),
+        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_dd", {"pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.SegmenterWeights.ADE20K}),
     ],
 )
 @pytest.mark.parametrize("size", SIZES)
@@ -182,7 +182,7 @@ def test_other_numbers_of_layers_are_an_assertion_error(name: str, layers: int) 
 @pytest.mark.parametrize(
     ("name", "known"), [("lc", "IMAGENET1K"), ("ld", "NYU, KITTI"), ("dd", "NYU, KITTI"), ("ls", "ADE20K, VOC2012")]
 )
-@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.Weights.LVD142M])
+@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.BackboneWeights.LVD142M])
 def test_unknown_weights_are_an_assertion_error(name: str, known: str, weights: Any) -> None:
     wrong = getattr(weights, "name", weights)
     with pytest.raises(AssertionError, match=f"Unsupported weights: {wrong}; the published ones are {known}"):
@@ -251,7 +251,7 @@ FILES: dict[str, tuple[Make, str, Shapes]] = {
     ),
     "nyu_dpt_head": (lambda tiny: depthers._dpt(tiny)(), "decode_head.", dpt_shapes(64)),
     "kitti_dpt_head": (
-        lambda tiny: depthers._dpt(tiny)(weights=depthers.Weights.KITTI),
+        lambda tiny: depthers._dpt(tiny)(weights=depthers.DepthWeights.KITTI),
         "decode_head.",
         dpt_shapes(64),
     ),
@@ -373,14 +373,14 @@ def test_a_short_answer_leaves_nothing_and_says_where_the_file_goes(
     path = folders.cache / "dinov2_vitt14_linear4_head.pth"
     with pytest.raises(WeightsError) as caught:
         FILES["linear4_head"][0](tiny)
-    assert "broke off after 500 of 100000" in str(caught.value)
-    assert f"Download {tiny.head_url('linear4')} where there is a network and put it at {path}" in str(caught.value)
+    assert "ended after 500 of 100000" in str(caught.value)
+    assert f"Download {tiny.head_url('linear4')} on a machine with a network and put it at {path}" in str(caught.value)
     assert sorted(folders.cache.iterdir()) == [folders.cache / "dinov2_vitt14_pretrain.pth"]
 
 
 def test_local_files_only_asks_nobody(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
-    with pytest.raises(WeightsError, match="only local files were to be used"):
+    with pytest.raises(WeightsError, match="local_files_only is set"):
         classifiers._entry_point(tiny)(local_files_only=True)
     assert attempts == []
 
@@ -401,7 +401,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"decode_head.conv_seg.bias \(151,\) where the head has \(150,\)",
     ),
     "no tensor": (lambda w: {**w, "decode_head.bn.weight": "ones"}, r"decode_head.bn.weight \(\) where the head has"),
-    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "loading it could run code, so it was refused"),
+    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "is refused: it holds more than tensors"),
 }
 
 

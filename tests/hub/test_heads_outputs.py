@@ -223,7 +223,7 @@ def test_depths_are_clamped_before_they_are_resized(backbone: DinoVisionTransfor
     for direction, axis in (("horizontal", 3), ("vertical", 2)):
         mirrored = [{**meta[0], "flip": True, "flip_direction": direction}]
         torch.testing.assert_close(model.inference(x, mirrored), upsample(clamped, (50, 60)).flip(axis))
-    with pytest.raises(ValueError, match="no mode 'slide', only whole; slide_inference takes"):
+    with pytest.raises(ValueError, match="no mode 'slide', only whole; for windows call slide_inference"):
         model.inference(x, mode="slide")
 
 
@@ -363,7 +363,7 @@ def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTran
     with torch.no_grad():
         torch.testing.assert_close(model(pixels), model((pixels / 255 - mean) / std), atol=1e-4, rtol=1e-4)
         with pytest.raises(
-            TypeError, match=r"\(42, 69\) pixels are padded with zeros .* these are torch.uint8: normalise"
+            TypeError, match=r"\(42, 69\) pixels must be padded with zeros .* These are torch.uint8: normalise"
         ):
             model(pixels[..., :69])
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from dinov2_fast.weights import WeightsError
 from tests.helpers.huggingface_peers import FAMILIES, our_class, their_class
 
 # Of transformers' base class, with no meaning for a vision model or no place in a file.

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import BitImageProcessorPil, Trainer, TrainingArguments
 
 from dinov2_fast import Dinov2ImageProcessor
+from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import BaseModelOutputWithPooling, Dinov2Config, Dinov2ForImageClassification
-from dinov2_fast.weights import WeightsError
 from tests.helpers.huggingface_peers import (
     FAMILIES,
     assert_close,

@@ -118,7 +118,7 @@ def test_a_stride_set_by_hand_is_followed_and_taken_back() -> None:
 
 @pytest.mark.parametrize("stride", [0, 15, (7, 28), -7], ids=str)
 def test_a_stride_that_leaves_pixels_out_is_refused(stride: Any) -> None:
-    with pytest.raises(ValueError, match=r"leaves pixels out: take 1 to the patch size, \(14, 14\)"):
+    with pytest.raises(ValueError, match=r"is out of range: take 1 to the patch size, \(14, 14\)"):
         small().stride = stride
 
 

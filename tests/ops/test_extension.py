@@ -35,14 +35,14 @@ needs_reports = pytest.mark.skipif(not [*REPORTS.glob("*.ptxas")], reason="no co
 
 
 def test_a_file_that_is_not_there_is_a_reason(tmp_path: Path) -> None:
-    assert extension._reason_against(tmp_path / "none.so") == "not built: see CONTRIBUTING.md"
+    assert extension._load_file(tmp_path / "none.so") == "not built: see CONTRIBUTING.md"
 
 
 def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     file = tmp_path / "_cuda.abi3.so"
     file.write_bytes(b"text")
-    reason = extension._reason_against(file)
+    reason = extension._load_file(file)
     assert reason is not None
     assert re.search(r"_cuda\.abi3\.so: (file too short|invalid ELF header)", reason), reason
 
@@ -51,7 +51,7 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pyte
 def test_another_cuda_is_a_reason(cuda: str | None, has: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     (tmp_path / "a.so").touch()
-    assert extension._reason_against(tmp_path / "a.so") == f"built for CUDA 13, and this torch has {has}"
+    assert extension._load_file(tmp_path / "a.so") == f"built for CUDA 13, and this torch has {has}"
 
 
 @pytest.mark.parametrize("reason", [None, "not built"])

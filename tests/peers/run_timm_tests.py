@@ -19,7 +19,7 @@ import pytest
 import timm
 
 import dinov2_fast
-from dinov2_fast.model import NOT_SCRIPTABLE
+from dinov2_fast.base_module import NOT_SCRIPTABLE
 
 INPUT_SIZE = (3, 98, 98)
 NAMES = {config.timm_name.partition(".")[0] for config in dinov2_fast.BACKBONES.values()}

@@ -27,13 +27,13 @@ ORDER = (
     ("huggingface", "hub", "data"),
     ("weights",),
     ("model",),
-    ("block",),
-    ("timm_layers",),
+    ("attention_features", "block"),
+    ("base_module", "fused_residual"),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),
     ("configs", "environment", "extension"),
-    ("torch_private", "errors"),
+    ("torch_private", "errors", "logs"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

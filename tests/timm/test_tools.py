@@ -186,7 +186,7 @@ def test_a_model_for_one_size_refuses_others() -> None:
     torch.testing.assert_close(engine(images(70, 98)), model(images(70, 98)), atol=1e-4, rtol=0)
     for each in (model, engine):
         with pytest.raises(
-            ValueError, match=r"takes images of 70 x 98 pixels, got 98 x 70. Leave dynamic_img_size out"
+            ValueError, match=r"takes images of 70 x 98 pixels, got 98 x 70. Do not set dynamic_img_size"
         ):
             each(images(98, 70))
     model.set_input_size((98, 70))

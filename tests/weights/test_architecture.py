@@ -59,5 +59,5 @@ def test_no_sizes_from_something_else(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     for content in ("{", "[1]"):
         config.write_text(content)
-        with pytest.raises(WeightsError, match=r"config\.json is no configuration"):
+        with pytest.raises(WeightsError, match=r"config\.json is no model configuration"):
             read_architecture(weights, config)

@@ -167,9 +167,9 @@ def test_refused_conversions() -> None:
         convert_state_dict(weights, to="timm", block_chunks=3)
     with pytest.raises(KeyError, match=r"no cls_token among conv1\.weight"):
         convert_state_dict({"conv1.weight": torch.ones(1)}, to="facebook")
-    with pytest.raises(TypeError, match="a dictionary of tensors, not a list"):
+    with pytest.raises(TypeError, match="a dictionary of tensors, got a list"):
         convert_state_dict([1], to="facebook")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="keys of a state dict are names"):
+    with pytest.raises(TypeError, match="keys of a state dict must be strings"):
         convert_state_dict({3: torch.ones(1)}, to="facebook")  # type: ignore[dict-item]
 
 

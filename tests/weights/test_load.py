@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dinov2_fast
-from dinov2_fast import WeightsError, convert_state_dict, layouts, load
+from dinov2_fast import WeightsError, convert_state_dict, load, logs
 from tests.helpers import checkpoints, golden
 from tests.helpers.weight_folders import (
     TINY,
@@ -125,7 +125,7 @@ def test_a_sharded_checkpoint(ending: str, tmp_path: Path) -> None:
 def test_folders_without_or_with_too_many_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(WeightsError, match=r"holds no checkpoint; one of model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"holds no checkpoint; expected one of model\.safetensors"):
         load(folder)
     only = write(tiny_weights(0), folder / "mine.pth")
     checkpoints.assert_same(load(folder).state_dict(), load(only).state_dict())
@@ -229,7 +229,7 @@ def test_a_backbone_is_found_in_what_training_scripts_save(
     beside = [
         key for key in ("depth_head.x", "decoder.weight", "decode_head.conv.weight") if key in WRAPPED[name](weights)
     ]
-    assert all(f"Left out 1 keys the model does not have, such as {key}." in caplog.text for key in beside)
+    assert all(f"Skipped 1 keys that the model does not have, such as {key}." in caplog.text for key in beside)
 
 
 def test_two_backbones_in_one_file_are_named(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
     sizes = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14}
     made = dinov2_fast.DinoVisionTransformer(img_size=(98, 140), block_chunks=0, init_values=1.0, **sizes).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
-    with pytest.raises(WeightsError, match=r"70 positions, which is not a square grid\. Give the size of image"):
+    with pytest.raises(WeightsError, match=r"70 positions, which is not a square grid\. Give the image size"):
         load(path)
     with pytest.raises(WeightsError, match="not a square grid"):
         load(path, img_size=(98, 98))
@@ -286,10 +286,8 @@ def test_filters_are_adapted_as_timm_does(in_chans: int, dtype: torch.dtype, tmp
         assert model.float()(torch.randn(1, in_chans, 28, 28)).isfinite().all()
 
 
-def test_adapting_filters_is_logged_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layouts, "_logged", set())
+def test_adapting_filters_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logs.log_once.cache_clear()
     path = write(tiny_weights(0), tmp_path / "rgb.safetensors")
     for _ in range(2):
         load(path, in_chans=1)
@@ -320,7 +318,7 @@ def test_an_image_size_that_makes_no_sense_is_read_from_the_table(image_size: An
 def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
-    with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* a number that divides the width"):
+    with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* must divide the hidden size 64"):
         load(tmp_path)
 
 
@@ -366,9 +364,33 @@ def test_random_weights_leave_nothing_trivial() -> None:
 
 
 @pytest.mark.parametrize("weights", ["random:", "random:x", "random:-1", "random:²", "random:2147483648"])
-def test_a_seed_that_is_none(weights: str) -> None:
+def test_a_seed_out_of_range_is_refused(weights: str) -> None:
     with pytest.raises(ValueError, match="random:SEED with a seed from 0 to 2147483647"):
         load(TINY, weights=weights)
+
+
+def test_a_model_that_is_not_pretrained_has_the_random_weights_of_its_seed() -> None:
+    for seed in (0, 7):
+        model = load(TINY, pretrained=False, seed=seed)
+        assert model.loaded_from == f"random:{seed}"
+        checkpoints.assert_same(model.state_dict(), load(TINY, weights=f"random:{seed}").state_dict())
+    checkpoints.assert_same(load(TINY, pretrained=False).state_dict(), load(TINY, weights="random:0").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": False, "weights": "random:1"}, "exclude each other"),
+        ({"pretrained": False, "weights": "file.pth"}, "exclude each other"),
+        ({"seed": 1}, "give pretrained=False"),
+        ({"seed": 1, "weights": "random:2"}, "give pretrained=False"),
+        ({"pretrained": False, "seed": -1}, "seed from 0 to 2147483647"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(TINY, **options)
 
 
 def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
@@ -381,5 +403,5 @@ def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere", "/nowhere/model"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
-    with pytest.raises(WeightsError, match="is no file or folder here and no hub id"):
+    with pytest.raises(WeightsError, match="is no file or folder here, and no hub id"):
         load(name)

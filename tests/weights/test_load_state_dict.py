@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import DinoVisionTransformer, layouts
+from dinov2_fast import DinoVisionTransformer, convert_state_dict, layouts, logs
 from tests.helpers import checkpoints, golden
 
 
@@ -86,7 +86,7 @@ def test_state_dict_has_the_references_keys(face: str, case: str) -> None:
 
 def test_golden_chunked_weights_load_into_flat_and_other_chunks() -> None:
     _, chunked, _ = golden.load_case("facebook_chunked")
-    flat = layouts.convert_state_dict(chunked, to="facebook")
+    flat = convert_state_dict(chunked, to="facebook")
     for chunks in (0, 1, 2, 3):
         model = _reference("facebook_chunked", block_chunks=chunks)
         model.load_state_dict(chunked)
@@ -157,10 +157,8 @@ def test_not_strict_with_one_token_touches_no_other() -> None:
     assert torch.all(model.cls_token == 1.0)
 
 
-def test_timms_missing_mask_token_is_zeros_and_logged_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layouts, "_logged", set())
+def test_timms_missing_mask_token_is_zeros_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    logs.log_once.cache_clear()
     _, weights, _ = golden.load_case("timm_mlp")
     model = _reference("facebook_mlp")
     with caplog.at_level(logging.WARNING, logger="dinov2_fast"):
@@ -170,7 +168,7 @@ def test_timms_missing_mask_token_is_zeros_and_logged_once(
     assert report.missing_keys == []
     assert not model.mask_token.any()
     assert [record.message for record in caplog.records if "no mask token" in record.message] == [
-        "These weights have no mask token, as timm's: it is set to zeros."
+        "These weights come from timm and have no mask token: it is set to zeros."
     ]
 
 

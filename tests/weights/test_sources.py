@@ -110,12 +110,12 @@ def test_offline_the_message_says_which_file_to_put_where(
     with pytest.raises(WeightsError) as caught:
         load(TINY)
     message = str(caught.value)
-    assert f"The weights of {TINY} are not on this machine and could not be fetched" in message
-    assert "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it" in message
+    assert f"The weights of {TINY} are not on this machine and could not be downloaded" in message
+    assert "the hub does not answer: there is no network, or HF_HUB_OFFLINE is set" in message
     url = f"{configs.OFFICIAL_URL}/dinov2_vitt14/dinov2_vitt14_pretrain.pth"
-    assert f"Download {url} where there is a network" in message
+    assert f"Download {url} on a machine with a network" in message
     path = folders.cache / "dinov2_vitt14_pretrain.pth"
-    assert f"put it at {path} (the folder is set by DINOV2_FAST_CACHE)" in message
+    assert f"put it at {path} (DINOV2_FAST_CACHE sets the folder)" in message
     write_weights(tiny_weights(5), path)
     assert_same(load(TINY).state_dict(), tiny_weights(5))
 
@@ -193,13 +193,13 @@ def test_a_config_is_fetched_without_the_weights(
 def test_a_hub_that_does_not_have_it(repository: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     put_on_hub(server, {"README.md": b"no weights here"})
     point_to(monkeypatch, hub=server.address)
-    with pytest.raises(WeightsError, match=r"is not in the Hugging Face cache and could not be fetched \(.+\)"):
+    with pytest.raises(WeightsError, match=r"is not in the Hugging Face cache and could not be downloaded \(.+\)"):
         load(repository)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "no such file.xyz", "https://example.org/x"])
 def test_what_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
-    with pytest.raises(WeightsError, match="is no file or folder here and no hub id"):
+    with pytest.raises(WeightsError, match="is no file or folder here, and no hub id"):
         load(name)
     assert attempts == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import accelerate, accelerated, restore
+from dinov2_fast import accelerate, acceleration_report, unaccelerate
 from tests.helpers.library_models import (
     SIZE,
     assert_same,
@@ -61,7 +61,7 @@ def test_lora_trains_and_merges_as_in_the_untouched_model(name: str, first: str)
     with torch.no_grad():
         assert_same(run(merged), run(expected))
         assert_same(run(accelerate(merged, inference=True)), run(expected))
-        assert torch.equal(tensors(run(restore(merged)))[0], tensors(run(expected))[0])
+        assert torch.equal(tensors(run(unaccelerate(merged)))[0], tensors(run(expected))[0])
 
 
 class Labelled(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -107,7 +107,7 @@ def test_the_trainer_of_transformers(settings: dict[str, bool], tmp_path: Path) 
     expected = fine_tune(build(), tmp_path / "untouched", **settings)
     model = accelerate(build())
     losses = fine_tune(model, tmp_path / "accelerated", **settings)
-    assert str(accelerated(model)) == "dinov2.encoder.layer: 2 of 2 Dinov2Layer accelerated"
+    assert str(acceleration_report(model)) == "dinov2.encoder.layer: 2 of 2 Dinov2Layer accelerated"
     assert len(losses) == 6
     assert losses == pytest.approx(expected, rel=2e-2 if "bf16" in settings else 1e-4)
     assert losses[-1] < losses[0]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import accelerate, accelerated, ops, restore
-from dinov2_fast.integrations import forms
-from dinov2_fast.integrations.blocks import AcceleratedBlock
-from dinov2_fast.integrations.steps import is_layer_norm
+from dinov2_fast import accelerate, acceleration_report, ops, unaccelerate
+from dinov2_fast.integrations import parts
+from dinov2_fast.integrations import transformers as transformers_blocks
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.module_ops import is_layer_norm
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.devices import DEVICE, runs_triton
 from tests.helpers.library_models import (
@@ -149,8 +150,8 @@ def test_the_ops_are_in_use(some: LibraryModel, monkeypatch: pytest.MonkeyPatch)
     spy(ops, "activation", lambda x, kind, **kwargs: f".{kind}")
     for name in ("add_residual", "linear"):
         spy(ops, name)
-    for name in ("attend", "attend_packed"):
-        spy(forms, name)
+    spy(transformers_blocks, "attend")
+    spy(parts, "attend_packed")
     depth = len(blocks_of(model, some))
     with torch.no_grad():
         some.calls[0](model, images())
@@ -203,7 +204,7 @@ def test_restored_models_give_the_same_bits(kind: LibraryModel) -> None:
     with torch.no_grad():
         for call in kind.calls:
             call(model, x)
-        assert restore(model) is model
+        assert unaccelerate(model) is model
         for call in kind.calls:
             for ours, theirs in zip(tensors(call(model, x)), tensors(call(untouched, x)), strict=True):
                 assert torch.equal(ours, theirs)
@@ -316,7 +317,7 @@ def test_parts_that_are_replaced_later_are_called(make: Callable[[], nn.Module],
     SURGERY[change](block)
     with torch.no_grad():
         found = model(images())
-        assert_same(found, restore(model)(images()))
+        assert_same(found, unaccelerate(model)(images()))
 
 
 def test_only_a_plain_layer_norm_is_computed_by_the_op() -> None:
@@ -350,8 +351,8 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     pytest.importorskip("transformers")
     model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # its hooks hang there from the start
     calls: list[int] = []
-    attend = forms.attend
-    monkeypatch.setattr(forms, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = transformers_blocks.attend
+    monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
     model(images())
     assert len(calls) == 2
 
@@ -445,24 +446,24 @@ def test_towers_inside_larger_models_are_found_and_the_rest_is_left_alone(caplog
     changed = {name for name, module in model.named_modules() if type(module) is not before[name]}
     assert changed == {f"model.vision_tower.encoder.layer.{i}" for i in range(2)}
     line = "model.vision_tower.encoder.layer: 2 of 2 Dinov2Layer accelerated"
-    assert str(accelerated(model)) == line
+    assert str(acceleration_report(model)) == line
     assert caplog.messages == [line]
 
 
-def test_two_towers_are_two_rows_and_a_strange_block_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_backbones_are_two_groups_and_a_strange_block_says_why(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict({"left": filled(hub_model()), "right": filled(hub_model())}).eval()
     model["right"].blocks[1].attn = nn.MultiheadAttention(128, 2)
-    assert all(row.accelerated == 0 for row in accelerated(model).rows)
+    assert all(group.accelerated == 0 for group in acceleration_report(model).groups)
     untouched = copy.deepcopy(model)
     accelerate(model)
-    left, right = accelerated(model).rows
+    left, right = acceleration_report(model).groups
     assert (left.name, left.accelerated, left.count, left.reasons) == ("left.blocks", 2, 2, ())
     assert (right.name, right.accelerated, right.count) == ("right.blocks", 1, 2)
     reason = "right.blocks.1: its attention is a torch.nn.modules.activation.MultiheadAttention"
     assert right.reasons == (reason,)
     assert reason in caplog.text
     assert type(model["right"].blocks[1]) is type(untouched["right"].blocks[1])
-    assert str(accelerated(nn.Linear(2, 2))) == "no blocks of a DINOv2"
+    assert str(acceleration_report(nn.Linear(2, 2))) == "no blocks of a DINOv2"
 
 
 def _with_forward() -> nn.Module:
@@ -473,7 +474,7 @@ def _with_forward() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "no blocks": (lambda: nn.Linear(2, 2), "The repeated modules it has are: none"),
+    "no blocks": (lambda: nn.Linear(2, 2), "Its repeated modules are: none"),
     "another architecture": (
         lambda: __import__("transformers").ViTModel(
             __import__("transformers").ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -493,7 +494,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: timm_model("vit_small_patch14_dinov2", qk_norm=True),
         "its attention has q_norm and k_norm",
     ),
-    "own forward": (_with_forward, "it has a forward of its own, set on the instance"),
+    "own forward": (_with_forward, "forward was set on the instance"),
     "our own": (lambda: dinov2_fast.DinoVisionTransformer(embed_dim=64, depth=2, num_heads=1), "of this package"),
 }
 
@@ -529,5 +530,5 @@ def test_wrapped_classes_are_not_restored() -> None:
     model = accelerate(filled(hub_model()))
     block: Any = model.blocks[0]
     block.__class__ = type("Wrapped", (type(block),), {})
-    with pytest.raises(ValueError, match="A Wrapped was made of an accelerated class"):
-        restore(model)
+    with pytest.raises(ValueError, match="Wrapped is a subclass of an accelerated class"):
+        unaccelerate(model)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import accelerate, accelerated, restore
-from dinov2_fast.integrations.blocks import AcceleratedBlock
+from dinov2_fast import accelerate, acceleration_report, unaccelerate
+from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.facebook_model import DropPath, LayerScale, Mlp
 from tests.helpers.library_models import assert_same, filled, hub_model
 
@@ -160,7 +160,7 @@ def test_copies_that_compute_the_same_are_taken(name: str) -> None:
     stock = copy.deepcopy(model)
     accelerate(model)
     assert all(isinstance(block, AcceleratedBlock) for block in model)
-    assert accelerated(model).rows[0].reasons == ()
+    assert acceleration_report(model).groups[0].reasons == ()
     with torch.no_grad():
         assert_same(model(tokens()), stock(tokens()))
         for asked in ({"return_attention": True}, {"pos": torch.zeros(1)}):
@@ -172,13 +172,13 @@ def test_copies_that_compute_the_same_are_taken(name: str) -> None:
         outputs.append(each(tokens()))
     assert_same(outputs[0], outputs[1])
     assert_same(outputs[2], outputs[1])
-    assert [type(block) for block in restore(model)] == [type(block) for block in stock]
+    assert [type(block) for block in unaccelerate(model)] == [type(block) for block in stock]
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "stochastic depth that is not used": (
         lambda: Block(drop_path=0.05),
-        "in training its forward computes something else than a block of DINOv2",
+        "in training mode its forward computes something else than a block of DINOv2",
     ),
     "norms of queries and keys": (lambda: Block(WithNorms()), "its attention has q_norm and k_norm"),
     "weights that are kept": (lambda: Block(Recording()), "a call sets attn.last_weights, which our code would not"),
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GELU by tanh": (lambda: with_mlp(TanhGelu(DIM)), "its mlp computes something else than that of DINOv2"),
     "a wrapper around the mlp": (
         lambda: with_mlp(with_checkpoint(Mlp(DIM))),
-        "it runs mlp.fc1, mlp.fc2 more than once, as with checkpointing, which our",
+        "it runs mlp.fc1, mlp.fc2 more than once, as checkpointing does, which our",
     ),
     "a wrapper around the attention": (
         lambda: Block(with_checkpoint(Attention())),
@@ -223,7 +223,8 @@ def test_hooks_on_the_dropout_of_attention_weights_see_them() -> None:
         each[0].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
         each(tokens())
     assert_same(*seen)
-    assert "its attn runs in its own code: it drops attention weights, or has hooks" in str(accelerated(model))
+    reason = "its attn runs its own code: it drops attention weights, or its attention dropout has hooks"
+    assert reason in str(acceleration_report(model))
 
 
 def test_hooks_on_an_attention_that_returns_its_weights_see_both() -> None:
@@ -288,17 +289,17 @@ def test_blocks_with_quantised_linears_are_taken() -> None:
         block.mlp.fc1, block.attn.qkv = Quantised(block.mlp.fc1), Quantised(block.attn.qkv)
     stock = copy.deepcopy(model)
     accelerate(model)
-    assert accelerated(model).rows[0].accelerated == 2
+    assert acceleration_report(model).groups[0].accelerated == 2
     with torch.no_grad():
         assert_same(model(tokens()), stock(tokens()))
 
 
 def test_blocks_that_differ_by_their_weights_only_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov2_fast.integrations import blocks
+    from dinov2_fast.integrations import block_check
 
     tried: list[nn.Module] = []
-    try_block = blocks._try_block
-    monkeypatch.setattr(blocks, "_try_block", lambda block: tried.append(block) or try_block(block))
+    try_block = block_check._try_block
+    monkeypatch.setattr(block_check, "_try_block", lambda block: tried.append(block) or try_block(block))
     accelerate(filled(hub_model(depth=4)))
     assert len(tried) == 1
 
@@ -309,7 +310,7 @@ def test_a_backbone_in_a_plain_list_is_named() -> None:
             super().__init__()
             self.backbone = [hub_model()]
 
-    with pytest.raises(TypeError, match="keeps a DinoVisionTransformer in backbone, a plain list, where it is no sub"):
+    with pytest.raises(TypeError, match="keeps a DinoVisionTransformer in backbone, a plain list, so it is not a sub"):
         accelerate(Client())
 
 

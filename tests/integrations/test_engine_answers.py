@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import accelerate, accelerated, restore
+from dinov2_fast import accelerate, acceleration_report, unaccelerate
 from dinov2_fast.inference import Engine, watch
 from dinov2_fast.inference.watch import ModelWatch
 from tests.helpers import facebook_model
@@ -83,9 +83,9 @@ def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(
     assert len(answered) == 1
     assert isinstance(model, type(untouched))
     assert str(model) == str(untouched)
-    rows = accelerated(model).rows
-    assert [(row.accelerated, row.count, row.reasons) for row in rows] == [(2, 2, ()), (1, 1, ())]
-    restore(model)
+    groups = acceleration_report(model).groups
+    assert [(group.accelerated, group.count, group.reasons) for group in groups] == [(2, 2, ()), (1, 1, ())]
+    unaccelerate(model)
     with torch.no_grad():
         for ours, theirs in zip(tensors(model(images())), tensors(untouched(images())), strict=True):
             assert torch.equal(ours, theirs)
@@ -292,14 +292,22 @@ def _attention_of(layer: Any) -> Any:
 
 
 EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
-    "hub, overlapping patches": (_hub, _overlapping, "it has a interpolate_pos_encoding of its own"),
-    "hub, positions": (_hub, _method("interpolate_pos_encoding", torch.zeros_like), "a interpolate_pos_encoding of"),
-    "hub, tokens": (_hub, _method("prepare_tokens_with_masks", lambda x: 1.01 * x), "a prepare_tokens_with_masks of"),
+    "hub, overlapping patches": (_hub, _overlapping, "its interpolate_pos_encoding was set on the instance"),
+    "hub, positions": (
+        _hub,
+        _method("interpolate_pos_encoding", torch.zeros_like),
+        "its interpolate_pos_encoding was set",
+    ),
+    "hub, tokens": (
+        _hub,
+        _method("prepare_tokens_with_masks", lambda x: 1.01 * x),
+        "its prepare_tokens_with_masks was set",
+    ),
     "hub, padding": (_hub, _set("patch_embed.proj.padding", (7, 7)), r"its forward (returns|differs|fails)"),
     "hub, eps": (
         _hub,
         _set("blocks.0.norm1.eps", 0.1),
-        r"its norms have eps \[1e-06, 0.1\]|of its norm1, eps was changed",
+        r"its norms have eps \[1e-06, 0.1\]|in its norm1, eps was changed",
     ),
     "hub, a class": (
         _hub,
@@ -309,7 +317,7 @@ EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
     "transformers, positions": (
         _hf,
         _method("embeddings.interpolate_pos_encoding", torch.zeros_like),
-        "embeddings has a interpolate_pos_encoding of its own",
+        "its embeddings.interpolate_pos_encoding was set on the instance",
     ),
     "transformers, stride": (
         _hf,
@@ -320,11 +328,11 @@ EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
     "transformers, scaling": (
         _hf,
         lambda m: setattr(_attention_of(m.encoder.layer[0]), "scaling", 0.126),
-        "layer.0: (of its attention, scaling was changed|its attention computes something else)",
+        "layer.0: (in its attention, scaling was changed|its attention computes something else)",
     ),
-    "timm, scale": (_timm, _scaled, "of its attn, .* changed|its forward differs by"),
+    "timm, scale": (_timm, _scaled, "in its attn, .* changed|its forward differs by"),
     "timm, stride": (_timm, _set("patch_embed.proj.stride", (7, 7)), "its forward_features (returns|fails)"),
-    "timm, positions": (_timm, _method("_pos_embed", lambda x: 1.1 * x), "a _pos_embed of its own"),
+    "timm, positions": (_timm, _method("_pos_embed", lambda x: 1.1 * x), "its _pos_embed was set on the instance"),
 }
 
 
@@ -361,7 +369,7 @@ def test_what_a_user_changed_is_followed(
             assert_same(model(x), expected)
     assert not answered or when == "after, on a GPU"  # where the engine's answer was dropped
     if when != "before":
-        assert re.search(reason, str(accelerated(model)))
+        assert re.search(reason, str(acceleration_report(model)))
 
 
 def test_a_function_of_the_library_that_was_replaced_before_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +410,9 @@ def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered:
         for found, expected in zip(ours, theirs, strict=True):
             assert_same(found, expected)
     assert len(answered) == 1
-    assert "get_intermediate_layers runs its own code: it returns a list in place of a tuple" in str(accelerated(model))
+    assert "get_intermediate_layers runs its own code: it returns a list in place of a tuple" in str(
+        acceleration_report(model)
+    )
 
 
 def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
@@ -438,7 +448,7 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
     with torch.no_grad():
         assert_same(model(images())[0], untouched(images())[0])
     assert len(answered) == 1
-    restore(model)
+    unaccelerate(model)
     assert model.forward is own
     hub, untouched = _hub(), _hub()
     for each in (hub, untouched):
@@ -447,7 +457,7 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
     with torch.no_grad():
         assert_same(hub(images()), untouched(images()))
     assert len(answered) == 1
-    assert "forward runs its own code: it needs no engine" in str(accelerated(hub))
+    assert "forward runs its own code: it calls nothing that an engine answers" in str(acceleration_report(hub))
 
 
 def test_fused_optimizers_are_followed(some: LibraryModel) -> None:
@@ -506,7 +516,7 @@ def test_hooks_that_come_later_are_heard(answered: list[str], caplog: pytest.Log
         assert_same(model(images()), untouched(images()))
         assert not answered
         assert "blocks.1.mlp has a hook" in caplog.text
-        assert "blocks.1.mlp has a hook" in str(accelerated(model))
+        assert "blocks.1.mlp has a hook" in str(acceleration_report(model))
         for handle in handles:
             handle.remove()
         assert_same(model(images()), untouched(images()))
@@ -537,7 +547,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "eps": (
         lambda: _changed(lambda m: setattr(m.norm, "eps", 1e-5), hub_model()),
-        r"its norms have eps \[1e-06, 1e-05\] in place of \[1e-06\]",
+        r"its norms have eps \[1e-06, 1e-05\] instead of \[1e-06\]",
     ),
     "weights": (
         lambda: _changed(lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(1))), hub_model()),
@@ -545,7 +555,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "norm before": (lambda: timm_model("vit_small_patch14_dinov2", pre_norm=True), "it has a norm before the blocks"),
     "not square": (lambda: timm_model("vit_small_patch14_dinov2", img_size=(70, 84)), "on a square grid"),
-    "no backbone": (lambda: hub_model().blocks, "its blocks are in no backbone"),
+    "no backbone": (lambda: hub_model().blocks, "its blocks are not in a backbone"),
 }
 
 
@@ -578,9 +588,9 @@ def test_one_of_two_towers(caplog: pytest.LogCaptureFixture, answered: list[str]
         "plain.blocks: 2 of 2 NestedTensorBlock accelerated",
         "adapted.blocks: 2 of 2 NestedTensorBlock accelerated",
     ]
-    assert str(accelerated(model)).splitlines() == [
+    assert str(acceleration_report(model)).splitlines() == [
         *lines,
-        "plain: 1 of 1 DinoVisionTransformer by an engine accelerated",
+        "plain: 1 of 1 DinoVisionTransformer answered by an engine",
     ]
     with torch.no_grad():
         for name in model:
@@ -661,4 +671,4 @@ def test_moved_to_the_meta_device_the_model_runs_without_an_engine(answered: lis
     answered.clear()
     assert model.to("meta")(images().to("meta")).shape[0] == len(images())
     assert not answered
-    assert "on the meta device" in str(accelerated(model))
+    assert "on the meta device" in str(acceleration_report(model))

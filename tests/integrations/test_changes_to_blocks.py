@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_fast import accelerate, accelerated
-from dinov2_fast.integrations import forms
-from dinov2_fast.integrations.blocks import AcceleratedBlock
+from dinov2_fast import accelerate, acceleration_report
+from dinov2_fast.integrations import transformers as transformers_blocks
+from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.library_models import KINDS, LibraryModel, assert_same, images, needs, tensors
 
 LIBRARIES = {name: next(kind for kind in KINDS if kind.name == name) for name in ("Dinov2Model", "hub-mlp")}
@@ -45,7 +45,7 @@ def patch_class(of: Callable[[Any], Any]) -> Change:
 
     def change(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         part = of(block)
-        kind = part.origin[1] if isinstance(part, AcceleratedBlock) else type(part)
+        kind = part.class_swap.original if isinstance(part, AcceleratedBlock) else type(part)
         if kind.forward.__name__ != "half":
             monkeypatch.setattr(kind, "forward", halved(kind))
 
@@ -164,9 +164,9 @@ def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, m
     model, wanted = changed_model(library, name, monkeypatch, first=False)
     with torch.no_grad():
         assert_same(model(images()), wanted)
-    (row,) = accelerated(model).rows
-    assert bool(row.reasons) == (name != "eps" or "eps was changed" in row.reasons[0])
-    assert row.accelerated == (0 if name == "block's class" else 2)
+    (group,) = acceleration_report(model).groups
+    assert bool(group.reasons) == (name != "eps" or "eps was changed" in group.reasons[0])
+    assert group.accelerated == (0 if name == "block's class" else 2)
 
 
 @pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
@@ -304,8 +304,8 @@ def test_another_implementation_of_attention_is_followed(monkeypatch: pytest.Mon
     needs(kind)
     model: Any = accelerate(kind.build())
     calls: list[int] = []
-    attend = forms.attend
-    monkeypatch.setattr(forms, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = transformers_blocks.attend
+    monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
     for implementation, expected in (("sdpa", 2), ("eager", 0), ("sdpa", 2)):
         model.set_attn_implementation(implementation)
         calls.clear()
