@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import dinov2_fast
 from dinov2_fast import layouts
 from dinov2_fast.cli import convert, main
+from dinov2_fast.convert import READERS
 from dinov2_fast.huggingface import Dinov2ForImageClassification
 from dinov2_fast.weights import save
 from tests.helpers import checkpoints, golden
@@ -37,7 +38,7 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 def test_the_layouts_are_all_there() -> None:
     assert convert.LAYOUTS == layouts.LAYOUTS
-    assert convert.READERS.keys() == set(layouts.LAYOUTS)
+    assert READERS.keys() == set(layouts.LAYOUTS)
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
@@ -59,7 +60,7 @@ def test_a_file_has_the_tensors_of_the_layout(
         merged = "register_tokens" in weights and layout == "timm"
         assert f"Checked:  {len(weights) - lost} tensors read back from the file have the same bits" in said, merged
         resampled = layout != "facebook" and case != "facebook_reg4"
-        assert ("Note:     readers resample positions differently" in said) == resampled
+        assert ("Note:     readers of the old layout resample positions as" in said) == resampled
 
 
 @pytest.mark.parametrize("source", checkpoints.SOURCES)
@@ -187,7 +188,7 @@ def test_a_file_with_other_tensors_is_noticed(
         ("folder", "timm", "must end in .safetensors"),
         ("x.npz", "facebook", "must end in .safetensors"),
         ("facebook.pth/x", "huggingface", "Not a directory"),
-        ("README", "huggingface", "is a file; a folder is written"),
+        ("README", "huggingface", "is a file, and a folder would be written"),
     ],
 )
 def test_targets_that_make_no_sense(

@@ -47,7 +47,7 @@ class Drawn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.strips: dict[str, list[list[Tile]]] = {}
         self.titles: dict[str, str] = {}
-        monkeypatch.setattr("dinov2_fast.visualize.save_sheet", self._save)
+        monkeypatch.setattr("dinov2_fast.visualize.show.save_sheet", self._save)
 
     def _save(self, path: Path, strips: Sequence[Sequence[Tile]], **layout: Any) -> Path:
         self.strips[path.name] = [list(strip) for strip in strips]
@@ -180,22 +180,22 @@ def test_a_basis_is_for_its_model_and_block_alone(
         ([features, "--basis", basis], "is of block 1, and these are the features of block 2"),
         ([images, *ours, "--basis", basis, "--layer", "0,1"], "A basis is of one block: choose one with --layer"),
         ([images, *ours, "--save-basis", f"{basis}2", "--layer", "all"], "A basis is of one block"),
-        ([images, *ours, "--basis", basis, "--layer", "1", "--foreground"], "knows no foreground: make one with"),
+        ([images, *ours, "--basis", basis, "--layer", "1", "--foreground"], "has no foreground: make one with"),
         ([images, *others, "--basis", basis, "--layer", "1"], "and 'dinov2_vits14' has other weights: make one of"),
         ([images, *ours, "--basis", f"{basis}3"], "No such file"),
-        ([images, *ours, "--basis", checkpoint], "is no PCA basis; `dinov2-fast show --save-basis` writes one"),
+        ([images, *ours, "--basis", checkpoint], "is not a PCA basis; `dinov2-fast show --save-basis` writes one"),
     ):
         assert main(["show", *options, *arguments]) == 1
         err = capsys.readouterr().err
         assert message in err
         if "exists" in message or "No such file" in message or "no PCA basis" in message:
-            assert "Running" not in err  # nobody waits for a model to hear that
+            assert "Running" not in err  # it is refused before a model runs
         assert not out.exists()
     assert Path(basis).read_bytes() == content
     assert main(["show", images, *ours, *arguments, "--basis", basis, "--layer", "1"]) == 0
 
 
-def test_the_copy_of_a_image_is_its_nearest_neighbour(
+def test_the_copy_of_an_image_is_its_nearest_neighbour(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     options = ["--model", checkpoint, "--size", "56", "--neighbours", "--count", "2"]
@@ -217,17 +217,18 @@ def test_random_weights_are_marked(images: str, tmp_path: Path, drawn: Drawn) ->
     assert all(title.startswith("RANDOM WEIGHTS (random:3): dinov2_vits14, ") for title in drawn.titles.values())
 
 
-def test_a_image_that_cannot_be_read_is_left_out(
+def test_an_image_that_cannot_be_read_is_left_out(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     arguments = ["--model", checkpoint, "--size", "28", "--out", str(tmp_path / "out")]
     assert main(["show", str(bad), images, *arguments]) == 3
-    assert "bad.jpg' cannot be shown: not an image" in capsys.readouterr().err
+    assert "Left out:\n  '" in (err := capsys.readouterr().err)
+    assert "bad.jpg': not an image" in err
     assert [strip[0] for strip in drawn.texts("pca.png")] == NAMES
     assert main(["show", str(bad), *arguments]) == 1
-    assert "None of the images could be read" in capsys.readouterr().err
+    assert "None of the images can be read" in capsys.readouterr().err
 
 
 def test_one_image_has_no_neighbours(
@@ -293,7 +294,7 @@ def test_random_weights_of_stored_features_are_marked(images: str, tmp_path: Pat
     assert drawn.titles["neighbours-random-weights.png"].startswith("RANDOM WEIGHTS (random:0): dinov2_vits14")
 
 
-def test_a_image_that_is_gone_is_grey(
+def test_an_image_that_is_gone_is_grey(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
@@ -301,7 +302,8 @@ def test_a_image_that_is_gone_is_grey(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder / "b.png").unlink()
     assert main(["show", str(tmp_path / "out"), "--out", str(tmp_path / "sheets")]) == 0
-    assert "b.png' cannot be shown: No such file" in capsys.readouterr().err
+    assert "Grey, since they cannot be read any more:\n  '" in (err := capsys.readouterr().err)
+    assert "b.png': No such file" in err
     assert (pixels_of(drawn.strips["neighbours.png"][1][0]) == 211).all()
     assert not (pixels_of(drawn.strips["neighbours.png"][0][0]) == 211).all()
 
@@ -314,6 +316,7 @@ def test_a_image_that_is_gone_is_grey(
         (["CLS", "--pca"], "--pca needs the feature 'patches'; stored are cls"),
         (["IMAGES"], "--model is missing"),
         (["EMPTY", "--model", "MODEL"], "There are no images in"),
+        (["IMAGES", "--model", "MODEL", "--neighbours", "--limit", "1"], "Neighbours need two images or more"),
         (
             ["IMAGES", "--model", "MODEL", "--size", "28", "--layer", "3"],
             "There is no block 3; the blocks of this model",
@@ -345,6 +348,22 @@ def test_what_cannot_be_shown_is_said(
     captured = capsys.readouterr()
     assert message in captured.err
     assert not out.exists()
+
+
+def test_what_is_wrong_is_said_before_the_weights_are_read(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one order: the output folder, the device, the first image, and then the weights."""
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_text("")
+    for path, options, message in (
+        ("nowhere", ["--out", str(file), "--device", "abacus"], "The output folder "),
+        ("nowhere", ["--out", str(out), "--device", "abacus"], "There is no device 'abacus'"),
+        ("nowhere", ["--out", str(out), "--device", "cpu"], "There is no file or folder 'nowhere'"),
+        (images, ["--out", str(out), "--device", "cpu"], "missing.pth"),
+    ):
+        assert main(["show", path, "--model", "dinov2_vits14", "--weights", "missing.pth", *options]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dinov2_fast
 from dinov2_fast import ops, optimize_for_inference, use_backend
 from dinov2_fast.cli import main
-from dinov2_fast.cli.extract import _refuse_slow
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.block import FoldedAttention
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
 from dinov2_fast.inference.fp8 import Fp8Linear
+from dinov2_fast.inference.loading import check_precision
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _registry
@@ -627,7 +627,7 @@ def test_the_command_line_refuses_it_in_its_own_words(
 def test_the_command_line_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
     with FakeTensorMode(), pytest.raises(ValueError, match=r"got sm_86\. Use --precision bf16\.$"):
-        _refuse_slow("fp8", torch.device("cuda", 0))
+        check_precision("fp8", torch.device("cuda", 0))
 
 
 def test_the_example_in_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ SHIPPED = ("dinov2_fast", "kernels", "bench", "examples", "hubconf.py")
 ORDER = (
     ("__main__",),
     ("cli",),
-    ("curation", "integrations", "evaluation", "export"),
+    ("visualize", "verify"),
+    ("curation", "integrations", "evaluation", "export", "convert"),
     ("extraction",),
     ("features",),
     ("inference",),
@@ -31,7 +32,6 @@ ORDER = (
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),
-    ("visualize",),
     ("configs", "environment", "extension"),
     ("torch_private", "errors", "logs"),
 )

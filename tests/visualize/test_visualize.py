@@ -133,7 +133,7 @@ def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already; choose another name"):
         PcaBasis.fit(planted()[0] + 1).save(path)
     assert path.read_bytes() == content
-    with pytest.raises(ValueError, match="of features of 16 dimensions, and these have 8"):
+    with pytest.raises(ValueError, match="of features with 16 dimensions, and these have 8"):
         PcaBasis.load(path).rgb(np.ones((4, 8)))
     with pytest.raises(FileNotFoundError):
         PcaBasis.load(tmp_path / "none")
@@ -141,7 +141,7 @@ def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(content[:-40])
     (tmp_path / "text").write_text("<html>")
     for name in ("weights.safetensors", "cut", "text"):
-        with pytest.raises(ValueError, match=f"{name}' is no PCA basis; `dinov2-fast show --save-basis` writes one"):
+        with pytest.raises(ValueError, match=f"{name}' is not a PCA basis; `dinov2-fast show --save-basis` writes one"):
             PcaBasis.load(tmp_path / name)
 
 
@@ -156,7 +156,7 @@ BROKEN[1, 2, 3] = np.nan
         (np.ones((1, 8)), {}, "at least 4 patches, got 1"),
         (np.ones((1, 8)), {"foreground": "threshold"}, "at least 4 patches, got 1"),
         (np.ones((16, 2)), {}, "at least 3 dimensions, got 2"),
-        (np.ones((15, 8)), {}, r"15 patches are no square; pass grid=\(height, width\)"),
+        (np.ones((15, 8)), {}, r"15 patches do not form a square; pass grid=\(height, width\)"),
         (np.ones((16, 8)), {"grid": (3, 5)}, "3 x 5 does not hold 16 patches"),
         (np.ones(8), {}, "got shape"),
         (np.ones((4, 8)), {"foreground": "otsu"}, 'foreground must be None, "threshold" or a boolean array'),
