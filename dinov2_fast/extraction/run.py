@@ -78,6 +78,39 @@ def make_shards(
         NothingReadError: no image of the first shard could be read.
     """
     remove_leftovers(shards.folder, listed.shards)
+    todo, state = _find_missing(listed, outputs, shards, decoding, retry_failed)
+    if announce:
+        announce(state)
+    begin, worked, any_read, earlier_failures = time.perf_counter(), 0.0, False, state.failures
+    sources = (source for shard in todo for source in listed.sources(shard))
+    batches = read_batches(sources, outputs.decoder, batch_size=batch_size, group_size=listed.shard_size, **decoding)
+    with closing(batches):
+        started = _one_ahead(_start_all(outputs, listed, todo, batches, batch_size))
+        for shard, rows, pending in _gather(listed, todo, started, batch_size):
+            images = rows[-1].images
+            any_read = any_read or any(not image.transient for image in images)
+            for path, image in zip(rows[-1].paths, images, strict=True):
+                if image.error is not None:
+                    state.reasons.add(as_text(path), image.error)
+            if len(rows) * batch_size >= listed.rows(shard):
+                if not any_read:
+                    raise NothingReadError(_nothing_read(state.reasons))
+                shards.write(shard, rows, {"batch_size": pending.size} if pending.size < batch_size else {})
+                rows.clear()  # memory holds one shard
+            worked += pending.seconds()
+            failures, seconds = earlier_failures + len(state.reasons), time.perf_counter() - begin
+            done = state.done + len(images)
+            state = replace(state, done=done, failures=failures, seconds=seconds, busy=worked / seconds)
+            if progress:
+                progress(state)
+    seconds = time.perf_counter() - begin
+    return replace(state, seconds=seconds, busy=worked / seconds)
+
+
+def _find_missing(
+    listed: ImageList, outputs: Outputs, shards: Shards, decoding: Mapping[str, Any], retry_failed: bool
+) -> tuple[list[int], Progress]:
+    """The shards to make, and the progress before the first image."""
     failures = {shard: _count_failures(shards, listed, shard) for shard in listed.shards}
     if retry_failed:
         failed = [shard for shard, count in failures.items() if count]
@@ -85,52 +118,30 @@ def make_shards(
     todo = [shard for shard, count in failures.items() if count is None]
     images = sum(map(listed.rows, listed.shards))
     resumed = images - sum(map(listed.rows, todo))
-    earlier_failures = sum(count or 0 for count in failures.values())
-    state = Progress(
+    return todo, Progress(
         folder=shards.folder,
         images=images,
         shards=len(failures),
         resumed=resumed,
         done=resumed,
-        failures=earlier_failures,
+        failures=sum(count or 0 for count in failures.values()),
         nbytes=images * sum(feature.nbytes for feature in outputs.features),
         free=shutil.disk_usage(shards.folder).free,
     )
-    if announce:
-        announce(state)
-    begin, worked, any_read = time.perf_counter(), 0.0, False
-    sources = (source for shard in todo for source in listed.sources(shard))
-    batches = read_batches(sources, outputs.decoder, batch_size=batch_size, group_size=listed.shard_size, **decoding)
-    with closing(batches):
-        started = _one_ahead(_start_all(outputs, listed, todo, batches, batch_size))
-        for shard in todo:
-            paths, rows = [source.path for source in listed.sources(shard)], list[Rows]()
-            for first in range(0, len(paths), batch_size):
-                pending = next(started)
-                found, features = pending.result()
-                ids = range(shard * listed.shard_size + first, shard * listed.shard_size + first + len(found))
-                rows.append(Rows(ids, paths[first : first + len(found)], found, features))
-                any_read = any_read or any(not image.transient for image in found)
-                for path, image in zip(rows[-1].paths, found, strict=True):
-                    if image.error is not None:
-                        state.reasons.add(as_text(path), image.error)
-                if first + batch_size >= len(paths):
-                    if not any_read:
-                        raise NothingReadError(_nothing_read(state.reasons))
-                    shards.write(shard, rows, {"batch_size": pending.size} if pending.size < batch_size else {})
-                worked += pending.seconds()
-                seconds = time.perf_counter() - begin
-                state = replace(
-                    state,
-                    done=state.done + len(found),
-                    failures=earlier_failures + len(state.reasons),
-                    seconds=seconds,
-                    busy=worked / seconds,
-                )
-                if progress:
-                    progress(state)
-    seconds = time.perf_counter() - begin
-    return replace(state, seconds=seconds, busy=worked / seconds)
+
+
+def _gather(
+    listed: ImageList, todo: Sequence[int], started: Iterator[Pending], batch_size: int
+) -> Iterator[tuple[int, list[Rows], Pending]]:
+    """For each batch: its shard, all rows of the shard so far, and the batch."""
+    for shard in todo:
+        paths, rows = [source.path for source in listed.sources(shard)], list[Rows]()
+        for first in range(0, len(paths), batch_size):
+            pending = next(started)
+            images, features = pending.result()
+            ids = range(shard * listed.shard_size + first, shard * listed.shard_size + first + len(images))
+            rows.append(Rows(ids, paths[first : first + len(images)], images, features))
+            yield shard, rows, pending
 
 
 def _start_all(

@@ -13,12 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from dinov2_fast.data.sources import find_images
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.extraction.extract import extract
 from dinov2_fast.extraction.run import Progress
 from dinov2_fast.features.manifest import read_manifest
 from dinov2_fast.features.schema import Feature, default_shard_size
@@ -483,3 +486,62 @@ def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path
     (out / "_manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is no manifest of features"):
         dinov2_fast.load_features(out)
+
+
+# The model and the images that a caller names
+
+
+def test_a_named_model_is_loaded_and_recorded(plain: list[str], tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(dict(small().state_dict()), weights)
+    options: Any = {"size": 28, "device": "cpu", "precision": "fp32", "engine": False}
+    named = extract(tmp_path / "*.png", weights, out=tmp_path / "named", **options)
+    expected = extract(plain, dinov2_fast.load(weights), out=tmp_path / "given", size=28)
+    assert (named.images, named.failures) == (expected.images, 0) == (7, 0)
+    found = dinov2_fast.load_features(named.folder)
+    assert found.path == plain
+    assert found.manifest["about"]["model"] == str(weights)
+    np.testing.assert_array_equal(found["cls"], dinov2_fast.load_features(expected.folder)["cls"])
+    assert "model" not in dinov2_fast.load_features(expected.folder).manifest["about"]
+
+
+@pytest.mark.parametrize(
+    ("out", "device", "images", "message"),
+    [
+        ("image_0.png", "abacus", "missing", "The output folder .* is a file"),
+        ("out", "abacus", "missing", "There is no device 'abacus'"),
+        ("out", "cpu", "missing", "There is no file or folder"),
+        ("out", "cpu", "empty", "There are no images in"),
+        ("out", "cpu", "image_0.png", "the weights are read"),
+    ],
+)
+def test_folder_device_and_images_are_checked_in_this_order_before_weights_are_read(
+    out: str, device: str, images: str, message: str, plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError("the weights are read")
+
+    monkeypatch.setattr("dinov2_fast.extraction.extract.load_model", load)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match=message):
+        extract(tmp_path / images, "dinov2_vitg14", out=tmp_path / out, device=device)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (MeanColour(), {"device": "cpu", "engine": False}, "loaded already, so leave out device, engine"),
+        (MeanColour(), {"weights": "random:0"}, "loaded already, so leave out weights"),
+        (MeanColour(), {"crop": False}, "crop=False needs size="),
+        (MeanColour(), {"size": 28, "processor": Dinov2ImageProcessor()}, "not both"),
+        ("dinov2_vits14", {"precision": "int8"}, "There is no precision 'int8'; choose auto, bf16"),
+        ("dinov2_vits14", {"precision": "fp8", "engine": False}, "fp8 exists in the engine only"),
+        ("dinov2_vits14", {"precision": "fp8", "device": "cpu"}, "fp8 would be slower than fp32 here"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_model_are_refused(
+    model: Any, options: dict[str, Any], message: str, plain: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        extract(plain, model, out=tmp_path / "out", **options)
