@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.inference.waiting import NoWaiting
+from dinov2_fast.inference.device_sync import NoWaiting
 from dinov2_fast.ops import dispatch
 from dinov2_fast.torch_private import has_tangent, is_in_dispatch_mode, is_jit_traced, matmul_precision, pytree
 

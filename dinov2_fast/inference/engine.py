@@ -22,8 +22,8 @@ from dinov2_fast.inference.backbone import Plan, fold_backbone, layouts_for
 from dinov2_fast.inference.cuda_graphs import NOT_CAPTURED, Graphs, is_captured
 from dinov2_fast.inference.fold import FoldedModule, frozen, hollow, refuse_edits, refuse_tensors
 from dinov2_fast.inference.packing import as_batch
-from dinov2_fast.inference.report import Report, compare
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
+from dinov2_fast.inference.precision_report import Report, compare
+from dinov2_fast.inference.weight_watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
 from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
+from dinov2_fast.inference.weight_watch import ModelWatch, run_up_to_date
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
 from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
 from dinov2_fast.integrations.settings import path

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import cuda_graphs, watch
+from dinov2_fast.inference import cuda_graphs, weight_watch
 from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from dinov2_fast.inference.waiting import NoWaiting
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference.device_sync import NoWaiting
+from dinov2_fast.inference.weight_watch import ModelWatch
 from tests.helpers.devices import DEVICE, on_gpu, runs_triton
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.model.test_model import small
@@ -289,7 +289,7 @@ def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
 
 def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
     """Adds each look for changes to what happened, in the order of a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     changed = ModelWatch.changed
     monkeypatch.setattr(ModelWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import watch
+from dinov2_fast.inference import weight_watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.engine import Engine
@@ -547,7 +547,7 @@ CHANGES = {
 @pytest.fixture(params=[False, True], ids=["check first", "run first"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes are looked for before a call, as on a CPU, and after it, as on a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: request.param)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("order")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import accelerate, accelerated, restore
-from dinov2_fast.inference import Engine, watch
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference import Engine, weight_watch
+from dinov2_fast.inference.weight_watch import ModelWatch
 from tests.helpers import hub_standin
 from tests.helpers.foreign_models import KINDS, SOME, Foreign, filled, hub_model, images, needs, tensors, timm_model
 from tests.helpers.foreign_models import transformers_model as hf
@@ -173,7 +173,7 @@ def test_copies_and_pickles_have_engines_of_their_own(some: Foreign, answered: l
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In the order of a GPU: when engines ran, and when changes were looked for."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     happened: list[str] = []
     call, changed = Engine._call, ModelWatch.changed
     monkeypatch.setattr(Engine, "_call", lambda *given: happened.append("run") or call(*given))
@@ -320,7 +320,7 @@ def test_what_a_user_changed_is_followed(
 ) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("timm")
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: when == "after, on a GPU")
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: when == "after, on a GPU")
     build, edit, reason = EDITS[case]
     model, untouched = build(), build()
     edit(untouched)

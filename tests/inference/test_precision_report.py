@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.inference.report import Report, same_neighbours
+from dinov2_fast.inference.precision_report import Report, same_neighbours
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.inference.test_engine import wild
 from tests.model.test_model import small
