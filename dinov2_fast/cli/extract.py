@@ -296,7 +296,7 @@ def _refuse_slow(precision: str, device: Any) -> None:
     Raises:
         ValueError: the precision is slower on the device than one of more bits.
     """
-    from dinov2_fast.inference.engine import why_slow
+    from dinov2_fast.inference.optimize import why_slow
 
     reason = why_slow(precision, device)
     if reason:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dinov2_fast.inference.fold import replaced_methods
+from dinov2_fast.inference.checks import replaced_methods
 from dinov2_fast.integrations.joining import ATTRIBUTE
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.

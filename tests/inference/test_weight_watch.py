@@ -1,4 +1,4 @@
-"""`ModelWatch`: what counts as a change of a model. `run_up_to_date`: when that is asked."""
+"""`WeightWatch`: what counts as a change of a model. `run_up_to_date`: when that is asked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dinov2_fast.inference import weight_watch
-from dinov2_fast.inference.weight_watch import ModelWatch, SettingsWatch, run_up_to_date
+from dinov2_fast.inference.weight_watch import SettingsWatch, WeightWatch, run_up_to_date
 from tests.model.test_model import small
 
 
@@ -81,7 +81,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", [*WEIGHTS, *SETTINGS])
 def test_every_change_is_noticed_and_nothing_else(name: str) -> None:
     model = _watched()
-    whole, settings = ModelWatch(model), SettingsWatch(model.modules())
+    whole, settings = WeightWatch(model), SettingsWatch(model.modules())
     model(torch.randn(1, 3, 28, 28)).sum().backward()
     model.requires_grad_(False).requires_grad_(True).train().eval()
     assert not whole.changed()

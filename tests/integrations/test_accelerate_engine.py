@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from dinov2_fast import accelerate, accelerated, restore
 from dinov2_fast.inference import Engine, weight_watch
-from dinov2_fast.inference.weight_watch import ModelWatch
+from dinov2_fast.inference.weight_watch import WeightWatch
 from tests.helpers import hub_standin
 from tests.helpers.foreign_models import KINDS, SOME, Foreign, filled, hub_model, images, needs, tensors, timm_model
 from tests.helpers.foreign_models import transformers_model as hf
@@ -175,9 +175,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In the order of a GPU: when engines ran, and when changes were looked for."""
     monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     happened: list[str] = []
-    call, changed = Engine._call, ModelWatch.changed
+    call, changed = Engine._call, WeightWatch.changed
     monkeypatch.setattr(Engine, "_call", lambda *given: happened.append("run") or call(*given))
-    monkeypatch.setattr(ModelWatch, "changed", lambda self: happened.append("check") or changed(self))
+    monkeypatch.setattr(WeightWatch, "changed", lambda self: happened.append("check") or changed(self))
     return happened
 
 
