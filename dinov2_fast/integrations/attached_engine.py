@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
-from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
+from dinov2_fast.inference.checks import replaced_methods
+from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
 from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
 from dinov2_fast.integrations.settings import path
@@ -79,7 +79,7 @@ class AttachedEngine:
 
     def _remember(self, tower: nn.Module) -> None:
         self._outdated = tower.training  # in which it was not compared
-        self._watch = ModelWatch(tower) if self._follows and not tower.training else None
+        self._watch = WeightWatch(tower) if self._follows and not tower.training else None
 
     def _make(self, tower: nn.Module) -> None:
         self._engine: Engine | None = None

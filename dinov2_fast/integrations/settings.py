@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dinov2_fast.inference.fold import replaced_methods
+from dinov2_fast.inference.checks import replaced_methods
 from dinov2_fast.integrations.joining import ATTRIBUTE
 
 # `forward` on an instance is looked for apart (`has_own_forward`); transformers' `__call__` alone reads the last.
@@ -24,7 +24,7 @@ class ModuleWatch:
 
     That is: classes and what they define, attributes (the training mode is one) and those of a `config`, submodules and
     hooks, the names and types of tensors. Values of attributes are compared, not looked into. It holds no parameter, so
-    a replaced one is freed. The watch of an engine, in `inference/watch.py`, notices which tensors there are and what
+    a replaced one is freed. That of an engine, in `inference/weight_watch.py`, notices which tensors there are and what
     is written to them, but not the mode.
     """
 
