@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dinov2_fast.inference.fold import replaced_methods
+from dinov2_fast.inference.checks import replaced_methods
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward
 from dinov2_fast.torch_private import has_any_global_hook
 

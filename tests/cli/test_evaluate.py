@@ -71,7 +71,7 @@ def as_percent(accuracy: Any) -> dict[str, float]:
 
 
 def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("dinov2_fast.inference.engine.ModelWatch")  # nobody else has the model
+    monkeypatch.delattr("dinov2_fast.inference.engine.WeightWatch")  # nobody else has the model
     options = ModelOptions(checkpoint, size=28, device="cpu", batch_size=16)
     (read,) = read_labelled([str(photos / "test")], 4, options)
     expected, labels = tokens_of(photos / "test", checkpoint, 4)

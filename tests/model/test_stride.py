@@ -145,7 +145,7 @@ def test_an_engine_in_bf16_differs_as_little_as_the_model_in_bf16(kind: dict[str
     exact = by_hand(model, x, 7, (7, 11))[-1]
     model.stride = 7
     plain = copy.deepcopy(model).bfloat16().forward_features(x.bfloat16())["x_prenorm"]
-    for setting in ({}, {"residual": "fp32"}):
+    for setting in ({}, {"residual_dtype": "fp32"}):
         engine = optimize_for_inference(model, "bf16", allow_slow=True, **setting)
         found = engine.forward_features(x)["x_prenorm"]
         assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
