@@ -70,7 +70,7 @@ test-aot: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(SLOW)"
-	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)" -k test_golden
+	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "golden and $(FAST)"
 
 test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
@@ -98,21 +98,15 @@ test-cuda-on-host: setup
 # compute-sanitizer over a few tests, on a machine with a GPU. No setup: $(PYTHON)'s torch and pytest, and the extension
 # that is there. The allocator keeps nothing, so each tensor's end shows. memcheck alone: of CUTLASS' pipelines racecheck,
 # synccheck and initcheck report what is no fault.
-PRODUCTS := (every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)
-TRITON_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
-    patches))
-TRITON := triton and (nan and stay or packed_gradients)
 define sanitize
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --error-exitcode 9 --print-limit 20 \
-	    --target-processes application-only \
-	    $(PYTHON) -m pytest -q -p no:cacheprovider -m "not aot and not slow" -k "$(2)" $(3)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \
+	    --target-processes application-only $(PYTHON) -m pytest -q -p no:cacheprovider -m "$(1)" $(2)
 endef
 sanitize:
 	@$(PYTHON) -c 'import sys, torch; from dinov2_fast import extension as e; gpu = torch.cuda.is_available(); \
 	    sys.exit(e.load().reason if gpu else "make sanitize needs a GPU that $(PYTHON) can use")'
-	$(call sanitize,memcheck,$(PRODUCTS),tests/ops/test_linear_cuda.py)
-	$(call sanitize,memcheck,attention_obeys or around,tests/ops/test_attention_cuda.py)
-	$(call sanitize,memcheck,$(TRITON),$(TRITON_TESTS))
+	$(call sanitize,sanitize,tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py)
+	$(call sanitize,sanitize and triton,tests/ops)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -71,7 +71,7 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
-BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
+BACKENDS = ["torch", pytest.param("triton", marks=[runs_triton, pytest.mark.triton])]
 
 
 def has_extension() -> bool:
