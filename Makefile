@@ -33,7 +33,7 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
+.PHONY: setup demo check test test-fast test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
     types bench bench-ops report gpu gpu-tiny clean broken
 
 setup: $(call complete,$(VENV))
@@ -60,11 +60,17 @@ $(OLDEST)/.complete: $(call complete,$(VENV)) Makefile
 demo: setup
 	@$(PY) examples/demo.py
 
-test: setup
+# What to run before each commit: some 8 minutes on 2 idle cores.
+check: lint types test-fast
+
+test-fast: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)"
+
+test: test-fast
 	$(AOT) -m "aot and not slow"
 
-# Triton's cache, by content, makes the second run short.
+# Every configuration of every kernel for every architecture; run it when kernels change. The first run takes up to half
+# an hour; Triton's cache, by content, makes the next ones shorter.
 test-aot: setup
 	TRITON_CACHE_DIR=$(CURDIR)/$(VENV)/triton-cache $(AOT) -m "aot and slow"
 
