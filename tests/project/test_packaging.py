@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,3 +177,9 @@ def version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+def test_the_hooks_run_the_versions_that_constraints_name() -> None:
+    hooks = re.findall(r"\[([\w-]+==[\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3
+    assert {*hooks} <= {*(ROOT / "constraints.txt").read_text().splitlines()}
