@@ -120,7 +120,7 @@ def test_the_wheel_carries_the_package_and_nothing_beside_it(source: Path, artef
         if name.startswith(("dinov2_fast/", "kernels/", "csrc/"))
     }
     assert expected - names == set()
-    assert "dinov2_fast: pure Python build, without the CUDA extension: nvcc is not there" in artefacts.log
+    assert "dinov2_fast: pure Python build, without the CUDA extension: nvcc is not installed" in artefacts.log
 
 
 @pytest.mark.slow
