@@ -26,6 +26,7 @@ def _model(name: str, **kwargs) -> tuple[DinoVisionTransformer, dict[str, Tensor
     return model.eval().to(DEVICE), {key: value.to(DEVICE) for key, value in tensors.items()}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", golden.cases("facebook"))
 @torch.no_grad()
 def test_golden_features(name: str) -> None:

@@ -28,6 +28,7 @@ def reference(request):
     return model, tensors
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("i", INPUTS)
 @torch.no_grad()
 def test_golden_features(reference, i: int) -> None:
@@ -46,6 +47,7 @@ def test_golden_features(reference, i: int) -> None:
     assert masked["masks"] is mask
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("i", INPUTS)
 @torch.no_grad()
 def test_golden_intermediate_layers(reference, i: int) -> None:
@@ -58,6 +60,7 @@ def test_golden_intermediate_layers(reference, i: int) -> None:
         close(cls_token, tensors[f"{i}.intermediate.{j}.cls"])
 
 
+@pytest.mark.golden
 @torch.no_grad()
 def test_golden_lists_run_as_one(reference) -> None:
     model, tensors = reference
@@ -286,6 +289,7 @@ def test_print_shows_backends_and_position_interpolation() -> None:
     assert {row.op for row in model.backends()} >= {"layer_norm", "activation"}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", golden.cases("timm"))
 @torch.no_grad()
 def test_golden_features_of_timm(name: str) -> None:

@@ -84,6 +84,7 @@ def test_state_dict_has_the_references_keys(face: str, case: str) -> None:
         assert keys == set(weights)
 
 
+@pytest.mark.golden
 def test_golden_chunked_weights_load_into_flat_and_other_chunks() -> None:
     _, chunked, _ = golden.load_case("facebook_chunked")
     flat = convert_state_dict(chunked, to="facebook")
