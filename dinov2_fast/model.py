@@ -25,7 +25,7 @@ from dinov2_fast import layouts, ops
 from dinov2_fast.block import Block
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError, UnsupportedError
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
-from dinov2_fast.ops.table import Row, summary, table
+from dinov2_fast.ops.choices import Row, summary, table
 from dinov2_fast.position_embeddings import (
     POSITION_INTERPOLATIONS,
     Grid,

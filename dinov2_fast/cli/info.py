@@ -79,7 +79,7 @@ def _default_device() -> str:
 def _ops(device: str, dtype: str, training: bool) -> Iterator[str]:
     import torch
 
-    from dinov2_fast.ops.table import summary, table
+    from dinov2_fast.ops.choices import summary, table
 
     try:
         torch.empty(0, device=device)

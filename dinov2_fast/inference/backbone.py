@@ -36,7 +36,7 @@ from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.table import Row, table
+from dinov2_fast.ops.choices import Row, table
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
 from dinov2_fast.torch_private import is_traced

@@ -27,7 +27,7 @@ from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._registry import refuses_e4m3
-from dinov2_fast.ops.table import Row, summary
+from dinov2_fast.ops.choices import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_traced
 

@@ -18,8 +18,8 @@ import torch
 
 from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
+from dinov2_fast.ops.choices import table
 from dinov2_fast.ops.dispatch import BackendError, Implementation, Op, use_backend
-from dinov2_fast.ops.table import table
 from tests.helpers import devices
 
 

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension, ops
 from dinov2_fast.cli import main
+from dinov2_fast.ops.choices import table
 from dinov2_fast.ops.dispatch import BackendError, use_backend
-from dinov2_fast.ops.table import table
 from tests.helpers.devices import fakes_cuda
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dinov2_fast.ops import dispatch, use_backend
-from dinov2_fast.ops.table import summary, table
+from dinov2_fast.ops.choices import summary, table
 
 
 def test_every_op_is_in_the_table_on_every_device() -> None:
