@@ -35,7 +35,8 @@ from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload, in_turn
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of, use_backend
+from dinov2_fast.ops.dispatch import use_backend
+from dinov2_fast.ops.implementation import Implementation, first_tensor, tensors_of
 
 TASK = "ops"
 BEST = "best.json"

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
+from dinov2_fast.ops.implementation import Implementation, first_tensor, tensors_of
 from dinov2_fast.ops.linear import interleave
 
 MODES = ("forward", "backward")

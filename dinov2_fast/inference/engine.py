@@ -25,8 +25,8 @@ from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
-from dinov2_fast.ops import dispatch
-from dinov2_fast.ops._registry import refuses_e4m3
+from dinov2_fast.ops import dispatch, implementation
+from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.ops.choices import Row, summary
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_traced
@@ -339,7 +339,7 @@ class Engine(nn.Module):
             if output is not NOT_CAPTURED:
                 return output
         inputs = [*args, *kwargs.values()]
-        if dispatch.records_gradient(inputs):
+        if implementation.records_gradient(inputs):
             raise InvalidStateError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
@@ -347,7 +347,7 @@ class Engine(nn.Module):
         with _without_autocast(self.device.type):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
-            if dispatch.carries_tangent(inputs):
+            if implementation.carries_tangent(inputs):
                 raise InvalidStateError(
                     "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
                     "tangent. Use the model itself."

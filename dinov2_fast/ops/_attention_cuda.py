@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _registry
-from dinov2_fast.ops.dispatch import records_gradient
+from dinov2_fast.ops import _backends
+from dinov2_fast.ops.implementation import records_gradient
 
 HEAD_DIM = 64  # as csrc/attention.h has it
 
 
 def refuses(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> str | None:
     """Why the kernels take none of these. What TMA cannot read in place is copied, so strides are free."""
-    if qkv.is_cuda and _registry._capability(qkv.device.index) != (9, 0):
-        major, minor = _registry._capability(qkv.device.index)
+    if qkv.is_cuda and _backends._capability(qkv.device.index) != (9, 0):
+        major, minor = _backends._capability(qkv.device.index)
         return f"is for sm_90 only, got sm_{major}{minor}"
     if qkv.shape[-1] != HEAD_DIM:
         return f"takes a head_dim of {HEAD_DIM}, got {qkv.shape[-1]}"
     if dropout_p > 0:
         return f"has no dropout, asked for with p = {dropout_p}"
-    if records_gradient([qkv]) and not _registry.TRITON_IS_INSTALLED:
+    if records_gradient([qkv]) and not _backends.TRITON_IS_INSTALLED:
         return "needs triton for its gradient, which is not installed"
     return None
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import environment
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends
 from dinov2_fast.ops.activation import into_e4m3
-from dinov2_fast.ops.dispatch import Implementation
+from dinov2_fast.ops.implementation import Implementation
 from dinov2_fast.torch_private import constant_when_traced, is_fake_mode_active
 
 PACKED_KINDS = 1024  # packings whose boundaries are kept: in lists of natural images hardly any comes twice
-_XFORMERS_IS_INSTALLED = _registry.is_installed("xformers")
+_XFORMERS_IS_INSTALLED = _backends.is_installed("xformers")
 
 
 def packing(qkv: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, int]:

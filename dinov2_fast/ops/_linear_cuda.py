@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, HALVES, new_result, refuses_stream, was_written
 
@@ -17,8 +17,8 @@ def refuses(
     weight_scale: Tensor | None, dtype: torch.dtype | None, out_scale: float, interleaved: bool | None,
 ) -> str | None:  # fmt: skip
     """Why the kernels take none of these. Operands that TMA cannot read in place are copied, so strides are free."""
-    if x.is_cuda and _registry._capability(x.device.index) != (9, 0):
-        major, minor = _registry._capability(x.device.index)
+    if x.is_cuda and _backends._capability(x.device.index) != (9, 0):
+        major, minor = _backends._capability(x.device.index)
         return f"is for sm_90 only, got sm_{major}{minor}"
     if weight.dtype != x.dtype:
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"

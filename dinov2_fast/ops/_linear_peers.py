@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, IN_TURN, finish, refuses_stream
 from dinov2_fast.ops.activation import activation
-from dinov2_fast.ops.dispatch import Implementation, carries_tangent
+from dinov2_fast.ops.implementation import Implementation, carries_tangent
 from dinov2_fast.torch_private import gelu_linear, is_fake_mode_active, is_traced, onednn_linear, onednn_pack
 
 ONEDNN_CHAIN = 768  # in_features that are added up at once
@@ -88,7 +88,7 @@ def _onednn_refuses(
 def onednn_is_absent(device: torch.device) -> str | None:
     if not _HAS_ONEDNN:
         return "needs a torch that is built with oneDNN"
-    return "does not export: an exported graph holds standard ops only" if _registry._is_exporting() else None
+    return "does not export: an exported graph holds standard ops only" if _backends._is_exporting() else None
 
 
 def onednn() -> Implementation:
@@ -197,7 +197,7 @@ def _cublas_refuses_e4m3(
         return "needs a contiguous weight"
     if dtype == torch.float16 or (bias is not None and bias.dtype != torch.bfloat16):
         return "gives bf16 (or e4m3 made of it) and takes a bf16 bias"
-    return _registry.refuses_e4m3(x)
+    return _backends.refuses_e4m3(x)
 
 
 def cublas() -> tuple[Implementation, Implementation]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _fp8, _registry
-from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
+from dinov2_fast.ops import _backends, _fp8, _registry
+from dinov2_fast.ops.dispatch import Op, refuse_gradient
+from dinov2_fast.ops.implementation import Implementation
 
 
 def activation(
@@ -139,7 +140,7 @@ _activation_fp8 = _registry.register(
 def _refuses(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> str | None:
     if kind == "swiglu" and x.shape[-1] % 2:
         return "takes halves of one width"
-    return None if scale is None else _registry.refuses_e4m3(x)
+    return None if scale is None else _backends.refuses_e4m3(x)
 
 
 def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -153,8 +154,8 @@ def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 ACTIVATION = Op(
     "activation",
     (
-        Implementation("torch", activation_torch, why=_registry.UNMEASURED),
-        _registry.triton(activation_triton, _refuses, dtypes=_registry.FLOATS),
+        Implementation("torch", activation_torch, why=_backends.UNMEASURED),
+        _backends.triton(activation_triton, _refuses, dtypes=_backends.FLOATS),
     ),
     {kind: partial(_sample, kind) for kind in ("gelu", "swiglu", "identity")},
 )

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _attention_cuda, _attention_peers, _registry
+from dinov2_fast.ops import _attention_cuda, _attention_peers, _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import HAS_AVX512, onednn_is_absent
 from dinov2_fast.ops.activation import into_e4m3
-from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
+from dinov2_fast.ops.dispatch import Op, refuse_gradient
+from dinov2_fast.ops.implementation import Implementation, records_gradient
 from dinov2_fast.torch_private import fused_by_onednn, is_in_dispatch_mode, is_plain, is_traced, softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # those of the kernels
@@ -296,7 +297,7 @@ def _refuses(qkv: Tensor, which: object, dropout_p: float = 0.0, scale: float | 
         return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, got {qkv.shape[-1]}"
     if dropout_p > 0:
         return f"has no dropout, asked for with p = {dropout_p}"
-    return None if scale is None else _registry.refuses_e4m3(qkv)
+    return None if scale is None else _backends.refuses_e4m3(qkv)
 
 
 def _sample(device: torch.device, dtype: torch.dtype, seq_lens: tuple[int, ...] | None = None) -> tuple[Any, ...]:
@@ -312,12 +313,12 @@ ATTENTION = Op(
     "attention",
     (
         _onednn(),
-        Implementation("torch", attention_torch, forms=("batch",), why=_registry.UNMEASURED),
-        Implementation("torch", attention_varlen_torch, forms=("varlen",), why=_registry.UNMEASURED),
-        Implementation("torch", attention_probabilities_torch, forms=("probabilities",), why=_registry.UNMEASURED),
-        _registry.triton(attention_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("batch", "varlen")),
-        _registry.triton(attention_probabilities_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("probabilities",)),
-        _registry.cuda(
+        Implementation("torch", attention_torch, forms=("batch",), why=_backends.UNMEASURED),
+        Implementation("torch", attention_varlen_torch, forms=("varlen",), why=_backends.UNMEASURED),
+        Implementation("torch", attention_probabilities_torch, forms=("probabilities",), why=_backends.UNMEASURED),
+        _backends.triton(attention_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("batch", "varlen")),
+        _backends.triton(attention_probabilities_triton, _refuses, dtypes=_KERNEL_DTYPES, forms=("probabilities",)),
+        _backends.cuda(
             attention_cuda, _attention_cuda.refuses, dtypes=(torch.float16, torch.bfloat16), forms=("batch",)
         ),
         _attention_peers.VARLEN_ATTN,

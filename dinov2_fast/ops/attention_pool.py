@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
 MAX_HEADS = 32  # the kernels hold a tile of all heads
 
@@ -93,8 +94,8 @@ _attention_pool = _registry.register(
 ATTENTION_POOL = Op(
     "attention_pool",
     (
-        Implementation("torch", attention_pool_torch, trains=False, why=_registry.UNMEASURED),
-        _registry.triton(_attention_pool, _refuses, dtypes=_registry.FLOATS, trains=False),
+        Implementation("torch", attention_pool_torch, trains=False, why=_backends.UNMEASURED),
+        _backends.triton(_attention_pool, _refuses, dtypes=_backends.FLOATS, trains=False),
     ),
     {"pool": _sample},
 )

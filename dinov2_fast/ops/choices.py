@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import BackendError, Op, current_setting, first_tensor, ops
+from dinov2_fast.ops.dispatch import BackendError, Op, current_setting, ops
+from dinov2_fast.ops.implementation import first_tensor
 from dinov2_fast.torch_private import FakeTensorMode
 
 

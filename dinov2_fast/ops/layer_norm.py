@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _fp8, _registry
-from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
+from dinov2_fast.ops import _backends, _fp8, _registry
+from dinov2_fast.ops.dispatch import Op, refuse_gradient
+from dinov2_fast.ops.implementation import Implementation, records_gradient
 from dinov2_fast.ops.residual import add_residual_torch
 
 MAX_HIDDEN = 8192  # the kernels keep a row in registers
@@ -181,11 +182,11 @@ class _AddLayerNorm(torch.autograd.Function):
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """A new contiguous tensor of the shape of `x`, in `dtype` or the common dtype."""
-    return x.new_empty(x.shape, dtype=dtype or _registry.promoted(x, *others))
+    return x.new_empty(x.shape, dtype=dtype or _backends.promoted(x, *others))
 
 
 def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
-    return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _registry.promoted(x, *others)))
+    return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _backends.promoted(x, *others)))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -269,14 +270,14 @@ def _refuses(
     if branch is None:
         if deferred_bias is not None and deferred_bias.shape != x.shape[-1:]:
             return f"takes deferred_bias of shape {tuple(x.shape[-1:])}"
-        return None if scale is None else _registry.refuses_e4m3(x)
+        return None if scale is None else _backends.refuses_e4m3(x)
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = _registry.promoted(x, branch, gamma, drop_scale)
+        dtype = _backends.promoted(x, branch, gamma, drop_scale)
         if dtype in (torch.float16, torch.bfloat16):
             return "gives the norm in the dtype of the sum, where autocast gives it in fp32"
-    return _registry.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
+    return _backends.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
 
 
 def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -292,8 +293,8 @@ def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 LAYER_NORM = Op(
     "layer_norm",
     (
-        Implementation("torch", layer_norm_torch, why=_registry.UNMEASURED),
-        _registry.triton(layer_norm_triton, _refuses, dtypes=_registry.FLOATS),
+        Implementation("torch", layer_norm_torch, why=_backends.UNMEASURED),
+        _backends.triton(layer_norm_triton, _refuses, dtypes=_backends.FLOATS),
     ),
     {"plain": partial(_sample, "plain"), "add": partial(_sample, "add")},
 )

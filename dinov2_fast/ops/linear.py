@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _linear_cuda, _registry
+from dinov2_fast.ops import _backends, _linear_cuda, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_epilogue import HALF, HALVES, finish, new_result, refuses_stream, was_written
 from dinov2_fast.ops._linear_peers import cublas, onednn
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
 
 def interleave(packed: Tensor) -> Tensor:
@@ -223,7 +224,7 @@ def _refuses(
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
     if epilogue == "swiglu" and rest[-1] is False:
         return HALVES
-    if x.dtype == E4M3 and (reason := _registry.refuses_e4m3(x)):
+    if x.dtype == E4M3 and (reason := _backends.refuses_e4m3(x)):
         return reason
     return None if residual is None else refuses_stream(residual)
 
@@ -245,13 +246,13 @@ LINEAR = Op(
     "linear",
     (
         onednn(),
-        Implementation("torch", linear_torch, trains=False, why=_registry.UNMEASURED),
+        Implementation("torch", linear_torch, trains=False, why=_backends.UNMEASURED),
         *cublas(),
-        _registry.triton(linear_triton, _refuses, dtypes=(*HALF, torch.float32, E4M3), trains=False),
-        _registry.cuda(
+        _backends.triton(linear_triton, _refuses, dtypes=(*HALF, torch.float32, E4M3), trains=False),
+        _backends.cuda(
             linear_cuda, _linear_cuda.refuses, dtypes=HALF, forms=("gelu", "swiglu", "residual"), trains=False
         ),
-        _registry.cuda(linear_cuda, _linear_cuda.refuses, dtypes=(E4M3,), trains=False),
+        _backends.cuda(linear_cuda, _linear_cuda.refuses, dtypes=(E4M3,), trains=False),
     ),
     {epilogue: partial(linear_sample, epilogue) for epilogue in _linear_cuda.FORMS},
 )

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
 UINT8_SHIFT = 128
 
@@ -56,9 +57,9 @@ def patches(
     """
     if images.ndim != 4:
         raise InvalidValueError(f"patches takes (batch, channels, height, width), got shape {tuple(images.shape)}.")
-    if images.dtype not in (torch.uint8, *_registry.FLOATS):
+    if images.dtype not in (torch.uint8, *_backends.FLOATS):
         raise InvalidTypeError(f"patches takes uint8 or floating-point images, got {images.dtype}.")
-    if dtype not in _registry.FLOATS:
+    if dtype not in _backends.FLOATS:
         raise InvalidTypeError(f"patches returns floating-point rows, not {dtype}.")
     stride = (patch_size, patch_size) if stride is None else stride
     for name, size, step in zip(("height", "width"), images.shape[2:], stride, strict=True):
@@ -116,8 +117,8 @@ _patches = _registry.register(
 PATCHES = Op(
     "patches",
     (
-        Implementation("torch", patches_torch, trains=False, why=_registry.UNMEASURED),
-        _registry.triton(lambda images, size, stride, *rest: _patches(images, size, *rest), _refuses, trains=False),
+        Implementation("torch", patches_torch, trains=False, why=_backends.UNMEASURED),
+        _backends.triton(lambda images, size, stride, *rest: _patches(images, size, *rest), _refuses, trains=False),
     ),
     {"patches": _sample},
 )

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation, records_gradient
 
 
 def add_residual(
@@ -160,14 +161,14 @@ class _GatherRows(torch.autograd.Function):
 
 def _add_fake(residual: Tensor, *rest: Any) -> Tensor:
     *factors, index, _ = rest  # branch, gamma, drop_scale
-    dtype = _registry.promoted(residual, *factors) if index is None else residual.dtype
+    dtype = _backends.promoted(residual, *factors) if index is None else residual.dtype
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
 def _add_backward_fake(dout: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     if gamma is None:
         return branch.new_empty(branch.shape), dout.new_empty(0)
-    wide = torch.promote_types(torch.float32, _registry.promoted(dout, branch, gamma))
+    wide = torch.promote_types(torch.float32, _backends.promoted(dout, branch, gamma))
     return branch.new_empty(branch.shape), gamma.new_empty(gamma.shape, dtype=wide)
 
 
@@ -208,7 +209,7 @@ def _refuses_add(
     if records_gradient([drop_scale]):
         return "gives no gradient for drop_scale"
     stream = residual if index is None else residual[: index.shape[0]]
-    return _registry.refuses_to_broadcast(stream, branch, drop_scale, gamma=gamma)
+    return _backends.refuses_to_broadcast(stream, branch, drop_scale, gamma=gamma)
 
 
 def _refuses_gather(xs: list[Tensor], indices: list[Tensor]) -> str | None:
@@ -226,10 +227,10 @@ def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 RESIDUAL = Op(
     "residual",
     (
-        Implementation("torch", add_residual_torch, forms=("add",), why=_registry.UNMEASURED),
-        Implementation("torch", gather_rows_torch, forms=("gather",), why=_registry.UNMEASURED),
-        _registry.triton(_add_residual, _refuses_add, dtypes=_registry.FLOATS, forms=("add",)),
-        _registry.triton(_gather_rows, _refuses_gather, dtypes=_registry.FLOATS, forms=("gather",)),
+        Implementation("torch", add_residual_torch, forms=("add",), why=_backends.UNMEASURED),
+        Implementation("torch", gather_rows_torch, forms=("gather",), why=_backends.UNMEASURED),
+        _backends.triton(_add_residual, _refuses_add, dtypes=_backends.FLOATS, forms=("add",)),
+        _backends.triton(_gather_rows, _refuses_gather, dtypes=_backends.FLOATS, forms=("gather",)),
     ),
     {"add": partial(_sample, "add"), "gather": partial(_sample, "gather")},
 )

@@ -225,6 +225,6 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.activation(random(4).int(), "gelu", backend="triton")
     with pytest.raises(BackendError, match="takes halves of one width"):
         ops.activation(random(4, 3), "swiglu", backend="triton")
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (8, 0))
     with FakeTensorMode(), pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
         ops.activation(torch.empty(4, device="cuda"), "gelu", scale=1.0, backend="triton")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2_fast import ops
-from dinov2_fast.ops import _attention_peers, _registry
+from dinov2_fast.ops import _attention_peers, _backends
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.helpers.devices import (
@@ -418,7 +418,7 @@ def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         qkv = torch.empty(2, 9, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
         refused(qkv.double(), r"takes fp16, bf16 and fp32, got torch\.float64")
         refused(qkv[..., :48], "takes a head_dim of 32, 64, 128, got 48")
-        monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
+        monkeypatch.setattr(_backends, "_capability", lambda index: (8, 6))
         refused(qkv, "needs a device with e4m3, sm_89 or newer, got sm_86")
         assert ops.attention(qkv, scale=0.1).dtype == E4M3  # torch's form runs anywhere
 

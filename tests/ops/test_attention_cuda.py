@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast.ops import _attention_cuda, _registry, attention
+from dinov2_fast.ops import _attention_cuda, _backends, attention
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.helpers.devices import (
@@ -114,7 +114,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         _cuda(qkv.requires_grad_())
     assert given == [None, None]
-    if _registry.TRITON_IS_INSTALLED:
+    if _backends.TRITON_IS_INSTALLED:
         _cuda(qkv)
         assert given[-1].shape == (2, 2, 5)
 
@@ -271,9 +271,9 @@ REFUSALS = {
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
-    monkeypatch.setattr(_registry, "TRITON_IS_INSTALLED", False)
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_extension_is_absent", lambda: None)
+    monkeypatch.setattr(_backends, "TRITON_IS_INSTALLED", False)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
         with pytest.raises(BackendError, match=reason):
@@ -283,8 +283,8 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
 def test_only_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_capability", lambda device: capability)
-    monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
+    monkeypatch.setattr(_backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(_backends, "_extension_is_absent", lambda: None)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
         with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):

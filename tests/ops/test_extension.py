@@ -96,8 +96,8 @@ def test_the_built_one_loads_without_a_gpu_and_registers_what_it_declares() -> N
 
 @pytest.fixture
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
 
 
 def _gelu() -> None:
@@ -108,14 +108,14 @@ def _gelu() -> None:
 @fakes_cuda
 @pytest.mark.usefixtures("_available")
 def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (7, 5))
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (7, 5))
     with FakeTensorMode(), pytest.raises(BackendError, match="needs a device of sm_80 or newer, got sm_75"):
         _gelu()
 
 
 @fakes_cuda
 def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: "not built")
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: "not built")
     with (
         FakeTensorMode(),
         pytest.raises(BackendError, match=r"needs the CUDA extension, .* not available \(not built\)"),

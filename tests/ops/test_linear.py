@@ -559,8 +559,8 @@ def test_what_was_measured_comes_first(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
 @each_form
 def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
     with FakeTensorMode(), torch.no_grad():
         assert LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend == "torch"
 
@@ -570,8 +570,8 @@ def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: 
 def test_a_backend_without_a_form_leaves_it_to_the_default(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
 
     def chosen(form: str, dtype: torch.dtype) -> str:
         return LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend
@@ -629,7 +629,7 @@ REFUSALS = {
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -639,7 +639,7 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["cublas", "triton"])
 @pytest.mark.parametrize("form", FORMS)
 def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (8, 0))
     with FakeTensorMode():
         x, scale = torch.empty(16, 16, device="cuda").to(E4M3), torch.empty(16, device="cuda")
         with pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):

@@ -342,8 +342,8 @@ REFUSALS = {
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -353,13 +353,13 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
 def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: capability)
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: capability)
+    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
     with FakeTensorMode():
         x, weight = (torch.empty(16, 16, device="cuda", dtype=torch.half) for _ in range(2))
         with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
             _cuda(x, weight, None)
-        monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+        monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         with pytest.raises(BackendError, match="does not follow autocast"):
             linear(x, weight, None, epilogue="gelu", backend="cuda")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import tensors_of, use_backend
+from dinov2_fast.ops.dispatch import use_backend
+from dinov2_fast.ops.implementation import tensors_of
 from tests import reference
 from tests.helpers.devices import on_gpu, runs_cuda
 
