@@ -113,7 +113,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Such as "linear.gelu e4m3"."""
-        return dispatch.ops()[self.op].name_of(self.form, self.e4m3)
+        return dispatch.all_ops()[self.op].name_of(self.form, self.e4m3)
 
     @property
     def label(self) -> str:
@@ -122,10 +122,10 @@ class Workload:
 
     def implementations(self) -> list[Implementation]:
         """Those of the form, best first."""
-        op = dispatch.ops()[self.op]
-        sample = op.samples[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
+        op = dispatch.all_ops()[self.op]
+        sample = op.sample_inputs[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
         assert sample is not None
-        return [each for each in op.implementations if each.has(self.form, first_tensor(sample).dtype)]
+        return [each for each in op.implementations if each.is_candidate(self.form, first_tensor(sample).dtype)]
 
     @property
     def modes(self) -> tuple[str, ...]:

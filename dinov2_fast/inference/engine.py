@@ -27,7 +27,7 @@ from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
 from dinov2_fast.ops import dispatch, implementation
 from dinov2_fast.ops._backends import refuses_e4m3
-from dinov2_fast.ops.choices import Row, summary
+from dinov2_fast.ops.choices import BackendChoice, format_choices
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_traced
 
@@ -185,7 +185,7 @@ class Engine(nn.Module):
         self._graphs.clear()
         self.folded = folded
         # By device, since replicas of torch.nn.DataParallel share it. None: whatever is set, the layout stays.
-        self._laid_out_for: dict[torch.device, dispatch.Setting] | None = None
+        self._laid_out_for: dict[torch.device, dispatch.BackendSetting] | None = None
         if self.plan.follow_weights:
             self._laid_out_for = {device: setting}
 
@@ -438,7 +438,7 @@ class Engine(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Engine, (self._model, self.plan, self.device)
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """Which implementation of each op of the engine runs on its device, and why."""
         return _backbone(self.folded).backends()
 
@@ -468,7 +468,7 @@ def describe(engine: Engine) -> str:
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
         f"what runs on {engine.device}:",
-        *(f"  {line}" for line in summary(engine.backends())),
+        *(f"  {line}" for line in format_choices(engine.backends())),
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])

@@ -1,8 +1,8 @@
-"""Makes kernels into torch ops, ``torch.ops.dinov2_fast.<name>``, and into implementations an op can choose.
+"""Registers kernels as torch ops, ``torch.ops.dinov2_fast.<name>``, for autograd, autocast and torch.compile.
 
-Only kernels are registered: the torch references are called directly. An op has a schema, a kernel, a fake (shapes and
-strides without data), and where it can be trained an `autograd.Function`. Functions registered here import Triton when
-they first run, never when the package is imported.
+Only kernels are registered; the torch references are called directly. A registered op has a schema, a kernel, a fake
+(shapes and strides without data) and, where it can be differentiated, an `autograd.Function`. The functions that are
+registered import Triton when they first run, not when the package is imported.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def register(
     """Defines ``dinov2_fast::<schema>`` and returns it.
 
     Args:
-        schema: in torch's notation, with a fixed number of outputs, none of which is an input.
-        kernel: computes it on tensors of a device.
+        schema: in torch's notation. The number of outputs is fixed, and no output is an input.
+        kernel: computes the outputs, for tensors of any device.
         fake: allocates outputs of the same shapes, dtypes and strides.
-        autograd: records it where a gradient is needed: the `apply` of an `autograd.Function`.
-        autocast: device type to the dtype that autocast gives the floating-point inputs, or None to leave them.
+        autograd: called where a gradient is needed: the `apply` of an `autograd.Function`.
+        autocast: maps a device type to the dtype to which autocast casts the floating-point inputs, or to None if it
+            casts nothing.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -74,6 +75,6 @@ def _casting(
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:
-    """What autocast does to an argument: fp64 stays."""
+    """An argument as autocast casts it. fp64 tensors stay as they are."""
     castable = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
     return arg.to(dtype) if castable else arg

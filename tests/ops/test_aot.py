@@ -354,10 +354,9 @@ def _layer_norm_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
 
 def _activation(dtype: torch.dtype, rows: int, hidden: int) -> None:
     x = _cuda(rows, 2 * hidden, dtype=dtype)
-    for swiglu in (False, True):
-        width = hidden * (1 + swiglu)
-        activation.activation_forward(x[:, :width], "swiglu" if swiglu else "gelu")
-        activation_backward.activation_backward(x[:, :hidden], x[:, :width], swiglu=swiglu)
+    for kind, width in (("gelu", hidden), ("swiglu", 2 * hidden)):
+        activation.activation_forward(x[:, :width], kind)
+        activation_backward.activation_backward(x[:, :hidden], x[:, :width], kind)
 
 
 def _activation_e4m3(dtype: torch.dtype, rows: int, hidden: int) -> None:
@@ -389,8 +388,8 @@ def _attention_varlen_e4m3(dtype: torch.dtype, max_seqlen: int, heads: int, head
 
 def _attention_probabilities(dtype: torch.dtype, seq_len: int, heads: int, head_dim: int, batch: int = 8) -> None:
     qkv = _cuda(batch, seq_len, 3, heads, head_dim, dtype=dtype)
-    attention.attention_probabilities_forward(qkv, 0, 1)
-    attention.attention_probabilities_forward(qkv, 0, seq_len)
+    attention.attention_probabilities_forward(qkv, 0, 1, 1)
+    attention.attention_probabilities_forward(qkv, 0, seq_len, 1)
 
 
 def _attention_pool(dtype: torch.dtype, batch: int, hidden: int, tokens: int = 257) -> None:

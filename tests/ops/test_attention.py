@@ -418,7 +418,7 @@ def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         qkv = torch.empty(2, 9, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
         refused(qkv.double(), r"takes fp16, bf16 and fp32, got torch\.float64")
         refused(qkv[..., :48], "takes a head_dim of 32, 64, 128, got 48")
-        monkeypatch.setattr(_backends, "_capability", lambda index: (8, 6))
+        monkeypatch.setattr(_backends, "capability", lambda index: (8, 6))
         refused(qkv, "needs a device with e4m3, sm_89 or newer, got sm_86")
         assert ops.attention(qkv, scale=0.1).dtype == E4M3  # torch's form runs anywhere
 
@@ -473,7 +473,7 @@ def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
 DENSE_REFUSALS = [
     ("triton", torch.float64, 64, 0.0, r"takes fp16, bf16 and fp32, got torch\.float64"),
     ("triton", torch.float16, 48, 0.0, "takes a head_dim of 32, 64, 128, got 48"),
-    ("triton", torch.float16, 64, 0.1, "has no dropout, asked for with p = 0.1"),
+    ("triton", torch.float16, 64, 0.1, "has no dropout, got dropout_p = 0.1"),
 ]
 
 
@@ -494,13 +494,13 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.attention(_qkv(1, 9).cpu(), backend="xformers")
     with pytest.raises(
         BackendError,
-        match=r"probabilities: there is no backend .xformers. for torch.float32, only torch, triton",
+        match=r"probabilities has no backend .xformers. for torch.float32. It has: torch, triton",
     ):
         ops.attention_probabilities(_qkv(1, 9), backend="xformers")
     with FakeTensorMode():
         qkv = torch.empty(2, 1, 3, 2, 64, device="cuda", dtype=torch.float16)
         packed = torch.empty(9, 3, 2, 64, device="cuda", dtype=torch.float16)
-        with pytest.raises(BackendError, match=r"has no dropout, asked for with p = 0\.5"):
+        with pytest.raises(BackendError, match=r"has no dropout, got dropout_p = 0\.5"):
             ops.attention(packed, seq_lens=(4, 5), dropout_p=0.5, backend="varlen_attn")
         with pytest.raises(BackendError, match=r"takes fp16 and bf16, got torch\.float32"):
             ops.attention(packed.float(), seq_lens=(4, 5), backend="varlen_attn")
@@ -509,7 +509,7 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_attention_peers, "_XFORMERS_IS_INSTALLED", True)
         with pytest.raises(BackendError, match=r"takes fp16, bf16 and fp32, got torch\.float64"):
             ops.attention(qkv.double(), backend="xformers")
-        with pytest.raises(BackendError, match="takes a head_dim that 8 divides, got 12"):
+        with pytest.raises(BackendError, match="takes a head_dim that is a multiple of 8, got 12"):
             ops.attention(qkv[..., :12], backend="xformers")
         monkeypatch.setenv("XFORMERS_DISABLED", "1")
         with pytest.raises(BackendError, match="switched off by XFORMERS_DISABLED"):

@@ -262,17 +262,17 @@ def test_autocast_gives_the_dtype_torch_gives() -> None:
 REFUSALS = {
     r"takes fp16 and bf16, got torch\.float32": lambda qkv: _cuda(qkv.float()),
     "takes a head_dim of 64, got 32": lambda qkv: _cuda(qkv[..., :32]),
-    r"has no dropout, asked for with p = 0\.1": lambda qkv: _cuda(qkv, dropout_p=0.1),
+    r"has no dropout, got dropout_p = 0\.1": lambda qkv: _cuda(qkv, dropout_p=0.1),
     "needs triton for its gradient": lambda qkv: _cuda(qkv.requires_grad_()),
-    "there is no backend 'cuda'": lambda qkv: _cuda(qkv[0], seq_lens=(2, 3)),
+    "has no backend 'cuda'": lambda qkv: _cuda(qkv[0], seq_lens=(2, 3)),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_backends, "_extension_is_absent", lambda: None)
+    monkeypatch.setattr(_backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "missing_extension", lambda: None)
     monkeypatch.setattr(_backends, "TRITON_IS_INSTALLED", False)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
@@ -283,11 +283,11 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
 def test_only_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_capability", lambda device: capability)
-    monkeypatch.setattr(_backends, "_extension_is_absent", lambda: None)
+    monkeypatch.setattr(_backends, "capability", lambda device: capability)
+    monkeypatch.setattr(_backends, "missing_extension", lambda: None)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
-        with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
+        with pytest.raises(BackendError, match=f"runs on sm_90 only, got sm_{capability[0]}{capability[1]}"):
             _cuda(qkv)
 
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 from dinov2_fast import ops
+from dinov2_fast.ops import _attention_peers
 from dinov2_fast.torch_private import FakeTensorMode
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
-op = importlib.import_module("dinov2_fast.ops.attention")  # `ops.attention` is the function
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sizes of the queries of each call of oneDNN."""
     seen: list[tuple[int, ...]] = []
-    right = op._fused
+    right = _attention_peers._fused
 
     def recorded(*layouts, threads):
         seen.append(tuple(layouts[0][0]))
         return right(*layouts, threads=threads)
 
-    monkeypatch.setattr(op, "_fused", recorded)
+    monkeypatch.setattr(_attention_peers, "_fused", recorded)
     return seen
 
 
@@ -53,7 +51,7 @@ def test_outputs_obey_the_rule(seq_len: int, heads: int, head_dim: int, mean: fl
     [(6 * 300**2, [(2, 3, 300, 64), (1, 3, 300, 64)]), (2 * 300**2, 3 * [(1, 2, 300, 64), (1, 1, 300, 64)])],
 )
 def test_many_scores_are_computed_in_parts(most: int, parts: object, fused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "ONEDNN_MOST", most)
+    monkeypatch.setattr(_attention_peers, "ONEDNN_MAX_SCORES", most)
     qkv = torch.randn(3, 300, 3, 3, 64)
     found = _attention(qkv)
     assert fused == parts
@@ -69,14 +67,14 @@ def test_a_part_of_a_larger_tensor_is_read_in_place(fused) -> None:
 
 def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(op, "fused_by_onednn", lambda *_: made.append(torch.get_num_threads()))
+    monkeypatch.setattr(_attention_peers, "fused_by_onednn", lambda *_: made.append(torch.get_num_threads()))
     qkv, before = torch.randn(1, 301, 3, 1, 64), torch.get_num_threads()
-    op._fused.cache_clear()
+    _attention_peers._fused.cache_clear()
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
         found = _attention(qkv)
     torch.set_num_threads(before)
-    op._fused.cache_clear()
+    _attention_peers._fused.cache_clear()
     assert made == [1, 2]
     assert torch.equal(found, ops.attention(qkv, backend="torch")), "where oneDNN has none"
 

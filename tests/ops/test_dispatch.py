@@ -18,7 +18,7 @@ import torch
 
 from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.choices import table
+from dinov2_fast.ops.choices import backend_choices
 from dinov2_fast.ops.dispatch import BackendError, Op, use_backend
 from dinov2_fast.ops.implementation import Implementation
 from tests.helpers import devices
@@ -101,7 +101,7 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
 
 def test_a_setting_that_cannot_run_falls_back_with_one_warning(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"), use_backend("kernel"):
-        table()  # which reports, and warns of nothing
+        backend_choices()  # which reports, and warns of nothing
         assert not caplog.records
         assert run(toy, torch.zeros(2)) == "small"
         assert run(toy, torch.zeros(2)) == "small"
@@ -127,11 +127,11 @@ def test_the_name_of_a_form_holds_before_that_of_its_op(monkeypatch: pytest.Monk
         assert [run(op, x, form=form) for form in ("first", "second")] == ["a", "only"]
     for setting, message in {
         "toy.third=a": "toy has no form 'third', only first, second",
-        "toy.first=only": "'only' is no backend of toy.first. There are: a, b",
+        "toy.first=only": "'only' is not a backend of toy.first. The backends are: a, b",
     }.items():
         with pytest.raises(BackendError, match=message):
             dispatch.parse_setting(setting)
-    with pytest.raises(BackendError, match=r"toy\.first: there is no backend 'only' for torch.float32, only a, b"):
+    with pytest.raises(BackendError, match=r"toy\.first has no backend 'only' for torch.float32. It has: a, b"):
         run(op, x, backend="only", form="first")
 
 
@@ -142,7 +142,9 @@ def test_a_choice_is_made_once_for_each_kind_and_setting(monkeypatch: pytest.Mon
     def unavailable(device: torch.device) -> None:
         asked.append(device.type)
 
-    op = Op("toy", (Implementation("a", lambda x: "a", unavailable=unavailable, trains=False),), {"form": _sample})
+    op = Op(
+        "toy", (Implementation("a", lambda x: "a", refuses_device=unavailable, has_backward=False),), {"form": _sample}
+    )
     x, weight = torch.zeros(2), torch.zeros(2, requires_grad=True)
     run(op, x)
     run(op, x.double())
@@ -171,7 +173,10 @@ def test_what_an_implementation_refuses_is_asked_in_each_call(toy: Op) -> None:
 
 def test_a_choice_without_gradients_does_not_hold_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast, plain = Implementation("fast", lambda x: "fast", trains=False), Implementation("torch", lambda x: "torch")
+    fast, plain = (
+        Implementation("fast", lambda x: "fast", has_backward=False),
+        Implementation("torch", lambda x: "torch"),
+    )
     op, x = Op("toy", (fast, plain), {"form": _sample}), torch.zeros(2)
     weight = torch.nn.Parameter(torch.zeros(2))
     for _ in range(2):
@@ -200,7 +205,7 @@ def test_set_backend_holds_until_it_is_called_again(toy: Op) -> None:
 
 
 def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
-    bound = dispatch.Bound(toy, "form")
+    bound = dispatch.BoundOp(toy, "form")
     assert bound(torch.zeros(2)) == "small"
     assert bound(torch.zeros(5)) == "small"  # its caller's tensors keep their sizes: nothing is asked again
     with use_backend("toy=torch"):
@@ -213,7 +218,7 @@ def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
 
 def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy: Op) -> None:
     """The choice belongs to the setting under which it began, whatever another thread does meanwhile."""
-    bound, begun, ended = dispatch.Bound(toy, "form"), threading.Event(), threading.Event()
+    bound, begun, ended = dispatch.BoundOp(toy, "form"), threading.Event(), threading.Event()
     small = toy.implementations[1]
 
     def slow(x: torch.Tensor) -> None:
@@ -235,11 +240,11 @@ def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("tritn", "'tritn' is no backend of any op"),
-        ("toy=cudnn", "'cudnn' is no backend of toy. There are: kernel, small, torch"),
+        ("tritn", "'tritn' is not a backend of any op"),
+        ("toy=cudnn", "'cudnn' is not a backend of toy. The backends are: kernel, small, torch"),
         ("atention=torch", "there is no op 'atention'. The ops are activation, attention,"),
-        ("", "'' is no backend"),
-        ("toy=", "'' is no backend of toy"),
+        ("", "'' is not a backend"),
+        ("toy=", "'' is not a backend of toy"),
     ],
 )
 def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, message: str) -> None:
@@ -251,7 +256,7 @@ def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, 
 
 def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast = Implementation("fast", lambda x: "fast", trains=False)
+    fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast, Implementation("torch", lambda x: "torch")), {"form": _sample})
     weight = torch.zeros(1, requires_grad=True)
     assert run(op, weight.detach()) == "fast"
@@ -263,25 +268,25 @@ def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pyt
     with pytest.raises(BackendError, match="is for inference only, and gradients are recorded"):
         run(op, weight, backend="fast")
     with use_backend("fast"):
-        (row,) = [row for row in table(training=True) if row.op == "toy"]
+        (row,) = [row for row in backend_choices(training=True) if row.op == "toy"]
     assert row.backend == "torch"
 
 
 def test_an_op_for_inference_alone_refuses_training_and_is_not_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast = Implementation("fast", lambda x: "fast", trains=False)
+    fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast,), {"form": _sample})
     for setting in ("fast", "torch"):
         with use_backend(setting), pytest.raises(BackendError, match="inference only"):
             run(op, torch.zeros(1, requires_grad=True))
-    assert "toy" in {row.op for row in table()}
-    assert "toy" not in {row.op for row in table(only_trainable=True)}
-    assert "toy" not in {row.op for row in table(training=True)}
+    assert "toy" in {row.op for row in backend_choices()}
+    assert "toy" not in {row.op for row in backend_choices(only_trainable=True)}
+    assert "toy" not in {row.op for row in backend_choices(training=True)}
 
 
 def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), elsewhere=lambda d: d.type == "cpu")
+    kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), can_force_on=lambda d: d.type == "cpu")
     op = Op("toy", (kernel, Implementation("torch", lambda x: "torch")), {"form": _sample})
     assert run(op, torch.zeros(1)) == "torch"
     assert run(op, torch.zeros(1), backend="kernel") == "kernel"
@@ -293,9 +298,9 @@ def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: p
 
 @devices.fakes_cuda
 def test_kernels_refuse_devices_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda index: (7, 5))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda index: (7, 5))
     with use_backend("triton"):
-        rows = table("cuda")
+        rows = backend_choices("cuda")
     assert {row.because for row in rows} == {
         "triton was asked for, but needs a device of sm_80 or newer, got sm_75",
     }
@@ -310,7 +315,7 @@ def test_kernels_do_not_export_and_a_forced_one_says_so() -> None:
     x = torch.randn(2, 8, device=devices.DEVICE)
     assert "dinov2_fast" not in str(torch.export.export(Norm(), (x,)).graph)
     for strict in (False, True):
-        with use_backend("triton", strict=True), pytest.raises(Exception, match="does not export"):
+        with use_backend("triton", strict=True), pytest.raises(Exception, match="cannot be exported"):
             torch.export.export(Norm(), (x,), strict=strict)
 
 
@@ -371,7 +376,7 @@ def test_blocks_that_begin_and_end_at_once_lose_none(toy: Op, monkeypatch: pytes
             with use_backend("toy=torch"):
                 assert run(toy, torch.zeros(2)) == "torch"
 
-    def slow(settings: tuple[dispatch.Setting, ...], activate: Any = dispatch._activate) -> None:
+    def slow(settings: tuple[dispatch.BackendSetting, ...], activate: Any = dispatch._activate) -> None:
         time.sleep(1e-3)  # what another thread writes meanwhile would be lost
         activate(settings)
 
@@ -387,9 +392,9 @@ def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
     only = Implementation("kernel", lambda x: x, devices=("meta",))
     op = Op("lonely", (only,), {"form": _sample})
-    with pytest.raises(BackendError, match="lonely: no implementation runs this input: kernel needs a meta tensor"):
+    with pytest.raises(BackendError, match="lonely: no implementation can run this input: kernel needs a meta tensor"):
         run(op, torch.zeros(1))
-    (row,) = [row for row in table("cpu") if row.op == "lonely"]
+    (row,) = [row for row in backend_choices("cpu") if row.op == "lonely"]
     assert row.backend == "nothing"
     assert "kernel needs a meta tensor, got one on cpu" in row.because
 
@@ -397,7 +402,7 @@ def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatc
 def test_the_table_tells_what_runs_and_why(toy: Op) -> None:
     def of_toy(device: str, setting: str) -> tuple[str, str]:
         with use_backend(setting):
-            (row,) = [row for row in table(device) if row.op == "toy"]
+            (row,) = [row for row in backend_choices(device) if row.op == "toy"]
         assert row.name == "toy"
         return row.backend, row.because
 
@@ -417,7 +422,7 @@ def test_the_environment_variable_is_read_and_checked(value: str, good: bool) ->
         check=False,
     )
     assert (run.returncode == 0) == good, run.stderr
-    assert ("torch" in run.stdout) if good else ("'x' is no backend of any op" in run.stderr)
+    assert ("torch" in run.stdout) if good else ("'x' is not a backend of any op" in run.stderr)
 
 
 def test_compiled_code_follows_the_setting(toy: Op) -> None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension, ops
 from dinov2_fast.cli import main
-from dinov2_fast.ops.choices import table
+from dinov2_fast.ops.choices import backend_choices
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests.helpers.devices import fakes_cuda
 
@@ -96,8 +96,8 @@ def test_the_built_one_loads_without_a_gpu_and_registers_what_it_declares() -> N
 
 @pytest.fixture
 def _available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
 
 
 def _gelu() -> None:
@@ -108,14 +108,14 @@ def _gelu() -> None:
 @fakes_cuda
 @pytest.mark.usefixtures("_available")
 def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (7, 5))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (7, 5))
     with FakeTensorMode(), pytest.raises(BackendError, match="needs a device of sm_80 or newer, got sm_75"):
         _gelu()
 
 
 @fakes_cuda
 def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: "not built")
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: "not built")
     with (
         FakeTensorMode(),
         pytest.raises(BackendError, match=r"needs the CUDA extension, .* not available \(not built\)"),
@@ -127,10 +127,10 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("_available")
 def test_it_is_never_chosen_by_default() -> None:
     """No kernel of it has run on a GPU yet."""
-    rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
+    rows = [*backend_choices("cuda", torch.bfloat16), *backend_choices("cuda", torch.float8_e4m3fn)]
     assert "cuda" not in {row.backend for row in rows}
     with use_backend("cuda"):
-        rows = [*table("cuda", torch.bfloat16), *table("cuda", torch.float8_e4m3fn)]
+        rows = [*backend_choices("cuda", torch.bfloat16), *backend_choices("cuda", torch.float8_e4m3fn)]
     names = ["linear.gelu", "linear.swiglu", "linear.residual"]
     expected = ["attention.batch", *names, "attention.batch", "linear.none", *names]
     assert [row.name for row in rows if row.backend == "cuda"] == expected

@@ -396,7 +396,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         half = torch.empty(2, 3, 8, device="cuda", dtype=torch.bfloat16)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # needs no device so
-            with pytest.raises(BackendError, match="where autocast gives it in fp32"):
+            with pytest.raises(BackendError, match="but autocast asks for fp32"):
                 ops.layer_norm(half, half[0, 0], half[0, 0], EPS, branch=half, backend="triton")
         wide = torch.empty(2, 8193, device="cuda")
         with pytest.raises(BackendError, match="hidden size up to 8192, got 8193"):

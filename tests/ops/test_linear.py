@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import ops
-from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops import _backends, _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from dinov2_fast.ops.linear import LINEAR, interleave
 from tests import reference
@@ -417,20 +417,20 @@ def test_cublas_forms_obey_the_rule(rows: int) -> None:
 
 
 def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    monkeypatch.setattr(_linear_peers, "_ROW_SCALES", {})
     cpu = torch.device("cpu")
-    first = _linear_peers._scale_of_rows(5, 0.25, cpu)
+    first = _linear_peers._row_scales(5, 0.25, cpu)
     assert (first.shape, first.stride(), first.tolist()) == ((5, 1), (1, 1), [[0.25]] * 5)
-    assert _linear_peers._scale_of_rows(8, 0.25, cpu).data_ptr() == first.data_ptr()
-    assert _linear_peers._scale_of_rows(1, 0.5, cpu).tolist() == [[0.5]]
-    assert _linear_peers._scale_of_rows(9, 0.25, cpu).tolist() == [[0.25]] * 9
-    assert [len(kept) for kept in _linear_peers._SCALES[0.25, cpu]] == [8, 16]
+    assert _linear_peers._row_scales(8, 0.25, cpu).data_ptr() == first.data_ptr()
+    assert _linear_peers._row_scales(1, 0.5, cpu).tolist() == [[0.5]]
+    assert _linear_peers._row_scales(9, 0.25, cpu).tolist() == [[0.25]] * 9
+    assert [len(kept) for kept in _linear_peers._ROW_SCALES[0.25, cpu]] == [8, 16]
 
 
 @fakes_cuda
 def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture must not wait for the device; and what it would fill later nobody else may read."""
-    monkeypatch.setattr(_linear_peers, "_SCALES", {})
+    monkeypatch.setattr(_linear_peers, "_ROW_SCALES", {})
     monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
@@ -440,17 +440,17 @@ def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: p
     )
 
     def _kept() -> int:
-        return sum(map(len, _linear_peers._SCALES.values()))
+        return sum(map(len, _linear_peers._ROW_SCALES.values()))
 
     cuda = torch.device("cuda", 0)
     with FakeTensorMode():
-        assert _linear_peers._scale_of_rows(5, 0.25, cuda).shape == (5, 1)
+        assert _linear_peers._row_scales(5, 0.25, cuda).shape == (5, 1)
         assert (_kept(), waited) == (0, [])
         capturing[0] = False
-        _linear_peers._scale_of_rows(5, 0.25, cuda)
+        _linear_peers._row_scales(5, 0.25, cuda)
         assert (_kept(), waited) == (1, [0])  # kept once it is filled
         capturing[0] = True
-        assert _linear_peers._scale_of_rows(8, 0.25, cuda).shape == (8, 1)
+        assert _linear_peers._row_scales(8, 0.25, cuda).shape == (8, 1)
         assert _kept() == 1
 
 
@@ -549,9 +549,10 @@ def test_what_was_measured_comes_first(monkeypatch) -> None:
     """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
     cpu = torch.device("cpu")
     for first in (True, False):
-        monkeypatch.setattr(_linear_peers, "HAS_AVX512", first)
-        assert _linear_peers.onednn().is_for(cpu) == first
-        assert _linear_peers.onednn().reason_against_kind(cpu, torch.float32, False, forced=True) is None
+        monkeypatch.setattr(_backends, "HAS_AVX512", first)
+        onednn = _backends.onednn(_linear_peers.linear_onednn)
+        assert onednn.is_for(cpu) == first
+        assert onednn.refusal_of_kind(cpu, torch.float32, False, forced=True) is None
     assert LINEAR.backends("none")[:2] == ["onednn", "torch"]
 
 
@@ -559,10 +560,10 @@ def test_what_was_measured_comes_first(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
 @each_form
 def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode(), torch.no_grad():
-        assert LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend == "torch"
+        assert LINEAR.choose(form, LINEAR.sample_inputs[form](torch.device("cuda"), dtype)).backend == "torch"
 
 
 @fakes_cuda
@@ -570,11 +571,11 @@ def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: 
 def test_a_backend_without_a_form_leaves_it_to_the_default(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
 
     def chosen(form: str, dtype: torch.dtype) -> str:
-        return LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend
+        return LINEAR.choose(form, LINEAR.sample_inputs[form](torch.device("cuda"), dtype)).backend
 
     with FakeTensorMode(), torch.no_grad(), use_backend(f"linear={name}", strict=True):
         assert chosen("none", torch.bfloat16) == "torch"
@@ -606,12 +607,12 @@ def _add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backe
 REFUSALS = {
     "takes fp16, bf16, fp32 and e4m3, got torch.float64": lambda x, w, b: linear(x.double(), w, b, backend="triton"),
     "takes x and weight of one dtype": lambda x, w, b: linear(x, w.half(), b, backend="triton"),
-    "is near enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
+    "is accurate enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
     "takes tensors of one dtype, got torch.bfloat16, torch.bfloat16, torch.float32": lambda x, w, b: linear(
         x.bfloat16(), w.bfloat16(), b, epilogue="gelu", backend="cublas"
     ),
     "takes all gates first": lambda x, w, b: linear(x, w, b, epilogue="swiglu", interleaved=True, backend="cublas"),
-    "takes gate and value features in turn": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
+    "takes interleaved gate and value features": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
     "adds no bias": lambda x, w, b: _add(x, x, w, b, "cublas"),
     "got torch.float32, torch.float32, torch.float16": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
     "evenly spaced rows": lambda x, w, b: _add(x[:1].expand(4, 16), x, w, b, "triton"),
@@ -621,15 +622,15 @@ REFUSALS = {
     "too coarse for an fp16 stream": lambda x, w, b: _e4m3(
         x, w, None, epilogue="residual", residual=x.half(), backend="cublas"
     ),
-    "there is no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
-    "there is no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
+    "has no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
+    "has no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -639,7 +640,7 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["cublas", "triton"])
 @pytest.mark.parametrize("form", FORMS)
 def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (8, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (8, 0))
     with FakeTensorMode():
         x, scale = torch.empty(16, 16, device="cuda").to(E4M3), torch.empty(16, device="cuda")
         with pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
@@ -648,22 +649,22 @@ def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pyte
 
 MISTAKES = {
     "weight has shape": lambda x, w, b: linear(x, w[:, 1:], b),
-    "which does not go with x": lambda x, w, b: linear(x[0, 0], w, b),
+    "which does not fit x": lambda x, w, b: linear(x[0, 0], w, b),
     "bias has shape": lambda x, w, b: linear(x, w, b[1:], epilogue="gelu"),
     "nothing to multiply": lambda x, w, b: linear(x[:, :0], w[:, :0], b),
     "pairs of gate and value": lambda x, w, b: linear(x, w[1:], b[1:], epilogue="swiglu"),
     "no form 'relu', only none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
     "residual has shape": lambda x, w, b: _add(x[1:], x, w, b),
-    "which needs it": lambda x, w, b: linear(x, w, b, epilogue="residual"),
-    "residual goes with the epilogue": lambda x, w, b: linear(x, w, b, residual=x),
-    "of shape .7,., not torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
+    "needs a residual": lambda x, w, b: linear(x, w, b, epilogue="residual"),
+    "other epilogues take none": lambda x, w, b: linear(x, w, b, residual=x),
+    "of shape .7,., but must be torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
     "weight_scale is torch.float16": lambda x, w, b: _e4m3(x, w, b, weight_scale=b.half()),
-    "x and weight must be e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
-    "for scale, weight_scale and dtype": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
+    "for x and weight in e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
+    "scale, weight_scale and dtype are for": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
     "need scale and weight_scale": lambda x, w, b: linear(x.to(E4M3), w.to(E4M3), b),
     "operands need scale": lambda x, w, b: _e4m3(x, w, b, scale=None),
-    "the result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
-    "the result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
+    "The result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
+    "The result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
 }
 
 

@@ -320,10 +320,10 @@ REFUSALS = {
     ),
     "out_features in multiples of 16, got 16 and 8": lambda x, w, b: _half(x, w[:8], b[:8], "swiglu"),
     "in_features in multiples of 16 and": lambda x, w, b: _e4m3(x[:, :8], w[:, :8], b, "none"),
-    "a bias of fp16, bf16 or fp32, got torch.float64": lambda x, w, b: _cuda(
+    "a bias in fp16, bf16 or fp32, got torch.float64": lambda x, w, b: _cuda(
         x.half(), w.half(), b.double(), "residual", residual=x.half()
     ),
-    "gives bf16, or e4m3 behind an activation": lambda x, w, b: _e4m3(x, w, b, dtype=torch.float16),
+    "returns bf16, or e4m3 after an activation": lambda x, w, b: _e4m3(x, w, b, dtype=torch.float16),
     "adds to torch.float16 or fp32, not to torch.bfloat16": lambda x, w, b: _half(
         x, w, b, "residual", residual=x.bfloat16()
     ),
@@ -335,15 +335,15 @@ REFUSALS = {
         x[:, None], w, b, "residual", residual=_empty(4, 1, 20)[..., :16]
     ),
     "evenly spaced rows": lambda x, w, b: _half(x, w, b, "residual", residual=x[:1].half().expand(4, 16)),
-    "there is no backend 'cuda'": lambda x, w, b: _half(x, w, b, "none"),
+    "has no backend 'cuda'": lambda x, w, b: _half(x, w, b, "none"),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -353,13 +353,13 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
 def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: capability)
-    monkeypatch.setattr("dinov2_fast.ops._backends._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: capability)
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode():
         x, weight = (torch.empty(16, 16, device="cuda", dtype=torch.half) for _ in range(2))
-        with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
+        with pytest.raises(BackendError, match=f"runs on sm_90 only, got sm_{capability[0]}{capability[1]}"):
             _cuda(x, weight, None)
-        monkeypatch.setattr("dinov2_fast.ops._backends._capability", lambda device: (9, 0))
+        monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         with pytest.raises(BackendError, match="does not follow autocast"):
             linear(x, weight, None, epilogue="gelu", backend="cuda")

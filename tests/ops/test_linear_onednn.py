@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops import _backends, _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.model.test_model import small
@@ -20,7 +20,7 @@ FORMS = ["none", "gelu", "swiglu", "residual"]
 @pytest.fixture
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small products are oneDNN's as well, in place of torch's."""
-    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)
+    monkeypatch.setattr(_linear_peers, "ONEDNN_MIN_PRODUCTS", 1)
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,10 +63,10 @@ def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
 @pytest.mark.usefixtures("_small_products_too")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_packed_weight_gives_the_same_for_any_number_of_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_peers, "HAS_AVX512", True)
+    monkeypatch.setattr(_backends, "HAS_AVX512", True)
     x, weight, bias = torch.randn(257, 800), torch.randn(96, 800) / 800**0.5, torch.randn(96)
     packed = weight.clone()
-    _linear_peers.let_pack(packed)
+    _linear_peers.allow_prepacking(packed)
     for rows in (257, 3, 64):
         expected, found = (_run(form, "onednn", x[:rows], each, bias) for each in (weight, packed))
         torch.testing.assert_close(found, expected)
@@ -122,7 +122,7 @@ def test_derivatives_of_forward_mode_are_left_to_torch(place: int) -> None:
         return linear(*operands[:place], moving, *operands[place + 1 :], backend=backend)
 
     moving = operands[place]
-    with torch.no_grad(), pytest.raises(BackendError, match="has no derivative of forward mode"):
+    with torch.no_grad(), pytest.raises(BackendError, match="has no forward-mode derivative"):
         torch.func.jvp(lambda x: run("onednn", x), (moving,), (moving,))
     with torch.no_grad(), use_backend("linear=onednn"):
         _, tangent = torch.func.jvp(lambda x: run(None, x), (moving,), (moving,))

@@ -179,7 +179,7 @@ def _each_backend(name: str) -> list[Any]:
     op, _, form = name.partition(" ")[0].partition(".")
     dtype = E4M3 if name.endswith("e4m3") and op != "attention" else BF16  # of the operands
     form = form or ("varlen" if "varlen" in name else "batch")  # attention's
-    has_cuda = op in dispatch.ops() and "cuda" in dispatch.ops()[op].backends(form, dtype)
+    has_cuda = op in dispatch.all_ops() and "cuda" in dispatch.all_ops()[op].backends(form, dtype)
     return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
 
 
