@@ -308,7 +308,7 @@ MISTAKES = {
     ),
     r"qkv must have the shape .*, got \(2, 5, 2, 4, 64\)": lambda: _wrong(qkv=_half(2, 5, 2, 4, 64)),
     r"qkv must have the shape .*, got \(5, 3, 4, 64\)": lambda: _wrong(qkv=_half(5, 3, 4, 64)),
-    "qkv must have the elements of a head side by side": lambda: _wrong(qkv=_half(2, 5, 3, 4, 128)[..., ::2]),
+    "qkv must have contiguous heads": lambda: _wrong(qkv=_half(2, 5, 3, 4, 128)[..., ::2]),
     "qkv must begin at a multiple of 16 bytes": lambda: _wrong(qkv=_half(2, 5, 3, 4, 72)[..., 4:68]),
     "heads that start at multiples of 16 bytes .*, got a stride of 68": lambda: _wrong(
         qkv=_half(2, 5, 3, 4, 68)[..., :64]

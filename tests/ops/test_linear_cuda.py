@@ -399,8 +399,8 @@ MISTAKES = {
     "out_features must be a multiple of 16, got 8": lambda: _wrong(form=2, weight=_half_matrix(8, 16)),
     "bias must have the shape": lambda: _wrong(bias=_half_matrix(8)),
     "bias must begin at a multiple of 16 bytes": lambda: _wrong(bias=_half_matrix(17)[1:]),
-    "weight_scale goes with e4m3 operands": lambda: _wrong(weight_scale=random(16)),
-    "e4m3 operands, which need it": lambda: _wrong(
+    "weight_scale must be given for e4m3 operands": lambda: _wrong(weight_scale=random(16)),
+    "for e4m3 operands, and for no others": lambda: _wrong(
         x=_half_matrix(16, 16).to(E4M3), weight=_half_matrix(16, 16).to(E4M3)
     ),
     "weight_scale must have the shape": lambda: _wrong(
@@ -413,7 +413,7 @@ MISTAKES = {
     "out must be fp16 or fp32, got bf16": lambda: _wrong(form=3, out=random(16, 16, dtype=torch.bfloat16)),
     "out must have the shape": lambda: _wrong(out=_half_matrix(16, 8)),
     "out must have rows that do not overlap": lambda: _wrong(form=3, out=_half_matrix(1, 16).expand(16, 16)),
-    "is cuBLAS' to compute": lambda: _wrong(form=0),
+    "for bf16 and fp16 use cuBLAS": lambda: _wrong(form=0),
     "form must be 0 .none.": lambda: _wrong(form=4),
 }  # fmt: skip
 
