@@ -101,7 +101,7 @@ def test_swiglu_gates_with_the_first_half(backend: str) -> None:
 
 @each_kind
 @each_backend
-def test_gradients_in_fp64(backend: str, kind: str) -> None:
+def test_gradients_equal_finite_differences_in_fp64(backend: str, kind: str) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(_op(kind, backend), (x,))
 
@@ -169,9 +169,9 @@ def test_e4m3_values_are_one_step_from_the_formula(backend: str, kind: str, dtyp
     with poisoned_memory():
         y = ops.activation(x, kind, scale=scale, backend=backend)
     exact = ((x.double() if kind == "identity" else getattr(reference, kind)(x)) / scale).clamp(-448, 448)
-    away = reference.e4m3_steps(y, exact.to(torch.float8_e4m3fn))
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = reference.e4m3_steps(y, exact.to(torch.float8_e4m3fn))
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
     assert y.float().max() == 448
     with pytest.raises(BackendError, match="inference only"):
         ops.activation(x.requires_grad_(), kind, scale=scale, backend=backend)
@@ -189,7 +189,7 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 @each_kind
 @each_kernel
-def test_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) -> None:
     x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
     opcheck(getattr(torch.ops.dinov2_fast, kind).default, (x.requires_grad_(requires_grad),))
     if not requires_grad:
@@ -200,7 +200,7 @@ def test_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) ->
 
 @each_kind
 @each_kernel
-def test_compiled_whole_with_gradients(backend: str, kind: str) -> None:
+def test_compiled_as_one_graph_with_gradients(backend: str, kind: str) -> None:
     op = _op(kind, backend)
     x = random(5, 64)
     compiled = torch.compile(lambda x: op(x * 2), fullgraph=True, backend="aot_eager")

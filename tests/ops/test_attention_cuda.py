@@ -122,7 +122,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
 @runs_cuda
 @pytest.mark.parametrize("sign", [1, -1])
 @each_dtype
-def test_scores_far_from_zero(dtype: torch.dtype, sign: int) -> None:
+def test_scores_far_from_zero_obey_the_rule(dtype: torch.dtype, sign: int) -> None:
     qkv = random_qkv(1, 100, heads=1, dtype=dtype)
     qkv[:, :, 0] += 6 * sign  # scores and lse of some hundred, all of one sign: exp(lse) is beyond fp32
     qkv[:, :, 1] += 6
@@ -201,7 +201,7 @@ def test_a_key_of_infinite_negative_score_gets_no_weight(key: int) -> None:
 
 
 @runs_cuda
-def test_nothing_in_gives_nothing() -> None:
+def test_empty_input_gives_an_empty_result() -> None:
     for batch, tokens in ((0, 5), (2, 0)):
         out, lse = _with_lse(random_qkv(batch, tokens, dtype=torch.float16))
         assert out.shape == (batch, tokens, 2, 64)
@@ -232,19 +232,19 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 @runs_cuda
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_opcheck(with_lse: bool) -> None:
+def test_registered_ops_pass_opcheck(with_lse: bool) -> None:
     for qkv in (random_qkv(2, 3, 1, dtype=torch.float16), random_qkv(3, 2, 1, dtype=torch.bfloat16).transpose(0, 1)):
         opcheck(torch.ops.dinov2_fast.attention_cuda.default, (qkv, with_lse))
 
 
 @runs_cuda
-def test_compiled_whole_and_in_inference_mode() -> None:
+def test_compiled_as_one_graph_and_in_inference_mode() -> None:
     assert_compiles_whole(lambda x: _cuda(x * 2), [random_qkv(2, 5, dtype=torch.float16)])
 
 
 @runs_cuda
 @runs_triton
-def test_compiled_whole_with_gradients() -> None:
+def test_compiled_as_one_graph_with_gradients() -> None:
     qkv = random_qkv(2, 5, dtype=torch.float16)
     compiled = torch.compile(_cuda, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradients(compiled, [qkv])[0], gradients(_cuda, [qkv])[0])
@@ -282,7 +282,7 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-def test_only_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_other_than_sm_90_are_refused(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "capability", lambda device: capability)
     monkeypatch.setattr(_backends, "missing_extension", lambda: None)
     with FakeTensorMode():
@@ -351,7 +351,7 @@ for arguments in json.loads(sys.argv[2]):
 """
 
 
-def test_tiles_and_places_are_those_of_torch() -> None:
+def test_the_offsets_of_elements_are_those_of_torch() -> None:
     from tests import cuda_on_host
 
     if cuda_on_host.reason_against():

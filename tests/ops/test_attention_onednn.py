@@ -80,7 +80,7 @@ def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "error::torch.jit.TracerWarning")
-def test_what_is_torch_s(fused) -> None:
+def test_what_onednn_does_not_support_is_left_to_torch(fused) -> None:
     """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     leaf = qkv.clone().requires_grad_()

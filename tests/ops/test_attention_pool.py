@@ -60,13 +60,13 @@ def test_sizes_of_the_backbones_and_odd_ones(backend: str, dtype: torch.dtype, n
 
 
 @each_backend
-def test_the_tokens_of_a_518_pixel_image(backend: str) -> None:
+def test_the_tokens_of_a_518_pixel_image_obey_the_rule(backend: str) -> None:
     arguments = _arguments(torch.float32, 1, 1370)
     _assert_obeys_rule(attention_pool(*arguments, backend=backend), arguments)
 
 
 @each_backend
-def test_many_images(backend: str) -> None:
+def test_many_images_obey_the_rule(backend: str) -> None:
     """Enough of them for the wide blocks of the kernels."""
     arguments = _arguments(torch.float16, 600 if DEVICE == "cuda" else 5, 5, 6, 384)
     with poisoned_memory():
@@ -135,7 +135,7 @@ def test_nan_stays_in_its_image(backend: str) -> None:
 
 
 @each_backend
-def test_huge_values_and_constant_rows(backend: str) -> None:
+def test_huge_values_and_constant_rows_obey_the_rule(backend: str) -> None:
     x, absorbed, weight, bias, eps = _arguments(torch.float16)
     huge = x.sign() * 6e4
     constant = torch.full_like(x, 7.0)
@@ -144,7 +144,7 @@ def test_huge_values_and_constant_rows(backend: str) -> None:
 
 
 @each_backend
-def test_no_image_and_no_head(backend: str) -> None:
+def test_no_image_and_no_head_give_an_empty_result(backend: str) -> None:
     x, absorbed, *rest = _arguments(torch.float32)
     assert attention_pool(x[:0], absorbed[:0], *rest, backend=backend).shape == (0, 2, 64)
     assert attention_pool(x, absorbed[:, :0], *rest, backend=backend).shape == (2, 0, 64)
@@ -216,7 +216,7 @@ def test_cls_attention_is_as_near_as_attention(backend: str, dtype: torch.dtype)
 # What is refused
 
 
-def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
+def test_shapes_that_do_not_fit_are_an_error() -> None:
     x, absorbed, *rest = _arguments(torch.float32)
     for wrong in (absorbed[:1], absorbed[..., :8], absorbed[0]):
         with pytest.raises(ValueError, match=r"x \(batch, seq_len, hidden\) and absorbed \(batch, num_heads, hidden\)"):
@@ -254,7 +254,7 @@ def test_refusals_say_why() -> None:
 @runs_triton
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(dtype: torch.dtype, strided: bool) -> None:
     x, absorbed, *rest = _arguments(dtype, seq_len=9)
     if strided:
         x, absorbed = x[:, ::2], absorbed.transpose(0, 1)
@@ -262,7 +262,7 @@ def test_opcheck(dtype: torch.dtype, strided: bool) -> None:
 
 
 @each_backend
-def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+def test_compiled_as_one_graph_and_in_inference_mode(backend: str) -> None:
     block = _block(2, 64).float()
 
     def run(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dinov2_fast.ops import dispatch, use_backend
 from dinov2_fast.ops.choices import backend_choices, format_choices
 
 
-def test_every_op_is_in_the_table_on_every_device() -> None:
+def test_every_op_has_a_choice_on_every_device() -> None:
     for device in ("cpu", "meta", *(["cuda"] if torch.backends.cuda.is_built() else [])):
         chosen = {row.name: row.backend for row in backend_choices(device)}
         assert {name.partition(".")[0] for name in chosen} == set(dispatch.all_ops())
@@ -29,7 +29,7 @@ def test_e4m3_has_the_forms_that_read_or_write_it() -> None:
     assert names == linears | others
 
 
-def test_the_summary_has_a_line_for_forms_that_run_alike() -> None:
+def test_forms_that_run_alike_share_a_line() -> None:
     with use_backend("linear=torch,linear.gelu=onednn"):
         lines = format_choices(row for row in backend_choices("cpu") if row.op in ("linear", "patches"))
     assert [line.split() for line in lines] == [

@@ -60,7 +60,9 @@ def test_auto_takes_the_first_that_does_not_refuse(toy: Op) -> None:
     assert run(toy, torch.zeros(2, device="meta")) == "kernel"
 
 
-def test_a_fallback_is_logged_once_and_another_device_is_none(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fallback_is_logged_once_except_from_a_kernel_for_other_devices(
+    toy: Op, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"):
         run(toy, torch.zeros(2))
         assert not caplog.records
@@ -216,7 +218,7 @@ def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
     assert bound(torch.zeros(5)) == "small"
 
 
-def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy: Op) -> None:
+def test_a_bound_op_whose_setting_ends_while_it_chooses_caches_no_wrong_choice(toy: Op) -> None:
     """The choice belongs to the setting under which it began, whatever another thread does meanwhile."""
     bound, begun, ended = dispatch.BoundOp(toy, "form"), threading.Event(), threading.Event()
     small = toy.implementations[1]
@@ -254,7 +256,7 @@ def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, 
     assert dispatch._setting is before
 
 
-def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_without_backward_is_not_chosen_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
     fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast, Implementation("torch", lambda x: "torch")), {"form": _sample})
@@ -272,7 +274,9 @@ def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pyt
     assert row.backend == "torch"
 
 
-def test_an_op_for_inference_alone_refuses_training_and_is_not_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_without_backward_refuses_training_and_is_not_listed_for_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
     fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast,), {"form": _sample})
@@ -284,7 +288,7 @@ def test_an_op_for_inference_alone_refuses_training_and_is_not_the_model_s(monke
     assert "toy" not in {row.op for row in backend_choices(training=True)}
 
 
-def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_can_be_forced_on_a_device_that_it_is_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
     kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), can_force_on=lambda d: d.type == "cpu")
     op = Op("toy", (kernel, Implementation("torch", lambda x: "torch")), {"form": _sample})

@@ -183,7 +183,7 @@ def test_mixed_dtypes_promote_as_in_torch(backend: str) -> None:
 
 
 @each_backend
-def test_gradients_in_fp64(backend: str) -> None:
+def test_gradients_equal_finite_differences_in_fp64(backend: str) -> None:
     residual, branch = torch.randn(2, 2, 3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
     vectors = torch.randn(3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
     scale = torch.tensor([0.0, 2.0], dtype=torch.float64, device=DEVICE)
@@ -269,7 +269,7 @@ def test_nan_and_inf_stay_in_their_row_and_constant_rows_give_the_bias(backend: 
 
 
 @each_backend
-def test_huge_and_tiny_values(backend: str) -> None:
+def test_huge_and_tiny_values_obey_the_rule(backend: str) -> None:
     weight, bias = _parameters(384, torch.float16)
     huge = random(3, 384, dtype=torch.float16).sign() * 6e4
     tiny = random(3, 384, dtype=torch.float16, scale=1e-4)  # eps counts as much as the variance
@@ -308,14 +308,14 @@ def test_e4m3_values_are_one_step_from_the_formula(
         y = ops.layer_norm(x, weight, bias, EPS, deferred_bias=left_out, scale=scale, backend=backend)
     x = x.double() + (0 if left_out is None else left_out.double())
     expected = (reference.layer_norm(x, weight, bias, EPS) / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    away = reference.e4m3_steps(y, expected)
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = reference.e4m3_steps(y, expected)
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
     assert y.float().abs().max() == 448
 
 
 @each_backend
-def test_e4m3_values_are_for_inference_and_of_no_sum(backend: str) -> None:
+def test_e4m3_is_for_inference_and_goes_without_a_branch(backend: str) -> None:
     x = random(2, 64).requires_grad_()
     with pytest.raises(BackendError, match="inference only"):
         ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend)
@@ -336,7 +336,7 @@ def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @each_kernel
-def test_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
     x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
     x.requires_grad_(requires_grad)
     vector = torch.rand(64, device=DEVICE, requires_grad=requires_grad)
@@ -358,7 +358,7 @@ def test_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
 
 
 @each_kernel
-def test_compiled_whole_with_gradients(backend: str) -> None:
+def test_compiled_as_one_graph_with_gradients(backend: str) -> None:
     def step(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         total, y = ops.layer_norm(residual, weight, bias, EPS, branch=branch, gamma=weight, backend=backend)
         return ops.layer_norm(total * y, weight, bias, EPS, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast import ops
 from dinov2_fast.ops import _backends, _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from dinov2_fast.ops.linear import LINEAR, interleave
@@ -103,7 +101,9 @@ def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, for
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_backend
-def test_the_stream_may_be_wider_and_the_rest_stays(backend: str, dtype: torch.dtype, with_bias: bool) -> None:
+def test_the_stream_may_be_wider_and_the_operands_stay_unchanged(
+    backend: str, dtype: torch.dtype, with_bias: bool
+) -> None:
     x, weight, bias = (
         t.view(2, 5, -1) if t.ndim == 2 and len(t) == 10 else t for t in random_operands(10, 72, 40, dtype)
     )
@@ -182,7 +182,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @each_path
-def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype) -> None:
+def test_gelu_is_the_exact_one_in_precise_dtypes(backend: str, dtype: torch.dtype) -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).to(dtype)
     y = linear(x, torch.eye(8, device=DEVICE, dtype=dtype), None, epilogue="gelu", backend=backend)
     exact = reference.gelu(x)
@@ -261,106 +261,12 @@ def test_fp8_residual_in_fp32(backend: str) -> None:
     assert_fp8_residual_in_fp32(backend)
 
 
-# cuBLAS, which CPUs have under other names as far as the first two go
-
-
-@pytest.mark.parametrize("rows", [1, 33])
-def test_cublas_forms_obey_the_rule(rows: int) -> None:
-    x, weight, bias = (t.cpu() for t in random_operands(rows, 48, 40, torch.bfloat16))
-    y = _linear_peers.linear_cublas(x.view(1, rows, 40), weight, bias, "gelu")
-    assert y.shape == (1, rows, 48)
-    reference.assert_obeys_rule(y[0], exact_linear("gelu", x, weight, bias), plain_linear("gelu", x, weight, bias))
-    y = linear(x, weight, bias, epilogue="swiglu", backend="cublas")
-    in_turn = x, interleave(weight), interleave(bias)
-    reference.assert_obeys_rule(y, exact_linear("swiglu", *in_turn), plain_linear("swiglu", *in_turn))
-    residual = random_stream(x, weight)
-    exact = residual.double() + reference.linear(x, weight, None)
-    plain = residual + F.linear(x, weight)
-    assert linear(x, weight, None, epilogue="residual", residual=residual, backend="cublas") is residual
-    reference.assert_obeys_rule(residual, exact, plain)
-
-
-def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_peers, "_ROW_SCALES", {})
-    cpu = torch.device("cpu")
-    first = _linear_peers._row_scales(5, 0.25, cpu)
-    assert (first.shape, first.stride(), first.tolist()) == ((5, 1), (1, 1), [[0.25]] * 5)
-    assert _linear_peers._row_scales(8, 0.25, cpu).data_ptr() == first.data_ptr()
-    assert _linear_peers._row_scales(1, 0.5, cpu).tolist() == [[0.5]]
-    assert _linear_peers._row_scales(9, 0.25, cpu).tolist() == [[0.25]] * 9
-    assert [len(kept) for kept in _linear_peers._ROW_SCALES[0.25, cpu]] == [8, 16]
-
-
-@fakes_cuda
-def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture must not wait for the device; and what it would fill later nobody else may read."""
-    monkeypatch.setattr(_linear_peers, "_ROW_SCALES", {})
-    monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
-    capturing = [True]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    waited = []
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(_kept()))
-    )
-
-    def _kept() -> int:
-        return sum(map(len, _linear_peers._ROW_SCALES.values()))
-
-    cuda = torch.device("cuda", 0)
-    with FakeTensorMode():
-        assert _linear_peers._row_scales(5, 0.25, cuda).shape == (5, 1)
-        assert (_kept(), waited) == (0, [])
-        capturing[0] = False
-        _linear_peers._row_scales(5, 0.25, cuda)
-        assert (_kept(), waited) == (1, [0])  # kept once it is filled
-        capturing[0] = True
-        assert _linear_peers._row_scales(8, 0.25, cuda).shape == (8, 1)
-        assert _kept() == 1
-
-
-@pytest.mark.parametrize("form", ["gelu", "swiglu"])
-def test_cublas_in_e4m3_leaves_the_activation_to_its_op(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a product in place of cuBLAS' that computes in fp32 and gives bf16."""
-
-    def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, _: Any, columns: Tensor, *rest: Any, **options: Any):
-        assert options["use_fast_accum"]
-        z = (x.float() * scale) @ (weight.float() * columns) + options["bias"].float()
-        return z.to(options["output_dtype"])
-
-    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    operands, matrices = random_fp8_operands((33, 32, 48))
-    x, scale, weight, weight_scale, bias = (t.cpu() if isinstance(t, Tensor) else t for t in operands)
-    args = x, weight, bias, form, None, scale, weight_scale, E4M3, 1 / 300, False
-    asked = []
-    monkeypatch.setattr(
-        _linear_peers, "activation", lambda z, kind, **rest: asked.append(z) or ops.activation(z, kind, **rest)
-    )
-    y = _linear_peers.linear_cublas_e4m3(*args)
-    assert asked[0].dtype == torch.bfloat16
-    exact = exact_linear(
-        form, matrices[0], *(map(interleave, (matrices[1], bias)) if form == "swiglu" else (matrices[1], bias))
-    )
-    steps = reference.e4m3_steps(y, (exact * 300).clamp(-448, 448).to(E4M3).cpu())
-    assert steps.max() <= 1
-    assert (steps > 0).double().mean() < 0.1  # the product was rounded to bf16
-
-
-@fakes_cuda
-@pytest.mark.parametrize("form", FORMS)
-def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
-    with FakeTensorMode():
-        x, weight = (torch.empty(n, 64, device="cuda").to(E4M3) for n in (10, 48))
-        operands = (x.view(2, 5, 64), 0.5, weight, torch.empty(48, device="cuda"), None)
-        y, expected = (run_fp8(form, backend, operands, torch.bfloat16) for backend in ("cublas", "torch"))
-        assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
-
-
 # How torch sees the ops
 
 
 @runs_triton
 @pytest.mark.parametrize("strided", [False, True])
-def test_opcheck(strided: bool) -> None:
+def test_registered_ops_pass_opcheck(strided: bool) -> None:
     skip_without_opcheck()
     x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
     weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
@@ -377,7 +283,7 @@ def test_opcheck(strided: bool) -> None:
 
 
 @each_backend
-def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+def test_compiled_as_one_graph_and_in_inference_mode(backend: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
         y = linear(x, weight, bias, backend=backend)
@@ -409,7 +315,7 @@ def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
     assert versions[0] < versions[1] < residual._version
 
 
-def test_what_was_measured_comes_first(monkeypatch) -> None:
+def test_onednn_is_first_on_a_cpu_with_avx512_only(monkeypatch) -> None:
     """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
     cpu = torch.device("cpu")
     for first in (True, False):
@@ -533,6 +439,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_sizes_that_do_not_go_together_are_an_error(message: str) -> None:
+def test_arguments_that_do_not_fit_together_are_an_error(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MISTAKES[message](random(4, 8), random(8, 8), random(8))

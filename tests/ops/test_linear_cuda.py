@@ -189,7 +189,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(form: str, dtype: torch.dtype)
 
 
 @runs_cuda
-def test_gelu_is_the_exact_one_where_that_shows() -> None:
+def test_gelu_is_the_exact_one_in_precise_dtypes() -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).half()
     y = linear(x, torch.eye(8, device=DEVICE).half(), None, epilogue="gelu", backend="cuda")
     exact = reference.gelu(x)
@@ -262,7 +262,7 @@ def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> T
 
 
 @runs_cuda
-def test_opcheck() -> None:
+def test_registered_ops_pass_opcheck() -> None:
     skip_without_opcheck()
     x, weight, bias = (random(*size, dtype=torch.bfloat16) for size in ((5, 3, 32), (16, 32), (16,)))
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
@@ -279,7 +279,7 @@ def test_opcheck() -> None:
 
 
 @runs_cuda
-def test_compiled_whole_and_in_inference_mode() -> None:
+def test_compiled_as_one_graph_and_in_inference_mode() -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
         linear(x, weight, bias, epilogue="residual", residual=residual, backend="cuda")
@@ -358,7 +358,9 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_other_than_sm_90_and_autocast_are_refused(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: capability)
     monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode():
@@ -460,7 +462,7 @@ def test_large_cases_fill_the_pipeline(case: tuple[str, tuple[int, ...], tuple[i
     assert in_features % step
 
 
-def test_the_tile_goes_by_shape() -> None:
+def test_the_tile_depends_on_the_shape() -> None:
     from tests import cuda_on_host
 
     if cuda_on_host.reason_against():

@@ -75,13 +75,13 @@ def test_a_packed_weight_gives_the_same_for_any_number_of_rows(form: str, monkey
 
 
 @pytest.mark.usefixtures("_small_products_too")
-def test_strided_operands() -> None:
+def test_strided_operands_are_multiplied_correctly() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
     torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)
 
 
 @pytest.mark.parametrize(("rows", "calls"), [(63, 0), (64, 1)])
-def test_small_products_are_torch_s(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_products_are_left_to_torch(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of less than 2^19 multiplications, also where oneDNN is asked for."""
     product, seen = _linear_peers.onednn_linear, []
     monkeypatch.setattr(_linear_peers, "onednn_linear", lambda *args: seen.append(1) or product(*args))
@@ -90,7 +90,7 @@ def test_small_products_are_torch_s(rows: int, calls: int, monkeypatch: pytest.M
     assert len(seen) == calls
 
 
-def test_what_it_refuses() -> None:
+def test_refusals_say_why() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     with pytest.raises(BackendError, match=r"takes fp32 and bf16, got torch\.float64"):
         linear(x.double(), weight.double(), None, backend="onednn")
@@ -101,7 +101,7 @@ def test_what_it_refuses() -> None:
 
 
 @pytest.mark.usefixtures("_small_products_too")
-def test_an_engine_that_uses_it_also_compiled() -> None:
+def test_an_engine_on_onednn_equals_the_model_also_compiled() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)
     engine = optimize_for_inference(model, "fp32")
