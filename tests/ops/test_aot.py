@@ -33,15 +33,16 @@ from tests.helpers.aot import (
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures("compiler")]
 
 
-SMALL_SPILL = 16  # bytes of a thread: a few registers, kept aside for what follows the loop
+SMALL_SPILL = 16  # bytes of a thread: a few registers that are needed only after the loop
 
 
 @dataclass(frozen=True)
 class Case:
-    """Launchers of an op as the package calls them: `launch(dtype, *size)` for each size.
+    """The launches of an op as the package makes them: `launch(dtype, *size)` for each size.
 
-    `sizes` are those of the backbones, `more` lead to the other configurations that the launchers choose. `alike` are
-    dtypes configured as one of `dtypes` is; one size shows that they compile. `max_spill` and `fast`: see `faults`.
+    `sizes` are those of the backbones. `more` lead to the other configurations that the launchers choose. `alike` are
+    dtypes with the configuration of one of `dtypes`; for them, one size shows that they compile. `max_spill` and
+    `fast` are arguments of `faults`.
     """
 
     launch: Callable[..., None]
@@ -179,12 +180,12 @@ ROWS = tuple((64 * 257, hidden) for hidden in (384, 768, 1024, 1536))
 MORE_ROWS = ((1, 384), (257, 384), (771, 384), (2056, 384), (257, 1536), (257, 383), (257, 4096))
 E4M3 = torch.float8_e4m3fn
 FP16_AND_64 = (torch.float16, torch.float64)
-# 592: patches padded for TMA, 588: not padded, so without it; few rows: a small tile
+# in_features of patches: 592 is padded for TMA, 588 is not, so it is read without TMA. Few rows lead to a small tile.
 FEATURES = ((16448, 384, 1536), (16448, 1024, 4096), (16448, 4096, 1536))
 MORE_FEATURES = ((16448, 592, 384), (16448, 588, 384), (257, 384, 384), (257, 383, 386), (1, 384, 384))
-# Triton makes a constant of an integer that is 1: batch, rows, tokens and heads can be
+# Triton compiles integer arguments that are 1 as constants. Batch, rows, tokens and heads can be 1.
 ONE_TOKEN = ((1, 6, 64), (1, 1, 64, 1))
-# tails of 16 and 32 keys; then none, another head_dim, 64 keys, tiles of 64 and of 128 queries
+# Tails of 16 and 32 keys; then no tail, other head_dims, a tail of 64 keys, tiles of 64 and of 128 queries.
 HEADS: dict[str, tuple[tuple[int, ...], ...]] = {
     "sizes": ((257, 6, 64), (257, 16, 64), (1370, 6, 64), (1370, 16, 64)),
     "more": (
@@ -196,7 +197,7 @@ HEADS: dict[str, tuple[tuple[int, ...], ...]] = {
 CASES = {
     "layer_norm": Case(_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
     "add_layer_norm": Case(_add_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
-    # far wider than any DINOv2: what the backward keeps of a row does not fit in the registers
+    # far wider than any DINOv2: the rows of the backward do not fit in the registers
     "layer_norm_wide": Case(_layer_norm, ((257, 8192),), alike=FP16_AND_64),
     "add_layer_norm_wide": Case(_add_layer_norm, ((257, 8192),), alike=FP16_AND_64, max_spill=384),
     "layer_norm_e4m3": Case(_layer_norm_e4m3, ROWS, MORE_ROWS, architectures=FP8_ARCHITECTURES),
@@ -277,7 +278,14 @@ TILES = [
     (E4M3, "none", 16448, 384, 1536, (128, 256, 132)),
     (E4M3, "none", 16448, 1024, 384, (128, 128, 264)),  # 256 columns would pad 384 to 512
     (torch.bfloat16, "gelu", 16448, 1024, 1536, (128, 256, 132)),
-    (E4M3, "gelu", 16448, 1024, 1536, (128, 128, 264)),  # an activation is hidden up to twice as many in_features
+    (
+        E4M3,
+        "gelu",
+        16448,
+        1024,
+        1536,
+        (128, 128, 264),
+    ),  # hidden up to twice as many in_features
     (E4M3, "gelu", 16448, 2048, 1536, (128, 256, 132)),
     (E4M3, "none", 257, 384, 384, (64, 64, 30)),
 ]
@@ -300,8 +308,8 @@ def test_attention_on_sm_90_leaves_room_for_two_programs_and_loads_ahead(seq_len
     forward, _, keys, queries = reports
     assert min(report.programs for report in (forward, keys, queries)) >= 2
     assert max(report.stack for report in (forward, keys, queries)) == 0
-    # where a loop waits for the copies of its tile, those of the next (of keys and values, say) are under way
+    # when a loop waits for the copies of its tile, the copies of the next tile are under way
     for report in (forward, keys, queries):
         assert max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", report.ptx))) >= 2, report
-    # a thread copies one number of lse and delta for a tile: for those before the loop, and in it
+    # for each tile, before and in the loop, a thread copies one number of lse and delta
     assert keys.opcodes["LDGSTS.E"] == keys.num_stages, keys

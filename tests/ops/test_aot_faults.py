@@ -198,7 +198,7 @@ def test_imprecise_dots_are_seen() -> None:
 
 
 def test_sums_of_e4m3_that_leave_the_tensor_cores_are_seen() -> None:
-    """They take additions in fp32 that the machine code of fast accumulation has none of."""
+    """They need additions in fp32, and the machine code of fast accumulation has none."""
     with compiling(90) as reports:
         _dot(torch.float8_e4m3fn)
         _dot(torch.float8_e4m3fn, sums=64)

@@ -1,6 +1,6 @@
-"""The CUDA kernels of the op attention, by the rules of tests/ops/test_attention.py, and what they do not take.
+"""The CUDA kernels of the op attention: the rules of tests/ops/test_attention.py, refusals, and checks of the launch.
 
-Without a GPU, `-p tests.cuda_on_host` runs all but the products and the softmax between them.
+Without a GPU, `-p tests.cuda_on_host` runs everything except the products and the softmax between them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from tests.helpers.devices import (
     runs_triton,
 )
 
-QUERIES = 192  # of a block, which takes 96 keys at once
-# (batch, tokens, heads): one token; a warp group more or less; a tile of keys or of queries more or less; images
+QUERIES = 192  # of a block, which reads 96 keys at a time
+# (batch, tokens, heads): one token; tokens around a warp group, a tile of keys and a tile of queries; several images.
 SIZES = [
     *((1, 1, 1), (3, 63, 1), (1, 64, 6), (3, 65, 2)),
     *((1, 96, 2), (3, 97, 1), (1, 192, 1), (1, 193, 2), (1, 257, 6), (2, 261, 1)),
 ]
-LARGE = [(8, 257, 12), (64, 261, 6), (4, 1370, 6), (2, 5477, 1)]  # several blocks for some multiprocessors
+LARGE = [(8, 257, 12), (64, 261, 6), (4, 1370, 6), (2, 5477, 1)]  # some multiprocessors compute several blocks
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 bf16_first = pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def _assert_obeys_the_rule(qkv: Tensor) -> None:
         with_lse, lse = _with_lse(qkv)
     assert out.is_contiguous()
     reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
-    assert torch.equal(with_lse, out)  # nothing in the order of the sums is left to chance
+    assert torch.equal(with_lse, out)  # the order of the sums is fixed
     ref, plain = reference.attention_lse(qkv), plain_scores(qkv.float()).logsumexp(-1)
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # to base 2, as the backward reads it
 
@@ -219,7 +219,7 @@ def test_e4m3_is_one_step_from_the_formula(dtype: torch.dtype, tokens: int) -> N
 @on_gpu
 @runs_cuda
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last image of a batch that large gets what it gets alone."""
+    """The last image of so large a batch has the same result as alone."""
     qkv = torch.randn(1, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16).repeat(2750, 1, 1, 1, 1)
     assert qkv.numel() > 2**31
     qkv[-1] = torch.randn_like(qkv[-1])
@@ -227,7 +227,7 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert torch.equal(large[-1:], alone)
 
 
-# How torch sees the op
+# Registration with torch
 
 
 @runs_cuda
@@ -256,7 +256,7 @@ def test_autocast_gives_the_dtype_torch_gives() -> None:
         assert _cuda(random_qkv(1, 5, dtype=torch.float16)).dtype == torch.bfloat16
 
 
-# What is refused, and in which words
+# Refusals
 
 
 REFUSALS = {
@@ -292,7 +292,7 @@ def test_devices_other_than_sm_90_are_refused(capability: tuple[int, int], monke
 
 
 def _wrong(**changes: Tensor) -> list[Tensor]:
-    """Arguments of the raw launch, right but for the changes."""
+    """Arguments of the raw launch, correct except for the changes."""
     right = {"qkv": _half(2, 5, 3, 4, 64), "out": _half(2, 5, 4, 64), "lse": random(2, 4, 5)}
     return list({**right, **changes}.values())
 
@@ -332,9 +332,9 @@ def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None
         torch.ops.dinov2_fast_cuda.attention_forward(*MISTAKES[sentence]())
 
 
-# Where a block finds its operands
+# The offsets of operands
 
-PLACES = {  # of the last query, key and value of the last head of some image
+LAYOUTS = {
     "packed": lambda *size: torch.empty(*size, device="meta"),
     "tokens first": lambda batch, tokens, *size: torch.empty(tokens, batch, *size, device="meta").transpose(0, 1),
     "heads first": lambda batch, tokens, kinds, heads, head_dim: torch.empty(
@@ -357,7 +357,7 @@ def test_the_offsets_of_elements_are_those_of_torch() -> None:
     if cuda_on_host.reason_against():
         pytest.skip(cuda_on_host.reason_against())
     asked, expected = [], []
-    for make in PLACES.values():
+    for make in LAYOUTS.values():
         for tokens in (1, 63, 64, 65, QUERIES, 257, 261, 1370):
             for batch, heads in ((1, 1), (3, 1), (1, 6), (3, 6), (3000, 6)):  # 3000 x 1370: beyond 2^31 elements
                 qkv = make(batch, tokens, 3, heads, 64)
@@ -367,7 +367,7 @@ def test_the_offsets_of_elements_are_those_of_torch() -> None:
                     asked.append([qkv.shape, qkv.stride(), at])
                     expected.append([tiles, tiles * batch * heads, qkv[at].storage_offset()])
     assert max(place for *_, place in expected) > 2**31
-    # in a process of its own, as torch takes the library's ops once and this one may have the extension
+    # in a process of its own, because torch accepts the library's ops once and this process may have the extension
     command = [sys.executable, "-c", LAYOUT, str(cuda_on_host.build()), json.dumps(asked)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [list(map(int, line.split())) for line in said.splitlines()] == expected

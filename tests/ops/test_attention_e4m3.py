@@ -60,8 +60,8 @@ def test_varlen_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtyp
 @each_dtype
 @each_backend
 def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len: int, scale: float) -> None:
-    """Where sums cancel, the errors of fp16 and bf16 are many steps, but those of both forms are the same, up to the
-    rounding of the other to fp16 or bf16.
+    """Where sums cancel, the errors of fp16 and bf16 are many e4m3 steps. The result in e4m3 has the same errors as the
+    result in fp16 or bf16, except for the rounding of the latter.
     """
     qkv, rounding = random_qkv(1, seq_len, dtype=dtype), max(torch.finfo(dtype).eps / 2, 1e-6)
     packed, seq_lens = qkv[0], (seq_len - 7, 7)
@@ -123,7 +123,7 @@ def test_fp8_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
         refused(qkv[..., :48], "takes a head_dim of 32, 64, 128, got 48")
         monkeypatch.setattr(_backends, "capability", lambda index: (8, 6))
         refused(qkv, "needs a device with e4m3, sm_89 or newer, got sm_86")
-        assert ops.attention(qkv, scale=0.1).dtype == E4M3  # torch's form runs anywhere
+        assert ops.attention(qkv, scale=0.1).dtype == E4M3  # torch runs on any device
 
 
 @runs_triton

@@ -1,4 +1,4 @@
-"""The op attention by oneDNN's fused attention, which a CPU with AVX-512 uses in fp32."""
+"""The op attention on oneDNN, the default for fp32 on a CPU with AVX-512."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The sizes of the queries of each call of oneDNN."""
+    """Records the sizes of the queries in each call of oneDNN."""
     seen: list[tuple[int, ...]] = []
     right = _attention_peers._fused
 
@@ -35,7 +35,7 @@ def _attention(qkv: Tensor, **options) -> Tensor:
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize(("seq_len", "heads", "head_dim"), [(182, 2, 32), (257, 3, 64), (530, 1, 64), (1370, 2, 64)])
 def test_outputs_obey_the_rule(seq_len: int, heads: int, head_dim: int, mean: float, fused) -> None:
-    """Also where the values have a mean, whose sum in order would be too coarse."""
+    """Also if the values have a mean, with which oneDNN's own sums are too inaccurate."""
     qkv = torch.randn(2, seq_len, 3, heads, head_dim)
     qkv[:, :, 2] += mean
     for grad_enabled in (True, False):
@@ -81,7 +81,7 @@ def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "error::torch.jit.TracerWarning")
 def test_what_onednn_does_not_support_is_left_to_torch(fused) -> None:
-    """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
+    """Few scores, other dtypes, gradients, traces, tensor subclasses, modes and dropout."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     leaf = qkv.clone().requires_grad_()
     _attention(leaf).sum().backward()
@@ -99,7 +99,7 @@ def test_what_onednn_does_not_support_is_left_to_torch(fused) -> None:
 
 
 def test_no_derivative_of_forward_mode_is_lost(fused) -> None:
-    """torch's attention has none, and says so."""
+    """torch's attention raises an error, because it has none."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
         torch.func.jvp(_attention, (qkv,), (qkv,))

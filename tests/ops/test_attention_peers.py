@@ -59,7 +59,7 @@ def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_of_other_libraries_are_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the queries as what a peer's attention gives."""
+    """The libraries are replaced by functions that return the queries."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *_: q)
     peer = SimpleNamespace(memory_efficient_attention=lambda q, k, v, **_: q)
     monkeypatch.setitem(sys.modules, "xformers.ops", peer)

@@ -1,4 +1,4 @@
-"""The table of what runs, over all ops; tests/ops/test_dispatch.py has what it says of each choice."""
+"""What runs each op, and the table that shows it. tests/ops/test_dispatch.py tests the single choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks of csrc/checks.h and csrc/attention.h say of tensors that a launcher does not take."""
+"""The errors of csrc/checks.h and csrc/attention.h for tensors that a launcher does not take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 MANY = "qkv must have less than 2^31 tokens in an image and less than 2^31 tiles of 192 queries, got %d and %d"
-# A (4, 64) matrix in bf16 on device 0, and what becomes of it; the sentence, or "fine".
+# Statements about x, a (4, 64) matrix in bf16 on device 0, and their error, or "fine".
 CHECKED = {
     "check_matrix(x, 4, 64, 0)": "fine",
     "check_matrix(x, 4, 32, 0)": "x must have the shape (4, 32), got (4, 64)",

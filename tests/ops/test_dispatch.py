@@ -94,7 +94,7 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
     with pytest.raises(BackendError, match=reason):
         run(toy, torch.zeros(5), backend="small")
     with use_backend("kernel", strict=True):
-        for _ in range(2):  # the second call takes no fallback that the first has kept
+        for _ in range(2):  # the first call has cached no fallback for the second
             with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
                 run(toy, torch.zeros(2))
     with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
@@ -103,7 +103,7 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
 
 def test_a_setting_that_cannot_run_falls_back_with_one_warning(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"), use_backend("kernel"):
-        backend_choices()  # which reports, and warns of nothing
+        backend_choices()  # lists the choices without warnings
         assert not caplog.records
         assert run(toy, torch.zeros(2)) == "small"
         assert run(toy, torch.zeros(2)) == "small"
@@ -125,7 +125,7 @@ def test_the_name_of_a_form_holds_before_that_of_its_op(monkeypatch: pytest.Monk
     x = torch.zeros(2)
     with use_backend("a,toy=b,toy.second=only"):
         assert [run(op, x, form=form) for form in ("first", "second")] == ["b", "only"]
-    with use_backend("only", strict=True):  # the first form has none of that name
+    with use_backend("only", strict=True):  # the first form has no backend of that name
         assert [run(op, x, form=form) for form in ("first", "second")] == ["a", "only"]
     for setting, message in {
         "toy.third=a": "toy has no form 'third', only first, second",
@@ -160,7 +160,7 @@ def test_a_choice_is_made_once_for_each_kind_and_setting(monkeypatch: pytest.Mon
     with use_backend("torch"):  # another setting makes its own choice
         run(op, x)
     assert len(asked) > first
-    with pytest.raises(BackendError, match="inference only"):  # what is kept without gradients does not hold with them
+    with pytest.raises(BackendError, match="inference only"):  # the choice for inference does not apply
         run(op, weight)
 
 
@@ -209,7 +209,7 @@ def test_set_backend_holds_until_it_is_called_again(toy: Op) -> None:
 def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
     bound = dispatch.BoundOp(toy, "form")
     assert bound(torch.zeros(2)) == "small"
-    assert bound(torch.zeros(5)) == "small"  # its caller's tensors keep their sizes: nothing is asked again
+    assert bound(torch.zeros(5)) == "small"  # sizes are not checked again: those of the caller do not change
     with use_backend("toy=torch"):
         assert bound(torch.zeros(2)) == "torch"
     assert bound(torch.zeros(2)) == "small"
@@ -219,7 +219,7 @@ def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
 
 
 def test_a_bound_op_whose_setting_ends_while_it_chooses_caches_no_wrong_choice(toy: Op) -> None:
-    """The choice belongs to the setting under which it began, whatever another thread does meanwhile."""
+    """A choice belongs to the setting under which it began, whatever another thread does meanwhile."""
     bound, begun, ended = dispatch.BoundOp(toy, "form"), threading.Event(), threading.Event()
     small = toy.implementations[1]
 
@@ -264,7 +264,7 @@ def test_an_implementation_without_backward_is_not_chosen_in_training(monkeypatc
     assert run(op, weight.detach()) == "fast"
     assert run(op, weight) == "torch"
     with use_backend("fast"):
-        assert run(op, weight) == "torch"  # the name holds for inference alone
+        assert run(op, weight) == "torch"  # the name applies to inference only
         with torch.no_grad():
             assert run(op, weight) == "fast"
     with pytest.raises(BackendError, match="is for inference only, and gradients are recorded"):
@@ -364,7 +364,7 @@ def test_blocks_of_two_tasks_with_one_setting_leave_nothing_forced(toy: Op) -> N
             b_end.set()
             await b
             assert run(toy, torch.zeros(2)) == "small"
-        assert run(toy, torch.zeros(2)) == "torch"  # b has removed its own setting, not its equal, which is a's
+        assert run(toy, torch.zeros(2)) == "torch"  # b has removed its own setting, not the equal one of a
         a_end.set()
         await a
 
@@ -381,7 +381,7 @@ def test_blocks_that_begin_and_end_at_once_lose_none(toy: Op, monkeypatch: pytes
                 assert run(toy, torch.zeros(2)) == "torch"
 
     def slow(settings: tuple[dispatch.BackendSetting, ...], activate: Any = dispatch._activate) -> None:
-        time.sleep(1e-3)  # what another thread writes meanwhile would be lost
+        time.sleep(1e-3)  # so that another thread would write in between
         activate(settings)
 
     before = dispatch._setting

@@ -73,7 +73,7 @@ def test_importing_the_package_does_not_load_it() -> None:
 
 @needs_build
 def test_the_built_one_loads_without_a_gpu_and_registers_what_it_declares() -> None:
-    """In a process of its own: one library of that name is all that torch takes."""
+    """In a process of its own, because torch accepts only one library of that name."""
     script = (
         "import torch; from dinov2_fast import extension as e; assert e.load().reason is None, e.load();"
         "names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith('dinov2_fast_cuda::')];"
@@ -184,7 +184,7 @@ def test_one_cutlass_is_named(setup_py: ModuleType) -> None:
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of one kernel; spills and stack in bytes."""
+    """ptxas' report on one kernel. Spills and stack are in bytes."""
 
     name: str
     arch: str
@@ -200,7 +200,7 @@ def kernels_in(report: str) -> Iterator[Kernel]:
         yield Kernel(name, arch, int(re.search(r"Used (\d+) registers", part)[1]), stack, max(stores, loads))
 
 
-# Registers, bytes of spills and of stack that a kernel may take. Each of 384 threads can have 168 registers at most.
+# The registers, and the bytes of spills and stack, that a kernel may use. Each of 384 threads can have 168 registers.
 LIMITS = (168, 0, 0)
 
 
@@ -217,8 +217,8 @@ def test_kernels_stay_within_their_registers() -> None:
     assert [sentence for kernel in kernels for sentence in above_limits(kernel)] == []
 
 
-# That each wgmma waits for the last one (C7510, C7512), or that setmaxnreg is ignored: either way a kernel gives the
-# right numbers, slowly.
+# ptxas warns if each wgmma waits for the last one (C7510, C7512) and if it ignores setmaxnreg. The results are right in
+# both cases, but slow.
 LOSS = re.compile("Potential Performance Loss: .*")
 
 
@@ -237,7 +237,7 @@ class Code(NamedTuple):
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
-    """Of the built extension, file by file, as the tools that ship inside triton read it; they call sm_90a sm_90."""
+    """The machine code of the built extension by file, read with tools that triton ships. They call sm_90a sm_90."""
     triton = pytest.importorskip("triton")
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     folder = tmp_path_factory.mktemp("cubins")
@@ -265,7 +265,7 @@ def products_in(opcodes: list[str]) -> set[str]:
 
 
 def sums_between_products(opcodes: list[str]) -> int:
-    """How many additions in fp32 stand among the matrix products, where CUTLASS adds up precise sums of e4m3."""
+    """The number of fp32 additions between the matrix products, where CUTLASS would add up precise sums of e4m3."""
     products = [i for i, opcode in enumerate(opcodes) if opcode.startswith(("HGMMA", "QGMMA"))]
     return opcodes[products[0] : products[-1]].count("FADD")
 
@@ -289,9 +289,9 @@ def test_attention_runs_on_the_tensor_cores_of_hopper(machine_code: list[Code]) 
     kernels = [
         opcodes for code in machine_code for name, opcodes in code.kernels.items() if "AttentionEpilogue" in name
     ]
-    assert len(kernels) == 2  # of bf16 and fp16
+    assert len(kernels) == 2  # for bf16 and fp16
     for opcodes in kernels:
         assert products_in(opcodes) == {"HGMMA.64x96x16", "HGMMA.64x64x16"}
         assert any(opcode.startswith("UTMALDG.4D") for opcode in opcodes)  # qkv is read in place
-        # one power of 2 for each score, which asks nothing first: with exp2f's range, each has a comparison
+        # one exp2 for each score, without the comparison with which exp2f handles its full range
         assert sum(opcode.startswith("FSETP") for opcode in opcodes) < opcodes.count("MUFU.EX2") / 4

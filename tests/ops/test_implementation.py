@@ -1,4 +1,4 @@
-"""What an implementation asks of the arguments of an op."""
+"""The properties of arguments on which a choice depends."""
 
 from __future__ import annotations
 

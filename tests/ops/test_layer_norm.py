@@ -89,7 +89,7 @@ def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left
     plain = branch if drop_scale is None else branch * drop_scale[:, None, None]
     plain = residual + (plain if gamma is None else plain * gamma)
     reference.assert_obeys_rule(total, ref, plain)
-    # The norm is of the sum as it is stored, so it is held to the rule for that.
+    # The stored, rounded sum is normalised, so the exact norm is that of the stored sum.
     reference.assert_obeys_rule(
         y, reference.layer_norm(total, weight, bias, EPS), F.layer_norm(total, (96,), weight, bias, EPS)
     )
@@ -102,7 +102,7 @@ def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left
 def test_the_norm_with_a_deferred_bias_is_that_of_the_unrounded_sum(
     backend: str, dtype: torch.dtype, rows: int, hidden: int
 ) -> None:
-    """Far from zero, where a sum rounded to 16 bits has lost what the norm is made of."""
+    """Far from zero, where rounding the sum to 16 bits would destroy the norm."""
     x, deferred = random(rows, hidden, dtype=dtype), random(hidden, shift=10)
     weight, bias = _parameters(hidden, dtype)
     with poisoned_memory():
@@ -151,7 +151,7 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, hidden: int) 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @each_backend
 def test_gradients_far_from_zero_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
-    """Statistics kept in half precision, as torch does on a CPU if the weight is, would be off by too much."""
+    """Statistics in half precision would be too inaccurate. torch stores them so on a CPU if the weight is half."""
     inputs = [random(33, 96, dtype=dtype, shift=50), *_parameters(96, torch.float32)]
 
     def norm(backend: str):
@@ -221,11 +221,11 @@ STRIDES = {
 
 
 def _copied(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # also of what is contiguous, but not aligned
+    return x.clone(memory_format=torch.contiguous_format)  # copies contiguous but misaligned tensors as well
 
 
 def _assert_same(layout: str, *both: Tensor) -> None:
-    """Bit by bit, but where narrower loads give the threads other elements to sum."""
+    """Equal bit by bit, except where narrower loads assign other elements to the threads."""
     if layout == "misaligned":
         torch.testing.assert_close(*both)
     else:
@@ -325,7 +325,7 @@ def test_e4m3_is_for_inference_and_goes_without_a_branch(backend: str) -> None:
             ops.layer_norm(x, x[0], x[0], EPS, branch=x, scale=1.0, backend=backend)
 
 
-# The registered ops
+# Registration with torch
 
 
 def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
@@ -395,7 +395,7 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         half = torch.empty(2, 3, 8, device="cuda", dtype=torch.bfloat16)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # needs no device so
+            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # without a device
             with pytest.raises(BackendError, match="but autocast asks for fp32"):
                 ops.layer_norm(half, half[0, 0], half[0, 0], EPS, branch=half, backend="triton")
         wide = torch.empty(2, 8193, device="cuda")

@@ -1,4 +1,4 @@
-"""The op linear: a matrix product and what follows it, in place or not, in e4m3 or not. Inference only."""
+"""The op linear: a matrix product with an epilogue, also in place and in e4m3, for inference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.helpers.linear_cases import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMS = ["none", "gelu", "swiglu", "residual"]
-# (rows, out_features, in_features): each leads the launcher to another tile; all tails, and none
+# (rows, out_features, in_features): together they reach each tile of the launcher, with and without tails.
 SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
 
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -147,7 +147,7 @@ STRIDES = {
 @each_path
 def test_strided_operands_give_what_copies_give(backend: str, form: str, make: Any) -> None:
     x, weight = make(random(6, 4, 64)), make(random(6, 4, 64))[0]
-    weight = weight[: len(weight) // 2 * 2]  # pairs, for SwiGLU
+    weight = weight[: len(weight) // 2 * 2]  # an even number of rows, for SwiGLU
     bias = random(1).expand(weight.shape[0])
     strided = run_linear(form, backend, x, weight, bias)
     copied = run_linear(form, backend, x.contiguous(), weight.contiguous(), bias.contiguous())
@@ -232,13 +232,13 @@ def test_the_slack_allows_for_tensor_cores_and_no_more(size: tuple[int, int, int
     exact, slack = reference.linear(x, weight, None), tensor_core_slack(x, weight)
 
     def share(sums: Tensor) -> float:
-        """Of what is allowed, how much is taken by the worst element."""
+        """The error of the worst element as a share of the slack."""
         return ((sums - exact).abs() / slack).max().item()
 
     assert 0 < share(tensor_core_sums(x, weight, SIGNIFICANT_BITS)) < share(tensor_core_sums(x, weight, 13)) < 1
     assert share(tensor_core_sums(x, weight, 10)) > 1
-    assert share(reference.linear(x[:, 1:], weight[:, 1:], None)) > 1  # a product left out
-    assert share(exact * (weight_scale.roll(1) / weight_scale)) > 1  # the scale of another column
+    assert share(reference.linear(x[:, 1:], weight[:, 1:], None)) > 1  # without one of the products
+    assert share(exact * (weight_scale.roll(1) / weight_scale)) > 1  # with the scales of other columns
 
 
 def test_the_error_of_tensor_cores_is_far_below_that_of_rounding_to_e4m3() -> None:
@@ -261,7 +261,7 @@ def test_fp8_residual_in_fp32(backend: str) -> None:
     assert_fp8_residual_in_fp32(backend)
 
 
-# How torch sees the ops
+# Registration with torch, and the choice of an implementation
 
 
 @runs_triton
@@ -275,7 +275,7 @@ def test_registered_ops_pass_opcheck(strided: bool) -> None:
         check(library.linear.default, (x, weight, bias, form))
     check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias, 1.0, None))
     fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(8, device=DEVICE))
-    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    # all tests but test_schema, which compares inputs, because torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for form, dtype in (("none", torch.float16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
         check(library.linear_fp8.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
@@ -316,7 +316,7 @@ def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
 
 
 def test_onednn_is_first_on_a_cpu_with_avx512_only(monkeypatch) -> None:
-    """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
+    """Elsewhere torch is first until the others are measured."""
     cpu = torch.device("cpu")
     for first in (True, False):
         monkeypatch.setattr(_backends, "HAS_AVX512", first)

@@ -33,9 +33,6 @@ FORMS = ["none", "gelu", "swiglu", "residual"]
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-# cuBLAS, which CPUs have under other names as far as the first two go
-
-
 @pytest.mark.parametrize("rows", [1, 33])
 def test_cublas_forms_obey_the_rule(rows: int) -> None:
     x, weight, bias = (t.cpu() for t in random_operands(rows, 48, 40, torch.bfloat16))
@@ -65,7 +62,7 @@ def test_row_scales_are_made_once_and_never_freed(monkeypatch: pytest.MonkeyPatc
 
 @fakes_cuda
 def test_row_scales_made_while_a_graph_is_captured_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture must not wait for the device; and what it would fill later nobody else may read."""
+    """A capture must not wait for the device, and the tensor is filled only when the graph is replayed."""
     monkeypatch.setattr(_linear_peers, "_ROW_SCALES", {})
     monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
     capturing = [True]
@@ -84,7 +81,7 @@ def test_row_scales_made_while_a_graph_is_captured_are_not_cached(monkeypatch: p
         assert (_kept(), waited) == (0, [])
         capturing[0] = False
         _linear_peers._row_scales(5, 0.25, cuda)
-        assert (_kept(), waited) == (1, [0])  # kept once it is filled
+        assert (_kept(), waited) == (1, [0])  # cached after it is filled
         capturing[0] = True
         assert _linear_peers._row_scales(8, 0.25, cuda).shape == (8, 1)
         assert _kept() == 1
@@ -92,7 +89,7 @@ def test_row_scales_made_while_a_graph_is_captured_are_not_cached(monkeypatch: p
 
 @pytest.mark.parametrize("form", ["gelu", "swiglu"])
 def test_cublas_in_e4m3_leaves_the_activation_to_its_op(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a product in place of cuBLAS' that computes in fp32 and gives bf16."""
+    """cuBLAS' product is replaced by one that computes in fp32 and returns bf16."""
 
     def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, _: Any, columns: Tensor, *rest: Any, **options: Any):
         assert options["use_fast_accum"]

@@ -1,6 +1,6 @@
-"""The CUDA kernels of the op linear, by the rules of tests/ops/test_linear.py, and what they do not take.
+"""The CUDA kernels of the op linear: the rules of tests/ops/test_linear.py, refusals, and checks of the launch.
 
-Without a GPU, `-p tests.cuda_on_host` runs all but the products themselves.
+Without a GPU, `-p tests.cuda_on_host` runs everything except the products.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from tests.helpers.linear_cases import (
 
 FORMS = ["gelu", "swiglu", "residual"]
 FP8_FORMS = ["none", *FORMS]
-# (rows, out_features, in_features): whole tiles and tails, and each tile of the table on a device of 2 multiprocessors
+# (rows, out_features, in_features): whole tiles and tails, and on a device of 2 multiprocessors each tile of TILES.
 SIZES = [(0, 96, 40), (1, 16, 8), (70, 128, 24), (130, 272, 40), (257, 256, 72), (150, 512, 16)]
 FP8_SIZES = [(0, 32, 32), (1, 16, 16), (70, 128, 32), (130, 272, 144), (257, 256, 48)]
 
 COOPERATIVE, PINGPONG, PINGPONG_SMALL = (128, 256), (128, 128), (64, 128)  # rows and columns of the tiles
-# (form, (rows, out_features, in_features), tile on 132 multiprocessors): several tiles for some blocks, so that both
-# warp groups of a ping-pong kernel compute; more steps over in_features than there are stages; tails of all three.
+# (form, (rows, out_features, in_features), tile on 132 multiprocessors). Some blocks compute several tiles, so both
+# warp groups of a ping-pong kernel compute. There are more steps over in_features than stages. All sizes have tails.
 LARGE = [
     ("residual", (4104, 2296, 1552), COOPERATIVE),
     ("residual", (4104, 1144, 1552), PINGPONG),
@@ -94,7 +94,7 @@ def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dty
     with poisoned_memory():
         y = run_linear(form, "cuda", *operands)
     reference.assert_obeys_rule(y, exact_linear(form, *operands), plain_linear(form, *operands))
-    assert torch.equal(y, run_linear(form, "cuda", *operands))  # nothing in the order of the sums is left to chance
+    assert torch.equal(y, run_linear(form, "cuda", *operands))  # the order of the sums is fixed
 
 
 @runs_cuda
@@ -241,7 +241,7 @@ def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, si
     with poisoned_memory():
         y = run_fp8(form, "cuda", operands, torch.bfloat16)
     exact = exact_fp8(form, operands, *matrices, torch.bfloat16)
-    rounding = 2.0**-8 * exact.abs() + 3e-6  # bf16's, and what the polynomial of the GELU is off by
+    rounding = 2.0**-8 * exact.abs() + 3e-6  # of bf16, and the error of the GELU's polynomial
     assert ((y.double() - exact).abs() <= rounding + _slack(form, operands, *matrices)).all()
     assert torch.equal(y, run_fp8(form, "cuda", operands, torch.bfloat16))
 
@@ -258,7 +258,7 @@ def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> T
     return 1.13 * lost if form == "gelu" else lost
 
 
-# How torch sees the ops
+# Registration with torch
 
 
 @runs_cuda
@@ -271,7 +271,7 @@ def test_registered_ops_pass_opcheck() -> None:
     stream = random(5, 3, 16, dtype=torch.bfloat16)
     check(library.linear_residual_cuda_.default, (stream, x, weight, bias, 1.0, None))
     fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(16, device=DEVICE))
-    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    # all tests but test_schema, which compares inputs, because torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for form, dtype in (("none", torch.bfloat16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
         check(library.linear_cuda.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
@@ -299,7 +299,7 @@ def test_autograd_sees_that_the_stream_was_overwritten() -> None:
     assert residual._version > before
 
 
-# What is refused, and in which words
+# Refusals
 
 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "gelu", **options: Any) -> Tensor:
@@ -374,7 +374,7 @@ def test_devices_other_than_sm_90_and_autocast_are_refused(
 
 
 def _wrong(**changes: Any) -> dict[str, Any]:
-    """Arguments of the raw launch, right but for the changes."""
+    """Arguments of the raw launch, correct except for the changes."""
     x, weight, out = (random(16, 16, dtype=torch.float16) for _ in range(3))
     right = {"x": x, "weight": weight, "bias": None, "weight_scale": None}
     return {**right, "scale": 1.0, "inverse_scale": 1.0, "form": 1, "out": out, **changes}
@@ -428,12 +428,12 @@ def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None
         torch.ops.dinov2_fast_cuda.linear_forward(*arguments.values())
 
 
-# The table of tiles
+# The choice of a tile
 
 TILES = [  # rows, out_features, form, tile
     (64 * 257, 1024, "none", COOPERATIVE),
     (64 * 257, 1024, "residual", COOPERATIVE),
-    (64 * 257, 4096, "gelu", PINGPONG),  # an activation is hidden
+    (64 * 257, 4096, "gelu", PINGPONG),  # an activation is overlapped
     (64 * 257, 8192, "swiglu", PINGPONG),
     (64 * 257, 384, "residual", PINGPONG),  # 256 columns would pad 384 to 512
     (257, 384, "residual", PINGPONG_SMALL),
@@ -456,7 +456,7 @@ def test_large_cases_fill_the_pipeline(case: tuple[str, tuple[int, ...], tuple[i
     _, (rows, out_features, in_features), (tile_rows, tile_columns) = case
     step = 128 // size
     assert math.ceil(rows / tile_rows) * math.ceil(out_features / tile_columns) > 132
-    assert in_features // step > 9  # the most stages that fit
+    assert in_features // step > 9  # at most 9 stages fit
     assert rows % tile_rows
     assert out_features % tile_columns
     assert in_features % step
@@ -468,7 +468,7 @@ def test_the_tile_depends_on_the_shape() -> None:
     if cuda_on_host.reason_against():
         pytest.skip(cuda_on_host.reason_against())
     arguments = [[rows, features, _linear_cuda.FORMS.index(form)] for rows, features, form, _ in TILES]
-    # in a process of its own, as torch takes the library's ops once and this one may have the extension
+    # in a process of its own, because torch accepts the library's ops once and this process may have the extension
     command = [sys.executable, "-c", CHOOSE, str(cuda_on_host.build()), json.dumps(arguments)]
     chosen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(chosen) == [[*tile] for *_, tile in TILES]

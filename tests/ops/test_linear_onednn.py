@@ -1,4 +1,4 @@
-"""The op linear on oneDNN, which a CPU can be asked to use."""
+"""The op linear on oneDNN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = ["none", "gelu", "swiglu", "residual"]
 
 @pytest.fixture
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products are oneDNN's as well, in place of torch's."""
+    """Lets oneDNN compute small products as well."""
     monkeypatch.setattr(_linear_peers, "ONEDNN_MIN_PRODUCTS", 1)
 
 
@@ -82,7 +82,7 @@ def test_strided_operands_are_multiplied_correctly() -> None:
 
 @pytest.mark.parametrize(("rows", "calls"), [(63, 0), (64, 1)])
 def test_small_products_are_left_to_torch(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of less than 2^19 multiplications, also where oneDNN is asked for."""
+    """Products of less than 2^19 multiplications, even if oneDNN is named."""
     product, seen = _linear_peers.onednn_linear, []
     monkeypatch.setattr(_linear_peers, "onednn_linear", lambda *args: seen.append(1) or product(*args))
     x, weight = torch.randn(rows, 64), torch.randn(128, 64)

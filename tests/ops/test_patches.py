@@ -32,7 +32,7 @@ def _normalization(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """The same images lying in memory as (batch, height, width, channels)."""
+    """The same images, stored as (batch, height, width, channels)."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -124,7 +124,7 @@ def test_an_empty_batch_gives_no_rows(backend: str) -> None:
 
 
 def _noise_and_embedding() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """uint8 images, the convolution's weight and bias, and what it makes of the normalised images in fp64."""
+    """uint8 images, the convolution's weight and bias, and the convolution of the normalised images in fp64."""
     images = _images(torch.uint8, 2, 3, 140, 210)
     weight, bias = random(64, 3, 14, 14, scale=0.02), random(64, scale=0.02)
     mean, std = (v[:, None, None] for v in _normalization(torch.float64))
@@ -157,7 +157,7 @@ def test_folded_normalization_avoids_the_cancellation_trap(backend: str, dtype: 
     ours = error(rows, *fold_normalization(weight, bias, mean, std, dtype))
     normalized = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     normalized_first = error(patches(normalized, 14, dtype=dtype, backend=backend), weight.to(dtype), bias)
-    # Rows of 0..255, and the constant that the exact weight asks for.
+    # Rows in 0..255 with the constant of the exact weight.
     exact_weight = weight.double() / (255 * std.double()[:, None, None])
     constant = bias - (exact_weight * 255 * mean.double()[:, None, None]).sum((1, 2, 3))
     trap = error(rows.double() + 128, exact_weight.to(dtype), constant)
@@ -176,7 +176,7 @@ def test_folding_rounds_once() -> None:
     torch.testing.assert_close(folded.double() @ colour + constant.double(), bias.double(), rtol=0, atol=1e-6)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_is_for_inference_only(backend: str | None) -> None:
             assert patches(images, 14, backend="torch").shape == (1, 4, 588)
 
 
-# The registered op
+# Registration with torch
 
 
 @runs_triton

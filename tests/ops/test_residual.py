@@ -1,4 +1,4 @@
-"""The op residual: adding a branch for all images, or for a subset of them, which is gathered first."""
+"""The op residual: adding a branch for all images or for a subset, and gathering the subset."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_autocast_keeps_the_stream_in_fp32(backend: str) -> None:
     assert added.dtype == on_subset.dtype == torch.float32
 
 
-# The registered ops
+# Registration with torch
 
 
 @runs_triton
