@@ -190,11 +190,6 @@ def rows_in_place(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
-def upcast(dtype: torch.dtype) -> bool:
-    """Whether operands are cast to fp32 before a product, because Triton's interpreter multiplies bf16 wrongly."""
-    return common.interpreting() and dtype == torch.bfloat16
-
-
 @lru_cache(CACHED_CONFIGURATIONS)
 def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool) -> tuple[int, dict[str, Any]]:
     """The number of query tiles, and the constants, warps and stages of a launch."""
@@ -206,7 +201,7 @@ def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool
         block_k, warps, stages = 64, block_q // 16, 3 if head_dim <= 64 else 2
     tail = tail_block(seq_len, block_k, varlen)
     constants = {"SCALE": softmax_scale(head_dim), "HEAD_DIM": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-    constants |= {"TAIL_K": tail, "VARLEN": varlen, "UPCAST": upcast(dtype)}
+    constants |= {"TAIL_K": tail, "VARLEN": varlen, "UPCAST": common.upcast(dtype)}
     return triton.cdiv(seq_len, block_q), constants | {"num_warps": warps, "num_stages": stages}
 
 
@@ -264,6 +259,6 @@ def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: in
         _attention_probabilities_kernel[(tiles * heads * batch,)](
             q, k, p, rows, tokens, heads, tiles, q.stride(0), q.stride(1), k.stride(1), k.stride(2),
             SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK_Q=block_q, BLOCK_K=block_k,
-            UPCAST=upcast(qkv.dtype), num_warps=4, num_stages=2,
+            UPCAST=common.upcast(qkv.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
     return p

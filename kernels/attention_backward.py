@@ -31,7 +31,6 @@ from dinov2_fast.kernels.attention import (
     softmax_scale,
     store_rows,
     tail_block,
-    upcast,
 )
 
 LN2 = tl.constexpr(math.log(2.0))
@@ -224,7 +223,7 @@ def attention_backward(
             _attention_backward_kernel[(tiles * heads * sequences,)](
                 qkv, dout, lse_delta, dqkv, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4],
                 SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK=block, BLOCK_INNER=inner,
-                TAIL_INNER=tail_block(seq_len, inner, varlen), OF_KEYS=of_keys, VARLEN=varlen, UPCAST=upcast(qkv.dtype),
-                **options,
+                TAIL_INNER=tail_block(seq_len, inner, varlen), OF_KEYS=of_keys, VARLEN=varlen,
+                UPCAST=common.upcast(qkv.dtype), **options,
             )  # fmt: skip
     return dqkv

@@ -182,7 +182,7 @@ def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Te
     mean, rstd = x.new_empty(2, batch, seq_len, dtype=wide)
     options = {
         "COMPUTE": compute,
-        "UPCAST": common.interpreting() and x.dtype == torch.bfloat16,
+        "UPCAST": common.upcast(x.dtype),
         "HEADS": max(16, triton.next_power_of_2(num_heads)),
     }
     sizes = (seq_len, hidden, num_heads, x.stride(0), x.stride(1))

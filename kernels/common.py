@@ -46,6 +46,11 @@ def compute_dtype(*tensors: Tensor | None) -> tl.dtype:
     return tl.float64 if wide else tl.float32
 
 
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether operands are cast to fp32 before a product, because Triton's interpreter multiplies bf16 wrongly."""
+    return interpreting() and dtype == torch.bfloat16
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` (..., hidden) as (rows, hidden) with contiguous rows; a copy only if no view is possible."""
     x = x.reshape(-1, x.shape[-1])

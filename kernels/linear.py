@@ -185,7 +185,7 @@ def _configuration(
         "EPILOGUE": epilogue,
         "TMA": tma,
         "EVEN_K": in_features % block_k == 0,
-        "UPCAST": common.interpreting() and dtype == torch.bfloat16,
+        "UPCAST": common.upcast(dtype),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": block_k,

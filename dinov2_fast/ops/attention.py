@@ -100,6 +100,7 @@ def attention_probabilities_torch(qkv: Tensor, rows: slice) -> Tensor:
 
 
 def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
+    """oneDNN's attention if it is faster and nothing else is asked of it, or else torch's."""
     out = None if dropout_p or scale is not None else _attention_peers.onednn_attention(qkv)
     return attention_torch(qkv, seq_lens, dropout_p, scale) if out is None else out
 
