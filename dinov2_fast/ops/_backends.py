@@ -32,49 +32,26 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def triton(
-    function: Callable[..., Any], refuses: Callable[..., str | None] | None = None, **options: Any
-) -> Implementation:
+_Refuses = Callable[..., str | None] | None
+
+
+def triton(function: Callable[..., Any], refuses: _Refuses = None, **options: Any) -> Implementation:
     """The `triton` implementation of an op; `options` are those of :class:`Implementation`."""
-    return Implementation(
-        "triton",
-        function,
-        refuses,
-        devices=("cuda",),
-        refuses_device=_triton_refuses_device,
-        can_force_on=_interprets_on,
-        **options,
-    )
+    options |= {"refuses_device": _triton_refuses_device, "can_force_on": _interprets_on}
+    return Implementation("triton", function, refuses, ("cuda",), **options)
 
 
-def cuda(
-    function: Callable[..., Any], refuses: Callable[..., str | None] | None = None, **options: Any
-) -> Implementation:
+def cuda(function: Callable[..., Any], refuses: _Refuses = None, **options: Any) -> Implementation:
     """The `cuda` implementation of an op, which launches kernels of the CUDA extension."""
-    return Implementation(
-        "cuda",
-        function,
-        refuses,
-        devices=("cuda",),
-        refuses_device=_cuda_refuses_device,
-        can_force_on=_extension_runs_on,
-        **options,
-    )
+    options |= {"refuses_device": _cuda_refuses_device, "can_force_on": _extension_runs_on}
+    return Implementation("cuda", function, refuses, ("cuda",), **options)
 
 
-def onednn(
-    function: Callable[..., Any], refuses: Callable[..., str | None] | None = None, **options: Any
-) -> Implementation:
+def onednn(function: Callable[..., Any], refuses: _Refuses = None, **options: Any) -> Implementation:
     """The `onednn` implementation of an op. It is a default on CPUs with AVX-512; others have to force it."""
-    return Implementation(
-        "onednn",
-        function,
-        refuses,
-        devices=("cpu",) if HAS_AVX512 else ("cpu with AVX-512",),
-        refuses_device=_onednn_refuses_device,
-        can_force_on=lambda device: device.type == "cpu",
-        **options,
-    )
+    devices = ("cpu",) if HAS_AVX512 else ("cpu with AVX-512",)
+    options |= {"refuses_device": _onednn_refuses_device, "can_force_on": lambda device: device.type == "cpu"}
+    return Implementation("onednn", function, refuses, devices, **options)
 
 
 # Refusals of devices
