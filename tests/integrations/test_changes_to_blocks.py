@@ -1,4 +1,4 @@
-"""`accelerate` follows, or refuses in words, what a user changes in a block that is no tensor and no submodule."""
+"""Accelerated blocks follow what a user changes in them: attributes, classes, methods, hooks, submodules, modes."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, m
 
 
 @pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
-def test_a_change_beforehand_is_followed_or_refused_in_words(
+def test_a_change_beforehand_is_followed_or_refused_with_a_reason(
     library: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wanted = changed_model(library, name, monkeypatch, first=True)

@@ -1,4 +1,4 @@
-"""`accelerate` on blocks of projects that copied DINOv2's and changed them: each is followed, or refused in words."""
+"""Blocks of projects that copied DINOv2's and changed them are accelerated, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def tokens() -> Tensor:
     return torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
 
 
-TAKEN: dict[str, Callable[[], nn.Module]] = {
+ACCEPTED: dict[str, Callable[[], nn.Module]] = {
     "dropout as a module": Block,
     "attention that returns its weights": lambda: Block(WithWeights()),
     "identities for norms of queries and keys": lambda: Block(WithNorms(lambda size: nn.Identity())),
@@ -154,9 +154,9 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_copies_that_compute_the_same_are_taken(name: str) -> None:
-    model = model_of(TAKEN[name])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_copies_that_compute_the_same_are_accelerated(name: str) -> None:
+    model = model_of(ACCEPTED[name])
     stock = copy.deepcopy(model)
     accelerate(model)
     assert all(isinstance(block, AcceleratedBlock) for block in model)
@@ -206,7 +206,7 @@ def test_copies_that_compute_something_else_are_refused_with_what_differs(name: 
     assert vars(model[0].attn).keys() == vars(make().attn).keys()  # type: ignore[union-attr, arg-type]
 
 
-def test_a_wrapper_that_recomputes_goes_on_doing_so() -> None:
+def test_a_wrapper_that_recomputes_still_does() -> None:
     model = accelerate(model_of(lambda: with_checkpoint(Block())))
     calls: list[int] = []
     model[0].mlp.fc1.register_forward_hook(lambda module, args, output: calls.append(1))
@@ -283,7 +283,7 @@ class Quantised(nn.Module):
         return F.linear(x, self.step * self.weight.view(self.out_features, -1), self.bias)  # type: ignore[operator]
 
 
-def test_blocks_with_quantised_linears_are_taken() -> None:
+def test_blocks_with_quantised_linears_are_accelerated() -> None:
     model = model_of(Block)
     for block in model:
         block.mlp.fc1, block.attn.qkv = Quantised(block.mlp.fc1), Quantised(block.attn.qkv)
@@ -314,7 +314,7 @@ def test_a_backbone_in_a_plain_list_is_named() -> None:
         accelerate(Client())
 
 
-def test_layers_of_another_model_of_transformers_are_taken() -> None:
+def test_layers_of_another_model_of_transformers_are_accelerated() -> None:
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "EomtConfig"):
         pytest.skip("this transformers has no Eomt")

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes (gloo, CPU): the step of a sharded accelerated model is the untouched one's on one process."""
+"""An accelerated model sharded by FSDP2 on two processes makes the training step of the untouched model on one."""
 
 from __future__ import annotations
 
