@@ -174,7 +174,7 @@ def _extract(args: argparse.Namespace, first: Any, rest: Iterator[Any]) -> int:
     from itertools import chain
 
     from dinov2_fast.extraction.extract import check_folder, extract
-    from dinov2_fast.extraction.extractor import find_device, load_model, processor_for
+    from dinov2_fast.inference.loading import find_device, load_model, processor_for
 
     check_folder(Path(args.out))
     if args.engine == "on" and args.precision != "auto":
@@ -296,7 +296,7 @@ def _refuse_slow(precision: str, device: Any) -> None:
     Raises:
         ValueError: the precision is slower on the device than one of more bits.
     """
-    from dinov2_fast.inference.engine import why_slow
+    from dinov2_fast.inference.optimize import why_slow
 
     reason = why_slow(precision, device)
     if reason:

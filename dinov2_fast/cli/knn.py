@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import NEIGHBOURS, knn
-    from dinov2_fast.extraction.extractor import find_device
+    from dinov2_fast.inference.loading import find_device
 
     if args.val is None and args.n_per_class != [None]:
         raise InvalidValueError("--n-per-class needs VAL: without it all images of TRAIN but one vote.")

@@ -258,7 +258,7 @@ def _class_of(path: str) -> str:
 
 
 def _read_images(args: argparse.Namespace, folders: Sequence[str], blocks: int) -> list[Labelled]:
-    from dinov2_fast.extraction.extractor import find_device, processor_for
+    from dinov2_fast.inference.loading import find_device, processor_for
 
     files = [_list_labelled(folder) for folder in folders]
     _numbers([(folder, list(map(_class_of, listed))) for folder, listed in zip(folders, files, strict=True)])

@@ -85,7 +85,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains and evaluates; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import BLOCKS, LEARNING_RATES, linear_probes
-    from dinov2_fast.extraction.extractor import find_device
+    from dinov2_fast.inference.loading import find_device
 
     folders = [args.train, args.val, *([args.test] if args.test else [])]
     read = labelled.read_all(args, folders, blocks=max(args.blocks or BLOCKS))

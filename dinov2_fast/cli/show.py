@@ -136,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
 def show_images(args: argparse.Namespace, asked: Sequence[str]) -> int:
     """Runs the model on images and draws what was asked for, by default everything."""
     import dinov2_fast
-    from dinov2_fast.extraction.extractor import find_device
     from dinov2_fast.features.manifest import fingerprint
+    from dinov2_fast.inference.loading import find_device
 
     if not args.model:
         raise InvalidValueError("--model is missing: images are shown as a model sees them.")

@@ -77,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares; 0 or 3 if the features are the same within the tolerance, else 1."""
     from dinov2_fast.data.sources import find_images
-    from dinov2_fast.extraction.extractor import find_device
+    from dinov2_fast.inference.loading import find_device
     from dinov2_fast.weights.compare import compare_features
 
     if not any(True for _ in find_images(args.paths)):

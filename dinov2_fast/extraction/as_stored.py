@@ -18,11 +18,11 @@ from dinov2_fast.data.workers import decode_all
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.batches import run_batches
 from dinov2_fast.extraction.compute import Outputs
-from dinov2_fast.extraction.extractor import find_device, load_model
 from dinov2_fast.features.manifest import architecture, fingerprint
 from dinov2_fast.features.store import Features
 from dinov2_fast.inference import Engine
-from dinov2_fast.inference.engine import why_slow
+from dinov2_fast.inference.loading import find_device, load_model
+from dinov2_fast.inference.optimize import why_slow
 from dinov2_fast.weights import WeightsError
 
 BATCH = 32

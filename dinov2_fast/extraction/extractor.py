@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dinov2_fast.data.decoding import Decoded, decode_bytes
 from dinov2_fast.data.files import ImageError, reason
-from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS, check_pixels
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
-from dinov2_fast.inference import optimize_for_inference
-from dinov2_fast.weights import load
+from dinov2_fast.inference.loading import load_model, processor_for
 
 COLUMNS = ("image", "bytes")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Extractor:
@@ -169,59 +166,3 @@ class Extractor:
             return Decoded(error=str(error))
         except Exception as error:  # a fault costs this image, not the batch
             return Decoded(error=f"cannot be processed: {reason(error)}")
-
-
-def load_model(
-    model: str | Path,
-    processor: Dinov2ImageProcessor,
-    *,
-    weights: str | Path | None = None,
-    position_interpolation: str | None = None,
-    device: str | None = None,
-    precision: str = "auto",
-    engine: bool = True,
-    stride: int | tuple[int, int] | None = None,
-) -> Any:
-    """The model of an extraction: an engine that takes the processor's uint8 images, or the model as it is.
-
-    Raises:
-        WeightsError: the weights cannot be had.
-        ValueError: a device, precision, position_interpolation or stride that does not exist, or is not for this model.
-    """
-    place = find_device(device)
-    if precision == "auto":
-        precision = "bf16" if place.type == "cuda" else "fp32"
-    if not engine and precision not in DTYPES:
-        raise InvalidValueError(
-            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
-        )
-    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
-    loaded = load(model, weights=weights, device=place, dtype=dtype, position_interpolation=position_interpolation)
-    if stride is not None:
-        loaded.stride = stride
-    if not engine:
-        return loaded
-    mean, std = processor.image_mean, processor.image_std
-    return optimize_for_inference(loaded, precision, mean=mean, std=std, follow_weights=False)  # nobody else has it
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; without one a GPU, or the CPU where there is none.
-
-    Raises:
-        ValueError: torch knows no such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InvalidValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
-
-
-def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
-    """The preprocessing for `size`, or that of a model's folder, or that of the checkpoints."""
-    if size is not None:
-        return Dinov2ImageProcessor.for_size(size)
-    if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():
-        return Dinov2ImageProcessor.from_pretrained(model)
-    return Dinov2ImageProcessor()

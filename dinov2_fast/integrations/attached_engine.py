@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
-from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
+from dinov2_fast.inference.checks import replaced_methods
+from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.block_check import reason_against
@@ -87,7 +87,7 @@ class AttachedEngine:
 
     def _watch_changes(self, backbone: nn.Module) -> None:
         self._outdated = backbone.training  # the calls are not compared in training mode
-        self._watch = ModelWatch(backbone) if self._follows_weights and not backbone.training else None
+        self._watch = WeightWatch(backbone) if self._follows_weights and not backbone.training else None
 
     # Making the engine
 

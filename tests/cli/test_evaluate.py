@@ -68,7 +68,7 @@ def as_percent(accuracy: Any) -> dict[str, float]:
 
 
 def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("dinov2_fast.inference.engine.ModelWatch")  # nobody else has the model
+    monkeypatch.delattr("dinov2_fast.inference.engine.WeightWatch")  # nobody else has the model
     args = _parser().parse_args(["knn", "train", "--model", checkpoint, "--batch-size", "16", *COMMON])
     (read,) = labelled.read_all(args, [str(photos / "test")], blocks=4)
     expected, labels = tokens_of(photos / "test", checkpoint, 4)

@@ -23,16 +23,23 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import cuda_graphs, watch
-from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from dinov2_fast.inference.waiting import NoWaiting
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference import backbone, capture, cuda_graphs, weight_watch
+from dinov2_fast.inference.capture import CudaRuntime
+from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, GraphCache
+from dinov2_fast.inference.device_sync import ForbidDeviceSync
+from dinov2_fast.inference.weight_watch import WeightWatch
 from tests.helpers.devices import DEVICE, on_gpu, runs_triton
 from tests.helpers.engines import FakeGraphs, with_graphs
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.helpers.small_models import small
 
 X = (2, 3, 42, 56)
+
+
+def pretend_to_capture(patch: pytest.MonkeyPatch) -> None:
+    """From now on the current stream seems to be captured by somebody else."""
+    for module in (backbone, cuda_graphs):
+        patch.setattr(module, "is_captured", lambda x: True)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,7 +73,7 @@ def leaves(output: Any) -> list[Any]:
 def test_results_are_those_of_eager_calls_and_stay(call: Any, outputs: str) -> None:
     model = small(num_register_tokens=2)
     model.head = nn.Identity()
-    eager = optimize_for_inference(model, "fp32", outputs, cuda_graphs=False)
+    eager = optimize_for_inference(model, "fp32", outputs=outputs, cuda_graphs=False)
     engine, fake = with_graphs(model, outputs=outputs)
     given = [(random(), torch.rand(2, 12) < 0.5) for _ in range(3)]
     results = [call(engine, *inputs) for inputs in given]
@@ -94,7 +101,7 @@ def test_a_captured_call_is_found_without_asking_whether_to_capture_it(
         for x in (*given, *given):
             call(engine, x, mask)
     expected = [call(eager, x, mask) for x in given]
-    monkeypatch.delattr(Graphs, "run")
+    monkeypatch.delattr(GraphCache, "run")
     for engine in engines:
         torch.testing.assert_close([call(engine, x, mask) for x in given], expected, rtol=0, atol=0)
 
@@ -132,7 +139,7 @@ def test_the_hugging_face_face() -> None:
     ):
         model = make_pair("Dinov2WithRegisters", task).ours
         engine, fake = with_graphs(model, outputs=outputs)
-        eager = optimize_for_inference(model, "fp32", outputs, cuda_graphs=False)
+        eager = optimize_for_inference(model, "fp32", outputs=outputs, cuda_graphs=False)
         given = [images(98) + i for i in range(2)]
         for call in (lambda m, x: m(x), lambda m, x: m(pixel_values=x, return_dict=False)):
             before = fake.count("capture")
@@ -236,9 +243,9 @@ def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
 
 def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
     """Adds each look for changes to what happened, in the order of a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
-    changed = ModelWatch.changed
-    monkeypatch.setattr(ModelWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
+    changed = WeightWatch.changed
+    monkeypatch.setattr(WeightWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
 
 
 @torch.no_grad()
@@ -364,7 +371,7 @@ def test_the_kinds_of_call_used_last_are_kept() -> None:
     assert fake.happened.index("wait") < fake.happened.index("capture"), "memory is given back before it is needed"
     assert call(0) == 0
     assert call(1) == 1
-    assert len(engine._graphs._kinds) == CACHED_GRAPHS
+    assert len(engine._graphs._calls) == CACHED_GRAPHS
     assert len(set(fake.pools.values())) == 1, "graphs share one pool"
 
 
@@ -457,7 +464,7 @@ def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.Mo
             engine(x)
             engine(x)
         assert counter.get_total_flops() > 0
-        monkeypatch.setattr(cuda_graphs, "is_captured", lambda x: True)
+        pretend_to_capture(monkeypatch)
         engine(x)
         assert fake.happened == []
         monkeypatch.undo()
@@ -485,7 +492,7 @@ def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="device"):
         engine(x.to("meta"))
     with monkeypatch.context() as patched:
-        patched.setattr(cuda_graphs, "is_captured", lambda x: True)
+        pretend_to_capture(patched)
         assert torch.equal(engine(x), expected)
     torch._dynamo.reset()
     compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
@@ -527,7 +534,7 @@ def test_no_graphs_without_a_gpu_or_when_not_asked_for() -> None:
         engine = optimize_for_inference(model, cuda_graphs=mode)
         engine(random())
         assert f"CUDA graphs: {said}" in str(engine)
-        assert not engine._graphs._kinds
+        assert not engine._graphs._calls
     engine, fake = with_graphs(model, False)
     for _ in range(3):
         engine(random())
@@ -565,7 +572,7 @@ def test_graphs_end_with_what_they_read(change: str) -> None:
         engine.to("cpu")
     torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
     assert fake.happened[:3] == ["wait", "forget", "capture"]
-    assert len(engine._graphs._kinds) == 1
+    assert len(engine._graphs._calls) == 1
 
 
 @torch.no_grad()
@@ -596,12 +603,12 @@ def test_cached_positions_are_held_by_our_graphs_and_left_alone_by_others(monkey
     expected = engine(x)
     (cached,) = engine.folded._sizes.values()
     assert engine.folded._tokens_of_size(x, 12) is cached
-    monkeypatch.setattr(cuda_graphs, "is_captured", lambda x: True)
+    pretend_to_capture(monkeypatch)
     assert engine.folded._tokens_of_size(x, 12) is not cached, "a foreign graph would read it after it is gone"
     assert torch.equal(engine(x), expected)
-    monkeypatch.setattr(cuda_graphs._own, "held", [], raising=False)
+    monkeypatch.setattr(capture._capturing, "kept", [], raising=False)
     assert engine.folded._tokens_of_size(x, 12) is cached
-    assert cuda_graphs._own.held == [cached]
+    assert capture._capturing.kept == [cached]
     engine(random(1, 3, 14, 14))
     assert len(engine.folded._sizes) == 1, "what a capture makes is written only when its graph runs"
 
@@ -731,21 +738,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_calls_into_cuda(calls: list[str]) -> None:
-    cuda, device = cuda_graphs.Cuda(), torch.device("cuda:1")
+    cuda, device = CudaRuntime(), torch.device("cuda:1")
     cuda.end(cuda.begin(device))
     cuda.wait()
     assert calls == []
 
     def run() -> str:
         calls.append("run")
-        cuda_graphs.held((len(calls),))
+        capture.keep_alive((len(calls),))
         return "output"
 
     assert cuda.capture(run, device, "shared") == ("graph", "output", [(7,)])
-    capture = "capture on side, pool shared, thread_local"
+    how = "capture on side, pool shared, thread_local"
     assert calls == [
         *("into cuda:1", "into side", "side waits for current", "run", "run"),
-        *(f"into {capture}", "run", f"out of {capture}"),
+        *(f"into {how}", "run", f"out of {how}"),
         *("out of side", "out of cuda:1", "current waits for side"),
     ]
     calls.clear()
@@ -754,7 +761,7 @@ def test_the_calls_into_cuda(calls: list[str]) -> None:
     cuda.end(stream)
     cuda.wait()
     assert calls == ["current waits for event", "event on the same", "host waits for event"]
-    assert cuda_graphs.held((1,)) is None, "the capture is over"
+    assert capture.keep_alive((1,)) is None, "the capture is over"
 
 
 def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> None:
@@ -762,12 +769,12 @@ def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> No
         if "into capture on side, pool None, thread_local" in calls:
             raise RuntimeError("not permitted")
 
-    cuda = cuda_graphs.Cuda()
+    cuda = CudaRuntime()
     with pytest.raises(RuntimeError, match="not permitted"):
         cuda.capture(run, torch.device("cuda"), None)
     assert calls[-2:] == ["out of side", "out of cuda"]
-    assert cuda_graphs.held((1,)) is None
-    assert not cuda_graphs._one_at_a_time.locked()
+    assert capture.keep_alive((1,)) is None
+    assert not capture._capture_lock.locked()
 
 
 # Calls for which the host waits
@@ -804,10 +811,10 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class OnCpu(cuda_graphs.Cuda):
+class OnCpu(CudaRuntime):
     """Captures on the CPU, with the torch.cuda of the fixture `calls`."""
 
-    def serves(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         return True
 
 
@@ -816,7 +823,7 @@ def with_a_head(function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
     model = small()
     model.head = Head(function)
     engine, eager = (optimize_for_inference(model, "fp32", cuda_graphs=False) for _ in range(2))
-    engine._graphs = Graphs(True, OnCpu())
+    engine._graphs = GraphCache(True, OnCpu())
     return engine, eager
 
 
@@ -864,7 +871,7 @@ def test_no_call_of_the_engine_waits(call: Any) -> None:
     mask = torch.rand(2, 12) < 0.5
     for x in (random(), torch.randint(256, X).byte(), torch.randint(256, (2, 42, 56, 3)).byte()):
         expected = call(engine, x, mask)
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             found = call(engine, x, mask)
         torch.testing.assert_close(found, expected)
 
@@ -876,7 +883,7 @@ def test_no_call_of_the_engine_waits_on_kernels() -> None:
     x, mask = torch.randint(256, (1, 3, 28, 28)).byte().to(DEVICE), torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
     with use_backend("triton", strict=True):
         expected = engine(x, mask, is_training=True)["x_prenorm"]
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             found = engine(x, mask, is_training=True)["x_prenorm"]
     assert torch.equal(found, expected)
 
@@ -889,7 +896,7 @@ def test_no_call_of_the_engine_mixes_devices(call: Any) -> None:
     x, mask = random().to("meta"), torch.zeros(2, 12, dtype=torch.bool, device="meta")
     with use_backend("torch"):
         call(folded, x, mask)
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             call(folded, x, mask)
 
 
@@ -911,7 +918,7 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("op", (WAITING_OPS | OPS).values(), ids=WAITING_OPS | OPS)
 def test_ops_that_copy_between_devices(op: Callable[[Tensor], Any]) -> None:
     x = torch.empty(2, 2, device="meta")
-    with NoWaiting(x.device):
+    with ForbidDeviceSync(x.device):
         if op in OPS.values():
             op(x)
         else:
@@ -935,7 +942,7 @@ WAITING_HEADS_ON_A_GPU = {name: WAITING_HEADS[name] for name in ("item", "mask",
 
 
 def captured(engine: Any) -> int:
-    return sum(kind is not None for kind in engine._graphs._kinds.values())
+    return sum(kind is not None for kind in engine._graphs._calls.values())
 
 
 def equal(found: Any, expected: Any) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import watch
+from dinov2_fast.inference import weight_watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.fold import Layout, layout_for
+from dinov2_fast.inference.linear_layout import LinearLayout, layout_for
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
@@ -173,7 +173,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
         model, x = wild(kind), torch.randn(16, 3, 56, 56)
         exact = _exact(model, x)
         eager = _errors(copy.deepcopy(model).to(dtype), exact, x.to(dtype))
-        for settings, ratios in (({}, same), ({"residual": "fp32"}, wide)):
+        for settings, ratios in (({}, same), ({"residual_dtype": "fp32"}, wide)):
             engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
             ratios.append(_errors(engine, exact, x) / eager)
     same, wide = (torch.cat(ratios, dim=1).log() for ratios in (same, wide))  # (3, images)
@@ -196,7 +196,7 @@ def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
     ("kind", "settings", "precision", "backends"),
     [
         ("mlp", {}, "fp32", "triton"),
-        ("swiglu", {"residual": "fp32"}, "bf16", "triton"),
+        ("swiglu", {"residual_dtype": "fp32"}, "bf16", "triton"),
         ("registers", {}, "bf16", "triton"),
         ("registers", {}, "bf16", "triton,linear.gelu=cublas,linear.residual=cublas"),
     ],
@@ -292,7 +292,7 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
 
 def test_weights_of_another_layout_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
-    monkeypatch.setattr("dinov2_fast.inference.backbone.layout_for", lambda *args: Layout(True, False))
+    monkeypatch.setattr("dinov2_fast.inference.linear_layout.layout_for", lambda *args: LinearLayout(True, False))
     interleaved = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
     for ours, theirs in ((engine, interleaved), (interleaved, engine)):
         with pytest.raises(RuntimeError, match="interleaved_rows"):
@@ -303,8 +303,8 @@ def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -
     """Under autocast some linears refuse what they take in the engine, which runs without it."""
     autocast = []
     monkeypatch.setattr(
-        "dinov2_fast.inference.backbone.layout_for",
-        lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or Layout(False, False),
+        "dinov2_fast.inference.linear_layout.layout_for",
+        lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or LinearLayout(False, False),
     )
     with torch.autocast("cpu"):
         engine = optimize_for_inference(small(), "fp32")
@@ -335,7 +335,7 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
     monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device))
     monkeypatch.setattr(
         "dinov2_fast.inference.engine.layouts_for",
-        lambda plan, device, gated: asked.append(device) or {plan.dtype: Layout(False, True)},
+        lambda plan, device, gated: asked.append(device) or {plan.dtype: LinearLayout(False, True)},
     )
     engine(torch.zeros(1, 3, 28, 28, device="meta"))
     engine(torch.zeros(1, 3, 28, 28, device="meta"))
@@ -348,7 +348,7 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
 @torch.no_grad()
 def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned() -> None:
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 56, 70)
-    auto, cls, full = (optimize_for_inference(model, "fp32", kind) for kind in ("auto", "cls", "all"))
+    auto, cls, full = (optimize_for_inference(model, "fp32", outputs=kind) for kind in ("auto", "cls", "all"))
     depth = len(model.blocks)
     for engine, blocks in ((auto, depth - 1), (cls, depth - 1), (full, depth)):
         assert blocks_in_full(engine, lambda m: m(x)) == blocks
@@ -368,7 +368,9 @@ def test_the_head_gets_the_cls_token() -> None:
     model, x = small(), torch.randn(2, 3, 56, 70)
     model.head = nn.Linear(32, 7)
     for outputs in ("auto", "all"):
-        torch.testing.assert_close(optimize_for_inference(model, "fp32", outputs)(x), model(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            optimize_for_inference(model, "fp32", outputs=outputs)(x), model(x), atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -423,9 +425,10 @@ def test_uint8_images_give_what_processing_and_the_model_give() -> None:
     huggingface_peers.assert_close(hub(pixels).last_hidden_state, hub(processed).last_hidden_state)
 
 
-def test_mean_and_std_are_the_caller_s() -> None:
+def test_uint8_images_are_normalised_as_by_the_processor_that_is_given() -> None:
     model, pixels = small(), torch.randint(256, (1, 3, 28, 28), dtype=torch.uint8)
-    engine = optimize_for_inference(model, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0))
+    processor = dinov2_fast.Dinov2ImageProcessor(image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.25, 1.0))
+    engine = optimize_for_inference(model, processor=processor)
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0)))
     torch.testing.assert_close(engine(pixels), model((pixels / 255 - mean) / std).detach(), atol=1e-5, rtol=1e-5)
     model.patch_embed.proj = nn.Conv2d(6, 32, 14, 14)
@@ -433,7 +436,7 @@ def test_mean_and_std_are_the_caller_s() -> None:
     x = torch.randn(1, 6, 28, 28)
     torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)
     assert "uint8 images: not taken" in str(engine)
-    with pytest.raises(ValueError, match="uint8 images of 6 channels need mean and std of 6 values"):
+    with pytest.raises(ValueError, match="uint8 images of 3 channels, and this model takes 6"):
         engine(torch.zeros(1, 6, 28, 28, dtype=torch.uint8))
     for wrong in (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1, 3, 28, 28)):
         with pytest.raises(ValueError, match="takes 6 channels, got 3"):
@@ -496,7 +499,7 @@ CHANGES = {
 @pytest.fixture(params=[False, True], ids=["check first", "run first"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes are looked for before a call, as on a CPU, and after it, as on a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: request.param)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("order")
@@ -519,8 +522,8 @@ def _stays(name: str) -> Callable[[Any], None]:
 
 EDITS = {
     "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches of"),
-    "a method": (_stays("prepare_tokens_with_masks"), "the model has a prepare_tokens_with_masks of its own"),
-    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has a project_qkv of"),
+    "a method": (_stays("prepare_tokens_with_masks"), "the model has its own prepare_tokens_with_masks"),
+    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has its own project_qkv"),
     "a hook": (lambda m: m.blocks[1].mlp.register_forward_hook(lambda *args: None), "blocks.1.mlp has a hook"),
     "a hook before": (lambda m: m.norm.register_forward_pre_hook(lambda *args: None), "norm has a hook"),
     "a class": (lambda m: setattr(m.blocks[0].mlp.act, "__class__", nn.SiLU), "blocks.0.mlp.act is a SiLU"),
@@ -622,7 +625,7 @@ def test_what_an_engine_cannot_see_needs_refresh() -> None:
 def test_an_engine_that_does_not_follow_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     with monkeypatch.context() as patched:
-        patched.delattr("dinov2_fast.inference.engine.ModelWatch")  # it makes none
+        patched.delattr("dinov2_fast.inference.engine.WeightWatch")  # it makes none
         engine = optimize_for_inference(model, "fp32", follow_weights=False)
         assert "changes of the model: not noticed: call refresh()" in str(engine)
         engines = [engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))]
@@ -728,7 +731,7 @@ def test_training_is_refused() -> None:
         engine(x.requires_grad_())
     with torch.no_grad():
         engine(x)
-        with pytest.raises(RuntimeError, match="no derivatives of forward mode"):
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
             torch.func.jvp(engine, (x.detach(),), (x.detach(),))
     with pytest.raises(
         TypeError, match=r"precision is set when it is made: use optimize_for_inference\(precision=...\)"
@@ -744,14 +747,29 @@ def test_training_is_refused() -> None:
     [
         ({"precision": "bf15"}, "no precision 'bf15'; choose one of auto, bf16, fp16, fp32"),
         ({"outputs": "patches"}, "no outputs 'patches'; choose one of auto, cls, all"),
-        ({"residual": "bf16"}, "no residual 'bf16'; choose one of same, fp32"),
-        ({"mean": (0.5,)}, "mean and std need one value for each channel"),
-        ({"std": (0.5, 0.5, 0.0)}, "std none of 0"),
+        ({"residual_dtype": "bf16"}, "no residual_dtype 'bf16'; choose 'fp32', or None for the dtype of the precision"),
+        ({"residual_dtype": torch.float64}, "no residual_dtype torch.float64"),
     ],
 )
 def test_settings_that_do_not_exist_get_a_clear_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimize_for_inference(small(), **kwargs)
+
+
+def test_the_residual_dtype_is_a_name_or_a_dtype_of_torch() -> None:
+    model = small()
+    plans = [
+        optimize_for_inference(model, "bf16", residual_dtype=given, allow_slow=True).plan
+        for given in (None, "fp32", torch.float32)
+    ]
+    assert [plan.residual_dtype for plan in plans] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_options_are_keyword_only_and_the_processor_is_one_of_ours() -> None:
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments"):
+        optimize_for_inference(small(), "fp32", "all")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="processor must be a Dinov2ImageProcessor, got a tuple"):
+        optimize_for_inference(small(), processor=(0.5, 0.5, 0.5))  # type: ignore[arg-type]
 
 
 def test_half_precisions_are_refused_where_the_processor_makes_them_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -767,7 +785,7 @@ def test_half_precisions_are_refused_where_the_processor_makes_them_slower(monke
 
 
 def test_print_says_what_it_does() -> None:
-    text = str(optimize_for_inference(small(ffn_layer="swiglu"), "bf16", residual="fp32", allow_slow=True))
+    text = str(optimize_for_inference(small(ffn_layer="swiglu"), "bf16", residual_dtype="fp32", allow_slow=True))
     for part in (
         "Engine of a DinoVisionTransformer: 3 blocks of 32 channels",
         "weights: bf16, folded in fp64 from fp32 and rounded once",

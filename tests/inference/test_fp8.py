@@ -22,9 +22,10 @@ from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import _refuse_slow
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.block import FoldedAttention
-from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
+from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, GraphCache
+from dinov2_fast.inference.engine import Engine
 from dinov2_fast.inference.fp8 import Fp8Linear
+from dinov2_fast.inference.optimize import _slow_in_e4m3
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _registry
@@ -467,7 +468,7 @@ def test_lists_masks_and_layers() -> None:
         lambda m: m.get_intermediate_layers(x, [0, 2], reshape=True)[1],
     ):
         _near(call(engine), call(model))
-    wide = in_fp8(model, residual="fp32").forward_features(x)
+    wide = in_fp8(model, residual_dtype="fp32").forward_features(x)
     assert wide["x_prenorm"].dtype == torch.float32
     _near(wide["x_norm_patchtokens"], model.forward_features(x)["x_norm_patchtokens"])
 
@@ -555,7 +556,7 @@ def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, b
     exact = {(batch, name): CALLS[name][0](double, x[:batch].double()) for batch, name in cases}
     for backend in ("torch", "triton"):
         graphs = in_fp8(model)
-        graphs.plan, graphs._graphs = eager.plan, Graphs(True, None if DEVICE == "cuda" else FakeGraphs())
+        graphs.plan, graphs._graphs = eager.plan, GraphCache(True, None if DEVICE == "cuda" else FakeGraphs())
         with use_backend(backend, strict=True):
             graphs.refresh()
             for batch, name in cases:
@@ -631,7 +632,7 @@ def test_the_command_line_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_example_in_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("dinov2_fast.inference.engine._slow_in_e4m3", lambda device: None)
+    monkeypatch.setattr("dinov2_fast.inference.optimize._slow_in_e4m3", lambda device: None)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (example,) = (block for block in blocks if '"fp8"' in block)
     names = {"dinov2_fast": dinov2_fast, "model": small(depth=12)}
@@ -666,7 +667,7 @@ def test_wrong_images_get_a_clear_error() -> None:
             engine.calibrate(nothing)
     with pytest.raises(TypeError, match="images must be a tensor or batches that are tensors, got tuple"):
         engine.calibrate([(x, torch.zeros(2))])
-    with pytest.raises(ValueError, match="the attention of block 0 gave nan for these images"):
+    with pytest.raises(ValueError, match="The attention of block 0 gave nan for these images"):
         engine.calibrate([torch.full_like(x, math.nan), x])
     assert engine.plan.calibration is None
 

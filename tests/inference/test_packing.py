@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference.block import FoldedAttention
-from dinov2_fast.inference.packing import Part, split
+from dinov2_fast.inference.packing import ImageRange, split_into_runs
 from tests.helpers.devices import DEVICE, poisoned_memory, runs_triton
 from tests.helpers.engines import blocks_in_full
 from tests.helpers.huggingface_peers import make_pair
@@ -118,7 +118,7 @@ def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
     images = _images()
     for model, depth in ((small(), 3), (make_pair("Dinov2").ours, 3)):
         for outputs, blocks in (("auto", depth - 1), ("cls", depth - 1), ("all", depth)):
-            engine = optimize_for_inference(model, "fp32", outputs)
+            engine = optimize_for_inference(model, "fp32", outputs=outputs)
             assert blocks_in_full(engine, lambda m: m.cls_tokens(images)) == blocks
             expected = [features["x_norm_clstoken"] for features in engine.forward_features(images)]
             _close(engine.cls_tokens(images), expected)
@@ -139,7 +139,7 @@ def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
 def test_runs_take_what_fits_in_order(
     batches: list[int], seq_lens: list[int], max_tokens: int | None, runs: list[list[tuple[int, int, int]]]
 ) -> None:
-    assert split(batches, seq_lens, max_tokens) == [[Part(*part) for part in run] for run in runs]
+    assert split_into_runs(batches, seq_lens, max_tokens) == [[ImageRange(*chosen) for chosen in run] for run in runs]
 
 
 # Inputs

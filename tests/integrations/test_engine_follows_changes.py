@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import accelerate, acceleration_report
-from dinov2_fast.inference import Engine, watch
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference import Engine, weight_watch
+from dinov2_fast.inference.weight_watch import WeightWatch
 from tests.helpers.library_models import (
     LibraryModel,
     accelerated_pair,
@@ -69,11 +69,11 @@ def test_it_follows_the_settings(answered: list[str]) -> None:
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """In the order of a GPU: when engines ran, and when changes were looked for."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     happened: list[str] = []
-    call, changed = Engine._call, ModelWatch.changed
+    call, changed = Engine._call, WeightWatch.changed
     monkeypatch.setattr(Engine, "_call", lambda *given: happened.append("run") or call(*given))
-    monkeypatch.setattr(ModelWatch, "changed", lambda self: happened.append("check") or changed(self))
+    monkeypatch.setattr(WeightWatch, "changed", lambda self: happened.append("check") or changed(self))
     return happened
 
 
@@ -221,7 +221,7 @@ def test_what_a_user_changed_is_followed(
 ) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("timm")
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: when == "after, on a GPU")
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: when == "after, on a GPU")
     build, edit, reason = EDITS[case]
     model, untouched = build(), build()
     edit(untouched)

@@ -139,7 +139,7 @@ def test_as_timm(name: str, pad: bool) -> None:
 
 # Errors as a share of the reference's norm. In bf16 an engine may be twice as wrong as the model itself. In e4m3 the
 # first block's operands, of 4 bits, put its features off by some 3 %; tests/inference/test_fp8.py is about later ones.
-ENGINES = {"fp32": {}, "bf16": {}, "bf16, residual fp32": {"residual": "fp32"}, "fp8": {}}
+ENGINES = {"fp32": {}, "bf16": {}, "bf16, residual fp32": {"residual_dtype": "fp32"}, "fp8": {}}
 
 
 def error(ours: Any, expected: Tensor) -> float:

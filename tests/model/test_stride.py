@@ -145,7 +145,7 @@ def test_engines_in_bf16_are_as_near_as_the_model(kind: dict[str, Any]) -> None:
     exact = by_hand(model, x, 7, (7, 11))[-1]
     model.stride = 7
     plain = copy.deepcopy(model).bfloat16().forward_features(x.bfloat16())["x_prenorm"]
-    for setting in ({}, {"residual": "fp32"}):
+    for setting in ({}, {"residual_dtype": "fp32"}):
         engine = optimize_for_inference(model, "bf16", allow_slow=True, **setting)
         found = engine.forward_features(x)["x_prenorm"]
         assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm()

@@ -48,7 +48,7 @@ def test_pools(global_pool: str, fc_norm: bool | None) -> None:
     pair = make_pair(NAMES[1], global_pool=global_pool, fc_norm=fc_norm, num_classes=5)
     x = images(28, 42)
     for outputs in ("auto", "all", *(["cls"] if global_pool == "token" else [])):
-        engine = optimize_for_inference(pair.ours, "fp32", outputs)
+        engine = optimize_for_inference(pair.ours, "fp32", outputs=outputs)
         assert_close(engine(x), pair.theirs(x))
         assert_close(engine.forward_features(x), pair.theirs.forward_features(x))
         alone = global_pool == "token" and outputs != "all"
@@ -59,14 +59,14 @@ def test_pools(global_pool: str, fc_norm: bool | None) -> None:
             optimize_for_inference(pair.ours, outputs="cls")
 
 
-@pytest.mark.parametrize("residual", ["same", "fp32"])
+@pytest.mark.parametrize("residual_dtype", [None, "fp32"])
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
 @torch.no_grad()
-def test_half_precision(global_pool: str, residual: str) -> None:
+def test_half_precision(global_pool: str, residual_dtype: str | None) -> None:
     """No worse than the model in that dtype, which rounds more often; the norm behind the pool is in it, too."""
     model, x = make_pair(NAMES[1], global_pool=global_pool, num_classes=5).ours, images(70, 98)
     exact = copy.deepcopy(model).double()(x.double())
-    engine = optimize_for_inference(model, "bf16", residual=residual, allow_slow=True)
+    engine = optimize_for_inference(model, "bf16", residual_dtype=residual_dtype, allow_slow=True)
     plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
     assert engine(x).dtype == torch.bfloat16
     assert (engine(x) - exact).norm() <= (plain - exact).norm()
@@ -136,7 +136,7 @@ def test_it_follows_its_model() -> None:
         changed._model.blocks.pop(0)
         assert_close(changed.forward_intermediates(x), changed._model.forward_intermediates(x))
     for method in ("reset_classifier", "set_input_size", "prune_intermediate_layers"):
-        with pytest.raises(AttributeError, match="changes the model: call it there"):
+        with pytest.raises(AttributeError, match="This method changes the model: call it on the model"):
             getattr(engine, method)(2)
     for wrong in ({"is_causal": True}, {"attn_mask": torch.ones(7, 7)}):
         with pytest.raises(ValueError, match="every token attends to all"):

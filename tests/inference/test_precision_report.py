@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.inference.report import Report, same_neighbours
+from dinov2_fast.inference.precision_report import PrecisionReport, same_neighbours
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.helpers.small_models import small, wild
 
@@ -140,5 +140,5 @@ def test_wrong_images_get_a_clear_error(given: Any, error: type[Exception], mess
 
 def test_a_single_image_is_enough() -> None:
     report = optimize_for_inference(small(), "fp32").report(torch.randn(3, 28, 28))
-    assert isinstance(report, Report)
+    assert isinstance(report, PrecisionReport)
     assert report.images == 1

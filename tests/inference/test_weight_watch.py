@@ -1,4 +1,4 @@
-"""`ModelWatch`: what counts as a change of a model. `run_up_to_date`: when that is asked."""
+"""`WeightWatch`: what counts as a change of a model. `run_up_to_date`: when that is asked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_fast.inference import watch
-from dinov2_fast.inference.watch import ModelWatch, SettingsWatch, run_up_to_date
+from dinov2_fast.inference import weight_watch
+from dinov2_fast.inference.weight_watch import SettingsWatch, WeightWatch, run_up_to_date
 from tests.helpers.small_models import small
 
 
@@ -81,7 +81,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", [*WEIGHTS, *SETTINGS])
 def test_every_change_is_noticed_and_nothing_else(name: str) -> None:
     model = _watched()
-    whole, settings = ModelWatch(model), SettingsWatch(model.modules())
+    whole, settings = WeightWatch(model), SettingsWatch(model.modules())
     model(torch.randn(1, 3, 28, 28)).sum().backward()
     model.requires_grad_(False).requires_grad_(True).train().eval()
     assert not whole.changed()
@@ -102,7 +102,7 @@ def test_a_class_that_was_patched_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def _order(asynchronous: bool, answers: list[bool], monkeypatch: pytest.MonkeyPatch, fails: int = 0) -> list[str]:
     """What `run_up_to_date` does where `changed` gives these answers and the first `fails` runs raise."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: asynchronous)
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: asynchronous)
     happened: list[str] = []
 
     def run() -> int:
@@ -141,5 +141,5 @@ def test_an_error_is_passed_on_if_nothing_has_changed(monkeypatch: pytest.Monkey
 
 
 def test_only_a_gpu_is_asynchronous() -> None:
-    assert not any(watch.is_asynchronous(torch.device(name)) for name in ("cpu", "meta"))
-    assert all(watch.is_asynchronous(torch.device(name)) for name in ("cuda", "cuda:1"))
+    assert not any(weight_watch.is_asynchronous(torch.device(name)) for name in ("cpu", "meta"))
+    assert all(weight_watch.is_asynchronous(torch.device(name)) for name in ("cuda", "cuda:1"))
