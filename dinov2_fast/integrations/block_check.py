@@ -36,7 +36,7 @@ def reason_against(block: nn.Module) -> str | None:
 
 
 def accelerate_block(block: nn.Module) -> None:
-    """Gives `block`, against which there is no reason, the class that computes with our ops."""
+    """Swaps the class of `block` for one that computes with our ops; `reason_against` must have found no reason."""
     _accelerate(block, _check(block).replaced)
 
 
