@@ -50,7 +50,7 @@ def test_gradients_of_every_parameter_are_the_models_own(kind: LibraryModel) -> 
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
-def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: LibraryModel) -> None:
+def test_bf16_results_are_as_exact_as_the_models_own(some: LibraryModel) -> None:
     model, untouched = accelerated_pair(some.build())
     x = images()
     call = some.calls[0]
@@ -80,7 +80,7 @@ def test_stochastic_depth_draws_the_same_random_numbers(some: LibraryModel, rate
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
-def test_training_goes_the_same_way(some: LibraryModel) -> None:
+def test_losses_in_training_are_the_models_own(some: LibraryModel) -> None:
     model, untouched = (model.train() for model in accelerated_pair(some.build(drop_path=0.1)))
     losses = [train(each, some) for each in (model, untouched)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-6)
@@ -126,7 +126,7 @@ def test_the_ops_are_in_use(some: LibraryModel, monkeypatch: pytest.MonkeyPatch)
     separate = "Dinov2" in some.name
     expected = dict.fromkeys(("layer_norm.plain", "layer_norm.add", "add_residual"), depth)
     expected |= {"attend" if separate else "attend_packed": depth, "linear": depth * (6 if separate else 4)}
-    if any(name.endswith("gate_proj") for name, _ in model.named_modules()):  # newer transformers: apart, so no SwiGLU
+    if any(name.endswith("gate_proj") for name, _ in model.named_modules()):  # newer transformers: no packed SwiGLU
         expected["linear"] += depth
     else:
         gated = "swiglu" in some.name or "giant" in some.name
@@ -135,7 +135,7 @@ def test_the_ops_are_in_use(some: LibraryModel, monkeypatch: pytest.MonkeyPatch)
 
 
 @runs_triton
-def test_kernels_run_inside_when_asked_for(some: LibraryModel) -> None:
+def test_kernels_run_when_asked_for(some: LibraryModel) -> None:
     model, untouched = (m.to(DEVICE) for m in accelerated_pair(some.build()))
     x = images(1).to(DEVICE)
     with torch.no_grad(), use_backend("attention=triton,layer_norm=triton,activation=triton", strict=True):
@@ -183,7 +183,7 @@ def test_transformers_records_the_same_attentions(task: str, attention: str) -> 
 
 def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # its hooks hang there from the start
+    model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # it has recording hooks from the start
     calls: list[int] = []
     attend = transformers_blocks.attend
     monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
@@ -217,7 +217,7 @@ def test_masks_and_unfused_attention_of_timm_run_its_own_code() -> None:
         with torch.no_grad():
             assert_same(model.forward_features(images(), **asked), untouched.forward_features(images(), **asked))
     weights: list[Tensor] = []
-    for each in (model, untouched):  # how people get timm's attention maps
+    for each in (model, untouched):  # the usual way to timm's attention maps
         each.blocks[0].attn.fused_attn = False
         each.blocks[0].attn.attn_drop.register_forward_hook(lambda m, args, out: weights.append(out))
         each(images())
@@ -237,7 +237,7 @@ def test_lists_and_masks_of_hub_models_run_their_own_code() -> None:
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
-def test_it_compiles_to_one_graph(library: str) -> None:
+def test_an_accelerated_model_compiles_to_one_graph(library: str) -> None:
     pytest.importorskip(library)
     made = timm_model("vit_small_patch14_dinov2") if library == "timm" else transformers_model("Dinov2", "Model")
     model = filled(made).eval()
@@ -249,7 +249,7 @@ def test_it_compiles_to_one_graph(library: str) -> None:
     torch._dynamo.reset()
 
 
-def test_it_exports_and_traces() -> None:
+def test_an_accelerated_model_can_be_exported_and_traced() -> None:
     pytest.importorskip("transformers")
     model = filled(transformers_model("Dinov2", "Model")).eval()
     wanted = model(images()).last_hidden_state

@@ -68,7 +68,7 @@ def test_copies_and_pickles_are_accelerated_models_of_their_own(some: LibraryMod
     model, _ = accelerated_pair(some.build())
     x = images()
     copies = [copy.deepcopy(model)]
-    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' own hooks on it refuse
+    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' hooks cannot be pickled
         copies.append(pickle.loads(pickle.dumps(model)))
     for made in copies:
         assert type(blocks_of(made, some)[0]) is type(blocks_of(model, some)[0])
@@ -138,7 +138,7 @@ def test_adapters_in_place_of_linears_are_called(some: LibraryModel, first: str)
 
 
 def _activation_of(mlp: Any) -> str:
-    """Its name: timm's and Meta's, transformers' of 5.23, and that of 5.17."""
+    """The name of the activation in timm and Meta's code, in transformers 5.23, and in 5.17."""
     return next(name for name in ("act", "activation_fn", "activation") if hasattr(mlp, name))
 
 

@@ -39,7 +39,9 @@ def test_vision_towers_inside_larger_models_are_found_and_the_rest_is_left_alone
     assert caplog.messages == [line]
 
 
-def test_two_backbones_are_two_groups_and_a_strange_block_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_two_backbones_are_two_groups_and_a_block_that_is_not_accelerated_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = nn.ModuleDict({"left": filled(hub_model()), "right": filled(hub_model())}).eval()
     model["right"].blocks[1].attn = nn.MultiheadAttention(128, 2)
     assert all(group.accelerated == 0 for group in acceleration_report(model).groups)

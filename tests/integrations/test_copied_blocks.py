@@ -22,7 +22,7 @@ DIM, HEADS = 64, 2
 
 
 class Attention(nn.Module):
-    """With a module for dropout of its weights, as the older copies have it."""
+    """An attention with a module for dropout of its weights, as in older copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class WithWeights(Attention):
-    """Returns its weights, too."""
+    """Also returns its weights."""
 
     def forward(self, x: Tensor) -> Any:
         weights, v = self.weights_and_values(x)
@@ -50,7 +50,7 @@ class WithWeights(Attention):
 
 
 class WithNorms(Attention):
-    """Norms of queries and keys, and positions that a call may give."""
+    """Has norms of queries and keys, and takes positions."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WithNorms(Attention):
 
 
 class Recording(Attention):
-    """Keeps its weights."""
+    """Keeps its weights as an attribute."""
 
     def weights_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.last_weights, v = super().weights_and_values(x)
@@ -72,7 +72,7 @@ class Recording(Attention):
 
 
 class Block(nn.Module):
-    """Adds its branches without stochastic depth, which it has all the same."""
+    """Has stochastic depth, but does not use it."""
 
     def __init__(self, attention: nn.Module | None = None, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class WithoutScales(Block):
-    """One stochastic depth for both branches, and no scales."""
+    """Has one stochastic depth for both branches, and no scales."""
 
     def __init__(self, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class PostNorm(Block):
 
 
 class TanhGelu(Mlp):
-    """Does not use the activation it has."""
+    """Has an activation, but does not use it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def with_checkpoint(module: Any) -> Any:
-    """Recomputes `module` in the backward pass, by a class made of its class, as several projects do."""
+    """Has `module` recomputed in the backward pass by a subclass of its class, as several projects do."""
 
     class CheckpointingWrapper(module.__class__):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +270,7 @@ def test_a_trial_draws_no_random_numbers_and_calls_no_hooks_and_reads_no_weights
 
 
 class Quantised(nn.Module):
-    """A linear whose weight is no matrix of numbers that can be multiplied."""
+    """A linear whose weight is flat and of integers, so that it is no matrix to multiply by."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

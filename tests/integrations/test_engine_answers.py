@@ -75,7 +75,7 @@ def test_images_of_any_size_as_transformers_takes_them(task: str, height: int, w
     assert len(answered) == 1
 
 
-def test_sizes_of_timm_and_of_the_hub(answered: list[str]) -> None:
+def test_images_of_any_size_as_timm_and_the_hub_models_take_them(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = accelerated_pair(
         filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval(), inference=True
@@ -106,7 +106,7 @@ def test_outputs_keep_the_dtype_of_the_model(some: LibraryModel) -> None:
 def test_copies_and_pickles_have_engines_of_their_own(some: LibraryModel, answered: list[str]) -> None:
     model, _ = accelerated_pair(some.build(), inference=True)
     copies = [copy.deepcopy(model)]
-    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' own hooks on it refuse
+    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' hooks cannot be pickled
         copies.append(pickle.loads(pickle.dumps(model)))
     for made in copies:
         with torch.no_grad():
@@ -134,7 +134,7 @@ class _Vendored(facebook_model.Backbone):
         return self.get_intermediate_layers(x)[0][:, 0]
 
 
-def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered: list[str]) -> None:
+def test_only_the_methods_of_a_copied_backbone_that_agree_are_answered(answered: list[str]) -> None:
     model, untouched = accelerated_pair(filled(_Vendored(registers=2)).eval(), inference=True)
     assert not hasattr(model, "forward_features")
     x = images(1, 84, 98)
@@ -219,7 +219,7 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
         for each in (model, untouched):
             setattr(each.config, name, True)
         assert_same(model(images()), untouched(images()))
-    with pytest.raises((ValueError, AttributeError)) as wanted:  # newer transformers does not check it
+    with pytest.raises((ValueError, AttributeError)) as wanted:  # newer versions of transformers do not check it
         untouched()
     with pytest.raises(wanted.type, match=re.escape(str(wanted.value))):
         model()
@@ -324,7 +324,7 @@ def test_only_one_of_two_backbones_gets_an_engine(caplog: pytest.LogCaptureFixtu
     assert len(answered) == 1
 
 
-def test_compiled_it_is_one_graph_of_the_blocks(answered: list[str]) -> None:
+def test_a_compiled_model_is_one_graph_of_the_accelerated_blocks(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = accelerated_pair(filled(timm_model("vit_small_patch14_dinov2")).eval(), inference=True)
     torch._dynamo.reset()

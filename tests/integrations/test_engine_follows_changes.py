@@ -29,7 +29,7 @@ from tests.helpers.library_models import (
 from tests.helpers.library_models import transformers_model as hf
 
 
-def test_it_follows_the_weights(some: LibraryModel, answered: list[str]) -> None:
+def test_the_engine_follows_the_weights(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = accelerated_pair(some.build(), inference=True)
     for each in (model, untouched):
         each.train()
@@ -50,7 +50,7 @@ def test_it_follows_the_weights(some: LibraryModel, answered: list[str]) -> None
     assert len(answered) == 3
 
 
-def test_it_follows_the_settings(answered: list[str]) -> None:
+def test_the_engine_follows_the_settings(answered: list[str]) -> None:
     pytest.importorskip("transformers")
     model, untouched = accelerated_pair(filled(hf("Dinov2", "Backbone")).eval(), inference=True)
     for each in (model, untouched):
@@ -68,7 +68,7 @@ def test_it_follows_the_settings(answered: list[str]) -> None:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In the order of a GPU: when engines ran, and when changes were looked for."""
+    """Runs of engines and checks for changes, in the order in which they happen on a GPU."""
     monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     happened: list[str] = []
     call, changed = Engine._call, WeightWatch.changed
@@ -130,7 +130,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
 
 
 def _method(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Has the method at `path` return something else, on the instance."""
+    """Sets a method on an instance, at `path`, that changes the result of the class's method."""
     owner, _, name = path.rpartition(".")
 
     def edit(model: Any) -> None:
@@ -142,14 +142,14 @@ def _method(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 def _overlapping(model: Any) -> None:
-    """Twice as many patches each way, without positions: the common trick for dense features."""
+    """Twice as many patches in each direction, without positions: a common trick for dense features."""
     model.patch_embed.proj.stride = (7, 7)
     _method("interpolate_pos_encoding", lambda positions: 0 * positions[:, :1])(model)
 
 
 def _scaled(model: Any) -> None:
     attention = model.blocks[1].attn
-    attention.scale, attention.fused_attn = 0.126, False  # the fused one has its own scale
+    attention.scale, attention.fused_attn = 0.126, False  # the fused attention does not read `scale`
 
 
 def _hub(**arguments: Any) -> Any:
@@ -165,7 +165,7 @@ def _hf(task: str = "Model") -> Any:
 
 
 def _attention_of(layer: Any) -> Any:
-    """The module with the scores; transformers 4 has it in another one."""
+    """The module that computes the scores; in transformers 4 it is inside another one."""
     return getattr(layer.attention, "attention", layer.attention)
 
 
@@ -240,12 +240,12 @@ def test_what_a_user_changed_is_followed(
     with torch.no_grad():
         try:
             expected = untouched(x)
-        except RuntimeError as error:  # some edits fit no positions
+        except RuntimeError as error:  # some edits do not fit the positions
             with pytest.raises(RuntimeError, match=re.escape(str(error))):
                 model(x)
         else:
             assert_same(model(x), expected)
-    assert not answered or when == "after, on a GPU"  # where the engine's answer was dropped
+    assert not answered or when == "after, on a GPU"  # where the engine's answer was discarded
     if when != "before":
         assert re.search(reason, str(acceleration_report(model)))
 

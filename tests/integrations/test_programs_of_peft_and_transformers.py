@@ -34,7 +34,7 @@ MODELS = {
 
 
 def lora(model: nn.Module, **settings: Any) -> Any:
-    """With LoRA beside every linear of the blocks, its weights seeded."""
+    """`model` with LoRA beside every linear of the blocks, with seeded weights."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -80,7 +80,7 @@ class Labelled(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def fine_tune(model: Any, folder: Path, **settings: Any) -> list[float]:
-    """The losses of some steps of transformers' trainer; what it saved is loaded and compared."""
+    """The losses of six steps of transformers' trainer, whose checkpoint is loaded and compared."""
     transformers = pytest.importorskip("transformers")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
