@@ -32,15 +32,15 @@ _PUBLIC = {
     "TimmVisionTransformer": "timm_adapter",
     "WeightsError": "weights",
     "accelerate": "integrations",
-    "accelerated": "integrations",
+    "acceleration_report": "integrations",
     "convert_state_dict": "weights",
     "create_model": "timm_adapter",
     "load": "weights",
     "load_features": "features.store",
     "optimize_for_inference": "inference",
-    "restore": "integrations",
     "search": "curation.neighbours",
     "set_backend": "ops",
+    "unaccelerate": "integrations",
     "use_backend": "ops",
 }
 

@@ -17,7 +17,7 @@ from dinov2_fast.inference.cuda_graphs import GraphCache
 
 
 class FakeGraphs:
-    """Graphs on the CPU, as careless with their memory as real ones; it notes what happens."""
+    """Graphs on the CPU, as careless with their memory as real ones; it records what happens."""
 
     class Graph:
         def __init__(self, fake: FakeGraphs, run: Callable[[], Any]) -> None:

@@ -37,7 +37,7 @@ X = (2, 3, 42, 56)
 
 
 def pretend_to_capture(patch: pytest.MonkeyPatch) -> None:
-    """From now on the current stream seems to be captured by somebody else."""
+    """Makes the engine act as if somebody else captured the current stream."""
     for module in (backbone, cuda_graphs):
         patch.setattr(module, "is_captured", lambda x: True)
 
@@ -78,7 +78,7 @@ def test_results_are_those_of_eager_calls_and_stay(call: Any, outputs: str) -> N
     given = [(random(), torch.rand(2, 12) < 0.5) for _ in range(3)]
     results = [call(engine, *inputs) for inputs in given]
     assert (fake.count("capture"), fake.count("replay")) == (1, 3)
-    for result, inputs in zip(results, given, strict=True):  # after all calls: none wrote into another's results
+    for result, inputs in zip(results, given, strict=True):  # after all calls: none overwrote earlier results
         expected = call(eager, *inputs)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
         for ours, theirs in zip(leaves(result), leaves(expected), strict=True):
@@ -107,7 +107,7 @@ def test_a_captured_call_is_found_without_asking_whether_to_capture_it(
 
 
 @torch.no_grad()
-def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
+def test_inputs_that_a_call_returns_are_the_caller_s_tensors() -> None:
     engine, _ = with_graphs(small())
     for _ in range(2):
         x, mask = random(), torch.rand(2, 12) < 0.5
@@ -116,7 +116,7 @@ def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
 
 
 @torch.no_grad()
-def test_what_lies_in_one_tensor_is_copied_at_once() -> None:
+def test_results_that_share_memory_are_copied_at_once() -> None:
     engine, _ = with_graphs(small(num_register_tokens=2))
     for _ in range(2):
         features = engine.forward_features(random())
@@ -130,7 +130,7 @@ def test_what_lies_in_one_tensor_is_copied_at_once() -> None:
 
 
 @torch.no_grad()
-def test_the_hugging_face_face() -> None:
+def test_hugging_face_models_return_what_eager_calls_return() -> None:
     for task, outputs in (
         ("Model", "auto"),
         ("Model", "cls"),
@@ -152,7 +152,7 @@ def test_the_hugging_face_face() -> None:
 
 
 @torch.no_grad()
-def test_settings_of_a_hugging_face_model_are_heeded() -> None:
+def test_each_setting_of_a_hugging_face_model_has_its_own_graph() -> None:
     engine, fake = with_graphs(make_pair("Dinov2", "Backbone", out_indices=[1]).ours)
     x = images(98)
     assert len(engine(x).feature_maps) == 1
@@ -180,7 +180,7 @@ def test_settings_of_a_hugging_face_model_are_heeded() -> None:
     ],
 )
 @torch.no_grad()
-def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: str, value: Any) -> None:
+def test_a_hugging_face_setting_changed_between_two_calls_takes_effect(name: str, value: Any) -> None:
     model, x = make_pair("Dinov2", "Backbone", out_features=["stage1"]).ours, images(98)
     engine, fake = with_graphs(model)
     eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
@@ -196,7 +196,7 @@ def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: 
 
 
 @torch.no_grad()
-def test_images_in_every_layout_and_dtype() -> None:
+def test_images_of_every_layout_and_dtype_are_copied_in_right() -> None:
     engine, fake = with_graphs(small())
     eager = optimize_for_inference(engine._model, "fp32")
     x = random(2, 3, 84, 56)
@@ -211,7 +211,7 @@ def test_images_in_every_layout_and_dtype() -> None:
     assert fake.count("capture") == 3
 
 
-def test_modes_of_autograd_mix() -> None:
+def test_calls_in_different_modes_of_autograd_share_a_graph() -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     with torch.inference_mode():
@@ -241,19 +241,19 @@ def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
     assert fake.count("capture") == 1
 
 
-def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
-    """Adds each look for changes to what happened, in the order of a GPU."""
+def _record_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
+    """Records each check for changes, in the order of a GPU."""
     monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
     changed = WeightWatch.changed
     monkeypatch.setattr(WeightWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
 
 
 @torch.no_grad()
-def test_changes_are_looked_for_while_the_device_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_checked_while_the_device_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     before = engine(x)
-    _noting_checks(monkeypatch, fake)
+    _record_checks(monkeypatch, fake)
     fake.happened.clear()
     assert torch.equal(engine(x), before)
     assert fake.happened == ["begin", "replay", "end", "check"]
@@ -269,10 +269,10 @@ def test_changes_are_looked_for_while_the_device_replays(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
-def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_only_the_changed_model_accepts_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), random(2, 4, 42, 56)
     engine, fake = with_graphs(model)
-    _noting_checks(monkeypatch, fake)
+    _record_checks(monkeypatch, fake)
     with pytest.raises(ValueError, match="takes 3 channels, got 4"):
         engine(x)
     assert fake.count("check") == 1
@@ -280,11 +280,11 @@ def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-# What has a graph of its own
+# One graph for each kind of call
 
 
 @torch.no_grad()
-def test_a_graph_for_every_method_and_arguments() -> None:
+def test_every_method_and_every_set_of_arguments_has_its_own_graph() -> None:
     engine, fake = with_graphs(small(num_register_tokens=2))
     x, mask = random(), torch.zeros(2, 12, dtype=torch.bool)
 
@@ -341,7 +341,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @torch.no_grad()
-def test_a_setting_that_changes_between_two_calls_is_heeded(setting: Callable[[], Any]) -> None:
+def test_a_process_setting_changed_between_two_calls_takes_effect(setting: Callable[[], Any]) -> None:
     engine, fake = with_graphs(small())
     x = random()
     with use_backend("layer_norm=torch") if setting is SETTINGS["strict"] else nullcontext():
@@ -387,11 +387,11 @@ def test_graphs_of_two_engines_share_nothing() -> None:
     assert not set(fakes[0].pools.values()) & set(fakes[1].pools.values())
 
 
-# When there is none
+# Calls that run eagerly
 
 
 class Subclass(Tensor):
-    """Of torch's, which may compute anything in its own way."""
+    """A subclass of torch.Tensor, which may compute in its own way."""
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_other_calls_run_eagerly(call: Any) -> None:
 def test_replicas_on_another_device_run_eagerly() -> None:
     engine, fake = with_graphs(small())
     engine(random())
-    meta = copy.deepcopy(engine.folded).to("meta")  # as `nn.DataParallel` makes them: with the same graphs
+    meta = copy.deepcopy(engine.folded).to("meta")  # replicas of `nn.DataParallel` share the graphs, too
     for _ in range(2):
         x = random().to("meta")
         assert engine._graphs.run(meta, meta, "forward_features", (x,), {})["x_norm_clstoken"].is_meta
@@ -451,14 +451,14 @@ TRACING = ("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarn
 
 
 @pytest.mark.filterwarnings(*TRACING)
-def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_captured_under_a_compiler_tracer_or_dispatch_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     model, x = small(), random()
     engine, fake = with_graphs(model)
     compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = compiled(x)
-        with use_backend("torch"):  # an op of oneDNN's cannot be traced
+        with use_backend("torch"):  # oneDNN's ops cannot be traced
             traced = torch.jit.trace(engine, x, check_trace=False)
         with FlopCounterMode(display=False) as counter:
             engine(x)
@@ -476,8 +476,8 @@ def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings(*TRACING)
 @torch.no_grad()
-def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is asked in each call, also of a kind that was captured."""
+def test_no_graph_replays_for_gradients_tracers_or_dispatch_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs in each call, also in those that have a graph."""
     engine, fake = with_graphs(small())
     x = random()
     expected = engine(x)
@@ -497,14 +497,14 @@ def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.Monke
     torch._dynamo.reset()
     compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
-    with use_backend("torch"):  # an op of oneDNN's cannot be traced
+    with use_backend("torch"):  # oneDNN's ops cannot be traced
         engine(x)
         happened = list(fake.happened)
         traced = torch.jit.trace(engine, x, check_trace=False)
         other = random()
         assert fake.happened == happened == ["capture", "begin", "replay", "end"] * 2
         assert torch.equal(traced(other), engine(other))
-    engine.folded.to("meta")  # past the engine, whose `to` drops the graphs
+    engine.folded.to("meta")  # not by the engine, whose `to` drops the graphs
     happened = list(fake.happened)
     assert engine(x.to("meta")).is_meta
     assert fake.happened == happened
@@ -528,7 +528,7 @@ def test_auto_captures_small_calls_when_they_come_again(monkeypatch: pytest.Monk
     assert f"up to {limit // 32**2} tokens" in str(engine)
 
 
-def test_no_graphs_without_a_gpu_or_when_not_asked_for() -> None:
+def test_there_are_no_graphs_without_a_gpu_or_with_false() -> None:
     model = small()
     for mode, said in (("auto", "none, since the engine is on cpu"), (False, "none, as asked")):
         engine = optimize_for_inference(model, cuda_graphs=mode)
@@ -553,12 +553,12 @@ def test_copies_keep_the_setting_and_have_graphs_of_their_own() -> None:
         assert other._graphs is not engine._graphs
 
 
-# Graphs end
+# When graphs are dropped
 
 
 @pytest.mark.parametrize("change", ["weights", "refresh", "move"])
 @torch.no_grad()
-def test_graphs_end_with_what_they_read(change: str) -> None:
+def test_graphs_are_dropped_when_the_weights_they_read_are_replaced(change: str) -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     engine(x)
@@ -577,7 +577,7 @@ def test_graphs_end_with_what_they_read(change: str) -> None:
 
 @torch.no_grad()
 def test_a_call_that_began_before_a_refresh_leaves_no_graph_for_later() -> None:
-    """Two threads: one is about to run the old weights when the other folds new ones."""
+    """One thread is about to run the old weights when another thread folds new ones."""
     model, x = small(), random()
     engine, _ = with_graphs(model)
     old = engine.folded
@@ -598,7 +598,7 @@ def test_nothing_is_folded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def test_cached_positions_are_held_by_our_graphs_and_left_alone_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_positions_are_kept_alive_by_our_graphs_and_not_read_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, x = optimize_for_inference(small(), "fp32"), random()
     expected = engine(x)
     (cached,) = engine.folded._sizes.values()
@@ -617,7 +617,7 @@ def test_cached_positions_are_held_by_our_graphs_and_left_alone_by_others(monkey
 
 
 @torch.no_grad()
-def test_a_capture_that_fails_is_said_once_and_calls_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_capture_is_logged_once_and_calls_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     engine, fake = with_graphs(model)
     fake.failure = RuntimeError("operation not permitted\nwhen capturing")
@@ -690,7 +690,7 @@ def test_each_use_waits_for_the_last_and_ends_with_the_copies() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A torch.cuda that notes what is asked of it."""
+    """Replaces parts of torch.cuda by fakes that record their calls."""
     happened: list[str] = []
 
     class Stream:
@@ -737,7 +737,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
-def test_the_calls_into_cuda(calls: list[str]) -> None:
+def test_capture_and_replay_order_their_calls_into_cuda(calls: list[str]) -> None:
     cuda, device = CudaRuntime(), torch.device("cuda:1")
     cuda.end(cuda.begin(device))
     cuda.wait()
@@ -777,7 +777,7 @@ def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> No
     assert not capture._capture_lock.locked()
 
 
-# Calls for which the host waits
+# Calls that make the host wait
 
 
 class Head(nn.Module):
@@ -829,7 +829,7 @@ def with_a_head(function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("function", WAITING_HEADS.values(), ids=WAITING_HEADS)
 @torch.no_grad()
-def test_no_capture_begins_where_the_host_would_wait(
+def test_no_capture_begins_if_the_host_would_wait_for_the_device(
     function: Callable[[Tensor], Tensor], calls: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, eager = with_a_head(function)
@@ -846,7 +846,7 @@ def test_no_capture_begins_where_the_host_would_wait(
 
 @pytest.mark.parametrize("function", HEADS.values(), ids=HEADS)
 @torch.no_grad()
-def test_heads_for_which_nobody_waits_are_captured(
+def test_heads_that_do_not_make_the_host_wait_are_captured(
     function: Callable[[Tensor], Tensor], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
@@ -866,7 +866,7 @@ LISTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("call", (CALLS | LISTS).values(), ids=CALLS | LISTS)
 @torch.no_grad()
-def test_no_call_of_the_engine_waits(call: Any) -> None:
+def test_no_call_of_the_engine_makes_the_host_wait(call: Any) -> None:
     engine = optimize_for_inference(small(num_register_tokens=2), "fp32")
     mask = torch.rand(2, 12) < 0.5
     for x in (random(), torch.randint(256, X).byte(), torch.randint(256, (2, 42, 56, 3)).byte()):
@@ -878,7 +878,7 @@ def test_no_call_of_the_engine_waits(call: Any) -> None:
 
 @runs_triton
 @torch.no_grad()
-def test_no_call_of_the_engine_waits_on_kernels() -> None:
+def test_no_call_of_the_engine_on_kernels_makes_the_host_wait() -> None:
     engine = optimize_for_inference(small(embed_dim=64, num_heads=2), "fp32").to(DEVICE)
     x, mask = torch.randint(256, (1, 3, 28, 28)).byte().to(DEVICE), torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
     with use_backend("triton", strict=True):
@@ -916,7 +916,7 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("op", (WAITING_OPS | OPS).values(), ids=WAITING_OPS | OPS)
-def test_ops_that_copy_between_devices(op: Callable[[Tensor], Any]) -> None:
+def test_ops_that_copy_between_devices_are_found(op: Callable[[Tensor], Any]) -> None:
     x = torch.empty(2, 2, device="meta")
     with ForbidDeviceSync(x.device):
         if op in OPS.values():
@@ -965,7 +965,7 @@ def test_a_graph_computes_what_eager_calls_do(call: Any) -> None:
 @on_gpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @torch.inference_mode()
-def test_graphs_of_every_backend_also_for_uint8(backend: str) -> None:
+def test_graphs_of_every_backend_compute_what_eager_calls_do_also_for_uint8(backend: str) -> None:
     engine, eager = cuda_engine("auto")
     with use_backend(backend, strict=True):
         for _ in range(3):
@@ -976,8 +976,8 @@ def test_graphs_of_every_backend_also_for_uint8(backend: str) -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_on_side_streams() -> None:
-    """What is slow to write on a stream is there when the graph reads it, and graphs on two streams do not mix."""
+def test_calls_on_side_streams_wait_for_their_inputs_and_do_not_mix() -> None:
+    """A graph reads its input after a slow write on the same stream, and graphs on two streams do not mix."""
     engine, eager = cuda_engine()
     engine(random().cuda())
     given = [random().cuda() for _ in range(8)]
@@ -998,7 +998,7 @@ def test_on_side_streams() -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_two_engines_and_many_sizes_interleaved() -> None:
+def test_interleaved_calls_of_two_engines_and_many_sizes_do_not_mix() -> None:
     pairs = [cuda_engine(seed=seed) for seed in range(2)]
     sizes = [(1, 3, 14, 14 * (i + 1)) for i in range(CACHED_GRAPHS + 4)]
     for _ in range(2):
@@ -1012,7 +1012,7 @@ def test_two_engines_and_many_sizes_interleaved() -> None:
 
 @on_gpu
 @torch.no_grad()
-def test_after_a_change_of_weights_and_a_move() -> None:
+def test_changed_weights_and_a_moved_engine_are_captured_again() -> None:
     engine, eager = cuda_engine()
     x = random().cuda()
     before = engine(x)
@@ -1025,7 +1025,7 @@ def test_after_a_change_of_weights_and_a_move() -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_inside_a_graph_of_the_user_s() -> None:
+def test_an_engine_runs_inside_a_graph_that_the_user_captures() -> None:
     engine, eager = cuda_engine()
     static = random().cuda()
     engine(static)
@@ -1037,7 +1037,7 @@ def test_inside_a_graph_of_the_user_s() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = engine(static)
-    for i in range(40):  # forgets the positions of this size
+    for i in range(40):  # drops the cached positions of this size
         eager(random(1, 3, 14, 14 * (i + 1)).cuda())
         engine(random(1, 3, 14, 14 * (i + 1)).cuda())
     x = random().cuda()
@@ -1053,7 +1053,9 @@ def test_inside_a_graph_of_the_user_s() -> None:
 @on_gpu
 @pytest.mark.parametrize("function", WAITING_HEADS_ON_A_GPU.values(), ids=WAITING_HEADS_ON_A_GPU)
 @torch.inference_mode()
-def test_a_head_that_cannot_be_captured(function: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_cannot_be_captured_runs_eagerly(
+    function: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     model = small(embed_dim=128, num_heads=2).cuda()
     model.head = Head(function)
     engine, eager = (optimize_for_inference(model, "bf16", cuda_graphs=graphs) for graphs in (True, False))
@@ -1074,7 +1076,7 @@ def test_a_head_that_cannot_be_captured(function: Callable[[Tensor], Tensor], ca
 
 
 @on_gpu
-def test_threads_on_a_gpu() -> None:
+def test_threads_on_a_gpu_do_not_get_each_other_s_results() -> None:
     engine, eager = cuda_engine()
     wrong: list[int] = []
 

@@ -1,4 +1,4 @@
-"""`accelerate` on blocks of projects that copied DINOv2's and changed them: each is followed, or refused in words."""
+"""Blocks of projects that copied DINOv2's and changed them are accelerated, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import accelerate, accelerated, restore
-from dinov2_fast.integrations.blocks import AcceleratedBlock
+from dinov2_fast import accelerate, acceleration_report, unaccelerate
+from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.facebook_model import DropPath, LayerScale, Mlp
 from tests.helpers.library_models import assert_same, filled, hub_model
 
@@ -22,7 +22,7 @@ DIM, HEADS = 64, 2
 
 
 class Attention(nn.Module):
-    """With a module for dropout of its weights, as the older copies have it."""
+    """An attention with a module for dropout of its weights, as in older copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class WithWeights(Attention):
-    """Returns its weights, too."""
+    """Also returns its weights."""
 
     def forward(self, x: Tensor) -> Any:
         weights, v = self.weights_and_values(x)
@@ -50,7 +50,7 @@ class WithWeights(Attention):
 
 
 class WithNorms(Attention):
-    """Norms of queries and keys, and positions that a call may give."""
+    """Has norms of queries and keys, and takes positions."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WithNorms(Attention):
 
 
 class Recording(Attention):
-    """Keeps its weights."""
+    """Keeps its weights as an attribute."""
 
     def weights_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.last_weights, v = super().weights_and_values(x)
@@ -72,7 +72,7 @@ class Recording(Attention):
 
 
 class Block(nn.Module):
-    """Adds its branches without stochastic depth, which it has all the same."""
+    """Has stochastic depth, but does not use it."""
 
     def __init__(self, attention: nn.Module | None = None, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class WithoutScales(Block):
-    """One stochastic depth for both branches, and no scales."""
+    """Has one stochastic depth for both branches, and no scales."""
 
     def __init__(self, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class PostNorm(Block):
 
 
 class TanhGelu(Mlp):
-    """Does not use the activation it has."""
+    """Has an activation, but does not use it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def with_checkpoint(module: Any) -> Any:
-    """Recomputes `module` in the backward pass, by a class made of its class, as several projects do."""
+    """Has `module` recomputed in the backward pass by a subclass of its class, as several projects do."""
 
     class CheckpointingWrapper(module.__class__):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ def tokens() -> Tensor:
     return torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
 
 
-TAKEN: dict[str, Callable[[], nn.Module]] = {
+ACCEPTED: dict[str, Callable[[], nn.Module]] = {
     "dropout as a module": Block,
     "attention that returns its weights": lambda: Block(WithWeights()),
     "identities for norms of queries and keys": lambda: Block(WithNorms(lambda size: nn.Identity())),
@@ -154,13 +154,13 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_copies_that_compute_the_same_are_taken(name: str) -> None:
-    model = model_of(TAKEN[name])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_copies_that_compute_the_same_are_accelerated(name: str) -> None:
+    model = model_of(ACCEPTED[name])
     stock = copy.deepcopy(model)
     accelerate(model)
     assert all(isinstance(block, AcceleratedBlock) for block in model)
-    assert accelerated(model).rows[0].reasons == ()
+    assert acceleration_report(model).groups[0].reasons == ()
     with torch.no_grad():
         assert_same(model(tokens()), stock(tokens()))
         for asked in ({"return_attention": True}, {"pos": torch.zeros(1)}):
@@ -172,13 +172,13 @@ def test_copies_that_compute_the_same_are_taken(name: str) -> None:
         outputs.append(each(tokens()))
     assert_same(outputs[0], outputs[1])
     assert_same(outputs[2], outputs[1])
-    assert [type(block) for block in restore(model)] == [type(block) for block in stock]
+    assert [type(block) for block in unaccelerate(model)] == [type(block) for block in stock]
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "stochastic depth that is not used": (
         lambda: Block(drop_path=0.05),
-        "in training its forward computes something else than a block of DINOv2",
+        "in training mode its forward computes something else than a block of DINOv2",
     ),
     "norms of queries and keys": (lambda: Block(WithNorms()), "its attention has q_norm and k_norm"),
     "weights that are kept": (lambda: Block(Recording()), "a call sets attn.last_weights, which our code would not"),
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GELU by tanh": (lambda: with_mlp(TanhGelu(DIM)), "its mlp computes something else than that of DINOv2"),
     "a wrapper around the mlp": (
         lambda: with_mlp(with_checkpoint(Mlp(DIM))),
-        "it runs mlp.fc1, mlp.fc2 more than once, as with checkpointing, which our",
+        "it runs mlp.fc1, mlp.fc2 more than once, as checkpointing does, which our",
     ),
     "a wrapper around the attention": (
         lambda: Block(with_checkpoint(Attention())),
@@ -206,7 +206,7 @@ def test_copies_that_compute_something_else_are_refused_with_what_differs(name: 
     assert vars(model[0].attn).keys() == vars(make().attn).keys()  # type: ignore[union-attr, arg-type]
 
 
-def test_a_wrapper_that_recomputes_goes_on_doing_so() -> None:
+def test_a_wrapper_that_recomputes_still_does() -> None:
     model = accelerate(model_of(lambda: with_checkpoint(Block())))
     calls: list[int] = []
     model[0].mlp.fc1.register_forward_hook(lambda module, args, output: calls.append(1))
@@ -223,7 +223,8 @@ def test_hooks_on_the_dropout_of_attention_weights_see_them() -> None:
         each[0].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
         each(tokens())
     assert_same(*seen)
-    assert "its attn runs in its own code: it drops attention weights, or has hooks" in str(accelerated(model))
+    reason = "its attn runs its own code: it drops attention weights, or its attention dropout has hooks"
+    assert reason in str(acceleration_report(model))
 
 
 def test_hooks_on_an_attention_that_returns_its_weights_see_both() -> None:
@@ -269,7 +270,7 @@ def test_a_trial_draws_no_random_numbers_and_calls_no_hooks_and_reads_no_weights
 
 
 class Quantised(nn.Module):
-    """A linear whose weight is no matrix of numbers that can be multiplied."""
+    """A linear whose weight is flat and of integers, so that it is no matrix to multiply by."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -282,23 +283,23 @@ class Quantised(nn.Module):
         return F.linear(x, self.step * self.weight.view(self.out_features, -1), self.bias)  # type: ignore[operator]
 
 
-def test_blocks_with_quantised_linears_are_taken() -> None:
+def test_blocks_with_quantised_linears_are_accelerated() -> None:
     model = model_of(Block)
     for block in model:
         block.mlp.fc1, block.attn.qkv = Quantised(block.mlp.fc1), Quantised(block.attn.qkv)
     stock = copy.deepcopy(model)
     accelerate(model)
-    assert accelerated(model).rows[0].accelerated == 2
+    assert acceleration_report(model).groups[0].accelerated == 2
     with torch.no_grad():
         assert_same(model(tokens()), stock(tokens()))
 
 
 def test_blocks_that_differ_by_their_weights_only_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinov2_fast.integrations import blocks
+    from dinov2_fast.integrations import block_check
 
     tried: list[nn.Module] = []
-    try_block = blocks._try_block
-    monkeypatch.setattr(blocks, "_try_block", lambda block: tried.append(block) or try_block(block))
+    try_block = block_check._try_block
+    monkeypatch.setattr(block_check, "_try_block", lambda block: tried.append(block) or try_block(block))
     accelerate(filled(hub_model(depth=4)))
     assert len(tried) == 1
 
@@ -309,11 +310,11 @@ def test_a_backbone_in_a_plain_list_is_named() -> None:
             super().__init__()
             self.backbone = [hub_model()]
 
-    with pytest.raises(TypeError, match="keeps a DinoVisionTransformer in backbone, a plain list, where it is no sub"):
+    with pytest.raises(TypeError, match="keeps a DinoVisionTransformer in backbone, a plain list, so it is not a sub"):
         accelerate(Client())
 
 
-def test_layers_of_another_model_of_transformers_are_taken() -> None:
+def test_layers_of_another_model_of_transformers_are_accelerated() -> None:
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "EomtConfig"):
         pytest.skip("this transformers has no Eomt")

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes (gloo, CPU): the step of a sharded accelerated model is the untouched one's on one process."""
+"""An accelerated model sharded by FSDP2 on two processes makes the training step of the untouched model on one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dinov2_fast import accelerate, accelerated, restore
+from dinov2_fast import accelerate, acceleration_report, unaccelerate
 from tests.helpers.library_models import filled, images, timm_model
 
 WORLD = 2
@@ -40,13 +40,15 @@ def _train(rank: int, folder: str) -> None:
     fully_shard(model, mesh=mesh)
     _step(model, images(WORLD)[rank : rank + 1])
     try:
-        restore(model)
+        unaccelerate(model)
     except ValueError as error:
         refusal = str(error)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        torch.save({"state": state, "report": str(accelerated(model)), "refusal": refusal}, f"{folder}/result.pth")
-    # As in test_distributed: both wait until both are done, and leave without the interpreter's teardown.
+        torch.save(
+            {"state": state, "report": str(acceleration_report(model)), "refusal": refusal}, f"{folder}/result.pth"
+        )
+    # Both processes wait until both are done, and exit without the interpreter's teardown.
     store.set(f"done{rank}", "")
     store.wait([f"done{other}" for other in range(WORLD)])
     os._exit(0)
@@ -64,4 +66,4 @@ def test_a_sharded_step_is_the_step_of_the_untouched_model(tmp_path) -> None:
             result["state"][name], wanted, atol=1e-6, rtol=1e-5, msg=lambda t, n=name: f"{n}: {t}"
         )
     assert result["report"].startswith("blocks: 2 of 2 ")
-    assert "FSDPBlock was made of an accelerated class" in result["refusal"]
+    assert "FSDPBlock is a subclass of an accelerated class" in result["refusal"]

@@ -1,7 +1,7 @@
-"""Tries two modules on the same random input, on copies with random weights, to see whether they compute the same.
+"""Runs copies of modules with random weights on a random input, to compare what the modules compute.
 
-Nothing of the modules themselves is touched or run: no weights are read, so they may be on the meta device, sharded or
-quantised; no hooks fire, and no random numbers of the process are drawn.
+The modules themselves are neither run nor changed. Their weights are not read, so they may be on the meta device,
+sharded or quantised. No hooks run, and no random numbers of the process are drawn.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from dinov2_fast.integrations.settings import settings_of, shadowed_methods
+from dinov2_fast.integrations.changes import plain_attributes, shadowed_methods
 from dinov2_fast.ops.dispatch import use_backend
 
 _SEED = 1
 _BATCH, _TOKENS = 2, 7
-# Of the largest element. In fp64 two orders of the same sums agree to 1e-13; what a library computes in fp32 all the
-# same, as a softmax, to 1e-7. GELU by tanh, or an eps of 1e-5 in place of 1e-6, is 1e-5 off or more.
+# Relative to the largest element. In fp64 two orders of the same sums agree to 1e-13; where a library computes in fp32
+# nevertheless, such as a softmax, to 1e-7. GELU by tanh, or an eps of 1e-5 instead of 1e-6, is off by 1e-5 or more.
 _TOLERANCE = 1e-6
 _FP32_TOLERANCE = 1e-5
 
 Call = Callable[[Any, Tensor], Any]
 
 
-class Trial(NamedTuple):
-    """What a module did with the random input.
+class TrialRun(NamedTuple):
+    """What happened when a module ran on the random input.
 
     Args:
-        output: of one call, or the error that it raised.
-        calls: of each linear by its name, in the forward and the backward pass.
-        kept: names of attributes that the call changed on the module or inside.
+        output: the result, or the error that was raised.
+        calls: how often each linear was called, by its name, in the forward and the backward pass.
+        changed: the names of attributes that the call changed, on the module or inside it.
     """
 
     output: Any
     calls: Counter[str]
-    kept: tuple[str, ...]
+    changed: tuple[str, ...]
 
 
 @torch.inference_mode(False)
-def copy_for_trial(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A copy with random weights, the same for each copy, without hooks and without what hides methods of the class.
+def copy_with_random_weights(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy without hooks and without methods set on instances; its random weights are the same in every copy.
 
-    Whatever stands in place of a linear (quantised, with an adapter) becomes a plain one of that size.
+    Every other kind of linear (quantised, or with an adapter) becomes a plain one of the same size.
     """
-    return _copy(module, _Weights(device, dtype), {})
+    return _copy(module, _RandomTensors(device, dtype), {})
 
 
 @torch.inference_mode(False)
-def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> Trial:
-    """Calls a copy made by :func:`copy_for_trial`; in training also differentiates."""
+def run_copy(module: nn.Module, training: bool, call: Call = lambda module, x: module(x)) -> TrialRun:
+    """Calls a copy made by :func:`copy_with_random_weights`; in training mode, also runs the backward pass."""
     weight = next(module.parameters())
-    x = _Weights(weight.device, weight.dtype).tensor((_BATCH, _TOKENS, weight.shape[-1]), 1.0)
+    x = _RandomTensors(weight.device, weight.dtype).tensor((_BATCH, _TOKENS, weight.shape[-1]), 1.0)
     module.train(training)
     calls: Counter[str] = Counter()
     handles = [
@@ -64,34 +64,35 @@ def try_out(module: nn.Module, training: bool, call: Call = lambda module, x: mo
         for name, each in module.named_modules()
         if isinstance(each, nn.Linear)
     ]
-    before = _settings(module)
+    before = _attributes_inside(module)
     try:
-        with _untouched_process(weight.device, training):
+        with _isolated_from_process(weight.device, training):
             output = call(module, x.requires_grad_(training))
             if isinstance(output, Tensor):
                 if training:
                     output.square().sum().backward()
                 output = output.detach()
-    except Exception as error:  # whatever a stranger's code raises, it is that which cannot be tried
+    except Exception as error:  # the code of other projects may raise anything
         output = error
     for handle in handles:
         handle.remove()
-    return Trial(output, calls, _changed(before, _settings(module)))
+    return TrialRun(output, calls, _changed(before, _attributes_inside(module)))
 
 
-def error_of(found: Any, wanted: Tensor) -> float:
-    """The largest difference, as a part of the largest element; infinite for another shape."""
+def relative_error(found: Any, wanted: Tensor) -> float:
+    """The largest difference over the largest element of `wanted`; infinite if the shapes differ."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return float("inf")
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def agree(found: Any, wanted: Tensor) -> bool:
-    return error_of(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
+    """Whether the two differ by rounding only."""
+    return relative_error(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
 
 
-class _Weights:
-    """Random tensors, from a generator of their own."""
+class _RandomTensors:
+    """Random tensors from their own generator."""
 
     def __init__(self, device: Any, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -102,7 +103,7 @@ class _Weights:
         return (scale * noise).to(self.device)
 
     def parameter(self, like: Tensor) -> nn.Parameter:
-        """Matrices keep the size of what they multiply; vectors, which may be factors, are far from 0."""
+        """Matrices preserve the scale of their input; vectors are far from 0, since they may be factors."""
         if like.ndim > 1:
             return nn.Parameter(self.tensor(like.shape, like.shape[-1] ** -0.5))
         return nn.Parameter(1 + self.tensor(like.shape, 0.3))
@@ -113,42 +114,44 @@ class _Weights:
         return like.detach().to(self.device, self.dtype if like.is_floating_point() else like.dtype, copy=True)
 
 
-def _copy(module: Any, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
-    if id(module) not in made:
-        made[id(module)] = _copy_once(_plain_linear(module) or module, weights, made)
-    return made[id(module)]
+def _copy(module: Any, weights: _RandomTensors, copies: dict[int, nn.Module]) -> nn.Module:
+    """The copy of `module`: the one in `copies`, by the identity of the module, or a new one."""
+    if id(module) not in copies:
+        copies[id(module)] = _copy_anew(_plain_linear(module) or module, weights, copies)
+    return copies[id(module)]
 
 
-def _copy_once(module: nn.Module, weights: _Weights, made: dict[int, nn.Module]) -> nn.Module:
+def _copy_anew(module: nn.Module, weights: _RandomTensors, copies: dict[int, nn.Module]) -> nn.Module:
     copied: Any = type(module).__new__(type(module))
-    hidden = shadowed_methods(module)
+    shadowed = shadowed_methods(module)
     copied.__dict__ |= vars(nn.Module())
-    copied.__dict__ |= {name: _own(value) for name, value in settings_of(module).items() if name not in hidden}
+    plain = {name: value for name, value in plain_attributes(module).items() if name not in shadowed}
+    copied.__dict__ |= {name: _copy_container(value) for name, value in plain.items()}
     for name, parameter in module._parameters.items():
         copied._parameters[name] = None if parameter is None else weights.parameter(parameter)
     for name, buffer in module._buffers.items():
         copied._buffers[name] = None if buffer is None else weights.buffer(buffer)
     for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else _copy(child, weights, made)
+        copied._modules[name] = None if child is None else _copy(child, weights, copies)
     return copied
 
 
-def _own(value: Any) -> Any:
+def _copy_container(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, list | dict | set) else value
 
 
 def _plain_linear(module: Any) -> nn.Linear | None:
-    """One of the same sizes, if `module` is another kind of linear."""
-    if type(module) is nn.Linear or not all(
-        hasattr(module, name) for name in ("weight", "in_features", "out_features")
-    ):
+    """torch's linear of the same sizes if `module` is another kind of linear, or None."""
+    is_linear = all(hasattr(module, name) for name in ("weight", "in_features", "out_features"))
+    if type(module) is nn.Linear or not is_linear:
         return None
     bias = getattr(module, "bias", None) is not None
     return nn.Linear(module.in_features, module.out_features, bias, device="meta")
 
 
 @contextmanager
-def _untouched_process(device: torch.device, training: bool) -> Iterator[None]:
+def _isolated_from_process(device: torch.device, training: bool) -> Iterator[None]:
+    """Inside, settings of the process do not affect a module, and the module draws its own random numbers."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(_SEED)
@@ -172,16 +175,17 @@ def _no_global_hooks() -> Iterator[None]:
             hooks.update(kept)
 
 
-def _settings(module: nn.Module) -> dict[str, tuple[Any, int]]:
-    """By name: the value, and how long it is where it is a container that can grow."""
+def _attributes_inside(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """By name: the value of each attribute, and its length if it is a container that can grow."""
     return {
         f"{name}.{key}".lstrip("."): (value, len(value) if isinstance(value, list | dict | set) else 0)
         for name, each in module.named_modules()
-        for key, value in settings_of(each).items()
+        for key, value in plain_attributes(each).items()
     }
 
 
 def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> tuple[str, ...]:
-    nothing = (None, -1)
-    then = {name: before.get(name, nothing) for name in after}
+    """The names of attributes that are new or have another value or length."""
+    absent = (None, -1)
+    then = {name: before.get(name, absent) for name in after}
     return tuple(n for n, (value, length) in after.items() if then[n][0] is not value or then[n][1] != length)
