@@ -12,10 +12,11 @@ from typing import Any
 
 from dinov2_fast import huggingface
 from dinov2_fast.configs import BACKBONES
-from dinov2_fast.layouts import Plan, convert_state_dict
+from dinov2_fast.errors import WeightsError
+from dinov2_fast.layouts import ConversionPlan
 from dinov2_fast.weights.architecture import plan_weights, read_architecture
 from dinov2_fast.weights.compare import compare_weights
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import SAFETENSORS, TORCH, open_weights
 from dinov2_fast.weights.save import check_target, move_into_place, part_of, save_weights
 from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoint
@@ -97,10 +98,10 @@ def find_named(name: str) -> Checkpoint:
     return find_backbone(BACKBONES[name]) if name in BACKBONES else find_checkpoint(name)
 
 
-def summary_of(plan: Plan, architecture: Mapping[str, Any]) -> str:
+def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
     """Layout, sizes and dtypes of a checkpoint, in one line."""
     dtypes, parameters = set(), 0
-    for key in plan.recipes.keys() - plan.made_up:
+    for key in plan.recipes.keys() - plan.not_in_source:
         tensor = plan.read(key)
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         parameters += tensor.numel()
@@ -200,7 +201,7 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def _read_back(before: Plan, after: Plan) -> tuple[int, tuple[str, ...]]:
+def _read_back(before: ConversionPlan, after: ConversionPlan) -> tuple[int, tuple[str, ...]]:
     """How many tensors of the new file have the same bits, and what the file lacks.
 
     Raises:
@@ -211,7 +212,7 @@ def _read_back(before: Plan, after: Plan) -> tuple[int, tuple[str, ...]]:
         wrong = ", ".join(difference.different + difference.misshapen)
         raise WeightsError(f"The file does not hold what was read; delete it. These tensors differ: {wrong}.")
     lost = list(difference.only_in_a)
-    if "mask_token" in after.made_up - before.made_up:
+    if "mask_token" in after.not_in_source - before.not_in_source:
         lost.append("mask_token, which timm's models do not have (it is zeros when it is read back)")
     if after.layout == "timm" and before.layout != "timm" and "register_tokens" in after.recipes:
         lost.append("the CLS token's position as a separate tensor: timm's models have it added to the CLS token")

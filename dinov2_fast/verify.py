@@ -18,13 +18,13 @@ from dinov2_fast.data.readable import readable_batches
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.loading import find_device
-from dinov2_fast.layouts import convert_state_dict
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import POSITION_INTERPOLATIONS
-from dinov2_fast.weights import load
 from dinov2_fast.weights.architecture import plan_weights, read_architecture
 from dinov2_fast.weights.compare import FeatureDifference, Tokens, WeightDifference, compare_features, compare_weights
+from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import open_weights
+from dinov2_fast.weights.load import load
 from dinov2_fast.weights.sources import Checkpoint
 
 LIBRARIES = ("transformers", "timm")

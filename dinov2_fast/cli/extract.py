@@ -146,7 +146,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extracts; OK if every image has features, otherwise SOME_FAILED."""
     if args.workers:
-        environment.let_idle_threads_sleep()
+        environment.use_passive_openmp_threads()
     from dinov2_fast.extraction.extract import extract
 
     limits = {"max_pixels": args.max_pixels, "max_seconds": args.max_seconds}

@@ -18,10 +18,9 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.export.settings import LOGITS, check_path
 from dinov2_fast.export.write import Exported, export
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights import load
 from dinov2_fast.weights.architecture import plan_weights, read_tensor
 from dinov2_fast.weights.files import open_weights
-from dinov2_fast.weights.load import HEADS
+from dinov2_fast.weights.load import HEADS, load
 
 CHECKED_SIZES = ((224, 224), (154, 280))  # where the size is free
 

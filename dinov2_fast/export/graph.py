@@ -34,7 +34,7 @@ class GraphModule(nn.Module):
         features = self.model.forward_features(pixel_values)
         return tuple(self._output(name, features) for name in self.outputs)
 
-    def _output(self, name: str, features: dict[str, Any]) -> Tensor:
+    def _output(self, name: str, features: Any) -> Tensor:
         if self.classifier is None or name != LOGITS:
             return OUTPUTS[name](features)
         inputs = OUTPUTS["cls"](features)

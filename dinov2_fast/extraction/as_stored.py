@@ -15,14 +15,13 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.data.batches import read_batches
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.sources import ImageSource
-from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.errors import InvalidValueError, WeightsError
 from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.extraction.provenance import architecture, fingerprint
 from dinov2_fast.features.store import Features
 from dinov2_fast.inference import Engine
 from dinov2_fast.inference.loading import find_device, load_model
 from dinov2_fast.inference.optimize import why_slow
-from dinov2_fast.weights import WeightsError
 
 
 def extract_as_stored(

@@ -6,24 +6,24 @@ They inherit methods, arguments and outputs, and override how tokens are made an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dinov2_fast.block import _pack, _unpack
+from dinov2_fast.block import pack, unpack
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2PreTrainedBackbone
 from dinov2_fast.inference.capture import is_captured, keep_alive
 from dinov2_fast.inference.linear_layout import LinearLayout
 from dinov2_fast.inference.packing import Features, Masks, check_image_list, check_mask_list, forward_packed
 from dinov2_fast.inference.plan import EnginePlan
-from dinov2_fast.layers import check_is_tensor
-from dinov2_fast.model import DinoVisionTransformer, _check_masks
+from dinov2_fast.layers import check_is_tensor, check_masks
+from dinov2_fast.model import BackboneFeatures, DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.table import Row, table
-from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
-from dinov2_fast.timm_layers import check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter.layers import check_img_size, pad_to_patches
+from dinov2_fast.timm_adapter.model import TimmVisionTransformer, refuse_masks
 from dinov2_fast.torch_private import is_traced
 
 CACHED_SIZES = 16  # how many image sizes keep their position embeddings
@@ -54,7 +54,7 @@ class FoldedBackbone(DinoVisionTransformer):
             if self.mask_token is None:
                 raise InvalidValueError("masks were given, but this model has no mask token.")
             masked = (self.mask_token + positions).to(tokens.dtype)
-            tokens = torch.where(_check_masks(masks, tokens).unsqueeze(-1), masked, tokens)
+            tokens = torch.where(check_masks(masks, tokens).unsqueeze(-1), masked, tokens)
         return torch.cat((first.expand(len(x), -1, -1), tokens), dim=1)
 
     def _tokens_of_size(self, x: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,14 +107,14 @@ class FoldedBackbone(DinoVisionTransformer):
 
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
-    ) -> list[dict[str, Tensor | None]]:
+    ) -> list[BackboneFeatures]:
         def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
             tokens = [self.prepare_tokens_with_masks(x, mask) for x, mask in zip(batches, masks, strict=True)]
             found = [self._split_tokens(x, None) for x in self._run_blocks(tokens)]
-            return [{key: value for key, value in features.items() if value is not None} for features in found]
+            return [{key: value for key, value in features.items() if isinstance(value, Tensor)} for features in found]
 
         features, masks = self._forward_packed(x_list, masks_list, forward)
-        return [{**found, "masks": mask} for found, mask in zip(features, masks, strict=True)]
+        return [cast(BackboneFeatures, {**found, "masks": mask}) for found, mask in zip(features, masks, strict=True)]
 
     def cls_tokens(self, x_list: list[Tensor]) -> list[Tensor]:
         """The normalised CLS tokens of each batch of a list, (batch, hidden).
@@ -122,7 +122,7 @@ class FoldedBackbone(DinoVisionTransformer):
         The last block runs for the CLS token alone, unless `outputs` is "all".
         """
         if self.plan.outputs == "all":
-            return [found["x_norm_clstoken"] for found in self.forward_features_list(x_list)]  # type: ignore[misc]  # only masks may be None
+            return [found["x_norm_clstoken"] for found in self.forward_features_list(x_list)]
 
         def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
             cls = self.norm(self._run_list_for_cls([self.prepare_tokens_with_masks(x) for x in batches]))
@@ -163,10 +163,10 @@ def _update_list(x_list: list[Tensor], blocks: Any) -> list[Tensor]:
     """`_update_` for batches that differ in length, packed into one sequence."""
     if len(x_list) == 1:
         return [_update_(x_list[0], blocks)]
-    packed, seq_lens = _pack(x_list)
+    packed, seq_lens = pack(x_list)
     if seq_lens:  # none where all batches are empty
         _update_(packed, blocks, seq_lens)
-    return _unpack(packed, [x.shape for x in x_list])
+    return unpack(packed, [x.shape for x in x_list])
 
 
 class FoldedVisionTransformer(FoldedBackbone):
@@ -212,7 +212,7 @@ class FoldedTimmVisionTransformer(FoldedBackbone, TimmVisionTransformer):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]  # timm's signature
         if not self.cls_only:
             return super().forward(x, attn_mask, is_causal)
-        _refuse_masks(attn_mask, is_causal)
+        refuse_masks(attn_mask, is_causal)
         return self.forward_head(self.norm(self._run_for_cls(self.embed(x))))
 
     def _refuse_surgery(self, *args: Any, **kwargs: Any) -> Any:

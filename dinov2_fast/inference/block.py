@@ -23,7 +23,7 @@ from dinov2_fast.inference.linear_layout import LinearLayout
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import Bound
-from dinov2_fast.timm_layers import TimmAttention
+from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
 def _plain_attention(attention: nn.Module, name: str) -> Attention:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError
-from dinov2_fast.layers import is_watched
+from dinov2_fast.layers import has_hooks
 
 
 def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
@@ -35,7 +35,7 @@ def refuse_edits(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         where = name or "the model"
-        if is_watched(module):
+        if has_hooks(module):
             raise InvalidTypeError(
                 f"{where} has a hook or its own forward, which the engine would not run; remove it first."
             )

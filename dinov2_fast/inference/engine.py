@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast.attention_features import QKV
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
@@ -25,7 +26,6 @@ from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.inference.precision_report import PrecisionReport, compare_precisions
 from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
-from dinov2_fast.model import QKV
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.table import Row
 from dinov2_fast.torch_private import is_traced

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov2_fast.block import BlockChunk
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.inference.backbone import (
@@ -24,7 +25,7 @@ from dinov2_fast.inference.linear_layout import LinearLayout, layouts_for
 from dinov2_fast.inference.patch_embed import FoldedPatchEmbed
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm, SwiGLUFFN
-from dinov2_fast.model import BlockChunk, DinoVisionTransformer
+from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 

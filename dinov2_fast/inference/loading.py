@@ -11,7 +11,7 @@ from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.optimize import optimize_for_inference, why_slow
 from dinov2_fast.inference.plan import PRECISIONS
-from dinov2_fast.weights import load
+from dinov2_fast.weights.load import load
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a model without the engine
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
-from dinov2_fast.layers import check_is_tensor
-from dinov2_fast.model import _check_masks
+from dinov2_fast.layers import check_is_tensor, check_masks
 
 Features = dict[str, Tensor]  # each (batch, ...)
 Masks = Sequence[Tensor | None]  # one for each entry of a list
@@ -67,7 +66,7 @@ def check_mask_list(masks: Masks | None, images: Sequence[Tensor], patches: Sequ
         raise InvalidValueError(f"Got {len(images)} batches but {len(masks)} masks; give one (or None) for each.")
     for x, mask, count in zip(images, masks, patches, strict=True):
         if mask is not None:
-            _check_masks(mask, torch.empty(len(x), count, device="meta"))
+            check_masks(mask, torch.empty(len(x), count, device="meta"))
     return masks
 
 

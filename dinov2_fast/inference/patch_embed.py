@@ -20,7 +20,7 @@ from dinov2_fast.inference.fold import (
 )
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import PatchEmbed
-from dinov2_fast.timm_layers import TimmPatchEmbed
+from dinov2_fast.timm_adapter.layers import TimmPatchEmbed
 
 ALIGNMENT = 16  # the values of a patch are padded to a multiple of this (588 to 592), for aligned loads of the kernels
 

@@ -22,7 +22,7 @@ from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_mod
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
 from dinov2_fast.visualize.pca import PcaBasis, check_new
 from dinov2_fast.visualize.sheet import save_sheet
-from dinov2_fast.weights import load
+from dinov2_fast.weights.load import load
 
 THUMBNAIL = (252, 252)  # pixels
 

@@ -17,7 +17,7 @@ from dinov2_fast.inference.cuda_graphs import GraphCache
 
 
 class FakeGraphs:
-    """Graphs on the CPU, as careless with their memory as real ones; it records what happens."""
+    """Stands in for CUDA graphs on the CPU: a replay overwrites earlier outputs. `happened` lists the calls."""
 
     class Graph:
         def __init__(self, fake: FakeGraphs, run: Callable[[], Any]) -> None:
@@ -70,7 +70,7 @@ def with_graphs(model: Any, mode: bool | str = True, **kwargs: Any) -> tuple[Any
 
 
 def blocks_in_full(engine: Any, call: Any) -> int:
-    """How many blocks run for all tokens in a call."""
+    """The number of blocks that a call runs for all tokens."""
     ran = []
     with pytest.MonkeyPatch.context() as patch:
         update_ = FoldedBlock.update_

@@ -50,6 +50,7 @@ def reference(request) -> tuple[Any, dict[str, Tensor], str]:
     return optimize_for_inference(model, "fp32"), tensors, request.param
 
 
+@pytest.mark.golden
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize("i", INPUTS)
 def test_golden_features(reference, i: int) -> None:
