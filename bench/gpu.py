@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
 FIRST = "-m gpu_first tests/ops/test_on_gpu.py tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py"
 LARGE = "tests/ops/test_on_gpu.py tests/ops/test_attention_cuda.py"
-OTHERS = "-m 'not aot and not slow and not gpu_first' -k 'not to_the_31' {tests}"
+OTHERS = "-m 'not aot and not slow and not gpu_first and not gpu_large' {tests}"
 TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
 # What an engine launches, in an order in which the kernel that may hang comes last.
 FORMS = "activation,layer_norm.plain,linear,attention_pool,attention.batch"
@@ -111,7 +111,7 @@ PLAN = [
     Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
     Step("memory", 1.2, "what training takes", f"{MEMORY} --models B,L"),
     Step("extraction", 1.8, "do images come fast enough", "bench.extraction {record} --models S"),
-    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -k to_the_31 {LARGE}"),
+    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -m gpu_large {LARGE}"),
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 
@@ -395,7 +395,7 @@ def smoke(device: str, with_extension: bool) -> int:
     """Prints what runs here. Without Triton or the CUDA extension it raises: such a call would tell little."""
     packages = ", ".join(f"{name} {records.version(name)}" for name in ("torch", "triton", "timm", "pytest-xdist"))
     print(f"{records.device_folder(torch.device(device))}, Python {sys.version.split()[0]}, {packages}")
-    print(f"CUDA extension: {extension.describe()}")
+    print(f"CUDA extension: {extension.availability()}")
     sizes = ((257, 384), (1536, 384), (1536,))
     for backend in ("triton", *["cuda"] * with_extension) if device == "cuda" else ():
         ops.linear(*(torch.randn(size, device=device).bfloat16() for size in sizes), epilogue="gelu", backend=backend)

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import gpu, harness, model, modes, ops
 from bench.peers import OURS
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.inference.engine import _fold as fold
+from dinov2_fast.inference.fold_model import fold_model
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import use_backend
 
@@ -96,7 +96,7 @@ def engine(name: str, resolution: int, batch: int, output: str, precision: str) 
     count = 0
     for backends in ENGINES:
         with use_backend(backends):
-            made.folded = fold(made._model, made.plan, CUDA).eval()
+            made.folded = fold_model(made._model, made.plan, CUDA).eval()
         count += launches(call, backends)
     return count
 

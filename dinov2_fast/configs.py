@@ -102,7 +102,7 @@ def backbone(name: str) -> BackboneConfig:
     """The backbone called `name`.
 
     Raises:
-        ValueError: there is none of this name; the message lists the nearest names.
+        ValueError: there is no backbone of this name; the message lists the nearest names.
     """
     if name in BACKBONES:
         return BACKBONES[name]

@@ -32,7 +32,7 @@ def load() -> Extension:
     return Extension(FILE, _load_file(FILE))
 
 
-def describe() -> str:
+def availability() -> str:
     """One line for users: "loaded <file>" or "not available (<reason>)"."""
     path, reason = load()
     return f"loaded {path}" if reason is None else f"not available ({reason})"

@@ -69,7 +69,7 @@ BLOCK_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 BLOCK_PREFIX = {"huggingface": "encoder.layer", "huggingface_memory": "encoder.layer"}
 
-# The block names by which "huggingface_memory" is told from "huggingface".
+# The block names that distinguish "huggingface_memory" from "huggingface".
 _ONLY_IN_MEMORY = {
     name
     for own, names in BLOCK_NAMES["huggingface_memory"].items()

@@ -44,7 +44,7 @@ def position_interpolation(name: str) -> PositionInterpolation:
     """The interpolation called `name`.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no interpolation of this name.
     """
     if name not in POSITION_INTERPOLATIONS:
         raise InvalidValueError(

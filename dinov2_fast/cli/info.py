@@ -72,7 +72,7 @@ def _device() -> Iterator[str]:
         yield f"cuda:{index:<11} {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
-    yield f"extension: {extension.describe()}"
+    yield f"extension: {extension.availability()}"
 
 
 def _default_device() -> str:

@@ -20,8 +20,8 @@ from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.extraction.provenance import architecture, fingerprint
 from dinov2_fast.features.store import Features
 from dinov2_fast.inference import Engine
-from dinov2_fast.inference.engine import why_slow
 from dinov2_fast.inference.loading import find_device, load_model
+from dinov2_fast.inference.optimize import why_slow
 
 
 def extract_as_stored(

@@ -67,7 +67,7 @@ def _engine_settings(engine: Engine) -> dict[str, Any]:
     plan = engine.plan
     calibration = hashlib.sha256(repr(plan.calibration.scales).encode()).hexdigest() if plan.calibration else None
     return {
-        "residual": str(plan.stream).removeprefix("torch."),
+        "residual": str(plan.residual_dtype).removeprefix("torch."),
         "skip_layers": list(plan.skip_layers),
         "calibration": calibration,
     }

@@ -77,7 +77,7 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
             (device, dtype, position_interpolation, …).
 
     Returns:
-        The model in training mode, as the reference does. Call ``.eval()`` before computing features.
+        The model in training mode, as in the reference. Call ``.eval()`` before computing features.
     """
     return make
 

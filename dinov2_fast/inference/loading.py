@@ -1,4 +1,4 @@
-"""Models for the commands and the extraction: the device, the preprocessing and the weights that a user names."""
+"""The device, the preprocessing and the model that a user names, for the commands and the extraction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.inference.engine import PRECISIONS, optimize_for_inference, why_slow
+from dinov2_fast.inference.optimize import optimize_for_inference, why_slow
+from dinov2_fast.inference.plan import PRECISIONS
 from dinov2_fast.weights.load import load
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a model without the engine
 
 
 def load_model(
@@ -26,34 +27,43 @@ def load_model(
     engine: bool = True,
     stride: int | tuple[int, int] | None = None,
 ) -> Any:
-    """The model of an extraction: an engine that takes the processor's uint8 images, or the model as it is.
+    """Loads a model, by default as an engine that normalises uint8 images as `processor` does.
+
+    Args:
+        model, weights, position_interpolation: as for :func:`dinov2_fast.load`.
+        processor: the preprocessing of the images.
+        device: its name, as for `find_device`.
+        precision: "fp32", "bf16" or "fp16", with the engine also "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
+        engine: make an engine. It does not follow the model, which has no other user.
+        stride: of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
 
     Raises:
-        WeightsError: the weights cannot be had.
-        ValueError: a device, precision, position_interpolation or stride that does not exist, or is not for this model.
+        WeightsError: the weights cannot be found or read.
+        ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
     """
-    place = find_device(device)
+    torch_device = find_device(device)
     if precision == "auto":
-        precision = "bf16" if place.type == "cuda" else "fp32"
+        precision = "bf16" if torch_device.type == "cuda" else "fp32"
     if not engine and precision not in DTYPES:
         raise InvalidValueError(
             f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
         )
     dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
-    loaded = load(model, weights=weights, device=place, dtype=dtype, position_interpolation=position_interpolation)
+    loaded = load(
+        model, weights=weights, device=torch_device, dtype=dtype, position_interpolation=position_interpolation
+    )
     if stride is not None:
         loaded.stride = stride
     if not engine:
         return loaded
-    mean, std = processor.image_mean, processor.image_std
-    return optimize_for_inference(loaded, precision, mean=mean, std=std, follow_weights=False)  # nobody else has it
+    return optimize_for_inference(loaded, precision, processor=processor, follow_weights=False)
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; without one a GPU, or the CPU where there is none.
+    """The device of this name. With None it is a GPU, or the CPU where there is no GPU.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: torch knows no device of this name.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -63,7 +73,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
-    """The preprocessing for `size`, or that of a model's folder, or that of the checkpoints."""
+    """The preprocessing for a model.
+
+    Args:
+        model: a name, file, folder or hub id, or a model.
+        size: the size of its outputs, pixels, an int or (height, width). By default the processor is the one in the
+            model's folder, or else that of the checkpoints.
+    """
     if size is not None:
         return Dinov2ImageProcessor.for_size(size)
     if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
-from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
+from dinov2_fast.inference.checks import replaced_methods
+from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.block_check import reason_against
@@ -23,8 +23,6 @@ from dinov2_fast.integrations.libraries import block_class_for
 from dinov2_fast.integrations.module_ops import is_exact_gelu
 
 logger = logging.getLogger("dinov2_fast")
-
-_HEAD_KEYS = ("head.", "fc_norm.")  # in the state dict of timm's model, what is not its backbone's
 
 
 class AttachedEngine:
@@ -87,7 +85,7 @@ class AttachedEngine:
 
     def _watch_changes(self, backbone: nn.Module) -> None:
         self._outdated = backbone.training  # the calls are not compared in training mode
-        self._watch = ModelWatch(backbone) if self._follows_weights and not backbone.training else None
+        self._watch = WeightWatch(backbone) if self._follows_weights and not backbone.training else None
 
     # Making the engine
 
@@ -106,7 +104,8 @@ class AttachedEngine:
 
     def _make_model(self, backbone: Any) -> nn.Module:
         """Our model on the weights of `backbone`, which it shares where both pack them alike."""
-        weights = {key: tensor for key, tensor in backbone.state_dict().items() if not key.startswith(_HEAD_KEYS)}
+        head = self._backbone_class.head_keys
+        weights = {key: tensor for key, tensor in backbone.state_dict().items() if not key.startswith(head)}
         with torch.device("meta"):
             model = self._backbone_class.make_model(backbone, weights)
         model.load_state_dict(weights, assign=True)

@@ -1,7 +1,7 @@
 """The libraries whose blocks and backbones are accelerated: one table.
 
-To support another library, write a file like `timm.py`, with the spec and the class of its block and the class of its
-backbone, and add a row.
+To support another library, write a file like `timm.py` with its `AcceleratedBlock` and its `AcceleratedBackbone`, and
+add a row.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ class KnownPart:
 
     @classmethod
     def compute(cls, module: Any, x: Tensor) -> Tensor:
-        """The result of `module` for `x`."""
         return cls.function(module)(x)
 
     @staticmethod

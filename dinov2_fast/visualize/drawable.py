@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import islice
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +20,13 @@ from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.readable import readable_batches
-from dinov2_fast.data.sources import ImageSource, require_images
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.as_stored import processor_of
 from dinov2_fast.extraction.compute import without_normalization
 from dinov2_fast.extraction.provenance import fingerprint
 from dinov2_fast.features.store import Features, load_features
-from dinov2_fast.inference.loading import find_device
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights.load import load
 
 KINDS = ("pca", "attention", "neighbours")
 BATCH_SIZE = 8
@@ -42,7 +39,7 @@ class Drawable:
     Attributes:
         model: the name of the model.
         weights: where they came from.
-        fingerprint: the SHA-256 of the weights.
+        fingerprint: gives the SHA-256 of the weights.
         caption: what the images and features are, for the titles of sheets.
         names: of all images.
         rows: the images that are drawn, as indices in `names`.
@@ -55,12 +52,11 @@ class Drawable:
         n_images: how many images have features.
         left_out: images that cannot be read.
         unreadable: images of stored features that cannot be read any more; `image` gives grey for them.
-        is_limited: whether there are more images than are drawn.
     """
 
     model: str
     weights: str
-    fingerprint: str
+    fingerprint: Callable[[], str]
     caption: str
     names: Sequence[str]
     rows: Sequence[int]
@@ -73,69 +69,56 @@ class Drawable:
     n_images: int = 0
     left_out: Failures = field(default_factory=Failures)
     unreadable: Failures = field(default_factory=Failures)
-    is_limited: bool = False
 
 
 def run_model(
-    paths: Iterable[str | os.PathLike[str]],
+    name: str,
+    model: DinoVisionTransformer,
+    sources: Sequence[ImageSource],
     kinds: Collection[str],
-    *,
-    model: str,
-    weights: str | None,
-    position_interpolation: str | None,
     size: tuple[int, int],
-    stride: int | None,
-    device: str | None,
-    blocks: Sequence[int] | None,
-    heads: Sequence[int] | None,
-    one_block: bool,
-    limit: int,
-    announce: Callable[[int], None] | None,
+    blocks: Sequence[int],
+    heads: Sequence[int],
 ) -> Drawable:
-    """Runs a model on images; see `dinov2_fast.visualize.show.show`."""
-    place = find_device(device)
-    sources = list(islice(require_images(paths), limit + 1))
-    is_limited, sources = len(sources) > limit, sources[:limit]
-    _check_neighbours(kinds, len(sources))
-    loaded = load(model, weights=weights, device=place, dtype="float32", position_interpolation=position_interpolation)
-    blocks = _resolved(blocks, loaded.n_blocks, "block")
-    heads = _resolved(heads, loaded.num_heads, "head")
-    if one_block and len(blocks) > 1:
-        raise InvalidValueError("A basis is of one block: choose one with --layer.")
-    if stride is not None:
-        loaded.stride = stride
-    if announce:
-        announce(len(sources))
-    with_attention = not kinds or "attention" in kinds
+    """What a model computes of images.
+
+    Args:
+        name: of the model, for titles.
+        model: in eval mode.
+        sources: where the images are.
+        kinds: of sheets; empty for all.
+        size: (height, width) of the images in pixels.
+        blocks: for PCA and attention, ascending.
+        heads: for attention.
+
+    Raises:
+        ValueError: no image can be read.
+    """
     left_out, names, images, parts, part_size = Failures(), [], [], [], BATCH_SIZE
     processor = Dinov2ImageProcessor.for_size(size, do_rescale=False, do_normalize=False)
     normalize = Dinov2ImageProcessor(do_resize=False, do_center_crop=False)
     for read, pixels in readable_batches(sources, processor, left_out, batch_size=BATCH_SIZE):
         names += [Path(source.path).stem for source in read]
         images += (cut := [_as_image(each.numpy()) for each in pixels])
-        found, part_size = run_in_parts(
-            lambda part: _tokens(loaded, part.to(place), blocks, with_attention),
-            normalize(cut).pixel_values,
-            part_size,
-        )
+        run = partial(_tokens, model, blocks, not kinds or "attention" in kinds)
+        found, part_size = run_in_parts(run, normalize(cut).pixel_values, part_size)
         parts += found
-    _check_neighbours(kinds, len(images))
+    with_neighbours = "neighbours" in kinds or (not kinds and len(images) > 1)
     return Drawable(
-        model=model,
-        weights=str(loaded.loaded_from),
-        fingerprint=fingerprint(loaded) if one_block else "",
+        model=name,
+        weights=str(model.loaded_from),
+        fingerprint=partial(fingerprint, model),
         caption=f"{size[0]} x {size[1]}, block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}",
         names=names,
         rows=range(len(images)),
         image=images.__getitem__,
-        grid=loaded.patch_grid(*size),
+        grid=model.patch_grid(*size),
         patches=_joined([part.patches for part in parts]) if not kinds or "pca" in kinds else {},
         attention=_joined([part.attention for part in parts]),
         heads=heads,
-        cls=np.concatenate([part.cls for part in parts]) if _has_neighbours(kinds, len(images)) else None,
+        cls=np.concatenate([part.cls for part in parts]) if with_neighbours else None,
         n_images=len(images),
         left_out=left_out,
-        is_limited=is_limited,
     )
 
 
@@ -145,8 +128,8 @@ class _Tokens(NamedTuple):
     attention: dict[int, NDArray[Any]]  # block -> (images, heads, patches)
 
 
-def _tokens(model: DinoVisionTransformer, pixels: Tensor, blocks: Sequence[int], with_attention: bool) -> _Tokens:
-    last = model.n_blocks - 1
+def _tokens(model: DinoVisionTransformer, blocks: Sequence[int], with_attention: bool, pixels: Tensor) -> _Tokens:
+    last, pixels = model.n_blocks - 1, pixels.to(model.pos_embed.device)
     kept = sorted({*blocks, last})
     with torch.inference_mode():
         outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
@@ -187,7 +170,7 @@ def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: i
     return Drawable(
         model=str(about.get("model", "stored features")),
         weights=str(about.get("weights", "")),
-        fingerprint=manifest["weights"],
+        fingerprint=lambda: str(manifest["weights"]),
         caption="as they were stored",
         names=[Path(path).stem for path in paths],
         rows=rows,
@@ -197,7 +180,6 @@ def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: i
         cls=features["cls"] if with_neighbours else None,
         n_images=len(good),
         unreadable=unreadable,
-        is_limited=len(good) > len(rows),
     )
 
 
@@ -236,21 +218,3 @@ def _stored_patches(features: Features, rows: Sequence[int]) -> NDArray[Any]:
         if first > rows[-1]:
             break
     return np.concatenate(found)
-
-
-def _check_neighbours(kinds: Collection[str], count: int) -> None:
-    if "neighbours" in kinds and count < 2:
-        raise InvalidValueError("Neighbours need two images or more.")
-
-
-def _has_neighbours(kinds: Collection[str], count: int) -> bool:
-    return "neighbours" in kinds or (not kinds and count > 1)
-
-
-def _resolved(asked: Sequence[int] | None, number: int, what: str) -> list[int]:
-    """Ascending indices from 0 on, where negative ones count from the end; None is all."""
-    indices = range(number) if asked is None else asked
-    outside = [index for index in indices if not -number <= index < number]
-    if outside:
-        raise InvalidValueError(f"There is no {what} {outside[0]}; the {what}s of this model are 0 to {number - 1}.")
-    return sorted({index % number for index in indices})

@@ -91,7 +91,7 @@ def _depth(own: Mapping[str, Tensor]) -> int:
 
 
 def _classifier_prefix(own: Mapping[str, Tensor]) -> str:
-    """What transformers puts before the names of a backbone that has a classifier beside it."""
+    """The prefix that transformers gives the backbone of a model with a classifier."""
     if not any(key.startswith("classifier.") for key in own):
         return ""
     return "dinov2_with_registers." if "register_tokens" in own else "dinov2."

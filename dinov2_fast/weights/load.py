@@ -47,7 +47,7 @@ def load(
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
             layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``).
         pretrained: False gives a model of one of the eight names random weights instead of the published ones.
-        seed: of the random weights, from 0 to 2147483647. They depend on it alone.
+        seed: of the random weights, from 0 to 2147483647. They depend only on it.
         weights: for one of the eight names, a file to load instead of the published weights. ``"random:SEED"`` is the
             same as ``pretrained=False, seed=SEED``.
         device: of the parameters; the CPU by default.

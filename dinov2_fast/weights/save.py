@@ -39,7 +39,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
     path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    own = {name: _alone(tensor) for name, tensor in tensors.items()}
+    own = {name: _without_spare_storage(tensor) for name, tensor in tensors.items()}
     try:
         if path.suffix in SAFETENSORS:
             save_file(own, part, metadata={"format": "pt"})
@@ -72,7 +72,7 @@ def move_into_place(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _without_spare_storage(tensor: Tensor) -> Tensor:
     """`tensor` on the CPU, contiguous, with a storage of its own: a file would hold the whole storage."""
     tensor = tensor.detach().cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()

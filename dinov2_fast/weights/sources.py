@@ -40,7 +40,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
 _PICKLE_START = b"\x80"
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class SourceOptions(NamedTuple):
@@ -141,7 +141,7 @@ def find_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
     return _from_hub(_checkpoint_on_hub, repository, options)
 
 
-def _from_hub(find: Callable[[str, SourceOptions], Found], repository: str, options: SourceOptions) -> Found:
+def _from_hub(find: Callable[[str, SourceOptions], Result], repository: str, options: SourceOptions) -> Result:
     """The result of `find` in the hub's cache or, if it is not there, on the hub."""
     with contextlib.suppress(_HubMissError):
         return find(repository, options._replace(local_files_only=True))

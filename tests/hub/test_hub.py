@@ -47,7 +47,7 @@ def test_hubconf_offers_the_references_models() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signature(name: str) -> None:
+def test_a_signature_is_that_of_the_reference(name: str) -> None:
     entry_point = getattr(hubconf, name)
     assert entry_point is getattr(hub, name)
     assert entry_point.__name__ == name
@@ -93,7 +93,7 @@ def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, 
         hub.dinov2_vits14(weights=weights, pretrained=pretrained)
 
 
-def test_a_file_given_as_weights_is_answered_with_what_takes_one() -> None:
+def test_the_error_for_a_file_as_weights_names_load() -> None:
     with pytest.raises(
         AssertionError, match=r"weights: /file\.pth; .* dinov2_fast\.load\('dinov2_vits14', weights=file\)"
     ):

@@ -45,8 +45,8 @@ SNIPPET = """
 import torch
 import dinov2_fast
 from dinov2_fast import (
-    DinoVisionTransformer, Dinov2Config, Dinov2Model, accelerate, convert_state_dict, create_model, load,
-    optimize_for_inference, use_backend,
+    DinoVisionTransformer, Dinov2Config, Dinov2Model, accelerate, convert_state_dict, create_model, extract, load,
+    load_features, optimize_for_inference, unaccelerate, use_backend,
 )
 
 model: DinoVisionTransformer = load("dinov2_vits14", pretrained=False, seed=1, dtype="bfloat16")
@@ -56,7 +56,9 @@ patches: torch.Tensor = model.forward_features([x, x])[1]["x_norm_patchtokens"]
 converted: dict[str, torch.Tensor] = convert_state_dict(model.state_dict(), to="timm")
 hub: Dinov2Model = Dinov2Model.from_pretrained("facebook/dinov2-small", dtype=torch.float16)
 Dinov2Model(Dinov2Config(hidden_size=384))
-accelerate(create_model("vit_small_patch14_dinov2", pretrained=True))
+unaccelerate(accelerate(create_model("vit_small_patch14_dinov2", pretrained=True)))
+extract("images", "dinov2_vits14", out="features", batch_size=8)
+load_features("features")
 with use_backend("torch"):
     optimize_for_inference(model.eval(), precision="fp32")
 
@@ -69,6 +71,8 @@ MISTAKES = {
     "type of the seed": ('load("dinov2_vits14", pretrained=False, seed="1")', "arg-type"),
     "keyword of convert_state_dict": ('convert_state_dict({}, too="timm")', '"too"'),
     "keyword of optimize_for_inference": ('optimize_for_inference(model, precison="fp32")', '"precison"'),
+    "keyword of extract": ('extract("images", "dinov2_vits14", outt="features")', '"outt"'),
+    "option of extract by position": ('extract("images", "dinov2_vits14", "features")', "Too many positional"),
     "options are keyword-only": ('load("dinov2_vits14", "file.pth")', "Too many positional arguments"),
     "keyword of forward_features": ("model.forward_features(x, mask=None)", "No overload variant"),
     "features of a list": ('model.forward_features([x])["x_prenorm"]', "No overload variant"),

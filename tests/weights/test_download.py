@@ -131,7 +131,7 @@ def test_two_downloads_of_one_file_at_once_both_succeed(server: Server, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nobody_at_the_official_address(folders: WeightFolders) -> None:
+def test_a_server_that_does_not_answer_is_an_error(folders: WeightFolders) -> None:
     with pytest.raises(WeightsError, match=r"could not be downloaded \(.*[Cc]onnection refused"):
         load(TINY)
     assert leftovers(folders) == []
@@ -170,7 +170,7 @@ def test_a_wrong_digest_removes_the_file(server: Server, tmp_path: Path) -> None
         assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     server.answers["/a.pth"] = answer(pth({}))
     with pytest.raises(WeightsError, match="could not be downloaded"):

@@ -107,7 +107,7 @@ HARMLESS: dict[str, Any] = {
 
 @pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize("name", HARMLESS)
-def test_harmless_objects_beside_the_weights_are_left_out(name: str, archive: bool, tmp_path: Path) -> None:
+def test_harmless_objects_beside_the_weights_are_ignored(name: str, archive: bool, tmp_path: Path) -> None:
     weights = tiny_weights(0)
     for order in ({name: HARMLESS[name], "model": weights}, {"model": weights, name: HARMLESS[name]}):
         path = tmp_path / "checkpoint.pth"
@@ -134,7 +134,7 @@ def test_a_harmless_name_is_neither_imported_nor_called(tmp_path: Path, monkeypa
     assert calls == []
 
 
-def test_harmless_objects_are_left_out_by_several_threads_at_once(tmp_path: Path) -> None:
+def test_harmless_objects_are_ignored_by_several_threads_at_once(tmp_path: Path) -> None:
     path = write({"args": argparse.Namespace(lr=1.0), "model": tiny_weights(0)}, tmp_path / "c.pth")
     with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda _: load(TINY, weights=path), range(12)))
@@ -143,7 +143,7 @@ def test_harmless_objects_are_left_out_by_several_threads_at_once(tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_program_is_refused(tmp_path: Path) -> None:
+def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), file)
     assert "holds a TorchScript program" in refusal(tmp_path / "program.pth", file.getvalue())
@@ -151,7 +151,7 @@ def test_a_program_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
 @pytest.mark.parametrize("ending", [*ENDINGS, "old.pth"])
-def test_a_truncated_file(ending: str, part: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(ending: str, part: float, tmp_path: Path) -> None:
     whole = content(Path(ending).suffix or ending, _use_new_zipfile_serialization=not ending.startswith("old"))
     message = refusal(tmp_path / f"part{ending}", whole[: int(len(whole) * part)])
     assert "is damaged or no" in message
@@ -160,14 +160,14 @@ def test_a_truncated_file(ending: str, part: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><p>Sign in to the network</p>", b"version https://git-lfs\n", b"\0"])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_something_else_under_the_name(ending: str, data: bytes, tmp_path: Path) -> None:
+def test_another_kind_of_file_under_the_name_is_refused(ending: str, data: bytes, tmp_path: Path) -> None:
     message = refusal(tmp_path / f"page{ending}", data)
     assert "is damaged or no" in message
     assert "could run code" not in message
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_flipped_bits_outside_the_tensors(ending: str, tmp_path: Path) -> None:
+def test_flipped_bits_outside_the_tensors_are_an_error_or_harmless(ending: str, tmp_path: Path) -> None:
     """Each is an error or changes nothing; no other exception comes out."""
     weights = tiny_weights(0)
     whole = content(ending)
@@ -190,7 +190,7 @@ def test_flipped_bits_outside_the_tensors(ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loaded", [[torch.ones(2)], torch.ones(2), "text", 3, None])
-def test_a_pth_that_holds_no_dictionary(loaded: Any, tmp_path: Path) -> None:
+def test_a_pth_without_a_dictionary_is_refused(loaded: Any, tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save(loaded, file)
     assert f"holds a {type(loaded).__name__}, not a state dict" in refusal(tmp_path / "odd.pth", file.getvalue())
@@ -209,7 +209,7 @@ def test_a_pth_that_holds_no_dictionary(loaded: Any, tmp_path: Path) -> None:
         ({"cls_token": torch.ones(())}, r"Wrong shape \(1\): cls_token \(\) where the model has \(1, 1, 64\)"),
     ],
 )
-def test_a_dictionary_with_wrong_things_in_it(spoil: dict[Any, Any], message: str, tmp_path: Path) -> None:
+def test_a_dictionary_with_wrong_keys_or_values_is_refused(spoil: dict[Any, Any], message: str, tmp_path: Path) -> None:
     path = write({**tiny_weights(0), **spoil}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match=message):
         load(TINY, weights=path)
@@ -259,7 +259,7 @@ def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-def test_very_many_tensors_are_refused_before_they_are_looked_at() -> None:
+def test_very_many_tensors_are_refused_before_they_are_examined() -> None:
     with pytest.raises(WeightsError, match="This state dict has 20001 keys"):
         plan_weights({f"x{i}": torch.ones(0) for i in range(20_001)})
 
@@ -274,7 +274,7 @@ def test_a_deep_nesting_is_refused() -> None:
         nested = nested["model"]
 
 
-def test_parts_that_cannot_be_joined(tmp_path: Path) -> None:
+def test_parts_that_cannot_be_joined_are_refused(tmp_path: Path) -> None:
     attention = "encoder.layer.0.attention.attention."
     weights = {f"{attention}{part}.weight": torch.ones(4, 4) for part in ("query", "key")}
     weights[f"{attention}value.weight"] = torch.ones(4, 5)
@@ -295,7 +295,7 @@ def test_the_content_of_a_file_counts_and_not_its_name(kind: str, name: str, tmp
     assert_same(load(tmp_path / name).state_dict(), tiny_weights(0))
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
@@ -305,7 +305,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load(path)
 
 
-def test_something_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("weights.onnx", "weights"):
         path = tmp_path / name
         path.write_bytes(b"x")
@@ -361,14 +361,14 @@ def test_an_index_names_only_checkpoints(name: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "\x00"])
-def test_an_index_that_is_none(text: str, tmp_path: Path) -> None:
+def test_a_broken_index_is_refused(text: str, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(WeightsError, match="is no index of a sharded checkpoint"):
         load(index)
 
 
-def test_an_index_whose_files_are_missing(tmp_path: Path) -> None:
+def test_an_index_whose_files_are_missing_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"cls_token": "model-1.safetensors"}}))
     with pytest.raises(WeightsError, match=r"names files that are not in its folder: model-1\.safetensors"):

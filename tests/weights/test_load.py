@@ -73,7 +73,7 @@ def test_the_own_cache_goes_before_torchs_and_safetensors_before_pth(folders: We
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 @pytest.mark.parametrize("source", checkpoints.SOURCES)
 @pytest.mark.parametrize("case", ["facebook_mlp", "facebook_reg4", "facebook_swiglu"])
-def test_a_file_in_any_layout(case: str, source: str, ending: str, tmp_path: Path) -> None:
+def test_a_file_in_any_layout_is_loaded(case: str, source: str, ending: str, tmp_path: Path) -> None:
     _, weights, tensors = golden.load_case(case)
     content = checkpoints.SOURCES[source](weights)
     if ending == ".safetensors":  # holds no nested dictionaries
@@ -85,14 +85,14 @@ def test_a_file_in_any_layout(case: str, source: str, ending: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("case", golden.cases("timm"))
-def test_a_file_of_timms(case: str, tmp_path: Path) -> None:
+def test_a_file_of_timm_is_loaded(case: str, tmp_path: Path) -> None:
     _, weights, tensors = golden.load_case(case)
     model = load(write(weights, tmp_path / "timm.safetensors"), position_interpolation="antialias")
     assert_gives(model, tensors, "forward_features")
 
 
 @pytest.mark.parametrize("case", ["facebook_mlp", "facebook_reg4"])
-def test_a_folder_that_save_pretrained_wrote(case: str, tmp_path: Path) -> None:
+def test_a_folder_that_save_pretrained_wrote_is_loaded(case: str, tmp_path: Path) -> None:
     _, weights, _ = golden.load_case(case)
     family = "Dinov2WithRegisters" if case == "facebook_reg4" else "Dinov2"
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "image_size": 70, "patch_size": 14}
@@ -107,7 +107,7 @@ def test_a_folder_that_save_pretrained_wrote(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-def test_a_sharded_checkpoint(ending: str, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_loaded(ending: str, tmp_path: Path) -> None:
     _, weights, _ = golden.load_case("facebook_swiglu")
     content = checkpoints.huggingface(weights)
     keys = list(content)
@@ -122,7 +122,7 @@ def test_a_sharded_checkpoint(ending: str, tmp_path: Path) -> None:
     checkpoints.assert_same(load(index).state_dict(), weights)
 
 
-def test_folders_without_or_with_too_many_checkpoints(tmp_path: Path) -> None:
+def test_folders_without_or_with_several_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(WeightsError, match=r"holds no checkpoint; expected one of model\.safetensors"):
@@ -134,7 +134,7 @@ def test_folders_without_or_with_too_many_checkpoints(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_weights_for_a_name(tmp_path: Path) -> None:
+def test_a_file_given_for_a_name_is_loaded(tmp_path: Path) -> None:
     weights = tiny_weights(3)
     path = write({"teacher": {f"backbone.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "mine.pth")
     checkpoints.assert_same(load(TINY, weights=path).state_dict(), weights)
@@ -151,17 +151,17 @@ def test_weights_for_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dinov2_vits14reg", "dinov2_vitS14", "dino_vits14", "dinov2-vits14"])
 @pytest.mark.parametrize("weights", [None, "random:0", "some.pth"])
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, weights: str | None) -> None:
+def test_the_error_for_an_unknown_name_lists_the_nearest(name: str, weights: str | None) -> None:
     with pytest.raises(ValueError, match=rf"no DINOv2 backbone called '{name}'. Did you mean .*dinov2_vits14"):
         load(name, weights=weights)
 
 
-def test_a_name_unlike_any_other_lists_them_all() -> None:
+def test_the_error_for_a_name_unlike_any_other_lists_all() -> None:
     with pytest.raises(ValueError, match="The backbones are dinov2_vits14, dinov2_vitb14"):
         load("resnet")
 
 
-def test_dtype_device_position_interpolation_and_arguments(tmp_path: Path) -> None:
+def test_dtype_device_position_interpolation_and_arguments_reach_the_model(tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "tiny.pth")
     half = load(path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -181,7 +181,7 @@ def test_dtype_device_position_interpolation_and_arguments(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("head", ["classifier", "head", "linear_head"])
-def test_a_classifier_is_left_out(head: str, tmp_path: Path) -> None:
+def test_a_classifier_is_skipped(head: str, tmp_path: Path) -> None:
     weights = tiny_weights(0)
     path = write({**weights, f"{head}.weight": torch.ones(5, 128)}, tmp_path / "classifier.safetensors")
     checkpoints.assert_same(load(path).state_dict(), weights)
@@ -245,7 +245,7 @@ def test_the_keys_of_another_model_are_named(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
+def test_a_position_table_that_is_not_square_needs_an_image_size(tmp_path: Path) -> None:
     sizes = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14}
     made = dinov2_fast.DinoVisionTransformer(img_size=(98, 140), block_chunks=0, init_values=1.0, **sizes).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
@@ -263,7 +263,7 @@ def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("img_size", [(98, 140), (28, 112)])  # the second has as many patches as a square
-def test_a_position_table_that_is_not_of_a_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
+def test_a_position_table_that_is_not_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
     rows, columns = img_size[0] // 14, img_size[1] // 14
     model = dinov2_fast.DinoVisionTransformer(img_size=img_size, patch_size=14, embed_dim=64, depth=1, num_heads=1)
     model.position_interpolation = "antialias"
@@ -299,7 +299,7 @@ def test_adapting_filters_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptu
     ]
 
 
-def test_an_empty_name_is_none() -> None:
+def test_an_empty_name_is_refused() -> None:
     with pytest.raises(ValueError, match="no DINOv2 backbone called ''"):
         load("")
     for model in (dinov2_fast.Dinov2Model, dinov2_fast.Dinov2Config):
@@ -308,14 +308,14 @@ def test_an_empty_name_is_none() -> None:
 
 
 @pytest.mark.parametrize("image_size", ["518", 1.5, {}, [], [518], ["a", "b"], 0, None, -518])
-def test_an_image_size_that_makes_no_sense_is_read_from_the_table(image_size: Any, tmp_path: Path) -> None:
+def test_a_bad_image_size_in_the_config_is_ignored(image_size: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"image_size": image_size}))
     assert load(tmp_path).patch_embed.img_size == (518, 518)
 
 
 @pytest.mark.parametrize("heads", ["1", -1, 0, True, 1.5, 7, [1]])
-def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> None:
+def test_a_config_with_a_bad_number_of_heads_is_refused(heads: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
     with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* must divide the hidden size 64"):
@@ -323,14 +323,14 @@ def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_file_that_lacks_a_tensor(ending: str, tmp_path: Path) -> None:
+def test_a_file_that_lacks_a_tensor_is_refused(ending: str, tmp_path: Path) -> None:
     weights = tiny_weights(0)
     del weights["blocks.1.ls2.gamma"]
     with pytest.raises(WeightsError, match=r"Missing \(1\): blocks\.1\.ls2\.gamma\.$"):
         load(write(weights, tmp_path / f"part{ending}"))
 
 
-def test_parameters_do_not_lie_in_the_file(tmp_path: Path) -> None:
+def test_parameters_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "tiny.safetensors")
     model = load(path)
     with path.open("r+b") as file:
@@ -354,7 +354,7 @@ def test_random_weights_depend_on_the_seed_and_nothing_else() -> None:
     torch.testing.assert_close(first["cls_token"][0, 0, :3], pinned, atol=1e-6, rtol=0)
 
 
-def test_random_weights_leave_nothing_trivial() -> None:
+def test_no_random_weight_is_constant() -> None:
     weights = load(TINY, weights="random:0").state_dict()
     constant = [key for key, tensor in weights.items() if tensor.std() < 1e-3]
     assert constant == []
@@ -393,7 +393,7 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
         load(TINY, **options)
 
 
-def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
+def test_load_records_its_source_and_takes_names_of_dtypes() -> None:
     model = load(TINY, weights="random:3", dtype="bfloat16")
     assert model.loaded_from == "random:3"
     assert model.norm.weight.dtype == torch.bfloat16

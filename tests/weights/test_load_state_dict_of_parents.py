@@ -103,7 +103,7 @@ def test_a_parent_of_transformers_loads_what_it_loaded_before_the_swap() -> None
         torch.testing.assert_close(parent(x).predicted_depth, wanted, atol=1e-5, rtol=0)
 
 
-def test_what_a_parent_of_transformers_saves_is_said_once_and_loads_into_the_same_parent(
+def test_a_parent_of_transformers_warns_once_on_saving_and_loads_its_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
@@ -133,7 +133,7 @@ def test_an_accelerated_parent_of_transformers_is_saved_for_transformers(tmp_pat
         torch.testing.assert_close(again.eval()(x).predicted_depth, wanted, atol=1e-5, rtol=0)
 
 
-def test_nothing_is_said_about_a_classifier_of_our_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_classifier_of_our_own_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("transformers", reason="the warning is for where transformers is loaded")
     logs.log_once.cache_clear()
     _huggingface("facebook_mlp", "ForImageClassification").state_dict()
@@ -181,7 +181,7 @@ def test_a_parents_error_names_two_keys_for_one_tensor() -> None:
         Net(_reference("facebook_mlp")).load_state_dict(_within({**weights, "module.cls_token": weights["cls_token"]}))
 
 
-def test_weights_of_the_parent_alone_leave_the_backbone_as_it_is() -> None:
+def test_weights_of_the_parent_alone_leave_the_backbone_unchanged() -> None:
     parent = Net(_reference("facebook_mlp"))
     before = copy.deepcopy(parent.model["vision"].state_dict())
     report = parent.load_state_dict(_within({}), strict=False)

@@ -1,4 +1,4 @@
-"""Notices that a model is no longer what it was when an engine was made of it."""
+"""Detects that a model's weights or settings have changed since an engine was made from it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _END = object()
 def run_up_to_date(
     run: Callable[[], T], changed: Callable[[], bool], renew: Callable[[], None], device: torch.device
 ) -> T:
-    """What `run` returns once `renew` was called if `changed`.
+    """Calls `renew` if `changed`, and returns the result of `run`.
 
-    Where kernels are asynchronous, `run` comes first, and `changed` is asked while the device computes. If it says yes,
-    what `run` returned or raised is dropped, and it runs again.
+    On devices that compute asynchronously `run` is called first, so that `changed` runs while the device computes. If
+    there was a change, the result or error of `run` is dropped, and it runs again after `renew`.
     """
     if not is_asynchronous(device):
         if changed():
@@ -40,23 +40,23 @@ def run_up_to_date(
     else:
         if not changed():
             return result
-        del result  # its memory serves the second run
+        del result  # frees its memory for the second run
     renew()
     return run()
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether a call returns before the device has computed its result."""
+    """Whether calls return before the device has computed their results."""
     return device.type == "cuda"
 
 
-class ModelWatch:
-    """Remembers what a model computes with: its weights and its settings.
+class WeightWatch:
+    """Detects changes of a model's weights and, by a `SettingsWatch`, of its settings.
 
-    A weight counts as changed if its data lie elsewhere (``.to``), if its version moved (any write in place that
-    autograd sees), or if an optimizer of torch made a step on it (fused ones move no version). For settings see
-    `SettingsWatch`. Not seen are writes through ``.data``, a NumPy view or the storage, since no value is looked at,
-    and functions of a library replaced in its Python modules.
+    A weight has changed if its data pointer is another one (``.to``), if its version is (any write in place that
+    autograd sees), or if a torch optimizer made a step on it (fused optimizers leave the version as it is). Values are
+    not compared, so writes through ``.data``, a NumPy view or the storage are not detected. Nor are functions that
+    somebody replaced in the Python modules of a library.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,33 +66,33 @@ class ModelWatch:
         found = [value for place in places for value in place.values() if isinstance(value, Tensor)]
         self._tensors = list({id(tensor): tensor for tensor in found}.values())
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        self._counting = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
-        self._versions = list(map(_version, self._counting))
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others have no version
+        self._versions = list(map(_version, self._versioned))
         self._stepped = False
-        _follow_optimizers().add(self)
+        _watches_of_optimizers().add(self)
 
     def changed(self) -> bool:
-        """Whether anything is not what it was."""
+        """Whether a weight or a setting has changed."""
         return self._weights_changed() or self._settings.changed()
 
     def _weights_changed(self) -> bool:
-        """Whether a tensor was written to or moved."""
         return (
             self._stepped
-            or list(map(_version, self._counting)) != self._versions
+            or list(map(_version, self._versioned)) != self._versions
             or list(map(Tensor.data_ptr, self._tensors)) != self._pointers
         )
 
-    def see_step(self, parameters: set[int]) -> None:
-        """Learns that an optimizer wrote to the tensors with these identities."""
+    def record_step(self, parameters: set[int]) -> None:
+        """Records that an optimizer wrote to the tensors with these ids."""
         self._stepped = self._stepped or not parameters.isdisjoint(map(id, self._tensors))
 
 
 class SettingsWatch:
-    """Remembers what modules are, but for the values of their tensors.
+    """Detects changes of modules other than writes to their tensors.
 
-    That is: which tensors, submodules and forward hooks there are, the attributes of modules and of their `config`, and
-    the classes of modules with what these define. Modules inside them are watched only if they are given, too.
+    It compares which tensors, submodules and forward hooks modules have, the attributes of modules and of their
+    `config`, the classes of modules, and the attributes of these classes. Submodules are compared only if `modules`
+    contains them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -109,7 +109,7 @@ class SettingsWatch:
         self._classes = [(kind, dict(vars(kind))) for kind in _classes(self._kinds)]
 
     def changed(self) -> bool:
-        """Whether anything is not what it was."""
+        """Whether a setting has changed."""
         return (
             any(self._empty)
             or list(map(len, self._namespaces)) != self._sizes
@@ -121,7 +121,7 @@ class SettingsWatch:
 
 
 class _Attributes:
-    """The values of some names, at least one, in namespaces; of lists, dictionaries and sets, what is in them."""
+    """The values of one or more names in namespaces. Lists, dictionaries and sets are copied to compare their items."""
 
     __slots__ = ("_get", "_namespaces", "_values")
 
@@ -134,12 +134,12 @@ class _Attributes:
     def changed(self) -> bool:
         try:
             return list(map(self._get, self._namespaces)) != self._values
-        except Exception:  # an attribute was deleted, or is another array, which has no truth value
+        except Exception:  # an attribute was deleted, or is a new array, whose comparison has no truth value
             return True
 
 
 def _group(namespaces: Iterable[dict[str, Any]], ignored: frozenset[str]) -> list[_Attributes]:
-    """Their attributes, but for the names `ignored`; those with the same names together, to be read at once."""
+    """The attributes without the names `ignored`, grouped by equal names, so that one call reads a group."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for namespace in namespaces:
         groups.setdefault(tuple(name for name in namespace if name not in ignored), []).append(namespace)
@@ -151,13 +151,13 @@ def _kept(value: Any) -> Any:
 
 
 def _configs(modules: list[nn.Module]) -> list[dict[str, Any]]:
-    """The namespaces of the configurations that modules of transformers share."""
+    """The namespaces of the configurations of modules; modules of transformers share one."""
     configs = (vars(module).get("config") for module in modules)
     return list({id(config): vars(config) for config in configs if hasattr(config, "__dict__")}.values())
 
 
 def _classes(kinds: Iterable[type]) -> Iterable[type]:
-    """The classes of modules and their bases, torch's own left out."""
+    """The classes of modules and their bases, without those of torch."""
     for base in {base for kind in set(kinds) for base in kind.__mro__}:
         if base.__module__.split(".")[0] not in ("torch", "builtins"):
             yield base
@@ -165,19 +165,19 @@ def _classes(kinds: Iterable[type]) -> Iterable[type]:
 
 @cache
 def _of_torch() -> frozenset[str]:
-    """The attributes that every module has, and what compiling it leaves there."""
+    """The attributes that every module has, and the one that `nn.Module.compile` sets."""
     return frozenset((*vars(nn.Module()), "_compiled_call_impl"))
 
 
 @cache
-def _follow_optimizers() -> WeakSet[ModelWatch]:
-    """The watches that learn of each step of an optimizer."""
-    watches: WeakSet[ModelWatch] = WeakSet()
+def _watches_of_optimizers() -> WeakSet[WeightWatch]:
+    """The watches whose `record_step` is called after each step of an optimizer."""
+    watches: WeakSet[WeightWatch] = WeakSet()
 
-    def tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def report_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for watch in tuple(watches):
-            watch.see_step(written)
+            watch.record_step(written)
 
-    register_optimizer_step_post_hook(tell)
+    register_optimizer_step_post_hook(report_step)
     return watches

@@ -1,4 +1,4 @@
-"""Finds the ops of a call for which the host waits for the device: a CUDA graph of it cannot be captured."""
+"""Finds ops that make the host wait for the device. A call with such ops cannot be captured as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from torch import Tensor
 from dinov2_fast.torch_private import TorchDispatchMode, pytree
 
 _aten = torch.ops.aten
-TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host reads the result, or its size
+TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host reads the result or its size
 UNTAGGED = {
     _aten._linalg_check_errors.default,
-    _aten.lift_fresh.default,  # of a tensor on the device: torch.tensor has copied numbers of Python's to it
+    _aten.lift_fresh.default,  # for a tensor on the device: torch.tensor has just copied Python numbers to it
 }
 COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
 GATHERS = {_aten.index.Tensor}
 SCATTERS = {_aten.index_put.default, _aten.index_put_.default}
 
 
-class NoWaiting(TorchDispatchMode):
-    """Raises a `RuntimeError` where an op inside waits for `device`; ops on other devices may do anything.
+class ForbidDeviceSync(TorchDispatchMode):
+    """Raises a `RuntimeError` where an op inside the context makes the host wait for `device`.
 
-    That is so for ops that torch tags as such, for masks as indices, which are counted first, and for copies from or to
-    another device, also of the indices of an op. Kernels take a CPU tensor without dimensions as a number, so ops other
-    than copies may have one. Not seen is what waits without an op of torch's: another library, an event, and the index
-    ``x[[0, 1]]``, whose numbers torch copies to the device out of sight.
+    Such ops are those that torch tags as data-dependent, those with a mask as index (torch counts its elements first),
+    and copies from or to another device, including copies of the indices of an op. A CPU tensor without dimensions is
+    passed to kernels as a number, so ops other than copies may take one. Ops on other devices are ignored.
+
+    Not found are waits outside torch's ops: in another library, for an event, and in the index ``x[[0, 1]]``, whose
+    numbers torch copies to the device before any op is dispatched.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,10 +48,10 @@ class NoWaiting(TorchDispatchMode):
 
 
 def _reads(func: Any, args: Any) -> bool:
-    """Whether the host reads what an op computed."""
+    """Whether the host reads the result of an op."""
     if func in GATHERS:
         return _has_mask(args[1])
-    if func in SCATTERS:  # a number goes to what a mask selects without counting
+    if func in SCATTERS:  # with a number as value, a mask is not counted
         return _has_mask(args[1]) and (args[2].ndim > 0 or args[2].device.type != "cpu")
     return func in UNTAGGED or not TAGS.isdisjoint(func.tags)
 

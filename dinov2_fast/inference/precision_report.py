@@ -1,33 +1,34 @@
-"""What a precision costs: features of engines beside those in fp32, block by block, on images of the user's own."""
+"""How close an engine's features are to those in fp32, block by block, on the user's images: `Engine.report`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.inference.backbone import FoldedBackbone
 
-if TYPE_CHECKING:
-    from dinov2_fast.inference.backbone import FoldedBackbone
-
-TIE = 1e-6  # neighbours whose cosines differ by no more are equally near
+TIE = 1e-6  # neighbours whose cosines differ by at most this count as equally near
 
 
 @dataclass(frozen=True)
-class Row:
-    """How near the features of one precision are to those in fp32, at one place of the model.
+class LayerAgreement:
+    """How close the features of one precision are to those in fp32, after one layer.
 
-    `layer` is "block i", whose output is taken through the last norm as `get_intermediate_layers` gives it, or "final",
-    what a plain call returns before any head: CLS is from a last block that ran for it alone, if the engine has that.
-    The cosines are those between the CLS tokens, and between the patch tokens, of the same image: mean and smallest.
-    `neighbours` is the share of images whose nearest neighbour among the others, by the cosine of CLS tokens, is the
-    same as in fp32; NaN for fewer than three images.
+    Attributes:
+        layer: "block i", whose output goes through the last norm as in `get_intermediate_layers`, or "final", the
+            result of a plain call before any head. The CLS token of "final" is from a last block that ran for it alone,
+            if the engine does that.
+        precision: the precision that is compared with fp32.
+        cls_mean, cls_worst: the mean and the smallest cosine between the CLS tokens of the same image.
+        patch_mean, patch_worst: the same for the patch tokens at the same place.
+        neighbours: the share of images whose nearest neighbour, by the cosine of CLS tokens, is the same as in fp32.
+            NaN for fewer than three images.
     """
 
     layer: str
@@ -40,10 +41,15 @@ class Row:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
-    """The rows of a report, block by block; printed, a table."""
+class PrecisionReport:
+    """The result of `Engine.report`; its repr is a table.
 
-    rows: tuple[Row, ...]
+    Attributes:
+        rows: by block and precision, "final" last.
+        images: the number of images compared.
+    """
+
+    rows: tuple[LayerAgreement, ...]
     images: int
 
     def __repr__(self) -> str:
@@ -62,8 +68,8 @@ class Report:
 
 
 @dataclass
-class _Tally:
-    """What one row needs, collected over batches."""
+class _Sums:
+    """The data of one row, collected over batches."""
 
     cls: list[Tensor] = field(default_factory=list)  # (batch, hidden), fp32
     exact_cls: list[Tensor] = field(default_factory=list)
@@ -72,17 +78,17 @@ class _Tally:
     patch_worst: float = math.inf
 
     def add(self, cls: Tensor, exact_cls: Tensor, patches: Tensor, exact_patches: Tensor) -> None:
-        self.cls.append(cls.to(torch.float32, copy=True))  # not a view that keeps all tokens
+        self.cls.append(cls.to(torch.float32, copy=True))  # a view would keep all tokens in memory
         self.exact_cls.append(exact_cls.clone())
         cosine = F.cosine_similarity(patches.float(), exact_patches, dim=-1)
         self.patch_sum += cosine.sum(dtype=torch.float64).item()
         self.patch_count += cosine.numel()
         self.patch_worst = torch.minimum(cosine.new_tensor(self.patch_worst), cosine.min()).item()  # keeps NaN
 
-    def row(self, layer: str, precision: str) -> Row:
+    def row(self, layer: str, precision: str) -> LayerAgreement:
         cls, exact = torch.cat(self.cls), torch.cat(self.exact_cls)
         cosine = F.cosine_similarity(cls, exact, dim=-1)
-        return Row(
+        return LayerAgreement(
             layer,
             precision,
             cosine.mean().item(),
@@ -94,7 +100,7 @@ class _Tally:
 
 
 def same_neighbours(cls: Tensor, exact: Tensor) -> float:
-    """The share of rows whose nearest other row in `cls` is one of the nearest in `exact`; (images, hidden)."""
+    """The share of images whose nearest neighbour in `cls` is a nearest neighbour in `exact`, both (images, hidden)."""
     if len(cls) < 3:
         return math.nan
     itself = torch.eye(len(cls), dtype=torch.bool, device=cls.device)
@@ -105,18 +111,20 @@ def same_neighbours(cls: Tensor, exact: Tensor) -> float:
     return (of_found >= wanted.amax(1) - TIE).float().mean().item()
 
 
-def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches: Iterable[Tensor]) -> Report:
-    """Runs batches through the backbones of engines side by side.
+def compare_precisions(
+    exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches: Iterable[Tensor]
+) -> PrecisionReport:
+    """Runs images through backbones block by block and compares their tokens after each.
 
     Args:
-        exact: of the engine in fp32.
-        others: those it is compared with, by the names of their precisions.
+        exact: the backbone in fp32.
+        others: the backbones that are compared with it, by the names of their precisions.
         batches: images, (batch, channels, height, width) each.
 
     Raises:
         ValueError: no images.
     """
-    tallies: dict[tuple[str, str], _Tally] = {}
+    sums: dict[tuple[str, str], _Sums] = {}
     images, last = 0, len(exact.blocks) - 1
     for batch in batches:
         if len(batch) == 0:
@@ -129,23 +137,23 @@ def compare(exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches
             for name, backbone in others.items():
                 alone = _cls_alone(backbone, streams[name]) if backbone.cls_only and i == last else None
                 streams[name], cls, patches = _step(backbone, i, streams[name])
-                tallies.setdefault((f"block {i}", name), _Tally()).add(cls, wanted_cls, patches, wanted)
+                sums.setdefault((f"block {i}", name), _Sums()).add(cls, wanted_cls, patches, wanted)
                 if i == last:
                     cls = cls if alone is None else alone
-                    tallies.setdefault(("final", name), _Tally()).add(cls, wanted_cls, patches, wanted)
+                    sums.setdefault(("final", name), _Sums()).add(cls, wanted_cls, patches, wanted)
     if images == 0:
         raise InvalidValueError("report needs at least one image.")
-    order = sorted(tallies, key=lambda key: key[0] == "final")  # which stands behind every block
-    return Report(tuple(tallies[key].row(*key) for key in order), images)
+    order = sorted(sums, key=lambda key: key[0] == "final")
+    return PrecisionReport(tuple(sums[key].row(*key) for key in order), images)
 
 
 def _step(backbone: FoldedBackbone, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stream behind block `i`; its CLS token and patch tokens through the last norm, (batch, …, hidden)."""
+    """The stream after block `i`; its CLS token and patch tokens after the last norm, (batch, …, hidden)."""
     x = backbone.blocks[i](x)
     normed = backbone.norm(x)
     return x, normed[:, 0], normed[:, 1 + backbone.num_register_tokens :]
 
 
 def _cls_alone(backbone: FoldedBackbone, x: Tensor) -> Tensor:
-    """The CLS token as the last block computes it alone from the stream `x`, through the last norm."""
+    """The CLS token that the last block computes alone from the stream `x`, after the last norm."""
     return backbone.norm(backbone.blocks[-1].first_token(x).unsqueeze(1))[:, 0]
