@@ -56,7 +56,7 @@ Several GPUs or machines, a process for each part:
   CUDA_VISIBLE_DEVICES=1 dinov2-fast extract photos/ ... --out out/ --part 2/2
 
 Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some images
-failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 whole shards stay."""
+failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 complete shards stay."""
 
 
 def add_parser(subparsers: Any) -> None:

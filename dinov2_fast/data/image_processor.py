@@ -297,7 +297,7 @@ class Dinov2ImageProcessor:
                 raise InvalidValueError("The image has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
             if self.background is not None:
                 raise InvalidValueError(
-                    "A background is put behind PIL images alone; convert the array with Image.fromarray."
+                    "Only PIL images can have a background; convert the array with Image.fromarray."
                 )
             array = array[:, :, :3]
         if array.shape[2] == 1:

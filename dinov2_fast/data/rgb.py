@@ -39,8 +39,8 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
             )
         return Image.fromarray(to_8_bits(values)).convert("RGB")
     if background is not None and image.has_transparency_data:
-        behind = Image.new("RGBA", image.size, parse_colour(background))
-        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+        canvas = Image.new("RGBA", image.size, parse_colour(background))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode == "P" and "transparency" in image.info:

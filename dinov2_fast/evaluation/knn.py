@@ -45,7 +45,7 @@ def knn(
         neighbours: the values of k.
         temperature: T.
         n_per_class: training images of each class that vote; default all. Needs `val`.
-        n_tries: how often these images are chosen; the mean accuracy is returned. Choice t, from 0 on, uses the seed t.
+        n_tries: how many times they are chosen; the mean accuracy is returned. Choice t, from 0 on, uses the seed t.
         device: where to compute.
 
     Returns:
@@ -56,20 +56,20 @@ def knn(
             are; NaN or infinity.
     """
     train, train_labels = checked("train", train, train_labels)
-    alone = val is None
-    val, val_labels = (train, train_labels) if alone else checked("val", val, val_labels)
+    leave_one_out = val is None
+    val, val_labels = (train, train_labels) if leave_one_out else checked("val", val, val_labels)
     if train.shape[1] != val.shape[1]:
         raise InvalidValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
-    neighbours = _checked_neighbours(neighbours, len(train) - alone, n_per_class)
+    neighbours = _checked_neighbours(neighbours, len(train) - leave_one_out, n_per_class)
     if n_per_class is not None:
-        _check_few(train_labels, alone, n_per_class, n_tries)
+        _check_n_per_class(train_labels, leave_one_out, n_per_class, n_tries)
     if not 0 < temperature < math.inf:
         raise InvalidValueError(f"The temperature must be positive, got {temperature}.")
     classes = int(max(train_labels.max(), val_labels.max())) + 1
     train, train_labels = normalize(train.to(device), dim=1), train_labels.to(device)
     val, val_labels = normalize(val.to(device), dim=1), val_labels.to(device)
     tries = [
-        _knn_ranks(train[rows], train_labels[rows], val, val_labels, neighbours, temperature, classes, alone)
+        _knn_ranks(train[rows], train_labels[rows], val, val_labels, neighbours, temperature, classes, leave_one_out)
         for rows in _choices(train_labels, n_per_class, n_tries)
     ]
     return {k: accuracy_of(torch.cat([ranks[k] for ranks in tries])) for k in neighbours}
@@ -86,8 +86,8 @@ def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int |
     return sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
 
 
-def _check_few(labels: Tensor, alone: bool, n_per_class: int, n_tries: int) -> None:
-    if alone:
+def _check_n_per_class(labels: Tensor, leave_one_out: bool, n_per_class: int, n_tries: int) -> None:
+    if leave_one_out:
         raise InvalidValueError("n_per_class needs val: images other than those that vote.")
     largest = int(labels.bincount().max())
     if not 1 <= n_per_class <= largest:
@@ -118,19 +118,17 @@ def _knn_ranks(
     neighbours: Sequence[int],
     temperature: float,
     classes: int,
-    alone: bool,
+    leave_one_out: bool,
 ) -> dict[int, Tensor]:
     """The `class_ranks` of the validation images for each k; the features have length 1."""
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     chunk = max(1, _SIMILARITIES // len(train))
     for start in range(0, len(val), chunk):
         similarity = val[start : start + chunk] @ train.T  # (chunk, train)
-        if alone:
+        if leave_one_out:
             similarity.diagonal(start).fill_(-torch.inf)
         nearest = similarity.topk(max(neighbours), dim=1)
-        weights = (nearest.values / temperature).softmax(
-            dim=1
-        )  # the scale of a row does not change the order of its classes
+        weights = (nearest.values / temperature).softmax(dim=1)  # scaling a row does not change its order
         voters = train_labels[nearest.indices]
         for k in neighbours:
             votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voters[:, :k], weights[:, :k])

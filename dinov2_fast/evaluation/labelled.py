@@ -177,7 +177,7 @@ def _run_model(
             size = pending.size
             decoded, found = pending.result()
             good = [row for row, image in enumerate(decoded) if image.error is None]
-            for image, result in zip(images[done:], decoded, strict=False):
+            for image, result in zip(images[done : done + len(decoded)], decoded, strict=True):
                 if result.error is None:
                     classes.append(_class_of(image.path))
                 else:

@@ -18,8 +18,8 @@ from dinov2_fast.export.settings import DTYPES, INPUT, ExportError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._backends import is_installed
 
-# Of the relative L2 difference from the model. Rounding stays far below (a ViT-S: fp32 1e-6, fp16 1e-3, bf16 1e-2);
-# a lost bias or a wrong operator lies far above.
+# The largest relative L2 difference from the model. Rounding stays far below (ViT-S: fp32 1e-6, fp16 1e-3, bf16 1e-2);
+# a lost bias or a wrong operator is far above.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 
@@ -75,11 +75,11 @@ def compare(
     Raises:
         ExportError: an output has another shape, or differs by more than its dtype allows.
     """
-    place = next(model.parameters())
+    like = next(model.parameters())
     found = []
     for pixels in batches:
         with torch.no_grad():
-            expected = model(pixels.to(place))
+            expected = model(pixels.to(like))
             ours = _run_all(run, pixels.to(DTYPES[dtype]), batch_size or len(pixels))
         for name, output, reference in zip(model.outputs, ours, expected, strict=True):
             found.append(_difference(name, output.double(), reference.double().cpu()))

@@ -23,11 +23,11 @@ from dinov2_fast.features.schema import as_text
 def begin_addition(
     folder: Path, given: Iterable[ImageSource], shards: Shards, stack: ExitStack, *, retry_failed: bool
 ) -> ImageList:
-    """Lists the given images that the folder lacks, and enters them into its manifest.
+    """Lists the given images that the folder lacks, and records them in its manifest.
 
     Args:
-        folder: holds features, and no other process writes to it. Its paths are held in memory.
-        given: images, those that the folder has included.
+        folder: holds features; no other process writes to it. Memory holds its paths.
+        given: all images, those that the folder has included.
         shards: of the folder.
         stack: closes the list, and restores the manifest if `NothingReadError` is raised.
         retry_failed: images that failed count as images that the folder lacks.

@@ -177,7 +177,7 @@ class _Wanted:
         return cls(f"{kind}@{int(layer)}" if at else kind, kind, int(layer) if at else None)
 
     def feature(self, model: Any, processor: Dinov2ImageProcessor, dtype: str) -> Feature:
-        """How it is stored."""
+        """Its name, shape and dtype in a shard."""
         height, width = processor.output_size or (0, 0)
         shape: tuple[int, ...] = (model.embed_dim,)
         if self.kind == "patches":

@@ -74,14 +74,16 @@ def extract(
             :func:`dinov2_fast.optimize_for_inference`, which run as they are. An engine with the mean and std of the
             processor normalizes uint8 images itself: a quarter of the bytes from the workers and to the device.
         out: the output folder; made if it does not exist.
-        weights, position_interpolation, stride: of a model that is loaded; see :func:`dinov2_fast.load`.
-        device: of a model that is loaded; by default a GPU if there is one.
-        precision: of its computation, "fp32", "bf16", "fp16" or "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
-        engine: run a model that is loaded in its faster form (:func:`dinov2_fast.optimize_for_inference`).
-        size: of the model's images in pixels, an int or (height, width), multiples of 14. By default that of the
+        weights, position_interpolation: see :func:`dinov2_fast.load`. These and the next four settings are for a model
+            that is named; a model object keeps its own.
+        stride: pixels from one patch to the next; by default the patch size.
+        device: by default a GPU if there is one.
+        precision: of the computation, "fp32", "bf16", "fp16" or "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
+        engine: run the faster form of the model for inference (:func:`dinov2_fast.optimize_for_inference`).
+        size: of the images for the model, in pixels, an int or (height, width), multiples of 14. By default that of the
             processor beside the model, or 224 x 224.
         crop: cut out the centre of images; False squeezes whole images into `size`.
-        background: a colour to put behind what is transparent; by default alpha is dropped.
+        background: a colour behind transparent pixels; by default alpha is dropped.
         processor: in place of `size`, `crop` and `background`. Its outputs must have one size.
         features: names, see :mod:`dinov2_fast.extraction.compute`.
         dtype: of the stored features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens. bf16
@@ -179,7 +181,7 @@ def _check_settings(
 
 
 def _check_model_settings(is_named: bool, loading: Mapping[str, Any]) -> None:
-    """Refuses settings that cannot be fulfilled, before any weights are read."""
+    """Refuses settings that do not go with the model or the device, before any weights are read."""
     if not is_named:
         defaults = {"precision": "auto", "engine": True}
         given = [name for name, value in loading.items() if value != defaults.get(name)]

@@ -1,6 +1,6 @@
-"""A transformer block of the engine: six steps, LayerScale folded away, the residual stream updated in place.
+"""A transformer block of the engine, which updates the residual stream x in place.
 
-    x += proj(attention(qkv(norm1(x))))        gamma of LayerScale is in the weight and bias of proj
+    x += proj(attention(qkv(norm1(x))))        LayerScale is folded into the weight and bias of proj
     x += down(act(up(norm2(x))))               and of down; act is GELU or SwiGLU, in the epilogue of up
 
 The tables in `ops/` say which implementation runs each step. Where proj and down run without a bias, x lacks the biases

@@ -28,10 +28,10 @@ def is_captured(x: Tensor) -> bool:
 
 
 def keep_alive(tensors: Any) -> Any:
-    """Has the graph that this thread is capturing keep `tensors` alive, and returns them.
+    """Returns `tensors` if the graph that this thread is capturing can keep them alive, and makes it do so.
 
-    Returns None where `tensors` is None, or where somebody else captures: that graph would go on reading the tensors
-    after they are freed.
+    It returns None if `tensors` is None, and if the capture is not one of this module: such a graph would still read
+    the tensors after they are freed.
     """
     kept = getattr(_capturing, "kept", None)
     if kept is None or tensors is None:
@@ -184,7 +184,7 @@ class CapturedCall:
         graph: of the call.
         inputs: the tensors that the graph reads.
         output: of the captured call.
-        kept: whatever else must live as long as the graph.
+        kept: other objects that must live as long as the graph.
     """
 
     def __init__(self, graph: Any, inputs: list[Tensor], output: Any, kept: Any) -> None:

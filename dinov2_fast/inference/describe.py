@@ -27,7 +27,10 @@ def describe_engine(model: nn.Module, backbone: Any, graphs: GraphCache) -> str:
     held = next(parameter.dtype for parameter in model.parameters())
     interleaved = any(block.mlp.up.interleaved for block in backbone.blocks)
     deferred = any(block.deferred.end is not None for block in backbone.blocks)
-    uint8 = "normalised in the patch embedding" if backbone.patch_embed.proj_uint8 else "not taken: not three channels"
+    takes_uint8 = backbone.patch_embed.proj_uint8 is not None
+    uint8 = (
+        "normalised in the patch embedding" if takes_uint8 else "not taken, since the model does not take 3 channels"
+    )
     last = (
         "computed for the CLS token alone where nothing else is returned" if backbone.cls_only else "computed in full"
     )

@@ -57,7 +57,7 @@ class AccelerationReport:
     groups: tuple[AcceleratedGroup, ...]
 
     def __repr__(self) -> str:
-        return "\n".join(map(str, self.groups)) or "no blocks of a DINOv2"
+        return "\n".join(map(str, self.groups)) or "no DINOv2 blocks"
 
 
 def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:

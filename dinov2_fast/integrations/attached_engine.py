@@ -24,8 +24,6 @@ from dinov2_fast.integrations.module_ops import is_exact_gelu
 
 logger = logging.getLogger("dinov2_fast")
 
-_HEAD_KEYS = ("head.", "fc_norm.")  # in the state dict of timm's model, what is not its backbone's
-
 
 class AttachedEngine:
     """An engine on the weights of a backbone. It is made anew when the backbone changes.
@@ -106,7 +104,8 @@ class AttachedEngine:
 
     def _make_model(self, backbone: Any) -> nn.Module:
         """Our model on the weights of `backbone`, which it shares where both pack them alike."""
-        weights = {key: tensor for key, tensor in backbone.state_dict().items() if not key.startswith(_HEAD_KEYS)}
+        head = self._backbone_class.head_keys
+        weights = {key: tensor for key, tensor in backbone.state_dict().items() if not key.startswith(head)}
         with torch.device("meta"):
             model = self._backbone_class.make_model(backbone, weights)
         model.load_state_dict(weights, assign=True)

@@ -29,6 +29,7 @@ class AcceleratedBackbone(SwappedModule):
 
     # The methods that an engine can answer, each with the arguments of calls that are compared beforehand.
     compared_calls: ClassVar[tuple[tuple[str, dict[str, Any]], ...]]
+    head_keys: ClassVar[tuple[str, ...]] = ()  # prefixes of the keys of weights that belong to a head
 
     @staticmethod
     def fixed_image_size(backbone: Any) -> tuple[int, int] | None:

@@ -36,7 +36,7 @@ def reason_against(block: nn.Module) -> str | None:
 
 
 def accelerate_block(block: nn.Module) -> None:
-    """Gives `block`, against which there is no reason, the class that computes with our ops."""
+    """Swaps the class of `block` for one that computes with our ops; `reason_against` must have found no reason."""
     _accelerate(block, _check(block).replaced)
 
 
@@ -55,7 +55,7 @@ def _reason_by_looks(block: Any) -> str | None:
     if has_own_forward(block):
         return "forward was set on the instance"
     if shadowed_methods(block):
-        return f"{' and '.join(shadowed_methods(block))} was set on the instance"
+        return f"methods were set on the instance: {', '.join(shadowed_methods(block))}"
     known = ANY_BLOCK.part_names()
     unknown = [name for name, child in block._modules.items() if name not in known and not is_identity(child)]
     if unknown:
@@ -67,9 +67,9 @@ def _reason_against_attention(block: Any) -> str | None:
     attention = getattr(block, ANY_BLOCK.attention_name(block) or "")
     known = match_part(attention, ANY_BLOCK.attentions)
     if known is None:
-        return f"its attention is a {class_path(type(attention))}"
+        return f"its attention is a {class_path(type(attention))}, which our ops cannot compute"
     if known.extra_parts(attention):
-        return f"its attention has {' and '.join(known.extra_parts(attention))}"
+        return f"its attention has {' and '.join(known.extra_parts(attention))}, which that of DINOv2 does not have"
     dropout = known.dropout(attention)
     rate = getattr(dropout, "p", dropout)
     if block.training and rate:
@@ -78,7 +78,9 @@ def _reason_against_attention(block: Any) -> str | None:
 
 
 def _reason_against_mlp(block: Any) -> str | None:
-    return None if match_part(block.mlp, ANY_BLOCK.mlps) else f"its mlp is a {class_path(type(block.mlp))}"
+    if match_part(block.mlp, ANY_BLOCK.mlps) is not None:
+        return None
+    return f"its mlp is a {class_path(type(block.mlp))}, which our ops cannot compute"
 
 
 # By trial
@@ -87,7 +89,7 @@ _checks: dict[Hashable, BlockCheck] = {}
 
 
 def clear_check_cache() -> None:
-    """Has all blocks tried again. Until then, of blocks that differ by their weights only, one is tried."""
+    """Empties the cache in which blocks that differ only by their weights share one trial."""
     _checks.clear()
 
 

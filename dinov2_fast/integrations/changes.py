@@ -110,8 +110,8 @@ class StructureWatch:
 
     Noticed are changes of classes and what they define, of attributes (the training mode is one) and those of a
     `config`, of submodules and hooks, and of names and types of tensors. Values of attributes are compared, not looked
-    into. It holds no parameter, so a replaced one is freed. The watch of an engine, in `inference/watch.py`, notices
-    replaced tensors and writes to them, but not the mode.
+    into. It holds no parameter, so a replaced one is freed. That of an engine, `WeightWatch`, notices replaced tensors
+    and writes to them, but not the mode.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

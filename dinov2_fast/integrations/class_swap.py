@@ -71,7 +71,7 @@ def swap_back(module: SwappedModule) -> None:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a `forward` set on the instance replaces that of its class.
 
-    transformers 4 leaves the class's own on an instance when it has recorded outputs, which changes nothing.
+    After recording outputs, transformers 4 leaves the class's own `forward` on the instance. That one does not count.
     """
     return getattr(module.forward, "__func__", None) is not type(module).forward
 

@@ -54,6 +54,7 @@ class FacebookBackbone(AcceleratedBackbone):
 
     head: nn.Module
     patch_size: int
+    head_keys = ("head.",)
     optional_methods = ("forward_features", "get_intermediate_layers")
     compared_calls = (
         ("forward", {}),

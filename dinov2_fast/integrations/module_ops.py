@@ -56,9 +56,9 @@ def _is_idle_dropout(module: Any) -> bool:
     return type(module) is nn.Dropout and not module.training and not has_hooks(module)
 
 
-def needs_no_gradient() -> bool:
-    """Whether the present computation is not recorded: neither by autograd nor in a graph that will run again."""
-    return not (torch.is_grad_enabled() or is_traced())
+def is_recorded() -> bool:
+    """Whether the present computation is recorded, by autograd or in a graph that will run again."""
+    return torch.is_grad_enabled() or is_traced()
 
 
 # Functions that compute modules
@@ -73,8 +73,8 @@ def layer_norm(norm: Any) -> Function:
 
 
 def linear(module: Any) -> Function:
-    """The function that computes `module`: our op for a plain linear without gradients, or `module` itself."""
-    if not (needs_no_gradient() and is_plain_linear(module)):
+    """The function that computes `module`: our op for a plain linear where nothing is recorded, or `module` itself."""
+    if is_recorded() or not is_plain_linear(module):
         return module
     parameters = module._parameters
     return lambda x: ops.linear(x, parameters["weight"], parameters["bias"])
@@ -83,11 +83,11 @@ def linear(module: Any) -> Function:
 def hidden_gelu(first: Any, activation: Any) -> Function:
     """The function that computes ``activation(first(x))``.
 
-    Without gradients, the result of a plain linear is overwritten; `dinov2_fast.layers.Mlp` says what this saves.
+    Where nothing is recorded, it overwrites the result of a plain linear; `dinov2_fast.layers.Mlp` says why.
     """
     if not is_exact_gelu(activation) or has_hooks(activation):
         return compose(linear(first), activation)
-    overwrite = needs_no_gradient() and is_plain_linear(first)
+    overwrite = not is_recorded() and is_plain_linear(first)
     return compose(linear(first), lambda hidden: ops.activation(hidden, "gelu", overwrite=overwrite))
 
 

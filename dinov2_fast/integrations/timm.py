@@ -51,6 +51,7 @@ class TimmBackbone(AcceleratedBackbone):
 
     patch_embed: Any
     dynamic_img_size: bool
+    head_keys = ("head.", "fc_norm.")
     compared_calls = (
         ("forward", {}),
         ("forward_features", {}),

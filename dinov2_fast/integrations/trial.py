@@ -115,7 +115,7 @@ class _RandomTensors:
 
 
 def _copy(module: Any, weights: _RandomTensors, copies: dict[int, nn.Module]) -> nn.Module:
-    """Copies `module` unless it is one of `copies`, which are by the identity of what they are copies of."""
+    """The copy of `module`: the one in `copies`, by the identity of the module, or a new one."""
     if id(module) not in copies:
         copies[id(module)] = _copy_anew(_plain_linear(module) or module, weights, copies)
     return copies[id(module)]
@@ -142,9 +142,8 @@ def _copy_container(value: Any) -> Any:
 
 def _plain_linear(module: Any) -> nn.Linear | None:
     """torch's linear of the same sizes if `module` is another kind of linear, or None."""
-    if type(module) is nn.Linear or not all(
-        hasattr(module, name) for name in ("weight", "in_features", "out_features")
-    ):
+    is_linear = all(hasattr(module, name) for name in ("weight", "in_features", "out_features"))
+    if type(module) is nn.Linear or not is_linear:
         return None
     bias = getattr(module, "bias", None) is not None
     return nn.Linear(module.in_features, module.out_features, bias, device="meta")
@@ -152,7 +151,7 @@ def _plain_linear(module: Any) -> nn.Linear | None:
 
 @contextmanager
 def _isolated_from_process(device: torch.device, training: bool) -> Iterator[None]:
-    """Inside, neither the process changes how a module computes, nor the module the random numbers of the process."""
+    """Inside, settings of the process do not affect a module, and the module draws its own random numbers."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(_SEED)
@@ -186,6 +185,7 @@ def _attributes_inside(module: nn.Module) -> dict[str, tuple[Any, int]]:
 
 
 def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> tuple[str, ...]:
-    nothing = (None, -1)
-    then = {name: before.get(name, nothing) for name in after}
+    """The names of attributes that are new or have another value or length."""
+    absent = (None, -1)
+    then = {name: before.get(name, absent) for name in after}
     return tuple(n for n, (value, length) in after.items() if then[n][0] is not value or then[n][1] != length)

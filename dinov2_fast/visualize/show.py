@@ -90,6 +90,8 @@ def show(
         ValueError: no images that can be read; settings that do not exist, or do not go with the model, the features or
             the basis.
     """
+    if not set(kinds) <= set(KINDS):
+        raise InvalidValueError(f"kinds must be some of {', '.join(KINDS)}; got {', '.join(kinds)}.")
     kinds = [kind for kind in KINDS if kind in kinds or (kind == "pca" and (basis or save_basis))]
     if save_basis:
         check_new(save_basis)

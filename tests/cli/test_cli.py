@@ -40,7 +40,7 @@ COMMANDS = ("extract", "show", "knn", "linear", "convert", "verify", "export", "
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
@@ -58,7 +58,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"dinov2_fast {dinov2_fast.__version__}\n"
@@ -142,7 +142,7 @@ def test_extraction_as_a_user_runs_it(tmp_path: Path) -> None:
     assert announced.startswith("5 images, 15.4 kB of features in 1 shard (")
 
 
-def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path: Path) -> None:
+def test_transparent_pixels_are_composited_on_the_background(checkpoint: str, tmp_path: Path) -> None:
     Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
     for colour in ("white", "black"):
         Image.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
@@ -208,7 +208,7 @@ def test_the_engine_and_its_precision_are_chosen(
     assert dtypes == ([torch.uint8] * 2 if engine else [])
 
 
-def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_need_overwrite(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["extract", str(IMAGES / "coffee.jpg"), "--model", checkpoint, "--out", str(tmp_path)]
     arguments += ["--workers", "0", "--size", "14"]
     assert main(arguments) == 0
@@ -218,7 +218,7 @@ def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytes
     assert main([*arguments, "--overwrite"]) == 0
 
 
-def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
+def test_every_option_reaches_the_extraction(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{IMAGES / 'coffee.jpg'}\nmissing.jpg\n")
     arguments = [
         "extract",
@@ -246,7 +246,7 @@ def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
     assert (manifest["batch_size"], manifest["shard_size"], manifest["processor"]["do_center_crop"]) == (3, 2, False)
 
 
-def test_reasons_of_failures_are_printed_and_tried_again(
+def test_failures_are_printed_and_retried_on_request(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     listed = tmp_path / "list.txt"
@@ -270,9 +270,7 @@ def test_reasons_of_failures_are_printed_and_tried_again(
     assert main([*arguments, "--retry-failed"]) == 0
 
 
-def test_new_images_are_added_where_that_is_asked_for(
-    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_new_images_are_added_on_request(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     os.link(IMAGES / "coffee.jpg", photos / "b.jpg")
@@ -349,7 +347,9 @@ def test_control_c_and_sigterm_exit_with_130(checkpoint: str, tmp_path: Path, wo
     assert part.error == [None] * len(part)
 
 
-def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_prints_versions_backends_and_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DINOV2_FAST_CACHE", str(tmp_path))
     monkeypatch.setenv("DINOV2_FAST_BACKEND", "layer_norm=torch")
     (tmp_path / "dinov2_vitb14_reg4_pretrain.pth").touch()
@@ -414,7 +414,7 @@ def test_without_a_terminal_a_line_comes_every_30_seconds(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("given", "arguments", "policy"), [
     (None, [], "PASSIVE"), ("active", [], "active"), (None, ["--workers", "0"], None),
 ])  # fmt: skip
-def test_threads_of_the_model_leave_the_cores_to_decoding(
+def test_openmp_threads_are_passive_if_workers_decode(
     given: str | None, arguments: list[str], policy: str | None, tmp_path: Path
 ) -> None:
     script = (

@@ -70,7 +70,7 @@ def as_percent(accuracy: Any) -> dict[str, float]:
     return {"top1": pytest.approx(100 * accuracy.top1), "top5": pytest.approx(100 * accuracy.top5)}
 
 
-def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_those_of_the_model(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("dinov2_fast.inference.engine.WeightWatch")  # nobody else has the model
     options = ModelOptions(checkpoint, size=28, device="cpu", batch_size=16)
     (read,) = read_labelled([str(photos / "test")], 4, options)
@@ -84,7 +84,9 @@ def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch:
     assert read_labelled([str(photos / "test")], 9, options)[0].tokens.cls.shape[1] == 5
 
 
-def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_knn_prints_and_writes_the_accuracies(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, val = str(photos / "train"), str(photos / "val")
     out = tmp_path / "new" / "knn.json"
     assert main(["knn", train, val, "--model", checkpoint, "--json", str(out), "--batch-size", "64", *COMMON]) == 0
@@ -163,7 +165,9 @@ def test_knn_of_few_images_of_each_class(
     assert [row[2] for row in table[1:]] == [f"{row['top1']:.2f}" for row in found["results"]]
 
 
-def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_linear_prints_and_writes_the_accuracies(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "linear.json"
     folders = [str(photos / split) for split in SPLITS]
     arguments = ["linear", *folders[:2], "--test", folders[2], "--model", checkpoint, "--json", str(out), *COMMON]
@@ -227,7 +231,7 @@ def test_stored_features_give_what_images_give(
             assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one image, by rounding
 
 
-def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stored_images_with_an_error_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {"cls": np.eye(6, 4, dtype=np.float32), "patch_mean": np.ones((6, 4), np.float16)}
     rows["cls"][5] = np.nan
     names = ["x.tar/a/1", "x.tar/b/2", "y/a/3", "y/b/4", "y/a/5", "y/c/6"]
@@ -246,10 +250,11 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture(scope="module")
 def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folders of features of 50 images, and the model of 12 blocks that they are of.
+    """Folders of features of 50 images, and the model of 12 blocks that made them.
 
-    all/ is what help's command writes, last/ what extract does by itself, three/ has three blocks, bare/ no mean of the
-    patches, other/ is of another model, patches/ has no class tokens, gap/ those of the last and the fourth last block.
+    all/ is what the command in the help text writes, last/ what extract writes by default, three/ has three blocks,
+    bare/ has no mean of the patches, other/ is of another model, patches/ has no class tokens, and gap/ has those of
+    the last and the fourth last block.
     """
     torch.manual_seed(1)
     root = tmp_path_factory.mktemp("stored")
@@ -277,7 +282,7 @@ def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return root, checkpoint
 
 
-def test_linear_on_four_stored_blocks_is_that_on_images(photos: Path, stored: tuple[Path, str]) -> None:
+def test_linear_gives_the_same_on_stored_features_as_on_images(photos: Path, stored: tuple[Path, str]) -> None:
     root, checkpoint = stored
     options = ["--learning-rates", "0.1", "--steps", "20", "--json", str(root / "out.json"), "--device", "cpu"]
     results = []
@@ -316,7 +321,7 @@ MORE = "For more: dinov2-fast extract ... --features cls@8,cls@9,cls@10,cls,patc
         ("all", "all", "", [1, 4]),
     ],
 )
-def test_what_stored_features_lack_is_said(
+def test_what_stored_features_lack_is_logged(
     stored: tuple[Path, str], train: str, val: str, said: str, tried: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     root, out = stored[0], stored[0] / "out.json"
@@ -342,7 +347,7 @@ def test_what_stored_features_lack_is_said(
         (["knn", "patches"], "/patches' has no class tokens of the last block"),
     ],
 )
-def test_stored_features_that_do_not_do(
+def test_unsuitable_stored_features_are_refused(
     stored: tuple[Path, str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(stored[0] / word) if (stored[0] / word).is_dir() else word for word in arguments]
@@ -352,7 +357,9 @@ def test_stored_features_that_do_not_do(
     assert captured.out == ""
 
 
-def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seconds = iter((0.0, 29.0, 30.0, 59.0, 61.0, 62.0))
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(seconds))
     progress = evaluation.ProgressLines()

@@ -84,7 +84,7 @@ def test_the_nearest_come_first_with_their_cosines(
     assert "5 images compared, 1 without features skipped" in err
 
 
-def test_choicess_and_csv_say_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_csv_and_json_have_the_same_content(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries = [str(place / "photos" / f"{name}.png") for name in "ad"]
     arguments = [str(place / "features"), *queries, "--k", "2"]
     table = searched(capsys, *arguments)[0].splitlines()
@@ -111,7 +111,7 @@ def test_a_query_that_cannot_be_read_is_left_out(place: Path, capsys: pytest.Cap
         dinov2_fast.search(place / "features", [good, bad])
 
 
-def test_the_library_takes_paths_models_and_rows(place: Path) -> None:
+def test_the_library_accepts_paths_models_and_vectors(place: Path) -> None:
     query = place / "photos" / "d.png"
     expected = dinov2_fast.search(place / "features", [query], 3)
     assert expected.paths[0][0] == str(query)
@@ -136,7 +136,7 @@ def test_the_library_takes_paths_models_and_rows(place: Path) -> None:
         dinov2_fast.search(features, [query], model=model)
 
 
-def test_a_folder_whose_model_has_moved_takes_it_by_its_new_name(
+def test_a_model_that_was_moved_can_be_named_anew(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(place / "features", tmp_path / "features")
@@ -151,7 +151,7 @@ def test_a_folder_whose_model_has_moved_takes_it_by_its_new_name(
     assert out.splitlines()[1].endswith("e.png")
 
 
-def test_random_weights_are_found_again(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recorded_random_model_is_made_again(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["extract", str(place / "photos"), "--model", "dinov2_vits14", "--weights", "random:3", "--size", "28"]
     options = ["--precision", "bf16", "--no-engine", "--workers", "0", "--device", "cpu"]
     assert main([*arguments, *options, "--out", str(tmp_path / "out")]) == 3
@@ -170,7 +170,7 @@ def test_random_weights_are_found_again(place: Path, tmp_path: Path, capsys: pyt
         (["--device", "abacus"], "There is no device 'abacus'"),
     ],
 )
-def test_what_cannot_be_searched_is_said(
+def test_searches_that_are_impossible_exit_with_1_and_say_why(
     options: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, err = searched(capsys, str(place / "features"), str(place / "photos" / "a.png"), *options, code=1)

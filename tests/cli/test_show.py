@@ -1,4 +1,4 @@
-"""`dinov2-fast show`: its sheets hold what the model computes, in its place, from images and from stored features."""
+"""`dinov2-fast show`: the sheets show what the model computes, from images and from stored features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of four images; the third is the first again."""
+    """A folder of four images; the third is a copy of the first."""
     folder = tmp_path_factory.mktemp("images")
     for i, name in enumerate(NAMES):
         small = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
@@ -93,7 +93,7 @@ def test_everything_is_drawn_by_default(
         assert strip[0].image.size == (98, 70)
 
 
-def test_attention_is_that_of_the_blocks_and_heads_asked_for(
+def test_attention_maps_are_of_the_requested_blocks_and_heads(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "56"]
@@ -126,7 +126,7 @@ def test_pca_of_several_blocks_stands_side_by_side(checkpoint: str, images: str,
             assert np.abs(pixels_of(strip[1 + block]).astype(int) - rgb).max() <= 2
 
 
-def test_the_foreground_alone(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
+def test_foreground_makes_the_background_black(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
     arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "70", "--pca"]
     assert main([*arguments, "--foreground"]) == 0
     black = np.array([(pixels_of(strip[1]) == 0).all(axis=-1).mean() for strip in drawn.strips["pca.png"]])
@@ -241,7 +241,7 @@ def test_one_image_has_no_neighbours(
     assert "two images or more" in capsys.readouterr().err
 
 
-def test_no_more_than_the_limit(
+def test_limit_is_the_number_of_images_that_are_drawn(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["show", images, "--model", checkpoint, "--size", "28", "--out", str(tmp_path), "--pca"]
@@ -254,7 +254,7 @@ def test_no_more_than_the_limit(
 
 @pytest.fixture(scope="module")
 def features(checkpoint: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `extract` writes of the images and one that cannot be read, in shards of two."""
+    """A folder of features of the images and of one that cannot be read, in shards of two."""
     folder = tmp_path_factory.mktemp("features")
     (folder / "0.jpg").write_text("<html>")
     arguments = ["extract", str(folder / "0.jpg"), images, "--model", checkpoint, "--size", "70x98"]
@@ -328,7 +328,7 @@ def test_an_image_that_is_gone_is_grey(
         (["IMAGES", "--model", "MODEL", "--size", "28", "--device", "abacus"], "There is no device 'abacus'"),
     ],
 )
-def test_what_cannot_be_shown_is_said(
+def test_what_cannot_be_shown_is_an_error(
     options: list[str],
     message: str,
     checkpoint: str,
@@ -353,7 +353,7 @@ def test_what_cannot_be_shown_is_said(
 def test_what_is_wrong_is_said_before_the_weights_are_read(
     images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one order: the output folder, the device, the first image, and then the weights."""
+    """The order of checks: the output folder, the device, the first image, the weights."""
     file, out = tmp_path / "file", tmp_path / "out"
     file.write_text("")
     for path, options, message in (
@@ -374,7 +374,7 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(
         (["--size", "500"], "nearest: 490 or 504"),
     ],
 )
-def test_wrong_usage(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["show", "x.jpg", "--model", "m", "--out", "o", *options])
     assert exit_.value.code == 2

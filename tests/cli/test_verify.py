@@ -1,4 +1,4 @@
-"""`dinov2-fast verify`: what is said of two checkpoints and of other implementations, and the numbers behind it."""
+"""`dinov2-fast verify`: its verdict on two checkpoints and on other implementations, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved(weights: Weights, path: Path) -> str:
 
 
 class Runs:
-    """Runs the command on two sets of weights; its exit code and what it said."""
+    """Runs the command on two sets of weights; returns its exit code and its output."""
 
     def __init__(self, folder: Path, images: str, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.images, self.capsys = folder, images, capsys
@@ -110,7 +110,7 @@ def test_differences_within_the_tolerance_are_not_called_rounding(runs: Runs) ->
     assert "The features are the same within the tolerance of 0.001: the worst difference is 0.0003" in said
 
 
-def test_features_that_are_no_numbers_are_different(runs: Runs) -> None:
+def test_nan_features_are_different(runs: Runs) -> None:
     weights = weights_of()
     broken = {**weights, "norm.bias": weights["norm.bias"].clone()}
     broken["norm.bias"][3] = float("nan")
@@ -119,7 +119,7 @@ def test_features_that_are_no_numbers_are_different(runs: Runs) -> None:
         assert (code, "DIFFERENT: some features are NaN" in said) == (1, True)
 
 
-def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
+def test_models_of_different_sizes_are_an_error(runs: Runs) -> None:
     code, said = runs(weights_of(), weights_of("facebook_swiglu"))
     assert code == 1
     assert "only in A: " in said
@@ -128,11 +128,14 @@ def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
     code, said = runs(weights_of(), dict(small.state_dict()))
     assert code == 1
     assert "of other shapes: blocks.0.attn.proj.bias (128,) and (64,), " in said
-    assert "error: For the same images the models give tokens of the shapes (3, 128) and (3, 64)" in said
+    assert (
+        "error: The models differ in size: for the same images their tokens have the shapes (3, 128) and (3, 64)"
+        in said
+    )
 
 
 @pytest.mark.parametrize(("peer", "position_interpolation"), [("transformers", "size"), ("timm", "antialias")])
-def test_other_implementations_resample_positions_otherwise_and_nothing_else(
+def test_only_the_resampling_of_positions_differs_from_other_implementations(
     peer: str, position_interpolation: str, runs: Runs
 ) -> None:
     pytest.importorskip(peer)
@@ -149,7 +152,7 @@ def test_other_implementations_resample_positions_otherwise_and_nothing_else(
 
 @pytest.mark.parametrize("case", ["facebook_reg4", "facebook_swiglu"])
 @pytest.mark.parametrize("peer", ["transformers", "timm"])
-def test_other_implementations_of_all_kinds_of_model(peer: str, case: str, runs: Runs) -> None:
+def test_every_kind_of_model_agrees_with_other_implementations(peer: str, case: str, runs: Runs) -> None:
     pytest.importorskip(peer)
     code, said = runs(weights_of(case), peer, size=70)
     assert (code, "the same up to rounding" in said) == (0, True), said
@@ -173,7 +176,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.Monk
     assert "timm is not installed: pip install timm" in said
 
 
-def test_images_that_cannot_be_read_are_left_out_and_told_from_a_difference(
+def test_unreadable_images_are_left_out_and_have_an_exit_code_of_their_own(
     tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = weights_of()
@@ -242,7 +245,7 @@ def usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[list[str], str]] = [
         (["verify", "a", "b"], "required: PATH"),
         (["verify", "a", "b", "c", "--tolerance", "much"], "invalid float value: 'much'"),

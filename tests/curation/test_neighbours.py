@@ -45,7 +45,7 @@ def test_equally_near_rows_come_in_order_and_a_row_is_not_its_own_neighbour() ->
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_copies_of_a_row_come_in_order_whatever_the_blocks(seed: int) -> None:
+def test_equal_rows_come_in_order_for_every_block_size(seed: int) -> None:
     random = np.random.default_rng(seed)
     features = random.standard_normal((997, 384)).astype(np.float32)
     copies = np.sort(random.choice(np.arange(5, 997), 60, replace=False))
@@ -60,7 +60,7 @@ def test_copies_of_a_row_come_in_order_whatever_the_blocks(seed: int) -> None:
         assert np.array_equal(cosines, expected[1])
 
 
-def test_rows_without_features_are_no_neighbours(tmp_path: Path) -> None:
+def test_rows_without_features_are_never_neighbours(tmp_path: Path) -> None:
     features = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
     features[[0, 4]] = np.nan
     features[5] = 0  # a vector of zeros has no direction, and is far from all
@@ -127,7 +127,7 @@ def test_a_search_compares_every_image_of_every_shard(format: str, dtype: Any, t
     assert (found.compared, found.skipped) == (48, 2)
 
 
-def test_one_vector_and_fewer_images_than_asked_for(tmp_path: Path) -> None:
+def test_one_vector_may_be_searched_and_k_may_exceed_the_images(tmp_path: Path) -> None:
     features = np.eye(3, 4, dtype=np.float32)
     folder = store(tmp_path / "store", features, 2)
     for query in (features[1], torch.from_numpy(features[1]).bfloat16().requires_grad_()):
@@ -165,7 +165,9 @@ def test_memory_does_not_grow_with_the_store(
         ([ImageSource("query.jpg")], {}, "do not say which model made them: give the model"),
     ],
 )
-def test_what_cannot_be_searched_is_said(queries: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_searches_that_are_impossible_raise_an_error_that_says_why(
+    queries: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     folder = store(tmp_path / "store", np.eye(4, dtype=np.float32), 4)
     with pytest.raises(ValueError, match=message):
         dinov2_fast.search(folder, queries, **options)

@@ -92,7 +92,7 @@ def test_equals_transformers_for_arrays_and_tensors() -> None:
     assert_equal_to_transformers(np.random.default_rng(0).random((300, 400, 3), np.float32), do_rescale=False)
 
 
-def test_inputs_that_mean_the_same_give_the_same() -> None:
+def test_the_same_image_in_different_types_gives_the_same_pixels() -> None:
     processor = Dinov2ImageProcessor()
     hwc = np.asarray(Image.open(IMAGES[2]))
     expected = processor(hwc).pixel_values
@@ -107,7 +107,7 @@ def test_inputs_that_mean_the_same_give_the_same() -> None:
     assert torch.equal(processor(grey[None]).pixel_values, as_pil)
 
 
-def test_an_ambiguous_shape_is_channels_first_unless_told() -> None:
+def test_an_ambiguous_shape_is_read_channels_first_unless_specified() -> None:
     array = noise(3, 40, 3)
     processor = Dinov2ImageProcessor(do_resize=False, crop_size=(3, 3))
     first = processor(array, "np").pixel_values
@@ -139,7 +139,7 @@ def test_alpha_is_dropped_and_palettes_are_resolved() -> None:
     assert np.asarray(to_rgb(palette)).tolist() == [[[255, 0, 0], [0, 255, 0]]]
 
 
-def test_a_background_is_put_behind_what_is_transparent() -> None:
+def test_transparent_pixels_are_composited_on_the_background() -> None:
     rgba = Image.new("RGBA", (3, 1))
     for place, pixel in enumerate([(0, 0, 0, 0), (10, 20, 30, 255), (0, 100, 200, 51)]):
         rgba.putpixel((place, 0), pixel)
@@ -161,7 +161,7 @@ def test_a_background_is_put_behind_what_is_transparent() -> None:
     assert to_rgb(opaque, "white") is opaque
 
 
-def test_a_background_is_a_setting(tmp_path: Path) -> None:
+def test_the_background_is_saved_and_loaded_as_a_setting(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (20, 20))
     processor = Dinov2ImageProcessor.for_size(14, background="white", do_rescale=False, do_normalize=False)
     processor.save_pretrained(tmp_path)
@@ -171,11 +171,13 @@ def test_a_background_is_a_setting(tmp_path: Path) -> None:
     assert "background" not in Dinov2ImageProcessor().to_dict()
     with pytest.raises(ValueError, match="background must be a colour such as white or #ffffff, got 'whit'"):
         Dinov2ImageProcessor(background="whit")
-    with pytest.raises(ValueError, match=r"behind PIL images alone; convert the array with Image\.fromarray"):
+    with pytest.raises(
+        ValueError, match=r"Only PIL images can have a background; convert the array with Image\.fromarray"
+    ):
         processor(np.zeros((20, 20, 4), np.uint8))
 
 
-def test_output_object() -> None:
+def test_the_output_has_pixel_values_by_key_and_attribute() -> None:
     output = Dinov2ImageProcessor()(noise(300, 300, 3))
     assert output.pixel_values is output["pixel_values"]
     assert output.pixel_values.shape == (1, 3, 224, 224)
@@ -229,7 +231,7 @@ def test_settings_round_trip_and_transformers_reads_them(tmp_path: Path) -> None
     assert Dinov2ImageProcessor.from_pretrained(tmp_path / "theirs").to_dict() == processor.to_dict()
 
 
-def test_a_file_with_left_out_settings_means_what_transformers_says(tmp_path: Path) -> None:
+def test_settings_missing_from_a_file_have_transformers_defaults(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "BitImageProcessor", "crop_size": 98}')
     image = Image.open(IMAGES[4])
     ours = Dinov2ImageProcessor.from_pretrained(tmp_path)(image, "np").pixel_values
@@ -238,7 +240,7 @@ def test_a_file_with_left_out_settings_means_what_transformers_says(tmp_path: Pa
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_the_defaults_are_the_checkpoints(tmp_path: Path) -> None:
+def test_the_default_settings_equal_those_of_the_checkpoints(tmp_path: Path) -> None:
     stored = json.loads(Dinov2ImageProcessor().save_pretrained(tmp_path).read_text())
     assert stored == {
         "image_processor_type": "BitImageProcessor",
@@ -266,13 +268,13 @@ def test_the_defaults_are_the_checkpoints(tmp_path: Path) -> None:
         ('{"size": {"longest_edge": 3}}', "size must have the keys height and width or shortest_edge"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_files_of_other_processors_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         Dinov2ImageProcessor.from_pretrained(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_file(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(WeightsError, match=r"No preprocessor_config\.json was found for"):
             Dinov2ImageProcessor.from_pretrained(source)
@@ -300,7 +302,7 @@ def test_settings_of_a_file_can_be_overridden(tmp_path: Path) -> None:
         Dinov2ImageProcessor.from_pretrained(tmp_path, crop=56)
 
 
-def test_arguments_of_transformers_that_change_nothing_are_taken(tmp_path: Path) -> None:
+def test_arguments_of_transformers_without_effect_are_accepted(tmp_path: Path) -> None:
     Dinov2ImageProcessor(crop_size=98).save_pretrained(tmp_path / "inner")
     processor = Dinov2ImageProcessor.from_pretrained(
         tmp_path, subfolder="inner", use_fast=True, backend="pil", cache_dir=None, token=None, trust_remote_code=False,
@@ -326,7 +328,7 @@ def test_a_folder_of_the_hubs_cache_can_be_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("return_tensors", ["pt", "np", None])
-def test_channels_last_outputs(return_tensors: str | None) -> None:
+def test_outputs_can_be_channels_last(return_tensors: str | None) -> None:
     process = Dinov2ImageProcessor()
     first = process([GOOD, GOOD + 40], return_tensors, data_format="channels_first").pixel_values
     last = process([GOOD, GOOD + 40], return_tensors, data_format="channels_last").pixel_values
@@ -383,7 +385,9 @@ GOOD = np.full((20, 20, 3), 9, np.uint8)
         (torch.zeros(3, 1, 400000, dtype=torch.uint8), {}, ValueError, "too long and narrow"),
     ],
 )
-def test_bad_input_is_a_clear_error(images: Any, settings: dict[str, Any], error: type, message: str) -> None:
+def test_bad_input_raises_an_error_that_names_it(
+    images: Any, settings: dict[str, Any], error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         Dinov2ImageProcessor()(images, **settings)
 

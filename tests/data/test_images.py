@@ -98,7 +98,7 @@ def test_the_limit_is_checked_before_decoding(tmp_path: Path) -> None:
     assert kib / (1024 if sys.platform == "darwin" else 1) < 100_000  # decoded it would take 243 MB
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
+def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     rgb = colourful()
     rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
     assert np.array_equal(read_image(tmp_path / "cmyk.tif"), rgb)
@@ -113,7 +113,7 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "palette.png"), palette.convert("RGB"))
 
 
-def test_the_limit_may_be_larger_than_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_pixels_may_exceed_pillows_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colourful(100, 100).save(tmp_path / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert read_image(tmp_path / "image.png", max_pixels=10_000).size == (100, 100)
@@ -181,7 +181,7 @@ def test_small_files_that_would_cost_much_are_refused_by_their_headers(
         decode_image(content)
 
 
-def test_where_pillows_own_limit_holds_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_pillows_own_limit_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     content = webp_with_canvas(16_000, 16_000)
     with pytest.raises(ImageError, match=r"too large: .* PIL\.Image\.MAX_IMAGE_PIXELS sets this limit"):
         decode_image(content, max_pixels=300_000_000)
@@ -255,7 +255,7 @@ def test_heic_is_read_where_its_plugin_is_installed(tmp_path: Path, installed: b
         assert read == "HEIC, which is read where the package pillow_heif is installed"
 
 
-def test_reading_in_threads_leaves_warnings_as_they_are(tmp_path: Path) -> None:
+def test_reading_in_threads_does_not_change_warning_filters(tmp_path: Path) -> None:
     colourful().save(tmp_path / "image.png")
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as threads:
@@ -281,7 +281,7 @@ def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_frame_of_many(tmp_path: Path, kind: str) -> None:
+def test_the_first_frame_or_page_is_read(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / "frames", kind, save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "frames") as image:
@@ -320,7 +320,7 @@ def test_damaged_exif_does_not_hide_the_image(tmp_path: Path) -> None:
     assert read_image(tmp_path / "exif.jpg").size == (40, 30)
 
 
-def test_what_is_no_regular_file(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="not a regular file"):
         read_image(tmp_path)
     with pytest.raises(ImageError, match="No such file"):
@@ -347,14 +347,14 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read everything")
-def test_a_file_without_permission(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_a_read_error(tmp_path: Path) -> None:
     colourful().save(tmp_path / "secret.png")
     (tmp_path / "secret.png").chmod(0)
     with pytest.raises(ImageError, match="Permission denied"):
         read_image(tmp_path / "secret.png")
 
 
-def test_an_input_error_of_the_disk_is_an_image_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_io_error_of_the_disk_is_a_read_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colourful().save(tmp_path / "image.png")
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -370,7 +370,7 @@ def outcome(path: Path) -> tuple[str | None, bool]:
     return decoded.error, decoded.transient
 
 
-def test_errors_of_reading_are_told_from_errors_of_decoding(tmp_path: Path) -> None:
+def test_read_errors_are_transient_and_decoding_errors_are_not(tmp_path: Path) -> None:
     with pytest.raises(ReadError):
         read_image(tmp_path / "missing.png")
     assert outcome(tmp_path / "missing.png") == ("No such file or directory", True)
@@ -391,7 +391,7 @@ def test_errors_of_reading_are_told_from_errors_of_decoding(tmp_path: Path) -> N
         "dinov2_fast.data.image_processor.Dinov2ImageProcessor.__call__",
     ],
 )
-def test_a_lack_of_memory_is_not_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_running_out_of_memory_is_a_transient_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     colourful().save(tmp_path / "good.png")
 
     def fail(*args: object, **settings: object) -> None:
@@ -435,7 +435,7 @@ def test_listing_is_recursive_sorted_and_takes_images_only(tmp_path: Path) -> No
     assert paths_of([tmp_path]) == [str(path) for path in expected]
 
 
-def test_listing_keeps_what_was_given(tmp_path: Path) -> None:
+def test_paths_keep_the_order_in_which_they_were_given(tmp_path: Path) -> None:
     touch(tmp_path, "one.jpg", "image_without_ending", "folder/two.jpg")
     given = [tmp_path / "image_without_ending", tmp_path / "folder", tmp_path / "one.jpg", tmp_path / "one.jpg"]
     names = [os.path.basename(path) for path in paths_of(given)]
@@ -445,13 +445,13 @@ def test_listing_keeps_what_was_given(tmp_path: Path) -> None:
     assert paths_of([tmp_path / "empty"]) == []
 
 
-def test_a_missing_path_is_an_error_before_anything_is_listed(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error_before_any_image_is_found(tmp_path: Path) -> None:
     touch(tmp_path, "one.jpg")
     with pytest.raises(FileNotFoundError, match=r"no file or folder '.*missing'"):
         paths_of([tmp_path, tmp_path / "missing"])
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a/one.jpg", "b/two.jpg")
     scandir = os.scandir
 
@@ -477,7 +477,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert found == ["dead.jpg", "inner/one.jpg", "linked/two.jpg", "loop.jpg"]
 
 
-def test_strange_names_survive(tmp_path: Path) -> None:
+def test_names_with_any_bytes_are_kept(tmp_path: Path) -> None:
     names = [b"new\nline.jpg", b"caf\xe9.jpg", "日本.jpg".encode(), b" blank.jpg", b"-dash.jpg", b"\x1b[31m.jpg"]
     touch(tmp_path, *names)
     assert sorted(os.path.basename(os.fsencode(path)) for path in paths_of([tmp_path])) == sorted(names)

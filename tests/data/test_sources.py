@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_files_folders_and_globs(folder: Path) -> None:
+def test_files_folders_and_globs_are_found_in_order(folder: Path) -> None:
     assert names([folder / "c.bin", folder]) == ["c.bin", "10.png", "2.png", "b.png"]
     assert names([folder / "*.png", folder / "a" / "[12]*"]) == ["b.png", "10.png", "2.png"]
     assert names([str(folder / "**" / "*.png")]) == ["10.png", "2.png", "b.png"]
@@ -73,7 +73,7 @@ def test_files_folders_and_globs(folder: Path) -> None:
             find_images([folder, folder / missing])
 
 
-def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_counted_by_ending_in_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("photo.HEIC", "a/other.heic", ".hidden", "x.1", "x.2", "x.3", "x.4"):
         (folder / name).write_bytes(b"")
     write_tar(folder / "set.tar")
@@ -86,7 +86,7 @@ def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: py
     assert ", …)." in second
 
 
-def test_one_file_left_out_and_the_plugin_it_would_need(
+def test_the_warning_names_the_plugin_that_heic_needs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "README").write_bytes(b"")
@@ -99,7 +99,7 @@ def test_one_file_left_out_and_the_plugin_it_would_need(
     assert caplog.messages == [f"{text} (none 1).", f"{text} (.heic 1). HEIC needs: pip install pillow_heif."]
 
 
-def test_the_command_line_says_what_is_left_out(folder: Path) -> None:
+def test_the_command_line_prints_which_files_were_skipped(folder: Path) -> None:
     (folder / "b.png").rename(folder / "b.avi")
     command = [sys.executable, "-m", "dinov2_fast", "extract", str(folder), "--model", "x", "--out", str(folder / "o")]
     (folder / "a" / "2.png").unlink()
@@ -110,7 +110,7 @@ def test_the_command_line_says_what_is_left_out(folder: Path) -> None:
     assert error.startswith("dinov2-fast: error: There are no ")
 
 
-def test_folders_may_be_deeper_than_the_interpreters_stack(tmp_path: Path) -> None:
+def test_folders_deeper_than_the_interpreters_stack_are_searched(tmp_path: Path) -> None:
     os.makedirs(tmp_path / "/".join("d" * 150))
     (tmp_path / "/".join("d" * 150) / "a.png").write_bytes(png(1))
     limit = sys.getrecursionlimit()
@@ -121,7 +121,7 @@ def test_folders_may_be_deeper_than_the_interpreters_stack(tmp_path: Path) -> No
         sys.setrecursionlimit(limit)
 
 
-def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_and_table_lists_name_their_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     entries = ["b.png", "missing.jpg", "a/2.png", "b.png", "c.bin"]
     (folder / "list.txt").write_bytes("\n".join(entries[:3]).encode() + b"\r\n\n" + "\n".join(entries[3:]).encode())
@@ -144,7 +144,7 @@ def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("list.jsonl", '{"path": "a.png", "n": [1]}\n\n{"n": 2, "image": "日本.png"}\n'.encode()),
     ],
 )
-def test_lists_as_people_have_them(tmp_path: Path, name: str, content: bytes) -> None:
+def test_lists_in_common_encodings_and_separators_are_read(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert [image.path for image in find_images([tmp_path / name])] == ["a.png", "日本.png"]
 
@@ -162,13 +162,13 @@ def test_file_names_are_relative_to_their_list(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("type", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_columns_of_text(folder: Path, type: Any) -> None:
+def test_parquet_columns_of_every_text_type_are_read(folder: Path, type: Any) -> None:
     values = pa.array([str(folder / "b.png"), None], type)
     pq.write_table(pa.table({"path": values}), folder / "list.parquet")
     assert list(map(colour, find_images([folder / "list.parquet"]))) == [0, "the list has no path here"]
 
 
-def test_parquet_text_that_is_not_utf8(folder: Path) -> None:
+def test_parquet_paths_that_are_not_utf8_keep_their_bytes(folder: Path) -> None:
     name = os.fsencode(folder) + b"/caf\xe9.png"
     Path(os.fsdecode(name)).write_bytes(png(7))
     values = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, len(name)], np.int32)), pa.py_buffer(name))
@@ -206,7 +206,7 @@ def test_a_parquet_column_without_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.tar.gz", "w.TGZ", "w.txt.xz", "w.7z", "w.json", "w.xlsx"])
-def test_other_kinds_are_refused_at_once_and_by_name(tmp_path: Path, name: str) -> None:
+def test_compressed_archives_and_unread_tables_are_refused_by_the_call(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{name}' is .*\. (Unpack it|Write the paths)"):
         find_images([tmp_path / name])
@@ -215,7 +215,7 @@ def test_other_kinds_are_refused_at_once_and_by_name(tmp_path: Path, name: str) 
     assert list(find_images([tmp_path / "folder.zip", tmp_path / "folder.tgz"])) == []
 
 
-def test_a_line_may_be_any_name(folder: Path) -> None:
+def test_a_line_of_a_list_may_have_any_ending(folder: Path) -> None:
     name = os.fsencode(folder) + b'/ "caf\xe9",1.png'
     Path(os.fsdecode(name)).write_bytes(png(7))
     (folder / "list.txt").write_bytes(name + b"\n")
@@ -247,7 +247,7 @@ def write_tar(path: Path, count: int = 3, mode: Any = "w", format: int = tarfile
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_archives(tmp_path: Path, format: int) -> None:
+def test_images_in_a_tar_archive_are_found_and_read(tmp_path: Path, format: int) -> None:
     contents = write_tar(tmp_path / "train-000.tar", format=format)
     images = list(find_images([tmp_path / "train-*.tar"]))
     assert [image.path for image in images] == [
@@ -260,7 +260,7 @@ def test_archives(tmp_path: Path, format: int) -> None:
 @pytest.mark.parametrize(
     "damage", ["gzip", "cut in a file", "cut in a header", "cut before a file", "zeros before a file", "header", "text"]
 )
-def test_a_damaged_archive_is_an_error_and_never_shorter(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_archive_is_an_error_and_never_a_shorter_list(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, 4, "w:gz" if damage == "gzip" else "w")
     content = bytearray(path.read_bytes())
@@ -282,7 +282,7 @@ def test_a_damaged_archive_is_an_error_and_never_shorter(tmp_path: Path, damage:
         list(find_images([path]))
 
 
-def test_an_archive_that_shrinks_afterwards_is_an_error_of_the_image(tmp_path: Path) -> None:
+def test_an_archive_truncated_after_listing_is_an_error_of_the_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar")
     *_, last = find_images([tmp_path / "a.tar"])
     assert last.offset is not None
@@ -312,7 +312,7 @@ def test_links_and_sparse_files_in_an_archive_are_rows_with_an_error(tmp_path: P
 @pytest.mark.parametrize(
     "headers", [{"size": "-1536"}, {"size": "9" * 30}, {"GNU.sparse.map": "x", "GNU.sparse.size": "0"}]
 )
-def test_an_archive_with_hostile_sizes_is_an_error_and_ends(tmp_path: Path, headers: dict[str, str]) -> None:
+def test_hostile_sizes_in_an_archive_are_an_error_and_end(tmp_path: Path, headers: dict[str, str]) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         tar.addfile(tarfile.TarInfo("first.txt"))
@@ -324,7 +324,7 @@ def test_an_archive_with_hostile_sizes_is_an_error_and_ends(tmp_path: Path, head
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_zip_archives(tmp_path: Path, method: int) -> None:
+def test_images_in_a_zip_archive_are_found_and_read(tmp_path: Path, method: int) -> None:
     content = np.random.default_rng(0).bytes(100) + png(1)  # no image: what is read must be these very bytes
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.mkdir("deep.png") if hasattr(archive, "mkdir") else None
@@ -338,7 +338,9 @@ def test_zip_archives(tmp_path: Path, method: int) -> None:
     assert second.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_damaged_zip_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_in_a_zip_archive_is_an_error_of_the_image_or_the_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK\3\4 and no more")
     with pytest.raises(ValueError, match=r"a\.zip' is damaged, or no zip archive"):
@@ -371,7 +373,7 @@ def write_dataset(path: Path, images: list[Any], rows: int = 2, **settings: Any)
     pq.write_table(pa.table({"image": images, "label": range(len(images))}), path, row_group_size=rows, **settings)
 
 
-def test_parquet_with_images(folder: Path) -> None:
+def test_images_in_a_parquet_file_are_found_and_read(folder: Path) -> None:
     images = [{"bytes": png(value), "path": f"{value}.png"} for value in range(1, 6)]
     images += [{"bytes": None, "path": str(folder / "a" / "2.png")}, {"bytes": None, "path": None}, None]
     write_dataset(folder / "train.parquet", images)
@@ -385,7 +387,7 @@ def test_parquet_with_images(folder: Path) -> None:
         assert list(map(colour, find_images([folder / "plain.parquet"]))) == values
 
 
-def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:
+def test_parquet_files_that_are_damaged_or_deleted_later_are_errors(folder: Path) -> None:
     path = folder / "train.parquet"
     write_dataset(path, [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}], rows=1)
     first, second = find_images([path])
@@ -399,7 +401,7 @@ def test_parquet_that_is_damaged_or_gone_later(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_images_that_one_dictionary_entry_stands_for_take_no_memory(tmp_path: Path) -> None:
+def test_images_behind_one_dictionary_entry_take_no_extra_memory(tmp_path: Path) -> None:
     write_dataset(tmp_path / "train.parquet", [{"bytes": bytes(1 << 20), "path": None}] * 300, rows=300)
     code = (
         "import sys\n"
@@ -417,7 +419,7 @@ def test_images_that_one_dictionary_entry_stands_for_take_no_memory(tmp_path: Pa
     assert float(done.stdout) < 20  # MB, of 300
 
 
-def test_row_groups_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_above_the_limit_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [{"bytes": bytes([index]) * 3000, "path": None} for index in range(4)]
     write_dataset(folder / "train.parquet", images, rows=4, compression="none")
     monkeypatch.setattr(parquet_images, "MAX_BYTES", 10_000)
@@ -440,7 +442,7 @@ def bucket(folder: Path) -> str:
     return "memory://bucket"
 
 
-def test_urls(bucket: str) -> None:
+def test_every_kind_of_path_may_be_a_url(bucket: str) -> None:
     for given, expected in (
         ("", ["10.png", "2.png", "b.png"]),
         ("/c.bin", ["c.bin"]),
@@ -460,7 +462,7 @@ def test_urls(bucket: str) -> None:
         find_images([f"{bucket}/none.png"])
 
 
-def test_urls_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_that_cannot_be_opened_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'nosuch://a/b\.png' cannot be opened: Protocol not known"):
         find_images(["nosuch://a/b.png"])
     monkeypatch.setitem(sys.modules, "fsspec", None)
@@ -561,13 +563,13 @@ def test_images_of_an_archive_and_of_files_are_decoded_alike(tmp_path: Path) -> 
     np.testing.assert_array_equal(alone.pixels, packed.pixels)
 
 
-def test_one_path_or_one_source_may_stand_for_itself(folder: Path) -> None:
+def test_a_single_path_or_source_needs_no_list(folder: Path) -> None:
     expected = list(find_images([folder]))
     assert list(find_images(folder)) == list(find_images(str(folder))) == expected
     assert list(find_images(expected[0])) == expected[:1]
 
 
-def test_sources_pass_as_they_are_one_by_one() -> None:
+def test_sources_are_passed_on_lazily() -> None:
     taken: list[int] = []
 
     def sources() -> Iterator[ImageSource]:
@@ -580,7 +582,7 @@ def test_sources_pass_as_they_are_one_by_one() -> None:
     assert taken == [0, 1]
 
 
-def test_no_images_are_an_error_where_some_are_required(folder: Path, tmp_path: Path) -> None:
+def test_require_images_raises_if_there_are_none(folder: Path, tmp_path: Path) -> None:
     assert list(require_images(folder)) == list(find_images([folder]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidValueError, match=r"There are no images in '.*empty'\. Archives and lists in a folder"):

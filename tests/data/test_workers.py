@@ -99,22 +99,22 @@ def test_a_worker_that_dies_costs_one_image(images: list[ImageSource], what: str
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_decoder_costs_one_image(images: list[ImageSource], workers: int) -> None:
+def test_an_exception_in_the_decoder_costs_one_image(images: list[ImageSource], workers: int) -> None:
     found = list(decode_all(images, Sabotaged("raise", (21,)), workers=workers))
     check(found, images, {1: "cannot be processed: a fault of the decoder"})
 
 
-def test_pillows_own_limit_is_out_of_use(images: list[ImageSource]) -> None:
+def test_workers_do_not_apply_pillows_own_limit(images: list[ImageSource]) -> None:
     found = list(decode_all(images, Sabotaged("limit", at=(20,)), workers=1))
     assert found[0].error == "cannot be processed: Pillow's limit is None"
 
 
-def test_a_image_that_takes_too_long_is_given_up(images: list[ImageSource]) -> None:
+def test_an_image_that_takes_too_long_gets_an_error(images: list[ImageSource]) -> None:
     found = list(decode_all(images, Sabotaged("hang", (22, 23)), workers=2, ahead=6, max_seconds=1.5))
     check(found, images, dict.fromkeys((2, 3), "not decoded within 1.5 s"))
 
 
-def test_waiting_for_work_is_not_taking_long(images: list[ImageSource]) -> None:
+def test_only_the_time_of_the_current_task_counts(images: list[ImageSource]) -> None:
     """What counts is the time since a worker got a task, not since its last answer, and answers that wait count."""
     decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2, max_seconds=0.5)
     found = []
@@ -125,7 +125,7 @@ def test_waiting_for_work_is_not_taking_long(images: list[ImageSource]) -> None:
     check(found, images, {})
 
 
-def test_a_worker_that_dies_while_it_waits_costs_nothing(images: list[ImageSource]) -> None:
+def test_the_death_of_an_idle_worker_costs_no_image(images: list[ImageSource]) -> None:
     decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2)
     found = [next(decoded)]
     time.sleep(0.5)
@@ -136,7 +136,7 @@ def test_a_worker_that_dies_while_it_waits_costs_nothing(images: list[ImageSourc
 
 
 @pytest.mark.parametrize("what", ["die", "hang"])
-def test_what_goes_wrong_once_costs_nothing(images: list[ImageSource], tmp_path: Path, what: str) -> None:
+def test_a_failure_that_happens_once_costs_no_image(images: list[ImageSource], tmp_path: Path, what: str) -> None:
     """The machine was the cause, as where memory ran out: the image is tried once more."""
     processor = Sabotaged(what, (20, 25), once=tmp_path)
     check(list(decode_all(images, processor, workers=2, max_seconds=1.5)), images, {})
@@ -215,7 +215,7 @@ def interrupted_start(images: list[ImageSource], name: str) -> Iterator[ImageSou
     yield from images
 
 
-def test_long_names_do_not_fill_the_pipe_of_a_worker_that_hangs(images: list[ImageSource]) -> None:
+def test_long_names_do_not_block_the_pipe_of_a_hanging_worker(images: list[ImageSource]) -> None:
     folder, name = os.path.split(images[0].path)
     long = ImageSource(f"{folder}/{'./' * 1800}{name}")
     slow = ImageSource(f"{folder}/{'./' * 1800}1.png")
@@ -242,7 +242,7 @@ def test_decoding_ahead_is_bounded(images: list[ImageSource]) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_pixels_on_their_way_are_bounded_in_bytes(images: list[ImageSource], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_is_bounded_in_bytes(images: list[ImageSource], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "SHARED_BYTES", 5 * 3 * 14 * 14)
     processor = Sabotaged("", ())
     for workers, slots in ((1, 5), (4, 8)):
@@ -252,7 +252,7 @@ def test_pixels_on_their_way_are_bounded_in_bytes(images: list[ImageSource], mon
         some.close()
 
 
-def test_workers_go_on_while_nobody_asks(images: list[ImageSource]) -> None:
+def test_workers_continue_while_no_image_is_asked_for(images: list[ImageSource]) -> None:
     decoded = decode_all(images * 4, Sabotaged("", ()), workers=1, ahead=40)
     next(decoded)
     time.sleep(1)
@@ -274,7 +274,7 @@ def test_signals_to_the_group_do_not_reach_the_workers(images: list[ImageSource]
     check([*found, *decoded], images, {})
 
 
-def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
+def test_a_signal_received_by_another_thread_does_not_interrupt_a_start() -> None:
     ended, done = threading.Event(), []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     other = threading.Thread(target=ended.wait)
@@ -297,7 +297,7 @@ def test_a_signal_that_another_thread_takes_interrupts_no_start() -> None:
     assert after is signal.default_int_handler
 
 
-def test_signals_do_not_reach_the_first_worker_of_a_program(images: list[ImageSource]) -> None:
+def test_signals_do_not_reach_the_first_worker_of_a_process(images: list[ImageSource]) -> None:
     """It starts when multiprocessing has started nothing else yet."""
     code = (
         "import multiprocessing, os, signal, time\n"
@@ -336,7 +336,7 @@ def test_workers_end_with_a_process_that_is_killed(images: list[ImageSource]) ->
     assert_ends(worker)
 
 
-def test_workers_in_mid_image_end_with_a_process_that_is_killed(images: list[ImageSource]) -> None:
+def test_busy_workers_end_with_a_process_that_is_killed(images: list[ImageSource]) -> None:
     code = (
         "import multiprocessing, sys, time\n"
         "from dinov2_fast.data.sources import ImageSource\n"

@@ -45,8 +45,8 @@ def sklearns(k: int, temperature: float, rows: Any = slice(None)) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("held", [2**27, 1000 * 100])
-def test_knn_is_scikit_learns(temperature: float, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the similarities do not fit in memory at once."""
+def test_knn_agrees_with_scikit_learn(temperature: float, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the similarities are computed in chunks."""
     monkeypatch.setattr("dinov2_fast.evaluation.knn._SIMILARITIES", held)
     ks = (1, 10, 20, 100, 200)
     found = knn(
@@ -81,7 +81,7 @@ def test_without_validation_each_image_is_left_out(held: int, monkeypatch: pytes
 
 
 def test_few_of_each_class_are_chosen_as_the_reference_does() -> None:
-    """Its tries are seeded 0, 1, ... and draw from class after class; a class that has no more votes as a whole."""
+    """The tries have the seeds 0, 1, ... and draw from class after class; smaller classes vote as a whole."""
     labels = Digits.train_labels.copy()
     labels[np.flatnonzero(labels == 7)[3:]] = 8
     found = knn(Digits.train, labels, Digits.val, Digits.val_labels, neighbours=(2, 10, 100), n_per_class=4, n_tries=2)
@@ -181,7 +181,7 @@ def test_linear_probes_learn_the_digits() -> None:
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(again, same, strict=True))
 
 
-def test_without_patches_and_with_few_images() -> None:
+def test_linear_probes_without_patches_and_with_few_images() -> None:
     tokens = ProbeInputs(torch.randn(10, 1, 4))
     labels = torch.arange(10) % 2
     probes = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=128)

@@ -1,4 +1,4 @@
-"""`export`: files of standard operators that run at every size and compute what the model does, or no file at all."""
+"""`export` writes files of standard operators that run at every size and compute what the model does, or no file."""
 
 from __future__ import annotations
 
@@ -242,13 +242,15 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"images": [torch.zeros(1, 3, 28, 28)], "size": (28, 42)}, r"\(images, 3, 28, 42\), got"),
     ],
 )
-def test_settings_that_do_not_fit(model: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    model: Any, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         export(model, tmp_path / "model.onnx", **settings)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_cannot_be_exported(model: Any, tmp_path: Path) -> None:
+def test_models_that_cannot_be_exported_are_refused(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(TypeError, match=r"A Engine cannot be exported.*the model that it was made of"):
         export(dinov2_fast.optimize_for_inference(model), path)
@@ -263,7 +265,7 @@ def test_models_that_cannot_be_exported(model: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kernel_that_was_asked_for_is_no_part_of_a_graph(model: Any, tmp_path: Path) -> None:
+def test_a_forced_kernel_refuses_export(model: Any, tmp_path: Path) -> None:
     with (
         dinov2_fast.use_backend("triton", strict=True),
         pytest.raises(ExportError, match="unset the backend"),
@@ -279,8 +281,10 @@ def test_a_file_is_replaced_only_when_asked(model: Any, tmp_path: Path) -> None:
     assert path.read_text() == "as before"
 
 
-def test_a_place_that_cannot_be_written(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found out before the model is exported."""
+def test_a_path_that_cannot_be_written_is_refused_before_the_export(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is checked before the model is exported."""
     monkeypatch.setattr("dinov2_fast.export.write.trace", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(
@@ -308,14 +312,14 @@ def test_a_newer_opset_than_the_exporters_is_refused_quietly(
 
 
 def test_a_half_precision_model_is_compared_in_fp32(model: Any, tmp_path: Path) -> None:
-    """In its own dtype it would differ by more than fp32 allows, and a right file would be refused."""
+    """In half precision the model would differ by more than fp32 allows, and a correct file would be refused."""
     half = copy.deepcopy(model).half()
     exported = export(half, tmp_path / "model.pt2", format="torch-export")
     assert max(each.relative for each in exported.differences) < 1e-5
     assert half.pos_embed.dtype == torch.float16
 
 
-def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     missing = ("onnxscript", "onnxruntime")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in missing else find_spec(name, *a))
@@ -329,7 +333,7 @@ def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_positions_of_a_fixed_size_are_those_of_the_position_interpolation() -> None:
-    """Each position_interpolation's own, and not those of the table's size."""
+    """They are resampled by the position_interpolation of the model, and not those of the table's size."""
     model = small(depth=1)
     tables = []
     for position_interpolation in ("offset", "size", "antialias"):

@@ -23,7 +23,7 @@ def cls_by_path(folder: Path) -> dict[str, list[float]]:
 
 
 @FORMATS
-def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path: Path, format: str) -> None:
+def test_new_images_follow_the_old_ones_which_do_not_change(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"batch_size": 2, "shard_size": 4, "format": format}
     out = extract_files([*plain[2:6], "missing"], MeanColour(), tmp_path / "out", **options).folder
     before, model = contents(out), MeanColour()
@@ -45,7 +45,7 @@ def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path
     assert contents(out) == after
 
 
-def test_images_are_added_again_and_again(plain: list[str], tmp_path: Path) -> None:
+def test_images_can_be_added_several_times(plain: list[str], tmp_path: Path) -> None:
     """The first time to a folder that is not there; images that are gone stay in the features."""
     for count in range(1, 9, 2):
         extract_files(plain[count - 1 : count + 1], MeanColour(), tmp_path / "out", shard_size=3, add=True)
@@ -55,7 +55,7 @@ def test_images_are_added_again_and_again(plain: list[str], tmp_path: Path) -> N
 
 
 @FORMATS
-def test_an_addition_that_was_interrupted_goes_on(plain: list[str], tmp_path: Path, format: str) -> None:
+def test_an_interrupted_addition_is_continued(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"batch_size": 2, "shard_size": 2, "format": format, "add": True}
     for name, models in (("whole", [MeanColour()]), ("out", [Stopping(), MeanColour()])):
         extract_files(plain[:1], MeanColour(), tmp_path / name, **options)
@@ -95,7 +95,7 @@ def test_after_an_interruption_other_images_may_be_added(
     assert extract_files(given, MeanColour(), out, add=True, **options).images == 0
 
 
-def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_path: Path) -> None:
+def test_images_of_lost_shards_are_added_again(plain: list[str], tmp_path: Path) -> None:
     """Of a section that had been finished, in front of others; what is there in a row stays one section."""
     out = extract_files(plain[:7], MeanColour(), tmp_path / "out", shard_size=2).folder
     extract_files(plain[:8], MeanColour(), out, shard_size=2, add=True)
@@ -106,7 +106,7 @@ def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_p
     assert (manifest["inputs"]["images"], [each["first_shard"] for each in manifest["added"]]) == (4, [3, 4, 5])
 
 
-def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str], tmp_path: Path) -> None:
+def test_with_retry_failed_images_that_failed_count_as_new(plain: list[str], tmp_path: Path) -> None:
     out, given = tmp_path / "out", [*plain[:2], str(tmp_path / "late.png"), *plain[3:]]
     extract_files(given[:5], MeanColour(), out, shard_size=2)
     before = contents(out)
@@ -121,7 +121,7 @@ def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str
     assert extract_files(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True).images == 0
 
 
-def test_an_addition_of_which_nothing_can_be_read_changes_nothing(plain: list[str], tmp_path: Path) -> None:
+def test_an_addition_without_a_readable_image_changes_nothing(plain: list[str], tmp_path: Path) -> None:
     out = extract_files(plain[:3], MeanColour(), tmp_path / "out", shard_size=2).folder
     before = contents(out)
     with pytest.raises(NothingReadError):

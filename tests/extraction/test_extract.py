@@ -111,7 +111,7 @@ def test_workers_batches_and_shards_change_no_row(plain: list[str], tmp_path: Pa
     assert_rows(tmp_path / "0_1", plain, set())
 
 
-def test_only_bad_images(tmp_path: Path) -> None:
+def test_a_folder_of_bad_images_gives_rows_with_errors(tmp_path: Path) -> None:
     files = [str(tmp_path / f"{index}.jpg") for index in range(5)]
     for file in files:
         Path(file).write_text("<html>")
@@ -121,7 +121,7 @@ def test_only_bad_images(tmp_path: Path) -> None:
     assert_rows(summary.folder, files, set(range(5)))
 
 
-def test_one_image_and_duplicates(plain: list[str], tmp_path: Path) -> None:
+def test_one_image_and_repeated_images_are_rows(plain: list[str], tmp_path: Path) -> None:
     assert_rows(extract_files(plain[:1], MeanColour(), tmp_path / "one").folder, plain[:1], set())
     repeated = [plain[0], plain[1], plain[0], plain[0]]
     assert_rows(extract_files(repeated, MeanColour(), tmp_path / "repeated").folder, repeated, set())
@@ -148,7 +148,9 @@ def test_batches_begin_anew_with_each_shard(plain: list[str], tmp_path: Path) ->
     assert model.batches == [2, 1, 2, 1, 1]
 
 
-def test_row_groups_join_up(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_of_several_row_groups_is_read_as_one(
+    plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dinov2_fast.features.parquet.ROW_GROUP_BYTES", 3 * 24)
     out = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).folder
     assert pq.ParquetFile(out / "features-00000.parquet").num_row_groups == 3
@@ -164,7 +166,7 @@ def test_a_shard_holds_whole_batches_up_to_a_limit() -> None:
     assert default_shard_size([patches], 4096) == 4096
 
 
-def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path: Path) -> None:
     names = [os.fsencode(tmp_path) + b"/caf\xe9.png", os.fsencode(tmp_path) + "/café.png".encode()]
     for name in names:
         Image.new("RGB", (30, 30), "red").save(os.fsdecode(name))
@@ -173,7 +175,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert table["error"].to_pylist() == [None, None]
 
 
-def test_a_image_that_cannot_be_resized_has_its_size_and_an_error(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_resized_has_a_size_and_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (1, 3000)).save(tmp_path / "narrow.png")
     row = rows_of(extract_files([str(tmp_path / "narrow.png")], MeanColour(), tmp_path).folder)[0]
     assert (row["width"], row["height"], row["cls"]) == (1, 3000, None)
@@ -254,14 +256,14 @@ def test_the_engine_s_precision_is_recorded(plain: list[str], tmp_path: Path) ->
     assert (manifest["dtype"], manifest["precision"], manifest["device"]) == ("bfloat16", "bf16", "cpu")
 
 
-def test_what_runs_in_e4m3_is_recorded_beside_the_rest(plain: list[str], tmp_path: Path) -> None:
+def test_backends_in_e4m3_are_recorded_with_the_others(plain: list[str], tmp_path: Path) -> None:
     engine = optimize_for_inference(small(), "fp8", allow_slow=True)
     recorded = read_manifest(extract_files(plain, engine, tmp_path).folder)["backends"]
     assert {"linear.gelu", "linear.gelu e4m3"} <= recorded.keys()
     assert len(recorded) == len(engine.backends())
 
 
-def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> None:
+def test_the_manifest_records_how_features_were_made(plain: list[str], tmp_path: Path) -> None:
     processor = Dinov2ImageProcessor.for_size(98)
     out = extract_files(plain, MeanColour(), tmp_path, processor=processor, batch_size=5).folder
     manifest = read_manifest(out)
@@ -273,7 +275,7 @@ def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> 
     assert manifest["versions"]["torch"] == torch.__version__
 
 
-def test_what_is_announced(plain: list[str], tmp_path: Path) -> None:
+def test_the_announcement_has_counts_and_bytes_before_the_first_image(plain: list[str], tmp_path: Path) -> None:
     said: list[Progress] = []
     options: Any = {"shard_size": 2, "features": ["cls", "patches"], "announce": said.append}
     extract_files(plain, MeanColour(), tmp_path, **options)
@@ -325,7 +327,7 @@ def test_a_file_as_output_folder_is_an_error(plain: list[str]) -> None:
         extract_files(plain, MeanColour(), plain[0])
 
 
-def test_the_summary(plain: list[str], tmp_path: Path) -> None:
+def test_the_result_counts_images_failures_and_time(plain: list[str], tmp_path: Path) -> None:
     summary = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out")
     assert summary.folder == tmp_path / "out"
     assert (summary.images, summary.failures, summary.resumed) == (8, 1, 0)
@@ -372,7 +374,7 @@ def test_tokens_are_stored_in_fp16_and_vectors_in_fp32_unless_asked(plain: list[
         assert [found[name].dtype for name in found] == expected
 
 
-def test_what_fp16_cannot_hold_is_an_error(plain: list[str], tmp_path: Path) -> None:
+def test_features_too_large_for_fp16_are_errors(plain: list[str], tmp_path: Path) -> None:
     model = MeanColour()
     with torch.no_grad():
         model.scale.fill_(1e8)
@@ -398,7 +400,7 @@ def test_on_a_gpu_the_features_are_those_of_the_cpu(plain: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_features_are_read_back(plain: list[str], tmp_path: Path, format: str) -> None:
+def test_load_features_returns_what_was_written(plain: list[str], tmp_path: Path, format: str) -> None:
     files = [plain[0], "missing", *plain[1:]]
     options: Any = {"features": ["cls", "patches"], "dtype": "fp32", "format": format}
     summary = extract_files(files, MeanColour(), tmp_path / "many", shard_size=3, **options)
@@ -427,7 +429,7 @@ def test_features_are_read_back(plain: list[str], tmp_path: Path, format: str) -
 
 
 @pytest.mark.parametrize("reader", ["pandas", "pyarrow.parquet", "pyarrow.dataset", "duckdb"])
-def test_the_folder_is_one_table_to_other_readers(plain: list[str], tmp_path: Path, reader: str) -> None:
+def test_other_readers_read_the_folder_as_one_table(plain: list[str], tmp_path: Path, reader: str) -> None:
     module = pytest.importorskip(reader, reason=f"{reader} is not installed")
     read: dict[str, Any] = {
         "pandas": lambda folder: module.read_parquet(folder).to_dict("list"),
@@ -458,9 +460,7 @@ class HalvedOnce(MeanColour):
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_a_folder_with_a_manifest_of_the_old_name_is_read_and_goes_on(
-    plain: list[str], tmp_path: Path, format: str
-) -> None:
+def test_a_manifest_with_the_old_name_is_read_and_continued(plain: list[str], tmp_path: Path, format: str) -> None:
     out = extract_files(plain, MeanColour(), tmp_path / "out", shard_size=3, format=format).folder
     (out / "_manifest.json").rename(out / "manifest.json")
     assert dinov2_fast.load_features(out).path == plain
@@ -473,7 +473,7 @@ def test_a_folder_with_a_manifest_of_the_old_name_is_read_and_goes_on(
     assert not (out / "manifest.json").exists()
 
 
-def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path: Path) -> None:
+def test_folders_without_features_or_with_missing_shards_are_errors(plain: list[str], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no features: there is no _manifest.json"):
         dinov2_fast.load_features(tmp_path)
     out = extract_files(plain, MeanColour(), tmp_path / "out", shard_size=2).folder

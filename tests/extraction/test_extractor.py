@@ -94,7 +94,7 @@ def test_failures_are_rows_and_other_columns_stay() -> None:
     assert only_bad["error"].tolist()[0] == "empty file"
 
 
-def test_pil_images_that_are_broken_or_too_large_are_rows(tmp_path: Path) -> None:
+def test_broken_or_too_large_pil_images_are_rows_with_an_error(tmp_path: Path) -> None:
     """Opened and not yet decoded, as datasets hand them out."""
     jpeg = IMAGES[0].read_bytes()
     huge = io.BytesIO()
@@ -110,12 +110,12 @@ def test_pil_images_that_are_broken_or_too_large_are_rows(tmp_path: Path) -> Non
     np.testing.assert_array_equal(np.isnan(found["cls"]).all(axis=1), [False, True, True, False, True])
 
 
-def test_nothing_in_nothing_out() -> None:
+def test_an_empty_batch_gives_empty_columns() -> None:
     found = Extractor(MeanColour())({"bytes": [], "label": []})
     assert (found["cls"].shape, found["error"].shape, found["label"]) == ((0, 3), (0,), [])
 
 
-def test_large_batches_run_in_parts_and_smaller_where_memory_ends() -> None:
+def test_large_batches_run_in_parts_that_shrink_if_memory_runs_out() -> None:
     class Small(MeanColour):
         def forward_features(self, x: Tensor) -> dict[str, Tensor]:
             found = super().forward_features(x)
@@ -135,7 +135,7 @@ def test_large_batches_run_in_parts_and_smaller_where_memory_ends() -> None:
     assert max(model.batches[8:]) == 2
 
 
-def test_a_pickle_holds_settings_alone(weights: str) -> None:
+def test_a_pickle_holds_only_settings(weights: str) -> None:
     extractor = Extractor(weights, size=28, device="cpu")
     before = pickle.dumps(extractor)
     assert len(before) < 1500
@@ -145,7 +145,7 @@ def test_a_pickle_holds_settings_alone(weights: str) -> None:
     np.testing.assert_array_equal(pickle.loads(before)(batch)["cls"], found["cls"])
 
 
-def test_making_and_pickling_one_loads_nothing() -> None:
+def test_creating_and_pickling_an_extractor_loads_no_model() -> None:
     code = (
         "import pickle\nfrom dinov2_fast import Extractor\n"
         "extractor = pickle.loads(pickle.dumps(Extractor('no such model', size=448, features=['patches'])))\n"
@@ -183,13 +183,13 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
         ({"features": ["logits"]}, {"bytes": []}, "no feature 'logits'"),
     ],
 )
-def test_what_does_not_fit_is_an_error(settings: dict[str, Any], batch: dict[str, Any], message: str) -> None:
+def test_batches_that_do_not_fit_are_errors(settings: dict[str, Any], batch: dict[str, Any], message: str) -> None:
     with pytest.raises((KeyError, ValueError)) as caught:
         Extractor(MeanColour(), **settings)(batch)
     assert message in str(caught.value)
 
 
-def test_settings_that_exclude_each_other() -> None:
+def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="size or processor, not both"):
         Extractor(size=28, processor=Dinov2ImageProcessor())
     with pytest.raises(ValueError, match="batch_size must be at least 1"):

@@ -37,18 +37,18 @@ def files_in(photos: Path) -> list[str]:
 def test_images_that_come_back_are_retried_with_the_bits_of_a_run_without_failures(
     photos: Path, tmp_path: Path, format: str, workers: int
 ) -> None:
-    """The middle shard lies on a disk that is away; the last has a file that stays damaged."""
+    """The images of the middle shard are missing for a while; the last shard has a file that stays damaged."""
     (photos / "8.png").write_bytes((photos / "8.png").read_bytes()[:500])
     files, options = files_in(photos), {"shard_size": 3, "format": format, "workers": workers}
     whole = extract_files(files, MeanColour(), tmp_path / "whole", **options)
-    away = [Path(file).rename(f"{file}.away") for file in files[3:6]]
+    missing = [Path(file).rename(f"{file}.missing") for file in files[3:6]]
     out = tmp_path / "out"
     assert extract_files(files, MeanColour(), out, **options).failures == 4
     assert [digest is None for digest in dinov2_fast.load_features(out).sha256] == [3 <= row < 6 for row in range(9)]
     before, model = contents(out), MeanColour()
     assert extract_files(files, model, out, retry_failed=True, **options).failures == 4
     assert (model.batches, contents(out)) == ([], before)
-    for path in away:
+    for path in missing:
         path.rename(path.with_suffix(""))
     again = extract_files(files, MeanColour(), out, **options)
     assert (again.failures, again.resumed) == (4, 9)
@@ -67,7 +67,7 @@ def test_a_damaged_file_that_was_replaced_is_retried(photos: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_errors_that_may_pass_have_no_sha256(
+def test_transient_errors_have_no_sha256(
     photos: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the bytes were read and memory ran out later."""
@@ -86,25 +86,25 @@ def test_errors_that_may_pass_have_no_sha256(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_where_nothing_can_be_read_nothing_is_written(photos: Path, tmp_path: Path, workers: int) -> None:
-    photos.rename(tmp_path / "away")
+def test_no_shard_is_written_if_no_image_can_be_read(photos: Path, tmp_path: Path, workers: int) -> None:
+    photos.rename(tmp_path / "unmounted")
     out, options = tmp_path / "out", {"shard_size": 3, "workers": workers}
     with pytest.raises(
         NothingReadError, match=r"None of the first 3 images(.|\n)*No such file or directory(.|\n)*run this again"
     ):
         extract_files(files_in(photos), MeanColour(), out, **options)
     assert os.listdir(out) == ["_manifest.json"]
-    (tmp_path / "away").rename(photos)
+    (tmp_path / "unmounted").rename(photos)
     assert extract_files(files_in(photos), MeanColour(), out, **options).failures == 0
 
 
-def test_damaged_files_are_not_taken_for_a_disk_that_is_away(photos: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_not_mistaken_for_a_missing_disk(photos: Path, tmp_path: Path) -> None:
     for index in range(9):
         (photos / f"{index}.png").write_text("<html>")
     assert extract_files(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3).failures == 9
 
 
-def test_the_summary_has_the_reasons_of_this_run(photos: Path, tmp_path: Path) -> None:
+def test_the_result_has_the_reasons_of_this_run_only(photos: Path, tmp_path: Path) -> None:
     files = [*files_in(photos), *(f"missing{index}" for index in range(4))]
     (photos / "0.png").write_text("")
     summary = extract_files(files, MeanColour(), tmp_path / "out")
@@ -118,7 +118,7 @@ def test_the_summary_has_the_reasons_of_this_run(photos: Path, tmp_path: Path) -
     assert len(extract_files(files, MeanColour(), tmp_path / "out").reasons) == 0
 
 
-def test_reasons_without_end_are_counted_in_bounded_memory() -> None:
+def test_endless_different_reasons_take_bounded_memory() -> None:
     failures = Failures()
     for index in range(3000):
         failures.add(f"{index}", f"too large: {index}")

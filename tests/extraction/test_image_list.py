@@ -20,7 +20,7 @@ def make_list(count: int, part: tuple[int, int], folder: Path, size: int = 4) ->
 
 
 @pytest.mark.parametrize(("count", "parts"), [(0, 1), (1, 1), (4, 1), (10, 1), (10, 2), (23, 3), (24, 4), (5, 7)])
-def test_parts_of_a_list_are_the_list(tmp_path: Path, count: int, parts: int) -> None:
+def test_the_parts_of_a_list_together_are_the_list(tmp_path: Path, count: int, parts: int) -> None:
     lists = [make_list(count, (number, parts), tmp_path) for number in range(1, parts + 1)]
     assert {listed.section.images for listed in lists} == {count}
     assert len({listed.section.sha256 for listed in lists}) == 1
@@ -36,7 +36,7 @@ def test_parts_of_a_list_are_the_list(tmp_path: Path, count: int, parts: int) ->
         listed.close()
 
 
-def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
+def test_the_digest_depends_on_every_field_and_the_order(tmp_path: Path) -> None:
     rows = [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"]]
     lists = [[ImageSource(path) for path in row] for row in rows]
     lists += [
@@ -54,7 +54,7 @@ def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_long_list_takes_no_memory(tmp_path: Path) -> None:
+def test_a_long_list_takes_constant_memory(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nimport pyarrow\n"
         "from dinov2_fast.data.sources import ImageSource\n"

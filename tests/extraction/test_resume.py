@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_was_interrupted_goes_on_with_the_same_bits(
+def test_an_interrupted_extraction_is_continued_with_the_same_bits(
     plain: list[str], tmp_path: Path, format: str, workers: int
 ) -> None:
     options: Any = {"batch_size": 2, "shard_size": 3, "format": format, "workers": workers}
@@ -113,7 +113,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_final_set_is_the_same(plain: list[str], tmp_path: Path) -> None:
+def test_kills_at_random_moments_do_not_change_the_result(plain: list[str], tmp_path: Path) -> None:
     files, out = plain * 20, tmp_path / "out"
     extract_files(files, MeanColour(), tmp_path / "whole", batch_size=2, shard_size=3)
     killing = subprocess.run([sys.executable, "-c", KILLS, str(out), *files], cwd=ROOT, capture_output=True, text=True)
@@ -138,7 +138,7 @@ if __name__ == "__main__":
 """
 
 
-def test_the_shard_appears_only_when_it_is_whole(plain: list[str], tmp_path: Path) -> None:
+def test_a_shard_appears_only_when_it_is_complete(plain: list[str], tmp_path: Path) -> None:
     seen: list[set[str]] = []
     out = tmp_path / "out"
     extract_files(
@@ -151,7 +151,7 @@ def test_the_shard_appears_only_when_it_is_whole(plain: list[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_abort_leaves_what_was_there(plain: list[str], tmp_path: Path, error: type) -> None:
+def test_an_error_leaves_earlier_shards_unchanged(plain: list[str], tmp_path: Path, error: type) -> None:
     model, out = Stopping(), tmp_path / "out"
     model.error = error
     with pytest.raises(error):
@@ -159,7 +159,7 @@ def test_an_abort_leaves_what_was_there(plain: list[str], tmp_path: Path, error:
     assert os.listdir(out) == ["_manifest.json"]
 
 
-def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_leaves_complete_shards(plain: list[str], tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk; the first shard, of bad images, fits."""
     (tmp_path / "bad.png").write_text("<html>")
     files = [str(tmp_path / "bad.png")] * 5 + plain[:5]
@@ -225,7 +225,7 @@ NAMES += ["processor.image_mean", "decoder.max_pixels", "features.cls.dtype", "f
 NAMES += ["shard_size", "format", "inputs.images", "inputs.sha256"]
 
 
-def test_images_are_known_by_their_paths(plain: list[str], tmp_path: Path) -> None:
+def test_images_are_identified_by_their_paths(plain: list[str], tmp_path: Path) -> None:
     """Copies with other times are the same images; of which bytes a row is says its sha256."""
     extract_files(plain, MeanColour(), tmp_path / "out")
     for path in plain:
@@ -266,7 +266,7 @@ def test_other_versions_are_refused_and_named(
         extract_files(plain, MeanColour(), tmp_path / "out")
 
 
-def test_shards_without_a_manifest_are_not_taken_for_ours(plain: list[str], tmp_path: Path) -> None:
+def test_shards_without_a_manifest_are_refused(plain: list[str], tmp_path: Path) -> None:
     extract_files(plain, MeanColour(), tmp_path / "out")
     (tmp_path / "out" / "_manifest.json").unlink()
     with pytest.raises(ManifestError, match=r"holds features without a _manifest\.json"):
@@ -277,7 +277,7 @@ def test_shards_without_a_manifest_are_not_taken_for_ours(plain: list[str], tmp_
     assert contents(tmp_path / "out") == before
 
 
-def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
+def test_overwrite_makes_all_shards_again(plain: list[str], tmp_path: Path) -> None:
     extract_files(plain, MeanColour(), tmp_path / "out", shard_size=2)
     summary = extract_files(plain[:3], MeanColour(), tmp_path / "out", shard_size=2, overwrite=True)
     assert (summary.images, summary.resumed) == (3, 0)
@@ -285,7 +285,7 @@ def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_overwriting_deletes_shards_alone(plain: list[str], tmp_path: Path, format: str) -> None:
+def test_overwrite_deletes_only_shards(plain: list[str], tmp_path: Path, format: str) -> None:
     out, options = tmp_path / "out", {"features": ["cls", "patches"], "format": format}
     extract_files(plain, MeanColour(), out, shard_size=3, **options)
     (out / "features-00003.dir").mkdir()
@@ -314,7 +314,7 @@ def test_overwriting_deletes_shards_alone(plain: list[str], tmp_path: Path, form
 
 
 @pytest.mark.parametrize("content", ["{}", '{"name": "my web page"}', "cut of"])
-def test_beside_a_manifest_of_another_program_nothing_is_deleted(
+def test_overwrite_deletes_nothing_beside_the_manifest_of_another_program(
     plain: list[str], tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -345,7 +345,7 @@ def test_parts_together_are_what_one_process_writes(plain: list[str], tmp_path: 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_more_parts_than_shards(plain: list[str], tmp_path: Path) -> None:
+def test_a_part_without_shards_writes_only_the_manifest(plain: list[str], tmp_path: Path) -> None:
     summary = extract_files(plain, MeanColour(), tmp_path / "out", part=(6, 6))
     assert (summary.images, os.listdir(tmp_path / "out")) == (0, ["_manifest.json"])
 
@@ -363,7 +363,7 @@ def test_a_second_writer_is_refused(plain: list[str], tmp_path: Path) -> None:
     extract_files(files, MeanColour(), out, batch_size=2, shard_size=3, part=(2, 2))
 
 
-def test_locks_of_parts(tmp_path: Path) -> None:
+def test_parts_of_one_count_are_locked_separately_and_other_counts_refused(tmp_path: Path) -> None:
     with lock(tmp_path, (1, 2)), lock(tmp_path, (2, 2)):
         with pytest.raises(LockedError, match="writing the part 1/2 of"), lock(tmp_path, (1, 2)):
             pytest.fail("locked twice")
@@ -372,7 +372,7 @@ def test_locks_of_parts(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_a_deleted_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder deletes the file between the moments in which another opens and locks it."""
     flock, opened = locks._flock, 0
 
@@ -389,7 +389,7 @@ def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path: Path, monkeypatch: 
     assert opened == 3
 
 
-def test_a_file_system_without_locks(
+def test_without_file_locks_a_warning_is_logged(
     plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -400,7 +400,7 @@ def test_a_file_system_without_locks(
     assert "cannot be locked" in caplog.text
 
 
-def test_without_locks_no_process_deletes_what_another_writes(plain: list[str], tmp_path: Path) -> None:
+def test_without_file_locks_no_process_deletes_the_temporary_file_of_another(plain: list[str], tmp_path: Path) -> None:
     """What is of this process stands for another that runs; the last is of another machine, where nobody can tell."""
     extract_files(plain, MeanColour(), tmp_path, shard_size=3)
     ours, theirs = part_of(tmp_path / "features-00000.parquet"), part_of_another_process(tmp_path / "features-00000.x")
@@ -449,7 +449,7 @@ class Small(MeanColour):
         return found
 
 
-def test_where_memory_ends_batches_are_halved(plain: list[str], tmp_path: Path) -> None:
+def test_batches_are_halved_if_memory_runs_out(plain: list[str], tmp_path: Path) -> None:
     files = [*plain[:4], "missing", *plain[4:], plain[0]]
     expected = extract_files(files, MeanColour(), tmp_path / "whole", shard_size=8).folder
     model = Small()
@@ -462,7 +462,7 @@ def test_where_memory_ends_batches_are_halved(plain: list[str], tmp_path: Path) 
     assert pq.read_schema(expected / "features-00000.parquet").metadata is None
 
 
-def test_in_a_shard_batches_stay_small(plain: list[str], tmp_path: Path) -> None:
+def test_batches_stay_small_for_the_rest_of_the_shard(plain: list[str], tmp_path: Path) -> None:
     model = Small()
     model.most = 1
     extract_files(plain, model, tmp_path / "out", batch_size=4, shard_size=9, format="npy")
@@ -477,7 +477,7 @@ def assert_same(out: Path, files: list[str]) -> None:
     np.testing.assert_array_equal(found["cls"], dinov2_fast.load_features(expected)["cls"])
 
 
-def test_one_image_without_memory_is_an_error(plain: list[str], tmp_path: Path) -> None:
+def test_running_out_of_memory_for_one_image_is_an_error(plain: list[str], tmp_path: Path) -> None:
     model = Small()
     model.most = 0
     with pytest.raises(torch.OutOfMemoryError):
@@ -485,7 +485,7 @@ def test_one_image_without_memory_is_an_error(plain: list[str], tmp_path: Path) 
     assert model.batches == [4, 2, 1]
 
 
-def test_other_errors_of_the_device_are_not_retried(plain: list[str], tmp_path: Path) -> None:
+def test_device_errors_other_than_memory_are_not_retried(plain: list[str], tmp_path: Path) -> None:
     model = Small()
     model.error = getattr(torch, "AcceleratorError", RuntimeError)
     try:
@@ -500,7 +500,7 @@ def test_other_errors_of_the_device_are_not_retried(plain: list[str], tmp_path: 
     assert os.listdir(tmp_path / "out") == ["_manifest.json"]
 
 
-def test_shards_are_of_the_size_asked_for(plain: list[str], tmp_path: Path) -> None:
+def test_shards_have_the_requested_size(plain: list[str], tmp_path: Path) -> None:
     extract_files(plain, MeanColour(), tmp_path / "out", shard_size=4)
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out").glob("*.parquet"))]
     assert sizes == [4, 4, 1]

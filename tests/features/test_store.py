@@ -31,12 +31,12 @@ def written(folder: Path, **fields: Any) -> Path:
     ],
     ids=str,
 )
-def test_numbers_that_make_no_sense(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_impossible_numbers_in_a_manifest_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json' is no manifest of features"):
         dinov2_fast.load_features(written(tmp_path, **fields))
 
 
-def test_more_images_than_there_are_shards_for(tmp_path: Path) -> None:
+def test_a_manifest_with_huge_counts_is_answered_at_once(tmp_path: Path) -> None:
     folder = written(tmp_path, inputs={"images": 10**12})
     with pytest.raises(ValueError, match=r"500000000000 of the 500000000000 shards .* are missing"):
         dinov2_fast.load_features(folder)

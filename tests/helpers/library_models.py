@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast import accelerate
 from tests.helpers import facebook_model
 
 SIZE = 70
@@ -175,6 +177,17 @@ SOME = tuple(
 def needs(kind: LibraryModel) -> None:
     """Skips the test if the library of this model is not installed."""
     pytest.importorskip("timm" if kind.name.startswith("timm") else "transformers")
+
+
+def accelerated_pair(model: Any, **arguments: Any) -> tuple[Any, Any]:
+    """`model`, accelerated with `arguments`, and an untouched copy of it."""
+    untouched = copy.deepcopy(model)
+    assert accelerate(model, **arguments) is model
+    return model, untouched
+
+
+def blocks_of(model: nn.Module, kind: LibraryModel) -> list[Any]:
+    return list(model.get_submodule(kind.blocks))  # type: ignore[arg-type]
 
 
 def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:

@@ -31,7 +31,7 @@ from tests.helpers.small_models import KINDS_OF_MODEL, small, wild, with_biases
 
 @pytest.fixture(params=["", "linear=cublas"], ids=["", "deferred biases"])
 def deferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Runs a test with the default backends, and with products that leave the biases of the stream to the norms."""
+    """Runs a test with the default backends, and with linears that leave their biases to the norms."""
     if not request.param:
         yield False
         return
@@ -77,7 +77,7 @@ def test_golden_features(reference, i: int) -> None:
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @pytest.mark.usefixtures("deferred")
 @torch.no_grad()
-def test_every_form_of_the_reference_s_face(kind: dict[str, Any]) -> None:
+def test_every_call_of_the_reference_s_face_returns_what_the_model_does(kind: dict[str, Any]) -> None:
     model = with_biases(small(**kind))
     engine = optimize_for_inference(model, "fp32")
     x, other = torch.randn(2, 3, 42, 98), torch.randn(1, 3, 70, 70)
@@ -116,10 +116,10 @@ def test_images_of_many_sizes_get_their_own_positions() -> None:
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
-def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu: bool) -> None:
+def test_every_call_of_the_hugging_face_face_returns_what_transformers_does(family: str, swiglu: bool) -> None:
     pair = make_pair(family, swiglu=swiglu)
     engine = optimize_for_inference(pair.ours, "fp32")
-    for size in ((98, 140), (60, 74)):  # 60 and 74 are no multiples of the patch size
+    for size in ((98, 140), (60, 74)):  # 60 and 74 are not multiples of the patch size
         x = images(*size)
         masks = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.5
         asked = {"output_hidden_states": True, "output_attentions": True, "bool_masked_pos": masks}
@@ -135,7 +135,7 @@ def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
-def test_classifiers_and_backbones_as_transformers(family: str, swiglu: bool) -> None:
+def test_classifiers_and_backbones_return_what_transformers_does(family: str, swiglu: bool) -> None:
     x = images(98)
     pair = make_pair(family, "ForImageClassification", swiglu=swiglu, num_labels=5)
     ours, theirs = (model(x, labels=torch.tensor([1, 4])) for model in (optimize_for_inference(pair.ours), pair.theirs))
@@ -186,7 +186,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @pytest.mark.usefixtures("deferred")
 @torch.no_grad()
-def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
+def test_fp32_features_are_close_to_fp64(kind: dict[str, Any]) -> None:
     model, x = wild(kind), torch.randn(4, 3, 56, 70)
     errors = _errors(optimize_for_inference(model, "fp32"), _exact(model, x), x)
     assert (errors < 1e-5).all()
@@ -249,7 +249,7 @@ def test_the_norms_add_the_sum_of_the_biases_before_them() -> None:
 
 
 @torch.no_grad()
-def test_an_engine_folds_anew_where_other_backends_want_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_folds_again_when_other_backends_need_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = with_biases(small(ffn_layer="swiglu")), torch.randn(2, 3, 28, 28)
     engine = optimize_for_inference(model, "fp32")
     folded, layouts, expected = [], [], model(x)
@@ -283,7 +283,7 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
     model.norm.bias.add_(1)
     for engine, wanted in ((still, expected), (loaded, other(x))):
         if engine is loaded:
-            engine._watch = None  # it would take over the model's weights
+            engine._watch = None  # it would fold the model's weights again
         with use_backend("linear.residual=cublas"):
             torch.testing.assert_close(engine(x), wanted, atol=1e-5, rtol=1e-5)
         assert engine.blocks[0].deferred.end is None
@@ -291,7 +291,7 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
     torch.testing.assert_close(still(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-def test_weights_of_another_layout_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_dict_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
     monkeypatch.setattr("dinov2_fast.inference.linear_layout.layout_for", lambda *args: LinearLayout(True, False))
     interleaved = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
@@ -300,8 +300,8 @@ def test_weights_of_another_layout_are_not_loaded(monkeypatch: pytest.MonkeyPatc
             ours.load_state_dict(theirs.state_dict())
 
 
-def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast some linears refuse what they take in the engine, which runs without it."""
+def test_autocast_does_not_change_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast some linears refuse inputs that they accept in the engine, which disables it."""
     autocast = []
     monkeypatch.setattr(
         "dinov2_fast.inference.linear_layout.layout_for",
@@ -316,7 +316,7 @@ def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -
 
 @fakes_cuda
 def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that compute SwiGLU in an epilogue run on a GPU alone, and want gates and values in turn."""
+    """Kernels with SwiGLU in the epilogue run on a GPU alone, and need interleaved gates and values."""
     monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
     with use_backend("linear.swiglu=triton,linear.residual=cublas"):
         layouts = [
@@ -330,7 +330,7 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
         assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=False) == (False, True)
     assert layouts == [(True, True), (True, False), (True, False)]
     assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=True) == (False, False)
-    with use_backend("linear=cublas"):  # whose e4m3 products take a bias in bf16, whatever the stream is
+    with use_backend("linear=cublas"):  # its e4m3 products take a bias in bf16, in any residual dtype
         assert layout_for(torch.device("cuda"), E4M3, torch.float32, gated=True) == (False, False)
     engine, asked, folded = optimize_for_inference(small(), "fp32").to("meta"), [], []
     monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device))
@@ -375,7 +375,7 @@ def test_the_head_gets_the_cls_token() -> None:
 
 
 @torch.no_grad()
-def test_cls_only_in_the_hugging_face_face() -> None:
+def test_outputs_cls_returns_only_the_cls_token_in_the_hugging_face_face() -> None:
     model, x = make_pair("Dinov2").ours, images(98)
     engine = optimize_for_inference(model, outputs="cls")
     assert blocks_in_full(engine, lambda m: m(x)) == 2
@@ -444,10 +444,10 @@ def test_uint8_images_are_normalised_as_by_the_processor_that_is_given() -> None
             engine(wrong)
 
 
-# Life with a model
+# Changes of the model
 
 
-def test_the_model_stays_as_it_is_and_shares_nothing() -> None:
+def test_the_model_is_not_changed_and_shares_no_memory() -> None:
     model = make_pair("Dinov2WithRegisters", "ForImageClassification").ours
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     engine = optimize_for_inference(model)
@@ -499,7 +499,7 @@ CHANGES = {
 
 @pytest.fixture(params=[False, True], ids=["check first", "run first"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changes are looked for before a call, as on a CPU, and after it, as on a GPU."""
+    """Runs a test with the check before the call, as on a CPU, and after it, as on a GPU."""
     monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: request.param)
 
 
@@ -509,7 +509,7 @@ def test_an_engine_follows_its_model(change: Any) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     engine = optimize_for_inference(model)
     folded, before = engine.folded, engine(x)
-    assert engine.folded is folded, "folded anew though nothing had changed"
+    assert engine.folded is folded, "folded again though nothing had changed"
     change(model)
     with torch.no_grad():
         torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
@@ -517,7 +517,7 @@ def test_an_engine_follows_its_model(change: Any) -> None:
 
 
 def _stays(name: str) -> Callable[[Any], None]:
-    """Puts the method `name` of a model on the instance, as people do who change what it returns."""
+    """Replaces the method `name` on the instance, as users do to change what it returns."""
     return lambda m: setattr(m, name, MethodType(lambda self, *args: getattr(type(self), name)(self, *args), m))
 
 
@@ -554,12 +554,12 @@ def test_a_model_on_the_meta_device_is_refused_and_an_engine_there_runs() -> Non
 
 
 @torch.no_grad()
-def test_weights_of_a_model_belong_into_the_model() -> None:
+def test_loading_a_model_s_state_dict_into_an_engine_is_refused() -> None:
     model, other, x = small(), small(), torch.randn(1, 3, 42, 56)
     engine, expected = optimize_for_inference(model), optimize_for_inference(other)
     with pytest.raises(RuntimeError, match="load them into the model, which the engine follows"):
         engine.load_state_dict(other.state_dict())
-    engine(x)  # which keeps position embeddings
+    engine(x)  # caches position embeddings
     engine.load_state_dict(expected.state_dict())
     assert torch.equal(engine(x), expected(x))
 
@@ -605,7 +605,7 @@ def test_hooks_that_an_engine_would_not_run_are_refused() -> None:
                 getattr(engine.get_submodule(f"folded.{name}"), register)(lambda *args: None)
 
 
-def test_what_an_engine_cannot_see_needs_refresh() -> None:
+def test_changes_that_an_engine_does_not_notice_need_refresh() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
     model.position_interpolation = "antialias"
@@ -623,10 +623,10 @@ def test_what_an_engine_cannot_see_needs_refresh() -> None:
 
 
 @torch.no_grad()
-def test_an_engine_that_does_not_follow_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_does_not_follow_its_model_changes_by_refresh_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     with monkeypatch.context() as patched:
-        patched.delattr("dinov2_fast.inference.engine.WeightWatch")  # it makes none
+        patched.delattr("dinov2_fast.inference.engine.WeightWatch")  # it uses none
         engine = optimize_for_inference(model, "fp32", follow_weights=False)
         assert "changes of the model: not noticed: call refresh()" in str(engine)
         engines = [engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))]
@@ -663,7 +663,7 @@ def test_copies_compute_the_same_and_follow_their_own_model(made: str) -> None:
     assert torch.equal(copy.deepcopy(engine)(x), engine(x))
 
 
-def test_torch_compile_of_a_module_that_contains_it() -> None:
+def test_a_module_that_contains_an_engine_compiles() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)
     engine = optimize_for_inference(model)
@@ -678,14 +678,14 @@ def test_torch_compile_of_a_module_that_contains_it() -> None:
     torch.testing.assert_close(compiled(x), whole(x), atol=1e-5, rtol=1e-5)
 
 
-def test_inference_mode_and_no_grad_mix() -> None:
+def test_inference_mode_and_no_grad_may_alternate() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
     with torch.inference_mode():
         first = engine(x)
         in_inference_mode = optimize_for_inference(model)
         model.norm.bias.add_(1)
-        second = engine(x)  # folds anew
+        second = engine(x)  # folds again
     assert not any(buffer.is_inference() for buffer in in_inference_mode.buffers()), "could not be written later"
     with torch.no_grad():
         assert torch.equal(engine(x), second)
@@ -693,7 +693,7 @@ def test_inference_mode_and_no_grad_mix() -> None:
     assert torch.equal(engine(x), second)
     assert not torch.equal(first, second)
     head = nn.Linear(32, 1)
-    head(engine(x)).sum().backward()  # features of the engine train what stands on them
+    head(engine(x)).sum().backward()  # the engine's features can train a head
     assert head.weight.grad is not None
 
 
@@ -785,7 +785,7 @@ def test_half_precisions_are_refused_where_the_processor_makes_them_slower(monke
     assert optimize_for_inference(model, "bf16").dtype == torch.bfloat16
 
 
-def test_print_says_what_it_does() -> None:
+def test_print_says_what_the_engine_does() -> None:
     text = str(optimize_for_inference(small(ffn_layer="swiglu"), "bf16", residual_dtype="fp32", allow_slow=True))
     for part in (
         "Engine of a DinoVisionTransformer: 3 blocks of 32 channels",

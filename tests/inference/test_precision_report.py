@@ -1,4 +1,4 @@
-"""The report of what a precision costs, against cosines and neighbours taken here from the models' own outputs."""
+"""`Engine.report` against cosines and neighbours that are computed here from the outputs of the models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _agreement(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp8"])
 @torch.no_grad()
-def test_rows_are_what_the_outputs_give(precision: str) -> None:
+def test_rows_follow_from_the_outputs_of_the_models(precision: str) -> None:
     model, x = wild({"num_register_tokens": 2}, depth=3), torch.randn(9, 3, 42, 56)
     engine = optimize_for_inference(model, precision, allow_slow=True)
     engines = {precision: engine, "bf16": optimize_for_inference(model, "bf16", allow_slow=True)}
@@ -48,7 +48,7 @@ def test_rows_are_what_the_outputs_give(precision: str) -> None:
         rows = {row.layer: row for row in report.rows if row.precision == name}
         assert list(rows) == ["block 0", "block 1", "block 2", "final"]
         layers = [*other.get_intermediate_layers(x, **every)]
-        layers.append((layers[-1][0], other(x)))  # whose last block ran for CLS alone
+        layers.append((layers[-1][0], other(x)))  # its last block ran for CLS alone
         for row, (patches, cls), (exact, exact_cls) in zip(rows.values(), layers, [*wanted, wanted[-1]], strict=True):
             assert (row.cls_mean, row.cls_worst) == pytest.approx(_cosines(cls, exact_cls), abs=2e-4)
             assert (row.patch_mean, row.patch_worst) == pytest.approx(_cosines(patches, exact), abs=2e-4)
@@ -58,7 +58,7 @@ def test_rows_are_what_the_outputs_give(precision: str) -> None:
 
 
 @torch.no_grad()
-def test_the_hugging_face_face() -> None:
+def test_a_hugging_face_model_runs_no_block_for_the_cls_token_alone() -> None:
     model, x = make_pair("Dinov2").ours, images(60, 74)
     decoded = torch.randint(256, (3, 42, 56, 3), dtype=torch.uint8)
     engine = optimize_for_inference(model, "fp8", allow_slow=True)
@@ -75,13 +75,13 @@ def test_the_hugging_face_face() -> None:
 
 
 @torch.no_grad()
-def test_it_follows_the_model_and_leaves_the_engine_as_it_is() -> None:
+def test_a_report_follows_the_model_and_does_not_change_the_engine() -> None:
     model, x = small(), torch.randn(4, 3, 28, 42)
     engine = optimize_for_inference(model, "fp32")
     expected = engine.forward_features(x)["x_prenorm"]
     assert all(row.cls_worst > 0.99999 for row in engine.report(x).rows if row.precision == "fp32")
     assert torch.equal(engine.forward_features(x)["x_prenorm"], expected)
-    model.norm = nn.Identity()  # so that features are the stream itself, which the next block overwrites
+    model.norm = nn.Identity()  # so that features are the stream, which the next block overwrites
     rows = engine.report(x).rows
     assert all(row.cls_worst > 0.99999 for row in rows if row.precision == "fp32")
     wanted, found = (
@@ -98,7 +98,7 @@ def test_neighbours_that_are_equally_near_agree() -> None:
     tied = exact + 1e-5 * torch.arange(5)[:, None] * torch.tensor([0.0, 1.0])
     assert same_neighbours(tied, exact) == 1
     changed = exact.clone()
-    changed[3] = torch.tensor([1.0, -0.01])  # nearest to the first three now, and no longer to the last
+    changed[3] = torch.tensor([1.0, -0.01])  # now nearest to the first three in place of the last
     assert same_neighbours(changed, exact) == pytest.approx(3 / 5)
     assert math.isnan(same_neighbours(exact[:2], exact[:2]))
 
@@ -111,12 +111,12 @@ def test_a_report_prints_as_a_table() -> None:
     assert lines[1].split("  ")[0] == "layer"
     assert len(lines) == 2 + 6
     assert lines[2].split() == ["block", "0", "fp32", "1.00000", "1.00000", "1.00000", "1.00000", "100.0%"]
-    assert len({len(line) for line in lines[1:]}) == 1  # columns stand below each other
+    assert len({len(line) for line in lines[1:]}) == 1  # columns are aligned
     two = optimize_for_inference(model, "fp32").report(torch.randn(2, 3, 28, 28))
     assert str(two).splitlines()[-1].endswith(" -")
 
 
-def test_values_that_are_not_finite_show() -> None:
+def test_values_that_are_not_finite_show_in_the_report() -> None:
     model, x = small(), torch.randn(4, 3, 28, 28)
     x[1] = math.nan
     final = optimize_for_inference(model, "fp32").report(list(x)).rows[-2]

@@ -1,4 +1,4 @@
-"""`WeightWatch`: what counts as a change of a model. `run_up_to_date`: when that is asked."""
+"""`WeightWatch`: which changes of a model it detects. `run_up_to_date`: when it checks for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.small_models import small
 
 
 def _watched() -> Any:
-    """A model that has everything there is to watch."""
+    """A model with every kind of state that is compared."""
     model = small()
     model.config = type("Config", (), {})()
     model.config.scale = 1.0
@@ -79,7 +79,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", [*WEIGHTS, *SETTINGS])
-def test_every_change_is_noticed_and_nothing_else(name: str) -> None:
+def test_every_change_is_detected_and_nothing_else(name: str) -> None:
     model = _watched()
     whole, settings = WeightWatch(model), SettingsWatch(model.modules())
     model(torch.randn(1, 3, 28, 28)).sum().backward()
@@ -91,7 +91,7 @@ def test_every_change_is_noticed_and_nothing_else(name: str) -> None:
     assert settings.changed() == (name in SETTINGS)
 
 
-def test_a_class_that_was_patched_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patched_class_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     settings = SettingsWatch([model.blocks[0]])
     monkeypatch.setattr(type(model.norm), "note", 1, raising=False)
@@ -101,7 +101,7 @@ def test_a_class_that_was_patched_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def _order(asynchronous: bool, answers: list[bool], monkeypatch: pytest.MonkeyPatch, fails: int = 0) -> list[str]:
-    """What `run_up_to_date` does where `changed` gives these answers and the first `fails` runs raise."""
+    """The steps of `run_up_to_date` if `changed` returns these answers and the first `fails` runs raise."""
     monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: asynchronous)
     happened: list[str] = []
 
@@ -126,14 +126,14 @@ def _order(asynchronous: bool, answers: list[bool], monkeypatch: pytest.MonkeyPa
     return [*happened, "error"] if error else happened
 
 
-def test_a_change_is_looked_for_before_the_run_or_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_checked_before_the_run_or_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _order(False, [False], monkeypatch) == ["check", "run"]
     assert _order(False, [True], monkeypatch) == ["check", "renew", "run"]
     assert _order(True, [False], monkeypatch) == ["run", "check"]
     assert _order(True, [True], monkeypatch) == ["run", "check", "renew", "run"]
 
 
-def test_an_error_is_passed_on_if_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_run_is_raised_if_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _order(True, [False], monkeypatch, fails=1) == ["run", "check", "error"]
     assert _order(True, [True], monkeypatch, fails=1) == ["run", "check", "renew", "run"]
     assert _order(True, [True], monkeypatch, fails=2) == ["run", "check", "renew", "run", "error"]

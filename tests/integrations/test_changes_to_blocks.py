@@ -1,4 +1,4 @@
-"""`accelerate` follows, or refuses in words, what a user changes in a block that is no tensor and no submodule."""
+"""Accelerated blocks follow what a user changes in them: attributes, classes, methods, hooks, submodules, modes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attention_of(block: Any) -> Any:
 
 
 def halved(kind: type) -> Callable[..., Any]:
-    """The forward of a class, giving half of it."""
+    """A forward that returns half of what the forward of a class returns."""
     forward = kind.forward
 
     def half(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def halved(kind: type) -> Callable[..., Any]:
 
 
 def patch_class(of: Callable[[Any], Any]) -> Change:
-    """Another forward on the class of a part."""
+    """Replaces the forward of a part's class."""
 
     def change(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         part = of(block)
@@ -53,7 +53,7 @@ def patch_class(of: Callable[[Any], Any]) -> Change:
 
 
 def replace_class(of: Callable[[Any], Any]) -> Change:
-    """A class made of that of a part."""
+    """Gives a part a subclass of its class."""
 
     def change(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         part = of(block)
@@ -63,7 +63,7 @@ def replace_class(of: Callable[[Any], Any]) -> Change:
 
 
 def set_forward(of: Callable[[Any], Any]) -> Change:
-    """Another forward on the instance of a part."""
+    """Sets a forward on the instance of a part."""
 
     def change(block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         part = of(block)
@@ -135,13 +135,13 @@ CASES = [(library, name) for library, changes in CHANGES.items() for name in cha
 
 
 def call_plainly(model: Any) -> Any:
-    """A call after which a block knows how it is computed."""
+    """Calls `model` once, after which its blocks have chosen their functions."""
     with torch.no_grad():
         return model(images())
 
 
 def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: bool) -> tuple[Any, Any]:
-    """A model whose blocks are changed, before it is accelerated or after, and what it gives in its own code."""
+    """A model whose blocks are changed, before it is accelerated if `first`, and the outputs of its own code."""
     kind: LibraryModel = LIBRARIES[library]
     needs(kind)
     change = CHANGES[library][name]
@@ -155,7 +155,7 @@ def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: boo
         for block in each.get_submodule(kind.blocks):  # type: ignore[union-attr]
             change(block, patch)
     wanted = stock(images())
-    assert (tensors(wanted)[0] - before).abs().max() > 1e-3 * before.abs().max()  # it is a change
+    assert (tensors(wanted)[0] - before).abs().max() > 1e-3 * before.abs().max()  # the change has an effect
     return model, wanted
 
 
@@ -170,7 +170,7 @@ def test_a_change_afterwards_is_followed_and_reported(library: str, name: str, m
 
 
 @pytest.mark.parametrize(("library", "name"), CASES, ids=[f"{library}-{name}" for library, name in CASES])
-def test_a_change_beforehand_is_followed_or_refused_in_words(
+def test_a_change_beforehand_is_followed_or_refused_with_a_reason(
     library: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wanted = changed_model(library, name, monkeypatch, first=True)
@@ -201,7 +201,7 @@ def test_a_compiled_model_follows_a_change(name: str, monkeypatch: pytest.Monkey
 
 
 def _doubles(module: Any, *args: Any) -> Any:
-    """Doubles what a hook is given last: arguments, or the result."""
+    """A hook that doubles what it may replace: the arguments before a call, or the result after it."""
     return tuple(2 * each for each in args[-1]) if isinstance(args[-1], tuple) else 2 * args[-1]
 
 
@@ -216,7 +216,7 @@ def _replace_buffer(module: Any) -> None:
     module.register_buffer("weight", 2 * weight)
 
 
-# How a part of timm's block is changed, and the parts that can be changed so.
+# How to change a part of timm's block, and which parts to change.
 SMALL_CHANGES: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "hook": (
         lambda m: m.register_forward_hook(_doubles),
@@ -239,7 +239,7 @@ SMALL_CHANGES: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize(
     ("name", "part"), [(name, part) for name, (_, parts) in SMALL_CHANGES.items() for part in parts]
 )
-def test_a_change_between_two_calls_is_followed_and_so_is_its_end(name: str, part: str) -> None:
+def test_a_change_between_two_calls_is_followed_and_so_is_its_removal(name: str, part: str) -> None:
     kind = LIBRARIES["timm"]
     needs(kind)
     rates = {"attention_dropout": 0.2, "proj_drop_rate": 0.2}
@@ -256,7 +256,7 @@ def test_a_change_between_two_calls_is_followed_and_so_is_its_end(name: str, par
             undone.remove()
             assert_same(call_plainly(each), before)
     assert_same(results[1], results[0])
-    # timm asks attention, not its dropout, for the mode
+    # timm looks at the mode of the attention, not of its dropout
     assert torch.equal(results[0], before) == (part == "attn.attn_drop")
 
 
@@ -290,7 +290,7 @@ def test_a_hook_on_all_modules_is_followed() -> None:
     assert seen.count("Linear") == 2 * 4
 
 
-def test_a_forward_of_torchs_own_class_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_forward_of_torchs_own_class_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = LIBRARIES["hub-mlp"]
     needs(kind)
     stock, model = kind.build(), accelerate(kind.build())

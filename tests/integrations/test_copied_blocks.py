@@ -1,4 +1,4 @@
-"""`accelerate` on blocks of projects that copied DINOv2's and changed them: each is followed, or refused in words."""
+"""Blocks of projects that copied DINOv2's and changed them are accelerated, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIM, HEADS = 64, 2
 
 
 class Attention(nn.Module):
-    """With a module for dropout of its weights, as the older copies have it."""
+    """An attention with a module for dropout of its weights, as in older copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class WithWeights(Attention):
-    """Returns its weights, too."""
+    """Also returns its weights."""
 
     def forward(self, x: Tensor) -> Any:
         weights, v = self.weights_and_values(x)
@@ -50,7 +50,7 @@ class WithWeights(Attention):
 
 
 class WithNorms(Attention):
-    """Norms of queries and keys, and positions that a call may give."""
+    """Has norms of queries and keys, and takes positions."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WithNorms(Attention):
 
 
 class Recording(Attention):
-    """Keeps its weights."""
+    """Keeps its weights as an attribute."""
 
     def weights_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.last_weights, v = super().weights_and_values(x)
@@ -72,7 +72,7 @@ class Recording(Attention):
 
 
 class Block(nn.Module):
-    """Adds its branches without stochastic depth, which it has all the same."""
+    """Has stochastic depth, but does not use it."""
 
     def __init__(self, attention: nn.Module | None = None, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 class WithoutScales(Block):
-    """One stochastic depth for both branches, and no scales."""
+    """Has one stochastic depth for both branches, and no scales."""
 
     def __init__(self, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class PostNorm(Block):
 
 
 class TanhGelu(Mlp):
-    """Does not use the activation it has."""
+    """Has an activation, but does not use it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def with_checkpoint(module: Any) -> Any:
-    """Recomputes `module` in the backward pass, by a class made of its class, as several projects do."""
+    """Has `module` recomputed in the backward pass by a subclass of its class, as several projects do."""
 
     class CheckpointingWrapper(module.__class__):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ def tokens() -> Tensor:
     return torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
 
 
-TAKEN: dict[str, Callable[[], nn.Module]] = {
+ACCEPTED: dict[str, Callable[[], nn.Module]] = {
     "dropout as a module": Block,
     "attention that returns its weights": lambda: Block(WithWeights()),
     "identities for norms of queries and keys": lambda: Block(WithNorms(lambda size: nn.Identity())),
@@ -154,9 +154,9 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_copies_that_compute_the_same_are_taken(name: str) -> None:
-    model = model_of(TAKEN[name])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_copies_that_compute_the_same_are_accelerated(name: str) -> None:
+    model = model_of(ACCEPTED[name])
     stock = copy.deepcopy(model)
     accelerate(model)
     assert all(isinstance(block, AcceleratedBlock) for block in model)
@@ -206,7 +206,7 @@ def test_copies_that_compute_something_else_are_refused_with_what_differs(name: 
     assert vars(model[0].attn).keys() == vars(make().attn).keys()  # type: ignore[union-attr, arg-type]
 
 
-def test_a_wrapper_that_recomputes_goes_on_doing_so() -> None:
+def test_a_wrapper_that_recomputes_still_does() -> None:
     model = accelerate(model_of(lambda: with_checkpoint(Block())))
     calls: list[int] = []
     model[0].mlp.fc1.register_forward_hook(lambda module, args, output: calls.append(1))
@@ -270,7 +270,7 @@ def test_a_trial_draws_no_random_numbers_and_calls_no_hooks_and_reads_no_weights
 
 
 class Quantised(nn.Module):
-    """A linear whose weight is no matrix of numbers that can be multiplied."""
+    """A linear whose weight is flat and of integers, so that it is no matrix to multiply by."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class Quantised(nn.Module):
         return F.linear(x, self.step * self.weight.view(self.out_features, -1), self.bias)  # type: ignore[operator]
 
 
-def test_blocks_with_quantised_linears_are_taken() -> None:
+def test_blocks_with_quantised_linears_are_accelerated() -> None:
     model = model_of(Block)
     for block in model:
         block.mlp.fc1, block.attn.qkv = Quantised(block.mlp.fc1), Quantised(block.attn.qkv)
@@ -314,7 +314,7 @@ def test_a_backbone_in_a_plain_list_is_named() -> None:
         accelerate(Client())
 
 
-def test_layers_of_another_model_of_transformers_are_taken() -> None:
+def test_layers_of_another_model_of_transformers_are_accelerated() -> None:
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "EomtConfig"):
         pytest.skip("this transformers has no Eomt")

@@ -1,4 +1,4 @@
-"""`accelerate(model, inference=True)`: an engine answers plain calls through a model's own `forward`."""
+"""With `accelerate(model, inference=True)` an engine answers plain calls through a model's own `forward`."""
 
 from __future__ import annotations
 
@@ -11,69 +11,39 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import dinov2_fast
 from dinov2_fast import accelerate, acceleration_report, unaccelerate
-from dinov2_fast.inference import Engine, weight_watch
-from dinov2_fast.inference.weight_watch import WeightWatch
 from tests.helpers import facebook_model
 from tests.helpers.library_models import (
-    KINDS,
-    SOME,
     LibraryModel,
     LowRank,
+    accelerated_pair,
     assert_same,
     filled,
     gradients,
     hub_model,
     images,
-    loss_of,
-    needs,
     tensors,
     timm_model,
 )
 from tests.helpers.library_models import transformers_model as hf
 
 
-@pytest.fixture
-def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The methods of engines that were called."""
-    calls: list[str] = []
-    call = Engine._call
-
-    def spy(engine: Engine, method: str, args: Any, kwargs: Any) -> Any:
-        calls.append(method)
-        return call(engine, method, args, kwargs)
-
-    monkeypatch.setattr(Engine, "_call", spy)
-    return calls
+def _hub(**arguments: Any) -> Any:
+    return filled(hub_model(**arguments)).eval()
 
 
-def pair(model: Any, **options: Any) -> tuple[Any, Any]:
-    untouched = copy.deepcopy(model)
-    return accelerate(model, inference=True, **options), untouched
-
-
-@pytest.fixture(params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> LibraryModel:
-    needs(request.param)
-    return request.param
-
-
-@pytest.fixture(params=SOME, ids=str)
-def some(request: pytest.FixtureRequest) -> LibraryModel:
-    needs(request.param)
-    return request.param
+def _timm() -> Any:
+    return filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval()
 
 
 def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(
     kind: LibraryModel, answered: list[str]
 ) -> None:
-    model, untouched = pair(kind.build())
+    model, untouched = accelerated_pair(kind.build(), inference=True)
     assert list(model.state_dict()) == list(untouched.state_dict())
     with torch.no_grad():
         for call in kind.calls:
@@ -98,23 +68,25 @@ def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(
 @pytest.mark.parametrize("task", ["Model", "Backbone"])
 def test_images_of_any_size_as_transformers_takes_them(task: str, height: int, width: int, answered: Any) -> None:
     pytest.importorskip("transformers")
-    model, untouched = pair(filled(hf("Dinov2", task)).eval())
+    model, untouched = accelerated_pair(filled(hf("Dinov2", task)).eval(), inference=True)
     x = images(1, height, width)
     with torch.no_grad():
         assert_same(model(x), untouched(x))
     assert len(answered) == 1
 
 
-def test_sizes_of_timm_and_of_the_hub(answered: list[str]) -> None:
+def test_images_of_any_size_as_timm_and_the_hub_models_take_them(answered: list[str]) -> None:
     pytest.importorskip("timm")
-    model, untouched = pair(filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval())
+    model, untouched = accelerated_pair(
+        filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval(), inference=True
+    )
     with torch.no_grad():
         assert_same(model(images(1, 84, 98)), untouched(images(1, 84, 98)))
     assert len(answered) == 1
-    fixed, _ = pair(filled(timm_model("vit_small_patch14_dinov2")).eval())
+    fixed, _ = accelerated_pair(filled(timm_model("vit_small_patch14_dinov2")).eval(), inference=True)
     with pytest.raises(AssertionError, match="doesn't match model"):
         fixed(images(1, 84, 84))
-    model, untouched = pair(filled(hub_model()).eval())
+    model, untouched = accelerated_pair(filled(hub_model()).eval(), inference=True)
     with torch.no_grad():
         assert_same(model(images(1, 84, 98)), untouched(images(1, 84, 98)))
         with pytest.raises(AssertionError, match="no multiple of the patch size"):
@@ -122,7 +94,7 @@ def test_sizes_of_timm_and_of_the_hub(answered: list[str]) -> None:
 
 
 def test_outputs_keep_the_dtype_of_the_model(some: LibraryModel) -> None:
-    model, untouched = pair(some.build(), precision="bf16", allow_slow=True)
+    model, untouched = accelerated_pair(some.build(), precision="bf16", allow_slow=True, inference=True)
     with torch.no_grad():
         ours, theirs = tensors(model(images()))[0], tensors(untouched(images()))[0]
         assert ours.dtype == theirs.dtype == torch.float32
@@ -131,50 +103,10 @@ def test_outputs_keep_the_dtype_of_the_model(some: LibraryModel) -> None:
         assert tensors(model(images().bfloat16()))[0].dtype == torch.bfloat16
 
 
-# When the weights or settings change
-
-
-def test_it_follows_the_weights(some: LibraryModel, answered: list[str]) -> None:
-    model, untouched = pair(some.build())
-    for each in (model, untouched):
-        each.train()
-        torch.manual_seed(1)
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.05)
-        loss_of(some.calls[0](each, images())).backward()
-        optimizer.step()
-        each.eval()
-    assert not answered
-    with torch.no_grad():
-        assert_same(model(images()), untouched(images()), 1e-4)
-    fresh = some.build()
-    model.load_state_dict(fresh.state_dict())
-    with torch.no_grad():
-        assert_same(model(images()), fresh(images()))
-        model.double()
-        assert tensors(model(images().double()))[0].dtype == torch.float64
-    assert len(answered) == 3
-
-
-def test_it_follows_the_settings(answered: list[str]) -> None:
-    pytest.importorskip("transformers")
-    model, untouched = pair(filled(hf("Dinov2", "Backbone")).eval())
-    for each in (model, untouched):
-        each.out_features = ["stage1", "stage2"]
-        each.config.apply_layernorm = False
-    with torch.no_grad():
-        assert_same(model(images()), untouched(images()))
-    hub, untouched = pair(filled(hub_model()).eval())
-    for each in (hub, untouched):
-        each.interpolate_offset = 0.0
-    with torch.no_grad():
-        assert_same(hub(images(1, 98, 98)), untouched(images(1, 98, 98)))
-    assert len(answered) == 2
-
-
 def test_copies_and_pickles_have_engines_of_their_own(some: LibraryModel, answered: list[str]) -> None:
-    model, _ = pair(some.build())
+    model, _ = accelerated_pair(some.build(), inference=True)
     copies = [copy.deepcopy(model)]
-    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' own hooks on it refuse
+    if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' hooks cannot be pickled
         copies.append(pickle.loads(pickle.dumps(model)))
     for made in copies:
         with torch.no_grad():
@@ -183,202 +115,6 @@ def test_copies_and_pickles_have_engines_of_their_own(some: LibraryModel, answer
                 parameter.add_(1)
             assert not torch.equal(tensors(made(images()))[0], tensors(model(images()))[0])
     assert len(answered) == 4 * len(copies)
-
-
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """In the order of a GPU: when engines ran, and when changes were looked for."""
-    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
-    happened: list[str] = []
-    call, changed = Engine._call, WeightWatch.changed
-    monkeypatch.setattr(Engine, "_call", lambda *given: happened.append("run") or call(*given))
-    monkeypatch.setattr(WeightWatch, "changed", lambda self: happened.append("check") or changed(self))
-    return happened
-
-
-@torch.no_grad()
-def test_it_answers_before_it_looks_for_changes_once(some: LibraryModel, checks: list[str]) -> None:
-    model, untouched = pair(some.build())
-    checks.clear()
-    assert_same(model(images()), untouched(images()))
-    assert checks == ["run", "check"]
-    for each in (model, untouched):
-        for parameter in each.parameters():
-            parameter.mul_(1.1)
-    checks.clear()
-    assert_same(model(images()), untouched(images()))
-    assert checks == ["run", "check", "run"]
-    checks.clear()
-    model(images())
-    assert checks == ["run", "check"]
-
-
-@torch.no_grad()
-def test_it_follows_nothing_where_that_is_asked_for(some: LibraryModel, checks: list[str]) -> None:
-    model, _ = pair(some.build(), follow_weights=False)
-    copied = copy.deepcopy(model)
-    for made in (model, copied):
-        before = tensors(made(images()))[0]
-        for parameter in made.parameters():
-            parameter.mul_(1.1)
-        assert torch.equal(tensors(made(images()))[0], before)
-        accelerate(made, inference=True, follow_weights=False)
-        assert not torch.equal(tensors(made(images()))[0], before)
-    assert checks == ["run"] * 6
-
-
-@torch.no_grad()
-def test_accelerate_again_sees_what_was_not_noticed(some: LibraryModel, answered: list[str]) -> None:
-    model, untouched = pair(some.build())
-    for each in (model, untouched):
-        for parameter in each.parameters():
-            parameter.data.mul_(1.1)
-    accelerate(model, inference=True)
-    assert_same(model(images()), untouched(images()))
-    assert len(answered) == 1
-
-
-# What a user changed that is no weight
-
-
-class Doubled(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _set(path: str, value: Any) -> Callable[[Any], None]:
-    owner, _, name = path.rpartition(".")
-    return lambda model: setattr(model.get_submodule(owner), name, value)
-
-
-def _method(path: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Has the method at `path` return something else, on the instance."""
-    owner, _, name = path.rpartition(".")
-
-    def edit(model: Any) -> None:
-        module = model.get_submodule(owner)
-        own = getattr(type(module), name)
-        setattr(module, name, MethodType(lambda self, *args, **kwargs: change(own(self, *args, **kwargs)), module))
-
-    return edit
-
-
-def _overlapping(model: Any) -> None:
-    """Twice as many patches each way, without positions: the common trick for dense features."""
-    model.patch_embed.proj.stride = (7, 7)
-    _method("interpolate_pos_encoding", lambda positions: 0 * positions[:, :1])(model)
-
-
-def _scaled(model: Any) -> None:
-    attention = model.blocks[1].attn
-    attention.scale, attention.fused_attn = 0.126, False  # the fused one has its own scale
-
-
-def _hub(**arguments: Any) -> Any:
-    return filled(hub_model(**arguments)).eval()
-
-
-def _timm() -> Any:
-    return filled(timm_model("vit_small_patch14_dinov2", dynamic_img_size=True)).eval()
-
-
-def _hf(task: str = "Model") -> Any:
-    return filled(hf("Dinov2", task)).eval()
-
-
-def _attention_of(layer: Any) -> Any:
-    """The module with the scores; transformers 4 has it in another one."""
-    return getattr(layer.attention, "attention", layer.attention)
-
-
-EDITS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
-    "hub, overlapping patches": (_hub, _overlapping, "its interpolate_pos_encoding was set on the instance"),
-    "hub, positions": (
-        _hub,
-        _method("interpolate_pos_encoding", torch.zeros_like),
-        "its interpolate_pos_encoding was set",
-    ),
-    "hub, tokens": (
-        _hub,
-        _method("prepare_tokens_with_masks", lambda x: 1.01 * x),
-        "its prepare_tokens_with_masks was set",
-    ),
-    "hub, padding": (_hub, _set("patch_embed.proj.padding", (7, 7)), r"its forward (returns|differs|fails)"),
-    "hub, eps": (
-        _hub,
-        _set("blocks.0.norm1.eps", 0.1),
-        r"its norms have eps \[1e-06, 0.1\]|in its norm1, eps was changed",
-    ),
-    "hub, a class": (
-        _hub,
-        lambda m: setattr(m.norm, "__class__", Doubled),
-        r"norm is a tests\S*\.D",
-    ),
-    "transformers, positions": (
-        _hf,
-        _method("embeddings.interpolate_pos_encoding", torch.zeros_like),
-        "its embeddings.interpolate_pos_encoding was set on the instance",
-    ),
-    "transformers, stride": (
-        _hf,
-        _set("embeddings.patch_embeddings.projection.stride", (7, 7)),
-        "its forward (returns|fails)",
-    ),
-    "transformers, eps": (_hf, _set("layernorm.eps", 0.1), "its norms have eps"),
-    "transformers, scaling": (
-        _hf,
-        lambda m: setattr(_attention_of(m.encoder.layer[0]), "scaling", 0.126),
-        "layer.0: (in its attention, scaling was changed|its attention computes something else)",
-    ),
-    "timm, scale": (_timm, _scaled, "in its attn, .* changed|its forward differs by"),
-    "timm, stride": (_timm, _set("patch_embed.proj.stride", (7, 7)), "its forward_features (returns|fails)"),
-    "timm, positions": (_timm, _method("_pos_embed", lambda x: 1.1 * x), "its _pos_embed was set on the instance"),
-}
-
-
-@pytest.mark.parametrize("when", ["before", "after", "after, on a GPU"])
-@pytest.mark.parametrize("case", EDITS)
-def test_what_a_user_changed_is_followed(
-    case: str, when: str, answered: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("timm")
-    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: when == "after, on a GPU")
-    build, edit, reason = EDITS[case]
-    model, untouched = build(), build()
-    edit(untouched)
-    if when == "before":
-        edit(model)
-        with pytest.raises(TypeError, match=reason):
-            accelerate(model, inference=True)
-        accelerate(model)
-    else:
-        accelerate(model, inference=True)
-        with torch.no_grad():
-            model(images(1, 84, 84))
-        edit(model)
-    answered.clear()
-    x = images(1, 84, 98)
-    with torch.no_grad():
-        try:
-            expected = untouched(x)
-        except RuntimeError as error:  # some edits fit no positions
-            with pytest.raises(RuntimeError, match=re.escape(str(error))):
-                model(x)
-        else:
-            assert_same(model(x), expected)
-    assert not answered or when == "after, on a GPU"  # where the engine's answer was dropped
-    if when != "before":
-        assert re.search(reason, str(acceleration_report(model)))
-
-
-def test_a_function_of_the_library_that_was_replaced_before_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = pytest.importorskip("timm")
-    resample = timm.models.vision_transformer.resample_abs_pos_embed
-    zeros = lambda *args, **kwargs: torch.zeros_like(resample(*args, **kwargs))  # noqa: E731
-    monkeypatch.setattr(timm.models.vision_transformer, "resample_abs_pos_embed", zeros)
-    with pytest.raises(TypeError, match="its forward_features differs by"):
-        accelerate(_timm(), inference=True)
 
 
 @facebook_model.in_module("copied")
@@ -398,8 +134,8 @@ class _Vendored(facebook_model.Backbone):
         return self.get_intermediate_layers(x)[0][:, 0]
 
 
-def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered: list[str]) -> None:
-    model, untouched = pair(filled(_Vendored(registers=2)).eval())
+def test_only_the_methods_of_a_copied_backbone_that_agree_are_answered(answered: list[str]) -> None:
+    model, untouched = accelerated_pair(filled(_Vendored(registers=2)).eval(), inference=True)
     assert not hasattr(model, "forward_features")
     x = images(1, 84, 98)
     with torch.no_grad():
@@ -417,7 +153,9 @@ def test_of_a_copied_backbone_only_the_methods_that_agree_are_answered(answered:
 
 def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
     pytest.importorskip("timm")
-    model, untouched = pair(filled(timm_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)).eval())
+    model, untouched = accelerated_pair(
+        filled(timm_model("vit_small_patch14_reg4_dinov2", dynamic_img_size=True)).eval(), inference=True
+    )
     x = images(1, 84, 98)
     calls: list[Callable[[Any], Any]] = [
         lambda m: m.forward_intermediates(x),
@@ -432,13 +170,15 @@ def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
             for found, expected in zip(tensors(ours), tensors(theirs), strict=True):
                 assert_same(found, expected)
     assert len(answered) == len(calls)
-    averaged, untouched = pair(filled(timm_model("vit_small_patch14_dinov2", global_pool="avg", num_classes=3)).eval())
+    averaged, untouched = accelerated_pair(
+        filled(timm_model("vit_small_patch14_dinov2", global_pool="avg", num_classes=3)).eval(), inference=True
+    )
     with torch.no_grad():
         assert_same(averaged(images()), untouched(images()))
     assert len(answered) == len(calls) + 1
 
 
-def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[str]) -> None:
+def test_a_forward_set_by_the_user_may_call_what_the_engine_answers(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = _timm(), _timm()
     for each in (model, untouched):
@@ -460,23 +200,9 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
     assert "forward runs its own code: it calls nothing that an engine answers" in str(acceleration_report(hub))
 
 
-def test_fused_optimizers_are_followed(some: LibraryModel) -> None:
-    model, untouched = pair(some.build())
-    for each in (model, untouched):
-        optimizer = torch.optim.AdamW(each.train().parameters(), lr=0.01, fused=True)
-        loss_of(some.calls[0](each, images())).backward()
-        optimizer.step()
-        each.eval()
-    with torch.no_grad():
-        assert_same(model(images()), untouched(images()), 1e-4)
-
-
-# What the engine does not answer
-
-
 def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
     pytest.importorskip("transformers")
-    model, untouched = pair(filled(hf("Dinov2", "Model", attention="eager")).eval())
+    model, untouched = accelerated_pair(filled(hf("Dinov2", "Model", attention="eager")).eval(), inference=True)
     masks = torch.rand(2, 25, generator=torch.Generator().manual_seed(0)) < 0.5
     calls: list[Callable[[Any], Any]] = [
         lambda m: m(images(), bool_masked_pos=masks),
@@ -493,7 +219,7 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
         for each in (model, untouched):
             setattr(each.config, name, True)
         assert_same(model(images()), untouched(images()))
-    with pytest.raises((ValueError, AttributeError)) as wanted:  # newer transformers does not check it
+    with pytest.raises((ValueError, AttributeError)) as wanted:  # newer versions of transformers do not check it
         untouched()
     with pytest.raises(wanted.type, match=re.escape(str(wanted.value))):
         model()
@@ -501,7 +227,7 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
 
 
 def test_training_mode_has_gradients(some: LibraryModel, answered: list[str]) -> None:
-    model, untouched = pair(some.build(drop_path=0.1))
+    model, untouched = accelerated_pair(some.build(drop_path=0.1), inference=True)
     ours, theirs = (gradients(each.train(), lambda m: m(images())) for each in (model, untouched))
     assert not answered
     for name, wanted in theirs.items():
@@ -509,8 +235,8 @@ def test_training_mode_has_gradients(some: LibraryModel, answered: list[str]) ->
     assert not tensors(model.eval()(images()))[0].requires_grad
 
 
-def test_hooks_that_come_later_are_heard(answered: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    model, untouched = pair(filled(hub_model()).eval())
+def test_hooks_added_later_run(answered: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model, untouched = accelerated_pair(filled(hub_model()).eval(), inference=True)
     with torch.no_grad():
         handles = [each.blocks[1].mlp.register_forward_hook(lambda m, a, out: 2 * out) for each in (model, untouched)]
         assert_same(model(images()), untouched(images()))
@@ -560,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_engine_can_be_behind_is_refused_and_left_as_it_was(case: str) -> None:
+def test_a_backbone_that_no_engine_can_compute_is_refused_and_left_as_it_was(case: str) -> None:
     pytest.importorskip("timm")
     make, reason = REFUSED[case]
     model = make().eval()
@@ -578,7 +304,7 @@ def test_wrong_options_are_refused_and_leave_the_model_as_it_was() -> None:
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_one_of_two_towers(caplog: pytest.LogCaptureFixture, answered: list[str]) -> None:
+def test_only_one_of_two_backbones_gets_an_engine(caplog: pytest.LogCaptureFixture, answered: list[str]) -> None:
     model = nn.ModuleDict({"plain": filled(hub_model()), "adapted": _adapted(filled(hub_model()))}).eval()
     untouched = copy.deepcopy(model)
     with caplog.at_level(logging.WARNING, logger="dinov2_fast"):
@@ -598,63 +324,9 @@ def test_one_of_two_towers(caplog: pytest.LogCaptureFixture, answered: list[str]
     assert len(answered) == 1
 
 
-# In other people's programs
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_the_pipeline_of_transformers(inference: bool, answered: list[str]) -> None:
-    transformers = pytest.importorskip("transformers")
-    from PIL import Image
-
-    model = filled(hf("Dinov2", "Model")).eval()
-    processor = transformers.BitImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70})
-    pixels = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
-
-    def features(model: nn.Module) -> Tensor:
-        pipeline = transformers.pipeline("image-feature-extraction", model, image_processor=processor, device="cpu")
-        return torch.tensor(pipeline(Image.fromarray(pixels)))
-
-    wanted = features(model)
-    assert_same(features(accelerate(model, inference=inference)), wanted)
-    assert len(answered) == int(inference)
-
-
-def _dense_model(name: str) -> Any:
-    """A model for dense prediction of transformers on four stages of a `Dinov2Backbone`."""
-    import transformers
-
-    reshaped = name == "UperNet"
-    stages = {"num_hidden_layers": 4, "out_indices": [0, 1, -2, -1], "reshape_hidden_states": reshaped}
-    backbone = hf("Dinov2", "Backbone", **stages).config
-    if reshaped:
-        settings = {"hidden_size": 16, "pool_scales": [1], "use_auxiliary_head": False}
-        config = transformers.UperNetConfig(backbone_config=backbone, **settings)
-        return transformers.UperNetForSemanticSegmentation(config)
-    sizes = {"patch_size": 14, "reassemble_hidden_size": 128, "neck_hidden_sizes": [8] * 4}
-    config = transformers.DepthAnythingConfig(backbone_config=backbone, fusion_hidden_size=8, **sizes)
-    return transformers.DepthAnythingForDepthEstimation(config)
-
-
-@pytest.mark.parametrize("name", ["UperNet", "DepthAnything"])
-def test_models_for_dense_prediction_take_our_backbone_and_accelerated_ones(name: str, answered: list[str]) -> None:
-    pytest.importorskip("transformers")
-    model = filled(_dense_model(name)).eval()
-    x = images(1, 70, 98)
-    with torch.no_grad():
-        wanted = model(x)
-        assert_same(accelerate(copy.deepcopy(model))(x), wanted, 1e-4)
-        assert not answered
-        assert_same(accelerate(copy.deepcopy(model), inference=True)(x), wanted, 1e-4)
-        assert answered
-        ours = dinov2_fast.Dinov2Backbone(model.backbone.config).eval()
-        ours.load_state_dict(model.backbone.state_dict())
-        model.backbone = ours
-        assert_same(model(x), wanted, 1e-4)
-
-
-def test_compiled_it_is_one_graph_of_the_blocks(answered: list[str]) -> None:
+def test_a_compiled_model_is_one_graph_of_the_accelerated_blocks(answered: list[str]) -> None:
     pytest.importorskip("timm")
-    model, untouched = pair(filled(timm_model("vit_small_patch14_dinov2")).eval())
+    model, untouched = accelerated_pair(filled(timm_model("vit_small_patch14_dinov2")).eval(), inference=True)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

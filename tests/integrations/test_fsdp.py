@@ -1,4 +1,4 @@
-"""FSDP2 on two processes (gloo, CPU): the step of a sharded accelerated model is the untouched one's on one process."""
+"""An accelerated model sharded by FSDP2 on two processes makes the training step of the untouched model on one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _train(rank: int, folder: str) -> None:
         torch.save(
             {"state": state, "report": str(acceleration_report(model)), "refusal": refusal}, f"{folder}/result.pth"
         )
-    # As in test_distributed: both wait until both are done, and leave without the interpreter's teardown.
+    # Both processes wait until both are done, and exit without the interpreter's teardown.
     store.set(f"done{rank}", "")
     store.wait([f"done{other}" for other in range(WORLD)])
     os._exit(0)

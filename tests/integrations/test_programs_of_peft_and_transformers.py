@@ -1,14 +1,17 @@
-"""Accelerated models inside other people's programs: PEFT's adapters and transformers' trainer, as released."""
+"""Accelerated models work in PEFT, and in transformers' trainer, pipeline and models for dense prediction."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import dinov2_fast
 from dinov2_fast import accelerate, acceleration_report, unaccelerate
 from tests.helpers.library_models import (
     SIZE,
@@ -21,6 +24,7 @@ from tests.helpers.library_models import (
     timm_model,
     transformers_model,
 )
+from tests.helpers.library_models import transformers_model as hf
 
 MODELS = {
     "transformers": lambda: transformers_model("Dinov2", "Model"),
@@ -30,7 +34,7 @@ MODELS = {
 
 
 def lora(model: nn.Module, **settings: Any) -> Any:
-    """With LoRA beside every linear of the blocks, its weights seeded."""
+    """`model` with LoRA beside every linear of the blocks, with seeded weights."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -76,7 +80,7 @@ class Labelled(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def fine_tune(model: Any, folder: Path, **settings: Any) -> list[float]:
-    """The losses of some steps of transformers' trainer; what it saved is loaded and compared."""
+    """The losses of six steps of transformers' trainer, whose checkpoint is loaded and compared."""
     transformers = pytest.importorskip("transformers")
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -111,3 +115,54 @@ def test_the_trainer_of_transformers(settings: dict[str, bool], tmp_path: Path) 
     assert len(losses) == 6
     assert losses == pytest.approx(expected, rel=2e-2 if "bf16" in settings else 1e-4)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_pipeline_of_transformers(inference: bool, answered: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    model = filled(hf("Dinov2", "Model")).eval()
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70})
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+
+    def features(model: nn.Module) -> Tensor:
+        pipeline = transformers.pipeline("image-feature-extraction", model, image_processor=processor, device="cpu")
+        return torch.tensor(pipeline(Image.fromarray(pixels)))
+
+    wanted = features(model)
+    assert_same(features(accelerate(model, inference=inference)), wanted)
+    assert len(answered) == int(inference)
+
+
+def _dense_model(name: str) -> Any:
+    """A model for dense prediction of transformers on four stages of a `Dinov2Backbone`."""
+    import transformers
+
+    reshaped = name == "UperNet"
+    stages = {"num_hidden_layers": 4, "out_indices": [0, 1, -2, -1], "reshape_hidden_states": reshaped}
+    backbone = hf("Dinov2", "Backbone", **stages).config
+    if reshaped:
+        settings = {"hidden_size": 16, "pool_scales": [1], "use_auxiliary_head": False}
+        config = transformers.UperNetConfig(backbone_config=backbone, **settings)
+        return transformers.UperNetForSemanticSegmentation(config)
+    sizes = {"patch_size": 14, "reassemble_hidden_size": 128, "neck_hidden_sizes": [8] * 4}
+    config = transformers.DepthAnythingConfig(backbone_config=backbone, fusion_hidden_size=8, **sizes)
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
+@pytest.mark.parametrize("name", ["UperNet", "DepthAnything"])
+def test_models_for_dense_prediction_take_our_backbone_and_accelerated_ones(name: str, answered: list[str]) -> None:
+    pytest.importorskip("transformers")
+    model = filled(_dense_model(name)).eval()
+    x = images(1, 70, 98)
+    with torch.no_grad():
+        wanted = model(x)
+        assert_same(accelerate(copy.deepcopy(model))(x), wanted, 1e-4)
+        assert not answered
+        assert_same(accelerate(copy.deepcopy(model), inference=True)(x), wanted, 1e-4)
+        assert answered
+        ours = dinov2_fast.Dinov2Backbone(model.backbone.config).eval()
+        ours.load_state_dict(model.backbone.state_dict())
+        model.backbone = ours
+        assert_same(model(x), wanted, 1e-4)
