@@ -34,7 +34,7 @@ define make_venv
 endef
 
 .PHONY: setup demo test test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
-    types bench bench-ops report gpu gpu-tiny clean broken
+    types bench report gpu gpu-tiny clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -137,11 +137,6 @@ bench: setup
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it
 	$(BENCH).ops $(CPU) --models S --sizes 224
 	$(BENCH).report
-
-# Single ops, to see on one machine what a change does: OPTIONS="-k layer_norm --benchmark-save=before", and later with
-# --benchmark-compare.
-bench-ops: setup
-	$(PY) -m pytest bench/test_ops.py --benchmark-only $(OPTIONS)
 
 # README's tables and plots, from bench/results.
 report: setup

@@ -28,9 +28,9 @@ def _compare(folder: Path, old: list[dict[str, Any]], new: list[dict[str, Any]],
 
 def test_the_ratio_and_its_range() -> None:
     a, b = _row(100, p20=80, p80=125), _row(50, p20=40, p80=64)
-    assert compare.ratio(a, b) == (50 / 100, 40 / 125, 64 / 80)
-    assert compare.ratio(a | {"unit": "ms"}, b | {"unit": "ms"}) == (100 / 50, 80 / 64, 125 / 40)
-    assert compare.ratio(_row(100, p20=None, p80=None), _row(99, p20=None, p80=None)) == (0.99, 0.99, 0.99)
+    assert compare.row_ratio_range(a, b) == (50 / 100, 40 / 125, 64 / 80)
+    assert compare.row_ratio_range(a | {"unit": "ms"}, b | {"unit": "ms"}) == (100 / 50, 80 / 64, 125 / 40)
+    assert compare.row_ratio_range(_row(100, p20=None, p80=None), _row(99, p20=None, p80=None)) == (0.99, 0.99, 0.99)
 
 
 @pytest.mark.parametrize(("new", "spread", "limit", "status", "verdict"), [*CASES, (97, 0, 0.05, 0, "slower")])
@@ -67,20 +67,20 @@ def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> Non
     path.with_name("steps.jsonl").write_text('{"step": "tests"}\n')
 
     def values(name: str) -> list[float]:
-        return [row["value"] for row in compare.load(name).values()]
+        return [row["value"] for row in compare.load_rows(name).values()]
 
     assert values(f"{path}") == values(f"{path}@{new}") == [90]
     assert (values(f"{path}@{dirty}"), values(f"{path.parent}@aa")) == ([50], [100, 100])
     assert sorted(values(f"{path.parent}")) == [90, 100]
-    with pytest.raises(ValueError, match=f"2 commits begin so; there are None, {'a' * 40}, {new}, {dirty}"):
-        compare.load(f"{path}@b")
+    with pytest.raises(ValueError, match=f"2 commits start with this; choose from None, {'a' * 40}, {new}, {dirty}"):
+        compare.load_rows(f"{path}@b")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "bad.jsonl does not exist or holds no rows"),
-        ("{", "bad.jsonl holds a line"),
+        ("{", "bad.jsonl has a line"),
         ('{"step": 1}', "a row lacks"),
     ],
 )

@@ -21,11 +21,15 @@ COMMAND = ["--device", "cpu", "--models", "tiny", "--commit", "c0ffee", "--write
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, size in ((harness, "FLUSH", 0), (roofline, "COPY", 1 << 16), (roofline, "LARGE", 32)):
+    for module, name, size in (
+        (harness, "FLUSH_BYTES", 0),
+        (roofline, "COPY_BYTES", 1 << 16),
+        (roofline, "PRODUCT_SIZE", 32),
+    ):
         monkeypatch.setattr(module, name, {"cpu": size})
-    monkeypatch.setattr(harness, "UNTIMED", 0.0)
+    monkeypatch.setattr(harness, "UNTIMED_SECONDS", 0.0)
     for module in (ops, roofline):
-        monkeypatch.setattr(module, "SECONDS", {"cpu": 0})
+        monkeypatch.setattr(module, "TIMING_SECONDS", {"cpu": 0})
 
 
 def _workload(name: str) -> Workload:
@@ -44,8 +48,8 @@ def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
 
 def _measured(workload: Workload, mode: str) -> dict[str, dict]:
     giant = replace(BACKBONES["dinov2_vitg14"], embed_dim=64, num_heads=1)
-    shape = replace(SHAPE, config=giant) if workload.of_swiglu else SHAPE
-    rows = ops.measure(ops.Case(workload, shape, mode), RATES)
+    shape = replace(SHAPE, config=giant) if workload.needs_swiglu else SHAPE
+    rows = ops.measure_case(ops.Case(workload, shape, mode), RATES)
     return {row["implementation"]: row for row in rows}
 
 
@@ -86,11 +90,11 @@ def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) ->
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
     plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))
-    assert [case.floor(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
-    assert e4m3.floor(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
-    assert plain.floor(RATES._replace(product=1e10)) == pytest.approx(24064e-9)
+    assert [case.floor_seconds(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
+    assert e4m3.floor_seconds(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
+    assert plain.floor_seconds(RATES._replace(product=1e10)) == pytest.approx(24064e-9)
     cold = lambda runs, *_, flush, **options: {name: [1e-6, 2e-6, 4e-6] for name in runs if flush}  # noqa: E731
-    monkeypatch.setattr(harness, "in_turn", cold)
+    monkeypatch.setattr(harness, "time_in_turn", cold)
     row = _measured(_workload("layer_norm.plain"), "forward")["torch"]
     assert (row["value"], row["floor_share"]) == pytest.approx((2.0, (2 * stream + 2 * vector) / 1e9 / 2e-6))
 
@@ -122,7 +126,7 @@ def test_an_implementation_gets_the_order_of_features_that_it_takes(name: str) -
     for implementation, interleaved in ((torch_s, False), (kernel, True)):
         arguments, reason = case.arguments_for(implementation)
         assert (arguments[-1], reason) == (interleaved, None)
-        results += case.run(implementation.function, arguments)()
+        results += case.make_run(implementation.function, arguments)()
     torch.testing.assert_close(*(y.float() for y in results))
 
 
@@ -157,12 +161,12 @@ def test_the_best_backend_of_a_form(times, form) -> None:
     ]
     other = rows[0] | {"value": 0.1, "implementation": "triton"}
     rows += [other | {"commit": "old"}, other | {"mode": "backward"}]
-    assert ops.best(rows, "new") == {"commit": "new", "forms": {"224": form} if form else {}}
+    assert ops.fastest_backends(rows, "new") == {"commit": "new", "forms": {"224": form} if form else {}}
 
 
 def test_the_command_measures_resumes_and_names_the_best(monkeypatch, tmp_path) -> None:
-    folder, measure, ran = tmp_path / "cpu", ops.measure, []
-    monkeypatch.setattr(ops, "measure", lambda case, *rest: ran.append(case) or measure(case, *rest))
+    folder, measure, ran = tmp_path / "cpu", ops.measure_case, []
+    monkeypatch.setattr(ops, "measure_case", lambda case, *rest: ran.append(case) or measure(case, *rest))
     command = [*COMMAND, "--results", str(tmp_path), "--sizes", "28", "--ops"]
     assert ops.main([*command, "layer_norm", "--modes", "forward"]) == 0
     before = records.read(folder / "ops.jsonl")
@@ -180,7 +184,7 @@ def test_what_the_device_was_lost_in_is_kept_and_left_out_next_time(monkeypatch,
     _against(monkeypatch, breaking=lambda x, *_: broken.append(True) or x.no_such_thing)
     monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
     command = [*COMMAND, "--sizes", "28", "--ops", "patches", "--results", str(tmp_path)]
-    for status, kept in ((records.AGAIN, {"breaking": False}), (0, {"breaking": False, "torch": True})):
+    for status, kept in ((records.EXIT_RETRY, {"breaking": False}), (0, {"breaking": False, "torch": True})):
         broken.clear()
         assert ops.main(command) == status
         rows = records.read(tmp_path / "cpu" / "ops.jsonl")

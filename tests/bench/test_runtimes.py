@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import records, runtimes
 from bench.harness import TINY
 from bench.peers import OURS, Peer
-from bench.runtimes import ONNXRUNTIME, OPENVINO, Exported
+from bench.runtimes import ONNXRUNTIME, OPENVINO, ExportedModel
 from dinov2_fast.model import DinoVisionTransformer
 from tests.reference import assert_obeys_rule
 
@@ -50,7 +50,7 @@ def test_each_output_and_shape_is_exported_once_and_leaves_no_file(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     started: list[Path] = []
     monkeypatch.setattr(runtimes, "export", lambda model, path, **settings: path.touch())
-    exported = Exported(_model(), lambda path: started.append(path) or (lambda pixels: [pixels]))
+    exported = ExportedModel(_model(), lambda path: started.append(path) or (lambda pixels: [pixels]))
     for output, batch in (("all", 1), ("cls", 1), ("cls", 2), ("cls", 1), ("all", 1)):
         exported(_images(batch, 3, 28, 28), output)
     assert len(started) == 3
@@ -58,7 +58,7 @@ def test_each_output_and_shape_is_exported_once_and_leaves_no_file(
 
 
 def test_they_refuse_what_they_cannot_run() -> None:
-    with pytest.raises(NotImplementedError, match="fp32 on a CPU"):
+    with pytest.raises(NotImplementedError, match="only in fp32 on a CPU"):
         ONNXRUNTIME.call["cls"](ONNXRUNTIME.build(TINY, _model(), 0.0), _images(1, 3, 28, 28).bfloat16())
     with pytest.raises(NotImplementedError, match="does not train"):
         ONNXRUNTIME.build(TINY, _model(), 0.3)
@@ -66,4 +66,4 @@ def test_they_refuse_what_they_cannot_run() -> None:
 
 def test_one_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "version", lambda package: None if package == "openvino" else "1")
-    assert runtimes._peer("openvino", lambda path: lambda pixels: []).missing == "openvino is not installed"
+    assert runtimes._runtime_peer("openvino", lambda path: lambda pixels: []).missing == "openvino is not installed"
