@@ -162,10 +162,9 @@ def largest_error(
         raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {shape}")
     found, expected = torch.tensor(features[sample]), check.expected(peer)[0]["the features"]
     # In bf16 the rule alone could take one image for another.
-    found_directions, expected_directions = (
-        nn.functional.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in (found, expected)
-    )
-    nearest = (found_directions @ expected_directions.T).argmax(dim=1)
+    centred = (x.double() - x.double().mean(dim=0) for x in (found, expected))
+    a, b = (nn.functional.normalize(x, dim=1) for x in centred)
+    nearest = (a @ b.T).argmax(dim=1)
     if wrong := int((nearest != torch.arange(len(found))).sum()):
         raise ValueError(f"the order is wrong: {wrong} of {len(found)} images have the features of others")
     return float(check.check(peer, {"the features": found})["outputs_max_error"])
@@ -251,9 +250,7 @@ def _parse(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--images", type=int, help="number of files")
     parser.add_argument("--workers", type=int, help="number of processes that decode")
     parser.add_argument("--batch", type=int, help="batch size")
-    parser.add_argument(
-        "--passes", type=int, default=3, help="timed passes of each implementation (default: %(default)s)"
-    )
+    parser.add_argument("--passes", type=int, default=3, help="of each implementation (default: %(default)s)")
     return harness.parse_options(parser, arguments, **DEFAULTS)
 
 

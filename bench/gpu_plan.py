@@ -53,14 +53,7 @@ MEMORY = MODEL + " --modes eager,triton --task memory --sizes 224 --outputs trai
 # each kernel has run 50 times in `tests`, and at these sizes in `ops`. One hang in 30 calls, a cautious guess, costs
 # 10 s per call.
 PLAN = [
-    Step(
-        "smoke",
-        0.2,
-        "do the extension and Triton run here",
-        "bench.gpu --smoke {smoke}",
-        every_call=True,
-        required=True,
-    ),
+    Step("smoke", 0.2, "do the extension and Triton run", "bench.gpu --smoke {smoke}", every_call=True, required=True),
     Step("warm", 0.4, "nothing: compiles the kernels of the steps below", "bench.warm kernels {warm}", every_call=True),
     Step("tests", 1.0, "which kernels are right: races, graphs, e4m3", f"{TEST} -n {{workers}} {FIRST}"),
     Step("peers", 1.0, "nothing: compiles timm", "bench.warm peers {warm}", with_previous=True, every_call=True),

@@ -183,10 +183,7 @@ TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=
 MODELS["tiny"] = TINY
 
 # Defaults of options.
-DEVICE_DEFAULTS = {
-    "cpu": {"models": "S,B", "sizes": "224,518"},
-    "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"},
-}
+DEFAULTS = {"cpu": {"models": "S,B", "sizes": "224,518"}, "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"}}
 BATCH_SIZES = {
     "throughput": {"cpu": {224: [8], 518: [8]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
     "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
@@ -197,7 +194,7 @@ BATCH_SIZES = {
 }
 
 
-def comma_list_of(known: Any) -> Callable[[str], list[Any]]:
+def list_of(known: Any) -> Callable[[str], list[Any]]:
     """A parser of comma-separated names. `known` holds the values, or maps names to them."""
     names = known if isinstance(known, dict) else {str(value): value for value in known}
 
@@ -237,9 +234,7 @@ def make_parser(module: str, docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: bench/results")
     parser.add_argument("--commit", help="the commit that is measured (default: asks git)")
     parser.add_argument("--resume", action="store_true", help="skip what --results already hold of this commit")
-    parser.add_argument(
-        "--models", type=comma_list_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg"
-    )
+    parser.add_argument("--models", type=list_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
     return parser
 
 
@@ -248,7 +243,7 @@ def parse_options(
 ) -> argparse.Namespace:
     """The options, with defaults that depend on the device."""
     device = parser.parse_known_args(arguments)[0].device
-    parser.set_defaults(**(DEVICE_DEFAULTS[device] | device_defaults.get(device, {})))
+    parser.set_defaults(**(DEFAULTS[device] | device_defaults.get(device, {})))
     return parser.parse_args(arguments)
 
 

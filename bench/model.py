@@ -40,22 +40,13 @@ from bench.tasks import Models, Scenario, Variant, print_rows, unmeasured
 from bench.training import TrainingTask
 from dinov2_fast.configs import BackboneConfig
 
-TASKS = {
-    "throughput": ForwardTask,
-    "latency": ForwardTask,
-    "host": ForwardTask,
-    "mixed": MixedTask,
-    "training": TrainingTask,
-    "memory": MemoryTask,
-}
+TASKS = dict.fromkeys(("throughput", "latency", "host"), ForwardTask)
+TASKS |= {"mixed": MixedTask, "training": TrainingTask, "memory": MemoryTask}
 HOST = {"models": "tiny", "sizes": "28", "precisions": "fp32", "modes": "eager,engine,accelerated-timm,engine-timm"}
 # Default options by task and device. On a GPU, engine-best needs the best.json that bench.ops writes.
 DEFAULTS = {
     ("throughput", "cpu"): {"modes": "eager,freezing,engine"},
-    ("throughput", "cuda"): {
-        "precisions": "bf16,fp8",
-        "modes": "eager,compile,engine,engine-best",
-    },
+    ("throughput", "cuda"): {"precisions": "bf16,fp8", "modes": "eager,compile,engine,engine-best"},
     ("latency", "cpu"): {"modes": "eager,freezing,engine"},
     ("latency", "cuda"): {"sizes": "224,518", "modes": "eager,graphs,compile,engine,engine-graphs,engine-best-graphs"},
     ("host", "cpu"): HOST,
@@ -89,7 +80,8 @@ def measure_backbone(config: BackboneConfig, options: argparse.Namespace, record
     on_cpu = options.task == "memory"  # no other model may be on the device there
     make_task = partial(MemoryTask, device=recorder.device) if on_cpu else TASKS[options.task]
     for scenario in scenarios(options, config):
-        best_backends = read_best_backends(recorder.folder, _smallest_size(scenario.resolution), scenario.precision)
+        smallest_size = int(str(scenario.resolution).partition("-")[0])
+        best_backends = read_best_backends(recorder.folder, smallest_size, scenario.precision)
         variants = unmeasured(recorder, scenario, list(variants_of(options, scenario)), best_backends)
         if variants:
             models = models or Models(config, load_ours(config, torch.device("cpu") if on_cpu else recorder.device))
@@ -104,10 +96,6 @@ def scenarios(options: argparse.Namespace, config: BackboneConfig) -> Iterator[S
         batches = options.batches or harness.batch_sizes(options.task, options.device, resolution)
         for batch, output in itertools.product(batches, options.outputs):
             yield Scenario(options.task, config, resolution, batch, output, precision)
-
-
-def _smallest_size(resolution: int | str) -> int:
-    return int(str(resolution).partition("-")[0])
 
 
 def variants_of(options: argparse.Namespace, scenario: Scenario) -> Iterator[Variant]:
@@ -152,15 +140,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="throughput", choices=TASKS)
     parser.add_argument("--sizes", type=harness.image_sizes, help="pixels, such as 224,518")
     parser.add_argument("--batches", type=harness.positive_integers, help="batch sizes, such as 1,8")
-    parser.add_argument(
-        "--outputs", type=harness.comma_list_of((*OUTPUTS, "training")), help="all,cls; for task memory also training"
-    )
-    parser.add_argument("--precisions", type=harness.comma_list_of(list(DTYPES)), help=",".join(DTYPES))
+    parser.add_argument("--outputs", type=harness.list_of((*OUTPUTS, "training")), help="all,cls; memory: training")
+    parser.add_argument("--precisions", type=harness.list_of(list(DTYPES)), help=",".join(DTYPES))
     parser.add_argument("--modes", type=modes.parse_modes, help="such as eager,compile,engine: see bench/modes.py")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing in each scenario (default: %(default)s)")
-    parser.add_argument(
-        "--implementations", type=harness.comma_list_of(names), default=list(names), help=",".join(names)
-    )
+    parser.add_argument("--implementations", type=harness.list_of(names), default=list(names), help=",".join(names))
     parser.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as another peer")
     task = parser.parse_known_args(arguments)[0].task
     outputs = {"outputs": OUTPUT_DEFAULTS.get(task, "all,cls")}

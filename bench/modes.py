@@ -34,12 +34,7 @@ from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import use_backend
 
 # The dtype of weights and images. In fp8 only the engine runs, which quantises the weights itself.
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.bfloat16,
-}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 COMPILE_MODES = ("compile", "freezing")
 BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
 ENGINE_MODE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")

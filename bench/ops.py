@@ -44,9 +44,7 @@ BEST = "best.json"
 BATCH_TOKENS = {"cpu": 512, "cuda": 65536}
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 TIMING_SECONDS = {"cpu": 0.1, "cuda": 0.2}  # of timing in each case
-BACKWARD_FLOPS = (
-    2.5  # times the forward ones. Only attention has products in its backward: five, where the forward has two
-)
+BACKWARD_FLOPS = 2.5  # times those of the forward. Only attention's backward has products: five, its forward has two
 
 
 @dataclass(frozen=True)
@@ -267,9 +265,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     forms = [f"{workload.op}.{workload.form}" for workload in WORKLOADS]
     parser = harness.make_parser("ops", __doc__)
     ops_help = f"some of {','.join(names)}, or forms such as attention.batch"
-    parser.add_argument("--ops", type=harness.comma_list_of([*names, *forms]), default=names, help=ops_help)
+    parser.add_argument("--ops", type=harness.list_of([*names, *forms]), default=names, help=ops_help)
     parser.add_argument("--sizes", type=harness.image_sizes, help="pixels, such as 224,518")
-    parser.add_argument("--modes", type=harness.comma_list_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
+    parser.add_argument("--modes", type=harness.list_of(MODES), default=MODES, help=f"default: {','.join(MODES)}")
     return harness.parse_options(parser, arguments)
 
 

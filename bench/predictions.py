@@ -43,8 +43,10 @@ SPEEDS: dict[str, dict[int, float]] = {
 KernelNames = tuple[str, ...]  # keys of SPEEDS; the fastest is used
 LINEAR_TORCH, LINEAR_CUDA, LINEAR_TRITON = ("linear torch",), ("linear cuda",), ("linear triton",)
 GELU_CUBLAS = ("linear.gelu cublas",)
+FC1_FUSED = GELU_CUBLAS + LINEAR_CUDA
 ATTENTION_TORCH, ATTENTION_TRITON = ("attention torch",), ("attention triton",)
-ANY_ATTENTION = (*ATTENTION_TORCH, *ATTENTION_TRITON, "attention cuda")
+ATTENTION_EITHER = ATTENTION_TORCH + ATTENTION_TRITON
+ATTENTION_ANY = (*ATTENTION_EITHER, "attention cuda")
 
 
 class LayerDesign(NamedTuple):
@@ -69,13 +71,11 @@ DESIGNS = PEERS | {
     "engine": LayerDesign(2, 3, 8, 40 / 3),
     "engine-triton": LayerDesign(2, 1, 0, 0, 0, LINEAR_TRITON, LINEAR_TRITON, ATTENTION_TRITON),
     "A: residual, GELU, SwiGLU cublas": LayerDesign(2, 1, 0, 8, 0, LINEAR_TORCH, GELU_CUBLAS),
-    "B: A, SwiGLU cuda, attention triton": LayerDesign(
-        2, 1, 0, 0, 0, LINEAR_TORCH, GELU_CUBLAS + LINEAR_CUDA, ATTENTION_TORCH + ATTENTION_TRITON
-    ),
-    "C: B, attention cuda": LayerDesign(2, 1, 0, 0, 0, LINEAR_TORCH, GELU_CUBLAS + LINEAR_CUDA, ANY_ATTENTION),
+    "B: A, SwiGLU cuda, attention triton": LayerDesign(2, 1, 0, 0, 0, LINEAR_TORCH, FC1_FUSED, ATTENTION_EITHER),
+    "C: B, attention cuda": LayerDesign(2, 1, 0, 0, 0, LINEAR_TORCH, FC1_FUSED, ATTENTION_ANY),
     "fp8, cublas, activation triton": LayerDesign(1.5, 3, 6, 20 / 3, 1.5, e4m3=True),
     "fp8, cuda": LayerDesign(1.5, 1, 0, 0, 1.5, LINEAR_CUDA, LINEAR_CUDA, e4m3=True),
-    "fp8, cuda, attention as C": LayerDesign(1.5, 1, 0, 0, 1.5, LINEAR_CUDA, LINEAR_CUDA, ANY_ATTENTION, e4m3=True),
+    "fp8, cuda, attention as C": LayerDesign(1.5, 1, 0, 0, 1.5, LINEAR_CUDA, LINEAR_CUDA, ATTENTION_ANY, e4m3=True),
 }
 
 
@@ -143,33 +143,26 @@ def counts(steps: list[LayerStep]) -> tuple[float, float, float]:
 
 def tables() -> str:
     """All tables, in Markdown."""
-    models = {
-        name: [
-            model_steps(design, shape, "all" if name in PEERS else OUTPUTS[shape.resolution])
-            for shape in SHAPES.values()
-        ]
-        for name, design in DESIGNS.items()
-    }
+
+    def steps_of(name: str, shape: Shape) -> list[LayerStep]:
+        return model_steps(DESIGNS[name], shape, "all" if name in PEERS else OUTPUTS[shape.resolution])
 
     def count_cells(name: str, column: int) -> list[str]:
-        layers = [layer_steps(DESIGNS[name], shape) for shape in SHAPES.values()]
-        pairs = zip(layers, models[name], strict=True)
+        pairs = ((layer_steps(DESIGNS[name], shape), steps_of(name, shape)) for shape in SHAPES.values())
         return [" / ".join(number(counts(steps)[column]) for steps in pair) for pair in pairs]
 
-    speeds = [
-        [name, ", ".join(f"{size}: {speed:g}" for size, speed in sizes.items())] for name, sizes in SPEEDS.items()
-    ]
+    speeds = [[name, ", ".join(f"{size}: {speed:g}" for size, speed in by.items())] for name, by in SPEEDS.items()]
     amounts = [[f"GFLOP of products, {name}", *count_cells(name, 0)] for name in ("timm compile", "engine-triton")]
     amounts += [[f"GFLOP of attention, {name}", *count_cells(name, 1)] for name in ("timm compile", "engine-triton")]
     same_bytes: dict[tuple[str, ...], list[str]] = {}  # the designs that move as many bytes share a line
     for name in DESIGNS:
         same_bytes.setdefault(tuple(count_cells(name, 2)), []).append(name)
     amounts += [[f"MB, {'; '.join(names)}", *cells] for cells, names in same_bytes.items()]
-    compiled = [seconds(steps) for steps in models.pop("timm compile")]
+    pass_seconds = {name: [seconds(steps_of(name, shape)) for shape in SHAPES.values()] for name in DESIGNS}
+    compiled = pass_seconds.pop("timm compile")
     times = [["images/s of timm compile", *(number(1 / each) for each in compiled)]]
-    for name, steps_by_shape in models.items():
-        ratios = [peer / seconds(steps) for peer, steps in zip(compiled, steps_by_shape, strict=True)]
-        times.append([f"times that, {name}", *map("{:.2f}".format, ratios)])
+    for name, each in pass_seconds.items():
+        times.append([f"times that, {name}", *(f"{peer / own:.2f}" for peer, own in zip(compiled, each, strict=True))])
     head = ("row of `bench.ops`", "by in_features: share of a large product; by tokens: TFLOP/s")
     every = (head, speeds), (("a layer / a model", *SHAPES), amounts), (("a model", *SHAPES), times)
     return "\n".join(markdown_table(*table) for table in every)

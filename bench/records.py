@@ -54,12 +54,8 @@ MISSING_PREFIX = "missing: "
 LOST_PREFIX = "failed: the device could not be used after this: "
 EXIT_RETRY = 75  # exit status (EX_TEMPFAIL) of a benchmark that lost the device: a new process can measure the rest
 SENSOR_SECONDS = 5.0  # how long a reading of the sensors is reused
-SENSORS = {
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "temperature_c": "temperature.gpu",
-    "power_w": "power.draw",
-}
+SENSORS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem"}  # by the names of nvidia-smi
+SENSORS |= {"temperature_c": "temperature.gpu", "power_w": "power.draw"}
 
 
 class DeviceLost(Exception):
@@ -306,14 +302,13 @@ def _cpu_name() -> str:
 
 def current_commit() -> str | None:
     """The commit of the checkout, with "-dirty" if its code is changed; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except subprocess.CalledProcessError:
         return None
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return head.stdout.strip() + ("-dirty" if changed.stdout else "")

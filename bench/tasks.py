@@ -52,16 +52,8 @@ class Scenario:
 
     def row_keys(self, peer: Peer, mode: str) -> Row:
         """The keys of a row that say what it measures."""
-        return {
-            "task": self.task,
-            "model": self.config.name,
-            "resolution": self.resolution,
-            "batch": self.batch,
-            "output": self.output,
-            "precision": self.precision,
-            "implementation": peer.name,
-            "mode": mode,
-        }
+        keys = {key: getattr(self, key) for key in ("task", "resolution", "batch", "output", "precision")}
+        return keys | {"model": self.config.name, "implementation": peer.name, "mode": mode}
 
     def __str__(self) -> str:
         output = {"all": "all tokens", "cls": "class token"}.get(self.output, self.output)
@@ -235,12 +227,10 @@ def unmeasured(
     recorder: Recorder, scenario: Scenario, variants: list[Variant], best_backends: str | None
 ) -> list[Variant]:
     """The variants to measure, without those that lost the device. Empty if every row that can be measured exists."""
-    if all(
-        reason_missing(peer, mode, best_backends) or recorder.has(**scenario.row_keys(peer, mode))
-        for peer, mode in variants
-    ):
+    rows = {variant: scenario.row_keys(*variant) for variant in variants}
+    if all(reason_missing(*variant, best_backends) or recorder.has(**row) for variant, row in rows.items()):
         return []
-    return [(peer, mode) for peer, mode in variants if not recorder.lost_in(**scenario.row_keys(peer, mode))]
+    return [variant for variant, row in rows.items() if not recorder.lost_in(**row)]
 
 
 def print_rows(title: str, rows: list[Row]) -> None:

@@ -132,12 +132,8 @@ def checked_parameters(config: BackboneConfig) -> list[str]:
     """The parameters whose gradients are checked, by our names."""
     last_block = config.depth - 1
     fc2 = "fc2" if config.ffn_layer == "mlp" else "w3"
-    return [
-        "patch_embed.proj.weight",
-        f"blocks.{config.depth // 2}.attn.qkv.weight",
-        f"blocks.{last_block}.mlp.{fc2}.weight",
-        "norm.weight",
-    ]
+    of_blocks = [f"blocks.{config.depth // 2}.attn.qkv.weight", f"blocks.{last_block}.mlp.{fc2}.weight"]
+    return ["patch_embed.proj.weight", *of_blocks, "norm.weight"]
 
 
 def floor_seconds(scenario: Scenario, rates: roofline.Rates) -> float:

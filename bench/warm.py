@@ -63,9 +63,6 @@ def forward_scenarios(arguments: list[str]) -> Iterator[tuple[Any, list[str]]]:
                 yield where, options.modes
 
 
-# Kernels
-
-
 def kernel_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
     """Jobs for the engines, bench.ops and the tests marked gpu_first. The longest come first."""
     for module, *arguments in commands:
@@ -171,9 +168,6 @@ def building_launchers() -> Iterator[None]:
         yield
 
 
-# Peers
-
-
 def peer_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
     for module, *arguments in commands:
         for where, names in forward_scenarios(arguments) if module == "bench.model" else ():
@@ -191,9 +185,6 @@ def compile_peer(name: str, resolution: int, batch: int, output: str, precision:
     arguments = [part for option, value in options.items() for part in (f"--{option}", str(value))]
     subprocess.run([sys.executable, "-m", "bench.model", *arguments], check=True)
     return 1
-
-
-# The command
 
 
 def hide_gpu() -> None:
