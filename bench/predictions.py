@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bench.harness import MODELS
-from bench.report import markdown_table, number
+from bench.report import format_number, markdown_table
 from bench.roofline import CLASS_TOKEN_LAYERS, Rates, forward_work
 from bench.workloads import Shape, attention_flops
 
@@ -149,7 +149,7 @@ def tables() -> str:
 
     def count_cells(name: str, column: int) -> list[str]:
         pairs = ((layer_steps(DESIGNS[name], shape), steps_of(name, shape)) for shape in SHAPES.values())
-        return [" / ".join(number(counts(steps)[column]) for steps in pair) for pair in pairs]
+        return [" / ".join(format_number(counts(steps)[column]) for steps in pair) for pair in pairs]
 
     speeds = [[name, ", ".join(f"{size}: {speed:g}" for size, speed in by.items())] for name, by in SPEEDS.items()]
     amounts = [[f"GFLOP of products, {name}", *count_cells(name, 0)] for name in ("timm compile", "engine-triton")]
@@ -160,7 +160,7 @@ def tables() -> str:
     amounts += [[f"MB, {'; '.join(names)}", *cells] for cells, names in same_bytes.items()]
     pass_seconds = {name: [seconds(steps_of(name, shape)) for shape in SHAPES.values()] for name in DESIGNS}
     compiled = pass_seconds.pop("timm compile")
-    times = [["images/s of timm compile", *(number(1 / each) for each in compiled)]]
+    times = [["images/s of timm compile", *(format_number(1 / each) for each in compiled)]]
     for name, each in pass_seconds.items():
         times.append([f"times that, {name}", *(f"{peer / own:.2f}" for peer, own in zip(compiled, each, strict=True))])
     head = ("row of `bench.ops`", "by in_features: share of a large product; by tokens: TFLOP/s")

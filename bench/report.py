@@ -24,13 +24,7 @@ BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of s
 OURS = "dinov2_fast"
 TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
 PLOTTED = {"throughput": -1, "latency": 0}  # the index of the batch size that README shows: the largest, the smallest
-SCENARIO = (
-    "model",
-    "resolution",
-    "precision",
-    "output",
-    "batch",
-)  # the columns that say what all implementations computed
+LABEL_KEYS = ("model", "resolution", "precision", "output", "batch")  # the columns that name a scenario
 ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people run comes first
 HEADINGS = {"resolution": "pixels"}
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
@@ -68,28 +62,28 @@ class Comparison:
     """The rows of one task, scenario and unit.
 
     Attributes:
-        values: the rows, the best first.
-        rows: the same by implementation, ours first.
+        ranked: the rows, the best first.
+        by_name: the same rows by implementation, ours first.
         share: our best row's share of the floor.
         ratio: how many times better our best row is than a peer's best.
         accelerated: how many times better each peer's model is with our blocks in it, both eager.
         floor: the floor in the unit of the rows.
     """
 
-    def __init__(self, values: list[Row]) -> None:
-        self.scenario = tuple(values[0][key] for key in SCENARIO)
-        self.task, self.unit = values[0]["task"], values[0]["unit"]
+    def __init__(self, rows: list[Row]) -> None:
+        self.scenario = tuple(rows[0][key] for key in LABEL_KEYS)
+        self.task, self.unit = rows[0]["task"], rows[0]["unit"]
         self.less_is_better = self.unit in records.LESS_IS_BETTER
-        self.values = sorted(values, key=lambda row: row["value"], reverse=not self.less_is_better)
-        names = dict.fromkeys([OURS, *(row["implementation"] for row in values)])
-        self.rows = {name: [row for row in self.values if row["implementation"] == name] for name in names}
-        ours, peers = self.rows[OURS], [row for row in self.values if row["implementation"] != OURS]
+        self.ranked = sorted(rows, key=lambda row: row["value"], reverse=not self.less_is_better)
+        names = dict.fromkeys([OURS, *(row["implementation"] for row in rows)])
+        self.by_name = {name: [row for row in self.ranked if row["implementation"] == name] for name in names}
+        ours, peers = self.by_name[OURS], [row for row in self.ranked if row["implementation"] != OURS]
         self.ratio = records.row_ratio(ours[0], peers[0]) if ours and peers else None
         self.share = ours[0]["floor_share"] if ours else None
         modes, eager = {row["mode"]: row for row in ours}, [row for row in peers if row["mode"] == "eager"]
         pairs = [(modes.get(f"accelerated-{row['implementation']}"), row) for row in eager]
         self.accelerated = [records.row_ratio(with_ours, without) for with_ours, without in pairs if with_ours]
-        shares = [(row["value"], row["floor_share"]) for row in values if row["floor_share"]]
+        shares = [(row["value"], row["floor_share"]) for row in rows if row["floor_share"]]
         self.floor = next((value * share if self.less_is_better else value / share for value, share in shares), None)
 
     @property
@@ -103,7 +97,7 @@ class Comparison:
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     """Rows with a value by scenario and unit. Numbers ascend, names are in ORDER, and unknown names come last."""
     values = [row for row in rows if row["value"] is not None]
-    groups = grouped(values, lambda row: (row["unit"], *(row[key] for key in SCENARIO)))
+    groups = grouped(values, lambda row: (row["unit"], *(row[key] for key in LABEL_KEYS)))
     return sorted(map(Comparison, groups), key=lambda comparison: [_rank(value) for value in comparison.scenario])
 
 
@@ -153,7 +147,11 @@ def rates_sentence(rows: list[Row]) -> str:
     parts = []
     for name, (what, unit, scale) in units.items():
         values = sorted({rate for row in rows if (rate := records.lookup(row, name))})
-        span = " to ".join(dict.fromkeys(number(value / scale) for value in (values[0], values[-1]))) if values else ""
+        span = (
+            " to ".join(dict.fromkeys(format_number(value / scale) for value in (values[0], values[-1])))
+            if values
+            else ""
+        )
         parts += [f"{what} reaches {span} {unit}"] if values else []
     return f"Here {', '.join(parts)}." if parts else ""
 
@@ -221,19 +219,19 @@ def _not_measured(rows: list[Row]) -> Iterator[str]:
         modes.setdefault((row["implementation"], why), []).append(row["mode"] or "eager")
     if modes:
         yield "Not measured:\n"
-        for (name, why), of_rows in modes.items():
-            yield f"- {name}, {', '.join(dict.fromkeys(of_rows))}: `{why}` ({len(of_rows)} rows)"
+        for (name, why), names in modes.items():
+            yield f"- {name}, {', '.join(dict.fromkeys(names))}: `{why}` ({len(names)} rows)"
         yield ""
 
 
 def table(chosen: list[Comparison], best_only: bool = False) -> str:
     """A line for each scenario: the values of each implementation, in its best mode or in all, and our ratio."""
-    names = list(dict.fromkeys(name for each in chosen for name in each.rows))
+    names = list(dict.fromkeys(name for each in chosen for name in each.by_name))
     share = "device busy" if chosen[0].task == "extraction" else "share of the floor"
     ratio = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
-    head, lines = [*(HEADINGS.get(key, key) for key in SCENARIO), *names, ratio, share], []
+    head, lines = [*(HEADINGS.get(key, key) for key in LABEL_KEYS), *names, ratio, share], []
     for each in chosen:
-        rows = [each.rows.get(name, [])[: 1 if best_only else None] for name in names]
+        rows = [each.by_name.get(name, [])[: 1 if best_only else None] for name in names]
         cells = ["<br>".join(map(_value, same_name)) or "–" for same_name in rows]
         lines.append([*each.labels, *cells, _or_dash(each.ratio, "{:.2f}"), _or_dash(each.share, "{:.0%}")])
     return markdown_table(head, lines)
@@ -245,14 +243,14 @@ def markdown_table(head: Sequence[str], lines: list[list[str]]) -> str:
 
 
 def _value(row: Row) -> str:
-    return number(row["value"]) + (f" ({row['mode']})" if row["mode"] not in (None, "eager") else "")
+    return format_number(row["value"]) + (f" ({row['mode']})" if row["mode"] not in (None, "eager") else "")
 
 
 def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """A number with at least three digits and all digits before the point; integers unchanged."""
     if isinstance(value, int):
         return str(value)
@@ -292,7 +290,7 @@ def save_plot(chosen: list[Comparison], path: Path) -> None:
 
 def digest(chosen: list[Comparison]) -> str:
     """A digest of the rows that a plot shows."""
-    return hashlib.sha256(json.dumps([each.values for each in chosen], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([each.ranked for each in chosen], sort_keys=True).encode()).hexdigest()
 
 
 def draw(chosen: list[Comparison]) -> Any:
@@ -302,23 +300,23 @@ def draw(chosen: list[Comparison]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    lines, bars = -(-len(chosen) // COLUMNS), max(len(each.rows) for each in chosen)
+    lines, bars = -(-len(chosen) // COLUMNS), max(len(each.by_name) for each in chosen)
     figure = Figure((WIDTH, HEAD + lines * (HEAD + BAR * bars)), dpi=100, layout="constrained")
     panels = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
     for axes, comparison in zip(panels, chosen, strict=False):
         _panel(axes, comparison)
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
-    what, source = chosen[0].task.capitalize(), provenance([row for each in chosen for row in each.values])
+    what, source = chosen[0].task.capitalize(), provenance([row for each in chosen for row in each.ranked])
     how = f"{_unit(chosen)}, best modes; bold: ours against the best peer; black: the floor"
     figure.suptitle(f"{what}, {how}\n{source}", fontsize=8)
     return figure
 
 
 def _panel(axes: Any, comparison: Comparison) -> None:
-    best = {name: rows[0]["value"] for name, rows in comparison.rows.items() if rows}
+    best = {name: rows[0]["value"] for name, rows in comparison.by_name.items() if rows}
     colours = ["#0b5fa5" if name == OURS else "#b8bcc4" for name in best]
-    axes.barh([f"{name}  {number(value)}" for name, value in best.items()], list(best.values()), color=colours)
+    axes.barh([f"{name}  {format_number(value)}" for name, value in best.items()], list(best.values()), color=colours)
     if comparison.floor:
         axes.axvline(comparison.floor, color="black", linewidth=1.4)
     axes.set_title("{}, {} px, {}, {}, batch {}".format(*comparison.labels), loc="left", fontsize=8)

@@ -1,4 +1,4 @@
-"""bench.compare: what got slower is named and fails, noise does not, and nothing is left out in silence."""
+"""bench.compare: rows that got slower are named and fail, noise does not, and rows that are not compared are listed."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def test_the_ratio_and_its_range() -> None:
 @pytest.mark.parametrize(("new", "spread", "limit", "status", "verdict"), [*CASES, (97, 0, 0.05, 0, "slower")])
 def test_only_a_loss_beyond_spread_and_threshold_fails(new, spread, limit, status, verdict, tmp_path, capsys) -> None:
     assert _compare(tmp_path, [_row(spread=spread)], [_row(new, spread)], f"--threshold={limit}") == status
-    said = capsys.readouterr().out
-    assert f"1 {verdict}" in said
-    assert (f"SLOWER by more than {limit}: {NAME.format(8)}: 0.9" in said) == bool(status)
+    output = capsys.readouterr().out
+    assert f"1 {verdict}" in output
+    assert (f"SLOWER by more than {limit}: {NAME.format(8)}: 0.9" in output) == bool(status)
 
 
-def test_nothing_is_left_out_in_silence(tmp_path, capsys) -> None:
+def test_rows_that_cannot_be_compared_are_listed(tmp_path, capsys) -> None:
     old = [_row(), _row(batch=2), _row(batch=3), _row(batch=4)]
     new = [_row(50, gpu="H200"), _row(batch=2) | {"value": None}, _row(batch=3, unit="ms"), _row(model=None)]
     assert _compare(tmp_path, old, new) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "NOT THE SAME: gpu: None in A, H200, None in B",
         f"{NAME.format(8)}: 100.000 -> 50.000 images/s, 0.500 (0.490 to 0.510), slower",
@@ -55,10 +55,10 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys) -> None:
         "not compared: throughput 224 8 all fp32 dinov2_fast eager: only B has a value",
         "throughput, dinov2_fast: geometric mean 0.500 of 1 rows",
     ):
-        assert f"{line}\n" in said
+        assert f"{line}\n" in output
 
 
-def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> None:
+def test_a_commit_is_chosen_by_its_first_digits_or_is_the_newest(tmp_path) -> None:
     path = tmp_path / "me@home" / "throughput.jsonl"
     new, dirty = "b" * 40, "b" * 40 + "-dirty"
     for commit, value, date in ((new, 90, 3), (dirty, 50, 2), ("a" * 40, 100, 1), (None, 30, 1)):
@@ -77,16 +77,16 @@ def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "bad.jsonl does not exist or holds no rows"),
         ("{", "bad.jsonl has a line"),
         ('{"step": 1}', "a row lacks"),
     ],
 )
-def test_a_bad_file_is_refused(text, said, tmp_path, capsys) -> None:
+def test_a_bad_file_is_refused(text, expected, tmp_path, capsys) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
     assert compare.main([str(tmp_path / "bad.jsonl"), str(tmp_path / "bad.jsonl")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench.compare: ")
-    assert said in error
+    assert expected in error

@@ -1,4 +1,4 @@
-"""bench.model: peers share weights, wrong results are refused, what stops one stops no other, rows are kept."""
+"""bench.model: peers share weights, wrong results are refused, a failure stops no other peer, rows are saved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def _models(config: BackboneConfig = CONFIG) -> Models:
     torch.manual_seed(0)
     ours = DinoVisionTransformer(**config.constructor_arguments()).eval()
-    torch.nn.init.normal_(ours.pos_embed)  # so that each way of resampling positions gives other outputs
+    torch.nn.init.normal_(ours.pos_embed)  # so that each way of resampling positions gives different outputs
     return Models(config, ours)
 
 
@@ -101,7 +101,7 @@ def test_wrong_outputs_are_refused_and_the_others_are_timed(tmp_path: Path) -> N
     ]
 
 
-def test_a_peer_may_err_more_than_ours() -> None:
+def test_a_peer_may_have_larger_errors_than_ours() -> None:
     (row,) = _measure(OURS)
     four_times = _off(lambda y: y * (1 + 4 * row["outputs_max_error"]))
     ours, peer = _measure(_peer(OURS.name, to_tensor=four_times), _peer("peer", to_tensor=four_times))
@@ -110,7 +110,7 @@ def test_a_peer_may_err_more_than_ours() -> None:
 
 
 @pytest.mark.parametrize("task", ["throughput", "training"])
-def test_each_precision_is_held_to_its_own_error(task: str) -> None:
+def test_errors_are_compared_with_those_of_the_same_precision(task: str) -> None:
     right, wrong = _measure(OURS, _peer("x", to_tensor=_off(lambda y: y + 0.5)), precision="bf16", task=task)
     assert right["value"] > 0
     assert right["outputs_max_error"] > 1e-4
@@ -118,7 +118,7 @@ def test_each_precision_is_held_to_its_own_error(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["throughput", "mixed"])
-def test_fp8_is_held_to_the_cosine_with_fp32(task: str) -> None:
+def test_fp8_is_checked_by_the_cosine_with_fp32(task: str) -> None:
     nan = _peer("nan", to_tensor=_off(lambda y: y * float("nan"), "cls"))
     scenario = dataclasses.replace(SCENARIO, resolution="28-56" if task == "mixed" else 56, output="cls")
     right, *wrong = _measure((OURS, "engine"), (nan, "engine"), scenario=scenario, task=task, precision="fp8")
@@ -127,7 +127,7 @@ def test_fp8_is_held_to_the_cosine_with_fp32(task: str) -> None:
         assert records.reason(wrong[0]).startswith("refused: the cosine of a token with that in fp32 is nan")
 
 
-def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
+def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out() -> None:
     called: list[str] = []
 
     def fails_in_round_three() -> None:
@@ -143,7 +143,7 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     assert "".join(called) == "abbcbbcacabbabbbbaabb"[: len(called)]
     assert (stopped, [len(taken) for taken in times.values()]) == (["c"], [5, 5])
     called.clear()
-    clock = iter([0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99])  # it goes on for 50 ms, two calls; then one is timed
+    clock = iter([0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99])  # two untimed calls in 50 ms, then a timed one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "UNTIMED_SECONDS", 0.05)
         patch.setattr(harness.time, "perf_counter", lambda: next(clock))
@@ -155,7 +155,7 @@ def test_runs_take_turns_and_one_that_fails_meanwhile_is_left_out() -> None:
     assert fine["value"] > 0
 
 
-def test_one_error_may_be_larger_than_in_tests_but_not_their_norm() -> None:
+def test_the_largest_error_may_exceed_that_of_the_tests_but_not_the_norm() -> None:
     exact = torch.randn(1000, dtype=torch.float64)
     torchs, one, all_of_them = exact + 1e-6, exact + 1e-6, exact + 2.5e-6
     one[0] += 1.5e-6
@@ -170,7 +170,7 @@ def test_one_error_may_be_larger_than_in_tests_but_not_their_norm() -> None:
         harness.obeys_rule(one, exact, torchs)
 
 
-def test_modes_go_to_whom_they_are_for() -> None:
+def test_each_mode_is_run_by_the_right_peers() -> None:
     pytest.importorskip("timm")
     among = [OURS, peers.TRANSFORMERS, TIMM, *peers.ACCELERATED_PEERS.values()]
 
@@ -241,7 +241,7 @@ def test_a_forced_backend_is_strict_and_a_graph_is_captured_as_the_engine_does(m
     assert row["value"] > 0
 
 
-def test_a_device_that_answers_only_errors_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_answers_only_with_errors_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([True, False, True, True])
 
     def synchronize(device: torch.device) -> None:
@@ -249,12 +249,12 @@ def test_a_device_that_answers_only_errors_is_lost(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert not records.is_lost(torch.device("cuda"))  # the first error may be about what is over
+    assert not records.is_lost(torch.device("cuda"))  # the first error may belong to an earlier call
     assert records.is_lost(torch.device("cuda"))
     assert not records.is_lost(CPU)
 
 
-def test_a_lost_device_ends_the_command_and_what_it_was_lost_in_is_left_out_next_time(
+def test_a_lost_device_ends_the_command_and_resuming_skips_what_lost_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = _peer("timm", call=_raising(RuntimeError("CUDA error: an illegal memory access")))
@@ -286,7 +286,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("task", COMMANDS)
-def test_a_command_keeps_its_rows_and_resumes(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_saves_its_rows_and_resumes(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
     threads = torch.get_num_threads()
     command = ["--task", task, "--models", "tiny", "--sizes", "28", "--seconds", "0", "--device", "cpu", "--write"]
@@ -319,15 +319,13 @@ def test_a_command_keeps_its_rows_and_resumes(task: str, tmp_path: Path, capsys:
         (["--outputs", "training"], "an output of task memory"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_refuses_wrong_options(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         model.main(["--device", "cpu", *arguments])
     assert said in capsys.readouterr().err
 
 
-def test_images_of_many_sizes_have_the_class_tokens_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_many_sizes_give_the_class_tokens_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     scenario = Scenario("mixed", CONFIG, "28-56", 7, "cls", "fp32")
     variants = (OURS, (OURS, "engine"), _peer("other"))
     rows = _measure(*variants, scenario=scenario)
@@ -341,14 +339,14 @@ def test_images_of_many_sizes_have_the_class_tokens_of_a_loop(monkeypatch: pytes
 
 def _with_hook(name: str, change: Callable[[Tensor], Tensor]) -> Any:
     def build(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
-        made = OURS.build(config, ours, drop_path)
-        made.get_parameter(name).register_hook(change)
-        return made
+        built = OURS.build(config, ours, drop_path)
+        built.get_parameter(name).register_hook(change)
+        return built
 
     return build
 
 
-def test_wrong_gradients_are_refused_and_so_is_a_model_that_did_not_stay_finite() -> None:
+def test_wrong_gradients_and_parameters_that_are_not_finite_are_refused() -> None:
     scenario = dataclasses.replace(SCENARIO, task="training", batch=3)
     changes = (lambda g: g * (1 + 1e-4), lambda g: g.index_fill(0, torch.tensor([40]), 0), lambda g: g * 0, torch.sqrt)
     wrong = [
@@ -384,7 +382,7 @@ def test_steps_are_timed_with_the_same_stochastic_depth() -> None:
         assert built.training
 
 
-def test_the_floor_of_training_is_the_formula() -> None:
+def test_the_floor_of_training_follows_its_formula() -> None:
     scenario = Scenario("training", BACKBONES["dinov2_vits14"], 224, 8, "all", "bf16")
     kept = 5 / 8
     patches = 2 * 8 * 256 * 588 * 384

@@ -1,4 +1,4 @@
-"""The model of costs: its bytes, operations and times are those worked out by hand, and NOTES.md has its tables."""
+"""The predictions: bytes, operations and times equal those computed by hand, and NOTES.md has the tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRANSFERS = {
     "fp8, cuda": lambda h, gelu: 2 * (1.5 + 1) + 1.5,
     "fp8, cuda, attention as C": lambda h, gelu: 2 * (1.5 + 1) + 1.5,
 }
-# MB of a layer and an image, worked out apart from this code: S, B, L and g at 224 px, then at 518 px.
+# MB of a layer and an image, computed independently of this code: S, B, L and g at 224 px, then at 518 px.
 MEGABYTES = {
     "timm eager": (4.34, 8.68, 11.6, 21.6, 23.2, 46.3, 61.7, 115),
     "timm compile": (3.16, 6.32, 8.42, 12.6, 16.8, 33.7, 44.9, 67.3),
@@ -39,7 +39,7 @@ def _moved(name: str, size: str) -> float:
     return predictions.counts(predictions.layer_steps(DESIGNS[name], SHAPES[size]))[2] * 1e6
 
 
-def test_the_bytes_of_each_programme_are_what_its_kernels_read_and_write() -> None:
+def test_the_bytes_of_each_design_are_what_its_kernels_read_and_write() -> None:
     assert TRANSFERS.keys() == DESIGNS.keys()
     for name, count in TRANSFERS.items():
         assert _moved(name, "B 518") / (2 * 1370 * 768) == pytest.approx(count(4, gelu=True)), name
@@ -49,7 +49,7 @@ def test_the_bytes_of_each_programme_are_what_its_kernels_read_and_write() -> No
 
 
 @pytest.mark.parametrize("name", DESIGNS)
-def test_the_operations_are_those_of_the_floor_and_no_programme_is_faster(name: str, monkeypatch) -> None:
+def test_operations_equal_those_of_the_floor_and_no_design_is_faster(name: str, monkeypatch) -> None:
     design = DESIGNS[name]
     cases = list(itertools.product(SHAPES.values(), ("all", "cls")))
     floors = [
@@ -78,7 +78,7 @@ def test_the_operations_are_those_of_the_floor_and_no_programme_is_faster(name: 
         assert times_the_floor()[-8:] == pytest.approx([1] * 8)  # at 518 px
 
 
-def test_times_are_those_worked_out_by_hand() -> None:
+def test_times_equal_those_computed_by_hand() -> None:
     torch, cuda, gelu = (SPEEDS[name] for name in ("linear torch", "linear cuda", "linear.gelu cublas"))
     cudnn, triton = (1e12 * SPEEDS[f"attention {name}"][257] for name in ("torch", "triton"))
     transfer = 2 * 257 * 384 / (ELEMENTWISE * H200.copy)

@@ -1,4 +1,4 @@
-"""bench.report: README, the tables and the plots show what was measured, all of it and nothing else."""
+"""bench.report: README, tables and plots show all measured values and nothing else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_folder_of_a_device_shows_what_was_measured(device: Device) -> None:
             assert image.text["rows"] == report.digest(chosen), "run: python -m bench.report"
 
 
-def test_each_implementation_counts_with_its_best_mode() -> None:
+def test_ratios_compare_the_best_mode_of_each_implementation() -> None:
     rows = [
         ROW | {"floor_share": 0.375},
         ROW | {"mode": "engine", "value": 40.0, "floor_share": 0.5},
@@ -60,7 +60,7 @@ def test_each_implementation_counts_with_its_best_mode() -> None:
     assert (one.floor, less.floor) == (80.0, 11.25)
 
 
-def test_what_has_no_value_says_why(tmp_path: Path) -> None:
+def test_rows_without_a_value_are_listed_with_the_reason(tmp_path: Path) -> None:
     none, refused = ROW | TIMM | {"value": None, "unit": None}, records.not_measured("refused: x")
     rows = [ROW, ROW | {"batch": 9}, ROW | TIMM | {"batch": 9}, none | refused | {"task": "latency"}]
     rows += [none | records.not_measured("out of memory: Tried | to\n`allocate`")]
@@ -72,7 +72,7 @@ def test_what_has_no_value_says_why(tmp_path: Path) -> None:
     assert "latency.png" not in text
 
 
-def test_readme_shows_the_rows_that_most_people_would_run(tmp_path: Path) -> None:
+def test_readme_shows_what_most_people_run(tmp_path: Path) -> None:
     timms = [ROW | TIMM, ROW | TIMM | {"mode": "compile"}]
     keep(tmp_path / "cpu", *timms, ROW | {"mode": "accelerated-timm", "value": 60.0})
     assert "There is no result on a GPU yet" in updated_readme(report.BEGIN + report.END, tmp_path)
@@ -94,7 +94,7 @@ def test_readme_shows_the_rows_that_most_people_would_run(tmp_path: Path) -> Non
     assert "both eager: 2.00 to 2.00 times as fast (1 rows)." in second
 
 
-def test_bars_are_as_long_as_what_they_show(tmp_path: Path) -> None:
+def test_the_length_of_bars_is_their_value(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [ROW | {"value": 40.0, "floor_share": 0.8}, ROW | TIMM | {"value": 20.0}, ROW | {"resolution": 518}]
     chosen = comparisons(rows)

@@ -1,4 +1,4 @@
-"""The floor under a forward pass: its counts are those of the model, its rates those that were measured."""
+"""The floor of a forward pass: its operations are those of the model, its rates those that were measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.model import DinoVisionTransformer
 
 S, B, L, G = (BACKBONES[f"dinov2_vit{letter}14"] for letter in "sblg")
-# Worked out by hand for an H200, apart from this code, at 790 TFLOP/s in bf16, 1400 in fp8 and 4.3 TB/s: MB of
+# Computed by hand for an H200, independently of this code, at 790 TFLOP/s in bf16, 1400 in fp8 and 4.3 TB/s: MB of
 # elementwise traffic in one layer for each image in bf16; GFLOP of products and of attention; images per second.
 EXPECTED = {
     (S, 224): (1.18, 11.06, 1.218, 53_080, 81_600),
@@ -24,7 +24,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(("config", "resolution"), EXPECTED, ids=lambda value: getattr(value, "name", value))
-def test_the_floor_is_the_one_worked_out_by_hand(config, resolution) -> None:
+def test_the_floor_equals_the_one_computed_by_hand(config, resolution) -> None:
     traffic, products, attention, bf16, fp8 = EXPECTED[config, resolution]
     rates = Rates(4.3e12, 790e12, 1400e12)
     work = roofline.forward_work(config, resolution, 3, "all", 2, False)
@@ -37,7 +37,7 @@ def test_the_floor_is_the_one_worked_out_by_hand(config, resolution) -> None:
     )
 
 
-def test_the_class_token_alone_takes_one_row_of_the_last_layer() -> None:
+def test_output_cls_computes_one_row_in_the_last_layer() -> None:
     every, alone = (roofline.forward_work(harness.TINY, 28, 2, output, 4, False) for output in ("all", "cls"))
     layer = 2 * 64 * 64 * 12  # operations of one row: qkv 3, proj 1, fc1 and fc2 4 each
     assert every == (2 * 8 * 588 * 64, 12 * 10 * layer, 12 * 4 * 2 * 25 * 64, 12 * 10 * 64 * 24)
@@ -45,7 +45,7 @@ def test_the_class_token_alone_takes_one_row_of_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["dinov2_vitb14_reg", "dinov2_vitg14"])
-def test_counts_are_those_of_the_model_and_of_the_ops(name) -> None:
+def test_operations_equal_those_of_the_model_and_the_ops(name) -> None:
     config = BACKBONES[name]
     with torch.device("meta"):
         model, x = DinoVisionTransformer(**config.constructor_arguments()).eval(), torch.empty(2, 3, 518, 518)
