@@ -95,7 +95,7 @@ def compile_engine(name: str, resolution: int, batch: int, output: str, precisio
     for backends in ENGINE_BACKENDS:
         with use_backend(backends):
             engine.folded = fold(engine._model, engine.plan, CUDA).eval()
-        count += launches(call, backends)
+        count += compile_launches(call, backends)
     return count
 
 
@@ -110,14 +110,14 @@ def compile_op(name: str, resolution: int, op: str, device: str) -> int:
                 if backend == "triton":
                     case.make_run(function, inputs)()
 
-    return launches(call)
+    return compile_launches(call)
 
 
 def compile_test_case(name: str) -> int:
     """Compiles what a case of tests/ops/test_on_gpu.py launches."""
     from tests.ops import test_on_gpu
 
-    return launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
+    return compile_launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
 
 
 class RunKernels(TorchDispatchMode):
@@ -129,7 +129,7 @@ class RunKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(call: Callable[[], Any], backends: str = "triton") -> int:
+def compile_launches(call: Callable[[], Any], backends: str = "triton") -> int:
     """Compiles all that `call` launches with Triton. Returns the number of launches."""
     from tests.helpers.aot import compiling
 

@@ -213,16 +213,20 @@ def interleave_swiglu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_and_without_e4m3(
-    op: str, form: str, arguments: Callable[[Shape, float | None], tuple[Any, ...]], scale: float = 0.0625, **about: Any
+    op: str,
+    form: str,
+    arguments: Callable[[Shape, float | None], tuple[Any, ...]],
+    scale: float = 0.0625,
+    **fields: Any,
 ) -> Iterator[Workload]:
     """Two workloads of a form: without e4m3 values, and with them, which has no backward."""
-    yield Workload(op, form, partial(arguments, scale=None), **about)
-    yield Workload(op, form, partial(arguments, scale=scale), **(about | {"saved": None, "e4m3": True}))
+    yield Workload(op, form, partial(arguments, scale=None), **fields)
+    yield Workload(op, form, partial(arguments, scale=scale), **(fields | {"saved": None, "e4m3": True}))
 
 
-def _linears(form: str, place: str, **about: Any) -> Iterator[Workload]:
-    about |= {"place": place, "flops": lambda s: 2.0 * s.batch * s.tokens * prod(s.features[place])}
-    return _with_and_without_e4m3("linear", form, partial(_linear, epilogue=form, place=place), **about)
+def _linears(form: str, place: str, **fields: Any) -> Iterator[Workload]:
+    fields |= {"place": place, "flops": lambda s: 2.0 * s.batch * s.tokens * prod(s.features[place])}
+    return _with_and_without_e4m3("linear", form, partial(_linear, epilogue=form, place=place), **fields)
 
 
 WORKLOADS = (
