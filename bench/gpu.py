@@ -130,7 +130,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     texts = {"description": __doc__, "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", **texts)
     parser.add_argument("--results", type=Path, help="default: bench/results; with --tiny build/gpu-tiny")
-    parser.add_argument("--commit", help="the commit that is measured (default: asks git)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="minutes in all (default: %(default)s)")
     parser.add_argument("--extension", help="a built CUDA extension to copy into the package, or none to run without")
     parser.add_argument("--tiny", action="store_true", help="run all steps on the CPU, with tiny models")

@@ -232,7 +232,7 @@ def make_parser(module: str, docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default=device, choices=["cpu", "cuda"], help="default here: %(default)s")
     parser.add_argument("--write", action="store_true", help="save the rows in the device's folder of --results")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: bench/results")
-    parser.add_argument("--commit", help="the commit that is measured (default: asks git)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
     parser.add_argument("--resume", action="store_true", help="skip what --results already hold of this commit")
     parser.add_argument("--models", type=list_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
     return parser
