@@ -4,25 +4,24 @@ WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# The newest torch and transformers that the package is checked with, in an environment of their own, and the triton
-# that goes with them.
+# The newest versions of torch and transformers that are tested, in an environment of their own, with torch's triton.
 NEWEST := .venv-newest
 NEWEST_VERSIONS := torch==2.13.0 triton==3.7.1 transformers==5.23.0
-# The oldest transformers and timm whose models are accelerated, laid over the reference environment.
+# The oldest versions of transformers and timm whose models are accelerated, on top of the reference environment.
 OLDEST := $(VENV)/oldest
 OLDEST_VERSIONS := transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.2 timm==1.0.9
-# Headers that the extension is compiled with (setup.py names the same); none of what pip would bring beside them is used.
+# Headers for the extension (setup.py names the same version); the dependencies that pip would install are not used.
 CUTLASS := nvidia-cutlass==4.2.0.0
 
 PYTEST := -m pytest tests -n $(WORKERS)
-# One process either interprets kernels or compiles them, so `test` runs pytest twice.
+# A process either interprets kernels or compiles them, so `test` runs pytest twice.
 AOT := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) $(PYTEST)
 FAST := not aot and not gpu and not slow
 SLOW := slow and not aot and not gpu
 INPUTS := constraints.txt pyproject.toml setup.py
 
-# A finished environment holds a file that names the checkout it was made for. One that lacks it (an installation that
-# was cut short), was moved or copied here, or has no working interpreter any more, is made anew.
+# A complete environment has a file with the path of its checkout. An environment without this file (an interrupted
+# installation), from another path, or without a working interpreter is set up again.
 complete = $(1)/.complete
 intact = $(filter ok,$(shell { [ "$$(cat $(call complete,$(1)))" = "$(CURDIR)" ] && $(1)/bin/python -c "print('ok')"; } 2>/dev/null))
 install = $(1)/bin/python -m pip install --quiet --quiet --disable-pip-version-check
@@ -33,8 +32,8 @@ define make_venv
 	@$(if $(call intact,$(1)),rm $(call complete,$(1)),$(PYTHON) -m venv --clear $(1))
 endef
 
-.PHONY: setup demo test test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host sanitize lint \
-    types bench report gpu gpu-tiny clean broken
+.PHONY: setup demo check test test-fast test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host \
+    sanitize lint types bench report gpu gpu-tiny clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -60,17 +59,23 @@ $(OLDEST)/.complete: $(call complete,$(VENV)) Makefile
 demo: setup
 	@$(PY) examples/demo.py
 
-test: setup
+# What to run before each commit: some 8 minutes on 2 idle cores.
+check: lint types test-fast
+
+test-fast: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)"
+
+test: test-fast
 	$(AOT) -m "aot and not slow"
 
-# Triton's cache, by content, makes the second run short.
+# Every configuration of every kernel for every architecture; run it when kernels change. The first run takes up to half
+# an hour; Triton's cache, by content, makes the next ones shorter.
 test-aot: setup
 	TRITON_CACHE_DIR=$(CURDIR)/$(VENV)/triton-cache $(AOT) -m "aot and slow"
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(SLOW)"
-	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "$(FAST)" -k test_golden
+	DINOV2_FAST_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -m "golden and $(FAST)"
 
 test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
@@ -78,41 +83,35 @@ test-newest: $(call complete,$(NEWEST))
 test-oldest: $(OLDEST)/.complete
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/integrations
 
-# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH; only what has changed is
-# compiled again, by as many compilers at once as MAX_JOBS says.
+# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH. Only sources that changed
+# are compiled again, MAX_JOBS at once.
 build: setup
 	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
 	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension
 	@$(PY) -c 'import sys; from dinov2_fast import extension as e; print(e.describe()); sys.exit(e.load().reason is not None)'
 
-# That it loads without a GPU, the compiler's reports on its kernels, and their machine code.
+# Checks that the extension loads without a GPU, the compiler's reports on its kernels, and their machine code.
 test-extension: build
 	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 $(PY) -m pytest tests/ops/test_extension.py
 
-# The tests of linear and attention over the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a
+# The tests of linear and attention on the kernels of csrc, which g++ compiles for the CPU: needs neither nvcc nor a
 # GPU. The gradient of attention is Triton's.
 test-cuda-on-host: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -p tests.cuda_on_host -m "not aot and not gpu" \
 	    tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py
 
-# compute-sanitizer over a few tests, on a machine with a GPU. No setup: $(PYTHON)'s torch and pytest, and the extension
-# that is there. The allocator keeps nothing, so each tensor's end shows. memcheck alone: of CUTLASS' pipelines racecheck,
-# synccheck and initcheck report what is no fault.
-PRODUCTS := (every_form or fp8_operands or surroundings) and (70 or 130 or surroundings)
-TRITON_TESTS := $(addprefix tests/ops/test_,$(addsuffix .py,layer_norm activation attention attention_pool linear residual \
-    patches))
-TRITON := triton and (nan and stay or packed_gradients)
+# compute-sanitizer on the tests marked `sanitize`, on a machine with a GPU. No setup: it uses $(PYTHON)'s torch and
+# pytest, and the extension if it is built. The allocator caches nothing, so that reads beyond a tensor's end show. Only
+# memcheck: racecheck, synccheck and initcheck report false faults in CUTLASS' pipelines.
 define sanitize
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --error-exitcode 9 --print-limit 20 \
-	    --target-processes application-only \
-	    $(PYTHON) -m pytest -q -p no:cacheprovider -m "not aot and not slow" -k "$(2)" $(3)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \
+	    --target-processes application-only $(PYTHON) -m pytest -q -p no:cacheprovider -m "$(1)" $(2)
 endef
 sanitize:
 	@$(PYTHON) -c 'import sys, torch; from dinov2_fast import extension as e; gpu = torch.cuda.is_available(); \
 	    sys.exit(e.load().reason if gpu else "make sanitize needs a GPU that $(PYTHON) can use")'
-	$(call sanitize,memcheck,$(PRODUCTS),tests/ops/test_linear_cuda.py)
-	$(call sanitize,memcheck,attention_obeys or around,tests/ops/test_attention_cuda.py)
-	$(call sanitize,memcheck,$(TRITON),$(TRITON_TESTS))
+	$(call sanitize,sanitize,tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py)
+	$(call sanitize,sanitize and triton,tests/ops)
 
 lint: setup
 	$(PY) -m ruff check .
@@ -122,8 +121,8 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-# On the CPU, some 35 minutes on 2 idle cores. What else runs meanwhile shows in the figures. OpenVINO takes part where it
-# is installed: `pip install openvino`.
+# On the CPU, some 35 minutes on 2 idle cores; other load distorts the figures. OpenVINO is measured where it is
+# installed: `pip install openvino`.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
 CPU_MODES := eager,freezing,engine,accelerated-transformers,accelerated-timm
@@ -142,14 +141,14 @@ bench: setup
 report: setup
 	$(BENCH).report
 
-# No setup: runs on the torch of $(PYTHON), on a machine with a GPU. `$(PYTHON) -m bench.gpu --help` says what comes of it.
+# No setup: runs on the torch of $(PYTHON), on a machine with a GPU; `$(PYTHON) -m bench.gpu --help` says more.
 # TINY=1 (or DEVICE=cpu) runs the same steps on a CPU with tiny models.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
 	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
 	    $(if $(TINY)$(filter cpu,$(DEVICE)),--tiny) $(if $(DRY_RUN),--dry-run)
 
-# What CI runs of it, in the reference environment and from nothing.
+# What CI runs of it, in the reference environment and without earlier results.
 gpu-tiny: setup
 	rm -rf build/gpu-tiny
 	$(PY) -m bench.gpu --tiny --commit tiny

@@ -1,4 +1,4 @@
-"""Entry points of ``torch.hub.load``, with the reference's names; those that end with ``_ls`` are of this project."""
+"""The entry points of ``torch.hub.load``, with the reference's names. Only those with ``_ls`` are new here."""
 
 from dinov2_fast.hub import (  # noqa: F401
     dinov2_vitb14,

@@ -1,12 +1,12 @@
-"""Packages, their folders, and the CUDA extension; everything else about the distribution stands in pyproject.toml.
+"""The packages, their folders and the CUDA extension; the rest of the distribution's description is in pyproject.toml.
 
 The folders `kernels` and `csrc` at the top level are installed inside the package, as `dinov2_fast.kernels` and
 `dinov2_fast.csrc`: a top-level module named `kernels` would collide with another distribution of that name.
 
-The extension is one library for every torch from 2.10 on with CUDA 13 and every Python: it knows torch by its stable
-ABI and holds no Python at all (dinov2_fast/extension.py loads it). It is built where nvcc, such a torch and CUTLASS are
-there; elsewhere the package is pure Python. nvcc is the one of CUDA_HOME, or that on the PATH, or CUDA's usual place.
-MAX_JOBS says how many compilers run at once.
+The extension is one library for all versions of Python and every torch from 2.10 on with CUDA 13: it uses torch's
+stable ABI and nothing of Python (dinov2_fast/extension.py loads it). It is built where nvcc, such a torch and CUTLASS
+are installed; elsewhere the package is pure Python. nvcc is searched in CUDA_HOME, on the PATH and in /usr/local/cuda.
+MAX_JOBS is the number of compilers that run at once.
 """
 
 import os
@@ -22,14 +22,14 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 NOT_PACKAGES = ["*__pycache__"]
-ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"  # the only one that there are kernels for
+ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"  # the only one with kernels in csrc
 CUDA = "13"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler=-fPIC"]
-# Without it an assert of CUTLASS is a function call in the main loop, and ptxas makes each wgmma wait for the last one.
+# Without it, asserts of CUTLASS call a function in the main loop, and ptxas makes each wgmma wait for the one before.
 FLAGS += ["-DNDEBUG"]
 FLAGS += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xfatbin=-compress-all"]
-# By op. Without it, exp2f asks of each power whether it is subnormal: three instructions more for each weight.
+# By op. Without it, exp2f checks each power for subnormal numbers: three more instructions for each weight.
 FLAGS_OF = {"attention": ["-ftz=true"]}
 
 
@@ -43,24 +43,24 @@ def find_nvcc() -> str | None:
 def reason_against_extension() -> str | None:
     """Why the extension cannot be built here, or None."""
     if not Path("csrc", "bindings.cpp").is_file():
-        return "csrc is not there"
+        return "there is no folder csrc"
     nvcc = find_nvcc()
     if nvcc is None:
-        return "nvcc is not there"
+        return "nvcc is not installed"
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     if f"release {CUDA}." not in version:
         return f"{nvcc} is not of CUDA {CUDA}"
     try:
         import torch
     except ImportError:
-        return "torch is not there (with pip: --no-build-isolation)"
+        return "torch is not installed (with pip: --no-build-isolation)"
     if torch.__version__ < (2, 10) or not (torch.version.cuda or "").startswith(f"{CUDA}."):
         return f"torch {torch.__version__} is older than 2.10 or not of CUDA {CUDA}"
     cutlass = cutlass_folder()
     if cutlass is None:
-        return f"CUTLASS is not there: pip install --no-deps {CUTLASS}"
+        return f"CUTLASS is not installed: pip install --no-deps {CUTLASS}"
     missing = [str(folder) for folder in include_folders(cutlass) if not folder.is_dir()]
-    return f"{CUTLASS} is needed: the CUTLASS that is there has no {missing[0]}" if missing else None
+    return f"{CUTLASS} is needed: the installed CUTLASS has no {missing[0]}" if missing else None
 
 
 def cutlass_folder() -> Path | None:
@@ -69,7 +69,7 @@ def cutlass_folder() -> Path | None:
 
 
 def include_folders(cutlass: Path) -> list[Path]:
-    """CUTLASS, and its example that the kernels of attention are made of."""
+    """Headers of CUTLASS, and of its example on which the kernels of attention are based."""
     return [cutlass / "include", cutlass / "examples" / "88_hopper_fmha"]
 
 
@@ -78,7 +78,7 @@ class BuildExtension(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.editable_mode:  # it would take minutes; `make build` puts the extension beside the package
+        if self.editable_mode:  # the build takes minutes; `make build` puts the extension into the checkout
             self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
@@ -91,7 +91,7 @@ class BuildExtension(build_ext):
         self.compiler_command = [find_nvcc(), *FLAGS, *(f"-isystem={path}" for path in includes)]
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
-            sources = map(Path, sorted(ext.sources, reverse=True))  # linear_*.cu, which take longest, first
+            sources = map(Path, sorted(ext.sources, reverse=True))  # linear_*.cu first, which take longest
             objects = list(pool.map(self.compile, sources))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class BuildExtension(build_ext):
         run([*command, "-Xlinker=--no-as-needed,--no-undefined"])
 
     def compile(self, source: Path) -> Path:
-        """The object of a source; ptxas' report on it is kept beside it, as is the command."""
+        """Compiles a source to an object, and keeps ptxas' report and the command beside it."""
         target = self.folder / f"{source.stem}.o"
         flags = FLAGS_OF.get(source.stem.partition("_")[0], [])
         command = [*self.compiler_command, *flags, ARCHITECTURE, "-c", source, "-o", target]
@@ -119,7 +119,7 @@ def text(command: list) -> str:
 
 
 def run(command: list) -> str:
-    """What a command says on its standard error; ends the build if it fails."""
+    """Runs a command and returns its standard error; ends the build if it fails."""
     print(text(command), file=sys.stderr)
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:

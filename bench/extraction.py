@@ -98,10 +98,10 @@ def our_pipeline(scenario: Scenario, models: Models, workers: int) -> Pipeline:
 
     def features(paths: list[str]) -> Features:
         with tempfile.TemporaryDirectory() as folder:
-            done = extract(paths, engine, folder, batch_size=scenario.batch, workers=workers)
+            done = extract(paths, engine, out=folder, batch_size=scenario.batch, workers=workers)
             if done.failures:
                 raise ValueError(f"{done.failures} images have no features")
-            return load_features(done.path)["cls"]
+            return load_features(done.folder)["cls"]
 
     return Pipeline(engine.forward_features, our_pixels, features)
 

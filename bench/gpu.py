@@ -52,7 +52,7 @@ def smoke(device: str, with_extension: bool) -> int:
     """Prints what runs here. Raises without Triton or the CUDA extension: such a call would show little."""
     packages = ", ".join(f"{name} {records.version(name)}" for name in ("torch", "triton", "timm", "pytest-xdist"))
     print(f"{records.device_folder(torch.device(device))}, Python {sys.version.split()[0]}, {packages}")
-    print(f"CUDA extension: {extension.describe()}")
+    print(f"CUDA extension: {extension.availability()}")
     sizes = ((257, 384), (1536, 384), (1536,))
     for backend in ("triton", *["cuda"] * with_extension) if device == "cuda" else ():
         ops.linear(*(torch.randn(size, device=device).bfloat16() for size in sizes), epilogue="gelu", backend=backend)

@@ -29,7 +29,7 @@ from bench.harness import Run
 from bench.peers import ACCELERATED_PEERS, Peer
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.extension import load
-from dinov2_fast.inference.cuda_graphs import Cuda
+from dinov2_fast.inference.capture import CudaRuntime
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import use_backend
 
@@ -179,7 +179,7 @@ def _capture_graph(forward: ForwardPass, x: Tensor, context: Context) -> Run:
         with context():
             return forward(static)
 
-    graph, result, _ = Cuda().capture(run, x.device, None)
+    graph, result, _ = CudaRuntime().capture(run, x.device, None)
 
     def replay() -> Any:
         static.copy_(x)

@@ -33,7 +33,7 @@ from bench import harness, model, modes, ops
 from bench.gpu_plan import PLAN, GpuRun
 from bench.peers import OURS
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.inference.engine import _fold as fold
+from dinov2_fast.inference.fold_model import fold_model
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import use_backend
 
@@ -94,7 +94,7 @@ def compile_engine(name: str, resolution: int, batch: int, output: str, precisio
     count = 0
     for backends in ENGINE_BACKENDS:
         with use_backend(backends):
-            engine.folded = fold(engine._model, engine.plan, CUDA).eval()
+            engine.folded = fold_model(engine._model, engine.plan, CUDA).eval()
         count += compile_launches(call, backends)
     return count
 

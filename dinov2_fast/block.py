@@ -1,7 +1,5 @@
-"""One transformer block: ``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, with stochastic depth.
+"""One transformer block: attention and a feed-forward network, each with a norm, LayerScale and stochastic depth.
 
-Takes a batch of images (batch, seq_len, hidden), or a list of such batches with different sequence lengths, which run
-packed: every linear sees all tokens at once, and attention stays within each image.
 Source: facebookresearch/dinov2, dinov2/layers/block.py; Oquab et al., arXiv:2304.07193, section 5.
 """
 
@@ -14,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, is_watched
-from dinov2_fast.torch_private import is_fx_traced
+from dinov2_fast.fused_residual import add, add_and_norm, split_gamma
+from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
 
-# Below this rate the reference drops branches by multiplying with zero; above, it computes them for a subset only.
+# Up to this rate the reference drops a branch by multiplying it with zero. Above, it computes it for a subset only.
 SUBSET_THRESHOLD = 0.1
 
 
 class Block(nn.Module):
-    """See the module's docstring. `drop_path` is the probability that an image skips a branch in training."""
+    """A transformer block. In training, an image skips a branch with probability `drop_path`."""
 
     def __init__(
         self,
@@ -58,22 +56,30 @@ class Block(nn.Module):
         self.subset_threshold = SUBSET_THRESHOLD
 
     def forward(self, x: Tensor | list[Tensor]) -> Any:
+        """Runs the block on a batch (batch, seq_len, hidden), or on a list of batches that differ in length.
+
+            x = x + drop_path1(ls1(attn(norm1(x))))
+            x = x + drop_path1(ls2(mlp(norm2(x))))      drop_path1 again, as in the reference
+
+        Each addition is fused with LayerScale, stochastic depth and the norm that follows it. A list runs packed: each
+        linear takes all tokens at once, and attention stays within each image.
+        """
         if isinstance(x, list):
             return self._forward_list(x)
         if self.training and self.sample_drop_ratio > self.subset_threshold:
             x = self._add_on_subset(x, lambda x: self.attn(self.norm1(x)), self.ls1)
             return self._add_on_subset(x, lambda x: self.mlp(self.norm2(x)), self.ls2)
-        x, y = _add_and_norm(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1, self.norm2)
-        return _add(x, self.mlp(y), self.ls2, self.drop_path1)  # drop_path1 twice, as the reference does
+        x, normed = add_and_norm(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1, self.norm2)
+        return add(x, self.mlp(normed), self.ls2, self.drop_path1)
 
     def _add_on_subset(self, x: Tensor, branch: Callable[[Tensor], Tensor], layer_scale: nn.Module) -> Tensor:
         index, scale = self._draw_subset(x)
         subset = ops.gather_rows([x], [index]).view(index.shape[0], *x.shape[1:])
-        part, gamma = _unscaled(branch(subset), layer_scale)
+        part, gamma = split_gamma(branch(subset), layer_scale)
         return ops.add_residual(x, part, gamma, index=index, scale=scale)
 
     def _draw_subset(self, x: Tensor) -> tuple[Tensor, float]:
-        """Random images whose branch is computed, and the factor that keeps the expectation."""
+        """The indices of random images whose branch is computed, and the factor that keeps the expected sum."""
         batch = x.shape[0]
         subset = max(int(batch * (1 - self.sample_drop_ratio)), 1)
         return torch.randperm(batch, device=x.device)[:subset], batch / subset
@@ -84,9 +90,9 @@ class Block(nn.Module):
                 x_list, lambda x, seq_lens: self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1
             )
             return self._add_on_subsets(x_list, lambda x, seq_lens: self.mlp(self.norm2(x)), self.ls2)
-        x, seq_lens = _pack(x_list)
-        x, y = _add_and_norm(x, self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1, nn.Identity(), self.norm2)
-        return _unpack(_add(x, self.mlp(y), self.ls2, nn.Identity()), [x.shape for x in x_list])
+        x, seq_lens = pack(x_list)
+        x, normed = add_and_norm(x, self.attn(self.norm1(x), seq_lens=seq_lens), self.ls1, nn.Identity(), self.norm2)
+        return unpack(add(x, self.mlp(normed), self.ls2, nn.Identity()), [x.shape for x in x_list])
 
     def _add_on_subsets(
         self, x_list: list[Tensor], branch: Callable[[Tensor, tuple[int, ...]], Tensor], layer_scale: nn.Module
@@ -95,60 +101,35 @@ class Block(nn.Module):
         shapes = [(index.shape[0], *x.shape[1:]) for x, index in zip(x_list, indices, strict=True)]
         seq_lens = tuple(seq_len for subset, seq_len, _ in shapes for _ in range(subset))
         packed = ops.gather_rows(x_list, indices)[None]  # (1, total_tokens, hidden)
-        packed, gamma = _unscaled(branch(packed, seq_lens), layer_scale)
-        each = zip(x_list, _unpack(packed, shapes), indices, scales, strict=True)
+        packed, gamma = split_gamma(branch(packed, seq_lens), layer_scale)
+        each = zip(x_list, unpack(packed, shapes), indices, scales, strict=True)
         return [ops.add_residual(x, part, gamma, index=index, scale=scale) for x, part, index, scale in each]
 
 
 NestedTensorBlock = Block  # the reference's name for the class its models use
 
 
-def _pack(x_list: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-    """Batches of different lengths as (1, total_tokens, hidden), with the length of every sequence."""
+def pack(x_list: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    """Batches that differ in length as one (1, total_tokens, hidden), and the length of every sequence."""
     seq_lens = tuple(x.shape[1] for x in x_list for _ in range(x.shape[0]))
     return torch.cat([x.flatten(0, 1) for x in x_list])[None], seq_lens
 
 
-def _unpack(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Views of `packed` (1, total_tokens, hidden), one for each batch, (batch, seq_len, hidden)."""
+def unpack(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The batches (batch, seq_len, hidden) of these shapes, as views of `packed` (1, total_tokens, hidden)."""
     parts = packed[0].split([shape[0] * shape[1] for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-# The additions below run LayerScale, stochastic depth and the next norm as one op. A hook on one of these modules, a
-# `forward` somebody set on it, or another module in its place would be passed over, so then they are called one by one.
-# The result is the same. A graph of torch.fx gets the norm as a node of its own, by whose name it can be asked for.
+class BlockChunk(nn.Sequential):
+    """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict.
+
+    The reference's chunk is an `nn.ModuleList`, which FSDP2 refuses. The reference's own FSDP policy looks for that
+    class and does not find this one.
+    """
 
 
-def _add_and_norm(
-    x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module, norm: nn.Module
-) -> tuple[Tensor, Tensor]:
-    plain = _plain(layer_scale) and _plain(drop_path) and not is_fx_traced()
-    if plain and type(norm) is LayerNorm and not is_watched(norm):
-        gamma, drop_scale = _gamma(layer_scale), _drop_scale(drop_path, branch)
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, branch=branch, gamma=gamma, drop_scale=drop_scale)
-    x = _add(x, branch, layer_scale, drop_path)
-    return x, norm(x)
-
-
-def _add(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
-    if _plain(layer_scale) and _plain(drop_path):
-        return ops.add_residual(x, branch, _gamma(layer_scale), _drop_scale(drop_path, branch))
-    return x + drop_path(layer_scale(branch))
-
-
-def _unscaled(branch: Tensor, layer_scale: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The branch and the gamma that the addition has to multiply it with."""
-    return (branch, _gamma(layer_scale)) if _plain(layer_scale) else (layer_scale(branch), None)
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module) in (LayerScale, DropPath, nn.Identity) and not is_watched(module)
-
-
-def _gamma(layer_scale: nn.Module) -> Tensor | None:
-    return layer_scale.gamma if isinstance(layer_scale, LayerScale) else None
-
-
-def _drop_scale(drop_path: nn.Module, branch: Tensor) -> Tensor | None:
-    return drop_path.scale(branch) if isinstance(drop_path, DropPath) else None
+def chunk_blocks(blocks: list[nn.Module], chunks: int) -> list[BlockChunk]:
+    """The blocks in `chunks` chunks; one more if their number is not a multiple."""
+    size = max(len(blocks) // chunks, 1)
+    return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]

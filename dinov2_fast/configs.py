@@ -13,7 +13,7 @@ OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Sizes and sources of one backbone; patch 14, LayerScale, 518 px position table throughout."""
+    """Sizes and sources of one backbone. All have patches of 14 px, LayerScale and a position table for 518 px."""
 
     name: str  # the reference's torch.hub entry point
     embed_dim: int
@@ -26,12 +26,12 @@ class BackboneConfig:
 
     @property
     def position_interpolation(self) -> str:
-        """Position interpolation of the reference's hub model (:mod:`dinov2_fast.position_embeddings`)."""
+        """Position interpolation of the reference's model (:mod:`dinov2_fast.position_embeddings`)."""
         return "antialias" if self.num_register_tokens else "offset"
 
     @property
     def stem(self) -> str:
-        """What the names of the official files begin with, such as "dinov2_vits14_reg4"."""
+        """The beginning of the names of the official files, such as "dinov2_vits14_reg4"."""
         base = self.name.removesuffix("_reg")
         return f"{base}_reg{self.num_register_tokens}" if self.num_register_tokens else base
 
@@ -46,7 +46,7 @@ class BackboneConfig:
         return self._address(self.file_stem)
 
     def head_stem(self, head: str) -> str:
-        """Name of an official head's file, without its ending; `head` is such as "linear4" or "ade20k_linear"."""
+        """Name of an official head's file, without its ending. `head` is "linear4", "ade20k_linear" or similar."""
         return f"{self.stem}_{head}_head"
 
     def head_url(self, head: str) -> str:
@@ -102,7 +102,7 @@ def backbone(name: str) -> BackboneConfig:
     """The backbone called `name`.
 
     Raises:
-        ValueError: unknown name; the message lists the nearest ones.
+        ValueError: there is no backbone of this name; the message lists the nearest names.
     """
     if name in BACKBONES:
         return BACKBONES[name]

@@ -1,9 +1,9 @@
-"""The environment variables dinov2_fast reads, and the one that its command line sets, in one place.
+"""The environment variables that dinov2_fast reads, and the one that its command line sets.
 
-``DINOV2_FAST_BACKEND``   which implementation of an op to use, see :mod:`dinov2_fast.ops.dispatch`.
-``DINOV2_FAST_CACHE``     folder for downloaded checkpoints, default ``~/.cache/dinov2_fast``.
-``XFORMERS_DISABLED``     the reference's variable: set to anything, no xformers implementation is used.
-``OMP_WAIT_POLICY``       OpenMP's, see :func:`let_idle_threads_sleep`.
+``DINOV2_FAST_BACKEND``   which implementation of an op to use; see :mod:`dinov2_fast.ops.dispatch`.
+``DINOV2_FAST_CACHE``     folder of downloaded checkpoints; the default is ``~/.cache/dinov2_fast``.
+``XFORMERS_DISABLED``     the reference's variable: if it is set to any value, xformers is not used.
+``OMP_WAIT_POLICY``       OpenMP's variable; see :func:`use_passive_openmp_threads`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 
 def backend_setting() -> str:
-    """``DINOV2_FAST_BACKEND``, empty when unset."""
+    """``DINOV2_FAST_BACKEND``, or "" if it is not set."""
     return os.environ.get("DINOV2_FAST_BACKEND", "")
 
 
 def xformers_disabled() -> bool:
-    """True if ``XFORMERS_DISABLED`` is set to any value, as the reference reads it."""
+    """Whether ``XFORMERS_DISABLED`` is set, to any value, as in the reference."""
     return "XFORMERS_DISABLED" in os.environ
 
 
@@ -29,11 +29,11 @@ def cache_dir() -> Path:
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "dinov2_fast"
 
 
-def let_idle_threads_sleep() -> None:
-    """Has torch's threads sleep between the parts that they compute together, unless the user set ``OMP_WAIT_POLICY``.
+def use_passive_openmp_threads() -> None:
+    """Makes torch's threads sleep while they wait for work, unless the user has set ``OMP_WAIT_POLICY``.
 
-    By default they spin, on the cores that processes for decoding need. OpenMP reads this once: where torch is loaded,
-    it is too late, and nothing is done.
+    By default they spin and occupy the cores that processes for decoding need. OpenMP reads the variable once, when
+    torch is loaded, so afterwards this function does nothing.
     """
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,6 +1,6 @@
-"""The parts of a DINOv2 block: patch embedding, attention, feed-forward, LayerScale, stochastic depth.
+"""The parts of DINOv2: patch embedding, attention, feed-forward networks, LayerScale, stochastic depth.
 
-Module and parameter names are the reference's (facebookresearch/dinov2, dinov2/layers). What is computed is in `ops/`.
+Module and parameter names are the reference's (facebookresearch/dinov2, dinov2/layers). The computation is in `ops/`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
-# A check is one node of a graph of torch.fx, which stays in it and raises when the graph runs.
-
-
+# In a graph of torch.fx a check is one node. It stays in the graph and raises when the graph runs.
 @torch.fx.wrap
 @torch.fx.node.has_side_effect
 def check_is_tensor(x: object) -> None:
@@ -32,14 +31,14 @@ def check_is_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
         raise InvalidTypeError(
             f"The model takes a tensor (batch, channels, height, width), got {type(x).__name__}. "
-            "Dinov2ImageProcessor makes one of images and arrays."
+            "Dinov2ImageProcessor turns images and arrays into one."
         )
 
 
 @torch.fx.wrap
 @torch.fx.node.has_side_effect
 def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: tuple[int, int]) -> None:
-    """Raises `ValueError` or `TypeError` if `x` is no batch of images of `in_chans` channels and whole patches."""
+    """Raises `ValueError` or `TypeError` if `x` is no batch of images with `in_chans` channels and whole patches."""
     if x.ndim != 4:
         raise InvalidValueError(
             f"The model takes a batch of images (batch, {in_chans}, height, width), got a tensor of shape "
@@ -62,14 +61,26 @@ def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: 
             )
 
 
+def check_masks(masks: Tensor, x: Tensor) -> Tensor:
+    """`masks` if it is a bool mask for the patches `x` (batch, patches, hidden); raises otherwise."""
+    if masks.shape != x.shape[:2]:
+        raise InvalidValueError(
+            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these images, got {tuple(masks.shape)}."
+        )
+    if masks.dtype != torch.bool:
+        raise InvalidTypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
+    return masks
+
+
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each to a token: (batch, channels, H, W) -> (batch, patches, hidden).
 
-    There are ``(H - patch_size) // stride + 1`` rows of patches, H / patch_size without overlap, and columns likewise.
+    There are ``(H - patch_size) // stride + 1`` rows of patches, or H / patch_size without overlap. The same holds for
+    columns.
 
     Raises (in `forward`):
-        ValueError: wrong rank, wrong number of channels, or a size that is not a multiple of the patch size.
-        TypeError: an integer image tensor.
+        ValueError: the number of dimensions or channels is wrong, or a side is not a multiple of the patch size.
+        TypeError: the tensor holds integers.
     """
 
     def __init__(
@@ -82,8 +93,8 @@ class PatchEmbed(nn.Module):
         flatten_embedding: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size = to_pair(img_size)
+        self.patch_size = to_pair(patch_size)
         self.patches_resolution = (
             self.img_size[0] // self.patch_size[0],
             self.img_size[1] // self.patch_size[1],
@@ -97,19 +108,19 @@ class PatchEmbed(nn.Module):
 
     @property
     def stride(self) -> tuple[int, int]:
-        """That of `proj`: pixels from one patch to the next, down and across. See `DinoVisionTransformer.stride`."""
-        return _pair(getattr(self.proj, "stride", self.patch_size))
+        """Pixels from one patch to the next, down and across: that of `proj`. See `DinoVisionTransformer.stride`."""
+        return to_pair(getattr(self.proj, "stride", self.patch_size))
 
     @stride.setter
     def stride(self, stride: int | tuple[int, int]) -> None:
-        pair = _pair(stride)
-        if not all(1 <= step <= patch for step, patch in zip(pair, self.patch_size, strict=True)):
-            raise InvalidValueError(f"stride={stride} leaves pixels out: take 1 to the patch size, {self.patch_size}.")
-        self.proj.stride = pair
+        steps = to_pair(stride)
+        if not all(1 <= step <= patch for step, patch in zip(steps, self.patch_size, strict=True)):
+            raise InvalidValueError(f"stride={stride} is out of range: take 1 to the patch size, {self.patch_size}.")
+        self.proj.stride = steps
 
     def check(self, x: Tensor) -> None:
-        """Raises if `x` is no batch of images this model takes."""
-        in_chans = getattr(self.proj, "in_channels", self.in_chans)  # people replace `proj` for other channels
+        """Raises if `x` is no batch of images that this model takes."""
+        in_chans = getattr(self.proj, "in_channels", self.in_chans)  # users replace `proj` for other channels
         check_images(x, in_chans, self.patch_size, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,8 +131,8 @@ class PatchEmbed(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook, or a `forward` set on the instance, makes calling `module` more than its class's computation."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class computes: it has a hook, or a `forward` of its own."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or "forward" in module.__dict__ or has_any_global_hook()
 
@@ -152,14 +163,14 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth for each image: the branch is zeroed with probability `drop_prob`, or scaled by 1/(1 - p)."""
+    """Stochastic depth per image: zeroes the branch with probability `drop_prob`, or scales it by 1 / (1 - p)."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """Each image's factor, (batch,); None outside training."""
+        """The factor of each image, (batch,); None outside training."""
         if not self.training or not self.drop_prob:
             return None
         keep = 1 - self.drop_prob
@@ -175,7 +186,7 @@ class DropPath(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; where nothing is dropped it does not ask torch, which takes the host as long as a small linear."""
+    """`nn.Dropout` that calls torch only if it drops something: the call takes the host as long as a small linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training and self.p else x
@@ -189,14 +200,14 @@ class GELU(nn.GELU):
 
 
 def attend(qkv: Tensor, dropout_p: float, seq_lens: tuple[int, ...] | None) -> Tensor:
-    """Attention of (batch, seq_len, 3, heads, head_dim), or with `seq_lens` of those sequences in a batch of one."""
+    """Attention of (batch, seq_len, 3, heads, head_dim); with `seq_lens`, of packed sequences in a batch of one."""
     if seq_lens is None:
         return ops.attention(qkv, dropout_p=dropout_p)
     return ops.attention(qkv[0], seq_lens=seq_lens, dropout_p=dropout_p)[None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; `qkv` projects to queries, keys and values, heads within each."""
+    """Multi-head self-attention. `qkv` projects to queries, keys and values, each with all heads."""
 
     def __init__(
         self,
@@ -221,7 +232,7 @@ class Attention(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The factor of the scores. The sizes decide it, so it cannot be set."""
+        """The factor of the scores, 1 / sqrt(head_dim). It cannot be set."""
         return (self.dim // self.num_heads) ** -0.5
 
     def project_qkv(self, x: Tensor) -> Tensor:
@@ -229,14 +240,14 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
 
     def forward(self, x: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-        """Attends within each image of `x` (batch, seq_len, hidden).
+        """Attention within each image of `x` (batch, seq_len, hidden).
 
         With `seq_lens`, `x` is (1, total_tokens, hidden) and holds sequences of those lengths, one after the other.
         """
         return self.proj_drop(self.proj(self.attend(self.project_qkv(x), seq_lens).flatten(-2)))
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None = None) -> Tensor:
-        """What `proj` reads, (batch, seq_len, heads, head_dim), of what `project_qkv` gives."""
+        """The input of `proj` (batch, seq_len, heads, head_dim), from the output of `project_qkv`."""
         return attend(qkv, self.attn_drop if self.training else 0.0, seq_lens)
 
 
@@ -270,18 +281,18 @@ class Mlp(nn.Module):
 
 
 def _owns_hidden(fc1: nn.Module, act: nn.Module) -> bool:
-    """Whether nobody else can hold what `fc1` returns, so that the GELU may overwrite it.
+    """Whether only this module has the output of `fc1`, so that the GELU may overwrite it.
 
-    On a CPU that saved 6 % of a forward pass (ViT-S, 518 px, batch 1, 2 cores of an AMD EPYC): fresh pages for the
-    largest tensor of a block are slow to get.
+    On a CPU that saved 6 % of a forward pass (ViT-S, 518 px, batch 1, 2 cores of an AMD EPYC), because new pages for
+    the largest tensor of a block are slow to get.
     """
     plain = type(fc1) is nn.Linear and type(act) is GELU
     recorded = torch.is_grad_enabled() or is_traced()
-    return plain and not recorded and not is_watched(fc1) and not is_watched(act)
+    return plain and not recorded and not has_hooks(fc1) and not has_hooks(act)
 
 
 class SwiGLUFFN(nn.Module):
-    """Gated feed-forward: ``w3(silu(x1) * x2)`` with x1, x2 the halves of ``w12(x)``."""
+    """Gated feed-forward network: ``w3(silu(x1) * x2)``, where x1 and x2 are the halves of ``w12(x)``."""
 
     def __init__(
         self,
@@ -302,8 +313,20 @@ class SwiGLUFFN(nn.Module):
 
 
 class SwiGLUFFNFused(SwiGLUFFN):
-    """`SwiGLUFFN` whose hidden size is two thirds of the one given, rounded up to a multiple of 8."""
+    """`SwiGLUFFN` with a hidden size of two thirds of `hidden_features`, rounded up to a multiple of 8."""
 
     def __init__(self, in_features: int, hidden_features: int | None = None, **kwargs: Any) -> None:
         hidden_features = (int((hidden_features or in_features) * 2 / 3) + 7) // 8 * 8
         super().__init__(in_features, hidden_features, **kwargs)
+
+
+def _no_ffn(**kwargs: Any) -> nn.Module:
+    return nn.Identity()
+
+
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFNFused,  # as in the reference, which uses the fused class for both names
+    "swiglufused": SwiGLUFFNFused,
+    "identity": _no_ffn,
+}

@@ -1,19 +1,18 @@
-"""DINOv2, a vision transformer: an image becomes a sequence of tokens, a stack of blocks refines them.
+"""DINOv2, a vision transformer: an image becomes a sequence of tokens, which a stack of blocks refines.
 
-    tokens = [CLS, registers, patches]     CLS and patches carry a position, registers none
+    tokens = [CLS, registers, patches]     CLS and patches have a position, registers do not
     tokens = block(tokens)                 depth times
-    tokens = norm(tokens)                  CLS describes the image, each patch token its place in it
+    tokens = norm(tokens)                  CLS describes the image, a patch token its part of the image
 
 The class has the constructor, attributes, methods and state-dict keys of the reference (facebookresearch/dinov2,
-dinov2/models/vision_transformer.py), so its checkpoints and the code written for it work unchanged.
+dinov2/models/vision_transformer.py), so the reference's checkpoints, and code written for it, work unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, TypedDict, overload
 
 import numpy as np
 import torch
@@ -21,11 +20,11 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_fast import layouts, ops
-from dinov2_fast.block import Block
-from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError, UnsupportedError
-from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
-from dinov2_fast.ops.table import Row, summary, table
+from dinov2_fast.attention_features import AttentionFeatures
+from dinov2_fast.block import Block, chunk_blocks
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from dinov2_fast.layers import FFN_LAYERS, GELU, LayerNorm, PatchEmbed, check_is_tensor, check_masks, to_pair
+from dinov2_fast.ops.table import summary
 from dinov2_fast.position_embeddings import (
     POSITION_INTERPOLATIONS,
     Grid,
@@ -41,128 +40,36 @@ torch.fx.wrap("resample_position_embeddings")
 torch.fx.wrap("position_grid")
 
 
-class QKV(NamedTuple):
-    """Queries, keys and values of chosen blocks, see `DinoVisionTransformer.qkv_features`."""
+class BackboneFeatures(TypedDict):
+    """What `DinoVisionTransformer.forward_features` returns for a batch."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class BlockChunk(nn.Sequential):
-    """Several blocks as one module, a unit for FSDP. Leading `nn.Identity` keep the indices of the state dict.
-
-    The reference's is an `nn.ModuleList`, which FSDP2 refuses; so the reference's own FSDP policy does not find these.
-    """
+    x_norm_clstoken: Tensor  # (batch, hidden)
+    x_norm_regtokens: Tensor  # (batch, registers, hidden)
+    x_norm_patchtokens: Tensor  # (batch, patches, hidden)
+    x_prenorm: Tensor  # (batch, tokens, hidden), before the last norm
+    masks: Tensor | None  # those of the call
 
 
-def _identity_ffn(**kwargs: Any) -> nn.Module:
-    return nn.Identity()
-
-
-_FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": Mlp,
-    "swiglu": SwiGLUFFNFused,
-    "swiglufused": SwiGLUFFNFused,
-    "identity": _identity_ffn,
-}
-
-
-NOT_SCRIPTABLE = (
-    "torch.jit.script cannot compile this model, whose ops choose their implementation in Python. Use torch.jit.trace, "
-    "torch.export or torch.compile."
-)
-
-
-class AnyLayout(nn.Module):
-    """A DINOv2 backbone, or one and a head, that loads weights in any layout of `dinov2_fast.layouts`.
-
-    It does so by itself and as a part of any other module. There torch's own rules hold: what fits is loaded, and the
-    error of the outermost `load_state_dict` names what does not, by the names of the parameters.
-    """
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """`nn.Module.load_state_dict`, for weights named and packed as any DINOv2 implementation does.
-
-        Args:
-            state_dict: the weights; see `dinov2_fast.layouts` for what is recognised.
-            strict: raise if keys are missing or unexpected; otherwise they are returned.
-            assign: make the tensors the parameters instead of copying into them.
-
-        Returns:
-            The named tuple ``(missing_keys, unexpected_keys)``.
-
-        Raises:
-            RuntimeError: the weights do not fit; the message names the keys and the layout. Nothing is changed then.
-        """
-        own = self.state_dict()
-        layout, converted = _in_own_layout(state_dict, own)
-        missing = [key for key in own if key not in converted]
-        unexpected = [key for key in converted if key not in own]
-        misshapen = [
-            f"{key} {tuple(tensor.shape)} where the model has {tuple(own[key].shape)}"
-            for key, tensor in converted.items()
-            if key in own and tensor.shape != own[key].shape
-        ]
-        if misshapen or (strict and (missing or unexpected)):
-            raise InvalidStateError(layouts.misfit(layout, missing, unexpected, misshapen))
-        return super().load_state_dict(converted, strict=strict, assign=assign)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """What torch calls for each part of a larger module: here the weights get the names of this part's."""
-        if prefix:  # else `load_state_dict` has done it
-            given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-            own = dict(chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)))
-            try:
-                _, given = _in_own_layout(given, own)
-            except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
-            state_dict |= {prefix + key: tensor for key, tensor in given.items()}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-
-def _in_own_layout(state_dict: Mapping[str, Any], own: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """The layout that was recognised, and the weights under the names `own` of a model; others keep theirs."""
-    if state_dict.keys() == set(own):
-        return "facebook", dict(state_dict)
-    plan = layouts.plan_conversion(state_dict)
-    own_keys = {layouts.plain_key(key): key for key in own}
-    optional = plan.made_up | {"mask_token"}  # which timm's models do not have
-    used = [key for key in plan.recipes if key in own_keys or key not in optional]
-    return plan.layout, {own_keys.get(key, key): plan.read(key) for key in used}
-
-
-class DinoVisionTransformer(AnyLayout):
-    """A DINOv2 backbone. The arguments are the reference's; the eight published models are in `dinov2_fast.configs`.
+class DinoVisionTransformer(AttentionFeatures):
+    """A DINOv2 backbone. The arguments are the reference's; `dinov2_fast.configs` has the eight published models.
 
     Args:
-        img_size: size in pixels of the images the position table is made for, an int or (height, width).
+        img_size: image size in pixels that the position table is for, an int or (height, width).
         patch_size: side of a patch in pixels.
         in_chans: channels of an image.
         embed_dim: hidden size.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: hidden size of the feed-forward network over `embed_dim` (SwiGLU takes two thirds of it).
-        qkv_bias, ffn_bias, proj_bias: biases of these linears.
-        drop_path_rate: stochastic depth, growing linearly to this rate in the last block, or the same in all blocks if
+        mlp_ratio: hidden size of the feed-forward network divided by `embed_dim`. SwiGLU uses two thirds of it.
+        qkv_bias, ffn_bias, proj_bias: whether these linears have a bias.
+        drop_path_rate: of stochastic depth. It grows linearly up to the last block, or is the same in all blocks with
             `drop_path_uniform`.
-        init_values: initial LayerScale; None or 0 for none.
-        embed_layer, act_layer, block_fn: classes to build from.
+        init_values: initial LayerScale; None or 0 for no LayerScale.
+        embed_layer, act_layer, block_fn: classes of the parts.
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
-        block_chunks: groups of blocks (`BlockChunk`); 0 for a flat list, as in the published checkpoints.
+        block_chunks: number of `BlockChunk`; 0 for a flat list of blocks, as in the published checkpoints.
         num_register_tokens: registers between CLS and patches.
-        interpolate_antialias, interpolate_offset: how positions are resampled, see `position_interpolation`.
+        interpolate_antialias, interpolate_offset: how positions are resampled; see `position_interpolation`.
     """
 
     def __init__(
@@ -190,8 +97,8 @@ class DinoVisionTransformer(AnyLayout):
         interpolate_offset: float = 0.1,
     ) -> None:
         super().__init__()
-        if ffn_layer not in _FFN_LAYERS:
-            raise InvalidValueError(f"There is no ffn_layer {ffn_layer!r}; choose one of {', '.join(_FFN_LAYERS)}.")
+        if ffn_layer not in FFN_LAYERS:
+            raise InvalidValueError(f"There is no ffn_layer {ffn_layer!r}; choose one of {', '.join(FFN_LAYERS)}.")
         if num_register_tokens < 0:
             raise InvalidValueError(f"num_register_tokens must not be negative, got {num_register_tokens}.")
         norm_layer = partial(LayerNorm, eps=1e-6)
@@ -226,13 +133,13 @@ class DinoVisionTransformer(AnyLayout):
                 drop_path=rate,
                 norm_layer=norm_layer,
                 act_layer=act_layer,
-                ffn_layer=_FFN_LAYERS[ffn_layer],
+                ffn_layer=FFN_LAYERS[ffn_layer],
                 init_values=init_values,
             )
             for rate in rates
         ]
         self.chunked_blocks = block_chunks > 0
-        self.blocks: Any = nn.ModuleList(_chunk(blocks, block_chunks) if self.chunked_blocks else blocks)
+        self.blocks: Any = nn.ModuleList(chunk_blocks(blocks, block_chunks) if self.chunked_blocks else blocks)
         self.norm = norm_layer(embed_dim)
         self.head: nn.Module = nn.Identity()
         self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, embed_dim))
@@ -250,20 +157,18 @@ class DinoVisionTransformer(AnyLayout):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    # Patches and their positions
-
     @property
     def stride(self) -> tuple[int, int]:
-        """Pixels from one patch to the next, down and across: the patch size, or less where patches overlap.
+        """Pixels from one patch to the next, down and across: the patch size, or less if patches overlap.
 
-        Setting it, to an int or a pair, makes finer maps of the same weights: ``(size - patch_size) // stride + 1``
-        patches a side, with positions resampled to that grid (Amir et al., arXiv:2112.05814). Where the stride does not
-        divide ``size - patch_size`` the last pixels are not seen. It is a setting, and not saved with the weights.
+        Set it to an int or a pair for finer maps from the same weights: ``(size - patch_size) // stride + 1`` patches
+        per side, with positions resampled to that grid (Amir et al., arXiv:2112.05814). If the stride does not divide
+        ``size - patch_size``, the last pixels are ignored. It is not saved with the weights.
 
         Raises:
-            ValueError: a stride below 1 or above the patch size is set.
+            ValueError: the stride set is below 1 or above the patch size.
         """
-        return _pair(getattr(self.patch_embed, "stride", self.patch_size))
+        return to_pair(getattr(self.patch_embed, "stride", self.patch_size))
 
     @stride.setter
     def stride(self, stride: int | tuple[int, int]) -> None:
@@ -278,7 +183,7 @@ class DinoVisionTransformer(AnyLayout):
     def position_interpolation(self) -> str:
         """How the position table is resampled: "offset", "size" or "antialias" (`dinov2_fast.position_embeddings`).
 
-        Setting it sets `interpolate_offset` and `interpolate_antialias`; another pair of those is called "custom".
+        Setting it sets `interpolate_offset` and `interpolate_antialias`. Any other combination of them is "custom".
         """
         current = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         return next((name for name, known in POSITION_INTERPOLATIONS.items() if known == current), "custom")
@@ -288,10 +193,10 @@ class DinoVisionTransformer(AnyLayout):
         self.interpolate_offset, self.interpolate_antialias = position_interpolation(name)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """The position embeddings for an image of `w` rows and `h` columns of pixels (the reference's names).
+        """The position embeddings of an image. As in the reference, `w` is its height and `h` its width.
 
         Args:
-            x: the CLS token and patch tokens (batch, 1 + patches, hidden), for their dtype.
+            x: CLS and patch tokens (batch, 1 + patches, hidden), of which only the dtype is used.
             w, h: height and width of the image in pixels.
 
         Returns:
@@ -309,17 +214,15 @@ class DinoVisionTransformer(AnyLayout):
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
 
     def _position_grid(self) -> Grid:
-        """Rows and columns of the position table: of `img_size`, or of a square where another table was put in."""
+        """Rows and columns of the position table: those of `img_size`, or a square if the table was replaced."""
         return position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
-
-    # From images to tokens
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Embeds images as tokens with positions.
 
         Args:
-            x: (batch, channels, height, width), floating point, height and width multiples of the patch size.
-            masks: (batch, patches) bool; masked patches are replaced by the mask token, before positions are added.
+            x: (batch, channels, height, width), floating point; height and width are multiples of the patch size.
+            masks: (batch, patches) bool. The mask token replaces the patches that are True, before positions are added.
 
         Returns:
             (batch, 1 + registers + patches, hidden).
@@ -330,11 +233,11 @@ class DinoVisionTransformer(AnyLayout):
         if masks is not None:
             if self.mask_token is None:
                 raise InvalidValueError("masks were given, but this model has no mask token.")
-            x = torch.where(_check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
+            x = torch.where(check_masks(masks, x).unsqueeze(-1), self.mask_token.to(x.dtype), x)
         return self._add_positions(x, height, width)
 
     def _add_positions(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Patches (batch, patches, hidden) of images of that size to all tokens, with positions."""
+        """All tokens with positions, from the patches (batch, patches, hidden) of images of that size."""
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         x = x + self.interpolate_pos_encoding(x, height, width)
         if self.register_tokens is not None:
@@ -342,49 +245,42 @@ class DinoVisionTransformer(AnyLayout):
         return x
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images as tokens (batch, 1 + registers + patches, hidden), as `forward` makes them."""
         return self.prepare_tokens_with_masks(images)
 
     def grid(self, images: Tensor) -> Grid:
-        """Rows and columns of patches in these images, as `embed` cuts them."""
         height, width = images.shape[-2:]
         return self.patch_grid(height, width)
 
-    # Forward passes
-
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
-        """Features of a batch of images.
+        """The normalised CLS token (batch, hidden); with `is_training`, the result of `forward_features`.
 
         Args:
-            x, masks: those of `forward_features`.
-            is_training: return everything `forward_features` gives instead of the CLS token alone. By position only
-                for the legacy ONNX exporter, which fills in every default.
-
-        Returns:
-            The normalised CLS token (batch, hidden), or with `is_training` the dictionary (for a list of batches, the
-            list of dictionaries).
+            x, masks: as for `forward_features`. A list of batches needs ``is_training=True``.
+            is_training: not keyword-only, because the legacy ONNX exporter passes every default by position.
         """
         features = self.forward_features(x, masks)
         if is_training:
             return features
         if isinstance(features, list):
             raise InvalidTypeError(
-                "A list of batches has one result for each: call the model with is_training=True, or use "
+                "A list of batches has one result per batch: call the model with is_training=True, or use "
                 "forward_features."
             )
         return self.head(features["x_norm_clstoken"])
 
+    @overload
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> BackboneFeatures: ...
+    @overload
+    def forward_features(self, x: list[Tensor], masks: list[Tensor | None] | None = None) -> list[BackboneFeatures]: ...
     def forward_features(self, x: Tensor | list[Tensor], masks: Any = None) -> Any:
-        """All tokens of the last block.
+        """All tokens of the last block, as a dictionary.
 
         Args:
             x: (batch, channels, height, width), or a list of such batches of different sizes, which run as one.
-            masks: (batch, patches) bool or None; for a list, a list of those (or None for no masks at all).
+            masks: (batch, patches) bool, or None. For a list of batches, a list of masks, or None for no masks.
 
         Returns:
-            Dictionary with `x_norm_clstoken` (batch, hidden), `x_norm_regtokens` (batch, registers, hidden),
-            `x_norm_patchtokens` (batch, patches, hidden), `x_prenorm` (batch, tokens, hidden; before the last norm) and
-            `masks`. For a list, a list of them.
+            The dictionary `BackboneFeatures`; for a list of batches, a list of dictionaries.
         """
         if isinstance(x, list):
             return self.forward_features_list(x, masks)
@@ -393,7 +289,7 @@ class DinoVisionTransformer(AnyLayout):
 
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
-    ) -> list[dict[str, Tensor | None]]:
+    ) -> list[BackboneFeatures]:
         """`forward_features` of a list of batches of different sizes, computed together."""
         if not x_list:
             raise InvalidValueError("The list of batches is empty.")
@@ -418,18 +314,20 @@ class DinoVisionTransformer(AnyLayout):
 
         Args:
             x: (batch, channels, height, width).
-            n: the number of last blocks, or the indices of blocks (0 is the first), returned in ascending order.
-            reshape: give (batch, hidden, rows, columns) instead of (batch, patches, hidden).
-            return_class_token: give pairs (patches, CLS token (batch, hidden)).
+            n: how many of the last blocks, or the indices of blocks, where 0 is the first.
+            reshape: return (batch, hidden, rows, columns) instead of (batch, patches, hidden).
+            return_class_token: return pairs (patches, CLS token (batch, hidden)).
             norm: apply the final norm.
 
         Returns:
-            A tuple with one entry for each block; CLS and registers are left out of the patches.
+            A tuple with one entry per block, in ascending order, without CLS and registers.
+
+        Raises:
+            AssertionError: there is no such block, as in the reference.
         """
-        get = (
-            self._get_intermediate_layers_chunked if self.chunked_blocks else self._get_intermediate_layers_not_chunked
-        )
-        outputs = [self.norm(out) if norm else out for out in get(x, n)]
+        outputs = self._get_intermediate_layers_not_chunked(x, n)
+        if norm:
+            outputs = [self.norm(out) for out in outputs]
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:
             patches = [p.unflatten(1, self.grid(x)).permute(0, 3, 1, 2).contiguous() for p in patches]
@@ -438,20 +336,8 @@ class DinoVisionTransformer(AnyLayout):
         return tuple(patches)
 
     def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
-        """All tokens, before the norm, after the blocks `n` of `get_intermediate_layers`."""
-        return self._outputs_after(list(self.blocks), x, n)
-
-    def _get_intermediate_layers_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
-        """The same for a model with block chunks."""
-        return self._outputs_after(self._flat_blocks(), x, n)
-
-    def _flat_blocks(self) -> list[Any]:
-        """The blocks in one list."""
-        if not self.chunked_blocks:
-            return list(self.blocks)
-        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
-
-    def _outputs_after(self, blocks: list[nn.Module], x: Tensor, n: int | Sequence[int]) -> list[Tensor]:
+        """All tokens after the blocks `n`, before the norm."""
+        blocks = self._flat_blocks()
         take = set(range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n)
         missing = sorted(take - set(range(len(blocks))))
         if missing:
@@ -468,75 +354,13 @@ class DinoVisionTransformer(AnyLayout):
                 outputs.append(x)
         return outputs
 
-    def attention_maps(
-        self,
-        images: Tensor,
-        layers: int | Sequence[int] = -1,
-        heads: int | Sequence[int] | None = None,
-        queries: slice | None = None,
-    ) -> Tensor:
-        """Attention weights, by default those of the CLS token on the patches, as one map for each head.
+    _get_intermediate_layers_chunked = _get_intermediate_layers_not_chunked  # the reference's name with block chunks
 
-        Only the rows, heads and blocks that are asked for are computed. Gradients flow where autograd records.
-
-        Args:
-            images: as `forward` takes them, of any size.
-            layers: blocks, 0 is the first and -1 the last; in the order wanted.
-            heads: 0 is the first and -1 the last; None for all.
-            queries: None for the CLS token, with its weights on CLS and registers left out (so a map sums to less than
-                1); or tokens in the order CLS, registers, patches, whose whole rows are given: ``slice(None)`` is all
-                of them, ``slice(1 + registers, None)`` the patches.
-
-        Returns:
-            (batch, layers, heads, rows, columns) of patches; with `queries` (batch, layers, heads, queries, tokens),
-            each row summing to 1. In the dtype of the weights.
-
-        Raises:
-            ValueError: there is no such block or head.
-        """
-        take = _indices(layers, len(self._flat_blocks()), "block")
-        chosen = None if heads is None else _indices(heads, self.num_heads, "head")
-        found = {}
-        for i, qkv in self._projected(images, take):
-            if chosen is not None:
-                qkv = torch.stack([qkv[:, :, :, head] for head in chosen], dim=3)
-            weights = ops.attention_probabilities(qkv, slice(0, 1) if queries is None else queries)
-            found[i] = weights[:, :, 0, 1 + self.num_register_tokens :] if queries is None else weights
-        maps = torch.stack([found[i] for i in take], dim=1)
-        return maps.unflatten(-1, self.grid(images)) if queries is None else maps
-
-    def qkv_features(self, images: Tensor, layers: int | Sequence[int] = -1, reshape: bool = False) -> QKV:
-        """Queries, keys and values of chosen blocks: the features that correspondence and segmentation methods read.
-
-        Args:
-            images: as `forward` takes them, of any size.
-            layers: blocks, 0 is the first and -1 the last; in the order wanted.
-            reshape: give maps of the patches, the channels of all heads side by side.
-
-        Returns:
-            `query`, `key` and `value`, each (batch, layers, heads, tokens, head_dim) in the order CLS, registers,
-            patches, with which ``softmax(query @ key.mT / head_dim**0.5)`` is the attention; with `reshape` each
-            (batch, layers, hidden, rows, columns). In the dtype of the weights.
-
-        Raises:
-            ValueError: there is no such block.
-        """
-        take = _indices(layers, len(self._flat_blocks()), "block")
-        found = dict(self._projected(images, take))
-        qkv = torch.stack([found[i] for i in take]).permute(3, 1, 0, 4, 2, 5)  # (3, batch, layers, heads, tokens, dim)
-        if reshape:
-            patches = qkv[..., 1 + self.num_register_tokens :, :].unflatten(-2, self.grid(images))
-            qkv = patches.permute(0, 1, 2, 3, 6, 4, 5).flatten(3, 4).contiguous()
-        return QKV(*qkv)
-
-    def _projected(self, images: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """The packed queries, keys and values (batch, tokens, 3, heads, head_dim) of blocks; none after them is run."""
-        x, last = self.embed(images), max(layers)
-        for i, block in enumerate(self._flat_blocks()[: last + 1]):
-            if i in layers:
-                yield i, block.attn.project_qkv(block.norm1(x))
-            if i < last:
-                x = self._call(block, x)
+    def _flat_blocks(self) -> list[Any]:
+        """The blocks as one list, whether they are in chunks or not."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
     def _run_blocks(self, x: Any) -> Any:
         for block in self.blocks:
@@ -548,7 +372,7 @@ class DinoVisionTransformer(AnyLayout):
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
-    def _split_tokens(self, x: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+    def _split_tokens(self, x: Tensor, masks: Tensor | None) -> BackboneFeatures:
         x_norm = self.norm(x)
         first_patch = 1 + self.num_register_tokens
         return {
@@ -559,70 +383,9 @@ class DinoVisionTransformer(AnyLayout):
             "masks": masks,
         }
 
-    # Settings and reports
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return self.cls_token.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the parameters."""
-        return self.cls_token.dtype
-
-    def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks for first."""
-        raise InvalidTypeError(NOT_SCRIPTABLE)
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+        """Recomputes each block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
-
-    def backends(self) -> list[Row]:
-        """Which implementation of each op runs for this model's device, dtype and mode, and why."""
-        parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-        return table(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
         return "\n".join([f"position_interpolation={self.position_interpolation}", *summary(self.backends())])
-
-
-def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:
-    size = max(len(blocks) // chunks, 1)
-    return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]
-
-
-def _indices(asked: int | Sequence[int], count: int, what: str) -> list[int]:
-    """Indices from 0 on, in the order asked for."""
-    indices = [asked] if isinstance(asked, int) else list(asked)
-    outside = [i for i in indices if not -count <= i < count]
-    if outside or not indices:
-        wrong = f"There is no {what} {outside[0]}" if outside else f"No {what} was asked for"
-        raise InvalidValueError(f"{wrong}; the {what}s of this model are 0 to {count - 1}, or -{count} to -1.")
-    return [i % count for i in indices]
-
-
-def _check_masks(masks: Tensor, x: Tensor) -> Tensor:
-    if masks.shape != x.shape[:2]:
-        raise InvalidValueError(
-            f"masks must be (batch, patches) = {tuple(x.shape[:2])} for these images, got {tuple(masks.shape)}."
-        )
-    if masks.dtype != torch.bool:
-        raise InvalidTypeError(f"masks must be bool (True: replace the patch by the mask token), got {masks.dtype}.")
-    return masks
-
-
-def _factory(**sizes: Any) -> Callable[..., DinoVisionTransformer]:
-    def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-        return DinoVisionTransformer(
-            patch_size=patch_size, num_register_tokens=num_register_tokens, mlp_ratio=4, **sizes, **kwargs
-        )
-
-    return make
-
-
-vit_small = _factory(embed_dim=384, depth=12, num_heads=6)
-vit_base = _factory(embed_dim=768, depth=12, num_heads=12)
-vit_large = _factory(embed_dim=1024, depth=24, num_heads=16)
-vit_giant2 = _factory(embed_dim=1536, depth=40, num_heads=24)

@@ -1,18 +1,18 @@
-"""Resampling the position table to an image's grid of patches: bicubic, in three interpolations, as two small matrices.
+"""Bicubic resampling of the position table to an image's grid of patches, as two small matrix products.
 
-DINOv2's table is trained for a 37 x 37 grid (518 px). At any other size it is resampled, and the implementations
-people use do that differently; the results agree only at the trained size:
+DINOv2's table is trained for a grid of 37 x 37 patches (518 px). For other sizes it is resampled, and the libraries do
+that in three ways, which agree only at the trained size:
 
     "offset"     the reference's models without registers: scale factor (n + 0.1) / 37, no antialiasing
     "size"       transformers' Dinov2 since 4.45: the output size, no antialiasing
-    "antialias"  every model with registers, and all of timm's: the output size, with antialiasing
+    "antialias"  all models with registers, and all of timm's: the output size, with antialiasing
 
-Bicubic resampling is separable and linear, so the new table is ``W_h @ table @ W_w^T`` with one row of weights for
-each output position (:func:`_resample_matrix`). That is exact, differentiable, exports to any format as standard
+Bicubic resampling is separable and linear, so the new table is ``W_h @ table @ W_w^T``, with one row of weights for
+each output position (:func:`_resample_matrix`). This is exact and differentiable, exports to every format as standard
 operators, and runs where torch has no bicubic kernel.
 
 Kernels: Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -0.75 without and a = -0.5
-with antialiasing, which are the constants torch uses.
+with antialiasing, as in torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dinov2_fast.torch_private import is_traced
 
 
 class PositionInterpolation(NamedTuple):
-    """How the table is resampled: `offset` is added to the output size before the step is computed."""
+    """A way to resample the table. `offset` is added to the output size before the step is computed."""
 
     offset: float
     antialias: bool
@@ -44,7 +44,7 @@ def position_interpolation(name: str) -> PositionInterpolation:
     """The interpolation called `name`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: there is no interpolation of this name.
     """
     if name not in POSITION_INTERPOLATIONS:
         raise InvalidValueError(
@@ -63,15 +63,15 @@ def resample_position_embeddings(
 
     Args:
         table: (positions, hidden) in row-major order.
-        height, width: the new grid, in patches; may be symbolic under tracing.
-        interpolation: how.
+        height, width: the new grid, in patches. They may be symbolic under tracing.
+        interpolation: the way to resample.
         grid: the grid of the table; None if it is square.
 
     Returns:
-        (height * width, hidden) in float32, or float64 if the table is; at the native grid the table itself.
+        (height * width, hidden) in float32, or in float64 if the table is. At the native grid, the table itself.
 
     Raises:
-        ValueError: `table` has another number of positions than its grid.
+        ValueError: `grid` is None, and the table is not square.
     """
     grid = grid or square_grid(table)
     table = table if table.dtype == torch.float64 else table.float()
@@ -79,15 +79,15 @@ def resample_position_embeddings(
         return table
     make = _matrices if is_traced() or type(table) is not torch.Tensor else _cached_matrices
     rows, columns = make(height, width, grid, interpolation, table.device)
-    with_precision = torch.float64 if table.is_cuda else table.dtype  # a float32 product on CUDA could be run as TF32
-    return _apply(rows.to(with_precision), columns.to(with_precision), table.to(with_precision)).to(table.dtype)
+    compute_dtype = torch.float64 if table.is_cuda else table.dtype  # CUDA may run a float32 product as TF32
+    return _apply(rows.to(compute_dtype), columns.to(compute_dtype), table.to(compute_dtype)).to(table.dtype)
 
 
 def square_grid(table: Tensor) -> Grid:
-    """The grid of a table (positions, hidden) of a square one.
+    """The grid of a square table (positions, hidden).
 
     Raises:
-        ValueError: it is none.
+        ValueError: the number of positions is no square.
     """
     side = round(int(table.shape[0]) ** 0.5)
     if side * side != table.shape[0]:
@@ -96,22 +96,22 @@ def square_grid(table: Tensor) -> Grid:
 
 
 def position_grid(table: Tensor, expected: Grid) -> Grid:
-    """The grid of a table (positions, hidden): `expected` if it has as many positions, otherwise a square.
+    """The grid of a table (positions, hidden): `expected` if the number of positions fits, otherwise a square.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the number of positions fits neither.
     """
     rows, columns = expected
     return expected if rows * columns == int(table.shape[0]) else square_grid(table)
 
 
 def is_native(height: int, width: int, grid: Grid) -> bool:
-    """Whether `height` x `width` is the table's own grid; False while a graph for any size is traced."""
+    """Whether `height` x `width` is the table's own grid. False under tracing, where a graph must serve every size."""
     return not is_traced() and (height, width) == grid
 
 
 def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
-    """``rows @ table @ columns^T`` for a table of vectors, never in a lower precision."""
+    """``rows @ table @ columns^T`` for a table of vectors, in the dtype of the table even under autocast."""
     if table.device.type != "meta" and torch.is_autocast_enabled(table.device.type):
         with torch.autocast(table.device.type, enabled=False):
             return _apply(rows, columns, table)
@@ -127,13 +127,13 @@ _CACHE_SIZE = 256
 def _cached_matrices(
     height: int, width: int, grid: Grid, interpolation: PositionInterpolation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`_matrices`, kept for each size and device; a few kilobytes each."""
+    """`_matrices`, cached for each size and device. An entry takes a few kilobytes."""
     key = (height, width, grid, interpolation, device)
     found = _CACHE.get(key)
     if found is None:
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
             found = _CACHE[key] = _matrices(height, width, grid, interpolation, device)
     return found
 
@@ -143,8 +143,8 @@ def _matrices(
 ) -> tuple[Tensor, Tensor]:
     """The matrices of both axes, (height, rows of the grid) and (width, columns of the grid).
 
-    At the native grid the table is taken as it is in every interpolation, so there the offset does not count. Written
-    with tensor operations only, so that a traced graph decides it for each size.
+    At the native grid no interpolation changes the table, so the offset is not added there. The decision is made with
+    tensor operations, so that a traced graph makes it for each size.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
     sizes, old = (
@@ -159,11 +159,11 @@ def _matrices(
 
 
 def _resample_matrix(size: int, grid: int, step: Tensor, antialias: bool) -> Tensor:
-    """The weights of a bicubic resampling of `grid` samples to `size`, as a (size, grid) matrix in the dtype of `step`.
+    """The weights of bicubic resampling from `grid` samples to `size`: a (size, grid) matrix in the dtype of `step`.
 
-    Row i holds the weights of the input samples around ``step * (i + 0.5) - 0.5``, at most four without antialiasing,
-    where samples beyond the border count as the border's. With antialiasing the kernel is widened by `step` when
-    shrinking, cut off at the border, and normalised.
+    Row i holds the weights of the input samples around ``step * (i + 0.5) - 0.5``. Without antialiasing these are at
+    most four, and the border is repeated beyond itself. With antialiasing the kernel is widened by `step` if the table
+    shrinks, cut off at the border, and normalised.
     """
     output = torch.arange(size, device=step.device, dtype=step.dtype)
     source = torch.arange(grid, device=step.device, dtype=step.dtype)

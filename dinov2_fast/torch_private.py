@@ -1,6 +1,6 @@
-"""The private names of torch that this package uses, in one place.
+"""All private names of torch that this package uses.
 
-They may change with any version of torch: tests/model/test_torch_private.py has a test of each.
+They may change with any version of torch, so tests/model/test_torch_private.py tests each.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ __all__ = [
     "without_autocast",
 ]
 
-_FUSING = threading.Lock()  # what enables oneDNN's graphs is a setting of the process
+_FUSING = threading.Lock()  # the setting that enables oneDNN's graphs belongs to the process
 
 
 # Tracing
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made that will run on other inputs, by any tool of torch.
+    """Whether a tool of torch is tracing a graph that will run on other inputs.
 
-    These are torch.compile and torch.export, torch.jit.trace and the ONNX exporter built on it, and torch.fx, whose
+    The tools are torch.compile and torch.export, torch.jit.trace and the ONNX exporter built on it, and torch.fx, whose
     proxies (`is_fx_traced`) have no sizes, dtypes or devices.
     """
     return torch.compiler.is_compiling() or is_jit_traced() or is_fx_traced()
 
 
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace runs the code."""
+    """Whether torch.jit.trace is running this code."""
     return torch._C._get_tracing_state() is not None
 
 
@@ -76,7 +76,7 @@ def is_fake_mode_active() -> bool:
 
 
 def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compiler.assume_constant_result`, which would import torch._dynamo, and with it Triton, at once."""
+    """`torch.compiler.assume_constant_result` without its import of torch._dynamo, which imports Triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -85,23 +85,23 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def below_autograd() -> AbstractContextManager[Any]:
-    """Inside, operators run without being recorded by autograd."""
+    """A context in which autograd does not record operators."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def without_autocast(key: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A context in which autocast, of the dispatch key "AutocastCUDA" or "AutocastCPU", casts nothing."""
+    """A context without the autocast of the dispatch key "AutocastCUDA" or "AutocastCPU"."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return lambda: torch._C._ExcludeDispatchKeyGuard(keys)
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether `tensor` carries a derivative of forward mode."""
+    """Whether `tensor` carries a forward-mode derivative."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is its memory and nothing else: no subclass, no wrapper of torch.func, no tangent."""
+    """Whether `tensor` is an ordinary tensor: no subclass, no wrapper of torch.func, no forward-mode derivative."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return type(tensor) is Tensor and not wrapped and not has_tangent(tensor)
 
@@ -120,28 +120,30 @@ def matmul_precision() -> str:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """oneDNN's linear on a CPU, with "none" or the erf form of "gelu" behind it; contiguous operands, the weight
-    packed or not."""
+    """oneDNN's linear on a CPU, followed by `activation`: "none", or "gelu" in its erf form.
+
+    The operands are contiguous; the weight may be packed by `onednn_pack`.
+    """
     algorithm = "none" if activation == "gelu" else ""  # not the tanh form
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 def onednn_pack(weight: Tensor) -> Tensor:
-    """A linear's weight in the blocks that oneDNN's products read, for `onednn_linear` alone.
+    """A linear's weight in oneDNN's blocked layout, which only `onednn_linear` can read.
 
-    With AVX-512 they are the same for any number of rows, once they were asked for by as many as here.
+    The layout is chosen for a number of rows. With AVX-512 the one chosen for 1024 rows serves any number.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1024)
 
 
 def fused_by_onednn(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor] | None:
-    """`function` as one operation of oneDNN, for arguments with the sizes and strides of `examples`.
+    """`function` fused to one operation of oneDNN, for arguments with the sizes and strides of `examples`.
 
-    It keeps to the number of threads that torch has now. Other arguments are computed by the operations of `function`.
-    None if oneDNN cannot fuse them all, or if this torch has none of its graphs.
+    It always uses the number of threads that torch has now. For other arguments the operations run one by one. Returns
+    None if oneDNN cannot fuse all of them, or if this build of torch lacks oneDNN's graphs.
     """
     with _FUSING, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch deprecates torch.jit, but this is the only way to oneDNN's graphs
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but the only way to oneDNN's graphs
         before = torch._C._jit_llga_enabled()
         torch._C._jit_set_llga_enabled(True)
         try:
@@ -149,7 +151,7 @@ def fused_by_onednn(function: Callable[..., Tensor], *examples: Tensor) -> Calla
             for _ in range(2):  # the first run records sizes, the second one fuses
                 fused(*examples)
             graph = str(torch._C._last_executed_optimized_graph())
-        except Exception:  # oneDNN does not compile it, or TorchScript does not run on this version of Python
+        except Exception:  # oneDNN cannot compile it, or TorchScript does not run on this version of Python
             return None
         finally:
             torch._C._jit_set_llga_enabled(before)
@@ -157,10 +159,10 @@ def fused_by_onednn(function: Callable[..., Tensor], *examples: Tensor) -> Calla
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """cuBLAS' linear of rows (rows, in_features) with GELU behind it: the tanh form on CUDA, the erf form on a CPU."""
+    """A linear of rows (rows, in_features) followed by GELU: cuBLAS' tanh form on CUDA, the erf form on a CPU."""
     return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
 
 def softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
-    """The gradient of what went into a softmax over the last dimension, whose result was `p`."""
+    """The gradient of the input of a softmax over the last dimension, from its output `p` and the gradient `dp`."""
     return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)

@@ -1,8 +1,8 @@
-"""The main job on the images that ship with the project: their features, and sheets of what the model sees in them.
+"""Extracts features from the images that ship with the project, and draws what the model sees in them.
 
-With the released ViT-S/14 weights where they can be had (cache or network), otherwise with seeded random weights, and
-then every output says so. Run it by ``make demo`` or ``python examples/demo.py [output folder]``; the commands that it
-prints are those that a user would type.
+It uses the released ViT-S/14 weights if they are in a cache or on the network. Otherwise it uses random weights, and
+marks every output. Run ``make demo`` or ``python examples/demo.py [output folder]``. It prints the commands that it
+runs, as a user would type them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ IMAGES = Path(__file__).parent / "images"
 OFFLINE = """
 ************************************************************************
 *  THE RELEASED WEIGHTS ARE NOT HERE: THIS RUN USES RANDOM WEIGHTS.    *
-*  It shows that everything works, not what DINOv2 sees. Every output  *
-*  is marked "random-weights".                                         *
+*  It shows that everything works, but not what DINOv2 sees. Every     *
+*  output is marked "random-weights".                                  *
 ************************************************************************
 """
 
 
 def main(out: Path) -> None:
-    """Writes features, and sheets of PCA, attention and neighbours, to the folder `out`."""
+    """Writes features, and images of PCA, attention and neighbours, to the folder `out`."""
     options, mark = choose_weights()
     images, features = os.path.relpath(IMAGES), str(out / f"features{mark}")
     model = ["--model", MODEL, *options]
@@ -37,11 +37,11 @@ def main(out: Path) -> None:
     run("show", images, *model, "--pca", "--attention", "--out", str(out))
     run("show", features, "--neighbours", "--count", "3", "--out", str(out))
     if mark:
-        print("\nAll of it was made with RANDOM weights.")
+        print("\nAll outputs come from RANDOM weights.")
 
 
 def choose_weights() -> tuple[list[str], str]:
-    """Options of the commands for the weights there are, and what to add to the names of the outputs."""
+    """The commands' options for the weights that are available, and a suffix for the names of the outputs."""
     try:
         find_backbone(dinov2_fast.BACKBONES[MODEL])
     except dinov2_fast.WeightsError as error:
@@ -52,7 +52,7 @@ def choose_weights() -> tuple[list[str], str]:
 
 
 def run(*arguments: str) -> None:
-    """Runs ``dinov2-fast`` with these arguments, and says so."""
+    """Prints and runs ``dinov2-fast`` with these arguments."""
     print(f"\n$ dinov2-fast {shlex.join(arguments)}", flush=True)
     code = dinov2_fast_command(arguments)
     if code:

@@ -1,15 +1,15 @@
-"""Features of images on a Ray cluster: reads images, runs one model per worker, writes Parquet, and can be run again.
+"""Extracts features of images on a Ray cluster, one model per worker, into Parquet files; can be interrupted.
 
     python examples/ray_extract.py photos/ features/ --model dinov2_vits14 --workers 4
 
 The images may be on any file system that Ray reads (``s3://bucket/photos``). Each worker is an actor that loads the
-model once; give it a GPU with ``--gpus 1``. What is done is written to a checkpoint beside the output: run the same
-command again after a crash, and only the images that are missing are done, into more files of the same folder. An
-image that cannot be read is a row with its error.
+model once; give it a GPU with ``--gpus 1``. A checkpoint beside the output records the images that are done. After a
+crash, run the same command again: it extracts the missing images into more files of the same folder. An image that
+cannot be read becomes a row with its error.
 
-With ``--address auto`` it runs on the cluster that this machine belongs to; output and checkpoint must then be where
-all its machines see them. Without, it starts a Ray of its own on this machine. Another model or size needs another
-output folder: Ray's checkpoint knows the images, and not what was done with them.
+With ``--address auto`` the script runs on the cluster that this machine belongs to, all of whose machines must see the
+output and the checkpoint. Without it, the script starts Ray on this machine. Another model or size needs another output
+folder, because Ray's checkpoint records only which images are done.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ray.data.checkpoint import CheckpointConfig
 
 import dinov2_fast
 
-# That a Ray of its own has at least, however many the machine has: with 2, Ray's checkpoint waited for ever for a place
-# beside the workers when it was run again.
+# The fewest CPUs that a Ray started here is told to have: with 2, a second run never ended, because Ray's checkpoint
+# waited for a CPU beside those of the workers.
 LOGICAL_CPUS = 12
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         ray.init(args.address)
     else:
         ray.init("local", num_cpus=max(os.cpu_count() or 1, LOGICAL_CPUS))
-    # The paths tell the images apart: each is written once, however often this is run.
+    # The path identifies an image: each is written once, in however many runs.
     DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column="path",
         checkpoint_path=args.checkpoint or f"{args.out.rstrip('/')}.checkpoint",
@@ -56,15 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def whole(path: str) -> str:
-    """A URL as it is, a path from the root on: the same in every folder, and all that Ray takes for a checkpoint."""
+def absolute(path: str) -> str:
+    """A URL unchanged, a path made absolute, as Ray's checkpoint needs it."""
     return path if "://" in path else os.path.abspath(path)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Features of images on a Ray cluster, as Parquet.")
-    parser.add_argument("images", type=whole, help="folder or URL of images")
-    parser.add_argument("out", type=whole, help="folder or URL of the Parquet files")
+    parser.add_argument("images", type=absolute, help="folder or URL of images")
+    parser.add_argument("out", type=absolute, help="folder or URL of the Parquet files")
     parser.add_argument(
         "--model", default="dinov2_vits14", help="a name, file, folder or hub id (default: %(default)s)"
     )
@@ -73,9 +73,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="copies of the model (default: %(default)s)")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs for each worker (default: %(default)s)")
-    parser.add_argument("--address", help="of a Ray cluster, such as auto (default: a Ray of its own)")
+    parser.add_argument("--address", help="address of a Ray cluster, such as auto (default: Ray started here)")
     parser.add_argument(
-        "--checkpoint", type=whole, help="folder of what is done (default: the output's name and .checkpoint)"
+        "--checkpoint", type=absolute, help="folder that records the images that are done (default: OUT.checkpoint)"
     )
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, true fp32, one torch thread in each parallel worker, and a working GPU."""
+"""Settings of every test: fixed seeds, true fp32, one torch thread in each parallel worker, and a working GPU."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.helpers import devices
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # set by pytest-xdist in its workers
         torch.set_num_threads(1)
-        config.pluginmanager.register(LeaveAfterCudaError())
+        config.pluginmanager.register(EndWorkerAfterCudaError())
     torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions on a GPU in fp32, for which the tolerances are made
     if devices.interpreting():
         devices.make_the_interpreter_strict()
-    if environment.backend_setting():  # a test of kernels that a fallback to torch passed would say nothing
+    if environment.backend_setting():  # a test that fell back to torch would say nothing about the kernels
         dispatch.set_backend(environment.backend_setting(), strict=True)
 
 
-class LeaveAfterCudaError:
-    """Ends a worker of pytest-xdist behind a test that failed with a CUDA error, so that a new one takes its place.
+class EndWorkerAfterCudaError:
+    """Ends a pytest-xdist worker after a test that failed with a CUDA error, so that a new worker takes its place.
 
-    After an illegal memory access every later CUDA call of the process fails, and so would all the worker's tests. When
-    the worker leaves, what it reported has been sent; xdist adds that it crashed during that test, and gives the tests
-    it had left to others.
+    After an illegal memory access every later CUDA call of the process fails, and with it every later test. The worker
+    ends when its report has been sent; xdist adds that it crashed during that test, and gives the remaining tests to
+    other workers.
     """
 
     ERRORS = re.compile(r"CUDA( error)?: |Error \[CUDA\]: ")  # of csrc or torch, of Triton

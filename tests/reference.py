@@ -1,4 +1,4 @@
-"""The ops in fp64, written from their formulas and independently of the package, and the rule that results must meet.
+"""The ops in fp64, written from their formulas and independently of the package, and the rule that results must obey.
 
 The rule (both at once), with `torch_result` plain PyTorch's in the dtype under test:
     max|y - ref| <= 2 max|torch - ref| + ulp(max|ref|)
@@ -17,7 +17,7 @@ _BITS = {torch.float8_e4m3fn: 4, torch.bfloat16: 8, torch.float16: 11, torch.flo
 
 
 def assert_obeys_rule(y: Tensor, ref: Tensor, torch_result: Tensor, largest_error: float = 2.0) -> float:
-    """Fails if `y` is further from `ref`, of a wider dtype, than the rule allows.
+    """Fails if `y` is further from `ref`, which has a wider dtype, than the rule allows.
 
     Args:
         largest_error: the factor of the first bound.
@@ -84,13 +84,13 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 def e4m3_position(x: Tensor) -> Tensor:
-    """Where the elements of an e4m3 tensor stand in the row of all representable numbers, with zero at 0."""
+    """The positions of e4m3 numbers in the ordered list of all of them, counted from zero."""
     code = x.view(torch.uint8).int()
     return torch.where(code >= 128, 128 - code, code)  # both zeros at 0
 
 
 def e4m3_steps(y: Tensor, expected: Tensor) -> Tensor:
-    """How many representable e4m3 numbers lie between two tensors of e4m3, element by element."""
+    """The distance of two e4m3 tensors in representable numbers, element by element."""
     return (e4m3_position(y) - e4m3_position(expected)).abs()
 
 
@@ -122,5 +122,5 @@ def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def attention_lse(qkv: Tensor) -> Tensor:
     q, k, _ = qkv.double().unbind(2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(qkv.shape[-1])
-    greatest = scores.amax(-1, keepdim=True)
-    return (torch.exp(scores - greatest).sum(-1, keepdim=True).log() + greatest)[..., 0]
+    largest = scores.amax(-1, keepdim=True)
+    return (torch.exp(scores - largest).sum(-1, keepdim=True).log() + largest)[..., 0]

@@ -1,7 +1,6 @@
 """The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
 
-Exit codes: 0 all good, 1 aborted (or `verify` found a difference), 2 wrong usage, 3 finished but some images failed,
-130 interrupted.
+A subcommand parses arguments, calls one function of the library and prints its result.
 """
 
 from __future__ import annotations
@@ -14,19 +13,17 @@ from collections.abc import Sequence
 
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
+from dinov2_fast.cli.exit_codes import ABORTED, INTERRUPTED
 from dinov2_fast.cli.interrupts import one_interrupt
-from dinov2_fast.cli.streams import losable_output, usable_streams
+from dinov2_fast.cli.streams import ignored_output_errors, usable_streams
 
-ABORTED = 1
-INTERRUPTED = 130
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
 
 DESCRIPTION = """\
 DINOv2 on the command line: features of images, sheets that show what the model
-sees in them, images that are alike, how well features tell classes apart, and
-checkpoints in the layouts of Meta's code, of Hugging Face transformers and of
-timm, or exported.
+sees in them, similar images, evaluation of features by their classes, and
+conversion and export of checkpoints.
 """
 EPILOG = """\
 examples:
@@ -37,32 +34,32 @@ examples:
   dinov2-fast convert dinov2_vits14 small.safetensors --to timm
   dinov2-fast verify dinov2_vits14 small.safetensors photos/
 
-`dinov2-fast COMMAND --help` says everything about a command.
+`dinov2-fast COMMAND --help` describes a command and its options.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (by default the process's) and returns its exit code."""
-    with usable_streams(), one_interrupt(until_exit=argv is None) as interrupt:
+    """Runs the command line `argv`, by default that of the process, and returns the exit code."""
+    with usable_streams(), one_interrupt(until_exit=argv is None) as handler:
         try:
             return _run(argv)
         except (KeyboardInterrupt, Exception) as error:
-            if interrupt.has_come or isinstance(error, KeyboardInterrupt):  # libraries may make another error of it
+            if handler.received or isinstance(error, KeyboardInterrupt):  # libraries may turn it into another error
                 print("dinov2-fast: interrupted", file=sys.stderr)
                 return INTERRUPTED
-            if not isinstance(error, BrokenPipeError):  # its reader has left, as `| head` does
+            if not isinstance(error, BrokenPipeError):  # the reader of the pipe has left, as `| head` does
                 print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)
-            with losable_output():  # what is left of it, or the interpreter complains at its end
+            with ignored_output_errors():
                 return ABORTED
 
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # about odd files: a command reports what it cannot read
+        warnings.filterwarnings("ignore", module="PIL")  # the commands report what they cannot read themselves
         code: int = args.run(args)
     if sys.stdout:
-        sys.stdout.flush()  # here, where a full disk is an error with an exit code
+        sys.stdout.flush()  # a full disk is an error with an exit code here, but not at exit
     return code
 
 
@@ -81,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: BaseException) -> str:
-    """The error's text; its type as well where the text was not written for the user."""
+    """The text of the error; with its type if the text was not written for users."""
     text = str(error) or "no further information"
     if isinstance(error, OSError) and error.errno in NO_SPACE:
-        text += ". Make room and run the same command again; files that are complete stay"
+        text += ". Make room and run the same command again; complete files are kept"
     written_for_users = type(error).__module__.startswith("dinov2_fast") or isinstance(error, (ValueError, OSError))
     return text if written_for_users else f"{type(error).__name__}: {text}"

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dinov2_fast.cli.extract import SOME_FAILED
-from dinov2_fast.cli.options import at_least, names, size
-from dinov2_fast.data.failures import Failures
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.errors import InvalidValueError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from dinov2_fast.cli import options
+from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 
 DESCRIPTION = """\
 Writes a model as a graph of standard operators that runs without this package:
-an ONNX file for onnxruntime and what else reads ONNX, or a torch.export
-program (.pt2). It takes images of any size, a multiple of 14 and at least
-28 pixels a side, in batches of any size, unless --size and --batch-size fix
-them. The input, pixel_values (batch, 3, height, width), is scaled and
-normalised as the image processor does it.
+an ONNX file for onnxruntime and others, or a torch.export program (.pt2). It
+takes images of any size, a multiple of 14 and at least 28 pixels a side, in
+batches of any size, unless --size and --batch-size fix them. The input,
+pixel_values (batch, 3, height, width), must be scaled and normalised as the
+image processor does it.
 
-Before the file takes its place it is run, an ONNX file in onnxruntime, and its
-outputs are compared with the model's: on the images of --check, otherwise on
-noise. A file that computes something else is not kept.
+The file is run (an ONNX file in onnxruntime) and its outputs are compared with
+the model's, on the images of --check or on noise. A file that computes
+something else is not kept.
 """
 EPILOG = """\
 examples:
@@ -38,8 +31,8 @@ examples:
 ONNX needs the packages onnx and onnxscript, and onnxruntime for the check:
 pip install onnx onnxscript onnxruntime
 
-Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage, 3 all
-good, but some images of --check cannot be read and were left out.
+Exit codes: 0 all good, 1 not possible (nothing written), 2 wrong usage, 3 done,
+but some images of --check cannot be read and were left out.
 """
 
 
@@ -52,139 +45,64 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
-    parser.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
-    parser.add_argument(
-        "--position-interpolation",
-        choices=("offset", "size", "antialias"),
-        help="how positions are resampled (default: as Meta's code does; transformers: size, timm: antialias)",
-    )
+    options.add_model(parser, required=True)
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .onnx or .pt2")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     graph = parser.add_argument_group("the graph")
     graph.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="(default: onnx)")
     graph.add_argument(
         "--outputs",
-        type=names,
+        type=options.names,
         metavar="NAME,...",
-        help="of cls, patch_mean, patches, registers, and logits where the checkpoint has a classifier, in this order "
-        "(default: cls,patches, and logits where there are)",
+        help="cls, patch_mean, patches, registers, and logits where the checkpoint has a classifier "
+        "(default: cls,patches, and logits where there is a classifier)",
     )
     graph.add_argument(
         "--dtype",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
-        help="of weights, input and outputs; bf16 for torch-export only (default: fp32)",
+        help="dtype of weights, input and outputs; bf16 for torch-export only (default: fp32)",
     )
-    graph.add_argument("--opset", type=at_least(1), metavar="N", help="of ONNX, 18 or newer (default: 20)")
     graph.add_argument(
-        "--size",
-        type=size,
-        metavar="N|HxW",
-        help="fix the size in pixels, a multiple of 14; such a graph holds no float64",
+        "--opset", type=options.at_least(1), metavar="N", help="version of ONNX's operators, 18 or newer (default: 20)"
     )
-    graph.add_argument("--batch-size", type=at_least(1), metavar="N", help="fix the number of images")
-    parser.add_argument("--check", nargs="+", metavar="PATH", help="images, or folders of them, to compare on")
+    options.add_size(graph, help="fix the size in pixels, a multiple of 14; such a graph contains no float64")
+    graph.add_argument("--batch-size", type=options.at_least(1), metavar="N", help="fix the number of images")
+    parser.add_argument("--check", nargs="+", metavar="PATH", help="images to compare on, or where they are")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports and prints how far the file is from the model; 0, or 3 if images to check had to be left out."""
-    failures = Failures()
-    batches = _images(args.check, args.size, failures) if args.check else None
-    if failures:
-        print(f"Left out:\n{failures}", file=sys.stderr)
+    from dinov2_fast.export import METADATA, export_checkpoint
 
-    import dinov2_fast
-    from dinov2_fast.export import METADATA, export
-
-    model = dinov2_fast.load(
-        args.model, weights=args.weights, dtype="float32", position_interpolation=args.position_interpolation
-    )
-    classifier = _classifier(model)
-    processor = Dinov2ImageProcessor()
-    exported = export(
-        model,
+    done = export_checkpoint(
+        args.model,
         args.out,
-        classifier=classifier,
+        weights=args.weights,
+        position_interpolation=args.position_interpolation,
         format=args.format,
-        outputs=args.outputs or ("cls", "patches", *["logits"] * (classifier is not None)),
+        outputs=args.outputs,
         dtype=args.dtype,
         opset=args.opset,
         batch_size=args.batch_size,
         size=args.size,
-        images=batches,
-        metadata={
-            "model": args.model,
-            "weights": model.loaded_from,
-            "mean": processor.image_mean,
-            "std": processor.image_std,
-        },
+        images=args.check,
         overwrite=args.overwrite,
     )
-    for file in exported.files:
+    if done.failures:
+        print(f"Left out:\n{done.failures}", file=sys.stderr)
+    if done.unused_classifier:
+        print(done.unused_classifier, file=sys.stderr)
+    for file in done.exported.files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
-    if not exported.differences:
+    if not done.exported.differences:
         print("Not checked: onnxruntime is not installed (pip install onnxruntime).", file=sys.stderr)
-        return 0
-    print(f"\nDifference from the model, on {'images' if batches else 'noise'}:")
+        return OK
+    print(f"\nDifference from the model, on {'images' if args.check else 'noise'}:")
     print(f"  {'output':12} {'shape':18} {'relative':>9} {'worst':>9}")
-    for each in exported.differences:
+    for each in done.exported.differences:
         shape = " x ".join(map(str, each.shape))
         print(f"  {each.output:12} {shape:18} {each.relative:9.1e} {each.worst:9.1e}")
     print(f"\nModel, weights, mean and std are stored in the file as JSON, under {METADATA!r}.")
-    return SOME_FAILED if failures else 0
-
-
-def _classifier(model: Any) -> nn.Linear | None:
-    """The classifier beside the model in its checkpoint; says on stderr why one that is there cannot be exported."""
-    from torch import nn
-
-    from dinov2_fast.weights.architecture import plan_weights, read_tensor
-    from dinov2_fast.weights.files import open_weights
-    from dinov2_fast.weights.load import HEADS
-
-    if model.loaded_from.startswith("random:"):
-        return None
-    plan = plan_weights(open_weights(Path(model.loaded_from)))
-    prefix = next((prefix for prefix in HEADS if f"{prefix}weight" in plan.recipes), None)
-    if prefix is None:
-        return None
-    parameters = {name: read_tensor(plan, key) for name in ("weight", "bias") if (key := prefix + name) in plan.recipes}
-    classes, inputs = parameters["weight"].shape
-    if inputs not in (model.embed_dim, 2 * model.embed_dim):
-        print(
-            f"The classifier in {model.loaded_from} is left out: it takes {inputs} features, and what can be exported "
-            f"takes {model.embed_dim}, of the CLS token, or {2 * model.embed_dim}, with the mean of the patches.",
-            file=sys.stderr,
-        )
-        return None
-    classifier = nn.Linear(inputs, classes, bias="bias" in parameters)
-    classifier.load_state_dict(parameters)
-    return classifier
-
-
-def _images(paths: list[str], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
-    """The images in one batch of the fixed size; otherwise of 224 x 224, and once more the first, of another size.
-
-    Those that cannot be read go to `failures`.
-
-    Raises:
-        ValueError: there are none, or none can be read.
-    """
-    from dinov2_fast.data.files import ImageError
-    from dinov2_fast.data.images import read_image
-    from dinov2_fast.data.sources import list_images
-
-    images = []
-    for path in list_images(paths):
-        try:
-            images.append(read_image(path))
-        except ImageError as error:
-            failures.add(path, str(error))
-    if failures and not images:
-        raise InvalidValueError(f"None of the images can be read:\n{failures}")
-    if not images:
-        raise InvalidValueError(f"There are no images in {', '.join(map(repr, paths))}.")
-    sizes = [(size, images)] if size else [((224, 224), images), ((154, 280), images[:1])]
-    return [Dinov2ImageProcessor.for_size(sides)(some).pixel_values for sides, some in sizes]
+    return SOME_FAILED if done.failures else OK

@@ -1,4 +1,4 @@
-"""``dinov2-fast info``: versions, device, which implementation of each op runs and why, and the cache."""
+"""``dinov2-fast info``: versions, devices, the implementation of each op and why it is chosen, and cached weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "info",
         help="show versions, device, ops and cache",
-        description="Shows versions, the device, which implementation of each op runs and why, and the cached weights.",
+        description="Shows versions, devices, which implementation of each op runs and why, and the cached weights.",
     )
     parser.add_argument("--device", help="for the table of ops: cpu, cuda, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--training", action="store_true", help="the table of ops for training")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="for the table of ops (default: float32)",
+    )
+    parser.add_argument("--training", action="store_true", help="show the table of ops for training")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints everything to stdout; 0."""
+    """Prints all sections to stdout; 0."""
     device = args.device or _default_device()
     mode = "training" if args.training else "inference"
     sections = {
@@ -67,7 +72,7 @@ def _device() -> Iterator[str]:
         yield f"cuda:{index:<11} {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
-    yield f"extension: {extension.describe()}"
+    yield f"extension: {extension.availability()}"
 
 
 def _default_device() -> str:

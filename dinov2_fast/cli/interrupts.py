@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one ends a command in order, and those after it change nothing about that."""
+"""Ctrl-C and SIGTERM: the first signal ends a command in order; those that follow are ignored."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupt:
-    """Whether a signal has come."""
+class SignalHandler:
+    """Raises KeyboardInterrupt at the first signal, and ignores the signals after it."""
 
-    has_come = False
+    received = False
 
     def __call__(self, *_: Any) -> None:
         for name in SIGNALS:
             signal.signal(name, signal.SIG_IGN)
-        self.has_come = True
+        self.received = True
         raise KeyboardInterrupt
 
 
 @contextmanager
-def one_interrupt(until_exit: bool) -> Iterator[Interrupt]:
-    """Raises KeyboardInterrupt inside for the first signal alone; `until_exit` ignores the others for good.
+def one_interrupt(until_exit: bool) -> Iterator[SignalHandler]:
+    """Inside, the first signal raises KeyboardInterrupt; with `until_exit` the others are ignored until the exit too.
 
-    Python handles signals in the main thread only; in another this does nothing.
+    Python handles signals in the main thread only; in another thread this does nothing.
     """
-    interrupt = Interrupt()
+    handler = SignalHandler()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupt
+        yield handler
         return
-    before = [signal.signal(name, interrupt) for name in SIGNALS]
+    before = [signal.signal(name, handler) for name in SIGNALS]
     try:
-        yield interrupt
+        yield handler
     finally:
-        if not (interrupt.has_come and until_exit):
-            for name, handler in zip(SIGNALS, before, strict=True):
-                signal.signal(name, handler)
+        if not (handler.received and until_exit):
+            for name, previous in zip(SIGNALS, before, strict=True):
+                signal.signal(name, previous)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dinov2_fast.cli import labelled
-from dinov2_fast.cli.extract import SOME_FAILED
-from dinov2_fast.cli.options import at_least
-from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.cli import evaluation, options
+from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 
 if TYPE_CHECKING:
-    from dinov2_fast.cli.labelled import Labelled
-    from dinov2_fast.evaluation.evaluate import Accuracy, Probe, Tokens
+    from dinov2_fast.evaluation.linear import Probe
+    from dinov2_fast.evaluation.metrics import Accuracy
 
 DESCRIPTION = f"""\
 Trains linear classifiers on frozen features of TRAIN, as DINOv2 is evaluated: a
 grid of 13 learning rates, the CLS tokens of the last 1 and the last 4 blocks,
-without and with the mean of the patches. The best on VAL is taken. Its figure
-there is flattering, having been chosen by it: give --test to see it elsewhere.
+without and with the mean of the patches. The best on VAL is chosen. Since it
+was chosen by VAL, its accuracy there is too high: give --test for a fair one.
 
-The images are seen as they are, in features computed once. The original
-trains on random crops and flips: its figures are not quite comparable.
+Features are computed once, of images as they are. The original trains on
+random crops and flips, so its figures differ slightly.
 
-{labelled.SOURCES}
+{evaluation.SOURCES}
 
-What extract stores by itself is of the last block alone. For the last 4 it must
-be told to store their class tokens, with a model of 12 blocks so:
+By default, extract stores features of the last block only. For the last 4, let
+it store their class tokens, for a model of 12 blocks with:
 
   dinov2-fast extract photos/train --model dinov2_vits14 --out features/train \\
-      --features {labelled.features_for(12, 4)}
+      --features cls@8,cls@9,cls@10,cls,patch_mean
 """
 EPILOG = """\
 examples:
@@ -57,100 +53,68 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("train", metavar="TRAIN", help="what the classifiers are trained on")
-    parser.add_argument("val", metavar="VAL", help="what the best is chosen by")
-    parser.add_argument("--test", metavar="TEST", help="what the best is tested on")
+    parser.add_argument("train", metavar="TRAIN", help="the images to train on")
+    parser.add_argument("val", metavar="VAL", help="the images by which the best classifier is chosen")
+    parser.add_argument("--test", metavar="TEST", help="the images on which the best classifier is tested")
     grid = parser.add_argument_group("the grid and the training")
     grid.add_argument(
         "--blocks",
-        type=labelled.counts,
+        type=options.counts,
         metavar="N,N",
-        help="numbers of last blocks (default: 1,4, or 1 where the class tokens of 4 are not there)",
+        help="numbers of last blocks (default: 1,4, or 1 where the class tokens of 4 are not stored)",
     )
     grid.add_argument(
         "--learning-rates",
-        type=_rates,
+        type=options.positives,
         metavar="R,R",
-        help="for batches of 256, scaled to others (default: 13 from 1e-5 to 0.1)",
+        help="for 256 images in an update, scaled for other numbers (default: 13 from 1e-5 to 0.1)",
     )
-    grid.add_argument("--steps", type=at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
+    grid.add_argument("--steps", type=options.at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
     grid.add_argument(
-        "--step-images", type=at_least(1), default=128, metavar="N", help="images in an update (default: 128)"
+        "--step-images", type=options.at_least(1), default=128, metavar="N", help="images in an update (default: 128)"
     )
-    grid.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
-    labelled.add_options(parser)
+    grid.add_argument("--seed", type=options.at_least(0), default=0, metavar="N", help="(default: 0)")
+    evaluation.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and evaluates; 0, or 3 if images had to be left out."""
-    from dinov2_fast.evaluation.evaluate import BLOCKS, LEARNING_RATES, linear_probes
-    from dinov2_fast.extraction.extractor import find_device
+    """Trains, evaluates and prints the accuracies; 0, or 3 if images had to be left out."""
+    from dinov2_fast.evaluation.evaluate import evaluate_linear
 
-    folders = [args.train, args.val, *([args.test] if args.test else [])]
-    read = labelled.read_all(args, folders, blocks=max(args.blocks or BLOCKS))
-    labels = labelled.classes_of(read)
-    probes = linear_probes(
-        _with_patch_mean_in_all(read),
-        labels[0],
-        blocks=_blocks(read, args.blocks),
-        learning_rates=args.learning_rates or LEARNING_RATES,
+    found = evaluate_linear(
+        args.train,
+        args.val,
+        args.test,
+        options=evaluation.model_options(args),
+        blocks=args.blocks,
+        learning_rates=args.learning_rates,
         steps=args.steps,
         batch_size=args.step_images,
         seed=args.seed,
-        device=find_device(args.device),
-        progress=labelled.Progress("training", args.steps, "updates"),
+        progress=evaluation.ProgressLines(),
     )
-    accuracies = [probe.accuracy(read[1].tokens, labels[1]) for probe in probes]
-    best = max(range(len(probes)), key=lambda row: accuracies[row].top1)
-    test = probes[best].accuracy(read[2].tokens, labels[2]) if args.test else None
-
-    rows = [{**_setting(probe), **_percent(each)} for probe, each in zip(probes, accuracies, strict=True)]
-    results = {"task": "linear", **read[0].model.describe(), "steps": args.steps}
+    probe, test = found.probes[found.best], found.test
+    rows = [{**_setting(probe), **_percent(each)} for probe, each in zip(found.probes, found.accuracies, strict=True)]
+    best = rows[found.best]
+    results: dict[str, Any] = {
+        "task": "linear",
+        "model": found.sets[0].model,
+        "weights": found.sets[0].weights,
+        "steps": args.steps,
+    }
     results |= {"step_images": args.step_images, "seed": args.seed}
-    results |= {name: each.describe() for name, each in zip(("train", "val", "test"), read, strict=False)}
-    results |= {"results": rows, "best": rows[best], "best_on_test": _percent(test) if test else None}
-    chosen = f"{_input(probes[best])}, learning rate {probes[best].learning_rate:g}"
-    lines = [table(probes, accuracies), ""]
-    lines += [f"Best on {args.val}: {chosen}: top 1 {rows[best]['top1']:.2f}, top 5 {rows[best]['top5']:.2f}"]
+    results |= {
+        name: evaluation.summary(each) for name, each in zip(("train", "val", "test"), found.sets, strict=False)
+    }
+    results |= {"results": rows, "best": best, "best_on_test": _percent(test) if test else None}
+    chosen = f"{_input(probe)}, learning rate {probe.learning_rate:g}"
+    lines = [table(found.probes, found.accuracies), ""]
+    lines += [f"Best on {args.val}: {chosen}: top 1 {best['top1']:.2f}, top 5 {best['top5']:.2f}"]
     if test:
         lines += [f"The same on {args.test}: top 1 {100 * test.top1:.2f}, top 5 {100 * test.top5:.2f}"]
-    labelled.report(args, read, "\n".join(lines), results)
-    return SOME_FAILED if any(each.failures for each in read) else 0
-
-
-def _blocks(read: Sequence[Labelled], asked: Sequence[int] | None) -> list[int]:
-    """Which numbers of last blocks are tried; on stderr those for which stored features lack class tokens.
-
-    Raises:
-        ValueError: one was asked for that is not there.
-    """
-    from dinov2_fast.evaluation.evaluate import BLOCKS
-
-    least = min(read, key=lambda each: each.tokens.cls.shape[1])
-    available, depth = least.tokens.cls.shape[1], least.model.blocks
-    wanted = asked or [n for n in BLOCKS if n <= depth]
-    if max(wanted) > depth:
-        raise InvalidValueError(f"The model has {depth} blocks, asked for {', '.join(map(str, wanted))}.")
-    if max(wanted) > available:
-        held = f"{least.folder!r} has the class tokens of {_last(available)}"
-        needed = f"dinov2-fast extract ... --features {labelled.features_for(depth, max(wanted))}"
-        if asked:
-            raise InvalidValueError(f"{held} alone, asked for {', '.join(map(str, asked))}. For more: {needed}")
-        print(f"{held} alone, so n = {max(wanted)} is not tried. For more: {needed}", file=sys.stderr)
-    return [n for n in wanted if n <= available]
-
-
-def _last(blocks: int) -> str:
-    return "the last block" if blocks == 1 else f"the last {blocks} blocks"
-
-
-def _with_patch_mean_in_all(read: Sequence[Labelled]) -> Tokens:
-    """The training tokens; without the patches' mean if other folders lack it, which is then said on stderr."""
-    lacking = [each.folder for each in read if each.tokens.patch_mean is None]
-    if lacking:
-        print(f"{lacking[0]!r} has no patch_mean, so classifiers are tried without it alone.", file=sys.stderr)
-    return replace(read[0].tokens, patch_mean=None) if lacking else read[0].tokens
+    evaluation.print_results(args, found.sets, "\n".join(lines), results)
+    return SOME_FAILED if any(each.failures for each in found.sets) else OK
 
 
 def table(probes: Sequence[Probe], accuracies: Sequence[Accuracy]) -> str:
@@ -176,13 +140,3 @@ def _setting(probe: Probe) -> dict[str, Any]:
 
 def _percent(accuracy: Accuracy) -> dict[str, float]:
     return {"top1": 100 * accuracy.top1, "top5": 100 * accuracy.top5}
-
-
-def _rates(text: str) -> list[float]:
-    try:
-        rates = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several such as 0.01,0.1") from None
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"learning rates must be above 0, got {text}")
-    return rates

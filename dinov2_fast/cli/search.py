@@ -6,28 +6,26 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
+from dinov2_fast.cli.options import add_device, at_least
 
-from dinov2_fast.cli import options
-from dinov2_fast.cli.extract import SOME_FAILED
-from dinov2_fast.curation.neighbours import Found, search, vector_size
-from dinov2_fast.errors import InvalidValueError
+if TYPE_CHECKING:
+    from dinov2_fast.curation.neighbours import Found
 
 DESCRIPTION = """\
-Finds the images in FEATURES, a folder that `dinov2-fast extract` wrote, whose
-features have the largest cosine with those of each QUERY.
+Finds, for each QUERY, the images in FEATURES whose features have the largest
+cosine with its own. FEATURES is a folder that `dinov2-fast extract` wrote.
 
 The features of a query are made as those in the folder were: by the model that
 its manifest names, after the same preprocessing. Every image is compared, in
-one pass that holds one shard in memory. Of images that are equally near, the
-first in the folder comes first; an image that is there itself finds itself.
+one pass that holds one shard in memory. Among equally near images the first in
+the folder comes first. A query that is in the folder finds itself.
 
-QUERY is an image, or what else `dinov2-fast extract` takes for images.
+QUERY is an image, or anything that `dinov2-fast extract` takes for images.
 """
-COLUMNS = ("path", "cosine", "row")  # row: the image's number in the folder
+COLUMNS = ("path", "cosine", "row")  # row: of the image, in the folder
 EPILOG = """\
 examples:
   dinov2-fast search features/ cat.jpg
@@ -50,59 +48,50 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("features", metavar="FEATURES", help="folder that `dinov2-fast extract` wrote")
     parser.add_argument("queries", nargs="+", metavar="QUERY", help="images, or where they are")
-    parser.add_argument("--k", type=options.at_least(1), default=10, metavar="N", help="images to find (default: 10)")
+    parser.add_argument("--k", type=at_least(1), default=10, metavar="N", help="images to find (default: 10)")
     parser.add_argument(
-        "--feature", default="cls", metavar="NAME", help="which feature, of one vector an image (default: cls)"
+        "--feature", default="cls", metavar="NAME", help="a stored feature of one vector per image (default: cls)"
     )
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="(default: table)")
-    model = parser.add_argument_group("the model, where the folder's is not found by its name")
-    model.add_argument("--model", help="as for `dinov2-fast extract`; its weights must be those of the folder")
+    model = parser.add_argument_group("the model, if the one that FEATURES names cannot be found")
+    model.add_argument("--model", help="as for `dinov2-fast extract`; its weights must be those of FEATURES")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches; 0, or 3 if some queries could not be read."""
-    import dinov2_fast
-    from dinov2_fast.data.sources import find_images
-    from dinov2_fast.extraction.as_stored import extract_as_stored
-    from dinov2_fast.features.schema import as_text
+    """Searches; OK, or SOME_FAILED if some queries could not be read."""
+    from dinov2_fast.curation.neighbours import search
 
-    if args.weights and not args.model:
-        raise InvalidValueError("--weights needs --model.")
-    features = dinov2_fast.load_features(args.features)
-    vector_size(features, args.feature)
-    images = list(find_images(args.queries))
-    if not images:
-        raise InvalidValueError(f"There are no images in {', '.join(map(repr, args.queries))}.")
-    vectors, errors = extract_as_stored(
-        features, images, args.feature, model=args.model, weights=args.weights, device=args.device
+    found = search(
+        args.features,
+        args.queries,
+        args.k,
+        feature=args.feature,
+        model=args.model,
+        weights=args.weights,
+        device=args.device,
+        skip_unreadable=True,
     )
-    for image, error in zip(images, errors, strict=True):
-        if error is not None:
-            print(f"{image.path!r} is left out: {error}", file=sys.stderr)
-    good = [error is None for error in errors]
-    if not any(good):
-        raise InvalidValueError("None of the queries could be read.")
-    found = search(features, vectors[np.array(good)], args.k, feature=args.feature)
-    read = [as_text(image.path) for image, is_good in zip(images, good, strict=True) if is_good]
-    {"table": print_table, "json": print_json, "csv": print_csv}[args.format](read, found)
+    for path, error in found.unreadable.items():
+        print(f"{path!r} is left out: {error}", file=sys.stderr)
+    {"table": print_table, "json": print_json, "csv": print_csv}[args.format](found)
     print(f"{found.compared} images compared, {found.skipped} without features skipped", file=sys.stderr)
-    return 0 if all(good) else SOME_FAILED
+    return SOME_FAILED if found.unreadable else OK
 
 
-def print_table(queries: Sequence[str], found: Found) -> None:
-    """Each query, and under it cosines and paths."""
-    for query, paths, cosines in zip(queries, found.paths, found.cosines.tolist(), strict=True):
+def print_table(found: Found) -> None:
+    """Prints each query, and below it cosines and paths."""
+    for query, paths, cosines in zip(found.queries, found.paths, found.cosines.tolist(), strict=True):
         print(query)
         for path, cosine in zip(paths, cosines, strict=True):
             print(f"  {cosine:7.4f}  {path}")
 
 
-def print_json(queries: Sequence[str], found: Found) -> None:
-    """A list with an object for each query."""
-    columns = zip(queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True)
+def print_json(found: Found) -> None:
+    """Prints a list with an object for each query."""
+    columns = zip(found.queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True)
     listed = [
         {"query": query, "found": [dict(zip(COLUMNS, row, strict=True)) for row in zip(*values, strict=True)]}
         for query, *values in columns
@@ -110,9 +99,9 @@ def print_json(queries: Sequence[str], found: Found) -> None:
     print(json.dumps(listed, indent=1))
 
 
-def print_csv(queries: Sequence[str], found: Found) -> None:
-    """A line for each image that was found."""
+def print_csv(found: Found) -> None:
+    """Prints a line for each image that was found."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(("query", *COLUMNS))
-    for query, *values in zip(queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True):
+    for query, *values in zip(found.queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True):
         writer.writerows((query, *row) for row in zip(*values, strict=True))

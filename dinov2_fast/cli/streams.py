@@ -1,4 +1,4 @@
-"""What the command line says where it may not be heard: a stream may be closed, its disk full, its reader gone."""
+"""Standard streams that fail: one may be closed, its disk full, or the reader of its pipe gone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, TextIO
 
 @contextmanager
 def usable_streams() -> Iterator[None]:
-    """Inside, standard error takes everything, and no file that is opened gets the number of a standard stream."""
+    """Inside, writing to standard error never fails, and no file gets the number of a closed standard stream."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     before = sys.stderr
-    sys.stderr = _Losable(before) if before else open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = _IgnoringErrors(before) if before else open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     finally:
@@ -26,42 +26,42 @@ def usable_streams() -> Iterator[None]:
 
 
 @contextmanager
-def losable_output() -> Iterator[None]:
-    """What is printed inside may be lost: the work that it is about is done."""
+def ignored_output_errors() -> Iterator[None]:
+    """Inside, output that cannot be written is dropped. This is for reports on work that is already done."""
     try:
         yield
         if sys.stdout:
             sys.stdout.flush()
     except OSError:
-        silence(sys.stdout)
+        discard_output(sys.stdout)
 
 
-def silence(stream: TextIO) -> None:
-    """Drops what the stream still holds, which the interpreter would try to write at its end."""
+def discard_output(stream: TextIO) -> None:
+    """Drops what the stream still buffers; the interpreter would try to write it at exit, and fail."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class _Losable:
+class _IgnoringErrors:
     """A stream that drops what cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes as much as can be written."""
+        """Writes the text, or drops it."""
         try:
             return self._stream.write(text)
         except OSError:
-            silence(self._stream)
+            discard_output(self._stream)
             return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flushes the stream, or drops what it buffers."""
         try:
             self._stream.flush()
         except OSError:
-            silence(self._stream)
+            discard_output(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

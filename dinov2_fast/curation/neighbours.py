@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
-
-if TYPE_CHECKING:
-    from dinov2_fast.features.store import Features
+from dinov2_fast.extraction.as_stored import extract_as_stored
+from dinov2_fast.features.manifest import stored_features
+from dinov2_fast.features.schema import as_text
+from dinov2_fast.features.store import Features, load_features
 
 BLOCK = 16384  # rows compared at a time
 _QUERIES = 1024  # queries compared at a time
@@ -21,13 +23,15 @@ _QUERIES = 1024  # queries compared at a time
 
 @dataclass(frozen=True)
 class Found:
-    """What `search` found, nearest first; of images that are equally near, the first in the store comes first.
+    """What `search` found, nearest first. Among equally near images, the first in the folder comes first.
 
     Attributes:
-        paths: (queries, k), of images, as the store has them.
+        paths: (queries, k), of images, as the folder has them.
         cosines: (queries, k) float32.
-        rows: (queries, k), the images' numbers in the store.
-        compared, skipped: images of the store with and without features.
+        rows: (queries, k), the rows of the images in the folder.
+        compared, skipped: the number of images in the folder with and without features.
+        queries: the paths of the query images; empty for vectors.
+        unreadable: the paths of query images that were skipped, with the reason.
     """
 
     paths: list[list[str]]
@@ -35,6 +39,8 @@ class Found:
     rows: NDArray[np.int64]
     compared: int
     skipped: int
+    queries: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def search(
@@ -46,63 +52,74 @@ def search(
     model: Any = None,
     weights: str | os.PathLike[str] | None = None,
     device: str | None = None,
+    skip_unreadable: bool = False,
 ) -> Found:
-    """The images of a store whose features have the largest cosine with those of query images.
+    """Finds the images in a folder of features that have the largest cosine with query images.
 
-    Every image is compared, shard by shard: memory holds one shard, which is read as a memory map where it is npy.
+    Every image is compared, shard by shard. Memory holds one shard; in the npy format it is memory-mapped.
 
     Args:
-        features: what `dinov2_fast.load_features` gives, or the folder.
-        queries: paths of images, or vectors, an array or tensor (queries, dim) such as ``features["cls"][[3]]``.
-        k: images to find for each query; fewer if there are not so many.
-        feature: which of the stored features is compared, one vector an image.
+        features: what `dinov2_fast.load_features` returns, or the folder.
+        queries: images, as :func:`dinov2_fast.extract` takes them; or vectors, an array or tensor (queries, dim) such
+            as ``features["cls"][[3]]``.
+        k: images to find for each query; fewer if the folder has fewer.
+        feature: the stored feature that is compared; it must be one vector per image.
         model, weights, device: for query images, see :func:`dinov2_fast.extraction.as_stored.extract_as_stored`; by
-            default the model that the store names.
+            default the model that the folder names.
+        skip_unreadable: leave out query images that cannot be read; otherwise they are an error.
 
     Raises:
-        FileNotFoundError: the folder holds no features.
+        FileNotFoundError: the folder holds no features, or a query does not exist.
         WeightsError: the model cannot be had.
-        ValueError: a feature that is not stored, or of several vectors; queries that cannot be read, that have another
-            number of dimensions or are not finite; a k below 1; another model than that of the store; a store in which
-            no image has features.
+        InvalidValueError: a feature that is not stored, or is several vectors per image; no query, or queries that
+            cannot be read, have another number of dimensions or are not finite; a k below 1; another model than that of
+            the folder; a folder in which no image has features.
     """
-    from dinov2_fast.features.store import load_features
-
     if isinstance(features, str | os.PathLike):
         features = load_features(features)
     if k < 1:
         raise InvalidValueError(f"k must be at least 1, got {k}.")
     dim = vector_size(features, feature)
+    paths, unreadable = list[str](), dict[str, str]()
     if not hasattr(queries, "ndim"):
-        queries = _of_images(features, queries, feature, {"model": model, "weights": weights, "device": device})
-    found = _Nearest(_checked(queries, dim), k)
+        if weights is not None and model is None:
+            raise InvalidValueError("--weights needs --model (weights= needs model=).")
+        images = list(require_images(queries))
+        queries, errors = extract_as_stored(features, images, feature, model=model, weights=weights, device=device)
+        paths = [as_text(image.path) for image, error in zip(images, errors, strict=True) if error is None]
+        unreadable = {as_text(image.path): error for image, error in zip(images, errors, strict=True) if error}
+        if not paths or (unreadable and not skip_unreadable):
+            raise InvalidValueError(_describe_unreadable(unreadable, all_of_them=not paths))
+        queries = queries[[error is None for error in errors]]
+    nearest_rows = _Nearest(_checked(queries, dim), k)
     for block in _blocks(features, feature):
-        found.add(block)
-    rows, cosines = found.result()
+        nearest_rows.add(block)
+    rows, cosines = nearest_rows.result()
     if not rows.shape[1]:
         raise InvalidValueError(f"No image in {str(features.folder)!r} has features.")
-    paths = _paths(features, rows)
-    listed = [[paths[row] for row in each] for each in rows.tolist()]
-    return Found(listed, cosines, rows, found.added - found.skipped, found.skipped)
+    path_of = _paths(features, rows)
+    found = [[path_of[row] for row in each] for each in rows.tolist()]
+    compared = nearest_rows.added - nearest_rows.skipped
+    return Found(found, cosines, rows, compared, nearest_rows.skipped, paths, unreadable)
 
 
 def nearest(
     features: Any, queries: Sequence[int], count: int = 5, *, block: int = BLOCK
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """For each of some rows, the other rows with the largest cosine.
+    """For chosen rows, the other rows with the largest cosine.
 
     Args:
-        features: (rows, dim), an array or memory map, read once from front to back. A row with NaN or infinity is no
-            image and never a neighbour (`dinov2_fast.load_features` gives NaN for images without features).
+        features: (rows, dim), an array or memory map, read once from front to back. A row with NaN or infinity is never
+            a neighbour (`dinov2_fast.load_features` returns NaN for images without features).
         queries: indices of the rows whose neighbours are wanted.
-        count: neighbours of each; fewer if there are not so many other rows.
+        count: neighbours of each; fewer if there are fewer other rows.
         block: rows read at a time.
 
     Returns:
-        Indices and cosines, both (queries, count), nearest first; of rows that are equally near, the first comes first.
+        Indices and cosines, both (queries, count), nearest first; among equally near rows, the first comes first.
 
     Raises:
-        ValueError: a wrong rank, a row that does not exist or has no features, or nothing to compare with.
+        InvalidValueError: a wrong rank, a row that does not exist or has no features, or nothing to compare with.
     """
     if features.ndim != 2 or count < 1:
         raise InvalidValueError(
@@ -125,35 +142,28 @@ def nearest(
 
 
 def vector_size(features: Features, name: str) -> int:
-    """The dimensions of a feature that is one vector an image.
+    """The number of dimensions of a feature that is one vector per image.
 
     Raises:
-        ValueError: it is not stored, or is several vectors an image.
+        InvalidValueError: it is not stored, or is several vectors per image.
     """
-    from dinov2_fast.features.store import stored_features
-
     shapes = {feature.name: feature.shape for feature in stored_features(features.manifest)}
     vectors = ", ".join(name for name, shape in shapes.items() if len(shape) == 1) or "none"
     if name not in shapes:
         raise InvalidValueError(f"There is no feature {name!r} in {str(features.folder)!r}; choose of: {vectors}.")
     if len(shapes[name]) != 1:
         raise InvalidValueError(
-            f"{name!r} is {shapes[name][0]} vectors an image; choose one that is a vector: {vectors}."
+            f"{name!r} is {shapes[name][0]} vectors per image; choose one that is a vector: {vectors}."
         )
     return shapes[name][0]
 
 
-def _of_images(features: Features, paths: Any, name: str, source: Mapping[str, Any]) -> NDArray[np.float32]:
-    """The feature of images, as those of the store were made, (images, dim)."""
-    from dinov2_fast.data.sources import ImageSource
-    from dinov2_fast.extraction.as_stored import extract_as_stored
-
-    images = [ImageSource(os.fsdecode(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    vectors, errors = extract_as_stored(features, images, name, **source)
-    for image, error in zip(images, errors, strict=True):
-        if error is not None:
-            raise InvalidValueError(f"{image.path!r} has no features: {error}.")
-    return vectors
+def _describe_unreadable(unreadable: Mapping[str, str], *, all_of_them: bool) -> str:
+    path, error = next(iter(unreadable.items()))
+    more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+    if all_of_them:
+        return f"None of the queries could be read: {path!r} has no features: {error}{more}."
+    return f"{path!r} has no features: {error}{more}."
 
 
 def _checked(queries: Any, dim: int) -> NDArray[Any]:
@@ -177,7 +187,7 @@ def _blocks(features: Features, name: str) -> Iterator[NDArray[Any]]:
 
 
 def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
-    """The paths of some rows; of the other columns only those shards are read in which these rows are."""
+    """The paths of chosen rows; only the shards that hold these rows are read."""
     wanted, first = np.unique(rows), 0
     found: dict[int, str] = {}
     for shard in features.shards():
@@ -192,26 +202,26 @@ def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
 class _Nearest:
     """The rows nearest to each query among those added so far.
 
-    Products in fp32 choose the candidates, with room for their rounding; cosines in fp64 decide, rounded to fp32 at the
-    end. So the result does not depend on how rows were cut into blocks, and of equal rows the first comes first.
+    Products in fp32 choose the candidates, with a margin for their rounding; cosines in fp64, rounded to fp32 at the
+    end, decide. So the result does not depend on the size of the blocks, and among equal rows the first comes first.
 
     Args:
         queries: (queries, dim), finite.
         count: rows to keep for each.
-        without: for each query a row that does not count, or None.
+        without: for each query a row that is not compared, or None.
     """
 
     def __init__(self, queries: NDArray[Any], count: int, without: NDArray[np.int64] | None = None) -> None:
         self._queries = _unit(queries.astype(np.float64))
         self._rounded = self._queries.astype(np.float32)
         self._count, self._without = count, without
-        self._slack = 4 * queries.shape[1] * 2.0**-24  # twice what rounding changes the cosine of two fp32 vectors by
+        self._margin = 4 * queries.shape[1] * 2.0**-24  # twice the rounding error of the cosine of two fp32 vectors
         self._rows = [np.zeros(0, np.int64)] * len(queries)
         self._cosines = [np.zeros(0, np.float32)] * len(queries)
         self.added = self.skipped = 0
 
     def add(self, block: Any) -> None:
-        """The next rows (rows, dim). Those with NaN or infinity are skipped."""
+        """Adds the next rows (rows, dim), and skips those with NaN or infinity."""
         values = np.asarray(block, np.float32)
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(bad):
@@ -227,29 +237,29 @@ class _Nearest:
         self.skipped += len(bad)
 
     def _merge(self, query: int, score: NDArray[np.float32], values: NDArray[np.float32]) -> None:
-        """Takes from a block what is nearer than what there is; `score` (rows,) are its cosines, nearly."""
+        """Keeps the rows of a block that are nearer than the kept ones; `score` (rows,) are cosines in fp32."""
         if self._without is not None and 0 <= self._without[query] - self.added < len(score):
             score[self._without[query] - self.added] = -np.inf
-        there = self._cosines[query]
-        floor = there[-1] - self._slack if len(there) == self._count else np.float32(-2)
-        near = np.flatnonzero(score >= floor)
+        kept = self._cosines[query]
+        lowest = kept[-1] - self._margin if len(kept) == self._count else np.float32(-2)
+        near = np.flatnonzero(score >= lowest)
         if len(near) > self._count:
-            floor = np.partition(score[near], -self._count)[-self._count] - self._slack
-            near = near[score[near] >= floor]
+            lowest = np.partition(score[near], -self._count)[-self._count] - self._margin
+            near = near[score[near] >= lowest]
         exact = (_unit(values[near].astype(np.float64)) * self._queries[query]).sum(axis=1)  # the same for equal rows
-        cosines = np.concatenate((there, exact.astype(np.float32)))
+        cosines = np.concatenate((kept, exact.astype(np.float32)))
         rows = np.concatenate((self._rows[query], near + self.added))
         best = np.argsort(-cosines, kind="stable")[: self._count]
         self._cosines[query], self._rows[query] = cosines[best], rows[best]
 
     def result(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows and cosines, (queries, count), or fewer if a query has not so many, nearest first."""
+        """Rows and cosines, (queries, count), nearest first; fewer if a query has fewer."""
         enough = min(map(len, self._rows))
         rows, cosines = ([each[:enough] for each in found] for found in (self._rows, self._cosines))
         return np.stack(rows), np.stack(cosines)
 
 
 def _unit(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows of length 1; zeros for one of zeros."""
+    """The rows, scaled to length 1; a row of zeros stays."""
     length = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
     return rows / np.where(length == 0, 1, length)

@@ -1,8 +1,10 @@
-"""Archives of images: where each member lies, so that it can be read by itself, and its bytes.
+"""Archives of images: where each member is, so that it can be read alone, and reading it.
 
-An uncompressed ``.tar``, as webdataset writes them: offset and size are those of the content. A ``.zip``, whose members
-may be deflated: the offset of the member's header, and the size as compressed. A ``.parquet`` with images in it
-(:mod:`.parquet_images`): the offset is the number of the row.
+The offset and size of a member mean:
+
+- in an uncompressed ``.tar``, as webdataset writes it: the offset and size of the content;
+- in a ``.zip``, whose members may be deflated: the offset of the member's header, and the compressed size;
+- in a ``.parquet`` with images (:mod:`.parquet_images`): the number of the row, and no size.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from dinov2_fast.data import parquet_images
 from dinov2_fast.data.files import MAX_BYTES, ImageError, ReadError, ending, open_file, read_bytes, reason, shown
 from dinov2_fast.errors import InvalidValueError
 
-_LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # of a zip member: magic, flags, method, lengths of name and extra field
+_ZIP_HEADER = struct.Struct("<4s2xHH16xHH")  # of a member: magic, flags, method, lengths of name and extra field
 _STORED, _DEFLATED, _ENCRYPTED = 0, 8, 1
 
 
 class Member(NamedTuple):
-    """A file in an archive; without an offset where its bytes cannot be read by themselves."""
+    """A file in an archive; without an offset if its bytes cannot be read alone."""
 
     name: str
     offset: int | None = None
@@ -31,10 +33,10 @@ class Member(NamedTuple):
 
 
 def members(archive: str) -> Iterator[Member]:
-    """The files in a tar or zip archive, of which headers alone are read.
+    """The files in a tar or zip archive; reads only headers.
 
     Raises:
-        ValueError: it is damaged, was cut off, or is of another kind.
+        InvalidValueError: the archive is damaged, truncated or of another kind.
         OSError: it cannot be read.
     """
     kind = ending(archive)
@@ -43,17 +45,17 @@ def members(archive: str) -> Iterator[Member]:
             yield from _MEMBERS[kind](file)
     except OSError as error:
         raise OSError(f"{shown(archive)!r} cannot be read: {reason(error)}.") from error
-    except Exception as error:  # tarfile raises more than its own errors on damaged archives
+    except Exception as error:  # tarfile raises other errors than its own on damaged archives
         name = "uncompressed tar" if kind == ".tar" else "zip"
         raise InvalidValueError(f"{shown(archive)!r} is damaged, or no {name} archive ({reason(error)}).") from error
 
 
 def read_member(archive: str, offset: int | None, size: int | None) -> bytes:
-    """The bytes of an image in an archive, from where `members` or `parquet_images.rows` found it.
+    """The bytes of an image at the place where `members` or `parquet_images.rows` found it.
 
     Raises:
-        ReadError: the archive is missing, unreadable or shorter than that.
-        ImageError: damaged, encrypted, or stored in a way that is not read.
+        ReadError: the archive is missing, unreadable or too short.
+        ImageError: the member is damaged, encrypted, or stored in a way that is not supported.
     """
     if offset is None:
         raise ImageError("a link or sparse file in the archive, which is not read: unpack the archive")
@@ -67,7 +69,7 @@ def read_member(archive: str, offset: int | None, size: int | None) -> bytes:
 def _tar_members(file: IO[bytes]) -> Iterator[Member]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
+            tar.members.clear()  # type: ignore[attr-defined]  # keeps memory flat
             if tar.offset < member.offset_data:
                 raise tarfile.ReadError("a size below zero")
             if member.isreg() and not member.issparse():
@@ -79,7 +81,7 @@ def _tar_members(file: IO[bytes]) -> Iterator[Member]:
 
 
 def _check_end(file: IO[bytes]) -> None:
-    """Refuses an archive that does not end where tarfile stopped, which takes a damaged header for the end."""
+    """Refuses an archive with more content after the place where tarfile stopped: it stops at a damaged header."""
     block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
         raise tarfile.ReadError("a damaged header")
@@ -87,7 +89,7 @@ def _check_end(file: IO[bytes]) -> None:
         raise tarfile.ReadError("no end marker, it was cut off")
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
-            raise tarfile.ReadError("it goes on behind its end marker")
+            raise tarfile.ReadError("it goes on after its end marker")
 
 
 def _zip_members(file: IO[bytes]) -> Iterator[Member]:
@@ -101,8 +103,8 @@ _MEMBERS = {".tar": _tar_members, ".zip": _zip_members}
 
 
 def _read_zip_member(archive: str, offset: int, size: int | None) -> bytes:
-    header = read_bytes(archive, offset, _LOCAL_HEADER.size)
-    magic, flags, method, name, extra = _LOCAL_HEADER.unpack(header)
+    header = read_bytes(archive, offset, _ZIP_HEADER.size)
+    magic, flags, method, name, extra = _ZIP_HEADER.unpack(header)
     if magic != b"PK\3\4":
         raise ReadError("the zip archive has changed, or is damaged")
     if flags & _ENCRYPTED or method not in (_STORED, _DEFLATED):

@@ -1,4 +1,4 @@
-"""Decoding one source: from where it is to pixel values, or to the reason why not."""
+"""Decoding one image: from its source to pixel values, or to an error."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from dinov2_fast.data.sources import ImageSource
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image: its size (EXIF rotation applied), digest and pixel values (3, height, width), or why not.
+    """One image, or its error.
 
-    `transient` tells an error that another try may not have (`ReadError`) from one that is in the file itself.
+    Attributes:
+        width, height: after EXIF rotation; None if the image cannot be read.
+        sha256: of the bytes of the file; None if they cannot be read.
+        pixels: (3, height, width) of the processor; None if there is an error.
+        error: the reason, without the path.
+        transient: another try may succeed with the same file (`ReadError`).
     """
 
     width: int | None = None
@@ -28,7 +33,7 @@ class Decoded:
 
 
 def decode(source: ImageSource, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Reads and processes one image; what is wrong with it stands in `error`, nothing is raised for it."""
+    """Reads and processes one image. An image that fails gets an `error`; nothing is raised."""
     try:
         if source.archive is None:
             content = read_bytes(source.path)
@@ -40,7 +45,7 @@ def decode(source: ImageSource, processor: Dinov2ImageProcessor, max_pixels: int
 
 
 def decode_bytes(content: bytes, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """`decode` of a file's bytes."""
+    """As `decode`, from the bytes of a file."""
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         image = decode_image(content, max_pixels, processor.background)
@@ -48,6 +53,6 @@ def decode_bytes(content: bytes, processor: Dinov2ImageProcessor, max_pixels: in
         return Decoded(sha256=sha256, error=str(error), transient=isinstance(error, ReadError))
     try:
         return Decoded(*image.size, sha256, processor(image, return_tensors=None).pixel_values[0])
-    except Exception as error:  # a fault costs this image, not the run
+    except Exception as error:  # an unexpected error fails this image, not the run
         transient = isinstance(error, MemoryError)
         return Decoded(*image.size, sha256, error=f"cannot be processed: {reason(error)}", transient=transient)

@@ -1,4 +1,4 @@
-"""Which images failed and why, in a few lines."""
+"""Counting the errors of images, to report them in a few lines."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dinov2_fast.errors import Dinov2FastError
 
 FIRST = 3
 REASONS = 5
-MOST_REASONS = 1000  # that are told apart: some name sizes, so that there may be as many as images
+MOST_REASONS = 1000  # to keep; reasons may name sizes, and then each image has its own
 
 
 class NothingReadError(Dinov2FastError, RuntimeError):
-    """Not one image could be read: more likely than that is a disk or a server that is away."""
+    """Not one image could be read: the disk or server is probably missing."""
 
 
 class Failures:
-    """Counts errors by their reason, and keeps the first with the images that they are of."""
+    """Counts errors by reason, and keeps the paths of the first ones."""
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
         self._first: list[tuple[str, str]] = []
 
     def add(self, path: str, reason: str) -> None:
-        """Takes one more."""
+        """Counts one error."""
         if len(self._first) < FIRST:
             self._first.append((path, reason))
         self.reasons[reason if reason in self.reasons or len(self.reasons) < MOST_REASONS else "other reasons"] += 1
@@ -32,7 +32,7 @@ class Failures:
         return self.reasons.total()
 
     def __str__(self) -> str:
-        """The first images, and the number for each reason where that says more."""
+        """The first errors; and if there are more, the count of each reason."""
         lines = [f"  {path!r}: {reason}" for path, reason in self._first]
         if len(self) > len(lines):
             most = self.reasons.most_common(REASONS)

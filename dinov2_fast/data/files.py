@@ -1,4 +1,4 @@
-"""Opening what a path names: a local file, or by fsspec what a URL such as ``s3://bucket/image.jpg`` names."""
+"""Reading local files, and URLs such as ``s3://bucket/image.jpg`` by fsspec."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*", re.DOTALL)
 
 
 class ImageError(Dinov2FastError):
-    """An image cannot be had; the message is the reason, without the path."""
+    """An image cannot be read or decoded; the message is the reason, without the path."""
 
 
 class ReadError(ImageError):
-    """Its bytes could not be read, or memory ran out: another try may succeed, with the same file."""
+    """The bytes of an image cannot be read, or memory ran out: another try may succeed with the same file."""
 
 
 def is_url(path: str) -> bool:
@@ -30,12 +30,12 @@ def is_url(path: str) -> bool:
 
 
 def ending(path: str) -> str:
-    """What the name of a file or URL ends with, such as ".tar", in lower case; "" where it has no ending."""
+    """The ending of a file or URL in lower case, such as ".tar"; "" if it has none."""
     return os.path.splitext(shown(path))[1].lower()
 
 
 def shown(path: str) -> str:
-    """The path as messages show it: a URL without its query and password, in which secrets are sent."""
+    """The path for messages: a URL without its query and password, which may hold secrets."""
     return _SECRETS.sub("", path) if is_url(path) else path
 
 
@@ -43,7 +43,7 @@ def filesystem(url: str) -> Any:
     """fsspec's file system for a URL.
 
     Raises:
-        ValueError: no fsspec, or it does not know the scheme, or what it needs for it is not installed.
+        InvalidValueError: fsspec is not installed, does not know the scheme, or lacks a package for it.
     """
     try:
         import fsspec  # type: ignore[import-untyped]
@@ -58,11 +58,11 @@ def filesystem(url: str) -> Any:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """The file or URL, for reading bytes; it can seek.
+    """Opens a file or URL for reading bytes; the result can seek.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: as `filesystem`.
+        InvalidValueError: as `filesystem`.
     """
     if is_url(path):
         opened: IO[bytes] = filesystem(path).open(path, "rb")
@@ -71,11 +71,11 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_bytes(path: str, offset: int | None = None, size: int | None = None) -> bytes:
-    """All bytes of a file or URL, or `size` of them from `offset` on.
+    """All bytes of a file or URL, or `size` bytes from `offset` on.
 
     Raises:
-        ReadError: missing, unreadable or shorter than that.
-        ImageError: not a regular file, or longer than `MAX_BYTES`.
+        ReadError: it is missing, unreadable or too short.
+        ImageError: it is not a regular file, or longer than `MAX_BYTES`.
     """
     try:
         content = _read_url(path, offset, size) if is_url(path) else _read_local(path, offset, size)
@@ -96,7 +96,7 @@ def _read_local(path: str, offset: int | None, size: int | None) -> bytes:
     if not path:
         raise ImageError("the list has no path here")
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
         raise ImageError("not a regular file")
     _check_size(status.st_size if size is None else size)
     with open(path, "rb") as file:
@@ -122,18 +122,18 @@ def _check_size(size: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says what happened, without paths and URLs, which may hold secrets."""
+    """One line that says what happened, without paths, and without URLs, which may hold secrets."""
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, FileNotFoundError):  # fsspec's: the text is the path, and the cause is the reason
+    if isinstance(error, FileNotFoundError):  # of fsspec: its text is the path, its cause the reason
         return _with_type(error.__cause__) if error.__cause__ else os.strerror(errno.ENOENT)
     text = " ".join(_URL.sub("…", str(error)).split())
     return text if text.strip("…") else type(error).__name__
 
 
 def _with_type(error: BaseException) -> str:
-    """The reason, and before it the type of an error whose text may not be enough."""
+    """The reason, after the type of the error if the text alone may be unclear."""
     text, name = reason(error), type(error).__name__
     return text if isinstance(error, OSError) or text == name else f"{name}: {text}"

@@ -1,21 +1,14 @@
 """Images to pixel values: the preprocessing of the DINOv2 checkpoints, on PIL and numpy.
 
 The steps are those of the checkpoints' ``preprocessor_config.json`` (a ``BitImageProcessor``), in this order: convert
-to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, scale by 1/255, normalise with the
-ImageNet mean and standard deviation. Setting names are transformers', and the results equal its PIL processor's.
+to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, scale by 1/255, normalize with the
+ImageNet mean and standard deviation. Settings have transformers' names, and the results equal those of its PIL
+processor.
 
-What is decided once, here:
-
-- Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's, timm's and transformers'
-  pipelines (in transformers until 5.17 at least). `background="white"` puts white behind, as transformers 5.23 does.
-  Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
-- 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
-- Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels (alpha is dropped), or a batch of
-  the latter two; where both readings fit, channels come first. They hold uint8, uint16 (scaled as 16-bit grey), or
-  floats: 0 to 255 if `do_rescale`, 0 to 1 if not. A float image in 0 to 255 whose largest value is at most 1 is
-  refused, because it was almost surely scaled already.
-- Resizing works on 8 bits. Floats in 0 to 1 are cut to 8 bits (as transformers does), floats in 0 to 255 rounded.
-- NaN, infinite and out-of-range values are refused.
+- PIL images become RGB as :mod:`.rgb` describes; arrays and tensors are read as :mod:`.arrays` describes, and their
+  alpha channel is dropped. Floats lie in 0 to 255 if `do_rescale`, in 0 to 1 if not.
+- Resizing works on 8 bits. Floats in 0 to 1 are truncated to 8 bits, as in transformers; floats in 0 to 255 are
+  rounded.
 """
 
 from __future__ import annotations
@@ -25,15 +18,16 @@ import difflib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageColor
+from PIL import Image
 
+from dinov2_fast.data.arrays import DATA_FORMATS, channels_last
+from dinov2_fast.data.rgb import parse_colour, to_rgb
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -42,7 +36,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 PATCH_SIZE = 14
 MAX_RESIZED_PIXELS = 50_000_000
 
-# What transformers' BitImageProcessor takes for a setting that its file leaves out.
+# The values of transformers' BitImageProcessor for settings that a file lacks.
 _FILE_DEFAULTS: dict[str, Any] = {
     "size": 224,
     "crop_size": 224,
@@ -50,24 +44,23 @@ _FILE_DEFAULTS: dict[str, Any] = {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _FILE_TYPES = ("BitImageProcessor", "BitImageProcessorFast", "BitImageProcessorPil", "BitFeatureExtractor")
-_DATA_FORMATS = ("channels_first", "channels_last", None)
-_SWITCHED_OFF = ("do_pad", "pad_size", "disable_grouping")  # of transformers: None and False are what happens here
+_UNUSED = ("do_pad", "pad_size", "disable_grouping")  # settings of transformers; None and False are accepted
 
 Pixels = NDArray[Any]  # (height, width, 3), uint8 or float32
 
 
-class ImageBatch(dict[str, Any]):
-    """What the processor returns: ``pixel_values`` by key and by attribute."""
+class BatchFeature(dict[str, Any]):
+    """The result of the processor, as in transformers: ``pixel_values`` by key and by attribute."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"an ImageBatch has {', '.join(self)}, not {name!r}") from None
+            raise AttributeError(f"a BatchFeature has {', '.join(self)}, not {name!r}") from None
 
-    def to(self, *args: Any, **kwargs: Any) -> ImageBatch:
-        """The batch with its tensors moved by ``Tensor.to(device, dtype)``; arrays cannot be moved."""
-        return ImageBatch({name: value.to(*args, **kwargs) for name, value in self.items()})
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """A copy in which ``Tensor.to(device, dtype)`` has moved the tensors; arrays cannot be moved."""
+        return BatchFeature({name: value.to(*args, **kwargs) for name, value in self.items()})
 
 
 class Dinov2ImageProcessor:
@@ -76,17 +69,17 @@ class Dinov2ImageProcessor:
     Args:
         do_convert_rgb: convert PIL images of every mode, and grey arrays, to RGB; otherwise they must be RGB.
         do_resize, size, resample: `size` is the length of the shortest edge (an int or ``{"shortest_edge": n}``), or
-            the exact ``{"height": h, "width": w}`` (also ``(h, w)``), where the aspect ratio is not kept. `resample` is
-            a ``PIL.Image.Resampling`` (3 is bicubic).
+            the exact ``{"height": h, "width": w}`` (also ``(h, w)``), which does not keep the aspect ratio. `resample`
+            is a ``PIL.Image.Resampling`` (3 is bicubic).
         do_center_crop, crop_size: the central ``{"height": h, "width": w}`` (also ``(h, w)``, or an int for a square);
             smaller images are padded with black.
         do_rescale, rescale_factor: multiply by `rescale_factor`.
-        do_normalize, image_mean, image_std: subtract and divide, one number or one for each channel.
-        background: a colour, by a name or code that Pillow knows, that is put behind what is transparent; by default
-            alpha is dropped, and what is transparent has whatever colour its pixels hold, often black.
+        do_normalize, image_mean, image_std: subtract and divide, by one number or by one for each channel.
+        background: a colour, as a name or code that Pillow knows, behind transparent pixels. By default alpha is
+            dropped, and transparent pixels show the colour that they hold, often black.
 
     Raises:
-        ValueError: a setting that makes no sense.
+        InvalidValueError: a setting has a value that cannot be used.
     """
 
     def __init__(
@@ -120,17 +113,17 @@ class Dinov2ImageProcessor:
             raise InvalidValueError("image_std must not contain 0: pixels are divided by it.")
         self.background = background
         if background is not None:
-            _rgb(background)
+            parse_colour(background)
 
     @classmethod
     def for_size(cls, size: int | tuple[int, int], *, crop: bool = True, **settings: Any) -> Dinov2ImageProcessor:
-        """A processor whose every output has exactly this size: pixels, an int for a square or (height, width).
+        """A processor whose outputs all have this size in pixels, an int for a square or (height, width).
 
         With `crop` the shortest edge becomes the longer side of `size` and the centre is cut out: nothing is distorted,
-        the rest is lost. Without, the whole image is squeezed into `size`. `settings` are the constructor's others.
+        the rest is lost. Without it, the whole image is squeezed into `size`. `settings` go to the constructor.
 
         Raises:
-            ValueError: a side that is not a positive multiple of 14; the message names the nearest ones.
+            InvalidValueError: a side is not a positive multiple of 14; the message names the nearest ones.
         """
         height, width = size if isinstance(size, Sequence) else (size, size)
         for side in (height, width):
@@ -150,26 +143,26 @@ class Dinov2ImageProcessor:
         data_format: str | None = None,
         device: Any = None,
         **overrides: Any,
-    ) -> ImageBatch:
+    ) -> BatchFeature:
         """Processes one image, a list of them (sizes may differ), or a batch array.
 
         Args:
-            images: PIL images, numpy arrays or torch tensors, see the module's description for shapes and ranges.
+            images: PIL images, numpy arrays or torch tensors; :mod:`.arrays` describes shapes and ranges.
             return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width) float32; None: a list of arrays
                 (3, height, width), which may differ in size.
-            input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays, where guessing is not wanted.
+            input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays; by default it is guessed.
             data_format: ``"channels_last"`` for outputs (height, width, 3).
-            device: where the tensors go; the processing itself is the CPU's.
+            device: where the tensors go; the CPU processes the images.
             overrides: settings of the constructor, for this call.
 
         Raises:
-            TypeError: an unknown setting, or something that is not an image.
-            ValueError: an empty list, a wrong rank, channel count, dtype or range, outputs that differ in size, or a
-                device for what is no tensor.
+            InvalidTypeError: an unknown setting, or something that is not an image.
+            InvalidValueError: an empty list, a wrong rank, channel count, dtype or range, outputs that differ in size,
+                or a device for arrays.
         """
         if return_tensors not in ("pt", "np", None):
             raise InvalidValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}.')
-        if data_format not in _DATA_FORMATS:
+        if data_format not in DATA_FORMATS:
             raise InvalidValueError(f'data_format must be "channels_first" or "channels_last", got {data_format!r}.')
         if device is not None and return_tensors != "pt":
             raise InvalidValueError('Only tensors have a device; ask for return_tensors="pt".')
@@ -178,19 +171,19 @@ class Dinov2ImageProcessor:
         if data_format == "channels_last":
             pixel_values = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in pixel_values]
         if return_tensors is None:
-            return ImageBatch(pixel_values=pixel_values)
+            return BatchFeature(pixel_values=pixel_values)
         batch = _stack(pixel_values)
         if return_tensors == "np":
-            return ImageBatch(pixel_values=batch)
+            return BatchFeature(pixel_values=batch)
         import torch
 
-        return ImageBatch(pixel_values=torch.from_numpy(batch).to(device))
+        return BatchFeature(pixel_values=torch.from_numpy(batch).to(device))
 
     preprocess = __call__
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every output, or None where it depends on the image."""
+        """(height, width) of every output, or None if it depends on the image."""
         exact = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
         return (exact["height"], exact["width"]) if "height" in exact else None
 
@@ -199,7 +192,7 @@ class Dinov2ImageProcessor:
         return {name: copy.copy(getattr(self, name)) for name in _SETTINGS}
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``preprocessor_config.json``; `background`, unknown to transformers, only where it is set."""
+        """The content of ``preprocessor_config.json``; `background`, unknown to transformers, only if it is set."""
         settings = self.settings()
         if self.background is None:
             del settings["background"]
@@ -209,9 +202,9 @@ class Dinov2ImageProcessor:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
 
     def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> Path:
-        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads; returns its path.
+        """Writes ``preprocessor_config.json``, which transformers' ``AutoImageProcessor`` reads, and returns its path.
 
-        `safe_serialization` is accepted because pipelines of transformers 4 pass it; there are no weights to write.
+        `safe_serialization` has no effect; pipelines of transformers 4 pass it.
         """
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,23 +228,23 @@ class Dinov2ImageProcessor:
     ) -> Dinov2ImageProcessor:
         """Reads the settings from a file, a folder or a repository of the Hugging Face hub.
 
-        A setting that the file leaves out has the value that transformers gives it, which is not DINOv2's.
+        A setting that the file lacks gets transformers' default, which is not DINOv2's.
 
         Args:
             pretrained_model_name_or_path: the file, folder or repository.
-            revision, cache_dir, token: of the hub: branch, tag or commit; the folder to keep files in; the access.
-            local_files_only: do not touch the network.
+            revision, cache_dir, token: for the hub: branch, tag or commit; where files are kept; the access token.
+            local_files_only: do not use the network.
             subfolder: of the folder or repository.
-            use_fast, backend, trust_remote_code: accepted as transformers does; there is one implementation, whose
-                results are those of transformers' PIL backend.
-            overrides: settings of the constructor that replace the file's.
+            use_fast, backend, trust_remote_code: no effect; transformers has them. The results are those of its PIL
+                backend.
+            overrides: settings of the constructor that replace those of the file.
 
         Raises:
-            WeightsError: no such file or repository, or it cannot be reached.
-            ValueError: not a file of this kind of processor.
-            TypeError: an unknown setting in `overrides`.
+            WeightsError: there is no such file or repository, or it cannot be reached.
+            InvalidValueError: the file is not of this kind of processor.
+            InvalidTypeError: an unknown setting in `overrides`.
         """
-        # Imports torch, which the settings alone do without.
+        # imports torch, which settings do not need
         from dinov2_fast.weights.sources import SourceOptions, find_config
 
         options = SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
@@ -271,7 +264,7 @@ class Dinov2ImageProcessor:
 
     def _with(self, overrides: dict[str, Any]) -> Dinov2ImageProcessor:
         for name, value in overrides.items():
-            if name not in _SETTINGS and (name not in _SWITCHED_OFF or value):
+            if name not in _SETTINGS and (name not in _UNUSED or value):
                 near = difflib.get_close_matches(name, _SETTINGS, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_SETTINGS)}."
                 raise InvalidTypeError(f"The image processor has no setting {name!r}; {hint}")
@@ -298,11 +291,7 @@ class Dinov2ImageProcessor:
             if not (image.width and image.height):
                 raise InvalidValueError(f"An image of {image.width} x {image.height} has no pixels; leave it out.")
             return np.asarray(to_rgb(image, self.background))
-        array = _channels_last(_to_numpy(image), data_format)
-        if array.dtype == np.uint16:
-            array = _to_8_bits(array)
-        if array.dtype != np.uint8:
-            array = _checked_floats(array, 255 if self.do_rescale else 1)
+        array = channels_last(image, data_format, 255 if self.do_rescale else 1)
         if array.shape[2] == 4:
             if not self.do_convert_rgb:
                 raise InvalidValueError("The image has 4 channels, not 3; set do_convert_rgb=True to drop alpha.")
@@ -344,46 +333,6 @@ class Dinov2ImageProcessor:
 _SETTINGS = tuple(name for name in inspect.signature(Dinov2ImageProcessor.__init__).parameters if name != "self")
 
 
-def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
-    """The image in mode RGB: alpha dropped, palette resolved, grey repeated, 16-bit grey scaled to 8 bits.
-
-    With a colour as `background`, what is transparent is composited on it instead.
-
-    Raises:
-        ValueError: floating-point or 32-bit integer pixels, which have no agreed range, or a mode Pillow cannot
-            convert.
-    """
-    if image.mode == "F":
-        raise InvalidValueError("An image of floating-point pixels has no agreed range; convert it to 8 bits first.")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise InvalidValueError(
-                "An image of 32-bit integers has no agreed range; convert it to 8 or 16 bits first."
-            )
-        return Image.fromarray(_to_8_bits(values)).convert("RGB")
-    if background is not None and image.has_transparency_data:
-        behind = Image.new("RGBA", image.size, _rgb(background))
-        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
-    if image.mode == "RGB":
-        return image
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _rgb(colour: str) -> tuple[int, ...]:
-    try:
-        return ImageColor.getrgb(colour)[:3]
-    except ValueError:
-        raise InvalidValueError(f"background must be a colour such as white or #ffffff, got {colour!r}.") from None
-
-
-def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """0 to 65535 as 0 to 255, rounded."""
-    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
-
-
 def _size_setting(name: str, value: Any, *, square: bool) -> dict[str, int]:
     """A size as a dict of positive ints, with the keys shortest_edge, or height and width."""
     if isinstance(value, dict):
@@ -407,61 +356,6 @@ def _channel_setting(name: str, value: float | Sequence[float]) -> list[float]:
     return values
 
 
-def _flat_list(images: Any) -> list[Any]:
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise InvalidValueError("The list of images is empty.")
-        return list(images)
-    return list(images) if getattr(images, "ndim", 0) == 4 and len(images) else [images]
-
-
-def _to_numpy(image: Any) -> NDArray[Any]:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise InvalidTypeError(
-            f"An image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}."
-        )
-    return image
-
-
-def _channels_last(array: NDArray[Any], data_format: str | None) -> NDArray[Any]:
-    """(height, width, channels) with 1, 3 or 4 channels."""
-    if array.ndim not in (2, 3) or not array.size:
-        raise InvalidValueError(
-            f"An image must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}."
-        )
-    if array.ndim == 2:
-        return array[:, :, None]
-    if data_format not in _DATA_FORMATS:
-        raise InvalidValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
-    for channels in ((1, 3), (4,)):  # four is the less likely reading, so it comes second
-        if data_format != "channels_last" and array.shape[0] in channels:
-            return array.transpose(1, 2, 0)
-        if data_format != "channels_first" and array.shape[2] in channels:
-            return array
-    raise InvalidValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
-
-
-def _checked_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InvalidValueError(
-            f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8."
-        )
-    low, high = float(array.min()), float(array.max())  # NaN carries through both
-    if not (low >= 0 and high <= top):
-        other = "" if top == 255 else " (do_rescale=False)"
-        raise InvalidValueError(f"A float image must lie between 0 and {top}{other}, got values from {low} to {high}.")
-    if top == 255 and 0 < high <= 1:
-        raise InvalidValueError(
-            f"A float image with values from {low} to {high} looks scaled already; pass do_rescale=False for 0 to 1, "
-            "or uint8."
-        )
-    return array.astype(np.float32)
-
-
 def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
     """The central (height, width), padded with zeros where the image is smaller."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
@@ -483,3 +377,11 @@ def _stack(pixel_values: list[Pixels]) -> NDArray[Any]:
             "(do_center_crop), resize to an exact height and width, or ask for a list (return_tensors=None)."
         )
     return np.stack(pixel_values)
+
+
+def _flat_list(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise InvalidValueError("The list of images is empty.")
+        return list(images)
+    return list(images) if getattr(images, "ndim", 0) == 4 and len(images) else [images]

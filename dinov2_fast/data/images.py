@@ -1,16 +1,13 @@
 """Reading images safely.
 
-Decided once, for every caller:
-
-- JPEG (MPO included), PNG, WebP, GIF, BMP, TIFF, AVIF where Pillow is built with it and HEIC where the package
-  pillow_heif is installed. They are recognised by content; the name's ending does not matter.
+- Formats: JPEG (MPO included), PNG, WebP, GIF, BMP, TIFF; AVIF if Pillow is built with it, HEIC if the package
+  pillow_heif is installed. The content decides, not the ending of the name.
 - The size is read from the header and checked before anything is decoded.
-- A truncated file is an error, never a half-grey image. Nothing tells a JPEG that lacks its end marker alone (FF D9)
-  from one that lacks pixels: whoever knows better can append the marker.
-- The first frame of an animation, the first page of a TIFF.
+- A truncated file is an error, never a half-grey image. A JPEG that lacks only its end marker (FF D9) cannot be told
+  from one that lacks pixels; a caller who knows that all pixels are there can append the marker.
+- Animations give their first frame, TIFF files their first page.
 - EXIF rotation is applied, so the image is as a viewer shows it.
-- Modes become RGB by :func:`dinov2_fast.data.image_processor.to_rgb`: alpha dropped, or composited on a background, and
-  16-bit grey scaled to 8 bits.
+- Every mode becomes RGB, see :mod:`.rgb`.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import warnings
 from PIL import Image, ImageFile, features
 
 from dinov2_fast.data.files import ImageError, ReadError, read_bytes, reason
-from dinov2_fast.data.image_processor import to_rgb
+from dinov2_fast.data.rgb import to_rgb
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 1_000_000  # Pillow keeps a pointer for each row
@@ -90,9 +87,9 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str | None = None) -> Image.Image:
-    """The image that a file's bytes hold, as `read_image` gives it, or on a background of that colour.
+    """As `read_image`, from the bytes of a file; transparent pixels are composited on `background` if there is one.
 
-    Whatever Pillow's parsers raise on damaged input becomes an ImageError, a lack of memory a ReadError.
+    Any error of Pillow's parsers becomes an ImageError; if memory ran out, a ReadError.
     """
     if not content:
         raise ImageError("empty file")
@@ -109,7 +106,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str |
 
 
 def own_process() -> None:
-    """To be called where a process decodes for this package alone: Pillow's own limit and warnings are out of use."""
+    """Switches off Pillow's own limit and warnings; for a process that only decodes for this package."""
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -127,9 +124,9 @@ def _load(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def _open(content: bytes) -> ImageFile.ImageFile:
-    """The image, of which the header alone is read.
+    """The image, with only its header read.
 
-    `Image.open` would also apply Pillow's own limit, which belongs to the whole process, and not say why it fails.
+    `Image.open` would also apply Pillow's own limit, which belongs to the whole process, and hide why it fails.
     """
     failure = ImageError(f"not an image of a known format ({', '.join(FORMATS)})")
     if "HEIF" not in FORMATS and content[4:12] in _HEIC:
@@ -157,7 +154,7 @@ def check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _check(image: Image.Image, content: bytes, max_pixels: int) -> None:
-    """Refuses what would take too much memory or time, or cannot be whole."""
+    """Refuses images that would take too much memory or time, and files too short for their pixels."""
     check_pixels(image, max_pixels)
     width, height = image.size
     if max(width, height) > MAX_SIDE:

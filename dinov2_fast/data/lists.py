@@ -13,17 +13,17 @@ from itertools import chain
 from dinov2_fast.data.files import ending, is_url, open_file, reason, shown
 from dinov2_fast.errors import InvalidValueError
 
-COLUMNS = ("path", "image", "url", "file_name")  # the first that is there
+COLUMNS = ("path", "image", "url", "file_name")  # in order of priority
 
 
 def read_list(path: str) -> Iterator[str]:
-    """The paths in a list, in order; "" where a table has none.
+    """The paths in a list, in order; "" for an empty cell of a table.
 
-    Those of a column ``file_name``, as folders of Hugging Face's datasets have it, are relative to the list's folder.
-    Bytes that are not UTF-8 become what `os.fsdecode` makes of them.
+    Paths in a column ``file_name``, as Hugging Face's image folders have it, are relative to the folder of the list.
+    Bytes that are not UTF-8 are kept, as `os.fsdecode` does it.
 
     Raises:
-        ValueError: a list without paths or a damaged one; the message names the line.
+        InvalidValueError: the list has no paths, or is damaged; the message names the line.
         OSError: it cannot be read.
     """
     try:
@@ -35,7 +35,7 @@ def read_list(path: str) -> Iterator[str]:
 
 
 def _open_text(path: str, newline: str) -> io.TextIOWrapper:
-    """The text in UTF-8, or in UTF-16 with the mark that PowerShell writes."""
+    """Opens text in UTF-8, or in UTF-16 with a byte order mark, which PowerShell writes."""
     file = open_file(path)
     is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     file.seek(0)
@@ -51,7 +51,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _csv_paths(path: str) -> Iterator[str]:
-    """The column of paths, where commas, semicolons or tabs separate columns."""
+    """The column of paths in a table; commas, semicolons or tabs separate its columns."""
     with _open_text(path, newline="") as text:
         header = text.readline()
         rows = csv.reader(chain([header], text), delimiter=max(",;\t", key=header.count), strict=True)
@@ -68,7 +68,7 @@ def _csv_paths(path: str) -> Iterator[str]:
 
 
 def _json_paths(path: str) -> Iterator[str]:
-    """The paths in objects of JSON, one in each line."""
+    """The paths in JSON objects, one in each line."""
     with _open_text(path, newline="\n") as text:
         for number, line in enumerate(text, 1):
             if not line.strip():

@@ -15,10 +15,10 @@ COLUMN = "image"
 
 
 def holds_images(path: str) -> bool:
-    """Whether the column ``image`` holds images themselves: structs with ``bytes``, or binary values.
+    """Whether the column ``image`` holds images, not paths: structs with ``bytes``, or binary values.
 
     Raises:
-        ValueError: damaged, or no Parquet file.
+        InvalidValueError: it is damaged, or no Parquet file.
     """
     import pyarrow as pa
 
@@ -32,11 +32,11 @@ def holds_images(path: str) -> bool:
 
 
 def rows(path: str) -> range:
-    """The numbers of the rows, of the file as it is now.
+    """The numbers of the rows; the file is read anew, in case it has changed.
 
     Raises:
-        ValueError: a row group is larger than `MAX_BYTES`, of which most is in memory at a time; damaged, or no Parquet
-            file.
+        InvalidValueError: a row group is larger than `MAX_BYTES` (most of it is in memory at a time); or the file is
+            damaged, or no Parquet file.
     """
     metadata = _metadata(path)
     largest = max((_size(metadata.row_group(group)) for group in range(metadata.num_row_groups)), default=0)
@@ -51,16 +51,16 @@ def rows(path: str) -> range:
 
 
 def _size(group: Any) -> int:
-    """Bytes of the images in a row group."""
+    """The number of bytes of the images in a row group."""
     columns = (group.column(index) for index in range(group.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] == COLUMN)
 
 
 def read_row(path: str, row: int) -> bytes:
-    """The bytes of the image in a row; faster for rows in order.
+    """The bytes of the image in a row; fast if rows are read in order.
 
     Raises:
-        ReadError: the file, or the one that the row names instead of bytes, is missing or unreadable.
+        ReadError: the file is missing or unreadable, or the file that the row names instead of bytes.
         ImageError: the row is empty, or the file is damaged.
     """
     try:
@@ -71,16 +71,16 @@ def read_row(path: str, row: int) -> bytes:
         raise ReadError(reason(error)) from error
     except Exception as error:
         raise ImageError(f"damaged in the Parquet file: {reason(error)}") from error
-    content, elsewhere = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if content is None and elsewhere:
-        return read_bytes(elsewhere)
+    content, linked = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if content is None and linked:
+        return read_bytes(linked)
     if content is None:
         raise ImageError("no image in this row")
     return bytes(content)
 
 
 def _value(path: str, group: int, index: int) -> Any:
-    for _ in range(2):  # goes on where the last call stopped, or begins anew
+    for _ in range(2):  # continue after the last row that was read, or start again
         for number, value in _row_group(path, group):
             if number == index:
                 return value.as_py()
@@ -92,7 +92,7 @@ def _value(path: str, group: int, index: int) -> Any:
 
 @lru_cache(maxsize=1)
 def _row_group(path: str, group: int) -> Iterator[tuple[int, Any]]:
-    """The images of a row group one by one: a small dictionary may stand for many large ones."""
+    """The images of a row group one by one: a small dictionary may expand to many large values."""
 
     def read() -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet as pq

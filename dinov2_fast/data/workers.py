@@ -1,13 +1,12 @@
-"""Decoding images in order, here or in worker processes that may die or hang.
+"""Decoding images in order, in this process or in worker processes that may die or hang.
 
-Each worker is a process with a pipe for tasks and answers; pixels come back through shared memory, in slots. A worker
-has several tasks waiting, so that all of them go on while the model runs and nobody reads answers. It does them in
-order: when it dies, or takes too long, the first unanswered one is the cause. The worker that takes its place tries
-that one once more, since the machine may have been the cause (memory ran out, the job was stopped), and does the
-others.
+A worker is a process with a pipe for tasks and answers; it writes pixels to slots of shared memory. Each worker has a
+queue of tasks, so that all workers continue while this process runs the model and reads no answers. A worker does its
+tasks in order: if it dies or takes too long, the first task without an answer is the cause. The next worker tries that
+task once more, because the machine may have been at fault (memory ran out, the job was stopped), and does the others.
 
-Time counts while this process waits for a worker. When it does something else, or the whole job is stopped, the limits
-stand still.
+Only the time in which this process waits for a worker counts towards the limits; they pause while it does something
+else, or while the whole job is stopped.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import os
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,13 +34,13 @@ from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidStateError
 
 MAX_SECONDS = 60.0
-SECONDS_TO_START = 60.0  # where many processes import at once from a slow disk, some take tens
-SHARED_BYTES = 1 << 28  # of pixels on their way, as long as each worker has two images
-SECONDS_TO_DIE = 5.0  # one that waits for a disk that does not answer is left to the system
-TASKS = 64  # that a worker may have: with as many answers unread, its pipe is not full
-TASK_BYTES = 1 << 15  # of the names of these tasks, for the same reason: sending must never wait
-STARTS = 3  # that a worker may need, where the system ends it before it begins
-STEP = 1.0  # seconds of one wait; where it took longer the job was stopped, and no more than these count
+SECONDS_TO_START = 60.0  # many processes that import from a slow disk at once may take tens of seconds
+SECONDS_TO_DIE = 5.0  # a process that waits for a dead disk cannot be killed, and is left to the system
+SHARED_BYTES = 1 << 28  # limit of the slots, but each worker has two
+TASKS = 64  # limit of a worker's queue: so many unread answers fit in a pipe
+TASK_BYTES = 1 << 15  # limit of the names in a worker's queue, so that sending a task never blocks
+STARTS = 3  # tries to start a worker that the system ends before it is ready
+STEP = 1.0  # seconds of one wait; if it took longer, the job was stopped, and only this much counts
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,18 +56,19 @@ def decode_all(
     workers: int = 0,
     ahead: int = 64,
 ) -> Generator[Decoded, None, None]:
-    """Decodes in the order of `images`; with `workers` processes, about `ahead` images before they are asked for.
+    """Decodes images in order; with `workers` processes, about `ahead` images before they are asked for.
 
     The processes are spawned: a script that calls this needs the usual ``if __name__ == "__main__":``. Close the
-    iterator to stop them early. An image at which a worker dies, or for which this process would wait more than
+    iterator to stop them early. An image on which a worker dies, or for which this process would wait more than
     `max_seconds`, is tried once more, and then gets an error. Without workers there is no limit of time.
 
     Args:
-        images: where they are.
-        processor: its outputs must have one size.
+        images: where the images are.
+        processor: with workers, its outputs must have one size.
+        max_pixels: larger images get an error.
 
     Raises:
-        RuntimeError: a worker cannot start.
+        InvalidStateError: a worker cannot start.
     """
     if not workers:
         for image in images:
@@ -83,7 +82,7 @@ def decode_all(
 
 
 class _Pool:
-    """Workers, the slots they write to, and the answers that have come."""
+    """Workers, the slots that they write to, and the answers that have arrived."""
 
     def __init__(
         self, workers: int, processor: Dinov2ImageProcessor, max_pixels: int, max_seconds: float, ahead: int
@@ -96,19 +95,20 @@ class _Pool:
         self._pixels = np.frombuffer(memory, dtype).reshape(slots, 3, height, width)
         self._arguments = memory, processor, max_pixels
         self._seconds = max_seconds
-        self._answers: dict[int, Decoded] = {}
+        self._answers: dict[int, Decoded] = {}  # by the number of the task
+        self._suspects: set[int] = set()  # tasks at which a worker has died
         self._workers: list[_Worker] = []
         for _ in range(workers):
             self._workers.append(_Worker(self._arguments))
 
     def decode(self, images: Iterator[ImageSource]) -> Generator[Decoded, None, None]:
-        """The images' answers, in order."""
+        """The answers for the images, in order."""
         sent = taken = 0
         while True:
             while sent - taken < len(self._pixels) and (worker := self._free_worker()):
                 if (image := next(images, None)) is None:
                     break
-                worker.send(_Task(sent, sent % len(self._pixels), image))
+                self._send(worker, sent, image)
                 sent += 1
             if taken == sent:
                 return
@@ -120,13 +120,16 @@ class _Pool:
             taken += 1
             yield answer
 
+    def _send(self, worker: _Worker, number: int, image: ImageSource) -> None:
+        worker.send(number, number % len(self._pixels), image)
+
     def _free_worker(self) -> _Worker | None:
-        """The one with the fewest tasks, if it may have one more."""
+        """The worker with the fewest tasks, if it has room for one more."""
         worker = min(self._workers, key=lambda worker: len(worker.tasks))
         return worker if worker.has_room() else None
 
     def _receive(self) -> None:
-        """Waits for answers, takes all that have come, and replaces workers that are gone or overdue."""
+        """Waits for answers, takes all that have arrived, and replaces workers that have ended or are overdue."""
         begin = time.monotonic()
         wait([worker.connection for worker in self._workers], STEP)
         waited = min(time.monotonic() - begin, STEP)
@@ -142,44 +145,40 @@ class _Pool:
                     self._replace(place, f"not decoded within {self._seconds:g} s")
 
     def _replace(self, place: int, error: str) -> None:
-        """Puts a worker in the place of one that has ended; `error` is that of the task it was at."""
+        """Replaces a worker that has ended; `error` is for the task that it was doing."""
         old = self._workers[place]
-        tasks = list(old.tasks)
-        if not old.has_begun and (old.exit_code >= 0 or old.starts == STARTS):
+        if not old.is_ready and (old.exit_code >= 0 or old.starts == STARTS):
             raise InvalidStateError(
                 f"A process for decoding ended before it could begin ({old.how_it_ended}). A script needs `if __name__ "
                 "== '__main__':` around what it does; otherwise see what the process printed and whether memory "
                 "suffices, or use workers=0."
             )
-        if old.has_begun and tasks:  # otherwise no task is the cause
-            if tasks[0].again:
-                self._answers[tasks.pop(0).number] = Decoded(error=error, transient=True)
+        if old.is_ready and old.tasks:  # otherwise no task is the cause
+            cause = next(iter(old.tasks))
+            if cause in self._suspects:
+                del old.tasks[cause]
+                self._suspects.remove(cause)
+                self._answers[cause] = Decoded(error=error, transient=True)
             else:
-                tasks[0] = tasks[0]._replace(again=True)
-        self._workers[place] = _Worker(self._arguments, starts=1 if old.has_begun else old.starts + 1)
-        for task in tasks:
-            self._workers[place].send(task)
+                self._suspects.add(cause)
+        self._workers[place] = _Worker(self._arguments, starts=1 if old.is_ready else old.starts + 1)
+        for number, image in old.tasks.items():
+            self._send(self._workers[place], number, image)
 
     def close(self) -> None:
-        """Ends the processes; what they are at is lost."""
+        """Ends the processes and drops their tasks."""
         for worker in self._workers:
             worker.end()
 
 
-class _Task(NamedTuple):
-    number: int
-    slot: int
-    image: ImageSource
-    again: bool = False  # a worker has died of it, or was ended
-
-    @property
-    def nbytes(self) -> int:
-        """About what it takes in a pipe."""
-        return len(self.image.path) + len(self.image.archive or "")
-
-
 class _Worker:
-    """A process that decodes, and the tasks that it has not answered; `starts` - 1 before it could not begin."""
+    """A process that decodes images.
+
+    Attributes:
+        tasks: the images without an answer, by number, in the order in which they were sent.
+        starts: the number of processes, this one included, that were started before one was ready.
+        is_ready: the process has sent its first message.
+    """
 
     def __init__(self, arguments: tuple[Any, ...], starts: int = 1) -> None:
         self.connection, theirs = _context.Pipe()
@@ -187,25 +186,26 @@ class _Worker:
         with _signals_blocked():
             self._process.start()
         theirs.close()
-        self.tasks: deque[_Task] = deque()
-        self.starts, self.has_begun = starts, False
-        self._waited = 0.0  # seconds for its present task, or for its start
+        self.tasks: dict[int, ImageSource] = {}
+        self.starts, self.is_ready = starts, False
+        self._waited = 0.0  # seconds for its first task, or for its start
 
     def has_room(self) -> bool:
-        """Whether one more task can be sent without waiting for the process."""
-        return len(self.tasks) < TASKS and sum(task.nbytes for task in self.tasks) < TASK_BYTES
+        """Whether one more task can be sent without blocking."""
+        nbytes = sum(len(image.path) + len(image.archive or "") for image in self.tasks.values())
+        return len(self.tasks) < TASKS and nbytes < TASK_BYTES
 
-    def send(self, task: _Task) -> None:
-        """Gives it one more task."""
-        self.tasks.append(task)
-        with suppress(OSError):  # it has ended, which is noticed when its answers are read
-            self.connection.send((task.slot, task.image))
+    def send(self, number: int, slot: int, image: ImageSource) -> None:
+        """Adds a task: decode the image, and write its pixels to the slot."""
+        self.tasks[number] = image
+        with suppress(OSError):  # the process has ended; `answers` reports it
+            self.connection.send((slot, image))
 
     def answers(self) -> dict[int, Decoded]:
-        """The answers that have come, without pixels, by the number of their task.
+        """The answers that have arrived, without pixels, by the number of their task.
 
         Raises:
-            EOFError, OSError: the process has ended, and all its answers were taken before.
+            EOFError, OSError: the process has ended, and earlier calls have returned all its answers.
         """
         found: dict[int, Decoded] = {}
         while self.connection.poll():
@@ -216,22 +216,24 @@ class _Worker:
                     break
                 raise
             self._waited = 0.0
-            if self.has_begun:
-                found[self.tasks.popleft().number] = answer
-            self.has_begun = True
+            if self.is_ready:
+                number = next(iter(self.tasks))
+                del self.tasks[number]
+                found[number] = answer
+            self.is_ready = True
         return found
 
     def add_time(self, seconds: float) -> None:
-        """Counts the time that was waited for its present task, or for its start."""
-        if self.tasks or not self.has_begun:
+        """Adds to the time that this process has waited for its first task, or for its start."""
+        if self.tasks or not self.is_ready:
             self._waited += seconds
 
     def is_overdue(self, seconds: float) -> bool:
-        """Whether more was waited for its present task than `seconds`, or too long for its start."""
-        return self._waited > (seconds if self.has_begun else SECONDS_TO_START)
+        """Whether its first task takes more than `seconds`, or its start too long."""
+        return self._waited > (seconds if self.is_ready else SECONDS_TO_START)
 
     def end(self, patience: float = 0) -> str:
-        """Ends the process, if it does not within `patience` seconds by itself; says how it ended."""
+        """Kills the process if it does not end by itself within `patience` seconds; returns how it ended."""
         self.connection.close()
         self._process.join(patience)
         self._process.kill()
@@ -240,22 +242,22 @@ class _Worker:
 
     @property
     def exit_code(self) -> int:
-        """Of a process that has ended, negative where a signal ended it."""
+        """The exit code of the ended process; negative if a signal ended it."""
         return self._process.exitcode or 0
 
     @property
     def how_it_ended(self) -> str:
-        """The exit code, or the signal, in words."""
+        """The exit code or the signal, in words."""
         code = self.exit_code
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, max_pixels: int) -> None:
-    """What a worker does until its pipe is closed."""
+    """The main function of a worker: decodes until its pipe is closed."""
     own_process()
     height, width = processor.output_size or (0, 0)
     pixels: NDArray[Any] = np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, height, width)
-    answer: Decoded | None = None  # the first says that it has begun
+    answer: Decoded | None = None  # the first message says that the worker is ready
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
@@ -266,13 +268,13 @@ def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, 
                 pixels[slot] = answer.pixels
                 answer = replace(answer, pixels=None)
     except (EOFError, OSError):
-        return  # whom it works for has ended
+        return  # the parent has closed the pipe or ended
 
 
 def _end_with_parent() -> None:
-    """Ends this process at once when its parent is gone, also in the middle of an image.
+    """Ends this process as soon as its parent has ended, even in the middle of an image.
 
-    Linux could send a signal then, but does so when the parent's thread ends.
+    Linux can send a signal instead, but sends it when the parent's thread ends, not its process.
     """
     parent = parent_process()
     while parent is not None and parent.is_alive() and os.getppid() == parent.pid:
@@ -281,31 +283,31 @@ def _end_with_parent() -> None:
 
 
 def pixel_dtype(processor: Dinov2ImageProcessor) -> np.dtype[Any]:
-    """Of the processor's outputs for images of 8 bits."""
+    """The dtype of the processor's outputs for images of 8 bits."""
     return np.dtype(np.float32 if processor.do_rescale or processor.do_normalize else np.uint8)
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C and SIGTERM, which are for this one; here they are only delayed.
+    """Processes that are started inside ignore Ctrl-C and SIGTERM; in this process the signals are delayed.
 
-    The mask is for them. It does not suffice here: another thread of this process may take a signal, for which Python
-    then interrupts the main one, in the middle of a start.
+    The child inherits the signal mask. In this process the mask is not enough: another thread may receive the signal,
+    and Python then interrupts the main thread in the middle of a start. So handlers collect the signals, too.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # or the first process starts it, which unblocks the signals
-    came: list[int] = []
+    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks the signals
+    received: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in SIGNALS}
+        handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for each in came:
+        for each in received:
             signal.raise_signal(each)

@@ -1,11 +1,11 @@
-"""Which features of an image are taken from the model, and computing them for a batch.
+"""The features of a model for images, and computing them batch by batch.
 
 =============  ======================  ===============================================================================
 cls            (dim,)                  class token after the final norm
 patch_mean     (dim,)                  mean of the patch tokens after the final norm, without registers
-patches        (patches, dim)          patch tokens after the final norm, rows of the image from the top
+patches        (patches, dim)          patch tokens after the final norm, row by row from the top of the image
 registers      (registers, dim)        register tokens after the final norm
-cls@K          as without K            the first three after block K (0 is the first), the final norm applied, as
+cls@K          as without K            the first three after block K (0 is the first), with the final norm applied, as
 patch_mean@K                           ``get_intermediate_layers(n=[K])`` gives them
 patches@K
 =============  ======================  ===============================================================================
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dinov2_fast.data.batches import ImageBatch, run_in_parts
+from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import Feature
@@ -31,24 +33,25 @@ from dinov2_fast.inference import Engine
 DEFAULT = ("cls", "patch_mean")
 KINDS = ("cls", "patch_mean", "patches", "registers")
 DTYPES = {"fp32": "float32", "fp16": "float16"}
+NOT_FINITE = "the model's features are not finite"
 
 
 class Outputs:
-    """The features `names` of a model for images that a processor prepares.
+    """Chosen features of a model, for images that a processor prepares.
 
     Args:
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one.
-        processor: its outputs must have one size, a multiple of the patch.
+        processor: its outputs must have one size, a multiple of the patch size.
         names: see the module's description.
         dtype: "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
 
     Attributes:
         features: name, shape and dtype of each.
-        decoder: the processor for images that `start` takes: the given one, or without rescaling and normalisation
-            where the model does both.
+        decoder: the processor that prepares images for `start`: the given one, or one without rescaling and
+            normalization if the model does both.
 
     Raises:
-        ValueError: a model in training mode, a processor that does not fit it, or features that it does not have.
+        InvalidValueError: a model in training mode, a processor that does not fit it, or features that it lacks.
     """
 
     def __init__(
@@ -58,8 +61,7 @@ class Outputs:
         if dtype not in ("auto", *DTYPES):
             raise InvalidValueError(f"There is no dtype {dtype!r} for features; choose auto, {' or '.join(DTYPES)}.")
         self.model = model
-        self.takes_uint8 = _normalizes(model, processor)
-        self.decoder = without_normalization(processor) if self.takes_uint8 else processor
+        self.decoder = without_normalization(processor) if _normalizes(model, processor) else processor
         self._wanted = [_Wanted.named(name, model) for name in dict.fromkeys(names)]
         if not self._wanted:
             raise InvalidValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
@@ -68,63 +70,95 @@ class Outputs:
     @property
     def device(self) -> torch.device:
         """Of the model."""
-        device: torch.device = place_of(self.model).device
+        device: torch.device = tensor_of(self.model).device
         return device
 
-    def start(self, pixels: NDArray[Any]) -> Running:
-        """Begins to compute the features of a batch (images, 3, height, width); on a GPU it does not wait.
+    def start(self, batch: ImageBatch, size: int) -> Pending:
+        """Begins to compute the features of a batch; on a GPU this does not wait for them.
+
+        Args:
+            batch: images that `decoder` has prepared.
+            size: the most images in one forward pass; halved if memory runs out, see `run_in_parts`.
 
         Raises:
-            torch.OutOfMemoryError: the batch is too large.
+            torch.OutOfMemoryError: memory does not suffice for a single image.
         """
-        batch = torch.from_numpy(pixels)
-        watch = _Stopwatch(self.device)
+        parts, size = run_in_parts(self._start, batch.pixels, size)
+        return Pending(self.features, batch, parts, size)
+
+    def _start(self, pixels: Tensor) -> tuple[list[Tensor], _Stopwatch]:
+        """The features of (images, 3, height, width) and whether each image's are finite, on their way to the host."""
+        stopwatch = _Stopwatch(self.device)
         if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         if not isinstance(self.model, Engine):
-            batch = batch.to(place_of(self.model).dtype)
+            pixels = pixels.to(tensor_of(self.model).dtype)
         with torch.inference_mode():
-            found = self._compute(batch)
+            found = self._compute(pixels)
             stored = [found[f.name].to(getattr(torch, f.dtype)) for f in self.features]
             finite = torch.stack([tensor.flatten(1).isfinite().all(dim=1) for tensor in stored]).all(dim=0)
             arrays = [_to_host(tensor) for tensor in (*stored, finite)]
-        watch.stop()
-        return Running([f.name for f in self.features], arrays, watch)
+        stopwatch.stop()
+        return arrays, stopwatch
 
-    def _compute(self, batch: Tensor) -> dict[str, Tensor]:
+    def _compute(self, pixels: Tensor) -> dict[str, Tensor]:
         """The wanted features, on the device."""
-        places = {wanted.layer for wanted in self._wanted}
+        layers = {wanted.layer for wanted in self._wanted}
         tokens: dict[int | None, dict[str, Tensor]] = {}
-        if places != {None}:
+        if layers != {None}:
             last = self.model.n_blocks - 1
-            layers = sorted({last if place is None else place for place in places})
-            outputs = self.model.get_intermediate_layers(batch, n=layers, return_class_token=True)
-            for layer, (patches, cls) in zip(layers, outputs, strict=True):
-                tokens[layer] = {"patches": patches, "cls": cls}
-            if None in places:
+            indices = sorted({last if layer is None else layer for layer in layers})
+            outputs = self.model.get_intermediate_layers(pixels, n=indices, return_class_token=True)
+            for index, (patches, cls) in zip(indices, outputs, strict=True):
+                tokens[index] = {"patches": patches, "cls": cls}
+            if None in layers:
                 tokens[None] = tokens[last]
-        if places == {None} or any(wanted.kind == "registers" for wanted in self._wanted):
-            output = self.model.forward_features(batch)
+        if layers == {None} or any(wanted.kind == "registers" for wanted in self._wanted):
+            output = self.model.forward_features(pixels)
             tokens[None] = {kind: output[key] for kind, key in _KEYS.items() if key in output}
         return {wanted.name: wanted.of(tokens[wanted.layer]) for wanted in self._wanted}
 
 
-class Running:
-    """Features that are being computed."""
+class Pending:
+    """A batch whose features are being computed. It ran in parts of at most `size` images."""
 
-    def __init__(self, names: Sequence[str], arrays: Sequence[Tensor], watch: _Stopwatch) -> None:
-        self._names, self._arrays, self._watch = names, arrays, watch
+    def __init__(
+        self, features: Sequence[Feature], batch: ImageBatch, parts: list[tuple[list[Tensor], _Stopwatch]], size: int
+    ) -> None:
+        self.size = size
+        self._features, self._images, self._rows, self._parts = features, batch.images, batch.rows, parts
 
-    def result(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], float]:
-        """Each feature (images, …), which images have finite ones, and the seconds that the device took."""
-        seconds = self._watch.seconds()
-        *features, finite = (tensor.numpy() for tensor in self._arrays)
-        return dict(zip(self._names, features, strict=True)), finite, seconds
+    def result(self) -> tuple[list[Decoded], dict[str, NDArray[Any]]]:
+        """Waits for the features.
+
+        Returns:
+            The images, with an error also where features are not finite; and the features by name, (images, …), whose
+            values are not to be used where there is an error.
+        """
+        images = list(self._images)
+        found = {f.name: np.zeros((len(images), *f.shape), f.dtype) for f in self._features}
+        fp16 = any(feature.dtype == "float16" for feature in self._features)
+        error = f"{NOT_FINITE}{' or too large for fp16' * fp16}"
+        first = 0
+        for arrays, stopwatch in self._parts:
+            stopwatch.seconds()  # waits
+            *values, finite = (array.numpy() for array in arrays)
+            rows = self._rows[first : first + len(finite)]
+            for feature, value in zip(self._features, values, strict=True):
+                found[feature.name][rows] = value
+            for row in np.array(rows)[~finite]:
+                images[row] = replace(images[row], error=error)
+            first += len(finite)
+        return images, found
+
+    def seconds(self) -> float:
+        """How long the device has worked; waits for it."""
+        return sum(stopwatch.seconds() for _, stopwatch in self._parts)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One feature: its kind, and after which block (None: at the end)."""
+    """One feature: its kind, and the block after which it is taken (None: the last)."""
 
     name: str
     kind: str
@@ -155,7 +189,7 @@ class _Wanted:
         return Feature(self.name, shape, DTYPES[auto if dtype == "auto" else dtype])
 
     def of(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Taken from the tokens after its block."""
+        """The feature, from the tokens after its block."""
         return tokens["patches"].float().mean(dim=1) if self.kind == "patch_mean" else tokens[self.kind]
 
 
@@ -163,7 +197,7 @@ _KEYS = {"cls": "x_norm_clstoken", "patches": "x_norm_patchtokens", "registers":
 
 
 class _Stopwatch:
-    """The seconds between its making and `stop`, as the device counts them."""
+    """Measures the time from its creation to `stop`; on a GPU, the time of the work that was queued in between."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -172,13 +206,13 @@ class _Stopwatch:
         self._device, self._begin, self._end = device, time.perf_counter(), 0.0
 
     def stop(self) -> None:
-        """Ends the time."""
+        """Ends the measurement."""
         self._end = time.perf_counter()
         if self._events:
             self._events[1].record(torch.cuda.current_stream(self._device))
 
     def seconds(self) -> float:
-        """Waits until the device is there."""
+        """The time; waits until a GPU has done the work."""
         if not self._events:
             return self._end - self._begin
         self._events[1].synchronize()
@@ -186,7 +220,7 @@ class _Stopwatch:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; from a GPU it is there once the stream has come so far."""
+    """A copy in host memory; from a GPU it is complete once the stream has reached it."""
     if tensor.device.type != "cuda":
         return tensor.cpu().contiguous()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -208,7 +242,7 @@ def _check(model: Any, processor: Dinov2ImageProcessor) -> None:
 
 
 def _normalizes(model: Any, processor: Dinov2ImageProcessor) -> bool:
-    """Whether the model does to uint8 images what the processor does last: scaling by 1/255 and normalisation."""
+    """Whether the model takes uint8 images and does the processor's last steps: scaling by 1/255, normalization."""
     if not isinstance(model, Engine) or not processor.do_rescale or not processor.do_normalize:
         return False
     settings = processor.rescale_factor, tuple(processor.image_mean), tuple(processor.image_std)
@@ -216,10 +250,10 @@ def _normalizes(model: Any, processor: Dinov2ImageProcessor) -> bool:
 
 
 def without_normalization(processor: Dinov2ImageProcessor) -> Dinov2ImageProcessor:
-    """The processor without its last two steps."""
+    """The processor without its last two steps, rescaling and normalization."""
     return Dinov2ImageProcessor(**{**processor.settings(), "do_rescale": False, "do_normalize": False})
 
 
-def place_of(model: Any) -> Any:
-    """What has the device and the dtype of the model: a parameter, or the engine itself."""
+def tensor_of(model: Any) -> Any:
+    """An object with the device and the dtype of the model: a parameter, or the engine itself."""
     return model if isinstance(model, Engine) else next(model.parameters())

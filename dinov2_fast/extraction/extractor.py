@@ -1,4 +1,4 @@
-"""`Extractor`: features of batches that come as dictionaries, as Ray Data, Spark and data loaders hand them out."""
+"""`Extractor`: features of batches that are dictionaries, as Ray Data, Spark and data loaders provide them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinov2_fast.data.batches import make_batch
 from dinov2_fast.data.decoding import Decoded, decode_bytes
 from dinov2_fast.data.files import ImageError, reason
-from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS, check_pixels
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.batches import Pending
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
-from dinov2_fast.inference import optimize_for_inference
-from dinov2_fast.weights import load
+from dinov2_fast.inference.loading import load_model, processor_for
 
 COLUMNS = ("image", "bytes")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Extractor:
     """A function from a batch of images to the same batch with their features, cheap to send to other processes.
 
-    It holds settings alone until it is first called; the model is then loaded where that happens. A pickle holds the
-    settings, also of one that has loaded (a model given as an object is pickled with them).
+    It holds only settings until its first call, which loads the model in the process where it happens. A pickle holds
+    the settings, even if the model has been loaded (a model that was given as an object is pickled with them).
 
     ::
 
@@ -37,22 +34,22 @@ class Extractor:
 
     Args:
         model: a name, file, folder or hub id for :func:`dinov2_fast.load`, or a model or engine in eval mode.
-        weights, position_interpolation: for `load`.
-        size: pixels, an int or (height, width), multiples of 14: what is not square is cropped. By default the size of
-            the processor.
-        processor: by default the one beside the model in a folder, or the checkpoints' (224 x 224).
+        weights, position_interpolation: see :func:`dinov2_fast.load`.
+        size: pixels, an int or (height, width), multiples of 14; the centre of images is cut out. By default the size
+            of the processor.
+        processor: by default the one beside the model in a folder, or that of the checkpoints (224 x 224).
         features: names, see :mod:`dinov2_fast.extraction.compute`.
         dtype: of the features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
-        device: by default a GPU where there is one.
+        device: by default a GPU if there is one.
         precision: of the computation, "fp32", "bf16", "fp16", "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
-        engine: run the model's faster form for inference (:func:`dinov2_fast.optimize_for_inference`).
-        column: of the images; by default "image", or "bytes" where that is missing.
-        batch_size: images in one forward pass at most; halved for good where memory runs out.
-        max_pixels: larger images are refused, as bytes and as PIL images, before they are decoded. There is no limit of
-            time: what may come from anyone is safer in :func:`dinov2_fast.extract`.
+        engine: run the faster form of the model for inference (:func:`dinov2_fast.optimize_for_inference`).
+        column: the column of the images; by default "image", or "bytes" if there is no "image".
+        batch_size: the most images in one forward pass; halved for good if memory runs out.
+        max_pixels: larger images, as bytes or as PIL images, get an error before they are decoded. There is no limit of
+            time: for untrusted images :func:`dinov2_fast.extract` is safer.
 
     Raises:
-        ValueError: two settings that exclude each other.
+        InvalidValueError: two settings that exclude each other.
     """
 
     def __init__(
@@ -93,11 +90,11 @@ class Extractor:
 
     @property
     def outputs(self) -> Outputs:
-        """Model, preprocessing and features, loaded at the first request.
+        """Model, preprocessing and features; the first access loads them.
 
         Raises:
             WeightsError: the weights cannot be had.
-            ValueError: a setting that does not exist or does not go with the model.
+            InvalidValueError: a setting that does not exist or does not go with the model.
         """
         if self._loaded is None:
             processor, model = self._processor or processor_for(self._model), self._model
@@ -110,17 +107,17 @@ class Extractor:
         """Adds the features of each image.
 
         Args:
-            batch: columns of one length. That of the images holds the bytes of files, or what
-                :class:`dinov2_fast.Dinov2ImageProcessor` takes: arrays (height, width, 3), PIL images. An array
-                (batch, height, width, 3) is a batch of them.
+            batch: columns of the same length. The column of the images holds the bytes of files, or what
+                :class:`dinov2_fast.Dinov2ImageProcessor` takes: arrays (height, width, 3) or PIL images. It may be one
+                array (batch, height, width, 3).
 
         Returns:
-            The other columns as they are, each feature as an array (batch, …), NaN where there is none, and ``error``
-            (batch,), None or the reason. Length and order are those of the batch.
+            The other columns unchanged; each feature, an array (batch, …), NaN for an image with an error; and
+            ``error``, (batch,), with the reason or None.
 
         Raises:
-            KeyError: no column of images.
-            ValueError: columns that differ in length, or that are called as what is added.
+            KeyError: there is no column of images.
+            InvalidValueError: columns that differ in length, or that have the name of a feature or "error".
         """
         name = self._name_of_images(batch)
         outputs, images = self.outputs, batch[name]
@@ -137,11 +134,12 @@ class Extractor:
         errors: list[str | None] = []
         parts: dict[str, list[NDArray[Any]]] = {f.name: [np.empty((0, *f.shape), f.dtype)] for f in outputs.features}
         while len(errors) < len(decoded):
-            pending = Pending(outputs, decoded[len(errors) : len(errors) + self._batch_size], self._batch_size)
-            self._batch_size, done = pending.size, pending.result()
-            errors += [image.error for image in done.images]
-            for key, values in done.features.items():
-                parts[key].append(values)
+            following = decoded[len(errors) : len(errors) + self._batch_size]
+            pending = outputs.start(make_batch(following, outputs.decoder), self._batch_size)
+            self._batch_size, (done, values) = pending.size, pending.result()
+            errors += [image.error for image in done]
+            for key, value in values.items():
+                parts[key].append(value)
         found = {key: column for key, column in batch.items() if key != name}
         failed = np.array([error is not None for error in errors], bool)
         for key, arrays in parts.items():
@@ -167,61 +165,5 @@ class Extractor:
             return Decoded(pixels=outputs.decoder(image, return_tensors=None).pixel_values[0])
         except ImageError as error:
             return Decoded(error=str(error))
-        except Exception as error:  # a fault costs this image, not the batch
+        except Exception as error:  # an unexpected error fails this image, not the batch
             return Decoded(error=f"cannot be processed: {reason(error)}")
-
-
-def load_model(
-    model: str | Path,
-    processor: Dinov2ImageProcessor,
-    *,
-    weights: str | Path | None = None,
-    position_interpolation: str | None = None,
-    device: str | None = None,
-    precision: str = "auto",
-    engine: bool = True,
-    stride: int | tuple[int, int] | None = None,
-) -> Any:
-    """The model of an extraction: an engine that takes the processor's uint8 images, or the model as it is.
-
-    Raises:
-        WeightsError: the weights cannot be had.
-        ValueError: a device, precision, position_interpolation or stride that does not exist, or is not for this model.
-    """
-    place = find_device(device)
-    if precision == "auto":
-        precision = "bf16" if place.type == "cuda" else "fp32"
-    if not engine and precision not in DTYPES:
-        raise InvalidValueError(
-            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
-        )
-    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
-    loaded = load(model, weights=weights, device=place, dtype=dtype, position_interpolation=position_interpolation)
-    if stride is not None:
-        loaded.stride = stride
-    if not engine:
-        return loaded
-    mean, std = processor.image_mean, processor.image_std
-    return optimize_for_inference(loaded, precision, mean=mean, std=std, follow_weights=False)  # nobody else has it
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name; without one a GPU, or the CPU where there is none.
-
-    Raises:
-        ValueError: torch knows no such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InvalidValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
-
-
-def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
-    """The preprocessing for `size`, or that of a model's folder, or that of the checkpoints."""
-    if size is not None:
-        return Dinov2ImageProcessor.for_size(size)
-    if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():
-        return Dinov2ImageProcessor.from_pretrained(model)
-    return Dinov2ImageProcessor()

@@ -1,4 +1,4 @@
-"""One writer for each part of an output folder."""
+"""A lock for each part of an output folder, so that one process writes it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ class LockedError(Dinov2FastError, RuntimeError):
 
 @contextmanager
 def lock(folder: Path, part: tuple[int, int]) -> Iterator[None]:
-    """Holds the part (index from 0, count) of a folder while the ``with`` block runs.
+    """Holds one part (number from 1, count) of a folder while the ``with`` block runs.
 
-    It is a lock of the system (flock) on a file, which ends with the process however that ends. Other parts of the same
-    count may be held by others; parts of another count would overlap and are refused.
+    This is a lock of the system (flock) on a file; it ends with the process, however the process ends. Other processes
+    may hold other parts of the same count. Parts of another count would overlap and are refused.
 
-    On network file systems these locks hold between machines where the server has them (NFS 4, or 3 with lockd; Lustre
-    mounted with flock). Where the system says that it has none, extraction goes on with a warning: two processes then
-    do the same work, and neither damages a shard, since each is written elsewhere and renamed when it is whole. Where a
-    file system takes locks and keeps them to one machine, nobody can tell: do not start a part twice there.
+    On a network file system these locks hold between machines if the server supports them (NFS 4, or 3 with lockd;
+    Lustre mounted with flock). If the system reports that it has no locks, extraction continues with a warning: two
+    processes then do the same work, and neither damages a shard, since each writes to a file of its own and renames it
+    when it is complete. Some file systems accept locks and keep them to one machine, which cannot be detected: do not
+    start a part twice there.
 
     Raises:
-        LockedError: another process holds this part, or one of another count.
+        LockedError: another process holds this part, or a part of another count.
     """
-    index, count = part
-    path = folder / f".lock-{index + 1}-of-{count}"
+    number, count = part
+    path = folder / f".lock-{number}-of-{count}"
     file = _acquire(path)
     if file is None:
-        raise LockedError(f"Another process is writing {_words(part)} {str(folder)!r}. Wait for it, or end it.")
+        where = "to" if count == 1 else f"the part {number}/{count} of"
+        raise LockedError(f"Another process is writing {where} {str(folder)!r}. Wait for it, or end it.")
     try:
         for other in folder.glob(".lock-*-of-*"):
             if not other.name.endswith(f"-of-{count}") and _is_held(other):
@@ -51,10 +53,6 @@ def lock(folder: Path, part: tuple[int, int]) -> Iterator[None]:
         file.close()
 
 
-def _words(part: tuple[int, int]) -> str:
-    return "to" if part[1] == 1 else f"the part {part[0] + 1}/{part[1]} of"
-
-
 def _acquire(path: Path) -> IO[bytes] | None:
     """The file, locked; None if another process holds it."""
     while True:
@@ -64,7 +62,7 @@ def _acquire(path: Path) -> IO[bytes] | None:
             return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
-        file.close()  # its holder deleted it in between
+        file.close()  # its holder has deleted it meanwhile
 
 
 def _is_held(path: Path) -> bool:
@@ -76,7 +74,7 @@ def _is_held(path: Path) -> bool:
 
 
 def _flock(file: IO[bytes]) -> bool:
-    """Whether the lock could be had, or the system has none."""
+    """Whether this process got the lock, or the system has no locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,84 +1,94 @@
-"""The manifest of an output folder: of what the features are and how they were made, so that only the same goes on.
+"""The manifest of an output folder: what its features are and how they were made.
 
-Everything in it is compared when an extraction is resumed or shared, but the entries ``about`` and ``added``.
-Images are in it by their paths: ``inputs`` has their number and a SHA-256 of the paths, ``added`` the same of images
-added later, and their first shard. Copied files are the same files; each row has a SHA-256 of the bytes that it is of.
+An extraction that is resumed or shared compares every entry with its own, except ``about`` and ``added``. Images are
+identified by their paths: ``inputs`` has their number and a SHA-256 of the paths, and each entry of ``added`` the same
+for images that were added later, with the number of their first shard. So a copy of the same files counts as the same
+images. Each row also has a SHA-256 of the bytes of its file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-import torch
-from torch import nn
-
-from dinov2_fast import __version__
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import FORMATS
-from dinov2_fast.errors import Dinov2FastError
-from dinov2_fast.extraction.compute import Outputs, place_of
-from dinov2_fast.features.schema import MANIFEST, find_manifest, find_shards
-from dinov2_fast.features.store import Section, read_manifest
+from dinov2_fast.errors import Dinov2FastError, InvalidValueError
+from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, find_shards
 from dinov2_fast.features.whole_files import part_of, whole_file
-from dinov2_fast.inference import Engine
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 INPUTS = "inputs"
 NOT_COMPARED = ("about", "added")
 
 
 class ManifestError(Dinov2FastError, ValueError):
-    """The folder holds features that were made otherwise; the message names what differs."""
+    """The folder holds features that were made in another way; the message says what differs."""
 
 
-def describe(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int) -> dict[str, Any]:
-    """The part of a manifest that model, preprocessing and machine decide."""
-    model, place = outputs.model, place_of(outputs.model)
-    engine = isinstance(model, Engine)
-    return {
-        "model": architecture(model),
-        "weights": fingerprint(model._model if engine else model),
-        "position_interpolation": model.position_interpolation,
-        "processor": processor.to_dict(),
-        "decoder": {"pillow": PIL.__version__, "formats": list(FORMATS), "max_pixels": max_pixels},
-        "features": {f.name: {"shape": list(f.shape), "dtype": f.dtype} for f in outputs.features},
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "precision": model.precision if engine else PRECISIONS.get(place.dtype, str(place.dtype)),
-        "engine": _engine(model) if engine else None,
-        "device": place.device.type,
-        "backends": {row.label: row.backend for row in getattr(model, "backends", list)()},
-        "versions": {"dinov2_fast": __version__, "torch": torch.__version__, "numpy": np.__version__},
-    }
+@dataclass(frozen=True)
+class Section:
+    """Images that were extracted together, in consecutive shards.
+
+    Attributes:
+        first_shard: the number of their first shard.
+        images: how many there are.
+        sha256: of their paths, in hexadecimal; None where an addition was interrupted and its images are not known.
+    """
+
+    first_shard: int
+    images: int
+    sha256: str | None = None
+
+    def shards(self, shard_size: int) -> range:
+        """The numbers of its shards."""
+        return range(self.first_shard, self.first_shard - (-self.images // shard_size))
+
+    def rows(self, shard: int, shard_size: int) -> int:
+        """The number of its images in one of its shards."""
+        return min(shard_size, self.images - (shard - self.first_shard) * shard_size)
 
 
-def about() -> dict[str, Any]:
-    """What is recorded and not compared."""
-    return {"python": platform.python_version(), "machine": platform.machine()}
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InvalidValueError: it is damaged.
+    """
+    path = find_manifest(folder)
+    if path is None:
+        raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        shard_size, sections = manifest["shard_size"], stored_sections(manifest)
+        counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.images))]
+        if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
+            raise InvalidValueError(f"sections {sections} in shards of {shard_size}")
+        stored_features(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
+    return dict(manifest)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
+def stored_features(manifest: Mapping[str, Any]) -> list[Feature]:
+    """The features that a manifest lists."""
+    return [Feature(name, tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["features"].items()]
+
+
+def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
+    """The images of the first extraction, and those that were added, in the order of their shards."""
+    inputs = manifest[INPUTS]
+    added = manifest.get("added", [])
+    return [Section(0, inputs["images"], inputs.get("sha256")), *(Section(**section) for section in added)]
 
 
 def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Makes `manifest` that of the folder, unless it has one, which must then be the same.
+    """Writes the manifest to the folder; a manifest that is there must say the same.
 
     Raises:
-        ManifestError: the folder's differs, or it holds shards and no manifest.
+        ManifestError: they differ, or the folder holds shards without a manifest.
     """
     if find_manifest(folder) is None:
         _refuse_shards(folder)
@@ -87,15 +97,15 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def compare(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks that the folder's manifest says the same; where `manifest` has no inputs, of everything else.
+    """Checks that the manifest in the folder says the same; if `manifest` has no inputs, these are not compared.
 
     Raises:
-        ManifestError: it differs.
+        ManifestError: they differ.
     """
-    there, here = read_manifest(folder), json.loads(json.dumps(manifest))
-    if INPUTS not in here:
-        del there[INPUTS]
-    differing = list(_differences(there, here))
+    stored, wanted = read_manifest(folder), json.loads(json.dumps(manifest))
+    if INPUTS not in wanted:
+        del stored[INPUTS]
+    differing = list(_differences(stored, wanted))
     if not differing:
         return
     more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
@@ -108,11 +118,11 @@ def compare(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes the features in a folder: the manifest last, so that what an interrupted call leaves is known as ours.
+    """Deletes the features in a folder, the manifest last: if this is interrupted, the rest is still known as ours.
 
     Raises:
-        ManifestError: the folder holds shards and no manifest.
-        ValueError: the manifest is damaged, or another program's.
+        ManifestError: the folder holds shards without a manifest.
+        InvalidValueError: the manifest is damaged, or belongs to another program.
     """
     manifest = find_manifest(folder)
     if manifest is None:
@@ -124,7 +134,7 @@ def discard(folder: Path) -> None:
 
 
 def write_sections(folder: Path, sections: Sequence[Section]) -> None:
-    """Puts other sections into the manifest of a folder: an extraction's own images, and what was added."""
+    """Replaces the sections in the manifest of a folder."""
     manifest, path = read_manifest(folder), find_manifest(folder)
     assert path is not None
     first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
@@ -137,13 +147,13 @@ def write_sections(folder: Path, sections: Sequence[Section]) -> None:
 def _refuse_shards(folder: Path) -> None:
     if any(find_shards(folder)):
         raise ManifestError(
-            f"{str(folder)!r} holds features without a {MANIFEST}: nobody knows how they were made. Choose another "
+            f"{str(folder)!r} holds features without a {MANIFEST}, which would say how they were made. Choose another "
             "folder, or delete them."
         )
 
 
 def _create(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the file, unless another process was faster."""
+    """Writes the file, unless another process has written it first."""
     part = part_of(path)
     try:
         with open(part, "wb") as file:
@@ -151,7 +161,7 @@ def _create(path: Path, manifest: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(part, path)  # fails where there is one, unlike a rename
+            os.link(part, path)  # fails if the file exists, unlike a rename
         except FileExistsError:
             pass
         except OSError:  # a file system without links
@@ -164,35 +174,16 @@ def _encoded(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, indent=2).encode() + b"\n"
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """One sentence for each value that differs, by its dotted name."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in dict.fromkeys([*there, *here]):
+def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """A sentence for each value that differs, with its dotted name."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys([*stored, *wanted]):
             if name or key not in NOT_COMPARED:
-                yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif there != here:
-        yield f"{name} is {_shown(there)} there and {_shown(here)} here"
+                yield from _differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif stored != wanted:
+        yield f"{name} is {_shortened(stored)} there and {_shortened(wanted)} here"
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def architecture(model: Any) -> dict[str, Any]:
-    """What the weights do not show."""
-    names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
-    found = {name: getattr(model, name) for name in names if hasattr(model, name)}
-    if model.stride != (model.patch_size, model.patch_size):  # older manifests have none
-        found["stride"] = list(model.stride)
-    return found
-
-
-def _engine(engine: Engine) -> dict[str, Any]:
-    plan = engine.plan
-    calibration = hashlib.sha256(repr(plan.calibration.scales).encode()).hexdigest() if plan.calibration else None
-    return {
-        "residual": str(plan.stream).removeprefix("torch."),
-        "skip_layers": list(plan.skip_layers),
-        "calibration": calibration,
-    }

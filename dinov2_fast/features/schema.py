@@ -1,33 +1,34 @@
-"""The output folder of an extraction: a manifest and shards, each of which is there whole or not at all.
+"""The output folder of an extraction: a manifest, and shards, each of which is complete or absent.
 
 ::
 
-    DIR/_manifest.json            of what the features are and how they were made (:mod:`.manifest`)
+    DIR/_manifest.json            what the features are and how they were made (:mod:`.manifest`)
     DIR/features-00000.parquet    the first `shard_size` images
-    DIR/features-00001.parquet    the next, and so on
+    DIR/features-00001.parquet    the next ones, and so on
 
-Images that are added later (:mod:`.additions`) begin with a shard of their own. pandas, pyarrow and DuckDB read the
-folder as one table. There is one row for each image, in the order of the images:
+Images that are added later begin a shard of their own. pandas, pyarrow and DuckDB read the folder as one table. It has
+one row for each image, in the order of the images:
 
 ====================  =====================  ====================================================================
-id                    int64                  position in its shard + `shard_size` x the shard's number: the position
-                                             among all images, where none were added
-path                  string                 as given, or found; bytes that are not UTF-8 are written as ``\\xNN``.
-                                             ``archive.tar/member`` for a member of a tar archive
-width, height         int32                  of the image, EXIF rotation applied; null where it cannot be read
-sha256                string                 of the file's bytes; null where they could not be read, or time or memory
-                                             ran out: such an error may pass, one beside a sha256 is in the file
+id                    int64                  `shard_size` x the number of the shard + the row in the shard. If no
+                                             images were added, this is the position among all images
+path                  string                 as given or found. Bytes that are not UTF-8 are written as ``\\xNN``.
+                                             A member of an archive is ``archive.tar/member``
+width, height         int32                  of the image, after EXIF rotation; null if it cannot be read
+sha256                string                 of the bytes of the file. Null if they could not be read, or if time or
+                                             memory ran out: such an error may pass. If an error has a sha256, the
+                                             file itself is at fault
 error                 string                 null, or why there are no features
-cls, patch_mean, …    fixed_size_list        the features that were asked for (:mod:`.outputs`), in float or halffloat;
-                                             null where there is an error. Those of several tokens lie flat, their
-                                             shape stands in the manifest
+cls, patch_mean, …    fixed_size_list        the features (:mod:`dinov2_fast.extraction.compute`), float or
+                                             halffloat; null if there is an error. Features of several tokens are
+                                             stored flat; the manifest has their shape
 ====================  =====================  ====================================================================
 
-As npy files a shard is ``features-00000.<feature>.npy``, arrays (rows, …) with NaN where there is an error, and
-``features-00000.jsonl``, the other columns as one JSON object in each line, which is written last.
+In the npy format a shard is ``features-00000.<feature>.npy``, arrays (rows, …) with NaN where there is an error, and
+``features-00000.jsonl``, the other columns as one JSON object for each row. The JSON lines are written last.
 
-A shard whose batches were made smaller because memory ran out says so: ``batch_size`` in the metadata of its Parquet
-file (key ``dinov2_fast``, JSON), or in each line of its JSON.
+If memory ran out and the batches of a shard were made smaller, the shard records it: as ``batch_size`` in the metadata
+of its Parquet file (key ``dinov2_fast``, JSON), or in each of its JSON lines.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
 from dinov2_fast.data.decoding import Decoded
-from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.whole_files import ENDING, is_left_over
 
-MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names that begin so
+MANIFEST = "_manifest.json"  # readers of Parquet folders skip names that begin with an underscore
 OLD_MANIFEST = "manifest.json"
 PREFIX = "features-"
 SHARD_ROWS = 8192
@@ -58,7 +59,7 @@ _SHARD_NAME = re.compile(rf"{PREFIX}\d{{5,}}\.(parquet|jsonl|[a-z_]+(@\d+)?\.npy
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature as it is stored: of each image an array of `shape`, of dtype "float32" or "float16"."""
+    """A feature as it is stored: for each image an array of `shape`, of dtype "float32" or "float16"."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,64 +67,45 @@ class Feature:
 
     @property
     def size(self) -> int:
-        """Values of one image."""
-        size = 1
-        for side in self.shape:
-            size *= side
-        return size
+        """Values for each image."""
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one image."""
+        """Bytes for each image."""
         return self.size * (2 if self.dtype == "float16" else 4)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows from id `first` on; what `features` (rows, …) has where there is an error does not count."""
+    """Consecutive rows of a shard.
 
-    first: int
+    Attributes:
+        ids, paths, images: of each row.
+        features: by name, (rows, …); the values of rows with an error are not used.
+    """
+
+    ids: range
     paths: Sequence[str]
     images: Sequence[Decoded]
     features: Mapping[str, NDArray[Any]]
 
-
-class Format(Protocol):
-    """How shards are stored: the modules `parquet_shards` and `npy_shards`."""
-
-    def write(self, stem: Path, rows: Sequence[Rows], features: Sequence[Feature], note: Mapping[str, Any]) -> None:
-        """Writes a shard; `note` is what is special about it, empty as a rule."""
-
-    def count(self, stem: Path, features: Sequence[Feature]) -> tuple[int, int] | None:
-        """The rows and failures of a shard; None where it is not there, or damaged."""
-
-    def columns(self, stem: Path) -> dict[str, list[Any]]:
-        """The columns that are no features (`COLUMNS`), None where there is nothing."""
-
-    def feature(self, stem: Path, feature: Feature) -> NDArray[Any]:
-        """A feature of all rows, (rows, …), NaN where there is none."""
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns that are not features (`COLUMNS`)."""
+        values: tuple[list[Any], ...] = (
+            list(self.ids),
+            [as_text(path) for path in self.paths],
+            [image.width for image in self.images],
+            [image.height for image in self.images],
+            [None if image.transient else image.sha256 for image in self.images],
+            [image.error for image in self.images],
+        )
+        return dict(zip(COLUMNS, values, strict=True))
 
 
-def format_named(name: str) -> Format:
-    """The format "parquet" or "npy".
-
-    Raises:
-        ValueError: there is no such format.
-    """
-    if name == "parquet":
-        from dinov2_fast.features import parquet as parquet_shards
-
-        return parquet_shards
-    if name == "npy":
-        from dinov2_fast.features import npy as npy_shards
-
-        return npy_shards
-    raise InvalidValueError(f"There is no format {name!r}; choose parquet or npy.")
-
-
-def stem(folder: Path, shard: int) -> Path:
-    """What the names of a shard's files begin with."""
-    return folder / f"{PREFIX}{shard:05}"
+def shard_path(folder: Path, shard: int, ending: str) -> Path:
+    """A file of a shard, such as ``features-00000.parquet``."""
+    return folder / f"{PREFIX}{shard:05}.{ending}"
 
 
 def shard_numbers(folder: Path) -> list[int]:
@@ -133,13 +115,13 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
-    """As many rows as `SHARD_BYTES` hold, at most `SHARD_ROWS`: whole batches, at least one."""
+    """The number of rows that fit `SHARD_BYTES`, at most `SHARD_ROWS`: a multiple of the batch size, at least one."""
     rows = min(SHARD_ROWS, SHARD_BYTES // sum(feature.nbytes for feature in features))
     return max(rows // batch_size, 1) * batch_size
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest of a folder of features; None where there is none, or one of its old name is another program's."""
+    """The manifest of a folder of features, or None. A file with its old name may belong to another program."""
     if (folder / MANIFEST).is_file():
         return folder / MANIFEST
     with suppress(OSError, ValueError, TypeError):
@@ -149,32 +131,18 @@ def find_manifest(folder: Path) -> Path | None:
 
 
 def find_shards(folder: Path) -> Iterator[Path]:
-    """The files whose names are those of shards."""
+    """The files that have the name of a shard."""
     return (path for path in folder.glob(f"{PREFIX}*") if _SHARD_NAME.fullmatch(path.name) and not path.is_dir())
 
 
-def remove_leftovers(folder: Path, is_ours: Callable[[int], bool]) -> None:
-    """Deletes the temporary files that killed processes left, of the shards for which `is_ours(shard)` is true."""
+def remove_leftovers(folder: Path, shards: Container[int]) -> None:
+    """Deletes the temporary files of these shards that killed processes left."""
     for path in folder.glob(f".{PREFIX}*{ENDING}"):
         number = path.name.removeprefix(f".{PREFIX}").split(".")[0]
-        if number.isdecimal() and is_ours(int(number)) and is_left_over(path):
+        if number.isdecimal() and int(number) in shards and is_left_over(path):
             path.unlink(missing_ok=True)
 
 
-def columns_of(rows: Rows) -> dict[str, list[Any]]:
-    """The columns that are no features (`COLUMNS`)."""
-    images = rows.images
-    values: tuple[list[Any], ...] = (
-        list(range(rows.first, rows.first + len(images))),
-        [as_text(path) for path in rows.paths],
-        [image.width for image in images],
-        [image.height for image in images],
-        [None if image.transient else image.sha256 for image in images],
-        [image.error for image in images],
-    )
-    return dict(zip(COLUMNS, values, strict=True))
-
-
 def as_text(path: str) -> str:
-    """A path with what is not UTF-8 written as ``\\xNN``."""
+    """A path, with bytes that are not UTF-8 written as ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,119 +12,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, format_named, shard_numbers, stem
+from dinov2_fast.features.formats import open_shards
+from dinov2_fast.features.manifest import read_manifest, stored_features, stored_sections
+from dinov2_fast.features.schema import COLUMNS, shard_numbers
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:
-    """What ``dinov2-fast extract`` or :func:`dinov2_fast.extraction.extract.extract` wrote to a folder.
+    """What ``dinov2-fast extract`` or :func:`dinov2_fast.extract` wrote to a folder.
 
-    At once only what says which shards are there is read. Columns and features are read when they are asked for, all
-    rows of one: for more features than memory holds go through `Features.shards`.
+    This call only finds out which shards there are. A column or feature is read when it is asked for, in full: if
+    memory cannot hold all its rows, go through `Features.shards`.
 
     Args:
         folder: the output folder.
-        partial: take the shards that are there where the extraction is not finished; otherwise that is an error.
+        partial: accept an extraction that is not finished, and take the shards that it has written.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
-        ValueError: the extraction is not finished, or the manifest is not one of this version.
+        InvalidValueError: the extraction is not finished, or the manifest is damaged.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     sections = [section.shards(manifest["shard_size"]) for section in stored_sections(manifest)]
     wanted = sum(map(len, sections))
-    features = stored_features(manifest)
-    format_ = format_named(manifest["format"])
-    present = [shard for shard in shard_numbers(folder) if any(shard in section for section in sections)]
-    there = [shard for shard in present if format_.count(stem(folder, shard), features) is not None]
-    if len(there) < wanted and not partial:
+    shards = open_shards(folder, manifest["format"], stored_features(manifest))
+    listed = [shard for shard in shard_numbers(folder) if any(shard in section for section in sections)]
+    complete = [shard for shard in listed if shards.count(shard) is not None]
+    if len(complete) < wanted and not partial:
         raise InvalidValueError(
-            f"{wanted - len(there)} of the {wanted} shards in {str(folder)!r} are missing: the extraction is "
+            f"{wanted - len(complete)} of the {wanted} shards in {str(folder)!r} are missing: the extraction is "
             "not finished. Run it again, which does what is missing, or pass partial=True."
         )
-    return Features(folder, manifest, tuple(there))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an output folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
-    """
-    path = find_manifest(folder)
-    if path is None:
-        raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        shard_size, sections = manifest["shard_size"], stored_sections(manifest)
-        counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.images))]
-        if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
-            raise InvalidValueError(f"sections {sections} in shards of {shard_size}")
-        stored_features(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidValueError(f"{str(path)!r} is no manifest of features: {error!r}.") from None
-    return dict(manifest)
-
-
-def stored_features(manifest: Mapping[str, Any]) -> list[Feature]:
-    """The features that a manifest lists."""
-    return [Feature(name, tuple(about["shape"]), about["dtype"]) for name, about in manifest["features"].items()]
-
-
-@dataclass(frozen=True)
-class Section:
-    """Images that were extracted together.
-
-    Attributes:
-        first_shard: the number of their first shard; they have the following ones too.
-        images: how many they are.
-        sha256: of their paths, in hexadecimal; None where others were to be among them.
-    """
-
-    first_shard: int
-    images: int
-    sha256: str | None = None
-
-    def shards(self, shard_size: int) -> range:
-        """The numbers of its shards."""
-        return range(self.first_shard, self.first_shard - (-self.images // shard_size))
-
-    def rows(self, shard: int, shard_size: int) -> int:
-        """How many of its images are in one of its shards."""
-        return min(shard_size, self.images - (shard - self.first_shard) * shard_size)
-
-
-def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
-    """An extraction's own images, and what was added, in the order of the shards."""
-    inputs = manifest["inputs"]
-    added = manifest.get("added", [])
-    return [Section(0, inputs["images"], inputs.get("sha256")), *(Section(**section) for section in added)]
+    return Features(folder, manifest, tuple(complete))
 
 
 class Features:
     """The rows of an extraction, one for each image, in the order of the images; made by `load_features`.
 
-    ``len(features)`` is their number. ``features["cls"]`` is a feature by its name (:mod:`.outputs`), a numpy array
-    with one entry for each row: (rows, dim) for "cls" and "patch_mean", (rows, patches, dim) for "patches",
-    (rows, registers, dim) for "registers", in float32 or float16 as it was stored. Rows with an error are NaN there. It
-    is read at each request; as npy files in one shard it is a read-only memory map. Iterating gives the names.
+    ``len(features)`` is the number of rows. ``features["cls"]`` is a feature by its name
+    (:mod:`dinov2_fast.extraction.compute`), a numpy array with one entry for each row: (rows, dim) for "cls" and
+    "patch_mean", (rows, patches, dim) for "patches", (rows, registers, dim) for "registers", in float32 or float16 as
+    it was stored, NaN in rows with an error. Each request reads it from the disk. In the npy format, a feature of a
+    single shard is a read-only memory map. Iterating gives the names of the features.
 
     Attributes:
-        folder: where they are.
-        manifest: the dictionary of ``_manifest.json``.
+        folder: the output folder.
+        manifest: the content of ``_manifest.json``.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], shards: tuple[int, ...]) -> None:
-        self.folder, self.manifest, self._shards = folder, manifest, shards
+        self.folder, self.manifest, self._numbers = folder, manifest, shards
         self._features = {feature.name: feature for feature in stored_features(manifest)}
-        self._format = format_named(manifest["format"])
+        self._shards = open_shards(folder, manifest["format"], list(self._features.values()))
 
     @property
     def id(self) -> NDArray[np.int64]:
-        """Positions among all images of the extraction; these are the row numbers, unless shards are left out or added.
+        """Positions among all images of the extraction: the row numbers, unless shards are missing or were added.
 
-        Images that were added go on from the next multiple of the shards' size.
+        The ids of added images begin at a multiple of the shard size.
         """
         return np.array(self._columns["id"], np.int64)
 
@@ -137,12 +80,12 @@ class Features:
 
     @property
     def error(self) -> list[str | None]:
-        """Why a row has no features; None where it has."""
+        """Why a row has no features; None if it has them."""
         return self._columns["error"]
 
     @property
     def width(self) -> NDArray[np.int32]:
-        """Pixels, EXIF rotation applied; 0 where the image could not be read."""
+        """Pixels, after EXIF rotation; 0 if the image could not be read."""
         return np.array([width or 0 for width in self._columns["width"]], np.int32)
 
     @property
@@ -152,23 +95,23 @@ class Features:
 
     @property
     def sha256(self) -> list[str | None]:
-        """Of the file's bytes, in hexadecimal; None where they could not be read, or time or memory ran out.
+        """Of the bytes of each file, in hexadecimal; None if they could not be read, or if time or memory ran out.
 
-        With such an error an image is worth another try, as ``extract --retry-failed`` does it.
+        An image with an error and without a sha256 is worth another try: ``extract --retry-failed``.
         """
         return self._columns["sha256"]
 
     def shards(self) -> Iterator[Features]:
         """The same rows in parts, one for each shard."""
-        for shard in self._shards:
+        for shard in self._numbers:
             yield Features(self.folder, self.manifest, (shard,))
 
     def __len__(self) -> int:
-        return sum(self._rows(shard) for shard in self._shards)
-
-    def _rows(self, shard: int) -> int:
         sections, size = stored_sections(self.manifest), self.manifest["shard_size"]
-        return next(section.rows(shard, size) for section in sections if shard in section.shards(size))
+        return sum(
+            next(section.rows(shard, size) for section in sections if shard in section.shards(size))
+            for shard in self._numbers
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._features)
@@ -180,11 +123,11 @@ class Features:
         if name not in self._features:
             raise KeyError(f"no feature {name!r} was extracted; there are {', '.join(self._features)}")
         feature = self._features[name]
-        if len(self._shards) == 1:
-            return self._format.feature(stem(self.folder, self._shards[0]), feature)
+        if len(self._numbers) == 1:
+            return self._shards.feature(self._numbers[0], feature)
         values, first = np.empty((len(self), *feature.shape), feature.dtype), 0
-        for shard in self._shards:
-            part = self._format.feature(stem(self.folder, shard), feature)
+        for shard in self._numbers:
+            part = self._shards.feature(shard, feature)
             values[first : first + len(part)] = part
             first += len(part)
         return values
@@ -195,6 +138,5 @@ class Features:
 
     @cached_property
     def _columns(self) -> dict[str, list[Any]]:
-        parts = [self._format.columns(stem(self.folder, shard)) for shard in self._shards]
-        names = parts[0] if parts else ("id", "path", "width", "height", "sha256", "error")
-        return {name: [value for part in parts for value in part[name]] for name in names}
+        parts = [self._shards.columns(shard) for shard in self._numbers]
+        return {name: [value for part in parts for value in part[name]] for name in COLUMNS}

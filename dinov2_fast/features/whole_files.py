@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all: written under another name beside their place, and renamed.
+"""Files that are complete or absent: they are written under a temporary name in the same folder, and then renamed.
 
-That name is ``.NAME.PLACE-PID-RANDOM.part``: it says which process writes the file, so that what a killed process left
-can be told from what another one is writing.
+The temporary name is ``.NAME.PLACE-PID-RANDOM.part``. It identifies the process, so that a file that a killed process
+left can be told from one that another process is writing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO
 
 ENDING = ".part"
-SECONDS_TO_KEEP = 86_400  # in which a file of another machine, or of a process whose number is in use, grows no more
+SECONDS_TO_KEEP = 86_400  # a file that has not grown for so long is left over, whatever its process
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path`, which is on the disk and takes its place when the ``with`` block ends well."""
+    """A temporary file that is written to the disk and renamed to `path` if the ``with`` block succeeds."""
     part = part_of(path)
     try:
         with open(part, "wb") as file:
@@ -33,19 +33,19 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # while it is written, nothing names the file
+        raise OSError(error.errno, error.strerror, str(path)) from error  # errors of writing do not name the file
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def part_of(path: Path) -> Path:
-    """A new name for what this process writes before it takes the place of `path`."""
+    """A new temporary name for a file that will be renamed to `path`."""
     return path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}{ENDING}")
 
 
 def is_left_over(part: Path) -> bool:
-    """Whether nobody writes this temporary file any more."""
+    """Whether no process writes this temporary file any more."""
     place, _, rest = part.name.removesuffix(ENDING).rpartition(".")[2].partition("-")
     pid = rest.partition("-")[0]
     if place == _place() and pid.isdecimal() and not _is_running(int(pid)):
@@ -57,7 +57,7 @@ def is_left_over(part: Path) -> bool:
 
 
 def _place() -> str:
-    """The same for all processes that can see each other: of one machine, and of one container on it."""
+    """An id of the machine and, on Linux, the container: the same for all processes that can see each other."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -67,7 +67,7 @@ def _place() -> str:
 
 def _is_running(pid: int) -> bool:
     if os.name != "posix":
-        return True  # there the question below would be an order
+        return True  # on Windows os.kill would end the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -78,7 +78,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts a rename on the disk, where the system can open folders."""
+    """Writes a rename to the disk, if the system can open folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

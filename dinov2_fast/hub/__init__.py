@@ -1,18 +1,18 @@
-"""The reference's torch.hub entry points: ``torch.hub.load(repository, "dinov2_vits14")`` and the like.
+"""The reference's torch.hub entry points, as in ``torch.hub.load(repository, "dinov2_vits14")``.
 
     dinov2_vit{s,b,l,g}14[_reg]        backbones
     dinov2_vit{s,b,l,g}14[_reg]_lc     with a linear classifier for ImageNet
-    dinov2_vit{s,b,l,g}14_ld           with a linear depth estimator, for NYU (indoors) or KITTI (streets)
-    dinov2_vit{s,b,l,g}14_dd           with a DPT depth estimator, for the same
-    dinov2_vit{s,b,l,g}14_ls           with a linear segmenter for ADE20K or VOC2012, of which the reference has the
-                                       files and no entry point
+    dinov2_vit{s,b,l,g}14_ld           with a linear depth estimator for NYU (indoors) or KITTI (streets)
+    dinov2_vit{s,b,l,g}14_dd           with a DPT depth estimator for the same data
+    dinov2_vit{s,b,l,g}14_ls           with a linear segmenter for ADE20K or VOC2012. The reference publishes the files
+                                       of these heads but has no entry points for them.
 
-The signatures are facebookresearch/dinov2's (dinov2/hub): keyword arguments only, `pretrained`, `weights`, `layers` and
-any argument of the model's constructor.
+The signatures are those of facebookresearch/dinov2 (dinov2/hub): keyword arguments only, `pretrained`, `weights`,
+`layers` and any argument of the model's constructor.
 """
 
 from dinov2_fast.hub.backbones import (
-    Weights,
+    BackboneWeights,
     dinov2_vitb14,
     dinov2_vitb14_reg,
     dinov2_vitg14,
@@ -54,11 +54,11 @@ from dinov2_fast.hub.segmenters import (
 )
 
 __all__ = [
+    "BackboneWeights",
     "CenterPadding",
     "DepthEstimator",
     "LinearClassifier",
     "Segmenter",
-    "Weights",
     "dinov2_vitb14",
     "dinov2_vitb14_dd",
     "dinov2_vitb14_lc",

@@ -11,13 +11,13 @@ from torch import nn
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights import load
 from dinov2_fast.weights.heads import find_head, load_head
+from dinov2_fast.weights.load import load
 
 Published = TypeVar("Published", bound=Enum)
 
 
-class Weights(Enum):
+class BackboneWeights(Enum):
     """The published weights of a backbone."""
 
     LVD142M = "LVD142M"
@@ -27,7 +27,7 @@ def choose_weights(weights: Enum | str, published: type[Published]) -> Published
     """The member of `published` that `weights` is or names.
 
     Raises:
-        AssertionError: there are no such weights, as in the reference.
+        AssertionError: `published` has no such member (an assertion in the reference too).
     """
     name = str(getattr(weights, "name", weights))
     if name not in published.__members__:
@@ -37,7 +37,7 @@ def choose_weights(weights: Enum | str, published: type[Published]) -> Published
 
 
 def make_backbone(config: BackboneConfig, pretrained: bool, **kwargs: Any) -> DinoVisionTransformer:
-    """A backbone in training mode, with the published weights or at random."""
+    """A backbone in training mode, with published or random weights."""
     if not pretrained:
         return DinoVisionTransformer(**{**config.constructor_arguments(), **kwargs})
     return load(config.name, **kwargs).train()
@@ -46,9 +46,9 @@ def make_backbone(config: BackboneConfig, pretrained: bool, **kwargs: Any) -> Di
 def fill_from_published(
     head: nn.Module, prefix: str, config: BackboneConfig, name: str, backbone: DinoVisionTransformer, **kwargs: Any
 ) -> None:
-    """Gives `head` the published weights called `name`, and the device and dtype of its backbone.
+    """Loads the published weights `name` into `head`, and moves it to the device and dtype of its backbone.
 
-    `kwargs` are those the backbone was loaded with, for `local_files_only`.
+    `kwargs` are those that the backbone was loaded with; `local_files_only` counts for the head too.
     """
     load_head(head, find_head(config, name, kwargs.get("local_files_only", False)), prefix)
     head.to(device=backbone.cls_token.device, dtype=backbone.cls_token.dtype)
@@ -56,13 +56,13 @@ def fill_from_published(
 
 def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
     def make(
-        *, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs: Any
+        *, pretrained: bool = True, weights: BackboneWeights | str = BackboneWeights.LVD142M, **kwargs: Any
     ) -> DinoVisionTransformer:
         try:
-            choose_weights(weights, Weights)
+            choose_weights(weights, BackboneWeights)
         except AssertionError as error:
             raise UnsupportedError(
-                f"{error}. For a file of your own: dinov2_fast.load({config.name!r}, weights=file)"
+                f"{error}. To load your own file, call dinov2_fast.load({config.name!r}, weights=file)"
             ) from None
         return make_backbone(config, pretrained, **kwargs)
 
@@ -72,12 +72,12 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
 
     Args:
         pretrained: load the published weights; otherwise initialise at random.
-        weights: which weights, only "LVD142M".
+        weights: which published weights; there is only "LVD142M".
         **kwargs: arguments of `dinov2_fast.DinoVisionTransformer`; with `pretrained` also those of `dinov2_fast.load`
             (device, dtype, position_interpolation, …).
 
     Returns:
-        The model in training mode, as torch.hub's users expect; call ``.eval()`` for features.
+        The model in training mode, as in the reference. Call ``.eval()`` before computing features.
     """
     return make
 

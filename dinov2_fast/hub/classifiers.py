@@ -19,21 +19,21 @@ from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_
 CLASSES = 1000
 
 
-class Weights(Enum):
-    """What a published classifier was trained on."""
+class ClassifierWeights(Enum):
+    """The data sets of the published classifiers."""
 
     IMAGENET1K = "IMAGENET1K"
 
 
 def check_layers(layers: int) -> int:
-    """`layers`, of which published heads have 1 or 4; otherwise an `AssertionError`, as in the reference."""
+    """`layers` if it is 1 or 4, as in the published heads. Otherwise an `AssertionError`, as in the reference."""
     if layers not in (1, 4):
         raise UnsupportedError(f"Unsupported number of layers: {layers}; published heads have 1 or 4")
     return layers
 
 
 class LinearClassifier(nn.Module):
-    """A linear layer on normalised tokens: CLS of the last `layers` blocks, then the mean of the last patch tokens.
+    """A linear layer on normalised tokens: CLS of the last `layers` blocks and the mean of the last patch tokens.
 
     Args:
         backbone: a `DinoVisionTransformer`, or its engine.
@@ -48,18 +48,18 @@ class LinearClassifier(nn.Module):
         self.layers = check_layers(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) to logits (batch, classes)."""
+        """The logits (batch, classes) of images (batch, channels, height, width)."""
         pairs = self.backbone.get_intermediate_layers(x, n=self.layers, return_class_token=True)
         patches = pairs[-1][0]
         return self.linear_head(torch.cat([*(cls_token for _, cls_token in pairs), patches.mean(dim=1)], dim=1))
 
 
 def make_classifier(
-    config: BackboneConfig, layers: int, pretrained: bool, weights: Weights | str, **kwargs: Any
+    config: BackboneConfig, layers: int, pretrained: bool, weights: ClassifierWeights | str, **kwargs: Any
 ) -> LinearClassifier:
-    """What the entry points below give."""
+    """The classifier of the entry points below."""
     check_layers(layers)
-    choose_weights(weights, Weights)
+    choose_weights(weights, ClassifierWeights)
     backbone = make_backbone(config, pretrained, **kwargs)
     linear_head = nn.Linear((1 + layers) * backbone.embed_dim, CLASSES)
     if pretrained:
@@ -70,7 +70,11 @@ def make_classifier(
 
 def _entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
     def make(
-        *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs: Any
+        *,
+        layers: int = 4,
+        pretrained: bool = True,
+        weights: ClassifierWeights | str = ClassifierWeights.IMAGENET1K,
+        **kwargs: Any,
     ) -> LinearClassifier:
         return make_classifier(config, layers, pretrained, weights, **kwargs)
 
@@ -79,9 +83,9 @@ def _entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
     make.__doc__ = f"""Linear classifier for ImageNet on a DINOv2 ViT-{config.name[10]}/14{registers}.
 
     Args:
-        layers: how many last blocks it looks at, 1 or 4.
-        pretrained: load the published weights, of the backbone and of the classifier; otherwise initialise at random.
-        weights: which classifier, only "IMAGENET1K".
+        layers: how many of the last blocks it uses, 1 or 4.
+        pretrained: load the published weights of the backbone and the classifier; otherwise initialise at random.
+        weights: which published classifier; there is only "IMAGENET1K".
         **kwargs: as for the backbone's entry point.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The heads of depth estimators: linear, and DPT. Both take (map, CLS token) of some blocks, before the last norm.
+"""The heads of depth estimators, linear and DPT. Both take pairs (map, CLS token) of some blocks, before the last norm.
 
 The names of parameters are the reference's (facebookresearch/dinov2, dinov2/hub/depth/decode_heads.py).
 """
@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from dinov2_fast.hub.pixels import resize
 
-Features = Sequence[tuple[Tensor, Tensor]]  # of each block: (batch, hidden, rows, columns), (batch, hidden)
+BlockOutputs = Sequence[tuple[Tensor, Tensor]]  # per block: (batch, hidden, rows, columns), (batch, hidden)
 
 
 class LinearDepthHead(nn.Module):
-    """A linear layer on the patch and CLS tokens, whose outputs weigh depths: the reference's BNHead.
+    """A linear layer on the patch and CLS tokens, whose outputs weight depths: the reference's BNHead.
 
         p = relu(linear(tokens)) + 0.1,    depth = sum(p * bins) / sum(p)
 
-    with 256 depths `bins`, evenly from `min_depth` to `max_depth`. Source: Bhat et al., AdaBins, arXiv:2011.14141.
+    with 256 depths `bins`, evenly spaced from `min_depth` to `max_depth`. Source: Bhat et al., AdaBins,
+    arXiv:2011.14141.
 
     Args:
         embed_dim: channels of a token.
-        layers: blocks that tokens are taken of.
+        layers: number of blocks whose tokens it takes.
         min_depth, max_depth: in metres.
         n_bins: number of depths.
-        upsample: how many times more rows and columns the depth map has than there are patches.
+        upsample: rows and columns of the depth map per row and column of patches.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class LinearDepthHead(nn.Module):
         self.upsample = upsample
         self.conv_depth = nn.Conv2d(2 * embed_dim * layers, n_bins, kernel_size=1)
 
-    def forward(self, inputs: Features) -> Tensor:
+    def forward(self, inputs: BlockOutputs) -> Tensor:
         """The depth map (batch, 1, upsample * rows, upsample * columns), in metres."""
         parts = [part for x, cls_token in inputs for part in (x, cls_token[:, :, None, None].expand_as(x))]
-        # The reference resizes before this layer: that is the same, at 16 times the work.
+        # The reference resizes before this layer, for the same result at 16 times the work.
         logits = self.conv_depth(torch.cat(parts, dim=1))
         logits = resize(logits, [self.upsample * size for size in logits.shape[2:]])
         weights = logits.relu() + 0.1
@@ -54,14 +55,14 @@ class LinearDepthHead(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """A dense prediction transformer's decoder: maps of four blocks at four scales, fused from coarse to fine.
+    """The decoder of a dense prediction transformer: maps of four blocks at four scales, fused from coarse to fine.
 
     Source: Ranftl et al., Vision Transformers for Dense Prediction, arXiv:2103.13413.
 
     Args:
         embed_dim: channels of a token.
         min_depth, max_depth: in metres.
-        channels: of the fused maps.
+        channels: channels of the fused maps.
     """
 
     def __init__(self, embed_dim: int, min_depth: float, max_depth: float, channels: int = 256) -> None:
@@ -71,11 +72,11 @@ class DPTHead(nn.Module):
         widths = [embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim]
         self.reassemble_blocks = ReassembleBlocks(embed_dim, widths)
         self.convs = nn.ModuleList([_conv(width, channels, 3, bias=False) for width in widths])
-        self.fusion_blocks = nn.ModuleList([FeatureFusionBlock(channels, alone=i == 0) for i in range(len(widths))])
+        self.fusion_blocks = nn.ModuleList([FeatureFusionBlock(channels, is_first=i == 0) for i in range(len(widths))])
         self.project = _conv(channels, channels, 3)
 
-    def forward(self, inputs: Features) -> Tensor:
-        """The depth map (batch, 1, 32 * ceil(rows / 2), 32 * ceil(columns / 2)) of patches, in metres."""
+    def forward(self, inputs: BlockOutputs) -> Tensor:
+        """The depth map (batch, 1, 32 * ceil(rows / 2), 32 * ceil(columns / 2)), in metres."""
         maps = self.reassemble_blocks(inputs)
         maps = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
         x: Tensor | None = None
@@ -85,7 +86,7 @@ class DPTHead(nn.Module):
 
 
 class ReassembleBlocks(nn.Module):
-    """Joins the CLS token to every patch token, and gives the maps of four blocks 4, 2, 1 and 1/2 times the patches."""
+    """Joins the CLS token to each patch token, and resizes the maps of four blocks by 4, 2, 1 and 1/2."""
 
     def __init__(self, embed_dim: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class ReassembleBlocks(nn.Module):
             [nn.Sequential(nn.Linear(2 * embed_dim, embed_dim), nn.GELU()) for _ in widths]
         )
 
-    def forward(self, inputs: Features) -> list[Tensor]:
+    def forward(self, inputs: BlockOutputs) -> list[Tensor]:
         parts = zip(inputs, self.readout_projects, self.projects, self.resize_layers, strict=True)
         return [resize_layer(project(_read_out(readout, *pair))) for pair, readout, project, resize_layer in parts]
 
@@ -115,12 +116,12 @@ def _read_out(readout: nn.Module, x: Tensor, cls_token: Tensor) -> Tensor:
 
 
 class FeatureFusionBlock(nn.Module):
-    """Adds a finer map to what is fused so far and doubles rows and columns; `alone` is the first block."""
+    """Adds a finer map to the map fused so far, and doubles rows and columns. The first block has no fused map."""
 
-    def __init__(self, channels: int, alone: bool) -> None:
+    def __init__(self, channels: int, is_first: bool) -> None:
         super().__init__()
         self.project = _conv(channels, channels, 1)
-        self.res_conv_unit1 = None if alone else ResidualConvUnit(channels)
+        self.res_conv_unit1 = None if is_first else ResidualConvUnit(channels)
         self.res_conv_unit2 = ResidualConvUnit(channels)
 
     def forward(self, finer: Tensor, x: Tensor | None) -> Tensor:
@@ -145,7 +146,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class HeadDepth(nn.Module):
-    """Three convolutions to one channel, with twice the rows and columns after the first."""
+    """Three convolutions to one channel. Rows and columns are doubled after the first."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -162,7 +163,7 @@ class HeadDepth(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> nn.Module:
-    """A convolution that keeps rows and columns, in a module that calls it `conv`; initialised as the reference's."""
+    """A convolution that keeps rows and columns, as the submodule `conv`; initialised as in the reference."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:

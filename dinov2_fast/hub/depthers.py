@@ -18,22 +18,22 @@ from dinov2_fast.hub.classifiers import check_layers
 from dinov2_fast.hub.depth_heads import DPTHead, LinearDepthHead
 from dinov2_fast.hub.pixels import EncoderDecoder, mirror_back, resize, slide
 
-# The four blocks whose tokens the heads take, by the number of blocks.
+# The four blocks whose tokens the heads take, by the backbone's number of blocks.
 FOUR_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 
 
-class Weights(Enum):
-    """What a published depth estimator was trained on."""
+class DepthWeights(Enum):
+    """The data sets of the published depth estimators."""
 
     NYU = "NYU"
     KITTI = "KITTI"
 
 
 class DepthEstimator(EncoderDecoder):
-    """Images to depth maps in metres: the reference's DepthEncoderDecoder, without its training."""
+    """Computes depth maps in metres: the reference's DepthEncoderDecoder, without its training."""
 
     def extract_feat(self, img: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Map (batch, hidden, rows, columns) and CLS token of each block of `out_index`, before the last norm."""
+        """The map (batch, hidden, rows, columns) and CLS token of each block in `out_index`, before the final norm."""
         return self.backbone.get_intermediate_layers(
             self._pad(img), n=self.out_index, reshape=True, return_class_token=True, norm=False
         )
@@ -45,16 +45,16 @@ class DepthEstimator(EncoderDecoder):
         rescale: bool = True,
         size: Sequence[int] | None = None,
     ) -> Tensor:
-        """The depth of images taken as a whole.
+        """The depth of whole images, without windows.
 
         Args:
             img: (batch, channels, height, width), normalised.
-            img_metas: None, or dictionaries whose first has the size to give as "ori_shape".
-            rescale: give a map of the images' size (or `size`); otherwise of the head's.
+            img_metas: None, or dictionaries; "ori_shape" of the first is the size of the map.
+            rescale: resize the map to `size`, to "ori_shape" or to the images' size. Otherwise it has the head's size.
             size: (height, width) of the map.
 
         Returns:
-            (batch, 1, height, width), within the head's `min_depth` and `max_depth`.
+            (batch, 1, height, width), clamped to the head's `min_depth` and `max_depth`.
         """
         depth = self.decode_head(self.extract_feat(img))
         depth = depth.clamp(self.decode_head.min_depth, self.decode_head.max_depth)
@@ -71,7 +71,7 @@ class DepthEstimator(EncoderDecoder):
         rescale: bool = True,
         size: Sequence[int] | None = None,
     ) -> Tensor:
-        """`encode_decode`; the reference's notebook calls this name."""
+        """`encode_decode` by the name that the reference's notebook calls."""
         return self.encode_decode(img, img_meta, rescale, size)
 
     def inference(
@@ -82,10 +82,10 @@ class DepthEstimator(EncoderDecoder):
         size: Sequence[int] | None = None,
         mode: str = "whole",
     ) -> Tensor:
-        """`whole_inference`; the depths of mirror images ("flip" in `img_meta`) are mirrored back."""
+        """`whole_inference`. The depths of mirrored images ("flip" in `img_meta`) are mirrored back."""
         if mode != "whole":
             raise InvalidValueError(
-                f"There is no mode {mode!r}, only whole; slide_inference takes windows of a given size."
+                f"There is no mode {mode!r}, only whole; for windows call slide_inference with their size."
             )
         return mirror_back(self.whole_inference(img, img_meta, rescale, size), img_meta)
 
@@ -97,7 +97,7 @@ class DepthEstimator(EncoderDecoder):
         stride: tuple[int, int],
         crop_size: tuple[int, int],
     ) -> Tensor:
-        """The mean depth over overlapping windows (see `slide`), always of the images' size."""
+        """The mean depth over overlapping windows (see `slide`), always at the images' size."""
         return slide(self.encode_decode, img, crop_size, stride)
 
 
@@ -105,15 +105,15 @@ def make_linear_depther(
     config: BackboneConfig,
     layers: int,
     pretrained: bool,
-    weights: Weights | str,
+    weights: DepthWeights | str,
     depth_range: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> DepthEstimator:
-    """What the entry points ``…_ld`` give."""
+    """The depth estimator of the entry points ``…_ld``."""
     check_layers(layers)
-    name = choose_weights(weights, Weights).value.lower()
+    name = choose_weights(weights, DepthWeights).value.lower()
     backbone = make_backbone(config, pretrained, **kwargs)
-    # The range of the reference's, whatever the head was trained for.
+    # The reference uses this range for both data sets.
     head = LinearDepthHead(backbone.embed_dim, layers, *(depth_range or (0.001, 80.0)))
     if pretrained:
         published = f"{name}_linear" if layers == 1 else f"{name}_linear{layers}"
@@ -125,14 +125,14 @@ def make_linear_depther(
 def make_dpt_depther(
     config: BackboneConfig,
     pretrained: bool,
-    weights: Weights | str,
+    weights: DepthWeights | str,
     depth_range: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> DepthEstimator:
-    """What the entry points ``…_dd`` give."""
-    dataset = choose_weights(weights, Weights)
+    """The depth estimator of the entry points ``…_dd``."""
+    dataset = choose_weights(weights, DepthWeights)
     if depth_range is None:
-        depth_range = (0.001, 80.0) if pretrained and dataset is Weights.KITTI else (0.001, 10.0)
+        depth_range = (0.001, 80.0) if pretrained and dataset is DepthWeights.KITTI else (0.001, 10.0)
     backbone = make_backbone(config, pretrained, **kwargs)
     head = DPTHead(backbone.embed_dim, *depth_range)
     if pretrained:
@@ -141,8 +141,8 @@ def make_dpt_depther(
     return DepthEstimator(backbone, head, FOUR_BLOCKS[config.depth])
 
 
-_ARGUMENTS = """pretrained: load the published weights, of the backbone and of the head; otherwise initialise at random.
-        weights: what the head was trained on, "NYU" or "KITTI".
+_ARGUMENTS = """pretrained: load the published weights of the backbone and the head; otherwise initialise at random.
+        weights: the data set that the head was trained on, "NYU" or "KITTI".
         **kwargs: `depth_range`, the smallest and largest depth in metres; others as for the backbone's entry point.
 
     Returns:
@@ -151,25 +151,27 @@ _ARGUMENTS = """pretrained: load the published weights, of the backbone and of t
 
 def _linear(config: BackboneConfig) -> Callable[..., DepthEstimator]:
     def make(
-        *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.NYU, **kwargs: Any
+        *, layers: int = 4, pretrained: bool = True, weights: DepthWeights | str = DepthWeights.NYU, **kwargs: Any
     ) -> DepthEstimator:
         return make_linear_depther(config, layers, pretrained, weights, **kwargs)
 
     make.__name__ = make.__qualname__ = f"{config.name}_ld"
     make.__doc__ = f"""Linear depth estimator on a DINOv2 ViT-{config.name[10]}/14.
 
-    The reference's has depths from 0.001 to 80 m for both data sets, and so has this one. A head trained on NYU knows
-    10 m: with ``depth_range=(0.001, 10.0)`` its depths are in metres, without they are 8 times too large.
+    As in the reference, depths range from 0.001 to 80 m for both data sets. A head for NYU was trained with 10 m: its
+    depths are in metres with ``depth_range=(0.001, 10.0)``, and 8 times too large without.
 
     Args:
-        layers: of how many blocks it takes the tokens, 1 or 4.
+        layers: how many blocks it uses, 1 or 4.
         {_ARGUMENTS}
     """
     return make
 
 
 def _dpt(config: BackboneConfig) -> Callable[..., DepthEstimator]:
-    def make(*, pretrained: bool = True, weights: Weights | str = Weights.NYU, **kwargs: Any) -> DepthEstimator:
+    def make(
+        *, pretrained: bool = True, weights: DepthWeights | str = DepthWeights.NYU, **kwargs: Any
+    ) -> DepthEstimator:
         return make_dpt_depther(config, pretrained, weights, **kwargs)
 
     make.__name__ = make.__qualname__ = f"{config.name}_dd"

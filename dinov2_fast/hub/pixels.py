@@ -1,7 +1,7 @@
-"""A backbone and a head that decodes its feature maps to a map of the image: depth, classes.
+"""`EncoderDecoder`: a backbone and a head that decodes its feature maps to one map per image, of depths or classes.
 
 Source: facebookresearch/dinov2, dinov2/hub/utils.py and dinov2/hub/depth/encoder_decoder.py, and the model of the same
-name in mmsegmentation, which the reference's segmenters are of.
+name in mmsegmentation, on which the reference's segmenters are built.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 
 
 class CenterPadding(nn.Module):
-    """Pads images (..., height, width) with zeros to multiples of a size, the odd pixel below and on the right."""
+    """Pads images (..., height, width) with zeros to multiples of a size. An odd pixel goes to the bottom and right."""
 
     def __init__(self, multiple: int) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class CenterPadding(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Maps (batch, channels, height, width) at another size (height, width), bilinearly."""
+    """Maps (batch, channels, height, width), resized bilinearly to `size` (height, width)."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
-    """Maps (batch, channels, height, width), mirrored if the first of `img_meta` says that the images were ("flip").
+    """Maps (batch, channels, height, width), mirrored if the first `img_meta` has "flip": if the images were mirrored.
 
-    It says how as "flip_direction", "horizontal" if it does not, or "vertical".
+    "flip_direction" is "vertical" or "horizontal", the default.
     """
     if img_meta is None or not img_meta[0].get("flip"):
         return x
@@ -46,14 +46,14 @@ def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tens
 
 
 class EncoderDecoder(nn.Module):
-    """Images of any size to maps of that size.
+    """Computes maps of the size of the images, which may have any size.
 
-    An image is padded around to whole patches, and the map of the padded image is resized to the image's own size,
-    as the reference does: it does not cut the padding off.
+    An image is padded on all sides to whole patches, and the map of the padded image is resized to the size of the
+    image. The padding is not cut off before, as in the reference.
 
     Args:
         backbone: a `DinoVisionTransformer`, or its engine.
-        decode_head: takes what `extract_feat` gives.
+        decode_head: a module that takes the output of `extract_feat`.
         out_index: the blocks whose outputs the head takes.
     """
 
@@ -64,23 +64,23 @@ class EncoderDecoder(nn.Module):
         self.out_index = tuple(out_index)
 
     def extract_feat(self, img: Tensor) -> tuple[Any, ...]:
-        """What the head takes of images (batch, channels, height, width)."""
+        """The input of the head, for images (batch, channels, height, width)."""
         raise NotImplementedError
 
     def encode_decode(self, img: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The map of images taken as a whole."""
+        """The map of whole images, without windows."""
         raise NotImplementedError
 
     def forward(self, img: Tensor) -> Tensor:
-        """The map of images (batch, channels, height, width), taken as a whole: (batch, maps, height, width)."""
+        """The map (batch, maps, height, width) of whole images (batch, channels, height, width)."""
         return self.encode_decode(img)
 
     def _pad(self, img: Tensor) -> Tensor:
         padded = CenterPadding(self.backbone.patch_size)(img)
         if padded.shape != img.shape and not img.is_floating_point():
             raise InvalidTypeError(
-                f"Images of {tuple(img.shape[-2:])} pixels are padded with zeros to multiples of "
-                f"{self.backbone.patch_size} once they are normalised, and these are {img.dtype}: normalise them first."
+                f"Images of {tuple(img.shape[-2:])} pixels must be padded with zeros to multiples of "
+                f"{self.backbone.patch_size}, after they are normalised. These are {img.dtype}: normalise them first."
             )
         return padded
 
@@ -88,19 +88,20 @@ class EncoderDecoder(nn.Module):
 def slide(
     decode: Callable[[Tensor], Tensor], img: Tensor, crop_size: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
-    """The mean of what `decode` gives of overlapping windows.
+    """The mean of `decode` over overlapping windows.
 
     Args:
-        decode: maps (batch, channels, h, w) to (batch, maps, h, w).
-        img: (batch, channels, height, width); where it is smaller than a window, the window is as small.
-        crop_size, stride: height and width of a window, and how far the next one is, in pixels. The last of a row
-            or column ends with the image.
+        decode: a function from (batch, channels, h, w) to (batch, maps, h, w).
+        img: (batch, channels, height, width). Windows are cut to its size if it is smaller.
+        crop_size: height and width of a window, in pixels.
+        stride: vertical and horizontal distance between windows, in pixels. The last window of a row or column ends
+            with the image.
 
     Returns:
         (batch, maps, height, width).
 
     Raises:
-        ValueError: windows of no size, or farther apart than they are large.
+        ValueError: a window is empty, or the stride is larger than the window.
     """
     for size, step in zip(crop_size, stride, strict=True):
         if not 0 < step <= size:

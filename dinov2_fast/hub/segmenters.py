@@ -1,12 +1,12 @@
 """Backbones with a linear segmenter, trained on ADE20K (150 classes) or VOC2012 (20 classes and the background).
 
-The reference publishes these heads as files of mmsegmentation, of which nothing is needed here. Source:
+The reference publishes these heads as files of mmsegmentation, which is not needed here. Source:
 facebookresearch/dinov2, dinov2/eval/segmentation; Oquab et al., arXiv:2304.07193, section 7.4.
 
 The heads were tested on images resized to a shorter side of 512 pixels ("linear") or 640 ("ms", for multi-scale). For
-the latter the reference takes the mean of the probabilities at 1, 1.32, 1.73, 2.28 and 3 times that size, each also of
-the mirror image. A `Segmenter` takes images as they are given, once, also with an "ms" head: that mean is left to its
-caller, with `img_meta` to bring the probabilities of all to the size and the side of the image.
+"ms" the reference takes the mean of the probabilities at 1, 1.32, 1.73, 2.28 and 3 times that size, of each image and
+its mirror image. A `Segmenter` runs once on the images that it is given, also with an "ms" head. A caller who wants
+that mean passes `img_meta`, which rescales and mirrors the probabilities back to the original image.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dinov2_fast.hub.pixels import EncoderDecoder, mirror_back, resize, slide
 
 CLASSES = {"ADE20K": 150, "VOC2012": 21}
 
-# What the published heads are called and the windows they were tested with, (side, stride), by the number of blocks.
+# By the number of blocks: the names of the published heads, and (side, stride) of the windows they were tested with.
 _FILES = {1: "linear", 4: "ms"}
 _WINDOWS = {1: (512, 341), 4: (640, 320)}
 
 
-class Weights(Enum):
-    """What a published segmenter was trained on."""
+class SegmenterWeights(Enum):
+    """The data sets of the published segmenters."""
 
     ADE20K = "ADE20K"
     VOC2012 = "VOC2012"
@@ -41,7 +41,8 @@ class Weights(Enum):
 class LinearSegmentationHead(nn.Module):
     """A batch norm and a linear layer on the patch tokens of `layers` blocks: the reference's BNHead.
 
-    The batch norm is that of one process; `torch.nn.SyncBatchNorm.convert_sync_batchnorm` makes the reference's of it.
+    The reference's batch norm is synchronised between processes: `torch.nn.SyncBatchNorm.convert_sync_batchnorm` turns
+    this one into that.
     """
 
     def __init__(self, embed_dim: int, layers: int, num_classes: int) -> None:
@@ -53,16 +54,16 @@ class LinearSegmentationHead(nn.Module):
         nn.init.zeros_(self.get_parameter("conv_seg.bias"))
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Maps (batch, hidden, rows, columns) of each block to logits (batch, classes, rows, columns)."""
+        """The logits (batch, classes, rows, columns), from the map (batch, hidden, rows, columns) of each block."""
         return self.conv_seg(self.bn(torch.cat(list(inputs), dim=1)))
 
 
 class Segmenter(EncoderDecoder):
-    """Images to the logits of a class for each pixel: mmsegmentation's EncoderDecoder, without its training.
+    """Computes the logits of each pixel's class: mmsegmentation's EncoderDecoder, without its training.
 
     Args:
         backbone, decode_head, out_index: as for `EncoderDecoder`.
-        crop_size, stride: of the windows that `slide_inference` takes, (height, width) in pixels.
+        crop_size, stride: of the windows of `slide_inference`, (height, width) in pixels.
     """
 
     def __init__(
@@ -78,26 +79,26 @@ class Segmenter(EncoderDecoder):
         self.stride = stride
 
     def extract_feat(self, img: Tensor) -> tuple[Tensor, ...]:
-        """The normalised map (batch, hidden, rows, columns) of each block of `out_index`."""
+        """The normalised map (batch, hidden, rows, columns) of each block in `out_index`."""
         return self.backbone.get_intermediate_layers(self._pad(img), n=self.out_index, reshape=True)
 
     def encode_decode(self, img: Tensor, img_metas: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
-        """The logits of images (batch, channels, height, width) taken as a whole: (batch, classes, height, width)."""
+        """The logits (batch, classes, height, width) of whole images (batch, channels, height, width)."""
         return resize(self.decode_head(self.extract_feat(img)), img.shape[2:])
 
     def whole_inference(
         self, img: Tensor, img_meta: Sequence[Mapping[str, Any]] | None = None, rescale: bool = True
     ) -> Tensor:
-        """`encode_decode`; with `rescale`, of the size that the first of `img_meta` has as "ori_shape".
+        """`encode_decode`; with `rescale`, resized to "ori_shape" of the first `img_meta`.
 
-        If it has "img_shape", too, pixels below and right of that are padding, which is cut off before.
+        If that has "img_shape" too, pixels below and right of it are padding, and are cut off first.
         """
         return _rescale(self.encode_decode(img), img_meta if rescale else None)
 
     def slide_inference(
         self, img: Tensor, img_meta: Sequence[Mapping[str, Any]] | None = None, rescale: bool = True
     ) -> Tensor:
-        """The mean logits over overlapping windows, which is how the published heads were tested; see `slide`."""
+        """The mean logits over overlapping windows (see `slide`). The published heads were tested in this way."""
         return _rescale(slide(self.encode_decode, img, self.crop_size, self.stride), img_meta if rescale else None)
 
     def inference(
@@ -107,9 +108,9 @@ class Segmenter(EncoderDecoder):
         rescale: bool = True,
         mode: str = "slide",
     ) -> Tensor:
-        """The probabilities of the classes, (batch, classes, height, width), by windows or ("whole") as a whole.
+        """The probabilities (batch, classes, height, width), with windows ("slide") or without ("whole").
 
-        Those of mirror images, which the first of `img_meta` tells as "flip" and "flip_direction", are mirrored back.
+        Those of mirrored images ("flip" and "flip_direction" of the first `img_meta`) are mirrored back.
         """
         if mode not in ("slide", "whole"):
             raise InvalidValueError(f"There is no mode {mode!r}; choose one of slide, whole.")
@@ -125,11 +126,11 @@ def _rescale(logits: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Te
 
 
 def make_segmenter(
-    config: BackboneConfig, layers: int, pretrained: bool, weights: Weights | str, **kwargs: Any
+    config: BackboneConfig, layers: int, pretrained: bool, weights: SegmenterWeights | str, **kwargs: Any
 ) -> Segmenter:
-    """What the entry points below give."""
+    """The segmenter of the entry points below."""
     check_layers(layers)
-    dataset = choose_weights(weights, Weights).value
+    dataset = choose_weights(weights, SegmenterWeights).value
     backbone = make_backbone(config, pretrained, **kwargs)
     head = LinearSegmentationHead(backbone.embed_dim, layers, CLASSES[dataset])
     if pretrained:
@@ -142,7 +143,11 @@ def make_segmenter(
 
 def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
     def make(
-        *, layers: int = 1, pretrained: bool = True, weights: Weights | str = Weights.ADE20K, **kwargs: Any
+        *,
+        layers: int = 1,
+        pretrained: bool = True,
+        weights: SegmenterWeights | str = SegmenterWeights.ADE20K,
+        **kwargs: Any,
     ) -> Segmenter:
         return make_segmenter(config, layers, pretrained, weights, **kwargs)
 
@@ -150,10 +155,9 @@ def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
     make.__doc__ = f"""Linear segmenter on a DINOv2 ViT-{config.name[10]}/14.
 
     Args:
-        layers: of how many last blocks it takes the patch tokens: 1, the head that is published as "linear", or 4, the
-            one published as "ms".
-        pretrained: load the published weights, of the backbone and of the head; otherwise initialise at random.
-        weights: what the head was trained on, "ADE20K" or "VOC2012".
+        layers: how many of the last blocks it uses: 1 for the head published as "linear", 4 for "ms".
+        pretrained: load the published weights of the backbone and the head; otherwise initialise at random.
+        weights: the data set that the head was trained on, "ADE20K" or "VOC2012".
         **kwargs: as for the backbone's entry point.
 
     Returns:

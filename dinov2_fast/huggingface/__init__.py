@@ -1,12 +1,14 @@
 """The Hugging Face face: configurations, models and outputs as transformers names them, without transformers."""
 
+from dinov2_fast.huggingface.classification import (
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersForImageClassification,
+)
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
 from dinov2_fast.huggingface.modeling import (
     Dinov2Backbone,
-    Dinov2ForImageClassification,
     Dinov2Model,
     Dinov2WithRegistersBackbone,
-    Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
 )
 from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput

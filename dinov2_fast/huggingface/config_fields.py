@@ -1,4 +1,4 @@
-"""What the fields of a configuration may be, so that a ``config.json`` that makes no sense is refused by name."""
+"""The rules for the fields of a configuration. The error for a bad ``config.json`` names the field."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from dinov2_fast.errors import InvalidValueError
 
-# Far beyond every model, and small enough that building one on the meta device takes neither memory nor long.
+# Far above every model, but small enough that a model on the meta device takes little memory and time.
 MAX_LAYERS = 1000
 MAX_SIZE = 1 << 20
 
 
 class Rule(NamedTuple):
-    """Whether a value fits, and what is wanted, in words."""
+    """A test of a value, and a description of the values that pass it."""
 
     fits: Callable[[Any], bool]
-    wanted: str
+    description: str
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -37,7 +37,7 @@ def _real(low: float, high: float) -> Rule:
 def _size(high: int) -> Rule:
     side = _whole(1, high)
     pair = _list_of(side.fits, "")
-    return Rule(lambda value: side.fits(value) or (pair.fits(value) and len(value) == 2), f"{side.wanted}, or two")
+    return Rule(lambda value: side.fits(value) or (pair.fits(value) and len(value) == 2), f"{side.description}, or two")
 
 
 def _list_of(fits: Callable[[Any], bool], what: str) -> Rule:
@@ -48,7 +48,7 @@ def _list_of(fits: Callable[[Any], bool], what: str) -> Rule:
 
 
 def _optional(rule: Rule) -> Rule:
-    return Rule(lambda value: value is None or rule.fits(value), rule.wanted)
+    return Rule(lambda value: value is None or rule.fits(value), rule.description)
 
 
 def _are_labels(value: Any) -> bool:
@@ -91,16 +91,16 @@ def check_fields(fields: Mapping[str, Any], kind: type) -> None:
     """Checks the fields of a configuration of the class `kind`.
 
     Raises:
-        ValueError: one has a value that it cannot have, or the name of a method; the message says which.
+        ValueError: a field has a value that is not allowed, or the name of a method; the message says which.
     """
     for name, value in fields.items():
         rule = _RULES.get(name)
         if rule is not None and not rule.fits(value):
             raise InvalidValueError(
-                f"{name} must be {rule.wanted}, got {_shown(value)}: correct it in the configuration."
+                f"{name} must be {rule.description}, got {_shown(value)}: correct it in the configuration."
             )
         if name.startswith("__") or callable(getattr(kind, name, None)):
-            raise InvalidValueError(f"A configuration cannot have a field {name!r}, which its class has: take it out.")
+            raise InvalidValueError(f"A configuration cannot have a field {name!r}, the name of a method: remove it.")
 
 
 def _shown(value: Any) -> str:

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
 from dinov2_fast.huggingface.config_fields import check_fields
 from dinov2_fast.position_embeddings import position_interpolation
-from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.load import as_dtype
 from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config
 
@@ -31,15 +30,15 @@ _UNWRITTEN: dict[str, Any] = {
 
 
 class Dinov2Config:
-    """Sizes and settings of a Dinov2 model; the arguments and defaults are transformers'.
+    """Sizes and settings of a Dinov2 model. The arguments and defaults are transformers'.
 
-    Besides those: `position_interpolation` ("offset", "size", "antialias") sets how positions are resampled; None takes
-    what transformers does for this kind of model. Other keyword arguments are kept as attributes. In training,
-    `hidden_dropout_prob` drops of what is embedded and of what each attention returns, as transformers does up to 5.17
-    at least (5.23 drops the former alone).
+    One argument is new: `position_interpolation` ("offset", "size", "antialias") sets how positions are resampled; None
+    does it as transformers does for this kind of model. Other keyword arguments are kept as attributes. In training,
+    `hidden_dropout_prob` applies to the embedded tokens and to the output of each attention, as in transformers, at
+    least until 5.17 (in 5.23 only to the embedded tokens).
 
     Raises:
-        ValueError: a field of a wrong type or range, sizes that do not fit together, or stages that do not exist.
+        ValueError: a field has a wrong type or is out of range, sizes do not fit together, or a stage does not exist.
     """
 
     model_type: ClassVar[str] = "dinov2"
@@ -72,7 +71,7 @@ class Dinov2Config:
         **kwargs: Any,
     ) -> None:
         check_fields({**locals(), **kwargs}, type(self))
-        # int and float are told apart below because transformers refuses a config.json with the wrong one.
+        # int and float are converted below because transformers rejects a config.json with the wrong type.
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -100,7 +99,7 @@ class Dinov2Config:
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise InvalidValueError("single_label_classification needs two labels or more; for one, use regression.")
+            raise InvalidValueError("single_label_classification needs at least two labels; for one, use regression.")
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.position_interpolation: str | None = kwargs.pop("position_interpolation", None)
         if self.position_interpolation is not None:
@@ -115,7 +114,7 @@ class Dinov2Config:
 
     @property
     def name_or_path(self) -> str:
-        """Where the model was loaded from, "" if it was not; no part of ``config.json``."""
+        """Where the model was loaded from, or "". It is not saved in ``config.json``."""
         return self._name_or_path
 
     @name_or_path.setter
@@ -143,7 +142,7 @@ class Dinov2Config:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the classification head. Setting it names them LABEL_0, LABEL_1, …"""
+        """Number of outputs of the classification head. Setting it names them LABEL_0, LABEL_1, …"""
         return len(self.id2label)
 
     @num_labels.setter
@@ -155,7 +154,7 @@ class Dinov2Config:
 
     @property
     def out_features(self) -> list[str]:
-        """Names of the stages `Dinov2Backbone` returns; "stem" is the embedding, "stageN" the N-th block's output."""
+        """Names of the stages that `Dinov2Backbone` returns: "stem" is the embedding, "stageN" the N-th block."""
         return self._out_features
 
     @out_features.setter
@@ -164,7 +163,7 @@ class Dinov2Config:
 
     @property
     def out_indices(self) -> list[int]:
-        """The same stages as indices into `stage_names`; negative ones are kept as given."""
+        """The same stages as indices into `stage_names`. Negative indices are kept as given."""
         return self._out_indices
 
     @out_indices.setter
@@ -197,8 +196,6 @@ class Dinov2Config:
         self._out_features = list(names)
         self._out_indices = list(indices) if indices is not None else [stages.index(name) for name in names]
 
-    # What the model is built from
-
     def constructor_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `DinoVisionTransformer` for this configuration."""
         if self.hidden_size % self.num_attention_heads:
@@ -229,7 +226,7 @@ class Dinov2Config:
     # config.json
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as ``config.json`` holds them."""
+        """All fields, as they are saved in ``config.json``."""
         fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         fields = {name: value for name, value in fields.items() if name not in _UNWRITTEN or value != _UNWRITTEN[name]}
         if self.dtype is not None:
@@ -246,7 +243,7 @@ class Dinov2Config:
         """A configuration from the fields of a ``config.json``.
 
         Raises:
-            ValueError: the fields are another model's.
+            ValueError: the fields belong to another model, or their values do not fit together.
         """
         kind = fields.get("model_type", cls.model_type)
         if kind != cls.model_type:
@@ -263,18 +260,18 @@ class Dinov2Config:
 
     @classmethod
     def of(cls, config: Any) -> Dinov2Config:
-        """`config` itself, or the same from a transformers configuration of this kind.
+        """`config` itself, or this class's copy of transformers' configuration.
 
         Raises:
-            TypeError: it is no configuration, or another model's.
+            TypeError: it is no configuration, or that of another model.
         """
         if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
             got = f"{type(config).__module__}.{type(config).__qualname__}"
-            raise InvalidTypeError(f"A {cls.__name__} is needed (or transformers' own), got a {got}.")
+            raise InvalidTypeError(f"Give a {cls.__name__}, or transformers' own; got a {got}.")
         if isinstance(config, cls):
             return config
         own = cls.from_dict({**config.to_dict(), "problem_type": None})
-        own.problem_type = config.problem_type  # set later, any number of labels goes with it, as in transformers
+        own.problem_type = config.problem_type  # only now: then any number of labels is accepted, as in transformers
         return own
 
     @classmethod
@@ -294,14 +291,16 @@ class Dinov2Config:
 
         Args:
             pretrained_model_name_or_path: the folder, file or repository.
-            revision, cache_dir, token: of the hub: a branch, tag or commit; the folder to keep files in; the access.
-            local_files_only: do not touch the network.
+            revision: branch, tag or commit on the hub.
+            cache_dir: the folder in which files of the hub are kept.
+            token: the access token for the hub.
+            local_files_only: do not use the network.
             subfolder: of the folder or repository.
-            trust_remote_code: accepted as transformers does; no code is loaded.
+            trust_remote_code: accepted as in transformers. No code is ever loaded.
 
         Raises:
             WeightsError: there is no ``config.json``, or it is damaged.
-            ValueError: it is another model's, or the values do not fit together.
+            ValueError: it belongs to another model, or the values do not fit together.
         """
         path = find_config(
             str(pretrained_model_name_or_path), SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
@@ -318,7 +317,7 @@ class Dinov2Config:
             raise InvalidValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
-        """Writes ``config.json`` into `save_directory`, which is made if it does not exist.
+        """Writes ``config.json`` into `save_directory`. The folder is made if it does not exist.
 
         Raises:
             ValueError: `push_to_hub` is True.
@@ -337,7 +336,7 @@ class Dinov2Config:
 
 
 class Dinov2WithRegistersConfig(Dinov2Config):
-    """`Dinov2Config` of a model with register tokens. As in transformers, `patch_size` is 16 unless given."""
+    """`Dinov2Config` of a model with register tokens. As in transformers, the default `patch_size` is 16."""
 
     model_type = "dinov2_with_registers"
     default_position_interpolation = "antialias"
@@ -345,7 +344,7 @@ class Dinov2WithRegistersConfig(Dinov2Config):
 
     def __init__(self, *, patch_size: Size = 16, num_register_tokens: int = 4, **kwargs: Any) -> None:
         super().__init__(patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
-        self.use_mask_token = True  # transformers has no such field here: these models always have the token
+        self.use_mask_token = True  # transformers has no such field here: these models always have a mask token
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -367,4 +366,4 @@ def _square(size: Size) -> int:
 
 def refuse_upload(push_to_hub: bool) -> None:
     if push_to_hub:
-        raise InvalidValueError("Nothing is uploaded here; save to a folder and upload that with huggingface_hub.")
+        raise InvalidValueError("push_to_hub is not supported: save to a folder and upload it with huggingface_hub.")

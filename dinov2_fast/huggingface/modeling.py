@@ -1,7 +1,7 @@
-"""`Dinov2Model`, `Dinov2ForImageClassification`, `Dinov2Backbone` and the three with registers.
+"""`Dinov2Model` and `Dinov2Backbone`, also with registers.
 
-Signatures, outputs and numerics are transformers'; the computation is `DinoVisionTransformer`'s, which these classes
-extend, so their parameters and modules have its names (`save_pretrained` writes transformers').
+Signatures, outputs and numerics are transformers'. The classes extend `DinoVisionTransformer`, so their parameters and
+modules have its names. `save_pretrained` writes transformers' names.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.huggingface.configuration import Dinov2Config, Dinov2WithRegistersConfig
-from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from dinov2_fast.huggingface.outputs import BackboneOutput, BaseModelOutputWithPooling, Layers, OutputOptions
 from dinov2_fast.huggingface.pretrained import PreTrainedModel
 from dinov2_fast.layers import GELU, Dropout, LayerNorm, LayerScale, check_is_tensor
-from dinov2_fast.model import QKV, DinoVisionTransformer
+from dinov2_fast.model import DinoVisionTransformer
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": GELU,
@@ -28,8 +26,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
 }
-
-Layers = bool | Collection[int] | None  # all, none, or those of chosen blocks
 
 
 class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
@@ -41,7 +37,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
             raise InvalidValueError(
                 f"There is no hidden_act {config.hidden_act!r}; choose one of {', '.join(_ACTIVATIONS)}."
             )
-        self.config = config  # first, since the constructor initialises the weights by it
+        self.config = config  # before the constructor, which initialises the weights and reads it
         DinoVisionTransformer.__init__(
             self, act_layer=_ACTIVATIONS[config.hidden_act], **config.constructor_arguments()
         )
@@ -74,7 +70,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
     def embed(self, pixel_values: Tensor | None, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Images (batch, channels, height, width) of any size as tokens (batch, 1 + registers + patches, hidden).
 
-        Rows and columns of pixels beyond the last whole patch are left out, as transformers does.
+        As in transformers, rows and columns of pixels beyond the last whole patch are ignored.
         """
         if pixel_values is None:
             raise InvalidValueError("pixel_values is missing: give a batch of images (batch, channels, height, width).")
@@ -104,14 +100,14 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
 
         Args:
             x: (batch, tokens, hidden), from `embed`.
-            hidden_states: which to keep: 0 is `x`, i the output of the i-th block.
-            output_attentions: for which blocks to compute the attention weights.
-            blocks: how many to run; None for all.
+            hidden_states: which hidden states to keep: 0 is `x`, i the output of the i-th block.
+            output_attentions: the blocks whose attention weights to compute.
+            blocks: how many blocks to run; None for all.
 
         Returns:
             The last block's output before the norm; the hidden states kept, by index; and the attention weights (batch,
-            heads, seq_len, seq_len) of the blocks asked for, None for the others. The fast attention keeps no weights:
-            they are computed anew from a block's input.
+            heads, seq_len, seq_len) of the chosen blocks, None for the others. The fast attention does not keep its
+            weights, so they are computed again from the block's input.
         """
         asked = _asked_layers(output_attentions, len(self.blocks))
         kept = {0: x} if 0 in hidden_states else {}
@@ -145,22 +141,22 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
         Args:
             pixel_values: (batch, channels, height, width), floating point, cast to the dtype of the weights.
             bool_masked_pos: (batch, patches), True where the mask token replaces a patch.
-            attention_mask: must be None, every token attends to all.
-            output_attentions: also the attention weights, of all blocks or of those with these indices. They are
-                computed beside the attention itself, so no gradient of the other outputs reaches them.
-            output_hidden_states: also the input of every block and the output of the last.
-            return_dict: False for a plain tuple. These three default to the config's.
-            **kwargs: other arguments of transformers' models, which have no effect on this one.
+            attention_mask: must be None: every token attends to all tokens.
+            output_attentions: also return the attention weights, of all blocks or of those with these indices. They are
+                computed separately from the attention, so no gradient of the other outputs reaches them.
+            output_hidden_states: also return the input of every block and the output of the last.
+            return_dict: False for a plain tuple. The config has the defaults of these three.
+            **kwargs: other arguments of transformers' models. They have no effect.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch, tokens, hidden) after the norm, in the order CLS,
             registers, patches; `pooler_output` (batch, hidden), its CLS token.
         """
         _refuse_masks(attention_mask, kwargs)
-        wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
+        options = OutputOptions(self.config, output_attentions, output_hidden_states, return_dict)
         tokens = self.embed(pixel_values, bool_masked_pos)
-        every = range(len(self.blocks) + 1) if wanted.hidden_states else ()
-        x, hidden_states, attentions = self.encode(tokens, every, wanted.attentions)
+        every = range(len(self.blocks) + 1) if options.hidden_states else ()
+        x, hidden_states, attentions = self.encode(tokens, every, options.attentions)
         x = self.norm(x)
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,
@@ -168,91 +164,11 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
             hidden_states=tuple(hidden_states.values()) or None,
             attentions=attentions,
         )
-        return output if wanted.dictionary else output.to_tuple()
-
-
-class Dinov2ForImageClassification(PreTrainedModel):
-    """The model with a linear classifier on the CLS token and the mean of the patch tokens."""
-
-    backbone_class: ClassVar[type[Dinov2Model]] = Dinov2Model
-
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        self.config = config = self.config_class.of(config)
-        self.num_labels = config.num_labels
-        self.add_module(self.base_model_prefix, self.backbone_class(config))
-        self.name_or_path = config.name_or_path
-        inputs = 2 * config.hidden_size
-        self.classifier = nn.Linear(inputs, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self._init_classifier()
-
-    def init_weights(self) -> None:
-        """transformers' initialisation, from torch's global generator."""
-        self.base_model.init_weights()
-        self._init_classifier()
-
-    def _init_classifier(self) -> None:
-        if isinstance(self.classifier, nn.Linear):
-            nn.init.trunc_normal_(self.classifier.weight, std=self.config.initializer_range)
-            nn.init.zeros_(self.classifier.bias)
-
-    def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.classifier.to_empty(device=device).float()
-        self._init_classifier()  # in float32, since trunc_normal_ puts outliers into a bfloat16 tensor
-        self.classifier.to(dtype)
-
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        output_attentions: Layers = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Classifies a batch of images; see `Dinov2Model.forward` for the arguments not listed.
-
-        Args:
-            labels: class indices (batch,), or targets as `config.problem_type` wants them (set from them if None:
-                "regression" for one label, "single_label_classification" for integers, else
-                "multi_label_classification").
-            num_items_in_batch: divide the summed cross entropy by this, for gradient accumulation.
-
-        Returns:
-            `ImageClassifierOutput`: `loss` (a scalar, if labels were given) and `logits` (batch, num_labels).
-        """
-        wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
-        features = self.base_model(
-            pixel_values,
-            attention_mask=attention_mask,
-            output_attentions=wanted.attentions,
-            output_hidden_states=wanted.hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
-        patches = features.last_hidden_state[:, 1 + self.base_model.num_register_tokens :]
-        logits = self.classifier(torch.cat([features.pooler_output, patches.mean(dim=1)], dim=1))
-        output = ImageClassifierOutput(
-            loss=None if labels is None else _loss(logits, labels, self.config, num_items_in_batch),
-            logits=logits,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-        )
-        return output if wanted.dictionary else output.to_tuple()
-
-    def attention_maps(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`DinoVisionTransformer.attention_maps` of the backbone."""
-        return self.base_model.attention_maps(*args, **kwargs)
-
-    def qkv_features(self, *args: Any, **kwargs: Any) -> QKV:
-        """`DinoVisionTransformer.qkv_features` of the backbone."""
-        return self.base_model.qkv_features(*args, **kwargs)
+        return output if options.dictionary else output.to_tuple()
 
 
 class Dinov2Backbone(Dinov2PreTrainedBackbone):
-    """Feature maps of chosen stages, for detection and segmentation frameworks; see `Dinov2Config.out_features`."""
+    """Returns feature maps of chosen stages, for detection and segmentation; see `Dinov2Config.out_features`."""
 
     has_attentions: ClassVar[bool] = True
     backbone_type: ClassVar[str] = "transformers"
@@ -289,7 +205,7 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
         return [self.out_feature_channels[name] for name in self.out_features]
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`; transformers' detection models call this name."""
+        """`forward` by the name that transformers' detection models call."""
         return self(*args, **kwargs)
 
     def forward(  # type: ignore[override]  # transformers' signature, not the reference's
@@ -301,26 +217,26 @@ class Dinov2Backbone(Dinov2PreTrainedBackbone):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Feature maps of a batch of images; see `Dinov2Model.forward` for the arguments.
+        """Feature maps of a batch of images. See `Dinov2Model.forward` for the arguments.
 
         Returns:
-            `BackboneOutput`: `feature_maps`, one for each of `out_features`, (batch, hidden, rows, columns) of patches;
-            with ``config.reshape_hidden_states=False`` (batch, tokens, hidden) with CLS and registers. Normalised if
-            ``config.apply_layernorm``.
+            `BackboneOutput`: `feature_maps` has one map of patches (batch, hidden, rows, columns) for each of
+            `out_features`, normalised if ``config.apply_layernorm``. With ``config.reshape_hidden_states=False`` a map
+            is (batch, tokens, hidden) and includes CLS and registers.
         """
         _refuse_masks(attention_mask, kwargs)
-        wanted = _Wanted(self.config, output_attentions, output_hidden_states, return_dict)
+        options = OutputOptions(self.config, output_attentions, output_hidden_states, return_dict)
         stages = [self.stage_names.index(name) for name in self.out_features]
-        kept = range(len(self.stage_names)) if wanted.hidden_states else stages
-        needed = None if wanted.hidden_states or wanted.attentions else max(stages, default=0)
-        _, hidden_states, attentions = self.encode(self.embed(pixel_values), kept, wanted.attentions, blocks=needed)
+        kept = range(len(self.stage_names)) if options.hidden_states else stages
+        needed = None if options.hidden_states or options.attentions else max(stages, default=0)
+        _, hidden_states, attentions = self.encode(self.embed(pixel_values), kept, options.attentions, blocks=needed)
         assert pixel_values is not None  # else `embed` raised
         output = BackboneOutput(
             feature_maps=tuple(self._feature_map(hidden_states[stage], self.grid(pixel_values)) for stage in stages),
-            hidden_states=tuple(hidden_states.values()) if wanted.hidden_states else None,
+            hidden_states=tuple(hidden_states.values()) if options.hidden_states else None,
             attentions=attentions,
         )
-        return output if wanted.dictionary else output.to_tuple()
+        return output if options.dictionary else output.to_tuple()
 
     def _feature_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.config.apply_layernorm:
@@ -337,28 +253,11 @@ class Dinov2WithRegistersModel(Dinov2Model):
     base_model_prefix = "dinov2_with_registers"
 
 
-class Dinov2WithRegistersForImageClassification(Dinov2ForImageClassification):
-    """`Dinov2ForImageClassification` with register tokens, which the mean of the patches leaves out."""
-
-    config_class = Dinov2WithRegistersConfig
-    base_model_prefix = "dinov2_with_registers"
-    backbone_class = Dinov2WithRegistersModel
-
-
 class Dinov2WithRegistersBackbone(Dinov2Backbone):
     """`Dinov2Backbone` with register tokens."""
 
     config_class = Dinov2WithRegistersConfig
     base_model_prefix = "dinov2_with_registers"
-
-
-class _Wanted:
-    """What a call asks for; what it leaves open is the config's."""
-
-    def __init__(self, config: Dinov2Config, attentions: Layers, hidden_states: bool | None, dictionary: bool | None):
-        self.attentions = config.output_attentions if attentions is None else attentions
-        self.hidden_states = bool(config.output_hidden_states if hidden_states is None else hidden_states)
-        self.dictionary = config.return_dict if dictionary is None else dictionary
 
 
 def _asked_layers(layers: Layers, depth: int) -> set[int]:
@@ -373,30 +272,5 @@ def _asked_layers(layers: Layers, depth: int) -> set[int]:
 def _refuse_masks(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None or kwargs.get("head_mask") is not None:
         raise InvalidValueError(
-            "attention_mask and head_mask are not supported: every token attends to all, in every head."
+            "attention_mask and head_mask are not supported: every token attends to all tokens, in every head."
         )
-
-
-def _loss(logits: Tensor, labels: Tensor, config: Dinov2Config, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The loss for ``config.problem_type``, which is set from the labels if it is None."""
-    if config.problem_type is None:
-        if config.num_labels == 1:
-            config.problem_type = "regression"
-        elif labels.dtype in (torch.int64, torch.int32):
-            config.problem_type = "single_label_classification"
-        else:
-            config.problem_type = "multi_label_classification"
-    labels = labels.to(logits.device)
-    if config.problem_type == "regression":
-        return F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
-    if config.problem_type == "single_label_classification":
-        logits, labels = logits.view(-1, config.num_labels), labels.view(-1)
-        if num_items_in_batch is None:
-            return F.cross_entropy(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
-    if config.problem_type == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels)
-    raise InvalidValueError(
-        f"There is no problem_type {config.problem_type!r}; choose regression, single_label_classification or "
-        "multi_label_classification."
-    )

@@ -1,29 +1,32 @@
-"""What the models return: ordered dictionaries that are read by attribute, key, index or as a tuple.
+"""The outputs of the models: ordered dictionaries, read by attribute, key or index, or as a tuple.
 
-Only fields that are not None are items, so ``output[1]`` and ``output.to_tuple()`` count those alone; as an attribute a
-missing field is None.
+Only fields that are not None are items, and only these count in ``output[1]`` and ``output.to_tuple()``. As an
+attribute, a missing field is None.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError
+from dinov2_fast.huggingface.configuration import Dinov2Config
 from dinov2_fast.torch_private import pytree
 
+Layers = bool | Collection[int] | None  # all blocks, none, or the blocks with these indices
 
-@torch.jit.ignore  # torch.jit.trace returns it as a dictionary; a class without methods it would compile instead
+
+@torch.jit.ignore  # else torch.jit.trace, which returns it as a dictionary, would compile the class
 class ModelOutput(OrderedDict[str, Any]):
-    """An output with the fields that a subclass annotates, in their order.
+    """An output, whose fields are the annotations of the subclass in their order.
 
-    As a dictionary it can also be made from pairs or another dictionary, which is how torch's `DataParallel` and
-    training frameworks rebuild the outputs that they gather or cast.
+    Like a dictionary it can be made from pairs or another dictionary: torch's `DataParallel` and training frameworks
+    rebuild outputs in this way when they gather or cast them.
     """
 
     def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **fields: Any) -> None:
@@ -40,8 +43,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """transformers' output of the same name where that is loaded: `isinstance` is how its tools know an output."""
-        if torch.compiler.is_compiling():  # it asks for the class to find methods
+        """transformers' output class of the same name if that is loaded: its tools recognise it by `isinstance`."""
+        if torch.compiler.is_compiling():  # torch.compile looks up methods in this class
             return type(self)
         transformers = sys.modules.get("transformers.modeling_outputs")
         return getattr(transformers, type(self).__name__, type(self))
@@ -79,7 +82,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 class BaseModelOutputWithPooling(ModelOutput):
-    """Tokens (batch, seq_len, hidden), CLS token (batch, hidden), and what else was asked for."""
+    """Tokens (batch, seq_len, hidden), CLS token (batch, hidden), and what else was requested."""
 
     last_hidden_state: Tensor | None
     pooler_output: Tensor | None
@@ -88,7 +91,7 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 
 class ImageClassifierOutput(ModelOutput):
-    """Loss (a scalar, if labels were given), logits (batch, num_labels), and what else was asked for."""
+    """Loss (a scalar, if labels were given), logits (batch, num_labels), and what else was requested."""
 
     loss: Tensor | None
     logits: Tensor | None
@@ -97,8 +100,17 @@ class ImageClassifierOutput(ModelOutput):
 
 
 class BackboneOutput(ModelOutput):
-    """One feature map for each stage asked for, (batch, hidden, rows, columns), and what else was asked for."""
+    """One feature map (batch, hidden, rows, columns) per stage, and what else was requested."""
 
     feature_maps: tuple[Tensor, ...] | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor | None, ...] | None
+
+
+class OutputOptions:
+    """What a call returns besides the features, and in which form; None takes the config's."""
+
+    def __init__(self, config: Dinov2Config, attentions: Layers, hidden_states: bool | None, dictionary: bool | None):
+        self.attentions = config.output_attentions if attentions is None else attentions
+        self.hidden_states = bool(config.output_hidden_states if hidden_states is None else hidden_states)
+        self.dictionary = config.return_dict if dictionary is None else dictionary

@@ -1,33 +1,31 @@
-"""Loading and saving models as transformers does: a folder or hub repository with config.json and weights."""
+"""Loading and saving models as in transformers: from and to a folder or hub repository with config.json and weights."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
 from dinov2_fast.huggingface.configuration import Dinov2Config, refuse_upload
-from dinov2_fast.layouts import convert_state_dict, log_once, plain_key
-from dinov2_fast.model import AnyLayout, DinoVisionTransformer
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.huggingface.tools import ToolMethods
+from dinov2_fast.layouts import plain_key
+from dinov2_fast.logs import log_once, logger
+from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import as_dtype, fill
 from dinov2_fast.weights.sources import SourceOptions, find_checkpoint, find_config
 
-logger = logging.getLogger("dinov2_fast")
-
 HEAD = "classifier."
 
-# Arguments of transformers' from_pretrained that change nothing here, or nothing that is done otherwise.
+# Arguments of transformers' from_pretrained that are accepted and have no effect.
 _WITHOUT_EFFECT = {
     "attn_implementation",
     "low_cpu_mem_usage",
@@ -38,22 +36,14 @@ _WITHOUT_EFFECT = {
     "use_safetensors",
     "weights_only",
 }
-# device_map values with which transformers places a model by itself.
+# Values of device_map with which transformers chooses the devices.
 _PLACEMENTS = {"auto", "balanced", "balanced_low_0", "sequential"}
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(AnyLayout):
-    """What the models of this face share: a config, loading and saving, gradient checkpointing."""
-
-    config_class: ClassVar[type[Dinov2Config]] = Dinov2Config
-    base_model_prefix: ClassVar[str] = "dinov2"
-    main_input_name: ClassVar[str] = "pixel_values"
-    input_modalities: ClassVar[tuple[str, ...]] = ("image",)
-    supports_gradient_checkpointing: ClassVar[bool] = True
-    config: Dinov2Config
-    name_or_path: str
+class PreTrainedModel(ToolMethods):
+    """The base class of this face's models: a config, loading and saving, and the methods of `ToolMethods`."""
 
     @classmethod
     def from_pretrained(
@@ -77,41 +67,42 @@ class PreTrainedModel(AnyLayout):
         """A model in eval mode with the weights of a folder, a file or a hub repository, in any layout.
 
         Args:
-            pretrained_model_name_or_path: folder with ``config.json`` and weights, or hub id such as
+            pretrained_model_name_or_path: a folder with ``config.json`` and weights, or a hub id such as
                 ``facebook/dinov2-base``; None with `config` and `state_dict`.
-            config: instead of the one beside the weights; a configuration or where one is.
-            state_dict: weights in any layout instead of those of `pretrained_model_name_or_path`; they are copied.
-            revision, cache_dir, token: of the hub: branch, tag or commit; the folder to keep files in; the access.
+            config: a configuration, or the path or name of one, instead of the one beside the weights.
+            state_dict: weights in any layout instead of those of `pretrained_model_name_or_path`. They are copied.
+            revision: branch, tag or commit on the hub.
+            cache_dir: the folder in which files of the hub are kept.
+            token: the access token for the hub.
             subfolder: of the folder or repository.
-            variant: of the weights: "fp16" reads ``model.fp16.safetensors``.
-            dtype: of the parameters, also as a name ("bfloat16"); None or "auto" for the config's, or if it has none
-                that of the weights. `torch_dtype` is the same.
-            device: where the model goes; `device_map` with one device, or "auto", is the same.
-            local_files_only: do not touch the network.
-            ignore_mismatched_sizes: initialise a classification head of another number of labels than the weights' one,
-                and adapt filters for another number of channels (`dinov2_fast.weights.channels`).
-            output_loading_info: return the pair of the model and a dictionary of the keys that were missing,
-                unexpected, or of another shape.
+            variant: of the weights; "fp16" reads ``model.fp16.safetensors``.
+            dtype: of the parameters, also as a name ("bfloat16"). None or "auto" is the config's dtype or, if it has
+                none, that of the weights. `torch_dtype` is the same.
+            device: of the parameters. `device_map` with one device, or "auto", is the same.
+            local_files_only: do not use the network.
+            ignore_mismatched_sizes: initialise a classification head that has another number of labels than the
+                weights, and adapt filters to another number of channels (`dinov2_fast.weights.channels`).
+            output_loading_info: return a pair: the model, and a dictionary of the keys that were missing, unexpected or
+                of another shape.
             **kwargs: fields of the config to override (``num_labels=10``, ``out_indices=[2, 5]``, …).
 
-        A classification head that the weights lack is initialised, with a warning; one that the model has not is left
-        out.
+        A classification head that the weights lack is initialised, with a warning. One that the model lacks is skipped.
 
         Raises:
             WeightsError: the weights or the config cannot be found or read, or do not fit.
-            TypeError: an argument that is none of these and no field of the config.
+            TypeError: an argument is none of these and no field of the config.
         """
         old_name = kwargs.pop("torch_dtype", None)
         dtype = dtype if dtype is not None else old_name
         device = _device(kwargs.pop("device_map", device))
         options = SourceOptions(revision, local_files_only, cache_dir, token, subfolder, variant)
         if state_dict is not None:
-            state_dict = MappingProxyType(state_dict)  # a plain dictionary would be emptied
+            state_dict = MappingProxyType(state_dict)  # `fill` would empty a plain dictionary
         elif pretrained_model_name_or_path is not None:
             checkpoint = find_checkpoint(str(pretrained_model_name_or_path), options)
             state_dict, config = open_weights(checkpoint.weights), config or checkpoint.config
         else:
-            raise InvalidTypeError("There is nothing to load: give a folder, file or hub id, or state_dict and config.")
+            raise InvalidTypeError("There is nothing to load. Give a folder, file or hub id, or state_dict and config.")
         config = cls._read_config(config, pretrained_model_name_or_path, options, kwargs)
         wanted = config.dtype if dtype in (None, "auto") else as_dtype(dtype)
         with torch.device("meta"):
@@ -119,14 +110,14 @@ class PreTrainedModel(AnyLayout):
         head = _head_shapes(state_dict)
         if ignore_mismatched_sizes:
             state_dict = _without_misfit_head(state_dict, model)
-        may_leave = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
+        allowed_unexpected = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
         missing = fill(
             model,
             state_dict,
             device=device,
             dtype=wanted,
-            may_miss=(HEAD,),
-            may_leave=may_leave,
+            allowed_missing=(HEAD,),
+            allowed_unexpected=allowed_unexpected,
             adapt_channels=ignore_mismatched_sizes,
         )
         if missing:
@@ -139,7 +130,7 @@ class PreTrainedModel(AnyLayout):
         config.dtype = model.dtype
         config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path or "")
         model.eval()
-        # The annotation is the usual case's, as transformers' is.
+        # As in transformers, the annotation is that of the usual case.
         return (model, _loading_info(head, model, missing)) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -150,7 +141,7 @@ class PreTrainedModel(AnyLayout):
         options: SourceOptions,
         overrides: dict[str, Any],
     ) -> Dinov2Config:
-        """A copy of `config`, or the one that is where it or else the name or path says, with `overrides`."""
+        """A copy of `config`, or the configuration found at `config` or the model's path, with `overrides`."""
         if config is None and pretrained_model_name_or_path is None:
             raise InvalidTypeError(
                 "A state_dict alone is not enough: give a config, or the pretrained_model_name_or_path of one."
@@ -190,15 +181,14 @@ class PreTrainedModel(AnyLayout):
         ``transformers.AutoModel.from_pretrained(save_directory)`` and this class's `from_pretrained` load it.
 
         Args:
-            save_directory: made if it does not exist.
+            save_directory: the folder. It is made if it does not exist.
             is_main_process: False writes nothing.
             state_dict: weights to write instead of the model's own, in any layout (gathered by FSDP, for instance).
             variant: "fp16" writes ``model.fp16.safetensors``.
             safe_serialization, push_to_hub, max_shard_size, save_function, token, save_peft_format,
-                save_original_format: accepted as transformers does; one safetensors file is written, here, by
-                safetensors itself.
+                save_original_format: accepted as in transformers. safetensors always writes one local file.
 
-        The position interpolation is written too if it is not the default; transformers does not look at it.
+        The position interpolation is written too if it is not the default. transformers ignores it.
 
         Raises:
             ValueError: `safe_serialization` is False or `push_to_hub` True.
@@ -220,24 +210,24 @@ class PreTrainedModel(AnyLayout):
         save_file(tensors, Path(save_directory) / name, metadata={"format": "pt"})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """What torch calls for each part of a larger module.
+        """Warns once if this is part of a larger module of transformers; torch calls it for each part.
 
-        The keys stay the names of the parameters, by which torch.distributed.checkpoint, functional_call and
-        torch.export look them up.
+        The keys stay the names of the parameters: torch.distributed.checkpoint, functional_call and torch.export need
+        them.
         """
         if prefix not in ("", f"{self.base_model_prefix}.") and "transformers" in sys.modules:
             log_once(
-                f"The state dict of a larger model names the weights of this {type(self).__name__} as dinov2_fast does "
-                f"({prefix}blocks.0.…). The same model loads them back; transformers' own classes do not know these "
-                "names, and would leave that part at random. Where transformers is to read what is saved, put its own "
-                "backbone in and call dinov2_fast.accelerate(model) instead."
+                f"This {type(self).__name__} is part of a larger model, whose state dict has dinov2_fast's names for "
+                f"it ({prefix}blocks.0.…). The same model can load them. transformers' own classes do not know these "
+                "names and would initialise that part at random. To save for transformers, use its own backbone and "
+                "call dinov2_fast.accelerate(model) instead."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _position_interpolation_to_save(self) -> str | None:
         position_interpolation = self.base_model.position_interpolation
         if position_interpolation == "custom":
-            logger.warning("Positions are resampled in a way that config.json cannot hold; the default is saved.")
+            logger.warning("config.json cannot hold this model's way of resampling positions; the default is saved.")
         return (
             None
             if position_interpolation in ("custom", self.config.default_position_interpolation)
@@ -247,110 +237,15 @@ class PreTrainedModel(AnyLayout):
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Gives a classification head that no checkpoint filled its initial values."""
 
-    @property
-    def base_model(self) -> Any:
-        """The model without a head."""
-        return getattr(self, self.base_model_prefix, self)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of scalars in the parameters; `exclude_embeddings` is of word embeddings, which there are none of."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters and, unless told otherwise, the buffers."""
-        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str]) -> None:
-        """Accepted as transformers does; outputs are the same with each, and `use_backend` says which kernel runs."""
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """False: this is no language model."""
-        return False
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute each block's activations in the backward pass; the keyword arguments are accepted, not needed.
-
-        Raises:
-            ValueError: `every_n_layers` is not 1, or `offload` is True.
-        """
-        if every_n_layers != 1 or offload:
-            raise InvalidValueError("Every block is checkpointed, on its device: leave out every_n_layers and offload.")
-        self._set_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self._set_checkpointing(False)
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` by its name from transformers 5.23 on."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
-
-    def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable` by its name from transformers 5.23 on."""
-        self.gradient_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return any(isinstance(m, DinoVisionTransformer) and m.grad_checkpointing for m in self.modules())
-
-    def _set_checkpointing(self, enable: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, DinoVisionTransformer):
-                module.set_grad_checkpointing(enable)
-
-    def _checkpoint_as_configured(self) -> None:
-        """Honours ``config.gradient_checkpointing``, which is not saved, as in transformers."""
-        if self.config.__dict__.pop("gradient_checkpointing", False):
-            self.gradient_checkpointing_enable()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The patch embedding."""
-        return next(m.patch_embed for m in self.modules() if isinstance(m, DinoVisionTransformer))
-
-    def get_output_embeddings(self) -> None:
-        """None: no output is tied to the embedding."""
-
-    def enable_input_require_grads(self) -> None:
-        """Makes what the patch embedding returns require gradients, also where the model's weights are frozen."""
-        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(
-            lambda _module, _inputs, output: output.requires_grad_(True)
-        )
-
-    def disable_input_require_grads(self) -> None:
-        """Undoes `enable_input_require_grads`."""
-        self._require_grads_hook.remove()
-
 
 def _head_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes of a classification head."""
+    """The keys and shapes of the classification head in these weights."""
     keys = [key for key in state_dict if plain_key(key).startswith(HEAD)]
     return {plain_key(key): tuple(state_dict[key].shape) for key in keys}
 
 
 def _loading_info(head: dict[str, tuple[int, ...]], model: nn.Module, missing: list[str]) -> dict[str, Any]:
-    """What transformers calls so; only a classification head, whose shapes in the weights are `head`, may misfit."""
+    """transformers' loading info. Only a classification head may misfit; `head` has its shapes in the weights."""
     own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     mismatched = {(key, head[key], own[key]) for key in head.keys() & own.keys() if head[key] != own[key]}
     return {
@@ -362,21 +257,21 @@ def _loading_info(head: dict[str, tuple[int, ...]], model: nn.Module, missing: l
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any], config: Dinov2Config | None) -> None:
-    """Raises for arguments that are not in `config`, which else a typing error, or a secret, would slip into."""
+    """Raises for arguments that `config` lacks: a misspelt argument, or a secret, would be saved with it."""
     asked = (name for name, value in kwargs.items() if value is not None and value is not False)
     unknown = sorted(name for name in asked if name not in _WITHOUT_EFFECT and not hasattr(config, name))
     if not unknown:
         return
     if config is None:
-        raise InvalidTypeError(f"{', '.join(unknown)} cannot be set together with config; set it in the config.")
+        raise InvalidTypeError(f"{', '.join(unknown)} cannot be given together with config; set it in the config.")
     raise InvalidTypeError(
-        f"from_pretrained has no argument {', '.join(unknown)}, nor is that a field of {type(config).__name__}; leave "
-        "it out, or look for another spelling."
+        f"{', '.join(unknown)} is no argument of from_pretrained and no field of {type(config).__name__}. Remove it, "
+        "or check the spelling."
     )
 
 
 class _Without(Mapping[str, Tensor]):
-    """A state dict without some of its keys; tensors are read from the source when asked for."""
+    """A state dict without some of its keys. A tensor is read from the source when it is accessed."""
 
     def __init__(self, source: Mapping[str, Tensor], left_out: set[str]) -> None:
         self._source = source
@@ -393,7 +288,7 @@ class _Without(Mapping[str, Tensor]):
 
 
 def _without_misfit_head(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """`state_dict` without its classification head, if that is of another number of labels than the model's."""
+    """`state_dict` without its classification head if the model has another number of labels."""
     own = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(HEAD)}
     theirs = {key: plain_key(key) for key in state_dict if plain_key(key).startswith(HEAD)}
     misfit = any(plain in own and state_dict[key].shape != own[plain] for key, plain in theirs.items())
@@ -405,7 +300,7 @@ def _device(device: Any) -> Any:
         places = {str(place) for place in device.values()}
         if len(places) != 1:
             raise InvalidValueError(
-                f"The model runs on one device; device_map {dict(device)} would spread it over several."
+                f"The model runs on one device, but device_map {dict(device)} has several. Give one device."
             )
         device = next(iter(device.values()))
     if device in _PLACEMENTS:

@@ -1,4 +1,4 @@
-"""Whether two models compute the same, tried on one small image: an engine and what it stands in for."""
+"""Compares an engine's features with those of the model it replaces, on one small image."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError
 
-# How far the outputs of two implementations may be apart, relative to their norm: some times what rounding does in a
-# whole model, and less than what a changed setting does.
+# How much the outputs of two implementations may differ, relative to their norm: more than rounding does in a whole
+# model, less than a changed setting does.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 SMALL = (3, 2)  # rows and columns of patches
-FEW = 32  # tokens that go through the blocks, where an image of the one size that is taken has many
+MAX_TOKENS = 32  # that go through the blocks, also where the only size that the model takes has more
 
 
 def small_image(patch_embed: Any, only_size: tuple[int, int] | None) -> Tensor:
-    """An image of noise for a patch embedding of ours, the same each time, (1, channels, height, width).
+    """An image of noise for one of our patch embeddings, always the same, (1, channels, height, width).
 
-    It is of three by two patches, or of the one size (height, width) that is taken.
+    It has three by two patches, or the size `only_size` (height, width) if the model takes no other.
     """
     size = only_size or tuple(count * patch for count, patch in zip(SMALL, patch_embed.patch_size, strict=True))
     return torch.randn(1, patch_embed.in_chans, *size, generator=torch.Generator().manual_seed(0))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the norm of `expected`; infinite where the shapes differ.
+    """The norm of the difference divided by the norm of `expected`.
 
-    Where `expected` is not finite there is nothing to compare, and the difference is 0.
+    It is infinite if the shapes differ, and 0 if `expected` is not finite, since then nothing can be compared.
     """
     if found.shape != expected.shape:
         return float("inf")
@@ -39,7 +39,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def mismatch(found: Any, expected: Any, allowed: float) -> str | None:
-    """How outputs differ, in tensors or in the tuples, lists and dictionaries around them; None if they do not."""
+    """How two outputs differ, in their tensors or in the tuples, lists and dictionaries around them.
+
+    Returns:
+        A phrase that says what `expected` does in place of `found`, or None if they agree.
+    """
     if type(found) is not type(expected):
         return f"returns a {type(expected).__name__} in place of a {type(found).__name__}"
     if isinstance(expected, Tensor):
@@ -61,29 +65,29 @@ def mismatch(found: Any, expected: Any, allowed: float) -> str | None:
 
 @torch.no_grad()
 def check_agreement(backbone: Any, folded: Any) -> None:
-    """Compares the tokens of a folded backbone with those of the model's backbone, before the blocks and after them.
+    """Compares the tokens of a folded backbone with those of the model's backbone, before and after the blocks.
 
-    With e4m3 operands only before: what the blocks lose depends on a calibration to come.
+    With e4m3 operands they are compared only before the blocks, since the errors of blocks depend on the calibration.
 
     Raises:
         TypeError: they differ by more than rounding explains.
     """
     if any(module.training for module in backbone.modules()):
-        return  # what it drops is random
+        return  # it drops paths at random
     embed = folded.patch_embed
     takes_one_size = getattr(embed, "strict_img_size", False)  # timm's
     image = small_image(embed, embed.img_size if takes_one_size else None)
     tokens, expected = (each.prepare_tokens_with_masks(image.to(each.cls_token)) for each in (folded, backbone))
-    folded._sizes.clear()  # where it keeps what it made for the size of this image
+    folded._sizes.clear()  # frees the position embeddings for the size of this image
     apart = [difference(tokens, expected)]
     if not folded.plan.e4m3:
-        ran = (each.norm(each._run_blocks(x[:, :FEW])) for each, x in ((folded, tokens), (backbone, expected)))
+        ran = (each.norm(each._run_blocks(x[:, :MAX_TOKENS])) for each, x in ((folded, tokens), (backbone, expected)))
         apart.append(difference(*ran))
     allowed = 3 * max(TOLERANCES.get(dtype, 0.0) for dtype in (folded.plan.dtype, backbone.cls_token.dtype))
-    wrong = [found for found in apart if not found <= allowed]  # NaN is
+    wrong = [found for found in apart if not found <= allowed]  # also NaN
     if wrong:
         raise InvalidTypeError(
             f"The engine's features of a small image differ from the model's by {wrong[0]:.2g} of their norm, and "
-            f"rounding explains at most {allowed:g}: part of the model computes something else than its class, or its "
+            f"rounding explains at most {allowed:g}: part of the model does not compute what its class does, or its "
             "values are beyond the range of the precision. Use another precision, or the model itself."
         )

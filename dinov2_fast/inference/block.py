@@ -1,10 +1,10 @@
-"""A transformer block of the engine: six steps, LayerScale folded away, the residual stream updated in place.
+"""A transformer block of the engine, which updates the residual stream x in place.
 
-    x += proj(attention(qkv(norm1(x))))        gamma of LayerScale is in the weight and bias of proj
+    x += proj(attention(qkv(norm1(x))))        LayerScale is folded into the weight and bias of proj
     x += down(act(up(norm2(x))))               and of down; act is GELU or SwiGLU, in the epilogue of up
 
-Which implementation of a step runs is for the tables in `ops/` to say. Where proj and down have no room for a bias, x
-lacks the biases so far, and the norms add them (:class:`Deferred`).
+The tables in `ops/` say which implementation runs each step. Where proj and down run without a bias, x lacks the biases
+of all steps so far, and the norms add them (:class:`DeferredBiases`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from dinov2_fast import ops
 from dinov2_fast.block import Block
-from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, Layout, expect, fold_linear, gamma_of
+from dinov2_fast.inference.checks import expect
+from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, fold_linear, gamma_of
+from dinov2_fast.inference.linear_layout import LinearLayout
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import Bound
-from dinov2_fast.timm_layers import TimmAttention
+from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
 def _plain_attention(attention: nn.Module, name: str) -> Attention:
-    """`attention`, if it is softmax attention alone."""
+    """Returns `attention` if it normalises neither queries nor keys.
+
+    Raises:
+        TypeError: it does, or it is of another class.
+    """
     known: Attention = expect(attention, name, Attention, TimmAttention)
     if isinstance(known, TimmAttention):
         for norm in ("q_norm", "k_norm"):
@@ -34,9 +40,10 @@ def _plain_attention(attention: nn.Module, name: str) -> Attention:
 
 
 class FoldedAttention(FoldedModule):
-    """Self-attention, with the LayerScale behind it.
+    """Self-attention, with the LayerScale behind it folded in.
 
-    `out_scale` is that of what `attend` gives in e4m3; None for the dtype of `qkv`.
+    Attributes:
+        out_scale: the scale of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`.
     """
 
     out_scale: float | None = None
@@ -56,18 +63,18 @@ class FoldedAttention(FoldedModule):
         return self._modules["qkv"].forward(x).unflatten(-1, (3, self.num_heads, -1))
 
     def add_to_(self, stream: Tensor, x: Tensor, seq_lens: tuple[int, ...] | None) -> None:
-        """Adds the branch for the norm `x` to `stream`, both (batch, seq_len, hidden); see `Attention.forward`."""
+        """Adds the attention's output for the normalised `x` to `stream`, both (batch, seq_len, hidden)."""
         self._modules["proj"].add_to_(stream, self.attend(self.project_qkv(x), seq_lens).flatten(-2))
 
     def attend(self, qkv: Tensor, seq_lens: tuple[int, ...] | None) -> Tensor:
-        """What `proj` reads, (batch, seq_len, heads, head_dim)."""
+        """Softmax attention, (batch, seq_len, heads, head_dim); `seq_lens` as in `Attention.forward`."""
         if seq_lens is None:
             return self._batch(qkv, None, 0.0, self.out_scale)
         return self._varlen(qkv[0], seq_lens, 0.0, self.out_scale)[None]
 
 
 class FoldedMlp(FoldedModule):
-    """Feed-forward network, with the LayerScale behind it."""
+    """Feed-forward network, with the LayerScale behind it folded in."""
 
     def __init__(self, mlp: nn.Module, gamma: Tensor | None, name: str, dtype: torch.dtype, interleaved: bool) -> None:
         super().__init__()
@@ -82,15 +89,16 @@ class FoldedMlp(FoldedModule):
             self.down = fold_linear(mlp.fc2, f"{name}.fc2", dtype, gamma)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
-        """Adds the branch for the norm `x` to `stream`, both (..., hidden)."""
+        """Adds the network's output for the normalised `x` to `stream`, both (..., hidden)."""
         up = self._modules["up"]
         self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
 
 
-class Deferred(FoldedModule):
-    """The biases that `proj` and `down` have left out of the residual stream where a block reads it, and at its end.
+class DeferredBiases(FoldedModule):
+    """Sums of the biases of `proj` and `down` that the residual stream lacks, at three places of a block.
 
-    Each is (hidden,), in fp32, or None for none.
+    The places are the input of `norm1`, the input of `norm2` and the `end` of the block. Each sum is (hidden,), in
+    fp32, or None if the stream lacks none.
     """
 
     def __init__(self, norm1: Tensor | None = None, norm2: Tensor | None = None, end: Tensor | None = None) -> None:
@@ -99,7 +107,7 @@ class Deferred(FoldedModule):
             self.register_buffer(name, None if biases is None else biases.float())
 
     def restore_(self, x: Tensor) -> Tensor:
-        """Adds to the stream `x` behind the block what it lacks there."""
+        """Adds the biases that the stream `x` lacks at the end of the block."""
         end = self._buffers["end"]
         return x if end is None else x.add_(end)
 
@@ -109,48 +117,55 @@ class FoldedBlock(FoldedModule):
 
     Args:
         block: the model's.
-        name: of it, for errors.
-        dtype: of the linears and what they read.
-        stream: of the residual stream.
+        name: its name in error messages.
+        dtype: of the linears and of what they read.
+        residual_dtype: of the residual stream.
         layout: of the linears.
     """
 
-    def __init__(self, block: Any, name: str, dtype: torch.dtype, stream: torch.dtype, layout: Layout) -> None:
+    def __init__(
+        self, block: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype, layout: LinearLayout
+    ) -> None:
         super().__init__()
         expect(block, name, Block)
         for part in ("drop_path1", "drop_path2"):
             expect(getattr(block, part), f"{name}.{part}", DropPath, nn.Identity)
         attention = _plain_attention(block.attn, f"{name}.attn")
-        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, stream)
+        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, residual_dtype)
         self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
-        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, stream)
+        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, residual_dtype)
         self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype, layout.interleaved)
-        self.deferred, self.deferred_alone = Deferred(), Deferred()
+        self.deferred = DeferredBiases()  # of all blocks up to this one
+        self.deferred_alone = DeferredBiases()  # of this block, for calls of it alone
 
     def defer_biases(self, before: Tensor | None) -> Tensor | None:
-        """Takes the biases out of `proj` and `down`.
+        """Takes the biases out of `proj` and `down`, and keeps their sums for the norms.
 
         Args:
-            before: the sum of those that the blocks before have left out of the stream, (hidden,), fp64, or None.
+            before: the sum of the biases that the blocks before this one left out, (hidden,), fp64, or None.
 
         Returns:
-            The same behind this block.
+            The same sum after this block.
         """
         own = [_take_bias(linear) for linear in (self.attn.proj, self.mlp.down)]
         norm2 = _sum(before, own[0])
         end = _sum(norm2, own[1])
-        self.deferred, self.deferred_alone = Deferred(before, norm2, end), Deferred(None, own[0], _sum(*own))
+        self.deferred = DeferredBiases(before, norm2, end)
+        self.deferred_alone = DeferredBiases(None, own[0], _sum(*own))
         return end
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output for the residual stream `x` (batch, seq_len, hidden), which is left as it is."""
+        """The block's output for the residual stream `x` (batch, seq_len, hidden), which is not written to."""
         return self.deferred_alone.restore_(self.update_(x.clone(), None, self.deferred_alone))
 
-    def update_(self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: Deferred | None = None) -> Tensor:
-        """Adds both branches to the stream `x` in place.
+    def update_(
+        self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: DeferredBiases | None = None
+    ) -> Tensor:
+        """Adds both branches to the stream `x` in place. After it `x` lacks `deferred.end`.
 
-        The norms add the biases that `x` lacks, by default those that all blocks up to here have left out. Behind the
-        block `x` lacks `deferred.end`. With `seq_lens`, `x` (1, total_tokens, hidden) holds sequences of those lengths.
+        Args:
+            x: (batch, seq_len, hidden), or with `seq_lens` (1, total_tokens, hidden), sequences of those lengths.
+            deferred: the biases that `x` lacks, by default those of all blocks up to this one.
         """
         parts = self._modules
         lacking = (deferred or parts["deferred"])._buffers
@@ -159,9 +174,9 @@ class FoldedBlock(FoldedModule):
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
-        """The CLS token alone of the block's output, (batch, hidden), without computing the others.
+        """The CLS token of the block's output, (batch, hidden), without computing the other tokens.
 
-        The keys and values of the other tokens are never made, see `ops.attention_pool`.
+        The keys and values of the other tokens are not computed either, see `ops.attention_pool`.
         """
         norm, qkv = self.norm1, self.attn.qkv
         weight, bias = norm.weight.to(norm.dtype), norm.bias.to(norm.dtype)
@@ -172,13 +187,13 @@ class FoldedBlock(FoldedModule):
         return self.deferred_alone.restore_(row)
 
     def op_names(self) -> dict[torch.dtype, set[str]]:
-        """The forms of ops that it runs in each dtype, but for the CLS token's own."""
+        """The forms of ops that the block runs, by dtype, without those for the CLS token alone."""
         linears = {"linear.none", "linear.swiglu" if self.mlp.gated else "linear.gelu", "linear.residual"}
         return {self.norm1.dtype: {"layer_norm.plain", "attention.batch", "attention.varlen", *linears}}
 
 
 def _take_bias(linear: Any) -> Tensor | None:
-    """The bias of a folded linear, which then has none: the rounded bias, in fp64 for the sums."""
+    """Removes the bias of a folded linear and returns it, as it was rounded, in fp64."""
     bias, linear.bias = linear.bias, None
     return None if bias is None else bias.double()
 
@@ -198,14 +213,14 @@ def cls_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """What a block's attention gives the first token (CLS), before the output projection.
+    """The output of a block's attention for the first token (CLS), before the output projection.
 
     Args:
-        x: (batch, seq_len, hidden), the residual stream that enters the block.
-        norm_weight, norm_bias, eps: of the block's first norm; (hidden,).
+        x: (batch, seq_len, hidden), the block's input.
+        norm_weight, norm_bias, eps: of the block's first norm, (hidden,).
         qkv_weight: (3 * hidden, hidden), the packed projection.
         qkv_bias: (3 * hidden,) or None.
-        num_heads: heads within each of queries, keys and values.
+        num_heads: the number of heads.
         backend: the implementation of `attention_pool` to use instead of the default.
 
     Returns:

@@ -1,5 +1,11 @@
-"""This package's speed inside models that exist already: `accelerate` and `restore`."""
+"""`accelerate` makes existing models of transformers, timm and torch.hub compute with this package's code."""
 
-from dinov2_fast.integrations.accelerate import Report, Row, accelerate, accelerated, restore
+from dinov2_fast.integrations.accelerate import (
+    AcceleratedGroup,
+    AccelerationReport,
+    accelerate,
+    acceleration_report,
+    unaccelerate,
+)
 
-__all__ = ["Report", "Row", "accelerate", "accelerated", "restore"]
+__all__ = ["AcceleratedGroup", "AccelerationReport", "accelerate", "acceleration_report", "unaccelerate"]

@@ -1,4 +1,4 @@
-"""`accelerate`: fast blocks inside a model of transformers, timm or torch.hub that exists already."""
+"""`accelerate`: this package's ops, and its engine, inside a model of transformers, timm or torch.hub."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from torch import nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.integrations.attached_engine import AttachedEngine
-from dinov2_fast.integrations.blocks import (
-    AcceleratedBlock,
-    accelerate_block,
-    face_of,
-    forget_verdicts,
-    reason_against,
-)
-from dinov2_fast.integrations.joining import Joined, separate
-from dinov2_fast.integrations.settings import path, settings_of
-from dinov2_fast.integrations.towers import AcceleratedTower, is_tower, make_engine
+from dinov2_fast.integrations.backbone import AcceleratedBackbone
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.block_check import accelerate_block, clear_check_cache, reason_against
+from dinov2_fast.integrations.changes import class_path, plain_attributes
+from dinov2_fast.integrations.class_swap import SwappedModule, swap_back
+from dinov2_fast.integrations.libraries import backbone_class_for, block_class_for
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -29,194 +25,208 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A group of blocks in a model, or a backbone with an engine.
+class AcceleratedGroup:
+    """The blocks of one list in a model, or a backbone with an engine.
 
-    `name` is its place in the model and `kind` its class; `accelerated` of `count` are accelerated, and `reasons` says
-    which are not and why.
+    Args:
+        name: its place in the model.
+        class_name: the class of the blocks or of the backbone.
+        accelerated: how many of them are accelerated.
+        count: how many there are.
+        reasons: which are not accelerated, wholly or in part, and why.
+        by_engine: whether it is a backbone with an engine.
     """
 
     name: str
-    kind: str
+    class_name: str
     accelerated: int
     count: int
     reasons: tuple[str, ...]
+    by_engine: bool = False
 
     def __str__(self) -> str:
-        line = f"{self.name or 'the model'}: {self.accelerated} of {self.count} {self.kind} accelerated"
+        what = "answered by an engine" if self.by_engine else "accelerated"
+        line = f"{self.name or 'the model'}: {self.accelerated} of {self.count} {self.class_name} {what}"
         return "\n  ".join([line, *self.reasons])
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
-    """What in a model is accelerated, and what is not and why; print it."""
+class AccelerationReport:
+    """What is accelerated in a model, and what is not and why. Print it to read it."""
 
-    rows: tuple[Row, ...]
+    groups: tuple[AcceleratedGroup, ...]
 
     def __repr__(self) -> str:
-        return "\n".join(map(str, self.rows)) or "no blocks of a DINOv2"
+        return "\n".join(map(str, self.groups)) or "no DINOv2 blocks"
 
 
 def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     """Makes the DINOv2 blocks inside `model` compute with this package's ops.
 
-    It takes the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
-    `VisionTransformer` and of Meta's torch.hub models and copies of them, alone or as towers inside larger models: any
-    block that has their parts and computes the same, which is tried on copies with random weights. The object stays the
-    same, and so do its parameters, state dict, hooks, `forward` and outputs. It can be trained, compiled, copied and
-    saved as before, be given adapters before or after, and be sharded afterwards. Everything else in the model is left
-    alone. Calls with masks or lists of images run the blocks' own code, and attention for which the user chose another
-    implementation than torch's runs in that. So does each part of a block from when it has hooks, or its class or an
-    attribute of it is changed, which ``print(dinov2_fast.accelerated(model))`` tells.
+    It accepts the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
+    `VisionTransformer`, and of Meta's torch.hub models and copies of them, also where such a backbone is the vision
+    tower of a larger model: any block that has their parts and computes the same, which is tried on copies with random
+    weights. Everything else in the model is left alone.
+
+    `model` stays the same object, with its parameters, state dict, hooks, `forward` and outputs. It can be trained,
+    compiled, copied and saved as before, take adapters before or after, and be sharded afterwards.
+
+    Some calls run the blocks' own code: those with masks or lists of images, and attention in another implementation
+    than torch's, if the user chose one. A part of a block runs its own code once it has hooks, or its class or an
+    attribute is changed. ``print(dinov2_fast.acceleration_report(model))`` shows this.
+
+    With `inference`, the engine of `optimize_for_inference` answers plain calls of the backbones in eval mode, through
+    their own `forward`. The outputs have the dtype of the model and the precision of the engine, and no gradient. The
+    accelerated blocks run instead where the engine does not answer:
+
+    - calls in training mode, with masks, of uint8 images, or for hidden states or attentions;
+    - compiled calls, and calls while modules inside the backbone have hooks;
+    - methods of a backbone that return something else than ours on a small image. This is compared when the engine is
+      made, and again whenever the weights or settings change.
+
+    The engine follows changes of weights and settings, but does not see writes through ``.data`` or a function that was
+    replaced in a Python module: call `accelerate` again after these.
 
     Args:
         model: already built and loaded; changed in place.
-        inference: also let the engine of `optimize_for_inference` answer plain calls of the backbones in eval mode,
-            through their own `forward`. Outputs have the dtype of the model and the precision of the engine, and carry
-            no gradient. Calls in training mode, with masks, of uint8 images, for hidden states or attentions,
-            compiled, or while hooks hang on modules inside, run the accelerated blocks instead. So do backbones whose
-            methods return something else than ours on a small image, tried when the engine is made and whenever a
-            setting changes. The engine follows weights and settings; after what it does not see (writes through
-            ``.data``, a function replaced in a Python module), call `accelerate` again.
-        **options: with `inference`, those of `optimize_for_inference`.
+        inference: also attach an engine to every backbone.
+        **options: with `inference`, the options of `optimize_for_inference`.
 
     Returns:
-        `model`. ``print(dinov2_fast.accelerated(model))`` says what was found in it.
+        `model`.
 
     Raises:
         TypeError: nothing in the model can be accelerated, or with `inference` no backbone can; the message says why.
         ValueError: `options` that `optimize_for_inference` refuses.
-        In either case the model is as it was.
+        In both cases the model is as it was.
     """
     if options and not inference:
         raise InvalidTypeError(f"{', '.join(options)}: the engine's options need inference=True.")
-    forget_verdicts()
-    taken = [block for name, block in _blocks(model) if _reason(block) is None]
-    if not taken:
-        raise InvalidTypeError(_nothing_to_take(model))
-    new = [block for block in taken if not isinstance(block, AcceleratedBlock)]
+    clear_check_cache()
+    blocks = [block for _, block in _blocks(model) if isinstance(block, AcceleratedBlock) or not reason_against(block)]
+    if not blocks:
+        raise InvalidTypeError(_why_nothing_is_accelerated(model))
+    new = [block for block in blocks if not isinstance(block, AcceleratedBlock)]
     for block in new:
         accelerate_block(block)
     try:
-        towers = _engines(model, options) if inference else []
+        engines = _make_engines(model, options) if inference else []
     except BaseException:
         for block in new:
-            separate(block)  # type: ignore[arg-type]  # its class is another one now
+            swap_back(block)  # type: ignore[arg-type]  # its class is another one now
         raise
-    for tower, engine in towers:
-        engine.attach(tower)
-    for row in accelerated(model).rows:
-        logger.log(logging.WARNING if row.reasons else logging.INFO, "%s", row)
+    for backbone, engine in engines:
+        engine.attach(backbone)
+    for group in acceleration_report(model).groups:
+        logger.log(logging.WARNING if group.reasons else logging.INFO, "%s", group)
     return model
 
 
-def restore(model: Model) -> Model:
+def unaccelerate(model: Model) -> Model:
     """Undoes `accelerate`: every block and backbone computes with the code of its own class again.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: after it was accelerated, FSDP or the like made classes of its own of the accelerated ones.
+        ValueError: FSDP or the like has subclassed the classes of accelerated blocks.
     """
     for module in list(model.modules()):
-        if isinstance(module, Joined):
-            separate(module)
+        if isinstance(module, SwappedModule):
+            swap_back(module)
     return model
 
 
-def accelerated(model: nn.Module) -> Report:
-    """What in `model` is accelerated: a row for each group of blocks, and for each backbone with an engine."""
-    forget_verdicts()
-    groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """What is accelerated in `model`: a group for each list of blocks, and one for each backbone with an engine."""
+    clear_check_cache()
+    lists: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for name, block in _blocks(model):
-        groups.setdefault((_group(name), type(block).__qualname__), []).append((name, block))
-    rows = [_row_of_blocks(name, kind, blocks) for (name, kind), blocks in groups.items()]
-    towers = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedTower)]
-    return Report((*rows, *(_row_of_tower(name, tower) for name, tower in towers)))
+        lists.setdefault((_list_name(name), type(block).__qualname__), []).append((name, block))
+    of_blocks = [_group_of_blocks(name, class_name, blocks) for (name, class_name), blocks in lists.items()]
+    backbones = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedBackbone)]
+    return AccelerationReport((*of_blocks, *(_group_of_backbone(name, backbone) for name, backbone in backbones)))
 
 
-def _row_of_blocks(name: str, kind: str, blocks: list[tuple[str, nn.Module]]) -> Row:
+def _group_of_blocks(name: str, class_name: str, blocks: list[tuple[str, nn.Module]]) -> AcceleratedGroup:
     names_by_reason: dict[str, list[str]] = {}
-    for place, block in blocks:
+    for block_name, block in blocks:
         for reason in _reasons(block):
-            names_by_reason.setdefault(reason, []).append(place)
-    reasons = tuple(f"{', '.join(places)}: {reason}" for reason, places in names_by_reason.items())
-    done = sum(isinstance(block, AcceleratedBlock) and block.is_unchanged() for _, block in blocks)
-    return Row(name, kind, done, len(blocks), reasons)
+            names_by_reason.setdefault(reason, []).append(block_name)
+    reasons = tuple(f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items())
+    accelerated = sum(isinstance(block, AcceleratedBlock) and block.is_unchanged() for _, block in blocks)
+    return AcceleratedGroup(name, class_name, accelerated, len(blocks), reasons)
 
 
 def _reasons(block: nn.Module) -> list[str]:
-    """Why it, or parts of it, run in their own code."""
+    """Why the block, or parts of it, run their own code."""
     if isinstance(block, AcceleratedBlock):
-        return list(block.own_code())
+        return list(block.own_code_reasons())
     return [reason_against(block) or "accelerate was not called"]
 
 
-def _row_of_tower(name: str, tower: AcceleratedTower) -> Row:
-    engine = tower.attached_engine
-    partly = (f"{method} runs its own code: it {why}" for method, why in engine.unanswered.items())
-    reasons = (engine.reason,) if engine.reason else tuple(partly)
-    return Row(name, f"{type(tower).__qualname__} by an engine", int(not engine.reason), 1, reasons)
+def _group_of_backbone(name: str, backbone: AcceleratedBackbone) -> AcceleratedGroup:
+    engine = backbone.attached_engine
+    unanswered = (f"{method} runs its own code: it {why}" for method, why in engine.unanswered.items())
+    reasons = (engine.reason,) if engine.reason else tuple(unanswered)
+    return AcceleratedGroup(name, type(backbone).__qualname__, int(not engine.reason), 1, reasons, by_engine=True)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have the parts of a block, accelerated or not, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
+        if isinstance(module, AcceleratedBlock) or block_class_for(module) is not None:
             yield name, module
 
 
-def _reason(block: nn.Module) -> str | None:
-    return None if isinstance(block, AcceleratedBlock) else reason_against(block)
-
-
-def _group(name: str) -> str:
-    """The place of the list that a block is in: "encoder.layer" for "encoder.layer.3"."""
+def _list_name(name: str) -> str:
+    """The name of the list that a block is in: "encoder.layer" for "encoder.layer.3"."""
     return re.sub(r"(^|\.)\d+(\.\d+)*$", "", name)
 
 
-def _engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, AttachedEngine]]:
+def _make_engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, AttachedEngine]]:
     """The backbones in `model` whose calls an engine can answer, each with its engine."""
     found: list[tuple[nn.Module, AttachedEngine]] = []
     reasons = []
     for name, module in model.named_modules():
-        if is_tower(module):
-            engine = make_engine(module, options)
+        backbone_class = backbone_class_for(module)
+        if backbone_class is not None:
+            engine = AttachedEngine(module, backbone_class, options)
             if engine.reason is None:
                 found.append((module, engine))
             else:
                 reasons.append(f"{name or 'the model'}: {engine.reason}")
     if not found:
-        why = "; ".join(reasons) or "its blocks are in no backbone whose calls are known here"
-        raise InvalidTypeError(f"inference=True cannot attach an engine to this {type(model).__name__}. {why}.")
+        why = "; ".join(reasons) or "its blocks are not in a backbone of a known class"
+        raise InvalidTypeError(f"inference=True cannot attach an engine to this {type(model).__name__}: {why}.")
     for reason in reasons:
         logger.warning("No engine is attached to %s", reason)
     return found
 
 
-def _nothing_to_take(model: nn.Module) -> str:
+def _why_nothing_is_accelerated(model: nn.Module) -> str:
     message = f"Nothing in this {type(model).__name__} can be accelerated"
-    rows = accelerated(model).rows
-    if rows:
-        return "\n".join([f"{message}:", *(reason for row in rows for reason in row.reasons)])
+    groups = acceleration_report(model).groups
+    if groups:
+        return "\n".join([f"{message}:", *(reason for group in groups for reason in group.reasons)])
     repeated = {type(m[0]) for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1}
-    if any(kind.__module__.startswith("dinov2_fast.") for kind in repeated):
+    if any(each.__module__.startswith("dinov2_fast.") for each in repeated):
         return f"{message}: it is a model of this package, which has these blocks already. See optimize_for_inference."
-    for unseen in _unseen_backbones(model):
-        return f"{message}: {unseen}, where it is no submodule. Call accelerate on that backbone itself."
-    has = ", ".join(sorted(path(kind) for kind in repeated)) or "none"
+    for place in _backbones_outside_submodules(model):
+        return f"{message}: it keeps a {place}, so it is not a submodule. Call accelerate on that backbone itself."
+    names = ", ".join(sorted(map(class_path, repeated))) or "none"
     return (
         f"{message}: it has no blocks of transformers' Dinov2 or Dinov2WithRegisters, of timm's VisionTransformer, or "
-        f"of Meta's DINOv2. The repeated modules it has are: {has}."
+        f"of Meta's DINOv2. Its repeated modules are: {names}."
     )
 
 
-def _unseen_backbones(model: nn.Module) -> Iterator[str]:
-    """Where modules with blocks stand in plain containers, which are no submodules."""
+def _backbones_outside_submodules(model: nn.Module) -> Iterator[str]:
+    """Where `model` keeps modules with blocks in plain containers."""
     for name, module in model.named_modules():
-        for attribute, value in settings_of(module).items():
+        for attribute, value in plain_attributes(module).items():
             values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
             for held in values:
                 if isinstance(held, nn.Module) and next(_blocks(held), None):
                     place = f"{name}.{attribute}".lstrip(".")
-                    yield f"it keeps a {type(held).__name__} in {place}, a plain {type(value).__name__}"
+                    yield f"{type(held).__name__} in {place}, a plain {type(value).__name__}"

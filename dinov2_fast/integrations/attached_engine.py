@@ -1,4 +1,4 @@
-"""The engine attached to a backbone of another library."""
+"""The engine that answers the calls of a backbone of another library."""
 
 from __future__ import annotations
 
@@ -12,95 +12,112 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
-from dinov2_fast.inference.fold import replaced_methods
-from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
-from dinov2_fast.integrations.blocks import AcceleratedBlock, face_of, reason_against
-from dinov2_fast.integrations.joining import ATTRIBUTE, has_own_forward, join, separate
-from dinov2_fast.integrations.settings import path
-from dinov2_fast.integrations.steps import is_exact_gelu, is_recorded_only, is_watched
+from dinov2_fast.inference.checks import replaced_methods
+from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
+from dinov2_fast.integrations.backbone import AcceleratedBackbone
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.block_check import reason_against
+from dinov2_fast.integrations.changes import class_path, has_hooks, has_only_recording_hooks
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_back, swap_class
+from dinov2_fast.integrations.libraries import block_class_for
+from dinov2_fast.integrations.module_ops import is_exact_gelu
 
 logger = logging.getLogger("dinov2_fast")
 
-_OUTSIDE = ("head.", "fc_norm.")  # keys of timm's model that are not its backbone's
-
 
 class AttachedEngine:
-    """The engine of our model on the weights of a backbone, or the `reason` why there is none now.
+    """An engine on the weights of a backbone. It is made anew when the backbone changes.
 
-    `unanswered` holds the methods that run their own code all the same, and why. It is no submodule, so that parameters
-    and state dict stay the backbone's own. A copy or pickle makes the engine anew.
+    It is not a submodule, so parameters and state dict stay the backbone's own. A copy or pickle makes its own engine.
 
     Args:
-        tower: the backbone.
-        face: the subclass of `AcceleratedTower` for it.
-        options: those of `optimize_for_inference`. Its `follow_weights` is about the weights and settings of `tower`.
+        backbone: the backbone.
+        backbone_class: the mixin that accelerates it.
+        options: those of `optimize_for_inference`. `follow_weights` is about the weights and attributes of `backbone`.
+
+    Attributes:
+        reason: why there is no engine now, or None.
+        unanswered: by their name, the methods that run their own code although there is an engine, and why.
 
     Raises:
         ValueError: options that `optimize_for_inference` refuses.
     """
 
-    def __init__(self, tower: nn.Module, face: Any, options: dict[str, Any]) -> None:
-        self._face = face
-        self._follows = options.get("follow_weights", True)
-        self._options = {**options, "follow_weights": False}  # what the engine is made of is watched in `tower`
-        self._make(tower)
+    def __init__(self, backbone: nn.Module, backbone_class: type[AcceleratedBackbone], options: dict[str, Any]) -> None:
+        self._backbone_class = backbone_class
+        self._follows_weights = options.get("follow_weights", True)
+        # The engine need not watch the model that it is made of: its weights are those of `backbone`.
+        self._options = {**options, "follow_weights": False}
+        self._make(backbone)
 
-    def attach(self, tower: nn.Module) -> None:
-        """Answers the plain calls of `tower` from now on."""
-        tower.__dict__[ATTRIBUTE] = self
-        if not isinstance(tower, self._face):
-            join(tower, self._face)
-        self._remember(tower)
+    def attach(self, backbone: nn.Module) -> None:
+        """Answers the plain calls of `backbone` from now on."""
+        backbone.__dict__[STATE_ATTRIBUTE] = self
+        if not isinstance(backbone, self._backbone_class):
+            swap_class(backbone, self._backbone_class)
+        self._watch_changes(backbone)
 
-    def answer(self, tower: nn.Module, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any:
-        """What `ask` gets from the engine for the weights that `tower` has now; None if none answers `method`.
+    def answer(self, backbone: nn.Module, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any:
+        """The engine's outputs for the present weights of `backbone`; None if it does not answer `method`.
 
         Args:
-            device: where `tower` computes.
+            ask: calls the engine that it is given.
+            device: where `backbone` computes.
         """
         if self._comparing:
-            self._asked = True
+            self._was_asked = True
             return None if self._compared is None else ask(self._compared)
         if self._outdated:
-            self._renew(tower)
+            self._renew(backbone)
 
         def run() -> Any:
             return None if self._engine is None or method in self.unanswered else ask(self._engine)
 
         if self._watch is None:
             return run()
-        return run_up_to_date(run, self._watch.changed, lambda: self._renew(tower), device)
+        return run_up_to_date(run, self._watch.changed, lambda: self._renew(backbone), device)
 
-    def _renew(self, tower: nn.Module) -> None:
-        self._make(tower)
-        self._remember(tower)
+    def _renew(self, backbone: nn.Module) -> None:
+        self._make(backbone)
+        self._watch_changes(backbone)
         if self.reason:
-            logger.warning("The accelerated blocks run in place of the engine: %s", self.reason)
+            logger.warning("The accelerated blocks run instead of the engine: %s", self.reason)
 
-    def _remember(self, tower: nn.Module) -> None:
-        self._outdated = tower.training  # in which it was not compared
-        self._watch = ModelWatch(tower) if self._follows and not tower.training else None
+    def _watch_changes(self, backbone: nn.Module) -> None:
+        self._outdated = backbone.training  # the calls are not compared in training mode
+        self._watch = WeightWatch(backbone) if self._follows_weights and not backbone.training else None
 
-    def _make(self, tower: nn.Module) -> None:
+    # Making the engine
+
+    def _make(self, backbone: nn.Module) -> None:
         self._engine: Engine | None = None
         self._comparing, self._compared = False, None
         self.unanswered: dict[str, str] = {}
-        self.reason = _reason_against(tower) or self._face.refuses(tower)
+        self.reason = _reason_against_engine(backbone) or self._backbone_class.refuses(backbone)
         if self.reason is None:
             try:
-                model = _ours(tower, self._face)
+                model = self._make_model(backbone)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 self.reason = f"its weights or settings are not those of a DINOv2 ({error})"
             else:
-                self._make_engine(tower, model)
+                self._make_engine(backbone, model)
 
-    def _make_engine(self, tower: nn.Module, model: nn.Module) -> None:
-        if _eps_of(tower) != _eps_of(model):
-            self.reason = f"its norms have eps {_eps_of(tower)} in place of {_eps_of(model)}"
+    def _make_model(self, backbone: Any) -> nn.Module:
+        """Our model on the weights of `backbone`, which it shares where both pack them alike."""
+        head = self._backbone_class.head_keys
+        weights = {key: tensor for key, tensor in backbone.state_dict().items() if not key.startswith(head)}
+        with torch.device("meta"):
+            model = self._backbone_class.make_model(backbone, weights)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    def _make_engine(self, backbone: nn.Module, model: nn.Module) -> None:
+        if _eps_of(backbone) != _eps_of(model):
+            self.reason = f"its norms have eps {_eps_of(backbone)} instead of {_eps_of(model)}"
             return
-        if not tower.training:
-            self._compare(tower, model)
-        if all(method in self.unanswered for method, _ in self._face.trials):
+        if not backbone.training:
+            self._compare(backbone, model)
+        if all(method in self.unanswered for method, _ in self._backbone_class.compared_calls):
             self.reason = "; ".join(f"its {method} {why}" for method, why in self.unanswered.items())
             return
         try:
@@ -108,37 +125,39 @@ class AttachedEngine:
         except TypeError as error:
             self.reason = str(error)
 
-    def _compare(self, tower: Any, model: Any) -> None:
-        """Calls the methods of `tower` on a small image, by their own code and answered by `model`."""
-        image = small_image(model.patch_embed, self._face.only_size(tower)).to(model.cls_token)
-        with torch.no_grad(), self._joined(tower):
-            for method, arguments in self._face.trials:
-                self._asked = False
-                answers = [self._tried(tower, method, image, arguments, by) for by in (model, None)]
-                why = mismatch(answers[0], answers[1], TOLERANCES[image.dtype]) if self._asked else "needs no engine"
+    def _compare(self, backbone: Any, model: Any) -> None:
+        """Calls the methods of `backbone` on a small image twice: answered by `model`, and with their own code."""
+        image = small_image(model.patch_embed, self._backbone_class.fixed_image_size(backbone)).to(model.cls_token)
+        with torch.no_grad(), self._temporarily_attached(backbone):
+            for method, arguments in self._backbone_class.compared_calls:
+                self._was_asked = False
+                ours, theirs = (self._result_of(backbone, method, image, arguments, by) for by in (model, None))
+                why: str | None = "calls nothing that an engine answers"
+                if self._was_asked:
+                    why = mismatch(ours, theirs, TOLERANCES[image.dtype])
                 if why:
                     self.unanswered.setdefault(method, why)
 
     @contextmanager
-    def _joined(self, tower: Any) -> Iterator[None]:
-        """Answers the calls of `tower` inside, also where it is not accelerated yet or by another engine."""
-        before = tower.__dict__.get(ATTRIBUTE)
-        tower.__dict__[ATTRIBUTE] = self
+    def _temporarily_attached(self, backbone: Any) -> Iterator[None]:
+        """Inside, `backbone` asks this engine, whether it was accelerated before or not."""
+        before = backbone.__dict__.get(STATE_ATTRIBUTE)
+        backbone.__dict__[STATE_ATTRIBUTE] = self
         if before is None:
-            join(tower, self._face)
+            swap_class(backbone, self._backbone_class)
         try:
             yield
         finally:
             if before is None:
-                separate(tower)
+                swap_back(backbone)
             else:
-                tower.__dict__[ATTRIBUTE] = before
+                backbone.__dict__[STATE_ATTRIBUTE] = before
 
-    def _tried(self, tower: Any, method: str, image: Tensor, arguments: dict[str, Any], by: Any) -> Any:
-        """What a call of `tower` returns, or raises, when `by` answers it; with None, by its own code."""
+    def _result_of(self, backbone: Any, method: str, image: Tensor, arguments: dict[str, Any], by: Any) -> Any:
+        """What a call of `backbone` returns or raises if `by` answers it, or with its own code if `by` is None."""
         self._comparing, self._compared = True, by
         try:
-            return getattr(tower, method)(image, **arguments)
+            return getattr(backbone, method)(image, **arguments)
         except Exception as error:
             return error
         finally:
@@ -149,35 +168,35 @@ class AttachedEngine:
         return {**vars(self), **remade}
 
 
-def _reason_against(tower: Any) -> str | None:
+def _reason_against_engine(backbone: Any) -> str | None:
     """Why no engine can answer for this backbone, or None."""
-    if any(tensor.is_meta for tensor in tower.state_dict().values()):
+    if any(tensor.is_meta for tensor in backbone.state_dict().values()):
         return "its weights are on the meta device: load them first"
-    for name, module in tower.named_modules():
+    for name, module in backbone.named_modules():
         replaced = set(replaced_methods(module))
-        if module is tower and has_own_forward(module):  # it may call the methods that an engine answers
+        if module is backbone and has_own_forward(module):  # it may call the methods that an engine answers
             replaced.discard("forward")
-            watched = bool(module._forward_hooks or module._forward_pre_hooks)
+            hooked = bool(module._forward_hooks or module._forward_pre_hooks)
         else:
-            watched = is_watched(module) and not is_recorded_only(module)
-        if watched:
-            return f"{name or 'it'} has a hook or a forward of its own, which an engine would pass over"
+            hooked = has_hooks(module) and not has_only_recording_hooks(module)
+        if hooked:
+            return f"{name or 'it'} has a hook, or a forward set on the instance, which an engine would skip"
         if replaced:
-            return f"{name or 'it'} has a {min(replaced)} of its own, set on the instance"
-        if not _is_home(module, tower):
-            return f"{name} is a {path(type(module))}, which no engine knows: merge it into the weights, or remove it"
-    for name, module in tower.named_modules():
-        if isinstance(module, AcceleratedBlock) or face_of(module) is not None:
+            return f"its {f'{name}.{min(replaced)}'.lstrip('.')} was set on the instance"
+        if not _is_of_same_library(module, backbone):
+            return f"{name} is a {class_path(type(module))}: merge it into the weights, or remove it"
+    for name, module in backbone.named_modules():
+        if isinstance(module, AcceleratedBlock) or block_class_for(module) is not None:
             reason = module.change() if isinstance(module, AcceleratedBlock) else reason_against(module)
             if reason or not _has_known_activation(module.mlp):
                 return f"{name}: {reason or 'its activation is neither the exact GELU nor SwiGLU'}"
     return None
 
 
-def _is_home(module: nn.Module, tower: nn.Module) -> bool:
-    """Whether the class of `module` is torch's or of the library that `tower` is of."""
+def _is_of_same_library(module: nn.Module, backbone: nn.Module) -> bool:
+    """Whether the class of `module` belongs to torch or to the library of `backbone`."""
     home = type(module).__module__
-    return home.startswith("torch.nn.modules.") or home.split(".")[0] == type(tower).__module__.split(".")[0]
+    return home.startswith("torch.nn.modules.") or home.split(".")[0] == type(backbone).__module__.split(".")[0]
 
 
 def _has_known_activation(mlp: Any) -> bool:
@@ -186,15 +205,6 @@ def _has_known_activation(mlp: Any) -> bool:
     if gated:
         return all(type(module).__name__ in ("SiLU", "SiLUActivation") for module in inside)
     return all(is_exact_gelu(module) for module in inside)
-
-
-def _ours(tower: Any, face: Any) -> nn.Module:
-    """Our model on the weights of `tower`, which it shares where the layouts pack them alike."""
-    weights = {key: tensor for key, tensor in tower.state_dict().items() if not key.startswith(_OUTSIDE)}
-    with torch.device("meta"):
-        model = face.make(tower, weights)
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
 
 
 def _eps_of(model: nn.Module) -> list[float]:

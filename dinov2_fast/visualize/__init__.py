@@ -1,4 +1,7 @@
-"""Sheets of what a model finds in images: patch features as colours, attention maps, nearest neighbours."""
+"""Drawing what a model finds in images: patch features as colours, attention maps, nearest neighbours.
+
+The names below draw arrays and know no model. `show` runs a model or reads stored features, and writes the sheets.
+"""
 
 from dinov2_fast.visualize.attention import attention_rgb
 from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips

@@ -1,4 +1,4 @@
-"""Strips of tiles for `save_sheet`: an image beside its PCA, beside its attention maps, beside its neighbours."""
+"""Strips of tiles for `save_sheet`: each image beside its PCA colours, its attention maps or its neighbours."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def pca_strips(names: Sequence[str], images: Sequence[Image.Image], colours: Map
     """Each image and its colours.
 
     Args:
-        names, images: a row for each image.
-        colours: block -> (images, rows, columns, 3) from `pca_rgb`; the maps are labelled where there are several.
+        names, images: one for each strip.
+        colours: block -> (images, rows, columns, 3) from `pca_rgb`. Several blocks are labelled.
     """
     strips = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
@@ -35,17 +35,17 @@ def pca_strips(names: Sequence[str], images: Sequence[Image.Image], colours: Map
 def attention_strips(
     names: Sequence[str],
     images: Sequence[Image.Image],
-    attention: Mapping[int, Sequence[Any]],
+    attention: Mapping[int, Sequence[Any] | NDArray[Any]],
     grid: tuple[int, int],
     heads: Sequence[int],
 ) -> Strips:
-    """Each image, the mean of all heads' attention maps, and the maps of chosen heads; a strip for each block.
+    """Each image, the mean attention map of all heads, and the maps of chosen heads; one strip for each block.
 
     Args:
-        names, images: a row for each image.
-        attention: block -> for each image (all heads, patches), as arrays.
+        names, images: one for each image.
+        attention: block -> for each image an array (all heads, patches).
         grid: (rows, columns) of patches.
-        heads: indices.
+        heads: indices of the heads whose maps are drawn.
     """
     strips = []
     texts = ["mean of all heads", *(f"head {head}" for head in heads)]
@@ -65,7 +65,7 @@ def neighbour_strips(
     neighbours: NDArray[np.int64],
     cosines: NDArray[np.float32],
 ) -> Strips:
-    """Each of some images and its neighbours, with their cosines.
+    """Each chosen image and its neighbours, with their cosines.
 
     Args:
         names, images: by row.

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 PERCENTILES = (1.0, 99.0)
 
 _FORMAT = "dinov2_fast PCA basis 1"
-_FLAT = 1e-9  # a component with a smaller share of the variance than this is rounding noise
+_FLAT = 1e-9  # a component with a smaller share of the variance is rounding noise
 
 
 def pca_rgb(
@@ -32,10 +32,10 @@ def pca_rgb(
 ) -> NDArray[np.uint8]:
     """The first three principal components of patch features as red, green and blue.
 
-    One PCA serves the whole batch, so equal colours mean equal features across its images; a `PcaBasis` keeps it for
-    other images. The sign of a component is fixed by its largest loading, which is positive. Each component is
-    stretched between two percentiles of its values, so that a few outliers (high-norm patches) do not decide the
-    colours; one without variance is mid-grey.
+    One PCA serves the whole batch, so equal colours mean equal features across its images; use a `PcaBasis` to apply it
+    to other images. The sign of each component makes its largest loading positive. Each component is scaled between two
+    percentiles of its values, so that a few outliers (high-norm patches) do not decide the colours. A component without
+    variance is mid-grey.
 
     Args:
         features: patch tokens, a tensor or array (patches, dim), (batch, patches, dim) or (batch, height, width, dim);
@@ -43,8 +43,8 @@ def pca_rgb(
         grid: (height, width) in patches where the tokens are flat and the image is not square.
         foreground: ``"threshold"`` separates foreground from background by the sign of a first PCA's first component,
             as in the DINOv2 paper (Oquab et al., 2023): the side that is rarer on the border of the images than
-            elsewhere is the foreground, and a second PCA sees it alone. A boolean array (batch, height, width) or
-            (batch, patches) names the foreground instead. The background is black.
+            elsewhere is the foreground, and a second PCA is made of the foreground only. A boolean array
+            (batch, height, width) or (batch, patches) gives the foreground instead. The background is black.
         percentiles: the values that become 0 and 255.
 
     Returns:
@@ -59,14 +59,14 @@ def pca_rgb(
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """Principal components: the `mean` (dim,) of samples, and `directions` (dim, count), zeros for no variance."""
+    """Principal components: the `mean` (dim,) of the samples, and `directions` (dim, count), 0 without variance."""
 
     mean: Array
     directions: Array
 
     @classmethod
     def of(cls, samples: Array, count: int) -> Components:
-        """The `count` leading ones of samples (samples, dim)."""
+        """The `count` leading components of samples (samples, dim)."""
         mean = samples.mean(axis=0)
         centred = samples - mean
         values, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
@@ -77,13 +77,13 @@ class Components:
         return cls(mean, np.where(values > noise, vectors, 0.0))
 
     def scores(self, samples: Array) -> Array:
-        """(samples, dim) -> (samples, count)."""
+        """The coordinates of samples (samples, dim), as (samples, count)."""
         return (samples - self.mean) @ self.directions
 
 
 @dataclass(frozen=True, eq=False)
 class PcaBasis:
-    """A PCA of patch features, to give other images the colours of those that it was made of.
+    """A PCA of patch features, which gives other images the same colours.
 
     ::
 
@@ -92,11 +92,11 @@ class PcaBasis:
         basis.save("basis.safetensors")
 
     Attributes:
-        components: three.
+        components: the three components.
         low, high: (3,), the scores that become 0 and 255.
-        foreground: one component, positive on the foreground; None if nothing is background.
-        about: what the features are of. `dinov2-fast show` writes and compares "model", "weights" (their SHA-256) and
-            "block" (0 is the first).
+        foreground: one component, positive on the foreground; None if all patches are foreground.
+        about: where the features came from. `dinov2-fast show` writes and compares "model", "weights" (their SHA-256)
+            and "block" (0 is the first).
     """
 
     components: Components
@@ -115,7 +115,7 @@ class PcaBasis:
         percentiles: tuple[float, float] = PERCENTILES,
         about: Mapping[str, str] | None = None,
     ) -> PcaBasis:
-        """The basis by which `pca_rgb` colours these features; arguments and errors are the same."""
+        """The basis that `pca_rgb` uses for these features; arguments and errors are the same."""
         tokens = _tokens(features, grid)
         if isinstance(foreground, str):
             foreground = _threshold(tokens, foreground)
@@ -128,11 +128,14 @@ class PcaBasis:
         return cls(components, low, high, separates, dict(about or {}))
 
     def rgb(self, features: Any, grid: tuple[int, int] | None = None, *, foreground: Any = None) -> NDArray[np.uint8]:
-        """The colours of patch features, as `pca_rgb` takes and returns them; equal features have equal colours.
+        """The colours of patch features; equal features have equal colours.
 
         Args:
-            features, grid: as for `pca_rgb`; any number of patches.
-            foreground: a boolean array that names the foreground in place of the basis.
+            features, grid: as for `pca_rgb`, with any number of patches.
+            foreground: a boolean array that gives the foreground, in place of the basis's.
+
+        Returns:
+            (batch, height, width, 3) uint8.
 
         Raises:
             ValueError: a wrong rank or grid, features of another number of dimensions than the basis, NaN or infinity.
@@ -140,8 +143,8 @@ class PcaBasis:
         tokens = _tokens(features, grid)
         if tokens.shape[-1] != len(self.components.mean):
             raise InvalidValueError(
-                f"The basis is of features of {len(self.components.mean)} dimensions, and these have "
-                f"{tokens.shape[-1]}. Give features of the model and block that it was made of."
+                f"The basis is of features with {len(self.components.mean)} dimensions, and these have "
+                f"{tokens.shape[-1]}. Give features of the model and block that the basis was made of."
             )
         shown = _shown(tokens, self.foreground if foreground is None else foreground)
         scores, spread = self.components.scores(tokens[shown]), self.high - self.low
@@ -151,7 +154,7 @@ class PcaBasis:
         return rgb
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; its folder is made.
+        """Writes a safetensors file; makes its folder.
 
         Raises:
             FileExistsError: there is a file already.
@@ -169,11 +172,11 @@ class PcaBasis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PcaBasis:
-        """What `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no file.
-            ValueError: it is no basis.
+            ValueError: the file is not a basis.
         """
         arrays, about = _read(path)
         components = Components(arrays["mean"], arrays["directions"])
@@ -184,7 +187,7 @@ class PcaBasis:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays in a basis' file, and what it is about."""
+    """The arrays in the file of a basis, and its `about`."""
     try:
         with safe_open(path, "numpy") as file:
             about, names = file.metadata() or {}, file.keys()
@@ -192,11 +195,15 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str
                 return {name: file.get_tensor(name) for name in names}, about
     except SafetensorError:
         pass
-    raise InvalidValueError(f"{os.fspath(path)!r} is no PCA basis; `dinov2-fast show --save-basis` writes one.")
+    raise InvalidValueError(f"{os.fspath(path)!r} is not a PCA basis; `dinov2-fast show --save-basis` writes one.")
 
 
 def check_new(path: str | os.PathLike[str]) -> Path:
-    """The path, if no file is there; raises as `PcaBasis.save` does."""
+    """The path.
+
+    Raises:
+        FileExistsError: there is a file already.
+    """
     if os.path.lexists(path):
         raise FileExistsError(f"{os.fspath(path)!r} exists already; choose another name for the basis.")
     return Path(path)
@@ -222,10 +229,11 @@ def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
 
 
 def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid, or that of a square image; raises `ValueError` if it does not hold the patches."""
     if grid is None:
         side = round(patches**0.5)
         if side * side != patches:
-            raise InvalidValueError(f"{patches} patches are no square; pass grid=(height, width).")
+            raise InvalidValueError(f"{patches} patches do not form a square; pass grid=(height, width).")
         return side, side
     if grid[0] * grid[1] != patches:
         raise InvalidValueError(f"A grid of {grid[0]} x {grid[1]} does not hold {patches} patches.")
@@ -233,7 +241,7 @@ def patch_grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _shown(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
-    """The patches that are not background, (batch, height, width), by a component, a boolean array or None (all)."""
+    """Which patches are foreground, (batch, height, width): by a component, a boolean array, or None for all."""
     shape = tokens.shape[:3]
     if foreground is None:
         return np.ones(shape, bool)
@@ -250,7 +258,7 @@ def _shown(tokens: Array, foreground: Any) -> NDArray[np.bool_]:
 
 
 def _threshold(tokens: Array, way: str) -> Components:
-    """The first component of a PCA of all patches, of the sign that is positive on the foreground."""
+    """The first component of a PCA of all patches, with the sign that is positive on the foreground."""
     if way != "threshold":
         raise InvalidValueError(f'foreground must be None, "threshold" or a boolean array, got {way!r}.')
     if tokens[..., 0].size < 4:

@@ -17,9 +17,9 @@ _TITLE_FONT, _TEXT_FONT = ImageFont.load_default(18), ImageFont.load_default(14)
 
 @dataclass(frozen=True)
 class Tile:
-    """One image on a sheet and the text under it, which runs on under the next tiles of its strip if they have none.
+    """One image on a sheet and the text under it, which may continue under following tiles without text.
 
-    `smooth` is False for maps of patches, whose squares stay squares when they are enlarged.
+    `smooth` is False for maps of patches, whose patches stay sharp squares when they are enlarged.
     """
 
     image: Image.Image
@@ -39,9 +39,9 @@ def save_sheet(
     """Draws strips of tiles as a PNG.
 
     Args:
-        path: of the PNG, which is replaced if it is there; its folder is made.
-        strips: what stands side by side, such as an image and its maps.
-        title, note: on top of the sheet, in large and in small letters.
+        path: of the PNG. A file there is replaced; the folder is made.
+        strips: tiles that stand side by side, such as an image and its maps.
+        title, note: texts on top of the sheet, in large and in small letters.
         columns: strips in one row of the sheet.
         height: of every image on the sheet, in pixels; the width keeps its shape.
 
@@ -97,7 +97,7 @@ def _scaled(tile: Tile, height: int) -> Image.Image:
 
 
 def _shortened(text: str, width: int) -> str:
-    """The text on one line, its middle left out where it is wider than `width` pixels."""
+    """The text on one line, with its middle left out if it is wider than `width` pixels."""
     text = " ".join(text.split())
     kept = len(text)
     shown = text

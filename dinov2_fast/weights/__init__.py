@@ -1,7 +1,1 @@
-"""Weights: finding, opening and loading checkpoints of any origin and layout."""
-
-from dinov2_fast.layouts import convert_state_dict
-from dinov2_fast.weights.errors import WeightsError
-from dinov2_fast.weights.load import load
-
-__all__ = ["WeightsError", "convert_state_dict", "load"]
+"""Weights: checkpoints of any origin and layout are found, opened, loaded, converted and saved."""

@@ -1,4 +1,4 @@
-"""What weights are of: the constructor arguments of the backbone that a checkpoint belongs to."""
+"""The architecture of a checkpoint: constructor arguments of its backbone, read from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import layouts
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.errors import WeightsError
 
-HEAD_DIM = 64  # of every published DINOv2
+HEAD_DIM = 64  # channels of an attention head in every published DINOv2
 MAX_BLOCKS = 1000
 _BLOCK_KEY = re.compile(r"blocks\.(\d{1,9})\.")
-# The rank of each tensor that sizes are read from.
+# The number of dimensions of the tensors from which sizes are read, where it is not 2.
 _RANKS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "register_tokens": 3}
 
 Size = int | Sequence[int]
@@ -27,17 +27,17 @@ Size = int | Sequence[int]
 def read_architecture(
     state_dict: Mapping[str, Any], config: Path | None = None, img_size: Size | None = None
 ) -> dict[str, Any]:
-    """Constructor arguments of the backbone these weights belong to, from the shapes of its tensors.
+    """Constructor arguments of the backbone that these weights belong to.
 
     Args:
         state_dict: weights in any layout.
-        config: a transformers ``config.json``, for the number of heads (otherwise heads of 64 channels are assumed) and
-            the size of image.
-        img_size: height and width in pixels, or one number for both, that the position table is for. It is needed only
-            where the table is not of a square and no config tells.
+        config: a transformers ``config.json`` with the number of heads and the image size. Without it heads of 64
+            channels are assumed.
+        img_size: the image size that the position table is for: height and width in pixels, or one number for both. It
+            is needed only if the table is not square and there is no config.
 
     Raises:
-        WeightsError: not the weights of a DINOv2.
+        WeightsError: these are not the weights of a DINOv2.
     """
     plan = plan_weights(state_dict)
     required = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
@@ -71,8 +71,8 @@ def read_architecture(
     }
 
 
-def _shape(plan: layouts.Plan, key: str) -> torch.Size:
-    """The shape of the own tensor `key`, if it has the rank that it must have, and is not empty."""
+def _shape(plan: layouts.ConversionPlan, key: str) -> torch.Size:
+    """The shape of the own tensor `key`, after a check of its number of dimensions and that it is not empty."""
     shape = read_tensor(plan, key).shape
     if len(shape) != _RANKS.get(key, 2) or not all(shape):
         raise WeightsError(
@@ -82,37 +82,37 @@ def _shape(plan: layouts.Plan, key: str) -> torch.Size:
     return shape
 
 
-def _depth(plan: layouts.Plan) -> int:
-    """The number of blocks, which must be there from the first to the last."""
+def _depth(plan: layouts.ConversionPlan) -> int:
+    """The number of blocks. Raises if one is missing between the first and the last."""
     found = {int(match[1]) for match in map(_BLOCK_KEY.match, plan.recipes) if match}
     if len(found) > MAX_BLOCKS:
-        raise WeightsError(f"These weights have {len(found)} blocks; at most {MAX_BLOCKS} are taken for a DINOv2's.")
+        raise WeightsError(f"These weights have {len(found)} blocks; a DINOv2 has at most {MAX_BLOCKS} here.")
     missing = next(i for i in range(len(found) + 1) if i not in found)
     if missing < len(found):
         raise WeightsError(
-            f"These weights have a block {max(found)} and no block {missing}: a part of the model is missing, or these "
+            f"These weights have a block {max(found)} but no block {missing}: a part of the model is missing, or these "
             "are not the weights of a DINOv2 backbone."
         )
     return len(found)
 
 
-def _img_size(positions: int, patch_size: int, told: Any) -> Size:
-    """The size of image that a table of so many positions is for: as `told` where that fits, else of a square."""
+def _img_size(positions: int, patch_size: int, stated: Any) -> Size:
+    """The image size for a table of `positions` patches: the stated size if it fits, otherwise a square."""
     if positions < 1:
-        raise WeightsError("These are not the weights of a DINOv2 backbone: pos_embed has no position of a patch.")
-    if _patches(told, patch_size) == positions:
-        return told
+        raise WeightsError("These are not the weights of a DINOv2 backbone: pos_embed has no positions of patches.")
+    if _patches(stated, patch_size) == positions:
+        return stated
     side = math.isqrt(positions)
     if side * side != positions:
         raise WeightsError(
-            f"The position table has {positions} positions, which is not a square grid. Give the size of image that it "
-            "is for: dinov2_fast.load(…, img_size=(height, width)), in pixels."
+            f"The position table has {positions} positions, which is not a square grid. Give the image size that it is "
+            "for, in pixels: dinov2_fast.load(…, img_size=(height, width))."
         )
     return patch_size * side
 
 
 def _patches(img_size: Any, patch_size: int) -> int:
-    """How many patches an image of that size has; 0 if it is no size."""
+    """The number of patches in an image of that size; 0 if `img_size` is no size."""
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         return 0
@@ -125,13 +125,12 @@ def _heads(fields: Mapping[str, Any], embed_dim: int, config: Path | None) -> in
         return max(embed_dim // HEAD_DIM, 1)
     if type(heads) is not int or heads < 1 or embed_dim % heads:
         raise WeightsError(
-            f"{config} has num_attention_heads {heads!r}, and the weights are {embed_dim} wide: it must be a number "
-            "that divides the width."
+            f"{config} has num_attention_heads {heads!r}, which must divide the hidden size {embed_dim} of the weights."
         )
     return heads
 
 
-def _read_ffn(plan: layouts.Plan, embed_dim: int) -> tuple[str, float, bool]:
+def _read_ffn(plan: layouts.ConversionPlan, embed_dim: int) -> tuple[str, float, bool]:
     """`ffn_layer`, `mlp_ratio` and `ffn_bias` of the first block."""
     for ffn_layer, name, factor in (("swiglufused", "w3", 1.5), ("mlp", "fc2", 1.0)):
         key = f"blocks.0.mlp.{name}.weight"
@@ -142,7 +141,7 @@ def _read_ffn(plan: layouts.Plan, embed_dim: int) -> tuple[str, float, bool]:
 
 
 def _ratio(hidden: int, embed_dim: int) -> float:
-    """The ratio that gives `hidden` when the model multiplies by it and rounds down."""
+    """The `mlp_ratio` from which the model computes `hidden`: it multiplies and rounds down."""
     ratio = hidden / embed_dim
     return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -153,44 +152,47 @@ def _read_config(config: Path | None) -> dict[str, Any]:
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{config} is no configuration of a model ({error}).") from error
+        raise WeightsError(f"{config} is no model configuration ({error}).") from error
     if not isinstance(fields, dict):
-        raise WeightsError(f"{config} is no configuration of a model: it holds a {type(fields).__name__}.")
+        raise WeightsError(f"{config} is no model configuration: it holds a {type(fields).__name__}.")
     return fields
 
 
-def plan_weights(state_dict: Mapping[str, Any]) -> layouts.Plan:
-    """`layouts.plan_conversion`, of a checkpoint: what is wrong with it is a `WeightsError`."""
+def plan_weights(state_dict: Mapping[str, Any]) -> layouts.ConversionPlan:
+    """`layouts.plan_conversion` of a checkpoint. Every error becomes a `WeightsError`."""
     try:
         return layouts.plan_conversion(state_dict)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"These are not the weights of one DINOv2 backbone: {error}") from error
 
 
-def read_tensor(plan: layouts.Plan, key: str) -> Tensor:
+def read_tensor(plan: layouts.ConversionPlan, key: str) -> Tensor:
     """The model's own tensor `key`.
 
     Raises:
-        WeightsError: it cannot be read or put together, or is no tensor of floating-point numbers.
+        WeightsError: it cannot be read or assembled, or is no floating-point tensor.
     """
     try:
         tensor = plan.read(key)
     except WeightsError:
         raise
     except (TypeError, RuntimeError, IndexError) as error:
-        raise WeightsError(f"{', '.join(plan.recipes[key].keys)} do not make up a {key} ({error}).") from error
+        raise WeightsError(f"{key} cannot be made from {', '.join(plan.recipes[key].keys)} ({error}).") from error
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise WeightsError(f"{key} must be a tensor of floating-point numbers, but these weights have {what}.")
+        raise WeightsError(f"{key} must be a floating-point tensor, but these weights have {what}.")
     _check_is_whole(key, tensor)
     return tensor
 
 
 def _check_is_whole(key: str, tensor: Tensor) -> None:
-    """Raises for a tensor that a small file can hold at any size; subclasses have storages of their own kind."""
+    """Raises for a sparse or expanded tensor: with those, a small file could fill the memory.
+
+    Subclasses of `Tensor` are not checked, since their storage may be of another kind.
+    """
     if type(tensor) not in (Tensor, nn.Parameter):
         return
     is_sparse = tensor.layout != torch.strided
     if is_sparse or tensor.nbytes > tensor.untyped_storage().nbytes():
         kind = "sparse" if is_sparse else "expanded from fewer values"
-        raise WeightsError(f"{key} {tuple(tensor.shape)} is {kind}. Save it as a dense tensor of all its values.")
+        raise WeightsError(f"{key} {tuple(tensor.shape)} is {kind}. Save it as a dense tensor with all its values.")

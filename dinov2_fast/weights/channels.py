@@ -1,24 +1,26 @@
-"""Published weights for images of another number of channels."""
+"""Filters of a patch embedding, adapted to images with another number of channels."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from dinov2_fast.layouts import log_once
+from dinov2_fast.logs import log_once
 
 
 def adapt_filters(filters: Tensor, in_chans: int) -> Tensor:
     """The filters of a patch embedding for another number of channels, as timm adapts them.
 
-    One channel takes the sum over all: a gray image gives what it gave as three equal channels. For more, or fewer, the
-    filters are repeated in turn and scaled so that equal channels give what they gave. It is logged once.
+    For one channel the filters are summed, so a gray image gives the same result as three equal channels. For other
+    numbers they are repeated in turn and scaled, so that images of equal channels give the same result as before. A
+    warning is logged once.
 
     Args:
         filters: (hidden, channels, height, width).
         in_chans: channels of the images.
 
     Returns:
-        (hidden, in_chans, height, width) in the same dtype, computed in float32; `filters` if nothing changes.
+        (hidden, in_chans, height, width) in the dtype of `filters`, computed in float32; `filters` itself if the number
+        of channels is the same.
     """
     if filters.ndim != 4 or filters.shape[1] in (0, in_chans):
         return filters

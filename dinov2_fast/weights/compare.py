@@ -1,4 +1,4 @@
-"""How far apart two checkpoints are, and two models on the same images."""
+"""The difference between two checkpoints, and between two models on the same images."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.layouts import Plan
+from dinov2_fast.layouts import ConversionPlan
 from dinov2_fast.weights.architecture import read_tensor
 
 Tokens = tuple[Tensor, Tensor]  # CLS (batch, hidden) and patches (batch, patches, hidden), after the final norm
 
-# timm adds the CLS token's position into the CLS token of models with registers: only their sum can be compared.
+# In models with registers, timm adds the CLS token's position into the CLS token: only the sum can be compared.
 CLS, POSITIONS = "cls_token + its position", "positions of the patches"
 
 
 @dataclass(frozen=True)
 class WeightDifference:
-    """What differs between the tensors of two checkpoints, by the names of the layout "facebook".
+    """What differs between the tensors of two checkpoints, named as in the layout "facebook".
 
-    `worst` is the largest difference of an element, and `worst_key` where it is. `rounded` is ("a", "bfloat16") where
-    the values of the first, rounded to that dtype, are those of the second in every tensor; "b" for the other way.
+    `worst` is the largest difference between elements, and `worst_key` names its tensor. `rounded` is
+    ("a", "bfloat16") if rounding the first checkpoint to bfloat16 gives the second; "b" is the opposite direction.
     """
 
     compared: int
@@ -39,18 +39,18 @@ class WeightDifference:
 
     @property
     def is_same(self) -> bool:
-        """Every tensor is in both and has the same values."""
+        """Whether both checkpoints have the same tensors with the same values."""
         return not (self.different or self.misshapen or self.only_in_a or self.only_in_b)
 
 
-def compare_weights(a: Plan, b: Plan) -> WeightDifference:
-    """Compares the tensors of two checkpoints in whatever layouts they are, one at a time.
+def compare_weights(a: ConversionPlan, b: ConversionPlan) -> WeightDifference:
+    """Compares two checkpoints, each in any layout, one tensor at a time.
 
     A mask token that one of the layouts lacks is not compared.
     """
     merged = "timm" in (a.layout, b.layout)
     keys_a, keys_b = _keys(a, merged), _keys(b, merged)
-    skipped = a.made_up | b.made_up
+    skipped = a.not_in_source | b.not_in_source
     different, misshapen, worst, worst_key = [], [], 0.0, ""
     roundings = {(side, dtype) for side in "ab" for dtype in (torch.float16, torch.bfloat16)}
     shared = [key for key in keys_a if key in keys_b and key not in skipped]
@@ -79,28 +79,29 @@ def compare_weights(a: Plan, b: Plan) -> WeightDifference:
     )
 
 
-def _keys(plan: Plan, merged: bool) -> list[str]:
+def _keys(plan: ConversionPlan, merged: bool) -> list[str]:
     names = {"cls_token": CLS, "pos_embed": POSITIONS} if merged else {}
     return [names.get(key, key) for key in plan.recipes]
 
 
-def _read(plan: Plan, key: str) -> Tensor:
+def _read(plan: ConversionPlan, key: str) -> Tensor:
     if key == CLS:
         return read_tensor(plan, "cls_token") + read_tensor(plan, "pos_embed")[:, :1]
     return read_tensor(plan, "pos_embed")[:, 1:] if key == POSITIONS else read_tensor(plan, key)
 
 
 def _is_rounded(side: str, dtype: torch.dtype, x: Tensor, y: Tensor) -> bool:
-    """Whether the one called `side` becomes the other when it is rounded to `dtype`."""
+    """Whether rounding the tensor of `side` to `dtype` gives the other tensor."""
     fine, coarse = (x, y) if side == "a" else (y, x)
     return torch.equal(fine.to(dtype).double(), coarse.double())
 
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """Tokens of two models: the worst and the mean difference of an element, as shares of `std`, and the cosines.
+    """The difference between two models' tokens.
 
-    `std` is the standard deviation of all elements of the second model's tokens.
+    `worst` and `mean` are the largest and the mean difference between elements, divided by `std`, the standard
+    deviation of all elements of the second model's tokens. The cosines compare whole tokens.
     """
 
     worst: float
@@ -112,7 +113,7 @@ class TokenDifference:
 
 @dataclass(frozen=True)
 class FeatureDifference:
-    """What two models make of the same images: of the CLS tokens, and of the patch tokens."""
+    """The difference between two models on the same images, for CLS tokens and for patch tokens."""
 
     images: int
     cls: TokenDifference
@@ -120,7 +121,7 @@ class FeatureDifference:
 
     @property
     def worst(self) -> float:
-        """The larger of the two worst differences; NaN if there is one."""
+        """The larger of the two worst differences; NaN if one of them is NaN."""
         return math.nan if math.isnan(self.cls.worst) else max(self.patches.worst, self.cls.worst)
 
 
@@ -130,12 +131,12 @@ def compare_features(
     """Runs two models on the same images.
 
     Args:
-        a, b: from pixel values (batch, 3, height, width) to the normed CLS token (batch, hidden) and patch tokens
-            (batch, patches, hidden).
+        a, b: functions from pixel values (batch, 3, height, width) to the normalised CLS token (batch, hidden) and
+            patch tokens (batch, patches, hidden).
         batches: pixel values.
 
     Raises:
-        ValueError: the models' tokens differ in number or size, or there are no images.
+        ValueError: the models' tokens differ in shape, or there are no images.
     """
     images, tallies = 0, (_Tally(), _Tally())
     for batch in batches:
@@ -149,7 +150,7 @@ def compare_features(
 
 
 class _Tally:
-    """What a `TokenDifference` needs, collected over batches in float64."""
+    """The sums that a `TokenDifference` is computed from, in float64, over all batches."""
 
     def __init__(self) -> None:
         self.worst = self.total = self.sum = self.square = self.cosine_total = 0.0
@@ -159,8 +160,8 @@ class _Tally:
     def add(self, x: Tensor, y: Tensor) -> None:
         if x.shape != y.shape:
             raise InvalidValueError(
-                f"For the same images the models give tokens of the shapes {tuple(x.shape)} and {tuple(y.shape)}: "
-                "they are models of different sizes."
+                f"The models differ in size: for the same images their tokens have the shapes {tuple(x.shape)} and "
+                f"{tuple(y.shape)}. Compare models of one size."
             )
         x, y = x.double(), y.double()
         difference = (x - y).abs()
@@ -177,7 +178,7 @@ class _Tally:
     def result(self) -> TokenDifference:
         mean = self.sum / self.elements
         std = math.sqrt(max(self.square / self.elements - mean * mean, 0.0))
-        unit = std or 1.0  # a model that gives the same number everywhere
+        unit = std or 1.0  # std is 0 for a model whose output is constant
         return TokenDifference(
             worst=self.worst / unit,
             mean=self.total / self.elements / unit,

@@ -15,24 +15,24 @@ import safetensors
 import torch
 from torch import Tensor
 
-from dinov2_fast.weights.errors import WeightsError
-from dinov2_fast.weights.harmless import harmless_left_out, is_harmless
+from dinov2_fast.errors import WeightsError
+from dinov2_fast.weights.harmless import ignoring_harmless_objects, is_harmless
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
 INDEX_ENDING = ".index.json"
 
 _ZIP_START, _PICKLE_START = b"PK", b"\x80"
-MAX_COMPRESSION = 4  # of a PyTorch file, which torch itself writes without any; else a small one could fill the memory
+MAX_COMPRESSION = 4  # of a PyTorch file, so that a small one cannot fill the memory; torch itself does not compress
 
 
 class SafetensorsFiles(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files, mapped from disk when asked for: copy what is to be kept.
+    """The tensors of safetensors files, each mapped from the disk when it is read. Copy a tensor to keep it.
 
-    A file is opened for each tensor, so that no mapped page stays resident once its tensor has been used.
+    A file is opened anew for each tensor, so its mapped pages are released together with the tensor.
 
     Raises:
-        WeightsError: a file is damaged, or another one than when it was opened first.
+        WeightsError: a file is damaged, or has changed since it was first opened.
     """
 
     def __init__(self, paths: list[Path]) -> None:
@@ -53,10 +53,10 @@ class SafetensorsFiles(Mapping[str, Tensor]):
         return len(self._file_of)
 
     def check_unchanged(self) -> None:
-        """Raises if a file is another one, or was written to, since it was opened first."""
+        """Raises if a file was replaced or written to since it was first opened."""
         for path, version in self._versions.items():
             if _version(path) != version:
-                raise WeightsError(f"{path} was replaced or written to while it was read. Load it again.")
+                raise WeightsError(f"{path} was replaced or written to while it was being read. Load it again.")
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Any]:
@@ -66,24 +66,24 @@ class SafetensorsFiles(Mapping[str, Tensor]):
             self.check_unchanged()
         except (safetensors.SafetensorError, OSError) as error:
             raise WeightsError(
-                f"{path} is damaged or no safetensors file ({error}). Delete it and fetch it again."
+                f"{path} is damaged or no safetensors file ({error}). Delete it and download it again."
             ) from error
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """What is another number for another file of the same name, or after a change of it."""
+    """Numbers that change when the file is replaced or written to."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_weights(path: Path) -> Mapping[str, Any]:
-    """The state dict in `path`: a file, or the index (``*.index.json``) of a sharded checkpoint.
+    """The state dict in `path`: a checkpoint file, or the index (``*.index.json``) of a sharded checkpoint.
 
-    The first bytes of a file say what it is; its name does not matter. Neither format has a checksum that is looked at
-    here: a changed bit within a tensor is not noticed.
+    The format is recognised by the first bytes of the file, not by its name. No checksum is verified: a changed bit
+    inside a tensor is not noticed.
 
     Raises:
-        WeightsError: missing, damaged, of an unknown kind, or holding more than tensors.
+        WeightsError: the file is missing, damaged, of an unknown format, or holds more than tensors.
     """
     if not path.is_file():
         raise WeightsError(f"There is no file {path}.")
@@ -94,13 +94,13 @@ def open_weights(path: Path) -> Mapping[str, Any]:
     if _first_bytes(path).startswith((_ZIP_START, _PICKLE_START)):
         return _torch_load(path)
     raise WeightsError(
-        f"{path} is damaged or no checkpoint: it begins neither as a safetensors nor as a PyTorch file does. Delete it "
-        "and fetch it again."
+        f"{path} is damaged or no checkpoint: its first bytes are those of neither a safetensors nor a PyTorch file. "
+        "Delete it and download it again."
     )
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: with the length of a JSON object, and that."""
+    """Whether a file begins like safetensors: with the length of a JSON object, then the object."""
     return _first_bytes(path)[8:] == b"{"
 
 
@@ -109,16 +109,14 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(9)
     except OSError as error:
-        raise WeightsError(
-            f"{path} cannot be read ({error.strerror}). Look at its permissions and its disk."
-        ) from error
+        raise WeightsError(f"{path} cannot be read ({error.strerror}). Check its permissions and its disk.") from error
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that the index of a sharded checkpoint names; they need not exist.
+    """The files named in the index of a sharded checkpoint. They need not exist.
 
     Raises:
-        WeightsError: not an index, or it names something other than checkpoint files in its own folder.
+        WeightsError: `index` is no index, or it names anything but checkpoint files in its own folder.
     """
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -126,9 +124,9 @@ def shards(index: Path) -> list[Path]:
         raise WeightsError(f"{index} is no index of a sharded checkpoint ({error!r}).") from error
     for name in names:
         if Path(name).name != name or "\\" in name:
-            raise WeightsError(f"{index} names the file {name!r}, outside its folder; refused.")
+            raise WeightsError(f"{index} is refused: it names the file {name!r}, outside its folder.")
         if Path(name).suffix not in SAFETENSORS + TORCH:
-            raise WeightsError(f"{index} names the file {name!r}, which is no checkpoint; refused.")
+            raise WeightsError(f"{index} is refused: it names the file {name!r}, which is no checkpoint.")
     return [index.parent / name for name in names]
 
 
@@ -136,7 +134,7 @@ def _open_shards(index: Path) -> Mapping[str, Any]:
     paths = shards(index)
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise WeightsError(f"{index} names files that are not beside it: {', '.join(missing)}.")
+        raise WeightsError(f"{index} names files that are not in its folder: {', '.join(missing)}.")
     if all(is_safetensors(path) for path in paths):
         return SafetensorsFiles(paths)
     merged: dict[str, Any] = {}
@@ -157,11 +155,11 @@ def _torch_load(path: Path) -> Mapping[str, Any]:
 
 
 def _load_tensors(path: Path) -> Any:
-    """`torch.load` of tensors, and with stand-ins for harmless objects only where there are some."""
+    """`torch.load` of tensors. Stand-ins for harmless objects are used only if the file holds some."""
 
     def load() -> Any:
-        with path.open("rb") as file, warnings.catch_warnings():  # given the path, torch 2.13 goes by the name
-            warnings.simplefilter("ignore", UserWarning)  # of oddities in the file; an error says it better
+        with path.open("rb") as file, warnings.catch_warnings():  # given a path, torch 2.13 goes by the name
+            warnings.simplefilter("ignore", UserWarning)  # about oddities in the file: an error reports them better
             return torch.load(file, map_location="cpu", weights_only=True)
 
     try:
@@ -169,7 +167,7 @@ def _load_tensors(path: Path) -> Any:
     except Exception as error:
         if not is_harmless(_refused_name(error)):
             raise
-    with harmless_left_out():
+    with ignoring_harmless_objects():
         return load()
 
 
@@ -179,31 +177,31 @@ def _check_compression(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # zipfile raises whatever the damage causes, and torch says it better
+    except Exception:  # zipfile raises whatever the damage causes; torch's own error is better
         return
     if unpacked > MAX_COMPRESSION * path.stat().st_size:
         raise WeightsError(
-            f"{path} would be {unpacked / path.stat().st_size:.0f} times as large in memory, which no checkpoint that "
-            "PyTorch writes is: refused. Save it again with torch.save, or as safetensors."
+            f"{path} is refused: in memory it would be {unpacked / path.stat().st_size:.0f} times as large, unlike any "
+            "checkpoint that PyTorch writes. Save it again with torch.save, or as safetensors."
         )
 
 
 def _refused_name(error: Exception) -> str | None:
-    """The object for which torch refused to load a file."""
+    """The class for which torch refused to load a file."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     return refused[1] if refused else None
 
 
 def _why_not_loaded(path: Path, error: Exception) -> str:
-    """A message without torch's own advice, which is to try again unsafely."""
+    """An error message without torch's own advice, which is to load the file unsafely."""
     text = str(error)
     refused = _refused_name(error)
     if refused or "TorchScript" in text:
         what = f"more than tensors ({refused})" if refused else "a TorchScript program"
         return (
-            f"{path} holds {what}, and loading it could run code, so it was refused. If you trust where it is from, "
-            f"save its state dict again as safetensors."
+            f"{path} is refused: it holds {what}, and loading it could run code. If you trust its origin, save its "
+            "state dict again as safetensors."
         )
     detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.match(r"\s*(.+?)(?:\. |$)", text)
     reason = detail[1] if detail else type(error).__name__
-    return f"{path} is damaged or no PyTorch file ({reason}). Delete it and fetch it again."
+    return f"{path} is damaged or no PyTorch file ({reason}). Delete it and download it again."

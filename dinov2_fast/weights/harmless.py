@@ -1,7 +1,7 @@
-"""What training scripts save beside weights (settings, times, numbers of numpy), left out when a file is loaded.
+"""Harmless objects that training scripts save beside weights: settings, dates, numpy scalars. They are not loaded.
 
-`torch.load` with `weights_only=True` refuses a file for any object that it does not know. For the names below it gets a
-class of this file instead, which keeps nothing: theirs are neither imported nor called.
+`torch.load` with `weights_only=True` refuses a file that holds an object it does not know. For the classes named below
+it gets a stand-in from this file, which keeps nothing. The real classes are neither imported nor called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class _LeftOut:
-    """Stands for an object, of whatever it is made."""
+    """Stands for an object, whatever its arguments and state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -25,14 +25,14 @@ class _LeftOut:
 
 
 class _PlainDict:
-    """Stands for a subclass of dict, and makes a dict."""
+    """Stands for a subclass of dict and makes a dict, whose weights are kept."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return {}
 
 
 class _PlainList:
-    """Stands for a kind of list, and makes a list."""
+    """Stands for a kind of list and makes a list."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return []
@@ -65,16 +65,16 @@ _STAND_INS: dict[str, Any] = {
     "lightning_fabric.utilities.data.AttributeDict": _PlainDict,
     "pytorch_lightning.utilities.parsing.AttributeDict": _PlainDict,
 }
-_one_at_a_time = threading.Lock()  # torch's list of allowed names is one for the whole process
+_one_at_a_time = threading.Lock()  # torch has one list of allowed names for the whole process
 
 
 def is_harmless(name: str | None) -> bool:
-    """Whether objects called `name` ("argparse.Namespace"; torch says "dict" for builtins.dict) may be left out."""
+    """Whether objects of the class `name` may be ignored: "argparse.Namespace", or "dict" as torch names builtins."""
     return name in _STAND_INS or f"builtins.{name}" in _STAND_INS
 
 
 @contextmanager
-def harmless_left_out() -> Iterator[None]:
-    """Within, `torch.load(…, weights_only=True)` takes files that hold harmless objects, without those."""
+def ignoring_harmless_objects() -> Iterator[None]:
+    """A context in which `torch.load(…, weights_only=True)` accepts files with harmless objects and ignores those."""
     with _one_at_a_time, torch.serialization.safe_globals([(stand, name) for name, stand in _STAND_INS.items()]):
         yield

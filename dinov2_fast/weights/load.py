@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import zlib
 from collections.abc import Mapping
@@ -14,23 +13,23 @@ from torch import Tensor, nn
 
 from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
-from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.errors import InvalidValueError, WeightsError
+from dinov2_fast.logs import logger
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
 from dinov2_fast.weights.channels import adapt_filters
-from dinov2_fast.weights.errors import WeightsError
 from dinov2_fast.weights.files import SafetensorsFiles, open_weights
 from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone, find_checkpoint
 
-logger = logging.getLogger("dinov2_fast")
-
-# Classifiers of transformers, of timm and of the reference, which a backbone has no use for.
+# The classifiers of transformers, timm and the reference. A backbone does not need them.
 HEADS = ("classifier.", "head.", "linear_head.")
 
 
 def load(
     name_or_path: str | Path,
     *,
+    pretrained: bool = True,
+    seed: int = 0,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
@@ -41,32 +40,36 @@ def load(
 ) -> DinoVisionTransformer:
     """A DINOv2 backbone in eval mode.
 
-    Memory: the model is built without storage and filled tensor by tensor, so this takes the weights and one tensor.
-    A classification head in the checkpoint is left out, and what a larger model has beside its backbone.
+    The model is built without storage and filled tensor by tensor, so the peak memory is that of the weights and one
+    tensor. Only the backbone is loaded: a classification head, or other parts of a larger model, are skipped.
 
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
             layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``).
-        weights: for a name: a file to take instead of the published weights, or ``"random:SEED"`` for random weights
-            that depend on the seed alone.
-        device: where the model goes; default the CPU.
-        dtype: of the parameters, also as a name ("bfloat16"); default that of the checkpoint.
-        position_interpolation: how positions are resampled ("offset", "size", "antialias"); default as the reference
-            does for this kind of model.
+        pretrained: False gives a model of one of the eight names random weights instead of the published ones.
+        seed: of the random weights, from 0 to 2147483647. They depend only on it.
+        weights: for one of the eight names, a file to load instead of the published weights. ``"random:SEED"`` is the
+            same as ``pretrained=False, seed=SEED``.
+        device: of the parameters; the CPU by default.
+        dtype: of the parameters, also as a name ("bfloat16"); the checkpoint's by default.
+        position_interpolation: how positions are resampled: "offset", "size" or "antialias". The default is the
+            reference's for this kind of model.
         revision: of the hub repository.
-        local_files_only: do not touch the network.
+        local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
-            another number of `in_chans` the filters are adapted (`dinov2_fast.weights.channels`). `img_size` says what
-            the position table is for where it is not of a square.
+            another number of `in_chans` the filters are adapted (`dinov2_fast.weights.channels`). `img_size` gives the
+            image size that the position table is for; it is needed only if the table is not square.
 
     Raises:
-        WeightsError: the weights cannot be found, fetched, read, or do not fit.
-        ValueError: unknown or empty name (the message lists the nearest), or position_interpolation.
+        WeightsError: the weights cannot be found, downloaded or read, or do not fit.
+        ValueError: there is no such name (the message lists the nearest), `seed` or `position_interpolation`, or
+            `weights` is given together with ``pretrained=False``.
     """
     name = str(name_or_path)
-    if weights is not None and str(weights).startswith("random:"):
-        source, arguments = str(weights), backbone(name).constructor_arguments()
-        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), _seed(str(weights)))
+    source = _random_source(weights, pretrained, seed)
+    if source is not None:
+        arguments = backbone(name).constructor_arguments()
+        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), _seed(source))
     else:
         checkpoint = _find(name, weights, revision, local_files_only)
         source = str(checkpoint.weights)
@@ -81,7 +84,7 @@ def load(
         state_dict,
         device=device,
         dtype=as_dtype(dtype),
-        may_leave=HEADS,
+        allowed_unexpected=HEADS,
         adapt_channels="in_chans" in kwargs,
     )
     model.loaded_from = source
@@ -89,7 +92,7 @@ def load(
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from itself or its name ("bfloat16", "torch.bfloat16"); None stays None.
+    """The dtype that `dtype` is or names ("bfloat16", "torch.bfloat16"); None for None.
 
     Raises:
         ValueError: there is no such dtype.
@@ -125,22 +128,23 @@ def fill(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    may_miss: tuple[str, ...] = (),
-    may_leave: tuple[str, ...] = (),
+    allowed_missing: tuple[str, ...] = (),
+    allowed_unexpected: tuple[str, ...] = (),
     adapt_channels: bool = False,
 ) -> list[str]:
     """Gives a model on the meta device its parameters, one at a time, from weights in any layout.
 
     Args:
         model: built on the meta device.
-        state_dict: weights in any layout; if a plain dictionary, it is emptied on the way to save memory.
-        device, dtype: of the parameters; default the CPU and the weights' own.
-        may_miss, may_leave: beginnings of the model's keys that may be missing, and of others that may be left over;
-            so may what a larger model has beside its backbone.
-        adapt_channels: the weights may be for another number of channels (`adapt_filters`).
+        state_dict: weights in any layout. A plain dictionary is emptied meanwhile, to save memory.
+        device, dtype: of the parameters; by default the CPU and the dtype of the weights.
+        allowed_missing: prefixes of the model's keys that the weights may lack.
+        allowed_unexpected: prefixes of other keys that the weights may have. The parts of a larger model outside its
+            backbone are always allowed.
+        adapt_channels: allow weights for another number of channels (`adapt_filters`).
 
     Returns:
-        The missing keys; these parameters are still on the meta device.
+        The missing keys, whose parameters are still on the meta device.
 
     Raises:
         WeightsError: the weights do not fit.
@@ -148,11 +152,11 @@ def fill(
     plan = plan_weights(state_dict)
     own = {layouts.plain_key(key): (key, tensor) for key, tensor in model.state_dict().items()}
     missing = [key for plain, (key, _) in own.items() if plain not in plan.recipes]
-    fatal = [key for key in missing if not key.startswith(may_miss)]
-    left_over = [plain for plain in plan.recipes if plain not in own and plain not in plan.made_up]
-    unexpected = [plain for plain in left_over if not plain.startswith(may_leave) and plain not in plan.beside]
+    fatal = [key for key in missing if not key.startswith(allowed_missing)]
+    left_over = [plain for plain in plan.recipes if plain not in own and plain not in plan.not_in_source]
+    unexpected = [plain for plain in left_over if not plain.startswith(allowed_unexpected) and plain not in plan.beside]
     if len(left_over) > len(unexpected):
-        logger.info("Left out %d keys the model does not have, such as %s.", len(left_over), left_over[0])
+        logger.info("Skipped %d keys that the model does not have, such as %s.", len(left_over), left_over[0])
     misshapen = []
     for plain, (key, like) in own.items():
         if plain not in plan.recipes:
@@ -161,7 +165,7 @@ def fill(
         if adapt_channels and plain == "patch_embed.proj.weight":
             tensor = adapt_filters(tensor, like.shape[1])
         if tensor.shape == like.shape:
-            # A mapping that is no dictionary may give tensors that lie in a file; joined ones are new.
+            # A mapping other than a dictionary may return tensors mapped from a file; joined tensors are new.
             is_borrowed = not isinstance(plan.source, dict) and len(plan.recipes[plain].keys) == 1
             _set_parameter(model, key, tensor, device, dtype, is_borrowed)
         else:
@@ -184,9 +188,9 @@ def _set_parameter(
     dtype: torch.dtype | None,
     is_borrowed: bool,
 ) -> None:
-    """Gives the model its parameter `key`; a borrowed tensor is one whose storage is not its own."""
+    """Sets the model's parameter `key`. The storage of a borrowed tensor belongs to somebody else."""
     if tensor.is_meta:
-        raise WeightsError(f"{key} has no values in these weights: it was saved from the meta device.")
+        raise WeightsError(f"{key} has no values: it was saved from the meta device. Save the weights again.")
     placed = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
     path, _, name = key.rpartition(".")
     parameter = nn.Parameter(_with_own_storage(placed, is_borrowed and placed is tensor))
@@ -194,7 +198,7 @@ def _set_parameter(
 
 
 def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:
-    """`tensor`, contiguous; copied if its storage is not its own, or is larger than it and would be kept for it."""
+    """`tensor`, contiguous. It is copied if it is borrowed, or if it would keep a larger storage in memory."""
     is_part = not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone(memory_format=torch.contiguous_format) if is_borrowed or is_part else tensor.contiguous()
 
@@ -202,8 +206,8 @@ def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:
 class RandomWeights(Mapping[str, Tensor]):
     """Random weights with the statistics of a trained model, for a model on the meta device.
 
-    Each tensor depends on the seed and its name (without block chunks) alone. LayerScale, norms and biases are not at
-    their initial values, so that no part of the computation is trivial.
+    Each tensor depends only on the seed and its name (without block chunks). LayerScale, norms and biases are random
+    too, so that every part of the computation changes the result.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -211,7 +215,7 @@ class RandomWeights(Mapping[str, Tensor]):
         self._seed = seed
 
     def __getitem__(self, key: str) -> Tensor:
-        # torch's CPU generator looks at 32 bits of its seed.
+        # A CRC because torch's CPU generator uses only 32 bits of its seed.
         own_seed = zlib.crc32(f"{self._seed} {layouts.plain_key(key)}".encode())
         generator = torch.Generator().manual_seed(own_seed)
         noise = torch.randn(self._shapes[key], generator=generator)
@@ -230,10 +234,22 @@ class RandomWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def _seed(weights: str) -> int:
-    text = weights.removeprefix("random:")
+def _random_source(weights: str | Path | None, pretrained: bool, seed: int) -> str | None:
+    """The random weights that the caller asks for, as "random:SEED"; None if the weights are not random."""
+    if pretrained:
+        if seed:
+            raise InvalidValueError(f"seed={seed} is for random weights: give pretrained=False with it.")
+        return str(weights) if str(weights).startswith("random:") else None
+    if weights is not None:
+        raise InvalidValueError(f"weights={str(weights)!r} and pretrained=False exclude each other: give one of them.")
+    return f"random:{seed}"
+
+
+def _seed(source: str) -> int:
+    text = source.removeprefix("random:")
     if not text.isdecimal() or int(text) >= 1 << 31:
         raise InvalidValueError(
-            f"Random weights are asked for as random:SEED with a seed from 0 to 2147483647, got {weights!r}."
+            f"Random weights are random:SEED with a seed from 0 to 2147483647 (in Python also pretrained=False, "
+            f"seed=SEED), got {source!r}."
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Saving weights: a file that is whole or absent, in safetensors or as PyTorch writes it."""
+"""Saving weights as safetensors or PyTorch files. A file is complete or absent, never partial."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from dinov2_fast.weights.files import SAFETENSORS, TORCH
 
 
 def part_of(path: Path) -> Path:
-    """A name beside `path`, another each time, for what is renamed to it when it is whole."""
+    """A new temporary name in the folder of `path`, for a file that gets the name `path` when it is complete."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Writes a state dict: into a temporary file beside `path`, to the disk, and renamed.
+    """Writes a state dict to a temporary file beside `path`, flushes it to the disk and renames it.
 
     Args:
-        tensors: by name, as `dinov2_fast.convert_state_dict` gives them.
-        path: ends in ``.safetensors``, or in ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` for a file that ``torch.load``
-            reads; its folder is made.
-        overwrite: replace a file that is there.
+        tensors: by name, as `dinov2_fast.convert_state_dict` returns them.
+        path: a name that ends in ``.safetensors``, or in ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` for a file that
+            ``torch.load`` reads. Its folder is made.
+        overwrite: replace an existing file.
 
     Returns:
         The path.
 
     Raises:
-        FileExistsError: the file is there, and `overwrite` is not set.
-        ValueError: another ending.
+        FileExistsError: the file exists, and `overwrite` is not set.
+        ValueError: `path` has another ending.
     """
     path = check_target(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
-    own = {name: _alone(tensor) for name, tensor in tensors.items()}
+    own = {name: _without_spare_storage(tensor) for name, tensor in tensors.items()}
     try:
         if path.suffix in SAFETENSORS:
             save_file(own, part, metadata={"format": "pt"})
@@ -52,7 +52,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], *,
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """`path`, if `save_weights` may write there; raises as it does."""
+    """`path` if `save_weights` may write there. Raises the errors of `save_weights` otherwise."""
     path = Path(path)
     if path.suffix not in SAFETENSORS + TORCH:
         raise InvalidValueError(
@@ -66,13 +66,13 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 
 def move_into_place(part: Path, path: Path) -> None:
-    """Gives a finished file its name, once all of it is on the disk."""
+    """Flushes a finished file to the disk and gives it its name."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, in a storage that holds nothing else: a file would keep all of it."""
+def _without_spare_storage(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU, contiguous, with a storage of its own: a file would hold the whole storage."""
     tensor = tensor.detach().cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()

@@ -1,6 +1,6 @@
-"""Where weights are: a file, a folder, the cache, the Hugging Face hub, the official server.
+"""Finding weights: in a file, a folder, a cache, on the Hugging Face hub or the official server.
 
-Nothing here touches the network unless the weights are in no cache.
+The network is used only if the weights are in no cache.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import logging
 import os
 import re
 import shutil
@@ -23,46 +22,45 @@ import torch
 
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.environment import cache_dir
-from dinov2_fast.weights.errors import WeightsError
+from dinov2_fast.errors import WeightsError
+from dinov2_fast.logs import logger
 from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
 from dinov2_fast.weights.save import part_of
 
-logger = logging.getLogger("dinov2_fast")
-
-# What a folder or a hub repository may call its weights, best first.
+# The usual names of weights in a folder or a hub repository, best first.
 FILE_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of other names
+ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of checkpoints with other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
 _PICKLE_START = b"\x80"
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class SourceOptions(NamedTuple):
-    """Which files of a folder or hub repository to take, and how to get them; as in transformers' `from_pretrained`."""
+    """Which files of a folder or hub repository to use, with the options of transformers' `from_pretrained`."""
 
     revision: str | None = None
     local_files_only: bool = False
-    cache_dir: str | Path | None = None  # None for the hub's own
-    token: str | bool | None = None  # None for the one that is logged in
+    cache_dir: str | Path | None = None  # None: the hub's own
+    token: str | bool | None = None  # None: of the user who is logged in
     subfolder: str | None = None
-    variant: str | None = None  # "fp16" for model.fp16.safetensors
+    variant: str | None = None  # "fp16": model.fp16.safetensors
 
     def weights_names(self) -> tuple[str, ...]:
-        """The names that weights may have, best first; of a variant, single files alone are read."""
+        """The names that the weights may have, best first. A variant must be a single file."""
         if self.variant is None:
             return FILE_NAMES
         return (f"model.{self.variant}.safetensors", f"pytorch_model.{self.variant}.bin")
 
     def in_repository(self, name: str) -> str:
-        """The path of the file `name`."""
+        """The path of the file `name` in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
@@ -70,29 +68,29 @@ _DEFAULT_OPTIONS = SourceOptions()
 
 
 class Checkpoint(NamedTuple):
-    """A weights file on this disk, and the transformers config beside it if there is one."""
+    """A weights file on this machine, and the transformers config in its folder if there is one."""
 
     weights: Path
     config: Path | None
 
 
 def cached(backbone: BackboneConfig) -> Path | None:
-    """The checkpoint of a backbone in the cache folder or torch.hub's, if it is there."""
+    """The checkpoint of a backbone in the cache folder or in torch.hub's, None if there is none."""
     return find_cached(backbone.file_stem)
 
 
 def find_cached(stem: str) -> Path | None:
-    """The file called `stem`, with any ending of a checkpoint, in the cache folder or torch.hub's."""
+    """The file `stem`, with any ending of a checkpoint, in the cache folder or in torch.hub's."""
     names = [stem + ending for ending in SAFETENSORS + TORCH]
     folders = [cache_dir(), Path(torch.hub.get_dir()) / "checkpoints"]
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> Checkpoint:
-    """The weights of one of the eight backbones: from the cache, the hub, or the official server.
+    """The weights of one of the eight backbones, from a cache, the hub or the official server.
 
     Raises:
-        WeightsError: not there and not to be fetched; says which file to put where.
+        WeightsError: they are not on this machine and could not be downloaded; says which file to put where.
     """
     path = cached(backbone)
     if path is not None:
@@ -108,21 +106,21 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
         except WeightsError as error:
             tried.append(str(error))
     raise WeightsError(
-        f"The weights of {backbone.name} are not on this machine and could not be fetched:\n  - "
+        f"The weights of {backbone.name} are not on this machine and could not be downloaded:\n  - "
         + "\n  - ".join(tried)
-        + f"\nDownload {backbone.url} where there is a network and put it at "
-        f"{cache_dir() / (backbone.file_stem + '.pth')} (the folder is set by DINOV2_FAST_CACHE), or give a file."
+        + f"\nDownload {backbone.url} on a machine with a network and put it at "
+        f"{cache_dir() / (backbone.file_stem + '.pth')} (DINOV2_FAST_CACHE sets the folder), or give a file."
     )
 
 
 def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
-    """The weights and config of a folder that `save_pretrained` wrote, or that holds one checkpoint.
+    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint.
 
     Raises:
-        WeightsError: no such folder, no weights, or several and none of the usual name.
+        WeightsError: there is no such folder, no checkpoint in it, or several and none with a usual name.
     """
     if not folder.is_dir():
-        raise WeightsError(f"There is no folder {folder}; look at subfolder.")
+        raise WeightsError(f"There is no folder {folder}; check subfolder.")
     config = folder / CONFIG_NAME
     names = options.weights_names()
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -130,33 +128,33 @@ def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
         found = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
         if len(found) != 1 or options.variant is not None:
             what = "no checkpoint" if not found else f"{len(found)} checkpoints ({', '.join(p.name for p in found)})"
-            raise WeightsError(f"{folder} holds {what}; one of {', '.join(names)} was looked for.")
+            raise WeightsError(f"{folder} holds {what}; expected one of {', '.join(names)}.")
     return Checkpoint(found[0], config if config.is_file() else None)
 
 
 def find_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
-    """The weights and config of a Hugging Face hub repository, from its cache if they are there.
+    """The weights and config of a Hugging Face hub repository, from its cache if possible.
 
     Raises:
-        WeightsError: not there, or no network.
+        WeightsError: the repository has no weights, or there is no network.
     """
     return _from_hub(_checkpoint_on_hub, repository, options)
 
 
-def _from_hub(find: Callable[[str, SourceOptions], Found], repository: str, options: SourceOptions) -> Found:
-    """What `find` finds in the hub's cache, or else on the hub."""
+def _from_hub(find: Callable[[str, SourceOptions], Result], repository: str, options: SourceOptions) -> Result:
+    """The result of `find` in the hub's cache or, if it is not there, on the hub."""
     with contextlib.suppress(_HubMissError):
         return find(repository, options._replace(local_files_only=True))
     if options.local_files_only:
-        reason = "only local files were to be used"
+        reason = "local_files_only is set"
     elif not _hub_answers():
-        reason = "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it"
+        reason = "the hub does not answer: there is no network, or HF_HUB_OFFLINE is set"
     else:
         try:
             return find(repository, options)
         except _HubMissError as error:
             reason = str(error)
-    raise WeightsError(f"{repository} is not in the Hugging Face cache and could not be fetched ({reason})")
+    raise WeightsError(f"{repository} is not in the Hugging Face cache and could not be downloaded ({reason})")
 
 
 def _checkpoint_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
@@ -174,7 +172,7 @@ def _checkpoint_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
         try:
             return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, options))
         except _HubMissError:
-            return Checkpoint(weights, None)  # sizes are read from the tensors then
+            return Checkpoint(weights, None)  # sizes are then read from the tensors
     raise AssertionError(names)
 
 
@@ -183,7 +181,7 @@ def _file_on_hub(name: str, repository: str, options: SourceOptions) -> Path:
 
 
 def _hub_answers() -> bool:
-    """One short request, since the hub's client tries for half a minute before it gives up."""
+    """Whether the hub answers one short request: its client takes half a minute to give up."""
     import httpx
     from huggingface_hub import constants, get_session
 
@@ -195,7 +193,7 @@ def _hub_answers() -> bool:
 
 
 class _HubMissError(Exception):
-    """A file the hub does not give; `final` if no other file of the repository will come either."""
+    """A file that the hub does not provide; `final` if it will not provide the repository's other files either."""
 
     def __init__(self, reason: str, final: bool) -> None:
         super().__init__(reason)
@@ -210,7 +208,7 @@ def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
     path = options.in_repository(name)
     where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     try:
-        if options.local_files_only:  # hf_hub_download sends a request even when it is told to look at local files only
+        if options.local_files_only:  # hf_hub_download sends a request even with local_files_only=True
             found = huggingface_hub.try_to_load_from_cache(repository, path, **where)
             if isinstance(found, str):
                 return Path(found)
@@ -231,7 +229,7 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
     """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id.
 
     Raises:
-        WeightsError: `name` is none of these, or the weights cannot be had.
+        WeightsError: `name` is none of these, or the weights cannot be found or downloaded.
     """
     _refuse_empty(name)
     path = Path(name).expanduser()
@@ -241,20 +239,20 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
         return Checkpoint(path, None)
     if _HUB_ID.fullmatch(name):
         return find_on_hub(name, options)
-    raise WeightsError(f"{name!r} is no file or folder here and no hub id (owner/name).")
+    raise WeightsError(f"{name!r} is no file or folder here, and no hub id (owner/name).")
 
 
 def _refuse_empty(name: str) -> None:
-    """Raises for "", which as a path would be the current folder."""
+    """Raises for an empty name, which as a path would be the current folder."""
     if not name.strip():
         raise WeightsError("The name of the model is empty. Give a file, a folder (. for this one) or a hub id.")
 
 
 def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name: str = CONFIG_NAME) -> Path:
-    """The JSON file (``config.json`` unless told) that `name` is, or that a folder or hub repository `name` holds.
+    """The JSON file `name`, or the file `file_name` in a folder or hub repository `name`.
 
     Raises:
-        WeightsError: it is not there.
+        WeightsError: there is no such file.
     """
     _refuse_empty(name)
     path = Path(name).expanduser()
@@ -268,15 +266,15 @@ def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name:
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
-    """Fetches `url` to `path`: into ``<path>.part``, checked, then renamed, so that `path` is whole or absent.
+    """Downloads `url` to a temporary file, checks it and renames it, so that `path` is complete or absent.
 
     Args:
-        url: http, https or file address.
-        path: where the file goes; its folder is made.
-        sha256: expected digest (or its beginning); None where the publisher gives none.
+        url: an http, https or file address.
+        path: of the new file. Its folder is made.
+        sha256: the expected digest or its beginning; None if the publisher gives none.
 
     Raises:
-        WeightsError: no answer, a short answer, a damaged file or a wrong digest. No file is left then.
+        WeightsError: there is no answer, the file is incomplete or damaged, or its digest is wrong. No file is left.
     """
     part = part_of(path)
     logger.info("Downloading %s to %s", url, path)
@@ -286,16 +284,16 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
             shutil.copyfileobj(answer, file, length=1 << 20)
             expected = answer.headers.get("Content-Length")
         if expected is not None and part.stat().st_size != int(expected):
-            raise WeightsError(f"{url} broke off after {part.stat().st_size} of {expected} bytes; try again")
+            raise WeightsError(f"{url} ended after {part.stat().st_size} of {expected} bytes; try again")
         if sha256 is not None and not _digest(part).startswith(sha256):
             raise WeightsError(f"{url} has SHA-256 {_digest(part)}, expected {sha256}; it was removed")
         if path.suffix in TORCH and not _is_whole(part):
             raise WeightsError(f"{url} is damaged or no PyTorch file; it was removed")
         os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: headers that make no sense
-        raise WeightsError(f"{url} could not be fetched ({_first_line(error)})") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: malformed headers
+        raise WeightsError(f"{url} could not be downloaded ({_first_line(error)})") from error
     finally:
-        with contextlib.suppress(OSError):  # most often it is gone, having been renamed
+        with contextlib.suppress(OSError):  # usually it has been renamed
             part.unlink()
     return path
 
@@ -309,7 +307,7 @@ def _digest(path: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """False if a PyTorch file fails the checksums of its archive, or is something else, such as a web page."""
+    """Whether this is a PyTorch file whose archive passes its checksums, not a web page for instance."""
     if not zipfile.is_zipfile(path):  # files older than the archive format have no checksums
         with path.open("rb") as file:
             return file.read(1) == _PICKLE_START

@@ -93,7 +93,7 @@ def _whole_engine(precision: str, backends: str) -> int:
     x = torch.randn(2, 3, 28, 28).to(modes.DTYPES[precision])
     engine = modes.build_engine(model, x, "cls", precision, "engine-best")
     with use_backend(backends):
-        engine.folded = warm.fold(model, engine.plan, warm.CUDA).eval()
+        engine.folded = warm.fold_model(model, engine.plan, warm.CUDA).eval()
     with torch.inference_mode(), compiling(90) as reports, use_backend(backends), warm.RunKernels():
         engine.folded._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
         OURS.call["cls"](engine, torch.empty(x.shape, dtype=x.dtype, device="cuda"))

@@ -236,7 +236,7 @@ def test_a_forced_backend_is_strict_and_a_graph_is_captured_as_the_engine_does(m
         def replay(self) -> None:
             self.result.copy_(self.run())
 
-    monkeypatch.setattr(modes, "Cuda", Graph)
+    monkeypatch.setattr(modes, "CudaRuntime", Graph)
     (row,) = _measure((_peer("other"), "graphs"), output="cls")
     assert row["value"] > 0
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 import dinov2_fast
 from dinov2_fast.cli import main
-from dinov2_fast.cli.extract import Progress
+from dinov2_fast.cli.extract import ProgressReport
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.extraction.extract import Status
-from dinov2_fast.features.store import read_manifest
+from dinov2_fast.extraction.run import Progress
+from dinov2_fast.features.manifest import read_manifest
 from dinov2_fast.inference import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -80,14 +80,13 @@ EXTRACT = ["extract", "x.jpg", "--model", "dinov2_vits14", "--out", "out"]
         ([*EXTRACT, "--size", "500"], "500 is not a multiple of the patch size 14; nearest: 490 or 504"),
         ([*EXTRACT, "--size", "14x14x3"], "neither a number of pixels nor HEIGHTxWIDTH"),
         ([*EXTRACT, "--precision", "int8"], "invalid choice: 'int8'"),
-        ([*EXTRACT, "--engine", "fast"], "invalid choice: 'fast'"),
         ([*EXTRACT, "--format", "csv"], "invalid choice: 'csv'"),
         ([*EXTRACT, "--dtype", "bf16"], "invalid choice: 'bf16'"),
         ([*EXTRACT, "--shard-size", "0"], "must be at least 1, got 0"),
         ([*EXTRACT, "--max-seconds", "0"], "must be at least 1, got 0"),
-        ([*EXTRACT, "--shard", "0/4"], "'0/4' is not I/N with I from 1 to N, such as 1/4"),
-        ([*EXTRACT, "--shard", "5/4"], "'5/4' is not I/N"),
-        ([*EXTRACT, "--shard", "2"], "'2' is not I/N"),
+        ([*EXTRACT, "--part", "0/4"], "'0/4' is not I/N with I from 1 to N, such as 1/4"),
+        ([*EXTRACT, "--part", "5/4"], "'5/4' is not I/N"),
+        ([*EXTRACT, "--part", "2"], "'2' is not I/N"),
         (["info", "--verbose"], "unrecognized arguments: --verbose"),
     ],
 )
@@ -148,11 +147,11 @@ def test_a_background_goes_behind_what_is_transparent(checkpoint: str, tmp_path:
     for colour in ("white", "black"):
         Image.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
     paths = [str(tmp_path / f"{name}.png") for name in ("clear", "white", "black")]
-    for engine in ("on", "off"):
-        arguments = ["extract", *paths, "--model", checkpoint, "--size", "28", "--device", "cpu", "--engine", engine]
+    for engine in ([], ["--no-engine"]):
+        arguments = ["extract", *paths, "--model", checkpoint, "--size", "28", "--device", "cpu", *engine]
         found = {}
         for options in ([], ["--background", "white"]):
-            out = tmp_path / f"{engine}{len(options)}"
+            out = tmp_path / f"{len(engine)}{len(options)}"
             assert main([*arguments, "--workers", str(len(options) // 2), "--out", str(out), *options]) == 0
             features = dinov2_fast.load_features(out)
             found[len(options)] = features["cls"]
@@ -166,7 +165,7 @@ def test_a_bad_image_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytes
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     arguments = ["extract", str(bad), str(IMAGES / "coffee.jpg"), "--model", checkpoint, "--workers", "0"]
-    options = ["--size", "28x42", "--precision", "bf16", "--engine", "off"]
+    options = ["--size", "28x42", "--precision", "bf16", "--no-engine"]
     assert main([*arguments, "--out", str(tmp_path / "a"), *options]) == 3
     assert "2 images, 1 failed" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "a")
@@ -181,9 +180,9 @@ def test_a_bad_image_exits_with_3(checkpoint: str, tmp_path: Path, capsys: pytes
     assert captured.err.startswith("2 images, 2 of them there already, ")
 
 
-@pytest.mark.parametrize("engine", ["on", "off"])
+@pytest.mark.parametrize("engine", [True, False])
 def test_the_engine_and_its_precision_are_chosen(
-    checkpoint: str, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: str, tmp_path: Path, engine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a mean and a std of its own, which the engine takes over."""
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})  # or the engine refuses bf16
@@ -194,18 +193,19 @@ def test_the_engine_and_its_precision_are_chosen(
     processor.save_pretrained(folder)
     os.link(checkpoint, folder / "model.safetensors")
     arguments = ["extract", str(IMAGES / "coffee.jpg"), "--model", str(folder), "--workers", "0", "--device", "cpu"]
+    arguments += [] if engine else ["--no-engine"]
     pixels = processor(read_image(IMAGES / "coffee.jpg")).pixel_values
     with torch.inference_mode():
         expected = dinov2_fast.load(str(folder)).forward_features(pixels)["x_norm_clstoken"].numpy()
     for precision, bound in (("auto", 1e-4), ("bf16", 0.1)):
         out = tmp_path / precision
-        assert main([*arguments, "--precision", precision, "--engine", engine, "--out", str(out)]) == 0
+        assert main([*arguments, "--precision", precision, "--out", str(out)]) == 0
         found = dinov2_fast.load_features(out)
         np.testing.assert_allclose(found["cls"], expected, atol=bound)
         assert found.manifest["precision"] == precision.replace("auto", "fp32")
-        assert bool(found.manifest["engine"]) == (engine == "on")
+        assert bool(found.manifest["engine"]) == engine
         assert found.manifest["processor"] == processor.to_dict()
-    assert dtypes == ([torch.uint8] * 2 if engine == "on" else [])
+    assert dtypes == ([torch.uint8] * 2 if engine else [])
 
 
 def test_overwriting_is_asked_for(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +232,7 @@ def test_every_setting_arrives(checkpoint: str, tmp_path: Path) -> None:
     arguments += ["--no-crop", "--features", "cls@0,patches", "--dtype", "fp16", "--format", "npy", "--shard-size", "2"]
     arguments += ["--max-pixels", "200000", "--max-seconds", "30", "--batch-size", "3", "--workers", "1"]
     for part, code in (("1/2", 3), ("2/2", 3)):
-        assert main([*arguments, "--shard", part, "--out", str(tmp_path / "out")]) == code
+        assert main([*arguments, "--part", part, "--out", str(tmp_path / "out")]) == code
     found = dinov2_fast.load_features(tmp_path / "out")
     assert [Path(path).name for path in found.path] == ["coffee.jpg", "missing.jpg", "chelsea.jpg", "coffee.jpg"]
     errors = ["too large: 600 x 400 pixels, the limit is 200000", "No such file or directory", None]
@@ -309,7 +309,7 @@ def test_settings_beside_the_model_are_used(checkpoint: str, tmp_path: Path) -> 
         (str(IMAGES), "dinov2_vits14", ["--weights", str(IMAGES / "README.md")], "README.md"),
         (str(IMAGES), "dinov2_vits14", ["--weights", "random:x"], "random:SEED"),
         (str(IMAGES), "dinov2_vits14", ["--weights", "random:0", "--device", "abacus"], "abacus"),
-        (str(IMAGES), "dinov2_vits14", ["--precision", "fp8", "--engine", "off"], "fp8 exists in the engine only"),
+        (str(IMAGES), "dinov2_vits14", ["--precision", "fp8", "--no-engine"], "fp8 exists in the engine only"),
         (str(IMAGES), "dinov2_vits14", ["--no-crop"], "--no-crop needs --size"),
         (str(IMAGES), "dinov2_vits14", ["--weights", "random:0", "--features", "tokens"], "no feature 'tokens'"),
         ("s3x://bucket/", "dinov2_vits14", [], "'s3x://bucket/' cannot be opened: Protocol not known: s3x"),
@@ -382,13 +382,17 @@ class Terminal(io.StringIO):
         return True
 
 
+def progress(**values: Any) -> Progress:
+    return Progress(folder=Path("out"), shards=1, nbytes=0, free=0, **values)
+
+
 def test_progress_rewrites_its_line_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, rewrites in ((Terminal(), 2), (io.StringIO(), 0)):
         monkeypatch.setattr("sys.stderr", stream)
-        progress = Progress()
-        progress(Status(done=50, failures=1, total=100, resumed=20, seconds=6.0, busy=0.256))
-        progress(Status(done=100, failures=2, total=100, resumed=20, seconds=16.0, busy=0.5))
-        progress.end()
+        report = ProgressReport()
+        report(progress(done=50, failures=1, images=100, resumed=20, seconds=6.0, busy=0.256))
+        report(progress(done=100, failures=2, images=100, resumed=20, seconds=16.0, busy=0.5))
+        report.end()
         text = stream.getvalue()
         assert text.count("\r") == rewrites
         assert text.endswith("\n")
@@ -396,14 +400,14 @@ def test_progress_rewrites_its_line_on_a_terminal_only(monkeypatch: pytest.Monke
         assert ("50/100 images, 1 failed, 5.0 images/s, 0:00:10 left, model busy 26%" in text) == bool(rewrites)
 
 
-def test_elsewhere_a_line_comes_every_30_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_line_comes_every_30_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = [100.0], io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    progress = Progress()
+    report = ProgressReport()
     for second in range(1, 100):
         clock[0] += 1
-        progress(Status(done=second, failures=0, total=1000, resumed=0, seconds=float(second), busy=1.0))
+        report(progress(done=second, failures=0, images=1000, resumed=0, seconds=float(second), busy=1.0))
     assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == ["30", "60", "90"]
 
 

@@ -1,4 +1,4 @@
-"""`dinov2-fast convert`: the tensors of every layout, what it says of them, and that a file is whole or absent."""
+"""`dinov2-fast convert`: every layout gets its tensors, losses are listed, and a file is whole or absent."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import dinov2_fast
 from dinov2_fast import layouts
 from dinov2_fast.cli import convert, main
+from dinov2_fast.convert import READERS
 from dinov2_fast.huggingface import Dinov2ForImageClassification
 from dinov2_fast.weights import save
 from tests.helpers import checkpoints, golden
@@ -24,7 +25,7 @@ CASES = ("facebook_mlp", "facebook_reg4", "facebook_swiglu")
 
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[..., str]:
-    """Writes a golden case's weights to a file, in some form they are found in."""
+    """Writes the weights of a golden case to a file, in one of the forms in which they are published."""
 
     def write(case: str = "facebook_mlp", source: str = "facebook", **changed: torch.Tensor) -> str:
         weights = checkpoints.SOURCES[source]({**golden.load_case(case)[1], **changed})
@@ -35,9 +36,9 @@ def written(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def test_the_layouts_are_all_there() -> None:
+def test_the_command_knows_every_layout() -> None:
     assert convert.LAYOUTS == layouts.LAYOUTS
-    assert convert.READERS.keys() == set(layouts.LAYOUTS)
+    assert READERS.keys() == set(layouts.LAYOUTS)
 
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
@@ -59,7 +60,7 @@ def test_a_file_has_the_tensors_of_the_layout(
         merged = "register_tokens" in weights and layout == "timm"
         assert f"Checked:  {len(weights) - lost} tensors read back from the file have the same bits" in said, merged
         resampled = layout != "facebook" and case != "facebook_reg4"
-        assert ("Note:     readers resample positions differently" in said) == resampled
+        assert ("Note:     readers of the old layout resample positions as" in said) == resampled
 
 
 @pytest.mark.parametrize("source", checkpoints.SOURCES)
@@ -84,7 +85,7 @@ def test_transformers_loads_the_folder(case: str, written: Callable[..., str], t
         torch.testing.assert_close(tokens, ours(pixels), atol=1e-4, rtol=0)
 
 
-def test_a_classifier_stays_one(tmp_path: Path) -> None:
+def test_a_classifier_is_kept(tmp_path: Path) -> None:
     head = {"classifier.weight": torch.randn(3, 256), "classifier.bias": torch.randn(3)}
     path, folder = tmp_path / "in.safetensors", tmp_path / "out"
     save_file({**golden.load_case("facebook_mlp")[1], **head}, path)
@@ -187,10 +188,10 @@ def test_a_file_with_other_tensors_is_noticed(
         ("folder", "timm", "must end in .safetensors"),
         ("x.npz", "facebook", "must end in .safetensors"),
         ("facebook.pth/x", "huggingface", "Not a directory"),
-        ("README", "huggingface", "is a file; a folder is written"),
+        ("README", "huggingface", "is a file, and a folder would be written"),
     ],
 )
-def test_targets_that_make_no_sense(
+def test_impossible_targets_are_refused(
     target: str,
     layout: str,
     message: str,
@@ -204,7 +205,9 @@ def test_targets_that_make_no_sense(
 
 
 @pytest.mark.parametrize("to_folder", [False, True])
-def test_what_is_no_dinov2_is_refused(to_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_other_models_are_refused(
+    to_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "in.safetensors"
     save_file({"fc.weight": torch.randn(3, 2)}, path)
     out = tmp_path / ("out" if to_folder else "out.safetensors")

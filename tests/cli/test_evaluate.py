@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import dinov2_fast
-from dinov2_fast.cli import _parser, labelled, linear, main
+from dinov2_fast.cli import evaluation, linear, main
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.evaluation.evaluate import Tokens, knn, linear_probes
+from dinov2_fast.evaluation.knn import knn
+from dinov2_fast.evaluation.labelled import ModelOptions, read_labelled
+from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
 from tests.helpers import readme
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
@@ -53,13 +56,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def tokens_of(folder: Path, checkpoint: str, blocks: int) -> tuple[Tokens, np.ndarray]:
+def tokens_of(folder: Path, checkpoint: str, blocks: int) -> tuple[ProbeInputs, np.ndarray]:
     """The model called directly; the classes are digits, so their names in order are 0 to 9."""
     paths = sorted(folder.glob("*/*.png"))
     pixels = Dinov2ImageProcessor.for_size(28)([read_image(path) for path in paths]).pixel_values
     with torch.no_grad():
         layers = dinov2_fast.load(checkpoint).get_intermediate_layers(pixels, n=blocks, return_class_token=True)
-    tokens = Tokens(torch.stack([cls for _, cls in layers], dim=1), layers[-1][0].mean(dim=1))
+    tokens = ProbeInputs(torch.stack([cls for _, cls in layers], dim=1), layers[-1][0].mean(dim=1))
     return tokens, np.array([int(path.parent.name) for path in paths])
 
 
@@ -67,21 +70,23 @@ def as_percent(accuracy: Any) -> dict[str, float]:
     return {"top1": pytest.approx(100 * accuracy.top1), "top5": pytest.approx(100 * accuracy.top5)}
 
 
-def test_the_features_are_the_models(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("dinov2_fast.inference.engine.ModelWatch")  # nobody else has the model
-    args = _parser().parse_args(["knn", "train", "--model", checkpoint, "--batch-size", "16", *COMMON])
-    (read,) = labelled.read_all(args, [str(photos / "test")], blocks=4)
+def test_features_are_those_of_the_model(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dinov2_fast.inference.engine.WeightWatch")  # nobody else has the model
+    options = ModelOptions(checkpoint, size=28, device="cpu", batch_size=16)
+    (read,) = read_labelled([str(photos / "test")], 4, options)
     expected, labels = tokens_of(photos / "test", checkpoint, 4)
     torch.testing.assert_close(read.tokens.cls, expected.cls, atol=1e-4, rtol=0)
     assert read.tokens.patch_mean is not None
     torch.testing.assert_close(read.tokens.patch_mean, expected.patch_mean, atol=1e-4, rtol=0)
     assert not torch.allclose(expected.cls[:, 0], expected.cls[:, -1], atol=1e-2)
-    assert read.names == [str(label) for label in labels]
-    assert read.model == labelled.Source(checkpoint, checkpoint, blocks=5)
-    assert labelled.read_all(args, [str(photos / "test")], blocks=9)[0].tokens.cls.shape[1] == 5
+    assert read.classes == [str(label) for label in labels]
+    assert (read.model, read.weights, read.n_blocks) == (checkpoint, checkpoint, 5)
+    assert read_labelled([str(photos / "test")], 9, options)[0].tokens.cls.shape[1] == 5
 
 
-def test_knn(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_knn_prints_and_writes_the_accuracies(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, val = str(photos / "train"), str(photos / "val")
     out = tmp_path / "new" / "knn.json"
     assert main(["knn", train, val, "--model", checkpoint, "--json", str(out), "--batch-size", "64", *COMMON]) == 0
@@ -112,6 +117,32 @@ def test_knn_of_one_folder_leaves_each_image_out(photos: Path, checkpoint: str, 
         assert json.loads(out.read_text())["results"] == rows
 
 
+def test_classes_are_folders_in_archives_and_globs_too(photos: Path, checkpoint: str, tmp_path: Path) -> None:
+    archive, out = str(tmp_path / "val.tar"), tmp_path / "knn.json"
+    with tarfile.open(archive, "w") as file:
+        file.add(photos / "val", "val")
+    results = []
+    for source in (str(photos / "val"), archive, str(photos / "val" / "*" / "*.png")):
+        assert main(["knn", source, "--model", checkpoint, "--json", str(out), *COMMON]) == 0
+        results.append(json.loads(out.read_text()))
+        assert results[-1]["train"] == {"folder": source, "images": 100, "classes": 10, "failures": 0}
+    for found in results[1:]:
+        for one, other in zip(results[0]["results"], found["results"], strict=True):
+            assert one["top1"] == pytest.approx(other["top1"], abs=1.01)  # one image, by rounding
+
+
+def test_images_at_the_top_of_an_archive_have_no_class(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = str(tmp_path / "val.tar")
+    with tarfile.open(archive, "w") as file:
+        file.add(photos / "val" / "3", "3")
+        file.add(next((photos / "val" / "4").iterdir()), "loose.png")
+    for source in (archive, str(tmp_path / "*.tar")):
+        assert main(["knn", source, "--model", checkpoint, *COMMON]) == 1
+        assert "loose.png' lies in no class folder" in capsys.readouterr().err
+
+
 def test_knn_of_few_images_of_each_class(
     photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +165,9 @@ def test_knn_of_few_images_of_each_class(
     assert [row[2] for row in table[1:]] == [f"{row['top1']:.2f}" for row in found["results"]]
 
 
-def test_linear(photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_linear_prints_and_writes_the_accuracies(
+    photos: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "linear.json"
     folders = [str(photos / split) for split in SPLITS]
     arguments = ["linear", *folders[:2], "--test", folders[2], "--model", checkpoint, "--json", str(out), *COMMON]
@@ -198,7 +231,7 @@ def test_stored_features_give_what_images_give(
             assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one image, by rounding
 
 
-def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stored_images_with_an_error_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {"cls": np.eye(6, 4, dtype=np.float32), "patch_mean": np.ones((6, 4), np.float16)}
     rows["cls"][5] = np.nan
     names = ["x.tar/a/1", "x.tar/b/2", "y/a/3", "y/b/4", "y/a/5", "y/c/6"]
@@ -207,7 +240,7 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
         path, error = names, [None] * 5 + ["broken"]
         manifest: ClassVar = {"weights": "", "model": {"n_blocks": 1}, "about": {}}
 
-    monkeypatch.setattr(dinov2_fast, "load_features", lambda folder: Stored(rows), raising=False)
+    monkeypatch.setattr("dinov2_fast.evaluation.labelled.load_features", lambda folder: Stored(rows))
     (tmp_path / "_manifest.json").touch()
     assert main(["knn", str(tmp_path), "--json", str(tmp_path / "out.json"), "--device", "cpu"]) == 3
     found = json.loads((tmp_path / "out.json").read_text())
@@ -217,10 +250,11 @@ def test_features_are_read_by_load_features(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture(scope="module")
 def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folders of features of 50 images, and the model of 12 blocks that they are of.
+    """Folders of features of 50 images, and the model of 12 blocks that made them.
 
-    all/ is what help's command writes, last/ what extract does by itself, three/ has three blocks, bare/ no mean of the
-    patches, other/ is of another model, patches/ has no class tokens, gap/ those of the last and the fourth last block.
+    all/ is what the command in the help text writes, last/ what extract writes by default, three/ has three blocks,
+    bare/ has no mean of the patches, other/ is of another model, patches/ has no class tokens, and gap/ has those of
+    the last and the fourth last block.
     """
     torch.manual_seed(1)
     root = tmp_path_factory.mktemp("stored")
@@ -248,7 +282,7 @@ def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return root, checkpoint
 
 
-def test_linear_on_four_stored_blocks_is_that_on_images(photos: Path, stored: tuple[Path, str]) -> None:
+def test_linear_gives_the_same_on_stored_features_as_on_images(photos: Path, stored: tuple[Path, str]) -> None:
     root, checkpoint = stored
     options = ["--learning-rates", "0.1", "--steps", "20", "--json", str(root / "out.json"), "--device", "cpu"]
     results = []
@@ -258,44 +292,43 @@ def test_linear_on_four_stored_blocks_is_that_on_images(photos: Path, stored: tu
     assert [(row["blocks"], row["avgpool"]) for row in results[1]] == [(1, False), (1, True), (4, False), (4, True)]
     for one, other in zip(*results, strict=True):
         assert one["top1"] == pytest.approx(other["top1"], abs=2.01)  # one image, by rounding
-    args = _parser().parse_args(["linear", "train", "val"])
-    read = labelled.read_all(args, [str(root / name) for name in ("all", "three", "bare", "gap")], blocks=4)
+    read = read_labelled([str(root / name) for name in ("all", "three", "bare", "gap")], 4, ModelOptions())
     expected, _ = tokens_of(photos / "test", checkpoint, 4)
     for each, blocks in zip(read, (4, 3, 4, 1), strict=True):
         torch.testing.assert_close(each.tokens.cls, expected.cls[:, -blocks:], atol=1e-4, rtol=0)
         assert each.tokens.cls.shape[1] == blocks
-        if "bare" in each.folder:
+        if "bare" in each.source:
             assert each.tokens.patch_mean is None
         else:
             torch.testing.assert_close(each.tokens.patch_mean, expected.patch_mean, atol=1e-4, rtol=0)
-    assert labelled.read_all(args, [str(root / "all")], blocks=1)[0].tokens.cls.shape[1] == 1
+    assert read_labelled([str(root / "all")], 1, ModelOptions())[0].tokens.cls.shape[1] == 1
 
 
-MORE = "For more: dinov2-fast extract ... --features cls@8,cls@9,cls@10,cls,patch_mean\n"
+MORE = "For more: dinov2-fast extract ... --features cls@8,cls@9,cls@10,cls,patch_mean"
 
 
 @pytest.mark.parametrize(
     ("train", "val", "said", "tried"),
     [
-        ("last", "all", "'{}/last' has the class tokens of the last block alone, so n = 4 is not tried. " + MORE, [1]),
+        ("last", "all", "'{}/last' has the class tokens of the last block only, so n = 4 is not tried. " + MORE, [1]),
         (
             "all",
             "three",
-            "'{}/three' has the class tokens of the last 3 blocks alone, so n = 4 is not tried. " + MORE,
+            "'{}/three' has the class tokens of the last 3 blocks only, so n = 4 is not tried. " + MORE,
             [1],
         ),
-        ("all", "bare", "'{}/bare' has no patch_mean, so classifiers are tried without it alone.\n", [1, 4]),
+        ("all", "bare", "'{}/bare' has no patch_mean, so only classifiers without it are tried.", [1, 4]),
         ("all", "all", "", [1, 4]),
     ],
 )
-def test_what_stored_features_lack_is_said(
-    stored: tuple[Path, str], train: str, val: str, said: str, tried: list[int], capsys: pytest.CaptureFixture[str]
+def test_what_stored_features_lack_is_logged(
+    stored: tuple[Path, str], train: str, val: str, said: str, tried: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     root, out = stored[0], stored[0] / "out.json"
-    capsys.readouterr()
+    caplog.clear()
     folders = [str(root / train), str(root / val)]
     assert main(["linear", *folders, "--steps", "2", "--device", "cpu", "--json", str(out)]) == 0
-    assert capsys.readouterr().err == said.format(root) + "training: 2/2 updates\n"
+    assert caplog.messages == ([said.format(root)] if said else [])
     rows = json.loads(out.read_text())["results"]
     assert sorted({row["blocks"] for row in rows}) == tried
     assert {row["avgpool"] for row in rows} == ({False} if val == "bare" else {False, True})
@@ -306,15 +339,15 @@ def test_what_stored_features_lack_is_said(
     [
         (
             ["linear", "all", "three", "--blocks", "3,4"],
-            "/three' has the class tokens of the last 3 blocks alone, asked",
+            "/three' has the class tokens of the last 3 blocks only; asked",
         ),
         (["linear", "last", "all", "--blocks", "4"], MORE),
-        (["linear", "all", "all", "--blocks", "13"], "The model has 12 blocks, asked for 13"),
+        (["linear", "all", "all", "--blocks", "13"], "The model has 12 blocks; asked for 13"),
         (["linear", "all", "other"], "/other' are of another model than those in"),
         (["knn", "patches"], "/patches' has no class tokens of the last block"),
     ],
 )
-def test_stored_features_that_do_not_do(
+def test_unsuitable_stored_features_are_refused(
     stored: tuple[Path, str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(stored[0] / word) if (stored[0] / word).is_dir() else word for word in arguments]
@@ -324,28 +357,33 @@ def test_stored_features_that_do_not_do(
     assert captured.out == ""
 
 
-def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seconds = iter((0.0, 29.0, 30.0, 59.0, 61.0, 62.0))
-    monkeypatch.setattr(labelled.time, "perf_counter", lambda: next(seconds))
-    progress = labelled.Progress("training", 5, "updates")
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(seconds))
+    progress = evaluation.ProgressLines()
     for done in range(1, 6):
-        progress(done)
+        progress("training", done, 5, "updates")
     assert capsys.readouterr().err == "".join(f"training: {done}/5 updates\n" for done in (2, 4, 5))
 
 
 def test_wrong_input_is_refused_before_the_model_runs(
     photos: Path, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(labelled, "_run_model", None)
+    monkeypatch.setattr("dinov2_fast.evaluation.labelled.load_model", None)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     (tmp_path / "file").write_text("")
     shutil.copytree(photos / "val" / "3", tmp_path / "one" / "3")
     train, model = str(photos / "test"), ["--model", checkpoint, *COMMON]
     for arguments, message in (
-        (["knn", str(tmp_path / "file")], "file' is a file; give a folder"),
-        (["knn", train, str(tmp_path / "nowhere")], "nowhere' is not there; give a folder"),
+        (["knn", str(tmp_path / "file")], "has one class, "),
+        (["knn", train, str(tmp_path / "nowhere")], "There is no file or folder "),
         (["knn", str(tmp_path / "one")], "has one class, '3'"),
         (["linear", str(tmp_path / "one"), train], "has one class, '3'"),
-        (["knn", train, "--n-per-class", "2"], "--n-per-class needs VAL"),
+        (["knn", train, "--n-per-class", "2"], "n_per_class needs val"),
+        (["knn", str(tmp_path / "one"), "--precision", "bf16"], "--precision bf16 would be slower than fp32 here: "),
+        (["knn", str(tmp_path / "one"), "--weights", "nowhere.safetensors"], "has one class, '3'"),
         (["knn", train, "--json", str(tmp_path / "file" / "out.json")], "cannot be made: "),
         (["knn", train, "--json", str(tmp_path)], "is a folder, or may not be written"),
     ):
@@ -372,12 +410,12 @@ def test_what_is_not_possible_exits_with_1(
     for arguments, message in (
         (["knn", train, val], "--model is missing"),
         (["knn", str(stored), val, *model], "not both"),
-        (["knn", str(stored), *model], "need no --model"),
+        (["knn", str(stored), *model], "need no model"),
         (["knn", str(photos / "val" / "3"), *model], "lies in no class folder"),
         (["knn", str(tmp_path / "half"), *model], "has one class, '3'"),
-        (["knn", str(tmp_path / "bad"), *model], f"can be read:\n  {str(tmp_path / 'bad' / '3')!r}"[:-1]),
+        (["knn", str(tmp_path / "bad"), *model], f"has features:\n  {str(tmp_path / 'bad' / '3')!r}"[:-1]),
         (["linear", val, str(tmp_path / "other"), *model], "1 class(es) that"),
-        (["linear", val, val, "--blocks", "1,9", *model], "The model has 5 blocks, asked for 1, 9"),
+        (["linear", val, val, "--blocks", "1,9", *model], "The model has 5 blocks; asked for 1, 9"),
     ):
         assert main(arguments) == 1, arguments
         captured = capsys.readouterr()
@@ -397,8 +435,8 @@ def test_what_is_not_possible_exits_with_1(
         (["knn", "a", "b", "--n-per-class", "5,some"], "'some' is not a number"),
         (["knn", "a", "b", "--n-tries", "0"], "must be at least 1, got 0"),
         (["linear", "a", "b", "--blocks", "last"], "'last' is not a number"),
-        (["linear", "a", "b", "--learning-rates", "0"], "learning rates must be above 0"),
-        (["linear", "a", "b", "--learning-rates", "0.1,x"], "'0.1,x' is not a number"),
+        (["linear", "a", "b", "--learning-rates", "0"], "'0' is not a number above 0"),
+        (["linear", "a", "b", "--learning-rates", "0.1,x"], "'x' is not a number above 0"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every `show`, `search`, `convert` and `verify` in README and the help runs, with a small model for the real ones."""
+"""Every `show`, `search`, `convert` and `verify` in README and the help runs, with a small model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = re.compile(r"\bdinov2_vit[sblg]14(_reg)?\b")
 
 
 def commands(text: str) -> list[str]:
-    """Its indented lines that call `dinov2-fast`, without comments; the model is the small one's file."""
+    """The indented lines of a text that call `dinov2-fast`, with the file of the small model as the model."""
     lines = re.findall(r"^ +dinov2-fast ((?:show|search|convert|verify) .*)$", text, re.M)
     return [MODEL.sub("stand-in.safetensors", line) for line in lines]
 
@@ -35,7 +35,7 @@ EXAMPLES += [line for command in (show, search, convert, verify) for line in com
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the examples name: images, features and checkpoints."""
+    """A folder with the images, features and checkpoints that the examples name."""
     folder = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
     model = dinov2_fast.DinoVisionTransformer(
@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_are_examples_of_each() -> None:
+def test_every_command_has_an_example() -> None:
     for text in (README, EPILOG):
         assert {line.split()[0] for line in commands(text)} == {"show", "search", "convert", "verify"}
 

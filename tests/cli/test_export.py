@@ -1,4 +1,4 @@
-"""``dinov2-fast export``: README's command and example, what it prints, and what it refuses."""
+"""``dinov2-fast export``: README's command and example, the output, and what is refused."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_torch_export_of_one_size(checkpoint: str, tmp_path: Path, capsys: pytes
     [
         (["--dtype", "bf16"], "bf16 cannot be exported to ONNX"),
         (["--opset", "16"], "opset 16 is too old"),
-        (["--outputs", "cls,scores"], "outputs are some of"),
+        (["--outputs", "cls,scores"], "outputs must be some of"),
         (["--outputs", "registers"], "has no registers"),
         (["--format", "torch-export"], "ends in .pt2"),
         (["--check", str(IMAGES / "README.md")], f"can be read:\n  {str(IMAGES / 'README.md')!r}: not a"),
@@ -146,14 +146,14 @@ def test_images_that_cannot_be_read_are_left_out_of_the_check(
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Away from what initialisation gives."""
+    """Changes all parameters, so that none has its initial value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("kind", ["transformers", "timm"])
-def test_a_trained_classifier_goes_along(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trained_classifier_is_exported(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pixels, path = torch.randn(3, 3, 28, 42), tmp_path / "model.pt2"
     if kind == "transformers":
         config = dinov2_fast.Dinov2Config(
@@ -175,14 +175,14 @@ def test_a_trained_classifier_goes_along(kind: str, tmp_path: Path, capsys: pyte
         torch.testing.assert_close(torch.export.load(path).module()(pixels)[2], logits(), atol=1e-5, rtol=1e-4)
 
 
-def test_a_classifier_of_other_features_is_left_out_in_words(
+def test_a_classifier_of_other_features_is_left_out_with_a_reason(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = {**load_file(checkpoint), "linear_head.weight": torch.randn(5, 320), "linear_head.bias": torch.randn(5)}
     save_file(weights, tmp_path / "model.safetensors")
     arguments = ["export", "--model", str(tmp_path), "--out", str(tmp_path / "a.pt2"), "--format", "torch-export"]
     assert main([*arguments, "--outputs", "logits"]) == 1
-    assert "There is no classifier for the output logits" in capsys.readouterr().err
+    assert "it takes 320 features" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "is left out: it takes 320 features" in capsys.readouterr().err
 

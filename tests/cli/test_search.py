@@ -153,7 +153,7 @@ def test_a_folder_whose_model_has_moved_takes_it_by_its_new_name(
 
 def test_random_weights_are_found_again(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["extract", str(place / "photos"), "--model", "dinov2_vits14", "--weights", "random:3", "--size", "28"]
-    options = ["--precision", "bf16", "--engine", "off", "--workers", "0", "--device", "cpu"]
+    options = ["--precision", "bf16", "--no-engine", "--workers", "0", "--device", "cpu"]
     assert main([*arguments, *options, "--out", str(tmp_path / "out")]) == 3
     query = str(place / "photos" / "d.png")
     out, _ = searched(capsys, str(tmp_path / "out"), query, "--k", "1", "--device", "cpu")
@@ -165,7 +165,7 @@ def test_random_weights_are_found_again(place: Path, tmp_path: Path, capsys: pyt
     [
         (["--model", "dinov2_vits14", "--weights", "random:0"], "and this model has other weights: features of two"),
         (["--weights", "random:0"], "--weights needs --model"),
-        (["--feature", "patches"], "'patches' is 20 vectors an image; choose one that is a vector: cls, cls@0"),
+        (["--feature", "patches"], "'patches' is 20 vectors per image; choose one that is a vector: cls, cls@0"),
         (["--feature", "patch_mean"], "There is no feature 'patch_mean'"),
         (["--device", "abacus"], "There is no device 'abacus'"),
     ],

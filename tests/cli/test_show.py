@@ -1,4 +1,4 @@
-"""`dinov2-fast show`: its sheets hold what the model computes, in its place, from images and from stored features."""
+"""`dinov2-fast show`: the sheets show what the model computes, from images and from stored features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of four images; the third is the first again."""
+    """A folder of four images; the third is a copy of the first."""
     folder = tmp_path_factory.mktemp("images")
     for i, name in enumerate(NAMES):
         small = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
@@ -47,7 +47,7 @@ class Drawn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.strips: dict[str, list[list[Tile]]] = {}
         self.titles: dict[str, str] = {}
-        monkeypatch.setattr("dinov2_fast.visualize.save_sheet", self._save)
+        monkeypatch.setattr("dinov2_fast.visualize.show.save_sheet", self._save)
 
     def _save(self, path: Path, strips: Sequence[Sequence[Tile]], **layout: Any) -> Path:
         self.strips[path.name] = [list(strip) for strip in strips]
@@ -93,7 +93,7 @@ def test_everything_is_drawn_by_default(
         assert strip[0].image.size == (98, 70)
 
 
-def test_attention_is_that_of_the_blocks_and_heads_asked_for(
+def test_attention_maps_are_of_the_requested_blocks_and_heads(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "56"]
@@ -126,7 +126,7 @@ def test_pca_of_several_blocks_stands_side_by_side(checkpoint: str, images: str,
             assert np.abs(pixels_of(strip[1 + block]).astype(int) - rgb).max() <= 2
 
 
-def test_the_foreground_alone(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
+def test_foreground_makes_the_background_black(checkpoint: str, images: str, tmp_path: Path, drawn: Drawn) -> None:
     arguments = ["show", images, "--model", checkpoint, "--out", str(tmp_path), "--size", "70", "--pca"]
     assert main([*arguments, "--foreground"]) == 0
     black = np.array([(pixels_of(strip[1]) == 0).all(axis=-1).mean() for strip in drawn.strips["pca.png"]])
@@ -180,22 +180,22 @@ def test_a_basis_is_for_its_model_and_block_alone(
         ([features, "--basis", basis], "is of block 1, and these are the features of block 2"),
         ([images, *ours, "--basis", basis, "--layer", "0,1"], "A basis is of one block: choose one with --layer"),
         ([images, *ours, "--save-basis", f"{basis}2", "--layer", "all"], "A basis is of one block"),
-        ([images, *ours, "--basis", basis, "--layer", "1", "--foreground"], "knows no foreground: make one with"),
+        ([images, *ours, "--basis", basis, "--layer", "1", "--foreground"], "has no foreground: make one with"),
         ([images, *others, "--basis", basis, "--layer", "1"], "and 'dinov2_vits14' has other weights: make one of"),
         ([images, *ours, "--basis", f"{basis}3"], "No such file"),
-        ([images, *ours, "--basis", checkpoint], "is no PCA basis; `dinov2-fast show --save-basis` writes one"),
+        ([images, *ours, "--basis", checkpoint], "is not a PCA basis; `dinov2-fast show --save-basis` writes one"),
     ):
         assert main(["show", *options, *arguments]) == 1
         err = capsys.readouterr().err
         assert message in err
         if "exists" in message or "No such file" in message or "no PCA basis" in message:
-            assert "Running" not in err  # nobody waits for a model to hear that
+            assert "Running" not in err  # it is refused before a model runs
         assert not out.exists()
     assert Path(basis).read_bytes() == content
     assert main(["show", images, *ours, *arguments, "--basis", basis, "--layer", "1"]) == 0
 
 
-def test_the_copy_of_a_image_is_its_nearest_neighbour(
+def test_the_copy_of_an_image_is_its_nearest_neighbour(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn
 ) -> None:
     options = ["--model", checkpoint, "--size", "56", "--neighbours", "--count", "2"]
@@ -217,17 +217,18 @@ def test_random_weights_are_marked(images: str, tmp_path: Path, drawn: Drawn) ->
     assert all(title.startswith("RANDOM WEIGHTS (random:3): dinov2_vits14, ") for title in drawn.titles.values())
 
 
-def test_a_image_that_cannot_be_read_is_left_out(
+def test_an_image_that_cannot_be_read_is_left_out(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("<html>")
     arguments = ["--model", checkpoint, "--size", "28", "--out", str(tmp_path / "out")]
     assert main(["show", str(bad), images, *arguments]) == 3
-    assert "bad.jpg' cannot be shown: not an image" in capsys.readouterr().err
+    assert "Left out:\n  '" in (err := capsys.readouterr().err)
+    assert "bad.jpg': not an image" in err
     assert [strip[0] for strip in drawn.texts("pca.png")] == NAMES
     assert main(["show", str(bad), *arguments]) == 1
-    assert "None of the images could be read" in capsys.readouterr().err
+    assert "None of the images can be read" in capsys.readouterr().err
 
 
 def test_one_image_has_no_neighbours(
@@ -240,7 +241,7 @@ def test_one_image_has_no_neighbours(
     assert "two images or more" in capsys.readouterr().err
 
 
-def test_no_more_than_the_limit(
+def test_limit_is_the_number_of_images_that_are_drawn(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["show", images, "--model", checkpoint, "--size", "28", "--out", str(tmp_path), "--pca"]
@@ -253,7 +254,7 @@ def test_no_more_than_the_limit(
 
 @pytest.fixture(scope="module")
 def features(checkpoint: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `extract` writes of the images and one that cannot be read, in shards of two."""
+    """A folder of features of the images and of one that cannot be read, in shards of two."""
     folder = tmp_path_factory.mktemp("features")
     (folder / "0.jpg").write_text("<html>")
     arguments = ["extract", str(folder / "0.jpg"), images, "--model", checkpoint, "--size", "70x98"]
@@ -293,7 +294,7 @@ def test_random_weights_of_stored_features_are_marked(images: str, tmp_path: Pat
     assert drawn.titles["neighbours-random-weights.png"].startswith("RANDOM WEIGHTS (random:0): dinov2_vits14")
 
 
-def test_a_image_that_is_gone_is_grey(
+def test_an_image_that_is_gone_is_grey(
     checkpoint: str, images: str, tmp_path: Path, drawn: Drawn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
@@ -301,7 +302,8 @@ def test_a_image_that_is_gone_is_grey(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder / "b.png").unlink()
     assert main(["show", str(tmp_path / "out"), "--out", str(tmp_path / "sheets")]) == 0
-    assert "b.png' cannot be shown: No such file" in capsys.readouterr().err
+    assert "Grey, since they cannot be read any more:\n  '" in (err := capsys.readouterr().err)
+    assert "b.png': No such file" in err
     assert (pixels_of(drawn.strips["neighbours.png"][1][0]) == 211).all()
     assert not (pixels_of(drawn.strips["neighbours.png"][0][0]) == 211).all()
 
@@ -314,6 +316,7 @@ def test_a_image_that_is_gone_is_grey(
         (["CLS", "--pca"], "--pca needs the feature 'patches'; stored are cls"),
         (["IMAGES"], "--model is missing"),
         (["EMPTY", "--model", "MODEL"], "There are no images in"),
+        (["IMAGES", "--model", "MODEL", "--neighbours", "--limit", "1"], "Neighbours need two images or more"),
         (
             ["IMAGES", "--model", "MODEL", "--size", "28", "--layer", "3"],
             "There is no block 3; the blocks of this model",
@@ -325,7 +328,7 @@ def test_a_image_that_is_gone_is_grey(
         (["IMAGES", "--model", "MODEL", "--size", "28", "--device", "abacus"], "There is no device 'abacus'"),
     ],
 )
-def test_what_cannot_be_shown_is_said(
+def test_what_cannot_be_shown_is_an_error(
     options: list[str],
     message: str,
     checkpoint: str,
@@ -347,6 +350,22 @@ def test_what_cannot_be_shown_is_said(
     assert not out.exists()
 
 
+def test_what_is_wrong_is_said_before_the_weights_are_read(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order of checks: the output folder, the device, the first image, the weights."""
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_text("")
+    for path, options, message in (
+        ("nowhere", ["--out", str(file), "--device", "abacus"], "The output folder "),
+        ("nowhere", ["--out", str(out), "--device", "abacus"], "There is no device 'abacus'"),
+        ("nowhere", ["--out", str(out), "--device", "cpu"], "There is no file or folder 'nowhere'"),
+        (images, ["--out", str(out), "--device", "cpu"], "missing.pth"),
+    ):
+        assert main(["show", path, "--model", "dinov2_vits14", "--weights", "missing.pth", *options]) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -355,7 +374,7 @@ def test_what_cannot_be_shown_is_said(
         (["--size", "500"], "nearest: 490 or 504"),
     ],
 )
-def test_wrong_usage(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["show", "x.jpg", "--model", "m", "--out", "o", *options])
     assert exit_.value.code == 2

@@ -132,5 +132,5 @@ def test_a_full_disk_is_named_with_what_can_be_done(
     assert main(ARGUMENTS) == 1
     assert capsys.readouterr().err == (
         "dinov2-fast: error: [Errno 28] No space left on device: 'out/features-00000.parquet'. Make room and run the "
-        "same command again; files that are complete stay\n"
+        "same command again; complete files are kept\n"
     )

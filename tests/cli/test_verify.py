@@ -1,4 +1,4 @@
-"""`dinov2-fast verify`: what is said of two checkpoints and of other implementations, and the numbers behind it."""
+"""`dinov2-fast verify`: its verdict on two checkpoints and on other implementations, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved(weights: Weights, path: Path) -> str:
 
 
 class Runs:
-    """Runs the command on two sets of weights; its exit code and what it said."""
+    """Runs the command on two sets of weights; returns its exit code and its output."""
 
     def __init__(self, folder: Path, images: str, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.images, self.capsys = folder, images, capsys
@@ -76,10 +76,10 @@ def test_one_tensor_that_differs_is_found(runs: Runs) -> None:
     changed = {**weights, "blocks.1.ls2.gamma": weights["blocks.1.ls2.gamma"] * 1.1}
     code, said = runs(weights, changed)
     assert code == 1
-    assert f"1 of {len(weights)} tensors differ (blocks.1.ls2.gamma), the most by 0." in said
+    assert f"1 of {len(weights)} tensors differ (blocks.1.ls2.gamma), at most by 0." in said
     assert "in blocks.1.ls2.gamma" in said
     assert "DIFFERENT: the worst difference is" in said
-    assert "Position resampling" not in said
+    assert "resampling of positions" not in said
     assert runs(weights, changed, "--tolerance", "1000")[0] == 0
 
 
@@ -100,7 +100,7 @@ def test_a_mask_token_plays_no_part(runs: Runs) -> None:
     weights = weights_of()
     code, said = runs(weights, {**weights, "mask_token": weights["mask_token"] + 1})
     assert code == 0
-    assert "the same but for the mask token" in said
+    assert "the same except for the mask token" in said
 
 
 def test_differences_within_the_tolerance_are_not_called_rounding(runs: Runs) -> None:
@@ -110,16 +110,16 @@ def test_differences_within_the_tolerance_are_not_called_rounding(runs: Runs) ->
     assert "The features are the same within the tolerance of 0.001: the worst difference is 0.0003" in said
 
 
-def test_features_that_are_no_numbers_are_different(runs: Runs) -> None:
+def test_nan_features_are_different(runs: Runs) -> None:
     weights = weights_of()
     broken = {**weights, "norm.bias": weights["norm.bias"].clone()}
     broken["norm.bias"][3] = float("nan")
     for a, b in ((weights, broken), (broken, weights), (broken, broken)):
         code, said = runs(a, b)
-        assert (code, "DIFFERENT: there are features that are no numbers" in said) == (1, True)
+        assert (code, "DIFFERENT: some features are NaN" in said) == (1, True)
 
 
-def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
+def test_models_of_different_sizes_are_an_error(runs: Runs) -> None:
     code, said = runs(weights_of(), weights_of("facebook_swiglu"))
     assert code == 1
     assert "only in A: " in said
@@ -132,14 +132,14 @@ def test_models_of_different_sizes_are_said_to_be(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("peer", "position_interpolation"), [("transformers", "size"), ("timm", "antialias")])
-def test_other_implementations_resample_positions_otherwise_and_nothing_else(
+def test_only_the_resampling_of_positions_differs_from_other_implementations(
     peer: str, position_interpolation: str, runs: Runs
 ) -> None:
     pytest.importorskip(peer)
     code, said = runs(weights_of(), peer)
     assert code == 1
-    assert "Position resampling differs, and nothing else: A resamples positions as 'offset', and with" in said
-    assert f"--position-interpolation {position_interpolation}\nit agrees with B (worst difference" in said
+    assert "Only the resampling of positions differs: A resamples them as 'offset', and with" in said
+    assert f"--position-interpolation {position_interpolation} it agrees with B (worst difference" in said
     assert "with the weights of A" in said
     code, said = runs(weights_of(), peer, "--position-interpolation", position_interpolation)
     assert code == 0
@@ -149,7 +149,7 @@ def test_other_implementations_resample_positions_otherwise_and_nothing_else(
 
 @pytest.mark.parametrize("case", ["facebook_reg4", "facebook_swiglu"])
 @pytest.mark.parametrize("peer", ["transformers", "timm"])
-def test_other_implementations_of_all_kinds_of_model(peer: str, case: str, runs: Runs) -> None:
+def test_every_kind_of_model_agrees_with_other_implementations(peer: str, case: str, runs: Runs) -> None:
     pytest.importorskip(peer)
     code, said = runs(weights_of(case), peer, size=70)
     assert (code, "the same up to rounding" in said) == (0, True), said
@@ -163,7 +163,7 @@ def test_a_model_that_the_other_library_loads_itself(runs: Runs, tmp_path: Path)
     assert main(["convert", str(tmp_path / "changed.safetensors"), str(folder), "--to", "huggingface"]) == 0
     assert runs(changed, f"transformers:{folder}", size=70)[0] == 0
     code, said = runs(weights, f"transformers:{folder}", size=70)
-    assert (code, "Position resampling" in said) == (1, False)
+    assert (code, "resampling of positions" in said) == (1, False)
 
 
 def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, monkeypatch: pytest.Monk
     assert "timm is not installed: pip install timm" in said
 
 
-def test_images_that_cannot_be_read_are_left_out_and_told_from_a_difference(
+def test_unreadable_images_are_left_out_and_have_an_exit_code_of_their_own(
     tmp_path: Path, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = weights_of()
@@ -242,7 +242,7 @@ def usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[list[str], str]] = [
         (["verify", "a", "b"], "required: PATH"),
         (["verify", "a", "b", "c", "--tolerance", "much"], "invalid float value: 'much'"),

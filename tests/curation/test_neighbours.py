@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import dinov2_fast
-from dinov2_fast.curation import neighbours as retrieval
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.decoding import Decoded
-from dinov2_fast.features.schema import MANIFEST, Feature, Rows, format_named, stem
+from dinov2_fast.data.sources import ImageSource
+from dinov2_fast.features.formats import open_shards
+from dinov2_fast.features.schema import MANIFEST, Feature, Rows
 
 
 def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:
@@ -94,8 +95,10 @@ def store(folder: Path, features: np.ndarray, shard_size: int, format: str = "pa
     for shard, first in enumerate(range(0, len(features), shard_size)):
         part = features[first : first + shard_size]
         images = [Decoded(error=None if np.isfinite(row).all() else "broken") for row in part]
-        rows = Rows(first, [f"{first + i}.jpg" for i in range(len(part))], images, {"cls": part})
-        format_named(format).write(stem(folder, shard), [rows], [kind], {})
+        rows = Rows(
+            range(first, first + len(part)), [f"{first + i}.jpg" for i in range(len(part))], images, {"cls": part}
+        )
+        open_shards(folder, format, [kind]).write(shard, [rows], {})
     manifest = {"inputs": {"images": len(features)}, "shard_size": shard_size, "format": format}
     manifest |= {"about": {}, "processor": {}, "features": {"cls": {"shape": list(kind.shape), "dtype": kind.dtype}}}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -137,7 +140,7 @@ def test_one_vector_and_fewer_images_than_asked_for(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_store(
     format: str, shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval, "BLOCK", 200)
+    monkeypatch.setattr("dinov2_fast.curation.neighbours.BLOCK", 200)
     features = np.random.default_rng(0).standard_normal((8000, 640)).astype(np.float32)  # 20 MB
     loaded = dinov2_fast.load_features(store(tmp_path / "store", features, shard_size, format))
     tracemalloc.start()
@@ -159,7 +162,7 @@ def test_memory_does_not_grow_with_the_store(
         (np.full((2, 4), np.nan), {}, "contain NaN or infinity: leave out rows without features"),
         (np.ones((1, 4)), {"k": 0}, "k must be at least 1, got 0"),
         (np.ones((1, 4)), {"feature": "patch_mean"}, "There is no feature 'patch_mean' in .*; choose of: cls"),
-        (["query.jpg"], {}, "do not say which model made them: give the model"),
+        ([ImageSource("query.jpg")], {}, "do not say which model made them: give the model"),
     ],
 )
 def test_what_cannot_be_searched_is_said(queries: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_what_cannot_be_searched_is_said(queries: Any, options: dict[str, Any], 
 
 def test_stores_without_vectors_are_refused(tmp_path: Path) -> None:
     tokens = store(tmp_path / "tokens", np.ones((2, 9, 4), np.float32), 4)
-    with pytest.raises(ValueError, match="'cls' is 9 vectors an image; choose one that is a vector: none"):
+    with pytest.raises(ValueError, match="'cls' is 9 vectors per image; choose one that is a vector: none"):
         dinov2_fast.search(tokens, np.ones((1, 4)))
     broken = store(tmp_path / "broken", np.full((2, 4), np.nan, np.float32), 4)
     with pytest.raises(ValueError, match=r"No image in .*broken' has features"):

@@ -14,8 +14,9 @@ from packaging.version import Version
 from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessorPil
 
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor, to_rgb
-from dinov2_fast.weights import WeightsError
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.rgb import to_rgb
+from dinov2_fast.errors import WeightsError
 from tests.helpers.weight_folders import isolate, refuse_network
 
 IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))

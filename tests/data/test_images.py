@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError, ReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import decode_image, read_image
-from dinov2_fast.data.sources import ImageSource, list_images
+from dinov2_fast.data.sources import ImageSource, find_images
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
 
@@ -238,8 +239,8 @@ def test_heic_is_read_where_its_plugin_is_installed(tmp_path: Path, installed: b
         "sys.path.insert(0, sys.argv[1])\n"
         "from dinov2_fast.data.files import ImageError\n"
         "from dinov2_fast.data.images import read_image\n"
-        "from dinov2_fast.data.sources import list_images\n"
-        "print(len(list_images(sys.argv[1:])))\n"
+        "from dinov2_fast.data.sources import find_images\n"
+        "print(len(list(find_images(sys.argv[1:]))))\n"
         "try:\n"
         "    print(read_image(sys.argv[1] + '/photo.HEIC').getpixel((0, 0)))\n"
         "except ImageError as error:\n"
@@ -424,26 +425,30 @@ def touch(folder: Path, *names: str | bytes) -> None:
             pass
 
 
+def paths_of(given: list[Any]) -> list[str]:
+    return [source.path for source in find_images(given)]
+
+
 def test_listing_is_recursive_sorted_and_takes_images_only(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a/z.png", "a/y/x.webp", "c.txt", "README.md", "a.jpeg", "a/notes.jpg.txt")
     expected = [tmp_path / name for name in ("a/y/x.webp", "a/z.png", "a.jpeg", "b.JPG")]
-    assert list_images([tmp_path]) == [str(path) for path in expected]
+    assert paths_of([tmp_path]) == [str(path) for path in expected]
 
 
 def test_listing_keeps_what_was_given(tmp_path: Path) -> None:
     touch(tmp_path, "one.jpg", "image_without_ending", "folder/two.jpg")
     given = [tmp_path / "image_without_ending", tmp_path / "folder", tmp_path / "one.jpg", tmp_path / "one.jpg"]
-    names = [os.path.basename(path) for path in list_images(given)]
+    names = [os.path.basename(path) for path in paths_of(given)]
     assert names == ["image_without_ending", "two.jpg", "one.jpg", "one.jpg"]
-    assert list_images([]) == []
+    assert paths_of([]) == []
     (tmp_path / "empty").mkdir()
-    assert list_images([tmp_path / "empty"]) == []
+    assert paths_of([tmp_path / "empty"]) == []
 
 
 def test_a_missing_path_is_an_error_before_anything_is_listed(tmp_path: Path) -> None:
     touch(tmp_path, "one.jpg")
     with pytest.raises(FileNotFoundError, match=r"no file or folder '.*missing'"):
-        list_images([tmp_path, tmp_path / "missing"])
+        paths_of([tmp_path, tmp_path / "missing"])
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +462,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("dinov2_fast.data.sources.os.scandir", refuse)
     with pytest.raises(PermissionError):
-        list_images([tmp_path])
+        paths_of([tmp_path])
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -468,12 +473,12 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "dead.jpg").symlink_to("nowhere.jpg")
     (root / "loop.jpg").symlink_to("loop.jpg")
-    found = [os.path.relpath(path, root) for path in list_images([root])]
+    found = [os.path.relpath(path, root) for path in paths_of([root])]
     assert found == ["dead.jpg", "inner/one.jpg", "linked/two.jpg", "loop.jpg"]
 
 
 def test_strange_names_survive(tmp_path: Path) -> None:
     names = [b"new\nline.jpg", b"caf\xe9.jpg", "日本.jpg".encode(), b" blank.jpg", b"-dash.jpg", b"\x1b[31m.jpg"]
     touch(tmp_path, *names)
-    assert sorted(os.path.basename(os.fsencode(path)) for path in list_images([tmp_path])) == sorted(names)
-    assert list_images([os.fsencode(tmp_path)]) == list_images([tmp_path])
+    assert sorted(os.path.basename(os.fsencode(path)) for path in paths_of([tmp_path])) == sorted(names)
+    assert paths_of([os.fsencode(tmp_path)]) == paths_of([tmp_path])

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from contextlib import closing
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ import pytest
 from PIL import Image
 
 from dinov2_fast.data import archives, files, parquet_images
-from dinov2_fast.data import sources as inputs
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.data.sources import ImageList, ImageSource, find_images, list_images
+from dinov2_fast.data.sources import ImageSource, find_images, require_images
+from dinov2_fast.errors import InvalidValueError
 
 PROCESSOR = Dinov2ImageProcessor(size=14, crop_size=14, do_rescale=False, do_normalize=False)
 
@@ -43,6 +43,10 @@ def colour(image: ImageSource) -> int | str | None:
     """The colour of an image, which tells them apart, or its error."""
     decoded = decode(image, PROCESSOR)
     return decoded.error if decoded.pixels is None else int(decoded.pixels[0, 0, 0])
+
+
+def paths_of(given: list[Any]) -> list[str]:
+    return [source.path for source in find_images(given)]
 
 
 def names(paths: list[Any]) -> list[str]:
@@ -75,7 +79,7 @@ def test_what_is_left_out_is_counted_by_ending_and_said(folder: Path, caplog: py
     write_tar(folder / "set.tar")
     for _ in range(2):  # the same files are counted once
         assert names([folder / "c.bin", folder, folder / "set.tar"])[:4] == ["c.bin", "10.png", "2.png", "b.png"]
-    assert list_images([folder]) == [str(folder / name) for name in ("a/10.png", "a/2.png", "b.png")]
+    assert paths_of([folder]) == [str(folder / name) for name in ("a/10.png", "a/2.png", "b.png")]
     first, second = caplog.messages
     assert first.startswith("16 files with other endings were left out (.cls 3, .json 3, .heic 2, ")
     assert second.startswith("10 files with other endings were left out (.heic 2, ")
@@ -86,11 +90,11 @@ def test_one_file_left_out_and_the_plugin_it_would_need(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "README").write_bytes(b"")
-    assert list_images([tmp_path]) == []
-    monkeypatch.setattr(inputs, "FORMATS", ("JPEG",))
-    monkeypatch.setattr(inputs, "ENDINGS", (".jpg",))
+    assert paths_of([tmp_path]) == []
+    monkeypatch.setattr("dinov2_fast.data.sources.FORMATS", ("JPEG",))
+    monkeypatch.setattr("dinov2_fast.data.sources.ENDINGS", (".jpg",))
     (tmp_path / "README").rename(tmp_path / "photo.heic")
-    assert list_images([tmp_path]) == []
+    assert paths_of([tmp_path]) == []
     text = "1 file with another ending was left out"
     assert caplog.messages == [f"{text} (none 1).", f"{text} (.heic 1). HEIC needs: pip install pillow_heif."]
 
@@ -548,65 +552,6 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pyte
     assert colour(ImageSource("memory://large.png")) == "too large: 1001 bytes, the limit is 1000"
 
 
-# The list of an extraction
-
-
-def make_list(count: int, part: tuple[int, int], folder: Path, size: int = 4) -> ImageList:
-    images = (ImageSource(f"{n}.png", "a.tar", n, 10) if n % 3 else ImageSource(f"/x\udce9/{n}") for n in range(count))
-    return ImageList(images, size, part, folder)
-
-
-@pytest.mark.parametrize(("count", "parts"), [(0, 1), (1, 1), (4, 1), (10, 1), (10, 2), (23, 3), (24, 4), (5, 7)])
-def test_parts_of_a_list_are_the_list(tmp_path: Path, count: int, parts: int) -> None:
-    lists = [make_list(count, (index, parts), tmp_path) for index in range(parts)]
-    assert {listed.count for listed in lists} == {count}
-    assert len({listed.sha256 for listed in lists}) == 1
-    found: dict[int, ImageSource] = {}
-    for listed in lists:
-        for shard in listed.shards:
-            found.update(zip(listed.rows(shard), listed.shard(shard), strict=True))
-    whole = make_list(count, (0, 1), tmp_path, size=max(count, 1))
-    assert [found[row] for row in range(count)] == [p for shard in whole.shards for p in whole.shard(shard)]
-    assert os.listdir(tmp_path) == []
-    for listed in (*lists, whole):
-        listed.close()
-
-
-def test_the_digest_of_a_list_depends_on_all_it_says(tmp_path: Path) -> None:
-    rows = [[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"]]
-    lists = [[ImageSource(path) for path in row] for row in rows]
-    lists += [
-        [ImageSource("a", "x", 1, 2)],
-        [ImageSource("a", "x", 1, 3)],
-        [ImageSource("a", "x", 2, 2)],
-        [ImageSource("a", "y", 1, 2)],
-    ]
-    digests = set()
-    for images in lists:
-        with closing(ImageList(images, 4, (0, 1), tmp_path)) as listed:
-            digests.add(listed.sha256)
-    assert len(digests) == len(lists)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_long_list_takes_no_memory(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom pathlib import Path\nimport pyarrow\n"
-        "from dinov2_fast.data.sources import ImageSource, ImageList\n"
-        "def peak():\n"
-        "    status = Path('/proc/self/status').read_text()\n"
-        "    return int(status.partition('VmHWM:')[2].split()[0])\n"
-        "def make(count):\n"
-        "    return ImageList((ImageSource(f'{n:0200}') for n in range(count)), 8192, (0, 1), Path(sys.argv[1]))\n"
-        "make(20_000).close()\nbefore = peak()\nlisted = make(300_000)\n"
-        "assert listed.shard(30)[5].path == f'{30 * 8192 + 5:0200}'\n"
-        "print((peak() - before) / 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 20  # MB; the paths alone are 60
-
-
 def test_images_of_an_archive_and_of_files_are_decoded_alike(tmp_path: Path) -> None:
     (content, *_) = write_tar(tmp_path / "a.tar")
     (tmp_path / "a.png").write_bytes(content)
@@ -614,3 +559,32 @@ def test_images_of_an_archive_and_of_files_are_decoded_alike(tmp_path: Path) -> 
     (packed, *_) = (decode(image, PROCESSOR) for image in find_images([tmp_path / "a.tar"]))
     assert (alone.sha256, alone.width) == (packed.sha256, packed.width)
     np.testing.assert_array_equal(alone.pixels, packed.pixels)
+
+
+def test_one_path_or_one_source_may_stand_for_itself(folder: Path) -> None:
+    expected = list(find_images([folder]))
+    assert list(find_images(folder)) == list(find_images(str(folder))) == expected
+    assert list(find_images(expected[0])) == expected[:1]
+
+
+def test_sources_pass_as_they_are_one_by_one() -> None:
+    taken: list[int] = []
+
+    def sources() -> Iterator[ImageSource]:
+        for index in range(5):
+            taken.append(index)
+            yield ImageSource(f"missing{index}")
+
+    found = find_images(sources())
+    assert [next(found), next(found)] == [ImageSource("missing0"), ImageSource("missing1")]
+    assert taken == [0, 1]
+
+
+def test_no_images_are_an_error_where_some_are_required(folder: Path, tmp_path: Path) -> None:
+    assert list(require_images(folder)) == list(find_images([folder]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidValueError, match=r"There are no images in '.*empty'\. Archives and lists in a folder"):
+        require_images(tmp_path / "empty")
+    for nothing in ([], iter(())):
+        with pytest.raises(InvalidValueError, match=r"There are no images\. Archives"):
+            require_images(nothing)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_fast.evaluation import evaluate
-from dinov2_fast.evaluation.evaluate import Accuracy, Tokens, knn, linear_probes
+from dinov2_fast.evaluation.knn import knn
+from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
+from dinov2_fast.evaluation.metrics import Accuracy, accuracy_of, class_ranks
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
@@ -24,7 +25,7 @@ class Digits:
     train_labels, val_labels = labels[:1000], labels[1000:]
 
 
-def accuracy_of(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def sorted_accuracy(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Top 1 and top 5 of scores (images, classes), by sorting: of equal scores the image's own comes last."""
     right = []
     for row, label in zip(scores, labels, strict=True):
@@ -44,16 +45,16 @@ def sklearns(k: int, temperature: float, rows: Any = slice(None)) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("held", [2**27, 1000 * 100])
-def test_knn_is_scikit_learns(temperature: float, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the similarities do not fit in memory at once."""
-    monkeypatch.setattr(evaluate, "_SIMILARITIES", held)
+def test_knn_agrees_with_scikit_learn(temperature: float, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the similarities are computed in chunks."""
+    monkeypatch.setattr("dinov2_fast.evaluation.knn._SIMILARITIES", held)
     ks = (1, 10, 20, 100, 200)
     found = knn(
         Digits.train, Digits.train_labels, Digits.val, Digits.val_labels, neighbours=ks, temperature=temperature
     )
     assert list(found) == list(ks)
     for k, accuracy in found.items():
-        assert accuracy == pytest.approx(accuracy_of(sklearns(k, temperature), Digits.val_labels), abs=1e-12), k
+        assert accuracy == pytest.approx(sorted_accuracy(sklearns(k, temperature), Digits.val_labels), abs=1e-12), k
     assert found[10].top1 > 0.93
     assert found[200].top1 < found[10].top1
     assert found[10].top1 < found[10].top5 < 1
@@ -61,7 +62,7 @@ def test_knn_is_scikit_learns(temperature: float, held: int, monkeypatch: pytest
 
 @pytest.mark.parametrize("held", [2**27, 300 * 70])
 def test_without_validation_each_image_is_left_out(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_SIMILARITIES", held)
+    monkeypatch.setattr("dinov2_fast.evaluation.knn._SIMILARITIES", held)
     features, labels = Digits.train[:300].astype(np.float64), Digits.train_labels[:300]
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     cosine = unit @ unit.T
@@ -71,7 +72,7 @@ def test_without_validation_each_image_is_left_out(held: int, monkeypatch: pytes
         for column in others[:5]:
             scores[row, labels[column]] += np.exp(cosine[row, column] / 0.07)
     found = knn(features, labels, neighbours=(5,))
-    assert found == {5: pytest.approx(accuracy_of(scores, labels), abs=1e-12)}
+    assert found == {5: pytest.approx(sorted_accuracy(scores, labels), abs=1e-12)}
     assert (
         knn(features, labels, features, labels, neighbours=(1,))[1].top1
         == 1
@@ -80,7 +81,7 @@ def test_without_validation_each_image_is_left_out(held: int, monkeypatch: pytes
 
 
 def test_few_of_each_class_are_chosen_as_the_reference_does() -> None:
-    """Its tries are seeded 0, 1, ... and draw from class after class; a class that has no more votes as a whole."""
+    """The tries have the seeds 0, 1, ... and draw from class after class; smaller classes vote as a whole."""
     labels = Digits.train_labels.copy()
     labels[np.flatnonzero(labels == 7)[3:]] = 8
     found = knn(Digits.train, labels, Digits.val, Digits.val_labels, neighbours=(2, 10, 100), n_per_class=4, n_tries=2)
@@ -105,23 +106,23 @@ def test_few_of_each_class_vote_as_in_scikit_learn() -> None:
         place = np.flatnonzero(Digits.train_labels == number)
         rows += place[torch.randperm(len(place))[:3].numpy()].tolist()
     for k in (1, 3):
-        assert found[k] == pytest.approx(accuracy_of(sklearns(k, 0.07, rows), Digits.val_labels), abs=1e-12)
+        assert found[k] == pytest.approx(sorted_accuracy(sklearns(k, 0.07, rows), Digits.val_labels), abs=1e-12)
     assert found[1].top1 < 0.9 < knn(Digits.train, Digits.train_labels, Digits.val, Digits.val_labels)[10].top1
 
 
 def test_ties_and_missing_scores_count_against() -> None:
     scores = torch.tensor([[3.0, 1, 0, 0, 0, 0, 0], [2, 2, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 5], [torch.nan] * 7])
-    ranks = evaluate._ranks(scores, torch.tensor([0, 0, 0, 0]))
+    ranks = class_ranks(scores, torch.tensor([0, 0, 0, 0]))
     assert ranks[:3].tolist() == [0, 1, 6]
-    assert evaluate._accuracy(ranks) == Accuracy(0.25, 0.5)
-    two = evaluate._ranks(torch.full((1, 2), torch.nan), torch.tensor([0]))
-    assert evaluate._accuracy(two).top5 == 0
+    assert accuracy_of(ranks) == Accuracy(0.25, 0.5)
+    two = class_ranks(torch.full((1, 2), torch.nan), torch.tensor([0]))
+    assert accuracy_of(two).top5 == 0
 
 
-def tokens_of(pixels: np.ndarray) -> Tokens:
+def tokens_of(pixels: np.ndarray) -> ProbeInputs:
     """Three "blocks" of 20 numbers, and a "mean of the patches" of 4."""
     x = torch.from_numpy(pixels)
-    return Tokens(x[:, :60].unflatten(1, (3, 20)), x[:, 60:])
+    return ProbeInputs(x[:, :60].unflatten(1, (3, 20)), x[:, 60:])
 
 
 def torchs(x: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, rate: float, order: Any, steps: int) -> Any:
@@ -161,7 +162,7 @@ def test_linear_probes_are_trained_as_torch_would() -> None:
         torch.testing.assert_close(probe.bias, linear.bias, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(probe.weight, initial, atol=1e-3)
         scores = linear(x).detach().numpy()
-        assert probe.accuracy(tokens, labels) == pytest.approx(accuracy_of(scores, labels.numpy()), abs=1e-12)
+        assert probe.accuracy(tokens, labels) == pytest.approx(sorted_accuracy(scores, labels.numpy()), abs=1e-12)
 
 
 def test_linear_probes_learn_the_digits() -> None:
@@ -180,8 +181,8 @@ def test_linear_probes_learn_the_digits() -> None:
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(again, same, strict=True))
 
 
-def test_without_patches_and_with_few_images() -> None:
-    tokens = Tokens(torch.randn(10, 1, 4))
+def test_linear_probes_without_patches_and_with_few_images() -> None:
+    tokens = ProbeInputs(torch.randn(10, 1, 4))
     labels = torch.arange(10) % 2
     probes = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=128)
     (same,) = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=10)
@@ -204,7 +205,7 @@ X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])
         ((X, Y), {"n_per_class": 1}, "n_per_class needs val"),
         ((X, Y, X, Y), {"n_per_class": 0}, "between 1 and 3, the size of the largest training class, got 0"),
         ((X, Y, X, Y), {"n_per_class": 4}, "between 1 and 3, the size of the largest training class, got 4"),
-        ((X, Y, X, Y), {"n_per_class": 1, "n_tries": 0}, "There must be a try, got 0"),
+        ((X, Y, X, Y), {"n_per_class": 1, "n_tries": 0}, "n_tries must be at least 1, got 0"),
         ((X, Y, X, Y), {"n_per_class": 1, "neighbours": (0,)}, "between 1 and the 6 training images, got 0"),
         ((X, Y[:5]), {}, r"train must be features \(images, dim\) and labels \(images,\), got \(6, 4\) and \(5,\)"),
         ((X, Y, X[0], Y), {}, r"val must be features .* got \(4,\)"),
@@ -222,9 +223,9 @@ def test_knn_says_what_does_not_fit(arguments: Any, settings: dict[str, Any], me
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": (1, 4)}, "class tokens of 3 last blocks, asked for 1, 4"),
+        ({"blocks": (1, 4)}, "of the last 3 blocks; asked for 1, 4"),
         ({"blocks": (0,)}, "asked for 0"),
-        ({"blocks": (1,), "steps": 0}, "There must be a step"),
+        ({"blocks": (1,), "steps": 0}, "steps and batch_size must be at least 1"),
         ({"blocks": (1,), "learning_rates": (0.1, -0.1)}, "learning rates above 0"),
         ({"blocks": (1,), "labels": Digits.labels[:7]}, "got .* and"),
     ],

@@ -1,4 +1,4 @@
-"""`export`: files of standard operators that run at every size and compute what the model does, or no file at all."""
+"""`export` writes files of standard operators that run at every size and compute what the model does, or no file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import dinov2_fast
-from dinov2_fast import export as exporting
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from dinov2_fast.export import METADATA, ExportError, export
+from dinov2_fast.export.check import _run_all, compare, file_runner
+from dinov2_fast.export.graph import GraphModule, copy_for_export
 from tests.helpers.small_models import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -129,7 +130,7 @@ def test_the_differences_are_reported(onnx_file: tuple[Any, Path]) -> None:
 def test_a_fixed_fp16_graph_holds_no_float64_and_may_have_two_files(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "ONE_FILE_BYTES", 0)
+    monkeypatch.setattr("dinov2_fast.export.graph.ONE_FILE_BYTES", 0)
     before = copy.deepcopy(model.state_dict())
     path = tmp_path / "fixed.onnx"
     settings: dict[str, Any] = {"dtype": "fp16", "opset": 18, "batch_size": 2, "size": (56, 84)}
@@ -172,14 +173,14 @@ def test_a_torch_program_holds_aten_operators_and_runs_every_size(model: Any, tm
 def test_a_file_that_computes_something_else_is_not_kept(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = exporting._prepared
+    prepared = copy_for_export
 
     def faulty(*arguments: Any) -> Any:
         copied = prepared(*arguments)
         copied.blocks[0].mlp.fc2.bias.data.zero_()
         return copied
 
-    monkeypatch.setattr(exporting, "_prepared", faulty)
+    monkeypatch.setattr("dinov2_fast.export.write.copy_for_export", faulty)
     path = tmp_path / "model.pt2"
     path.write_text("as before")
     with pytest.raises(ExportError, match=r"does not compute what the model does: cls \(1, 32\) differs by"):
@@ -198,21 +199,21 @@ def test_every_image_is_compared_where_the_batch_size_is_fixed() -> None:
     pixels = torch.arange(5.0)[:, None]
     for batch_size, expected in ((1, [1] * 5), (2, [2] * 3), (5, [5]), (8, [8])):
         counts.clear()
-        ours, doubled = exporting._run_all(run, pixels, batch_size)
+        ours, doubled = _run_all(run, pixels, batch_size)
         assert counts == expected
         torch.testing.assert_close((ours, doubled), (pixels, 2 * pixels), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1 + 2e-4, "fp32"), (1.03, "fp16"), (float("nan"), "bf16")])
 def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
-    pixels, whole = images(28, 28, count=1), exporting._Images(model, ("cls",), None)
+    pixels, whole = images(28, 28, count=1), GraphModule(model, ("cls",), None)
     with torch.no_grad():
         right, wrong = (lambda x: whole(x.float())), (lambda x: [factor * whole(x.float())[0]])
-        exporting._compare(right, whole, [pixels], dtype, None)
+        compare(right, whole, [pixels], dtype, None)
         with pytest.raises(ExportError, match=r"cls \(1, 32\) differs by .*Nothing was written"):
-            exporting._compare(wrong, whole, [pixels], dtype, None)
+            compare(wrong, whole, [pixels], dtype, None)
         with pytest.raises(ExportError, match=r"gives cls \(32,\), the model \(1, 32\)"):
-            exporting._compare(lambda x: [right(x)[0][0]], whole, [pixels], dtype, None)
+            compare(lambda x: [right(x)[0][0]], whole, [pixels], dtype, None)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,10 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"format": "tensorrt"}, "no format 'tensorrt'; choose one of onnx, torch-export"),
         ({"dtype": "fp8"}, "no dtype 'fp8'; choose one of fp32, fp16, bf16"),
         ({"dtype": "bf16"}, "bf16 cannot be exported to ONNX"),
-        ({"outputs": ("cls", "tokens")}, "outputs are some of cls, patch_mean, patches, registers, logits, each once"),
+        (
+            {"outputs": ("cls", "tokens")},
+            "must be some of cls, patch_mean, patches, registers, logits, each once",
+        ),
         ({"outputs": ("cls", "logits")}, "There is no classifier for the output logits"),
         ({"outputs": ("cls", "cls")}, "each once"),
         ({"outputs": ()}, "got none"),
@@ -238,13 +242,15 @@ def test_the_comparison_refuses(model: Any, factor: float, dtype: str) -> None:
         ({"images": [torch.zeros(1, 3, 28, 28)], "size": (28, 42)}, r"\(images, 3, 28, 42\), got"),
     ],
 )
-def test_settings_that_do_not_fit(model: Any, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    model: Any, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         export(model, tmp_path / "model.onnx", **settings)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_cannot_be_exported(model: Any, tmp_path: Path) -> None:
+def test_models_that_cannot_be_exported_are_refused(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with pytest.raises(TypeError, match=r"A Engine cannot be exported.*the model that it was made of"):
         export(dinov2_fast.optimize_for_inference(model), path)
@@ -259,7 +265,7 @@ def test_models_that_cannot_be_exported(model: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kernel_that_was_asked_for_is_no_part_of_a_graph(model: Any, tmp_path: Path) -> None:
+def test_a_forced_kernel_refuses_export(model: Any, tmp_path: Path) -> None:
     with (
         dinov2_fast.use_backend("triton", strict=True),
         pytest.raises(ExportError, match="unset the backend"),
@@ -275,16 +281,18 @@ def test_a_file_is_replaced_only_when_asked(model: Any, tmp_path: Path) -> None:
     assert path.read_text() == "as before"
 
 
-def test_a_place_that_cannot_be_written(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found out before the model is exported."""
-    monkeypatch.setattr(exporting, "_trace", None)
+def test_a_path_that_cannot_be_written_is_refused_before_the_export(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is checked before the model is exported."""
+    monkeypatch.setattr("dinov2_fast.export.write.trace", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ExportError, match=r"model.onnx' cannot be written: .*file' is no folder in which you may write"
+        ExportError, match=r"model.onnx' cannot be written: .*file' is not a folder that you may write to"
     ):
         export(model, tmp_path / "file" / "new" / "model.onnx")
-    monkeypatch.setattr(exporting.os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ExportError, match=r"model.onnx' cannot be written: .* is no folder in which you may write"):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ExportError, match=r"model.onnx' cannot be written: .* is not a folder that you may write to"):
         export(model, tmp_path / "new" / "model.onnx")
     (tmp_path / "model.onnx").mkdir()
     with pytest.raises(FileExistsError, match=r"model.onnx' exists already"):
@@ -304,20 +312,20 @@ def test_a_newer_opset_than_the_exporters_is_refused_quietly(
 
 
 def test_a_half_precision_model_is_compared_in_fp32(model: Any, tmp_path: Path) -> None:
-    """In its own dtype it would differ by more than fp32 allows, and a right file would be refused."""
+    """In half precision the model would differ by more than fp32 allows, and a correct file would be refused."""
     half = copy.deepcopy(model).half()
     exported = export(half, tmp_path / "model.pt2", format="torch-export")
     assert max(each.relative for each in exported.differences) < 1e-5
     assert half.pos_embed.dtype == torch.float16
 
 
-def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     missing = ("onnxscript", "onnxruntime")
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in missing else find_spec(name, *a))
     with pytest.raises(ExportError, match=r"^Missing: onnxscript\. .*: pip install onnx onnxscript onnxruntime$"):
         export(model, tmp_path / "model.onnx")
-    assert exporting._runner(tmp_path / "model.onnx", "onnx") is None
+    assert file_runner(tmp_path / "model.onnx", "onnx") is None
     missing = ("onnxruntime",)
     with pytest.raises(ExportError, match=r"^Missing: onnxruntime\. .*: pip install onnx onnxscript onnxruntime$"):
         export(model, tmp_path / "model.onnx", images=[images(28, 28, count=1)])
@@ -325,12 +333,12 @@ def test_missing_packages(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_positions_of_a_fixed_size_are_those_of_the_position_interpolation() -> None:
-    """Each position_interpolation's own, and not those of the table's size."""
+    """They are resampled by the position_interpolation of the model, and not those of the table's size."""
     model = small(depth=1)
     tables = []
     for position_interpolation in ("offset", "size", "antialias"):
         model.position_interpolation = position_interpolation
-        fixed = exporting._prepared(model, torch.float32, (42, 28))
+        fixed = copy_for_export(model, torch.float32, (42, 28))
         pixels = torch.randn(1, 3, 42, 28)
         with torch.no_grad():
             np.testing.assert_array_equal(fixed(pixels).numpy(), model(pixels).numpy())

@@ -11,10 +11,8 @@ import pytest
 import dinov2_fast
 from dinov2_fast.data.failures import NothingReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.extraction.extract import extract
-from dinov2_fast.features.manifest import ManifestError
-from dinov2_fast.features.store import read_manifest
-from tests.helpers.extraction import MeanColour, Stopping, contents
+from dinov2_fast.features.manifest import ManifestError, read_manifest
+from tests.helpers.extraction import MeanColour, Stopping, contents, extract_files
 
 FORMATS = pytest.mark.parametrize("format", ["parquet", "npy"])
 
@@ -27,9 +25,9 @@ def cls_by_path(folder: Path) -> dict[str, list[float]]:
 @FORMATS
 def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"batch_size": 2, "shard_size": 4, "format": format}
-    out = extract([*plain[2:6], "missing"], MeanColour(), tmp_path / "out", **options).path
+    out = extract_files([*plain[2:6], "missing"], MeanColour(), tmp_path / "out", **options).folder
     before, model = contents(out), MeanColour()
-    summary = extract([*plain, "missing"], model, out, add=True, **options)
+    summary = extract_files([*plain, "missing"], model, out, add=True, **options)
     assert (summary.images, summary.failures, summary.resumed) == (5, 0, 0)
     assert model.batches == [2, 2, 1]
     after = contents(out)
@@ -39,10 +37,10 @@ def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path
     assert features.id.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12]
     assert [len(shard) for shard in features.shards()] == [4, 1, 4, 1]
     assert len(features["cls"]) == len(features) == 10
-    extract([*plain, "missing"], MeanColour(), tmp_path / "whole", **options)
+    extract_files([*plain, "missing"], MeanColour(), tmp_path / "whole", **options)
     found, expected = cls_by_path(out), cls_by_path(tmp_path / "whole")
     np.testing.assert_array_equal([found[path] for path in plain], [expected[path] for path in plain])
-    again = extract([*plain, "missing"], MeanColour(), out, add=True, **options)
+    again = extract_files([*plain, "missing"], MeanColour(), out, add=True, **options)
     assert again.images == 0
     assert contents(out) == after
 
@@ -50,25 +48,25 @@ def test_new_images_go_behind_the_old_ones_which_stay(plain: list[str], tmp_path
 def test_images_are_added_again_and_again(plain: list[str], tmp_path: Path) -> None:
     """The first time to a folder that is not there; images that are gone stay in the features."""
     for count in range(1, 9, 2):
-        extract(plain[count - 1 : count + 1], MeanColour(), tmp_path / "out", shard_size=3, add=True)
+        extract_files(plain[count - 1 : count + 1], MeanColour(), tmp_path / "out", shard_size=3, add=True)
     assert dinov2_fast.load_features(tmp_path / "out").path == plain[:8]
     assert [each["first_shard"] for each in read_manifest(tmp_path / "out")["added"]] == [1, 2, 3]
-    assert extract(plain[:2], MeanColour(), tmp_path / "out", shard_size=3).resumed == 2
+    assert extract_files(plain[:2], MeanColour(), tmp_path / "out", shard_size=3).resumed == 2
 
 
 @FORMATS
 def test_an_addition_that_was_interrupted_goes_on(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"batch_size": 2, "shard_size": 2, "format": format, "add": True}
     for name, models in (("whole", [MeanColour()]), ("out", [Stopping(), MeanColour()])):
-        extract(plain[:1], MeanColour(), tmp_path / name, **options)
+        extract_files(plain[:1], MeanColour(), tmp_path / name, **options)
         for model in models:
             if isinstance(model, Stopping):
                 with pytest.raises(KeyboardInterrupt):
-                    extract(plain, model, tmp_path / name, **options)
+                    extract_files(plain, model, tmp_path / name, **options)
                 with pytest.raises(ValueError, match=r"2 of the 5 shards in .* are missing"):
                     dinov2_fast.load_features(tmp_path / name)
             else:
-                extract(plain, model, tmp_path / name, **options)
+                extract_files(plain, model, tmp_path / name, **options)
     assert models[-1].batches == [2, 2]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -80,29 +78,29 @@ def test_after_an_interruption_other_images_may_be_added(
 ) -> None:
     """Some shards were not made, and an image is gone: those that are there are kept, all else is new."""
     options: Any = {"shard_size": 2, "format": format}
-    out = extract(plain[:8], MeanColour(), tmp_path / "out", **options).path
+    out = extract_files(plain[:8], MeanColour(), tmp_path / "out", **options).folder
     for shard in lost:
         for path in out.glob(f"features-0000{shard}.*"):
             path.unlink()
     before = contents(out)
     given = [path for path in plain if path != plain[2 * lost[0]]]
-    extract(given, MeanColour(), out, add=True, **options)
+    extract_files(given, MeanColour(), out, add=True, **options)
     after = contents(out)
     assert all(after[name] == content for name, content in before.items() if name != "_manifest.json")
     features = dinov2_fast.load_features(out)
     assert sorted(features.path) == given
     assert len(set(features.id.tolist())) == len(features) == 8
-    expected = cls_by_path(extract(given, MeanColour(), tmp_path / "whole").path)
+    expected = cls_by_path(extract_files(given, MeanColour(), tmp_path / "whole").folder)
     assert cls_by_path(out) == expected
-    assert extract(given, MeanColour(), out, add=True, **options).images == 0
+    assert extract_files(given, MeanColour(), out, add=True, **options).images == 0
 
 
 def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_path: Path) -> None:
     """Of a section that had been finished, in front of others; what is there in a row stays one section."""
-    out = extract(plain[:7], MeanColour(), tmp_path / "out", shard_size=2).path
-    extract(plain[:8], MeanColour(), out, shard_size=2, add=True)
+    out = extract_files(plain[:7], MeanColour(), tmp_path / "out", shard_size=2).folder
+    extract_files(plain[:8], MeanColour(), out, shard_size=2, add=True)
     (out / "features-00002.parquet").unlink()
-    extract(plain, MeanColour(), out, shard_size=2, add=True)
+    extract_files(plain, MeanColour(), out, shard_size=2, add=True)
     assert dinov2_fast.load_features(out).path == [*plain[:4], plain[6], plain[7], plain[4], plain[5], plain[8]]
     manifest = read_manifest(out)
     assert (manifest["inputs"]["images"], [each["first_shard"] for each in manifest["added"]]) == (4, [3, 4, 5])
@@ -110,24 +108,24 @@ def test_images_of_shards_that_were_lost_are_added_again(plain: list[str], tmp_p
 
 def test_images_that_failed_are_new_where_they_are_to_be_retried(plain: list[str], tmp_path: Path) -> None:
     out, given = tmp_path / "out", [*plain[:2], str(tmp_path / "late.png"), *plain[3:]]
-    extract(given[:5], MeanColour(), out, shard_size=2)
+    extract_files(given[:5], MeanColour(), out, shard_size=2)
     before = contents(out)
     Path(plain[2]).rename(given[2])
-    assert extract(given[:5], MeanColour(), out, shard_size=2, add=True).images == 0
-    summary = extract(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True)
+    assert extract_files(given[:5], MeanColour(), out, shard_size=2, add=True).images == 0
+    summary = extract_files(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True)
     assert (summary.images, summary.failures) == (5, 0)
     assert before.items() - contents(out).items() == {("_manifest.json", before["_manifest.json"])}
     features = dinov2_fast.load_features(out)
     assert features.path == [*given[:5], given[2], *given[5:]]
     assert [row for row, error in enumerate(features.error) if error] == [2]
-    assert extract(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True).images == 0
+    assert extract_files(given, MeanColour(), out, shard_size=2, add=True, retry_failed=True).images == 0
 
 
 def test_an_addition_of_which_nothing_can_be_read_changes_nothing(plain: list[str], tmp_path: Path) -> None:
-    out = extract(plain[:3], MeanColour(), tmp_path / "out", shard_size=2).path
+    out = extract_files(plain[:3], MeanColour(), tmp_path / "out", shard_size=2).folder
     before = contents(out)
     with pytest.raises(NothingReadError):
-        extract([*plain[:3], "missing"], MeanColour(), out, shard_size=2, add=True)
+        extract_files([*plain[:3], "missing"], MeanColour(), out, shard_size=2, add=True)
     after = contents(out)
     assert after.pop("_manifest.json") != b""
     assert after == {name: content for name, content in before.items() if name != "_manifest.json"}
@@ -135,12 +133,12 @@ def test_an_addition_of_which_nothing_can_be_read_changes_nothing(plain: list[st
 
 
 def test_other_settings_are_refused(plain: list[str], tmp_path: Path) -> None:
-    out = extract(plain[:3], MeanColour(), tmp_path / "out").path
+    out = extract_files(plain[:3], MeanColour(), tmp_path / "out").folder
     with pytest.raises(ManifestError, match=r"inputs.images is 3 there and 9 here.*--add .*--overwrite"):
-        extract(plain, MeanColour(), out)
+        extract_files(plain, MeanColour(), out)
     with pytest.raises(ManifestError, match="processor") as caught:
-        extract(plain, MeanColour(), out, add=True, processor=Dinov2ImageProcessor.for_size(28))
+        extract_files(plain, MeanColour(), out, add=True, processor=Dinov2ImageProcessor.for_size(28))
     assert "--add" not in str(caught.value)
-    for options in ({"overwrite": True}, {"part": (0, 2)}):
+    for options in ({"overwrite": True}, {"part": (1, 2)}):
         with pytest.raises(ValueError, match="leave out overwrite and part"):
-            extract(plain, MeanColour(), out, add=True, **options)
+            extract_files(plain, MeanColour(), out, add=True, **options)

@@ -13,18 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from dinov2_fast.data.sources import list_images
-from dinov2_fast.extraction.extract import Announcement, Status, extract
-from dinov2_fast.features import schema as shards
-from dinov2_fast.features.store import read_manifest
+from dinov2_fast.data.sources import find_images
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.extraction.extract import extract
+from dinov2_fast.extraction.run import Progress
+from dinov2_fast.features.manifest import read_manifest
+from dinov2_fast.features.schema import Feature, default_shard_size
 from dinov2_fast.inference import optimize_for_inference
 from tests.helpers.devices import on_gpu
-from tests.helpers.extraction import MeanColour, assert_rows, expected_features, rows_of, shard_tables
+from tests.helpers.extraction import MeanColour, assert_rows, expected_features, extract_files, rows_of, shard_tables
 from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +77,7 @@ def hostile(tmp_path: Path) -> tuple[list[str], set[int]]:
     rgb.save(folder / "d0_new\nline.png")
     rgb.save(folder / "d1_日本.png")
     rgb.resize((3, 100)).save(folder / "d2_narrow.png")
-    files = list_images([folder])
+    files = [source.path for source in find_images(folder)]
     bad = {index for index, file in enumerate(files) if os.path.basename(file)[0] in "c"}
     return files, bad | {
         index for index, file in enumerate(files) if file.endswith(("empty.jpg", "bytes.png", "half.jpg"))
@@ -85,10 +88,10 @@ def hostile(tmp_path: Path) -> tuple[list[str], set[int]]:
 def test_hostile_images_are_rows_in_order(hostile: tuple[list[str], set[int]], tmp_path: Path, workers: int) -> None:
     files, bad = hostile
     assert (len(files), len(bad)) == (17, 8)
-    summary = extract(files, MeanColour(), tmp_path / "out", batch_size=4, workers=workers)
+    summary = extract_files(files, MeanColour(), tmp_path / "out", batch_size=4, workers=workers)
     assert (summary.images, summary.failures) == (17, 8)
-    assert_rows(summary.path, files, bad)
-    errors = {os.path.basename(row["path"]): row["error"] for row in rows_of(summary.path)}
+    assert_rows(summary.folder, files, bad)
+    errors = {os.path.basename(row["path"]): row["error"] for row in rows_of(summary.folder)}
     assert errors["a0_empty.jpg"] == "empty file"
     assert "truncated" in errors["a3_half.jpg"]
     assert "not an image" in errors["c0_page.jpg"]
@@ -101,7 +104,7 @@ def test_workers_batches_and_shards_change_no_row(plain: list[str], tmp_path: Pa
     found = []
     for workers, batch, shard, count in ((0, 1, 7, 1), (0, 7, 3, 3), (1, 3, 2, 4), (2, 32, None, 1)):
         out = tmp_path / f"{workers}_{batch}"
-        extract(plain, MeanColour(), out, batch_size=batch, workers=workers, shard_size=shard)
+        extract_files(plain, MeanColour(), out, batch_size=batch, workers=workers, shard_size=shard)
         assert len(shard_tables(out)) == count
         found.append(rows_of(out))
     assert all(rows == found[0] for rows in found)
@@ -113,15 +116,15 @@ def test_only_bad_images(tmp_path: Path) -> None:
     for file in files:
         Path(file).write_text("<html>")
     model = MeanColour()
-    summary = extract(files, model, tmp_path, batch_size=2)
+    summary = extract_files(files, model, tmp_path, batch_size=2)
     assert (summary.images, summary.failures, model.batches) == (5, 5, [])
-    assert_rows(summary.path, files, set(range(5)))
+    assert_rows(summary.folder, files, set(range(5)))
 
 
 def test_one_image_and_duplicates(plain: list[str], tmp_path: Path) -> None:
-    assert_rows(extract(plain[:1], MeanColour(), tmp_path / "one").path, plain[:1], set())
+    assert_rows(extract_files(plain[:1], MeanColour(), tmp_path / "one").folder, plain[:1], set())
     repeated = [plain[0], plain[1], plain[0], plain[0]]
-    assert_rows(extract(repeated, MeanColour(), tmp_path / "repeated").path, repeated, set())
+    assert_rows(extract_files(repeated, MeanColour(), tmp_path / "repeated").folder, repeated, set())
 
 
 def test_a_batch_is_a_fixed_range_of_rows(plain: list[str], tmp_path: Path) -> None:
@@ -129,50 +132,50 @@ def test_a_batch_is_a_fixed_range_of_rows(plain: list[str], tmp_path: Path) -> N
     calls: list[tuple[int, int]] = []
     files = [plain[0], "missing", *plain[1:]]
 
-    def progress(status: Status) -> None:
+    def progress(status: Progress) -> None:
         calls.append((status.done, status.failures))
-        assert (status.total, status.resumed) == (8, 0)
+        assert (status.images, status.resumed) == (8, 0)
         assert 0 <= status.busy <= 1
 
-    extract(files, model, tmp_path / "out", batch_size=3, progress=progress)
+    extract_files(files, model, tmp_path / "out", batch_size=3, progress=progress)
     assert model.batches == [2, 3, 2]
     assert calls == [(3, 1), (6, 1), (8, 1)]
 
 
 def test_batches_begin_anew_with_each_shard(plain: list[str], tmp_path: Path) -> None:
     model = MeanColour()
-    extract(plain, model, tmp_path / "out", batch_size=2, shard_size=3)
+    extract_files(plain, model, tmp_path / "out", batch_size=2, shard_size=3)
     assert model.batches == [2, 1, 2, 1, 1]
 
 
 def test_row_groups_join_up(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fast.features.parquet.ROW_GROUP_BYTES", 3 * 24)
-    out = extract([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).path
+    out = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).folder
     assert pq.ParquetFile(out / "features-00000.parquet").num_row_groups == 3
     assert_rows(out, [*plain, "missing"], {7})
-    assert extract([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).failures == 1
+    assert extract_files([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).failures == 1
 
 
 def test_a_shard_holds_whole_batches_up_to_a_limit() -> None:
-    cls, patches = shards.Feature("cls", (384,), "float32"), shards.Feature("patches", (256, 384), "float16")
-    assert shards.default_shard_size([cls], 32) == 8192
-    assert shards.default_shard_size([cls], 100) == 8100
-    assert shards.default_shard_size([patches], 32) == (256 * 2**20 // (256 * 384 * 2)) // 32 * 32
-    assert shards.default_shard_size([patches], 4096) == 4096
+    cls, patches = Feature("cls", (384,), "float32"), Feature("patches", (256, 384), "float16")
+    assert default_shard_size([cls], 32) == 8192
+    assert default_shard_size([cls], 100) == 8100
+    assert default_shard_size([patches], 32) == (256 * 2**20 // (256 * 384 * 2)) // 32 * 32
+    assert default_shard_size([patches], 4096) == 4096
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     names = [os.fsencode(tmp_path) + b"/caf\xe9.png", os.fsencode(tmp_path) + "/café.png".encode()]
     for name in names:
         Image.new("RGB", (30, 30), "red").save(os.fsdecode(name))
-    (table,) = shard_tables(extract(list_images(names), MeanColour(), tmp_path / "out").path)
+    (table,) = shard_tables(extract_files(names, MeanColour(), tmp_path / "out").folder)
     assert table["path"].to_pylist() == [f"{tmp_path}/caf\\xe9.png", f"{tmp_path}/café.png"]
     assert table["error"].to_pylist() == [None, None]
 
 
 def test_a_image_that_cannot_be_resized_has_its_size_and_an_error(tmp_path: Path) -> None:
     Image.new("RGB", (1, 3000)).save(tmp_path / "narrow.png")
-    row = rows_of(extract([str(tmp_path / "narrow.png")], MeanColour(), tmp_path).path)[0]
+    row = rows_of(extract_files([str(tmp_path / "narrow.png")], MeanColour(), tmp_path).folder)[0]
     assert (row["width"], row["height"], row["cls"]) == (1, 3000, None)
     assert row["error"] == (
         "cannot be processed: An image of 1 x 3000 pixels is too long and narrow: resized it would have 256 x 768000."
@@ -187,17 +190,17 @@ def test_features_that_are_not_finite_are_errors(plain: list[str], tmp_path: Pat
             features["x_norm_clstoken"][2, 0] = float("nan")
             return features
 
-    rows = rows_of(extract(plain, Overflowing(), tmp_path / "out").path)
+    rows = rows_of(extract_files(plain, Overflowing(), tmp_path / "out").folder)
     assert [row["error"] for row in rows] == [None, *["the model's features are not finite"] * 2, *[None] * 4]
     assert [row["cls"] is None for row in rows] == [row["error"] is not None for row in rows]
     assert rows[1]["width"] == read_image(plain[1]).width
 
 
 def test_the_models_dtype_is_used(plain: list[str], tmp_path: Path) -> None:
-    summary = extract(plain, MeanColour().bfloat16(), tmp_path / "out")
-    (table,) = shard_tables(summary.path)
+    summary = extract_files(plain, MeanColour().bfloat16(), tmp_path / "out")
+    (table,) = shard_tables(summary.folder)
     assert str(table.schema.field("cls").type) == "fixed_size_list<element: float>[3]"
-    assert read_manifest(summary.path)["dtype"] == "bfloat16"
+    assert read_manifest(summary.folder)["dtype"] == "bfloat16"
     expected = [expected_features(file)[1] for file in plain]
     np.testing.assert_allclose(np.array(table["patch_mean"].to_pylist()), expected, atol=0.02)
 
@@ -229,7 +232,7 @@ def test_an_engine_gives_the_features_of_its_model(
     monkeypatch.setattr(engine, "forward_features", lambda x: dtypes.append(x.dtype) or forward_features(x))
     files = [*plain[:3], "missing", *plain[3:]]
     rows = [
-        rows_of(extract(files, runs, tmp_path / name, processor=processor, batch_size=3, workers=workers).path)
+        rows_of(extract_files(files, runs, tmp_path / name, processor=processor, batch_size=3, workers=workers).folder)
         for name, runs in (("model", model), ("engine", engine))
     ]
     for name in ("cls", "patch_mean"):
@@ -247,22 +250,21 @@ def test_an_engine_gives_the_features_of_its_model(
 
 def test_the_engine_s_precision_is_recorded(plain: list[str], tmp_path: Path) -> None:
     engine = optimize_for_inference(small(), "bf16", allow_slow=True)
-    manifest = read_manifest(extract(plain, engine, tmp_path).path)
+    manifest = read_manifest(extract_files(plain, engine, tmp_path).folder)
     assert (manifest["dtype"], manifest["precision"], manifest["device"]) == ("bfloat16", "bf16", "cpu")
 
 
 def test_what_runs_in_e4m3_is_recorded_beside_the_rest(plain: list[str], tmp_path: Path) -> None:
     engine = optimize_for_inference(small(), "fp8", allow_slow=True)
-    recorded = read_manifest(extract(plain, engine, tmp_path).path)["backends"]
+    recorded = read_manifest(extract_files(plain, engine, tmp_path).folder)["backends"]
     assert {"linear.gelu", "linear.gelu e4m3"} <= recorded.keys()
     assert len(recorded) == len(engine.backends())
 
 
 def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> None:
     processor = Dinov2ImageProcessor.for_size(98)
-    out = extract(plain, MeanColour(), tmp_path, processor=processor, batch_size=5, metadata={"model": "m"}).path
+    out = extract_files(plain, MeanColour(), tmp_path, processor=processor, batch_size=5).folder
     manifest = read_manifest(out)
-    assert manifest["about"]["model"] == "m"
     assert manifest["processor"] == processor.to_dict()
     assert (manifest["dtype"], manifest["device"], manifest["batch_size"]) == ("float32", "cpu", 5)
     assert manifest["features"] == {name: {"shape": [3], "dtype": "float32"} for name in ("cls", "patch_mean")}
@@ -272,15 +274,15 @@ def test_the_manifest_says_how_it_was_made(plain: list[str], tmp_path: Path) -> 
 
 
 def test_what_is_announced(plain: list[str], tmp_path: Path) -> None:
-    said: list[Announcement] = []
+    said: list[Progress] = []
     options: Any = {"shard_size": 2, "features": ["cls", "patches"], "announce": said.append}
-    extract(plain, MeanColour(), tmp_path, **options)
-    extract(plain, MeanColour(), tmp_path, **options)
+    extract_files(plain, MeanColour(), tmp_path, **options)
+    extract_files(plain, MeanColour(), tmp_path, **options)
     first, second = said
-    assert (first.images, first.shards, first.done) == (7, 4, 0)
-    assert first.bytes == 7 * (3 * 4 + 256 * 3 * 2)
+    assert (first.images, first.shards, first.resumed) == (7, 4, 0)
+    assert first.nbytes == 7 * (3 * 4 + 256 * 3 * 2)
     assert first.free > 0
-    assert (second.done, second.failures) == (7, 0)
+    assert (second.resumed, second.done, second.failures) == (7, 7, 0)
 
 
 class Training(MeanColour):
@@ -296,8 +298,8 @@ class Training(MeanColour):
         (["a"], Training, {}, r"call model.eval\(\)"),
         (["a"], MeanColour, {"batch_size": 0}, "batch_size and shard_size must be at least 1"),
         (["a"], MeanColour, {"shard_size": 0}, "batch_size and shard_size must be at least 1"),
-        (["a"], MeanColour, {"part": (2, 2)}, "an index from 0 to count - 1"),
-        (["a"], MeanColour, {"part": (0, 2), "overwrite": True}, "delete what the other parts have written"),
+        (["a"], MeanColour, {"part": (3, 2)}, "a number from 1 to count"),
+        (["a"], MeanColour, {"part": (1, 2), "overwrite": True}, "delete what the other parts have written"),
         (["a"], MeanColour, {"format": "csv"}, "no format 'csv'; choose parquet or npy"),
         (["a"], MeanColour, {"dtype": "bf16"}, "no dtype 'bf16' for features; choose auto, fp32 or fp16"),
         (["a"], MeanColour, {"features": ["pooled"]}, "no feature 'pooled'; there are cls, patch_mean"),
@@ -314,18 +316,18 @@ def test_bad_arguments_are_errors_before_anything_is_written(
     tmp_path: Path, files: list[str], model: type, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        extract(files, model(), tmp_path / "out", **options)
+        extract_files(files, model(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_as_output_folder_is_an_error(plain: list[str]) -> None:
     with pytest.raises(NotADirectoryError, match="is a file"):
-        extract(plain, MeanColour(), plain[0])
+        extract_files(plain, MeanColour(), plain[0])
 
 
 def test_the_summary(plain: list[str], tmp_path: Path) -> None:
-    summary = extract([*plain, "missing"], MeanColour(), tmp_path / "out")
-    assert summary.path == tmp_path / "out"
+    summary = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out")
+    assert summary.folder == tmp_path / "out"
     assert (summary.images, summary.failures, summary.resumed) == (8, 1, 0)
     assert 0 < summary.seconds < 60
     assert 0 < summary.busy < 1
@@ -356,7 +358,7 @@ def test_features_are_those_of_the_model(plain: list[str], tmp_path: Path, engin
     }
     runs = optimize_for_inference(model, "fp32") if engine else model
     options: Any = {"processor": processor, "features": names, "dtype": "fp32", "batch_size": 3}
-    found = dinov2_fast.load_features(extract(plain, runs, tmp_path, **options).path)
+    found = dinov2_fast.load_features(extract_files(plain, runs, tmp_path, **options).folder)
     assert list(found) == names
     for name in names:
         assert found[name].shape == expected[name].shape
@@ -366,7 +368,7 @@ def test_features_are_those_of_the_model(plain: list[str], tmp_path: Path, engin
 def test_tokens_are_stored_in_fp16_and_vectors_in_fp32_unless_asked(plain: list[str], tmp_path: Path) -> None:
     for dtype, expected in (("auto", ["float32", "float16"]), ("fp32", ["float32"] * 2), ("fp16", ["float16"] * 2)):
         options: Any = {"features": ["cls", "patches"], "dtype": dtype}
-        found = dinov2_fast.load_features(extract(plain, MeanColour(), tmp_path / dtype, **options).path)
+        found = dinov2_fast.load_features(extract_files(plain, MeanColour(), tmp_path / dtype, **options).folder)
         assert [found[name].dtype for name in found] == expected
 
 
@@ -374,10 +376,10 @@ def test_what_fp16_cannot_hold_is_an_error(plain: list[str], tmp_path: Path) -> 
     model = MeanColour()
     with torch.no_grad():
         model.scale.fill_(1e8)
-    assert extract(plain, model, tmp_path / "fp32").failures == 0
-    summary = extract(plain, model, tmp_path / "fp16", dtype="fp16")
+    assert extract_files(plain, model, tmp_path / "fp32").failures == 0
+    summary = extract_files(plain, model, tmp_path / "fp16", dtype="fp16")
     assert summary.failures == 7
-    assert rows_of(summary.path)[0]["error"] == "the model's features are not finite or too large for fp16"
+    assert rows_of(summary.folder)[0]["error"] == "the model's features are not finite or too large for fp16"
 
 
 @on_gpu
@@ -386,10 +388,10 @@ def test_on_a_gpu_the_features_are_those_of_the_cpu(plain: list[str], tmp_path: 
     torch.manual_seed(0)
     model, files = small(), [*plain, "missing", *plain] * 3
     options: Any = {"features": ["cls", "patches"], "dtype": "fp32", "batch_size": 4, "shard_size": 10, "workers": 2}
-    expected = dinov2_fast.load_features(extract(files, model, tmp_path / "cpu", **options).path)
+    expected = dinov2_fast.load_features(extract_files(files, model, tmp_path / "cpu", **options).folder)
     for name, runs in (("model", model.cuda()), ("engine", optimize_for_inference(model, "fp32"))):
-        summary = extract(files, runs, tmp_path / name, **options)
-        found = dinov2_fast.load_features(summary.path)
+        summary = extract_files(files, runs, tmp_path / name, **options)
+        found = dinov2_fast.load_features(summary.folder)
         assert (summary.failures, found.error, 0 < summary.busy < 1) == (3, expected.error, True)
         for feature in expected:
             np.testing.assert_allclose(found[feature], expected[feature], atol=1e-3)
@@ -399,8 +401,8 @@ def test_on_a_gpu_the_features_are_those_of_the_cpu(plain: list[str], tmp_path: 
 def test_features_are_read_back(plain: list[str], tmp_path: Path, format: str) -> None:
     files = [plain[0], "missing", *plain[1:]]
     options: Any = {"features": ["cls", "patches"], "dtype": "fp32", "format": format}
-    summary = extract(files, MeanColour(), tmp_path / "many", shard_size=3, **options)
-    found = dinov2_fast.load_features(summary.path)
+    summary = extract_files(files, MeanColour(), tmp_path / "many", shard_size=3, **options)
+    found = dinov2_fast.load_features(summary.folder)
     assert len(found) == 8
     assert found.path == files
     assert found.id.tolist() == list(range(8))
@@ -419,7 +421,7 @@ def test_features_are_read_back(plain: list[str], tmp_path: Path, format: str) -
     assert [path for part in parts for path in part.path] == files
     with pytest.raises(KeyError, match="no feature 'registers' was extracted; there are cls, patches"):
         found["registers"]
-    one = dinov2_fast.load_features(extract(files, MeanColour(), tmp_path / "one", **options).path)
+    one = dinov2_fast.load_features(extract_files(files, MeanColour(), tmp_path / "one", **options).folder)
     assert isinstance(one["cls"], np.memmap) == (format == "npy")
     np.testing.assert_array_equal(one["patches"], found["patches"])
 
@@ -435,7 +437,7 @@ def test_the_folder_is_one_table_to_other_readers(plain: list[str], tmp_path: Pa
     }
     files = [plain[0], "missing", *plain[1:]]
     model = HalvedOnce()  # whose first shard has a note in its schema
-    out = extract(files, model, tmp_path / "out", shard_size=3, features=["cls", "patches"], batch_size=3).path
+    out = extract_files(files, model, tmp_path / "out", shard_size=3, features=["cls", "patches"], batch_size=3).folder
     found, expected = read[reader](f"{out}/"), dinov2_fast.load_features(out)
     assert list(found["path"]) == files
     assert [row is None for row in found["cls"]] == [error is not None for error in expected.error]
@@ -459,22 +461,22 @@ class HalvedOnce(MeanColour):
 def test_a_folder_with_a_manifest_of_the_old_name_is_read_and_goes_on(
     plain: list[str], tmp_path: Path, format: str
 ) -> None:
-    out = extract(plain, MeanColour(), tmp_path / "out", shard_size=3, format=format).path
+    out = extract_files(plain, MeanColour(), tmp_path / "out", shard_size=3, format=format).folder
     (out / "_manifest.json").rename(out / "manifest.json")
     assert dinov2_fast.load_features(out).path == plain
     next(out.glob("features-00001.*")).unlink()
-    assert extract(plain, MeanColour(), out, shard_size=3, format=format).resumed == 4
-    extract([*plain, f"{tmp_path}/./image_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
+    assert extract_files(plain, MeanColour(), out, shard_size=3, format=format).resumed == 4
+    extract_files([*plain, f"{tmp_path}/./image_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
     assert len(dinov2_fast.load_features(out)) == 8
     assert not (out / "_manifest.json").exists()
-    extract(plain, MeanColour(), out, shard_size=3, format=format, overwrite=True)
+    extract_files(plain, MeanColour(), out, shard_size=3, format=format, overwrite=True)
     assert not (out / "manifest.json").exists()
 
 
 def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no features: there is no _manifest.json"):
         dinov2_fast.load_features(tmp_path)
-    out = extract(plain, MeanColour(), tmp_path / "out", shard_size=2).path
+    out = extract_files(plain, MeanColour(), tmp_path / "out", shard_size=2).folder
     (out / "features-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"1 of the 4 shards in .* are missing: the extraction is not finished"):
         dinov2_fast.load_features(out)
@@ -484,3 +486,62 @@ def test_folders_that_hold_no_or_half_of_the_features(plain: list[str], tmp_path
     (out / "_manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="is no manifest of features"):
         dinov2_fast.load_features(out)
+
+
+# The model and the images that a caller names
+
+
+def test_a_named_model_is_loaded_and_recorded(plain: list[str], tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(dict(small().state_dict()), weights)
+    options: Any = {"size": 28, "device": "cpu", "precision": "fp32", "engine": False}
+    named = extract(tmp_path / "*.png", weights, out=tmp_path / "named", **options)
+    expected = extract(plain, dinov2_fast.load(weights), out=tmp_path / "given", size=28)
+    assert (named.images, named.failures) == (expected.images, 0) == (7, 0)
+    found = dinov2_fast.load_features(named.folder)
+    assert found.path == plain
+    assert found.manifest["about"]["model"] == str(weights)
+    np.testing.assert_array_equal(found["cls"], dinov2_fast.load_features(expected.folder)["cls"])
+    assert "model" not in dinov2_fast.load_features(expected.folder).manifest["about"]
+
+
+@pytest.mark.parametrize(
+    ("out", "device", "images", "message"),
+    [
+        ("image_0.png", "abacus", "missing", "The output folder .* is a file"),
+        ("out", "abacus", "missing", "There is no device 'abacus'"),
+        ("out", "cpu", "missing", "There is no file or folder"),
+        ("out", "cpu", "empty", "There are no images in"),
+        ("out", "cpu", "image_0.png", "the weights are read"),
+    ],
+)
+def test_folder_device_and_images_are_checked_in_this_order_before_weights_are_read(
+    out: str, device: str, images: str, message: str, plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError("the weights are read")
+
+    monkeypatch.setattr("dinov2_fast.extraction.extract.load_model", load)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((OSError, ValueError), match=message):
+        extract(tmp_path / images, "dinov2_vitg14", out=tmp_path / out, device=device)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (MeanColour(), {"device": "cpu", "engine": False}, "loaded already, so leave out device, engine"),
+        (MeanColour(), {"weights": "random:0"}, "loaded already, so leave out weights"),
+        (MeanColour(), {"crop": False}, "crop=False needs size="),
+        (MeanColour(), {"size": 28, "processor": Dinov2ImageProcessor()}, "not both"),
+        ("dinov2_vits14", {"precision": "int8"}, "There is no precision 'int8'; choose auto, bf16"),
+        ("dinov2_vits14", {"precision": "fp8", "engine": False}, "fp8 exists in the engine only"),
+        ("dinov2_vits14", {"precision": "fp8", "device": "cpu"}, "fp8 would be slower than fp32 here"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_model_are_refused(
+    model: Any, options: dict[str, Any], message: str, plain: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        extract(plain, model, out=tmp_path / "out", **options)

@@ -170,7 +170,7 @@ def test_the_settings_beside_the_model_are_used(weights: str, tmp_path: Path) ->
     found = extractor({"bytes": [buffer.getvalue()]})
     cls, _ = expected(dinov2_fast.load(weights), processor)
     np.testing.assert_allclose(found["cls"][0], cls[0], atol=2e-5)
-    assert extractor.outputs.takes_uint8
+    assert not extractor.outputs.decoder.do_rescale
 
 
 @pytest.mark.parametrize(

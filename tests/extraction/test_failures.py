@@ -13,9 +13,8 @@ from PIL import Image
 
 import dinov2_fast
 from dinov2_fast.data.failures import Failures, NothingReadError
-from dinov2_fast.extraction import extract as extraction
-from dinov2_fast.extraction.extract import extract
-from tests.helpers.extraction import MeanColour, contents
+from dinov2_fast.data.workers import decode_all
+from tests.helpers.extraction import MeanColour, contents, extract_files
 
 
 @pytest.fixture
@@ -41,29 +40,29 @@ def test_images_that_come_back_are_retried_with_the_bits_of_a_run_without_failur
     """The middle shard lies on a disk that is away; the last has a file that stays damaged."""
     (photos / "8.png").write_bytes((photos / "8.png").read_bytes()[:500])
     files, options = files_in(photos), {"shard_size": 3, "format": format, "workers": workers}
-    whole = extract(files, MeanColour(), tmp_path / "whole", **options)
+    whole = extract_files(files, MeanColour(), tmp_path / "whole", **options)
     away = [Path(file).rename(f"{file}.away") for file in files[3:6]]
     out = tmp_path / "out"
-    assert extract(files, MeanColour(), out, **options).failures == 4
+    assert extract_files(files, MeanColour(), out, **options).failures == 4
     assert [digest is None for digest in dinov2_fast.load_features(out).sha256] == [3 <= row < 6 for row in range(9)]
     before, model = contents(out), MeanColour()
-    assert extract(files, model, out, retry_failed=True, **options).failures == 4
+    assert extract_files(files, model, out, retry_failed=True, **options).failures == 4
     assert (model.batches, contents(out)) == ([], before)
     for path in away:
         path.rename(path.with_suffix(""))
-    again = extract(files, MeanColour(), out, **options)
+    again = extract_files(files, MeanColour(), out, **options)
     assert (again.failures, again.resumed) == (4, 9)
-    retried = extract(files, model, out, retry_failed=True, **options)
+    retried = extract_files(files, model, out, retry_failed=True, **options)
     assert (retried.failures, retried.resumed, model.batches) == (1, 6, [3])
-    assert contents(out) == contents(whole.path)
+    assert contents(out) == contents(whole.folder)
 
 
 def test_a_damaged_file_that_was_replaced_is_retried(photos: Path, tmp_path: Path) -> None:
     good = (photos / "4.png").read_bytes()
     (photos / "4.png").write_bytes(good[:100])
-    assert extract(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3).failures == 1
+    assert extract_files(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3).failures == 1
     (photos / "4.png").write_bytes(good)
-    retried = extract(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3, retry_failed=True)
+    retried = extract_files(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3, retry_failed=True)
     assert (retried.failures, retried.resumed) == (0, 6)
 
 
@@ -72,15 +71,16 @@ def test_errors_that_may_pass_have_no_sha256(
     photos: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the bytes were read and memory ran out later."""
-    decode_all = extraction.decode_all
 
     def short_of_memory(*arguments: Any, **options: Any) -> Any:
         for row, image in enumerate(decode_all(*arguments, **options)):
             yield replace(image, pixels=None, error="out of memory", transient=True) if row == 2 else image
 
-    monkeypatch.setattr(extraction, "decode_all", short_of_memory)
+    monkeypatch.setattr("dinov2_fast.data.batches.decode_all", short_of_memory)
     (photos / "1.png").write_text("<html>")
-    found = dinov2_fast.load_features(extract(files_in(photos), MeanColour(), tmp_path / "out", format=format).path)
+    found = dinov2_fast.load_features(
+        extract_files(files_in(photos), MeanColour(), tmp_path / "out", format=format).folder
+    )
     assert [error is None for error in found.error[:3]] == [True, False, False]
     assert [digest is None for digest in found.sha256[:3]] == [False, False, True]
 
@@ -92,22 +92,22 @@ def test_where_nothing_can_be_read_nothing_is_written(photos: Path, tmp_path: Pa
     with pytest.raises(
         NothingReadError, match=r"None of the first 3 images(.|\n)*No such file or directory(.|\n)*run this again"
     ):
-        extract(files_in(photos), MeanColour(), out, **options)
+        extract_files(files_in(photos), MeanColour(), out, **options)
     assert os.listdir(out) == ["_manifest.json"]
     (tmp_path / "away").rename(photos)
-    assert extract(files_in(photos), MeanColour(), out, **options).failures == 0
+    assert extract_files(files_in(photos), MeanColour(), out, **options).failures == 0
 
 
 def test_damaged_files_are_not_taken_for_a_disk_that_is_away(photos: Path, tmp_path: Path) -> None:
     for index in range(9):
         (photos / f"{index}.png").write_text("<html>")
-    assert extract(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3).failures == 9
+    assert extract_files(files_in(photos), MeanColour(), tmp_path / "out", shard_size=3).failures == 9
 
 
 def test_the_summary_has_the_reasons_of_this_run(photos: Path, tmp_path: Path) -> None:
     files = [*files_in(photos), *(f"missing{index}" for index in range(4))]
     (photos / "0.png").write_text("")
-    summary = extract(files, MeanColour(), tmp_path / "out")
+    summary = extract_files(files, MeanColour(), tmp_path / "out")
     assert summary.reasons.reasons == {"No such file or directory": 4, "empty file": 1}
     assert str(summary.reasons).splitlines() == [
         f"  {files[0]!r}: empty file",
@@ -115,7 +115,7 @@ def test_the_summary_has_the_reasons_of_this_run(photos: Path, tmp_path: Path) -
         "  'missing1': No such file or directory",
         "  in all 4 x No such file or directory; 1 x empty file",
     ]
-    assert len(extract(files, MeanColour(), tmp_path / "out").reasons) == 0
+    assert len(extract_files(files, MeanColour(), tmp_path / "out").reasons) == 0
 
 
 def test_reasons_without_end_are_counted_in_bounded_memory() -> None:

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 import dinov2_fast
-from dinov2_fast.extraction.extract import extract
-from tests.helpers.extraction import MeanColour
+from tests.helpers.extraction import MeanColour, extract_files
 
 ROOT = Path(__file__).parents[2]
 SEEDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
@@ -59,7 +58,7 @@ def test_mutated_images_are_rows(tmp_path: Path, kind: str) -> None:
         path = tmp_path / f"{index:03}"
         path.write_bytes(mutated(seed, random) if index % 201 else seed)
         files.append(str(path))
-    summary = extract(files, MeanColour(), tmp_path / "out", workers=1, batch_size=16, shard_size=64)
+    summary = extract_files(files, MeanColour(), tmp_path / "out", workers=1, batch_size=16, shard_size=64)
     found = dinov2_fast.load_features(tmp_path / "out")
     assert len(found) == summary.images == 201
     assert found.path == files
@@ -72,9 +71,7 @@ def test_mutated_images_are_rows(tmp_path: Path, kind: str) -> None:
 
 MEMORY = """
 import resource, sys
-from dinov2_fast.extraction.extract import extract
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from tests.helpers.extraction import MeanColour
+from tests.helpers.extraction import MeanColour, extract_files
 
 def resident():
     with open("/proc/self/status") as status:
@@ -87,8 +84,8 @@ if __name__ == "__main__":
         if status.done % 2000 == 0:
             seen.append(resident())
             print(status.done, round(seen[-1]), file=sys.stderr)
-    extract((image for _ in range(count)), MeanColour(), out, processor=Dinov2ImageProcessor.for_size(56), workers=1,
-            batch_size=50, shard_size=1000, features=["cls", "patches"], dtype="fp32", progress=progress)
+    extract_files([image] * count, MeanColour(), out, size=56, workers=1, batch_size=50, shard_size=1000,
+                  features=["cls", "patches"], dtype="fp32", progress=progress)
     print(max(seen) - seen[0])
 """
 

@@ -21,14 +21,13 @@ from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.extraction.extract import Announcement, extract
+from dinov2_fast.extraction.run import Progress
 from dinov2_fast.features import lock as locks
-from dinov2_fast.features import parquet as parquet_shards
 from dinov2_fast.features.lock import LockedError, lock
 from dinov2_fast.features.manifest import ManifestError
 from dinov2_fast.features.whole_files import part_of
 from dinov2_fast.inference import optimize_for_inference
-from tests.helpers.extraction import MeanColour, Stopping, assert_rows, contents, rows_of
+from tests.helpers.extraction import MeanColour, Stopping, assert_rows, contents, extract_files, rows_of
 from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
@@ -40,24 +39,24 @@ def test_what_was_interrupted_goes_on_with_the_same_bits(
     plain: list[str], tmp_path: Path, format: str, workers: int
 ) -> None:
     options: Any = {"batch_size": 2, "shard_size": 3, "format": format, "workers": workers}
-    extract(plain, MeanColour(), tmp_path / "whole", **options)
+    extract_files(plain, MeanColour(), tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        extract(plain, Stopping(), tmp_path / "out", **options)
+        extract_files(plain, Stopping(), tmp_path / "out", **options)
     before = contents(tmp_path / "out")
     assert {name.split(".")[0] for name in before} == {"_manifest", "features-00000"}
     model, said = MeanColour(), []
-    summary = extract(plain, model, tmp_path / "out", announce=said.append, **options)
+    summary = extract_files(plain, model, tmp_path / "out", announce=said.append, **options)
     assert model.batches == [2, 1, 2, 1]
-    assert (summary.images, summary.resumed, said[0].done) == (9, 3, 3)
+    assert (summary.images, summary.resumed, said[0].resumed) == (9, 3, 3)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert before.items() <= contents(tmp_path / "out").items()
 
 
 def test_a_run_that_is_complete_does_nothing(plain: list[str], tmp_path: Path) -> None:
     files = [plain[0], "missing", *plain]
-    extract(files, MeanColour(), tmp_path / "out", shard_size=3)
+    extract_files(files, MeanColour(), tmp_path / "out", shard_size=3)
     before, model = contents(tmp_path / "out"), MeanColour()
-    summary = extract(files, model, tmp_path / "out", shard_size=3, workers=1)
+    summary = extract_files(files, model, tmp_path / "out", shard_size=3, workers=1)
     assert (summary.images, summary.failures, summary.resumed, model.batches) == (11, 1, 11, [])
     assert contents(tmp_path / "out") == before
 
@@ -75,13 +74,13 @@ def part_of_another_process(path: Path) -> Path:
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_a_damaged_shard_is_made_again(plain: list[str], tmp_path: Path, format: str) -> None:
     options: Any = {"shard_size": 3, "format": format}
-    extract(plain, MeanColour(), tmp_path, **options)
+    extract_files(plain, MeanColour(), tmp_path, **options)
     before = contents(tmp_path)
     for name in before:
         if name.startswith("features-00001"):
             (tmp_path / name).write_bytes(before[name][:-20])
     part_of_another_process(tmp_path / "features-00002.parquet").write_bytes(b"left by a killed process")
-    assert extract(plain, MeanColour(), tmp_path, **options).resumed == 6
+    assert extract_files(plain, MeanColour(), tmp_path, **options).resumed == 6
     assert contents(tmp_path) == before
 
 
@@ -90,15 +89,14 @@ def test_a_damaged_shard_is_made_again(plain: list[str], tmp_path: Path, format:
 KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from dinov2_fast.extraction.extract import extract
-from tests.helpers.extraction import MeanColour
+from tests.helpers.extraction import MeanColour, extract_files
 
 if __name__ == "__main__":
     out, *files = sys.argv[1:]
     random.seed(5)
     for turn in range(20):
         if not (child := os.fork()):
-            extract(files, MeanColour(), out, batch_size=2, shard_size=3, workers=turn % 2)
+            extract_files(files, MeanColour(), out, batch_size=2, shard_size=3, workers=turn % 2)
             os._exit(0)
         wanted = len(list(Path(out).glob("features-*"))) + random.randint(0, 6)
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -117,7 +115,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_killed_at_random_moments_the_final_set_is_the_same(plain: list[str], tmp_path: Path) -> None:
     files, out = plain * 20, tmp_path / "out"
-    extract(files, MeanColour(), tmp_path / "whole", batch_size=2, shard_size=3)
+    extract_files(files, MeanColour(), tmp_path / "whole", batch_size=2, shard_size=3)
     killing = subprocess.run([sys.executable, "-c", KILLS, str(out), *files], cwd=ROOT, capture_output=True, text=True)
     assert killing.returncode == 0, killing.stderr
     found = [int(line) for line in killing.stdout.splitlines()]
@@ -126,25 +124,26 @@ def test_killed_at_random_moments_the_final_set_is_the_same(plain: list[str], tm
     left = contents(out)
     whole = contents(tmp_path / "whole")
     assert {name: content for name, content in left.items() if name[0] != "."}.items() <= whole.items()
-    assert 0 < extract(files, MeanColour(), out, batch_size=2, shard_size=3).resumed < len(files)
+    assert 0 < extract_files(files, MeanColour(), out, batch_size=2, shard_size=3).resumed < len(files)
     assert contents(out) == whole
 
 
 SCRIPT = """
 import sys, time
-from dinov2_fast.extraction.extract import extract
-from tests.helpers.extraction import MeanColour
+from tests.helpers.extraction import MeanColour, extract_files
 
 if __name__ == "__main__":
     out, *files = sys.argv[1:]
-    extract(files, MeanColour(), out, batch_size=2, shard_size=3, progress=lambda status: time.sleep(0.1))
+    extract_files(files, MeanColour(), out, batch_size=2, shard_size=3, progress=lambda status: time.sleep(0.1))
 """
 
 
 def test_the_shard_appears_only_when_it_is_whole(plain: list[str], tmp_path: Path) -> None:
     seen: list[set[str]] = []
     out = tmp_path / "out"
-    extract(plain, MeanColour(), out, batch_size=3, shard_size=6, progress=lambda _: seen.append(set(os.listdir(out))))
+    extract_files(
+        plain, MeanColour(), out, batch_size=3, shard_size=6, progress=lambda _: seen.append(set(os.listdir(out)))
+    )
     first = {".lock-1-of-1", "_manifest.json"}
     shards = ["features-00000.parquet", "features-00001.parquet"]
     assert seen == [first, {*first, shards[0]}, {*first, *shards}]
@@ -156,7 +155,7 @@ def test_an_abort_leaves_what_was_there(plain: list[str], tmp_path: Path, error:
     model, out = Stopping(), tmp_path / "out"
     model.error = error
     with pytest.raises(error):
-        extract(plain, model, out, batch_size=2)
+        extract_files(plain, model, out, batch_size=2)
     assert os.listdir(out) == ["_manifest.json"]
 
 
@@ -170,7 +169,7 @@ def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
     try:
         with pytest.raises(OSError, match="too large") as caught:
-            extract(files, MeanColour(), tmp_path / "out", processor=random, **options)
+            extract_files(files, MeanColour(), tmp_path / "out", processor=random, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (caught.value.errno, caught.value.filename) == (
@@ -179,7 +178,7 @@ def test_a_full_disk_leaves_whole_shards(plain: list[str], tmp_path: Path) -> No
     )
     assert set(os.listdir(tmp_path / "out")) == {"_manifest.json", "features-00000.parquet"}
     assert [bool(row["error"]) for row in rows_of(tmp_path / "out")] == [True] * 5
-    assert extract(files, MeanColour(), tmp_path / "out", **options).resumed == 5
+    assert extract_files(files, MeanColour(), tmp_path / "out", **options).resumed == 5
 
 
 # One folder, other settings
@@ -228,59 +227,59 @@ NAMES += ["shard_size", "format", "inputs.images", "inputs.sha256"]
 
 def test_images_are_known_by_their_paths(plain: list[str], tmp_path: Path) -> None:
     """Copies with other times are the same images; of which bytes a row is says its sha256."""
-    extract(plain, MeanColour(), tmp_path / "out")
+    extract_files(plain, MeanColour(), tmp_path / "out")
     for path in plain:
         os.utime(path, (0, 0))
     old = Path(plain[3]).read_bytes()
     Path(plain[3]).write_bytes(Path(plain[4]).read_bytes())
-    assert extract(plain, MeanColour(), tmp_path / "out").resumed == 9
+    assert extract_files(plain, MeanColour(), tmp_path / "out").resumed == 9
     assert dinov2_fast.load_features(tmp_path / "out").sha256[3] == hashlib.sha256(old).hexdigest()
 
 
 def test_other_settings_are_refused_and_named(plain: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    extract(out=out, **changed(plain, ""))
-    assert extract(out=out, **changed(plain, "")).resumed == 9
+    extract_files(out=out, **changed(plain, ""))
+    assert extract_files(out=out, **changed(plain, "")).resumed == 9
     before = contents(out)
     for name in NAMES:
         with pytest.raises(ManifestError, match=rf"were made otherwise: (.*; )?{re.escape(name)} is .* there and "):
-            extract(out=out, **changed(plain, name))
+            extract_files(out=out, **changed(plain, name))
         assert contents(out) == before
-    extract(out=out, overwrite=True, **changed(plain, "features.cls.dtype"))
+    extract_files(out=out, overwrite=True, **changed(plain, "features.cls.dtype"))
     assert dinov2_fast.load_features(out)["cls"].dtype == np.float16
 
 
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        ("dinov2_fast.features.manifest.PIL.__version__", "decoder.pillow"),
-        ("dinov2_fast.features.manifest.__version__", "versions.dinov2_fast"),
-        ("dinov2_fast.features.manifest.FORMATS", "decoder.formats"),
+        ("dinov2_fast.extraction.provenance.PIL.__version__", "decoder.pillow"),
+        ("dinov2_fast.extraction.provenance.__version__", "versions.dinov2_fast"),
+        ("dinov2_fast.extraction.provenance.FORMATS", "decoder.formats"),
     ],
 )
 def test_other_versions_are_refused_and_named(
     plain: list[str], tmp_path: Path, target: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract(plain, MeanColour(), tmp_path / "out")
+    extract_files(plain, MeanColour(), tmp_path / "out")
     monkeypatch.setattr(target, "0")
     with pytest.raises(ManifestError, match=name):
-        extract(plain, MeanColour(), tmp_path / "out")
+        extract_files(plain, MeanColour(), tmp_path / "out")
 
 
 def test_shards_without_a_manifest_are_not_taken_for_ours(plain: list[str], tmp_path: Path) -> None:
-    extract(plain, MeanColour(), tmp_path / "out")
+    extract_files(plain, MeanColour(), tmp_path / "out")
     (tmp_path / "out" / "_manifest.json").unlink()
     with pytest.raises(ManifestError, match=r"holds features without a _manifest\.json"):
-        extract(plain, MeanColour(), tmp_path / "out")
+        extract_files(plain, MeanColour(), tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(ManifestError, match="Choose another folder, or delete them"):
-        extract(plain, MeanColour(), tmp_path / "out", overwrite=True)
+        extract_files(plain, MeanColour(), tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == before
 
 
 def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
-    extract(plain, MeanColour(), tmp_path / "out", shard_size=2)
-    summary = extract(plain[:3], MeanColour(), tmp_path / "out", shard_size=2, overwrite=True)
+    extract_files(plain, MeanColour(), tmp_path / "out", shard_size=2)
+    summary = extract_files(plain[:3], MeanColour(), tmp_path / "out", shard_size=2, overwrite=True)
     assert (summary.images, summary.resumed) == (3, 0)
     assert_rows(tmp_path / "out", plain[:3], set())
 
@@ -288,7 +287,7 @@ def test_overwriting_begins_anew(plain: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_overwriting_deletes_shards_alone(plain: list[str], tmp_path: Path, format: str) -> None:
     out, options = tmp_path / "out", {"features": ["cls", "patches"], "format": format}
-    extract(plain, MeanColour(), out, shard_size=3, **options)
+    extract_files(plain, MeanColour(), out, shard_size=3, **options)
     (out / "features-00003.dir").mkdir()
     (out / "features-00004.parquet").mkdir()
     mine = [
@@ -300,7 +299,7 @@ def test_overwriting_deletes_shards_alone(plain: list[str], tmp_path: Path, form
     mine += ["features-00001.csv", "my-features-00001.parquet", "manifest.json", "notes.npy"]
     for name in mine:
         (out / name).write_text("mine")
-    extract(plain[:2], MeanColour(), out, overwrite=True, shard_size=3, **options)
+    extract_files(plain[:2], MeanColour(), out, overwrite=True, shard_size=3, **options)
     ours = {"parquet": ["parquet"], "npy": ["cls.npy", "jsonl", "patches.npy"]}[format]
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
@@ -322,7 +321,7 @@ def test_beside_a_manifest_of_another_program_nothing_is_deleted(
     (tmp_path / "features-00000.parquet").write_text("mine")
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(ManifestError, match=r"holds features without a _manifest\.json"):
-        extract(plain, MeanColour(), tmp_path, overwrite=True)
+        extract_files(plain, MeanColour(), tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -332,21 +331,22 @@ def test_beside_a_manifest_of_another_program_nothing_is_deleted(
 def test_parts_together_are_what_one_process_writes(plain: list[str], tmp_path: Path) -> None:
     files = [plain[0], "missing", *plain]
     options: Any = {"batch_size": 2, "shard_size": 2}
-    extract(files, MeanColour(), tmp_path / "whole", **options)
-    said: list[Announcement] = []
+    extract_files(files, MeanColour(), tmp_path / "whole", **options)
+    said: list[Progress] = []
     models = [MeanColour() for _ in range(3)]
     done = [
-        extract(files, models[i], tmp_path / "out", part=(i, 3), announce=said.append, **options) for i in (2, 0, 1)
+        extract_files(files, models[i], tmp_path / "out", part=(i + 1, 3), announce=said.append, **options)
+        for i in (2, 0, 1)
     ]
     assert [summary.images for summary in done] == [3, 4, 4]
     assert [summary.failures for summary in done] == [0, 1, 0]
-    assert [(about.shards, about.done) for about in said] == [(2, 0)] * 3
+    assert [(about.shards, about.resumed) for about in said] == [(2, 0)] * 3
     assert [len(model.batches) for model in models] == [2, 2, 2]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_more_parts_than_shards(plain: list[str], tmp_path: Path) -> None:
-    summary = extract(plain, MeanColour(), tmp_path / "out", part=(5, 6))
+    summary = extract_files(plain, MeanColour(), tmp_path / "out", part=(6, 6))
     assert (summary.images, os.listdir(tmp_path / "out")) == (0, ["_manifest.json"])
 
 
@@ -356,18 +356,18 @@ def test_a_second_writer_is_refused(plain: list[str], tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", SCRIPT, str(out), *files], cwd=ROOT) as process:
         wait_for(lambda: any(out.glob("features-*")))
         with pytest.raises(LockedError, match="Another process is writing to"):
-            extract(files, MeanColour(), out, batch_size=2, shard_size=3)
+            extract_files(files, MeanColour(), out, batch_size=2, shard_size=3)
         with pytest.raises(LockedError, match=r"writing the part 1/1 of .*: all parts must be of one number"):
-            extract(files, MeanColour(), out, batch_size=2, shard_size=3, part=(1, 2))
+            extract_files(files, MeanColour(), out, batch_size=2, shard_size=3, part=(2, 2))
         process.kill()
-    extract(files, MeanColour(), out, batch_size=2, shard_size=3, part=(1, 2))
+    extract_files(files, MeanColour(), out, batch_size=2, shard_size=3, part=(2, 2))
 
 
 def test_locks_of_parts(tmp_path: Path) -> None:
-    with lock(tmp_path, (0, 2)), lock(tmp_path, (1, 2)):
-        with pytest.raises(LockedError, match="writing the part 1/2 of"), lock(tmp_path, (0, 2)):
+    with lock(tmp_path, (1, 2)), lock(tmp_path, (2, 2)):
+        with pytest.raises(LockedError, match="writing the part 1/2 of"), lock(tmp_path, (1, 2)):
             pytest.fail("locked twice")
-        with pytest.raises(LockedError, match="one number"), lock(tmp_path, (0, 1)):
+        with pytest.raises(LockedError, match="one number"), lock(tmp_path, (1, 1)):
             pytest.fail("parts of two numbers")
     assert os.listdir(tmp_path) == []
 
@@ -384,7 +384,7 @@ def test_a_lock_on_a_file_that_was_deleted_is_none(tmp_path: Path, monkeypatch: 
         return flock(file)
 
     monkeypatch.setattr(locks, "_flock", late)
-    with lock(tmp_path, (0, 1)), pytest.raises(LockedError), lock(tmp_path, (0, 1)):
+    with lock(tmp_path, (1, 1)), pytest.raises(LockedError), lock(tmp_path, (1, 1)):
         pytest.fail("locked twice")
     assert opened == 3
 
@@ -396,22 +396,22 @@ def test_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    extract(plain, MeanColour(), tmp_path / "out")
+    extract_files(plain, MeanColour(), tmp_path / "out")
     assert "cannot be locked" in caplog.text
 
 
 def test_without_locks_no_process_deletes_what_another_writes(plain: list[str], tmp_path: Path) -> None:
     """What is of this process stands for another that runs; the last is of another machine, where nobody can tell."""
-    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    extract_files(plain, MeanColour(), tmp_path, shard_size=3)
     ours, theirs = part_of(tmp_path / "features-00000.parquet"), part_of_another_process(tmp_path / "features-00000.x")
     foreign = theirs.with_name(re.sub(r"\.[0-9a-f]{8}-", ".0123abcd-", theirs.name))
     for path in (ours, theirs, foreign):
         path.touch()
-    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    extract_files(plain, MeanColour(), tmp_path, shard_size=3)
     assert [path.exists() for path in (ours, theirs, foreign)] == [True, False, True]
     for path in (ours, foreign):
         os.utime(path, (0, time.time() - 100_000))
-    extract(plain, MeanColour(), tmp_path, shard_size=3)
+    extract_files(plain, MeanColour(), tmp_path, shard_size=3)
     assert not ours.exists()
     assert not foreign.exists()
 
@@ -451,20 +451,21 @@ class Small(MeanColour):
 
 def test_where_memory_ends_batches_are_halved(plain: list[str], tmp_path: Path) -> None:
     files = [*plain[:4], "missing", *plain[4:], plain[0]]
-    expected = extract(files, MeanColour(), tmp_path / "whole", shard_size=8).path
+    expected = extract_files(files, MeanColour(), tmp_path / "whole", shard_size=8).folder
     model = Small()
-    extract(files, model, tmp_path / "out", batch_size=8, shard_size=8)
+    extract_files(files, model, tmp_path / "out", batch_size=8, shard_size=8)
     assert model.batches == [7, 3, 3, 1, 3]  # the second shard begins with whole batches, and has 3 images
     assert rows_of(tmp_path / "out") == rows_of(expected)
-    notes = [parquet_shards.note(tmp_path / "out" / f"features-0000{shard}") for shard in (0, 1)]
-    assert notes == [{"batch_size": 3}, {}]
-    assert parquet_shards.note(expected / "features-00000") == {}
+    files = [tmp_path / "out" / "features-00000.parquet", tmp_path / "out" / "features-00001.parquet"]
+    notes = [(pq.read_schema(path).metadata or {}).get(b"dinov2_fast") for path in files]
+    assert notes == [b'{"batch_size": 3}', None]
+    assert pq.read_schema(expected / "features-00000.parquet").metadata is None
 
 
 def test_in_a_shard_batches_stay_small(plain: list[str], tmp_path: Path) -> None:
     model = Small()
     model.most = 1
-    extract(plain, model, tmp_path / "out", batch_size=4, shard_size=9, format="npy")
+    extract_files(plain, model, tmp_path / "out", batch_size=4, shard_size=9, format="npy")
     assert model.batches == [4, 2, *[1] * 9]
     assert_same(tmp_path / "out", plain)
     assert '"batch_size": 1}' in (tmp_path / "out" / "features-00000.jsonl").read_text()
@@ -472,7 +473,7 @@ def test_in_a_shard_batches_stay_small(plain: list[str], tmp_path: Path) -> None
 
 def assert_same(out: Path, files: list[str]) -> None:
     found = dinov2_fast.load_features(out)
-    expected = extract(files, MeanColour(), out.with_name("expected"), batch_size=4).path
+    expected = extract_files(files, MeanColour(), out.with_name("expected"), batch_size=4).folder
     np.testing.assert_array_equal(found["cls"], dinov2_fast.load_features(expected)["cls"])
 
 
@@ -480,7 +481,7 @@ def test_one_image_without_memory_is_an_error(plain: list[str], tmp_path: Path) 
     model = Small()
     model.most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        extract(plain, model, tmp_path / "out", batch_size=4)
+        extract_files(plain, model, tmp_path / "out", batch_size=4)
     assert model.batches == [4, 2, 1]
 
 
@@ -494,12 +495,12 @@ def test_other_errors_of_the_device_are_not_retried(plain: list[str], tmp_path: 
     except RuntimeError:
         pass
     with pytest.raises(RuntimeError, match=r"illegal memory access|CUDA out of memory"):
-        extract(plain, model, tmp_path / "out", batch_size=4)
+        extract_files(plain, model, tmp_path / "out", batch_size=4)
     assert model.batches == [4]
     assert os.listdir(tmp_path / "out") == ["_manifest.json"]
 
 
 def test_shards_are_of_the_size_asked_for(plain: list[str], tmp_path: Path) -> None:
-    extract(plain, MeanColour(), tmp_path / "out", shard_size=4)
+    extract_files(plain, MeanColour(), tmp_path / "out", shard_size=4)
     sizes = [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out").glob("*.parquet"))]
     assert sizes == [4, 4, 1]

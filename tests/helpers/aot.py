@@ -1,13 +1,13 @@
-"""Compiles what a launcher would launch, for a GPU that is not there, and reads what the compiler made of it.
+"""Compiles what a launcher would launch, without a GPU, and reads the compiler's output.
 
     with compiling(90) as reports:
         layer_norm_forward(torch.empty(257, 384, device="cuda"), ...)
     assert faults(reports[0]) == []
 
 Inside the block tensors are fake, `torch.cuda` describes a GPU of that architecture, and `kernel[grid](...)` compiles
-exactly the specialisation that a launch would have compiled (types, constants, alignment, warps and stages) without
-launching it. Every tensor is taken to start at an aligned address; a view that starts inside one is aligned as it
-would be. Triton caches by content, so what was compiled before costs nothing.
+exactly the specialisation that a launch would compile (types, constants, alignment, warps and stages), and launches
+nothing. Every tensor starts at an aligned address, and a view at its offset from it. Triton caches by content, so a
+kernel that was compiled before costs nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ ARCHITECTURES = tuple(SHARED_MEMORY)
 FP8_ARCHITECTURES = (89, 90, 100, 120)
 
 # How many products of a dot the tensor cores of sm_90 add up with some 14 bits before the sum goes to fp32 registers,
-# by operands in MLIR's words: all of e4m3 (fast accumulation: dinov2_fast/ops/linear.py says what that costs), and none
-# of anything else.
+# by the operands' type in MLIR: all of e4m3 (fast accumulation: dinov2_fast/ops/linear.py says what that costs), and
+# none of other types.
 ALL = 2**30
 FAST_ACCUMULATION = {"f8E4M3FN": ALL}
 
@@ -61,7 +61,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P[0-9T]+\s+)?([A-
 
 @dataclass(frozen=True)
 class Dot:
-    """A matrix product in a kernel: the type of its operands in MLIR's words ("bf16"), and how precise it is."""
+    """A matrix product in a kernel: the type of its operands in MLIR ("bf16"), and how precise it is."""
 
     operands: str
     imprecise: int  # how many products an fp8 dot may add up imprecisely
@@ -88,11 +88,11 @@ class Report:
 
     @property
     def opcodes(self) -> Counter[str]:
-        """How often each instruction stands in the machine code, with its modifiers: "LDG.E.128", "HGMMA.64x…"."""
+        """The number of times that each instruction occurs in the machine code: "LDG.E.128", "HGMMA.64x…"."""
         return _opcodes(self.cubin)
 
     def uses(self, opcode: str) -> bool:
-        """Whether an instruction is there: "HGMMA" finds all its forms, "LDG.E.128" its own."""
+        """Whether an instruction occurs: "HGMMA" finds it with any modifiers, "LDG.E.128" only with these."""
         return any(found == opcode or found.startswith(opcode + ".") for found in self.opcodes)
 
     @property
@@ -112,7 +112,7 @@ class Report:
 
     @property
     def spill_stores(self) -> int:
-        """Bytes that the instructions of one thread write to local memory, each counted once."""
+        """Bytes that the instructions of one thread write to local memory; an instruction in a loop counts once."""
         return self._local_bytes("STL")
 
     @property
@@ -138,12 +138,12 @@ class Report:
 
 
 def faults(report: Report, max_spill: int = 0, fast: bool = True) -> list[str]:
-    """What is wrong with a kernel, in sentences.
+    """What is wrong with a kernel, one sentence each.
 
-    Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
-    to tf32. On sm_90 also: products that are added up otherwise than `FAST_ACCUMULATION` says; if `fast`, a dot that
-    does not run on the chip's own tensor core instructions, which need 64 rows; dots whose instructions wait for one
-    another; a write over what another warp group's products may still be reading (tests/helpers/wgmma_races.py).
+    Faults are: more shared memory than the GPU has; spilled registers of more than `max_spill` bytes, stored or loaded;
+    a dot that rounds its fp32 operands to tf32. On sm_90 also: products that are not added up as `FAST_ACCUMULATION`
+    says; if `fast`, a dot without wgmma, which needs 64 rows; dots whose instructions wait for one another; a write
+    over operands that another warp group may still read (tests/helpers/wgmma_races.py).
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]
@@ -193,7 +193,7 @@ def compiling(arch: int) -> Iterator[list[Report]]:
 
 
 class _Driver(DriverBase):
-    """The GPU that is compiled for, as Triton asks for it. Its number is the architecture: Triton caches by number."""
+    """The GPU to compile for, as Triton asks for it. The device number is the architecture: Triton caches by device."""
 
     def __init__(self, arch: int) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class _Driver(DriverBase):
 
 @contextmanager
 def _torch_cuda_of(arch: int) -> Iterator[None]:
-    """`torch.cuda` as on a machine with one GPU of this architecture, as far as launchers look at it."""
+    """Patches what launchers read of `torch.cuda`, as on a machine with one GPU of this architecture."""
     major, minor = divmod(arch, 10)
     properties = SimpleNamespace(
         major=major,
@@ -255,7 +255,7 @@ def _forget_devices() -> None:
 
 @dataclass(frozen=True)
 class _Address:
-    """What Triton looks at in a tensor argument: its type, and how the address of its first element is aligned."""
+    """What Triton reads of a tensor argument: its type, and the alignment of its first element."""
 
     dtype: torch.dtype
     offset: int
@@ -265,7 +265,7 @@ class _Address:
 
 
 def _with_addresses(argument: Any) -> Any:
-    """Gives the fake tensors among a launch's arguments an address."""
+    """Replaces the fake tensors among the arguments of a launch with addresses."""
     if isinstance(argument, FakeTensor):
         assert argument.is_cuda, "a launcher hands a CPU tensor to a kernel"
         return _Address(argument.dtype, argument.storage_offset() * argument.itemsize)

@@ -33,7 +33,7 @@ def plain_attention(qkv: Tensor) -> Tensor:
 
 
 def assert_gradient_obeys_the_rule(ours: Tensor, ref: Tensor, usual: Tensor) -> None:
-    """As a whole, and by itself for q, k and v, which stand in dimension -3."""
+    """Compares the gradient as a whole and for q, k and v by themselves, which are dimension -3."""
     reference.assert_obeys_rule(ours, ref, usual)
     for parts in zip(*(x.unbind(-3) for x in (ours, ref, usual)), strict=True):
         reference.assert_obeys_rule(*parts)

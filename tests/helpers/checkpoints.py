@@ -1,7 +1,6 @@
-"""Checkpoints as they are found in the wild, made from weights of the reference's flat layout.
+"""Checkpoints in every layout that users have, made from weights in the reference's flat layout.
 
-The tables of names are written out here on their own, from the implementations' state dicts, so that the tests do not
-lean on the tables they test.
+The tables of names come from the implementations' state dicts and not from the package, whose tables are under test.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ SOURCES: dict[str, Callable[[Weights], dict]] = {
 
 
 def expected(source: str, weights: Weights) -> Weights:
-    """What loading that source must give: `weights`, or for timm what its layout does not lose."""
+    """What loading that source must give: `weights`, less what timm's layout cannot hold."""
     if source != "timm":
         return weights
     result = {**weights, "mask_token": torch.zeros_like(weights["mask_token"])}

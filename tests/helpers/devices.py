@@ -1,4 +1,4 @@
-"""Where the tests of the kernels run: on a GPU if there is one, else on the CPU in Triton's interpreter."""
+"""Where tests of kernels run (on a GPU if there is one, else in Triton's interpreter), and what they share."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def interpreting() -> bool:
 
 
 def make_the_interpreter_strict() -> None:
-    """Two ways in which Triton's interpreter differs from a GPU, mended.
+    """Removes two differences between Triton's interpreter and a GPU.
 
-    It cuts fp32 off to bf16: with this it rounds to nearest even. What a masked load without `other` leaves out is 0
-    there and anything on a GPU: with this it is NaN, or -1 if integer.
+    The interpreter truncates fp32 to bf16; with this it rounds to nearest even, as a GPU does. A masked load without
+    `other` gives 0 in the interpreter and anything on a GPU; with this it gives NaN, or -1 for integers.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -67,15 +67,15 @@ fakes_cuda = pytest.mark.skipif(
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that needs a GPU: left out by default, and skipped where it is asked for without one."""
+    """Marks a test that needs a GPU: deselected by default, and skipped on a machine without one."""
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
-BACKENDS = ["torch", pytest.param("triton", marks=runs_triton)]
+BACKENDS = ["torch", pytest.param("triton", marks=[runs_triton, pytest.mark.triton])]
 
 
 def has_extension() -> bool:
-    """Whether the CUDA extension can run on the device under test: on a CPU only what `tests.cuda_on_host` builds."""
+    """Whether the CUDA extension runs on the device under test; on a CPU only the one of `tests.cuda_on_host` does."""
     return extension.load().reason is None and extension.is_built_for(DEVICE)
 
 
@@ -89,16 +89,16 @@ GUARD = 256  # bytes before and after each output
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """What kernels write to lies between guards, and all of it is filled with NaN (every bit set) first.
+    """Allocates outputs of kernels between guards, and fills both with NaN (every bit set).
 
-    So an element that is never written shows as NaN; a guard that is written fails here.
+    An element that is never written then shows as NaN. A guard that is overwritten fails the test.
     """
     buffers: list[tuple[Tensor, int]] = []
 
     plain = Tensor.new_empty
 
     def new_empty(like: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
-        if rest:  # Triton's interpreter, which moves arguments to the host
+        if rest:  # Triton's interpreter copies its arguments to the host
             return plain(like, *size, dtype=dtype, **rest)
         dtype, shape = dtype or like.dtype, torch.Size(size if isinstance(size[0], int) else size[0])
         used = shape.numel() * dtype.itemsize
@@ -121,7 +121,7 @@ def skip_without_opcheck() -> None:
 
 
 def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
-    """`torch.library.opcheck`, and that the fake's strides are the real ones, which it compares on a GPU only."""
+    """Runs `torch.library.opcheck`, and compares the strides of fake and real outputs, which it does on a GPU only."""
     skip_without_opcheck()
     torch.library.opcheck(op, arguments)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
 
 
 def assert_compiles_whole(block: Callable[..., Tensor], arguments: Sequence[Tensor]) -> None:
-    """Compiled as one graph, and in inference mode, `block` gives what it gives eagerly."""
+    """Asserts that `block` compiles to one graph and gives its eager results, in inference mode too."""
     eager = block(*arguments)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), eager)
@@ -149,7 +149,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, 
 
 
 def gradients(function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients, by every input that is there, of the outputs weighted with fixed random numbers."""
+    """Gradients of the outputs, weighted with fixed random numbers, for each input that is not None."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.inference.block import FoldedBlock
-from dinov2_fast.inference.cuda_graphs import Graphs
+from dinov2_fast.inference.cuda_graphs import GraphCache
 
 
 class FakeGraphs:
-    """Graphs on the CPU, as careless with their memory as real ones; it notes what happens."""
+    """Stands in for CUDA graphs on the CPU: a replay overwrites earlier outputs. `happened` lists the calls."""
 
     class Graph:
         def __init__(self, fake: FakeGraphs, run: Callable[[], Any]) -> None:
@@ -45,7 +45,7 @@ class FakeGraphs:
     def count(self, what: str) -> int:
         return self.happened.count(what)
 
-    def serves(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         return True
 
     def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any, Any]:
@@ -65,12 +65,12 @@ class FakeGraphs:
 
 def with_graphs(model: Any, mode: bool | str = True, **kwargs: Any) -> tuple[Any, FakeGraphs]:
     engine, fake = optimize_for_inference(model, "fp32", cuda_graphs=False, **kwargs), FakeGraphs()
-    engine._graphs = Graphs(mode, fake)
+    engine._graphs = GraphCache(mode, fake)
     return engine, fake
 
 
 def blocks_in_full(engine: Any, call: Any) -> int:
-    """How many blocks run for all tokens in a call."""
+    """The number of blocks that a call runs for all tokens."""
     ran = []
     with pytest.MonkeyPatch.context() as patch:
         update_ = FoldedBlock.update_

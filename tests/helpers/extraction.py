@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.nn.functional import avg_pool2d
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
+from dinov2_fast.data.sources import ImageSource
+from dinov2_fast.extraction.extract import extract
+from dinov2_fast.extraction.run import Progress
 
 
 class MeanColour(nn.Module):
@@ -34,6 +38,11 @@ class MeanColour(nn.Module):
         self.batches.append(len(x))
         patches = avg_pool2d(x * self.scale, 14).flatten(2).transpose(1, 2)
         return {"x_norm_clstoken": 2 * patches[:, 0], "x_norm_patchtokens": patches}
+
+
+def extract_files(images: Iterable[str], model: nn.Module, out: str | Path, **options: Any) -> Progress:
+    """Extracts files as they are named: each is a row, also one that does not exist."""
+    return extract(list(map(ImageSource, images)), model, out=out, **options)
 
 
 def expected_features(path: str) -> tuple[np.ndarray, np.ndarray]:

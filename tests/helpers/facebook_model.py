@@ -1,7 +1,7 @@
 """A small model with the class, module and attribute names of Meta's torch.hub code, on plain PyTorch.
 
-It stands in for that code where its names and the order of its steps are what matters. `in_module` gives each class the
-module that it has there.
+Tests use it in place of that code where its names and the order of its steps matter. `in_module` gives each class the
+module name that it has there.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class PatchEmbed(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The parts, and how an image becomes tokens; `grid` is the side of the table of positions."""
+    """The parts of the model, and its tokens; `grid` is the side of the table of positions, in patches."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The golden cases of ``tests/golden``: small models and what the reference implementations compute with them."""
+"""The golden cases of ``tests/golden``: small models, and their outputs in the reference implementations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN = ("ffn_layer", "num_register_tokens", "interpolate_offset", "interpolate_a
 
 
 def cases(prefix: str = "") -> list[str]:
-    """Names of the cases, in the order of ``golden.json``; `prefix` "facebook" or "timm" for those it made."""
+    """Names of the cases whose reference implementation is `prefix` ("facebook" or "timm"), or of all."""
     return [name for name in _description()["cases"] if name.startswith(prefix)]
 
 
@@ -26,8 +26,8 @@ def load_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, T
     """One case.
 
     Returns:
-        The arguments of `DinoVisionTransformer` for its model; its weights, with the keys of their maker; and its
-        inputs and outputs by the names that the README beside the files lists, such as ``0.input``.
+        The arguments of `DinoVisionTransformer` for its model; its weights, with the keys of that implementation;
+        and its inputs and outputs, by names such as ``0.input`` (tests/golden/README.md).
     """
     description = _description()
     case = description["cases"][name]

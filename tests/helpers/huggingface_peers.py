@@ -1,4 +1,4 @@
-"""Pairs of a model of this package and transformers' own, with the same random weights, to compare them on."""
+"""Pairs of a model of this package and of transformers with the same random weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from dinov2_fast import huggingface
 
-# The four shapes of DINOv2 in small: with and without registers, MLP and the giant's SwiGLU.
+# The four kinds of DINOv2: with and without registers, with an MLP and with SwiGLU.
 FAMILIES = ("Dinov2", "Dinov2WithRegisters")
 KINDS = [(family, swiglu) for family in FAMILIES for swiglu in (False, True)]
 KIND_NAMES = [f"{family}-{'swiglu' if swiglu else 'mlp'}" for family, swiglu in KINDS]
 SIZES = [(224, 224), (518, 518), (224, 336), (98, 98), (60, 60)]  # 60 is no multiple of the patch size
 
-# Nearly all of it is torch's bicubic interpolation, which computes the step between positions in float32: on a position
-# table of unit noise 2e-5, where this package computes in float64. All else agrees to 2e-6.
+# Nearly all of the difference comes from bicubic interpolation: torch computes the step between positions in float32,
+# this package in float64, which makes 2e-5 on a position table of unit noise. All else agrees to 2e-6.
 TOLERANCE = 3e-5
 
 
@@ -47,7 +47,7 @@ def their_class(family: str, task: str) -> Any:
 
 
 def make_pair(family: str, task: str = "Model", **fields: Any) -> Pair:
-    """Both models in eval mode; `fields` are of the config, over `small_config`. transformers' attention is eager."""
+    """Both models in eval mode, with `fields` of the configuration in place of those of `small_config`."""
     config = small_config(**fields)
     their_config = their_class(family, "Config")(**config, attn_implementation="eager")
     theirs = their_class(family, task)(their_config).eval()
@@ -58,13 +58,13 @@ def make_pair(family: str, task: str = "Model", **fields: Any) -> Pair:
 
 
 def both(pair: Pair, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """What each of the two models returns, without gradients."""
+    """The outputs of both models, without gradients."""
     with torch.no_grad():
         return pair.ours(*args, **kwargs), pair.theirs(*args, **kwargs)
 
 
 def fill_like_trained(model: nn.Module) -> None:
-    """Random weights with no part at its initial value (LayerScale 1, norm 1, bias 0), so that none is trivial."""
+    """Fills with random weights; LayerScale, norms and biases are not at their initial values of 1, 1 and 0."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(parameter.shape, generator=generator)
@@ -85,7 +85,7 @@ def images(height: int, width: int | None = None, batch: int = 2, channels: int 
 
 
 def worst(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of two tensors, which must be of one shape and dtype."""
+    """The largest difference of two tensors, which must have the same shape and dtype."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     return (ours - theirs).abs().max().item() if ours.numel() else 0.0

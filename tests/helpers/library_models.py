@@ -1,7 +1,8 @@
-"""Small models of the libraries whose blocks `dinov2_fast.accelerate` takes, and what to call on them."""
+"""Small models of the libraries that `dinov2_fast.accelerate` supports, how users call them, and comparisons."""
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov2_fast import accelerate
 from tests.helpers import facebook_model
 
 SIZE = 70
@@ -36,7 +38,7 @@ class LibraryModel:
         return self.name
 
     def build(self, **settings: Any) -> nn.Module:
-        """In eval mode, with random weights no part of which is trivial."""
+        """A model in eval mode, with random weights and no parameter at a trivial value."""
         return filled(self.make(**settings)).eval()
 
 
@@ -60,7 +62,7 @@ def images(batch: int = 2, height: int = SIZE, width: int = SIZE) -> Tensor:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Those in an output, in order."""
+    """All tensors in an output, in order."""
     return list(_tensors(output))
 
 
@@ -163,7 +165,7 @@ def _kinds() -> Iterator[LibraryModel]:
 
 
 KINDS = tuple(_kinds())
-# One of each library and kind of block, for what does not depend on the rest.
+# One model of each library and kind of block.
 SOME = tuple(
     kind
     for kind in KINDS
@@ -173,12 +175,23 @@ SOME = tuple(
 
 
 def needs(kind: LibraryModel) -> None:
-    """Skips where a library is missing."""
+    """Skips the test if the library of this model is not installed."""
     pytest.importorskip("timm" if kind.name.startswith("timm") else "transformers")
 
 
+def accelerated_pair(model: Any, **arguments: Any) -> tuple[Any, Any]:
+    """`model`, accelerated with `arguments`, and an untouched copy of it."""
+    untouched = copy.deepcopy(model)
+    assert accelerate(model, **arguments) is model
+    return model, untouched
+
+
+def blocks_of(model: nn.Module, kind: LibraryModel) -> list[Any]:
+    return list(model.get_submodule(kind.blocks))  # type: ignore[arg-type]
+
+
 def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-    """Two outputs are of one type, and their tensors of one shape and dtype, and equal within `tolerance`."""
+    """Asserts that outputs have the same type, and their tensors the same shapes, dtypes and nearly the same values."""
     assert type(ours) is type(theirs)
     if isinstance(theirs, dict):
         assert list(ours) == list(theirs)
@@ -189,7 +202,7 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def loss_of(output: Any) -> Tensor:
-    """A scalar of the first tensor of an output, which weighs its elements differently."""
+    """A scalar loss of the first tensor of an output, with another weight for each element."""
     first = tensors(output)[0]
     weights = torch.linspace(-1, 1, first.numel()).view(first.shape)
     return (first * weights).sum() + first.square().mean()
@@ -207,13 +220,13 @@ def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tens
         found = ours[name]
         assert (found is None) == (wanted is None), name
         if found is not None and wanted is not None:
-            # The gradient of the keys' bias is zero but for rounding: measured as that of the queries'.
+            # The gradient of the keys' bias is zero except for rounding: compare it on the scale of the queries'.
             scale = theirs[name.replace("key", "query").replace("k_proj", "q_proj")]
             assert (found - wanted).abs().max() <= 2 * TOLERANCE * scale.abs().max(), name
 
 
 class LowRank(nn.Module):
-    """A linear with an adapter, as adapter libraries make them."""
+    """A linear layer with a low-rank adapter, as adapter libraries build it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

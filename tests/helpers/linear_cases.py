@@ -28,7 +28,7 @@ def random_operands(
 
 
 def random_stream(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A residual stream, the same whenever the sizes are."""
+    """A residual stream, the same for the same sizes."""
     generator = torch.Generator().manual_seed(3)
     residual = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator)
     return residual.to(x.device, dtype or x.dtype)
@@ -43,7 +43,7 @@ def run_linear(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 def apply_epilogue(form: str, z: Tensor, residual: Tensor | None = None) -> Tensor:
-    """What follows the product, in plain torch."""
+    """The epilogue in plain PyTorch."""
     if form == "gelu":
         return F.gelu(z)
     if form == "swiglu":
@@ -70,7 +70,7 @@ def swish(x: Tensor) -> Tensor:
 
 
 def random_fp8_operands(size: tuple[int, int, int]) -> tuple[Any, ...]:
-    """x, its scale, weight, its scale, bias, and the first four as the matrices that they stand for."""
+    """(x, its scale, weight, its scales, bias), and x and weight as the matrices that they stand for."""
     rows, out_features, in_features = size
     x, weight = random(rows, in_features, scale=50).to(E4M3), random(out_features, in_features, scale=50).to(E4M3)
     weight_scale = torch.rand(out_features).add(0.5).div(50 * in_features**0.5).to(DEVICE)
@@ -99,9 +99,9 @@ def exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, d
 
 
 def fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """By how much x @ weight^T may be off, element by element, given what two e4m3 matrices stand for.
+    """The error allowed for each element of x @ weight^T, given what the two e4m3 matrices stand for.
 
-    Everything but the tensor cores of a GPU adds up in fp32.
+    Only the tensor cores of a GPU add up in less than fp32.
     """
     if DEVICE == "cuda" and backend != "torch":
         return tensor_core_slack(x, weight)
@@ -157,7 +157,7 @@ def assert_fp8_residual_in_fp32(backend: str) -> None:
 
 
 def assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int]) -> None:
-    """At most one step, and seldom, from what the formula gives for products that are off by the slack or less."""
+    """Asserts that results are at most one e4m3 step, and seldom one, from the formula, given products in the slack."""
     operands, matrices = random_fp8_operands(size)
     with poisoned_memory():
         y = run_fp8(form, backend, operands, E4M3, 1 / 300)

@@ -36,7 +36,7 @@ def unused_address() -> str:
 
 
 def isolate_without_servers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> WeightFolders:
-    """Empty caches in `folder`, the tiny backbone, no proxy, and addresses at which nobody answers."""
+    """Sets up empty caches in `folder`, the tiny backbone, no proxy, and addresses at which no server answers."""
     tiny_backbone(monkeypatch)
     monkeypatch.setenv("NO_PROXY", "*")
     point_to(monkeypatch, hub=unused_address(), official=unused_address())
@@ -54,7 +54,7 @@ class Server:
             do_GET = do_HEAD = lambda request: self._answer(request)
 
             def log_message(self, *args: Any) -> None:
-                """Keeps the output of the tests clean."""
+                """Logs nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
@@ -75,7 +75,7 @@ class Server:
 
 
 def answer(data: bytes, *, status: int = 200, promised: int | None = None, **headers: str) -> Answer:
-    """An answer of `data`, with a Content-Length of `promised` bytes if that is given."""
+    """Answers with `data`, and with a Content-Length of `promised` if that is given."""
 
     def send(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(status)

@@ -1,4 +1,4 @@
-"""Small models of this package, with weights that leave no part of a model trivial."""
+"""Small models of this package whose weights make every part of the model matter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS_TO_COMPILE = {
 
 
 def small(**kwargs) -> DinoVisionTransformer:
-    """A small model whose LayerScale, norms and biases are not trivial."""
+    """A small model whose LayerScale, norms and biases are not at their initial values."""
     model = DinoVisionTransformer(**{**SIZES, "init_values": 1.0, **kwargs})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,7 +40,7 @@ def small(**kwargs) -> DinoVisionTransformer:
 
 
 def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
-    """A model whose LayerScale and norms are far from their initial values, with outliers in some channels."""
+    """A model with LayerScale and norms far from their initial values, and outliers in some channels."""
     model = small(**{"embed_dim": 128, "depth": 4, **kind, **kwargs})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
 
 
 def with_biases(model: DinoVisionTransformer) -> DinoVisionTransformer:
-    """The model with biases that are not zero, where it has any."""
+    """Fills the biases of the model, where it has any, with random numbers."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()

@@ -1,4 +1,4 @@
-"""Pairs of a model of this package and timm's own, with the same random weights, to compare them on."""
+"""Pairs of a model of this package and of timm with the same random weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def images(height: int, width: int, batch: int = 2) -> Tensor:
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
-    """Compares tensors, and lists, tuples and dictionaries of them, which must be of the same kind."""
+    """Compares tensors, and lists, tuples and dictionaries of them, which must have the same type."""
     assert type(ours) is type(theirs)
     if isinstance(theirs, Tensor):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)

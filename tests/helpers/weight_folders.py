@@ -1,4 +1,4 @@
-"""Where weights may lie, for tests: empty caches, a hub cache made by hand, a small backbone by name, no network."""
+"""For tests of where weights are found: empty caches, a filled hub cache, a tiny backbone by name, no network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class WeightFolders(NamedTuple):
-    """The folders that are searched, all empty and none of them yet made."""
+    """The folders that are searched for weights; `isolate` does not create them."""
 
     cache: Path
     torch_hub: Path
@@ -28,7 +28,7 @@ class WeightFolders(NamedTuple):
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> WeightFolders:
-    """Moves every cache into `folder`, for this test."""
+    """Points every cache to a folder inside `folder`, for this test."""
     folders = WeightFolders(folder / "cache", folder / "torch" / "hub" / "checkpoints", folder / "huggingface")
     monkeypatch.setenv("DINOV2_FAST_CACHE", str(folders.cache))
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
@@ -38,7 +38,7 @@ def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> WeightFolders:
 
 
 def refuse_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets every connection and name look-up fail; the list returned fills with the attempts."""
+    """Makes every connection and name look-up fail; attempts are appended to the list that is returned."""
     attempts: list[str] = []
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def tiny_weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 def write(weights: dict[str, Any], path: Path) -> Path:
-    """Saves weights in the format that the ending of `path` says; its folder is made."""
+    """Saves weights in the format of `path`'s extension, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(weights, path)
@@ -84,7 +84,7 @@ def write(weights: dict[str, Any], path: Path) -> Path:
 
 
 def put_in_hub_cache(folders: WeightFolders, repository: str, folder: Path, revision: str = "main") -> None:
-    """Makes the hub's cache hold the files of `folder` as that repository, as a download leaves them."""
+    """Copies the files of `folder` into the hub's cache, as a download of `repository` would leave them."""
     root = folders.huggingface / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, root / "snapshots" / COMMIT)
     (root / "refs").mkdir()

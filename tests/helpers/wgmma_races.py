@@ -1,15 +1,15 @@
-"""Finds in a kernel's PTX writes into shared memory that a wgmma of another warp group may still be reading.
+"""Finds races in a kernel's PTX: writes to shared memory that a wgmma of another warp group may still be reading.
 
-A wgmma reads its operands from shared memory while its warp group runs on, and `wgmma.wait_group` waits for the group's
-own only. In a kernel of several warp groups, what comes between such a wait and the next write over the operands must
-be a barrier of the whole block. Triton 3.6 puts none there for this purpose (triton-lang/triton#11047); those that
-stand there serve another.
+A wgmma reads its operands from shared memory while its warp group runs on, and `wgmma.wait_group` waits only for the
+wgmma of its own group. In a kernel of several warp groups, a barrier of the whole block must therefore stand between
+such a wait and the next write over the operands. Triton 3.6 inserts none for this purpose (triton-lang/triton#11047);
+barriers that are there have another purpose.
 
 All paths are followed, through branches and around loops. The address of a write or an operand is the range of all
-values that it may have, over threads and iterations. So the buffers of a ring count as one, and a copy by TMA, whose
-size the instruction does not tell, reaches to the end of shared memory: what is found may be harmless, and the buffers
-need to be looked at. What this cannot show: a write over operands that nobody has waited for yet, which the order of
-the ring excludes; reads by anything else than wgmma; barriers that some of the threads branch around.
+values that it may have, over threads and iterations. All buffers of a ring are therefore one range, and a copy by TMA,
+whose instruction does not name its size, reaches to the end of shared memory. So a race that is found may be none: look
+at the buffers. Not found are writes over operands that no warp group has waited for (the order of the ring excludes
+them), reads by other instructions than wgmma, and barriers that some of the threads skip.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WRITES = re.compile(
 
 
 class Range(NamedTuple):
-    """The values that a register may have: the least, the greatest, and all bits that are set in any."""
+    """The values that a register may have: the smallest, the largest, and the bits that are set in any of them."""
 
     low: float
     high: float
@@ -45,7 +45,7 @@ class Range(NamedTuple):
 
     @classmethod
     def of(cls, low: float, high: float, bits: int = -1) -> Range:
-        """With what each of the three says about the others."""
+        """A range in which each of the three fields is as narrow as the other two imply."""
         if low >= 0:
             bits = bits if high == math.inf else bits & (1 << int(high).bit_length()) - 1
             high = min(high, bits) if bits >= 0 else high
@@ -76,7 +76,7 @@ class Read(NamedTuple):
 
 
 def unordered_writes(ptx: str) -> list[str]:
-    """A sentence for each write that is not ordered after reads of a wgmma, in a kernel of several warp groups."""
+    """One sentence for each write that is not ordered after a wgmma's reads, in a kernel of several warp groups."""
     statements, labels = _parse(ptx)
     if not any(map(_is_wgmma, statements)):
         return []
@@ -112,7 +112,7 @@ def _is_write(statement: Statement) -> bool:
 
 
 def _pending(statements: list[Statement], labels: dict[str, int]) -> dict[int, set[Read]]:
-    """By statement, what may still be read when it is reached, over all paths to it."""
+    """For each statement, the reads that may still go on when it is reached, over all paths."""
     before: dict[int, set[Read]] = defaultdict(set)
     seen, todo = set(), [0]
     while todo:
@@ -167,7 +167,7 @@ def _address(word: str, ranges: Mapping[str, Range]) -> tuple[float, float]:
 
 
 def _operands(statement: Statement, ranges: Mapping[str, Range]) -> list[Extent]:
-    """The bytes that the operands of a wgmma in shared memory may lie in."""
+    """The bytes of shared memory that the operands of a wgmma may cover."""
     n, k, dtype = re.search(r"\.m64n(\d+)k(\d+)\.\w+\.(\w+)", statement.opcode).groups()
     by_column = statement.operands[-2:] if dtype in ("bf16", "f16") else ("0", "0")
     return [
@@ -178,9 +178,9 @@ def _operands(statement: Statement, ranges: Mapping[str, Range]) -> list[Extent]
 
 
 def _tile(descriptor: Range, rows: int, columns: int) -> Extent:
-    """What a tile may cover, of which a descriptor says the place: PTX ISA, "Matrix Descriptor Format".
+    """The bytes that a tile may cover, by its descriptor: PTX ISA, "Matrix Descriptor Format".
 
-    It is made of atoms of 8 rows by the swizzle's width; of 8 of `columns` if these, of two bytes, are not 0.
+    A tile consists of atoms of 8 rows by the swizzle's width, or of 8 of `columns`, of two bytes each, if not 0.
     """
     low, high, _ = descriptor
     if not high - low < 1 << 14:
@@ -193,7 +193,7 @@ def _tile(descriptor: Range, rows: int, columns: int) -> Extent:
 
 
 def _memory(statements: list[Statement], labels: dict[str, int], threads: int) -> dict[int, list[Extent]]:
-    """By statement, the bytes of shared memory that a write changes or a wgmma reads, from any thread at any time."""
+    """For each statement, the bytes of shared memory that it writes, or reads as a wgmma, in any thread at any time."""
     assigned = Counter(s.operands[0] for s in statements if s.operands)
     limits = {s.operands[0]: s.operands[1:] for s in statements if s.opcode == "setp.gt.s32"}
     limits = {predicate: compared for predicate, compared in limits.items() if assigned[predicate] == 1}
@@ -203,7 +203,7 @@ def _memory(statements: list[Statement], labels: dict[str, int], threads: int) -
         before, block, memory = dict(anywhere), {}, {}
         for i, statement in enumerate(statements):
             if i in starts:
-                block = {}  # of what the basic block has assigned so far
+                block = {}  # the registers that the basic block has assigned so far
             ranges = ChainMap(block, anywhere)
             if _is_wgmma(statement):
                 memory[i] = _operands(statement, ranges)
@@ -232,14 +232,14 @@ def _assign(
 
 
 def _value(word: str, ranges: Mapping[str, Range]) -> Range | None:
-    """The range of an operand, None for a register that nothing is known to be assigned to yet."""
+    """The range of an operand; None for a register without a known assignment so far."""
     if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", word):
         return Range(int(word, 0), int(word, 0), int(word, 0))
     return ranges.get(word, None if word.startswith("%r") else EVERYTHING)
 
 
 def _result(statement: Statement, ranges: Mapping[str, Range], limits: dict[str, list[str]]) -> Range | None:
-    """What an instruction may assign, None if an operand of it is not assigned yet."""
+    """The range that an instruction may assign; None if one of its operands has no assignment yet."""
     name, *types = statement.opcode.split(".")
     if name not in ("selp", *_ARITHMETIC) or types[-1][0] == "f" or "hi" in types or statement.operands[0][0] == "{":
         return EVERYTHING
@@ -253,7 +253,7 @@ def _result(statement: Statement, ranges: Mapping[str, Range], limits: dict[str,
 def _selected(
     words: list[str], values: list[Range], ranges: Mapping[str, Range], limits: dict[str, list[str]]
 ) -> Range:
-    """Of `selp`; a value that is selected unless it is greater than a limit is not: so a ring of buffers counts."""
+    """The range of `selp`. A value that is kept unless it exceeds a limit is at most that limit, as in ring indices."""
     selected, other, _ = values
     limited, limit = limits.get(words[2], ("", ""))
     if limited == words[1]:
@@ -293,24 +293,24 @@ def _and(types: list[str], a: Range, b: Range) -> Range:
 
 
 def _or(types: list[str], a: Range, b: Range) -> Range:
-    """Of `or` and `xor`."""
+    """The range of `or` and `xor`."""
     if not a.bits & b.bits:
         return _sum(types, a, b)
     return Range.of(0, a.high + b.high, a.bits | b.bits) if min(a.low, b.low) >= 0 else EVERYTHING
 
 
-def _left(types: list[str], a: Range, b: Range) -> Range:
+def _shifted_left(types: list[str], a: Range, b: Range) -> Range:
     if b.low != b.high:
         return EVERYTHING
     return Range.of(a.low * 2**b.low, a.high * 2**b.low, a.bits << b.low)
 
 
-def _right(types: list[str], a: Range, b: Range) -> Range:
+def _shifted_right(types: list[str], a: Range, b: Range) -> Range:
     if b.low != b.high:
         return EVERYTHING
-    greatest = 2 ** int(types[-1][1:]) - 1
-    if types[-1][0] != "s" and not 0 <= a.low <= a.high <= greatest:
-        a = Range.of(0, greatest, a.bits & greatest)
+    largest = 2 ** int(types[-1][1:]) - 1
+    if types[-1][0] != "s" and not 0 <= a.low <= a.high <= largest:
+        a = Range.of(0, largest, a.bits & largest)
     return Range.of(a.low >> b.low, a.high >> b.low, a.bits >> b.low) if a.finite else EVERYTHING
 
 
@@ -334,7 +334,7 @@ _ARITHMETIC: dict[str, Callable[..., Range]] = {
     "and": _and,
     "or": _or,
     "xor": _or,
-    "shl": _left,
-    "shr": _right,
+    "shl": _shifted_left,
+    "shr": _shifted_right,
     "bfe": _field,
 }

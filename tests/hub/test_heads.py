@@ -112,15 +112,15 @@ def assert_backbone_and_head(model: nn.Module, name: str, head: Shapes) -> None:
 @pytest.mark.parametrize(
     ("ending", "defaults"),
     [
-        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.Weights.IMAGENET1K}),
-        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_dd", {"pretrained": True, "weights": depthers.Weights.NYU}),
-        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.Weights.ADE20K}),
+        ("_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_reg_lc", {"layers": 4, "pretrained": True, "weights": classifiers.ClassifierWeights.IMAGENET1K}),
+        ("_ld", {"layers": 4, "pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_dd", {"pretrained": True, "weights": depthers.DepthWeights.NYU}),
+        ("_ls", {"layers": 1, "pretrained": True, "weights": segmenters.SegmenterWeights.ADE20K}),
     ],
 )
 @pytest.mark.parametrize("size", SIZES)
-def test_signature(size: str, ending: str, defaults: dict[str, Any]) -> None:
+def test_a_signature_is_that_of_the_reference(size: str, ending: str, defaults: dict[str, Any]) -> None:
     entry_point = getattr(hubconf, f"dinov2_vit{size}14{ending}")
     parameters = list(inspect.signature(entry_point).parameters.values())
     assert {p.name: p.default for p in parameters[:-1]} == defaults
@@ -182,7 +182,7 @@ def test_other_numbers_of_layers_are_an_assertion_error(name: str, layers: int) 
 @pytest.mark.parametrize(
     ("name", "known"), [("lc", "IMAGENET1K"), ("ld", "NYU, KITTI"), ("dd", "NYU, KITTI"), ("ls", "ADE20K, VOC2012")]
 )
-@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.Weights.LVD142M])
+@pytest.mark.parametrize("weights", ["nyu", "LVD142M", hub.BackboneWeights.LVD142M])
 def test_unknown_weights_are_an_assertion_error(name: str, known: str, weights: Any) -> None:
     wrong = getattr(weights, "name", weights)
     with pytest.raises(AssertionError, match=f"Unsupported weights: {wrong}; the published ones are {known}"):
@@ -193,14 +193,14 @@ def test_unknown_weights_are_an_assertion_error(name: str, known: str, weights: 
 
 
 @pytest.mark.parametrize("weights", ["NYU", "KITTI"])
-def test_linear_heads_have_the_references_range_unless_told(weights: str) -> None:
+def test_linear_heads_have_the_references_range_by_default(weights: str) -> None:
     head = on_meta("dinov2_vits14_ld", weights=weights).decode_head
     assert (head.min_depth, head.max_depth) == (0.001, 80.0)
     head = on_meta("dinov2_vits14_ld", weights=weights, depth_range=(0.5, 7.0)).decode_head
     assert (head.min_depth, head.max_depth) == (0.5, 7.0)
 
 
-def test_dpt_heads_have_the_range_of_what_they_were_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpt_heads_have_the_range_of_their_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert depth_range(on_meta("dinov2_vits14_dd", weights="KITTI")) == (0.001, 10.0)  # as the reference, at random
     assert depth_range(on_meta("dinov2_vits14_dd", depth_range=(0.5, 7.0))) == (0.5, 7.0)
     monkeypatch.setattr(depthers, "make_backbone", lambda config, pretrained: on_meta(config.name))
@@ -251,7 +251,7 @@ FILES: dict[str, tuple[Make, str, Shapes]] = {
     ),
     "nyu_dpt_head": (lambda tiny: depthers._dpt(tiny)(), "decode_head.", dpt_shapes(64)),
     "kitti_dpt_head": (
-        lambda tiny: depthers._dpt(tiny)(weights=depthers.Weights.KITTI),
+        lambda tiny: depthers._dpt(tiny)(weights=depthers.DepthWeights.KITTI),
         "decode_head.",
         dpt_shapes(64),
     ),
@@ -293,7 +293,7 @@ def test_published_weights_are_loaded(file: str, tiny: BackboneConfig, folders: 
 
 
 @pytest.mark.parametrize("file", ["nyu_dpt_head", "ade20k_linear_head"])
-def test_files_of_training_frameworks(file: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
+def test_files_of_training_frameworks_are_loaded(file: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
     weights = published_head(file)
     meta = {"CLASSES": ("wall", "sky"), "config": "model = dict()", "epoch": 3}
     state_dict = {**weights, "backbone.cls_token": torch.ones(1), "auxiliary_head.conv_seg.bias": torch.ones(2)}
@@ -301,7 +301,7 @@ def test_files_of_training_frameworks(file: str, tiny: BackboneConfig, folders: 
     assert_same(head_of(FILES[file][0](tiny)), weights)
 
 
-def test_a_file_without_the_count_of_batches(tiny: BackboneConfig, folders: WeightFolders) -> None:
+def test_a_file_without_the_count_of_batches_is_loaded(tiny: BackboneConfig, folders: WeightFolders) -> None:
     weights = published_head("ade20k_linear_head")
     del weights["decode_head.bn.num_batches_tracked"]
     write(weights, folders.cache / "dinov2_vitt14_ade20k_linear_head.pth")
@@ -310,16 +310,14 @@ def test_a_file_without_the_count_of_batches(tiny: BackboneConfig, folders: Weig
     assert_same(loaded, weights)
 
 
-def test_the_head_goes_with_its_backbone(tiny: BackboneConfig, folders: WeightFolders) -> None:
+def test_the_head_has_the_device_and_dtype_of_its_backbone(tiny: BackboneConfig, folders: WeightFolders) -> None:
     write(published_head("linear4_head"), folders.cache / "dinov2_vitt14_linear4_head.safetensors")
     model = classifiers._entry_point(tiny)(dtype="bfloat16", drop_path_rate=0.5)
     assert model.linear_head.weight.dtype == model.backbone.cls_token.dtype == torch.bfloat16
     assert model.backbone.blocks[11].drop_path1.drop_prob == 0.5
 
 
-def test_heads_of_backbones_with_registers_have_names_of_their_own(
-    tiny: BackboneConfig, folders: WeightFolders
-) -> None:
+def test_heads_of_backbones_with_registers_have_their_own_files(tiny: BackboneConfig, folders: WeightFolders) -> None:
     config = replace(tiny, name="dinov2_vitt14_reg", num_register_tokens=4)
     BACKBONES["dinov2_vitt14_reg"] = config
     try:
@@ -342,7 +340,7 @@ def test_heads_of_backbones_with_registers_have_names_of_their_own(
         ("dinov2_vitl14", "voc2012_ms", "dinov2_vitl14/dinov2_vitl14_voc2012_ms_head.pth"),
     ],
 )
-def test_addresses(name: str, head: str, address: str) -> None:
+def test_addresses_of_heads_are_the_published_ones(name: str, head: str, address: str) -> None:
     assert BACKBONES[name].head_url(head) == f"{OFFICIAL}/{address}"
 
 
@@ -373,14 +371,14 @@ def test_a_short_answer_leaves_nothing_and_says_where_the_file_goes(
     path = folders.cache / "dinov2_vitt14_linear4_head.pth"
     with pytest.raises(WeightsError) as caught:
         FILES["linear4_head"][0](tiny)
-    assert "broke off after 500 of 100000" in str(caught.value)
-    assert f"Download {tiny.head_url('linear4')} where there is a network and put it at {path}" in str(caught.value)
+    assert "ended after 500 of 100000" in str(caught.value)
+    assert f"Download {tiny.head_url('linear4')} on a machine with a network and put it at {path}" in str(caught.value)
     assert sorted(folders.cache.iterdir()) == [folders.cache / "dinov2_vitt14_pretrain.pth"]
 
 
-def test_local_files_only_asks_nobody(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_only_sends_no_request(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
-    with pytest.raises(WeightsError, match="only local files were to be used"):
+    with pytest.raises(WeightsError, match="local_files_only is set"):
         classifiers._entry_point(tiny)(local_files_only=True)
     assert attempts == []
 
@@ -401,12 +399,12 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         r"decode_head.conv_seg.bias \(151,\) where the head has \(150,\)",
     ),
     "no tensor": (lambda w: {**w, "decode_head.bn.weight": "ones"}, r"decode_head.bn.weight \(\) where the head has"),
-    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "loading it could run code, so it was refused"),
+    "code": (lambda w: {**w, "decode_head.bn.weight": Planted()}, "is refused: it holds more than tensors"),
 }
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_files_that_do_not_fit(case: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
+def test_files_that_do_not_fit_are_refused(case: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
     change, message = MISFITS[case]
     path = folders.cache / "dinov2_vitt14_ade20k_linear_head.pth"
     torch.save(change(published_head("ade20k_linear_head")), path)

@@ -91,7 +91,7 @@ def upsample(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Ten
     ("size", "pads"),
     [((42, 70), (0, 0, 0, 0)), ((43, 69), (0, 1, 6, 7)), ((1, 27), (0, 1, 6, 7)), ((40, 65), (2, 3, 1, 1))],
 )
-def test_center_padding(size: tuple[int, int], pads: tuple[int, int, int, int]) -> None:
+def test_center_padding_equals_the_reference(size: tuple[int, int], pads: tuple[int, int, int, int]) -> None:
     x = images(*size).requires_grad_()
     out = hub.CenterPadding(14)(x)
     assert torch.equal(out, F.pad(x, pads))
@@ -104,7 +104,7 @@ def test_center_padding(size: tuple[int, int], pads: tuple[int, int, int, int]) 
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_classifier(backbone: DinoVisionTransformer, layers: int) -> None:
+def test_a_classifier_equals_the_reference(backbone: DinoVisionTransformer, layers: int) -> None:
     x, head = images(42, 70), make(nn.Linear((1 + layers) * D, 10))
     tokens = [backbone.norm(t) for t in tokens_after(backbone, x, range(12 - layers, 12))]
     mean = tokens[-1][:, 1 + backbone.num_register_tokens :].mean(1)
@@ -131,7 +131,7 @@ def linear_depth(head: LinearDepthHead, maps: list[tuple[Tensor, Tensor]]) -> Te
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("blocks", [(11,), BLOCKS], ids=["1 layer", "4 layers"])
-def test_linear_depth_estimator(
+def test_a_linear_depth_estimator_equals_the_reference(
     backbone: DinoVisionTransformer, blocks: tuple[int, ...], size: tuple[int, int]
 ) -> None:
     head = make(LinearDepthHead(D, len(blocks), 0.001, 80.0))
@@ -185,7 +185,7 @@ def dpt_depth(weights: dict[str, Tensor], maps: list[tuple[Tensor, Tensor]], min
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_dpt_depth_estimator(backbone: DinoVisionTransformer, size: tuple[int, int]) -> None:
+def test_a_dpt_depth_estimator_equals_the_reference(backbone: DinoVisionTransformer, size: tuple[int, int]) -> None:
     head = make(DPTHead(D, 0.001, 10.0))
     model = hub.DepthEstimator(backbone, head, BLOCKS)
     x = images(*size, batch=1)
@@ -223,7 +223,7 @@ def test_depths_are_clamped_before_they_are_resized(backbone: DinoVisionTransfor
     for direction, axis in (("horizontal", 3), ("vertical", 2)):
         mirrored = [{**meta[0], "flip": True, "flip_direction": direction}]
         torch.testing.assert_close(model.inference(x, mirrored), upsample(clamped, (50, 60)).flip(axis))
-    with pytest.raises(ValueError, match="no mode 'slide', only whole; slide_inference takes"):
+    with pytest.raises(ValueError, match="no mode 'slide', only whole; for windows call slide_inference"):
         model.inference(x, mode="slide")
 
 
@@ -244,7 +244,7 @@ def segmentation_logits(
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layers", [1, 4])
-def test_segmenter(backbone: DinoVisionTransformer, layers: int, size: tuple[int, int]) -> None:
+def test_a_segmenter_equals_the_reference(backbone: DinoVisionTransformer, layers: int, size: tuple[int, int]) -> None:
     head = make(LinearSegmentationHead(D, layers, 7))
     model = hub.Segmenter(backbone, head, range(12 - layers, 12))
     x = images(*size)
@@ -256,7 +256,7 @@ def test_segmenter(backbone: DinoVisionTransformer, layers: int, size: tuple[int
     torch.testing.assert_close(model.whole_inference(x, meta, rescale=False), wanted, **EXACT)
 
 
-def test_segmenter_by_windows(backbone: DinoVisionTransformer) -> None:
+def test_a_segmenter_with_windows_equals_the_reference(backbone: DinoVisionTransformer) -> None:
     head = make(LinearSegmentationHead(D, 1, 3))
     model = hub.Segmenter(backbone, head, [11], crop_size=(28, 42), stride=(20, 30))
     x = images(60, 80, batch=1)
@@ -274,7 +274,7 @@ def test_segmenter_by_windows(backbone: DinoVisionTransformer) -> None:
         model.inference(x, mode="whales")
 
 
-def test_what_mmsegmentation_says_of_a_image(backbone: DinoVisionTransformer) -> None:
+def test_img_meta_rescales_and_mirrors_as_in_mmsegmentation(backbone: DinoVisionTransformer) -> None:
     """Padding below and on the right is cut off, and what was a mirror image is mirrored back."""
     head = make(LinearSegmentationHead(D, 1, 3))
     model = hub.Segmenter(backbone, head, [11], crop_size=(28, 42), stride=(20, 30))
@@ -290,7 +290,7 @@ def test_what_mmsegmentation_says_of_a_image(backbone: DinoVisionTransformer) ->
         torch.testing.assert_close(unscaled, F.softmax(logits, 1).flip(3), **EXACT)
 
 
-def test_depth_by_windows_is_the_whole_of_a_image_that_fits_in_one(backbone: DinoVisionTransformer) -> None:
+def test_depth_with_windows_equals_the_whole_image_if_it_fits_in_one(backbone: DinoVisionTransformer) -> None:
     model = hub.DepthEstimator(backbone, make(LinearDepthHead(D, 1, 0.001, 80.0)), (11,))
     x = images(45, 64, batch=1)
     torch.testing.assert_close(model.slide_inference(x, None, True, (50, 50), (100, 70)), model(x), **EXACT)
@@ -363,12 +363,12 @@ def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTran
     with torch.no_grad():
         torch.testing.assert_close(model(pixels), model((pixels / 255 - mean) / std), atol=1e-4, rtol=1e-4)
         with pytest.raises(
-            TypeError, match=r"\(42, 69\) pixels are padded with zeros .* these are torch.uint8: normalise"
+            TypeError, match=r"\(42, 69\) pixels must be padded with zeros .* These are torch.uint8: normalise"
         ):
             model(pixels[..., :69])
 
 
-def test_readmes_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     attempts = refuse_network(monkeypatch)
     folders = isolate(monkeypatch, tmp_path)
     write(

@@ -47,14 +47,14 @@ def test_hubconf_offers_the_references_models() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signature(name: str) -> None:
+def test_a_signature_is_that_of_the_reference(name: str) -> None:
     entry_point = getattr(hubconf, name)
     assert entry_point is getattr(hub, name)
     assert entry_point.__name__ == name
     parameters = inspect.signature(entry_point).parameters
     assert [(p.name, p.kind, p.default) for p in parameters.values()] == [
         ("pretrained", inspect.Parameter.KEYWORD_ONLY, True),
-        ("weights", inspect.Parameter.KEYWORD_ONLY, hub.Weights.LVD142M),
+        ("weights", inspect.Parameter.KEYWORD_ONLY, hub.BackboneWeights.LVD142M),
         ("kwargs", inspect.Parameter.VAR_KEYWORD, inspect.Parameter.empty),
     ]
     with pytest.raises(TypeError):
@@ -93,14 +93,14 @@ def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, 
         hub.dinov2_vits14(weights=weights, pretrained=pretrained)
 
 
-def test_a_file_given_as_weights_is_answered_with_what_takes_one() -> None:
+def test_the_error_for_a_file_as_weights_names_load() -> None:
     with pytest.raises(
         AssertionError, match=r"weights: /file\.pth; .* dinov2_fast\.load\('dinov2_vits14', weights=file\)"
     ):
         hub.dinov2_vits14(weights="/file.pth")
 
 
-@pytest.mark.parametrize("weights", ["LVD142M", hub.Weights.LVD142M])
+@pytest.mark.parametrize("weights", ["LVD142M", hub.BackboneWeights.LVD142M])
 def test_published_weights_are_loaded(weights: Any, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))
     assert entry_point.__name__ == TINY
@@ -117,7 +117,7 @@ def test_offline_without_a_file_the_error_says_where_to_put_it(
 ) -> None:
     monkeypatch.setattr("dinov2_fast.weights.sources._hub_answers", lambda: False)
     monkeypatch.setattr("dinov2_fast.weights.sources.download", _nobody)
-    with pytest.raises(WeightsError, match=r"dinov2_vits14_pretrain\.pth where there is a network and put it at"):
+    with pytest.raises(WeightsError, match=r"dinov2_vits14_pretrain\.pth on a machine with a network and put it at"):
         hub.dinov2_vits14()
 
 

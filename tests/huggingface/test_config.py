@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-from dinov2_fast.weights import WeightsError
 from tests.helpers.huggingface_peers import FAMILIES, our_class, their_class
 
 # Of transformers' base class, with no meaning for a vision model or no place in a file.
@@ -75,7 +75,7 @@ def test_values_are_kept_as_transformers_keeps_them(family: str) -> None:
     assert values(ours, names) == values(theirs, names)
 
 
-def test_registers_config() -> None:
+def test_the_config_with_registers_has_its_own_defaults() -> None:
     config = Dinov2WithRegistersConfig(num_register_tokens=2, use_mask_token=False)
     assert config.num_register_tokens == 2
     assert config.use_mask_token, "transformers has no such field on this config: these models have a mask token"
@@ -83,14 +83,14 @@ def test_registers_config() -> None:
 
 
 @pytest.mark.parametrize("image_size", [98, [98, 98], (98, 98)])
-def test_image_size_as_int_list_or_tuple(family: str, image_size: Any) -> None:
+def test_an_image_size_may_be_an_int_a_list_or_a_tuple(family: str, image_size: Any) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
     ours, theirs = (make(family, "Config")(**sizes, image_size=image_size) for make in (our_class, their_class))
     assert ours.image_size == theirs.image_size
     assert our_class(family, "Model")(ours).pos_embed.shape == (1, 50, 16)
 
 
-def test_use_mask_token() -> None:
+def test_use_mask_token_decides_whether_there_is_a_mask_token() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     assert "mask_token" in Dinov2Model(Dinov2Config(**sizes)).state_dict()
     without = Dinov2Model(Dinov2Config(**sizes, use_mask_token=False))
@@ -99,7 +99,7 @@ def test_use_mask_token() -> None:
     assert Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)).mask_token is not None
 
 
-def test_what_transformers_tools_read() -> None:
+def test_attributes_that_transformers_tools_read_are_there() -> None:
     config = Dinov2Config(return_dict=False)
     assert config.use_return_dict is False
     assert config.name_or_path == ""
@@ -128,7 +128,7 @@ def test_their_file_is_read_by_ours_and_written_back(family: str, tmp_path: Path
     assert their_class(family, "Config").from_pretrained(tmp_path / "ours").to_dict() == theirs.to_dict()
 
 
-def test_our_own_round_trip(family: str, tmp_path: Path) -> None:
+def test_a_saved_config_loads_back_equal(family: str, tmp_path: Path) -> None:
     config = our_class(family, "Config")(**UNUSUAL, position_interpolation="offset")
     config.save_pretrained(tmp_path)
     back = our_class(family, "Config").from_pretrained(tmp_path)
@@ -146,7 +146,7 @@ def test_default_file_names_no_position_interpolation_and_no_dtype(family: str) 
     assert our_class(family, "Config")(dtype=torch.float16).to_dict()["dtype"] == "float16"
 
 
-def test_the_published_checkpoints_file() -> None:
+def test_the_published_config_file_is_read() -> None:
     """What older versions of transformers wrote: another name of the dtype, stages by name and index."""
     stages = ["stem", *(f"stage{i}" for i in range(1, 13))]
     config = Dinov2Config.from_dict(
@@ -205,14 +205,14 @@ NONSENSE: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values])
-def test_fields_that_make_no_sense_are_refused_by_name(name: str, value: Any, tmp_path: Path) -> None:
+def test_the_error_for_a_bad_field_names_it(name: str, value: Any, tmp_path: Path) -> None:
     kind = Dinov2WithRegistersConfig if name == "num_register_tokens" else Dinov2Config
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind.model_type, name: value}))
     with pytest.raises(ValueError, match=rf"config\.json: .*{name}"):
         kind.from_pretrained(tmp_path)
 
 
-def test_a_config_nested_too_deep_to_be_read(tmp_path: Path) -> None:
+def test_a_config_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(WeightsError, match="is not JSON"):
         Dinov2Config.from_pretrained(tmp_path)
@@ -221,7 +221,7 @@ def test_a_config_nested_too_deep_to_be_read(tmp_path: Path) -> None:
 # Overrides
 
 
-def test_overrides_on_loading(tmp_path: Path) -> None:
+def test_overrides_replace_fields_on_loading(tmp_path: Path) -> None:
     Dinov2Config(**UNUSUAL).save_pretrained(tmp_path)
     load = Dinov2Config.from_pretrained
     assert load(tmp_path, hidden_size=48).hidden_size == 48
@@ -234,7 +234,7 @@ def test_overrides_on_loading(tmp_path: Path) -> None:
     assert load(tmp_path, dtype="float16").dtype is torch.float16
 
 
-def test_labels() -> None:
+def test_labels_follow_num_labels_and_id2label() -> None:
     assert Dinov2Config(num_labels=0).num_labels == 0
     assert Dinov2Config(id2label={"0": "a"}).id2label == {0: "a"}
     config = Dinov2Config()
@@ -299,20 +299,20 @@ def test_setting_one_kind_of_stages_sets_the_other(family: str) -> None:
 # Errors and copies
 
 
-def test_another_models_file(tmp_path: Path) -> None:
+def test_the_file_of_another_model_is_refused(tmp_path: Path) -> None:
     Dinov2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'dinov2' model; Dinov2WithRegistersConfig is for 'dinov2_with_registers'"):
         Dinov2WithRegistersConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[1, 2]", b"null", b""])
-def test_damaged_file(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(WeightsError, match=r"config\.json"):
         Dinov2Config.from_pretrained(tmp_path)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json"):
         Dinov2Config.from_pretrained(tmp_path)
 
@@ -322,10 +322,10 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         ({"position_interpolation": "bilinear"}, "no position interpolation 'bilinear'; choose one of offset, size"),
         ({"dtype": "float8"}, "no dtype 'float8'"),
-        ({"problem_type": "single_label_classification", "num_labels": 1}, "needs two labels"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "needs at least two labels"),
     ],
 )
-def test_impossible_values(fields: dict[str, Any], message: str) -> None:
+def test_values_that_do_not_fit_together_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Dinov2Config(**fields)
 
@@ -338,13 +338,13 @@ def test_impossible_values(fields: dict[str, Any], message: str) -> None:
         ({"hidden_act": "gelouille"}, "no hidden_act 'gelouille'; choose one of gelu"),
     ],
 )
-def test_values_no_model_can_have(fields: dict[str, Any], message: str) -> None:
+def test_values_that_no_model_can_have_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Dinov2Model(Dinov2Config(**fields))
 
 
-def test_models_want_their_own_config() -> None:
-    with pytest.raises(TypeError, match=r"A Dinov2WithRegistersConfig is needed .* got a dinov2_fast.huggingface"):
+def test_a_model_refuses_the_config_of_another() -> None:
+    with pytest.raises(TypeError, match=r"Give a Dinov2WithRegistersConfig .* got a dinov2_fast.huggingface"):
         Dinov2WithRegistersModel(Dinov2Config())
 
 

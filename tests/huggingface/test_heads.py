@@ -49,7 +49,7 @@ def backbone(backbones: Pair) -> Pair:
 
 
 @pytest.mark.parametrize("size", [(98, 98), (60, 75)], ids=str)
-def test_logits(classifier: Pair, size: tuple[int, int]) -> None:
+def test_logits_equal_those_of_transformers(classifier: Pair, size: tuple[int, int]) -> None:
     ours, theirs = both(classifier, images(*size), output_hidden_states=True, output_attentions=True)
     assert isinstance(ours, ImageClassifierOutput)
     assert list(ours) == list(theirs) == ["logits", "hidden_states", "attentions"]
@@ -74,7 +74,7 @@ LABELS: dict[str, tuple[int, Tensor]] = {
 @pytest.mark.parametrize("given", [False, True], ids=["from labels", "from config"])
 @pytest.mark.parametrize("problem", LABELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses(family: str, problem: str, given: bool) -> None:
+def test_losses_equal_those_of_transformers(family: str, problem: str, given: bool) -> None:
     num_labels, labels = LABELS[problem]
     fields = {"problem_type": problem} if given else {}
     pair = make_pair(family, "ForImageClassification", num_labels=num_labels, num_hidden_layers=1, **fields)
@@ -85,7 +85,7 @@ def test_losses(family: str, problem: str, given: bool) -> None:
     assert pair.ours.config.problem_type == pair.theirs.config.problem_type == problem
 
 
-def test_regression_of_several_targets() -> None:
+def test_regression_takes_several_targets() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_labels=3, num_hidden_layers=1, problem_type="regression")
     ours, theirs = both(pair, images(56), labels=torch.randn(2, 3))
     assert_close(ours.loss, theirs.loss)
@@ -110,7 +110,7 @@ def test_loss_over_the_items_of_all_accumulated_batches(classifier: Pair, count:
     assert ours.loss == pytest.approx(classifier.ours(x, labels=labels).loss.item() / 7)
 
 
-def test_unknown_problem_type(classifier: Pair) -> None:
+def test_an_unknown_problem_type_is_refused(classifier: Pair) -> None:
     before = classifier.ours.config.problem_type
     classifier.ours.config.problem_type = "guessing"
     try:
@@ -120,14 +120,14 @@ def test_unknown_problem_type(classifier: Pair) -> None:
         classifier.ours.config.problem_type = before
 
 
-def test_no_labels_means_features() -> None:
+def test_a_model_with_no_labels_returns_features() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_labels=0, num_hidden_layers=1)
     ours, theirs = both(pair, images(56))
     assert ours.logits.shape == (2, 256)
     assert_close(ours.logits, theirs.logits)
 
 
-def test_one_channel() -> None:
+def test_models_for_one_channel_equal_transformers() -> None:
     pair = make_pair("Dinov2", "ForImageClassification", num_channels=1, num_hidden_layers=1)
     ours, theirs = both(pair, images(56, channels=1))
     assert_close(ours.logits, theirs.logits)
@@ -139,7 +139,9 @@ def test_one_channel() -> None:
 @pytest.mark.parametrize("reshape", [True, False], ids=["maps", "tokens"])
 @pytest.mark.parametrize("norm", [True, False], ids=["normed", "raw"])
 @pytest.mark.parametrize("indices", [[3], [0, 2], [-3, -1], [0, 1, 2, 3]], ids=str)
-def test_feature_maps(backbone: Pair, indices: list[int], norm: bool, reshape: bool) -> None:
+def test_feature_maps_equal_those_of_transformers(
+    backbone: Pair, indices: list[int], norm: bool, reshape: bool
+) -> None:
     for side in backbone:
         side.config.apply_layernorm, side.config.reshape_hidden_states = norm, reshape
         side.out_indices = indices
@@ -155,7 +157,9 @@ def test_feature_maps(backbone: Pair, indices: list[int], norm: bool, reshape: b
 
 @pytest.mark.parametrize("size", [(60, 75), (14, 27), (98, 42)], ids=str)
 @pytest.mark.parametrize("features", [["stem", "stage2"], ["stage3"]], ids=str)
-def test_feature_maps_of_any_size(backbone: Pair, features: list[str], size: tuple[int, int]) -> None:
+def test_feature_maps_of_any_size_equal_those_of_transformers(
+    backbone: Pair, features: list[str], size: tuple[int, int]
+) -> None:
     for side in backbone:
         side.out_features = features
     ours, theirs = both(backbone, images(*size))
@@ -177,7 +181,7 @@ def test_backbone_gives_states_attentions_and_tuples_as_transformers(backbone: P
         assert_close(backbone.ours(images(56), **kwargs, return_dict=False), ours.to_tuple(), 0.0)
 
 
-def test_backbone_attributes(backbone: Pair) -> None:
+def test_the_backbones_attributes_are_those_of_transformers(backbone: Pair) -> None:
     for side in backbone:
         side.out_features = ["stem", "stage2"]
     for name in ("stage_names", "out_features", "out_indices", "channels", "num_features", "out_feature_channels"):
@@ -237,7 +241,7 @@ def test_a_model_of_transformers_on_this_backbone(family: str, make: Any, reshap
 
 
 @torch.no_grad()
-def test_readmes_example() -> None:
+def test_the_example_of_the_readme_runs() -> None:
     config = make_pair("Dinov2", "Backbone", num_hidden_layers=4, out_indices=[1, 2, 3, 4]).theirs.config
     config.reshape_hidden_states = False
     names: dict[str, Any] = {"dinov2_fast": dinov2_fast, "depth_model": depth_anything(config).eval()}

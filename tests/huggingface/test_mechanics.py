@@ -66,12 +66,12 @@ def _no_compiled_code_of_other_tests() -> Iterator[None]:
     ],
     ids=["none", "channels", "rank 3", "rank 5", "integers", "small", "empty"],
 )
-def test_bad_images(task: str, pixels: Tensor | None, error: type[Exception], message: str) -> None:
+def test_bad_images_are_refused(task: str, pixels: Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small(task=task)(pixels)
 
 
-def test_bad_masks(model: Any) -> None:
+def test_bad_masks_are_refused(model: Any) -> None:
     with pytest.raises(
         ValueError, match=r"masks must be \(batch, patches\) = \(2, 16\) for these images, got \(2, 15\)"
     ):
@@ -109,7 +109,7 @@ def test_low_precision_models_take_float32_images(task: str, dtype: torch.dtype)
     assert 0 < worst(out.float(), first(model(images(56)))) < (0.02 if dtype is torch.float16 else 0.15)
 
 
-def test_half_and_to(model: Any) -> None:
+def test_half_and_to_convert_the_model(model: Any) -> None:
     assert model.half() is model
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert model.to(torch.float64).dtype is torch.float64
@@ -123,7 +123,7 @@ def test_half_and_to(model: Any) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies(task: str, clone: Any) -> None:
+def test_copies_compute_the_same(task: str, clone: Any) -> None:
     model = small(task=task)
     expected = model(images(56)).to_tuple()
     twin = clone(model)
@@ -136,7 +136,7 @@ def test_copies(task: str, clone: Any) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_state_dict_round_trip(family: str, task: str) -> None:
+def test_a_state_dict_loads_back(family: str, task: str) -> None:
     model = small(family, task)
     empty = our_class(family, task)(model.config).eval()
     assert empty.load_state_dict(model.state_dict()) == ([], [])
@@ -153,7 +153,7 @@ def test_head_of_another_model_is_an_error() -> None:
         small(task="ForImageClassification").load_state_dict(small().state_dict())
 
 
-def test_train_and_eval() -> None:
+def test_train_and_eval_switch_dropout() -> None:
     model = small(hidden_dropout_prob=0.5)
     first = model(images(56)).pooler_output
     assert torch.equal(model(images(56)).pooler_output, first)
@@ -164,7 +164,7 @@ def test_train_and_eval() -> None:
     assert Dinov2Model(Dinov2Config(**SMALL)).training, "a module is in train mode until eval() is called"
 
 
-def test_parts_by_transformers_names(model: Any) -> None:
+def test_parts_are_found_by_transformers_names(model: Any) -> None:
     assert model.base_model is model
     assert model.get_input_embeddings() is model.patch_embed
     classifier = small(task="ForImageClassification")

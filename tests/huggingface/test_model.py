@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> Pair:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_outputs(model: Pair, size: tuple[int, int]) -> None:
+def test_outputs_equal_those_of_transformers(model: Pair, size: tuple[int, int]) -> None:
     asked = {"output_hidden_states": True, "output_attentions": True}
     ours, theirs = both(model, images(*size, batch=1 if size == (518, 518) else 2), **asked)
     assert isinstance(ours, BaseModelOutputWithPooling)
@@ -84,13 +84,13 @@ def test_order_and_norm_of_the_outputs(model: Pair) -> None:
     assert torch.equal(model.ours.norm(output.hidden_states[-1]), output.last_hidden_state)
 
 
-def test_pixels_beyond_the_last_patch_are_left_out(model: Pair) -> None:
+def test_pixels_beyond_the_last_patch_are_ignored(model: Pair) -> None:
     x = images(60, 75)
     assert torch.equal(model.ours(x).last_hidden_state, model.ours(x[:, :, :56, :70]).last_hidden_state)
 
 
 @pytest.mark.parametrize("size", [(98, 98), (60, 75)], ids=str)
-def test_masked_patches(model: Pair, size: tuple[int, int]) -> None:
+def test_masked_patches_equal_those_of_transformers(model: Pair, size: tuple[int, int]) -> None:
     x = images(*size)
     mask = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.4
     ours, theirs = both(model, x, bool_masked_pos=mask, output_hidden_states=True)
@@ -131,7 +131,7 @@ def test_without_dictionary_the_same_values_as_a_tuple(model: Pair) -> None:
         assert_close(as_tuple, model.theirs(x, **kwargs, return_dict=False))
 
 
-def test_the_configs_defaults_and_the_calls_word(model: Pair) -> None:
+def test_arguments_of_a_call_override_the_config(model: Pair) -> None:
     config, x = model.ours.config, images(98)
     try:
         config.return_dict, config.output_hidden_states, config.output_attentions = False, True, True
@@ -148,7 +148,7 @@ def test_the_configs_defaults_and_the_calls_word(model: Pair) -> None:
 @pytest.mark.parametrize(
     ("family", "position_interpolation"), [("Dinov2", "size"), ("Dinov2WithRegisters", "antialias")]
 )
-def test_default_position_interpolation(family: str, position_interpolation: str) -> None:
+def test_the_default_position_interpolation_is_that_of_transformers(family: str, position_interpolation: str) -> None:
     config = our_class(family, "Config")(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     assert our_class(family, "Model")(config).position_interpolation == position_interpolation
     assert our_class(family, "Backbone")(config).position_interpolation == position_interpolation
@@ -190,7 +190,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_number_of_parameters(family: str, name: str) -> None:
+def test_the_number_of_parameters_is_that_of_transformers(family: str, name: str) -> None:
     sizes = BACKBONES[name].constructor_arguments()
     fields = {
         "hidden_size": sizes["embed_dim"],

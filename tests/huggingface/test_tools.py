@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import BitImageProcessorPil, Trainer, TrainingArguments
 
 from dinov2_fast import Dinov2ImageProcessor
+from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import BaseModelOutputWithPooling, Dinov2Config, Dinov2ForImageClassification
-from dinov2_fast.weights import WeightsError
 from tests.helpers.huggingface_peers import (
     FAMILIES,
     assert_close,
@@ -99,7 +99,7 @@ def test_checkpoints_of_trainer_are_loaded_by_both(settings: dict[str, Any], fam
         assert_close(logits(ours), logits(theirs))
 
 
-def test_trainer_resumes(tmp_path: Path) -> None:
+def test_trainer_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     whole = make_pair("Dinov2", "ForImageClassification", **SMALL).ours
     resumed = copy.deepcopy(whole)
     make_trainer(whole, tmp_path / "whole").train()
@@ -135,7 +135,7 @@ def test_a_trainer_that_saves_weights_alone_is_explained(tmp_path: Path) -> None
     ids=["classes", "features", "pooled"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pipelines(family: str, task: str, kind: str, arguments: dict[str, Any], processor: Any) -> None:
+def test_pipelines_run_the_model(family: str, task: str, kind: str, arguments: dict[str, Any], processor: Any) -> None:
     settings = Dinov2ImageProcessor(size=64, crop_size=56).settings()
     images = [Image.open(path) for path in PHOTOGRAPHS]
     results = []
@@ -213,7 +213,7 @@ def test_adapter_names_of_transformers_are_refused_by_peft() -> None:
 # Composite models
 
 
-def test_a_configuration_inside_another(tmp_path: Path) -> None:
+def test_a_config_may_be_part_of_another(tmp_path: Path) -> None:
     """A composite configuration checks that its part is of transformers' class; it takes the fields of ours."""
     fields = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56}
     config = Dinov2Config(**fields, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)

@@ -42,7 +42,7 @@ def train_step(pair: Pair, **arguments: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
-def test_gradients_of_every_parameter(family: str, swiglu: bool) -> None:
+def test_gradients_of_every_parameter_equal_those_of_transformers(family: str, swiglu: bool) -> None:
     pair = make_pair(family, "ForImageClassification", **SMALL, use_swiglu_ffn=swiglu)
     mask = torch.arange(72).view(2, 36) % 3 == 0
     train_step(pair, labels=torch.tensor([0, 2]), bool_masked_pos=mask)
@@ -55,7 +55,7 @@ def test_gradients_of_every_parameter(family: str, swiglu: bool) -> None:
         assert worst(ours[name], expected) <= 2e-5 * expected.abs().max() + 1e-7, name
 
 
-def test_gradient_of_the_images() -> None:
+def test_the_gradient_of_the_images_equals_that_of_transformers() -> None:
     pair = make_pair("Dinov2", **SMALL)
     grads = []
     for side in pair:
@@ -279,7 +279,7 @@ def test_initialisation_is_transformers(family: str, swiglu: bool) -> None:
             assert got.abs().max() < 0.3, name
 
 
-def test_initialisation_can_be_had_again() -> None:
+def test_init_weights_initialises_again() -> None:
     model = make_pair("Dinov2", "ForImageClassification", **SMALL).ours
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.init_weights()
@@ -288,7 +288,7 @@ def test_initialisation_can_be_had_again() -> None:
     assert 0.015 < model.classifier.weight.std() < 0.025
 
 
-def test_built_without_a_device() -> None:
+def test_a_model_can_be_built_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = Dinov2ForImageClassification(Dinov2Config(**SMALL))
     assert model.device.type == "meta"

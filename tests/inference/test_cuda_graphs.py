@@ -23,16 +23,23 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import cuda_graphs, watch
-from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from dinov2_fast.inference.waiting import NoWaiting
-from dinov2_fast.inference.watch import ModelWatch
+from dinov2_fast.inference import backbone, capture, cuda_graphs, weight_watch
+from dinov2_fast.inference.capture import CudaRuntime
+from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, GraphCache
+from dinov2_fast.inference.device_sync import ForbidDeviceSync
+from dinov2_fast.inference.weight_watch import WeightWatch
 from tests.helpers.devices import DEVICE, on_gpu, runs_triton
 from tests.helpers.engines import FakeGraphs, with_graphs
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.helpers.small_models import small
 
 X = (2, 3, 42, 56)
+
+
+def pretend_to_capture(patch: pytest.MonkeyPatch) -> None:
+    """Makes the engine act as if somebody else captured the current stream."""
+    for module in (backbone, cuda_graphs):
+        patch.setattr(module, "is_captured", lambda x: True)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,12 +73,12 @@ def leaves(output: Any) -> list[Any]:
 def test_results_are_those_of_eager_calls_and_stay(call: Any, outputs: str) -> None:
     model = small(num_register_tokens=2)
     model.head = nn.Identity()
-    eager = optimize_for_inference(model, "fp32", outputs, cuda_graphs=False)
+    eager = optimize_for_inference(model, "fp32", outputs=outputs, cuda_graphs=False)
     engine, fake = with_graphs(model, outputs=outputs)
     given = [(random(), torch.rand(2, 12) < 0.5) for _ in range(3)]
     results = [call(engine, *inputs) for inputs in given]
     assert (fake.count("capture"), fake.count("replay")) == (1, 3)
-    for result, inputs in zip(results, given, strict=True):  # after all calls: none wrote into another's results
+    for result, inputs in zip(results, given, strict=True):  # after all calls: none overwrote earlier results
         expected = call(eager, *inputs)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
         for ours, theirs in zip(leaves(result), leaves(expected), strict=True):
@@ -94,13 +101,13 @@ def test_a_captured_call_is_found_without_asking_whether_to_capture_it(
         for x in (*given, *given):
             call(engine, x, mask)
     expected = [call(eager, x, mask) for x in given]
-    monkeypatch.delattr(Graphs, "run")
+    monkeypatch.delattr(GraphCache, "run")
     for engine in engines:
         torch.testing.assert_close([call(engine, x, mask) for x in given], expected, rtol=0, atol=0)
 
 
 @torch.no_grad()
-def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
+def test_inputs_that_a_call_returns_are_the_caller_s_tensors() -> None:
     engine, _ = with_graphs(small())
     for _ in range(2):
         x, mask = random(), torch.rand(2, 12) < 0.5
@@ -109,7 +116,7 @@ def test_what_a_call_passes_on_is_the_caller_s_own() -> None:
 
 
 @torch.no_grad()
-def test_what_lies_in_one_tensor_is_copied_at_once() -> None:
+def test_results_that_share_memory_are_copied_at_once() -> None:
     engine, _ = with_graphs(small(num_register_tokens=2))
     for _ in range(2):
         features = engine.forward_features(random())
@@ -123,7 +130,7 @@ def test_what_lies_in_one_tensor_is_copied_at_once() -> None:
 
 
 @torch.no_grad()
-def test_the_hugging_face_face() -> None:
+def test_hugging_face_models_return_what_eager_calls_return() -> None:
     for task, outputs in (
         ("Model", "auto"),
         ("Model", "cls"),
@@ -132,7 +139,7 @@ def test_the_hugging_face_face() -> None:
     ):
         model = make_pair("Dinov2WithRegisters", task).ours
         engine, fake = with_graphs(model, outputs=outputs)
-        eager = optimize_for_inference(model, "fp32", outputs, cuda_graphs=False)
+        eager = optimize_for_inference(model, "fp32", outputs=outputs, cuda_graphs=False)
         given = [images(98) + i for i in range(2)]
         for call in (lambda m, x: m(x), lambda m, x: m(pixel_values=x, return_dict=False)):
             before = fake.count("capture")
@@ -145,7 +152,7 @@ def test_the_hugging_face_face() -> None:
 
 
 @torch.no_grad()
-def test_settings_of_a_hugging_face_model_are_heeded() -> None:
+def test_each_setting_of_a_hugging_face_model_has_its_own_graph() -> None:
     engine, fake = with_graphs(make_pair("Dinov2", "Backbone", out_indices=[1]).ours)
     x = images(98)
     assert len(engine(x).feature_maps) == 1
@@ -173,7 +180,7 @@ def test_settings_of_a_hugging_face_model_are_heeded() -> None:
     ],
 )
 @torch.no_grad()
-def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: str, value: Any) -> None:
+def test_a_hugging_face_setting_changed_between_two_calls_takes_effect(name: str, value: Any) -> None:
     model, x = make_pair("Dinov2", "Backbone", out_features=["stage1"]).ours, images(98)
     engine, fake = with_graphs(model)
     eager = optimize_for_inference(model, "fp32", cuda_graphs=False)
@@ -189,7 +196,7 @@ def test_a_setting_of_a_hugging_face_model_that_changes_between_two_calls(name: 
 
 
 @torch.no_grad()
-def test_images_in_every_layout_and_dtype() -> None:
+def test_images_of_every_layout_and_dtype_are_copied_in_right() -> None:
     engine, fake = with_graphs(small())
     eager = optimize_for_inference(engine._model, "fp32")
     x = random(2, 3, 84, 56)
@@ -204,7 +211,7 @@ def test_images_in_every_layout_and_dtype() -> None:
     assert fake.count("capture") == 3
 
 
-def test_modes_of_autograd_mix() -> None:
+def test_calls_in_different_modes_of_autograd_share_a_graph() -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     with torch.inference_mode():
@@ -234,19 +241,19 @@ def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
     assert fake.count("capture") == 1
 
 
-def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
-    """Adds each look for changes to what happened, in the order of a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
-    changed = ModelWatch.changed
-    monkeypatch.setattr(ModelWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
+def _record_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
+    """Records each check for changes, in the order of a GPU."""
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: True)
+    changed = WeightWatch.changed
+    monkeypatch.setattr(WeightWatch, "changed", lambda self: fake.happened.append("check") or changed(self))
 
 
 @torch.no_grad()
-def test_changes_are_looked_for_while_the_device_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_checked_while_the_device_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     before = engine(x)
-    _noting_checks(monkeypatch, fake)
+    _record_checks(monkeypatch, fake)
     fake.happened.clear()
     assert torch.equal(engine(x), before)
     assert fake.happened == ["begin", "replay", "end", "check"]
@@ -262,10 +269,10 @@ def test_changes_are_looked_for_while_the_device_replays(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
-def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_only_the_changed_model_accepts_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), random(2, 4, 42, 56)
     engine, fake = with_graphs(model)
-    _noting_checks(monkeypatch, fake)
+    _record_checks(monkeypatch, fake)
     with pytest.raises(ValueError, match="takes 3 channels, got 4"):
         engine(x)
     assert fake.count("check") == 1
@@ -273,11 +280,11 @@ def test_a_call_that_only_the_changed_model_takes(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-# What has a graph of its own
+# One graph for each kind of call
 
 
 @torch.no_grad()
-def test_a_graph_for_every_method_and_arguments() -> None:
+def test_every_method_and_every_set_of_arguments_has_its_own_graph() -> None:
     engine, fake = with_graphs(small(num_register_tokens=2))
     x, mask = random(), torch.zeros(2, 12, dtype=torch.bool)
 
@@ -334,7 +341,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @torch.no_grad()
-def test_a_setting_that_changes_between_two_calls_is_heeded(setting: Callable[[], Any]) -> None:
+def test_a_process_setting_changed_between_two_calls_takes_effect(setting: Callable[[], Any]) -> None:
     engine, fake = with_graphs(small())
     x = random()
     with use_backend("layer_norm=torch") if setting is SETTINGS["strict"] else nullcontext():
@@ -364,7 +371,7 @@ def test_the_kinds_of_call_used_last_are_kept() -> None:
     assert fake.happened.index("wait") < fake.happened.index("capture"), "memory is given back before it is needed"
     assert call(0) == 0
     assert call(1) == 1
-    assert len(engine._graphs._kinds) == CACHED_GRAPHS
+    assert len(engine._graphs._calls) == CACHED_GRAPHS
     assert len(set(fake.pools.values())) == 1, "graphs share one pool"
 
 
@@ -380,11 +387,11 @@ def test_graphs_of_two_engines_share_nothing() -> None:
     assert not set(fakes[0].pools.values()) & set(fakes[1].pools.values())
 
 
-# When there is none
+# Calls that run eagerly
 
 
 class Subclass(Tensor):
-    """Of torch's, which may compute anything in its own way."""
+    """A subclass of torch.Tensor, which may compute in its own way."""
 
 
 @pytest.mark.parametrize(
@@ -415,7 +422,7 @@ def test_other_calls_run_eagerly(call: Any) -> None:
 def test_replicas_on_another_device_run_eagerly() -> None:
     engine, fake = with_graphs(small())
     engine(random())
-    meta = copy.deepcopy(engine.folded).to("meta")  # as `nn.DataParallel` makes them: with the same graphs
+    meta = copy.deepcopy(engine.folded).to("meta")  # replicas of `nn.DataParallel` share the graphs, too
     for _ in range(2):
         x = random().to("meta")
         assert engine._graphs.run(meta, meta, "forward_features", (x,), {})["x_norm_clstoken"].is_meta
@@ -444,20 +451,20 @@ TRACING = ("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarn
 
 
 @pytest.mark.filterwarnings(*TRACING)
-def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_captured_under_a_compiler_tracer_or_dispatch_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     model, x = small(), random()
     engine, fake = with_graphs(model)
     compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = compiled(x)
-        with use_backend("torch"):  # an op of oneDNN's cannot be traced
+        with use_backend("torch"):  # oneDNN's ops cannot be traced
             traced = torch.jit.trace(engine, x, check_trace=False)
         with FlopCounterMode(display=False) as counter:
             engine(x)
             engine(x)
         assert counter.get_total_flops() > 0
-        monkeypatch.setattr(cuda_graphs, "is_captured", lambda x: True)
+        pretend_to_capture(monkeypatch)
         engine(x)
         assert fake.happened == []
         monkeypatch.undo()
@@ -469,8 +476,8 @@ def test_nothing_is_captured_while_something_else_watches(monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings(*TRACING)
 @torch.no_grad()
-def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is asked in each call, also of a kind that was captured."""
+def test_no_graph_replays_for_gradients_tracers_or_dispatch_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs in each call, also in those that have a graph."""
     engine, fake = with_graphs(small())
     x = random()
     expected = engine(x)
@@ -485,19 +492,19 @@ def test_no_graph_answers_where_something_else_watches(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="device"):
         engine(x.to("meta"))
     with monkeypatch.context() as patched:
-        patched.setattr(cuda_graphs, "is_captured", lambda x: True)
+        pretend_to_capture(patched)
         assert torch.equal(engine(x), expected)
     torch._dynamo.reset()
     compiled = torch.compile(engine, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
-    with use_backend("torch"):  # an op of oneDNN's cannot be traced
+    with use_backend("torch"):  # oneDNN's ops cannot be traced
         engine(x)
         happened = list(fake.happened)
         traced = torch.jit.trace(engine, x, check_trace=False)
         other = random()
         assert fake.happened == happened == ["capture", "begin", "replay", "end"] * 2
         assert torch.equal(traced(other), engine(other))
-    engine.folded.to("meta")  # past the engine, whose `to` drops the graphs
+    engine.folded.to("meta")  # not by the engine, whose `to` drops the graphs
     happened = list(fake.happened)
     assert engine(x.to("meta")).is_meta
     assert fake.happened == happened
@@ -521,13 +528,13 @@ def test_auto_captures_small_calls_when_they_come_again(monkeypatch: pytest.Monk
     assert f"up to {limit // 32**2} tokens" in str(engine)
 
 
-def test_no_graphs_without_a_gpu_or_when_not_asked_for() -> None:
+def test_there_are_no_graphs_without_a_gpu_or_with_false() -> None:
     model = small()
     for mode, said in (("auto", "none, since the engine is on cpu"), (False, "none, as asked")):
         engine = optimize_for_inference(model, cuda_graphs=mode)
         engine(random())
         assert f"CUDA graphs: {said}" in str(engine)
-        assert not engine._graphs._kinds
+        assert not engine._graphs._calls
     engine, fake = with_graphs(model, False)
     for _ in range(3):
         engine(random())
@@ -546,12 +553,12 @@ def test_copies_keep_the_setting_and_have_graphs_of_their_own() -> None:
         assert other._graphs is not engine._graphs
 
 
-# Graphs end
+# When graphs are dropped
 
 
 @pytest.mark.parametrize("change", ["weights", "refresh", "move"])
 @torch.no_grad()
-def test_graphs_end_with_what_they_read(change: str) -> None:
+def test_graphs_are_dropped_when_the_weights_they_read_are_replaced(change: str) -> None:
     model, x = small(), random()
     engine, fake = with_graphs(model)
     engine(x)
@@ -565,12 +572,12 @@ def test_graphs_end_with_what_they_read(change: str) -> None:
         engine.to("cpu")
     torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
     assert fake.happened[:3] == ["wait", "forget", "capture"]
-    assert len(engine._graphs._kinds) == 1
+    assert len(engine._graphs._calls) == 1
 
 
 @torch.no_grad()
 def test_a_call_that_began_before_a_refresh_leaves_no_graph_for_later() -> None:
-    """Two threads: one is about to run the old weights when the other folds new ones."""
+    """One thread is about to run the old weights when another thread folds new ones."""
     model, x = small(), random()
     engine, _ = with_graphs(model)
     old = engine.folded
@@ -591,17 +598,17 @@ def test_nothing_is_folded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def test_cached_positions_are_held_by_our_graphs_and_left_alone_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_positions_are_kept_alive_by_our_graphs_and_not_read_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, x = optimize_for_inference(small(), "fp32"), random()
     expected = engine(x)
     (cached,) = engine.folded._sizes.values()
     assert engine.folded._tokens_of_size(x, 12) is cached
-    monkeypatch.setattr(cuda_graphs, "is_captured", lambda x: True)
+    pretend_to_capture(monkeypatch)
     assert engine.folded._tokens_of_size(x, 12) is not cached, "a foreign graph would read it after it is gone"
     assert torch.equal(engine(x), expected)
-    monkeypatch.setattr(cuda_graphs._own, "held", [], raising=False)
+    monkeypatch.setattr(capture._capturing, "kept", [], raising=False)
     assert engine.folded._tokens_of_size(x, 12) is cached
-    assert cuda_graphs._own.held == [cached]
+    assert capture._capturing.kept == [cached]
     engine(random(1, 3, 14, 14))
     assert len(engine.folded._sizes) == 1, "what a capture makes is written only when its graph runs"
 
@@ -610,7 +617,7 @@ def test_cached_positions_are_held_by_our_graphs_and_left_alone_by_others(monkey
 
 
 @torch.no_grad()
-def test_a_capture_that_fails_is_said_once_and_calls_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_capture_is_logged_once_and_calls_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     engine, fake = with_graphs(model)
     fake.failure = RuntimeError("operation not permitted\nwhen capturing")
@@ -683,7 +690,7 @@ def test_each_use_waits_for_the_last_and_ends_with_the_copies() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A torch.cuda that notes what is asked of it."""
+    """Replaces parts of torch.cuda by fakes that record their calls."""
     happened: list[str] = []
 
     class Stream:
@@ -730,22 +737,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
-def test_the_calls_into_cuda(calls: list[str]) -> None:
-    cuda, device = cuda_graphs.Cuda(), torch.device("cuda:1")
+def test_capture_and_replay_order_their_calls_into_cuda(calls: list[str]) -> None:
+    cuda, device = CudaRuntime(), torch.device("cuda:1")
     cuda.end(cuda.begin(device))
     cuda.wait()
     assert calls == []
 
     def run() -> str:
         calls.append("run")
-        cuda_graphs.held((len(calls),))
+        capture.keep_alive((len(calls),))
         return "output"
 
     assert cuda.capture(run, device, "shared") == ("graph", "output", [(7,)])
-    capture = "capture on side, pool shared, thread_local"
+    how = "capture on side, pool shared, thread_local"
     assert calls == [
         *("into cuda:1", "into side", "side waits for current", "run", "run"),
-        *(f"into {capture}", "run", f"out of {capture}"),
+        *(f"into {how}", "run", f"out of {how}"),
         *("out of side", "out of cuda:1", "current waits for side"),
     ]
     calls.clear()
@@ -754,7 +761,7 @@ def test_the_calls_into_cuda(calls: list[str]) -> None:
     cuda.end(stream)
     cuda.wait()
     assert calls == ["current waits for event", "event on the same", "host waits for event"]
-    assert cuda_graphs.held((1,)) is None, "the capture is over"
+    assert capture.keep_alive((1,)) is None, "the capture is over"
 
 
 def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> None:
@@ -762,15 +769,15 @@ def test_a_failed_capture_gives_the_caller_s_stream_back(calls: list[str]) -> No
         if "into capture on side, pool None, thread_local" in calls:
             raise RuntimeError("not permitted")
 
-    cuda = cuda_graphs.Cuda()
+    cuda = CudaRuntime()
     with pytest.raises(RuntimeError, match="not permitted"):
         cuda.capture(run, torch.device("cuda"), None)
     assert calls[-2:] == ["out of side", "out of cuda"]
-    assert cuda_graphs.held((1,)) is None
-    assert not cuda_graphs._one_at_a_time.locked()
+    assert capture.keep_alive((1,)) is None
+    assert not capture._capture_lock.locked()
 
 
-# Calls for which the host waits
+# Calls that make the host wait
 
 
 class Head(nn.Module):
@@ -804,10 +811,10 @@ HEADS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class OnCpu(cuda_graphs.Cuda):
+class OnCpu(CudaRuntime):
     """Captures on the CPU, with the torch.cuda of the fixture `calls`."""
 
-    def serves(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         return True
 
 
@@ -816,13 +823,13 @@ def with_a_head(function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
     model = small()
     model.head = Head(function)
     engine, eager = (optimize_for_inference(model, "fp32", cuda_graphs=False) for _ in range(2))
-    engine._graphs = Graphs(True, OnCpu())
+    engine._graphs = GraphCache(True, OnCpu())
     return engine, eager
 
 
 @pytest.mark.parametrize("function", WAITING_HEADS.values(), ids=WAITING_HEADS)
 @torch.no_grad()
-def test_no_capture_begins_where_the_host_would_wait(
+def test_no_capture_begins_if_the_host_would_wait_for_the_device(
     function: Callable[[Tensor], Tensor], calls: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, eager = with_a_head(function)
@@ -839,7 +846,7 @@ def test_no_capture_begins_where_the_host_would_wait(
 
 @pytest.mark.parametrize("function", HEADS.values(), ids=HEADS)
 @torch.no_grad()
-def test_heads_for_which_nobody_waits_are_captured(
+def test_heads_that_do_not_make_the_host_wait_are_captured(
     function: Callable[[Tensor], Tensor], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: calls.append("replay")))
@@ -859,24 +866,24 @@ LISTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("call", (CALLS | LISTS).values(), ids=CALLS | LISTS)
 @torch.no_grad()
-def test_no_call_of_the_engine_waits(call: Any) -> None:
+def test_no_call_of_the_engine_makes_the_host_wait(call: Any) -> None:
     engine = optimize_for_inference(small(num_register_tokens=2), "fp32")
     mask = torch.rand(2, 12) < 0.5
     for x in (random(), torch.randint(256, X).byte(), torch.randint(256, (2, 42, 56, 3)).byte()):
         expected = call(engine, x, mask)
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             found = call(engine, x, mask)
         torch.testing.assert_close(found, expected)
 
 
 @runs_triton
 @torch.no_grad()
-def test_no_call_of_the_engine_waits_on_kernels() -> None:
+def test_no_call_of_the_engine_on_kernels_makes_the_host_wait() -> None:
     engine = optimize_for_inference(small(embed_dim=64, num_heads=2), "fp32").to(DEVICE)
     x, mask = torch.randint(256, (1, 3, 28, 28)).byte().to(DEVICE), torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
     with use_backend("triton", strict=True):
         expected = engine(x, mask, is_training=True)["x_prenorm"]
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             found = engine(x, mask, is_training=True)["x_prenorm"]
     assert torch.equal(found, expected)
 
@@ -889,7 +896,7 @@ def test_no_call_of_the_engine_mixes_devices(call: Any) -> None:
     x, mask = random().to("meta"), torch.zeros(2, 12, dtype=torch.bool, device="meta")
     with use_backend("torch"):
         call(folded, x, mask)
-        with NoWaiting(x.device):
+        with ForbidDeviceSync(x.device):
             call(folded, x, mask)
 
 
@@ -909,9 +916,9 @@ OPS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("op", (WAITING_OPS | OPS).values(), ids=WAITING_OPS | OPS)
-def test_ops_that_copy_between_devices(op: Callable[[Tensor], Any]) -> None:
+def test_ops_that_copy_between_devices_are_found(op: Callable[[Tensor], Any]) -> None:
     x = torch.empty(2, 2, device="meta")
-    with NoWaiting(x.device):
+    with ForbidDeviceSync(x.device):
         if op in OPS.values():
             op(x)
         else:
@@ -935,7 +942,7 @@ WAITING_HEADS_ON_A_GPU = {name: WAITING_HEADS[name] for name in ("item", "mask",
 
 
 def captured(engine: Any) -> int:
-    return sum(kind is not None for kind in engine._graphs._kinds.values())
+    return sum(kind is not None for kind in engine._graphs._calls.values())
 
 
 def equal(found: Any, expected: Any) -> None:
@@ -958,7 +965,7 @@ def test_a_graph_computes_what_eager_calls_do(call: Any) -> None:
 @on_gpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @torch.inference_mode()
-def test_graphs_of_every_backend_also_for_uint8(backend: str) -> None:
+def test_graphs_of_every_backend_compute_what_eager_calls_do_also_for_uint8(backend: str) -> None:
     engine, eager = cuda_engine("auto")
     with use_backend(backend, strict=True):
         for _ in range(3):
@@ -969,8 +976,8 @@ def test_graphs_of_every_backend_also_for_uint8(backend: str) -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_on_side_streams() -> None:
-    """What is slow to write on a stream is there when the graph reads it, and graphs on two streams do not mix."""
+def test_calls_on_side_streams_wait_for_their_inputs_and_do_not_mix() -> None:
+    """A graph reads its input after a slow write on the same stream, and graphs on two streams do not mix."""
     engine, eager = cuda_engine()
     engine(random().cuda())
     given = [random().cuda() for _ in range(8)]
@@ -991,7 +998,7 @@ def test_on_side_streams() -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_two_engines_and_many_sizes_interleaved() -> None:
+def test_interleaved_calls_of_two_engines_and_many_sizes_do_not_mix() -> None:
     pairs = [cuda_engine(seed=seed) for seed in range(2)]
     sizes = [(1, 3, 14, 14 * (i + 1)) for i in range(CACHED_GRAPHS + 4)]
     for _ in range(2):
@@ -1005,7 +1012,7 @@ def test_two_engines_and_many_sizes_interleaved() -> None:
 
 @on_gpu
 @torch.no_grad()
-def test_after_a_change_of_weights_and_a_move() -> None:
+def test_changed_weights_and_a_moved_engine_are_captured_again() -> None:
     engine, eager = cuda_engine()
     x = random().cuda()
     before = engine(x)
@@ -1018,7 +1025,7 @@ def test_after_a_change_of_weights_and_a_move() -> None:
 
 @on_gpu
 @torch.inference_mode()
-def test_inside_a_graph_of_the_user_s() -> None:
+def test_an_engine_runs_inside_a_graph_that_the_user_captures() -> None:
     engine, eager = cuda_engine()
     static = random().cuda()
     engine(static)
@@ -1030,7 +1037,7 @@ def test_inside_a_graph_of_the_user_s() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = engine(static)
-    for i in range(40):  # forgets the positions of this size
+    for i in range(40):  # drops the cached positions of this size
         eager(random(1, 3, 14, 14 * (i + 1)).cuda())
         engine(random(1, 3, 14, 14 * (i + 1)).cuda())
     x = random().cuda()
@@ -1046,7 +1053,9 @@ def test_inside_a_graph_of_the_user_s() -> None:
 @on_gpu
 @pytest.mark.parametrize("function", WAITING_HEADS_ON_A_GPU.values(), ids=WAITING_HEADS_ON_A_GPU)
 @torch.inference_mode()
-def test_a_head_that_cannot_be_captured(function: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_cannot_be_captured_runs_eagerly(
+    function: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     model = small(embed_dim=128, num_heads=2).cuda()
     model.head = Head(function)
     engine, eager = (optimize_for_inference(model, "bf16", cuda_graphs=graphs) for graphs in (True, False))
@@ -1067,7 +1076,7 @@ def test_a_head_that_cannot_be_captured(function: Callable[[Tensor], Tensor], ca
 
 
 @on_gpu
-def test_threads_on_a_gpu() -> None:
+def test_threads_on_a_gpu_do_not_get_each_other_s_results() -> None:
     engine, eager = cuda_engine()
     wrong: list[int] = []
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import dinov2_fast
 from dinov2_fast import optimize_for_inference, use_backend
-from dinov2_fast.inference import watch
+from dinov2_fast.inference import weight_watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.fold import Layout, layout_for
+from dinov2_fast.inference.linear_layout import LinearLayout, layout_for
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
@@ -31,7 +31,7 @@ from tests.helpers.small_models import KINDS_OF_MODEL, small, wild, with_biases
 
 @pytest.fixture(params=["", "linear=cublas"], ids=["", "deferred biases"])
 def deferred(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Runs a test with the default backends, and with products that leave the biases of the stream to the norms."""
+    """Runs a test with the default backends, and with linears that leave their biases to the norms."""
     if not request.param:
         yield False
         return
@@ -50,6 +50,7 @@ def reference(request) -> tuple[Any, dict[str, Tensor], str]:
     return optimize_for_inference(model, "fp32"), tensors, request.param
 
 
+@pytest.mark.golden
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize("i", INPUTS)
 def test_golden_features(reference, i: int) -> None:
@@ -76,7 +77,7 @@ def test_golden_features(reference, i: int) -> None:
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @pytest.mark.usefixtures("deferred")
 @torch.no_grad()
-def test_every_form_of_the_reference_s_face(kind: dict[str, Any]) -> None:
+def test_every_call_of_the_reference_s_face_returns_what_the_model_does(kind: dict[str, Any]) -> None:
     model = with_biases(small(**kind))
     engine = optimize_for_inference(model, "fp32")
     x, other = torch.randn(2, 3, 42, 98), torch.randn(1, 3, 70, 70)
@@ -115,10 +116,10 @@ def test_images_of_many_sizes_get_their_own_positions() -> None:
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
-def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu: bool) -> None:
+def test_every_call_of_the_hugging_face_face_returns_what_transformers_does(family: str, swiglu: bool) -> None:
     pair = make_pair(family, swiglu=swiglu)
     engine = optimize_for_inference(pair.ours, "fp32")
-    for size in ((98, 140), (60, 74)):  # 60 and 74 are no multiples of the patch size
+    for size in ((98, 140), (60, 74)):  # 60 and 74 are not multiples of the patch size
         x = images(*size)
         masks = torch.rand(2, (size[0] // 14) * (size[1] // 14)) < 0.5
         asked = {"output_hidden_states": True, "output_attentions": True, "bool_masked_pos": masks}
@@ -134,7 +135,7 @@ def test_every_form_of_the_hugging_face_face_as_transformers(family: str, swiglu
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
-def test_classifiers_and_backbones_as_transformers(family: str, swiglu: bool) -> None:
+def test_classifiers_and_backbones_return_what_transformers_does(family: str, swiglu: bool) -> None:
     x = images(98)
     pair = make_pair(family, "ForImageClassification", swiglu=swiglu, num_labels=5)
     ours, theirs = (model(x, labels=torch.tensor([1, 4])) for model in (optimize_for_inference(pair.ours), pair.theirs))
@@ -173,7 +174,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
         model, x = wild(kind), torch.randn(16, 3, 56, 56)
         exact = _exact(model, x)
         eager = _errors(copy.deepcopy(model).to(dtype), exact, x.to(dtype))
-        for settings, ratios in (({}, same), ({"residual": "fp32"}, wide)):
+        for settings, ratios in (({}, same), ({"residual_dtype": "fp32"}, wide)):
             engine = optimize_for_inference(model, precision, allow_slow=True, **settings)
             ratios.append(_errors(engine, exact, x) / eager)
     same, wide = (torch.cat(ratios, dim=1).log() for ratios in (same, wide))  # (3, images)
@@ -185,7 +186,7 @@ def test_errors_are_no_larger_than_those_of_the_model_in_that_dtype(kind: dict[s
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @pytest.mark.usefixtures("deferred")
 @torch.no_grad()
-def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
+def test_fp32_features_are_close_to_fp64(kind: dict[str, Any]) -> None:
     model, x = wild(kind), torch.randn(4, 3, 56, 70)
     errors = _errors(optimize_for_inference(model, "fp32"), _exact(model, x), x)
     assert (errors < 1e-5).all()
@@ -196,7 +197,7 @@ def test_fp32_stays_near_fp64(kind: dict[str, Any]) -> None:
     ("kind", "settings", "precision", "backends"),
     [
         ("mlp", {}, "fp32", "triton"),
-        ("swiglu", {"residual": "fp32"}, "bf16", "triton"),
+        ("swiglu", {"residual_dtype": "fp32"}, "bf16", "triton"),
         ("registers", {}, "bf16", "triton"),
         ("registers", {}, "bf16", "triton,linear.gelu=cublas,linear.residual=cublas"),
     ],
@@ -248,7 +249,7 @@ def test_the_norms_add_the_sum_of_the_biases_before_them() -> None:
 
 
 @torch.no_grad()
-def test_an_engine_folds_anew_where_other_backends_want_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_folds_again_when_other_backends_need_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = with_biases(small(ffn_layer="swiglu")), torch.randn(2, 3, 28, 28)
     engine = optimize_for_inference(model, "fp32")
     folded, layouts, expected = [], [], model(x)
@@ -282,7 +283,7 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
     model.norm.bias.add_(1)
     for engine, wanted in ((still, expected), (loaded, other(x))):
         if engine is loaded:
-            engine._watch = None  # it would take over the model's weights
+            engine._watch = None  # it would fold the model's weights again
         with use_backend("linear.residual=cublas"):
             torch.testing.assert_close(engine(x), wanted, atol=1e-5, rtol=1e-5)
         assert engine.blocks[0].deferred.end is None
@@ -290,21 +291,21 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
     torch.testing.assert_close(still(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-def test_weights_of_another_layout_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_dict_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
-    monkeypatch.setattr("dinov2_fast.inference.backbone.layout_for", lambda *args: Layout(True, False))
+    monkeypatch.setattr("dinov2_fast.inference.linear_layout.layout_for", lambda *args: LinearLayout(True, False))
     interleaved = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
     for ours, theirs in ((engine, interleaved), (interleaved, engine)):
         with pytest.raises(RuntimeError, match="interleaved_rows"):
             ours.load_state_dict(theirs.state_dict())
 
 
-def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast some linears refuse what they take in the engine, which runs without it."""
+def test_autocast_does_not_change_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast some linears refuse inputs that they accept in the engine, which disables it."""
     autocast = []
     monkeypatch.setattr(
-        "dinov2_fast.inference.backbone.layout_for",
-        lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or Layout(False, False),
+        "dinov2_fast.inference.linear_layout.layout_for",
+        lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or LinearLayout(False, False),
     )
     with torch.autocast("cpu"):
         engine = optimize_for_inference(small(), "fp32")
@@ -315,7 +316,7 @@ def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -
 
 @fakes_cuda
 def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that compute SwiGLU in an epilogue run on a GPU alone, and want gates and values in turn."""
+    """Kernels with SwiGLU in the epilogue run on a GPU alone, and need interleaved gates and values."""
     monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
     with use_backend("linear.swiglu=triton,linear.residual=cublas"):
         layouts = [
@@ -329,13 +330,13 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
         assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=False) == (False, True)
     assert layouts == [(True, True), (True, False), (True, False)]
     assert layout_for(torch.device("cuda"), torch.bfloat16, torch.bfloat16, gated=True) == (False, False)
-    with use_backend("linear=cublas"):  # whose e4m3 products take a bias in bf16, whatever the stream is
+    with use_backend("linear=cublas"):  # its e4m3 products take a bias in bf16, in any residual dtype
         assert layout_for(torch.device("cuda"), E4M3, torch.float32, gated=True) == (False, False)
     engine, asked, folded = optimize_for_inference(small(), "fp32").to("meta"), [], []
     monkeypatch.setattr(Engine, "_fold", lambda self, device: folded.append(device))
     monkeypatch.setattr(
         "dinov2_fast.inference.engine.layouts_for",
-        lambda plan, device, gated: asked.append(device) or {plan.dtype: Layout(False, True)},
+        lambda plan, device, gated: asked.append(device) or {plan.dtype: LinearLayout(False, True)},
     )
     engine(torch.zeros(1, 3, 28, 28, device="meta"))
     engine(torch.zeros(1, 3, 28, 28, device="meta"))
@@ -348,7 +349,7 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
 @torch.no_grad()
 def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned() -> None:
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 56, 70)
-    auto, cls, full = (optimize_for_inference(model, "fp32", kind) for kind in ("auto", "cls", "all"))
+    auto, cls, full = (optimize_for_inference(model, "fp32", outputs=kind) for kind in ("auto", "cls", "all"))
     depth = len(model.blocks)
     for engine, blocks in ((auto, depth - 1), (cls, depth - 1), (full, depth)):
         assert blocks_in_full(engine, lambda m: m(x)) == blocks
@@ -368,11 +369,13 @@ def test_the_head_gets_the_cls_token() -> None:
     model, x = small(), torch.randn(2, 3, 56, 70)
     model.head = nn.Linear(32, 7)
     for outputs in ("auto", "all"):
-        torch.testing.assert_close(optimize_for_inference(model, "fp32", outputs)(x), model(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            optimize_for_inference(model, "fp32", outputs=outputs)(x), model(x), atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
-def test_cls_only_in_the_hugging_face_face() -> None:
+def test_outputs_cls_returns_only_the_cls_token_in_the_hugging_face_face() -> None:
     model, x = make_pair("Dinov2").ours, images(98)
     engine = optimize_for_inference(model, outputs="cls")
     assert blocks_in_full(engine, lambda m: m(x)) == 2
@@ -423,9 +426,10 @@ def test_uint8_images_give_what_processing_and_the_model_give() -> None:
     huggingface_peers.assert_close(hub(pixels).last_hidden_state, hub(processed).last_hidden_state)
 
 
-def test_mean_and_std_are_the_caller_s() -> None:
+def test_uint8_images_are_normalised_as_by_the_processor_that_is_given() -> None:
     model, pixels = small(), torch.randint(256, (1, 3, 28, 28), dtype=torch.uint8)
-    engine = optimize_for_inference(model, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0))
+    processor = dinov2_fast.Dinov2ImageProcessor(image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.25, 1.0))
+    engine = optimize_for_inference(model, processor=processor)
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.5, 0.25, 1.0)))
     torch.testing.assert_close(engine(pixels), model((pixels / 255 - mean) / std).detach(), atol=1e-5, rtol=1e-5)
     model.patch_embed.proj = nn.Conv2d(6, 32, 14, 14)
@@ -433,17 +437,17 @@ def test_mean_and_std_are_the_caller_s() -> None:
     x = torch.randn(1, 6, 28, 28)
     torch.testing.assert_close(engine(x), model(x).detach(), atol=1e-5, rtol=1e-5)
     assert "uint8 images: not taken" in str(engine)
-    with pytest.raises(ValueError, match="uint8 images of 6 channels need mean and std of 6 values"):
+    with pytest.raises(ValueError, match="uint8 images of 3 channels, and this model takes 6"):
         engine(torch.zeros(1, 6, 28, 28, dtype=torch.uint8))
     for wrong in (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1, 3, 28, 28)):
         with pytest.raises(ValueError, match="takes 6 channels, got 3"):
             engine(wrong)
 
 
-# Life with a model
+# Changes of the model
 
 
-def test_the_model_stays_as_it_is_and_shares_nothing() -> None:
+def test_the_model_is_not_changed_and_shares_no_memory() -> None:
     model = make_pair("Dinov2WithRegisters", "ForImageClassification").ours
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     engine = optimize_for_inference(model)
@@ -495,8 +499,8 @@ CHANGES = {
 
 @pytest.fixture(params=[False, True], ids=["check first", "run first"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changes are looked for before a call, as on a CPU, and after it, as on a GPU."""
-    monkeypatch.setattr(watch, "is_asynchronous", lambda device: request.param)
+    """Runs a test with the check before the call, as on a CPU, and after it, as on a GPU."""
+    monkeypatch.setattr(weight_watch, "is_asynchronous", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("order")
@@ -505,7 +509,7 @@ def test_an_engine_follows_its_model(change: Any) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     engine = optimize_for_inference(model)
     folded, before = engine.folded, engine(x)
-    assert engine.folded is folded, "folded anew though nothing had changed"
+    assert engine.folded is folded, "folded again though nothing had changed"
     change(model)
     with torch.no_grad():
         torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
@@ -513,14 +517,14 @@ def test_an_engine_follows_its_model(change: Any) -> None:
 
 
 def _stays(name: str) -> Callable[[Any], None]:
-    """Puts the method `name` of a model on the instance, as people do who change what it returns."""
+    """Replaces the method `name` on the instance, as users do to change what it returns."""
     return lambda m: setattr(m, name, MethodType(lambda self, *args: getattr(type(self), name)(self, *args), m))
 
 
 EDITS = {
     "padding": (lambda m: setattr(m.patch_embed.proj, "padding", (1, 1)), "needs square patches of"),
-    "a method": (_stays("prepare_tokens_with_masks"), "the model has a prepare_tokens_with_masks of its own"),
-    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has a project_qkv of"),
+    "a method": (_stays("prepare_tokens_with_masks"), "the model has its own prepare_tokens_with_masks"),
+    "a block's method": (lambda m: _stays("project_qkv")(m.blocks[1].attn), "blocks.1.attn has its own project_qkv"),
     "a hook": (lambda m: m.blocks[1].mlp.register_forward_hook(lambda *args: None), "blocks.1.mlp has a hook"),
     "a hook before": (lambda m: m.norm.register_forward_pre_hook(lambda *args: None), "norm has a hook"),
     "a class": (lambda m: setattr(m.blocks[0].mlp.act, "__class__", nn.SiLU), "blocks.0.mlp.act is a SiLU"),
@@ -550,12 +554,12 @@ def test_a_model_on_the_meta_device_is_refused_and_an_engine_there_runs() -> Non
 
 
 @torch.no_grad()
-def test_weights_of_a_model_belong_into_the_model() -> None:
+def test_loading_a_model_s_state_dict_into_an_engine_is_refused() -> None:
     model, other, x = small(), small(), torch.randn(1, 3, 42, 56)
     engine, expected = optimize_for_inference(model), optimize_for_inference(other)
     with pytest.raises(RuntimeError, match="load them into the model, which the engine follows"):
         engine.load_state_dict(other.state_dict())
-    engine(x)  # which keeps position embeddings
+    engine(x)  # caches position embeddings
     engine.load_state_dict(expected.state_dict())
     assert torch.equal(engine(x), expected(x))
 
@@ -601,7 +605,7 @@ def test_hooks_that_an_engine_would_not_run_are_refused() -> None:
                 getattr(engine.get_submodule(f"folded.{name}"), register)(lambda *args: None)
 
 
-def test_what_an_engine_cannot_see_needs_refresh() -> None:
+def test_changes_that_an_engine_does_not_notice_need_refresh() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
     model.position_interpolation = "antialias"
@@ -619,10 +623,10 @@ def test_what_an_engine_cannot_see_needs_refresh() -> None:
 
 
 @torch.no_grad()
-def test_an_engine_that_does_not_follow_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_does_not_follow_its_model_changes_by_refresh_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     with monkeypatch.context() as patched:
-        patched.delattr("dinov2_fast.inference.engine.ModelWatch")  # it makes none
+        patched.delattr("dinov2_fast.inference.engine.WeightWatch")  # it uses none
         engine = optimize_for_inference(model, "fp32", follow_weights=False)
         assert "changes of the model: not noticed: call refresh()" in str(engine)
         engines = [engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))]
@@ -659,7 +663,7 @@ def test_copies_compute_the_same_and_follow_their_own_model(made: str) -> None:
     assert torch.equal(copy.deepcopy(engine)(x), engine(x))
 
 
-def test_torch_compile_of_a_module_that_contains_it() -> None:
+def test_a_module_that_contains_an_engine_compiles() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)
     engine = optimize_for_inference(model)
@@ -674,14 +678,14 @@ def test_torch_compile_of_a_module_that_contains_it() -> None:
     torch.testing.assert_close(compiled(x), whole(x), atol=1e-5, rtol=1e-5)
 
 
-def test_inference_mode_and_no_grad_mix() -> None:
+def test_inference_mode_and_no_grad_may_alternate() -> None:
     model, x = small(), torch.randn(1, 3, 42, 56)
     engine = optimize_for_inference(model)
     with torch.inference_mode():
         first = engine(x)
         in_inference_mode = optimize_for_inference(model)
         model.norm.bias.add_(1)
-        second = engine(x)  # folds anew
+        second = engine(x)  # folds again
     assert not any(buffer.is_inference() for buffer in in_inference_mode.buffers()), "could not be written later"
     with torch.no_grad():
         assert torch.equal(engine(x), second)
@@ -689,7 +693,7 @@ def test_inference_mode_and_no_grad_mix() -> None:
     assert torch.equal(engine(x), second)
     assert not torch.equal(first, second)
     head = nn.Linear(32, 1)
-    head(engine(x)).sum().backward()  # features of the engine train what stands on them
+    head(engine(x)).sum().backward()  # the engine's features can train a head
     assert head.weight.grad is not None
 
 
@@ -728,7 +732,7 @@ def test_training_is_refused() -> None:
         engine(x.requires_grad_())
     with torch.no_grad():
         engine(x)
-        with pytest.raises(RuntimeError, match="no derivatives of forward mode"):
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
             torch.func.jvp(engine, (x.detach(),), (x.detach(),))
     with pytest.raises(
         TypeError, match=r"precision is set when it is made: use optimize_for_inference\(precision=...\)"
@@ -744,14 +748,29 @@ def test_training_is_refused() -> None:
     [
         ({"precision": "bf15"}, "no precision 'bf15'; choose one of auto, bf16, fp16, fp32"),
         ({"outputs": "patches"}, "no outputs 'patches'; choose one of auto, cls, all"),
-        ({"residual": "bf16"}, "no residual 'bf16'; choose one of same, fp32"),
-        ({"mean": (0.5,)}, "mean and std need one value for each channel"),
-        ({"std": (0.5, 0.5, 0.0)}, "std none of 0"),
+        ({"residual_dtype": "bf16"}, "no residual_dtype 'bf16'; choose 'fp32', or None for the dtype of the precision"),
+        ({"residual_dtype": torch.float64}, "no residual_dtype torch.float64"),
     ],
 )
 def test_settings_that_do_not_exist_get_a_clear_error(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimize_for_inference(small(), **kwargs)
+
+
+def test_the_residual_dtype_is_a_name_or_a_dtype_of_torch() -> None:
+    model = small()
+    plans = [
+        optimize_for_inference(model, "bf16", residual_dtype=given, allow_slow=True).plan
+        for given in (None, "fp32", torch.float32)
+    ]
+    assert [plan.residual_dtype for plan in plans] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_options_are_keyword_only_and_the_processor_is_one_of_ours() -> None:
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments"):
+        optimize_for_inference(small(), "fp32", "all")  # type: ignore[misc]
+    with pytest.raises(TypeError, match="processor must be a Dinov2ImageProcessor, got a tuple"):
+        optimize_for_inference(small(), processor=(0.5, 0.5, 0.5))  # type: ignore[arg-type]
 
 
 def test_half_precisions_are_refused_where_the_processor_makes_them_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -766,8 +785,8 @@ def test_half_precisions_are_refused_where_the_processor_makes_them_slower(monke
     assert optimize_for_inference(model, "bf16").dtype == torch.bfloat16
 
 
-def test_print_says_what_it_does() -> None:
-    text = str(optimize_for_inference(small(ffn_layer="swiglu"), "bf16", residual="fp32", allow_slow=True))
+def test_print_says_what_the_engine_does() -> None:
+    text = str(optimize_for_inference(small(ffn_layer="swiglu"), "bf16", residual_dtype="fp32", allow_slow=True))
     for part in (
         "Engine of a DinoVisionTransformer: 3 blocks of 32 channels",
         "weights: bf16, folded in fp64 from fp32 and rounded once",

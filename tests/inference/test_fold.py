@@ -1,4 +1,4 @@
-"""What is folded into the engine's weights, and the parts of a model that cannot be."""
+"""Folding into the engine's weights is exact, and parts of a model that cannot be folded are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_norm_is_folded_exactly() -> None:
 
 
 @torch.no_grad()
-def test_folded_linears_are_those_of_the_model() -> None:
+def test_folded_linears_compute_what_the_model_s_do() -> None:
     model = small(ffn_layer="swiglu")
     block, folded = model.blocks[1], optimize_for_inference(model, "fp32").blocks[1]
     assert torch.equal(folded.attn.qkv.weight, block.attn.qkv.weight)
@@ -57,7 +57,7 @@ def test_folded_linears_are_those_of_the_model() -> None:
 
 
 @torch.no_grad()
-def test_a_model_in_bf16_is_folded_from_what_it_holds() -> None:
+def test_a_model_in_bf16_is_folded_from_its_bf16_weights() -> None:
     model = small().bfloat16()
     engine = optimize_for_inference(model, "fp32")
     assert "folded in fp64 from bf16" in str(engine)
@@ -66,9 +66,9 @@ def test_a_model_in_bf16_is_folded_from_what_it_holds() -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
-def test_a_part_that_is_moved_or_replicated_chooses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN, which can be asked to compute in fp32, cannot in fp64."""
-    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)  # below it, torch computes under the name of oneDNN
+def test_a_part_that_is_moved_or_replicated_chooses_its_backend_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN computes in fp32 but not in fp64."""
+    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)  # smaller products are left to torch
     folded, x = fold_linear(nn.Linear(8, 8), "fc1", torch.float32), torch.randn(3, 8)
     with torch.no_grad(), use_backend("linear=onednn"):
         y = folded(x)
@@ -80,7 +80,7 @@ def test_a_part_that_is_moved_or_replicated_chooses_anew(monkeypatch: pytest.Mon
 
 
 class _Scaled(nn.Linear):
-    """A linear that computes more than its class, as adapters do."""
+    """A linear that computes more than its base class, like an adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -134,7 +134,7 @@ def test_parts_that_may_compute_something_else_are_refused(change: Callable[[Any
 
 
 class _Quantised(Tensor):
-    """A tensor class of its own, as torchao's are: it knows few operations."""
+    """A tensor subclass with few operations, like those of torchao."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,7 +152,7 @@ def _quantise(model: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["blocks.1.mlp.fc1.weight", "norm.weight", "cls_token"])
-def test_tensors_of_other_classes_are_refused_also_when_they_come_later(path: str) -> None:
+def test_tensors_of_other_classes_are_refused_at_the_start_and_later(path: str) -> None:
     model, x = small(), torch.zeros(1, 3, 28, 28)
     engine = optimize_for_inference(model)
     _quantise(model, path)
@@ -192,7 +192,7 @@ def test_a_model_compiled_in_place_is_not_run_by_its_engine() -> None:
 
 
 @torch.no_grad()
-def test_surgery_that_stays_plain_is_followed() -> None:
+def test_replaced_parts_of_known_classes_are_followed() -> None:
     model, x = small(), torch.randn(1, 3, 28, 42)
     model.norm = nn.Identity()
     model.head = nn.Sequential(nn.LayerNorm(32), nn.BatchNorm1d(32).eval())

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dinov2_fast
 from dinov2_fast import ops, optimize_for_inference, use_backend
 from dinov2_fast.cli import main
-from dinov2_fast.cli.extract import _refuse_slow
 from dinov2_fast.inference import fp8
 from dinov2_fast.inference.block import FoldedAttention
-from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
-from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
+from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, GraphCache
+from dinov2_fast.inference.engine import Engine
 from dinov2_fast.inference.fp8 import Fp8Linear
+from dinov2_fast.inference.loading import check_precision
+from dinov2_fast.inference.optimize import _slow_in_e4m3
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _registry
@@ -45,11 +46,11 @@ def in_fp8(model: nn.Module, **kwargs: Any) -> Engine:
     return optimize_for_inference(model, "fp8", allow_slow=True, **kwargs)
 
 
-# The emulation. Weights are the model's own, everything is in fp64 but for the step to e4m3 and biases in bf16.
+# The emulation, from the model's weights: all in fp64 but for the rounding to e4m3 and the biases in bf16.
 
 
 def _quantized(x: Tensor, scale: Tensor | float) -> Tensor:
-    """What `x` becomes by the step to e4m3 and back."""
+    """`x` rounded to e4m3 and back."""
     return (x / scale).clamp(-448, 448).to(E4M3).double() * scale
 
 
@@ -135,7 +136,7 @@ def test_weights_are_the_exact_fold_quantised_once_by_row(kind: dict[str, Any]) 
 
 
 @torch.no_grad()
-def test_layer_scale_is_in_the_row_scale_alone() -> None:
+def test_layer_scale_changes_the_row_scales_alone() -> None:
     model = small()
     before = in_fp8(model).blocks[0].attn.proj
     factors = torch.tensor([1e-5, -3.0, 0.0, 1e-30]).repeat(8)
@@ -145,7 +146,7 @@ def test_layer_scale_is_in_the_row_scale_alone() -> None:
     assert torch.equal(after.weight.float(), before.weight.float() * signs)
     nonzero = factors != 0
     torch.testing.assert_close(after.weight_scale[nonzero], (before.weight_scale * factors.abs())[nonzero])
-    assert (after.weight_scale > 0).all()  # also of a row of zeros
+    assert (after.weight_scale > 0).all()  # also for a row of zeros
 
 
 @pytest.mark.parametrize("hidden", [32, 196, 384, 768, 784, 1024, 1536])
@@ -156,7 +157,7 @@ def test_a_norm_cannot_be_clipped(hidden: int) -> None:
     norm.bias.fill_(1000)
     made = fp8.Fp8Norm(norm, "norm", torch.bfloat16, torch.bfloat16)
     x = torch.zeros(3, hidden, dtype=torch.bfloat16)
-    x[0, 5], x[1, -1] = 1e4, -1e4  # the largest that a norm can be
+    x[0, 5], x[1, -1] = 1e4, -1e4  # gives the largest value that a norm can have
     y = made(x).double() * made.scale
     largest = math.sqrt(hidden - 1)
     assert largest <= 448 * made.scale < 2 * math.sqrt(hidden)
@@ -177,14 +178,14 @@ def test_scales_are_the_next_powers_of_two() -> None:
 
 def _assert_one_step(found: Tensor, exact: Tensor) -> None:
     """At most one e4m3 step from the quantised exact values, and mostly none."""
-    away = reference.e4m3_steps(found, exact.clamp(-448, 448).to(E4M3))
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = reference.e4m3_steps(found, exact.clamp(-448, 448).to(E4M3))
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
 
 
 @each_mlp
 @torch.no_grad()
-def test_each_step_of_a_block_is_that_of_the_emulation(kind: dict[str, Any]) -> None:
+def test_each_step_of_a_block_agrees_with_the_emulation(kind: dict[str, Any]) -> None:
     model = wild(kind)
     engine, emulated = in_fp8(model), Block(model.blocks[1])
     engine.calibrate(torch.randn(8, 3, 56, 56))
@@ -227,7 +228,7 @@ def test_each_step_of_a_block_is_that_of_the_emulation(kind: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("kind", KINDS_OF_MODEL.values(), ids=KINDS_OF_MODEL)
 @torch.no_grad()
-def test_a_model_is_as_near_as_the_emulation(kind: dict[str, Any]) -> None:
+def test_a_model_is_as_close_to_fp64_as_the_emulation(kind: dict[str, Any]) -> None:
     ratios, cosines = [], []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -268,7 +269,7 @@ def _fullness(engine: Engine, x: Tensor) -> list[tuple[float, float]]:
 def test_calibration_sets_scales_that_clip_nothing(kind: dict[str, Any]) -> None:
     model, x = wild(kind), 2 * torch.randn(40, 3, 56, 56)
     for block in _blocks(model):
-        block.attn.proj.weight /= 300  # what it reads is made larger by as much
+        block.attn.proj.weight /= 300  # makes its input larger by as much
         block.attn.qkv.weight[256:] *= 300
         block.attn.qkv.bias[256:] *= 300
     engine = in_fp8(model)
@@ -291,7 +292,7 @@ def test_calibration_sets_scales_that_clip_nothing(kind: dict[str, Any]) -> None
         assert (block.attn.proj.scale, block.mlp.down.scale, block.mlp.up.out_scale) == (*scales, scales.hidden)
         for name in ("attention", "hidden"):
             room = 448 * getattr(scales, name) / largest[f"{i}.{name}"]
-            assert 1.96 < room < 4.08  # twice, up to the next power of two, but for what bf16 changes
+            assert 1.96 < room < 4.08  # twice, up to the next power of two, within the errors of bf16
     assert all(100 < full <= 240 for pair in _fullness(engine, x) for full in pair)
     errors = [(found - exact).norm() for found in (before, engine.forward_features(x)["x_norm_patchtokens"])]
     assert errors[1] < 0.5 * errors[0]
@@ -315,7 +316,7 @@ def test_calibration_takes_images_in_every_form() -> None:
 
 @pytest.mark.parametrize("made", ["deepcopy", "pickle", "refresh", "to"])
 @torch.no_grad()
-def test_a_calibration_stays(made: str) -> None:
+def test_a_calibration_survives_refresh_moves_and_copies(made: str) -> None:
     model, x = wild(MLPS["swiglu"]), torch.randn(4, 3, 56, 56)
     engine = in_fp8(model, skip_layers=[1])
     before = engine.forward_features(x)["x_prenorm"]
@@ -345,13 +346,13 @@ def test_new_weights_get_new_scales_and_make_a_calibration_stale() -> None:
     engine.forward_features(x)
     assert torch.equal(
         engine.blocks[1].mlp.up.weight_scale, Block(model.blocks[1]).up.scale[:, 0].float()
-    )  # it follows
+    )  # it followed the model
     assert engine.plan.calibration is calibration
     assert "stale: the weights have changed since, call calibrate(images) again" in str(engine)
     engine.calibrate(x)
     assert "stale" not in str(engine)
     assert engine.plan.calibration.scales != calibration.scales
-    model.norm.bias.data.add_(1)  # which only refresh() sees
+    model.norm.bias.data.add_(1)  # which only refresh() notices
     assert "stale" in str(engine)
     model.norm.bias.data.sub_(1)
     model.blocks = model.blocks[:2]
@@ -361,8 +362,8 @@ def test_new_weights_get_new_scales_and_make_a_calibration_stale() -> None:
 
 
 @torch.no_grad()
-def test_attention_writes_what_proj_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In e4m3 over the scale of proj, also packed, and not in a pass of its own."""
+def test_attention_writes_e4m3_with_the_scale_of_proj(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for packed sequences, and without a pass of its own."""
     engine, x = in_fp8(wild({}), skip_layers=[1], outputs="all"), torch.randn(2, 3, 42, 56)
     engine.calibrate(x)
     scales, happened = [own.attention for own in engine.plan.calibration.scales], []
@@ -408,8 +409,8 @@ def test_skipped_blocks_alone_are_in_bf16() -> None:
             in_e4m3 = [linear.weight.dtype == E4M3 for b in engine.blocks for linear in (b.attn.qkv, b.mlp.down)]
             assert in_e4m3 == [i not in skipped for i in range(4) for _ in range(2)]
             errors[place] += ((engine.forward_features(x)["x_prenorm"] - exact) / exact.norm()).square().sum()
-    in_all, in_two, in_none = errors.sqrt()
-    assert in_all > in_two > 3 * in_none
+    all_blocks, two_blocks, no_block = errors.sqrt()
+    assert all_blocks > two_blocks > 3 * no_block
 
 
 @torch.no_grad()
@@ -436,7 +437,7 @@ def _near(found: Any, wanted: Any, cosine: float = 0.98) -> None:
 
 @pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
 @torch.no_grad()
-def test_outputs_of_the_hugging_face_face(family: str) -> None:
+def test_hugging_face_outputs_are_close_to_the_model_s(family: str) -> None:
     model, x = make_pair(family).ours, images(60, 74)
     asked = {"output_hidden_states": True, "output_attentions": True}
     found, wanted = in_fp8(model)(x, **asked), model(x, **asked)
@@ -457,7 +458,7 @@ def test_outputs_of_the_hugging_face_face(family: str) -> None:
 
 
 @torch.no_grad()
-def test_lists_masks_and_layers() -> None:
+def test_lists_masks_and_layers_are_close_to_the_model_s() -> None:
     model = wild({}, num_register_tokens=2)
     engine, x, other = in_fp8(model), torch.randn(2, 3, 42, 98), torch.randn(1, 3, 70, 70)
     masks = torch.rand(2, 21) < 0.5
@@ -467,7 +468,7 @@ def test_lists_masks_and_layers() -> None:
         lambda m: m.get_intermediate_layers(x, [0, 2], reshape=True)[1],
     ):
         _near(call(engine), call(model))
-    wide = in_fp8(model, residual="fp32").forward_features(x)
+    wide = in_fp8(model, residual_dtype="fp32").forward_features(x)
     assert wide["x_prenorm"].dtype == torch.float32
     _near(wide["x_norm_patchtokens"], model.forward_features(x)["x_norm_patchtokens"])
 
@@ -508,7 +509,7 @@ def test_the_kernels_compute_the_same(kind: dict[str, Any]) -> None:
     engine.calibrate(x)
     for backend in ("torch", "triton"):
         with use_backend(backend, strict=True):
-            engine.refresh()  # for which memory must be real
+            engine.refresh()  # needs real memory
             chosen = engine.backends()
             assert {row.backend for row in chosen} == {backend}
             in_e4m3 = {row.name for row in chosen if row.dtype == torch.float8_e4m3fn}
@@ -550,12 +551,12 @@ def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, b
         with use_backend(backend, strict=True):
             eager.calibrate(x)
         scales.append(torch.tensor(eager.plan.calibration.scales).log2())
-    assert (scales[0] - scales[1]).abs().max() <= 1  # the largest value may lie beside a power of two
+    assert (scales[0] - scales[1]).abs().max() <= 1  # the largest value may be next to a power of two
     cases, errors = list(itertools.product(batches, CALLS)), {}
     exact = {(batch, name): CALLS[name][0](double, x[:batch].double()) for batch, name in cases}
     for backend in ("torch", "triton"):
         graphs = in_fp8(model)
-        graphs.plan, graphs._graphs = eager.plan, Graphs(True, None if DEVICE == "cuda" else FakeGraphs())
+        graphs.plan, graphs._graphs = eager.plan, GraphCache(True, None if DEVICE == "cuda" else FakeGraphs())
         with use_backend(backend, strict=True):
             graphs.refresh()
             for batch, name in cases:
@@ -587,7 +588,7 @@ def test_kernels_torch_and_graphs_agree_at_full_size(kind: dict[str, Any], regis
 
 
 @torch.no_grad()
-def test_torch_compile_follows_it() -> None:
+def test_torch_compile_gives_the_same_features() -> None:
     torch._dynamo.reset()
     engine, x = in_fp8(small(depth=1, num_register_tokens=2)), torch.randn(2, 3, 42, 56)
     compiled = torch.compile(engine.forward_features, fullgraph=True, backend="aot_eager")
@@ -595,7 +596,7 @@ def test_torch_compile_follows_it() -> None:
 
 
 @fakes_cuda
-def test_a_gpu_without_e4m3_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_e4m3_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     with FakeTensorMode():
         assert _slow_in_e4m3(cuda) is None
@@ -603,7 +604,7 @@ def test_a_gpu_without_e4m3_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _slow_in_e4m3(cuda) == "needs a device with e4m3, sm_89 or newer, got sm_86"
 
 
-def test_it_has_to_be_asked_for() -> None:
+def test_fp8_on_a_cpu_needs_allow_slow_and_auto_never_chooses_it() -> None:
     with pytest.raises(ValueError, match=r"precision='fp8' would be slower than fp32 here: a cpu multiplies no e4m3"):
         optimize_for_inference(small(), "fp8")
     assert optimize_for_inference(small()).precision == "fp32"
@@ -611,7 +612,7 @@ def test_it_has_to_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_the_command_line_refuses_it_in_its_own_words(
+def test_the_command_line_refuses_a_slow_precision_on_a_cpu(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
@@ -624,14 +625,14 @@ def test_the_command_line_refuses_it_in_its_own_words(
 
 
 @fakes_cuda
-def test_the_command_line_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_refuses_fp8_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
     with FakeTensorMode(), pytest.raises(ValueError, match=r"got sm_86\. Use --precision bf16\.$"):
-        _refuse_slow("fp8", torch.device("cuda", 0))
+        check_precision("fp8", torch.device("cuda", 0))
 
 
 def test_the_example_in_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("dinov2_fast.inference.engine._slow_in_e4m3", lambda device: None)
+    monkeypatch.setattr("dinov2_fast.inference.optimize._slow_in_e4m3", lambda device: None)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (example,) = (block for block in blocks if '"fp8"' in block)
     names = {"dinov2_fast": dinov2_fast, "model": small(depth=12)}
@@ -666,7 +667,7 @@ def test_wrong_images_get_a_clear_error() -> None:
             engine.calibrate(nothing)
     with pytest.raises(TypeError, match="images must be a tensor or batches that are tensors, got tuple"):
         engine.calibrate([(x, torch.zeros(2))])
-    with pytest.raises(ValueError, match="the attention of block 0 gave nan for these images"):
+    with pytest.raises(ValueError, match="The attention of block 0 gave nan for these images"):
         engine.calibrate([torch.full_like(x, math.nan), x])
     assert engine.plan.calibration is None
 

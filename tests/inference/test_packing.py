@@ -1,4 +1,4 @@
-"""Lists of images of different sizes: as each image alone, in as few steps as they allow."""
+"""Lists of images of different sizes: the features of each image alone, in few steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference.block import FoldedAttention
-from dinov2_fast.inference.packing import Part, split
+from dinov2_fast.inference.packing import ImageRange, split_into_runs
 from tests.helpers.devices import DEVICE, poisoned_memory, runs_triton
 from tests.helpers.engines import blocks_in_full
 from tests.helpers.huggingface_peers import make_pair
@@ -55,7 +55,7 @@ def test_a_list_gives_what_the_model_gives_for_each_entry(kind: dict[str, Any], 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @torch.no_grad()
-def test_no_list_and_no_budget_makes_errors_larger(precision: str) -> None:
+def test_neither_lists_nor_max_tokens_make_errors_larger(precision: str) -> None:
     torch.manual_seed(0)
     model, images = wild({"num_register_tokens": 2}), _images()
     exact = [_alone(copy.deepcopy(model).double(), x.double()) for x in images]
@@ -78,7 +78,7 @@ def test_the_kernels_compute_the_same() -> None:
     found = {}
     for backend in ("torch", "triton"):
         with use_backend(backend, strict=True):
-            engine.refresh()  # for which memory must be real
+            engine.refresh()  # needs real memory
             with poisoned_memory():
                 found[backend] = engine.forward_features(images), engine.cls_tokens(images)
     torch.testing.assert_close(found["triton"], found["torch"], atol=1e-4, rtol=1e-4)
@@ -103,7 +103,7 @@ def _attention_calls(call: Any) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def test_sequences_of_one_length_are_neighbours_and_images_of_one_size_a_batch() -> None:
+def test_images_of_one_size_are_a_batch_and_sequences_of_one_length_neighbours() -> None:
     engine = optimize_for_inference(small(depth=1), "fp32")
     images = _images()
     assert _attention_calls(lambda: engine.forward_features(images)) == [(7,) * 7 + (17, 36)]
@@ -118,7 +118,7 @@ def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
     images = _images()
     for model, depth in ((small(), 3), (make_pair("Dinov2").ours, 3)):
         for outputs, blocks in (("auto", depth - 1), ("cls", depth - 1), ("all", depth)):
-            engine = optimize_for_inference(model, "fp32", outputs)
+            engine = optimize_for_inference(model, "fp32", outputs=outputs)
             assert blocks_in_full(engine, lambda m: m.cls_tokens(images)) == blocks
             expected = [features["x_norm_clstoken"] for features in engine.forward_features(images)]
             _close(engine.cls_tokens(images), expected)
@@ -139,7 +139,7 @@ def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
 def test_runs_take_what_fits_in_order(
     batches: list[int], seq_lens: list[int], max_tokens: int | None, runs: list[list[tuple[int, int, int]]]
 ) -> None:
-    assert split(batches, seq_lens, max_tokens) == [[Part(*part) for part in run] for run in runs]
+    assert split_into_runs(batches, seq_lens, max_tokens) == [[ImageRange(*chosen) for chosen in run] for run in runs]
 
 
 # Inputs
@@ -163,7 +163,7 @@ def test_uint8_and_floating_images_in_one_list() -> None:
 
 
 @torch.no_grad()
-def test_more_sizes_than_are_kept() -> None:
+def test_a_list_may_have_more_sizes_than_are_cached() -> None:
     model = small()
     engine = optimize_for_inference(model, "fp32")
     images = [torch.randn(3, 14, 14 * columns) for columns in range(1, 40)]
@@ -171,7 +171,7 @@ def test_more_sizes_than_are_kept() -> None:
         _close(engine.cls_tokens(images), [model(x[None]) for x in images])
 
 
-def test_compiled() -> None:
+def test_lists_compile() -> None:
     torch._dynamo.reset()
     engine = optimize_for_inference(small(num_register_tokens=2, depth=2), "fp32")
     images = [torch.randn(2, 3, 28, 42), torch.randn(1, 3, 56, 42), torch.randn(3, 28, 42)]
@@ -216,7 +216,7 @@ def test_bad_lists_get_a_clear_error(images: Any, masks: Any, error: type[Except
             engine.cls_tokens(images)
 
 
-def test_other_errors() -> None:
+def test_wrong_settings_and_calls_for_lists_get_a_clear_error() -> None:
     with pytest.raises(ValueError, match="max_tokens must be at least 1, or None for no limit; got 0"):
         optimize_for_inference(small(), max_tokens=0)
     with pytest.raises(TypeError, match=r"use cls_tokens, forward_features, or is_training=True"):

@@ -103,7 +103,7 @@ def test_queries_keys_and_values_are_the_formula_s(kind: dict[str, Any]) -> None
 @pytest.mark.parametrize("task", ["Model", "Backbone", "ForImageClassification"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_as_transformers(family: str, task: str, size: tuple[int, int]) -> None:
+def test_maps_equal_the_attentions_of_transformers(family: str, task: str, size: tuple[int, int]) -> None:
     pair, images = make_pair(family, task), torch.randn(2, 3, *size)
     keys = ("layer.2.attention.attention.key", "layer.2.attention.k_proj")  # in transformers 5.17, and in 5.23
     name = next(name for name, _ in pair.theirs.named_modules() if name.endswith(keys))
@@ -124,7 +124,7 @@ def test_as_transformers(family: str, task: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_as_timm(name: str, pad: bool) -> None:
+def test_maps_equal_the_attention_weights_of_timm(name: str, pad: bool) -> None:
     pair = make_timm_pair(name, dynamic_img_pad=pad)
     images = torch.randn(2, 3, 41, 60) if pad else torch.randn(IMAGES)
     seen: list[Tensor] = []
@@ -139,7 +139,7 @@ def test_as_timm(name: str, pad: bool) -> None:
 
 # Errors as a share of the reference's norm. In bf16 an engine may be twice as wrong as the model itself. In e4m3 the
 # first block's operands, of 4 bits, put its features off by some 3 %; tests/inference/test_fp8.py is about later ones.
-ENGINES = {"fp32": {}, "bf16": {}, "bf16, residual fp32": {"residual": "fp32"}, "fp8": {}}
+ENGINES = {"fp32": {}, "bf16": {}, "bf16, residual fp32": {"residual_dtype": "fp32"}, "fp8": {}}
 
 
 def error(ours: Any, expected: Tensor) -> float:
@@ -149,7 +149,7 @@ def error(ours: Any, expected: Tensor) -> float:
 @pytest.mark.parametrize("setting", ENGINES)
 @each_kind
 @torch.no_grad()
-def test_engines_are_as_near_as_their_precision(kind: dict[str, Any], setting: str) -> None:
+def test_an_engine_differs_as_little_as_its_precision_allows(kind: dict[str, Any], setting: str) -> None:
     model, images = wild(kind), torch.randn(IMAGES)
     precision = setting.partition(",")[0]
     engine = optimize_for_inference(model, precision, allow_slow=True, **ENGINES[setting])
@@ -171,7 +171,7 @@ def test_engines_are_as_near_as_their_precision(kind: dict[str, Any], setting: s
 
 
 @torch.no_grad()
-def test_engines_take_bytes() -> None:
+def test_an_engine_takes_images_of_bytes() -> None:
     model = wild({})
     engine, images = optimize_for_inference(model, "fp32"), torch.randint(256, (2, 42, 70, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (engine.plan.mean, engine.plan.std))
@@ -181,7 +181,7 @@ def test_engines_take_bytes() -> None:
 
 
 @torch.no_grad()
-def test_readmes_example() -> None:
+def test_the_example_of_the_readme_runs() -> None:
     names: dict[str, Any] = {"model": small(depth=12), "images": torch.randn(IMAGES)}
     exec(example("attention_maps("), names)
     tokens = 1 + ROWS * COLUMNS
@@ -203,7 +203,7 @@ def test_gradients_flow_and_no_later_block_runs() -> None:
 
 
 @torch.no_grad()
-def test_wrong_requests_get_a_clear_error() -> None:
+def test_blocks_and_heads_that_do_not_exist_are_refused() -> None:
     model, images = wild({}), torch.randn(IMAGES)
     for each in (model, optimize_for_inference(model, "fp32")):
         with pytest.raises(ValueError, match="There is no block 4; the blocks of this model are 0 to 3, or -4 to -1"):

@@ -64,7 +64,7 @@ def test_a_global_hook_sees_every_module() -> None:
 
 @pytest.mark.parametrize("name", ["mlp.fc1", "mlp.act"])
 @torch.no_grad()
-def test_what_a_hook_saw_of_the_feed_forward_is_not_overwritten(name: str) -> None:
+def test_a_tensor_that_a_hook_saw_in_the_feed_forward_is_not_overwritten(name: str) -> None:
     model, x, seen = small(), torch.randn(2, 3, 42, 42), []
 
     def note(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -196,7 +196,7 @@ def test_packed_lists_give_the_gradients_of_single_batches() -> None:
     torch.testing.assert_close(torch.autograd.grad(alone, model.blocks[0].attn.qkv.weight)[0], together)
 
 
-def test_layers_by_themselves() -> None:
+def test_layers_work_outside_a_block() -> None:
     x = torch.randn(4, 3, 8)
     assert torch.equal(LayerScale(8, init_values=torch.arange(8.0))(x), x * torch.arange(8.0))
     in_place = x.clone()

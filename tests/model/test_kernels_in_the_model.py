@@ -26,6 +26,7 @@ def _model(name: str, **kwargs) -> tuple[DinoVisionTransformer, dict[str, Tensor
     return model.eval().to(DEVICE), {key: value.to(DEVICE) for key, value in tensors.items()}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", golden.cases("facebook"))
 @torch.no_grad()
 def test_golden_features(name: str) -> None:
@@ -147,7 +148,7 @@ def test_the_model_is_compiled_whole_with_gradients() -> None:
 
 
 @torch.no_grad()
-def test_autocast_gives_what_torch_gives() -> None:
+def test_autocast_gives_the_dtypes_and_values_of_torch() -> None:
     model, tensors = _model("facebook_swiglu")
     features = {}
     for backend in ("torch", "triton"):
@@ -159,7 +160,7 @@ def test_autocast_gives_what_torch_gives() -> None:
         torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
 
 
-def test_the_model_says_what_runs() -> None:
+def test_the_model_reports_the_backends_that_run() -> None:
     model, _ = _model("facebook_mlp")
     assert re.search(r"layer_norm +torch ", str(model))
     with use_backend("triton", strict=True):

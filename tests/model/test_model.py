@@ -28,6 +28,7 @@ def reference(request):
     return model, tensors
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("i", INPUTS)
 @torch.no_grad()
 def test_golden_features(reference, i: int) -> None:
@@ -46,6 +47,7 @@ def test_golden_features(reference, i: int) -> None:
     assert masked["masks"] is mask
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("i", INPUTS)
 @torch.no_grad()
 def test_golden_intermediate_layers(reference, i: int) -> None:
@@ -58,6 +60,7 @@ def test_golden_intermediate_layers(reference, i: int) -> None:
         close(cls_token, tensors[f"{i}.intermediate.{j}.cls"])
 
 
+@pytest.mark.golden
 @torch.no_grad()
 def test_golden_lists_run_as_one(reference) -> None:
     model, tensors = reference
@@ -159,12 +162,12 @@ def test_stochastic_depth_grows_with_depth_unless_uniform(uniform: bool, rates: 
     ],
     ids=["channels", "rank", "height", "width", "small", "empty", "integers", "empty list", "tuple", "array"],
 )
-def test_bad_images_get_a_clear_error(x, error: type[Exception], message: str) -> None:
+def test_bad_images_are_refused_with_a_clear_error(x, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small().forward_features(x)
 
 
-def test_bad_masks_lists_and_constructor_arguments_get_a_clear_error() -> None:
+def test_bad_masks_lists_and_constructor_arguments_are_refused_with_a_clear_error() -> None:
     model, x = small(), torch.zeros(2, 3, 56, 56)
     with pytest.raises(ValueError, match=r"must be \(batch, patches\) = \(2, 16\) .* got \(2, 17\)"):
         model.forward_features(x, torch.zeros(2, 17, dtype=torch.bool))
@@ -186,7 +189,7 @@ def test_an_empty_batch_gives_empty_features() -> None:
     assert small()(torch.zeros(0, 3, 56, 56)).shape == (0, 32)
 
 
-def test_device_and_dtype() -> None:
+def test_device_and_dtype_are_those_of_the_parameters() -> None:
     model = small()
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     model.to("meta", torch.bfloat16)
@@ -216,7 +219,7 @@ def test_deepcopy_pickle_and_state_dict_round_trips() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_other_precisions_stay_near_fp32(dtype: torch.dtype) -> None:
+def test_lower_precisions_stay_near_fp32(dtype: torch.dtype) -> None:
     model, x = small(num_register_tokens=2), torch.randn(1, 3, 56, 70)
     expected = model(x)
     out = copy.deepcopy(model).to(dtype)(x.to(dtype))
@@ -239,7 +242,7 @@ def test_autocast_runs_the_linears_in_bf16_and_keeps_stream_and_positions_in_fp3
     assert torch.equal(tokens[:, 3:], patches.float() + positions[:, 1:])
 
 
-def test_surgery_that_people_do_on_the_reference() -> None:
+def test_parts_can_be_replaced_as_users_do_with_the_reference() -> None:
     model, x = small(), torch.randn(1, 3, 56, 56)
     model.patch_embed.proj = nn.Conv2d(6, 32, 14, 14)
     assert model(torch.randn(1, 6, 56, 56)).shape == (1, 32)
@@ -286,6 +289,7 @@ def test_print_shows_backends_and_position_interpolation() -> None:
     assert {row.op for row in model.backends()} >= {"layer_norm", "activation"}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", golden.cases("timm"))
 @torch.no_grad()
 def test_golden_features_of_timm(name: str) -> None:

@@ -27,13 +27,13 @@ def output(request: pytest.FixtureRequest) -> Any:
     return make(last_hidden_state=TOKENS, pooler_output=POOLED, hidden_states=None, attentions=STATES)
 
 
-def test_fields_are_transformers() -> None:
+def test_fields_are_those_of_transformers() -> None:
     for ours in CLASSES:
         theirs = getattr(transformers.modeling_outputs, ours.__name__)
         assert list(ours.__annotations__) == list(theirs.__dataclass_fields__)
 
 
-def test_attribute_key_and_index(output: Any) -> None:
+def test_a_field_is_read_by_attribute_key_and_index(output: Any) -> None:
     assert output.last_hidden_state is output["last_hidden_state"] is output[0] is TOKENS
     assert output.pooler_output is output["pooler_output"] is output[1] is POOLED
     assert output.attentions is output["attentions"] is output[2] is output[-1] is STATES  # None is no item
@@ -50,7 +50,7 @@ def test_missing_fields_are_none_as_attributes_and_absent_as_items(output: Any) 
         output["hidden_states"]
 
 
-def test_unknown_fields(output: Any) -> None:
+def test_unknown_fields_are_refused(output: Any) -> None:
     assert not hasattr(output, "logits")
     with pytest.raises(AttributeError):
         _ = output.logits
@@ -60,7 +60,7 @@ def test_unknown_fields(output: Any) -> None:
         type(output)(logits=TOKENS)
 
 
-def test_iterates_as_a_dictionary(output: Any) -> None:
+def test_an_output_iterates_over_its_keys(output: Any) -> None:
     assert list(output) == list(output.keys()) == ["last_hidden_state", "pooler_output", "attentions"]
     assert len(output) == 3
     assert isinstance(output, dict)
@@ -68,7 +68,7 @@ def test_iterates_as_a_dictionary(output: Any) -> None:
     assert list(output.values()) == list(output.to_tuple())
 
 
-def test_to_tuple(output: Any) -> None:
+def test_to_tuple_has_the_fields_that_are_not_none(output: Any) -> None:
     assert output.to_tuple() == (TOKENS, POOLED, STATES)
     assert type(output.to_tuple()) is tuple
 
@@ -79,7 +79,7 @@ def test_order_is_the_fields_not_the_arguments() -> None:
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies(output: Any, clone: Any) -> None:
+def test_copies_are_equal_outputs(output: Any, clone: Any) -> None:
     twin = clone(output)
     assert type(twin) is type(output)
     assert list(twin) == list(output)
@@ -88,7 +88,7 @@ def test_copies(output: Any, clone: Any) -> None:
     assert twin.hidden_states is None
 
 
-def test_is_a_pytree(output: Any) -> None:
+def test_an_output_is_a_pytree(output: Any) -> None:
     doubled = pytree.tree_map(lambda x: x * 2, output)
     assert type(doubled) is type(output)
     assert list(doubled) == list(output)
@@ -98,14 +98,14 @@ def test_is_a_pytree(output: Any) -> None:
     assert list(pytree.tree_unflatten(leaves, spec)) == list(output)
 
 
-def test_rebuilt_from_pairs_as_dataparallel_and_accelerate_do(output: Any) -> None:
+def test_an_output_is_rebuilt_from_pairs_or_a_dictionary(output: Any) -> None:
     for items in ({key: output[key] for key in output}, ((key, output[key]) for key in output)):
         twin = type(output)(items)
         assert list(twin) == list(output)
         assert twin.pooler_output is POOLED
 
 
-def test_assignment(output: Any) -> None:
+def test_assigning_sets_attribute_and_item(output: Any) -> None:
     output.pooler_output = TOKENS
     assert output["pooler_output"] is output[1] is TOKENS
     output["pooler_output"] = POOLED
@@ -115,7 +115,7 @@ def test_assignment(output: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_assignment_knows_the_fields(cls: type[ModelOutput]) -> None:
+def test_assigning_an_unknown_field_is_refused(cls: type[ModelOutput]) -> None:
     output = cls()
     with pytest.raises(AttributeError, match="no field 'nonsense'"):
         output.nonsense = TOKENS

@@ -13,7 +13,7 @@ from dinov2_fast.position_embeddings import (
     position_interpolation,
     resample_position_embeddings,
 )
-from dinov2_fast.weights import load
+from dinov2_fast.weights.load import load
 
 GRID = 37
 SIZES = [(n, n) for n in range(1, 75)] + [(16, 24), (37, 19), (4, 74), (1, 37), (24, 16)]

@@ -75,7 +75,7 @@ def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 @each_case
 @each_kind
 @torch.no_grad()
-def test_every_method_is_the_trick_on_the_reference(
+def test_every_method_equals_the_reference_with_a_patched_stride(
     kind: dict[str, Any], size: tuple[int, int], stride: Any, grid: tuple[int, int]
 ) -> None:
     model, x = small(**kind), torch.randn(2, 3, *size)
@@ -117,8 +117,8 @@ def test_a_stride_set_by_hand_is_followed_and_taken_back() -> None:
 
 
 @pytest.mark.parametrize("stride", [0, 15, (7, 28), -7], ids=str)
-def test_a_stride_that_leaves_pixels_out_is_refused(stride: Any) -> None:
-    with pytest.raises(ValueError, match=r"leaves pixels out: take 1 to the patch size, \(14, 14\)"):
+def test_a_stride_above_the_patch_size_is_refused(stride: Any) -> None:
+    with pytest.raises(ValueError, match=r"is out of range: take 1 to the patch size, \(14, 14\)"):
         small().stride = stride
 
 
@@ -140,19 +140,19 @@ def test_sizes_that_neither_the_patches_nor_the_reference_fit_are_refused() -> N
 
 @each_kind
 @torch.no_grad()
-def test_engines_in_bf16_are_as_near_as_the_model(kind: dict[str, Any]) -> None:
+def test_an_engine_in_bf16_differs_as_little_as_the_model_in_bf16(kind: dict[str, Any]) -> None:
     model, x = wild(kind), torch.randn(2, 3, 56, 84)
     exact = by_hand(model, x, 7, (7, 11))[-1]
     model.stride = 7
     plain = copy.deepcopy(model).bfloat16().forward_features(x.bfloat16())["x_prenorm"]
-    for setting in ({}, {"residual": "fp32"}):
+    for setting in ({}, {"residual_dtype": "fp32"}):
         engine = optimize_for_inference(model, "bf16", allow_slow=True, **setting)
         found = engine.forward_features(x)["x_prenorm"]
         assert (found.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
 
 
 @torch.no_grad()
-def test_engines_take_bytes_and_lists() -> None:
+def test_an_engine_with_a_stride_takes_bytes_and_lists() -> None:
     model = small(num_register_tokens=2)
     model.stride = 7
     engine = optimize_for_inference(model, "fp32", max_tokens=100)
@@ -202,7 +202,7 @@ def test_rows_are_those_of_torch_s_unfold(stride: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(56, 84), (52, 73)], ids=str)  # the convolution leaves out what no patch reaches
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_as_transformers_with_the_trick(family: str, size: tuple[int, int]) -> None:
+def test_the_stride_equals_transformers_with_a_patched_stride(family: str, size: tuple[int, int]) -> None:
     pair, x = make_pair(family), torch.randn(2, 3, *size)
     grid = tuple((side - 14) // 7 + 1 for side in size)
     embeddings = pair.theirs.embeddings
@@ -239,7 +239,7 @@ def test_feature_maps_of_the_hugging_face_backbone() -> None:
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_as_timm_with_the_trick(name: str, pad: bool) -> None:
+def test_the_stride_equals_timm_with_a_patched_stride(name: str, pad: bool) -> None:
     pair = make_timm_pair(name, dynamic_img_pad=pad)
     x = torch.randn(2, 3, 45, 80) if pad else torch.randn(2, 3, 56, 84)
     pair.theirs.patch_embed.proj.stride = (7, 7)  # timm's positions follow what comes out of the convolution

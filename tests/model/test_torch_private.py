@@ -108,7 +108,7 @@ def test_kernels_of_operators_are_found() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_onednn_linear(activation: str) -> None:
+def test_onednn_linear_equals_torch(activation: str) -> None:
     expected = F.linear(X, X, X[0, :3])
     expected = F.gelu(expected) if activation == "gelu" else expected
     for weight in (X, torch_private.onednn_pack(X)):
@@ -116,7 +116,7 @@ def test_onednn_linear(activation: str) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_fused_by_onednn() -> None:
+def test_a_function_fused_by_onednn_equals_the_function() -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return (q @ k.transpose(-2, -1) / 8.0).softmax(-1) @ v
 
@@ -139,12 +139,12 @@ def test_tensors_that_are_more_than_their_memory_are_noticed() -> None:
     assert not torch_private.is_plain(nn.Parameter(X))
 
 
-def test_gelu_linear() -> None:
+def test_gelu_linear_equals_torch() -> None:
     expected = F.gelu(F.linear(X, X, X[0, :3]))
     torch.testing.assert_close(torch_private.gelu_linear(X, X, X[0, :3]), expected, atol=1e-3, rtol=0)
 
 
-def test_softmax_backward() -> None:
+def test_softmax_backward_equals_autograd() -> None:
     x = X.clone().requires_grad_()
     p = x.softmax(-1)
     (expected,) = torch.autograd.grad(p, x, X)

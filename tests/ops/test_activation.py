@@ -149,6 +149,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, kind: str, make) ->
         assert torch.equal(strided, copied)
 
 
+@pytest.mark.sanitize
 @each_dtype
 @each_kind
 @each_backend

@@ -75,6 +75,7 @@ def _assert_obeys_the_rule(qkv: Tensor) -> None:
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # to base 2, as the backward reads it
 
 
+@pytest.mark.sanitize
 @runs_cuda
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @each_dtype
@@ -155,6 +156,7 @@ def test_what_can_be_read_in_place_is_not_copied(layout: str) -> None:
     assert (_attention_cuda._operand(qkv) is qkv) == (layout in IN_PLACE)
 
 
+@pytest.mark.sanitize
 @runs_cuda
 @pytest.mark.parametrize("tokens", [5, 65, 100])
 def test_what_lies_around_the_operands_is_not_read(tokens: int) -> None:
@@ -216,6 +218,7 @@ def test_e4m3_is_one_step_from_the_formula(dtype: torch.dtype, tokens: int) -> N
     assert_one_step(_cuda(qkv, scale=0.1), reference.attention(qkv), plain_attention(qkv), 0.1)
 
 
+@pytest.mark.gpu_large
 @on_gpu
 @runs_cuda
 def test_more_than_two_to_the_31_elements() -> None:

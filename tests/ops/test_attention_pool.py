@@ -123,6 +123,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
         assert torch.equal(pooled, expected)
 
 
+@pytest.mark.sanitize
 @each_backend
 def test_nan_stays_in_its_image(backend: str) -> None:
     arguments = _arguments(torch.float32, batch=4)
@@ -275,6 +276,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         torch.testing.assert_close(compiled(x), run(x))
 
 
+@pytest.mark.gpu_large
 @on_gpu
 def test_more_than_2_to_the_31_elements() -> None:
     x, absorbed, *rest = _arguments(torch.bfloat16, 1, 257, 6, 384)

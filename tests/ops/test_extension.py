@@ -35,14 +35,14 @@ needs_reports = pytest.mark.skipif(not [*REPORTS.glob("*.ptxas")], reason="no co
 
 
 def test_a_file_that_is_not_there_is_a_reason(tmp_path: Path) -> None:
-    assert extension._reason_against(tmp_path / "none.so") == "not built: see CONTRIBUTING.md"
+    assert extension._load_file(tmp_path / "none.so") == "not built: see CONTRIBUTING.md"
 
 
 def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     file = tmp_path / "_cuda.abi3.so"
     file.write_bytes(b"text")
-    reason = extension._reason_against(file)
+    reason = extension._load_file(file)
     assert reason is not None
     assert re.search(r"_cuda\.abi3\.so: (file too short|invalid ELF header)", reason), reason
 
@@ -51,7 +51,7 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pyte
 def test_another_cuda_is_a_reason(cuda: str | None, has: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     (tmp_path / "a.so").touch()
-    assert extension._reason_against(tmp_path / "a.so") == f"built for CUDA 13, and this torch has {has}"
+    assert extension._load_file(tmp_path / "a.so") == f"built for CUDA 13, and this torch has {has}"
 
 
 @pytest.mark.parametrize("reason", [None, "not built"])
@@ -152,7 +152,7 @@ def setup_py() -> ModuleType:
 def test_nvcc_is_the_one_of_cuda_home(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert setup_py.find_nvcc() is None
-    assert setup_py.reason_against_extension() == "nvcc is not there"
+    assert setup_py.reason_against_extension() == "nvcc is not installed"
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.1\n")
@@ -170,7 +170,7 @@ def test_a_cutlass_without_the_example_of_attention_is_a_reason(
     monkeypatch.setattr(setup_py, "cutlass_folder", lambda: tmp_path)
     (tmp_path / "include").mkdir()
     example = tmp_path / "examples" / "88_hopper_fmha"
-    reason = f"{setup_py.CUTLASS} is needed: the CUTLASS that is there has no {example}"
+    reason = f"{setup_py.CUTLASS} is needed: the installed CUTLASS has no {example}"
     assert setup_py.reason_against_extension() == reason
     example.mkdir(parents=True)
     assert setup_py.reason_against_extension() is None

@@ -256,6 +256,7 @@ def test_strided_gradients_give_what_a_copy_gives(backend: str, layout: str) -> 
         _assert_same(layout, strided, copied)
 
 
+@pytest.mark.sanitize
 @each_backend
 def test_nan_and_inf_stay_in_their_row_and_constant_rows_give_the_bias(backend: str) -> None:
     x = random(4, 64)

@@ -53,7 +53,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_path = pytest.mark.parametrize(
-    "backend", [*BACKENDS, pytest.param("triton without TMA", marks=runs_triton)], indirect=True
+    "backend", [*BACKENDS, pytest.param("triton without TMA", marks=[runs_triton, pytest.mark.triton])], indirect=True
 )
 
 
@@ -166,6 +166,7 @@ def test_what_lies_around_the_operands_is_not_read(backend: str, form: str) -> N
     reference.assert_obeys_rule(y, exact_linear(form, x, weight, bias), plain_linear(form, x, weight, bias))
 
 
+@pytest.mark.sanitize
 @each_form
 @each_path
 def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> None:

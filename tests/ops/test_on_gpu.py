@@ -249,6 +249,7 @@ LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a s
 }
 
 
+@pytest.mark.gpu_large
 @on_gpu
 @pytest.mark.parametrize(("name", "backend"), _cases(LARGE))
 def test_more_than_two_to_the_31_elements(name: str, backend: str) -> None:
@@ -262,6 +263,7 @@ def test_more_than_two_to_the_31_elements(name: str, backend: str) -> None:
         assert torch.equal(ours[-64:], right)
 
 
+@pytest.mark.gpu_large
 @on_gpu
 def test_more_than_two_to_the_31_elements_of_a_stream_and_its_gradients() -> None:
     images, seq_len, hidden = 2**31 // (256 * 1024) + 2, 256, 1024

@@ -104,6 +104,7 @@ def test_strided_images_give_what_a_copy_gives(backend: str, of: torch.dtype, ma
     assert torch.equal(rows.double(), reference.patches(images, 14, 592))
 
 
+@pytest.mark.sanitize
 @each_backend
 def test_nan_and_inf_stay_in_their_place(backend: str) -> None:
     images = torch.rand(2, 3, 28, 28, device=DEVICE)
@@ -236,6 +237,7 @@ def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
         torch.testing.assert_close(compiled(images, weight), embed(images, weight))
 
 
+@pytest.mark.gpu_large
 @on_gpu
 def test_more_than_2_to_the_31_elements() -> None:
     images = _images(torch.uint8, 1, 3, 224, 224).expand(14300, -1, -1, -1).contiguous()

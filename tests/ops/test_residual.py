@@ -75,6 +75,7 @@ def test_add_on_a_subset_obeys_the_rule_and_leaves_other_images(
     assert torch.equal(residual, before)
 
 
+@pytest.mark.sanitize
 @each_backend
 def test_nan_stays_in_its_image_and_an_image_without_branch_is_untouched(backend: str) -> None:
     residual, branch, gamma = _stream(torch.float32)

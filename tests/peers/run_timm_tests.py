@@ -1,10 +1,11 @@
-"""Runs timm's own tests of models on what `dinov2_fast.create_model` makes in their place.
+"""Runs timm's own tests of models on the models of `dinov2_fast.create_model`.
 
-    git clone --depth 1 --branch v1.0.28 https://github.com/huggingface/pytorch-image-models elsewhere
-    python tests/peers/run_timm_tests.py --checkout elsewhere
+    git clone --depth 1 --branch v1.0.28 https://github.com/huggingface/pytorch-image-models timm_sources
+    python tests/peers/run_timm_tests.py --checkout timm_sources
 
-They are those of tests/test_models.py that take one of timm's DINOv2 names, with images of 98 pixels and four blocks in
-each model, which a small machine can hold. They import the installed timm. `LEFT_OUT` says which cannot apply, and why.
+These are the tests of tests/test_models.py that take one of timm's DINOv2 names, with images of 98 pixels and four
+blocks in each model, to fit a small machine. They import the installed timm. `LEFT_OUT` says which do not apply, and
+why.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import pytest
 import timm
 
 import dinov2_fast
-from dinov2_fast.model import NOT_SCRIPTABLE
+from dinov2_fast.base_module import NOT_SCRIPTABLE
 
 INPUT_SIZE = (3, 98, 98)
 NAMES = {config.timm_name.partition(".")[0] for config in dinov2_fast.BACKBONES.values()}
 LEFT_OUT = {
     "test_model_forward_torchscript": NOT_SCRIPTABLE,
-    "test_model_forward_fx_torchscript": "A graph of torch.fx holds the checks of its input, which are Python.",
+    "test_model_forward_fx_torchscript": "A graph of torch.fx contains the checks of its input, which are Python code.",
     "test_model_load_pretrained": "It downloads the published weights.",
 }
 
@@ -43,7 +44,7 @@ class OnlyOurs:
 
 
 def model_name(item: Any) -> str:
-    """What a test is parametrised with; empty for a test of one model alone, which is none of DINOv2's."""
+    """The model that a test is parametrised with; empty for tests of one model, none of which is DINOv2."""
     return item.callspec.params.get("model_name", "") if hasattr(item, "callspec") else ""
 
 
@@ -52,7 +53,7 @@ def is_ours(name: str) -> bool:
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """`dinov2_fast.create_model` of a small model, whose `default_cfg` says so."""
+    """`dinov2_fast.create_model` for a small model, with its image size in `default_cfg`."""
     overlay = {"input_size": INPUT_SIZE}
     return dinov2_fast.create_model(name, pretrained, pretrained_cfg_overlay=overlay, **{"depth": 4, **kwargs})
 
@@ -68,7 +69,7 @@ def run(checkout: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, help="folder of timm's sources, with tests/")
+    parser.add_argument("--checkout", type=Path, help="folder with timm's sources and its tests/")
     arguments = parser.parse_args()
     if arguments.checkout is None:
         print("Skipped: timm's wheel has no tests; give a checkout with --checkout.")

@@ -1,11 +1,11 @@
-"""Runs transformers' own tests of Dinov2 and Dinov2WithRegisters on what this package puts in the place of its models.
+"""Runs transformers' own tests of Dinov2 and Dinov2WithRegisters on this package.
 
-    git clone --depth 1 --branch v5.17.0 https://github.com/huggingface/transformers elsewhere
-    python tests/peers/run_transformers_tests.py --checkout elsewhere
+    git clone --depth 1 --branch v5.17.0 https://github.com/huggingface/transformers transformers_sources
+    python tests/peers/run_transformers_tests.py --checkout transformers_sources
 
 The tests run twice: on transformers' models after `dinov2_fast.accelerate` ("accelerated"), and on the classes of this
-package that have the same names ("ours"). They import the installed transformers, whose version the checkout must have,
-and the package `parameterized`. `LEFT_OUT` says which tests cannot apply to our classes, and why.
+package with the same names ("ours"). They import the installed transformers, which must have the version of the
+checkout, and the package `parameterized`. `LEFT_OUT` says which tests do not apply to our classes, and why.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = [
     for task in ("Model", "ForImageClassification", "Backbone")
 ]
 
-# What transformers' tests read of a class beside its public interface.
+# Private names that transformers' tests read of a class.
 PRIVATE: dict[type, dict[str, Any]] = {
     PreTrainedModel: {
         "_can_set_experts_implementation": classmethod(lambda cls: False),
@@ -49,16 +49,16 @@ PRIVATE: dict[type, dict[str, Any]] = {
     Dinov2Config: {"sub_configs": {}, "_attn_implementation": "sdpa"},
 }
 
-# Names of tests, as regular expressions, by the reason why they cannot apply to our classes.
+# Reasons why tests do not apply to our classes, and the names of these tests as regular expressions.
 LEFT_OUT = {
     "attention masks are refused: every token attends to all": (
         r"test_eager_matches_sdpa_inference_(?!.*no_attn_mask).*",
     ),
-    "every attention implementation is the same one here, and set_attn_implementation changes nothing": (
+    "all attention implementations are the same here, and set_attn_implementation changes nothing": (
         r"test_can_set_attention_dynamically.*",
         r"test_sdpa_can_dispatch_non_composite_models",
     ),
-    "weights that lack more than a classification head, or fit no shape, are refused": (
+    "weights that lack more than a classification head, or have other shapes, are refused": (
         r"test_can_init_all_missing_weights",
         r"test_model_weights_reload_no_missing_tied_weights",
     ),
@@ -72,10 +72,8 @@ LEFT_OUT = {
     "backbone_type is the value of transformers' enumeration, which only transformers has": (
         r"test_backbone_common_attributes",
     ),
-    "what is logged while weights load is worded otherwise": (r"test_can_load_ignoring_mismatched_shapes",),
-    "from_pretrained works where torch.device('meta') is in force": (
-        r"test_cannot_load_with_meta_device_context_manager",
-    ),
+    "messages logged while weights load have other words": (r"test_can_load_ignoring_mismatched_shapes",),
+    "from_pretrained works under torch.device('meta')": (r"test_cannot_load_with_meta_device_context_manager",),
 }
 
 
@@ -90,7 +88,7 @@ class LeaveOut:
 
 
 def accelerate_every(model_class: Any) -> None:
-    """Makes the class accelerate its instances when they are made, without the dropout that `accelerate` refuses."""
+    """Makes the class accelerate each new instance, without the dropout that `accelerate` refuses."""
     init = model_class.__init__
 
     @functools.wraps(init)
@@ -108,7 +106,7 @@ def run(way: str, checkout: Path) -> int:
         theirs = getattr(transformers, name)
         if way == "accelerated":
             accelerate_every(theirs)
-        else:  # in the file as well, from which the tests import it anew
+        else:  # also in the defining module, from which some tests import
             for module in (transformers, sys.modules[theirs.__module__]):
                 setattr(module, name, getattr(dinov2_fast, name))
     if way == "ours":
@@ -127,7 +125,7 @@ def version_of(checkout: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, help="folder of transformers' sources, with tests/")
+    parser.add_argument("--checkout", type=Path, help="folder with transformers' sources and its tests/")
     parser.add_argument("--way", choices=WAYS, help="one of the two; default both, each in its own process")
     arguments = parser.parse_args()
     if arguments.checkout is None:

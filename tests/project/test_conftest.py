@@ -1,4 +1,4 @@
-"""tests/conftest.py: what becomes of the other tests when one breaks the process' CUDA context."""
+"""tests/conftest.py: one test that breaks the CUDA context does not fail the tests after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# As after an illegal memory access: from the fault on, every call of this process fails.
+# As after an illegal memory access: every later CUDA call of the process fails.
 BROKEN = """
 faults = []
 
@@ -39,7 +39,9 @@ def test_last():
     [(["-n1"], {"fault"}), (["-p", "no:xdist"], {"fault", "after", "last"})],
     ids=["in a worker", "without xdist"],
 )
-def test_only_a_worker_leaves_the_rest_to_a_new_one(options: list[str], failed: set[str], tmp_path: Path) -> None:
+def test_a_worker_ends_after_a_cuda_error_and_a_new_one_runs_the_rest(
+    options: list[str], failed: set[str], tmp_path: Path
+) -> None:
     if "-n1" in options:
         pytest.importorskip("xdist")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

@@ -1,4 +1,4 @@
-"""``make demo``'s script, offline: it ends well, says loudly that the weights are random, and marks every output."""
+"""``make demo`` without network: it succeeds, warns that the weights are random, and marks every output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    """A run without network, and nothing in any cache."""
+    """Runs the demo without network and with empty caches."""
     environment = {
         **os.environ,
         "DINOV2_FAST_CACHE": str(folder / "cache"),
@@ -53,14 +53,14 @@ def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
     assert features.manifest["about"]["weights"] == "random:0"
     commands = [line for line in demo.stdout.splitlines() if line.startswith("$ dinov2-fast ")]
     assert [line.split()[2] for line in commands] == ["extract", "show", "show"]
-    assert demo.stdout.endswith("All of it was made with RANDOM weights.\n")
+    assert demo.stdout.endswith("All outputs come from RANDOM weights.\n")
     for kind, sheet in sheets.items():
         assert str(sheet) in demo.stdout
         check_readme_shows(kind, sheet)
 
 
 def check_readme_shows(kind: str, sheet: Path) -> None:
-    """README's image is that sheet: of its size and, but for the rounding of another machine, of its colours."""
+    """README shows this sheet: the same size and, except for rounding on another machine, the same colours."""
     assert f"(examples/{kind}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
     shown, drawn = (
         np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (ROOT / "examples" / f"{kind}.png", sheet)

@@ -6,7 +6,8 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ SHIPPED = ("dinov2_fast", "kernels", "bench", "examples", "hubconf.py")
 ORDER = (
     ("__main__",),
     ("cli",),
-    ("curation", "integrations", "evaluation", "export"),
+    ("visualize", "verify"),
+    ("curation", "integrations", "evaluation", "export", "convert"),
     ("extraction",),
     ("features",),
     ("inference",),
@@ -26,14 +28,13 @@ ORDER = (
     ("huggingface", "hub", "data"),
     ("weights",),
     ("model",),
-    ("block",),
-    ("timm_layers",),
+    ("attention_features", "block"),
+    ("base_module", "fused_residual"),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),
-    ("visualize",),
     ("configs", "environment", "extension"),
-    ("torch_private", "errors"),
+    ("torch_private", "errors", "logs"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
@@ -186,6 +187,30 @@ def may_import(source: str, target: list[str]) -> bool:
     return target[0] == source or RANK[target[0]] > RANK[source]
 
 
+def import_circles(root: Path) -> list[str]:
+    """Files that import each other, also inside functions and for type checkers alone; one sentence per circle."""
+    trees = dict(python_files(root, "dinov2_fast", "kernels"))
+    trees.pop("dinov2_fast/__init__.py", None)  # it gives out names of every file, when they are asked for
+    graph = {path: {imported_file(name, trees) for _, name in imported_names(tree)} for path, tree in trees.items()}
+    found = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+            return found
+        except CycleError as error:
+            circle = error.args[1]
+            found.append(f"{circle[0]}: a circle of imports: {' is imported by '.join(circle)}")
+            graph[circle[1]].discard(circle[0])
+
+
+def imported_file(name: str, files: Container[str]) -> str:
+    """The file of this project that holds a full name such as "dinov2_fast.ops.linear.interleave", or ""."""
+    path = name.replace(".", "/").removeprefix("dinov2_fast/" if name.startswith("dinov2_fast.kernels") else "")
+    candidates = [path, path.rpartition("/")[0]]
+    paths = [f"{each}{ending}" for each in candidates for ending in (".py", "/__init__.py")]
+    return next((each for each in paths if each in files), "")
+
+
 def ops_without_entries(root: Path) -> list[str]:
     ops = {path.stem for path in root.glob("dinov2_fast/ops/*.py") if not path.stem.startswith("_")}
     tests = {op: f"tests/ops/test_{op}.py" for op in sorted(ops)}
@@ -232,6 +257,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     unsafe_loads,
     kernels_as_a_package,
     upward_imports,
+    import_circles,
     ops_without_entries,
     imports_from_test_files,
     import_side_effects,
@@ -286,6 +312,15 @@ VIOLATIONS: list[tuple[Callable[[Path], list[str]], str, str]] = [
 def test_a_violation_is_found(rule: Callable[[Path], list[str]], path: str, text: str, tmp_path: Path) -> None:
     plant(tmp_path / path, text)
     assert len(rule(tmp_path)) == 1
+
+
+def test_a_circle_through_functions_packages_and_type_checkers_is_found(tmp_path: Path) -> None:
+    plant(tmp_path / "dinov2_fast/hub/__init__.py", "from dinov2_fast.hub.heads import Head")
+    plant(tmp_path / "dinov2_fast/hub/heads.py", "def f():\n    from dinov2_fast import layers")
+    plant(tmp_path / "dinov2_fast/layers.py", "if TYPE_CHECKING:\n    from dinov2_fast.hub import Head")
+    plant(tmp_path / "kernels/linear.py", "import dinov2_fast.kernels.common")
+    plant(tmp_path / "kernels/common.py", "from dinov2_fast.kernels import linear")
+    assert len(import_circles(tmp_path)) == 2
 
 
 ALLOWED: list[tuple[Callable[[Path], list[str]], str, str]] = [

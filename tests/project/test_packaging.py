@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_the_wheel_carries_the_package_and_nothing_beside_it(source: Path, artef
         if name.startswith(("dinov2_fast/", "kernels/", "csrc/"))
     }
     assert expected - names == set()
-    assert "dinov2_fast: pure Python build, without the CUDA extension: nvcc is not there" in artefacts.log
+    assert "dinov2_fast: pure Python build, without the CUDA extension: nvcc is not installed" in artefacts.log
 
 
 @pytest.mark.slow
@@ -176,3 +177,9 @@ def version_of(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+def test_the_hooks_run_the_versions_that_constraints_name() -> None:
+    hooks = re.findall(r"\[([\w-]+==[\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 3
+    assert {*hooks} <= {*(ROOT / "constraints.txt").read_text().splitlines()}

@@ -36,7 +36,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.mark.parametrize("size", [(518, 518), (98, 98), (70, 98)], ids=str)
 @torch.no_grad()
-def test_forward(pair: Pair, size: tuple[int, int]) -> None:
+def test_forward_equals_timm(pair: Pair, size: tuple[int, int]) -> None:
     x = images(*size, batch=1)
     tokens, theirs = pair.ours.forward_features(x), pair.theirs.forward_features(x)
     assert_close(tokens, theirs)
@@ -52,7 +52,7 @@ def test_forward(pair: Pair, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("fc_norm", [None, False, True])
 @pytest.mark.parametrize("global_pool", ["", "token", "avg", "avgmax", "max"])
 @torch.no_grad()
-def test_pools(global_pool: str, fc_norm: bool | None, num_classes: int) -> None:
+def test_pools_equal_those_of_timm(global_pool: str, fc_norm: bool | None, num_classes: int) -> None:
     pair = make_pair(NAMES[1], global_pool=global_pool, fc_norm=fc_norm, num_classes=num_classes)
     x = images(70, 98)
     assert_close(pair.ours(x), pair.theirs(x))
@@ -80,7 +80,7 @@ def test_pools(global_pool: str, fc_norm: bool | None, num_classes: int) -> None
     ids=str,
 )
 @torch.no_grad()
-def test_forward_intermediates(pair: Pair, kwargs: dict[str, Any]) -> None:
+def test_forward_intermediates_equals_timm(pair: Pair, kwargs: dict[str, Any]) -> None:
     x = images(70, 98)
     assert_close(pair.ours.forward_intermediates(x, **kwargs), pair.theirs.forward_intermediates(x, **kwargs))
 
@@ -100,14 +100,14 @@ def test_stop_early_runs_no_block_too_many(pair: Pair) -> None:
     ids=str,
 )
 @torch.no_grad()
-def test_get_intermediate_layers(pair: Pair, kwargs: dict[str, Any]) -> None:
+def test_get_intermediate_layers_equals_timm(pair: Pair, kwargs: dict[str, Any]) -> None:
     x = images(70, 98)
     assert_close(pair.ours.get_intermediate_layers(x, **kwargs), pair.theirs.get_intermediate_layers(x, **kwargs))
 
 
 @pytest.mark.parametrize("size", [(71, 97), (1, 15), (70, 98)], ids=str)
 @torch.no_grad()
-def test_padding(size: tuple[int, int]) -> None:
+def test_padded_images_equal_timm(size: tuple[int, int]) -> None:
     pair = make_pair(dynamic_img_pad=True)
     x = images(*size)
     assert_close(pair.ours.forward_intermediates(x), pair.theirs.forward_intermediates(x))
@@ -132,7 +132,7 @@ TABLES = [98, (70, 98), (28, 112)]  # the last has as many patches as a square i
 
 @pytest.mark.parametrize("img_size", TABLES, ids=str)
 @torch.no_grad()
-def test_set_input_size(img_size: Any) -> None:
+def test_set_input_size_resamples_the_table_as_timm_does(img_size: Any) -> None:
     pair = make_pair(NAMES[1], num_classes=5)
     for model in pair:
         model.set_input_size(img_size, patch_size=14)
@@ -180,7 +180,7 @@ def test_a_table_that_is_not_resampled_stays_the_same_parameter() -> None:
     assert not model.pos_embed.requires_grad
 
 
-def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_is_not_square_compiles_and_ignores_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = create_model(NAMES[1], **SMALL, img_size=(70, 98)).eval(), images(28, 42)
     compiled = torch.compile(model.forward_features, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_a_table_for_no_square_compiles_and_heeds_no_autocast(monkeypatch: pytes
 
 @pytest.mark.parametrize("out_indices", [3, 1, (0, 2), (-1, 1), [-3]], ids=str)
 @torch.no_grad()
-def test_features_only(out_indices: Any) -> None:
+def test_features_only_equals_timm(out_indices: Any) -> None:
     pair = make_pair(NAMES[1])
     timm = pytest.importorskip("timm")
     theirs = _features(timm, out_indices)
@@ -252,7 +252,7 @@ def test_features_are_of_the_last_three_blocks_by_default() -> None:
 # What scripts ask for
 
 
-def test_attributes(pair: Pair) -> None:
+def test_attributes_are_those_of_timm(pair: Pair) -> None:
     for name in (
         "num_classes",
         "num_features",
@@ -272,7 +272,7 @@ def test_attributes(pair: Pair) -> None:
     assert trained[0] == trained[1] + (pair.ours.embed_dim if pair.ours.num_reg_tokens else 0)  # CLS has a position
 
 
-def test_data_config() -> None:
+def test_the_data_config_is_that_of_timm() -> None:
     pair = make_pair(NAMES[1])
     data = pytest.importorskip("timm.data")
     assert data.resolve_model_data_config(pair.ours) == data.resolve_model_data_config(pair.theirs)
@@ -287,7 +287,7 @@ def as_timms(names: Any) -> set[str]:
     return {renamed.get(name, name).replace("w12", "fc1").replace("w3", "fc2") for name in names}
 
 
-def test_layer_decay(pair: Pair) -> None:
+def test_layer_decay_groups_are_those_of_timm(pair: Pair) -> None:
     optim = pytest.importorskip("timm.optim")
     groups = []
     for model in pair:
@@ -311,7 +311,7 @@ def test_nothing_but_what_timm_decays_is_decayed(pair: Pair) -> None:
     assert as_timms(pair.ours.no_weight_decay() & own) == pair.theirs.no_weight_decay() & as_timms(own)
 
 
-def test_reset_classifier() -> None:
+def test_reset_classifier_replaces_the_head() -> None:
     pair = make_pair(num_classes=5)
     for model in pair:
         model.train()
@@ -337,7 +337,7 @@ def test_a_new_classifier_has_the_models_dtype() -> None:
     assert model.head.weight.abs().max() < 0.2  # in bfloat16, trunc_normal_ gives some of 1 and more
 
 
-def test_prune_intermediate_layers() -> None:
+def test_prune_intermediate_layers_removes_what_is_not_needed() -> None:
     pair = make_pair(num_classes=5)
     x = images(28, 42)
     assert pair.ours.prune_intermediate_layers([0, -2]) == pair.theirs.prune_intermediate_layers([0, -2]) == [0, 2]
@@ -349,7 +349,7 @@ def test_prune_intermediate_layers() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_training(rate: float) -> None:
+def test_training_equals_timm(rate: float) -> None:
     pair = make_pair(NAMES[1], num_classes=5, drop_path_rate=rate)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in pair.ours.blocks]
     theirs = [getattr(block.drop_path1, "drop_prob", 0.0) for block in pair.theirs.blocks]
@@ -373,7 +373,7 @@ def test_branches_are_dropped_for_single_images_at_every_rate() -> None:
     assert {block.sample_drop_ratio > block.subset_threshold for block in model.blocks} == {False}
 
 
-def test_grad_checkpointing() -> None:
+def test_grad_checkpointing_gives_equal_gradients() -> None:
     model = create_model(NAMES[0], **SMALL, num_classes=5).train()
     x, gradients = images(28, 42), []
     for enable in (False, True):
@@ -422,7 +422,7 @@ def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch14_dinov2", "timm/vit_tiny_patch14_dinov2.lvd142m", "hf-hub:timm/vit_tiny_patch14_dinov2"]
 )
-def test_published_weights(name: str, folders: WeightFolders) -> None:
+def test_published_weights_are_loaded(name: str, folders: WeightFolders) -> None:
     weights = tiny_weights(2)
     path = write(weights, folders.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model(name, pretrained=True, drop_path_rate=0.5)
@@ -456,11 +456,11 @@ def test_published_weights_with_a_new_classifier(folders: WeightFolders) -> None
     expected = tokens[:, 1:].mean(1) @ model.head.weight.T
     assert_close(model.forward_head(tokens), expected)
     assert 0.01 < model.head.weight.std() < 0.03
-    with pytest.raises(ValueError, match=r"normalise before pooling: with global_pool='avg', give fc_norm=False"):
+    with pytest.raises(ValueError, match=r"normalise before pooling: give fc_norm=False with global_pool='avg'"):
         create_model("vit_tiny_patch14_dinov2", pretrained=True, global_pool="avg")
 
 
-def test_a_checkpoint_of_its_own(folders: WeightFolders, tmp_path: Path) -> None:
+def test_a_checkpoint_path_is_loaded(folders: WeightFolders, tmp_path: Path) -> None:
     trained = create_model("vit_tiny_patch14_dinov2", num_classes=3)
     path = write(dict(trained.state_dict()), tmp_path / "trained.safetensors")
     model = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, num_classes=3)
@@ -483,7 +483,7 @@ def test_published_weights_for_other_channels(in_chans: int, features_only: bool
     made(torch.randn(1, in_chans, 28, 28))
 
 
-def test_a_checkpoint_that_does_not_fit(folders: WeightFolders, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(folders: WeightFolders, tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "square.safetensors")
     with pytest.raises(WeightsError, match=r"square\.safetensors: .*\n  Wrong shape \(1\): pos_embed \(1, 1370, 64\)"):
         create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(28, 42))
@@ -494,7 +494,7 @@ def test_a_checkpoint_that_does_not_fit(folders: WeightFolders, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_a_table_for_no_square_is_saved_and_loaded(folders: WeightFolders, tmp_path: Path) -> None:
+def test_a_table_that_is_not_square_is_saved_and_loaded(folders: WeightFolders, tmp_path: Path) -> None:
     write(tiny_weights(2), folders.cache / "dinov2_vitt14_pretrain.pth")
     made = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(98, 140)).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
@@ -505,7 +505,7 @@ def test_a_table_for_no_square_is_saved_and_loaded(folders: WeightFolders, tmp_p
         assert torch.equal(fed_back(images(*size)), made(images(*size)))
 
 
-def test_errors() -> None:
+def test_wrong_arguments_are_refused_with_a_clear_error() -> None:
     with pytest.raises(
         ValueError, match=r"no DINOv2 called 'vit_smal_patch14_dinov2'; did you mean vit_small_patch14_dino"
     ):
@@ -517,20 +517,20 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="no block chunks"):
         create_model(NAMES[0], **SMALL, block_chunks=2)
     with pytest.raises(
-        TypeError, match=r"no patch_drop_rate=0.1, class_token=False. A model takes num_classes, .*depth"
+        TypeError, match=r"not take patch_drop_rate=0.1, class_token=False. Its models take num_classes, .*depth"
     ):
         create_model(NAMES[0], **SMALL, patch_drop_rate=0.1, class_token=False)
     with pytest.raises(WeightsError, match=r"a\.bin"):
         create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"file": "a.bin"})
-    with pytest.raises(ValueError, match=r"names other weights, by hf_hub_id. Give a file: .* checkpoint_path"):
+    with pytest.raises(ValueError, match=r"names other weights \(hf_hub_id\). Give a file .* checkpoint_path"):
         create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine"})
     with pytest.raises(ValueError, match="has no weights tagged 'in1k'"):
         create_model(NAMES[0], pretrained_cfg="in1k")
-    with pytest.raises(ValueError, match="cache_dir is not read: set the environment variable DINOV2_FAST_CACHE"):
+    with pytest.raises(ValueError, match="cache_dir is not used: set the environment variable DINOV2_FAST_CACHE"):
         create_model(NAMES[0], pretrained=True, cache_dir="there")
-    with pytest.raises(TypeError, match="no act_layer='relu'"):
+    with pytest.raises(TypeError, match="not take act_layer='relu'"):
         create_model(NAMES[0], **SMALL, act_layer="relu")
-    with pytest.raises(TypeError, match=r"no act_layer=<class '.*GELU'>"):
+    with pytest.raises(TypeError, match=r"not take act_layer=<class '.*GELU'>"):
         create_model(NAMES[2], **SMALL, act_layer=torch.nn.GELU)
     model = create_model(NAMES[0], **SMALL, num_classes=None)
     with pytest.raises(ValueError, match=r"patch_size=16 cannot be set: the patch embedding is for patches of 14"):
@@ -538,11 +538,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"img_size=\(28, 13\) is smaller than one patch of 14 pixels"):
         model.set_input_size((28, 13))
     x = images(28, 28)
-    with pytest.raises(ValueError, match="The blocks are 0 to 3, or -4 to -1 from the last; got"):
+    with pytest.raises(ValueError, match="The blocks are 0 to 3, or -4 to -1 counted from the last; got"):
         model.forward_intermediates(x, indices=[4])
-    with pytest.raises(ValueError, match=r"from the last; got \[\]"):
+    with pytest.raises(ValueError, match=r"counted from the last; got \[\]"):
         model.forward_intermediates(x, indices=[])
-    with pytest.raises(ValueError, match="There are 4 blocks, so not the last 5"):
+    with pytest.raises(ValueError, match="The last 5 blocks were asked for, but the model has 4"):
         model.get_intermediate_layers(x, 5)
     with pytest.raises(ValueError, match="no output_fmt 'NHWC'; choose one of NCHW, NLC"):
         model.forward_intermediates(x, output_fmt="NHWC")
@@ -556,7 +556,7 @@ def test_errors() -> None:
         model.forward_intermediates([x])
 
 
-def test_what_timms_scripts_give_by_default_is_taken() -> None:
+def test_the_default_arguments_of_timms_scripts_are_accepted() -> None:
     """As timm's train.py calls it, with everything that its command line leaves as it is."""
     unset = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps", "in_chans"))
     flags = {"scriptable": False, "exportable": True, "no_jit": True, "patch_drop_rate": 0.0}
@@ -567,7 +567,7 @@ def test_what_timms_scripts_give_by_default_is_taken() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_says_what_is_so_anyway_is_taken(name: str) -> None:
+def test_arguments_that_are_true_of_every_dinov2_are_accepted(name: str) -> None:
     registers = 4 if "reg4" in name else 0
     so_anyway = {
         "class_token": True,
@@ -595,7 +595,7 @@ def test_what_says_what_is_so_anyway_is_taken(name: str) -> None:
     for argument, value in so_anyway.items():
         other = {"no_embed_class": registers == 0, "reg_tokens": 2}.get(argument, not value)
         if not isinstance(value, str | dict):
-            with pytest.raises(TypeError, match=f"create_model has no {argument}={other}"):
+            with pytest.raises(TypeError, match=f"create_model does not take {argument}={other}"):
                 create_model(name, **SMALL, **{argument: other})
 
 
@@ -628,7 +628,7 @@ def test_timm_is_not_needed() -> None:
     assert (run.stdout, run.returncode) == ("[384, 384, 384]\n", 0), run.stderr
 
 
-def test_readmes_examples(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_readme_run(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     random = load("dinov2_vits14", weights="random:0")
     write(dict(random.state_dict()), folders.cache / "dinov2_vits14_pretrain.pth")
     names: dict[str, Any] = {"images": images(42, 70, batch=1)}

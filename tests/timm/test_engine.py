@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 @torch.no_grad()
-def test_every_call_as_timm(pair: Pair) -> None:
+def test_every_call_equals_timm(pair: Pair) -> None:
     engine = optimize_for_inference(pair.ours, "fp32")
     for size in ((70, 98), (28, 42)):
         for call in CALLS.values():
@@ -44,11 +44,11 @@ def test_every_call_as_timm(pair: Pair) -> None:
 @pytest.mark.parametrize("fc_norm", [None, False, True])
 @pytest.mark.parametrize("global_pool", ["", "token", "avg", "avgmax", "max"])
 @torch.no_grad()
-def test_pools(global_pool: str, fc_norm: bool | None) -> None:
+def test_pools_equal_those_of_the_model(global_pool: str, fc_norm: bool | None) -> None:
     pair = make_pair(NAMES[1], global_pool=global_pool, fc_norm=fc_norm, num_classes=5)
     x = images(28, 42)
     for outputs in ("auto", "all", *(["cls"] if global_pool == "token" else [])):
-        engine = optimize_for_inference(pair.ours, "fp32", outputs)
+        engine = optimize_for_inference(pair.ours, "fp32", outputs=outputs)
         assert_close(engine(x), pair.theirs(x))
         assert_close(engine.forward_features(x), pair.theirs.forward_features(x))
         alone = global_pool == "token" and outputs != "all"
@@ -59,21 +59,21 @@ def test_pools(global_pool: str, fc_norm: bool | None) -> None:
             optimize_for_inference(pair.ours, outputs="cls")
 
 
-@pytest.mark.parametrize("residual", ["same", "fp32"])
+@pytest.mark.parametrize("residual_dtype", [None, "fp32"])
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
 @torch.no_grad()
-def test_half_precision(global_pool: str, residual: str) -> None:
+def test_half_precision_differs_as_little_as_it_allows(global_pool: str, residual_dtype: str | None) -> None:
     """No worse than the model in that dtype, which rounds more often; the norm behind the pool is in it, too."""
     model, x = make_pair(NAMES[1], global_pool=global_pool, num_classes=5).ours, images(70, 98)
     exact = copy.deepcopy(model).double()(x.double())
-    engine = optimize_for_inference(model, "bf16", residual=residual, allow_slow=True)
+    engine = optimize_for_inference(model, "bf16", residual_dtype=residual_dtype, allow_slow=True)
     plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
     assert engine(x).dtype == torch.bfloat16
     assert (engine(x) - exact).norm() <= (plain - exact).norm()
 
 
 @torch.no_grad()
-def test_tables_of_another_size() -> None:
+def test_an_engine_follows_set_input_size() -> None:
     pair, x = make_pair(NAMES[1]), images(70, 98)
     engine = optimize_for_inference(pair.ours)
     assert_close(engine(x), pair.theirs(x))
@@ -84,7 +84,7 @@ def test_tables_of_another_size() -> None:
 
 
 @torch.no_grad()
-def test_feature_maps() -> None:
+def test_a_feature_getter_takes_an_engine() -> None:
     features = create_model(NAMES[1], **SMALL, features_only=True, out_indices=(0, -2)).eval()
     x = images(42, 56)
     expected = features(x)
@@ -94,7 +94,7 @@ def test_feature_maps() -> None:
 
 
 @torch.no_grad()
-def test_images_as_they_were_decoded() -> None:
+def test_an_engine_takes_images_of_bytes() -> None:
     model = create_model(NAMES[0], **SMALL, dynamic_img_pad=True).eval()
     engine = optimize_for_inference(model, "fp32")
     pixels = torch.randint(256, (2, 42, 28, 3), dtype=torch.uint8)
@@ -112,7 +112,7 @@ def test_images_as_they_were_decoded() -> None:
 
 
 @torch.no_grad()
-def test_lists_reports_and_print(pair: Pair) -> None:
+def test_lists_reports_and_print_work(pair: Pair) -> None:
     engine, x = optimize_for_inference(pair.ours, "fp32"), images(28, 42, batch=4)
     first = engine.cls_tokens([x, x[:1, :, :14]])[0]
     assert_close(first, pair.theirs.forward_features(x)[:, 0])
@@ -125,7 +125,7 @@ def test_lists_reports_and_print(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_it_follows_its_model() -> None:
+def test_an_engine_follows_changes_of_its_model() -> None:
     pair, x = make_pair(num_classes=5), images(28, 42)
     engine = optimize_for_inference(pair.ours)
     for changed in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
@@ -136,7 +136,7 @@ def test_it_follows_its_model() -> None:
         changed._model.blocks.pop(0)
         assert_close(changed.forward_intermediates(x), changed._model.forward_intermediates(x))
     for method in ("reset_classifier", "set_input_size", "prune_intermediate_layers"):
-        with pytest.raises(AttributeError, match="changes the model: call it there"):
+        with pytest.raises(AttributeError, match="This method changes the model: call it on the model"):
             getattr(engine, method)(2)
     for wrong in ({"is_causal": True}, {"attn_mask": torch.ones(7, 7)}):
         with pytest.raises(ValueError, match="every token attends to all"):

@@ -58,7 +58,7 @@ def test_a_graph_refuses_masks_and_trains() -> None:
 
 @pytest.mark.parametrize("method", ["fx", "hook"])
 @torch.no_grad()
-def test_attention_extract(pair: Pair, method: str) -> None:
+def test_timms_attention_extract_reads_the_weights(pair: Pair, method: str) -> None:
     for model in pair:
         for block in model.blocks:
             block.attn.fused_attn = False
@@ -171,7 +171,7 @@ def test_every_step(arguments: dict[str, bool]) -> None:
 
 
 @torch.no_grad()
-def test_overlapping_patches() -> None:
+def test_patches_may_overlap() -> None:
     model, x = create_model(NAMES[1], **SMALL).eval(), images(70, 98)
     model.stride = 7
     assert model.patch_embed.dynamic_feat_size((70, 98)) == model.grid(x) == model.patch_embed(x).shape[1:3] == (9, 13)
@@ -186,7 +186,7 @@ def test_a_model_for_one_size_refuses_others() -> None:
     torch.testing.assert_close(engine(images(70, 98)), model(images(70, 98)), atol=1e-4, rtol=0)
     for each in (model, engine):
         with pytest.raises(
-            ValueError, match=r"takes images of 70 x 98 pixels, got 98 x 70. Leave dynamic_img_size out"
+            ValueError, match=r"takes images of 70 x 98 pixels, got 98 x 70. Do not set dynamic_img_size"
         ):
             each(images(98, 70))
     model.set_input_size((98, 70))

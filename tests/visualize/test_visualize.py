@@ -1,4 +1,4 @@
-"""PCA colours, attention maps and the sheets they are drawn on: what was planted comes back."""
+"""PCA colours, attention maps and sheets show what was planted in their inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, save_s
 
 
 def planted(batch: int = 2, height: int = 6, width: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Features that are three independent maps along orthogonal directions, of falling variance, and the maps."""
+    """Features made of three independent maps along orthogonal directions, of falling variance; and the maps."""
     random = np.random.default_rng(0)
     maps = random.uniform(-1, 1, (batch, height, width, 3))
     directions = np.linalg.qr(random.standard_normal((dim, 3)))[0].T
@@ -108,7 +108,7 @@ def test_the_threshold_keeps_what_is_off_the_border(sign: int) -> None:
 
 
 @pytest.mark.parametrize("foreground", [None, "threshold"])
-def test_a_basis_gives_a_patch_its_colour_whatever_is_beside_it(foreground: str | None, tmp_path: Path) -> None:
+def test_the_colour_of_a_patch_does_not_depend_on_other_patches(foreground: str | None, tmp_path: Path) -> None:
     features, _ = planted(batch=6)
     features[:, 2:4, 2:6] += 8
     basis = PcaBasis.fit(features[:4], foreground=foreground, about={"model": "m"})
@@ -125,7 +125,7 @@ def test_a_basis_gives_a_patch_its_colour_whatever_is_beside_it(foreground: str 
     assert not np.array_equal(pca_rgb(features[4:], foreground=foreground), together[4:])  # a PCA of their own
 
 
-def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
+def test_a_basis_refuses_other_features_and_files(tmp_path: Path) -> None:
     path = tmp_path / "basis.safetensors"
     basis = PcaBasis.fit(planted()[0])
     basis.save(path)
@@ -133,7 +133,7 @@ def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already; choose another name"):
         PcaBasis.fit(planted()[0] + 1).save(path)
     assert path.read_bytes() == content
-    with pytest.raises(ValueError, match="of features of 16 dimensions, and these have 8"):
+    with pytest.raises(ValueError, match="of features with 16 dimensions, and these have 8"):
         PcaBasis.load(path).rgb(np.ones((4, 8)))
     with pytest.raises(FileNotFoundError):
         PcaBasis.load(tmp_path / "none")
@@ -141,7 +141,7 @@ def test_a_basis_refuses_what_it_is_not_for(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(content[:-40])
     (tmp_path / "text").write_text("<html>")
     for name in ("weights.safetensors", "cut", "text"):
-        with pytest.raises(ValueError, match=f"{name}' is no PCA basis; `dinov2-fast show --save-basis` writes one"):
+        with pytest.raises(ValueError, match=f"{name}' is not a PCA basis; `dinov2-fast show --save-basis` writes one"):
             PcaBasis.load(tmp_path / name)
 
 
@@ -156,7 +156,7 @@ BROKEN[1, 2, 3] = np.nan
         (np.ones((1, 8)), {}, "at least 4 patches, got 1"),
         (np.ones((1, 8)), {"foreground": "threshold"}, "at least 4 patches, got 1"),
         (np.ones((16, 2)), {}, "at least 3 dimensions, got 2"),
-        (np.ones((15, 8)), {}, r"15 patches are no square; pass grid=\(height, width\)"),
+        (np.ones((15, 8)), {}, r"15 patches do not form a square; pass grid=\(height, width\)"),
         (np.ones((16, 8)), {"grid": (3, 5)}, "3 x 5 does not hold 16 patches"),
         (np.ones(8), {}, "got shape"),
         (np.ones((4, 8)), {"foreground": "otsu"}, 'foreground must be None, "threshold" or a boolean array'),
@@ -201,7 +201,7 @@ def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
 @pytest.mark.parametrize(
     "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0)]
 )
-def test_what_are_no_attention_weights_is_an_error(weights: Any) -> None:
+def test_values_that_are_not_attention_weights_are_refused(weights: Any) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
         attention_rgb(weights, (1, 2))
 

@@ -52,12 +52,12 @@ def test_sizes_of_unusual_models_are_read_from_their_weights(overrides: dict[str
     model.load_state_dict(weights)
 
 
-def test_no_sizes_from_something_else(tmp_path: Path) -> None:
+def test_weights_of_another_model_or_a_bad_config_are_refused(tmp_path: Path) -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     with pytest.raises(WeightsError, match=r"not the weights of a DINOv2 backbone: cls_token, pos_embed, .* not found"):
         read_architecture({"conv1.weight": torch.ones(1)})
     config = tmp_path / "config.json"
     for content in ("{", "[1]"):
         config.write_text(content)
-        with pytest.raises(WeightsError, match=r"config\.json is no configuration"):
+        with pytest.raises(WeightsError, match=r"config\.json is no model configuration"):
             read_architecture(weights, config)

@@ -86,13 +86,13 @@ def wrong_header(name: str, value: str, status: int = 200) -> Answer:
 
 
 WRONG_ANSWERS = {
-    "length of letters": (wrong_header("Content-Length", "abc"), "could not be fetched"),
-    "redirect to no address": (wrong_header("Location", "http://[::bad", status=302), "could not be fetched"),
+    "length of letters": (wrong_header("Content-Length", "abc"), "could not be downloaded"),
+    "redirect to no address": (wrong_header("Location", "http://[::bad", status=302), "could not be downloaded"),
     "missing": (answer(b"", status=404), "404"),
     "error": (answer(b"", status=503), "503"),
-    "short": (answer(pth({"cls_token": torch.ones(9)})[:500], promised=100_000), "broke off after 500 of 100000"),
-    "broken chunk": (broken_chunk, "could not be fetched"),
-    "no http": (no_http, "could not be fetched"),
+    "short": (answer(pth({"cls_token": torch.ones(9)})[:500], promised=100_000), "ended after 500 of 100000"),
+    "broken chunk": (broken_chunk, "could not be downloaded"),
+    "no http": (no_http, "could not be downloaded"),
     "page": (answer(b"<html>Sign in to the network</html>"), "is damaged or no PyTorch file; it was removed"),
     "empty": (answer(b""), "is damaged or no PyTorch file; it was removed"),
     "flipped": (flipped, "is damaged or no PyTorch file; it was removed"),
@@ -131,8 +131,8 @@ def test_two_downloads_of_one_file_at_once_both_succeed(server: Server, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nobody_at_the_official_address(folders: WeightFolders) -> None:
-    with pytest.raises(WeightsError, match=r"could not be fetched \(.*[Cc]onnection refused"):
+def test_a_server_that_does_not_answer_is_an_error(folders: WeightFolders) -> None:
+    with pytest.raises(WeightsError, match=r"could not be downloaded \(.*[Cc]onnection refused"):
         load(TINY)
     assert leftovers(folders) == []
 
@@ -170,8 +170,8 @@ def test_a_wrong_digest_removes_the_file(server: Server, tmp_path: Path) -> None
         assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     server.answers["/a.pth"] = answer(pth({}))
-    with pytest.raises(WeightsError, match="could not be fetched"):
+    with pytest.raises(WeightsError, match="could not be downloaded"):
         sources.download(f"{server.address}/a.pth", tmp_path / "file" / "a.pth")

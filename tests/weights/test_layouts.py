@@ -34,7 +34,7 @@ def test_the_own_layout_becomes_every_other(case: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(LAYOUTS, 2)))
 @pytest.mark.parametrize("case", FACEBOOK)
-def test_round_trips(case: str, first: str, second: str) -> None:
+def test_converting_there_and_back_gives_the_same_bits(case: str, first: str, second: str) -> None:
     _, weights, _ = golden.load_case(case)
     start = convert_state_dict(weights, to=first)
     back = convert_state_dict(convert_state_dict(start, to=second), to=first)
@@ -43,7 +43,7 @@ def test_round_trips(case: str, first: str, second: str) -> None:
     checkpoints.assert_same(back, wanted)
 
 
-def test_round_trip_through_chunks() -> None:
+def test_converting_through_chunks_gives_the_same_bits() -> None:
     _, chunked, _ = golden.load_case("facebook_chunked")
     flat = convert_state_dict(chunked, to="facebook")
     assert "blocks.2.norm1.weight" in flat
@@ -57,7 +57,7 @@ def test_round_trip_through_chunks() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_models_without_qkv_bias_or_layerscale(layout: str) -> None:
+def test_models_without_qkv_bias_or_layerscale_are_converted(layout: str) -> None:
     arguments, _, _ = golden.load_case("facebook_swiglu")
     model = DinoVisionTransformer(**{**arguments, "qkv_bias": False, "init_values": None})
     weights = model.state_dict()
@@ -67,7 +67,7 @@ def test_models_without_qkv_bias_or_layerscale(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "prefix"), [("facebook_mlp", "dinov2."), ("facebook_reg4", "dinov2_with_registers.")])
-def test_a_classifier_goes_along(case: str, prefix: str) -> None:
+def test_a_classifier_is_converted_with_its_backbone(case: str, prefix: str) -> None:
     _, weights, _ = golden.load_case(case)
     head = {"classifier.weight": torch.randn(5, 256), "classifier.bias": torch.randn(5)}
     converted = convert_state_dict({**weights, **head}, to="huggingface")
@@ -76,7 +76,7 @@ def test_a_classifier_goes_along(case: str, prefix: str) -> None:
     checkpoints.assert_same(convert_state_dict(converted, to="facebook"), {**weights, **head})
 
 
-def test_conversion_shares_what_is_packed_alike_and_leaves_the_source_alone() -> None:
+def test_conversion_shares_equal_tensors_and_leaves_the_source_unchanged() -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     before = {key: tensor.clone() for key, tensor in weights.items()}
     converted = convert_state_dict(weights, to="huggingface")
@@ -112,11 +112,11 @@ def test_converting_parameters_keeps_no_graph() -> None:
         ("module", ""),
     ],
 )
-def test_plain_key(key: str, plain: str) -> None:
+def test_plain_key_removes_wrappers_and_prefixes(key: str, plain: str) -> None:
     assert plain_key(key) == plain
 
 
-def test_parts_of_a_model_are_not_taken_for_timm() -> None:
+def test_parts_of_a_model_are_not_recognised_as_timm() -> None:
     plan = plan_conversion({"cls_token": torch.ones(1, 1, 8), "norm.weight": torch.ones(8)})
     assert plan.layout == "facebook"
     assert set(plan.recipes) == {"cls_token", "norm.weight"}
@@ -159,7 +159,7 @@ def test_a_part_of_a_joined_tensor_keeps_its_name() -> None:
     assert left == {parts.format("key"), parts.format("value")}
 
 
-def test_refused_conversions() -> None:
+def test_unknown_layouts_and_foreign_weights_are_refused() -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     with pytest.raises(ValueError, match="There is no layout 'jax'; choose one of facebook, huggingface"):
         convert_state_dict(weights, to="jax")
@@ -167,9 +167,9 @@ def test_refused_conversions() -> None:
         convert_state_dict(weights, to="timm", block_chunks=3)
     with pytest.raises(KeyError, match=r"no cls_token among conv1\.weight"):
         convert_state_dict({"conv1.weight": torch.ones(1)}, to="facebook")
-    with pytest.raises(TypeError, match="a dictionary of tensors, not a list"):
+    with pytest.raises(TypeError, match="a dictionary of tensors, got a list"):
         convert_state_dict([1], to="facebook")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="keys of a state dict are names"):
+    with pytest.raises(TypeError, match="keys of a state dict must be strings"):
         convert_state_dict({3: torch.ones(1)}, to="facebook")  # type: ignore[dict-item]
 
 

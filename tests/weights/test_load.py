@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dinov2_fast
-from dinov2_fast import WeightsError, convert_state_dict, layouts, load
+from dinov2_fast import WeightsError, convert_state_dict, load, logs
 from tests.helpers import checkpoints, golden
 from tests.helpers.weight_folders import (
     TINY,
@@ -73,7 +73,7 @@ def test_the_own_cache_goes_before_torchs_and_safetensors_before_pth(folders: We
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 @pytest.mark.parametrize("source", checkpoints.SOURCES)
 @pytest.mark.parametrize("case", ["facebook_mlp", "facebook_reg4", "facebook_swiglu"])
-def test_a_file_in_any_layout(case: str, source: str, ending: str, tmp_path: Path) -> None:
+def test_a_file_in_any_layout_is_loaded(case: str, source: str, ending: str, tmp_path: Path) -> None:
     _, weights, tensors = golden.load_case(case)
     content = checkpoints.SOURCES[source](weights)
     if ending == ".safetensors":  # holds no nested dictionaries
@@ -85,14 +85,14 @@ def test_a_file_in_any_layout(case: str, source: str, ending: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("case", golden.cases("timm"))
-def test_a_file_of_timms(case: str, tmp_path: Path) -> None:
+def test_a_file_of_timm_is_loaded(case: str, tmp_path: Path) -> None:
     _, weights, tensors = golden.load_case(case)
     model = load(write(weights, tmp_path / "timm.safetensors"), position_interpolation="antialias")
     assert_gives(model, tensors, "forward_features")
 
 
 @pytest.mark.parametrize("case", ["facebook_mlp", "facebook_reg4"])
-def test_a_folder_that_save_pretrained_wrote(case: str, tmp_path: Path) -> None:
+def test_a_folder_that_save_pretrained_wrote_is_loaded(case: str, tmp_path: Path) -> None:
     _, weights, _ = golden.load_case(case)
     family = "Dinov2WithRegisters" if case == "facebook_reg4" else "Dinov2"
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "image_size": 70, "patch_size": 14}
@@ -107,7 +107,7 @@ def test_a_folder_that_save_pretrained_wrote(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
-def test_a_sharded_checkpoint(ending: str, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_loaded(ending: str, tmp_path: Path) -> None:
     _, weights, _ = golden.load_case("facebook_swiglu")
     content = checkpoints.huggingface(weights)
     keys = list(content)
@@ -122,10 +122,10 @@ def test_a_sharded_checkpoint(ending: str, tmp_path: Path) -> None:
     checkpoints.assert_same(load(index).state_dict(), weights)
 
 
-def test_folders_without_or_with_too_many_checkpoints(tmp_path: Path) -> None:
+def test_folders_without_or_with_several_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(WeightsError, match=r"holds no checkpoint; one of model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"holds no checkpoint; expected one of model\.safetensors"):
         load(folder)
     only = write(tiny_weights(0), folder / "mine.pth")
     checkpoints.assert_same(load(folder).state_dict(), load(only).state_dict())
@@ -134,7 +134,7 @@ def test_folders_without_or_with_too_many_checkpoints(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_weights_for_a_name(tmp_path: Path) -> None:
+def test_a_file_given_for_a_name_is_loaded(tmp_path: Path) -> None:
     weights = tiny_weights(3)
     path = write({"teacher": {f"backbone.{key}": tensor for key, tensor in weights.items()}}, tmp_path / "mine.pth")
     checkpoints.assert_same(load(TINY, weights=path).state_dict(), weights)
@@ -151,17 +151,17 @@ def test_weights_for_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dinov2_vits14reg", "dinov2_vitS14", "dino_vits14", "dinov2-vits14"])
 @pytest.mark.parametrize("weights", [None, "random:0", "some.pth"])
-def test_an_unknown_name_is_answered_with_the_nearest(name: str, weights: str | None) -> None:
+def test_the_error_for_an_unknown_name_lists_the_nearest(name: str, weights: str | None) -> None:
     with pytest.raises(ValueError, match=rf"no DINOv2 backbone called '{name}'. Did you mean .*dinov2_vits14"):
         load(name, weights=weights)
 
 
-def test_a_name_unlike_any_other_lists_them_all() -> None:
+def test_the_error_for_a_name_unlike_any_other_lists_all() -> None:
     with pytest.raises(ValueError, match="The backbones are dinov2_vits14, dinov2_vitb14"):
         load("resnet")
 
 
-def test_dtype_device_position_interpolation_and_arguments(tmp_path: Path) -> None:
+def test_dtype_device_position_interpolation_and_arguments_reach_the_model(tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "tiny.pth")
     half = load(path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -181,7 +181,7 @@ def test_dtype_device_position_interpolation_and_arguments(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("head", ["classifier", "head", "linear_head"])
-def test_a_classifier_is_left_out(head: str, tmp_path: Path) -> None:
+def test_a_classifier_is_skipped(head: str, tmp_path: Path) -> None:
     weights = tiny_weights(0)
     path = write({**weights, f"{head}.weight": torch.ones(5, 128)}, tmp_path / "classifier.safetensors")
     checkpoints.assert_same(load(path).state_dict(), weights)
@@ -229,7 +229,7 @@ def test_a_backbone_is_found_in_what_training_scripts_save(
     beside = [
         key for key in ("depth_head.x", "decoder.weight", "decode_head.conv.weight") if key in WRAPPED[name](weights)
     ]
-    assert all(f"Left out 1 keys the model does not have, such as {key}." in caplog.text for key in beside)
+    assert all(f"Skipped 1 keys that the model does not have, such as {key}." in caplog.text for key in beside)
 
 
 def test_two_backbones_in_one_file_are_named(tmp_path: Path) -> None:
@@ -245,11 +245,11 @@ def test_the_keys_of_another_model_are_named(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
+def test_a_position_table_that_is_not_square_needs_an_image_size(tmp_path: Path) -> None:
     sizes = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14}
     made = dinov2_fast.DinoVisionTransformer(img_size=(98, 140), block_chunks=0, init_values=1.0, **sizes).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
-    with pytest.raises(WeightsError, match=r"70 positions, which is not a square grid\. Give the size of image"):
+    with pytest.raises(WeightsError, match=r"70 positions, which is not a square grid\. Give the image size"):
         load(path)
     with pytest.raises(WeightsError, match="not a square grid"):
         load(path, img_size=(98, 98))
@@ -263,7 +263,7 @@ def test_a_position_table_that_is_not_of_a_square(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("img_size", [(98, 140), (28, 112)])  # the second has as many patches as a square
-def test_a_position_table_that_is_not_of_a_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
+def test_a_position_table_that_is_not_square_is_resampled_by_its_own_grid(img_size: tuple[int, int]) -> None:
     rows, columns = img_size[0] // 14, img_size[1] // 14
     model = dinov2_fast.DinoVisionTransformer(img_size=img_size, patch_size=14, embed_dim=64, depth=1, num_heads=1)
     model.position_interpolation = "antialias"
@@ -286,10 +286,8 @@ def test_filters_are_adapted_as_timm_does(in_chans: int, dtype: torch.dtype, tmp
         assert model.float()(torch.randn(1, in_chans, 28, 28)).isfinite().all()
 
 
-def test_adapting_filters_is_logged_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layouts, "_logged", set())
+def test_adapting_filters_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logs.log_once.cache_clear()
     path = write(tiny_weights(0), tmp_path / "rgb.safetensors")
     for _ in range(2):
         load(path, in_chans=1)
@@ -301,7 +299,7 @@ def test_adapting_filters_is_logged_once(
     ]
 
 
-def test_an_empty_name_is_none() -> None:
+def test_an_empty_name_is_refused() -> None:
     with pytest.raises(ValueError, match="no DINOv2 backbone called ''"):
         load("")
     for model in (dinov2_fast.Dinov2Model, dinov2_fast.Dinov2Config):
@@ -310,29 +308,29 @@ def test_an_empty_name_is_none() -> None:
 
 
 @pytest.mark.parametrize("image_size", ["518", 1.5, {}, [], [518], ["a", "b"], 0, None, -518])
-def test_an_image_size_that_makes_no_sense_is_read_from_the_table(image_size: Any, tmp_path: Path) -> None:
+def test_a_bad_image_size_in_the_config_is_ignored(image_size: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"image_size": image_size}))
     assert load(tmp_path).patch_embed.img_size == (518, 518)
 
 
 @pytest.mark.parametrize("heads", ["1", -1, 0, True, 1.5, 7, [1]])
-def test_a_config_of_no_sensible_number_of_heads(heads: Any, tmp_path: Path) -> None:
+def test_a_config_with_a_bad_number_of_heads_is_refused(heads: Any, tmp_path: Path) -> None:
     write(tiny_weights(0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
-    with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* a number that divides the width"):
+    with pytest.raises(WeightsError, match=r"config\.json has num_attention_heads .* must divide the hidden size 64"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-def test_a_file_that_lacks_a_tensor(ending: str, tmp_path: Path) -> None:
+def test_a_file_that_lacks_a_tensor_is_refused(ending: str, tmp_path: Path) -> None:
     weights = tiny_weights(0)
     del weights["blocks.1.ls2.gamma"]
     with pytest.raises(WeightsError, match=r"Missing \(1\): blocks\.1\.ls2\.gamma\.$"):
         load(write(weights, tmp_path / f"part{ending}"))
 
 
-def test_parameters_do_not_lie_in_the_file(tmp_path: Path) -> None:
+def test_parameters_do_not_share_memory_with_the_file(tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "tiny.safetensors")
     model = load(path)
     with path.open("r+b") as file:
@@ -356,7 +354,7 @@ def test_random_weights_depend_on_the_seed_and_nothing_else() -> None:
     torch.testing.assert_close(first["cls_token"][0, 0, :3], pinned, atol=1e-6, rtol=0)
 
 
-def test_random_weights_leave_nothing_trivial() -> None:
+def test_no_random_weight_is_constant() -> None:
     weights = load(TINY, weights="random:0").state_dict()
     constant = [key for key, tensor in weights.items() if tensor.std() < 1e-3]
     assert constant == []
@@ -366,12 +364,36 @@ def test_random_weights_leave_nothing_trivial() -> None:
 
 
 @pytest.mark.parametrize("weights", ["random:", "random:x", "random:-1", "random:²", "random:2147483648"])
-def test_a_seed_that_is_none(weights: str) -> None:
+def test_a_seed_out_of_range_is_refused(weights: str) -> None:
     with pytest.raises(ValueError, match="random:SEED with a seed from 0 to 2147483647"):
         load(TINY, weights=weights)
 
 
-def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
+def test_a_model_that_is_not_pretrained_has_the_random_weights_of_its_seed() -> None:
+    for seed in (0, 7):
+        model = load(TINY, pretrained=False, seed=seed)
+        assert model.loaded_from == f"random:{seed}"
+        checkpoints.assert_same(model.state_dict(), load(TINY, weights=f"random:{seed}").state_dict())
+    checkpoints.assert_same(load(TINY, pretrained=False).state_dict(), load(TINY, weights="random:0").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": False, "weights": "random:1"}, "exclude each other"),
+        ({"pretrained": False, "weights": "file.pth"}, "exclude each other"),
+        ({"seed": 1}, "give pretrained=False"),
+        ({"seed": 1, "weights": "random:2"}, "give pretrained=False"),
+        ({"pretrained": False, "seed": -1}, "seed from 0 to 2147483647"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(TINY, **options)
+
+
+def test_load_records_its_source_and_takes_names_of_dtypes() -> None:
     model = load(TINY, weights="random:3", dtype="bfloat16")
     assert model.loaded_from == "random:3"
     assert model.norm.weight.dtype == torch.bfloat16
@@ -381,5 +403,5 @@ def test_load_says_what_it_loaded_and_takes_names_of_dtypes() -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere", "/nowhere/model"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
-    with pytest.raises(WeightsError, match="is no file or folder here and no hub id"):
+    with pytest.raises(WeightsError, match="is no file or folder here, and no hub id"):
         load(name)

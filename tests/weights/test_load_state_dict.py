@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import DinoVisionTransformer, layouts
+from dinov2_fast import DinoVisionTransformer, convert_state_dict, layouts, logs
 from tests.helpers import checkpoints, golden
 
 
@@ -84,9 +84,10 @@ def test_state_dict_has_the_references_keys(face: str, case: str) -> None:
         assert keys == set(weights)
 
 
+@pytest.mark.golden
 def test_golden_chunked_weights_load_into_flat_and_other_chunks() -> None:
     _, chunked, _ = golden.load_case("facebook_chunked")
-    flat = layouts.convert_state_dict(chunked, to="facebook")
+    flat = convert_state_dict(chunked, to="facebook")
     for chunks in (0, 1, 2, 3):
         model = _reference("facebook_chunked", block_chunks=chunks)
         model.load_state_dict(chunked)
@@ -95,7 +96,7 @@ def test_golden_chunked_weights_load_into_flat_and_other_chunks() -> None:
 
 @pytest.mark.parametrize("source", ["facebook", "huggingface", "huggingface_memory", "timm"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_assign(source: str, assign: bool) -> None:
+def test_assign_makes_the_tensors_the_parameters(source: str, assign: bool) -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     half = {key: tensor.bfloat16() for key, tensor in weights.items()}
     source_dict = checkpoints.SOURCES[source](half)
@@ -122,7 +123,7 @@ def test_assign_fills_a_model_without_storage() -> None:
     torch.testing.assert_close(output, tensors["0.forward"], atol=1e-4, rtol=0)
 
 
-def test_loading_parameters_that_require_grad() -> None:
+def test_parameters_that_require_grad_are_loaded() -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     source = {key: nn.Parameter(tensor) for key, tensor in checkpoints.huggingface(weights).items()}
     model = _reference("facebook_mlp")
@@ -157,10 +158,8 @@ def test_not_strict_with_one_token_touches_no_other() -> None:
     assert torch.all(model.cls_token == 1.0)
 
 
-def test_timms_missing_mask_token_is_zeros_and_logged_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layouts, "_logged", set())
+def test_timms_missing_mask_token_is_zeros_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    logs.log_once.cache_clear()
     _, weights, _ = golden.load_case("timm_mlp")
     model = _reference("facebook_mlp")
     with caplog.at_level(logging.WARNING, logger="dinov2_fast"):
@@ -170,7 +169,7 @@ def test_timms_missing_mask_token_is_zeros_and_logged_once(
     assert report.missing_keys == []
     assert not model.mask_token.any()
     assert [record.message for record in caplog.records if "no mask token" in record.message] == [
-        "These weights have no mask token, as timm's: it is set to zeros."
+        "These weights come from timm and have no mask token: it is set to zeros."
     ]
 
 
@@ -212,7 +211,7 @@ def test_strict_names_missing_and_unexpected_keys_and_changes_nothing() -> None:
     ("key", "message"),
     [("norm.bias", r"Missing \(1\): norm\.bias\."), ("extra.weight", r"Unexpected \(1\): extra\.weight\.")],
 )
-def test_strict_with_one_key_too_few_or_too_many(key: str, message: str) -> None:
+def test_strict_refuses_one_key_too_few_or_too_many(key: str, message: str) -> None:
     _, weights, _ = golden.load_case("facebook_mlp")
     model = _reference("facebook_mlp")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dinov2_fast
-from dinov2_fast import DinoVisionTransformer, layouts
+from dinov2_fast import DinoVisionTransformer, logs
 from tests.helpers import checkpoints, golden
 
 CASES = ("facebook_mlp", "facebook_reg4", "facebook_swiglu")
@@ -103,11 +103,11 @@ def test_a_parent_of_transformers_loads_what_it_loaded_before_the_swap() -> None
         torch.testing.assert_close(parent(x).predicted_depth, wanted, atol=1e-5, rtol=0)
 
 
-def test_what_a_parent_of_transformers_saves_is_said_once_and_loads_into_the_same_parent(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_parent_of_transformers_warns_once_on_saving_and_loads_its_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
-    monkeypatch.setattr(layouts, "_logged", set())
+    logs.log_once.cache_clear()
     parent, again = (_depth_model(transformers) for _ in range(2))
     for model in (parent, again):
         model.backbone = dinov2_fast.Dinov2Backbone(model.backbone.config).eval()
@@ -133,11 +133,9 @@ def test_an_accelerated_parent_of_transformers_is_saved_for_transformers(tmp_pat
         torch.testing.assert_close(again.eval()(x).predicted_depth, wanted, atol=1e-5, rtol=0)
 
 
-def test_nothing_is_said_about_a_classifier_of_our_own(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_classifier_of_our_own_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("transformers", reason="the warning is for where transformers is loaded")
-    monkeypatch.setattr(layouts, "_logged", set())
+    logs.log_once.cache_clear()
     _huggingface("facebook_mlp", "ForImageClassification").state_dict()
     assert caplog.records == []
 
@@ -183,7 +181,7 @@ def test_a_parents_error_names_two_keys_for_one_tensor() -> None:
         Net(_reference("facebook_mlp")).load_state_dict(_within({**weights, "module.cls_token": weights["cls_token"]}))
 
 
-def test_weights_of_the_parent_alone_leave_the_backbone_as_it_is() -> None:
+def test_weights_of_the_parent_alone_leave_the_backbone_unchanged() -> None:
     parent = Net(_reference("facebook_mlp"))
     before = copy.deepcopy(parent.model["vision"].state_dict())
     report = parent.load_state_dict(_within({}), strict=False)

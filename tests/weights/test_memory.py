@@ -86,7 +86,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, tuple[
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peak_memory_of_loading(case: str, measured: tuple[dict[str, tuple[int, int]], int]) -> None:
+def test_loading_takes_the_weights_and_one_tensor(case: str, measured: tuple[dict[str, tuple[int, int]], int]) -> None:
     growth, size = measured[0][case]
     largest = measured[1]
     assert size > (300 << 20 if CASES[case] is None else 150 << 20)  # large beside the margin

@@ -32,12 +32,12 @@ def size(state_dict: dict[str, torch.Tensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in state_dict.values())
 
 
-def test_published_table_is_complete() -> None:
+def test_the_table_of_backbones_is_complete() -> None:
     assert set(BACKBONES) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_keys_and_sizes_of_the_published_models(name: str) -> None:
+def test_the_published_models_have_the_published_keys_and_sizes(name: str) -> None:
     keys, size_in_bytes, huggingface_keys, parameters = PUBLISHED[name]
     own = published(name)
     assert (len(own), 4 * size(own)) == (keys, size_in_bytes)
@@ -47,7 +47,7 @@ def test_keys_and_sizes_of_the_published_models(name: str) -> None:
     assert len(convert_state_dict(own, to="huggingface_memory")) == huggingface_keys + split
 
 
-def test_keys_and_shapes_of_the_reference_written_out() -> None:
+def test_keys_and_shapes_are_those_of_the_reference() -> None:
     for name, dim, depth, ffn in (
         ("dinov2_vitl14_reg", 1024, 24, {"fc1": (4096, 1024), "fc2": (1024, 4096)}),
         ("dinov2_vitg14_reg", 1536, 40, {"w12": (8192, 1536), "w3": (1536, 4096)}),
@@ -74,7 +74,7 @@ def test_keys_and_shapes_of_the_reference_written_out() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_keys_and_shapes_of_transformers(name: str) -> None:
+def test_keys_and_shapes_are_those_of_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
     backbone = BACKBONES[name]
     fields = {
@@ -95,7 +95,7 @@ def test_keys_and_shapes_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_keys_and_shapes_of_timm(name: str) -> None:
+def test_keys_and_shapes_are_those_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm", reason="compares with timm, which is not installed")
     with torch.device("meta"):
         theirs = timm.create_model(BACKBONES[name].timm_name).state_dict()

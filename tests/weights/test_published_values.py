@@ -31,7 +31,7 @@ WITH_REGISTERS = [[-0.4638, -1.4563, -0.0289], [-1.4736, -0.8866, 0.3005], [0.07
         pytest.param(REGISTERS, "antialias", WITH_REGISTERS, 261, 1e-4, id="registers"),
     ],
 )
-def test_published_values(
+def test_published_weights_give_the_published_values(
     name: str, position_interpolation: str, expected: list[list[float]], tokens: int, tolerance: float
 ) -> None:
     image = _image()

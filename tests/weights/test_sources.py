@@ -65,7 +65,7 @@ def put(folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", [TINY, REPOSITORY])
 @pytest.mark.parametrize("make", [hub_files, sharded_hub_files])
 @pytest.mark.parametrize("local_files_only", [True, False])
-def test_the_hubs_cache_is_enough(
+def test_weights_in_the_hubs_cache_are_loaded_without_a_network(
     name: str,
     make: Any,
     local_files_only: bool,
@@ -81,7 +81,9 @@ def test_the_hubs_cache_is_enough(
     assert attempts == []
 
 
-def test_a_revision_in_the_hubs_cache(folders: WeightFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_in_the_hubs_cache_is_loaded(
+    folders: WeightFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tiny_weights(1)
     hub_files(tmp_path / "files", weights, heads=2)
     put_in_hub_cache(folders, REPOSITORY, tmp_path / "files", revision="v2")
@@ -95,7 +97,7 @@ def test_a_revision_in_the_hubs_cache(folders: WeightFolders, tmp_path: Path, mo
     assert attempts == []
 
 
-def test_local_files_only_asks_nobody(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_only_sends_no_request(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
     for name in (TINY, REPOSITORY):
         with pytest.raises(WeightsError, match="is not in the Hugging Face cache"):
@@ -110,17 +112,19 @@ def test_offline_the_message_says_which_file_to_put_where(
     with pytest.raises(WeightsError) as caught:
         load(TINY)
     message = str(caught.value)
-    assert f"The weights of {TINY} are not on this machine and could not be fetched" in message
-    assert "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it" in message
+    assert f"The weights of {TINY} are not on this machine and could not be downloaded" in message
+    assert "the hub does not answer: there is no network, or HF_HUB_OFFLINE is set" in message
     url = f"{configs.OFFICIAL_URL}/dinov2_vitt14/dinov2_vitt14_pretrain.pth"
-    assert f"Download {url} where there is a network" in message
+    assert f"Download {url} on a machine with a network" in message
     path = folders.cache / "dinov2_vitt14_pretrain.pth"
-    assert f"put it at {path} (the folder is set by DINOV2_FAST_CACHE)" in message
+    assert f"put it at {path} (DINOV2_FAST_CACHE sets the folder)" in message
     write_weights(tiny_weights(5), path)
     assert_same(load(TINY).state_dict(), tiny_weights(5))
 
 
-def test_a_fresh_process_asks_nobody_for_imports_and_what_is_cached(folders: WeightFolders, tmp_path: Path) -> None:
+def test_a_fresh_process_sends_no_request_for_imports_and_cached_weights(
+    folders: WeightFolders, tmp_path: Path
+) -> None:
     hub_files(tmp_path / "files", tiny_weights(1))
     put_in_hub_cache(folders, REPOSITORY, tmp_path / "files")
     script = """
@@ -154,7 +158,7 @@ print("dinov2_fast.weights.sources" in sys.modules, len(asked))
 
 @pytest.mark.parametrize("name", [TINY, REPOSITORY])
 @pytest.mark.parametrize("make", [hub_files, sharded_hub_files])
-def test_a_hub_is_asked_once(
+def test_weights_from_the_hub_are_downloaded_once(
     name: str, make: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tiny_weights(2)
@@ -167,7 +171,7 @@ def test_a_hub_is_asked_once(
     assert len(server.requests) == asked
 
 
-def test_a_shard_missing_from_the_hubs_cache_is_fetched(
+def test_a_shard_missing_from_the_hubs_cache_is_downloaded(
     server: Server, folders: WeightFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tiny_weights(2)
@@ -180,7 +184,7 @@ def test_a_shard_missing_from_the_hubs_cache_is_fetched(
     assert_same(load(REPOSITORY).state_dict(), weights)
 
 
-def test_a_config_is_fetched_without_the_weights(
+def test_a_config_is_downloaded_without_the_weights(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_hub(server, hub_files(tmp_path / "files", tiny_weights(0), heads=3))
@@ -190,16 +194,18 @@ def test_a_config_is_fetched_without_the_weights(
 
 
 @pytest.mark.parametrize("repository", [REPOSITORY, "facebook/nobody"])
-def test_a_hub_that_does_not_have_it(repository: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_without_the_weights_is_an_error(
+    repository: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_on_hub(server, {"README.md": b"no weights here"})
     point_to(monkeypatch, hub=server.address)
-    with pytest.raises(WeightsError, match=r"is not in the Hugging Face cache and could not be fetched \(.+\)"):
+    with pytest.raises(WeightsError, match=r"is not in the Hugging Face cache and could not be downloaded \(.+\)"):
         load(repository)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "no such file.xyz", "https://example.org/x"])
-def test_what_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_no_hub_id_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
-    with pytest.raises(WeightsError, match="is no file or folder here and no hub id"):
+    with pytest.raises(WeightsError, match="is no file or folder here, and no hub id"):
         load(name)
     assert attempts == []

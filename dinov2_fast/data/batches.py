@@ -1,0 +1,127 @@
+"""The one way from images to tensors: batches of decoded images, and running them in parts that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.images import MAX_PIXELS
+from dinov2_fast.data.sources import ImageSource
+from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
+from dinov2_fast.errors import InvalidValueError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Consecutive images, those that cannot be read included, and the pixels of the others.
+
+    Attributes:
+        images: size, digest and error of each; `pixels` is None in all of them.
+        rows: the indices in `images` of those that have pixels, ascending.
+        pixels: (len(rows), 3, height, width) on the CPU: float32, or uint8 where the processor neither rescales nor
+            normalizes.
+    """
+
+    images: list[Decoded]
+    rows: list[int]
+    pixels: Tensor
+
+
+def read_batches(
+    sources: Iterable[ImageSource],
+    processor: Dinov2ImageProcessor,
+    *,
+    batch_size: int = 32,
+    group_size: int | None = None,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    max_seconds: float = MAX_SECONDS,
+) -> Generator[ImageBatch, None, None]:
+    """Decodes images in their order and yields them in batches.
+
+    A batch is a fixed range of images: one that cannot be read is a row with an error, and moves no other image into
+    another batch. Close the iterator to stop early; it ends the worker processes.
+
+    Args:
+        sources: where the images are. Taken while the result is used, about two batches ahead with `workers`.
+        processor: its outputs must have one size.
+        batch_size: images in each batch, except the last one of a group.
+        group_size: a new batch begins after each so many images; by default all images are one group.
+        workers: processes that decode, see :func:`dinov2_fast.data.workers.decode_all`; 0 decodes in this one.
+        max_pixels: larger images get an error.
+        max_seconds: images that take longer to decode, twice, get an error; needs `workers`.
+
+    Raises:
+        InvalidValueError: the processor's outputs differ in size, or a batch_size or group_size below 1.
+        InvalidStateError: a worker cannot start.
+    """
+    if batch_size < 1 or (group_size is not None and group_size < 1):
+        raise InvalidValueError(f"batch_size and group_size must be at least 1, got {batch_size} and {group_size}.")
+    decoded = decode_all(
+        sources,
+        processor,
+        workers=workers,
+        max_pixels=max_pixels,
+        max_seconds=max_seconds,
+        ahead=max(2 * batch_size, 8),
+    )
+    with closing(decoded):
+        left = group_size  # images until the next group begins
+        while images := list(islice(decoded, batch_size if left is None else min(batch_size, left))):
+            yield make_batch(images, processor)
+            if left is not None:
+                left = left - len(images) or group_size
+
+
+def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:
+    """One batch of images that `processor` has prepared.
+
+    Raises:
+        InvalidValueError: the processor's outputs differ in size.
+    """
+    if processor.output_size is None:
+        raise InvalidValueError(
+            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
+        )
+    rows = [row for row, image in enumerate(images) if image.pixels is not None]
+    found = [image.pixels for image in images if image.pixels is not None]
+    pixels = np.stack(found) if found else np.empty((0, 3, *processor.output_size), pixel_dtype(processor))
+    return ImageBatch([replace(image, pixels=None) for image in images], rows, torch.from_numpy(pixels))
+
+
+def run_in_parts(run: Callable[[Tensor], T], pixels: Tensor, size: int) -> tuple[list[T], int]:
+    """Calls `run` on parts of at most `size` images, in order, with smaller parts where memory runs out.
+
+    Each time that memory runs out, `size` is halved and all parts are run again. Other errors are not retried: after an
+    illegal access, for instance, nothing that the device computes can be trusted.
+
+    Args:
+        run: called with (images, 3, height, width); not called where there are no images.
+        pixels: (images, 3, height, width).
+        size: at least 1.
+
+    Returns:
+        The results in order, and the size that sufficed: use it for the batches that follow.
+
+    Raises:
+        torch.OutOfMemoryError: memory does not suffice for a single image.
+    """
+    while True:
+        try:
+            return [run(part) for part in pixels.split(size) if len(part)], size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size = max(min(size, len(pixels)) // 2, 1)
+        torch.cuda.empty_cache()  # does nothing where there is no GPU

@@ -1,0 +1,106 @@
+"""The device, the preprocessing and the model that a user names, for the commands and the extraction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.inference.optimize import optimize_for_inference, why_slow
+from dinov2_fast.inference.plan import PRECISIONS
+from dinov2_fast.weights.load import load
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a model without the engine
+
+
+def load_model(
+    model: str | Path,
+    processor: Dinov2ImageProcessor,
+    *,
+    weights: str | Path | None = None,
+    position_interpolation: str | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    engine: bool = True,
+    stride: int | tuple[int, int] | None = None,
+) -> Any:
+    """Loads a model, by default as an engine that normalises uint8 images as `processor` does.
+
+    Args:
+        model, weights, position_interpolation: as for :func:`dinov2_fast.load`.
+        processor: the preprocessing of the images.
+        device: its name, as for `find_device`.
+        precision: "fp32", "bf16" or "fp16", with the engine also "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
+        engine: make an engine. It does not follow the model, which has no other user.
+        stride: of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
+
+    Raises:
+        WeightsError: the weights cannot be found or read.
+        ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
+    """
+    torch_device = find_device(device)
+    if precision == "auto":
+        precision = "bf16" if torch_device.type == "cuda" else "fp32"
+    if not engine and precision not in DTYPES:
+        raise InvalidValueError(
+            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
+        )
+    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
+    loaded = load(
+        model, weights=weights, device=torch_device, dtype=dtype, position_interpolation=position_interpolation
+    )
+    if stride is not None:
+        loaded.stride = stride
+    if not engine:
+        return loaded
+    return optimize_for_inference(loaded, precision, processor=processor, follow_weights=False)
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this name. With None it is a GPU, or the CPU where there is no GPU.
+
+    Raises:
+        ValueError: torch knows no device of this name.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InvalidValueError(f"There is no device {name!r}; give cpu, cuda or cuda:1, for instance.") from None
+
+
+def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
+    """The preprocessing for a model.
+
+    Args:
+        model: a name, file, folder or hub id, or a model.
+        size: the size of its outputs, pixels, an int or (height, width). By default the processor is the one in the
+            model's folder, or else that of the checkpoints.
+    """
+    if size is not None:
+        return Dinov2ImageProcessor.for_size(size)
+    if isinstance(model, (str, Path)) and (Path(model) / CONFIG_NAME).is_file():
+        return Dinov2ImageProcessor.from_pretrained(model)
+    return Dinov2ImageProcessor()
+
+
+def check_precision(precision: str, device: torch.device, *, engine: bool = True) -> None:
+    """Refuses a precision before any weights are read.
+
+    Raises:
+        ValueError: it does not exist, exists in the engine only, or is slower on the device than one of more bits.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        raise InvalidValueError(f"There is no precision {precision!r}; choose auto, {', '.join(PRECISIONS)}.")
+    if precision == "fp8" and not engine:
+        raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
+    reason = why_slow(precision, device) if precision != "auto" and engine else None
+    if reason:
+        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        raise InvalidValueError(
+            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
+            f"{instead}{otherwise}."
+        )

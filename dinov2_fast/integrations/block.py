@@ -1,0 +1,223 @@
+"""A block of another library that computes with this package's ops, on its own modules and parameters.
+
+A call that asks for more than a plain forward pass runs the block's own code. So does each part of the block that was
+changed, or has hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast import ops
+from dinov2_fast.integrations.changes import ModuleSnapshot, StructureWatch
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule
+from dinov2_fast.integrations.module_ops import Function, drop_scale, is_identity, is_layer_norm, layer_norm
+from dinov2_fast.integrations.parts import (
+    AcceleratedPart,
+    BlockSpec,
+    DropPath,
+    KnownPart,
+    LayerScale,
+    Norm,
+    match_part,
+)
+from dinov2_fast.torch_private import has_any_global_hook, is_traced
+
+_MISSING = nn.Identity()
+
+
+class BlockFunctions(NamedTuple):
+    """The functions that compute a block as it is now."""
+
+    norm1: Function
+    attention: Function
+    add_and_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    mlp: Function
+    add: Callable[[Tensor, Tensor], Tensor]
+
+
+class BlockParts:
+    """The parts of an accelerated block.
+
+    Attributes:
+        attention: the name of its attention.
+        scales, drop_paths: the names of LayerScale and of stochastic depth of its two branches, or None.
+        by_name: what is known of each part that our ops can compute.
+        snapshot: the block itself when it was accelerated.
+        latest: the functions made last, with the state and the watch that tell whether they still hold. Copies of the
+            block make their own.
+    """
+
+    def __init__(self, block: Any, spec: BlockSpec) -> None:
+        self.latest: tuple[tuple[Any, ...], StructureWatch, BlockFunctions] | None = None
+        attention = spec.attention_name(block)
+        assert attention is not None
+        self.attention = attention
+        self.scales = _first_present(block, spec.scale_names)
+        self.drop_paths = _first_present(block, spec.drop_path_names)
+        candidates: dict[str, tuple[type[KnownPart], ...]] = {attention: spec.attentions, "mlp": spec.mlps}
+        candidates |= {"norm1": (Norm,), "norm2": (Norm,)}
+        candidates |= {name: (LayerScale,) for name in self.scales if name}
+        candidates |= {name: (DropPath,) for name in self.drop_paths if name}
+        found = {name: match_part(getattr(block, name), known) for name, known in candidates.items()}
+        self.by_name = {name: AcceleratedPart(getattr(block, name), known) for name, known in found.items() if known}
+        self.snapshot = ModuleSnapshot(block, block.class_swap.replaced)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "latest": None}
+
+
+def _first_present(block: nn.Module, pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
+    return next((pair for pair in pairs if block._modules.keys() >= set(pair)), (None, None))
+
+
+def call_for_features(module: nn.Module, x: Tensor) -> Tensor:
+    """Calls `module` and returns the features alone; some attentions return their weights beside them."""
+    result = module(x)
+    return result[0] if isinstance(result, tuple) else result
+
+
+class AcceleratedBlock(SwappedModule):
+    """One block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``, with stochastic depth."""
+
+    spec: ClassVar[BlockSpec]  # of the library's block
+    ignored_arguments: ClassVar[frozenset[str]] = frozenset()  # keyword arguments that change nothing in a block
+
+    norm1: Any
+    norm2: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        others = (*args[1:], *(value for name, value in kwargs.items() if name not in self.ignored_arguments))
+        asks_for_more = any(other is not None and other is not False for other in others)
+        if not args or asks_for_more or self.needs_own_code(args[0]):
+            return super().forward(*args, **kwargs)  # of the block's own class
+        functions = self.current_functions()
+        x, y = functions.add_and_norm(args[0], functions.attention(functions.norm1(args[0])))
+        return functions.add(x, functions.mlp(y))
+
+    @property
+    def accelerated_parts(self) -> BlockParts:
+        return self.__dict__[STATE_ATTRIBUTE]
+
+    def needs_own_code(self, x: Any) -> bool:
+        """Whether a call with `x` runs the block's own code."""
+        return not isinstance(x, Tensor) or x.ndim != 3 or not self.is_unchanged()
+
+    def is_unchanged(self) -> bool:
+        """Whether the block itself, apart from its parts, is as it was when it was accelerated."""
+        return self.accelerated_parts.snapshot.matches_subclass(self)
+
+    def change(self) -> str | None:
+        """What was changed in the block or its parts since it was accelerated, or None."""
+        parts = self.accelerated_parts
+        if not self.is_unchanged():
+            return parts.snapshot.change_in_subclass(self)
+        changes = ((name, part.change(getattr(self, name))) for name, part in parts.by_name.items())
+        return next((f"in its {name}, {change}" for name, change in changes if change), None)
+
+    def own_code_reasons(self) -> Iterator[str]:
+        """Which of its parts run their own code now, even in plain calls, and why."""
+        parts = self.accelerated_parts
+        if not self.is_unchanged():
+            yield f"it runs its own code: {parts.snapshot.change_in_subclass(self)}"
+            return
+        for name, part in parts.by_name.items():
+            module = getattr(self, name)
+            reason = None if is_identity(module) else part.explain(module)
+            if reason:
+                yield f"its {name} runs its own code: {reason}"
+
+    # Choosing the functions
+
+    def current_functions(self) -> BlockFunctions:
+        """The functions for the block as it is now: the latest ones, unless something changed or a graph is traced."""
+        if is_traced() or has_any_global_hook():
+            return self._make_functions()
+        parts = self.accelerated_parts
+        children = self._modules.values()
+        state = self.training, torch.is_grad_enabled(), *children
+        latest = parts.latest
+        if latest is None or latest[0] != state or latest[1].changed():
+            watch = StructureWatch(module for child in children if child is not None for module in child.modules())
+            latest = parts.latest = state, watch, self._make_functions()
+        return latest[2]
+
+    def _make_functions(self) -> BlockFunctions:
+        parts = self.accelerated_parts
+        drop_path1, drop_path2 = self.active_drop_paths()
+        return BlockFunctions(
+            self._norm("norm1"),
+            self._branch(parts.attention),
+            self._add_and_norm(parts.scales[0], drop_path1),
+            self._branch("mlp"),
+            self._add(parts.scales[1], drop_path2),
+        )
+
+    def active_drop_paths(self) -> tuple[str | None, str | None]:
+        """The names of the stochastic depth that the block applies to its two branches in this mode."""
+        return self.accelerated_parts.drop_paths
+
+    def _branch(self, name: str) -> Function:
+        """The function for the attention or the MLP."""
+        module = getattr(self, name)
+        part = self.accelerated_parts.by_name[name]
+        return partial(call_for_features, module) if part.why_called(module) else part.known.function(module)
+
+    def _norm(self, name: str) -> Function:
+        norm = getattr(self, name)
+        return layer_norm(norm) if self._can_compute(name) else norm
+
+    def _add_and_norm(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The function that adds the attention's branch to the stream, and its norm, in one op where possible."""
+        norm = self.norm2
+        if is_layer_norm(norm) and self._can_compute("norm2") and self._can_compute_or_skip(scale, drop):
+            factors = self._factors(scale, drop)
+            parameters, eps = norm._parameters, norm.eps
+
+            def add_and_norm_at_once(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+                gamma, dropped = factors(branch)
+                weight, bias = parameters["weight"], parameters["bias"]
+                return ops.layer_norm(x, weight, bias, eps, branch=branch, gamma=gamma, drop_scale=dropped)
+
+            return add_and_norm_at_once
+        add = self._add(scale, drop)
+
+        def add_and_norm(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+            x = add(x, branch)
+            return x, norm(x)
+
+        return add_and_norm
+
+    def _add(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function that adds a branch to the stream, with LayerScale and stochastic depth."""
+        if self._can_compute_or_skip(scale, drop):
+            factors = self._factors(scale, drop)
+            return lambda x, branch: ops.add_residual(x, branch, *factors(branch))
+        scaled, dropped = self._part(scale), self._part(drop)
+        return lambda x, branch: x + dropped(scaled(branch))
+
+    def _factors(self, scale: str | None, drop: str | None) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
+        """The function that gives the factors of a branch: LayerScale's (hidden,), and stochastic depth's (batch,)."""
+        parameters, drop_path = self._part(scale)._parameters, self._part(drop)
+        dropping = drop_path.training and getattr(drop_path, "drop_prob", 0.0)
+
+        def factors(branch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            gamma = next(iter(parameters.values()), None)  # an identity has none
+            return gamma, drop_scale(drop_path, branch, gamma) if dropping else None
+
+        return factors
+
+    def _part(self, name: str | None) -> Any:
+        return _MISSING if name is None else getattr(self, name)
+
+    def _can_compute(self, name: str) -> bool:
+        part = self.accelerated_parts.by_name.get(name)
+        return part is not None and part.why_called(getattr(self, name)) is None
+
+    def _can_compute_or_skip(self, *names: str | None) -> bool:
+        return all(name is None or is_identity(self._part(name)) or self._can_compute(name) for name in names)

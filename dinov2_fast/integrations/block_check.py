@@ -1,0 +1,201 @@
+"""Decides whether a block can be accelerated, by its looks and by a trial on copies of it with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_fast.block import SUBSET_THRESHOLD
+from dinov2_fast.integrations.block import BlockParts, call_for_features
+from dinov2_fast.integrations.changes import class_path, plain_attributes, shadowed_methods
+from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_class
+from dinov2_fast.integrations.libraries import ANY_BLOCK, block_class_for
+from dinov2_fast.integrations.module_ops import is_identity
+from dinov2_fast.integrations.parts import KnownPart, match_part
+from dinov2_fast.integrations.trial import TrialRun, agree, copy_with_random_weights, relative_error, run_copy
+
+
+class BlockCheck(NamedTuple):
+    """The result of a trial.
+
+    Args:
+        reason: why the block cannot be accelerated, or None.
+        replaced: the class whose `forward` is replaced, the lowest one that a call of the block reaches.
+    """
+
+    reason: str | None
+    replaced: type
+
+
+def reason_against(block: nn.Module) -> str | None:
+    """Why `block`, for which `block_class_for` finds a class, cannot be accelerated, or None."""
+    return _reason_by_looks(block) or _check(block).reason
+
+
+def accelerate_block(block: nn.Module) -> None:
+    """Swaps the class of `block` for one that computes with our ops; `reason_against` must have found no reason."""
+    _accelerate(block, _check(block).replaced)
+
+
+def _accelerate(block: nn.Module, replaced: type) -> None:
+    block_class = block_class_for(block)
+    assert block_class is not None
+    swap_class(block, block_class, replaced)
+    block.__dict__[STATE_ATTRIBUTE] = None  # BlockParts counts the attributes, and this is one
+    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block, ANY_BLOCK)
+
+
+# By its looks
+
+
+def _reason_by_looks(block: Any) -> str | None:
+    if has_own_forward(block):
+        return "forward was set on the instance"
+    if shadowed_methods(block):
+        return f"{' and '.join(shadowed_methods(block))} was set on the instance"
+    known = ANY_BLOCK.part_names()
+    unknown = [name for name, child in block._modules.items() if name not in known and not is_identity(child)]
+    if unknown:
+        return f"it has {' and '.join(unknown)} in addition to the parts of a block"
+    return _reason_against_attention(block) or _reason_against_mlp(block)
+
+
+def _reason_against_attention(block: Any) -> str | None:
+    attention = getattr(block, ANY_BLOCK.attention_name(block) or "")
+    known = match_part(attention, ANY_BLOCK.attentions)
+    if known is None:
+        return f"its attention is a {class_path(type(attention))}, which our ops cannot compute"
+    if known.extra_parts(attention):
+        return f"its attention has {' and '.join(known.extra_parts(attention))}, which that of DINOv2 does not have"
+    dropout = known.dropout(attention)
+    rate = getattr(dropout, "p", dropout)
+    if block.training and rate:
+        return f"it is in training mode and drops attention weights (p = {rate})"
+    return None
+
+
+def _reason_against_mlp(block: Any) -> str | None:
+    if match_part(block.mlp, ANY_BLOCK.mlps) is not None:
+        return None
+    return f"its mlp is a {class_path(type(block.mlp))}, which our ops cannot compute"
+
+
+# By trial
+
+_checks: dict[Hashable, BlockCheck] = {}
+
+
+def clear_check_cache() -> None:
+    """Has all blocks tried again. Until then, of blocks that differ by their weights only, one is tried."""
+    _checks.clear()
+
+
+def _check(block: nn.Module) -> BlockCheck:
+    key = tuple((name, type(module), _comparable(module)) for name, module in block.named_modules())
+    if key not in _checks:
+        _checks[key] = _try_block(block)
+    return _checks[key]
+
+
+def _comparable(module: nn.Module) -> Hashable:
+    return tuple(
+        (name, _comparable_rate(value) if "drop" in name else _hashable(value))
+        for name, value in plain_attributes(module).items()
+    )
+
+
+def _hashable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _comparable_rate(value: Any) -> Hashable:
+    """What matters of a drop rate, which often differs from block to block: whether it is 0, and Meta's threshold."""
+    return (value > 0, value > SUBSET_THRESHOLD) if isinstance(value, float | int) else _hashable(value)
+
+
+def _try_block(block: nn.Module) -> BlockCheck:
+    place: tuple[str, torch.dtype] = ("cpu", torch.float64)
+    theirs = _run_in_both_modes(copy_with_random_weights(block, *place))
+    if isinstance(theirs[0].output, Exception) and torch.cuda.is_available():  # xformers has no attention for the CPU
+        place = ("cuda", torch.float32)
+        theirs = _run_in_both_modes(copy_with_random_weights(block, *place))
+    if isinstance(theirs[0].output, Exception):
+        return BlockCheck(f"its code fails on a random input: {_first_line(theirs[0].output)}", type(block))
+    for replaced in _classes_with_forward(block):
+        copied = copy_with_random_weights(block, *place)
+        _accelerate(copied, replaced)
+        parts = copied.__dict__[STATE_ATTRIBUTE] = _ObservedParts(copied.__dict__[STATE_ATTRIBUTE])
+        ours = _run_in_both_modes(copied)
+        if parts.were_used:
+            reasons = map(_difference, ("in eval mode", "in training mode"), theirs, ours)
+            reason = next(filter(None, reasons), None)
+            return BlockCheck(reason and (_difference_of_parts(block, place) or reason), replaced)
+    return BlockCheck("it does not call the forward of its class", type(block))
+
+
+def _run_in_both_modes(copied: nn.Module) -> list[TrialRun]:
+    return [run_copy(copied, training) for training in (False, True)]
+
+
+def _classes_with_forward(block: nn.Module) -> list[type]:
+    """The class of `block` and its bases that define `forward`, the lowest first."""
+    classes = [each for each in type(block).__mro__ if "forward" in vars(each) and not issubclass(nn.Module, each)]
+    return classes[::-1]
+
+
+class _ObservedParts:
+    """Tells whether the accelerated forward ran: nothing else asks for the name of the attention."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        self._parts = parts
+        self.were_used = False
+
+    def __getattr__(self, name: str) -> Any:
+        self.were_used = self.were_used or name == "attention"
+        return getattr(self._parts, name)
+
+
+def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
+    """How the accelerated block differs from the block itself, or None."""
+    if isinstance(theirs.output, Exception):
+        return f"its forward fails: {_first_line(theirs.output)}"
+    if not isinstance(theirs.output, Tensor):
+        return f"its forward returns a {type(theirs.output).__name__}"
+    if theirs.changed != ours.changed:
+        return f"a call sets {' and '.join(theirs.changed)}, which our code would not do"
+    if not agree(ours.output, theirs.output):
+        error = relative_error(ours.output, theirs.output)
+        return f"{mode} its forward computes something else than a block of DINOv2 (relative error {error:.2g})"
+    if theirs.calls != ours.calls:
+        repeated = sorted(name for name in theirs.calls if theirs.calls[name] != ours.calls[name])
+        return f"it runs {', '.join(repeated)} more than once, as checkpointing does, which our code would not do"
+    return None
+
+
+def _difference_of_parts(block: Any, place: tuple[str, torch.dtype]) -> str | None:
+    """Which of attention and MLP computes something else by itself, or None."""
+    attention = ANY_BLOCK.attention_name(block) or ""
+    candidates: dict[str, tuple[type[KnownPart], ...]] = {attention: ANY_BLOCK.attentions, "mlp": ANY_BLOCK.mlps}
+    for name, candidates_of_part in candidates.items():
+        copied = copy_with_random_weights(getattr(block, name), *place)
+        known = match_part(copied, candidates_of_part)
+        if known is None or known.refuses(copied):
+            continue
+        theirs = run_copy(copied, False, call_for_features).output
+        if isinstance(theirs, Tensor):
+            ours = run_copy(copied, False, known.compute).output
+            if not agree(ours, theirs):
+                error = relative_error(ours, theirs)
+                return f"its {name} computes something else than that of DINOv2 (relative error {error:.2g})"
+    return None
+
+
+def _first_line(error: Any) -> str:
+    return f"{type(error).__name__} ({str(error).strip().partition(chr(10))[0]})"

@@ -1,0 +1,105 @@
+"""The blocks and backbones of timm: `VisionTransformer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
+from dinov2_fast.integrations.block import AcceleratedBlock
+from dinov2_fast.integrations.changes import has_hooks
+from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
+from dinov2_fast.integrations.parts import BlockSpec, KnownPart, PackedAttention, PlainMlp
+from dinov2_fast.timm_adapter import TimmVisionTransformer
+from dinov2_fast.weights.architecture import read_architecture
+
+
+class GatedMlp(KnownPart):
+    """`GluMlp`, where its gate makes it a SwiGLU."""
+
+    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "gate_last")
+
+    @staticmethod
+    def function(module: Any) -> Function:
+        return compose(linear(module.fc1), swiglu, *PlainMlp.after_activation(module))
+
+    @staticmethod
+    def refuses(module: Any) -> str | None:
+        is_swiglu = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
+        return None if is_swiglu else "its gate is not that of SwiGLU"
+
+
+class TimmBlock(AcceleratedBlock):
+    """`Block`, and the blocks of projects that built theirs in the same way."""
+
+    spec = BlockSpec(
+        attention_names=("attn",),
+        scale_names=(("ls1", "ls2"),),
+        drop_path_names=(("drop_path1", "drop_path2"), ("drop_path", "drop_path")),  # the second: older versions
+        attentions=(PackedAttention,),
+        mlps=(PlainMlp, GatedMlp),
+    )
+
+
+class TimmBackbone(AcceleratedBackbone):
+    """`VisionTransformer`, by the two methods that all its others call."""
+
+    patch_embed: Any
+    dynamic_img_size: bool
+    head_keys = ("head.", "fc_norm.")
+    compared_calls = (
+        ("forward", {}),
+        ("forward_features", {}),
+        ("forward_intermediates", {}),
+        ("forward_intermediates", {"indices": [0], "return_prefix_tokens": True, "norm": True, "output_fmt": "NLC"}),
+    )
+
+    @staticmethod
+    def fixed_image_size(backbone: Any) -> tuple[int, int] | None:
+        return None if backbone.dynamic_img_size else backbone.patch_embed.img_size
+
+    @staticmethod
+    def refuses(backbone: Any) -> str | None:
+        embed = backbone.patch_embed
+        if type(embed).__name__ != "PatchEmbed" or embed.grid_size[0] != embed.grid_size[1]:
+            return "its patch embedding is not timm's PatchEmbed on a square grid"
+        if type(backbone.norm_pre) is not nn.Identity or type(backbone.patch_drop) is not nn.Identity:
+            return "it has a norm before the blocks, or drops patches"
+        return None
+
+    @staticmethod
+    def make_model(backbone: Any, weights: dict[str, Tensor]) -> nn.Module:
+        heads = backbone.blocks[0].attn.num_heads
+        antialias = {"interpolate_antialias": True, "interpolate_offset": 0.0}
+        model = TimmVisionTransformer(**read_architecture(weights) | {"num_heads": heads} | antialias)
+        if type(backbone.norm) is nn.Identity:
+            model.norm = nn.Identity()  # type: ignore[assignment]  # where timm normalises after pooling
+        return model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # which calls `forward_features`
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer("forward_features", args, kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer("forward_intermediates", args, kwargs)
+
+    def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outputs = None
+        if args and self._takes_size_of(args[0]):
+            masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
+            outputs = self.answer(method, lambda engine: getattr(engine, method)(*args, **kwargs), args[0], *masks)
+        return getattr(super(), method)(*args, **kwargs) if outputs is None else outputs
+
+    def _takes_size_of(self, x: Any) -> bool:
+        """Whether timm takes images of this size as they are; for others it raises or pads."""
+        return are_whole_patches(x, self.patch_embed.patch_size) and self.fixed_image_size(self) in (
+            None,
+            tuple(x.shape[2:]),
+        )
