@@ -33,7 +33,7 @@ define make_venv
 endef
 
 .PHONY: setup demo check test test-fast test-aot test-slow test-newest test-oldest build test-extension test-cuda-on-host \
-    sanitize lint types bench bench-ops report gpu gpu-tiny clean broken
+    sanitize lint types bench report gpu gpu-tiny clean broken
 
 setup: $(call complete,$(VENV))
 	@:
@@ -136,11 +136,6 @@ bench: setup
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it
 	$(BENCH).ops $(CPU) --models S --sizes 224
 	$(BENCH).report
-
-# Single ops, to see the effect of a change on one machine: OPTIONS="-k layer_norm --benchmark-save=before", and later
-# with --benchmark-compare.
-bench-ops: setup
-	$(PY) -m pytest bench/test_ops.py --benchmark-only $(OPTIONS)
 
 # README's tables and plots, from bench/results.
 report: setup

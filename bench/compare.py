@@ -1,11 +1,11 @@
-"""Says what got slower between two results: ``python -m bench.compare A B``.
+"""Compares two results and lists what got slower: ``python -m bench.compare A B``.
 
-A and B are folders ``bench/results/<device>`` or single files in them. ``PATH@COMMIT`` takes the rows of one commit,
-by its first digits; without it, each file gives the rows of the commit that was measured last.
+A and B are folders ``bench/results/<device>`` or single files in them. ``PATH@COMMIT`` selects the rows of one commit,
+which is named by its first digits. Without a commit, each file counts with the commit that was measured last.
 
-B is better where a ratio is above 1. The range in brackets allows for the spread of both, from their 20th to their 80th
-percentiles: if it holds 1, the difference is within the spread. The exit status is 1 if a row is slower beyond its
-spread and by more than the threshold, 2 if there is nothing to compare, otherwise 0.
+B is better where a ratio is above 1. The range in brackets covers the spread of both, from their 20th to their 80th
+percentiles: if it includes 1, the difference is within the spread. The exit status is 1 if a row is slower by more than
+its spread and the threshold, 2 if there is nothing to compare, otherwise 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENVIRONMENT = ("commit", "date", "gpu", "cpu", "threads", "torch", "triton", "py
 
 
 class Ratio(NamedTuple):
-    """How many times better B is than A, and its range by the spreads of both."""
+    """How many times better B is than A, and the range that the spreads of both allow."""
 
     value: float
     low: float
@@ -39,12 +39,14 @@ class Ratio(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.compare", description=__doc__)
-    parser.add_argument("a", metavar="A", help="the old results: a folder, a .jsonl file, or either with @COMMIT")
-    parser.add_argument("b", metavar="B", help="the new results")
-    parser.add_argument("--threshold", type=float, default=0.05, help="the loss that is accepted (default: 0.05)")
+    parser.add_argument("a", metavar="A", help="old results: a folder or a .jsonl file, with or without @COMMIT")
+    parser.add_argument("b", metavar="B", help="new results")
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="the loss that is accepted (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
-        ratios = compared(load(options.a), load(options.b))
+        ratios = compare_rows(load_rows(options.a), load_rows(options.b))
     except (OSError, ValueError, KeyError) as error:
         what = f"a row lacks {error}" if isinstance(error, KeyError) else error
         print(f"bench.compare: {what}", file=sys.stderr)
@@ -55,24 +57,24 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(too_slow))
 
 
-def load(name: str) -> dict[Key, Row]:
-    """The rows of `PATH` or `PATH@COMMIT` by what they measure; ValueError if there are none."""
-    place, commit = (name, "") if Path(name).exists() or "@" not in name else name.rsplit("@", 1)
-    path = Path(place)
-    # steps.jsonl is bench.gpu's, and holds no results
+def load_rows(name: str) -> dict[Key, Row]:
+    """The rows of `PATH` or `PATH@COMMIT` by what they measure. ValueError if there are none."""
+    file_or_folder, commit = (name, "") if Path(name).exists() or "@" not in name else name.rsplit("@", 1)
+    path = Path(file_or_folder)
+    # steps.jsonl belongs to bench.gpu and holds no results.
     files = sorted(set(path.glob("*.jsonl")) - {path / "steps.jsonl"}) if path.is_dir() else [path]
-    every = [row for rows in map(records.read, files) for row in (rows if commit else records.newest(rows))]
+    every = [row for rows in map(records.read, files) for row in (rows if commit else records.newest_commit(rows))]
     commits = {str(row["commit"]) for row in every}
-    found = {commit} & commits or {each for each in commits if each.startswith(commit)}
-    if commit and len(found) != 1:
-        raise ValueError(f"{name}: {len(found)} commits begin so; there are {', '.join(sorted(commits))}")
+    matching = {commit} & commits or {each for each in commits if each.startswith(commit)}
+    if commit and len(matching) != 1:
+        raise ValueError(f"{name}: {len(matching)} commits start with this; choose from {', '.join(sorted(commits))}")
     if not every:
         raise ValueError(f"{path} does not exist or holds no rows")
-    return {tuple(row[key] for key in IDENTITY): row for row in every if str(row["commit"]) in found}
+    return {tuple(row[key] for key in IDENTITY): row for row in every if str(row["commit"]) in matching}
 
 
-def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
-    """Prints the ratio of each row in both, and what is in one only; ValueError if no row can be compared."""
+def compare_rows(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
+    """Prints the ratio of each row in both, and which rows are only in one. ValueError if no row can be compared."""
     _print_differences(a, b)
     ratios = {}
     for key in a | b:
@@ -82,7 +84,7 @@ def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
         elif a[key]["unit"] != b[key]["unit"]:
             print(f"not compared: {_name(key)}: {a[key]['unit']} in A, {b[key]['unit']} in B")
         else:
-            r = ratios[key] = ratio(a[key], b[key])
+            r = ratios[key] = row_ratio_range(a[key], b[key])
             values = f"{a[key]['value']:.3f} -> {b[key]['value']:.3f} {a[key]['unit']}"
             print(f"{_name(key)}: {values}, {r.value:.3f} ({r.low:.3f} to {r.high:.3f}), {r.verdict}")
     if not ratios:
@@ -91,28 +93,28 @@ def compared(a: dict[Key, Row], b: dict[Key, Row]) -> dict[Key, Ratio]:
     return ratios
 
 
-def ratio(old: Row, new: Row) -> Ratio:
-    """The new row against the old one. A row that was measured once has no spread."""
+def row_ratio_range(old: Row, new: Row) -> Ratio:
+    """How many times better the new row is, with its range. A row that was measured once has no spread."""
     better, base = (old, new) if old["unit"] in records.LESS_IS_BETTER else (new, old)
     low, high = ([row["value"] if row[key] is None else row[key] for row in (better, base)] for key in ("p20", "p80"))
     return Ratio(better["value"] / base["value"], low[0] / high[1], high[0] / low[1])
 
 
 def _print_differences(a: dict[Key, Row], b: dict[Key, Row]) -> None:
-    """Prints commits, hardware and versions that differ."""
+    """Prints the commits, hardware and versions that differ."""
     for name in ENVIRONMENT:
-        old, new = (", ".join(sorted({str(records.fact(row, name)) for row in rows.values()})) for rows in (a, b))
+        old, new = (", ".join(sorted({str(records.lookup(row, name)) for row in rows.values()})) for rows in (a, b))
         if old != new:
             print(f"NOT THE SAME: {name}: {old} in A, {new} in B")
 
 
 def _name(key: Key) -> str:
-    """The parts that apply: `throughput dinov2_vits14 224 8 all fp32 dinov2_fast eager`."""
+    """The parts that are not null: `throughput dinov2_vits14 224 8 all fp32 dinov2_fast eager`."""
     return " ".join(str(part) for part in key if part is not None)
 
 
 def _print_means(ratios: dict[Key, Ratio]) -> None:
-    """Prints means by task and implementation, which show a drift of the machine, and how many rows got slower."""
+    """Prints how many rows got slower, and means by task and implementation, which show a drift of the machine."""
     groups: dict[str, list[float]] = {}
     for (task, *_, implementation, _mode), r in ratios.items():
         groups.setdefault(f"{task}, {implementation}", []).append(r.value)

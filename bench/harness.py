@@ -1,7 +1,7 @@
 """What all benchmarks share: how implementations are timed, and the options of the commands.
 
-Each implementation is made ready and its results are checked. Then all are timed in turn, A B C A B C, so that a change
-of the device's speed affects all alike. An implementation that fails is left out; the others go on.
+Each implementation is prepared and its results are checked. Then all are timed in turn, A B C A B C, so that a change
+of the device's speed affects all of them alike. An implementation that fails is left out, and the others continue.
 """
 
 from __future__ import annotations
@@ -20,81 +20,84 @@ from typing import Any, TypeVar
 import torch
 
 from bench import records
+from bench.records import Row
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from tests.reference import assert_obeys_rule
 
-# The rule of the tests, but with a largest error of three times torch's, where tests allow two. A largest error is a
-# matter of chance, the inputs of an op differ from run to run, and a class token has few values. Of 75 random inputs,
-# each gives oneDNN's linears in fp32 1.4 times the norm of torch's errors, but a largest error of 1.3 to 2.6 times.
+# The rule of the tests, except that the largest error may be three times torch's, where tests allow two. The largest
+# error is a matter of chance: the inputs of an op differ from run to run, and a class token has few values. On 75
+# random inputs, the norm of the errors of oneDNN's fp32 linears was always 1.4 times torch's, but their largest error
+# was 1.3 to 2.6 times torch's.
 obeys_rule = partial(assert_obeys_rule, largest_error=3.0)
 
 Run = Callable[[], Any]
 Name = TypeVar("Name", bound=Hashable)
 
 ROUNDS = 5  # timings of each run, at least
-# Bytes written between timings: more than any L2 cache. On a GPU that takes long enough for Python to prepare the next
-# launch meanwhile.
-FLUSH = {"cpu": 64 << 20, "cuda": 1 << 30}
-# On a CPU a run repeats untimed for this many seconds before each timing, unless it takes longer than LONG. The threads
-# of the run before spin for some milliseconds, and threads that have just woken may share a core until the scheduler's
-# next tick, 4 ms later.
-UNTIMED, LONG = 0.05, 1.0
-STEADY = 0.1  # a run is warm when two timings in a row differ by less than this share
-PATIENCE = 10.0  # seconds after which a run counts as warm in any case
-ATTEMPTS = 100  # timings after which it does: those of a run of microseconds may vary for long
+# Bytes written between timings: more than any L2 cache. On a GPU this takes long enough for Python to prepare the next
+# launch in the meantime.
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# On a CPU, a run is repeated for this many seconds before each timing, unless a single run takes longer than
+# LONG_RUN_SECONDS. The threads of the previous run spin for some milliseconds, and threads that have just woken may
+# share a core until the scheduler's next tick, 4 ms later.
+UNTIMED_SECONDS, LONG_RUN_SECONDS = 0.05, 1.0
+STEADY_CHANGE = 0.1  # a run is warm when two timings in a row differ by less than this share
+WARM_UP_SECONDS = 10.0  # after this time a run counts as warm in any case
+WARM_UP_RUNS = 100  # and after this many timings: those of a run of microseconds may vary for a long time
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
-def in_turn(
+def time_in_turn(
     runs: Mapping[Name, Run],
     device: torch.device,
     seconds: float,
     *,
     flush: bool = False,
     calls: Mapping[Name, int] | None = None,
-    stop: Callable[[Name, Exception], None] | None = None,
+    on_error: Callable[[Name, Exception], None] | None = None,
 ) -> dict[Name, list[float]]:
-    """Times runs in turn, for about `seconds` in all; gives the seconds of one call, for each timing of each run.
+    """Times runs in turn, for about `seconds` in all. Returns the seconds of one call, for each timing of each run.
 
     Args:
         flush: fill the L2 cache with other data before each timing.
         calls: calls in one timing of each run, queued without waiting; one by default.
-        stop: is told of a run that raises, which is then left out of the result. Without it the exception is raised.
+        on_error: called with a run that raises, which is then left out of the result. Without it the exception is
+            raised.
     """
     keep_freed_memory()
-    cold = torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device) if flush else None
+    other_data = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device) if flush else None
     times: dict[Name, list[float]] = {name: [] for name in runs}
     order, start = list(runs), time.perf_counter()
     while order and (len(times[order[0]]) < ROUNDS or time.perf_counter() - start < seconds):
         for name in order:
             count = calls[name] if calls else 1
             try:
-                if device.type == "cpu" and not (times[name] and times[name][-1] > LONG):
-                    _go_on(runs[name])
-                if cold is not None:
-                    cold.zero_()
+                if device.type == "cpu" and not (times[name] and times[name][-1] > LONG_RUN_SECONDS):
+                    _run_untimed(runs[name])
+                if other_data is not None:
+                    other_data.zero_()
                 times[name].append(elapsed(runs[name], device, count) / count)
             except Exception as exception:
-                if stop is None:
+                if on_error is None:
                     raise
                 del times[name]
-                stop(name, exception)
+                on_error(name, exception)
         order = [name for name in order[1:] + order[:1] if name in times]
     return times
 
 
-def _go_on(run: Run) -> None:
+def _run_untimed(run: Run) -> None:
     begin = time.perf_counter()
-    while time.perf_counter() - begin < UNTIMED:
+    while time.perf_counter() - begin < UNTIMED_SECONDS:
         run()
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Has glibc's malloc keep freed memory, which it would partly return to the system.
+    """Makes glibc's malloc keep freed memory. By default it returns a part of it to the system.
 
-    How much it returns depends on what the process did before, and getting it back takes a part of a forward pass on a
-    CPU that differs from run to run. With this every implementation has its best case.
+    How much it returns depends on what the process did before, and getting it back takes a varying share of a forward
+    pass on a CPU. With this setting every implementation has its best case.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -103,18 +106,18 @@ def keep_freed_memory() -> None:
 
 
 def warm_up(run: Run, device: torch.device) -> float:
-    """Runs until the time is steady, since libraries plan and compile at first; gives the last one, in seconds."""
+    """Repeats a run until its time is steady, since libraries plan and compile at first. Returns the last time."""
     before, last = elapsed(run, device), elapsed(run, device)
     start = time.perf_counter()
-    for _ in range(ATTEMPTS):
-        if abs(last - before) <= STEADY * last or time.perf_counter() - start >= PATIENCE:
+    for _ in range(WARM_UP_RUNS):
+        if abs(last - before) <= STEADY_CHANGE * last or time.perf_counter() - start >= WARM_UP_SECONDS:
             break
         before, last = last, elapsed(run, device)
     return last
 
 
 def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds that some calls take: between events on a GPU, by the clock on a CPU."""
+    """The seconds that some calls take: between events on a GPU, by the clock on a CPU."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -130,58 +133,58 @@ def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th."""
+    """The 20th percentile, the median and the 80th percentile."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def contest(
-    rows: Mapping[Name, dict[str, Any]],
-    ready: Callable[[Name], Run],
+def time_implementations(
+    rows: Mapping[Name, Row],
+    make_run: Callable[[Name], Run],
     device: torch.device,
     seconds: float,
-    sample: float = 0.0,
+    min_seconds: float = 0.0,
     *,
     flush: bool = False,
 ) -> dict[Name, list[float]]:
-    """Makes entrants ready and times them as :func:`in_turn` does.
+    """Prepares implementations and times them as :func:`time_in_turn` does.
 
     Args:
-        rows: one for each entrant. An entrant whose row already says why it has no value takes no part. The row of one
-            that fails gets the reason.
-        ready: gives the run of an entrant, or raises.
-        sample: least seconds of one timing, which has as many calls as that takes.
-        flush: as in :func:`in_turn`.
+        rows: a row for each implementation. One whose row already has a reason not to be measured is skipped. If an
+            implementation fails, the reason is written into its row.
+        make_run: returns the run of an implementation, or raises.
+        min_seconds: of one timing, which makes as many calls as that takes.
+        flush: as in :func:`time_in_turn`.
 
     Raises:
-        records.DeviceLost: an entrant left the device unusable.
+        records.DeviceLost: an implementation left the device unusable.
     """
     runs: dict[Name, Run] = {}
     calls: dict[Name, int] = {}
 
-    def stop(name: Name, exception: Exception) -> None:
-        records.stop([rows[name]], exception, device)
+    def on_error(name: Name, exception: Exception) -> None:
+        records.record_failure([rows[name]], exception, device)
 
     for name in rows:
         if records.reason(rows[name]):
             continue
         try:
-            run = ready(name)
-            calls[name] = max(1, round(sample / warm_up(run, device)))
+            run = make_run(name)
+            calls[name] = max(1, round(min_seconds / warm_up(run, device)))
             runs[name] = run
-        except Exception as exception:  # what stops one must not stop the others
-            stop(name, exception)
-    return in_turn(runs, device, seconds, flush=flush, calls=calls, stop=stop) if runs else {}
+        except Exception as exception:  # the failure of one must not stop the others
+            on_error(name, exception)
+    return time_in_turn(runs, device, seconds, flush=flush, calls=calls, on_error=on_error) if runs else {}
 
 
 # Backbones by letter and by the name of their hub entry point.
 MODELS = {letter: BACKBONES[f"dinov2_vit{letter.lower()}14"] for letter in "SBLg"} | BACKBONES
-TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # its time is Python's
+TINY = replace(BACKBONES["dinov2_vits14"], name="tiny", embed_dim=64, num_heads=1)  # Python takes most of its time
 MODELS["tiny"] = TINY
 
-# Defaults.
-OF_DEVICE = {"cpu": {"models": "S,B", "sizes": "224,518"}, "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"}}
-BATCHES = {
+# Defaults of options.
+DEFAULTS = {"cpu": {"models": "S,B", "sizes": "224,518"}, "cuda": {"models": "S,B,L,g", "sizes": "224,518,1036"}}
+BATCH_SIZES = {
     "throughput": {"cpu": {224: [8], 518: [8]}, "cuda": {224: [256], 518: [64], 1036: [16]}},
     "latency": {"cpu": {224: [1], 518: [1]}, "cuda": {224: [1, 4, 16], 518: [1, 4, 16]}},
     "training": {"cpu": {224: [3]}, "cuda": {224: [64]}},  # of 3, stochastic depth of 0.3 keeps 2
@@ -191,65 +194,65 @@ BATCHES = {
 }
 
 
-def some_of(known: Any) -> Callable[[str], list[Any]]:
-    """Parses names with commas between them; `known` holds the values, or maps names to them."""
+def list_of(known: Any) -> Callable[[str], list[Any]]:
+    """A parser of comma-separated names. `known` holds the values, or maps names to them."""
     names = known if isinstance(known, dict) else {str(value): value for value in known}
 
     def parse(text: str) -> list[Any]:
         unknown = [name for name in text.split(",") if name not in names]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}")
         return [names[name] for name in text.split(",")]
 
     return parse
 
 
-def numbers(text: str) -> list[int]:
-    """Parses positive integers with commas between them."""
+def positive_integers(text: str) -> list[int]:
+    """Parses comma-separated positive integers."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: positive numbers with commas between them are wanted")
+        raise argparse.ArgumentTypeError(f"{text} is not a comma-separated list of positive integers")
     return [int(part) for part in parts]
 
 
-def pixels(text: str) -> list[int]:
-    """Parses sizes of images that consist of whole patches."""
-    sizes = numbers(text)
+def image_sizes(text: str) -> list[int]:
+    """Parses comma-separated sizes of images that consist of whole patches."""
+    sizes = positive_integers(text)
     if wrong := [str(size) for size in sizes if size % 14]:
-        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: a size is a multiple of 14")
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: a size must be a multiple of 14")
     return sizes
 
 
-def parser(module: str, docstring: str) -> argparse.ArgumentParser:
-    """A parser with the options of :class:`bench.records.Recorder`, and the backbones."""
-    made = argparse.ArgumentParser(
+def make_parser(module: str, docstring: str) -> argparse.ArgumentParser:
+    """A parser with the options of :class:`bench.records.Recorder`, and --models."""
+    parser = argparse.ArgumentParser(
         prog=f"python -m bench.{module}", description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", default=device, choices=["cpu", "cuda"], help="default here: %(default)s")
-    made.add_argument("--write", action="store_true", help="keep the rows, in a folder for this device")
-    made.add_argument("--results", type=Path, default=records.RESULTS, help="where that is (default: bench/results)")
-    made.add_argument("--commit", help="what is measured (default: the commit that git names)")
-    made.add_argument("--resume", action="store_true", help="leave out what --results hold of this commit")
-    made.add_argument("--models", type=some_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
-    return made
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"], help="default here: %(default)s")
+    parser.add_argument("--write", action="store_true", help="save the rows in the device's folder of --results")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: bench/results")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
+    parser.add_argument("--resume", action="store_true", help="skip what --results already hold of this commit")
+    parser.add_argument("--models", type=list_of(MODELS), help="some of S,B,L,g, or names such as dinov2_vits14_reg")
+    return parser
 
 
-def parse(
-    made: argparse.ArgumentParser, arguments: list[str] | None, **of_device: dict[str, Any]
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, **device_defaults: dict[str, Any]
 ) -> argparse.Namespace:
     """The options, with defaults that depend on the device."""
-    device = made.parse_known_args(arguments)[0].device
-    made.set_defaults(**(OF_DEVICE[device] | of_device.get(device, {})))
-    return made.parse_args(arguments)
+    device = parser.parse_known_args(arguments)[0].device
+    parser.set_defaults(**(DEFAULTS[device] | device_defaults.get(device, {})))
+    return parser.parse_args(arguments)
 
 
-def batches(task: str, device: str, resolution: int | str) -> list[int]:
-    """Batch sizes of a task: as many images as keep a device busy, or few for latency."""
-    return BATCHES[task][device].get(resolution, [2 if task == "mixed" else 1])
+def batch_sizes(task: str, device: str, resolution: int | str) -> list[int]:
+    """The default batch sizes of a task: enough images to keep a device busy, or few for latency."""
+    return BATCH_SIZES[task][device].get(resolution, [2 if task == "mixed" else 1])
 
 
-def title(config: BackboneConfig) -> str:
-    """As people write it: `ViT-S/14`, `ViT-S/14 reg`."""
+def model_title(config: BackboneConfig) -> str:
+    """The usual spelling of a model's name: `ViT-S/14`, `ViT-S/14 reg`."""
     size = config.name.removeprefix("dinov2_vit")[0]
     return f"ViT-{size if size == 'g' else size.upper()}/14{' reg' if config.num_register_tokens else ''}"

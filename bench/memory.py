@@ -1,10 +1,10 @@
 """Task memory: the peak of a forward pass, or with output "training" of a training step, in MiB.
 
-The peak is the most that torch has allocated on the device at any moment of a run: weights, images, outputs and all in
-between; in training also gradients, both moments of AdamW and the gradient of the tokens. It is that of a second run,
-with no other model on the device. On a GPU it is torch's own count with cuBLAS' workspace, without the CUDA context and
-the allocator's reserve. On a CPU it is the sum of all allocations and releases that torch's profiler sees; what
-libraries allocate themselves is not seen.
+The peak is the most memory that torch has allocated on the device at any moment of a run: weights, images, outputs and
+all intermediate results; in training also gradients, both moments of AdamW and the gradient of the tokens. It is
+measured in a second run, with no other model on the device. On a GPU it is torch's own count. That includes cuBLAS'
+workspace, but not the CUDA context or memory that the allocator holds in reserve. On a CPU it is the sum of all
+allocations and releases that torch's profiler records; it does not see what libraries allocate themselves.
 
 Results are not checked here: tasks throughput and training check the same runs.
 """
@@ -22,16 +22,17 @@ from torch.autograd.profiler import profile
 
 from bench import records
 from bench.harness import Run
-from bench.modes import compiling, is_engine, prepare
+from bench.modes import compile_scope, forward_run, is_engine
 from bench.peers import Peer
-from bench.tasks import Entrant, Row, Task
-from bench.training import Step, build, incoming
+from bench.records import Row
+from bench.tasks import Task, Variant
+from bench.training import Trainer, build_model, token_gradient
 
 MIB = 2**20
 
 
-class Meter:
-    """Counts what torch allocates on a device after the meter was made, on a CPU only within :meth:`peak`."""
+class AllocationMeter:
+    """Counts what torch allocates on a device after the meter was created, on a CPU only within :meth:`peak`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,7 +44,7 @@ class Meter:
             self._before = torch.cuda.memory_allocated(device)
 
     def peak(self, work: Callable[[], Any]) -> int:
-        """Runs `work`; gives the bytes at its worst moment. Collects garbage afterwards."""
+        """Runs `work` and collects garbage. Returns the most bytes that were allocated at any moment."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             work()
@@ -61,43 +62,43 @@ class Meter:
         return peak
 
 
-class Memory(Task):
-    """Measures one implementation after the other, alone on the device; `models` are on the CPU."""
+class MemoryTask(Task):
+    """Measures one implementation after the other, each alone on the device; `models` are on the CPU."""
 
     def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.device = device
 
-    def measure(self, entrants: Iterable[Entrant], seconds: float) -> list[Row]:
-        rows = self.rows(entrants)
-        training = self.setting.output == "training"
+    def measure_variants(self, variants: Iterable[Variant], seconds: float) -> list[Row]:
+        rows = self.rows(variants)
+        training = self.scenario.output == "training"
         for (peer, mode), row in rows.items():
             if records.reason(row):
                 continue
             try:
-                with torch.inference_mode(not training), compiling():
+                with torch.inference_mode(not training), compile_scope():
                     row |= {"value": self._peak(peer, mode, training) / MIB, "unit": "MiB"}
-            except Exception as exception:  # what stops one must not stop the others
-                records.stop([row], exception, self.device)
+            except Exception as exception:  # the failure of one must not stop the others
+                records.record_failure([row], exception, self.device)
         return list(rows.values())
 
     def _peak(self, peer: Peer, mode: str, training: bool) -> int:
-        """Bytes of a second run."""
-        meter, built = Meter(self.device), list[Run]()
-        make = self._step if training else self._forward
-        meter.peak(lambda: built.append(make(peer, mode)))
-        meter.peak(built[0])
-        return meter.peak(built[0])
+        """The peak of a second run, in bytes."""
+        meter, runs = AllocationMeter(self.device), list[Run]()
+        make_run = self._training_step if training else self._forward
+        meter.peak(lambda: runs.append(make_run(peer, mode)))
+        meter.peak(runs[0])
+        return meter.peak(runs[0])
 
-    def _step(self, peer: Peer, mode: str) -> Run:
-        setting = self.setting
-        step = Step(peer, build(peer, setting, self.models.ours, self.device), mode)
-        return partial(step, setting.images(self.device), incoming(setting, self.device))
+    def _training_step(self, peer: Peer, mode: str) -> Run:
+        scenario = self.scenario
+        trainer = Trainer(peer, build_model(peer, scenario, self.models.ours, self.device), mode)
+        return partial(trainer, scenario.images(self.device), token_gradient(scenario, self.device))
 
     def _forward(self, peer: Peer, mode: str) -> Run:
-        setting = self.setting
-        model = peer.build(setting.config, self.models.ours, 0.0).to(self.device).eval()
+        scenario = self.scenario
+        model = peer.build(scenario.config, self.models.ours, 0.0).to(self.device).eval()
         if not is_engine(mode):
-            model = model.to(setting.dtype)
-        x = setting.images(self.device)
-        return prepare(peer, model, x, setting.output, setting.precision, mode, self.best)
+            model = model.to(scenario.dtype)
+        x = scenario.images(self.device)
+        return forward_run(peer, model, x, scenario.output, scenario.precision, mode, self.best_backends)

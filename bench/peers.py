@@ -1,6 +1,6 @@
 """The implementations that are compared, behind one interface: images in, all tokens or the class token out.
 
-Every peer has the same weights, converted with this project's tools. A peer that cannot run here says why.
+Every peer has the same weights, converted with this project's tools. `Peer.missing` says why a peer cannot run here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Peer:
     """One implementation.
 
     Args:
-        name: of the implementation.
-        build: makes a model in fp32 from ours, on the same device; its last argument is the rate of stochastic depth of
-            all layers.
-        call: by output, runs the model; this is what is timed.
-        take: by output, gives the tensor in what `call` returns. Output "all" is all tokens after the final norm
-            (batch, tokens, hidden), "cls" the class token (batch, hidden).
+        name: the `implementation` of its rows.
+        build: builds a model in fp32 from ours, on the same device. The last argument is the rate of stochastic depth
+            of all layers.
+        call: for each output, runs the model. This is what is timed.
+        to_tensor: for each output, extracts the tensor from the result of `call`. Output "all" is all tokens after the
+            final norm (batch, tokens, hidden), "cls" the class token (batch, hidden).
         position_interpolation: how it resamples position embeddings.
         missing: why it cannot run here, or None.
     """
@@ -45,16 +45,16 @@ class Peer:
     name: str
     build: Callable[[BackboneConfig, nn.Module, float], nn.Module]
     call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
-    take: Mapping[str, Callable[[Any], Tensor]]
+    to_tensor: Mapping[str, Callable[[Any], Tensor]]
     position_interpolation: Callable[[BackboneConfig], str]
     missing: str | None = None
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
-        return self.take[output](self.call[output](model, x))
+        return self.to_tensor[output](self.call[output](model, x))
 
 
 def peers(reference_path: Path | None = None) -> list[Peer]:
-    """All implementations, ours first; the reference only with the path of a checkout of facebookresearch/dinov2."""
+    """The implementations in PyTorch, ours first; facebookresearch/dinov2 only with the path of a checkout."""
     return [OURS, TRANSFORMERS, TIMM, *([facebook(reference_path)] if reference_path else [])]
 
 
@@ -67,31 +67,31 @@ def load_ours(config: BackboneConfig, device: torch.device) -> nn.Module:
         return dinov2_fast.DinoVisionTransformer(**config.constructor_arguments()).to(device).eval()
 
 
-def not_installed(package: str) -> str | None:
+def reason_not_installed(package: str) -> str | None:
     return None if records.version(package) else f"{package} is not installed"
 
 
-def _ours(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+def _ours(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
     if not drop_path:
-        return copy.deepcopy(model)
+        return copy.deepcopy(ours)
     arguments = config.constructor_arguments() | {"drop_path_rate": drop_path, "drop_path_uniform": True}
-    return _loaded(lambda: dinov2_fast.DinoVisionTransformer(**arguments), model.state_dict())
+    return _with_weights(lambda: dinov2_fast.DinoVisionTransformer(**arguments), ours.state_dict())
 
 
-def _loaded(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """A model with copies of these weights. It draws none of its own, which would take longer than all else."""
+def _with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """A model with copies of these weights. It skips the random initialisation, which would take most of the time."""
     with torch.device("meta"):
-        made = make()
-    made.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
-    return made
+        model = make()
+    model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    return model
 
 
-def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+def _transformers(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
     import transformers
 
     kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
-    ours = Dinov2WithRegistersConfig if config.num_register_tokens else Dinov2Config
-    fields = ours(
+    our_config = Dinov2WithRegistersConfig if config.num_register_tokens else Dinov2Config
+    fields = our_config(
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
@@ -101,25 +101,25 @@ def _transformers(config: BackboneConfig, model: nn.Module, drop_path: float) ->
         drop_path_rate=drop_path,
     ).to_dict()
     make, configuration = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")(**fields)
-    weights = dinov2_fast.convert_state_dict(model.state_dict(), to="huggingface")
+    weights = dinov2_fast.convert_state_dict(ours.state_dict(), to="huggingface")
     copies = {name: weight.clone() for name, weight in weights.items()}
     transformers.utils.logging.disable_progress_bar()
-    # Newer versions rename weights in memory, which only this method knows.
-    made = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=model.cls_token.dtype)
-    return made.to(model.cls_token.device)
+    # Newer versions rename weights in memory, and only this method knows the new names.
+    model = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=ours.cls_token.dtype)
+    return model.to(ours.cls_token.device)
 
 
-def _timm(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+def _timm(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
     import timm
 
     def make() -> nn.Module:
         sizes = {"embed_dim": config.embed_dim, "num_heads": config.num_heads, "drop_path_rate": drop_path}
-        made = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, **sizes)
-        for block in made.blocks if drop_path else ():  # timm's own rate grows from 0 with depth
+        model = timm.create_model(config.timm_name.partition(".")[0], dynamic_img_size=True, **sizes)
+        for block in model.blocks if drop_path else ():  # timm's own rate grows from 0 with depth
             block.drop_path1, block.drop_path2 = (timm.layers.DropPath(drop_path) for _ in range(2))
-        return made
+        return model
 
-    return _loaded(make, dinov2_fast.convert_state_dict(model.state_dict(), to="timm"))
+    return _with_weights(make, dinov2_fast.convert_state_dict(ours.state_dict(), to="timm"))
 
 
 def _forward(model: nn.Module, x: Tensor) -> Any:
@@ -130,7 +130,7 @@ def _forward_features(model: nn.Module, x: Tensor) -> Any:
     return model.forward_features(x)
 
 
-def _as_it_is(result: Tensor) -> Tensor:
+def _identity(result: Tensor) -> Tensor:
     return result
 
 
@@ -143,7 +143,7 @@ OURS = Peer(
     "dinov2_fast",
     _ours,
     {"all": _forward_features, "cls": _forward},
-    {"all": _tokens, "cls": _as_it_is},
+    {"all": _tokens, "cls": _identity},
     lambda config: config.position_interpolation,
 )
 TRANSFORMERS = Peer(
@@ -152,46 +152,46 @@ TRANSFORMERS = Peer(
     {"all": _forward, "cls": _forward},
     {"all": lambda output: output.last_hidden_state, "cls": lambda output: output.pooler_output},
     lambda config: "antialias" if config.num_register_tokens else "size",
-    missing=not_installed("transformers"),
+    missing=reason_not_installed("transformers"),
 )
 TIMM = Peer(
     "timm",
     _timm,
     {"all": _forward_features, "cls": _forward},
-    {"all": _as_it_is, "cls": _as_it_is},
+    {"all": _identity, "cls": _identity},
     lambda config: "antialias",
-    missing=not_installed("timm"),
+    missing=reason_not_installed("timm"),
 )
 
 
-def _accelerated(peer: Peer, inference: bool = False) -> Peer:
-    """A peer's model with our blocks inside; with `inference` it runs in our engine."""
+def _accelerated_peer(peer: Peer, inference: bool = False) -> Peer:
+    """A peer's model with our blocks in it; with `inference` it runs in our engine."""
 
-    def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
-        return dinov2_fast.accelerate(peer.build(config, model, drop_path).eval(), inference=inference)
+    def build(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
+        return dinov2_fast.accelerate(peer.build(config, ours, drop_path).eval(), inference=inference)
 
     return replace(peer, name=OURS.name, build=build)
 
 
-# By mode. Their rows count as ours.
-ACCELERATED = {f"accelerated-{peer.name}": _accelerated(peer) for peer in (TRANSFORMERS, TIMM)}
-ACCELERATED["engine-timm"] = _accelerated(TIMM, inference=True)
+# By mode. Their rows have our name.
+ACCELERATED_PEERS = {f"accelerated-{peer.name}": _accelerated_peer(peer) for peer in (TRANSFORMERS, TIMM)}
+ACCELERATED_PEERS["engine-timm"] = _accelerated_peer(TIMM, inference=True)
 
 
 def facebook(checkout: Path) -> Peer:
-    """The reference, from a checkout. It uses xformers if that is installed.
+    """The reference, from a checkout of facebookresearch/dinov2. It uses xformers if that is installed.
 
     Raises:
-        ValueError: `checkout` holds no such code.
+        ValueError: `checkout` does not hold its code.
     """
     if not (checkout / "dinov2" / "hub" / "backbones.py").is_file():
-        raise ValueError(f"--reference-path: {checkout} is no checkout of facebookresearch/dinov2.")
+        raise ValueError(f"--reference-path: {checkout} is not a checkout of facebookresearch/dinov2.")
 
-    def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
+    def build(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
         with mock.patch.object(sys, "path", [str(checkout), *sys.path]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns whether it found xformers
+            warnings.simplefilter("ignore")  # it warns whether or not it finds xformers
             make = getattr(importlib.import_module("dinov2.hub.backbones"), config.name)
-        given = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
-        return _loaded(lambda: make(**given), model.state_dict())
+        arguments = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
+        return _with_weights(lambda: make(**arguments), ours.state_dict())
 
-    return Peer("facebook", build, OURS.call, OURS.take, lambda config: config.position_interpolation)
+    return Peer("facebook", build, OURS.call, OURS.to_tensor, lambda config: config.position_interpolation)

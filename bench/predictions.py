@@ -1,11 +1,12 @@
-"""What each way to run a layer should take on an H200, and gain over torch.compile: ``python -m bench.predictions``.
+"""The predicted time of each way to run a layer on an H200, and the gain over torch.compile.
 
-Nothing here was measured. bench/results/NOTES.md has the tables, for rows of bench.ops and bench.model to refute.
+``python -m bench.predictions`` prints the tables that bench/results/NOTES.md holds. Nothing in them was measured; rows
+of bench.ops and bench.model can refute them.
 
-A layer is a list of steps, and its time is the sum of theirs. A step takes the time of its operations or of its bytes,
-whichever is longer: a product hides the traffic of its operands and its result, unless memory is slower. The unit of
-bytes is the transfer: the residual stream, read or written once in 16 bits. Weights and launches cost nothing: they are
-small beside a large batch.
+A layer is a list of steps, and its time is the sum of their times. A step takes the time of its operations or of its
+bytes, whichever is longer: a product hides the traffic of its operands and its result, unless memory is slower. Bytes
+are counted in transfers: one transfer reads or writes the residual stream once in 16 bits. Weights and launches are not
+counted, since they are small compared with a large batch.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bench.harness import MODELS
-from bench.report import markdown, number
-from bench.roofline import SKINNY_LAYERS, Rates, work
+from bench.report import format_number, markdown_table
+from bench.roofline import CLASS_TOKEN_LAYERS, Rates, forward_work
 from bench.workloads import Shape, attention_flops
 
-# A copy and a large product in bf16 were measured on an H200 before, but no rows were kept. e4m3 is assumed.
+# A copy and a large product in bf16 were once measured on an H200, but no rows were kept. e4m3 is assumed.
 H200 = Rates(copy=4.3e12, product=790e12, e4m3=1400e12)
-ELEMENTWISE = 0.92  # of the rate of a copy, for steps that only move bytes: assumed
-OUTPUTS = {224: "cls", 518: "all"}  # of our engine, by pixels; a peer computes all tokens in any case
+ELEMENTWISE = 0.92  # the share of a copy's rate that steps reach which only move bytes: assumed
+OUTPUTS = {224: "cls", 518: "all"}  # of our engine, by pixels; a peer always computes all tokens
 SHAPES = {f"{name} {pixels}": Shape(MODELS[name], pixels, 1) for pixels in OUTPUTS for name in "SBLg"}
 
-# Named after the rows of bench.ops that show them. A linear, with its epilogue, has its share of the rate of a large
-# product, by in_features. Attention has TFLOP/s, by tokens. Where they come from:
-# - linear torch: published curves of cuBLAS, with 588 and 3072 put between their neighbours;
+# Speeds by the name of the row of bench.ops that measures them. For a linear with its epilogue: the share of the rate
+# of a large product, by in_features. For attention: TFLOP/s, by tokens. Sources:
+# - linear torch: published curves of cuBLAS; 588 and 3072 are interpolated;
 # - linear.gelu cublas: a guess, 0.95 of that;
-# - attention torch: cuDNN's, a guess at 257 tokens, published at 1370; attention cuda: published for FlashAttention-3;
-# - all others: counted in compiled code. linear cuda is 0.90 to 0.96 of torch's, linear triton 0.72 to 0.93.
+# - attention torch: that of cuDNN, a guess at 257 tokens, published at 1370;
+# - attention cuda: published for FlashAttention-3;
+# - all others: counted in compiled code. linear cuda is 0.90 to 0.96 of linear torch, linear triton 0.72 to 0.93.
 SPEEDS: dict[str, dict[int, float]] = {
     "linear torch": {384: 0.62, 588: 0.70, 768: 0.76, 1024: 0.82, 1536: 0.87, 3072: 0.92, 4096: 0.94},
     "linear.gelu cublas": {384: 0.59, 768: 0.72, 1024: 0.78},
@@ -38,41 +40,47 @@ SPEEDS: dict[str, dict[int, float]] = {
     "attention triton": {257: 240, 1370: 350},
     "attention cuda": {1370: 450},
 }
-Kernels = tuple[str, ...]  # names in SPEEDS, of which the fastest counts
-TORCH, CUBLAS, CUDA, TRITON, CUDNN, OURS, FMHA = ((name,) for name in SPEEDS)
+KernelNames = tuple[str, ...]  # keys of SPEEDS; the fastest is used
+LINEAR_TORCH, LINEAR_CUDA, LINEAR_TRITON = ("linear torch",), ("linear cuda",), ("linear triton",)
+GELU_CUBLAS = ("linear.gelu cublas",)
+FC1_FUSED = GELU_CUBLAS + LINEAR_CUDA
+ATTENTION_TORCH, ATTENTION_TRITON = ("attention torch",), ("attention triton",)
+ATTENTION_EITHER = ATTENTION_TORCH + ATTENTION_TRITON
+ATTENTION_ANY = (*ATTENTION_EITHER, "attention cuda")
 
 
-class Programme(NamedTuple):
-    """A way to run a layer: the transfers of the steps that only move bytes, and the kernels of the others."""
+class LayerDesign(NamedTuple):
+    """A way to run a layer: the transfers of the steps that only move bytes, and the kernels of the other steps."""
 
-    norm: float  # each of two
-    residual: float  # each of two
+    norm: float  # of each of the two
+    residual: float  # of each of the two
     gelu: float  # 0 if it is fused
     swiglu: float
-    quantise: float = 0  # attention's result into e4m3
-    linear: Kernels = TORCH  # qkv, proj, fc2
-    fc1: Kernels = TORCH
-    attention: Kernels = CUDNN
+    quantise: float = 0  # of attention's result to e4m3
+    linear: KernelNames = LINEAR_TORCH  # qkv, proj, fc2
+    fc1: KernelNames = LINEAR_TORCH
+    attention: KernelNames = ATTENTION_TORCH
     e4m3: bool = False
 
 
-# The hidden tensor h is 4 transfers with GELU, and 8/3 with SwiGLU, whose fc1 gives 2h. GELU moves 2h in place. SwiGLU
-# moves 3h in one kernel and 5h as silu and a product. From 16 bits to e4m3 a kernel of ours moves 1.5 times the tensor.
-PEERS = {"timm eager": Programme(2, 2 + 3, 8, 40 / 3), "timm compile": Programme(2, 2, 8, 8)}
-PROGRAMMES = PEERS | {
-    "engine": Programme(2, 3, 8, 40 / 3),
-    "engine-triton": Programme(2, 1, 0, 0, 0, TRITON, TRITON, OURS),
-    "A: residual, GELU, SwiGLU cublas": Programme(2, 1, 0, 8, 0, TORCH, CUBLAS),
-    "B: A, SwiGLU cuda, attention triton": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + OURS),
-    "C: B, attention cuda": Programme(2, 1, 0, 0, 0, TORCH, CUBLAS + CUDA, CUDNN + OURS + FMHA),
-    "fp8, cublas, activation triton": Programme(1.5, 3, 6, 20 / 3, 1.5, e4m3=True),
-    "fp8, cuda": Programme(1.5, 1, 0, 0, 1.5, CUDA, CUDA, e4m3=True),
-    "fp8, cuda, attention as C": Programme(1.5, 1, 0, 0, 1.5, CUDA, CUDA, CUDNN + OURS + FMHA, e4m3=True),
+# The MLP's hidden tensor h is 4 transfers with GELU, and 8/3 with SwiGLU, whose fc1 returns 2h. GELU in place moves 2h.
+# SwiGLU moves 3h in one kernel, and 5h as silu and a product. A kernel of ours that converts from 16 bits to e4m3 moves
+# 1.5 times the tensor.
+PEERS = {"timm eager": LayerDesign(2, 2 + 3, 8, 40 / 3), "timm compile": LayerDesign(2, 2, 8, 8)}
+DESIGNS = PEERS | {
+    "engine": LayerDesign(2, 3, 8, 40 / 3),
+    "engine-triton": LayerDesign(2, 1, 0, 0, 0, LINEAR_TRITON, LINEAR_TRITON, ATTENTION_TRITON),
+    "A: residual, GELU, SwiGLU cublas": LayerDesign(2, 1, 0, 8, 0, LINEAR_TORCH, GELU_CUBLAS),
+    "B: A, SwiGLU cuda, attention triton": LayerDesign(2, 1, 0, 0, 0, LINEAR_TORCH, FC1_FUSED, ATTENTION_EITHER),
+    "C: B, attention cuda": LayerDesign(2, 1, 0, 0, 0, LINEAR_TORCH, FC1_FUSED, ATTENTION_ANY),
+    "fp8, cublas, activation triton": LayerDesign(1.5, 3, 6, 20 / 3, 1.5, e4m3=True),
+    "fp8, cuda": LayerDesign(1.5, 1, 0, 0, 1.5, LINEAR_CUDA, LINEAR_CUDA, e4m3=True),
+    "fp8, cuda, attention as C": LayerDesign(1.5, 1, 0, 0, 1.5, LINEAR_CUDA, LINEAR_CUDA, ATTENTION_ANY, e4m3=True),
 }
 
 
-class Step(NamedTuple):
-    """Bytes to move, and operations at `rate` a second."""
+class LayerStep(NamedTuple):
+    """Bytes to move, and operations at `rate` per second."""
 
     name: str
     moved: float
@@ -83,83 +91,82 @@ class Step(NamedTuple):
         return max(self.flops / self.rate, self.moved / (ELEMENTWISE * rates.copy))
 
 
-def layer(programme: Programme, shape: Shape, rates: Rates = H200) -> list[Step]:
+def layer_steps(design: LayerDesign, shape: Shape, rates: Rates = H200) -> list[LayerStep]:
     """The steps of one layer."""
-    rows, itemsize = shape.batch * shape.tokens, 1 if programme.e4m3 else 2  # of what a product reads
-    transfer, activation = 2 * rows * shape.hidden, programme.swiglu if shape.swiglu else programme.gelu
-    large = (programme.e4m3 and rates.e4m3) or rates.product
+    rows, itemsize = shape.batch * shape.tokens, 1 if design.e4m3 else 2  # of the operands of a product
+    transfer, activation = 2 * rows * shape.hidden, design.swiglu if shape.swiglu else design.gelu
+    large = (design.e4m3 and rates.e4m3) or rates.product
 
-    def product(place: str, kernels: Kernels, fused: bool = False) -> Step:
+    def product(place: str, kernels: KernelNames, fused: bool = False) -> LayerStep:
         inputs, outputs = shape.features[place]
         moved = itemsize * inputs + (itemsize * shape.features["fc2"][0] if fused else 2 * outputs)
-        return Step(place, rows * moved, 2 * rows * inputs * outputs, large * fastest(kernels, inputs))
+        return LayerStep(place, rows * moved, 2 * rows * inputs * outputs, large * fastest(kernels, inputs))
 
-    norm, residual = Step("norm", programme.norm * transfer), Step("residual", programme.residual * transfer)
-    attention = Step(
-        "attention", 4 * transfer, attention_flops(shape), 1e12 * fastest(programme.attention, shape.tokens)
+    norm, residual = LayerStep("norm", design.norm * transfer), LayerStep("residual", design.residual * transfer)
+    attention = LayerStep(
+        "attention", 4 * transfer, attention_flops(shape), 1e12 * fastest(design.attention, shape.tokens)
     )
-    quantise, act = Step("quantise", programme.quantise * transfer), Step("activation", activation * transfer)
-    qkv, proj, fc2 = (product(place, programme.linear) for place in ("qkv", "proj", "fc2"))
-    fc1 = product("fc1", programme.fc1, fused=not activation)
+    quantise, act = LayerStep("quantise", design.quantise * transfer), LayerStep("activation", activation * transfer)
+    qkv, proj, fc2 = (product(place, design.linear) for place in ("qkv", "proj", "fc2"))
+    fc1 = product("fc1", design.fc1, fused=not activation)
     return [norm, qkv, attention, quantise, proj, residual, norm, fc1, act, fc2, residual]
 
 
-def fastest(kernels: Kernels, size: int) -> float:
-    """The speed at in_features or tokens. If no kernel has the size, as with GELU in ViT-g, it is torch's."""
+def fastest(kernels: KernelNames, size: int) -> float:
+    """The speed at `size` in_features or tokens. Where no kernel has the size (GELU in ViT-g), it is that of torch."""
     speeds = [SPEEDS[name][size] for name in kernels if size in SPEEDS[name]]
     return max(speeds) if speeds else SPEEDS["linear torch"][size]
 
 
-def model(programme: Programme, shape: Shape, output: str, rates: Rates = H200) -> list[Step]:
-    """The steps of all layers and of the patch embedding. For output "cls" the last layer is that of bench.roofline."""
-    one, skinny = layer(programme, shape, rates), SKINNY_LAYERS[output]
-    full = shape.config.depth - skinny
-    least = work(shape.config, shape.resolution, shape.batch, output, 2, programme.e4m3)
-    patches = Step("patches", 0, least.embedding, rates.product * fastest(TORCH, 588))
-    pool = Step("pool", 2 * shape.batch * shape.tokens * shape.hidden)
-    alone = least.products - full * sum(step.flops for step in one if step.name in shape.features)
-    class_token = Step("class token", 0, alone, rates.product)
-    return [patches, *full * one, *skinny * [pool, class_token]]
+def model_steps(design: LayerDesign, shape: Shape, output: str, rates: Rates = H200) -> list[LayerStep]:
+    """The steps of the patch embedding and all layers. For output "cls" the last layer is that of bench.roofline."""
+    one_layer, class_token_layers = layer_steps(design, shape, rates), CLASS_TOKEN_LAYERS[output]
+    full_layers = shape.config.depth - class_token_layers
+    floor = forward_work(shape.config, shape.resolution, shape.batch, output, 2, design.e4m3)
+    patches = LayerStep("patches", 0, floor.embedding, rates.product * fastest(LINEAR_TORCH, 588))
+    pool = LayerStep("pool", 2 * shape.batch * shape.tokens * shape.hidden)
+    rest = floor.products - full_layers * sum(step.flops for step in one_layer if step.name in shape.features)
+    class_token = LayerStep("class token", 0, rest, rates.product)
+    return [patches, *full_layers * one_layer, *class_token_layers * [pool, class_token]]
 
 
-def seconds(steps: list[Step], rates: Rates = H200) -> float:
+def seconds(steps: list[LayerStep], rates: Rates = H200) -> float:
     return sum(step.seconds(rates) for step in steps)
 
 
-def counts(steps: list[Step]) -> tuple[float, float, float]:
+def counts(steps: list[LayerStep]) -> tuple[float, float, float]:
     """GFLOP of products and of attention, and MB that no product hides."""
     attention = sum(step.flops for step in steps if step.name == "attention")
     products = sum(step.flops for step in steps) - attention
     return products / 1e9, attention / 1e9, sum(step.moved for step in steps if not step.flops) / 1e6
 
 
-def text() -> str:
-    """The tables, in Markdown."""
-    models = {
-        name: [model(one, shape, "all" if name in PEERS else OUTPUTS[shape.resolution]) for shape in SHAPES.values()]
-        for name, one in PROGRAMMES.items()
-    }
+def tables() -> str:
+    """All tables, in Markdown."""
 
-    def count(name: str, what: int) -> list[str]:
-        pairs = [(layer(PROGRAMMES[name], shape), of) for shape, of in zip(SHAPES.values(), models[name], strict=True)]
-        return [" / ".join(number(counts(steps)[what]) for steps in pair) for pair in pairs]
+    def steps_of(name: str, shape: Shape) -> list[LayerStep]:
+        return model_steps(DESIGNS[name], shape, "all" if name in PEERS else OUTPUTS[shape.resolution])
 
-    speeds = [[name, ", ".join(f"{size}: {speed:g}" for size, speed in some.items())] for name, some in SPEEDS.items()]
-    amounts = [[f"GFLOP of products, {name}", *count(name, 0)] for name in ("timm compile", "engine-triton")]
-    amounts += [[f"GFLOP of attention, {name}", *count(name, 1)] for name in ("timm compile", "engine-triton")]
-    moved: dict[tuple[str, ...], list[str]] = {}  # the programmes that move as much
-    for name in PROGRAMMES:
-        moved.setdefault(tuple(count(name, 2)), []).append(name)
-    amounts += [[f"MB, {'; '.join(names)}", *cells] for cells, names in moved.items()]
-    compiled = [seconds(steps) for steps in models.pop("timm compile")]
-    times = [["images/s of timm compile", *(number(1 / each) for each in compiled)]]
-    for name, some in models.items():
-        ratios = [peer / seconds(steps) for peer, steps in zip(compiled, some, strict=True)]
-        times.append([f"times that, {name}", *map("{:.2f}".format, ratios)])
-    heads = ("row of `bench.ops`", "by in_features: share of a large product; by tokens: TFLOP/s")
-    tables = (heads, speeds), (("a layer / a model", *SHAPES), amounts), (("a model", *SHAPES), times)
-    return "\n".join(markdown(*one) for one in tables)
+    def count_cells(name: str, column: int) -> list[str]:
+        pairs = ((layer_steps(DESIGNS[name], shape), steps_of(name, shape)) for shape in SHAPES.values())
+        return [" / ".join(format_number(counts(steps)[column]) for steps in pair) for pair in pairs]
+
+    speeds = [[name, ", ".join(f"{size}: {speed:g}" for size, speed in by.items())] for name, by in SPEEDS.items()]
+    amounts = [[f"GFLOP of products, {name}", *count_cells(name, 0)] for name in ("timm compile", "engine-triton")]
+    amounts += [[f"GFLOP of attention, {name}", *count_cells(name, 1)] for name in ("timm compile", "engine-triton")]
+    same_bytes: dict[tuple[str, ...], list[str]] = {}  # the designs that move as many bytes share a line
+    for name in DESIGNS:
+        same_bytes.setdefault(tuple(count_cells(name, 2)), []).append(name)
+    amounts += [[f"MB, {'; '.join(names)}", *cells] for cells, names in same_bytes.items()]
+    pass_seconds = {name: [seconds(steps_of(name, shape)) for shape in SHAPES.values()] for name in DESIGNS}
+    compiled = pass_seconds.pop("timm compile")
+    times = [["images/s of timm compile", *(format_number(1 / each) for each in compiled)]]
+    for name, each in pass_seconds.items():
+        times.append([f"times that, {name}", *(f"{peer / own:.2f}" for peer, own in zip(compiled, each, strict=True))])
+    head = ("row of `bench.ops`", "by in_features: share of a large product; by tokens: TFLOP/s")
+    every = (head, speeds), (("a layer / a model", *SHAPES), amounts), (("a model", *SHAPES), times)
+    return "\n".join(markdown_table(*table) for table in every)
 
 
 if __name__ == "__main__":
-    print(text(), end="")
+    print(tables(), end="")

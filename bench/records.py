@@ -1,6 +1,7 @@
 """Benchmark results as JSON lines, one file for each device and task: ``bench/results/<device>/<task>.jsonl``.
 
-Every row has every key, null where it does not apply. A row that is measured again at the same commit is replaced.
+A line is a row: what was measured, its value, the versions and the commit. Every row has every key, null where it does
+not apply. A row that is measured again at the same commit replaces the old one.
 """
 
 from __future__ import annotations
@@ -23,61 +24,65 @@ import torch
 
 from dinov2_fast.ops.dispatch import BackendError
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # by the keys below
 
 RESULTS = Path(__file__).parent / "results"
-SETTING = ("task", "model", "resolution", "batch", "output", "precision")  # what all implementations are asked for
-IDENTITY = (*SETTING, "implementation", "mode", "commit")
+SCENARIO = (
+    "task",
+    "model",
+    "resolution",
+    "batch",
+    "output",
+    "precision",
+)  # the same for all implementations that are compared
+IDENTITY = (*SCENARIO, "implementation", "mode", "commit")
 MEASURED = ("value", "unit", "p20", "p80", "floor_share", "outputs_max_error")
 KEYS = (*IDENTITY[:-1], *MEASURED, "gpu", "torch", "triton", "versions", "commit", "date")
 PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
 LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; in all others more is better
 
-NOT_MEASURED = "not_measured"  # the key in `versions` of the reason why a row has no value
-KINDS = {
+NOT_MEASURED = "not_measured"  # the key in `versions` that says why a row has no value
+FAILURE_KINDS = {
     torch.OutOfMemoryError: "out of memory",
-    AssertionError: "refused",  # by the rule
+    AssertionError: "refused",  # the results are wrong
     ValueError: "refused",
     NotImplementedError: "cannot run here",
     BackendError: "cannot run here",
 }
-MISSING = "missing: "  # how the reason begins if an implementation is not installed
-LOST = "failed: after this the device ran nothing any more: "  # and if it left the device unusable
-AGAIN = 75  # exit status (EX_TEMPFAIL) of a benchmark that lost the device: its rows say so, and a new process goes on
-SENSED = 5.0  # seconds for which a reading of the sensors counts
-SENSORS = {
-    "sm_mhz": "clocks.sm",
-    "memory_mhz": "clocks.mem",
-    "temperature_c": "temperature.gpu",
-    "power_w": "power.draw",
-}
+# How the reason begins if an implementation is not installed, and if it left the device unusable.
+MISSING_PREFIX = "missing: "
+LOST_PREFIX = "failed: the device could not be used after this: "
+EXIT_RETRY = 75  # exit status (EX_TEMPFAIL) of a benchmark that lost the device: a new process can measure the rest
+SENSOR_SECONDS = 5.0  # how long a reading of the sensors is reused
+SENSORS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem"}  # by the names of nvidia-smi
+SENSORS |= {"temperature_c": "temperature.gpu", "power_w": "power.draw"}
 
 
 class DeviceLost(Exception):
     """An error after which this process can run nothing on the GPU, such as an illegal memory access.
 
     Args:
-        rows: of the implementation that it happened in.
+        rows: those of the implementation that caused it.
     """
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, rows: list[Row]) -> None:
         super().__init__(reason(rows[0]))
         self.rows = rows
 
 
 class Recorder:
-    """Keeps the rows of a task as soon as they are measured, so that a later failure loses none.
+    """Saves the rows of a task as soon as they are measured, so that a later failure loses none.
 
     Args:
         task: the name of the file.
-        options: those of :func:`bench.harness.parser`.
+        options: those of :func:`bench.harness.make_parser`.
     """
 
     def __init__(self, task: str, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         self.folder: Path = options.results / device_folder(self.device)
         self.path = self.folder / f"{task}.jsonl"
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.common = environment(self.device, options.commit)
         self.lost = False
         self._task, self.writes = task, options.write
@@ -89,7 +94,7 @@ class Recorder:
         name = self.common["gpu"] or f"{versions['cpu']}, {versions['threads']} threads"
         return f"{name}, torch {self.common['torch']}, commit {self.common['commit']}"
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
+    def keep(self, rows: list[Row]) -> None:
         """Adds rows. Missing keys get the values of the whole run, or null."""
         state = sensors(self.device)
         for row in rows:
@@ -100,26 +105,25 @@ class Recorder:
             write(self.path, self.rows)
 
     @property
-    def measured(self) -> list[dict[str, Any]]:
-        """The rows so far; when resuming, also those before."""
-        return self._known + self.rows
+    def measured(self) -> list[Row]:
+        """The rows so far, including those of the file that is written or resumed."""
+        return read(self.path) if self.writes else self._known + self.rows
 
     def has(self, **wanted: Any) -> bool:
         """When resuming: whether this commit has a row with these keys, of an implementation that was installed."""
-        wanted["commit"] = self.common["commit"]
-        return any(
-            all(row[key] == value for key, value in wanted.items()) for row in self._known if not is_missing(row)
-        )
+        return any(not is_missing(row) for row in self._known_rows(wanted))
 
-    def lost_in(self, **wanted: Any) -> list[dict[str, Any]]:
-        """When resuming: the rows of this commit with these keys that lost the device and are not to be tried again."""
-        wanted["commit"] = self.common["commit"]
-        found = [row for row in self._known if all(row[key] == value for key, value in wanted.items())]
-        return [row for row in found if (reason(row) or "").startswith(LOST)]
+    def lost_in(self, **wanted: Any) -> list[Row]:
+        """When resuming: the rows of this commit with these keys that lost the device. They must not be tried again."""
+        return [row for row in self._known_rows(wanted) if (reason(row) or "").startswith(LOST_PREFIX)]
+
+    def _known_rows(self, wanted: dict[str, Any]) -> list[Row]:
+        wanted = wanted | {"commit": self.common["commit"]}
+        return [row for row in self._known if all(row[key] == value for key, value in wanted.items())]
 
     @contextmanager
-    def until_lost(self) -> Iterator[None]:
-        """Inside, a lost device ends the work; the rows that lost it are kept. Only a new process can go on."""
+    def stop_when_lost(self) -> Iterator[None]:
+        """Leaves the block when the device is lost, and keeps the rows of the implementation that lost it."""
         try:
             yield
         except DeviceLost as lost:
@@ -127,34 +131,48 @@ class Recorder:
             self.keep(lost.rows)
             print(
                 f"{lost.rows[0]['implementation']} {lost.rows[0].get('mode') or ''}: {lost}\n"
-                "The rest of these rows needs a new process: --resume leaves out what this happened in.",
+                "Run the command again with --resume: it measures the rest without what lost the device.",
                 file=sys.stderr,
             )
 
     def finish(self) -> int:
-        """Prints where the rows are and how many were refused or failed; gives the exit status."""
+        """Prints where the rows are and how many were refused or failed. Returns the exit status."""
         if self.writes:
             print(f"wrote {self.path}")
-        wrong = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
-        if wrong:
-            print(f"{len(wrong)} rows were refused or failed.", file=sys.stderr)
-        return AGAIN if self.lost else int(bool(wrong))
+        failed = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
+        if failed:
+            print(f"{len(failed)} rows were refused or failed.", file=sys.stderr)
+        return EXIT_RETRY if self.lost else int(bool(failed))
 
 
-def not_measured(reason: str) -> dict[str, Any]:
-    """What a row without a value holds."""
+def not_measured(reason: str) -> Row:
+    """The keys of a row without a value."""
     return {"value": None, "versions": {NOT_MEASURED: reason}}
 
 
-def stop(rows: list[dict[str, Any]], exception: Exception, device: torch.device) -> None:
+def missing(reason: str) -> Row:
+    """The keys of a row whose implementation is not installed. It is tried again when a benchmark resumes."""
+    return not_measured(f"{MISSING_PREFIX}{reason}")
+
+
+def is_missing(row: Row) -> bool:
+    return (reason(row) or "").startswith(MISSING_PREFIX)
+
+
+def reason(row: Row) -> str | None:
+    """Why a row has no value, or None."""
+    return (row.get("versions") or {}).get(NOT_MEASURED)
+
+
+def record_failure(rows: list[Row], exception: Exception, device: torch.device) -> None:
     """Writes into the rows of an implementation that this exception stopped it.
 
     Raises:
-        DeviceLost: nothing runs on the device any more in this process, so all others would fail as well.
+        DeviceLost: this process can run nothing on the device any more, so all others would fail as well.
     """
     lost = is_lost(device)
-    before = LOST if lost else f"{KINDS.get(type(exception), 'failed')}: "
-    values = not_measured(before + (str(exception) or type(exception).__name__).splitlines()[0])
+    prefix = LOST_PREFIX if lost else f"{FAILURE_KINDS.get(type(exception), 'failed')}: "
+    values = not_measured(prefix + (str(exception) or type(exception).__name__).splitlines()[0])
     for row in rows:
         row |= values
     if lost:
@@ -174,50 +192,36 @@ def _answers(device: torch.device) -> bool:
     return True
 
 
-def missing(reason: str) -> dict[str, Any]:
-    """The same for an implementation that is not installed, but may be the next time."""
-    return not_measured(f"{MISSING}{reason}")
-
-
-def is_missing(row: dict[str, Any]) -> bool:
-    return (reason(row) or "").startswith(MISSING)
-
-
-def reason(row: dict[str, Any]) -> str | None:
-    """Why a row has no value."""
-    return (row.get("versions") or {}).get(NOT_MEASURED)
-
-
-def best(rows: Iterable[Row]) -> Row | None:
-    """The best row of one setting, None if none has a value."""
+def best_row(rows: Iterable[Row]) -> Row | None:
+    """The best of rows with one unit, None if none has a value."""
     measured = [row for row in rows if row["value"] is not None]
     return max(measured, key=lambda row: row["value"] * (-1 if row["unit"] in LESS_IS_BETTER else 1), default=None)
 
 
-def ratio(row: Row, other: Row) -> float:
+def row_ratio(row: Row, other: Row) -> float:
     """How many times better a row is than another."""
     better, base = (other, row) if row["unit"] in LESS_IS_BETTER else (row, other)
     return better["value"] / base["value"]
 
 
-def newest(rows: list[Row]) -> list[Row]:
+def newest_commit(rows: list[Row]) -> list[Row]:
     """The rows of the commit that was measured last."""
     last = max(enumerate(rows), key=lambda numbered: (numbered[1]["date"] or "", numbered[0]), default=None)
     return [row for row in rows if last and row["commit"] == last[1]["commit"]]
 
 
-def fact(row: Row, name: str) -> Any:
+def lookup(row: Row, name: str) -> Any:
     """The value of a key of a row or of its `versions`."""
     return row[name] if name in row else (row["versions"] or {}).get(name)
 
 
-def short(commit: str | None) -> str:
+def short_commit(commit: str | None) -> str:
     """A commit's first digits, with "-dirty" if its code was changed."""
     digits, dirty, _ = (commit or "unknown").partition("-dirty")
     return digits[:8] + dirty
 
 
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+def environment(device: torch.device, commit: str | None = None) -> Row:
     """The keys that all rows of a run share: hardware, versions, commit, date."""
     versions: dict[str, Any] = {name: version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
@@ -226,7 +230,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "torch": torch.__version__,
         "triton": version("triton"),
         "versions": versions,
-        "commit": commit or head(),
+        "commit": commit or current_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 
@@ -239,16 +243,16 @@ def version(package: str) -> str | None:
         return None
 
 
-def sensors(device: torch.device) -> dict[str, Any]:
-    """Clocks, temperature and power of a GPU, at most SENSED seconds old; nothing on a CPU or if they cannot be read.
+def sensors(device: torch.device) -> dict[str, float]:
+    """Clocks, temperature and power of a GPU. Empty on a CPU, or if they cannot be read.
 
-    Starting nvidia-smi takes as long as measuring a row of an op.
+    A reading is reused for SENSOR_SECONDS: starting nvidia-smi takes as long as measuring a row of an op.
     """
-    return dict(_sensors(device, int(time.monotonic() // SENSED))) if device.type == "cuda" else {}
+    return dict(_sensors(device, int(time.monotonic() // SENSOR_SECONDS))) if device.type == "cuda" else {}
 
 
 @functools.lru_cache(maxsize=1)
-def _sensors(device: torch.device, period: int) -> dict[str, Any]:
+def _sensors(device: torch.device, period: int) -> dict[str, float]:
     try:
         uuid = torch.cuda.get_device_properties(device).uuid
         query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SENSORS.values())}"]
@@ -261,32 +265,32 @@ def _sensors(device: torch.device, period: int) -> dict[str, Any]:
 
 
 def device_folder(device: torch.device) -> str:
-    """The folder of a device's results: "cpu", "nvidia-h200", …"""
+    """The name of the folder of a device's results: "cpu", "nvidia-h200", …"""
     return torch.cuda.get_device_name(device).lower().replace(" ", "-") if device.type == "cuda" else "cpu"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if it does not exist. ValueError if a line is no JSON."""
+def read(path: Path) -> list[Row]:
+    """The rows of a file, none if it does not exist. ValueError if a line is not JSON."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} holds a line that is no JSON: {error}") from error
+        raise ValueError(f"{path} has a line that is not JSON: {error}") from error
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a file, replacing those of the same identity.
+def write(path: Path, rows: list[Row]) -> None:
+    """Adds rows to a file. A row replaces one with the same values of the keys IDENTITY.
 
     Raises:
-        ValueError: a row lacks a key or has one too many.
+        ValueError: a row lacks a key or has an unknown one.
     """
     for row in rows:
         if set(row) != set(KEYS):
-            raise ValueError(f"A row must have the keys {KEYS}; wrong: {sorted(set(row) ^ set(KEYS))}.")
+            raise ValueError(f"A row must have the keys {KEYS}; missing or unknown: {sorted(set(row) ^ set(KEYS))}.")
     kept = {tuple(row[key] for key in IDENTITY): row for row in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(json.dumps({key: row[key] for key in KEYS}) + "\n" for row in kept.values()))
-    part.replace(path)  # a run may be stopped at any moment: the file is written whole or not at all
+    part.replace(path)  # a run may be stopped at any moment: the file is written completely or not at all
 
 
 def _cpu_name() -> str:
@@ -296,16 +300,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def head() -> str | None:
+def current_commit() -> str | None:
     """The commit of the checkout, with "-dirty" if its code is changed; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except subprocess.CalledProcessError:
         return None
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return head.stdout.strip() + ("-dirty" if changed.stdout else "")

@@ -1,8 +1,8 @@
 """Writes tables and plots from the rows in ``bench/results``: ``python -m bench.report``.
 
 Each device's folder gets a README.md with all values, and the plots throughput.png and latency.png. The project's
-README gets, for each device, the plots and the rows that most people would run. Of each file the rows of the commit
-that was measured last count. Plots need matplotlib: without it only the texts are written, and the exit status is 1.
+README gets, for each device, the plots and the models and sizes that most people run. Each file counts with the commit
+that was measured last. Plots need matplotlib: without it only the texts are written, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of speed -->"
 OURS = "dinov2_fast"
 TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
-PLOTTED = {"throughput": -1, "latency": 0}  # of several batches, README shows the largest and the smallest
-SETTING = ("model", "resolution", "precision", "output", "batch")  # what all implementations are asked for
-ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people would run comes first
+PLOTTED = {"throughput": -1, "latency": 0}  # the index of the batch size that README shows: the largest, the smallest
+LABEL_KEYS = ("model", "resolution", "precision", "output", "batch")  # the columns that name a scenario
+ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people run comes first
 HEADINGS = {"resolution": "pixels"}
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
 FLOOR = (
-    "The floor is the least time of a forward pass at this device's rates of a large product and of a copy "
-    "(`bench/roofline.py`)."
+    "The floor is the least time of a forward pass at the rates that this device reaches in a large product and in a "
+    "copy (`bench/roofline.py`)."
 )
 WIDTH, HEAD, BAR = 10.0, 0.6, 0.2  # inches: of a figure, above a panel, of a bar
 COLUMNS = 2  # panels side by side
@@ -38,16 +38,16 @@ COLUMNS = 2  # panels side by side
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.report", description=__doc__)
-    where = "the folder of the devices' folders; README changes with the default, bench/results, only"
-    parser.add_argument("--results", type=Path, default=records.RESULTS, help=where)
+    results_help = "a folder of devices' folders (default: bench/results); only with the default is README.md written"
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help=results_help)
     results = parser.parse_args(arguments).results
     if not results.is_dir():
-        parser.error(f"--results: {results} is no folder")
+        parser.error(f"--results: {results} is not a folder")
     measured = devices(results)
     for device in measured:
         (device.folder / "README.md").write_text(device_readme(device), encoding="utf-8")
     if results == records.RESULTS:
-        README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+        README.write_text(updated_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
     try:
         for device in measured:
             for task, chosen in device.headline.items():
@@ -59,96 +59,101 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Comparison:
-    """The rows of one task, setting and unit.
+    """The rows of one task, scenario and unit.
 
     Attributes:
-        values: the rows, the best first.
-        rows: the same by implementation, ours first.
+        ranked: the rows, the best first.
+        by_name: the same rows by implementation, ours first.
         share: our best row's share of the floor.
-        ratio: how many times better our best row is than the best of a peer.
+        ratio: how many times better our best row is than a peer's best.
         accelerated: how many times better each peer's model is with our blocks in it, both eager.
         floor: the floor in the unit of the rows.
     """
 
-    def __init__(self, values: list[Row]) -> None:
-        self.setting = tuple(values[0][key] for key in SETTING)
-        self.task, self.unit = values[0]["task"], values[0]["unit"]
+    def __init__(self, rows: list[Row]) -> None:
+        self.scenario = tuple(rows[0][key] for key in LABEL_KEYS)
+        self.task, self.unit = rows[0]["task"], rows[0]["unit"]
         self.less_is_better = self.unit in records.LESS_IS_BETTER
-        self.values = sorted(values, key=lambda row: row["value"], reverse=not self.less_is_better)
-        names = dict.fromkeys([OURS, *(row["implementation"] for row in values)])
-        self.rows = {name: [row for row in self.values if row["implementation"] == name] for name in names}
-        ours, peers = self.rows[OURS], [row for row in self.values if row["implementation"] != OURS]
-        self.ratio = records.ratio(ours[0], peers[0]) if ours and peers else None
+        self.ranked = sorted(rows, key=lambda row: row["value"], reverse=not self.less_is_better)
+        names = dict.fromkeys([OURS, *(row["implementation"] for row in rows)])
+        self.by_name = {name: [row for row in self.ranked if row["implementation"] == name] for name in names}
+        ours, peers = self.by_name[OURS], [row for row in self.ranked if row["implementation"] != OURS]
+        self.ratio = records.row_ratio(ours[0], peers[0]) if ours and peers else None
         self.share = ours[0]["floor_share"] if ours else None
         modes, eager = {row["mode"]: row for row in ours}, [row for row in peers if row["mode"] == "eager"]
         pairs = [(modes.get(f"accelerated-{row['implementation']}"), row) for row in eager]
-        self.accelerated = [records.ratio(with_ours, without) for with_ours, without in pairs if with_ours]
-        shares = [(row["value"], row["floor_share"]) for row in values if row["floor_share"]]
+        self.accelerated = [records.row_ratio(with_ours, without) for with_ours, without in pairs if with_ours]
+        shares = [(row["value"], row["floor_share"]) for row in rows if row["floor_share"]]
         self.floor = next((value * share if self.less_is_better else value / share for value, share in shares), None)
 
     @property
-    def words(self) -> list[str]:
-        """The setting as people write it: `ViT-S/14`."""
-        model, *others = self.setting
-        title = harness.title(BACKBONES[model]) if model in BACKBONES else model
+    def labels(self) -> list[str]:
+        """The scenario in the usual spelling, such as `ViT-S/14`."""
+        model, *others = self.scenario
+        title = harness.model_title(BACKBONES[model]) if model in BACKBONES else model
         return [title, *("–" if value is None else str(value) for value in others)]
 
 
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """Rows with a value by setting and unit: numbers ascend, names are in ORDER, unknown names come last."""
+    """Rows with a value by scenario and unit. Numbers ascend, names are in ORDER, and unknown names come last."""
     values = [row for row in rows if row["value"] is not None]
-    alike = grouped(values, lambda row: (row["unit"], *(row[key] for key in SETTING)))
-    return sorted(map(Comparison, alike), key=lambda one: [_place(value) for value in one.setting])
+    groups = grouped(values, lambda row: (row["unit"], *(row[key] for key in LABEL_KEYS)))
+    return sorted(map(Comparison, groups), key=lambda comparison: [_rank(value) for value in comparison.scenario])
 
 
-def grouped(every: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    """The items with the same key together, in the order of their first item."""
     groups: dict[Any, list[Any]] = {}
-    for one in every:
-        groups.setdefault(key(one), []).append(one)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 
-def _place(value: str | int | None) -> int:
+def _rank(value: str | int | None) -> int:
     if isinstance(value, str):
         return ORDER.index(value) if value in ORDER else len(ORDER)
     return value or 0
 
 
-def usual(every: list[Comparison], batch: int) -> list[Comparison]:
-    """For each model and size what most people would run: the first precision and output, and one batch size."""
-    groups = grouped(every, lambda one: one.setting[:2])
-    return [[one for one in some if one.setting[:-1] == some[0].setting[:-1]][batch] for some in groups]
+def most_used(every: list[Comparison], batch: int) -> list[Comparison]:
+    """What most people run of each model and size: the first precision and output, and the batch size of this index."""
+    groups = grouped(every, lambda comparison: comparison.scenario[:2])
+    return [[each for each in group if each.scenario[:-1] == group[0].scenario[:-1]][batch] for group in groups]
 
 
 class Device:
-    """What was measured on a device: for each task the rows of the commit that was measured last.
+    """The results of a device: for each task the rows of the commit that was measured last.
 
-    `headline` is what the project's README shows, `rates` a sentence with the rates of the floor.
+    `headline` is what the project's README shows. `rates` is a sentence with the rates behind the floor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        every = {task: records.newest(records.read(folder / f"{task}.jsonl")) for task in TASKS}
+        every = {task: records.newest_commit(records.read(folder / f"{task}.jsonl")) for task in TASKS}
         self.rows = {task: rows for task, rows in every.items() if rows}
-        self.rates = rates(self.rows.get("throughput", []))
+        self.rates = rates_sentence(self.rows.get("throughput", []))
         self.comparisons = {task: comparisons(rows) for task, rows in self.rows.items()}
-        chosen = {task: usual(self.comparisons.get(task, []), batch) for task, batch in PLOTTED.items()}
-        self.headline = {task: some for task, some in chosen.items() if some}
+        chosen = {task: most_used(self.comparisons.get(task, []), batch) for task, batch in PLOTTED.items()}
+        self.headline = {task: shown for task, shown in chosen.items() if shown}
         rows = [row for rows in self.rows.values() for row in rows]
         self.gpu = facts(rows, "gpu")
         self.name = self.gpu or f"CPU: {facts(rows, 'cpu')}"
 
 
-def rates(rows: list[Row]) -> str:
-    """A sentence with the rates of a copy and of large products in the `versions` of rows, "" without any."""
+def rates_sentence(rows: list[Row]) -> str:
+    """A sentence with the rates of a copy and of large products in the `versions` of rows, "" if there are none."""
     units = {"copy_per_s": ("a copy", "GB/s", 1e9), "product_per_s": ("a product", "TFLOP/s", 1e12)}
-    units |= {"e4m3_per_s": ("one in e4m3", "TFLOP/s", 1e12)}
-    words = []
+    units |= {"e4m3_per_s": ("a product in e4m3", "TFLOP/s", 1e12)}
+    parts = []
     for name, (what, unit, scale) in units.items():
-        values = sorted({rate for row in rows if (rate := records.fact(row, name))})
-        span = " to ".join(dict.fromkeys(number(value / scale) for value in (values[0], values[-1]))) if values else ""
-        words += [f"{what} {span} {unit}"] if values else []
-    return f"Here {', '.join(words)}." if words else ""
+        values = sorted({rate for row in rows if (rate := records.lookup(row, name))})
+        span = (
+            " to ".join(dict.fromkeys(format_number(value / scale) for value in (values[0], values[-1])))
+            if values
+            else ""
+        )
+        parts += [f"{what} reaches {span} {unit}"] if values else []
+    return f"Here {', '.join(parts)}." if parts else ""
 
 
 def devices(results: Path) -> list[Device]:
@@ -157,14 +162,14 @@ def devices(results: Path) -> list[Device]:
     return sorted((device for device in every if device.rows), key=lambda device: not device.gpu)
 
 
-def updated(readme: str, results: Path = records.RESULTS) -> str:
-    """README's text with a new part between its two marks; ValueError if a mark is missing."""
+def updated_readme(readme: str, results: Path = records.RESULTS) -> str:
+    """README's text with a new section between its two marks. ValueError if a mark is missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"README.md must hold the two marks {BEGIN} and {END}: the tables go between them.")
     measured = devices(results)
-    no_gpu = "No result on a GPU exists yet: `make gpu` measures one.\n"
+    no_gpu = "There is no result on a GPU yet: `make gpu` measures one.\n"
     parts = [] if any(device.gpu for device in measured) else [no_gpu]
     return "\n".join([f"{before}{begin}\n", *parts, *map(device_section, measured), f"{end}{after}"])
 
@@ -178,10 +183,10 @@ def device_section(device: Device) -> str:
         parts.append(f"{task.capitalize()}, {_unit(chosen)}: {provenance(device.rows[task])}.\n")
         parts.append(table(chosen, best_only=True))
     parts.append(
-        "These are the rows that most people would run, each implementation in its best mode (in brackets where that "
-        f"is not eager); [all that was measured]({results}/README.md). {FLOOR} {device.rates}\n"
+        "Each implementation is shown in its best mode, which is in brackets unless it is eager; "
+        f"[a page of its own]({results}/README.md) has all results. {FLOOR} {device.rates}\n"
     )
-    every = [times for task in device.headline for one in device.comparisons[task] for times in one.accelerated]
+    every = [times for task in device.headline for each in device.comparisons[task] for times in each.accelerated]
     if every:
         times = f"{min(every):.2f} to {max(every):.2f} times as fast ({len(every)} rows)"
         parts.append(f"Peers' models with our blocks in them (`dinov2_fast.accelerate(model)`), both eager: {times}.\n")
@@ -189,20 +194,20 @@ def device_section(device: Device) -> str:
 
 
 def device_readme(device: Device) -> str:
-    """All values of a device, and the reasons of rows without one."""
+    """All values of a device, and why rows have no value."""
     parts = [
         f"# Speed on {device.name}\n",
-        "Written by `python -m bench.report` from the rows beside this file. The best mode of each implementation "
-        "stands first and counts; in brackets the mode where it is not eager; – where nothing was measured.\n",
+        "`python -m bench.report` writes this file from the rows beside it. The best mode of each implementation comes "
+        "first, and the ratios compare those. The mode is in brackets unless it is eager; – means not measured.\n",
         f"{FLOOR} {device.rates}\n",
     ]
     for task, chosen in device.comparisons.items():
         parts.append(f"## {task.capitalize()}\n\n{provenance(device.rows[task])}.\n")
         if task in device.headline:
             parts.append(f"![{task.capitalize()} of each implementation, by model and size]({task}.png)\n")
-        for unit in dict.fromkeys(one.unit for one in chosen):
-            some = [one for one in chosen if one.unit == unit]
-            parts.append(f"Unit: {_unit(some)}\n\n{table(some)}")
+        for unit in dict.fromkeys(each.unit for each in chosen):
+            same_unit = [each for each in chosen if each.unit == unit]
+            parts.append(f"Unit: {_unit(same_unit)}\n\n{table(same_unit)}")
         parts += _not_measured(device.rows[task])
     return "\n".join(parts)
 
@@ -214,39 +219,39 @@ def _not_measured(rows: list[Row]) -> Iterator[str]:
         modes.setdefault((row["implementation"], why), []).append(row["mode"] or "eager")
     if modes:
         yield "Not measured:\n"
-        for (name, why), some in modes.items():
-            yield f"- {name}, {', '.join(dict.fromkeys(some))}: `{why}` ({len(some)} rows)"
+        for (name, why), names in modes.items():
+            yield f"- {name}, {', '.join(dict.fromkeys(names))}: `{why}` ({len(names)} rows)"
         yield ""
 
 
 def table(chosen: list[Comparison], best_only: bool = False) -> str:
-    """A line for each setting: the values of each implementation, in its best mode or in all, and the ratio of ours."""
-    shown = list(dict.fromkeys(name for one in chosen for name in one.rows))
+    """A line for each scenario: the values of each implementation, in its best mode or in all, and our ratio."""
+    names = list(dict.fromkeys(name for each in chosen for name in each.by_name))
     share = "device busy" if chosen[0].task == "extraction" else "share of the floor"
-    times = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
-    head, lines = [*(HEADINGS.get(key, key) for key in SETTING), *shown, times, share], []
-    for one in chosen:
-        rows = [one.rows.get(name, [])[: 1 if best_only else None] for name in shown]
-        cells = ["<br>".join(map(_value, some)) or "–" for some in rows]
-        lines.append([*one.words, *cells, _or_dash(one.ratio, "{:.2f}"), _or_dash(one.share, "{:.0%}")])
-    return markdown(head, lines)
+    ratio = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
+    head, lines = [*(HEADINGS.get(key, key) for key in LABEL_KEYS), *names, ratio, share], []
+    for each in chosen:
+        rows = [each.by_name.get(name, [])[: 1 if best_only else None] for name in names]
+        cells = ["<br>".join(map(_value, same_name)) or "–" for same_name in rows]
+        lines.append([*each.labels, *cells, _or_dash(each.ratio, "{:.2f}"), _or_dash(each.share, "{:.0%}")])
+    return markdown_table(head, lines)
 
 
-def markdown(head: Sequence[str], lines: list[list[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: list[list[str]]) -> str:
     """A table of these cells."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *lines])
 
 
 def _value(row: Row) -> str:
-    return number(row["value"]) + (f" ({row['mode']})" if row["mode"] not in (None, "eager") else "")
+    return format_number(row["value"]) + (f" ({row['mode']})" if row["mode"] not in (None, "eager") else "")
 
 
 def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def number(value: float) -> str:
-    """At least three digits, and all before the point; integers as they are."""
+def format_number(value: float) -> str:
+    """A number with at least three digits and all digits before the point; integers unchanged."""
     if isinstance(value, int):
         return str(value)
     decimals = next((n for n, least in enumerate((100, 10, 1)) if round(value, n) >= least), 3)
@@ -259,7 +264,7 @@ def _unit(chosen: list[Comparison]) -> str:
 
 
 def provenance(rows: list[Row]) -> str:
-    """Hardware, versions, commit and date of rows."""
+    """The hardware, versions, commit and date of rows."""
     measured = [row for row in rows if row["value"] is not None] or rows
     used = " ".join(f"{row['implementation']} {row['mode']}" for row in measured)
     gpu, workers = facts(rows, "gpu"), facts(rows, "workers")
@@ -267,55 +272,55 @@ def provenance(rows: list[Row]) -> str:
     packages = ["torch", *(["triton"] if gpu else []), *(name for name in records.PACKAGES if name in used)]
     versions = [f"{name} {facts(measured, name)}" for name in packages]
     decoding = [f"{workers} decoding processes"] if workers else []
-    commit = f"commit {records.short(rows[0]['commit'])}"
+    commit = f"commit {records.short_commit(rows[0]['commit'])}"
     return ", ".join([hardware, *decoding, *versions, commit, facts(rows, "date")])
 
 
 def facts(rows: list[Row], name: str) -> str:
-    """The values of a key of rows or of their `versions`; rows of one run have the same."""
-    values = dict.fromkeys(records.fact(row, name) for row in rows)
+    """The values of a key of rows or of their `versions`. Rows of one run have the same value."""
+    values = dict.fromkeys(records.lookup(row, name) for row in rows)
     return " or ".join(str(value) for value in values if value is not None)
 
 
 def save_plot(chosen: list[Comparison], path: Path) -> None:
-    """Writes a PNG with a digest of its rows but without matplotlib's version: the same rows give the same bytes."""
+    """Writes a PNG with a digest of its rows and without matplotlib's version: the same rows give the same bytes."""
     metadata = {"Software": None, "rows": digest(chosen)}
     draw(chosen).savefig(path, metadata=metadata, pil_kwargs={"optimize": True})
 
 
 def digest(chosen: list[Comparison]) -> str:
     """A digest of the rows that a plot shows."""
-    return hashlib.sha256(json.dumps([one.values for one in chosen], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([each.ranked for each in chosen], sort_keys=True).encode()).hexdigest()
 
 
 def draw(chosen: list[Comparison]) -> Any:
-    """A panel for each setting, with a bar for each implementation's best mode and a black line at the floor.
+    """A panel for each scenario, with a bar for each implementation's best mode and a black line at the floor.
 
-    Each panel has its own scale, which starts at 0, since models differ by powers of ten.
+    Each panel has its own scale, which starts at 0, since values differ by powers of ten between models.
     """
     from matplotlib.figure import Figure
 
-    lines, bars = -(-len(chosen) // COLUMNS), max(len(one.rows) for one in chosen)
+    lines, bars = -(-len(chosen) // COLUMNS), max(len(each.by_name) for each in chosen)
     figure = Figure((WIDTH, HEAD + lines * (HEAD + BAR * bars)), dpi=100, layout="constrained")
     panels = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
-    for axes, one in zip(panels, chosen, strict=False):
-        _panel(axes, one)
+    for axes, comparison in zip(panels, chosen, strict=False):
+        _panel(axes, comparison)
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
-    what, source = chosen[0].task.capitalize(), provenance([row for one in chosen for row in one.values])
+    what, source = chosen[0].task.capitalize(), provenance([row for each in chosen for row in each.ranked])
     how = f"{_unit(chosen)}, best modes; bold: ours against the best peer; black: the floor"
     figure.suptitle(f"{what}, {how}\n{source}", fontsize=8)
     return figure
 
 
-def _panel(axes: Any, one: Comparison) -> None:
-    best = {name: some[0]["value"] for name, some in one.rows.items() if some}
+def _panel(axes: Any, comparison: Comparison) -> None:
+    best = {name: rows[0]["value"] for name, rows in comparison.by_name.items() if rows}
     colours = ["#0b5fa5" if name == OURS else "#b8bcc4" for name in best]
-    axes.barh([f"{name}  {number(value)}" for name, value in best.items()], list(best.values()), color=colours)
-    if one.floor:
-        axes.axvline(one.floor, color="black", linewidth=1.4)
-    axes.set_title("{}, {} px, {}, {}, batch {}".format(*one.words), loc="left", fontsize=8)
-    axes.set_title(f"{one.ratio:.2f}×" if one.ratio else "", loc="right", fontsize=9, fontweight="bold")
+    axes.barh([f"{name}  {format_number(value)}" for name, value in best.items()], list(best.values()), color=colours)
+    if comparison.floor:
+        axes.axvline(comparison.floor, color="black", linewidth=1.4)
+    axes.set_title("{}, {} px, {}, {}, batch {}".format(*comparison.labels), loc="left", fontsize=8)
+    axes.set_title(f"{comparison.ratio:.2f}×" if comparison.ratio else "", loc="right", fontsize=9, fontweight="bold")
     axes.set_xticks([])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0, labelsize=8)

@@ -1,12 +1,13 @@
-"""The floor of a forward pass: the least time by the device's rates of a large matrix product and of a copy.
+"""The floor: the least time of a forward pass at the device's rates of a large matrix product and of a copy.
 
-Products and attention count their operations, at the rate of a large product. All else counts the bytes that must be
-moved if everything is fused that usual kernels can fuse, at the rate of a copy. The two are added: nothing overlaps.
-Both rates are measured in each run that gives shares of a floor, and are kept in its rows.
+Products and attention take the time of their operations at the rate of a large product. Everything else takes the time
+of the bytes that must be moved, at the rate of a copy, if all is fused that usual kernels can fuse. The two times are
+added: nothing overlaps. Every run that reports shares of a floor measures both rates and keeps them in its rows.
 
 With output "cls", the class token only, the last layer needs no keys and values. The scores of one query q are
 y·(W_k^T q) for the normed stream y, and its result is W_v times the weighted sum of y. So the stream is read once, and
-every product has one row for each image. The products of this pooling hide behind the read.
+every product has one row for each image. The read takes longer than the products of this pooling, which are not
+counted.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.harness import in_turn
+from bench.harness import time_in_turn
 from bench.workloads import E4M3, PATCH, Shape, attention_flops
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.torch_private import onednn_linear, onednn_pack
 
-SECONDS = {"cpu": 1.0, "cuda": 0.5}
-COPY = {"cpu": 128 << 20, "cuda": 4 << 30}  # bytes
-LARGE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large product
-SKINNY_LAYERS = {"all": 0, "cls": 1}  # by output: layers that compute the class token's row only
+TIMING_SECONDS = {"cpu": 1.0, "cuda": 0.5}
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large product
+CLASS_TOKEN_LAYERS = {"all": 0, "cls": 1}  # by output: layers that compute only the class token's row
 
 
 class Rates(NamedTuple):
@@ -38,15 +39,15 @@ class Rates(NamedTuple):
     e4m3: float | None = None
 
     @property
-    def row(self) -> dict[str, float]:
-        """As in the `versions` of a row."""
+    def as_versions(self) -> dict[str, float]:
+        """As they stand in the `versions` of a row."""
         return {f"{name}_per_s": rate for name, rate in self._asdict().items() if rate}
 
 
 @cache
-def measured(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of a device. On a CPU the faster product counts, torch's or oneDNN's with packed weights."""
-    source, size = torch.empty(COPY[device.type], dtype=torch.uint8, device=device), LARGE[device.type]
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measures the rates of a device. On a CPU the faster product counts: torch's, or oneDNN's with packed weights."""
+    source, size = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device), PRODUCT_SIZE[device.type]
     target, (a, b) = torch.empty_like(source), torch.randn(2, size, size, device=device).to(dtype)
     runs: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b.T}
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -59,7 +60,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Rates:
     with torch.inference_mode():
         for run in runs.values():
             run()
-        times = in_turn(runs, device, SECONDS[device.type], flush=True)
+        times = time_in_turn(runs, device, TIMING_SECONDS[device.type], flush=True)
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
     flops, fastest = 2.0 * size**3, min(seconds["product"], seconds.get("onednn", float("inf")))
     return Rates(
@@ -68,7 +69,7 @@ def measured(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 class Work(NamedTuple):
-    """Operations of a batch's forward pass, and bytes."""
+    """The operations and bytes of a batch's forward pass."""
 
     embedding: float  # operations of the patch embedding
     products: float  # operations of the linears of all layers
@@ -76,39 +77,40 @@ class Work(NamedTuple):
     elementwise: float  # bytes
 
     def seconds(self, rates: Rates, in_e4m3: bool) -> float:
-        """The floor. In fp8 attention and the patch embedding are in 16 bits."""
-        layers = (in_e4m3 and rates.e4m3) or rates.product
-        return (
-            (self.embedding + self.attention) / rates.product + self.products / layers + self.elementwise / rates.copy
-        )
+        """The floor. In fp8, attention and the patch embedding are still in 16 bits."""
+        layer_rate = (in_e4m3 and rates.e4m3) or rates.product
+        in_16_bits = (self.embedding + self.attention) / rates.product
+        return in_16_bits + self.products / layer_rate + self.elementwise / rates.copy
 
 
-def work(config: BackboneConfig, resolution: int, batch: int, output: str, itemsize: int, in_e4m3: bool) -> Work:
+def forward_work(
+    config: BackboneConfig, resolution: int, batch: int, output: str, itemsize: int, in_e4m3: bool
+) -> Work:
     """The least work of a forward pass.
 
-    In each layer two layer norms read the residual stream and write an operand, and two epilogues read the residual: 6
-    transfers of the stream (5 in fp8, where an operand has half the bytes). Activation, bias and LayerScale move
-    nothing. Not counted are the bytes of the embedding, of the last norm and of single tokens.
+    In each layer two layer norms read the residual stream and write an operand, and two epilogues read the residual.
+    These are 6 transfers of the stream (5 in fp8, where an operand has half the bytes). Activation, bias and LayerScale
+    move nothing. The bytes of the embedding, of the last norm and of single tokens are not counted.
 
     Args:
         itemsize: bytes of an element of the residual stream.
     """
-    shape, skinny = Shape(config, resolution, batch), SKINNY_LAYERS[output]
-    full = config.depth - skinny
-    of_a_row = {place: 2.0 * inputs * outputs for place, (inputs, outputs) in shape.features.items()}
-    # q, W_k^T q, W_v times the weighted sum, proj. The middle two are by head, with as many operations.
-    of_the_class_token = 4 * of_a_row["proj"] + of_a_row["fc1"] + of_a_row["fc2"]
+    shape, class_token_layers = Shape(config, resolution, batch), CLASS_TOKEN_LAYERS[output]
+    full_layers = config.depth - class_token_layers
+    row_flops = {place: 2.0 * inputs * outputs for place, (inputs, outputs) in shape.features.items()}
+    # q, W_k^T q, W_v times the weighted sum, proj. The middle two work on one head at a time, with as many operations.
+    class_token_flops = 4 * row_flops["proj"] + row_flops["fc1"] + row_flops["fc2"]
     stream = batch * shape.tokens * config.embed_dim  # elements
-    layer = 2 * (itemsize + (1 if in_e4m3 else itemsize)) + 2 * itemsize
+    layer_bytes = 2 * (itemsize + (1 if in_e4m3 else itemsize)) + 2 * itemsize
     return Work(
         2.0 * batch * (resolution // PATCH) ** 2 * 3 * PATCH**2 * config.embed_dim,
-        batch * (full * shape.tokens * sum(of_a_row.values()) + skinny * of_the_class_token),
-        full * attention_flops(shape),
-        stream * (full * layer + skinny * itemsize),
+        batch * (full_layers * shape.tokens * sum(row_flops.values()) + class_token_layers * class_token_flops),
+        full_layers * attention_flops(shape),
+        stream * (full_layers * layer_bytes + class_token_layers * itemsize),
     )
 
 
-def parameters(config: BackboneConfig) -> int:
-    """Number of parameters, the mask token included."""
+def count_parameters(config: BackboneConfig) -> int:
+    """The number of parameters, including the mask token."""
     with torch.device("meta"):
         return sum(p.numel() for p in DinoVisionTransformer(**config.constructor_arguments()).parameters())

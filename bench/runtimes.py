@@ -1,8 +1,8 @@
-"""onnxruntime and OpenVINO as peers: what a user may run on a CPU in place of PyTorch.
+"""onnxruntime and OpenVINO as peers: what a user may run on a CPU instead of PyTorch.
 
-Both run an ONNX file of our model, written by this project's export. Each batch and image size gets its own file, which
-is their best case: sizes are fixed and positions are resampled beforehand. Here they run in fp32, on a CPU only, with
-as many threads as PyTorch.
+Both run an ONNX file of our model, written by this project's export. Each batch and image size has a file of its own,
+which is their best case: sizes are fixed, and positions are resampled beforehand. Here they run in fp32, only on a CPU,
+with as many threads as PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import Peer, not_installed
+from bench.peers import Peer, reason_not_installed
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.export import INPUT, export
 
@@ -24,18 +24,18 @@ Outputs = list[Any]  # numpy arrays
 Session = Callable[[Any], Outputs]
 
 
-class Exported(nn.Module):
-    """Our model in another runtime. The first call for an output and a shape exports it, the next ones only run it.
+class ExportedModel(nn.Module):
+    """Our model in another runtime. The first call for an output and a shape exports it; later calls only run it.
 
     Args:
-        start: reads an ONNX file, which is deleted afterwards, and gives a function that runs it on a numpy array.
+        open_session: reads an ONNX file, which is deleted afterwards, and returns a function that runs it on an array.
     """
 
-    def __init__(self, model: nn.Module, start: Callable[[Path], Session]) -> None:
+    def __init__(self, model: nn.Module, open_session: Callable[[Path], Session]) -> None:
         super().__init__()
         with torch.inference_mode(False):  # no exporter takes tensors made in inference mode
             self.model = copy.deepcopy(model).eval()
-        self._start, self._sessions = start, dict[tuple[Any, ...], Session]()
+        self._open_session, self._sessions = open_session, dict[tuple[Any, ...], Session]()
 
     def forward(self, x: Tensor, output: str) -> Outputs:
         key = (output, *x.shape)
@@ -45,13 +45,13 @@ class Exported(nn.Module):
 
     def _export(self, x: Tensor, output: str) -> Session:
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            raise NotImplementedError(f"it runs here in fp32 on a CPU only, not in {x.dtype} on {x.device.type}")
+            raise NotImplementedError(f"here it runs only in fp32 on a CPU, not in {x.dtype} on {x.device.type}")
         registers = ["registers"] if self.model.num_register_tokens else []
         names = ["cls", *registers, "patches"] if output == "all" else ["cls"]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
             path = Path(folder) / "model.onnx"
             export(self.model, path, outputs=names, batch_size=len(x), size=(x.shape[2], x.shape[3]))
-            return self._start(path)
+            return self._open_session(path)
 
 
 def _onnxruntime(path: Path) -> Session:
@@ -60,7 +60,7 @@ def _onnxruntime(path: Path) -> Session:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads keep spinning after a run, which can double the time of the next one.
+    # By default its threads keep spinning after a run, which can double the time of the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {INPUT: pixels})
@@ -72,7 +72,7 @@ def _openvino(path: Path) -> Session:
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one call; with THROUGHPUT each works on its own
+        "PERFORMANCE_HINT": "LATENCY",  # all threads work on one call; with THROUGHPUT each works on a call of its own
     }
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda pixels: list(compiled([pixels]).values())  # without copying the array
@@ -83,11 +83,11 @@ def _tokens(outputs: Outputs) -> Tensor:
     return torch.cat([cls_token[:, None], *others], dim=1)
 
 
-def _peer(name: str, start: Callable[[Path], Session]) -> Peer:
+def _runtime_peer(name: str, open_session: Callable[[Path], Session]) -> Peer:
     def build(config: BackboneConfig, model: nn.Module, drop_path: float) -> nn.Module:
         if drop_path:
             raise NotImplementedError(f"{name} does not train")
-        return Exported(model, start)
+        return ExportedModel(model, open_session)
 
     return Peer(
         name,
@@ -95,9 +95,9 @@ def _peer(name: str, start: Callable[[Path], Session]) -> Peer:
         {"all": lambda model, x: model(x, "all"), "cls": lambda model, x: model(x, "cls")},
         {"all": _tokens, "cls": lambda outputs: torch.from_numpy(outputs[0])},
         lambda config: config.position_interpolation,
-        missing=not_installed(name) or not_installed("onnx") or not_installed("onnxscript"),
+        missing=reason_not_installed(name) or reason_not_installed("onnx") or reason_not_installed("onnxscript"),
     )
 
 
-ONNXRUNTIME = _peer("onnxruntime", _onnxruntime)
-OPENVINO = _peer("openvino", _openvino)
+ONNXRUNTIME = _runtime_peer("onnxruntime", _onnxruntime)
+OPENVINO = _runtime_peer("openvino", _openvino)

@@ -1,4 +1,4 @@
-"""What the tasks of bench.model share: settings, models, the check of results, and the measuring."""
+"""What the tasks of bench.model share: scenarios, models, the check of results, and the measuring."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bench import harness, records, roofline
-from bench.harness import Run, contest, obeys_rule, quantiles
-from bench.modes import DTYPES, compiling, is_best, why_missing
+from bench.harness import Run, obeys_rule, quantiles, time_implementations
+from bench.modes import DTYPES, compile_scope, reason_missing, uses_best_backends
 from bench.peers import OURS, Peer
+from bench.records import Recorder, Row
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 
-SAMPLE = {"cpu": 0.0, "cuda": 0.02}  # least seconds of one timing of throughput, in calls that do not wait
-# A peer may err this many times as much as the rule allows ours: it only has to compute the same model.
-# OpenVINO in fp32 errs three times as much as torch.
-SLACK_OF_PEERS = 5
-COSINE = 0.98  # least cosine of a token in fp8 with the same token in fp32
+MIN_TIMING_SECONDS = {"cpu": 0.0, "cuda": 0.02}  # of one timing of throughput, in calls that do not wait
+# A peer's errors may be this many times what the rule allows ours: it only has to compute the same model.
+# OpenVINO in fp32 has three times the error of torch.
+PEER_TOLERANCE = 5
+MIN_COSINE = 0.98  # of a token in fp8 with the same token in fp32
 
-Entrant = tuple[Peer, str]  # an implementation and its mode
-Row = dict[str, Any]
+Variant = tuple[Peer, str]  # an implementation and its mode
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all implementations are asked for."""
+class Scenario:
+    """What all implementations are asked to compute."""
 
     task: str
     config: BackboneConfig
@@ -40,35 +40,30 @@ class Setting:
     precision: str
 
     def images(self, device: torch.device) -> Tensor:
+        """Random images (batch, 3, height, width), the same in every run."""
         generator = torch.Generator(device).manual_seed(0)
         size = (self.batch, 3, self.resolution, self.resolution)
         return torch.randn(size, device=device, generator=generator).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of images and products and, in the floor, of the residual stream."""
+        """The dtype of images and products and, in the floor, of the residual stream."""
         return DTYPES[self.precision]
 
-    def row(self, peer: Peer, mode: str) -> Row:
-        """The keys that say what a row is about."""
-        return {
-            "task": self.task,
-            "model": self.config.name,
-            "resolution": self.resolution,
-            "batch": self.batch,
-            "output": self.output,
-            "precision": self.precision,
-            "implementation": peer.name,
-            "mode": mode,
-        }
+    def row_keys(self, peer: Peer, mode: str) -> Row:
+        """The keys of a row that say what it measures."""
+        keys = {key: getattr(self, key) for key in ("task", "resolution", "batch", "output", "precision")}
+        return keys | {"model": self.config.name, "implementation": peer.name, "mode": mode}
 
     def __str__(self) -> str:
         output = {"all": "all tokens", "cls": "class token"}.get(self.output, self.output)
-        return f"{harness.title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
+        return (
+            f"{harness.model_title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
+        )
 
 
 class Models:
-    """A backbone in every implementation, made at the first request and kept for one dtype at a time.
+    """A backbone in every implementation. Models are built at the first request and kept for one dtype at a time.
 
     Args:
         ours: our model in fp32, on the device.
@@ -77,19 +72,19 @@ class Models:
     def __init__(self, config: BackboneConfig, ours: nn.Module) -> None:
         self.config, self.ours = config, ours
         self.device = next(ours.parameters()).device
-        self._made: dict[tuple[Peer, torch.dtype], nn.Module] = {}
+        self._built: dict[tuple[Peer, torch.dtype], nn.Module] = {}
 
     def get(self, peer: Peer, dtype: torch.dtype) -> nn.Module:
-        self._made = {key: model for key, model in self._made.items() if key[1] == dtype}
-        if (peer, dtype) not in self._made:
-            made = peer.build(self.config, self.ours, 0.0)
-            self._made[peer, dtype] = made.to(self.device, dtype).eval()
-        return self._made[peer, dtype]
+        self._built = {key: model for key, model in self._built.items() if key[1] == dtype}
+        if (peer, dtype) not in self._built:
+            model = peer.build(self.config, self.ours, 0.0)
+            self._built[peer, dtype] = model.to(self.device, dtype).eval()
+        return self._built[peer, dtype]
 
 
 @contextmanager
-def resampling(model: nn.Module, position_interpolation: str) -> Iterator[None]:
-    """Has our model resample position embeddings in another way."""
+def interpolating(model: nn.Module, position_interpolation: str) -> Iterator[None]:
+    """Changes how our model resamples position embeddings."""
     before, model.position_interpolation = model.position_interpolation, position_interpolation
     try:
         yield
@@ -97,79 +92,79 @@ def resampling(model: nn.Module, position_interpolation: str) -> Iterator[None]:
         model.position_interpolation = before
 
 
-class Judge:
-    """Checks results against those of our model on plain PyTorch, in a wider dtype and in that of the setting.
+class AccuracyCheck:
+    """Checks results against those of our model on plain PyTorch, in a wider dtype and in that of the scenario.
 
     Args:
-        results: runs a model in a dtype; gives its results by name.
+        results: runs a model in a dtype and returns its results by name.
     """
 
     def __init__(
-        self, setting: Setting, models: Models, results: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
+        self, scenario: Scenario, models: Models, results: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]
     ) -> None:
-        self._setting, self._models, self._results = setting, models, results
+        self._scenario, self._models, self._results = scenario, models, results
         self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
-    def verdict(self, peer: Peer, found: dict[str, Tensor]) -> Row:
+    def check(self, peer: Peer, results: dict[str, Tensor]) -> Row:
         """The errors of results, as keys of a row.
 
         Raises:
             AssertionError: an error is too large.
         """
-        wide, usual = self.expected(peer)
-        if self._setting.precision == "fp8":
-            return _judged_by_cosine(found["the outputs"].float(), wide["the outputs"])
-        worst, slack = 0.0, 1 if peer.name == OURS.name else SLACK_OF_PEERS
-        for name, result in found.items():
-            allowed = (wide[name] + slack * (usual[name] - wide[name])).to(usual[name].dtype)
+        exact, usual = self.expected(peer)
+        if self._scenario.precision == "fp8":
+            return _check_cosine(results["the outputs"].float(), exact["the outputs"])
+        largest, tolerance = 0.0, 1 if peer.name == OURS.name else PEER_TOLERANCE
+        for name, result in results.items():
+            allowed = (exact[name] + tolerance * (usual[name] - exact[name])).to(usual[name].dtype)
             try:
-                worst = max(worst, obeys_rule(result.to(allowed.dtype), wide[name], allowed))
+                largest = max(largest, obeys_rule(result.to(allowed.dtype), exact[name], allowed))
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
-        return {"outputs_max_error": worst}
+        return {"outputs_max_error": largest}
 
     def expected(self, peer: Peer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Our model's results in a wider dtype and in the setting's, with positions resampled as the peer does."""
-        position_interpolation = peer.position_interpolation(self._setting.config)
+        """Our model's results in a wider dtype and in the scenario's, with positions resampled as the peer does."""
+        position_interpolation = peer.position_interpolation(self._scenario.config)
         if position_interpolation not in self._known:
-            self._known[position_interpolation] = self._results_in(position_interpolation)
+            self._known[position_interpolation] = self._our_results(position_interpolation)
         return self._known[position_interpolation]
 
-    def _results_in(self, position_interpolation: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        dtype = self._setting.dtype
-        exact, same = self._models.ours, self._models.get(OURS, dtype)
+    def _our_results(self, position_interpolation: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        dtype = self._scenario.dtype
+        wide_model, same = self._models.ours, self._models.get(OURS, dtype)
         if dtype == torch.float32:
-            exact = copy.deepcopy(exact).double()
-        wide = next(exact.parameters()).dtype
-        # cuDNN would compute convolutions of fp32 in TF32; without `enabled` this context would switch cuDNN off.
-        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with use_backend("torch"), exactly, resampling(exact, position_interpolation):
-            reference = self._results(exact, wide)
-        with use_backend("torch"), resampling(same, position_interpolation):
-            return reference, self._results(same, dtype)
+            wide_model = copy.deepcopy(wide_model).double()
+        wide = next(wide_model.parameters()).dtype
+        # cuDNN would compute convolutions of fp32 in TF32. Without `enabled` this context would switch cuDNN off.
+        without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with use_backend("torch"), without_tf32, interpolating(wide_model, position_interpolation):
+            exact = self._results(wide_model, wide)
+        with use_backend("torch"), interpolating(same, position_interpolation):
+            return exact, self._results(same, dtype)
 
 
-def _judged_by_cosine(result: Tensor, wide: Tensor) -> Row:
-    cosine = torch.cosine_similarity(result, wide, dim=-1).min().item()
-    assert cosine >= COSINE, f"the cosine of a token with that in fp32 is {cosine:.4f}, below {COSINE}"
-    error = ((result - wide).abs().max() / wide.abs().max()).item()
+def _check_cosine(result: Tensor, exact: Tensor) -> Row:
+    cosine = torch.cosine_similarity(result, exact, dim=-1).min().item()
+    assert cosine >= MIN_COSINE, f"the cosine of a token with that in fp32 is {cosine:.4f}, below {MIN_COSINE}"
+    error = ((result - exact).abs().max() / exact.abs().max()).item()
     return {"outputs_max_error": error, "versions": {"cosine": cosine}}
 
 
 class Task:
-    """Measures implementations in one setting.
+    """Measures implementations in one scenario.
 
     Args:
-        best: the backends of mode engine-best.
+        best_backends: the backends of mode engine-best.
     """
 
     in_inference_mode: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting, models: Models, best: str | None = None) -> None:
-        self.setting, self.models, self.best = setting, models, best
+    def __init__(self, scenario: Scenario, models: Models, best_backends: str | None = None) -> None:
+        self.scenario, self.models, self.best_backends = scenario, models, best_backends
         self.device = models.device
 
-    def ready(self, peer: Peer, mode: str) -> tuple[Run, Row]:
+    def checked_run(self, peer: Peer, mode: str) -> tuple[Run, Row]:
         """A run to time, and the errors of its results as keys of a row.
 
         Raises:
@@ -177,51 +172,80 @@ class Task:
         """
         raise NotImplementedError
 
-    def floor(self, rates: roofline.Rates) -> float | None:
-        """The least seconds that a run can take; None if there is no bound."""
+    def floor_seconds(self, rates: roofline.Rates) -> float | None:
+        """The least seconds that a run can take, or None if there is no bound."""
         return None
 
-    def measure(self, entrants: Iterable[Entrant], seconds: float) -> list[Row]:
-        """A row for each entrant, timed in turn for about `seconds` in all."""
-        rows, rates = self.rows(entrants), self.rates()
+    def measure_variants(self, variants: Iterable[Variant], seconds: float) -> list[Row]:
+        """A row for each variant. They are timed in turn for about `seconds` in all."""
+        rows, rates = self.rows(variants), self.rates()
 
-        def ready(entrant: Entrant) -> Run:
-            run, about = self.ready(*entrant)
-            rows[entrant] |= about
-            if self.best and is_best(entrant[1]):
-                rows[entrant]["versions"] = (about.get("versions") or {}) | {"backends": self.best}
+        def make_run(variant: Variant) -> Run:
+            run, errors = self.checked_run(*variant)
+            rows[variant] |= errors
+            if self.best_backends and uses_best_backends(variant[1]):
+                rows[variant]["versions"] = (errors.get("versions") or {}) | {"backends": self.best_backends}
             return run
 
-        sample = SAMPLE[self.device.type] if self.setting.task not in ("latency", "host") else 0.0
-        with torch.inference_mode(self.in_inference_mode), compiling():
-            times = contest(rows, ready, self.device, seconds, sample)
-        for entrant, taken in times.items():
-            versions = rows[entrant].get("versions") or {}
-            rows[entrant] |= {"versions": versions | rates.row} | self.values(entrant, taken)
-        self.compare(rows, times)
+        waits = self.scenario.task in ("latency", "host")
+        min_seconds = 0.0 if waits else MIN_TIMING_SECONDS[self.device.type]
+        with torch.inference_mode(self.in_inference_mode), compile_scope():
+            times = time_implementations(rows, make_run, self.device, seconds, min_seconds)
+        for variant, timings in times.items():
+            versions = rows[variant].get("versions") or {}
+            rows[variant] |= {"versions": versions | rates.as_versions} | self.values(variant, timings)
+        self.add_ratios(rows, times)
         return list(rows.values())
 
     def rates(self) -> roofline.Rates:
         """The device's speed in the dtype of the products."""
-        return roofline.measured(self.device, self.setting.dtype)
+        return roofline.measure_rates(self.device, self.scenario.dtype)
 
-    def rows(self, entrants: Iterable[Entrant]) -> dict[Entrant, Row]:
-        """A row for each entrant: what it measures, or why it cannot."""
-        rows = {(peer, mode): self.setting.row(peer, mode) for peer, mode in entrants}
+    def rows(self, variants: Iterable[Variant]) -> dict[Variant, Row]:
+        """A row for each variant that says what it measures, or why it cannot be measured."""
+        rows = {(peer, mode): self.scenario.row_keys(peer, mode) for peer, mode in variants}
         for (peer, mode), row in rows.items():
-            if reason := why_missing(peer, mode, self.best):
+            if reason := reason_missing(peer, mode, self.best_backends):
                 row |= records.missing(reason)
         return rows
 
-    def values(self, entrant: Entrant, times: list[float]) -> Row:
+    def values(self, variant: Variant, times: list[float]) -> Row:
         """The measured keys of a row, from timings in seconds."""
         fast, median, slow = quantiles(times)
-        least = self.floor(self.rates())
-        share = {"floor_share": least and least / median}
-        if self.setting.task in ("latency", "host"):
+        floor = self.floor_seconds(self.rates())
+        share = {"floor_share": floor and floor / median}
+        if self.scenario.task in ("latency", "host"):
             return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
-        batch = self.setting.batch
+        batch = self.scenario.batch
         return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
 
-    def compare(self, rows: dict[Entrant, Row], times: dict[Entrant, list[float]]) -> None:
-        """Adds to the rows what follows from the timings of several entrants."""
+    def add_ratios(self, rows: dict[Variant, Row], times: dict[Variant, list[float]]) -> None:
+        """Adds to the rows what follows from the timings of several variants."""
+
+
+def unmeasured(
+    recorder: Recorder, scenario: Scenario, variants: list[Variant], best_backends: str | None
+) -> list[Variant]:
+    """The variants to measure, without those that lost the device. Empty if every row that can be measured exists."""
+    rows = {variant: scenario.row_keys(*variant) for variant in variants}
+    if all(reason_missing(*variant, best_backends) or recorder.has(**row) for variant, row in rows.items()):
+        return []
+    return [variant for variant, row in rows.items() if not recorder.lost_in(**row)]
+
+
+def print_rows(title: str, rows: list[Row]) -> None:
+    """Prints the rows of a scenario, and how many times better our best one is than each."""
+    print(title)
+    ours = records.best_row(row for row in rows if row["implementation"] == OURS.name)
+    for row in rows:
+        name = f"  {row['implementation']:12} {row['mode']:20}"
+        if row["value"] is None:
+            print(f"{name} {'–':>10}  {records.reason(row)}")
+            continue
+        whole = "of the time on the device" if row["task"] == "extraction" else "of the floor"
+        spread = f" ({row['p20']:.3f} to {row['p80']:.3f})" if row.get("p20") else ""
+        share = f", {row['floor_share']:.0%} {whole}" if row.get("floor_share") else ""
+        ratio = "" if ours is None or row is ours else f"  ours {records.row_ratio(ours, row):.3f}x"
+        of_timm = (row.get("versions") or {}).get("of_timm")
+        ratio += f"  {of_timm:.3f} times timm's time" if of_timm else ""
+        print(f"{name} {row['value']:10.3f} {row['unit']}{spread}{share}{ratio}")

@@ -1,14 +1,14 @@
 """Compiles what the steps of ``make gpu`` will run, on all cores at once, so that no step waits for a compiler.
 
     python -m bench.warm kernels --steps ops,model-224    # Triton's kernels, without touching the GPU
-    python -m bench.warm peers --steps model-224          # Inductor's: timm's compiled forward pass runs once
+    python -m bench.warm peers --steps model-224          # Inductor's: runs timm's compiled forward pass once
 
-Triton and Inductor cache by content: a process finds them if it launches the same kernels with the same
+Triton and Inductor cache by content: a process finds compiled code if it launches the same kernels with the same
 TRITON_CACHE_DIR, or compiles the same model with the same TORCHINDUCTOR_CACHE_DIR.
 
 Kernels are compiled for sm_90 by running the engine and the ops on fake tensors (tests/helpers/aot.py), with Triton's
-implementation of each op. What ``engine-best`` will take is not known yet, but its launches are among these: an engine
-runs a second time with the linears of cuBLAS, which leave biases to the norms.
+implementation of each op. The backends of ``engine-best`` are not known yet, but all that it may launch is compiled: an
+engine runs a second time with the linears of cuBLAS, which leave biases to the norms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import gpu, harness, model, modes, ops
+from bench import harness, model, modes, ops
+from bench.gpu_plan import PLAN, GpuRun
 from bench.peers import OURS
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.inference.fold_model import fold_model
@@ -38,11 +39,11 @@ from dinov2_fast.ops.dispatch import use_backend
 
 ARCH = 90
 CUDA = torch.device("cuda")
-DEPTH = 3  # blocks of a model: all launch the same kernels, except the first (no biases) and with output cls the last
-ENGINES = ("triton", "triton,linear=cublas")  # backends of engines whose weights are laid out in different ways
+DEPTH = 3  # blocks: all launch the same kernels, except the first (no biases) and, with output cls, the last
+ENGINE_BACKENDS = ("triton", "triton,linear=cublas")  # two, since the layout of the weights depends on the backends
 
 
-class Task(NamedTuple):
+class CompileJob(NamedTuple):
     """The work of one process: a function of this module and its arguments."""
 
     run: Callable[..., int]
@@ -52,78 +53,75 @@ class Task(NamedTuple):
         return f"{self.run.__name__}({', '.join(map(str, self.arguments))})"
 
 
-def forward_settings(words: list[str]) -> Iterator[tuple[Any, list[str]]]:
-    """The settings of forward passes in a command of bench.model, as strings and numbers, and their modes."""
-    options = model._parse(words)
+def forward_scenarios(arguments: list[str]) -> Iterator[tuple[Any, list[str]]]:
+    """The scenarios of forward passes in a command of bench.model, as strings and numbers, and their modes."""
+    options = model._parse(arguments)
     if options.task in ("throughput", "latency"):
         for config in options.models:
-            for setting in model.settings(options, config):
-                where = config.name, setting.resolution, setting.batch, setting.output, setting.precision
+            for scenario in model.scenarios(options, config):
+                where = config.name, scenario.resolution, scenario.batch, scenario.output, scenario.precision
                 yield where, options.modes
 
 
-# Kernels
-
-
-def kernels(commands: list[list[str]], device: str) -> Iterator[Task]:
-    """Tasks for the engines, bench.ops and the tests marked gpu_first; the longest come first."""
-    for module, *words in commands:
-        for where, names in forward_settings(words) if module == "bench.model" else ():
+def kernel_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
+    """Jobs for the engines, bench.ops and the tests marked gpu_first. The longest come first."""
+    for module, *arguments in commands:
+        for where, names in forward_scenarios(arguments) if module == "bench.model" else ():
             if any(map(modes.is_engine, names)):
-                yield Task(engine, where)
-    for module, *words in commands:
+                yield CompileJob(compile_engine, where)
+    for module, *arguments in commands:
         if module == "bench.ops":
-            options = ops._parse(words)
+            options = ops._parse(arguments)
             for config, size, op in product(options.models, options.sizes, options.ops):
-                yield Task(cases, (config.name, size, op, device))
-        elif module == "pytest" and "gpu_first" in words:
+                yield CompileJob(compile_op, (config.name, size, op, device))
+        elif module == "pytest" and "gpu_first" in arguments:
             from tests.ops import test_on_gpu
 
-            yield from (Task(tested, (name,)) for name in test_on_gpu.FIRST)
+            yield from (CompileJob(compile_test_case, (name,)) for name in test_on_gpu.FIRST)
 
 
-def engine(name: str, resolution: int, batch: int, output: str, precision: str) -> int:
-    """Of calls of the engine, which is folded on the CPU before its tensors become fake ones."""
+def compile_engine(name: str, resolution: int, batch: int, output: str, precision: str) -> int:
+    """Compiles what calls of the engine launch. The engine is folded on the CPU before its tensors become fake."""
     sizes = harness.MODELS[name].constructor_arguments() | {"depth": DEPTH}
     options = {"outputs": output, "cuda_graphs": False, "follow_weights": False, "allow_slow": True}
-    made = optimize_for_inference(DinoVisionTransformer(**sizes).eval(), precision, **options)
+    engine = optimize_for_inference(DinoVisionTransformer(**sizes).eval(), precision, **options)
 
     def call() -> None:
-        made.folded._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA))
+        engine.folded._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA))
         size = (batch, 3, resolution, resolution)
-        OURS.call[output](made, torch.empty(size, dtype=modes.DTYPES[precision], device=CUDA))
+        OURS.call[output](engine, torch.empty(size, dtype=modes.DTYPES[precision], device=CUDA))
 
     count = 0
-    for backends in ENGINES:
+    for backends in ENGINE_BACKENDS:
         with use_backend(backends):
-            made.folded = fold_model(made._model, made.plan, CUDA).eval()
-        count += launches(call, backends)
+            engine.folded = fold_model(engine._model, engine.plan, CUDA).eval()
+        count += compile_launches(call, backends)
     return count
 
 
-def cases(name: str, resolution: int, op: str, device: str) -> int:
-    """Of an op in bench.ops, forward, at the sizes of a backbone."""
-    words = ["--device", device, "--models", name, "--sizes", str(resolution), "--ops", op, "--modes", "forward"]
-    options = ops._parse(words)
+def compile_op(name: str, resolution: int, op: str, device: str) -> int:
+    """Compiles what bench.ops launches of an op, forward, at the sizes of a backbone."""
+    arguments = ["--device", device, "--models", name, "--sizes", str(resolution), "--ops", op, "--modes", "forward"]
+    options = ops._parse(arguments)
 
     def call() -> None:
-        for case in ops.cases(options, CUDA, torch.bfloat16):
-            for backend, function, arguments in case.candidates():
+        for case in ops.op_cases(options, CUDA, torch.bfloat16):
+            for backend, function, inputs in case.candidates():
                 if backend == "triton":
-                    case.run(function, arguments)()
+                    case.make_run(function, inputs)()
 
-    return launches(call)
+    return compile_launches(call)
 
 
-def tested(name: str) -> int:
-    """Of a case of tests/ops/test_on_gpu.py."""
+def compile_test_case(name: str) -> int:
+    """Compiles what a case of tests/ops/test_on_gpu.py launches."""
     from tests.ops import test_on_gpu
 
-    return launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
+    return compile_launches(lambda: test_on_gpu.CASES[name][0](*test_on_gpu.CASES[name][1]()))
 
 
 class RunKernels(TorchDispatchMode):
-    """Has our ops run their launchers on fake tensors, where torch would only ask for the shape of the result."""
+    """Our ops run their launchers on fake tensors, where torch would only compute the shape of the result."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "dinov2_fast":
@@ -131,8 +129,8 @@ class RunKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(call: Callable[[], Any], backends: str = "triton") -> int:
-    """Compiles all that `call` launches by Triton; gives the number of launches."""
+def compile_launches(call: Callable[[], Any], backends: str = "triton") -> int:
+    """Compiles all that `call` launches with Triton. Returns the number of launches."""
     from tests.helpers.aot import compiling
 
     with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
@@ -155,7 +153,7 @@ def has_driver() -> bool:
 
 @contextlib.contextmanager
 def building_launchers() -> Iterator[None]:
-    """Also builds the C code that launches each kernel: half a second each. This needs the driver's library."""
+    """Also builds the C code that launches each kernel, half a second each. This needs the driver's library."""
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime.jit import JITFunction
 
@@ -170,47 +168,41 @@ def building_launchers() -> Iterator[None]:
         yield
 
 
-# Peers
-
-
-def peers(commands: list[list[str]], device: str) -> Iterator[Task]:
-    for module, *words in commands:
-        for where, names in forward_settings(words) if module == "bench.model" else ():
+def peer_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
+    for module, *arguments in commands:
+        for where, names in forward_scenarios(arguments) if module == "bench.model" else ():
             if "compile" in names and where[-1] != "fp8":
-                yield Task(peer, (*where, device))
+                yield CompileJob(compile_peer, (*where, device))
 
 
-def peer(name: str, resolution: int, batch: int, output: str, precision: str, device: str) -> int:
+def compile_peer(name: str, resolution: int, batch: int, output: str, precision: str, device: str) -> int:
     """Runs timm's compiled forward pass by bench.model itself.
 
-    Inductor's key holds names of modules, which differ in a process that is started in another way.
+    The key of Inductor's cache includes names of modules, which differ in a process that is started in another way.
     """
     where = {"models": name, "sizes": resolution, "batches": batch, "outputs": output, "precisions": precision}
     options = where | {"device": device, "implementations": "timm", "modes": "compile", "seconds": 0}
-    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    subprocess.run([sys.executable, "-m", "bench.model", *words], check=True)
+    arguments = [part for option, value in options.items() for part in (f"--{option}", str(value))]
+    subprocess.run([sys.executable, "-m", "bench.model", *arguments], check=True)
     return 1
 
 
-# The command
-
-
 def hide_gpu() -> None:
-    """Without this, fake tensors would create a CUDA context in each process."""
+    """Otherwise fake tensors would create a CUDA context in each process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def run(tasks: list[Task], workers: int, prepare: Callable[[], None] | None) -> int:
-    """Runs tasks in spawned processes, since neither CUDA nor fake tensors survive a fork; gives the exit status."""
+def run_jobs(jobs: list[CompileJob], workers: int, prepare: Callable[[], None] | None) -> int:
+    """Runs jobs in spawned processes, since neither CUDA nor fake tensors survive a fork. Returns the exit status."""
     failed = 0
-    workers = max(1, min(workers, len(tasks)))
+    workers = max(1, min(workers, len(jobs)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare) as pool:
-        running = {pool.submit(task.run, *task.arguments): task for task in tasks}
+        running = {pool.submit(job.run, *job.arguments): job for job in jobs}
         for future in as_completed(running):
             error = future.exception()
             failed += error is not None
             print(f"{running[future]}: {future.result() if error is None else repr(error)}")
-    print(f"{len(tasks)} tasks in {workers} processes, {failed} failed")
+    print(f"{len(jobs)} jobs in {workers} processes, {failed} failed")
     return int(failed > 0)
 
 
@@ -219,15 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.warm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["kernels", "peers"])
-    parser.add_argument("--steps", required=True, help="of bench.gpu, with commas between them")
-    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="cpu: the sizes of bench.gpu --tiny")
+    parser.add_argument("--steps", required=True, help="comma-separated steps of bench.gpu")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="cpu: sizes of bench.gpu --tiny")
     options = parser.parse_args(arguments)
-    job = gpu.Job(Path(), "none", gpu.BUDGET, tiny=options.device == "cpu")
-    commands = [job.words(step) for step in gpu.PLAN if step.name in options.steps.split(",")]
+    gpu_run = GpuRun(Path(), "none", tiny=options.device == "cpu")
+    commands = [gpu_run.command(step) for step in PLAN if step.name in options.steps.split(",")]
     cores = os.cpu_count() or 1
     if options.what == "kernels":
-        return run(list(dict.fromkeys(kernels(commands, options.device))), max(2, cores), hide_gpu)
-    return run(list(dict.fromkeys(peers(commands, options.device))), max(2, cores // 2), None)
+        return run_jobs(list(dict.fromkeys(kernel_jobs(commands, options.device))), max(2, cores), hide_gpu)
+    return run_jobs(list(dict.fromkeys(peer_jobs(commands, options.device))), max(2, cores // 2), None)
 
 
 if __name__ == "__main__":

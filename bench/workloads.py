@@ -1,4 +1,4 @@
-"""What :mod:`bench.ops` runs: each form of an op at the sizes of a backbone, and the least work that it takes."""
+"""The workloads of :mod:`bench.ops`: each form of an op at the sizes of a backbone, and the least work it takes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dinov2_fast.ops.linear import interleave
 MODES = ("forward", "backward")
 PATCH = 14
 CPU = torch.device("cpu")
-LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of a local crop of pretraining
+LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of a local crop in pretraining
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of square images in a backbone."""
+    """A backbone and a batch of square images."""
 
     config: BackboneConfig
     resolution: int
@@ -52,13 +52,13 @@ class Shape:
     def features(self) -> dict[str, tuple[int, int]]:
         """The in_features and out_features of each linear of a block."""
         hidden = self.hidden
-        ffn = (hidden * 8 // 3 + 7) // 8 * 8 if self.swiglu else 4 * hidden  # of one half with SwiGLU
+        ffn = (hidden * 8 // 3 + 7) // 8 * 8 if self.swiglu else 4 * hidden  # with SwiGLU that of one half
         fc1 = ffn * (1 + self.swiglu)
         return {"qkv": (hidden, 3 * hidden), "proj": (hidden, hidden), "fc1": (hidden, fc1), "fc2": (ffn, hidden)}
 
     @property
     def mixed_lengths(self) -> tuple[int, ...]:
-        """Tokens of global crops, then of as many local crops, packed into one sequence."""
+        """The tokens of each global crop, then of as many local crops, packed into one sequence."""
         return (self.tokens,) * self.batch + (LOCAL_TOKENS,) * self.batch
 
     def random(self, *sizes: int) -> Tensor:
@@ -73,12 +73,12 @@ class Shape:
     def qkv(self, *lead: int) -> Tensor:
         return self.random(*lead, 3, self.config.num_heads, self.hidden // self.config.num_heads)
 
-    def half(self) -> Tensor:
-        """The positions of every second image."""
+    def every_second_image(self) -> Tensor:
+        """The indices of every second image."""
         return torch.arange(0, self.batch, 2, device=self.device)
 
 
-def arguments_and_results(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
+def all_bytes(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in [*tensors_of(arguments), *results])
 
 
@@ -87,41 +87,41 @@ class Workload:
     """A form of an op, and its arguments.
 
     Args:
-        op, form: names as in a setting of backends.
-        arguments: makes, for a shape, what the op's implementations take.
-        flops: of its matrix products, forward.
-        moved: bytes that it must read or write, forward, from its arguments and results.
-        saved: positions of the arguments that its backward must read (or something as large); None if it has no
+        op, form: names, as `use_backend` takes them.
+        arguments: for a shape, the arguments of the op's implementations.
+        flops: the operations of its matrix products, forward.
+        moved: the bytes that it must read and write, forward, from its arguments and results.
+        saved: the positions of the arguments that its backward must read (or something as large); None if it has no
             backward.
-        of_swiglu: True if only backbones with SwiGLU run it, False if only those without do.
-        place: where in the model, if a form has several places.
+        needs_swiglu: True if only backbones with SwiGLU run it, False if only those without do, None if all do.
+        place: where in the model it runs, if the form is used in several places.
         e4m3: whether it reads or writes e4m3 values.
-        changes: position of the argument that it changes in place.
+        changes: the position of the argument that it changes in place.
     """
 
     op: str
     form: str
     arguments: Callable[[Shape], tuple[Any, ...]]
     flops: Callable[[Shape], float] = lambda shape: 0.0
-    moved: Callable[[tuple[Any, ...], list[Tensor]], int] = arguments_and_results
+    moved: Callable[[tuple[Any, ...], list[Tensor]], int] = all_bytes
     saved: tuple[int, ...] | None = None
-    of_swiglu: bool | None = None
+    needs_swiglu: bool | None = None
     place: str = ""
     e4m3: bool = False
     changes: int | None = None
 
     @property
     def name(self) -> str:
-        """Such as "linear.gelu e4m3"."""
+        """Op and form, such as "linear.gelu e4m3"."""
         return dispatch.all_ops()[self.op].name_of(self.form, self.e4m3)
 
     @property
     def label(self) -> str:
-        """Such as "linear.gelu e4m3 (fc1)"."""
+        """The name with the place, such as "linear.gelu e4m3 (fc1)"."""
         return f"{self.name} ({self.place})" if self.place else self.name
 
     def implementations(self) -> list[Implementation]:
-        """Those of the form, best first."""
+        """The implementations of the form, best first."""
         op = dispatch.all_ops()[self.op]
         sample = op.sample_inputs[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
         assert sample is not None
@@ -132,11 +132,11 @@ class Workload:
         return ("forward",) if self.saved is None else MODES
 
     def applies(self, shape: Shape) -> bool:
-        return self.of_swiglu in (None, shape.swiglu)
+        return self.needs_swiglu in (None, shape.swiglu)
 
 
 def attention_flops(shape: Shape) -> float:
-    """Of both products of one layer."""
+    """The operations of both products in one layer."""
     return 4.0 * shape.batch * shape.tokens**2 * shape.hidden
 
 
@@ -144,7 +144,7 @@ def _varlen_flops(shape: Shape) -> float:
     return 4.0 * sum(length**2 for length in shape.mixed_lengths) * shape.hidden
 
 
-# The arguments of the forms below. With a `scale` the op gives e4m3 values.
+# The arguments of the forms below. With a `scale` the op returns e4m3 values.
 
 
 def _norm(shape: Shape, scale: float | None = None, branch: bool = False) -> tuple[Any, ...]:
@@ -170,14 +170,14 @@ def _varlen(shape: Shape, scale: float | None) -> tuple[Any, ...]:
 
 
 def _subset(shape: Shape) -> tuple[Any, ...]:
-    residual, index = shape.stream(), shape.half()
+    residual, index = shape.stream(), shape.every_second_image()
     return residual, residual[: len(index)].clone(), shape.random(shape.hidden), None, index, shape.batch / len(index)
 
 
 def _crops(shape: Shape) -> tuple[list[Tensor], list[Tensor]]:
-    """Global and local crops of the same images, and the half of them that stochastic depth keeps."""
+    """Global and local crops of the same images, and the images that stochastic depth keeps of both."""
     small = shape.random(shape.batch, LOCAL_TOKENS, shape.hidden)
-    return [shape.stream(), small], [shape.half(), shape.half()]
+    return [shape.stream(), small], [shape.every_second_image(), shape.every_second_image()]
 
 
 def _pool(shape: Shape) -> tuple[Any, ...]:
@@ -192,7 +192,7 @@ def _images(shape: Shape) -> tuple[Any, ...]:
 
 
 def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tuple[Any, ...]:
-    """Without a bias in the residual form, and for SwiGLU with all gates first (:func:`in_turn` reorders them)."""
+    """The residual form has no bias. For SwiGLU all gates come first; :func:`interleave_swiglu` reorders them."""
     in_features, out_features = shape.features[place]
     x, bias = shape.random(shape.batch, shape.tokens, in_features), shape.random(out_features)
     weight = shape.random(out_features, in_features) / in_features**0.5
@@ -205,34 +205,38 @@ def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tup
     return *operands, epilogue, residual, 0.125, scales, dtype, scale, False
 
 
-def in_turn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a SwiGLU linear with gates and values in turn, which give the same."""
+def interleave_swiglu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a SwiGLU linear with alternating gates and values, which give the same result."""
     x, weight, bias, epilogue, residual, scale, weight_scale, dtype, out_scale, _ = arguments
     ordered = [None if t is None else interleave(t) for t in (weight, bias, weight_scale)]
     return x, *ordered[:2], epilogue, residual, scale, ordered[2], dtype, out_scale, True
 
 
-def _both(
-    op: str, form: str, arguments: Callable[[Shape, float | None], tuple[Any, ...]], scale: float = 0.0625, **about: Any
+def _with_and_without_e4m3(
+    op: str,
+    form: str,
+    arguments: Callable[[Shape, float | None], tuple[Any, ...]],
+    scale: float = 0.0625,
+    **fields: Any,
 ) -> Iterator[Workload]:
-    """A form without e4m3 values, and with them, where it has no backward."""
-    yield Workload(op, form, partial(arguments, scale=None), **about)
-    yield Workload(op, form, partial(arguments, scale=scale), **(about | {"saved": None, "e4m3": True}))
+    """Two workloads of a form: without e4m3 values, and with them, which has no backward."""
+    yield Workload(op, form, partial(arguments, scale=None), **fields)
+    yield Workload(op, form, partial(arguments, scale=scale), **(fields | {"saved": None, "e4m3": True}))
 
 
-def _linears(form: str, place: str, **about: Any) -> Iterator[Workload]:
-    about |= {"place": place, "flops": lambda s: 2.0 * s.batch * s.tokens * prod(s.features[place])}
-    return _both("linear", form, partial(_linear, epilogue=form, place=place), **about)
+def _linears(form: str, place: str, **fields: Any) -> Iterator[Workload]:
+    fields |= {"place": place, "flops": lambda s: 2.0 * s.batch * s.tokens * prod(s.features[place])}
+    return _with_and_without_e4m3("linear", form, partial(_linear, epilogue=form, place=place), **fields)
 
 
 WORKLOADS = (
-    *_both("layer_norm", "plain", _norm, 0.125, saved=(0, 1)),
+    *_with_and_without_e4m3("layer_norm", "plain", _norm, 0.125, saved=(0, 1)),
     Workload("layer_norm", "add", partial(_norm, branch=True), saved=(0, 1, 4, 5)),
-    *_both("activation", "gelu", _activation, saved=(0,), of_swiglu=False),
-    *_both("activation", "swiglu", _activation, saved=(0,), of_swiglu=True),
+    *_with_and_without_e4m3("activation", "gelu", _activation, saved=(0,), needs_swiglu=False),
+    *_with_and_without_e4m3("activation", "swiglu", _activation, saved=(0,), needs_swiglu=True),
     Workload("activation", "identity", partial(_quantised, scale=0.0625), e4m3=True),
-    *_both("attention", "batch", _attention, flops=attention_flops, saved=(0,)),
-    *_both("attention", "varlen", _varlen, flops=_varlen_flops, saved=(0,)),
+    *_with_and_without_e4m3("attention", "batch", _attention, flops=attention_flops, saved=(0,)),
+    *_with_and_without_e4m3("attention", "varlen", _varlen, flops=_varlen_flops, saved=(0,)),
     Workload(
         "attention",
         "probabilities",
@@ -246,8 +250,8 @@ WORKLOADS = (
     Workload("attention_pool", "pool", _pool, lambda s: 4.0 * s.batch * s.tokens * s.config.num_heads * s.hidden),
     Workload("patches", "patches", _images),
     *_linears("none", "qkv"),
-    *_linears("gelu", "fc1", of_swiglu=False),
-    *_linears("swiglu", "fc1", of_swiglu=True),
+    *_linears("gelu", "fc1", needs_swiglu=False),
+    *_linears("swiglu", "fc1", needs_swiglu=True),
     *_linears("residual", "proj", changes=4),
     *_linears("residual", "fc2", changes=4),
 )

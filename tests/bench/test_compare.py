@@ -1,4 +1,4 @@
-"""bench.compare: what got slower is named and fails, noise does not, and nothing is left out in silence."""
+"""bench.compare: rows that got slower are named and fail, noise does not, and rows that are not compared are listed."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def _compare(folder: Path, old: list[dict[str, Any]], new: list[dict[str, Any]],
 
 def test_the_ratio_and_its_range() -> None:
     a, b = _row(100, p20=80, p80=125), _row(50, p20=40, p80=64)
-    assert compare.ratio(a, b) == (50 / 100, 40 / 125, 64 / 80)
-    assert compare.ratio(a | {"unit": "ms"}, b | {"unit": "ms"}) == (100 / 50, 80 / 64, 125 / 40)
-    assert compare.ratio(_row(100, p20=None, p80=None), _row(99, p20=None, p80=None)) == (0.99, 0.99, 0.99)
+    assert compare.row_ratio_range(a, b) == (50 / 100, 40 / 125, 64 / 80)
+    assert compare.row_ratio_range(a | {"unit": "ms"}, b | {"unit": "ms"}) == (100 / 50, 80 / 64, 125 / 40)
+    assert compare.row_ratio_range(_row(100, p20=None, p80=None), _row(99, p20=None, p80=None)) == (0.99, 0.99, 0.99)
 
 
 @pytest.mark.parametrize(("new", "spread", "limit", "status", "verdict"), [*CASES, (97, 0, 0.05, 0, "slower")])
 def test_only_a_loss_beyond_spread_and_threshold_fails(new, spread, limit, status, verdict, tmp_path, capsys) -> None:
     assert _compare(tmp_path, [_row(spread=spread)], [_row(new, spread)], f"--threshold={limit}") == status
-    said = capsys.readouterr().out
-    assert f"1 {verdict}" in said
-    assert (f"SLOWER by more than {limit}: {NAME.format(8)}: 0.9" in said) == bool(status)
+    output = capsys.readouterr().out
+    assert f"1 {verdict}" in output
+    assert (f"SLOWER by more than {limit}: {NAME.format(8)}: 0.9" in output) == bool(status)
 
 
-def test_nothing_is_left_out_in_silence(tmp_path, capsys) -> None:
+def test_rows_that_cannot_be_compared_are_listed(tmp_path, capsys) -> None:
     old = [_row(), _row(batch=2), _row(batch=3), _row(batch=4)]
     new = [_row(50, gpu="H200"), _row(batch=2) | {"value": None}, _row(batch=3, unit="ms"), _row(model=None)]
     assert _compare(tmp_path, old, new) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "NOT THE SAME: gpu: None in A, H200, None in B",
         f"{NAME.format(8)}: 100.000 -> 50.000 images/s, 0.500 (0.490 to 0.510), slower",
@@ -55,10 +55,10 @@ def test_nothing_is_left_out_in_silence(tmp_path, capsys) -> None:
         "not compared: throughput 224 8 all fp32 dinov2_fast eager: only B has a value",
         "throughput, dinov2_fast: geometric mean 0.500 of 1 rows",
     ):
-        assert f"{line}\n" in said
+        assert f"{line}\n" in output
 
 
-def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> None:
+def test_a_commit_is_chosen_by_its_first_digits_or_is_the_newest(tmp_path) -> None:
     path = tmp_path / "me@home" / "throughput.jsonl"
     new, dirty = "b" * 40, "b" * 40 + "-dirty"
     for commit, value, date in ((new, 90, 3), (dirty, 50, 2), ("a" * 40, 100, 1), (None, 30, 1)):
@@ -67,26 +67,26 @@ def test_a_commit_is_chosen_by_name_or_is_the_one_measured_last(tmp_path) -> Non
     path.with_name("steps.jsonl").write_text('{"step": "tests"}\n')
 
     def values(name: str) -> list[float]:
-        return [row["value"] for row in compare.load(name).values()]
+        return [row["value"] for row in compare.load_rows(name).values()]
 
     assert values(f"{path}") == values(f"{path}@{new}") == [90]
     assert (values(f"{path}@{dirty}"), values(f"{path.parent}@aa")) == ([50], [100, 100])
     assert sorted(values(f"{path.parent}")) == [90, 100]
-    with pytest.raises(ValueError, match=f"2 commits begin so; there are None, {'a' * 40}, {new}, {dirty}"):
-        compare.load(f"{path}@b")
+    with pytest.raises(ValueError, match=f"2 commits start with this; choose from None, {'a' * 40}, {new}, {dirty}"):
+        compare.load_rows(f"{path}@b")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("", "bad.jsonl does not exist or holds no rows"),
-        ("{", "bad.jsonl holds a line"),
+        ("{", "bad.jsonl has a line"),
         ('{"step": 1}', "a row lacks"),
     ],
 )
-def test_a_bad_file_is_refused(text, said, tmp_path, capsys) -> None:
+def test_a_bad_file_is_refused(text, expected, tmp_path, capsys) -> None:
     (tmp_path / "bad.jsonl").write_text(text)
     assert compare.main([str(tmp_path / "bad.jsonl"), str(tmp_path / "bad.jsonl")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench.compare: ")
-    assert said in error
+    assert expected in error

@@ -1,4 +1,4 @@
-"""The benchmark of extraction: it refuses features of other images, takes passes in turn, and writes rows."""
+"""The benchmark of extraction: it refuses features of other images, runs passes in turn, and writes rows."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 
 from bench import extraction, harness, records
 from bench.peers import OURS, Peer, load_ours
-from bench.tasks import Models, Setting
+from bench.tasks import Models, Scenario
 
-SETTING = Setting("extraction", harness.TINY, 224, 4, "cls", "fp32")
+SCENARIO = Scenario("extraction", harness.TINY, 224, 4, "cls", "fp32")
 OTHER = replace(OURS, name="a")  # with the preprocessing of timm, and our model
 CHANGES = {
     "reversed": (lambda rows: rows[::-1].copy(), "refused: the order is wrong"),
@@ -32,22 +32,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def reasons(files: list[str], *peers: Peer, passes: int = 1) -> list[str]:
-    """Why these peers have no value, or that they have one."""
-    entrants = [(peer, "eager") for peer in (OURS, *peers)]
-    rows = extraction.measure(SETTING, entrants, files, Namespace(device="cpu", workers=0, passes=passes))
+    """For each peer the reason why it has no value, or "measured"."""
+    variants = [(peer, "eager") for peer in (OURS, *peers)]
+    rows = extraction.measure_scenario(SCENARIO, variants, files, Namespace(device="cpu", workers=0, passes=passes))
     assert rows[0]["value"] > 0  # ours, whatever happens to others
     return [records.reason(row) or (row["value"] and "measured") for row in rows[1:]]
 
 
 def change_features(monkeypatch: pytest.MonkeyPatch, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
-    """Has the features of peers, by name, changed."""
-    right = extraction.theirs
+    """Changes the features that peers return."""
+    right = extraction.peer_pipeline
 
-    def theirs(peer: Peer, *rest) -> extraction.Pipeline:
+    def changed_pipeline(peer: Peer, *rest) -> extraction.Pipeline:
         whole = right(peer, *rest)
         return whole._replace(features=lambda paths: change(peer.name, whole.features(paths)))
 
-    monkeypatch.setattr(extraction, "theirs", theirs)
+    monkeypatch.setattr(extraction, "peer_pipeline", changed_pipeline)
 
 
 @pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES)
@@ -56,7 +56,9 @@ def test_wrong_features_are_refused(files: list[str], monkeypatch: pytest.Monkey
     assert reasons(files, OTHER)[0].startswith(reason)
 
 
-def test_passes_take_turns_and_what_fails_stops_no_other(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_run_in_turn_and_a_failing_peer_does_not_stop_the_others(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken: list[str] = []
     change_features(monkeypatch, lambda name, rows: (taken.append(name), rows)[1])
     missing, second = replace(OTHER, missing="not here"), replace(OTHER, name="b")
@@ -66,9 +68,9 @@ def test_passes_take_turns_and_what_fails_stops_no_other(files: list[str], monke
     assert taken[2:] == ["a", "b", "b", "a", "a", "b"]  # ours: last, between, first
 
 
-def test_an_image_that_ours_cannot_read_is_an_error(files: list[str], tmp_path: Path) -> None:
+def test_our_extraction_fails_on_an_unreadable_image(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(Path(files[0]).read_bytes()[:2000])
-    pipeline = extraction.ours(SETTING, Models(harness.TINY, load_ours(harness.TINY, torch.device("cpu"))), 0)
+    pipeline = extraction.our_pipeline(SCENARIO, Models(harness.TINY, load_ours(harness.TINY, torch.device("cpu"))), 0)
     with pytest.raises(ValueError, match="1 images have no features"):
         pipeline.features([*files[:2], str(tmp_path / "broken.jpg")])
 
@@ -83,5 +85,5 @@ def test_the_command_writes_rows_and_resumes(tmp_path: Path, monkeypatch: pytest
         assert row["value"] > 0
         assert row["floor_share"] > 0
         assert row["outputs_max_error"] < 1e-4
-    monkeypatch.setattr(extraction, "measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(extraction, "measure_scenario", lambda *arguments: pytest.fail("measured again"))
     assert extraction.main([*command.split(), "--results", str(tmp_path)]) == 0

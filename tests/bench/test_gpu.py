@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, harness, modes, records, warm
-from bench.gpu import PLAN, ROOT, Job, Step
+from bench import gpu, gpu_plan, gpu_steps, harness, modes, records, warm
+from bench.gpu_plan import PLAN, ROOT, GpuRun, Step
 from bench.peers import OURS, load_ours
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.aot import compiling
@@ -29,43 +29,40 @@ STEP = {step.name: step for step in PLAN}
 on_cpu_and_gpu = pytest.mark.parametrize("tiny", [False, True], ids=["gpu", "tiny"])
 
 
-# The plan
-
-
 def test_the_headlines_are_in_the_first_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run", "--budget", "8.7", "--commit", COMMIT, "--results", str(tmp_path)]) == 0
     listed, _, left_out = capsys.readouterr().out.partition("\nleft out: ")
     rows = dict(re.findall(r"^(\S+) +[\d.]+ +([\d.]+)", listed, re.MULTILINE))
     assert [*rows] == [step.name for step in PLAN[: len(rows)]], "in the order of the plan"
     assert {"smoke", "warm", "tests", "peers", "ops", "model-224", "model-518", "latency", "training"} <= rows.keys()
-    assert max(map(float, rows.values())) <= 8.7 - gpu.RESERVE / 60
+    assert max(map(float, rows.values())) <= 8.7 - gpu_plan.RESERVE_SECONDS / 60
     for name in ("model-224", "model-518"):
-        words = dict(zip(STEP[name].command.split(), STEP[name].command.split()[1:], strict=False))
-        assert words["--precisions"] == "bf16,fp8"
-        assert {"eager", "compile", "engine", "engine-best", "engine-best-graphs"} == {*words["--modes"].split(",")}
+        arguments = dict(zip(STEP[name].command.split(), STEP[name].command.split()[1:], strict=False))
+        assert arguments["--precisions"] == "bf16,fp8"
+        assert {"eager", "compile", "engine", "engine-best", "engine-best-graphs"} == {*arguments["--modes"].split(",")}
     assert not set(rows) & set(re.findall(r"[\w-]+(?= \()", left_out))
     assert "tests-others" in left_out
 
 
 @on_cpu_and_gpu
-def test_every_command_is_understood(tiny: bool, tmp_path: Path) -> None:
-    job = Job(tmp_path / "device", COMMIT, tiny=tiny)
+def test_the_command_of_every_step_is_valid(tiny: bool, tmp_path: Path) -> None:
+    gpu_run = GpuRun(tmp_path / "device", COMMIT, tiny=tiny)
     for step in PLAN:
-        module, *words = job.words(step, PLAN)
+        module, *arguments = gpu_run.command(step, PLAN)
         if module.startswith("bench.") and module not in ("bench.gpu", "bench.warm"):
-            options = import_module(module)._parse(words)
+            options = import_module(module)._parse(arguments)
             assert (options.device, options.write, options.resume) == ("cpu" if tiny else "cuda", True, True), step.name
             assert (options.commit, options.results) == (COMMIT, tmp_path)
             assert not tiny or {config.name for config in options.models} == {"tiny"}
         elif module == "pytest":
-            assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
-            assert ("--collect-only" in words) == tiny
+            assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("tests/"))
+            assert ("--collect-only" in arguments) == tiny
 
 
-def test_what_a_gpu_tests_first() -> None:
+def test_the_first_gpu_tests_cover_races_graphs_and_large_products() -> None:
     """The mark selects races, graphs and large products of what the engine runs."""
-    words = Job(Path(), COMMIT).words(STEP["tests"])
-    command = [sys.executable, "-m", *words, "--collect-only", "-qq", "-n", "0"]
+    arguments = GpuRun(Path(), COMMIT).command(STEP["tests"])
+    command = [sys.executable, "-m", *arguments, "--collect-only", "-qq", "-n", "0"]
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in ("linear.gelu", "linear.residual e4m3", "attention", "layer_norm.plain e4m3", "attention_pool"):
         assert f"device_is_busy[{name}-False-triton]" in collected
@@ -76,30 +73,27 @@ def test_what_a_gpu_tests_first() -> None:
     assert 40 < len(tests) < 120
 
 
-# What is compiled ahead of time
-
-
-def test_every_setting_of_the_engine_and_of_compiled_peers_is_compiled() -> None:
-    job = Job(Path(), COMMIT)
-    commands = [job.words(STEP[name]) for name in ("tests", "ops", "model-224", "model-518", "latency")]
-    kernels = {str(task) for task in warm.kernels(commands, "cuda")}
+def test_every_engine_and_compiled_peer_of_the_plan_is_compiled_ahead() -> None:
+    gpu_run = GpuRun(Path(), COMMIT)
+    commands = [gpu_run.command(STEP[name]) for name in ("tests", "ops", "model-224", "model-518", "latency")]
+    kernels = {str(job) for job in warm.kernel_jobs(commands, "cuda")}
     wanted = [*(("224, 256, cls", model) for model in "SBLg"), *(("518, 64, all", model) for model in "SBL")]
     for setting, model in wanted:
         for precision in ("bf16", "fp8"):
-            assert f"engine({harness.MODELS[model].name}, {setting}, {precision})" in kernels
-    assert {"engine(dinov2_vits14, 224, 1, cls, bf16)", "tested(linear.gelu e4m3)"} < kernels
-    assert "cases(dinov2_vitg14, 518, attention.batch, cuda)" in kernels
-    peers = [str(task) for task in warm.peers(commands, "cuda")]
-    assert sorted(peers) == sorted(f"peer({harness.MODELS[m].name}, {s}, bf16, cuda)" for s, m in wanted)
+            assert f"compile_engine({harness.MODELS[model].name}, {setting}, {precision})" in kernels
+    assert {"compile_engine(dinov2_vits14, 224, 1, cls, bf16)", "compile_test_case(linear.gelu e4m3)"} < kernels
+    assert "compile_op(dinov2_vitg14, 518, attention.batch, cuda)" in kernels
+    peers = [str(job) for job in warm.peer_jobs(commands, "cuda")]
+    assert sorted(peers) == sorted(f"compile_peer({harness.MODELS[m].name}, {s}, bf16, cuda)" for s, m in wanted)
 
 
 def _whole_engine(precision: str, backends: str) -> int:
-    """What bench.model launches of an engine of full depth, calibrated in fp8; gives how many launches."""
+    """Launches what bench.model does of an engine of full depth, calibrated in fp8. Returns the number of launches."""
     model = load_ours(harness.TINY, torch.device("cpu"))
     x = torch.randn(2, 3, 28, 28).to(modes.DTYPES[precision])
-    engine = modes.engine(model, x, "cls", precision, "engine-best")
+    engine = modes.build_engine(model, x, "cls", precision, "engine-best")
     with use_backend(backends):
-        engine.folded = warm.fold(model, engine.plan, warm.CUDA).eval()
+        engine.folded = warm.fold_model(model, engine.plan, warm.CUDA).eval()
     with torch.inference_mode(), compiling(90) as reports, use_backend(backends), warm.RunKernels():
         engine.folded._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
         OURS.call["cls"](engine, torch.empty(x.shape, dtype=x.dtype, device="cuda"))
@@ -109,35 +103,32 @@ def _whole_engine(precision: str, backends: str) -> int:
 @pytest.mark.aot
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_an_engine_launches_nothing_that_was_not_compiled(precision: str, tmp_path: Path) -> None:
-    """Each in a process of its own, which finds in Triton's cache what the other left there."""
+    """Each engine has a process of its own, which finds in Triton's cache what the other has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            few = pool.submit(warm.engine, "tiny", 28, 2, "cls", precision).result()
+            few = pool.submit(warm.compile_engine, "tiny", 28, 2, "cls", precision).result()
             known = {*tmp_path.rglob("*.cubin")}
-            many = sum(pool.submit(_whole_engine, precision, backends).result() for backends in warm.ENGINES)
+            many = sum(pool.submit(_whole_engine, precision, backends).result() for backends in warm.ENGINE_BACKENDS)
     assert many > few >= len(known) > 5
     assert {*tmp_path.rglob("*.cubin")} == known
 
 
 @pytest.mark.slow
-def test_a_step_finds_the_compiled_peer(tmp_path: Path) -> None:
+def test_a_step_finds_the_peer_compiled_ahead(tmp_path: Path) -> None:
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    job = Job(tmp_path / "cpu", COMMIT, tiny=True)
-    step, known = job.words(STEP["model-224"]), set()
-    for words in (["bench.warm", "peers", "--device", "cpu", "--steps", "model-224"], step):
-        subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=os.environ | cache, check=True)
+    gpu_run = GpuRun(tmp_path / "cpu", COMMIT, tiny=True)
+    step, known = gpu_run.command(STEP["model-224"]), set()
+    for arguments in (["bench.warm", "peers", "--device", "cpu", "--steps", "model-224"], step):
+        subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=os.environ | cache, check=True)
         known = known or {*(tmp_path / "inductor" / "fxgraph").rglob("*")}
     rows = records.read(tmp_path / "cpu" / "throughput.jsonl")
     assert [row["value"] is not None for row in rows if row["mode"] == "compile"] == [True]
     assert {*(tmp_path / "inductor" / "fxgraph").rglob("*")} == known != set()
 
 
-# Running
-
-
 def _step(name: str, program: str, seconds: float = 10.0, **rest: bool) -> Step:
-    """A process that runs a program of Python, by way of a module that does so."""
+    """A step that runs this Python program. ``python -m`` needs a module, so a helper module executes it."""
     return Step(
         name, seconds / 60, "", shlex.join(["code_of_a_step", program.replace("{", "{{").replace("}", "}}")]), **rest
     )
@@ -149,10 +140,10 @@ def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
-def _run(steps: list[Step], tmp_path: Path, seconds: float = 60.0) -> dict[str, gpu.Outcome]:
-    job = Job(tmp_path / "device", COMMIT, (seconds + gpu.RESERVE) / 60)
-    job.folder.mkdir(exist_ok=True)
-    return {outcome.step.name: outcome for outcome in gpu.run(steps, job)}
+def _run(steps: list[Step], tmp_path: Path, seconds: float = 60.0) -> dict[str, gpu_steps.Outcome]:
+    gpu_run = GpuRun(tmp_path / "device", COMMIT, (seconds + gpu_plan.RESERVE_SECONDS) / 60)
+    gpu_run.folder.mkdir(exist_ok=True)
+    return {outcome.step.name: outcome for outcome in gpu_steps.run_steps(steps, gpu_run)}
 
 
 def _appends(path: Path, text: str = "x") -> str:
@@ -164,8 +155,8 @@ def _is_running(pid: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_step_that_hangs_is_stopped_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 0.5)
+def test_a_step_that_hangs_is_stopped_with_its_child_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_steps, "GRACE_SECONDS", 0.5)
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
     pid = tmp_path / "pid"
     starts = f"p = subprocess.Popen([sys.executable, '-c', {child!r}])"
@@ -176,7 +167,7 @@ def test_a_step_that_hangs_is_stopped_with_all_it_started(tmp_path: Path, monkey
     assert not _is_running(int(pid.read_text()))
 
 
-def test_a_crash_stops_nothing_and_failures_come_last(tmp_path: Path) -> None:
+def test_a_crash_does_not_stop_other_steps_and_failed_steps_come_last(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     crashes = _step("crashes", f"import os; {_appends(ran, 'c')}; os.abort()")
     steps = [crashes, _step("fine", _appends(ran, "f"))]
@@ -192,45 +183,45 @@ def test_a_crash_stops_nothing_and_failures_come_last(tmp_path: Path) -> None:
     assert ran.read_text() == "cfnc"
 
 
-def test_a_lost_device_begins_the_step_again(tmp_path: Path) -> None:
+def test_a_step_that_lost_the_device_starts_again(tmp_path: Path) -> None:
     tries = tmp_path / "tries"
-    program = f"import sys; {_appends(tries)}; len(open({str(tries)!r}).read()) < 3 and sys.exit({records.AGAIN})"
+    program = f"import sys; {_appends(tries)}; len(open({str(tries)!r}).read()) < 3 and sys.exit({records.EXIT_RETRY})"
     assert _run([_step("loses", program)], tmp_path)["loses"].state == "done"
     assert tries.read_text() == "xxx"
 
 
-def test_what_the_budget_cuts_off_or_leaves_out_is_run_by_the_next_call(tmp_path: Path) -> None:
+def test_the_next_call_runs_what_the_budget_cut_off_or_left_out(tmp_path: Path) -> None:
     done, again = tmp_path / "done", tmp_path / "again"
     slow = f"import os, time; os.path.exists({str(again)!r}) or time.sleep(100)"
     steps = [_step("first", _appends(done)), _step("slow", slow, 12.0), _step("long", "pass", 100.0)]
     outcomes = _run(steps, tmp_path, seconds=8.0)
     assert [outcome.state for outcome in outcomes.values()] == ["done", "cut off", "left out"]
     again.touch()
-    outcomes = _run([*steps[:1], _step("always", _appends(done), always=True), *steps[1:]], tmp_path, seconds=100.0)
+    outcomes = _run([*steps[:1], _step("always", _appends(done), every_call=True), *steps[1:]], tmp_path, seconds=100.0)
     assert {name: outcome.state for name, outcome in outcomes.items()} == {
         **dict.fromkeys(("first", "always", "slow", "long"), "done"),
         "first": "done before",
     }
-    _run([_step("always", _appends(done), always=True)], tmp_path)
+    _run([_step("always", _appends(done), every_call=True)], tmp_path)
     assert done.read_text() == "xxx"
 
 
-def test_steps_beside_each_other_and_one_that_is_needed(tmp_path: Path) -> None:
+def test_steps_that_start_together_and_a_required_step_that_fails(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     meets = "import os, time\nopen({!r}, 'w')\nwhile not os.path.exists({!r}): time.sleep(0.05)"
     steps = [
         _step("a", meets.format(str(here), str(there))),
-        _step("b", meets.format(str(there), str(here)), beside=True),
-        _step("fails", "raise SystemExit(1)", needed=True),
+        _step("b", meets.format(str(there), str(here)), with_previous=True),
+        _step("fails", "raise SystemExit(1)", required=True),
         _step("after", "pass"),
     ]
     assert [outcome.state for outcome in _run(steps, tmp_path).values()] == ["done", "done", "failed", "left out"]
 
 
-def test_the_archive_comes_even_if_the_call_is_interrupted(tmp_path: Path) -> None:
-    plan = "gpu.PLAN[:] = [gpu.Step('sleeps', 1.0, '', 'code_of_a_step \\'import time; time.sleep(60)\\'')]"
+def test_the_archive_is_written_even_if_the_call_is_interrupted(tmp_path: Path) -> None:
+    plan = "gpu.PLAN[:] = [gpu_plan.Step('sleeps', 1.0, '', 'code_of_a_step \\'import time; time.sleep(60)\\'')]"
     call = f"gpu.main(['--tiny', '--results', {str(tmp_path)!r}, '--commit', {COMMIT!r}])"
-    program = f"from bench import gpu; {plan}; {call}"
+    program = f"from bench import gpu, gpu_plan; {plan}; {call}"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ)
     log = tmp_path / "cpu" / "logs" / "sleeps.log"
     while not log.is_file() and process.poll() is None:
@@ -241,16 +232,16 @@ def test_the_archive_comes_even_if_the_call_is_interrupted(tmp_path: Path) -> No
         assert {"cpu/logs/sleeps.log", "cpu/steps.jsonl"} <= {*archive.getnames()}
 
 
-def test_no_step_is_interpreted_or_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_compiled_kernels_without_a_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("DINOV2_FAST_BACKEND", "torch")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    environment = gpu.environment()
+    environment = gpu_steps.step_environment()
     assert not {"TRITON_INTERPRET", "DINOV2_FAST_BACKEND"} & environment.keys()
-    assert environment["TRITON_CACHE_DIR"], "or Inductor names another cache than the one that is warm"
+    assert environment["TRITON_CACHE_DIR"], "otherwise Inductor uses another cache than the warm one"
 
 
-def test_headlines_compare_with_the_best_peer_and_fp8_with_its_bf16() -> None:
+def test_headlines_compare_with_the_best_peer_also_in_fp8() -> None:
     common = dict.fromkeys(records.KEYS) | {"task": "throughput", "model": "b", "resolution": 224, "unit": "images/s"}
     rows = [
         common | {"implementation": name, "mode": mode, "precision": precision, "value": value}

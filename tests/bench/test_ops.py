@@ -1,4 +1,4 @@
-"""The benchmark of the ops: what each must move and compute, what is refused before timing, which backend is best."""
+"""The benchmark of the ops: the bytes and operations of each, what is refused before timing, which backend is best."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ COMMAND = ["--device", "cpu", "--models", "tiny", "--commit", "c0ffee", "--write
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, size in ((harness, "FLUSH", 0), (roofline, "COPY", 1 << 16), (roofline, "LARGE", 32)):
+    for module, name, size in (
+        (harness, "FLUSH_BYTES", 0),
+        (roofline, "COPY_BYTES", 1 << 16),
+        (roofline, "PRODUCT_SIZE", 32),
+    ):
         monkeypatch.setattr(module, name, {"cpu": size})
-    monkeypatch.setattr(harness, "UNTIMED", 0.0)
+    monkeypatch.setattr(harness, "UNTIMED_SECONDS", 0.0)
     for module in (ops, roofline):
-        monkeypatch.setattr(module, "SECONDS", {"cpu": 0})
+        monkeypatch.setattr(module, "TIMING_SECONDS", {"cpu": 0})
 
 
 def _workload(name: str) -> Workload:
@@ -33,7 +37,7 @@ def _workload(name: str) -> Workload:
 
 
 def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
-    """Puts implementations beside torch's."""
+    """Adds implementations to torch's."""
 
     def candidates(case: ops.Case):
         every = {"torch": case.torch_function} | functions
@@ -44,8 +48,8 @@ def _against(monkeypatch: pytest.MonkeyPatch, **functions) -> None:
 
 def _measured(workload: Workload, mode: str) -> dict[str, dict]:
     giant = replace(BACKBONES["dinov2_vitg14"], embed_dim=64, num_heads=1)
-    shape = replace(SHAPE, config=giant) if workload.of_swiglu else SHAPE
-    rows = ops.measure(ops.Case(workload, shape, mode), RATES)
+    shape = replace(SHAPE, config=giant) if workload.needs_swiglu else SHAPE
+    rows = ops.measure_case(ops.Case(workload, shape, mode), RATES)
     return {row["implementation"]: row for row in rows}
 
 
@@ -70,14 +74,14 @@ def test_each_workload_runs_and_obeys_the_rule(workload: Workload) -> None:
         assert row["outputs_max_error"] < 1e-5
 
 
-def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) -> None:
+def test_bytes_operations_and_floor_equal_those_counted_by_hand(monkeypatch) -> None:
     stream, vector = 4 * 2 * 5 * 64, 4 * 64  # bytes in fp32
     expected = {
         ("layer_norm.plain", "forward"): (2 * stream + 2 * vector, 0),
         ("layer_norm.plain", "backward"): (3 * stream + 3 * vector, 0),
         ("layer_norm.plain e4m3", "forward"): (stream + stream / 4 + 2 * vector, 0),
         ("layer_norm.add", "forward"): (4 * stream + 3 * vector, 0),
-        ("residual.gather", "forward"): (2 * 4 * (5 + 50) * 64, 0),  # a large crop and a small one
+        ("residual.gather", "forward"): (2 * 4 * (5 + 50) * 64, 0),  # a global crop and a local one
         ("residual.add", "backward"): (3 * stream + 2 * vector, 0),  # one gradient is passed on as it is
         ("attention.batch", "backward"): (7 * stream, 2.5 * 4 * 2 * 5 * 5 * 64),
         ("attention.varlen", "forward"): (4 * 4 * 2 * 55 * 64, 4 * 2 * (5 * 5 + 50 * 50) * 64),
@@ -86,16 +90,16 @@ def test_bytes_operations_and_floor_are_those_worked_out_by_hand(monkeypatch) ->
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
     plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))
-    assert [case.floor(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
-    assert e4m3.floor(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
-    assert plain.floor(RATES._replace(product=1e10)) == pytest.approx(24064e-9)
+    assert [case.floor_seconds(RATES) for case in (plain, e4m3)] == pytest.approx([81920e-9, 81920e-9 / 4])
+    assert e4m3.floor_seconds(RATES._replace(e4m3=None)) == pytest.approx(81920e-9)
+    assert plain.floor_seconds(RATES._replace(product=1e10)) == pytest.approx(24064e-9)
     cold = lambda runs, *_, flush, **options: {name: [1e-6, 2e-6, 4e-6] for name in runs if flush}  # noqa: E731
-    monkeypatch.setattr(harness, "in_turn", cold)
+    monkeypatch.setattr(harness, "time_in_turn", cold)
     row = _measured(_workload("layer_norm.plain"), "forward")["torch"]
     assert (row["value"], row["floor_share"]) == pytest.approx((2.0, (2 * stream + 2 * vector) / 1e9 / 2e-6))
 
 
-def test_what_computes_something_else_or_fails_has_a_reason_and_no_value(monkeypatch) -> None:
+def test_a_wrong_or_failing_implementation_has_a_reason_and_no_value(monkeypatch) -> None:
     wrong = {
         "tanh": lambda x, *_: gelu(x, approximate="tanh"),
         "nan": lambda x, *_: gelu(x) * float("nan"),
@@ -107,13 +111,13 @@ def test_what_computes_something_else_or_fails_has_a_reason_and_no_value(monkeyp
     assert [name for name, row in rows.items() if row.get("value")] == ["torch", "same"]
     assert all(records.reason(rows[name]).startswith("refused: ") for name in wrong)
     assert records.reason(rows["failing"]).startswith("failed: ")
-    _against(monkeypatch, wrong=lambda x, *_: gelu(x.detach()) + (x - x.detach()))  # its gradient alone is
+    _against(monkeypatch, wrong=lambda x, *_: gelu(x.detach()) + (x - x.detach()))  # only its gradient is wrong
     assert records.reason(_measured(_workload("activation.gelu"), "backward")["wrong"]).startswith("refused: ")
 
 
 @pytest.mark.parametrize("name", ["linear.swiglu", "linear.swiglu e4m3"])
-def test_an_implementation_gets_the_order_of_features_that_it_takes(name: str) -> None:
-    """Kernels take gates and values in turn, the others all gates first, and all are measured."""
+def test_an_implementation_gets_the_order_of_features_it_needs(name: str) -> None:
+    """Kernels need alternating gates and values, the others all gates first. Both are measured."""
     giant = replace(BACKBONES["dinov2_vitg14"], embed_dim=64, num_heads=1)
     case = ops.Case(_workload(name), replace(SHAPE, config=giant), "forward")
     (torch_s,) = (each for each in case.workload.implementations() if each.backend == "torch")
@@ -122,19 +126,21 @@ def test_an_implementation_gets_the_order_of_features_that_it_takes(name: str) -
     for implementation, interleaved in ((torch_s, False), (kernel, True)):
         arguments, reason = case.arguments_for(implementation)
         assert (arguments[-1], reason) == (interleaved, None)
-        results += case.run(implementation.function, arguments)()
+        results += case.make_run(implementation.function, arguments)()
     torch.testing.assert_close(*(y.float() for y in results))
 
 
-def test_other_ops_run_activation_by_its_fastest_backend() -> None:
-    found = {"forms": {"28": {"activation.identity e4m3": "triton", "activation.swiglu": "torch", "patches": "triton"}}}
+def test_other_ops_run_activation_with_its_fastest_backend() -> None:
+    fastest = {
+        "forms": {"28": {"activation.identity e4m3": "triton", "activation.swiglu": "torch", "patches": "triton"}}
+    }
     settings = []
     for name in ("attention.batch e4m3", "linear.residual"):
-        with ops.with_activation(ops.Case(_workload(name), SHAPE, "forward"), found):
+        with ops.with_activation(ops.Case(_workload(name), SHAPE, "forward"), fastest):
             settings.append(dispatch.current_setting().by_name)
     assert settings == [{"activation.identity": "triton"}, {"activation.swiglu": "torch"}]
     outside = dispatch.current_setting()
-    with ops.with_activation(ops.Case(_workload("patches"), replace(SHAPE, resolution=56), "forward"), found):
+    with ops.with_activation(ops.Case(_workload("patches"), replace(SHAPE, resolution=56), "forward"), fastest):
         assert dispatch.current_setting() is outside
 
 
@@ -157,12 +163,12 @@ def test_the_best_backend_of_a_form(times, form) -> None:
     ]
     other = rows[0] | {"value": 0.1, "implementation": "triton"}
     rows += [other | {"commit": "old"}, other | {"mode": "backward"}]
-    assert ops.best(rows, "new") == {"commit": "new", "forms": {"224": form} if form else {}}
+    assert ops.fastest_backends(rows, "new") == {"commit": "new", "forms": {"224": form} if form else {}}
 
 
-def test_the_command_measures_resumes_and_names_the_best(monkeypatch, tmp_path) -> None:
-    folder, measure, ran = tmp_path / "cpu", ops.measure, []
-    monkeypatch.setattr(ops, "measure", lambda case, *rest: ran.append(case) or measure(case, *rest))
+def test_the_command_measures_resumes_and_writes_best_json(monkeypatch, tmp_path) -> None:
+    folder, measure, ran = tmp_path / "cpu", ops.measure_case, []
+    monkeypatch.setattr(ops, "measure_case", lambda case, *rest: ran.append(case) or measure(case, *rest))
     command = [*COMMAND, "--results", str(tmp_path), "--sizes", "28", "--ops"]
     assert ops.main([*command, "layer_norm", "--modes", "forward"]) == 0
     before = records.read(folder / "ops.jsonl")
@@ -175,12 +181,20 @@ def test_the_command_measures_resumes_and_names_the_best(monkeypatch, tmp_path) 
     assert json.loads((folder / "best.json").read_text()) == {"commit": "c0ffee", "forms": {"28": forms}}
 
 
-def test_what_the_device_was_lost_in_is_kept_and_left_out_next_time(monkeypatch, tmp_path) -> None:
+def test_best_json_keeps_what_an_earlier_command_measured_of_the_commit(tmp_path) -> None:
+    command = [*(option for option in COMMAND if option != "--resume"), "--results", str(tmp_path), "--sizes", "28"]
+    for op in ("patches", "attention_pool"):
+        assert ops.main([*command, "--ops", op]) == 0
+    forms = json.loads((tmp_path / "cpu" / "best.json").read_text())["forms"]
+    assert forms == {"28": {"patches": "torch", "attention_pool": "torch"}}
+
+
+def test_the_implementation_that_lost_the_device_is_recorded_and_skipped(monkeypatch, tmp_path) -> None:
     broken: list[bool] = []
     _against(monkeypatch, breaking=lambda x, *_: broken.append(True) or x.no_such_thing)
     monkeypatch.setattr(records, "is_lost", lambda device: bool(broken))
     command = [*COMMAND, "--sizes", "28", "--ops", "patches", "--results", str(tmp_path)]
-    for status, kept in ((records.AGAIN, {"breaking": False}), (0, {"breaking": False, "torch": True})):
+    for status, kept in ((records.EXIT_RETRY, {"breaking": False}), (0, {"breaking": False, "torch": True})):
         broken.clear()
         assert ops.main(command) == status
         rows = records.read(tmp_path / "cpu" / "ops.jsonl")

@@ -1,4 +1,4 @@
-"""The model of costs: its bytes, operations and times are those worked out by hand, and NOTES.md has its tables."""
+"""The predictions: bytes, operations and times equal those computed by hand, and NOTES.md has the tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from bench import predictions, records, roofline
-from bench.predictions import ELEMENTWISE, H200, PROGRAMMES, SHAPES, SPEEDS
+from bench.predictions import DESIGNS, ELEMENTWISE, H200, SHAPES, SPEEDS
 from bench.roofline import Rates
 
 HEADING = "\n## What each step of the engine should gain on an H200 (predicted; nothing has run)\n"
@@ -27,7 +27,7 @@ TRANSFERS = {
     "fp8, cuda": lambda h, gelu: 2 * (1.5 + 1) + 1.5,
     "fp8, cuda, attention as C": lambda h, gelu: 2 * (1.5 + 1) + 1.5,
 }
-# MB of a layer and an image, worked out apart from this code: S, B, L and g at 224 px, then at 518 px.
+# MB of a layer and an image, computed independently of this code: S, B, L and g at 224 px, then at 518 px.
 MEGABYTES = {
     "timm eager": (4.34, 8.68, 11.6, 21.6, 23.2, 46.3, 61.7, 115),
     "timm compile": (3.16, 6.32, 8.42, 12.6, 16.8, 33.7, 44.9, 67.3),
@@ -36,11 +36,11 @@ MEGABYTES = {
 
 
 def _moved(name: str, size: str) -> float:
-    return predictions.counts(predictions.layer(PROGRAMMES[name], SHAPES[size]))[2] * 1e6
+    return predictions.counts(predictions.layer_steps(DESIGNS[name], SHAPES[size]))[2] * 1e6
 
 
-def test_the_bytes_of_each_programme_are_what_its_kernels_read_and_write() -> None:
-    assert TRANSFERS.keys() == PROGRAMMES.keys()
+def test_the_bytes_of_each_design_are_what_its_kernels_read_and_write() -> None:
+    assert TRANSFERS.keys() == DESIGNS.keys()
     for name, count in TRANSFERS.items():
         assert _moved(name, "B 518") / (2 * 1370 * 768) == pytest.approx(count(4, gelu=True)), name
         assert _moved(name, "g 224") / (2 * 257 * 1536) == pytest.approx(count(8 / 3, gelu=False)), name
@@ -48,18 +48,20 @@ def test_the_bytes_of_each_programme_are_what_its_kernels_read_and_write() -> No
         assert [_moved(name, size) / 1e6 for size in SHAPES] == pytest.approx(megabytes, rel=5e-3), name
 
 
-@pytest.mark.parametrize("name", PROGRAMMES)
-def test_the_operations_are_those_of_the_floor_and_no_programme_is_faster(name: str, monkeypatch) -> None:
-    programme = PROGRAMMES[name]
+@pytest.mark.parametrize("name", DESIGNS)
+def test_operations_equal_those_of_the_floor_and_no_design_is_faster(name: str, monkeypatch) -> None:
+    design = DESIGNS[name]
     cases = list(itertools.product(SHAPES.values(), ("all", "cls")))
-    floors = [roofline.work(shape.config, shape.resolution, 1, output, 2, programme.e4m3) for shape, output in cases]
+    floors = [
+        roofline.forward_work(shape.config, shape.resolution, 1, output, 2, design.e4m3) for shape, output in cases
+    ]
 
     def times_the_floor() -> list[float]:
-        times = [predictions.seconds(predictions.model(programme, *case)) for case in cases]
-        return [time / floor.seconds(H200, programme.e4m3) for time, floor in zip(times, floors, strict=True)]
+        times = [predictions.seconds(predictions.model_steps(design, *case)) for case in cases]
+        return [time / floor.seconds(H200, design.e4m3) for time, floor in zip(times, floors, strict=True)]
 
     for case, floor in zip(cases, floors, strict=True):
-        products, attention, _ = predictions.counts(predictions.model(programme, *case))
+        products, attention, _ = predictions.counts(predictions.model_steps(design, *case))
         assert (products, attention) == pytest.approx(((floor.embedding + floor.products) / 1e9, floor.attention / 1e9))
     assert min(times_the_floor()) > 1
     # Each kernel is slower than the floor's. As fast as that, what is all fused is the floor where no step is bound by
@@ -76,7 +78,7 @@ def test_the_operations_are_those_of_the_floor_and_no_programme_is_faster(name: 
         assert times_the_floor()[-8:] == pytest.approx([1] * 8)  # at 518 px
 
 
-def test_times_are_those_worked_out_by_hand() -> None:
+def test_times_equal_those_computed_by_hand() -> None:
     torch, cuda, gelu = (SPEEDS[name] for name in ("linear torch", "linear cuda", "linear.gelu cublas"))
     cudnn, triton = (1e12 * SPEEDS[f"attention {name}"][257] for name in ("torch", "triton"))
     transfer = 2 * 257 * 384 / (ELEMENTWISE * H200.copy)
@@ -96,13 +98,13 @@ def test_times_are_those_worked_out_by_hand() -> None:
     fc1, last = 4 * square / max(gelu[384], cuda[384]) / H200.product, 12 * 2 * 384 * 384 / H200.product
     b = compiled | {"fc1": fc1, "attention": attention / max(cudnn, triton), "residual": transfer, "activation": 0}
     whole = 11 * (sum(b.values()) + b["norm"] + b["residual"]) + transfer + last
-    steps = predictions.model(PROGRAMMES["B: A, SwiGLU cuda, attention triton"], SHAPES["S 224"], "cls")
+    steps = predictions.model_steps(DESIGNS["B: A, SwiGLU cuda, attention triton"], SHAPES["S 224"], "cls")
     patches = 2 * 256 * 588 * 384 / (torch[588] * H200.product)
     assert predictions.seconds(steps) == pytest.approx(whole + patches)
 
 
 def _times(name: str) -> dict[str, float]:
-    return {step.name: step.seconds(H200) for step in predictions.layer(PROGRAMMES[name], SHAPES["S 224"])}
+    return {step.name: step.seconds(H200) for step in predictions.layer_steps(DESIGNS[name], SHAPES["S 224"])}
 
 
 def test_a_product_takes_the_time_of_its_bytes_where_memory_is_slower() -> None:
@@ -111,7 +113,7 @@ def test_a_product_takes_the_time_of_its_bytes_where_memory_is_slower() -> None:
     for name, operand, fc1 in (("timm compile", 2, 4), ("C: B, attention cuda", 2, 2), ("fp8, cuda", 1, 1)):
         moved = {"qkv": 1536 * (operand + 3 * 2), "proj": 1536 * (operand + 2)}
         moved |= {"fc1": 1536 * operand + 4096 * fc1, "fc2": 4096 * operand + 1536 * 2}
-        steps = predictions.layer(PROGRAMMES[name], SHAPES["g 224"], slow)
+        steps = predictions.layer_steps(DESIGNS[name], SHAPES["g 224"], slow)
         times = {step.name: step.seconds(slow) / 257 for step in steps if step.name in moved}
         assert times == pytest.approx(moved), name
 
@@ -119,4 +121,4 @@ def test_a_product_takes_the_time_of_its_bytes_where_memory_is_slower() -> None:
 def test_the_notes_have_the_tables_that_the_command_prints() -> None:
     notes = (records.RESULTS / "NOTES.md").read_text(encoding="utf-8")
     section = notes.partition(HEADING)[2].partition("\n## ")[0]
-    assert section.endswith(f"\n\n{predictions.text()}")
+    assert section.endswith(f"\n\n{predictions.tables()}")

@@ -1,4 +1,4 @@
-"""bench.report: README, the tables and the plots show what was measured, all of it and nothing else."""
+"""bench.report: README, tables and plots show all measured values and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from bench import records, report
-from bench.report import Device, comparisons, table, updated
+from bench.report import Device, comparisons, table, updated_readme
 
 WHAT = ("throughput", "dinov2_vits14", 224, 8, "all", "fp32", "dinov2_fast", "eager", "a" * 40)
 ROW = dict.fromkeys(records.KEYS) | dict(zip(records.IDENTITY, WHAT, strict=True))
@@ -28,9 +28,9 @@ def keep(folder: Path, *rows: dict[str, Any]) -> Path:
 
 def test_readme_shows_what_was_measured() -> None:
     readme = report.README.read_text(encoding="utf-8")
-    assert updated(readme) == readme, "run: python -m bench.report"
+    assert updated_readme(readme) == readme, "run: python -m bench.report"
     with pytest.raises(ValueError, match="two marks"):
-        updated("no marks")
+        updated_readme("no marks")
 
 
 @pytest.mark.parametrize("device", report.devices(records.RESULTS), ids=lambda device: device.folder.name)
@@ -43,7 +43,7 @@ def test_the_folder_of_a_device_shows_what_was_measured(device: Device) -> None:
             assert image.text["rows"] == report.digest(chosen), "run: python -m bench.report"
 
 
-def test_each_implementation_counts_with_its_best_mode() -> None:
+def test_ratios_compare_the_best_mode_of_each_implementation() -> None:
     rows = [
         ROW | {"floor_share": 0.375},
         ROW | {"mode": "engine", "value": 40.0, "floor_share": 0.5},
@@ -60,7 +60,7 @@ def test_each_implementation_counts_with_its_best_mode() -> None:
     assert (one.floor, less.floor) == (80.0, 11.25)
 
 
-def test_what_has_no_value_says_why(tmp_path: Path) -> None:
+def test_rows_without_a_value_are_listed_with_the_reason(tmp_path: Path) -> None:
     none, refused = ROW | TIMM | {"value": None, "unit": None}, records.not_measured("refused: x")
     rows = [ROW, ROW | {"batch": 9}, ROW | TIMM | {"batch": 9}, none | refused | {"task": "latency"}]
     rows += [none | records.not_measured("out of memory: Tried | to\n`allocate`")]
@@ -72,29 +72,29 @@ def test_what_has_no_value_says_why(tmp_path: Path) -> None:
     assert "latency.png" not in text
 
 
-def test_readme_shows_the_rows_that_most_people_would_run(tmp_path: Path) -> None:
+def test_readme_shows_what_most_people_run(tmp_path: Path) -> None:
     timms = [ROW | TIMM, ROW | TIMM | {"mode": "compile"}]
     keep(tmp_path / "cpu", *timms, ROW | {"mode": "accelerated-timm", "value": 60.0})
-    assert "No result on a GPU exists yet" in updated(report.BEGIN + report.END, tmp_path)
+    assert "There is no result on a GPU yet" in updated_readme(report.BEGIN + report.END, tmp_path)
     gpu = ROW | {"gpu": "Some GPU", "precision": "bf16", "output": "cls"}
     rates = {"versions": ROW["versions"] | {"copy_per_s": 4.3e12, "product_per_s": 7.9e14, "e4m3_per_s": None}}
     usual = [gpu | {"floor_share": 0.5} | rates, gpu | {"resolution": 518, "output": "all", "batch": 2}]
     others = [gpu | {"precision": name, "batch": 16} for name in ("fp8", "fp32")] + [gpu | {"batch": 1}]
     times = [gpu | LATENCY | {"value": 5.0}, gpu | LATENCY | {"batch": 4}]
     keep(tmp_path / "gpu", *others, *usual, *times)
-    first, second = updated(report.BEGIN + report.END, tmp_path).split("\n### ")[1:]
+    first, second = updated_readme(report.BEGIN + report.END, tmp_path).split("\n### ")[1:]
     assert "images per second (more is better): Some GPU, torch 2.11.0, triton 3.6.0, commit aaaaaaaa, 2026" in first
     assert [line for line in first.splitlines() if line.startswith("| ViT")] == [
         "| ViT-S/14 | 224 | bf16 | cls | 8 | 30.0 | – | 50% |",
         "| ViT-S/14 | 518 | bf16 | all | 2 | 30.0 | – | – |",
         "| ViT-S/14 | 224 | bf16 | cls | 1 | 5.00 | – | – |",
     ]
-    assert f"{report.FLOOR} Here a copy 4300 GB/s, a product 790 TFLOP/s." in first
+    assert f"{report.FLOOR} Here a copy reaches 4300 GB/s, a product reaches 790 TFLOP/s." in first
     assert "Some CPU, 2 threads, torch 2.11.0, timm 1.0.31, commit" in second
     assert "both eager: 2.00 to 2.00 times as fast (1 rows)." in second
 
 
-def test_bars_are_as_long_as_what_they_show(tmp_path: Path) -> None:
+def test_the_length_of_bars_is_their_value(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [ROW | {"value": 40.0, "floor_share": 0.8}, ROW | TIMM | {"value": 20.0}, ROW | {"resolution": 518}]
     chosen = comparisons(rows)

@@ -1,4 +1,4 @@
-"""onnxruntime and OpenVINO as peers: they compute what our model does, and are exported once for each shape."""
+"""onnxruntime and OpenVINO as peers: they compute the same as our model, which is exported once for each shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import records, runtimes
 from bench.harness import TINY
 from bench.peers import OURS, Peer
-from bench.runtimes import ONNXRUNTIME, OPENVINO, Exported
+from bench.runtimes import ONNXRUNTIME, OPENVINO, ExportedModel
 from dinov2_fast.model import DinoVisionTransformer
 from tests.reference import assert_obeys_rule
 
@@ -32,9 +32,9 @@ def _images(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("peer", [ONNXRUNTIME, OPENVINO], ids=lambda peer: peer.name)
 @pytest.mark.parametrize("config", [TINY, REGISTERS], ids=lambda config: config.name)
-@pytest.mark.parametrize("size", [(28, 42), (518, 518)], ids=str)  # the second is that of the table of positions
+@pytest.mark.parametrize("size", [(28, 42), (518, 518)], ids=str)  # the second is the size of the position embeddings
 @torch.inference_mode()
-def test_they_compute_what_our_model_does(peer: Peer, config: object, size: tuple[int, int]) -> None:
+def test_runtimes_compute_the_same_as_our_model(peer: Peer, config: object, size: tuple[int, int]) -> None:
     pytest.importorskip(peer.name)
     model, x = _model(config), _images(1, 3, *size)
     built = peer.build(config, model, 0.0).to(x.device, x.dtype).eval()
@@ -50,20 +50,20 @@ def test_each_output_and_shape_is_exported_once_and_leaves_no_file(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     started: list[Path] = []
     monkeypatch.setattr(runtimes, "export", lambda model, path, **settings: path.touch())
-    exported = Exported(_model(), lambda path: started.append(path) or (lambda pixels: [pixels]))
+    exported = ExportedModel(_model(), lambda path: started.append(path) or (lambda pixels: [pixels]))
     for output, batch in (("all", 1), ("cls", 1), ("cls", 2), ("cls", 1), ("all", 1)):
         exported(_images(batch, 3, 28, 28), output)
     assert len(started) == 3
     assert not list(tmp_path.iterdir())
 
 
-def test_they_refuse_what_they_cannot_run() -> None:
-    with pytest.raises(NotImplementedError, match="fp32 on a CPU"):
+def test_runtimes_refuse_bf16_and_training() -> None:
+    with pytest.raises(NotImplementedError, match="only in fp32 on a CPU"):
         ONNXRUNTIME.call["cls"](ONNXRUNTIME.build(TINY, _model(), 0.0), _images(1, 3, 28, 28).bfloat16())
     with pytest.raises(NotImplementedError, match="does not train"):
         ONNXRUNTIME.build(TINY, _model(), 0.3)
 
 
-def test_one_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_is_not_installed_is_missing_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "version", lambda package: None if package == "openvino" else "1")
-    assert runtimes._peer("openvino", lambda path: lambda pixels: []).missing == "openvino is not installed"
+    assert runtimes._runtime_peer("openvino", lambda path: lambda pixels: []).missing == "openvino is not installed"
