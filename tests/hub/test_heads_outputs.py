@@ -18,8 +18,8 @@ from dinov2_fast.hub.pixels import slide
 from dinov2_fast.hub.segmenters import LinearSegmentationHead
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.weights.load import RandomWeights
+from tests.helpers.documents import example
 from tests.helpers.places import isolate, refuse_network, write
-from tests.helpers.readme import example
 from tests.hub.test_heads import head_of
 
 D, BLOCKS = 64, (2, 5, 8, 11)
@@ -368,7 +368,7 @@ def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTran
             model(pixels[..., :69])
 
 
-def test_readmes_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_documented_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     attempts = refuse_network(monkeypatch)
     places = isolate(monkeypatch, tmp_path)
     write(

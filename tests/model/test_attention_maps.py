@@ -12,8 +12,8 @@ from torch import Tensor
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.model import DinoVisionTransformer
 from tests import reference
+from tests.helpers.documents import example
 from tests.helpers.huggingface_peers import FAMILIES, both, make_pair
-from tests.helpers.readme import example
 from tests.inference.test_engine import KINDS_OF_MODEL, wild
 from tests.model.test_model import small
 from tests.timm.test_adapter import NAMES
@@ -182,7 +182,7 @@ def test_engines_take_bytes() -> None:
 
 
 @torch.no_grad()
-def test_readmes_example() -> None:
+def test_the_documented_example_runs() -> None:
     names: dict[str, Any] = {"model": small(depth=12), "images": torch.randn(IMAGES)}
     exec(example("attention_maps("), names)
     tokens = 1 + ROWS * COLUMNS

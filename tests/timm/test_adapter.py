@@ -15,8 +15,8 @@ import dinov2_fast
 from dinov2_fast import BACKBONES, WeightsError, convert_state_dict, create_model, load
 from dinov2_fast.weights.load import RandomWeights
 from tests.helpers.checkpoints import assert_same, shapes
+from tests.helpers.documents import example
 from tests.helpers.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
-from tests.helpers.readme import example
 
 NAMES = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2")
 SMALL = {"embed_dim": 128, "depth": 4, "num_heads": 2}
@@ -661,11 +661,12 @@ def test_timm_is_not_needed() -> None:
     assert (run.stdout, run.returncode) == ("[384, 384, 384]\n", 0), run.stderr
 
 
-def test_readmes_examples(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_examples_run(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     random = load("dinov2_vits14", weights="random:0")
     write(dict(random.state_dict()), places.cache / "dinov2_vits14_pretrain.pth")
     names: dict[str, Any] = {"images": images(42, 70, batch=1)}
-    exec(example("dinov2_fast.create_model("), names)
+    exec(example("forward_head(tokens)"), names)
+    exec(example("features_only=True"), names)
     assert names["logits"].shape == (1, 10)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 384, 3, 5)] * 2
     assert names["backbone"].feature_info.reduction() == [14, 14]
