@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, BitImageProcessorPil
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor, to_rgb
 from dinov2_fast.weights import WeightsError
-from tests.helpers.places import isolate, refuse_network
+from tests.helpers.weight_folders import isolate, refuse_network
 
 IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))
 SETTINGS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from dinov2_fast import export as exporting
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from dinov2_fast.export import METADATA, ExportError, export
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -14,10 +14,8 @@ from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.extraction.extract import extract
 from dinov2_fast.features.manifest import ManifestError
 from dinov2_fast.features.store import read_manifest
-from tests.extraction.test_extract import MeanColour
-from tests.extraction.test_resume import Stopping, contents, plain
+from tests.helpers.extraction import MeanColour, Stopping, contents
 
-__all__ = ["plain"]
 FORMATS = pytest.mark.parametrize("format", ["parquet", "npy"])
 
 

@@ -21,8 +21,8 @@ from dinov2_fast import Extractor
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
 from dinov2_fast.inference import Engine
-from tests.extraction.test_extract import MeanColour
-from tests.model.test_model import small
+from tests.helpers.extraction import MeanColour
+from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
 IMAGES = sorted((ROOT / "examples" / "images").glob("*.jpg"))

@@ -15,8 +15,7 @@ import dinov2_fast
 from dinov2_fast.data.failures import Failures, NothingReadError
 from dinov2_fast.extraction import extract as extraction
 from dinov2_fast.extraction.extract import extract
-from tests.extraction.test_extract import MeanColour
-from tests.extraction.test_resume import contents
+from tests.helpers.extraction import MeanColour, contents
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dinov2_fast
 from dinov2_fast.extraction.extract import extract
-from tests.extraction.test_extract import MeanColour
+from tests.helpers.extraction import MeanColour
 
 ROOT = Path(__file__).parents[2]
 SEEDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
@@ -74,7 +74,7 @@ MEMORY = """
 import resource, sys
 from dinov2_fast.extraction.extract import extract
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from tests.extraction.test_extract import MeanColour
+from tests.helpers.extraction import MeanColour
 
 def resident():
     with open("/proc/self/status") as status:

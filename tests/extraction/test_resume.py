@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import dinov2_fast
@@ -29,37 +28,10 @@ from dinov2_fast.features.lock import LockedError, lock
 from dinov2_fast.features.manifest import ManifestError
 from dinov2_fast.features.whole_files import part_of
 from dinov2_fast.inference import optimize_for_inference
-from tests.extraction.test_extract import MeanColour, assert_rows, rows_of
-from tests.model.test_model import small
+from tests.helpers.extraction import MeanColour, Stopping, assert_rows, contents, rows_of
+from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> list[str]:
-    """Nine images."""
-    random = np.random.default_rng(0)
-    files = []
-    for index in range(9):
-        files.append(str(tmp_path / f"{index}.png"))
-        Image.fromarray(random.integers(0, 25 * (index + 1), (40 + index, 90, 3), dtype=np.uint8)).save(files[-1])
-    return files
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-class Stopping(MeanColour):
-    """Raises instead of the third batch."""
-
-    error: Any = KeyboardInterrupt
-
-    def forward_features(self, x: Tensor) -> dict[str, Tensor]:
-        if len(self.batches) == 2:
-            raise self.error("third batch")
-        return super().forward_features(x)
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
@@ -119,7 +91,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 from dinov2_fast.extraction.extract import extract
-from tests.extraction.test_extract import MeanColour
+from tests.helpers.extraction import MeanColour
 
 if __name__ == "__main__":
     out, *files = sys.argv[1:]
@@ -161,7 +133,7 @@ def test_killed_at_random_moments_the_final_set_is_the_same(plain: list[str], tm
 SCRIPT = """
 import sys, time
 from dinov2_fast.extraction.extract import extract
-from tests.extraction.test_extract import MeanColour
+from tests.helpers.extraction import MeanColour
 
 if __name__ == "__main__":
     out, *files = sys.argv[1:]

@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dinov2_fast.kernels import common
-from tests.helpers.wgmma import unordered_writes
+from tests.helpers.wgmma_races import unordered_writes
 
 # Shared memory that one block can ask for, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability". Multiprocessors of an A100, A40, L40S, H200, B200 and RTX 5090.
@@ -143,7 +143,7 @@ def faults(report: Report, max_spill: int = 0, fast: bool = True) -> list[str]:
     Shared memory above the chip's; more than `max_spill` bytes spilled either way; a dot that rounds its fp32 operands
     to tf32. On sm_90 also: products that are added up otherwise than `FAST_ACCUMULATION` says; if `fast`, a dot that
     does not run on the chip's own tensor core instructions, which need 64 rows; dots whose instructions wait for one
-    another; a write over what another warp group's products may still be reading (tests/helpers/wgmma.py).
+    another; a write over what another warp group's products may still be reading (tests/helpers/wgmma_races.py).
     """
     found = []
     excess = report.shared - SHARED_MEMORY[report.arch]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinov2_fast import hub
 
 Weights = dict[str, Tensor]
 
@@ -142,3 +145,10 @@ def assert_same(actual: Weights, wanted: Weights) -> None:
 def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor."""
     return {key: tuple(tensor.shape) for key, tensor in weights.items()}
+
+
+def head_of(model: Any) -> dict[str, Tensor]:
+    """The weights of a model's head, named as in the published file."""
+    if isinstance(model, hub.LinearClassifier):
+        return dict(model.linear_head.state_dict())
+    return {f"decode_head.{key}": tensor for key, tensor in model.decode_head.state_dict().items()}

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+TOLERANCE = 1e-4  # of the worst element against the reference; measured 4e-6
+INPUTS = range(4)
 FOLDER = Path(__file__).parents[1] / "golden"
 _SHARED = ("embed_dim", "num_heads", "depth", "patch_size", "img_size", "init_values")
 _OWN = ("ffn_layer", "num_register_tokens", "interpolate_offset", "interpolate_antialias", "block_chunks")
@@ -59,6 +62,10 @@ def timm_model(name: str) -> Any:
     if name.endswith("swiglu"):  # rounded up to a multiple of 8, as the reference does
         sizes["mlp_ratio"] = 688 / description["embed_dim"]
     return timm.create_model(description["cases"][name]["timm_model"], dynamic_img_size=True, **sizes).eval()
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
 def _description() -> dict[str, Any]:

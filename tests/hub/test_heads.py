@@ -18,9 +18,9 @@ import hubconf
 from dinov2_fast import BACKBONES, WeightsError, hub, load
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.hub import classifiers, depthers, segmenters
-from tests.helpers.checkpoints import assert_same, shapes
-from tests.helpers.loopback import Server, answer, nowhere, point_to
-from tests.helpers.places import TINY, Places, refuse_network, write
+from tests.helpers.checkpoints import assert_same, head_of, shapes
+from tests.helpers.local_server import Server, answer, isolate_without_servers, point_to
+from tests.helpers.weight_folders import TINY, WeightFolders, refuse_network, write
 
 SIZES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}
 FOUR_BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
@@ -217,16 +217,16 @@ def depth_range(model: Any) -> tuple[float, float]:
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Places:
-    return nowhere(monkeypatch, tmp_path / "places")
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WeightFolders:
+    return isolate_without_servers(monkeypatch, tmp_path / "folders")
 
 
 @pytest.fixture
-def tiny(places: Places, monkeypatch: pytest.MonkeyPatch) -> BackboneConfig:
+def tiny(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> BackboneConfig:
     """A backbone of 12 blocks, small, whose weights lie in the cache."""
     config = replace(BACKBONES[TINY], depth=12)
     monkeypatch.setitem(BACKBONES, TINY, config)
-    write(dict(load(TINY, weights="random:3").state_dict()), places.cache / "dinov2_vitt14_pretrain.pth")
+    write(dict(load(TINY, weights="random:3").state_dict()), folders.cache / "dinov2_vitt14_pretrain.pth")
     return config
 
 
@@ -282,17 +282,10 @@ def published_head(file: str, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def head_of(model: Any) -> dict[str, Tensor]:
-    """The weights of a model's head, named as in the published file."""
-    if isinstance(model, hub.LinearClassifier):
-        return dict(model.linear_head.state_dict())
-    return {f"decode_head.{key}": tensor for key, tensor in model.decode_head.state_dict().items()}
-
-
 @pytest.mark.parametrize("file", FILES)
-def test_published_weights_are_loaded(file: str, tiny: BackboneConfig, places: Places) -> None:
+def test_published_weights_are_loaded(file: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
     weights = published_head(file)
-    write(weights, places.torch_hub / f"dinov2_vitt14_{file}.pth")
+    write(weights, folders.torch_hub / f"dinov2_vitt14_{file}.pth")
     model = FILES[file][0](tiny)
     assert_same(head_of(model), weights)
     assert_same(dict(model.backbone.state_dict()), dict(load(TINY, weights="random:3").state_dict()))
@@ -300,37 +293,39 @@ def test_published_weights_are_loaded(file: str, tiny: BackboneConfig, places: P
 
 
 @pytest.mark.parametrize("file", ["nyu_dpt_head", "ade20k_linear_head"])
-def test_files_of_training_frameworks(file: str, tiny: BackboneConfig, places: Places) -> None:
+def test_files_of_training_frameworks(file: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
     weights = published_head(file)
     meta = {"CLASSES": ("wall", "sky"), "config": "model = dict()", "epoch": 3}
     state_dict = {**weights, "backbone.cls_token": torch.ones(1), "auxiliary_head.conv_seg.bias": torch.ones(2)}
-    write({"meta": meta, "state_dict": state_dict}, places.cache / f"dinov2_vitt14_{file}.pth")
+    write({"meta": meta, "state_dict": state_dict}, folders.cache / f"dinov2_vitt14_{file}.pth")
     assert_same(head_of(FILES[file][0](tiny)), weights)
 
 
-def test_a_file_without_the_count_of_batches(tiny: BackboneConfig, places: Places) -> None:
+def test_a_file_without_the_count_of_batches(tiny: BackboneConfig, folders: WeightFolders) -> None:
     weights = published_head("ade20k_linear_head")
     del weights["decode_head.bn.num_batches_tracked"]
-    write(weights, places.cache / "dinov2_vitt14_ade20k_linear_head.pth")
+    write(weights, folders.cache / "dinov2_vitt14_ade20k_linear_head.pth")
     loaded = head_of(FILES["ade20k_linear_head"][0](tiny))
     assert loaded.pop("decode_head.bn.num_batches_tracked") == 0
     assert_same(loaded, weights)
 
 
-def test_the_head_goes_with_its_backbone(tiny: BackboneConfig, places: Places) -> None:
-    write(published_head("linear4_head"), places.cache / "dinov2_vitt14_linear4_head.safetensors")
+def test_the_head_goes_with_its_backbone(tiny: BackboneConfig, folders: WeightFolders) -> None:
+    write(published_head("linear4_head"), folders.cache / "dinov2_vitt14_linear4_head.safetensors")
     model = classifiers._entry_point(tiny)(dtype="bfloat16", drop_path_rate=0.5)
     assert model.linear_head.weight.dtype == model.backbone.cls_token.dtype == torch.bfloat16
     assert model.backbone.blocks[11].drop_path1.drop_prob == 0.5
 
 
-def test_heads_of_backbones_with_registers_have_names_of_their_own(tiny: BackboneConfig, places: Places) -> None:
+def test_heads_of_backbones_with_registers_have_names_of_their_own(
+    tiny: BackboneConfig, folders: WeightFolders
+) -> None:
     config = replace(tiny, name="dinov2_vitt14_reg", num_register_tokens=4)
     BACKBONES["dinov2_vitt14_reg"] = config
     try:
         weights = dict(load(config.name, weights="random:4").state_dict())
-        write(weights, places.cache / "dinov2_vitt14_reg4_pretrain.pth")
-        write(published_head("linear_head"), places.cache / "dinov2_vitt14_reg4_linear_head.pth")
+        write(weights, folders.cache / "dinov2_vitt14_reg4_pretrain.pth")
+        write(published_head("linear_head"), folders.cache / "dinov2_vitt14_reg4_linear_head.pth")
         model = classifiers._entry_point(config)(layers=1)
     finally:
         del BACKBONES["dinov2_vitt14_reg"]
@@ -358,7 +353,7 @@ def pth(content: Any) -> bytes:
 
 
 def test_the_official_server_is_asked_once(
-    tiny: BackboneConfig, server: Server, places: Places, monkeypatch: pytest.MonkeyPatch
+    tiny: BackboneConfig, server: Server, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = published_head("nyu_linear4_head")
     server.answers["/dinov2_vitt14/dinov2_vitt14_nyu_linear4_head.pth"] = answer(pth({"state_dict": weights}))
@@ -366,21 +361,21 @@ def test_the_official_server_is_asked_once(
     for _ in range(2):
         assert_same(head_of(FILES["nyu_linear4_head"][0](tiny)), weights)
     assert server.requests == ["GET /dinov2_vitt14/dinov2_vitt14_nyu_linear4_head.pth"]
-    assert (places.cache / "dinov2_vitt14_nyu_linear4_head.pth").is_file()
+    assert (folders.cache / "dinov2_vitt14_nyu_linear4_head.pth").is_file()
 
 
 def test_a_short_answer_leaves_nothing_and_says_where_the_file_goes(
-    tiny: BackboneConfig, server: Server, places: Places, monkeypatch: pytest.MonkeyPatch
+    tiny: BackboneConfig, server: Server, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply = answer(pth(published_head("linear4_head"))[:500], promised=100_000)
     server.answers["/dinov2_vitt14/dinov2_vitt14_linear4_head.pth"] = reply
     point_to(monkeypatch, official=server.address)
-    path = places.cache / "dinov2_vitt14_linear4_head.pth"
+    path = folders.cache / "dinov2_vitt14_linear4_head.pth"
     with pytest.raises(WeightsError) as caught:
         FILES["linear4_head"][0](tiny)
     assert "broke off after 500 of 100000" in str(caught.value)
     assert f"Download {tiny.head_url('linear4')} where there is a network and put it at {path}" in str(caught.value)
-    assert sorted(places.cache.iterdir()) == [places.cache / "dinov2_vitt14_pretrain.pth"]
+    assert sorted(folders.cache.iterdir()) == [folders.cache / "dinov2_vitt14_pretrain.pth"]
 
 
 def test_local_files_only_asks_nobody(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,9 +406,9 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_files_that_do_not_fit(case: str, tiny: BackboneConfig, places: Places) -> None:
+def test_files_that_do_not_fit(case: str, tiny: BackboneConfig, folders: WeightFolders) -> None:
     change, message = MISFITS[case]
-    path = places.cache / "dinov2_vitt14_ade20k_linear_head.pth"
+    path = folders.cache / "dinov2_vitt14_ade20k_linear_head.pth"
     torch.save(change(published_head("ade20k_linear_head")), path)
     with pytest.raises(WeightsError, match=message) as caught:
         FILES["ade20k_linear_head"][0](tiny)

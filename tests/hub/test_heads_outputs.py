@@ -18,9 +18,9 @@ from dinov2_fast.hub.pixels import slide
 from dinov2_fast.hub.segmenters import LinearSegmentationHead
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.weights.load import RandomWeights
+from tests.helpers.checkpoints import head_of
 from tests.helpers.documents import example
-from tests.helpers.places import isolate, refuse_network, write
-from tests.hub.test_heads import head_of
+from tests.helpers.weight_folders import isolate, refuse_network, write
 
 D, BLOCKS = 64, (2, 5, 8, 11)
 SIZES = [(42, 70), (45, 64), (28, 28)]  # 3 x 5 patches; padded to 56 x 70, by odd numbers; 2 x 2 patches
@@ -370,10 +370,10 @@ def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTran
 
 def test_the_documented_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     attempts = refuse_network(monkeypatch)
-    places = isolate(monkeypatch, tmp_path)
+    folders = isolate(monkeypatch, tmp_path)
     write(
         dict(dinov2_fast.load("dinov2_vits14", weights="random:0").state_dict()),
-        places.cache / "dinov2_vits14_pretrain.pth",
+        folders.cache / "dinov2_vits14_pretrain.pth",
     )
     for model, file in (
         (hub.dinov2_vits14_lc, "linear4_head"),
@@ -381,7 +381,7 @@ def test_the_documented_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (hub.dinov2_vits14_ld, "nyu_linear4_head"),
         (hub.dinov2_vits14_ls, "ade20k_linear_head"),
     ):
-        write(head_of(model(pretrained=False)), places.cache / f"dinov2_vits14_{file}.pth")
+        write(head_of(model(pretrained=False)), folders.cache / f"dinov2_vits14_{file}.pth")
     names: dict[str, Any] = {"images": images(40, 70, batch=1).float()}
     with pytest.raises(ValueError, match="Input image height 40 is not a multiple"):
         exec(example("hub.dinov2_vits14_lc"), names)  # a classifier is for whole patches

@@ -14,7 +14,15 @@ import torch
 import hubconf
 from dinov2_fast import BACKBONES, DinoVisionTransformer, WeightsError, hub
 from tests.helpers.checkpoints import assert_same
-from tests.helpers.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
+from tests.helpers.weight_folders import (
+    TINY,
+    WeightFolders,
+    isolate,
+    refuse_network,
+    tiny_backbone,
+    tiny_weights,
+    write,
+)
 
 ROOT = Path(hubconf.__file__).parent
 NAMES = [f"dinov2_vit{size}14{registers}" for registers in ("", "_reg") for size in "sblg"]
@@ -25,7 +33,7 @@ WITH_HEADS = [
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     attempts = refuse_network(monkeypatch)
     yield isolate(monkeypatch, tmp_path)
     assert attempts == []
@@ -54,7 +62,7 @@ def test_signature(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_models_without_weights_are_the_references(name: str, places: Places) -> None:
+def test_models_without_weights_are_the_references(name: str, folders: WeightFolders) -> None:
     with torch.device("meta"):
         model = getattr(hubconf, name)(pretrained=False)
     assert isinstance(model, DinoVisionTransformer)
@@ -70,7 +78,7 @@ def test_models_without_weights_are_the_references(name: str, places: Places) ->
     assert "blocks.0.ls1.gamma" in model.state_dict()
 
 
-def test_arguments_go_to_the_model(places: Places) -> None:
+def test_arguments_go_to_the_model(folders: WeightFolders) -> None:
     model = hub.dinov2_vits14(pretrained=False, img_size=28, drop_path_rate=0.2, block_chunks=4)
     assert model.pos_embed.shape == (1, 5, 384)
     assert model.chunked_blocks
@@ -80,7 +88,7 @@ def test_arguments_go_to_the_model(places: Places) -> None:
 
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("weights", ["nope", "lvd142m", ""])
-def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, places: Places) -> None:
+def test_unknown_weights_are_an_assertion_error(weights: str, pretrained: bool, folders: WeightFolders) -> None:
     with pytest.raises(AssertionError, match=f"Unsupported weights: {weights}; the published ones are LVD142M"):
         hub.dinov2_vits14(weights=weights, pretrained=pretrained)
 
@@ -93,18 +101,20 @@ def test_a_file_given_as_weights_is_answered_with_what_takes_one() -> None:
 
 
 @pytest.mark.parametrize("weights", ["LVD142M", hub.Weights.LVD142M])
-def test_published_weights_are_loaded(weights: Any, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_are_loaded(weights: Any, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))
     assert entry_point.__name__ == TINY
     own = tiny_weights(1)
-    write(own, places.torch_hub / "dinov2_vitt14_pretrain.pth")
+    write(own, folders.torch_hub / "dinov2_vitt14_pretrain.pth")
     model = entry_point(weights=weights, drop_path_rate=0.5)
     assert_same(model.state_dict(), own)
     assert model.training
     assert model.blocks[1].drop_path1.drop_prob == 0.5
 
 
-def test_offline_without_a_file_the_error_says_where_to_put_it(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_without_a_file_the_error_says_where_to_put_it(
+    folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dinov2_fast.weights.sources._hub_answers", lambda: False)
     monkeypatch.setattr("dinov2_fast.weights.sources.download", _nobody)
     with pytest.raises(WeightsError, match=r"dinov2_vits14_pretrain\.pth where there is a network and put it at"):

@@ -9,7 +9,6 @@ import copy
 import logging
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -29,63 +28,11 @@ from dinov2_fast.inference.cuda_graphs import CACHED_GRAPHS, Graphs
 from dinov2_fast.inference.waiting import NoWaiting
 from dinov2_fast.inference.watch import ModelWatch
 from tests.helpers.devices import DEVICE, on_gpu, runs_triton
+from tests.helpers.engines import FakeGraphs, with_graphs
 from tests.helpers.huggingface_peers import images, make_pair
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 X = (2, 3, 42, 56)
-
-
-class Fake:
-    """Graphs on the CPU, as careless with their memory as real ones; it notes what happens."""
-
-    class Graph:
-        def __init__(self, fake: Fake, run: Callable[[], Any]) -> None:
-            self._fake, self._run, self.output = fake, run, run()
-            self._autocast = torch.is_autocast_enabled("cpu")  # what a graph launches was cast, or not, at its capture
-            self._own = [leaf for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Tensor)]
-
-        def replay(self) -> None:
-            self._fake.happened.append("replay")
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
-                new = [leaf.clone() for leaf in pytree.tree_leaves(self._run()) if isinstance(leaf, Tensor)]
-            for own, leaf in zip(self._own, new, strict=True):
-                own.copy_(leaf)
-            time.sleep(self._fake.pause)
-
-        def pool(self) -> Any:
-            return self._fake.pools[self]
-
-    def __init__(self) -> None:
-        self.happened: list[str] = []
-        self.pools: dict[Any, Any] = {}
-        self.pause = 0.0
-        self.failure: Exception | None = None
-
-    def count(self, what: str) -> int:
-        return self.happened.count(what)
-
-    def serves(self, device: torch.device) -> bool:
-        return True
-
-    def capture(self, run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any, Any]:
-        self.happened.append("capture")
-        run()
-        if self.failure is not None:
-            raise self.failure
-        graph = Fake.Graph(self, run)
-        self.pools[graph] = pool or object()
-        return graph, graph.output, None
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("begin", "end", "wait", "forget"):
-            raise AttributeError(name)
-        return lambda *_: self.happened.append(name)
-
-
-def with_graphs(model: Any, mode: bool | str = True, **kwargs: Any) -> tuple[Any, Fake]:
-    engine, fake = optimize_for_inference(model, "fp32", cuda_graphs=False, **kwargs), Fake()
-    engine._graphs = Graphs(mode, fake)
-    return engine, fake
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -287,7 +234,7 @@ def test_a_graph_captured_under_autocast_is_in_the_engine_s_precision() -> None:
     assert fake.count("capture") == 1
 
 
-def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
+def _noting_checks(monkeypatch: pytest.MonkeyPatch, fake: FakeGraphs) -> None:
     """Adds each look for changes to what happened, in the order of a GPU."""
     monkeypatch.setattr(watch, "is_asynchronous", lambda device: True)
     changed = ModelWatch.changed

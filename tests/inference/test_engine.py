@@ -16,7 +16,6 @@ import dinov2_fast
 from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference import watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
-from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.inference.fold import Layout, layout_for
 from dinov2_fast.layers import Mlp
@@ -24,42 +23,10 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
 from tests.helpers import golden, huggingface_peers
 from tests.helpers.devices import DEVICE, fakes_cuda, poisoned_memory, runs_triton
+from tests.helpers.engines import blocks_in_full
+from tests.helpers.golden import INPUTS, TOLERANCE, close
 from tests.helpers.huggingface_peers import KIND_NAMES, KINDS, images, make_pair
-from tests.model.test_model import INPUTS, TOLERANCE, close, small
-
-KINDS_OF_MODEL = {
-    "mlp": {},
-    "swiglu": {"ffn_layer": "swiglufused"},
-    "registers": {"num_register_tokens": 4},
-    "swiglu, registers": {"ffn_layer": "swiglu", "num_register_tokens": 2},
-    "chunked, no LayerScale, no biases": {
-        "block_chunks": 2,
-        "init_values": None,
-        "qkv_bias": False,
-        "proj_bias": False,
-        "ffn_bias": False,
-    },
-}
-
-
-def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
-    """A model whose LayerScale and norms are far from their initial values, with outliers in some channels."""
-    model = small(**{"embed_dim": 128, "depth": 4, **kind, **kwargs})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gamma"):
-                parameter.copy_(10 ** torch.empty_like(parameter).uniform_(-2, 0.5))
-            elif "norm" in name and name.endswith("weight"):
-                parameter.copy_(torch.empty_like(parameter).uniform_(0.2, 3))
-            elif parameter.ndim > 1 and "blocks" in name:
-                spread = (
-                    0.3 if name.endswith("qkv.weight") else 1
-                )  # a softmax near its largest score flips at any error
-                parameter.copy_(spread * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-        for block in (module for module in model.modules() if hasattr(module, "norm1")):
-            block.norm2.weight[5] = 20
-            block.attn.proj.weight[[3, 70]] *= 30
-    return model.eval()
+from tests.helpers.small_models import KINDS_OF_MODEL, small, wild, with_biases
 
 
 @pytest.fixture(params=["", "linear=cublas"], ids=["", "deferred biases"])
@@ -258,14 +225,6 @@ def test_the_kernels_compute_the_same(kind: str, settings: dict[str, Any], preci
 # Layouts of weights
 
 
-def with_biases(model: DinoVisionTransformer) -> DinoVisionTransformer:
-    """The model with biases that are not zero, where it has any."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_()
-    return model
-
-
 @torch.no_grad()
 def test_the_norms_add_the_sum_of_the_biases_before_them() -> None:
     model = with_biases(small(init_values=0.3))
@@ -386,23 +345,13 @@ def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch:
 # CLS only
 
 
-def _blocks_in_full(engine: Any, call: Any) -> int:
-    """How many blocks run for all tokens in a call."""
-    ran = []
-    with pytest.MonkeyPatch.context() as patch:
-        update_ = FoldedBlock.update_
-        patch.setattr(FoldedBlock, "update_", lambda *args: ran.append(1) or update_(*args))
-        call(engine)
-    return len(ran)
-
-
 @torch.no_grad()
 def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned() -> None:
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 56, 70)
     auto, cls, full = (optimize_for_inference(model, "fp32", kind) for kind in ("auto", "cls", "all"))
     depth = len(model.blocks)
     for engine, blocks in ((auto, depth - 1), (cls, depth - 1), (full, depth)):
-        assert _blocks_in_full(engine, lambda m: m(x)) == blocks
+        assert blocks_in_full(engine, lambda m: m(x)) == blocks
         torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
         for call in (
             lambda m: m(x, is_training=True),
@@ -410,7 +359,7 @@ def test_the_last_block_runs_for_cls_alone_only_where_nothing_else_is_returned()
             lambda m: m.get_intermediate_layers(x),
             lambda m: m.forward_features([x]),
         ):
-            assert _blocks_in_full(engine, call) == depth
+            assert blocks_in_full(engine, call) == depth
             torch.testing.assert_close(call(engine), call(model), atol=1e-5, rtol=1e-5)
 
 
@@ -426,7 +375,7 @@ def test_the_head_gets_the_cls_token() -> None:
 def test_cls_only_in_the_hugging_face_face() -> None:
     model, x = make_pair("Dinov2").ours, images(98)
     engine = optimize_for_inference(model, outputs="cls")
-    assert _blocks_in_full(engine, lambda m: m(x)) == 2
+    assert blocks_in_full(engine, lambda m: m(x)) == 2
     output, expected = engine(pixel_values=x), model(x, output_hidden_states=True, output_attentions=True)
     assert list(output) == ["pooler_output"]
     assert output.last_hidden_state is None
@@ -436,8 +385,8 @@ def test_cls_only_in_the_hugging_face_face() -> None:
     assert list(output) == ["pooler_output", "hidden_states", "attentions"]
     for key, value in output.items():
         huggingface_peers.assert_close(value, expected[key])
-    assert _blocks_in_full(optimize_for_inference(model), lambda m: m(x)) == 3
-    assert _blocks_in_full(optimize_for_inference(model, outputs="all"), lambda m: m(x)) == 3
+    assert blocks_in_full(optimize_for_inference(model), lambda m: m(x)) == 3
+    assert blocks_in_full(optimize_for_inference(model, outputs="all"), lambda m: m(x)) == 3
     for task in ("Backbone", "ForImageClassification"):
         with pytest.raises(ValueError, match="needs the tokens of all patches"):
             optimize_for_inference(make_pair("Dinov2", task).ours, outputs="cls")

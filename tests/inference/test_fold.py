@@ -17,7 +17,7 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _linear_peers
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.huggingface_peers import our_class, small_config
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

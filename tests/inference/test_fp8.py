@@ -31,10 +31,9 @@ from dinov2_fast.ops import _registry
 from tests import reference
 from tests.helpers.devices import DEVICE, fakes_cuda, on_gpu, poisoned_memory, runs_triton
 from tests.helpers.documents import example
+from tests.helpers.engines import FakeGraphs
 from tests.helpers.huggingface_peers import images, make_pair
-from tests.inference.test_cuda_graphs import Fake
-from tests.inference.test_engine import KINDS_OF_MODEL, wild, with_biases
-from tests.model.test_model import small
+from tests.helpers.small_models import KINDS_OF_MODEL, small, wild, with_biases
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "examples" / "images"
@@ -557,7 +556,7 @@ def _assert_backends_and_graphs_agree(model: DinoVisionTransformer, x: Tensor, b
     exact = {(batch, name): CALLS[name][0](double, x[:batch].double()) for batch, name in cases}
     for backend in ("torch", "triton"):
         graphs = in_fp8(model)
-        graphs.plan, graphs._graphs = eager.plan, Graphs(True, None if DEVICE == "cuda" else Fake())
+        graphs.plan, graphs._graphs = eager.plan, Graphs(True, None if DEVICE == "cuda" else FakeGraphs())
         with use_backend(backend, strict=True):
             graphs.refresh()
             for batch, name in cases:

@@ -13,9 +13,9 @@ from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference.block import FoldedAttention
 from dinov2_fast.inference.packing import Part, split
 from tests.helpers.devices import DEVICE, poisoned_memory, runs_triton
+from tests.helpers.engines import blocks_in_full
 from tests.helpers.huggingface_peers import make_pair
-from tests.inference.test_engine import KINDS_OF_MODEL, _blocks_in_full, wild
-from tests.model.test_model import small
+from tests.helpers.small_models import KINDS_OF_MODEL, small, wild
 from tests.reference import assert_obeys_rule
 
 TOKENS = ("x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm")
@@ -119,7 +119,7 @@ def test_cls_tokens_computes_the_last_block_for_cls_alone() -> None:
     for model, depth in ((small(), 3), (make_pair("Dinov2").ours, 3)):
         for outputs, blocks in (("auto", depth - 1), ("cls", depth - 1), ("all", depth)):
             engine = optimize_for_inference(model, "fp32", outputs)
-            assert _blocks_in_full(engine, lambda m: m.cls_tokens(images)) == blocks
+            assert blocks_in_full(engine, lambda m: m.cls_tokens(images)) == blocks
             expected = [features["x_norm_clstoken"] for features in engine.forward_features(images)]
             _close(engine.cls_tokens(images), expected)
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.inference.report import Report, same_neighbours
 from tests.helpers.huggingface_peers import images, make_pair
-from tests.inference.test_engine import wild
-from tests.model.test_model import small
+from tests.helpers.small_models import small, wild
 
 
 def _cosines(found: Tensor, wanted: Tensor) -> tuple[float, float]:

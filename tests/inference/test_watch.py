@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov2_fast.inference import watch
 from dinov2_fast.inference.watch import ModelWatch, SettingsWatch, run_up_to_date
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 
 def _watched() -> Any:

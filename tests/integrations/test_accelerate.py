@@ -20,11 +20,15 @@ from dinov2_fast.integrations.blocks import AcceleratedBlock
 from dinov2_fast.integrations.steps import is_layer_norm
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.devices import DEVICE, runs_triton
-from tests.helpers.foreign_models import (
+from tests.helpers.library_models import (
     KINDS,
     SOME,
-    Foreign,
+    LibraryModel,
+    LowRank,
+    assert_same,
+    assert_same_gradients,
     filled,
+    gradients,
     hub_model,
     images,
     needs,
@@ -34,22 +38,20 @@ from tests.helpers.foreign_models import (
 )
 from tests.reference import assert_obeys_rule
 
-TOLERANCE = 1e-5  # of the largest element, in fp32
-
 
 @pytest.fixture(params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Foreign:
+def kind(request: pytest.FixtureRequest) -> LibraryModel:
     needs(request.param)
     return request.param
 
 
 @pytest.fixture(params=SOME, ids=str)
-def some(request: pytest.FixtureRequest) -> Foreign:
+def some(request: pytest.FixtureRequest) -> LibraryModel:
     needs(request.param)
     return request.param
 
 
-def pair(kind: Foreign, **settings: Any) -> tuple[Any, Any]:
+def pair(kind: LibraryModel, **settings: Any) -> tuple[Any, Any]:
     """An accelerated model, and the same untouched."""
     model = kind.build(**settings)
     untouched = copy.deepcopy(model)
@@ -57,49 +59,14 @@ def pair(kind: Foreign, **settings: Any) -> tuple[Any, Any]:
     return model, untouched
 
 
-def blocks_of(model: nn.Module, kind: Foreign) -> list[Any]:
+def blocks_of(model: nn.Module, kind: LibraryModel) -> list[Any]:
     return list(model.get_submodule(kind.blocks))
-
-
-def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-    """Two outputs are of one type, and their tensors of one shape and dtype, and equal within `tolerance`."""
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, dict):
-        assert list(ours) == list(theirs)
-    found, wanted = tensors(ours), tensors(theirs)
-    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
-    for x, y in zip(found, wanted, strict=True):
-        assert not y.numel() or (x - y).abs().max() <= tolerance * y.abs().max()
-
-
-def loss_of(output: Any) -> Tensor:
-    """A scalar of the first tensor of an output, which weighs its elements differently."""
-    first = tensors(output)[0]
-    weights = torch.linspace(-1, 1, first.numel()).view(first.shape)
-    return (first * weights).sum() + first.square().mean()
-
-
-def gradients(model: nn.Module, run: Callable[[Any], Any]) -> dict[str, Tensor | None]:
-    torch.manual_seed(5)
-    model.zero_grad()
-    loss_of(run(model)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
-    for name, wanted in theirs.items():
-        found = ours[name]
-        assert (found is None) == (wanted is None), name
-        if found is not None and wanted is not None:
-            # The gradient of the keys' bias is zero but for rounding: measured as that of the queries'.
-            scale = theirs[name.replace("key", "query").replace("k_proj", "q_proj")]
-            assert (found - wanted).abs().max() <= 2 * TOLERANCE * scale.abs().max(), name
 
 
 # The same results
 
 
-def test_outputs_hidden_states_and_losses_are_the_models_own(kind: Foreign) -> None:
+def test_outputs_hidden_states_and_losses_are_the_models_own(kind: LibraryModel) -> None:
     model, untouched = pair(kind)
     x = images()
     for call in kind.calls:
@@ -108,14 +75,14 @@ def test_outputs_hidden_states_and_losses_are_the_models_own(kind: Foreign) -> N
         assert_same(call(model, x), call(untouched, x))
 
 
-def test_gradients_of_every_parameter_are_the_models_own(kind: Foreign) -> None:
+def test_gradients_of_every_parameter_are_the_models_own(kind: LibraryModel) -> None:
     model, untouched = (model.train() for model in pair(kind))
     x = images()
     run = lambda model: kind.calls[0](model, x)  # noqa: E731
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
-def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: Foreign) -> None:
+def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: LibraryModel) -> None:
     model, untouched = pair(some)
     x = images()
     call = some.calls[0]
@@ -126,7 +93,7 @@ def test_bf16_is_as_near_to_exact_results_as_the_model_itself(some: Foreign) -> 
     assert max(assert_obeys_rule(*each) for each in zip(found, exact, usual, strict=True)) > 0
 
 
-def test_autocast_gives_the_models_dtypes(some: Foreign) -> None:
+def test_autocast_gives_the_models_dtypes(some: LibraryModel) -> None:
     model, untouched = pair(some)
     x = images()
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +101,7 @@ def test_autocast_gives_the_models_dtypes(some: Foreign) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_stochastic_depth_draws_the_same_random_numbers(some: Foreign, rate: float) -> None:
+def test_stochastic_depth_draws_the_same_random_numbers(some: LibraryModel, rate: float) -> None:
     model, untouched = (model.train() for model in pair(some, drop_path=rate))
     x = images(batch=6)
     run = lambda model: some.calls[0](model, x)  # noqa: E731
@@ -145,14 +112,14 @@ def test_stochastic_depth_draws_the_same_random_numbers(some: Foreign, rate: flo
     assert_same_gradients(gradients(model, run), gradients(untouched, run))
 
 
-def test_training_goes_the_same_way(some: Foreign) -> None:
+def test_training_goes_the_same_way(some: LibraryModel) -> None:
     model, untouched = (model.train() for model in pair(some, drop_path=0.1))
     losses = [train(each, some) for each in (model, untouched)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-6)
     assert losses[1][-1] < 0.95 * losses[1][0]
 
 
-def train(model: nn.Module, kind: Foreign, steps: int = 20) -> Tensor:
+def train(model: nn.Module, kind: LibraryModel, steps: int = 20) -> Tensor:
     torch.manual_seed(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
@@ -165,7 +132,7 @@ def train(model: nn.Module, kind: Foreign, steps: int = 20) -> Tensor:
     return torch.tensor(losses)
 
 
-def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ops_are_in_use(some: LibraryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair(some)
     used: list[str] = []
 
@@ -200,7 +167,7 @@ def test_the_ops_are_in_use(some: Foreign, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @runs_triton
-def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
+def test_kernels_run_inside_when_asked_for(some: LibraryModel) -> None:
     model, untouched = (m.to(DEVICE) for m in pair(some))
     x = images(1).to(DEVICE)
     with torch.no_grad(), use_backend("attention=triton,layer_norm=triton,activation=triton", strict=True):
@@ -212,7 +179,7 @@ def test_kernels_run_inside_when_asked_for(some: Foreign) -> None:
 # The same object
 
 
-def test_nothing_else_of_the_model_changes(kind: Foreign) -> None:
+def test_nothing_else_of_the_model_changes(kind: LibraryModel) -> None:
     model = kind.build()
     untouched = copy.deepcopy(model)
     before = {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -230,7 +197,7 @@ def test_nothing_else_of_the_model_changes(kind: Foreign) -> None:
     model.load_state_dict(untouched.state_dict())
 
 
-def test_restored_models_give_the_same_bits(kind: Foreign) -> None:
+def test_restored_models_give_the_same_bits(kind: LibraryModel) -> None:
     model, untouched = pair(kind)
     x = images()
     with torch.no_grad():
@@ -246,7 +213,7 @@ def test_restored_models_give_the_same_bits(kind: Foreign) -> None:
     accelerate(model)
 
 
-def test_copies_and_pickles_are_accelerated_models_of_their_own(some: Foreign) -> None:
+def test_copies_and_pickles_are_accelerated_models_of_their_own(some: LibraryModel) -> None:
     model, _ = pair(some)
     x = images()
     copies = [copy.deepcopy(model)]
@@ -261,7 +228,7 @@ def test_copies_and_pickles_are_accelerated_models_of_their_own(some: Foreign) -
             assert not torch.equal(tensors(made(x))[0], tensors(model(x))[0])
 
 
-def test_calling_it_again_changes_nothing(some: Foreign) -> None:
+def test_calling_it_again_changes_nothing(some: LibraryModel) -> None:
     model, _ = pair(some)
     kinds = [type(module) for module in model.modules()]
     assert [type(module) for module in accelerate(model).modules()] == kinds
@@ -270,7 +237,7 @@ def test_calling_it_again_changes_nothing(some: Foreign) -> None:
 # Hooks, adapters and surgery
 
 
-def test_hooks_on_every_part_see_what_they_saw(some: Foreign) -> None:
+def test_hooks_on_every_part_see_what_they_saw(some: LibraryModel) -> None:
     model, untouched = pair(some)
     x = images()
     names = [name for name, _ in blocks_of(model, some)[0].named_modules()]
@@ -287,7 +254,7 @@ def test_hooks_on_every_part_see_what_they_saw(some: Foreign) -> None:
         assert_same(*seen)
 
 
-def test_hooks_that_change_a_result_change_the_output(some: Foreign) -> None:
+def test_hooks_that_change_a_result_change_the_output(some: LibraryModel) -> None:
     model, untouched = pair(some)
     for name, module in blocks_of(untouched, some)[0].named_modules():
         if list(module.children()):
@@ -302,19 +269,6 @@ def test_hooks_that_change_a_result_change_the_output(some: Foreign) -> None:
             handle.remove()
 
 
-class LowRank(nn.Module):
-    """A linear with an adapter, as adapter libraries make them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.base = linear.requires_grad_(False)
-        self.down = nn.Linear(linear.in_features, 4, bias=False)
-        self.up = nn.Linear(4, linear.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
 def adapt(model: nn.Module) -> nn.Module:
     torch.manual_seed(7)
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and "classifier" not in name]
@@ -325,7 +279,7 @@ def adapt(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("first", ["adapters", "accelerate"])
-def test_adapters_in_place_of_linears_are_called(some: Foreign, first: str) -> None:
+def test_adapters_in_place_of_linears_are_called(some: LibraryModel, first: str) -> None:
     untouched = adapt(some.build())
     model = adapt(some.build()) if first == "adapters" else accelerate(some.build())
     model = accelerate(model) if first == "adapters" else adapt(model)
@@ -556,7 +510,7 @@ def test_what_cannot_be_taken_is_refused_with_the_reason_and_left_as_it_was(case
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_attention_dropout_runs_the_blocks_own_code_in_training(some: Foreign) -> None:
+def test_attention_dropout_runs_the_blocks_own_code_in_training(some: LibraryModel) -> None:
     model, untouched = pair(some, attention_dropout=0.2)
     with torch.no_grad():
         assert_same(model(images()), untouched(images()))

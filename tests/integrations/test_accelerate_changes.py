@@ -17,8 +17,7 @@ from torch import nn
 from dinov2_fast import accelerate, accelerated
 from dinov2_fast.integrations import forms
 from dinov2_fast.integrations.blocks import AcceleratedBlock
-from tests.helpers.foreign_models import KINDS, Foreign, images, needs, tensors
-from tests.integrations.test_accelerate import assert_same
+from tests.helpers.library_models import KINDS, LibraryModel, assert_same, images, needs, tensors
 
 LIBRARIES = {name: next(kind for kind in KINDS if kind.name == name) for name in ("Dinov2Model", "hub-mlp")}
 LIBRARIES["timm"] = next(kind for kind in KINDS if kind.name == "timm-small_patch14_reg4_dinov2")
@@ -143,7 +142,7 @@ def call_plainly(model: Any) -> Any:
 
 def changed_model(library: str, name: str, patch: pytest.MonkeyPatch, first: bool) -> tuple[Any, Any]:
     """A model whose blocks are changed, before it is accelerated or after, and what it gives in its own code."""
-    kind: Foreign = LIBRARIES[library]
+    kind: LibraryModel = LIBRARIES[library]
     needs(kind)
     change = CHANGES[library][name]
     stock, model = kind.build(), kind.build()

@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dinov2_fast import accelerate, accelerated, restore
 from dinov2_fast.integrations.blocks import AcceleratedBlock
-from tests.helpers.foreign_models import filled, hub_model
-from tests.helpers.hub_standin import DropPath, LayerScale, Mlp
-from tests.integrations.test_accelerate import assert_same
+from tests.helpers.facebook_model import DropPath, LayerScale, Mlp
+from tests.helpers.library_models import assert_same, filled, hub_model
 
 DIM, HEADS = 64, 2
 

@@ -20,10 +20,23 @@ import dinov2_fast
 from dinov2_fast import accelerate, accelerated, restore
 from dinov2_fast.inference import Engine, watch
 from dinov2_fast.inference.watch import ModelWatch
-from tests.helpers import hub_standin
-from tests.helpers.foreign_models import KINDS, SOME, Foreign, filled, hub_model, images, needs, tensors, timm_model
-from tests.helpers.foreign_models import transformers_model as hf
-from tests.integrations.test_accelerate import LowRank, assert_same, gradients, loss_of
+from tests.helpers import facebook_model
+from tests.helpers.library_models import (
+    KINDS,
+    SOME,
+    LibraryModel,
+    LowRank,
+    assert_same,
+    filled,
+    gradients,
+    hub_model,
+    images,
+    loss_of,
+    needs,
+    tensors,
+    timm_model,
+)
+from tests.helpers.library_models import transformers_model as hf
 
 
 @pytest.fixture
@@ -46,18 +59,20 @@ def pair(model: Any, **options: Any) -> tuple[Any, Any]:
 
 
 @pytest.fixture(params=KINDS, ids=str)
-def kind(request: pytest.FixtureRequest) -> Foreign:
+def kind(request: pytest.FixtureRequest) -> LibraryModel:
     needs(request.param)
     return request.param
 
 
 @pytest.fixture(params=SOME, ids=str)
-def some(request: pytest.FixtureRequest) -> Foreign:
+def some(request: pytest.FixtureRequest) -> LibraryModel:
     needs(request.param)
     return request.param
 
 
-def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(kind: Foreign, answered: list[str]) -> None:
+def test_plain_calls_are_answered_by_the_engine_with_the_models_outputs(
+    kind: LibraryModel, answered: list[str]
+) -> None:
     model, untouched = pair(kind.build())
     assert list(model.state_dict()) == list(untouched.state_dict())
     with torch.no_grad():
@@ -106,7 +121,7 @@ def test_sizes_of_timm_and_of_the_hub(answered: list[str]) -> None:
             model(images(1, 60, 60))
 
 
-def test_outputs_keep_the_dtype_of_the_model(some: Foreign) -> None:
+def test_outputs_keep_the_dtype_of_the_model(some: LibraryModel) -> None:
     model, untouched = pair(some.build(), precision="bf16", allow_slow=True)
     with torch.no_grad():
         ours, theirs = tensors(model(images()))[0], tensors(untouched(images()))[0]
@@ -119,7 +134,7 @@ def test_outputs_keep_the_dtype_of_the_model(some: Foreign) -> None:
 # When the weights or settings change
 
 
-def test_it_follows_the_weights(some: Foreign, answered: list[str]) -> None:
+def test_it_follows_the_weights(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = pair(some.build())
     for each in (model, untouched):
         each.train()
@@ -156,7 +171,7 @@ def test_it_follows_the_settings(answered: list[str]) -> None:
     assert len(answered) == 2
 
 
-def test_copies_and_pickles_have_engines_of_their_own(some: Foreign, answered: list[str]) -> None:
+def test_copies_and_pickles_have_engines_of_their_own(some: LibraryModel, answered: list[str]) -> None:
     model, _ = pair(some.build())
     copies = [copy.deepcopy(model)]
     if not some.name.startswith("hub") and "Backbone" not in some.name:  # transformers' own hooks on it refuse
@@ -182,7 +197,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @torch.no_grad()
-def test_it_answers_before_it_looks_for_changes_once(some: Foreign, checks: list[str]) -> None:
+def test_it_answers_before_it_looks_for_changes_once(some: LibraryModel, checks: list[str]) -> None:
     model, untouched = pair(some.build())
     checks.clear()
     assert_same(model(images()), untouched(images()))
@@ -199,7 +214,7 @@ def test_it_answers_before_it_looks_for_changes_once(some: Foreign, checks: list
 
 
 @torch.no_grad()
-def test_it_follows_nothing_where_that_is_asked_for(some: Foreign, checks: list[str]) -> None:
+def test_it_follows_nothing_where_that_is_asked_for(some: LibraryModel, checks: list[str]) -> None:
     model, _ = pair(some.build(), follow_weights=False)
     copied = copy.deepcopy(model)
     for made in (model, copied):
@@ -213,7 +228,7 @@ def test_it_follows_nothing_where_that_is_asked_for(some: Foreign, checks: list[
 
 
 @torch.no_grad()
-def test_accelerate_again_sees_what_was_not_noticed(some: Foreign, answered: list[str]) -> None:
+def test_accelerate_again_sees_what_was_not_noticed(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = pair(some.build())
     for each in (model, untouched):
         for parameter in each.parameters():
@@ -358,8 +373,8 @@ def test_a_function_of_the_library_that_was_replaced_before_is_noticed(monkeypat
         accelerate(_timm(), inference=True)
 
 
-@hub_standin.place("copied")
-class _Vendored(hub_standin.Backbone):
+@facebook_model.in_module("copied")
+class _Vendored(facebook_model.Backbone):
     """A copy of Meta's code with a method that returns something else, and without `forward_features`."""
 
     __qualname__ = "DinoVisionTransformer"
@@ -435,7 +450,7 @@ def test_a_forward_of_the_users_may_call_what_an_engine_answers(answered: list[s
     assert "forward runs its own code: it needs no engine" in str(accelerated(hub))
 
 
-def test_fused_optimizers_are_followed(some: Foreign) -> None:
+def test_fused_optimizers_are_followed(some: LibraryModel) -> None:
     model, untouched = pair(some.build())
     for each in (model, untouched):
         optimizer = torch.optim.AdamW(each.train().parameters(), lr=0.01, fused=True)
@@ -475,7 +490,7 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
     assert not answered
 
 
-def test_training_mode_has_gradients(some: Foreign, answered: list[str]) -> None:
+def test_training_mode_has_gradients(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = pair(some.build(drop_path=0.1))
     ours, theirs = (gradients(each.train(), lambda m: m(images())) for each in (model, untouched))
     assert not answered
@@ -514,7 +529,7 @@ def _changed(change: Callable[[Any], None], model: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "adapters": (lambda: _adapted(hub_model()), "blocks.0.attn.qkv is a tests.integrations.test_accelerate.LowRank"),
+    "adapters": (lambda: _adapted(hub_model()), "blocks.0.attn.qkv is a tests.helpers.library_models.LowRank"),
     "hooks": (lambda: _hooked(hub_model()), "norm has a hook"),
     "activation": (
         lambda: _changed(lambda m: setattr(m.blocks[1].mlp, "act", nn.ReLU()), hub_model()),

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import accelerate, accelerated, restore
-from tests.helpers.foreign_models import SIZE, filled, images, tensors, timm_model, transformers_model
-from tests.integrations.test_accelerate import assert_same, assert_same_gradients, gradients
+from tests.helpers.library_models import (
+    SIZE,
+    assert_same,
+    assert_same_gradients,
+    filled,
+    gradients,
+    images,
+    tensors,
+    timm_model,
+    transformers_model,
+)
 
 MODELS = {
     "transformers": lambda: transformers_model("Dinov2", "Model"),

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov2_fast import accelerate, accelerated, restore
-from tests.helpers.foreign_models import filled, images, timm_model
+from tests.helpers.library_models import filled, images, timm_model
 
 WORLD = 2
 

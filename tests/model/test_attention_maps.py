@@ -14,10 +14,9 @@ from dinov2_fast.model import DinoVisionTransformer
 from tests import reference
 from tests.helpers.documents import example
 from tests.helpers.huggingface_peers import FAMILIES, both, make_pair
-from tests.inference.test_engine import KINDS_OF_MODEL, wild
-from tests.model.test_model import small
-from tests.timm.test_adapter import NAMES
-from tests.timm.test_adapter import make_pair as make_timm_pair
+from tests.helpers.small_models import KINDS_OF_MODEL, small, wild
+from tests.helpers.timm_peers import NAMES
+from tests.helpers.timm_peers import make_pair as make_timm_pair
 
 ROWS, COLUMNS = 3, 5  # of patches; not square, so that a transposed grid shows
 IMAGES = (2, 3, 14 * ROWS, 14 * COLUMNS)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dinov2_fast.layers import Attention, Dropout, DropPath, LayerNorm, LayerScale
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 
 @pytest.mark.parametrize("name", ["norm1", "attn", "attn.qkv", "ls1", "norm2", "mlp", "mlp.act", "ls2", "drop_path1"])

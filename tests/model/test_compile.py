@@ -7,24 +7,18 @@ import pytest
 import torch
 from torch.export import Dim
 
-from tests.model.test_model import small
+from tests.helpers.small_models import KINDS_TO_COMPILE, small
 
-KINDS = {
-    "mlp": {},
-    "size": {"interpolate_offset": 0.0},
-    "registers": {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0},
-    "swiglu": {"ffn_layer": "swiglufused"},
-}
 SHAPES = [(2, 3, 70, 70), (1, 3, 56, 98), (3, 3, 126, 84), (2, 3, 28, 28)]
 # One patch a side is left out: torch.export specialises on a size of one.
 ROWS, COLUMNS = Dim("rows", min=2, max=64), Dim("columns", min=2, max=64)
 DYNAMIC = {"x": {0: Dim("batch", min=1, max=64), 2: 14 * ROWS, 3: 14 * COLUMNS}}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=KINDS_TO_COMPILE)
 def model(request):
     torch._dynamo.reset()
-    return small(**KINDS[request.param])
+    return small(**KINDS_TO_COMPILE[request.param])
 
 
 def close(ours, expected: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from dinov2_fast.ops.dispatch import use_backend
 from tests import reference
 from tests.helpers import golden
 from tests.helpers.devices import DEVICE, poisoned_memory, runs_triton
-from tests.model.test_model import TOLERANCE
+from tests.helpers.golden import TOLERANCE
 
 pytestmark = runs_triton
 

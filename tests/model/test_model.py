@@ -16,19 +16,8 @@ from dinov2_fast.configs import BACKBONES
 from dinov2_fast.layers import GELU, Attention, LayerScale
 from dinov2_fast.model import DinoVisionTransformer
 from tests.helpers import golden
-
-SIZES = {"img_size": 70, "patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 2, "block_chunks": 0}
-TOLERANCE = 1e-4  # of the worst element against the reference; measured 4e-6
-INPUTS = range(4)
-
-
-def small(**kwargs) -> DinoVisionTransformer:
-    """A small model whose LayerScale, norms and biases are not trivial."""
-    model = DinoVisionTransformer(**{**SIZES, "init_values": 1.0, **kwargs})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+from tests.helpers.golden import INPUTS, close
+from tests.helpers.small_models import SIZES, small
 
 
 @pytest.fixture(scope="module", params=golden.cases("facebook"))
@@ -37,10 +26,6 @@ def reference(request):
     model = DinoVisionTransformer(**arguments).eval()
     model.load_state_dict(weights)
     return model, tensors
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("i", INPUTS)

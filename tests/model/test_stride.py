@@ -23,10 +23,9 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.helpers.huggingface_peers import FAMILIES, make_pair
-from tests.inference.test_engine import wild
-from tests.model.test_model import small
-from tests.timm.test_adapter import NAMES
-from tests.timm.test_adapter import make_pair as make_timm_pair
+from tests.helpers.small_models import small, wild
+from tests.helpers.timm_peers import NAMES
+from tests.helpers.timm_peers import make_pair as make_timm_pair
 
 KINDS = {"mlp": {}, "registers": {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}}
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

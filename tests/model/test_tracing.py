@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 import dinov2_fast
 from dinov2_fast.ops.dispatch import use_backend
 from dinov2_fast.weights.load import RandomWeights
-from tests.model.test_compile import KINDS
-from tests.model.test_model import small
+from tests.helpers.small_models import KINDS_TO_COMPILE, small
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
 SHAPES = [(2, 3, 70, 98), (1, 3, 28, 56), (2, 3, 70, 70), (3, 3, 140, 98)]  # the third is that of the position table
@@ -37,7 +36,7 @@ def timm_face(kind: str) -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    **{kind: lambda arguments=arguments: small(**arguments) for kind, arguments in KINDS.items()},
+    **{kind: lambda arguments=arguments: small(**arguments) for kind, arguments in KINDS_TO_COMPILE.items()},
     "Dinov2Model": lambda: huggingface("Model"),
     "Dinov2WithRegistersModel": lambda: huggingface("Model", "WithRegisters"),
     "Dinov2ForImageClassification": lambda: huggingface("ForImageClassification", num_labels=3),
@@ -129,9 +128,9 @@ def test_the_legacy_onnx_exporter(model: Any, tmp_path: Path) -> None:
 # torch.fx
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_TO_COMPILE)
 def test_fx_traces_the_reference_s_face(kind: str) -> None:
-    model = small(**KINDS[kind])
+    model = small(**KINDS_TO_COMPILE[kind])
     graph = torch.fx.symbolic_trace(model, {"masks": None, "is_training": False})
     assert_computes(graph, model, atol=0.0)
     whole = torch.fx.symbolic_trace(model, {"masks": None, "is_training": True})

@@ -19,6 +19,18 @@ from dinov2_fast import ops
 from dinov2_fast.ops import _attention_peers, _registry
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
+from tests.helpers.attention_cases import (
+    E4M3,
+    STRIDES,
+    assert_gradient_obeys_the_rule,
+    assert_one_step,
+    exact_gradient,
+    plain_attention,
+    plain_scores,
+    qkv_of_all_sizes,
+    quantized,
+    random_qkv,
+)
 from tests.helpers.devices import (
     BACKENDS,
     DEVICE,
@@ -32,7 +44,6 @@ from tests.helpers.devices import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-E4M3 = torch.float8_e4m3fn
 # One key, tails of each width with and without whole tiles, no tail; one to three tiles of queries of either size
 SEQ_LENS = [1, 16, 17, 63, 64, 65, 127, 128, 129, 257, 261]
 VARLEN = (1, 57, 1, 16, 1, 16)
@@ -40,29 +51,9 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def _qkv(batch: int, seq_len: int, heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
-    return random(batch, seq_len, 3, heads, head_dim, dtype=dtype)
-
-
-def _plain_scores(qkv: Tensor) -> Tensor:
-    q, k, _ = (t.transpose(1, 2) for t in qkv.unbind(2))
-    return q @ k.transpose(-2, -1) * qkv.shape[-1] ** -0.5
-
-
-def _plain(qkv: Tensor) -> Tensor:
-    return (_plain_scores(qkv).softmax(-1) @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2)
-
-
 def _each_sequence(function: Callable[[Tensor], Tensor], qkv: Tensor, seq_lens: tuple[int, ...]) -> Tensor:
     """What a dense function gives for each packed sequence."""
     return torch.cat([function(part[None])[0] for part in qkv.split(list(seq_lens))])
-
-
-def _assert_gradient_obeys_the_rule(ours: Tensor, ref: Tensor, usual: Tensor) -> None:
-    """As a whole, and by itself for q, k and v, which stand in dimension -3."""
-    reference.assert_obeys_rule(ours, ref, usual)
-    for parts in zip(*(x.unbind(-3) for x in (ours, ref, usual)), strict=True):
-        reference.assert_obeys_rule(*parts)
 
 
 # Dense
@@ -72,11 +63,11 @@ def _assert_gradient_obeys_the_rule(ours: Tensor, ref: Tensor, usual: Tensor) ->
 @each_dtype
 @each_backend
 def test_attention_obeys_the_rule(backend: str, dtype: torch.dtype, seq_len: int) -> None:
-    qkv = _qkv(1, seq_len, dtype=dtype) if seq_len > 100 else _qkv(2, seq_len, dtype=dtype)
+    qkv = random_qkv(1, seq_len, dtype=dtype) if seq_len > 100 else random_qkv(2, seq_len, dtype=dtype)
     with poisoned_memory():
         out = ops.attention(qkv, backend=backend)
     assert out.is_contiguous()
-    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+    reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
 
 
 @pytest.mark.parametrize("head_dim", [32, 128])
@@ -84,50 +75,46 @@ def test_attention_obeys_the_rule(backend: str, dtype: torch.dtype, seq_len: int
 @each_dtype
 @each_backend
 def test_other_head_dims(backend: str, dtype: torch.dtype, seq_len: int, head_dim: int) -> None:
-    qkv = _qkv(1, seq_len, heads=1, head_dim=head_dim, dtype=dtype)
+    qkv = random_qkv(1, seq_len, heads=1, head_dim=head_dim, dtype=dtype)
     with poisoned_memory():
         out = ops.attention(qkv, backend=backend)
         ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
-    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
-    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
-    _assert_gradient_obeys_the_rule(ours, exact, plain)
+    reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
+    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
+    assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
 @pytest.mark.parametrize("seq_len", [1370, 2000])
 @each_backend
 def test_long_sequences(backend: str, seq_len: int) -> None:
-    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    qkv = random_qkv(1, seq_len, heads=1, dtype=torch.float16)
     out = ops.attention(qkv, backend=backend)
-    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+    reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
 
 
 def test_fp64_equals_the_formula() -> None:
-    qkv = _qkv(2, 9, dtype=torch.float64)
+    qkv = random_qkv(2, 9, dtype=torch.float64)
     torch.testing.assert_close(ops.attention(qkv), reference.attention(qkv), atol=1e-13, rtol=0)
-
-
-def _exact_gradient(function: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
-    return gradients(function, [qkv.double()])[0]
 
 
 @pytest.mark.parametrize("seq_len", [16, 17, 63, 64, 65, 129, 257])
 @each_dtype
 @each_backend
 def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, seq_len: int) -> None:
-    qkv = _qkv(1, seq_len, heads=2 if seq_len < 100 else 1, dtype=dtype)
+    qkv = random_qkv(1, seq_len, heads=2 if seq_len < 100 else 1, dtype=dtype)
     with poisoned_memory():
         ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
     assert ours.is_contiguous() or backend == "torch"
-    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
-    _assert_gradient_obeys_the_rule(ours, exact, plain)
+    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
+    assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
 @each_dtype
 @each_backend
 def test_one_token_passes_its_gradient_to_its_value(backend: str, dtype: torch.dtype) -> None:
-    qkv = _qkv(2, 1, dtype=dtype)
+    qkv = random_qkv(2, 1, dtype=dtype)
     dq, dk, dv = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0].unbind(2)
-    exact = _exact_gradient(reference.attention, qkv)[:, :, 2]
+    exact = exact_gradient(reference.attention, qkv)[:, :, 2]
     torch.testing.assert_close(dv.double(), exact, atol=0, rtol=torch.finfo(dtype).eps)
     # 0 but for the rounding of two sums of 64 products, which cancel
     assert max(dq.abs().max(), dk.abs().max()) <= 64 * torch.finfo(torch.float32).eps * qkv.abs().max() ** 2
@@ -136,20 +123,20 @@ def test_one_token_passes_its_gradient_to_its_value(backend: str, dtype: torch.d
 @runs_triton
 @pytest.mark.parametrize("seq_len", [5, 64, 65])
 def test_lse_obeys_the_rule(seq_len: int) -> None:
-    qkv = _qkv(2, seq_len)
+    qkv = random_qkv(2, seq_len)
     with poisoned_memory():
         _, lse = torch.ops.dinov2_fast.attention(qkv, None, None, None)
-    ref, plain = reference.attention_lse(qkv), _plain_scores(qkv).logsumexp(-1)
+    ref, plain = reference.attention_lse(qkv), plain_scores(qkv).logsumexp(-1)
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # it is kept to base 2
 
 
 @pytest.mark.parametrize("seq_len", [7, 257])
 @each_backend
 def test_equal_keys_average_the_values_and_one_sharp_key_wins(backend: str, seq_len: int) -> None:
-    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    qkv = random_qkv(1, seq_len, heads=1, dtype=torch.float16)
     qkv[:, :, 1] = 1.0
     mean = qkv[:, :, 2].double().mean(1, keepdim=True).expand(-1, seq_len, -1, -1)
-    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), mean, _plain(qkv))
+    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), mean, plain_attention(qkv))
     qkv[:, :, 0] = 1.0
     for sharp in (0, 3, seq_len - 1):
         qkv[:, :, 1] = 0.0
@@ -161,10 +148,10 @@ def test_equal_keys_average_the_values_and_one_sharp_key_wins(backend: str, seq_
 @each_dtype
 @each_backend
 def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, dtype: torch.dtype) -> None:
-    qkv = _qkv(1, 65, heads=1, dtype=dtype)
+    qkv = random_qkv(1, 65, heads=1, dtype=dtype)
     qkv[:, 3, 2] /= 1000
     qkv[:, 3, :2] = 2.0  # the token of the small value looks at little else
-    out, ref, plain = ops.attention(qkv, backend=backend), reference.attention(qkv), _plain(qkv)
+    out, ref, plain = ops.attention(qkv, backend=backend), reference.attention(qkv), plain_attention(qkv)
     reference.assert_obeys_rule(out[:, 3], ref[:, 3], plain[:, 3])
     reference.assert_obeys_rule(out, ref, plain)
 
@@ -173,40 +160,28 @@ def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, dty
 @pytest.mark.parametrize("seq_len", [3, 50, 65])
 @each_backend
 def test_scores_far_from_zero(backend: str, seq_len: int, sign: int) -> None:
-    qkv = _qkv(1, seq_len, heads=1, dtype=torch.float16)
+    qkv = random_qkv(1, seq_len, heads=1, dtype=torch.float16)
     qkv[:, :, 0] += 6 * sign  # scores and lse of some hundred, all of one sign: exp(-lse) is beyond fp32
     qkv[:, :, 1] += 6
-    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), reference.attention(qkv), _plain(qkv))
+    reference.assert_obeys_rule(ops.attention(qkv, backend=backend), reference.attention(qkv), plain_attention(qkv))
     ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
-    plain, exact = gradients(ops.attention, [qkv])[0], _exact_gradient(reference.attention, qkv)
+    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
     reference.assert_obeys_rule(ours, exact, plain)
 
 
 def test_gradients_in_fp64() -> None:
-    qkv = _qkv(1, 4, heads=2, head_dim=3, dtype=torch.float64).requires_grad_()
+    qkv = random_qkv(1, 4, heads=2, head_dim=3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(ops.attention, (qkv,))
     assert torch.autograd.gradcheck(lambda x: ops.attention(x[0], seq_lens=(1, 3)), (qkv,))
     assert torch.autograd.gradcheck(ops.attention_probabilities, (qkv,))
 
 
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
-    qkv = _qkv(1, 64, heads=8)
+    qkv = random_qkv(1, 64, heads=8)
     qkv[:, :, 2] = 1.0
     out = torch.stack([ops.attention(qkv, dropout_p=0.5) for _ in range(20)])
     assert out.std() > 0.01
     torch.testing.assert_close(out.mean(), torch.tensor(1.0, device=DEVICE), atol=0.02, rtol=0)
-
-
-STRIDES = {
-    "transposed": lambda x: x[:, :9].transpose(0, 1).contiguous().transpose(0, 1),
-    "strided": lambda x: x[:, ::2],
-    "expanded": lambda x: x[:1].expand(3, -1, -1, -1, -1),
-    "offset": lambda x: x[1:, 2:],
-    "heads": lambda x: x[:, :, :, 1:],
-    "heads first": lambda x: x.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4),
-    "columns": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "misaligned": lambda x: x.flatten()[1 : 1 + 2 * 9 * 3 * 2 * 64].view(2, 9, 3, 2, 64),
-}
 
 
 @pytest.mark.parametrize("layout", STRIDES)
@@ -215,7 +190,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
     dtype, atol = (torch.float64, 1e-12) if backend == "torch" else (torch.float16, 0.0)
     if backend != "torch" and layout == "misaligned":  # narrower loads may give the threads other elements to sum
         atol = 2.0**-8
-    qkv = STRIDES[layout](_qkv(3, 19, dtype=dtype))
+    qkv = STRIDES[layout](random_qkv(3, 19, dtype=dtype))
     dout = random(*qkv.shape[:2], *qkv.shape[-2:], dtype=qkv.dtype)
     results = []
     for x in (qkv.detach(), qkv.clone(memory_format=torch.contiguous_format)):
@@ -230,7 +205,7 @@ def test_strided_input_gives_what_a_copy_gives(backend: str, layout: str) -> Non
 
 @runs_triton
 def test_a_strided_gradient_gives_what_a_copy_gives() -> None:
-    qkv = _qkv(2, 9).requires_grad_()
+    qkv = random_qkv(2, 9).requires_grad_()
     out = ops.attention(qkv, backend="triton")
     dout = random(2, 2, 9, 64).transpose(1, 2)
     for g in (dout, random(1, 1, 1, 64).expand(2, 9, 2, 64)):
@@ -243,7 +218,7 @@ def test_a_strided_gradient_gives_what_a_copy_gives() -> None:
 @each_backend
 def test_nan_and_inf_stay_in_their_image_and_head(backend: str, bad: float, seq_len: int) -> None:
     for part in range(3):
-        qkv = _qkv(3, seq_len, dtype=torch.float16)
+        qkv = random_qkv(3, seq_len, dtype=torch.float16)
         qkv[1, seq_len // 2, part, 0, 5] = bad
         packed = ops.attention(qkv.flatten(0, 1), seq_lens=(seq_len,) * 3, backend=backend)
         for out in (ops.attention(qkv, backend=backend), packed.unflatten(0, (3, -1))):
@@ -256,11 +231,11 @@ def test_nan_and_inf_stay_in_their_image_and_head(backend: str, bad: float, seq_
 @each_backend
 def test_nothing_in_gives_nothing(backend: str) -> None:
     for shape in ((0, 5), (2, 0)):
-        qkv = _qkv(*shape).requires_grad_()
+        qkv = random_qkv(*shape).requires_grad_()
         out = ops.attention(qkv, backend=backend)
         assert out.shape == (*shape, 2, 64)
         assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
-    assert ops.attention_probabilities(_qkv(1, 5), slice(3, 3), backend=backend).shape == (1, 2, 0, 5)
+    assert ops.attention_probabilities(random_qkv(1, 5), slice(3, 3), backend=backend).shape == (1, 2, 0, 5)
 
 
 # Packed sequences
@@ -270,23 +245,23 @@ def test_nothing_in_gives_nothing(backend: str) -> None:
 @each_dtype
 @each_backend
 def test_varlen_obeys_the_rule(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
-    qkv = _qkv(1, sum(seq_lens), dtype=dtype)[0]
+    qkv = random_qkv(1, sum(seq_lens), dtype=dtype)[0]
     with poisoned_memory():
         out = ops.attention(qkv, seq_lens=seq_lens, backend=backend)
         ours = gradients(lambda x: ops.attention(x, seq_lens=seq_lens, backend=backend), [qkv])[0]
     assert out.is_contiguous()
-    ref, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
+    ref, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, plain_attention))
     reference.assert_obeys_rule(out, ref, plain)
     for one, exact, usual in zip(*(x.split(list(seq_lens)) for x in (out, ref, plain)), strict=True):
         reference.assert_obeys_rule(one, exact, usual)
-    exact = _exact_gradient(lambda x: _each_sequence(reference.attention, x, seq_lens), qkv)
+    exact = exact_gradient(lambda x: _each_sequence(reference.attention, x, seq_lens), qkv)
     plain = gradients(lambda x: ops.attention(x, seq_lens=seq_lens), [qkv])[0]
-    _assert_gradient_obeys_the_rule(ours, exact, plain)
+    assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
 def test_lengths_packed_in_inference_mode_serve_training_later() -> None:
     seq_lens = (2, 11, 3)
-    qkv = _qkv(1, 16)[0]
+    qkv = random_qkv(1, 16)[0]
     with torch.inference_mode():
         offsets = _attention_peers.cu_seqlens(seq_lens, qkv.device)
     assert not offsets.is_inference()
@@ -303,53 +278,25 @@ def test_fake_lengths_are_not_kept() -> None:
 # e4m3
 
 
-def _spread(batch: int, seq_len: int, dtype: torch.dtype, head_dim: int = 64) -> Tensor:
-    """qkv with values of one sign and size in a channel: no sum cancels, so that the errors of a dtype are far below a
-    step of e4m3, and results saturate in some channels and are subnormal in others."""
-    qkv = _qkv(batch, seq_len, head_dim=head_dim)
-    sizes = torch.logspace(-4, 2, head_dim, device=DEVICE) * torch.tensor([1.0, -1.0], device=DEVICE).repeat(
-        head_dim // 2
-    )
-    qkv[:, :, 2] = qkv[:, :, 2].abs() * sizes
-    return qkv.to(dtype)
-
-
-def _quantized(exact: Tensor, scale: float) -> Tensor:
-    return (exact / scale).clamp(-448, 448).to(E4M3)
-
-
-def _assert_one_step(y: Tensor, exact: Tensor, usual: Tensor, scale: float) -> None:
-    """At most one e4m3 step from the saturating quantisation of the exact result, and seldom more often than `usual`,
-    plain PyTorch's, in the same dtype."""
-    assert y.dtype == E4M3
-    assert y.is_contiguous()
-    expected = _quantized(exact, scale)
-    away, usually = (reference.e4m3_steps(x, expected) > 0 for x in (y, _quantized(usual.double(), scale)))
-    assert reference.e4m3_steps(y, expected).max() <= 1
-    assert away.double().mean() <= 2 * usually.double().mean() + 0.005
-    assert {y.float().max().item(), y.float().min().item()} == {448.0, -448.0}
-    assert ((y.float() != 0) & (y.float().abs() < 2**-6)).any(), "none is subnormal"
-
-
 @pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 64), (50, 32), (65, 128), (257, 64)])
 @each_dtype
 @each_backend
 def test_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_len: int, head_dim: int) -> None:
-    qkv = _spread(1 if seq_len > 100 else 2, seq_len, dtype, head_dim)
+    qkv = qkv_of_all_sizes(1 if seq_len > 100 else 2, seq_len, dtype, head_dim)
     with poisoned_memory():
         y = ops.attention(qkv, scale=0.1, backend=backend)
-    _assert_one_step(y, reference.attention(qkv), _plain(qkv), 0.1)
+    assert_one_step(y, reference.attention(qkv), plain_attention(qkv), 0.1)
 
 
 @pytest.mark.parametrize("seq_lens", [VARLEN, (70, 3)], ids=str)
 @each_dtype
 @each_backend
 def test_varlen_fp8_is_one_step_from_the_formula(backend: str, dtype: torch.dtype, seq_lens: tuple[int, ...]) -> None:
-    qkv = _spread(1, sum(seq_lens), dtype)[0]
+    qkv = qkv_of_all_sizes(1, sum(seq_lens), dtype)[0]
     with poisoned_memory():
         y = ops.attention(qkv, seq_lens=seq_lens, scale=0.1, backend=backend)
-    exact, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, _plain))
-    _assert_one_step(y, exact, plain, 0.1)
+    exact, plain = (_each_sequence(f, qkv, seq_lens) for f in (reference.attention, plain_attention))
+    assert_one_step(y, exact, plain, 0.1)
 
 
 @pytest.mark.parametrize("scale", [2.0**-9, 0.003])
@@ -360,7 +307,7 @@ def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len
     """Where sums cancel, the errors of fp16 and bf16 are many steps, but those of both forms are the same, up to the
     rounding of the other to fp16 or bf16.
     """
-    qkv, rounding = _qkv(1, seq_len, dtype=dtype), max(torch.finfo(dtype).eps / 2, 1e-6)
+    qkv, rounding = random_qkv(1, seq_len, dtype=dtype), max(torch.finfo(dtype).eps / 2, 1e-6)
     packed, seq_lens = qkv[0], (seq_len - 7, 7)
     for y, out in (
         (ops.attention(qkv, scale=scale, backend=backend), ops.attention(qkv, backend=backend)),
@@ -369,14 +316,14 @@ def test_fp8_is_the_other_form_rounded(backend: str, dtype: torch.dtype, seq_len
             ops.attention(packed, seq_lens=seq_lens, backend=backend),
         ),
     ):
-        ends = [_quantized(out.double() * (1 + sign * rounding), scale) for sign in (-1, 1)]
+        ends = [quantized(out.double() * (1 + sign * rounding), scale) for sign in (-1, 1)]
         assert torch.minimum(*(reference.e4m3_steps(y, end) for end in ends)).max() == 0
 
 
 @pytest.mark.parametrize("layout", STRIDES)
 @each_backend
 def test_fp8_of_strided_input_is_that_of_a_copy(backend: str, layout: str) -> None:
-    qkv = STRIDES[layout](_qkv(3, 19, dtype=torch.float64 if backend == "torch" else torch.float16))
+    qkv = STRIDES[layout](random_qkv(3, 19, dtype=torch.float64 if backend == "torch" else torch.float16))
     copy = qkv.clone(memory_format=torch.contiguous_format)
     both = [ops.attention(x, scale=0.01, backend=backend) for x in (qkv, copy)]
     assert reference.e4m3_steps(*both).max() <= (layout == "misaligned")
@@ -387,13 +334,13 @@ def test_fp8_of_strided_input_is_that_of_a_copy(backend: str, layout: str) -> No
 @each_backend
 def test_fp8_of_nothing_is_nothing(backend: str) -> None:
     for shape in ((0, 5), (2, 0)):
-        y = ops.attention(_qkv(*shape), scale=0.1, backend=backend)
+        y = ops.attention(random_qkv(*shape), scale=0.1, backend=backend)
         assert (y.shape, y.dtype) == ((*shape, 2, 64), E4M3)
 
 
 @each_backend
 def test_fp8_is_for_inference(backend: str) -> None:
-    qkv = _qkv(1, 5).requires_grad_()
+    qkv = random_qkv(1, 5).requires_grad_()
     for run in (
         lambda: ops.attention(qkv, scale=0.1, backend=backend),
         lambda: ops.attention(qkv[0], seq_lens=(2, 3), scale=0.1, backend=backend),
@@ -429,7 +376,7 @@ def test_fp8_compiled_whole() -> None:
         packed = ops.attention(qkv.flatten(0, 1), seq_lens=(3, 1, 6), scale=0.05, backend="triton")
         return torch.stack([ops.attention(qkv, scale=0.1, backend="triton").float().flatten(0, 1), packed.float()])
 
-    qkv = _qkv(2, 5)
+    qkv = random_qkv(2, 5)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(compiled(qkv), step(qkv))
@@ -444,7 +391,7 @@ ROWS = [slice(None), slice(0, 1), slice(2, 5), slice(-3, None), slice(1, 70, 3)]
 @each_dtype
 @each_backend
 def test_probabilities_obey_the_rule(backend: str, dtype: torch.dtype, rows: slice) -> None:
-    qkv = _qkv(2, 75, dtype=dtype)
+    qkv = random_qkv(2, 75, dtype=dtype)
 
     def weights(x: Tensor, backend: str) -> Tensor:
         return ops.attention_probabilities(x, rows, backend=backend)
@@ -454,7 +401,7 @@ def test_probabilities_obey_the_rule(backend: str, dtype: torch.dtype, rows: sli
         ours = gradients(lambda x: weights(x, backend), [qkv])[0]
     assert p.is_contiguous()
     reference.assert_obeys_rule(p, reference.attention_probabilities(qkv)[:, :, rows], weights(qkv, "torch"))
-    exact = _exact_gradient(lambda x: reference.attention_probabilities(x)[:, :, rows], qkv)
+    exact = exact_gradient(lambda x: reference.attention_probabilities(x)[:, :, rows], qkv)
     plain = gradients(lambda x: weights(x, "torch"), [qkv])[0]
     for ours_, exact_, plain_ in zip(*(x.unbind(2)[:2] for x in (ours, exact, plain)), strict=True):
         reference.assert_obeys_rule(ours_, exact_, plain_)
@@ -467,7 +414,7 @@ def test_probabilities_obey_the_rule(backend: str, dtype: torch.dtype, rows: sli
 def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(kernel):
-            assert ops.attention(_qkv(2, 9, dtype=torch.float16)).is_contiguous()
+            assert ops.attention(random_qkv(2, 9, dtype=torch.float16)).is_contiguous()
 
 
 DENSE_REFUSALS = [
@@ -491,12 +438,12 @@ def test_refusals_say_why(backend: str, dtype: torch.dtype, head_dim: int, dropo
 @fakes_cuda
 def test_refusals_of_peers_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="needs a cuda tensor, got one on cpu"):
-        ops.attention(_qkv(1, 9).cpu(), backend="xformers")
+        ops.attention(random_qkv(1, 9).cpu(), backend="xformers")
     with pytest.raises(
         BackendError,
         match=r"probabilities: there is no backend .xformers. for torch.float32, only torch, triton",
     ):
-        ops.attention_probabilities(_qkv(1, 9), backend="xformers")
+        ops.attention_probabilities(random_qkv(1, 9), backend="xformers")
     with FakeTensorMode():
         qkv = torch.empty(2, 1, 3, 2, 64, device="cuda", dtype=torch.float16)
         packed = torch.empty(9, 3, 2, 64, device="cuda", dtype=torch.float16)
@@ -531,7 +478,7 @@ def test_results_of_peers_become_e4m3_at_the_end(monkeypatch: pytest.MonkeyPatch
         (_attention_peers.xformers_attention(qkv[0], (4, 5), 0.0, 0.01), qkv[0, :, 0]),
         (_attention_peers.xformers_attention(qkv, None, 0.0, 0.01), qkv[:, :, 0]),
     ):
-        assert torch.equal(y.float(), _quantized(queries.float(), 0.01).float())
+        assert torch.equal(y.float(), quantized(queries.float(), 0.01).float())
     assert torch.equal(_attention_peers.varlen_attn(qkv[0], (4, 5), 0.0, None), qkv[0, :, 0])
 
 
@@ -574,21 +521,21 @@ def test_probabilities_of_any_length_are_one_graph() -> None:
 def test_peers_obey_the_rule(backend: str) -> None:
     if backend == "xformers":
         pytest.importorskip("xformers.ops")
-    qkv = _qkv(2, 257, dtype=torch.bfloat16)
+    qkv = random_qkv(2, 257, dtype=torch.bfloat16)
     if backend != "varlen_attn":
         out = ops.attention(qkv, backend=backend)
         assert out.is_contiguous()
-        reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+        reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
         gradient, exact = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0], reference.attention
-        reference.assert_obeys_rule(gradient, _exact_gradient(exact, qkv), gradients(_plain, [qkv])[0])
+        reference.assert_obeys_rule(gradient, exact_gradient(exact, qkv), gradients(plain_attention, [qkv])[0])
     packed, seq_lens = qkv.flatten(0, 1), (200, 57, 257)
     out = ops.attention(packed, seq_lens=seq_lens, backend=backend)
-    ref, plain = (_each_sequence(f, packed, seq_lens) for f in (reference.attention, _plain))
+    ref, plain = (_each_sequence(f, packed, seq_lens) for f in (reference.attention, plain_attention))
     reference.assert_obeys_rule(out, ref, plain)
 
 
 def test_fx_traces_attention_and_its_weights() -> None:
-    qkv = _qkv(2, 5)
+    qkv = random_qkv(2, 5)
     for function in (ops.attention, ops.attention_probabilities):
         traced = torch.fx.symbolic_trace(lambda x: function(x))  # noqa: B023
         assert torch.equal(traced(qkv), function(qkv))
@@ -602,7 +549,7 @@ def test_fx_traces_attention_and_its_weights() -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, strided: bool) -> None:
     skip_without_opcheck()
-    qkv = _qkv(3, 5, heads=1, head_dim=32).transpose(0, 1) if strided else _qkv(5, 3, heads=1, head_dim=32)
+    qkv = random_qkv(3, 5, heads=1, head_dim=32).transpose(0, 1) if strided else random_qkv(5, 3, heads=1, head_dim=32)
     qkv.requires_grad_(requires_grad)
     packed = qkv[:, 1:2].detach().transpose(0, 1).requires_grad_(requires_grad)
     packing = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE), 4
@@ -621,7 +568,7 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
 @pytest.mark.parametrize("strided", [False, True])
 def test_fakes_have_the_strides_of_results(strided: bool) -> None:
     """`opcheck` does not look at strides."""
-    qkv = _qkv(3, 5).transpose(0, 1) if strided else _qkv(5, 3)
+    qkv = random_qkv(3, 5).transpose(0, 1) if strided else random_qkv(5, 3)
     packed = qkv[:, 1:2].transpose(0, 1)
     packing = torch.tensor([0, 1, 5], dtype=torch.int32, device=DEVICE), 4
     library = torch.ops.dinov2_fast
@@ -645,7 +592,7 @@ def test_compiled_whole_with_gradients() -> None:
         p = ops.attention_probabilities(qkv, slice(0, 1), backend="triton")
         return out.sum((1, 2)) + packed.sum() + p.square().sum()
 
-    qkv = _qkv(2, 5)
+    qkv = random_qkv(2, 5)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, [qkv])[0], gradients(step, [qkv])[0])
     with torch.inference_mode():
@@ -655,7 +602,7 @@ def test_compiled_whole_with_gradients() -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) -> None:
-    qkv = _qkv(1, 5, dtype=dtype).requires_grad_()
+    qkv = random_qkv(1, 5, dtype=dtype).requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = ops.attention(qkv, backend=backend)
         packed = ops.attention(qkv[0], seq_lens=(2, 3), backend=backend)
@@ -680,7 +627,7 @@ def test_the_surroundings_of_results_stay_untouched(monkeypatch: pytest.MonkeyPa
 
     for dtype in DTYPES[:2]:
         for seq_len in (50, 65):
-            qkv, seq_lens = _qkv(1, seq_len, dtype=dtype), (1, seq_len - 1)
+            qkv, seq_lens = random_qkv(1, seq_len, dtype=dtype), (1, seq_len - 1)
             with monkeypatch.context() as patch:
                 patch.setattr(Tensor, "new_empty", between_strips)
                 gradients(lambda x: ops.attention(x, backend="triton"), [qkv])
@@ -697,7 +644,7 @@ def test_the_surroundings_of_results_stay_untouched(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("seq_len", [50, 257, 1370])
 @each_dtype
 def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtype, seq_len: int) -> None:
-    qkv = _qkv(8, seq_len, heads=6, dtype=dtype)
+    qkv = random_qkv(8, seq_len, heads=6, dtype=dtype)
     seq_lens = (seq_len, 1, seq_len - 1) + (2 * seq_len,) * 3
     noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
 
@@ -751,7 +698,7 @@ def test_more_than_two_to_the_31_weights() -> None:
 @on_gpu
 @pytest.mark.parametrize("on_a_side_stream", [False, True])
 def test_cuda_graphs_and_streams(on_a_side_stream: bool) -> None:
-    qkv, seq_lens = _qkv(2, 257, dtype=torch.bfloat16).requires_grad_(), (1, 200, 313)
+    qkv, seq_lens = random_qkv(2, 257, dtype=torch.bfloat16).requires_grad_(), (1, 200, 313)
     dout = random(2, 257, 2, 64, dtype=torch.bfloat16)
 
     def run() -> list[Tensor]:

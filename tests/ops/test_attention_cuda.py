@@ -19,6 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2_fast.ops import _attention_cuda, _registry, attention
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
+from tests.helpers.attention_cases import (
+    STRIDES,
+    assert_gradient_obeys_the_rule,
+    assert_one_step,
+    exact_gradient,
+    plain_attention,
+    plain_scores,
+    qkv_of_all_sizes,
+    random_qkv,
+)
 from tests.helpers.devices import (
     DEVICE,
     assert_compiles_whole,
@@ -30,16 +40,6 @@ from tests.helpers.devices import (
     random,
     runs_cuda,
     runs_triton,
-)
-from tests.ops.test_attention import (
-    STRIDES,
-    _assert_gradient_obeys_the_rule,
-    _assert_one_step,
-    _exact_gradient,
-    _plain,
-    _plain_scores,
-    _qkv,
-    _spread,
 )
 
 QUERIES = 192  # of a block, which takes 96 keys at once
@@ -69,9 +69,9 @@ def _assert_obeys_the_rule(qkv: Tensor) -> None:
         out = _cuda(qkv)
         with_lse, lse = _with_lse(qkv)
     assert out.is_contiguous()
-    reference.assert_obeys_rule(out, reference.attention(qkv), _plain(qkv))
+    reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
     assert torch.equal(with_lse, out)  # nothing in the order of the sums is left to chance
-    ref, plain = reference.attention_lse(qkv), _plain_scores(qkv.float()).logsumexp(-1)
+    ref, plain = reference.attention_lse(qkv), plain_scores(qkv.float()).logsumexp(-1)
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # to base 2, as the backward reads it
 
 
@@ -79,7 +79,7 @@ def _assert_obeys_the_rule(qkv: Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @each_dtype
 def test_attention_obeys_the_rule(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    _assert_obeys_the_rule(_qkv(*size, dtype=dtype))
+    _assert_obeys_the_rule(random_qkv(*size, dtype=dtype))
 
 
 @on_gpu
@@ -87,7 +87,7 @@ def test_attention_obeys_the_rule(dtype: torch.dtype, size: tuple[int, int, int]
 @pytest.mark.parametrize("size", LARGE, ids=str)
 @bf16_first
 def test_large_batches_and_long_sequences_obey_the_rule(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    _assert_obeys_the_rule(_qkv(*size, dtype=dtype))
+    _assert_obeys_the_rule(random_qkv(*size, dtype=dtype))
 
 
 @runs_cuda
@@ -95,10 +95,10 @@ def test_large_batches_and_long_sequences_obey_the_rule(dtype: torch.dtype, size
 @pytest.mark.parametrize("tokens", [1, 50, 97])
 @each_dtype
 def test_gradients_come_from_the_lse_that_it_keeps(dtype: torch.dtype, tokens: int) -> None:
-    qkv = _qkv(2, tokens, heads=1, dtype=dtype)
+    qkv = random_qkv(2, tokens, heads=1, dtype=dtype)
     with poisoned_memory():
         ours = gradients(_cuda, [qkv])[0]
-    _assert_gradient_obeys_the_rule(ours, _exact_gradient(reference.attention, qkv), gradients(attention, [qkv])[0])
+    assert_gradient_obeys_the_rule(ours, exact_gradient(reference.attention, qkv), gradients(attention, [qkv])[0])
 
 
 @runs_cuda
@@ -109,7 +109,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
         given.append(lse)
 
     monkeypatch.setattr(torch.ops.dinov2_fast_cuda, "attention_forward", launch)
-    qkv = _qkv(2, 5, dtype=torch.float16)
+    qkv = random_qkv(2, 5, dtype=torch.float16)
     _cuda(qkv)
     with torch.no_grad():
         _cuda(qkv.requires_grad_())
@@ -123,7 +123,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("sign", [1, -1])
 @each_dtype
 def test_scores_far_from_zero(dtype: torch.dtype, sign: int) -> None:
-    qkv = _qkv(1, 100, heads=1, dtype=dtype)
+    qkv = random_qkv(1, 100, heads=1, dtype=dtype)
     qkv[:, :, 0] += 6 * sign  # scores and lse of some hundred, all of one sign: exp(lse) is beyond fp32
     qkv[:, :, 1] += 6
     _assert_obeys_the_rule(qkv)
@@ -132,17 +132,17 @@ def test_scores_far_from_zero(dtype: torch.dtype, sign: int) -> None:
 @runs_cuda
 @each_dtype
 def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(dtype: torch.dtype) -> None:
-    qkv = _qkv(1, 65, heads=1, dtype=dtype)
+    qkv = random_qkv(1, 65, heads=1, dtype=dtype)
     qkv[:, 3, 2] /= 1000
     qkv[:, 3, :2] = 2.0  # the token of the small value looks at little else
-    out, ref, plain = _cuda(qkv), reference.attention(qkv), _plain(qkv)
+    out, ref, plain = _cuda(qkv), reference.attention(qkv), plain_attention(qkv)
     reference.assert_obeys_rule(out[:, 3], ref[:, 3], plain[:, 3])
 
 
 @runs_cuda
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strided_input_gives_what_a_copy_gives(layout: str) -> None:
-    qkv = STRIDES[layout](_qkv(3, 19, dtype=torch.float16))
+    qkv = STRIDES[layout](random_qkv(3, 19, dtype=torch.float16))
     assert torch.equal(_cuda(qkv), _cuda(qkv.clone(memory_format=torch.contiguous_format)))
 
 
@@ -151,14 +151,14 @@ IN_PLACE = {"transposed", "strided", "offset", "heads", "heads first"}
 
 @pytest.mark.parametrize("layout", STRIDES)
 def test_what_can_be_read_in_place_is_not_copied(layout: str) -> None:
-    qkv = STRIDES[layout](_qkv(3, 19, dtype=torch.float16))
+    qkv = STRIDES[layout](random_qkv(3, 19, dtype=torch.float16))
     assert (_attention_cuda._operand(qkv) is qkv) == (layout in IN_PLACE)
 
 
 @runs_cuda
 @pytest.mark.parametrize("tokens", [5, 65, 100])
 def test_what_lies_around_the_operands_is_not_read(tokens: int) -> None:
-    qkv = _qkv(2, tokens, heads=1, dtype=torch.float16)
+    qkv = random_qkv(2, tokens, heads=1, dtype=torch.float16)
     wide = torch.full((4, tokens + 2, 3, 3, 64), float("nan"), device=DEVICE).half()
     wide[1:-1, 1:-1, :, 1:-1] = qkv
     assert torch.equal(_cuda(wide[1:-1, 1:-1, :, 1:-1]), _cuda(qkv))
@@ -169,7 +169,7 @@ def test_what_lies_around_the_operands_is_not_read(tokens: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_image_and_head(bad: float, tokens: int) -> None:
     for part in range(3):
-        qkv = _qkv(3, tokens, dtype=torch.float16)
+        qkv = random_qkv(3, tokens, dtype=torch.float16)
         qkv[1, tokens // 2, part, 0, 5] = bad
         out, lse = _with_lse(qkv)
         exact = reference.attention(qkv).isfinite()
@@ -182,7 +182,7 @@ def test_nan_and_inf_stay_in_their_image_and_head(bad: float, tokens: int) -> No
 
 @runs_cuda
 def test_a_row_whose_scores_are_all_minus_infinity_is_nan() -> None:
-    qkv = _qkv(1, 100, heads=1, dtype=torch.float16)
+    qkv = random_qkv(1, 100, heads=1, dtype=torch.float16)
     qkv[:, :, :2, :, 5] = 1.0
     qkv[0, 3, 0, 0, 5] = float("-inf")
     out, lse = _with_lse(qkv)
@@ -194,16 +194,16 @@ def test_a_row_whose_scores_are_all_minus_infinity_is_nan() -> None:
 @runs_cuda
 @pytest.mark.parametrize("key", [0, 64, 99])
 def test_a_key_of_infinite_negative_score_gets_no_weight(key: int) -> None:
-    qkv = _qkv(1, 100, heads=1, dtype=torch.float16)
+    qkv = random_qkv(1, 100, heads=1, dtype=torch.float16)
     qkv[:, :, 0] = qkv[:, :, 0].abs()
     qkv[0, key, 1, 0, 5] = float("-inf")
-    reference.assert_obeys_rule(_cuda(qkv), reference.attention(qkv), _plain(qkv))
+    reference.assert_obeys_rule(_cuda(qkv), reference.attention(qkv), plain_attention(qkv))
 
 
 @runs_cuda
 def test_nothing_in_gives_nothing() -> None:
     for batch, tokens in ((0, 5), (2, 0)):
-        out, lse = _with_lse(_qkv(batch, tokens, dtype=torch.float16))
+        out, lse = _with_lse(random_qkv(batch, tokens, dtype=torch.float16))
         assert out.shape == (batch, tokens, 2, 64)
         assert lse.shape == (batch, 2, tokens)
 
@@ -212,8 +212,8 @@ def test_nothing_in_gives_nothing() -> None:
 @pytest.mark.parametrize("tokens", [1, 65, 100])
 @each_dtype
 def test_e4m3_is_one_step_from_the_formula(dtype: torch.dtype, tokens: int) -> None:
-    qkv = _spread(1, tokens, dtype)
-    _assert_one_step(_cuda(qkv, scale=0.1), reference.attention(qkv), _plain(qkv), 0.1)
+    qkv = qkv_of_all_sizes(1, tokens, dtype)
+    assert_one_step(_cuda(qkv, scale=0.1), reference.attention(qkv), plain_attention(qkv), 0.1)
 
 
 @on_gpu
@@ -233,19 +233,19 @@ def test_more_than_two_to_the_31_elements() -> None:
 @runs_cuda
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_opcheck(with_lse: bool) -> None:
-    for qkv in (_qkv(2, 3, 1, dtype=torch.float16), _qkv(3, 2, 1, dtype=torch.bfloat16).transpose(0, 1)):
+    for qkv in (random_qkv(2, 3, 1, dtype=torch.float16), random_qkv(3, 2, 1, dtype=torch.bfloat16).transpose(0, 1)):
         opcheck(torch.ops.dinov2_fast.attention_cuda.default, (qkv, with_lse))
 
 
 @runs_cuda
 def test_compiled_whole_and_in_inference_mode() -> None:
-    assert_compiles_whole(lambda x: _cuda(x * 2), [_qkv(2, 5, dtype=torch.float16)])
+    assert_compiles_whole(lambda x: _cuda(x * 2), [random_qkv(2, 5, dtype=torch.float16)])
 
 
 @runs_cuda
 @runs_triton
 def test_compiled_whole_with_gradients() -> None:
-    qkv = _qkv(2, 5, dtype=torch.float16)
+    qkv = random_qkv(2, 5, dtype=torch.float16)
     compiled = torch.compile(_cuda, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradients(compiled, [qkv])[0], gradients(_cuda, [qkv])[0])
 
@@ -253,7 +253,7 @@ def test_compiled_whole_with_gradients() -> None:
 @runs_cuda
 def test_autocast_gives_the_dtype_torch_gives() -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert _cuda(_qkv(1, 5, dtype=torch.float16)).dtype == torch.bfloat16
+        assert _cuda(random_qkv(1, 5, dtype=torch.float16)).dtype == torch.bfloat16
 
 
 # What is refused, and in which words

@@ -30,20 +30,20 @@ from tests.helpers.devices import (
     runs_cuda,
     skip_without_opcheck,
 )
-from tests.ops.test_linear import (
+from tests.helpers.linear_cases import (
     E4M3,
-    _assert_e4m3_result,
-    _assert_fp8_residual_in_fp32,
-    _exact,
-    _exact_fp8,
-    _fp8_operands,
-    _fp8_slack,
-    _operands,
-    _plain,
-    _run,
-    _run_fp8,
-    _stream,
-    _swish,
+    assert_e4m3_result,
+    assert_fp8_residual_in_fp32,
+    exact_fp8,
+    exact_linear,
+    fp8_slack,
+    plain_linear,
+    random_fp8_operands,
+    random_operands,
+    random_stream,
+    run_fp8,
+    run_linear,
+    swish,
 )
 
 FORMS = ["gelu", "swiglu", "residual"]
@@ -79,10 +79,10 @@ bf16_first = pytest.mark.parametrize(
 @each_dtype
 @each_form
 def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    operands = _operands(*size, dtype)
+    operands = random_operands(*size, dtype)
     with poisoned_memory():
-        y = _run(form, "cuda", *operands)
-    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
+        y = run_linear(form, "cuda", *operands)
+    reference.assert_obeys_rule(y, exact_linear(form, *operands), plain_linear(form, *operands))
 
 
 @on_gpu
@@ -90,20 +90,24 @@ def test_every_form_obeys_the_rule(form: str, dtype: torch.dtype, size: tuple[in
 @pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE], ids=str)
 @bf16_first
 def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    operands = _operands(*size, dtype)
+    operands = random_operands(*size, dtype)
     with poisoned_memory():
-        y = _run(form, "cuda", *operands)
-    reference.assert_obeys_rule(y, _exact(form, *operands), _plain(form, *operands))
-    assert torch.equal(y, _run(form, "cuda", *operands))  # nothing in the order of the sums is left to chance
+        y = run_linear(form, "cuda", *operands)
+    reference.assert_obeys_rule(y, exact_linear(form, *operands), plain_linear(form, *operands))
+    assert torch.equal(y, run_linear(form, "cuda", *operands))  # nothing in the order of the sums is left to chance
 
 
 @runs_cuda
 @each_dtype
 @each_form
 def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(form: str, dtype: torch.dtype) -> None:
-    x, weight, _ = _operands(7, 80, 72, dtype)
+    x, weight, _ = random_operands(7, 80, 72, dtype)
     x[3] /= 1000
-    y, exact, plain = _run(form, "cuda", x, weight, None), _exact(form, x, weight, None), _plain(form, x, weight, None)
+    y, exact, plain = (
+        run_linear(form, "cuda", x, weight, None),
+        exact_linear(form, x, weight, None),
+        plain_linear(form, x, weight, None),
+    )
     for row in range(7):
         reference.assert_obeys_rule(y[row], exact[row], plain[row])
 
@@ -115,8 +119,8 @@ def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(form: str, dtype:
 def test_the_stream_may_be_wider_and_the_bias_of_any_dtype(
     dtype: torch.dtype, size: tuple[int, int, int], bias_dtype: torch.dtype | None
 ) -> None:
-    x, weight, bias = _operands(*size, dtype)
-    residual = _stream(x, weight, torch.float32)
+    x, weight, bias = random_operands(*size, dtype)
+    residual = random_stream(x, weight, torch.float32)
     bias = None if bias_dtype is None else bias.to(bias_dtype)
     exact = residual.double() + reference.linear(x, weight, bias)
     plain = residual + F.linear(x, weight, None if bias is None else bias.to(dtype))
@@ -127,13 +131,15 @@ def test_the_stream_may_be_wider_and_the_bias_of_any_dtype(
 @runs_cuda
 @each_dtype
 def test_the_surroundings_of_the_stream_stay(dtype: torch.dtype) -> None:
-    x, weight, bias = _operands(131, 72, 40, dtype)
-    residual = _stream(x, weight)
+    x, weight, bias = random_operands(131, 72, 40, dtype)
+    residual = random_stream(x, weight)
     buffer = torch.full((133, 96), float("nan"), device=DEVICE, dtype=dtype)
     inside = buffer[1:-1, 8:80]
     inside.copy_(residual)
     linear(x, weight, bias, epilogue="residual", residual=inside, backend="cuda")
-    reference.assert_obeys_rule(inside, _exact("residual", x, weight, bias), _plain("residual", x, weight, bias))
+    reference.assert_obeys_rule(
+        inside, exact_linear("residual", x, weight, bias), plain_linear("residual", x, weight, bias)
+    )
     inside.fill_(float("nan"))
     assert buffer.isnan().all()
 
@@ -141,11 +147,11 @@ def test_the_surroundings_of_the_stream_stay(dtype: torch.dtype) -> None:
 @runs_cuda
 @each_form
 def test_what_lies_around_the_operands_is_not_read(form: str) -> None:
-    x, weight, bias = _operands(67, 80, 40, torch.float16)
+    x, weight, bias = random_operands(67, 80, 40, torch.float16)
     wide_x, wide_weight = (torch.full((len(t) + 2, 56), float("nan"), device=DEVICE).to(t) for t in (x, weight))
     wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48] = x, weight
-    y = _run(form, "cuda", wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48], bias)
-    assert torch.equal(y, _run(form, "cuda", x, weight, bias))
+    y = run_linear(form, "cuda", wide_x[1:-1, 8:48], wide_weight[1:-1, 8:48], bias)
+    assert torch.equal(y, run_linear(form, "cuda", x, weight, bias))
 
 
 STRIDES = {
@@ -163,22 +169,22 @@ STRIDES = {
 def test_strided_operands_give_what_copies_give(form: str, make: Any) -> None:
     x, bias = make(random(6, 16, 64, dtype=torch.float16)), random(1, dtype=torch.float16).expand(16)
     weight = make(random(16, 16, 64, dtype=torch.float16))[0].expand(16, -1)
-    strided = _run(form, "cuda", x, weight, bias)
-    assert torch.equal(strided, _run(form, "cuda", x.contiguous(), weight.contiguous(), bias.contiguous()))
+    strided = run_linear(form, "cuda", x, weight, bias)
+    assert torch.equal(strided, run_linear(form, "cuda", x.contiguous(), weight.contiguous(), bias.contiguous()))
 
 
 @runs_cuda
 @each_dtype
 @each_form
 def test_nan_and_inf_stay_in_their_row_and_column(form: str, dtype: torch.dtype) -> None:
-    x, weight, bias = _operands(70, 80, 40, dtype)
+    x, weight, bias = random_operands(70, 80, 40, dtype)
     x[3, 7], weight[10, 2] = float("nan"), float("nan")
-    wrong = _run(form, "cuda", x, weight, bias).isnan()
+    wrong = run_linear(form, "cuda", x, weight, bias).isnan()
     expected = torch.zeros_like(wrong)
     expected[3], expected[:, 5 if form == "swiglu" else 10] = True, True
     assert torch.equal(wrong, expected)
     x[3, 7], weight[10, 2] = float("inf"), 0.0
-    y = _run(form, "cuda", x, weight, bias)
+    y = run_linear(form, "cuda", x, weight, bias)
     assert torch.equal(y.isfinite(), torch.arange(70, device=DEVICE)[:, None].expand_as(y) != 3)
 
 
@@ -198,7 +204,7 @@ def test_swiglu_takes_gate_and_value_in_turn() -> None:
     x[0, 0] = 1.0
     gate, value = weight[0::2, 0].float(), weight[1::2, 0].float()
     y = linear(x, weight, None, epilogue="swiglu", interleaved=True, backend="cuda")
-    torch.testing.assert_close(y[0], (_swish(gate) * value).bfloat16(), atol=0.0, rtol=2.0**-8)
+    torch.testing.assert_close(y[0], (swish(gate) * value).bfloat16(), atol=0.0, rtol=2.0**-8)
 
 
 # e4m3
@@ -208,22 +214,22 @@ def test_swiglu_takes_gate_and_value_in_turn() -> None:
 @pytest.mark.parametrize("size", FP8_SIZES, ids=str)
 @each_fp8_form
 def test_fp8_operands_obey_the_rule(form: str, size: tuple[int, int, int]) -> None:
-    operands, matrices = _fp8_operands(size)
+    operands, matrices = random_fp8_operands(size)
     with poisoned_memory():
-        y = _run_fp8(form, "cuda", operands, torch.bfloat16)
-    exact = _exact_fp8(form, operands, *matrices, torch.bfloat16)
+        y = run_fp8(form, "cuda", operands, torch.bfloat16)
+    exact = exact_fp8(form, operands, *matrices, torch.bfloat16)
     reference.assert_obeys_rule(y, exact, exact.float().bfloat16())
 
 
 @runs_cuda
 @pytest.mark.parametrize("form", ["gelu", "swiglu"])
 def test_e4m3_results_are_one_step_from_the_formula(form: str) -> None:
-    _assert_e4m3_result(form, "cuda", (130, 272, 144))
+    assert_e4m3_result(form, "cuda", (130, 272, 144))
 
 
 @runs_cuda
 def test_fp8_residual_in_fp32() -> None:
-    _assert_fp8_residual_in_fp32("cuda")
+    assert_fp8_residual_in_fp32("cuda")
 
 
 @on_gpu
@@ -231,20 +237,20 @@ def test_fp8_residual_in_fp32() -> None:
 @pytest.mark.gpu_first
 @pytest.mark.parametrize(("form", "size"), [case[:2] for case in LARGE_FP8], ids=str)
 def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, size: tuple[int, int, int]) -> None:
-    operands, matrices = _fp8_operands(size)
+    operands, matrices = random_fp8_operands(size)
     with poisoned_memory():
-        y = _run_fp8(form, "cuda", operands, torch.bfloat16)
-    exact = _exact_fp8(form, operands, *matrices, torch.bfloat16)
+        y = run_fp8(form, "cuda", operands, torch.bfloat16)
+    exact = exact_fp8(form, operands, *matrices, torch.bfloat16)
     rounding = 2.0**-8 * exact.abs() + 3e-6  # bf16's, and what the polynomial of the GELU is off by
     assert ((y.double() - exact).abs() <= rounding + _slack(form, operands, *matrices)).all()
-    assert torch.equal(y, _run_fp8(form, "cuda", operands, torch.bfloat16))
+    assert torch.equal(y, run_fp8(form, "cuda", operands, torch.bfloat16))
 
 
 def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
-    """How far a result may be off because tensor cores add up products of e4m3 with few bits: what `_fp8_slack` says,
+    """How far a result may be off because tensor cores add up products of e4m3 with few bits: what `fp8_slack` says,
     times the steepest slope of what follows, 1.13 of the GELU, 1.1 of the SiLU, which is below its argument.
     """
-    lost = _fp8_slack(x, weight, "cuda")
+    lost = fp8_slack(x, weight, "cuda")
     if form == "swiglu":
         gate, value = reference.linear(x, weight, operands[-1]).abs().unflatten(-1, (-1, 2)).unbind(-1)
         lost_gate, lost_value = lost.unflatten(-1, (-1, 2)).unbind(-1)
@@ -286,7 +292,7 @@ def test_compiled_whole_and_in_inference_mode() -> None:
 
 @runs_cuda
 def test_autograd_sees_that_the_stream_was_overwritten() -> None:
-    x, weight, _ = _operands(3, 8, 8, torch.float16)
+    x, weight, _ = random_operands(3, 8, 8, torch.float16)
     residual = torch.zeros(3, 8, device=DEVICE, dtype=torch.float16)
     before = residual._version
     linear(x, weight, None, epilogue="residual", residual=residual, backend="cuda")

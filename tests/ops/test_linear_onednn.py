@@ -11,7 +11,7 @@ from dinov2_fast import optimize_for_inference
 from dinov2_fast.ops import _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
-from tests.model.test_model import small
+from tests.helpers.small_models import small
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 FORMS = ["none", "gelu", "swiglu", "residual"]

@@ -199,6 +199,16 @@ def ops_without_entries(root: Path) -> list[str]:
     return found
 
 
+def imports_from_test_files(root: Path) -> list[str]:
+    """Code that several test files need lies in tests/helpers, so that a test file can change by itself."""
+    found = []
+    for path, tree in python_files(root, "tests"):
+        for line, name in imported_names(tree):
+            if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")):
+                found.append(f"{path}:{line}: imports {name} from a test file; move it to tests/helpers")
+    return found
+
+
 def import_side_effects(root: Path) -> list[str]:
     """Imports the package in a fresh interpreter: what it prints, what it loads, whether it initialises CUDA."""
     script = (
@@ -223,6 +233,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     kernels_as_a_package,
     upward_imports,
     ops_without_entries,
+    imports_from_test_files,
     import_side_effects,
 ]
 
@@ -263,6 +274,7 @@ VIOLATIONS: list[tuple[Callable[[Path], list[str]], str, str]] = [
     (ops_without_entries, "dinov2_fast/ops/attention.py", ""),
     (ops_without_entries, "kernels/attention_backward.py", ""),
     (ops_without_entries, "csrc/attention.cu", ""),
+    (imports_from_test_files, "tests/ops/test_linear.py", "from tests.model.test_model import small"),
     (import_side_effects, "dinov2_fast/__init__.py", "print('hello')"),
     (import_side_effects, "dinov2_fast/__init__.py", "import warnings\nwarnings.warn('hello')"),
     (import_side_effects, "dinov2_fast/__init__.py", "import sys\nsys.modules['timm'] = sys"),

@@ -5,63 +5,30 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast import BACKBONES, WeightsError, convert_state_dict, create_model, load
-from dinov2_fast.weights.load import RandomWeights
 from tests.helpers.checkpoints import assert_same, shapes
 from tests.helpers.documents import example
-from tests.helpers.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
-
-NAMES = ("vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2")
-SMALL = {"embed_dim": 128, "depth": 4, "num_heads": 2}
-TOLERANCE = {"atol": 5e-5, "rtol": 0.0}  # torch resamples positions in fp32, see tests/helpers/huggingface_peers.py
-
-
-class Pair(NamedTuple):
-    ours: Any
-    theirs: Any
-
-
-def make_pair(name: str = NAMES[0], **kwargs: Any) -> Pair:
-    """Small models of both libraries with the same random weights, in eval mode."""
-    timm = pytest.importorskip("timm", reason="compares with timm, which is not installed")
-    timms = {"mlp_ratio": 688 / 128} if "giant" in name else {}  # timm does not round up to a multiple of 8
-    theirs = timm.create_model(name, **SMALL, **timms, **{"dynamic_img_size": True, **kwargs}).eval()
-    theirs.load_state_dict(dict(RandomWeights(theirs, 0)))
-    ours = create_model(name, **SMALL, **kwargs).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return Pair(ours, theirs)
+from tests.helpers.timm_peers import NAMES, SMALL, Pair, assert_close, images, make_pair
+from tests.helpers.weight_folders import (
+    TINY,
+    WeightFolders,
+    isolate,
+    refuse_network,
+    tiny_backbone,
+    tiny_weights,
+    write,
+)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def pair(request: pytest.FixtureRequest) -> Pair:
     return make_pair(request.param, num_classes=5)
-
-
-def images(height: int, width: int, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(height + width)
-    return torch.randn(batch, 3, height, width, generator=generator)
-
-
-def assert_close(ours: Any, theirs: Any) -> None:
-    """Compares tensors, and lists, tuples and dictionaries of them, which must be of the same kind."""
-    assert type(ours) is type(theirs)
-    if isinstance(theirs, Tensor):
-        torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert_close(ours[key], theirs[key])
-    else:
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_close(one, other)
 
 
 # Outputs
@@ -445,7 +412,7 @@ def test_timms_models(name: str) -> None:
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     attempts = refuse_network(monkeypatch)
     tiny_backbone(monkeypatch)
     yield isolate(monkeypatch, tmp_path)
@@ -455,9 +422,9 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch14_dinov2", "timm/vit_tiny_patch14_dinov2.lvd142m", "hf-hub:timm/vit_tiny_patch14_dinov2"]
 )
-def test_published_weights(name: str, places: Places) -> None:
+def test_published_weights(name: str, folders: WeightFolders) -> None:
     weights = tiny_weights(2)
-    path = write(weights, places.cache / "dinov2_vitt14_pretrain.pth")
+    path = write(weights, folders.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model(name, pretrained=True, drop_path_rate=0.5)
     del weights["mask_token"]
     assert_same(model.state_dict(), weights)
@@ -471,8 +438,8 @@ def test_published_weights(name: str, places: Places) -> None:
 
 
 @torch.no_grad()
-def test_published_weights_for_images_of_another_size(places: Places) -> None:
-    write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
+def test_published_weights_for_images_of_another_size(folders: WeightFolders) -> None:
+    write(tiny_weights(2), folders.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(28, 42)).eval()
     assert model.pos_embed.shape[1] == 1 + 2 * 3
     x = images(28, 42)
@@ -482,8 +449,8 @@ def test_published_weights_for_images_of_another_size(places: Places) -> None:
     assert_close(again(x), model(x))
 
 
-def test_published_weights_with_a_new_classifier(places: Places) -> None:
-    write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
+def test_published_weights_with_a_new_classifier(folders: WeightFolders) -> None:
+    write(tiny_weights(2), folders.cache / "dinov2_vitt14_pretrain.pth")
     model = create_model("vit_tiny_patch14_dinov2", pretrained=True, num_classes=3, global_pool="avg", fc_norm=False)
     tokens = model.forward_features(images(42, 56))
     expected = tokens[:, 1:].mean(1) @ model.head.weight.T
@@ -493,7 +460,7 @@ def test_published_weights_with_a_new_classifier(places: Places) -> None:
         create_model("vit_tiny_patch14_dinov2", pretrained=True, global_pool="avg")
 
 
-def test_a_checkpoint_of_its_own(places: Places, tmp_path: Path) -> None:
+def test_a_checkpoint_of_its_own(folders: WeightFolders, tmp_path: Path) -> None:
     trained = create_model("vit_tiny_patch14_dinov2", num_classes=3)
     path = write(dict(trained.state_dict()), tmp_path / "trained.safetensors")
     model = create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, num_classes=3)
@@ -503,10 +470,10 @@ def test_a_checkpoint_of_its_own(places: Places, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("in_chans", [1, 4])
 @pytest.mark.parametrize("features_only", [False, True])
-def test_published_weights_for_other_channels(in_chans: int, features_only: bool, places: Places) -> None:
+def test_published_weights_for_other_channels(in_chans: int, features_only: bool, folders: WeightFolders) -> None:
     manipulate = pytest.importorskip("timm.models._manipulate", reason="compares with timm, which is not installed")
     weights = tiny_weights(2)
-    write(weights, places.cache / "dinov2_vitt14_pretrain.pth")
+    write(weights, folders.cache / "dinov2_vitt14_pretrain.pth")
     options = {"in_chans": in_chans, "out_indices": 1, "features_only": features_only}
     made = create_model("vit_tiny_patch14_dinov2", pretrained=True, **options)
     model = made.model if features_only else made
@@ -516,7 +483,7 @@ def test_published_weights_for_other_channels(in_chans: int, features_only: bool
     made(torch.randn(1, in_chans, 28, 28))
 
 
-def test_a_checkpoint_that_does_not_fit(places: Places, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit(folders: WeightFolders, tmp_path: Path) -> None:
     path = write(tiny_weights(0), tmp_path / "square.safetensors")
     with pytest.raises(WeightsError, match=r"square\.safetensors: .*\n  Wrong shape \(1\): pos_embed \(1, 1370, 64\)"):
         create_model("vit_tiny_patch14_dinov2", checkpoint_path=path, img_size=(28, 42))
@@ -527,8 +494,8 @@ def test_a_checkpoint_that_does_not_fit(places: Places, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_table_for_no_square_is_saved_and_loaded(places: Places, tmp_path: Path) -> None:
-    write(tiny_weights(2), places.cache / "dinov2_vitt14_pretrain.pth")
+def test_a_table_for_no_square_is_saved_and_loaded(folders: WeightFolders, tmp_path: Path) -> None:
+    write(tiny_weights(2), folders.cache / "dinov2_vitt14_pretrain.pth")
     made = create_model("vit_tiny_patch14_dinov2", pretrained=True, img_size=(98, 140)).eval()
     path = write(dict(made.state_dict()), tmp_path / "wide.safetensors")
     again = load(path, img_size=(98, 140), position_interpolation="antialias")
@@ -632,7 +599,7 @@ def test_what_says_what_is_so_anyway_is_taken(name: str) -> None:
                 create_model(name, **SMALL, **{argument: other})
 
 
-def test_a_pretrained_cfg_of_timms(places: Places, tmp_path: Path) -> None:
+def test_a_pretrained_cfg_of_timms(folders: WeightFolders, tmp_path: Path) -> None:
     """Builds what timm builds of it: a classifier, another size; its file is what `pretrained` loads."""
     timm = pytest.importorskip("timm", reason="takes timm's object, which is not installed")
     path = write(tiny_weights(2), tmp_path / "mine.safetensors")
@@ -661,9 +628,9 @@ def test_timm_is_not_needed() -> None:
     assert (run.stdout, run.returncode) == ("[384, 384, 384]\n", 0), run.stderr
 
 
-def test_the_documented_examples_run(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readmes_examples(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     random = load("dinov2_vits14", weights="random:0")
-    write(dict(random.state_dict()), places.cache / "dinov2_vits14_pretrain.pth")
+    write(dict(random.state_dict()), folders.cache / "dinov2_vits14_pretrain.pth")
     names: dict[str, Any] = {"images": images(42, 70, batch=1)}
     exec(example("forward_head(tokens)"), names)
     exec(example("features_only=True"), names)

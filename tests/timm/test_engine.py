@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast import Dinov2ImageProcessor, create_model, optimize_for_inference
-from tests.inference.test_cuda_graphs import with_graphs
-from tests.inference.test_engine import _blocks_in_full
-from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, images, make_pair
+from tests.helpers.engines import blocks_in_full, with_graphs
+from tests.helpers.timm_peers import NAMES, SMALL, Pair, assert_close, images, make_pair
 
 CALLS = {
     "forward": lambda m, x: m(x),
@@ -53,8 +52,8 @@ def test_pools(global_pool: str, fc_norm: bool | None) -> None:
         assert_close(engine(x), pair.theirs(x))
         assert_close(engine.forward_features(x), pair.theirs.forward_features(x))
         alone = global_pool == "token" and outputs != "all"
-        assert _blocks_in_full(engine, lambda m: m(x)) == (3 if alone else 4)
-        assert _blocks_in_full(engine, lambda m: m.forward_features(x)) == 4
+        assert blocks_in_full(engine, lambda m: m(x)) == (3 if alone else 4)
+        assert blocks_in_full(engine, lambda m: m.forward_features(x)) == 4
     if global_pool != "token":
         with pytest.raises(ValueError, match="needs the tokens of all patches: outputs='cls' is not for it"):
             optimize_for_inference(pair.ours, outputs="cls")
@@ -90,7 +89,7 @@ def test_feature_maps() -> None:
     x = images(42, 56)
     expected = features(x)
     features.model = optimize_for_inference(features.model)
-    assert _blocks_in_full(features, lambda m: assert_close(m(x), expected)) == 3
+    assert blocks_in_full(features, lambda m: assert_close(m(x), expected)) == 3
     assert features.feature_info.channels() == [128, 128]
 
 
@@ -145,7 +144,7 @@ def test_it_follows_its_model() -> None:
 
 
 def test_other_faces_have_no_intermediates_of_timms() -> None:
-    from tests.model.test_model import small
+    from tests.helpers.small_models import small
 
     for method in ("forward_intermediates", "forward_head"):
         with pytest.raises(AttributeError, match=f"no attribute '{method}'"):

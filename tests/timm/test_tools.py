@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fast import create_model, ops, optimize_for_inference, use_backend
-from tests.timm.test_adapter import NAMES, SMALL, Pair, assert_close, images, make_pair
+from tests.helpers.timm_peers import NAMES, SMALL, Pair, assert_close, images, make_pair
 
 timm = pytest.importorskip("timm", reason="these are timm's tools, and timm is not installed")
 

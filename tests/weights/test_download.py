@@ -17,13 +17,13 @@ import torch
 from dinov2_fast import WeightsError, load
 from dinov2_fast.weights import sources
 from tests.helpers.checkpoints import assert_same
-from tests.helpers.loopback import Answer, Server, answer, nowhere, point_to, unused_address
-from tests.helpers.places import TINY, Places, tiny_weights
+from tests.helpers.local_server import Answer, Server, answer, isolate_without_servers, point_to, unused_address
+from tests.helpers.weight_folders import TINY, WeightFolders, tiny_weights
 
 
 @pytest.fixture(autouse=True)
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Places:
-    return nowhere(monkeypatch, tmp_path / "places")
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WeightFolders:
+    return isolate_without_servers(monkeypatch, tmp_path / "folders")
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def pth(weights: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def leftovers(places: Places) -> list[Path]:
-    return [path for path in places.cache.rglob("*") if path.is_file()]
+def leftovers(folders: WeightFolders) -> list[Path]:
+    return [path for path in folders.cache.rglob("*") if path.is_file()]
 
 
 def official(server: Server, monkeypatch: pytest.MonkeyPatch, reply: Answer) -> None:
@@ -47,11 +47,13 @@ def official(server: Server, monkeypatch: pytest.MonkeyPatch, reply: Answer) -> 
     server.answers["/dinov2_vitt14/dinov2_vitt14_pretrain.pth"] = reply
 
 
-def test_the_official_server_is_asked_once(server: Server, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_official_server_is_asked_once(
+    server: Server, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tiny_weights(4)
     official(server, monkeypatch, answer(pth(weights)))
     assert_same(load(TINY).state_dict(), weights)
-    assert leftovers(places) == [places.cache / "dinov2_vitt14_pretrain.pth"]
+    assert leftovers(folders) == [folders.cache / "dinov2_vitt14_pretrain.pth"]
     point_to(monkeypatch, official=unused_address())
     assert_same(load(TINY).state_dict(), weights)
     assert server.requests == ["GET /dinov2_vitt14/dinov2_vitt14_pretrain.pth"]
@@ -99,7 +101,7 @@ WRONG_ANSWERS = {
 
 @pytest.mark.parametrize("case", WRONG_ANSWERS)
 def test_a_wrong_answer_leaves_nothing(
-    case: str, server: Server, places: Places, monkeypatch: pytest.MonkeyPatch
+    case: str, server: Server, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reply, message = WRONG_ANSWERS[case]
     official(server, monkeypatch, reply)
@@ -107,7 +109,7 @@ def test_a_wrong_answer_leaves_nothing(
         load(TINY)
     assert message in str(caught.value)
     assert "Download http" in str(caught.value)
-    assert leftovers(places) == []
+    assert leftovers(folders) == []
 
 
 def test_two_downloads_of_one_file_at_once_both_succeed(server: Server, tmp_path: Path) -> None:
@@ -129,15 +131,15 @@ def test_two_downloads_of_one_file_at_once_both_succeed(server: Server, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nobody_at_the_official_address(places: Places) -> None:
+def test_nobody_at_the_official_address(folders: WeightFolders) -> None:
     with pytest.raises(WeightsError, match=r"could not be fetched \(.*[Cc]onnection refused"):
         load(TINY)
-    assert leftovers(places) == []
+    assert leftovers(folders) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_download_leaves_nothing(
-    error: Any, server: Server, places: Places, monkeypatch: pytest.MonkeyPatch
+    error: Any, server: Server, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     official(server, monkeypatch, answer(pth(tiny_weights(4))))
     seen = []
@@ -145,14 +147,14 @@ def test_an_interrupted_download_leaves_nothing(
     def stop(source: Any, target: Any, length: int) -> None:
         target.write(source.read(1000))
         target.flush()
-        seen.extend(leftovers(places))
+        seen.extend(leftovers(folders))
         raise error
 
     monkeypatch.setattr(sources.shutil, "copyfileobj", stop)
     with pytest.raises((KeyboardInterrupt, WeightsError)):
         load(TINY)
     assert [path.suffix for path in seen] == [".part"]
-    assert leftovers(places) == []
+    assert leftovers(folders) == []
 
 
 def test_a_wrong_digest_removes_the_file(server: Server, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dinov2_fast import WeightsError, load
 from dinov2_fast.weights.architecture import plan_weights
 from dinov2_fast.weights.files import open_weights
 from tests.helpers.checkpoints import assert_same
-from tests.helpers.places import TINY, tiny_backbone, tiny_weights, write
+from tests.helpers.weight_folders import TINY, tiny_backbone, tiny_weights, write
 
 ENDINGS = (".safetensors", ".pth")
 

@@ -15,13 +15,21 @@ from torch import Tensor
 import dinov2_fast
 from dinov2_fast import WeightsError, convert_state_dict, layouts, load
 from tests.helpers import checkpoints, golden
-from tests.helpers.places import TINY, Places, isolate, refuse_network, tiny_backbone, tiny_weights, write
+from tests.helpers.weight_folders import (
+    TINY,
+    WeightFolders,
+    isolate,
+    refuse_network,
+    tiny_backbone,
+    tiny_weights,
+    write,
+)
 
 SMALL = "dinov2_vits14"
 
 
 @pytest.fixture(autouse=True)
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Empty caches and the tiny backbone; nothing here may ask the network."""
     tiny_backbone(monkeypatch)
     attempts = refuse_network(monkeypatch)
@@ -40,21 +48,21 @@ def assert_gives(model: torch.nn.Module, tensors: dict[str, Tensor], key: str = 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth", ".pt", ".bin"])
 @pytest.mark.parametrize("where", ["cache", "torch_hub"])
-def test_a_name_is_found_in_the_caches(places: Places, where: str, ending: str) -> None:
+def test_a_name_is_found_in_the_caches(folders: WeightFolders, where: str, ending: str) -> None:
     weights = tiny_weights(1)
-    write(weights, getattr(places, where) / f"dinov2_vitt14_pretrain{ending}")
+    write(weights, getattr(folders, where) / f"dinov2_vitt14_pretrain{ending}")
     model = load(TINY)
     checkpoints.assert_same(model.state_dict(), weights)
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_own_cache_goes_before_torchs_and_safetensors_before_pth(places: Places) -> None:
+def test_the_own_cache_goes_before_torchs_and_safetensors_before_pth(folders: WeightFolders) -> None:
     found = []
     candidates = [
-        places.torch_hub / "dinov2_vitt14_pretrain.pth",
-        places.cache / "dinov2_vitt14_pretrain.pth",
-        places.cache / "dinov2_vitt14_pretrain.safetensors",
+        folders.torch_hub / "dinov2_vitt14_pretrain.pth",
+        folders.cache / "dinov2_vitt14_pretrain.pth",
+        folders.cache / "dinov2_vitt14_pretrain.safetensors",
     ]
     for seed, path in enumerate(candidates):
         write(tiny_weights(seed), path)

@@ -13,7 +13,7 @@ import torch
 
 from dinov2_fast import DinoVisionTransformer
 from tests.helpers import checkpoints
-from tests.helpers.places import write
+from tests.helpers.weight_folders import write
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc/self/status"

@@ -18,14 +18,14 @@ import dinov2_fast
 from dinov2_fast import WeightsError, configs, load
 from dinov2_fast.weights import sources
 from tests.helpers.checkpoints import assert_same, huggingface
-from tests.helpers.loopback import REPOSITORY, Server, nowhere, point_to, put_on_hub
-from tests.helpers.places import COMMIT, TINY, Places, put_in_hub_cache, refuse_network, tiny_weights
-from tests.helpers.places import write as write_weights
+from tests.helpers.local_server import REPOSITORY, Server, isolate_without_servers, point_to, put_on_hub
+from tests.helpers.weight_folders import COMMIT, TINY, WeightFolders, put_in_hub_cache, refuse_network, tiny_weights
+from tests.helpers.weight_folders import write as write_weights
 
 
 @pytest.fixture(autouse=True)
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Places:
-    return nowhere(monkeypatch, tmp_path / "places")
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WeightFolders:
+    return isolate_without_servers(monkeypatch, tmp_path / "folders")
 
 
 @pytest.fixture
@@ -66,20 +66,25 @@ def put(folder: Path, files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize("make", [hub_files, sharded_hub_files])
 @pytest.mark.parametrize("local_files_only", [True, False])
 def test_the_hubs_cache_is_enough(
-    name: str, make: Any, local_files_only: bool, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    make: Any,
+    local_files_only: bool,
+    folders: WeightFolders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = tiny_weights(1)
     make(tmp_path / "files", weights)
-    put_in_hub_cache(places, REPOSITORY, tmp_path / "files")
+    put_in_hub_cache(folders, REPOSITORY, tmp_path / "files")
     attempts = refuse_network(monkeypatch)
     assert_same(load(name, local_files_only=local_files_only).state_dict(), weights)
     assert attempts == []
 
 
-def test_a_revision_in_the_hubs_cache(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_in_the_hubs_cache(folders: WeightFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tiny_weights(1)
     hub_files(tmp_path / "files", weights, heads=2)
-    put_in_hub_cache(places, REPOSITORY, tmp_path / "files", revision="v2")
+    put_in_hub_cache(folders, REPOSITORY, tmp_path / "files", revision="v2")
     attempts = refuse_network(monkeypatch)
     model = load(REPOSITORY, revision="v2", local_files_only=True)
     assert_same(model.state_dict(), weights)
@@ -90,7 +95,7 @@ def test_a_revision_in_the_hubs_cache(places: Places, tmp_path: Path, monkeypatc
     assert attempts == []
 
 
-def test_local_files_only_asks_nobody(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_only_asks_nobody(folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
     for name in (TINY, REPOSITORY):
         with pytest.raises(WeightsError, match="is not in the Hugging Face cache"):
@@ -98,7 +103,9 @@ def test_local_files_only_asks_nobody(places: Places, monkeypatch: pytest.Monkey
     assert attempts == []
 
 
-def test_offline_the_message_says_which_file_to_put_where(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_message_says_which_file_to_put_where(
+    folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert refuse_network(monkeypatch) == []
     with pytest.raises(WeightsError) as caught:
         load(TINY)
@@ -107,15 +114,15 @@ def test_offline_the_message_says_which_file_to_put_where(places: Places, monkey
     assert "the hub does not answer: there is no network, or HF_HUB_OFFLINE forbids it" in message
     url = f"{configs.OFFICIAL_URL}/dinov2_vitt14/dinov2_vitt14_pretrain.pth"
     assert f"Download {url} where there is a network" in message
-    path = places.cache / "dinov2_vitt14_pretrain.pth"
+    path = folders.cache / "dinov2_vitt14_pretrain.pth"
     assert f"put it at {path} (the folder is set by DINOV2_FAST_CACHE)" in message
     write_weights(tiny_weights(5), path)
     assert_same(load(TINY).state_dict(), tiny_weights(5))
 
 
-def test_a_fresh_process_asks_nobody_for_imports_and_what_is_cached(places: Places, tmp_path: Path) -> None:
+def test_a_fresh_process_asks_nobody_for_imports_and_what_is_cached(folders: WeightFolders, tmp_path: Path) -> None:
     hub_files(tmp_path / "files", tiny_weights(1))
-    put_in_hub_cache(places, REPOSITORY, tmp_path / "files")
+    put_in_hub_cache(folders, REPOSITORY, tmp_path / "files")
     script = """
 import importlib, pkgutil, socket, sys
 asked = []
@@ -135,7 +142,7 @@ dinov2_fast.load("facebook/dinov2-tiny")
 print("dinov2_fast.weights.sources" in sys.modules, len(asked))
 """
     root = Path(dinov2_fast.__file__).parents[1]
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(places.huggingface)}
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(folders.huggingface)}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -161,12 +168,12 @@ def test_a_hub_is_asked_once(
 
 
 def test_a_shard_missing_from_the_hubs_cache_is_fetched(
-    server: Server, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, folders: WeightFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tiny_weights(2)
     put_on_hub(server, sharded_hub_files(tmp_path / "files", weights))
     (tmp_path / "files" / "model-00002-of-00002.safetensors").unlink()
-    put_in_hub_cache(places, REPOSITORY, tmp_path / "files")
+    put_in_hub_cache(folders, REPOSITORY, tmp_path / "files")
     with pytest.raises(WeightsError, match="is not in the Hugging Face cache"):
         load(REPOSITORY, local_files_only=True)
     point_to(monkeypatch, hub=server.address)

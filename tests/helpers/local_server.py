@@ -1,4 +1,4 @@
-"""A hub and an official server on this machine's loopback, for tests of what is fetched."""
+"""A hub and an official server on this machine's loopback address, for tests of downloads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from dinov2_fast import configs
-from tests.helpers.places import COMMIT, Places, isolate, tiny_backbone
+from tests.helpers.weight_folders import COMMIT, WeightFolders, isolate, tiny_backbone
 
 REPOSITORY = "facebook/dinov2-tiny"
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -35,7 +35,7 @@ def unused_address() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Places:
+def isolate_without_servers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> WeightFolders:
     """Empty caches in `folder`, the tiny backbone, no proxy, and addresses at which nobody answers."""
     tiny_backbone(monkeypatch)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -44,7 +44,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Places:
 
 
 class Server:
-    """A server on the loopback: `answers` by path; other paths are 404. `requests` are the method and path of each."""
+    """Answers by path from `answers`, other paths with 404; keeps the method and path of each in `requests`."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}

@@ -1,6 +1,6 @@
 """A small model with the class, module and attribute names of Meta's torch.hub code, on plain PyTorch.
 
-It stands in for that code where its names and the order of its steps are what matters. `place` gives each class the
+It stands in for that code where its names and the order of its steps are what matters. `in_module` gives each class the
 module that it has there.
 """
 
@@ -17,7 +17,7 @@ Kind = TypeVar("Kind", bound=type)
 HOME = "standin_dinov2"
 
 
-def place(module: str) -> Callable[[Kind], Kind]:
+def in_module(module: str) -> Callable[[Kind], Kind]:
     def give(kind: Kind) -> Kind:
         kind.__module__ = f"{HOME}.{module}"
         return kind
@@ -25,7 +25,7 @@ def place(module: str) -> Callable[[Kind], Kind]:
     return give
 
 
-@place("layers.layer_scale")
+@in_module("layers.layer_scale")
 class LayerScale(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-@place("layers.drop_path")
+@in_module("layers.drop_path")
 class DropPath(nn.Module):
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class DropPath(nn.Module):
         return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
 
 
-@place("layers.attention")
+@in_module("layers.attention")
 class MemEffAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, attn_drop: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MemEffAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-@place("layers.mlp")
+@in_module("layers.mlp")
 class Mlp(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-@place("layers.swiglu_ffn")
+@in_module("layers.swiglu_ffn")
 class SwiGLUFFNFused(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SwiGLUFFNFused(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-@place("layers.block")
+@in_module("layers.block")
 class NestedTensorBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp: type[nn.Module], drop_path: float, attn_drop: float) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class NestedTensorBlock(nn.Module):
         return torch.index_add(x, 0, index, branch(x[index]), alpha=len(x) / count)
 
 
-@place("layers.patch_embed")
+@in_module("layers.patch_embed")
 class PatchEmbed(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Backbone(nn.Module):
         return x
 
 
-@place("models.vision_transformer")
+@in_module("models.vision_transformer")
 class DinoVisionTransformer(Backbone):
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
         x = self.prepare_tokens_with_masks(x, masks)

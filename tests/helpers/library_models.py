@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import hub_standin
+from tests.helpers import facebook_model
 
 SIZE = 70
+TOLERANCE = 1e-5  # of the largest element, in fp32
 
 
 @dataclass(frozen=True)
-class Foreign:
+class LibraryModel:
     """One kind of model.
 
     Args:
@@ -99,7 +101,7 @@ def timm_model(name: str, drop_path: float = 0.0, attention_dropout: float = 0.0
 
 
 def hub_model(drop_path: float = 0.0, attention_dropout: float = 0.0, **arguments: Any) -> nn.Module:
-    return hub_standin.DinoVisionTransformer(drop_path_rate=drop_path, attn_drop=attention_dropout, **arguments)
+    return facebook_model.DinoVisionTransformer(drop_path_rate=drop_path, attn_drop=attention_dropout, **arguments)
 
 
 def _call(model: Any, x: Tensor) -> Any:
@@ -130,13 +132,13 @@ def _layers(model: Any, x: Tensor) -> Any:
     return model.get_intermediate_layers(x, n=2)
 
 
-def _kinds() -> Iterator[Foreign]:
+def _kinds() -> Iterator[LibraryModel]:
     for family in ("Dinov2", "Dinov2WithRegisters"):
         for task in ("Model", "ForImageClassification", "Backbone"):
             for swiglu in (False, True):
                 classifies = task == "ForImageClassification"
                 prefix = {"Dinov2": "dinov2.", "Dinov2WithRegisters": "dinov2_with_registers."}[family]
-                yield Foreign(
+                yield LibraryModel(
                     f"{family}{task}{'-swiglu' if swiglu else ''}",
                     lambda family=family, task=task, swiglu=swiglu, **settings: transformers_model(
                         family, task, use_swiglu_ffn=swiglu, **settings
@@ -145,14 +147,14 @@ def _kinds() -> Iterator[Foreign]:
                     f"{prefix if classifies else ''}encoder.layer",
                 )
     for name in ("small_patch14_dinov2", "small_patch14_reg4_dinov2", "giant_patch14_dinov2"):
-        yield Foreign(
+        yield LibraryModel(
             f"timm-{name}",
             lambda name=name, **settings: timm_model(f"vit_{name}", **settings),
             (_call, _features, _intermediates),
             "blocks",
         )
     for name, arguments in (("mlp", {}), ("registers", {"registers": 4}), ("swiglu", {"swiglu": True})):
-        yield Foreign(
+        yield LibraryModel(
             f"hub-{name}",
             lambda arguments=arguments, **settings: hub_model(**arguments | settings),
             (_call, _features, _layers),
@@ -170,8 +172,54 @@ SOME = tuple(
 )
 
 
-def needs(kind: Foreign) -> None:
+def needs(kind: LibraryModel) -> None:
     """Skips where a library is missing."""
-    import pytest
-
     pytest.importorskip("timm" if kind.name.startswith("timm") else "transformers")
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
+    """Two outputs are of one type, and their tensors of one shape and dtype, and equal within `tolerance`."""
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+    found, wanted = tensors(ours), tensors(theirs)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
+    for x, y in zip(found, wanted, strict=True):
+        assert not y.numel() or (x - y).abs().max() <= tolerance * y.abs().max()
+
+
+def loss_of(output: Any) -> Tensor:
+    """A scalar of the first tensor of an output, which weighs its elements differently."""
+    first = tensors(output)[0]
+    weights = torch.linspace(-1, 1, first.numel()).view(first.shape)
+    return (first * weights).sum() + first.square().mean()
+
+
+def gradients(model: nn.Module, run: Callable[[Any], Any]) -> dict[str, Tensor | None]:
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss_of(run(model)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
+    for name, wanted in theirs.items():
+        found = ours[name]
+        assert (found is None) == (wanted is None), name
+        if found is not None and wanted is not None:
+            # The gradient of the keys' bias is zero but for rounding: measured as that of the queries'.
+            scale = theirs[name.replace("key", "query").replace("k_proj", "q_proj")]
+            assert (found - wanted).abs().max() <= 2 * TOLERANCE * scale.abs().max(), name
+
+
+class LowRank(nn.Module):
+    """A linear with an adapter, as adapter libraries make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, 4, bias=False)
+        self.up = nn.Linear(4, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))

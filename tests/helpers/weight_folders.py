@@ -19,7 +19,7 @@ TINY = "dinov2_vitt14"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Places(NamedTuple):
+class WeightFolders(NamedTuple):
     """The folders that are searched, all empty and none of them yet made."""
 
     cache: Path
@@ -27,14 +27,14 @@ class Places(NamedTuple):
     huggingface: Path
 
 
-def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Places:
+def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path) -> WeightFolders:
     """Moves every cache into `folder`, for this test."""
-    places = Places(folder / "cache", folder / "torch" / "hub" / "checkpoints", folder / "huggingface")
-    monkeypatch.setenv("DINOV2_FAST_CACHE", str(places.cache))
+    folders = WeightFolders(folder / "cache", folder / "torch" / "hub" / "checkpoints", folder / "huggingface")
+    monkeypatch.setenv("DINOV2_FAST_CACHE", str(folders.cache))
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places.huggingface))
-    return places
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folders.huggingface))
+    return folders
 
 
 def refuse_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -83,9 +83,9 @@ def write(weights: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def put_in_hub_cache(places: Places, repository: str, folder: Path, revision: str = "main") -> None:
+def put_in_hub_cache(folders: WeightFolders, repository: str, folder: Path, revision: str = "main") -> None:
     """Makes the hub's cache hold the files of `folder` as that repository, as a download leaves them."""
-    root = places.huggingface / f"models--{repository.replace('/', '--')}"
+    root = folders.huggingface / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, root / "snapshots" / COMMIT)
     (root / "refs").mkdir()
     (root / "refs" / revision).write_text(COMMIT)
