@@ -23,7 +23,7 @@ from dinov2_fast.data.images import read_image
 from dinov2_fast.evaluation.knn import knn
 from dinov2_fast.evaluation.labelled import ModelOptions, read_labelled
 from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
-from tests.helpers import readme
+from tests.helpers import documents
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 
@@ -446,12 +446,12 @@ def test_wrong_usage_exits_with_2(arguments: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_readmes_commands(photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_documented_commands_run(
+    photos: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photos)
-    commands = re.findall(
-        r"^    dinov2-fast ((?:knn|linear) .*)$", readme.README.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    commands = documents.commands("knn|linear")
     assert [command.split()[0] for command in commands] == ["knn", "linear"]
     for command in commands:
         words = shlex.split(command.replace("dinov2_vits14", checkpoint))

@@ -1,4 +1,4 @@
-"""Every `show`, `search`, `convert` and `verify` in README and the help runs, with a small model."""
+"""Every documented `show`, `search`, `convert` and `verify`, and those in the help, run with a small model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import EPILOG, convert, main, search, show, verify
-from tests.helpers.readme import example
+from tests.helpers.documents import TEXT, example
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = re.compile(r"\bdinov2_vit[sblg]14(_reg)?\b")
 
 
@@ -29,7 +27,7 @@ def commands(text: str) -> list[str]:
     return [MODEL.sub("stand-in.safetensors", line) for line in lines]
 
 
-EXAMPLES = [*commands(README), *commands(EPILOG)]
+EXAMPLES = [*commands(TEXT), *commands(EPILOG)]
 EXAMPLES += [line for command in (show, search, convert, verify) for line in commands(command.EPILOG)]
 
 
@@ -64,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_has_an_example() -> None:
-    for text in (README, EPILOG):
+    for text in (TEXT, EPILOG):
         assert {line.split()[0] for line in commands(text)} == {"show", "search", "convert", "verify"}
 
 
@@ -86,7 +84,7 @@ def test_an_example_runs(
     assert "error" not in captured.err
 
 
-def test_readmes_search_in_python_finds_what_the_command_finds(
+def test_the_documented_search_in_python_finds_what_the_command_finds(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)

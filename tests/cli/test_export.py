@@ -1,4 +1,4 @@
-"""``dinov2-fast export``: README's command and example, the output, and what is refused."""
+"""``dinov2-fast export``: the documented command and example, what it prints, and what it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinov2_fast.cli import main
 from dinov2_fast.cli.export import EPILOG
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
 from dinov2_fast.data.images import read_image
-from tests.helpers import readme
+from tests.helpers import documents
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
 
@@ -36,17 +36,15 @@ def test_help_fits_a_terminal(
     assert max(map(len, written)) <= 80
 
 
-def test_readmes_command_and_example(
+def test_the_documented_command_and_example_run(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(IMAGES)
-    (command,) = re.findall(
-        r"^    dinov2-fast (export .*?) +#", readme.README.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert main(shlex.split(command.replace("dinov2_vits14", checkpoint))) == 0
+    (command,) = documents.commands("export")
+    assert main(shlex.split(command.replace("dinov2_vits14", checkpoint), comments=True)) == 0
 
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -65,7 +63,7 @@ def test_readmes_command_and_example(
 
     pixels = Dinov2ImageProcessor()([read_image(path) for path in sorted(IMAGES.glob("*.jpg"))]).pixel_values
     names: dict[str, Any] = {"images": pixels}
-    exec(readme.example('InferenceSession("vits14.onnx")'), names)
+    exec(documents.example('InferenceSession("vits14.onnx")'), names)
     with torch.no_grad():
         features = dinov2_fast.load(checkpoint).forward_features(pixels)
     for ours, name in ((names["cls_token"], "x_norm_clstoken"), (names["patches"], "x_norm_patchtokens")):
@@ -75,9 +73,9 @@ def test_readmes_command_and_example(
     assert f'"mean": {list(IMAGENET_MEAN)}' in session.get_modelmeta().custom_metadata_map["dinov2_fast"]
 
 
-def test_readmes_extra_is_what_help_names() -> None:
-    assert "`pip install '.[export]'`" in readme.README.read_text(encoding="utf-8")
-    project = (readme.README.parent / "pyproject.toml").read_text(encoding="utf-8")
+def test_the_documented_extra_is_what_help_names() -> None:
+    assert "`pip install '.[export]'`" in documents.TEXT
+    project = (documents.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (names,) = re.findall(r"^export = \[(.*)\]$", project, re.MULTILINE)
     assert f"\npip install {names.replace(',', '').replace(chr(34), '')}\n" in EPILOG
 

@@ -1,10 +1,9 @@
-"""Ray Data and Spark: the example script on a real Ray, run again with its checkpoint, and README's code."""
+"""Ray Data and Spark: the example script on a real Ray, run again with its checkpoint, and the documented code."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from tests.helpers import golden
+from tests.helpers.documents import example
 
 ROOT = Path(__file__).parents[2]
 needs_ray = pytest.mark.skipif(
@@ -98,15 +98,8 @@ def check_rows(out: Path, images: Path, checkpoint: str) -> None:
     assert rows[str(images / "bad.jpg")]["error"].startswith("not an image")
 
 
-def readme_block(word: str) -> str:
-    """The Python of README that mentions `word`."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    (block,) = [block for block in blocks if word in block]
-    return str(block)
-
-
 class Dataset:
-    """What Ray Data does with the calls in README, in one process."""
+    """What Ray Data does with the documented calls, in one process."""
 
     def __init__(self, batch: dict[str, Any]) -> None:
         self.batch = batch
@@ -118,7 +111,7 @@ class Dataset:
         assert path == "features/"
 
 
-def test_readme_s_code_for_ray(checkpoint: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_code_for_ray(checkpoint: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = sorted(images.iterdir())
 
     def read_binary_files(path: str, include_paths: bool) -> Dataset:
@@ -129,7 +122,7 @@ def test_readme_s_code_for_ray(checkpoint: str, images: Path, monkeypatch: pytes
     data = SimpleNamespace(read_binary_files=read_binary_files, ActorPoolStrategy=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
     names: dict[str, Any] = {}
-    exec(readme_block("import ray").replace("dinov2_vits14", checkpoint), names)
+    exec(example("import ray").replace("dinov2_vits14", checkpoint), names)
     found = names["features"].batch
     assert list(found) == ["path", "cls", "patch_mean", "error"]  # as the comment says
     expected = cls_tokens(checkpoint, files[:4])
@@ -140,7 +133,7 @@ def test_readme_s_code_for_ray(checkpoint: str, images: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @needs_ray
-def test_ray_has_what_readme_calls() -> None:
+def test_ray_has_what_the_documents_call() -> None:
     """Its names and arguments; Ray is imported in a process of its own, which it changes."""
     code = (
         "import inspect, ray.data\n"
@@ -152,12 +145,12 @@ def test_ray_has_what_readme_calls() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_readme_s_code_for_spark(checkpoint: str, images: Path) -> None:
+def test_the_documented_code_for_spark(checkpoint: str, images: Path) -> None:
     pandas = pytest.importorskip("pandas")
     files = sorted(images.iterdir())
 
     class Frame:
-        """What Spark does with the calls in README: pandas frames to the function, and its frames to the schema."""
+        """What Spark does with the documented calls: pandas frames to the function, and its frames to the schema."""
 
         def mapInPandas(self, function: Callable[[Iterator[Any]], Iterator[Any]], schema: str) -> Any:
             columns = [column.split()[0] for column in schema.split(", ")]
@@ -175,7 +168,7 @@ def test_readme_s_code_for_spark(checkpoint: str, images: Path) -> None:
 
     frame = Frame()
     spark = SimpleNamespace(read=SimpleNamespace(format=lambda kind: SimpleNamespace(load=lambda path: frame)))
-    exec(readme_block("mapInPandas").replace("dinov2_vits14", checkpoint), {"spark": spark})
+    exec(example("mapInPandas").replace("dinov2_vits14", checkpoint), {"spark": spark})
     expected = cls_tokens(checkpoint, files[:4])
     np.testing.assert_allclose(np.stack(frame.result["cls"][:4]), list(expected.values()), atol=1e-4)
     assert frame.result["error"].iloc[4].startswith("not an image")

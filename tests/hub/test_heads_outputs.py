@@ -19,7 +19,7 @@ from dinov2_fast.hub.segmenters import LinearSegmentationHead
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.weights.load import RandomWeights
 from tests.helpers.checkpoints import head_of
-from tests.helpers.readme import example
+from tests.helpers.documents import example
 from tests.helpers.weight_folders import isolate, refuse_network, write
 
 D, BLOCKS = 64, (2, 5, 8, 11)
@@ -368,7 +368,7 @@ def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTran
             model(pixels[..., :69])
 
 
-def test_the_example_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_the_documented_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     attempts = refuse_network(monkeypatch)
     folders = isolate(monkeypatch, tmp_path)
     write(

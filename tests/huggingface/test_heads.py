@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.huggingface import BackboneOutput, ImageClassifierOutput
+from tests.helpers.documents import example
 from tests.helpers.huggingface_peers import (
     FAMILIES,
     TOLERANCE,
@@ -23,7 +24,6 @@ from tests.helpers.huggingface_peers import (
     make_pair,
     small_config,
 )
-from tests.helpers.readme import example
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -241,7 +241,7 @@ def test_a_model_of_transformers_on_this_backbone(family: str, make: Any, reshap
 
 
 @torch.no_grad()
-def test_the_example_of_the_readme_runs() -> None:
+def test_the_documented_example_runs() -> None:
     config = make_pair("Dinov2", "Backbone", num_hidden_layers=4, out_indices=[1, 2, 3, 4]).theirs.config
     config.reshape_hidden_states = False
     names: dict[str, Any] = {"dinov2_fast": dinov2_fast, "depth_model": depth_anything(config).eval()}

@@ -18,6 +18,7 @@ from transformers import BitImageProcessorPil, Trainer, TrainingArguments
 from dinov2_fast import Dinov2ImageProcessor
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import BaseModelOutputWithPooling, Dinov2Config, Dinov2ForImageClassification
+from tests.helpers.documents import example
 from tests.helpers.huggingface_peers import (
     FAMILIES,
     assert_close,
@@ -28,7 +29,6 @@ from tests.helpers.huggingface_peers import (
     their_class,
     worst,
 )
-from tests.helpers.readme import example
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "num_labels": 3}
 PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))[:2]

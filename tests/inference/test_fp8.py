@@ -31,6 +31,7 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _backends
 from tests import reference
 from tests.helpers.devices import DEVICE, fakes_cuda, on_gpu, poisoned_memory, runs_triton
+from tests.helpers.documents import example
 from tests.helpers.engines import FakeGraphs
 from tests.helpers.huggingface_peers import images, make_pair
 from tests.helpers.small_models import KINDS_OF_MODEL, small, wild, with_biases
@@ -631,13 +632,11 @@ def test_the_command_line_refuses_fp8_on_an_old_gpu(monkeypatch: pytest.MonkeyPa
         check_precision("fp8", torch.device("cuda", 0))
 
 
-def test_the_example_in_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("dinov2_fast.inference.optimize._slow_in_e4m3", lambda device: None)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (example,) = (block for block in blocks if '"fp8"' in block)
     names = {"dinov2_fast": dinov2_fast, "model": small(depth=12)}
     names |= {name: torch.randn(4, 3, 28, 28) for name in ("images", "other_images")}
-    exec(example, names)
+    exec(example('"fp8"'), names)
     assert names["fp8"].plan.calibration.images == 4
     assert names["fp8"].plan.skip_layers == (0, 11)
     assert "fp8" in capsys.readouterr().out

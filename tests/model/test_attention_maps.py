@@ -12,8 +12,8 @@ from torch import Tensor
 from dinov2_fast import optimize_for_inference
 from dinov2_fast.model import DinoVisionTransformer
 from tests import reference
+from tests.helpers.documents import example
 from tests.helpers.huggingface_peers import FAMILIES, both, make_pair
-from tests.helpers.readme import example
 from tests.helpers.small_models import KINDS_OF_MODEL, small, wild
 from tests.helpers.timm_peers import NAMES
 from tests.helpers.timm_peers import make_pair as make_timm_pair
@@ -181,7 +181,7 @@ def test_an_engine_takes_images_of_bytes() -> None:
 
 
 @torch.no_grad()
-def test_the_example_of_the_readme_runs() -> None:
+def test_the_documented_example_runs() -> None:
     names: dict[str, Any] = {"model": small(depth=12), "images": torch.randn(IMAGES)}
     exec(example("attention_maps("), names)
     tokens = 1 + ROWS * COLUMNS

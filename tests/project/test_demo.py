@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import dinov2_fast
+from tests.helpers import documents
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,12 +57,12 @@ def test_the_demo_runs_offline_and_marks_its_outputs(tmp_path: Path) -> None:
     assert demo.stdout.endswith("All outputs come from RANDOM weights.\n")
     for kind, sheet in sheets.items():
         assert str(sheet) in demo.stdout
-        check_readme_shows(kind, sheet)
+        check_documents_show(kind, sheet)
 
 
-def check_readme_shows(kind: str, sheet: Path) -> None:
-    """README shows this sheet: the same size and, except for rounding on another machine, the same colours."""
-    assert f"(examples/{kind}.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
+def check_documents_show(kind: str, sheet: Path) -> None:
+    """The documents show this sheet: same size and, except for rounding on another machine, same colours."""
+    assert f"examples/{kind}.png)" in documents.TEXT
     shown, drawn = (
         np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (ROOT / "examples" / f"{kind}.png", sheet)
     )

@@ -13,7 +13,7 @@ import torch
 import dinov2_fast
 from dinov2_fast import BACKBONES, WeightsError, convert_state_dict, create_model, load
 from tests.helpers.checkpoints import assert_same, shapes
-from tests.helpers.readme import example
+from tests.helpers.documents import example
 from tests.helpers.timm_peers import NAMES, SMALL, Pair, assert_close, images, make_pair
 from tests.helpers.weight_folders import (
     TINY,
@@ -632,7 +632,8 @@ def test_the_examples_of_the_readme_run(folders: WeightFolders, monkeypatch: pyt
     random = load("dinov2_vits14", weights="random:0")
     write(dict(random.state_dict()), folders.cache / "dinov2_vits14_pretrain.pth")
     names: dict[str, Any] = {"images": images(42, 70, batch=1)}
-    exec(example("dinov2_fast.create_model("), names)
+    exec(example("forward_head(tokens)"), names)
+    exec(example("features_only=True"), names)
     assert names["logits"].shape == (1, 10)
     assert [tuple(m.shape) for m in names["maps"]] == [(1, 384, 3, 5)] * 2
     assert names["backbone"].feature_info.reduction() == [14, 14]

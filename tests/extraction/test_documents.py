@@ -1,9 +1,8 @@
-"""What README says about extraction, run as it stands there."""
+"""The documented commands and code of extraction run as they stand there."""
 
 from __future__ import annotations
 
 import io
-import re
 import shlex
 import shutil
 import tarfile
@@ -15,14 +14,10 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import main
+from tests.helpers import documents
 
 ROOT = Path(__file__).parents[2]
 IMAGES = sorted((ROOT / "examples" / "images").glob("*.jpg"))
-
-
-def section() -> str:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return readme.partition("\n## Extract features\n")[2].partition("\n## ")[0]
 
 
 @pytest.mark.slow
@@ -42,13 +37,12 @@ def test_the_examples_of_extraction_run(tmp_path: Path, monkeypatch: pytest.Monk
         info.size = IMAGES[0].stat().st_size
         tar.addfile(info, io.BytesIO(IMAGES[0].read_bytes()))
 
-    commands = re.findall(r"^    dinov2-fast (extract .*)$", section(), re.MULTILINE)
-    assert len(commands) == 6
+    commands = documents.commands("extract")
+    assert len(commands) == 7
     for command in commands:
         assert main(shlex.split(command, comments=True)) == 0, command
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section(), re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
-    exec(code, names)
+    exec(documents.example(".shards()"), names)
 
     features = dinov2_fast.load_features("features")
     assert [Path(path).name for path in features.path] == ["astronaut.jpg", "chelsea.jpg"]
