@@ -14,7 +14,7 @@ from torch import nn
 
 from dinov2_fast import layouts
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError
-from dinov2_fast.ops.table import Row, table
+from dinov2_fast.ops.choices import BackendChoice, backend_choices
 
 NOT_SCRIPTABLE = (
     "torch.jit.script cannot compile this model, whose ops choose their implementation in Python. Use torch.jit.trace, "
@@ -89,9 +89,9 @@ class Dinov2Module(nn.Module):
         """dtype of the floating-point parameters."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """For each op: which implementation runs for this model's device, dtype and mode, and why not the others."""
-        return table(self.device, self.dtype, self.training, only_trainable=True)
+        return backend_choices(self.device, self.dtype, self.training, only_trainable=True)
 
     def __prepare_scriptable__(self) -> Any:
         """Refuses torch.jit.script, which calls this method first."""

@@ -24,7 +24,7 @@ from dinov2_fast.attention_features import AttentionFeatures
 from dinov2_fast.block import Block, chunk_blocks
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from dinov2_fast.layers import FFN_LAYERS, GELU, LayerNorm, PatchEmbed, check_is_tensor, check_masks, to_pair
-from dinov2_fast.ops.table import summary
+from dinov2_fast.ops.choices import format_choices
 from dinov2_fast.position_embeddings import (
     POSITION_INTERPOLATIONS,
     Grid,
@@ -388,4 +388,4 @@ class DinoVisionTransformer(AttentionFeatures):
         self.grad_checkpointing = enable
 
     def extra_repr(self) -> str:
-        return "\n".join([f"position_interpolation={self.position_interpolation}", *summary(self.backends())])
+        return "\n".join([f"position_interpolation={self.position_interpolation}", *format_choices(self.backends())])

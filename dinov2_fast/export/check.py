@@ -16,7 +16,7 @@ from torch import Tensor
 from dinov2_fast.export.graph import GraphModule
 from dinov2_fast.export.settings import DTYPES, INPUT, ExportError
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops._registry import is_installed
+from dinov2_fast.ops._backends import is_installed
 
 # The largest relative L2 difference from the model. Rounding stays far below (ViT-S: fp32 1e-6, fp16 1e-3, bf16 1e-2);
 # a lost bias or a wrong operator is far above.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov2_fast.errors import Dinov2FastError, InvalidTypeError, InvalidValueError
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops._registry import is_installed
+from dinov2_fast.ops._backends import is_installed
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Compares an engine's features with those of the model it replaces, on one small image."""
+"""Compares what two implementations of a model compute on one small image."""
 
 from __future__ import annotations
 
@@ -38,29 +38,30 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
-def mismatch(found: Any, expected: Any, allowed: float) -> str | None:
-    """How two outputs differ, in their tensors or in the tuples, lists and dictionaries around them.
+def mismatch(ours: Any, theirs: Any, allowed: float) -> str | None:
+    """How the output of another library's method differs from that of our model, as a phrase; None if it does not.
 
-    Returns:
-        A phrase that says what `expected` does in place of `found`, or None if they agree.
+    Args:
+        ours, theirs: tensors, tuples, lists or dictionaries of them, or the exceptions that were raised.
+        allowed: how much tensors may differ, see `difference`.
     """
-    if type(found) is not type(expected):
-        return f"returns a {type(expected).__name__} in place of a {type(found).__name__}"
-    if isinstance(expected, Tensor):
-        apart = difference(found, expected)
+    if type(ours) is not type(theirs):
+        return f"returns a {type(theirs).__name__} in place of a {type(ours).__name__}"
+    if isinstance(theirs, Tensor):
+        apart = difference(ours, theirs)
         if apart == float("inf"):
-            return f"returns {tuple(expected.shape)} in place of {tuple(found.shape)}"
+            return f"returns {tuple(theirs.shape)} in place of {tuple(ours.shape)}"
         return None if apart <= allowed else f"differs by {apart:.2g} of its norm on a small image"
-    if isinstance(expected, dict):
-        if found.keys() != expected.keys():
-            return f"returns {', '.join(map(str, expected))} in place of {', '.join(map(str, found))}"
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list | tuple):
-        if len(found) != len(expected):
-            return f"returns {len(expected)} outputs in place of {len(found)}"
-        parts = (mismatch(ours, theirs, allowed) for ours, theirs in zip(found, expected, strict=True))
+    if isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            return f"returns {', '.join(map(str, theirs))} in place of {', '.join(map(str, ours))}"
+        ours, theirs = list(ours.values()), list(theirs.values())
+    if isinstance(theirs, list | tuple):
+        if len(ours) != len(theirs):
+            return f"returns {len(theirs)} outputs in place of {len(ours)}"
+        parts = (mismatch(one, other, allowed) for one, other in zip(ours, theirs, strict=True))
         return next((part for part in parts if part), None)
-    return f"fails on a small image ({expected})" if isinstance(expected, Exception) else None
+    return f"fails on a small image ({theirs})" if isinstance(theirs, Exception) else None
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import check_is_tensor, check_masks
 from dinov2_fast.model import BackboneFeatures, DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.table import Row, table
+from dinov2_fast.ops.choices import BackendChoice, backend_choices
 from dinov2_fast.timm_adapter.layers import check_img_size, pad_to_patches
 from dinov2_fast.timm_adapter.model import TimmVisionTransformer, refuse_masks
 from dinov2_fast.torch_private import is_traced
@@ -140,7 +140,7 @@ class FoldedBackbone(DinoVisionTransformer):
         seq_lens = [1 + self.num_register_tokens + count for count in patches]
         return forward_packed(x_list, masks, seq_lens, self.plan.max_tokens, forward), masks
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """The implementation that runs each op of the engine, and the reason."""
         device, dtype = self.cls_token.device, self.plan.dtype
         names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, E4M3: set()}
@@ -149,7 +149,7 @@ class FoldedBackbone(DinoVisionTransformer):
         for block in self.blocks:
             for of, found in block.op_names().items():
                 names[of] |= found
-        return [row for of in names for row in table(device, of) if row.name in names[row.dtype]]
+        return [row for of in names for row in backend_choices(device, of) if row.name in names[row.dtype]]
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, fold_linear, ga
 from dinov2_fast.inference.linear_layout import LinearLayout
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
-from dinov2_fast.ops.dispatch import Bound
+from dinov2_fast.ops.dispatch import BoundOp
 from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
@@ -56,7 +56,7 @@ class FoldedAttention(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._batch, self._varlen = Bound(ATTENTION, "batch"), Bound(ATTENTION, "varlen")
+        self._batch, self._varlen = BoundOp(ATTENTION, "batch"), BoundOp(ATTENTION, "varlen")
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""

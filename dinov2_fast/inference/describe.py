@@ -12,7 +12,7 @@ from dinov2_fast.inference.cuda_graphs import GraphCache
 from dinov2_fast.inference.fp8 import STATIC
 from dinov2_fast.inference.plan import Calibration, precision_name
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX
-from dinov2_fast.ops.table import summary
+from dinov2_fast.ops.choices import format_choices
 
 
 def describe_engine(model: nn.Module, backbone: Any, graphs: GraphCache) -> str:
@@ -27,7 +27,10 @@ def describe_engine(model: nn.Module, backbone: Any, graphs: GraphCache) -> str:
     held = next(parameter.dtype for parameter in model.parameters())
     interleaved = any(block.mlp.up.interleaved for block in backbone.blocks)
     deferred = any(block.deferred.end is not None for block in backbone.blocks)
-    uint8 = "normalised in the patch embedding" if backbone.patch_embed.proj_uint8 else "not taken: not three channels"
+    takes_uint8 = backbone.patch_embed.proj_uint8 is not None
+    uint8 = (
+        "normalised in the patch embedding" if takes_uint8 else "not taken, since the model does not take 3 channels"
+    )
     last = (
         "computed for the CLS token alone where nothing else is returned" if backbone.cls_only else "computed in full"
     )
@@ -44,7 +47,7 @@ def describe_engine(model: nn.Module, backbone: Any, graphs: GraphCache) -> str:
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {graphs.status(backbone)}",
         f"what runs on {backbone.cls_token.device}:",
-        *(f"  {line}" for line in summary(backbone.backends())),
+        *(f"  {line}" for line in format_choices(backbone.backends())),
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])

@@ -26,8 +26,8 @@ from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.inference.precision_report import PrecisionReport, compare_precisions
 from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
-from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.table import Row
+from dinov2_fast.ops import dispatch, implementation
+from dinov2_fast.ops.choices import BackendChoice
 from dinov2_fast.torch_private import is_traced
 
 IMAGES_AT_A_TIME = 32  # where one tensor of many images is given
@@ -77,7 +77,7 @@ class Engine(nn.Module):
         self.folded = folded
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
-        self._layout_settings: dict[torch.device, dispatch.Setting] | None = None
+        self._layout_settings: dict[torch.device, dispatch.BackendSetting] | None = None
         if self.plan.follow_weights:
             self._layout_settings = {device: setting}
 
@@ -231,7 +231,7 @@ class Engine(nn.Module):
             if output is not NOT_CAPTURED:
                 return output
         inputs = [*args, *kwargs.values()]
-        if dispatch.records_gradient(inputs):
+        if implementation.records_gradient(inputs):
             raise InvalidStateError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
@@ -239,7 +239,7 @@ class Engine(nn.Module):
         with _without_autocast(self.device.type):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
-            if dispatch.carries_tangent(inputs):
+            if implementation.carries_tangent(inputs):
                 raise InvalidStateError(
                     "The engine is for inference and computes no forward-mode derivatives, but an input carries a "
                     "tangent. Use the model itself."
@@ -333,7 +333,7 @@ class Engine(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Engine, (self._model, self.plan, self.device)
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """The implementation that runs each op of the engine on its device, and the reason."""
         return backbone_of(self.folded).backends()
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.inference.checks import expect
 from dinov2_fast.layers import LayerNorm, LayerScale
-from dinov2_fast.ops._linear_peers import let_pack
-from dinov2_fast.ops.dispatch import Bound
+from dinov2_fast.ops._linear_peers import allow_prepacking
+from dinov2_fast.ops.dispatch import BoundOp
 from dinov2_fast.ops.layer_norm import LAYER_NORM
 from dinov2_fast.ops.linear import LINEAR, interleave
 from dinov2_fast.ops.patches import UINT8_SHIFT
@@ -145,8 +145,8 @@ class FoldedLinear(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._bound = {epilogue: Bound(LINEAR, epilogue) for epilogue in LINEAR.samples}
-        let_pack(self.weight)
+        self._bound = {epilogue: BoundOp(LINEAR, epilogue) for epilogue in LINEAR.sample_inputs}
+        allow_prepacking(self.weight)
 
     def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = self._buffers  # faster than the attributes, see FoldedModule
@@ -242,7 +242,7 @@ class FoldedNorm(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._bound = Bound(LAYER_NORM, "plain")
+        self._bound = BoundOp(LAYER_NORM, "plain")
 
     def _run(self, x: Tensor, deferred: Tensor | None, scale: float | None = None) -> Tensor:
         tensors = self._buffers

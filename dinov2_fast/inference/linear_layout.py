@@ -9,7 +9,7 @@ import torch
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.dispatch import BackendError, current_setting
-from dinov2_fast.ops.linear import LINEAR, linear_sample
+from dinov2_fast.ops.linear import LINEAR, sample_inputs
 from dinov2_fast.torch_private import FakeTensorMode
 
 
@@ -35,8 +35,8 @@ def layouts_for(plan: EnginePlan, device: torch.device, gated: bool) -> dict[tor
 def layout_for(device: torch.device, dtype: torch.dtype, residual_dtype: torch.dtype, gated: bool) -> LinearLayout:
     """The layout for the backends that are chosen now, for linears of operands in `dtype`."""
     with FakeTensorMode(), torch.no_grad():
-        *swiglu, _ = linear_sample("swiglu", device, dtype)
-        x, weight, _, form, residual, *rest = linear_sample("residual", device, dtype)
+        *swiglu, _ = sample_inputs("swiglu", device, dtype)
+        x, weight, _, form, residual, *rest = sample_inputs("residual", device, dtype)
         bias, rest = residual.new_empty(len(weight)), [form, residual.to(residual_dtype), *rest]
         return LinearLayout(
             interleaved=gated and _chosen_refuses("swiglu", (*swiglu, None), (*swiglu, False)),

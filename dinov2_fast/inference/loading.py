@@ -27,7 +27,7 @@ def load_model(
     engine: bool = True,
     stride: int | tuple[int, int] | None = None,
 ) -> Any:
-    """Loads a model, by default as an engine that normalises uint8 images as `processor` does.
+    """Loads a model, by default as an engine that normalises uint8 images with the mean and std of `processor`.
 
     Args:
         model, weights, position_interpolation: as for :func:`dinov2_fast.load`.

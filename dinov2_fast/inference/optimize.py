@@ -14,7 +14,7 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.inference.engine import Engine
 from dinov2_fast.inference.plan import PRECISIONS, EnginePlan, precision_name
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops._registry import refuses_e4m3
+from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
 OUTPUTS = ("auto", "cls", "all")

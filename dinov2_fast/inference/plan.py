@@ -72,5 +72,5 @@ class EnginePlan:
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """ "bf16" for torch.bfloat16; torch's name for a dtype that is no precision of the engine."""
+    """The precision with this dtype, such as "bf16"; torch's name of the dtype if there is none."""
     return next((name for name, known in PRECISIONS.items() if known == dtype), str(dtype))

@@ -55,7 +55,7 @@ def _reason_by_looks(block: Any) -> str | None:
     if has_own_forward(block):
         return "forward was set on the instance"
     if shadowed_methods(block):
-        return f"{' and '.join(shadowed_methods(block))} was set on the instance"
+        return f"methods were set on the instance: {', '.join(shadowed_methods(block))}"
     known = ANY_BLOCK.part_names()
     unknown = [name for name, child in block._modules.items() if name not in known and not is_identity(child)]
     if unknown:
@@ -89,7 +89,7 @@ _checks: dict[Hashable, BlockCheck] = {}
 
 
 def clear_check_cache() -> None:
-    """Has all blocks tried again. Until then, of blocks that differ by their weights only, one is tried."""
+    """Empties the cache in which blocks that differ only by their weights share one trial."""
     _checks.clear()
 
 

@@ -41,22 +41,22 @@ class Library(NamedTuple):
 
 LIBRARIES = (
     Library(
-        lambda block: type(block).__module__.startswith("transformers."),
-        TransformersBlock,
-        r"transformers\.models\.(dinov2|dinov2_with_registers)\.modeling_\1\.Dinov2(WithRegisters)?(Model|Backbone)",
-        TransformersBackbone,
+        has_block=lambda block: type(block).__module__.startswith("transformers."),
+        block=TransformersBlock,
+        backbone_path=r"transformers\.models\.(dinov2(?:_with_registers)?)\.modeling_\1\.Dinov2(WithRegisters)?(Model|Backbone)",
+        backbone=TransformersBackbone,
     ),
     Library(
-        lambda block: hasattr(block, "sample_drop_ratio"),
-        FacebookBlock,
-        r"(?!dinov2_fast\.).*dinov2.*\.DinoVisionTransformer",
-        FacebookBackbone,
+        has_block=lambda block: hasattr(block, "sample_drop_ratio"),
+        block=FacebookBlock,
+        backbone_path=r"(?!dinov2_fast\.).*dinov2.*\.DinoVisionTransformer",
+        backbone=FacebookBackbone,
     ),
     Library(
-        lambda block: True,  # also blocks of any other project
-        TimmBlock,
-        r"timm\.models\.vision_transformer\.VisionTransformer",
-        TimmBackbone,
+        has_block=lambda block: True,  # also blocks of any other project
+        block=TimmBlock,
+        backbone_path=r"timm\.models\.vision_transformer\.VisionTransformer",
+        backbone=TimmBackbone,
     ),
 )
 

@@ -95,7 +95,7 @@ class AcceleratedPart:
         bypassed = [(name, ModuleSnapshot(getattr(module, name))) for name in known.bypassed]
         self._snapshots = [("", ModuleSnapshot(module)), *bypassed]
         shadowed = [name for _, each in self._modules_of(module) for name in shadowed_methods(each)]
-        self._shadowed = f"{', '.join(shadowed)} was set on the instance" if shadowed else None
+        self._shadowed = f"methods were set on the instance: {', '.join(shadowed)}" if shadowed else None
 
     def why_called(self, module: Any) -> str | None:
         """Why `module` has to be called, or None if our ops compute it."""

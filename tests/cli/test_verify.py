@@ -128,7 +128,10 @@ def test_models_of_different_sizes_are_an_error(runs: Runs) -> None:
     code, said = runs(weights_of(), dict(small.state_dict()))
     assert code == 1
     assert "of other shapes: blocks.0.attn.proj.bias (128,) and (64,), " in said
-    assert "error: For the same images the models give tokens of the shapes (3, 128) and (3, 64)" in said
+    assert (
+        "error: The models differ in size: for the same images their tokens have the shapes (3, 128) and (3, 64)"
+        in said
+    )
 
 
 @pytest.mark.parametrize(("peer", "position_interpolation"), [("transformers", "size"), ("timm", "antialias")])

@@ -344,7 +344,7 @@ def test_values_that_no_model_can_have_are_refused(fields: dict[str, Any], messa
 
 
 def test_a_model_refuses_the_config_of_another() -> None:
-    with pytest.raises(TypeError, match=r"Give a Dinov2WithRegistersConfig .* got a dinov2_fast.huggingface"):
+    with pytest.raises(TypeError, match=r"Give a Dinov2WithRegistersConfig, .* got a dinov2_fast.huggingface"):
         Dinov2WithRegistersModel(Dinov2Config())
 
 

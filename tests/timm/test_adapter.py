@@ -533,7 +533,7 @@ def test_wrong_arguments_are_refused_with_a_clear_error() -> None:
     with pytest.raises(TypeError, match=r"not take act_layer=<class '.*GELU'>"):
         create_model(NAMES[2], **SMALL, act_layer=torch.nn.GELU)
     model = create_model(NAMES[0], **SMALL, num_classes=None)
-    with pytest.raises(ValueError, match=r"patch_size=16 cannot be set: the patch embedding is for patches of 14"):
+    with pytest.raises(ValueError, match=r"patch_size=16 cannot be set: the patch embedding has patches of 14"):
         model.set_input_size(224, patch_size=16)
     with pytest.raises(ValueError, match=r"img_size=\(28, 13\) is smaller than one patch of 14 pixels"):
         model.set_input_size((28, 13))
