@@ -105,7 +105,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str |
         raise ImageError(f"cannot be decoded: {reason(error)}") from error
 
 
-def own_process() -> None:
+def disable_pillow_limits() -> None:
     """Switches off Pillow's own limit and warnings; for a process that only decodes for this package."""
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module="PIL")

@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 
 from dinov2_fast.data.decoding import Decoded, decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import MAX_PIXELS, own_process
+from dinov2_fast.data.images import MAX_PIXELS, disable_pillow_limits
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidStateError
 
 MAX_SECONDS = 60.0
 SECONDS_TO_START = 60.0  # many processes that import from a slow disk at once may take tens of seconds
 SECONDS_TO_DIE = 5.0  # a process that waits for a dead disk cannot be killed, and is left to the system
-SHARED_BYTES = 1 << 28  # limit of the slots, but each worker has two
+SHARED_BYTES = 1 << 28  # limit of all slots; but each worker has at least two
 TASKS = 64  # limit of a worker's queue: so many unread answers fit in a pipe
 TASK_BYTES = 1 << 15  # limit of the names in a worker's queue, so that sending a task never blocks
 STARTS = 3  # tries to start a worker that the system ends before it is ready
@@ -254,7 +254,7 @@ class _Worker:
 
 def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, max_pixels: int) -> None:
     """The main function of a worker: decodes until its pipe is closed."""
-    own_process()
+    disable_pillow_limits()
     height, width = processor.output_size or (0, 0)
     pixels: NDArray[Any] = np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, height, width)
     answer: Decoded | None = None  # the first message says that the worker is ready
