@@ -41,7 +41,7 @@ DTYPES = {
     "fp8": torch.bfloat16,
 }
 COMPILED = ("compile", "freezing")
-BACKENDS = tuple(sorted({each.backend for op in dispatch.ops().values() for each in op.implementations}))
+BACKENDS = tuple(sorted({each.backend for op in dispatch.all_ops().values() for each in op.implementations}))
 ENGINE = re.compile(rf"engine(?:-(best|{'|'.join(BACKENDS)}))?(-graphs)?")
 Forward = Callable[[Tensor], Any]
 Context = Callable[[], contextlib.AbstractContextManager[Any]]

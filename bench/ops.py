@@ -35,7 +35,8 @@ from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload, in_turn
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of, use_backend
+from dinov2_fast.ops.dispatch import use_backend
+from dinov2_fast.ops.implementation import Implementation, first_tensor, tensors_of
 
 TASK = "ops"
 BEST = "best.json"
@@ -105,10 +106,10 @@ class Case:
 
     def arguments_for(self, implementation: Implementation) -> tuple[tuple[Any, ...], str | None]:
         """Those that it takes, which give the same results, and why it cannot run on them, or None."""
-        reason = implementation.reason_against(self.arguments)
+        reason = implementation.refusal(self.arguments)
         if reason is not None and (self.workload.op, self.workload.form) == ("linear", "swiglu"):
             arguments = in_turn(self.arguments)
-            return arguments, implementation.reason_against(arguments)
+            return arguments, implementation.refusal(arguments)
         return self.arguments, reason
 
     def candidates(self) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -214,7 +215,7 @@ def best(rows: Iterable[Row], commit: str | None) -> dict[str, Any]:
 def with_activation(case: Case, found: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     """Runs the op activation inside other ops by its fastest backend in `found`, which :func:`best` gives."""
     forms, ending = found["forms"].get(str(case.shape.resolution), {}), " e4m3" if case.workload.e4m3 else ""
-    names = [f"activation.{form}" for form in dispatch.ops()["activation"].samples]
+    names = [f"activation.{form}" for form in dispatch.all_ops()["activation"].sample_inputs]
     setting = ",".join(f"{name}={forms[name + ending]}" for name in names if name + ending in forms)
     return use_backend(setting) if setting else contextlib.nullcontext()
 
@@ -255,7 +256,7 @@ def write_best(recorder: Recorder) -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    names = dispatch.names()
+    names = sorted(dispatch.all_ops())
     forms = [f"{workload.op}.{workload.form}" for workload in WORKLOADS]
     parser = harness.parser("ops", __doc__)
     what = f"some of {','.join(names)}, or forms such as attention.batch"

@@ -17,7 +17,7 @@ import torch
 from bench.ops import Case
 from bench.workloads import WORKLOADS, Shape
 from dinov2_fast.configs import BACKBONES
-from dinov2_fast.ops.dispatch import Implementation
+from dinov2_fast.ops.implementation import Implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}[DEVICE.type]

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, first_tensor, tensors_of
+from dinov2_fast.ops.implementation import Implementation, first_tensor, tensors_of
 from dinov2_fast.ops.linear import interleave
 
 MODES = ("forward", "backward")
@@ -113,7 +113,7 @@ class Workload:
     @property
     def name(self) -> str:
         """Such as "linear.gelu e4m3"."""
-        return dispatch.ops()[self.op].name_of(self.form, self.e4m3)
+        return dispatch.all_ops()[self.op].name_of(self.form, self.e4m3)
 
     @property
     def label(self) -> str:
@@ -122,10 +122,10 @@ class Workload:
 
     def implementations(self) -> list[Implementation]:
         """Those of the form, best first."""
-        op = dispatch.ops()[self.op]
-        sample = op.samples[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
+        op = dispatch.all_ops()[self.op]
+        sample = op.sample_inputs[self.form](torch.device("meta"), E4M3 if self.e4m3 else torch.bfloat16)
         assert sample is not None
-        return [each for each in op.implementations if each.has(self.form, first_tensor(sample).dtype)]
+        return [each for each in op.implementations if each.is_candidate(self.form, first_tensor(sample).dtype)]
 
     @property
     def modes(self) -> tuple[str, ...]:

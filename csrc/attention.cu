@@ -1,5 +1,5 @@
-// softmax(q k^T / sqrt(head_dim)) v on packed q, k and v, for sm_90: the launcher. The kernels are in attention.cuh,
-// how their results come to memory in attention_epilogue.cuh.
+// The launcher of attention: out = softmax(q k^T / sqrt(head_dim)) v on packed q, k and v, for sm_90. The kernels are
+// in attention.cuh, and their epilogue is in attention_epilogue.cuh.
 #include "attention.h"
 #include "common.cuh"
 

@@ -1,9 +1,9 @@
-// The kernels of attention.cu: the forward pass of CUTLASS' example of attention on Hopper (TMA loads, wgmma, softmax
-// in registers, a persistent grid) with the epilogue of attention_epilogue.cuh. Empty for other architectures. Each
-// attention_<dtype>.cu compiles that of its operands. Source: Shah et al., arXiv:2407.08608.
+// The kernels of attention.cu: the forward pass of CUTLASS' attention example for Hopper (TMA loads, wgmma, softmax in
+// registers, a persistent grid) with the epilogue of attention_epilogue.cuh. They are empty for other architectures.
+// Each attention_<dtype>.cu compiles the kernel for operands of that dtype. Source: Shah et al., arXiv:2407.08608.
 //
-// One warp group loads, the others compute 64 queries each and share the keys and values. Keys beyond the last token
-// are zeros, by TMA, and get a score of -inf, by MaskedKeys, in the last tile.
+// One warp group loads. Each of the others computes 64 queries, and they share the keys and values. TMA reads zeros for
+// keys beyond the last token, and MaskedKeys sets their scores to -inf in the last tile.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -21,7 +21,8 @@
 
 namespace dinov2_fast {
 
-// attention_epilogue.cuh in the shape that the example's kernel asks for. It reads nothing, and needs no shared memory.
+// The epilogue of attention_epilogue.cuh with the interface of the example's epilogues. It reads nothing from memory
+// and uses no shared memory.
 template <Dtype OPERAND>
 class AttentionEpilogue {
  public:
@@ -43,23 +44,24 @@ class AttentionEpilogue {
     using namespace cute;
     using Sums = tuple_element_t<0, Result>;
     static_assert(std::is_same_v<typename TiledMma::AtomLayoutC_TV, SM90::GMMA::CLayout_64xN<HEAD_DIM>>,
-                  "write_queries knows the sums of one wgmma as wide as a head");
+                  "write_queries expects the sums of one wgmma as wide as a head");
     static_assert(
         std::is_same_v<typename Sums::layout_type,
                        decltype(make_layout(make_shape(make_shape(_2{}, _2{}, Int<HEAD_DIM / WIDTH>{}), _1{}, _1{})))>,
-        "write_queries counts the sums in this order");
+        "write_queries expects the sums in this order");
     const int thread = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
     write_queries<OPERAND>(get<0>(result), get<1>(result), thread, int64_t(get<0>(at)) * 64, get<2, 0>(at),
                            get<2, 1>(at), params);
   }
 };
 
-// The example masks the first and the last tile of keys, which costs a quarter of a tile's instructions. Only the last
-// has keys that do not count, and 257 tokens are three tiles.
+// Masks the last tile of keys only. The example also masks the first tile, which costs a quarter of a tile's
+// instructions, and 257 tokens are only three tiles.
 struct MaskedKeys : cutlass::fmha::collective::ResidualFusion {
   template <typename Scores, typename Places, typename Shape>
   __device__ void before_softmax(Scores& scores, const Places& places, const Shape& shape) {
-    const int last_key = cute::get<1>(places(cute::size(scores) - 1)) | 7;  // of the tile: 4 lanes share 8 columns
+    const int last_key =
+        cute::get<1>(places(cute::size(scores) - 1)) | 7;  // of the tile, because 4 lanes share 8 columns
     if (last_key >= cute::get<3>(shape)) ResidualFusion::before_softmax(scores, places, shape);
   }
 };
@@ -77,7 +79,7 @@ struct Attention {
   using WithOptions =
       Template<Types..., Option<Tag::kIsPersistent, cute::true_type>, Option<Tag::kLoadsQSeparately, cute::true_type>,
                Option<Tag::kNumMmaWarpGroups, cute::Int<QUERIES / 64>>,
-               Option<Tag::kStagesKV, cute::Int<6>>>;  // keys and values in turn: three tiles of both
+               Option<Tag::kStagesKV, cute::Int<6>>>;  // a stage is a tile of keys or of values: three of each
 
   using Mainloop = WithOptions<cutlass::fmha::collective::FmhaMainloopTmaWarpSpecialized, Element, float, float, Tile,
                                Stride, Stride, Stride, MaskedKeys>;
@@ -101,8 +103,8 @@ void launch_attention(const AttentionForward& args, int multiprocessors, void* s
       {queries, stride, keys, stride, values, stride},
       result_of(args),
       {args.qkv.device, multiprocessors}};
-  // The example's can_implement takes lengths that 8 divides alone, for the stores of its epilogue; ours has no such
-  // need.
+  // The example's can_implement is not called: it requires a length that is a multiple of 8, for the stores of its own
+  // epilogue.
   const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
   const auto kernel = prepared<Kernel>();
   kernel<<<Kernel::get_grid_shape(params), Kernel::get_block_shape(), Kernel::SharedStorageSize,

@@ -1,4 +1,4 @@
-// The launcher of attention.cu, its checks, and where its kernels find what in memory: plain C++, as checks.h.
+// The launcher of attention.cu, its checks, and the memory layout of its operands. Plain C++, like checks.h.
 #pragma once
 
 #include <algorithm>
@@ -10,26 +10,26 @@
 namespace dinov2_fast {
 
 constexpr int HEAD_DIM = 64;
-// A block computes 192 queries of one head, 64 in each of three warp groups, and reads 96 keys at once. Three, because
-// a group waits for its products and for its exponentials in turn, and the others compute meanwhile. 96, because 257
-// tokens are padded to 288 keys, and at 128 they would be to 384.
+// A block computes 192 queries of one head, 64 in each of three warp groups, and reads 96 keys at a time. There are
+// three groups because a group waits by turns for its products and for its exponentials, and the others compute
+// meanwhile. A tile has 96 keys because 257 tokens are then padded to 288 keys; tiles of 128 would pad them to 384.
 constexpr int QUERIES = 192;
 constexpr int KEYS = 96;
 
 struct AttentionForward {
-  Tensor qkv;  // (batch, tokens, 3, heads, HEAD_DIM), bf16 or fp16; the elements of a head are neighbours
-  Tensor out;  // (batch, tokens, heads, HEAD_DIM), as qkv, contiguous
+  Tensor qkv;  // (batch, tokens, 3, heads, HEAD_DIM), bf16 or fp16; heads are contiguous
+  Tensor out;  // (batch, tokens, heads, HEAD_DIM), in the dtype of qkv, contiguous
   // (batch, heads, tokens), fp32, contiguous: the logarithm of the sum of the exponentials of the scaled scores, to
-  // base 2 as kernels/attention_backward.py reads it. Or left out.
+  // base 2, as kernels/attention_backward.py reads it. Optional.
   Tensor lse;
 };
 void attention_forward(const AttentionForward& args, void* stream);
 
-// For operands of a dtype; attention_<dtype>.cu has it.
+// The launch for operands of one dtype, defined in attention_<dtype>.cu.
 template <Dtype OPERAND>
 void launch_attention(const AttentionForward& args, int multiprocessors, void* stream);
 
-// Of qkv; strides are in elements, `stride_kind` from a query to its key and from there to its value.
+// The layout of qkv. Strides are in elements; `stride_kind` leads from a query to its key, and from a key to its value.
 struct AttentionLayout {
   int64_t batch, tokens, heads;
   int64_t stride_batch, stride_token, stride_kind, stride_head;
@@ -41,21 +41,21 @@ struct AttentionLayout {
   }
 };
 
-// A dimension of size 1 may have any stride, also one that TMA does not take; none is needed there.
+// The stride of a dimension of size 1 is never used, but TMA would refuse some values, so a valid one replaces it.
 inline AttentionLayout layout_of(const Tensor& qkv) {
   const auto stride = [&](int d) { return qkv.sizes[d] == 1 ? HEAD_DIM : qkv.strides[d]; };
   return {qkv.sizes[0], qkv.sizes[1], qkv.sizes[3], stride(0), stride(1), stride(2), stride(3)};
 }
 
-// TMA reads rows of a head that start at multiples of 16 bytes, and counts rows, heads and images in 32 bits. The
-// checks are strict because CUTLASS launches even if the driver refuses a descriptor: it prints the error and goes on.
+// TMA reads heads that start at multiples of 16 bytes, and counts tokens, heads and images in 32 bits. The checks are
+// strict because CUTLASS launches even if the driver refuses a descriptor: it prints the error and goes on.
 inline void check_attention(const AttentionForward& args) {
   const Tensor& qkv = args.qkv;
   check_dtype(qkv, {Dtype::bf16, Dtype::fp16});
   if (qkv.dim != 5 || qkv.sizes[2] != 3 || qkv.sizes[4] != HEAD_DIM) {
     fail("qkv must have the shape (batch, tokens, 3, heads, ", HEAD_DIM, "), got ", shape(qkv));
   }
-  if (qkv.strides[4] != 1) fail("qkv must have the elements of a head side by side");
+  if (qkv.strides[4] != 1) fail("qkv must have contiguous heads");
   check_start(qkv);
   for (int d = 0; d < 4; ++d) {
     if (qkv.sizes[d] > 1 && (qkv.strides[d] < HEAD_DIM || qkv.strides[d] * item_size(qkv.dtype) % 16)) {

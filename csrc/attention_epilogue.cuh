@@ -1,8 +1,8 @@
-// What follows the products in attention.cuh, from the registers of the tensor cores to out and lse in memory.
+// The epilogue of attention.cuh: rounds the sums in the registers of the tensor cores and writes out and lse to memory.
 //
-// A warp group has 64 queries of one head. As in epilogue.cuh, lane l of warp w holds, of each 8 neighbouring columns
-// (a group), columns 2 (l % 4) and 2 (l % 4) + 1 of the queries 16 w + l / 4 and 8 below that, and 4 lanes exchange
-// what they hold, here rounded already, until each can write 8 columns at once.
+// A warp group has 64 queries of one head. A group is 8 neighbouring columns. As in epilogue.cuh, lane l of warp w
+// holds columns 2 (l % 4) and 2 (l % 4) + 1 of each group, of query 16 w + l / 4 and of the query 8 below. The 4 lanes
+// that share these queries round their sums and exchange them until each lane holds 8 columns and writes them at once.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace dinov2_fast {
 
 struct AttentionResult {
   void* out;   // (batch, tokens, heads, HEAD_DIM)
-  float* lse;  // (batch, heads, tokens), or left out
+  float* lse;  // (batch, heads, tokens), or null
   int64_t tokens;
   int64_t heads;
 };
@@ -26,9 +26,10 @@ inline AttentionResult result_of(const AttentionForward& args) {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Writes the queries from `first_query` on of a head of an image. `sums(i)` are those of thread `thread` of 128: two
-// columns, then 8 rows apart, then from group to group. `lse(half)` is the natural logarithm of the sum of the
-// exponentials of the scaled scores for either row, infinite where that sum is 0 or NaN. The result is NaN there.
+// Writes the results of a warp group's queries, from `first_query` on. `sums(i)` are the sums of thread `thread` of
+// 128: the fastest index runs over two columns, the next over two rows 8 apart, the last over groups. `lse(half)` is
+// the natural logarithm of the sum of the exponentials of the scaled scores of a row. It is infinite if that sum is 0
+// or NaN; the result is then NaN.
 template <Dtype OPERAND, typename Sums, typename Lse>
 __device__ __forceinline__ void write_queries(const Sums& sums, const Lse& lse, int thread, int64_t first_query,
                                               int64_t image, int64_t head, const AttentionResult& result) {

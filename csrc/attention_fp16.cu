@@ -1,4 +1,4 @@
-// The kernel of attention.cu for fp16 operands, in a file of its own because it takes long to compile.
+// The kernel of attention.cu for fp16 operands. It has its own file because it takes long to compile.
 #include "attention.cuh"
 
 namespace dinov2_fast {

@@ -1,6 +1,7 @@
-// The only file that knows torch, by its stable ABI alone: one build serves every torch from 2.10 on. It registers the
-// launchers as torch.ops.dinov2_fast_cuda.<name>, without autograd and without outputs of their own: what they write is
-// handed in, and stands in the schema as mutated. dinov2_fast/ops calls them; dinov2_fast/extension.py loads this.
+// Registers the launchers as torch.ops.dinov2_fast_cuda.<name>. This is the only file that includes torch, and it uses
+// its stable ABI alone, so one build works with every torch from 2.10 on. The ops have no autograd and return nothing:
+// they write to tensors that the caller allocates and the schema marks as mutated. dinov2_fast/ops calls them, and
+// dinov2_fast/extension.py loads the library.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -40,7 +41,7 @@ dinov2_fast::Tensor view(const char* name, const TorchTensor& tensor) {
   view.dtype = dtype_of(tensor);
   view.device = tensor.get_device_index();
   view.dim = static_cast<int>(tensor.dim());
-  for (int d = 0; d < view.dim && d < dinov2_fast::MOST_DIMS; ++d) {
+  for (int d = 0; d < view.dim && d < dinov2_fast::MAX_DIMS; ++d) {
     view.sizes[d] = tensor.size(d);
     view.strides[d] = tensor.stride(d);
   }
@@ -52,7 +53,7 @@ dinov2_fast::Tensor view(const char* name, const Optional& tensor) {
   return tensor ? view(name, *tensor) : dinov2_fast::Tensor{name};
 }
 
-// While it lives, the device of a tensor is the current one; `stream` is torch's current stream there.
+// While it exists, the device of a tensor is the current one. `stream` is torch's current stream on that device.
 class OnDevice {
  public:
 #ifdef DINOV2_FAST_ON_HOST

@@ -1,5 +1,5 @@
-// What a launcher is told of a tensor, and the checks it makes before it launches: plain C++, without CUDA or torch, so
-// that the tests compile them for the host. A check that fails throws a sentence that says what was wrong.
+// A launcher's view of a tensor, and the checks that it makes before it launches. Plain C++ without CUDA or torch, so
+// that the tests can compile it for the host. A check that fails throws a sentence that says what is wrong.
 #pragma once
 
 #include <algorithm>
@@ -20,17 +20,17 @@ inline const char* name(Dtype dtype) {
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : dtype == Dtype::e4m3 ? 1 : 2; }
 
-constexpr int MOST_DIMS = 5;
+constexpr int MAX_DIMS = 5;
 
-// A tensor; without data, one that was left out. Strides are in elements.
+// A tensor, or an optional one that is not given. Strides are in elements.
 struct Tensor {
   const char* name = "";
   void* data = nullptr;
   Dtype dtype = Dtype::other;
   int device = 0;
   int dim = 0;
-  int64_t sizes[MOST_DIMS] = {};
-  int64_t strides[MOST_DIMS] = {};
+  int64_t sizes[MAX_DIMS] = {};
+  int64_t strides[MAX_DIMS] = {};
   bool given = false;
 
   explicit operator bool() const { return given; }
@@ -49,8 +49,8 @@ template <typename... Parts>
 inline std::string shape(const int64_t* sizes, int dim) {
   std::ostringstream text;
   text << "(";
-  for (int d = 0; d < dim && d < MOST_DIMS; ++d) text << (d ? ", " : "") << sizes[d];
-  text << (dim > MOST_DIMS ? ", ...)" : ")");
+  for (int d = 0; d < dim && d < MAX_DIMS; ++d) text << (d ? ", " : "") << sizes[d];
+  text << (dim > MAX_DIMS ? ", ...)" : ")");
   return text.str();
 }
 
@@ -65,7 +65,7 @@ inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allow
   fail(tensor.name, " must be ", names, ", got ", name(tensor.dtype));
 }
 
-// Chunks of 16 bytes are read and written at once (8 bytes of e4m3).
+// Kernels read and write chunks of 16 bytes at once, of e4m3 8 bytes.
 inline int64_t chunk_bytes(const Tensor& tensor) { return tensor.dtype == Dtype::e4m3 ? 8 : 16; }
 
 inline void check_start(const Tensor& tensor) {
@@ -75,7 +75,7 @@ inline void check_start(const Tensor& tensor) {
   }
 }
 
-// Every row has to begin at a multiple of a chunk.
+// Every row must begin at a multiple of a chunk.
 inline void check_aligned(const Tensor& tensor) {
   check_start(tensor);
   const int64_t bytes = chunk_bytes(tensor);
@@ -84,12 +84,12 @@ inline void check_aligned(const Tensor& tensor) {
   }
 }
 
-// (rows, columns) in memory, neighbouring elements of a row side by side, on the device.
+// A matrix (rows, columns) with contiguous rows, on the device.
 inline void check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, int device) {
   if (tensor.dim != 2 || tensor.sizes[0] != rows || tensor.sizes[1] != columns) {
     fail(tensor.name, " must have the shape (", rows, ", ", columns, "), got ", shape(tensor));
   }
-  if (columns > 1 && tensor.strides[1] != 1) fail(tensor.name, " must have neighbouring elements side by side");
+  if (columns > 1 && tensor.strides[1] != 1) fail(tensor.name, " must have contiguous rows");
   if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
   check_aligned(tensor);
 }
@@ -98,7 +98,7 @@ inline void check_vector(const Tensor& tensor, int64_t size, int device) {
   if (tensor.dim != 1 || tensor.sizes[0] != size) {
     fail(tensor.name, " must have the shape (", size, "), got ", shape(tensor));
   }
-  if (size > 1 && tensor.strides[0] != 1) fail(tensor.name, " must have neighbouring elements side by side");
+  if (size > 1 && tensor.strides[0] != 1) fail(tensor.name, " must be contiguous");
   if (tensor.device != device) fail(tensor.name, " must be on device ", device, ", got ", tensor.device);
   check_aligned(tensor);
 }

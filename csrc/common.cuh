@@ -1,12 +1,12 @@
-// What the kernels share: chunks of 8 elements in 16-byte accesses, the exchange between 4 lanes, types as values, and
-// what launchers ask of CUDA.
+// What the kernels share: chunks of 8 elements, which are read and written in accesses of 16 bytes, and the exchange
+// between 4 lanes. What the launchers share: calls of the CUDA runtime.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #ifdef DINOV2_FAST_ON_HOST
-#include "cuda_on_host.h"  // of the tests: runs kernels on the CPU
+#include "cuda_on_host.h"  // in tests/: runs kernels on the CPU
 #else
 #include <cuda_runtime.h>
 #endif
@@ -22,7 +22,7 @@ namespace dinov2_fast {
 constexpr int WARP = 32;
 constexpr int WIDTH = 8;  // elements of a chunk
 
-// Two neighbouring elements of a type, and the steps from and to fp32.
+// Two neighbouring elements of a type, and their conversion from and to fp32.
 template <typename T>
 struct Pair;
 
@@ -48,12 +48,13 @@ struct Pair<__half> {
 };
 
 template <>
-struct Pair<__nv_fp8_e4m3> {  // only written
+struct Pair<__nv_fp8_e4m3> {  // written, never read
   using Type = __nv_fp8x2_storage_t;
   static __device__ __nv_fp8x2_storage_t pack(float a, float b) { return to_e4m3(a, b); }
 };
 
-// Of plain words: the classes of half precision have copy constructors, which would split an access into pairs.
+// WIDTH elements as plain words. The half-precision classes have copy constructors, which would split an access into
+// pairs.
 template <typename T>
 struct Chunk {
   using Access = std::conditional_t<sizeof(T) == 1, uint2, uint4>;
@@ -77,7 +78,7 @@ __device__ __forceinline__ void write(T* to, const Chunk<T>& chunk) {
   for (int i = 0; i < chunk.ACCESSES; ++i) reinterpret_cast<typename Chunk<T>::Access*>(to)[i] = chunk.words[i];
 }
 
-// The compiler splits plain stores of results at times, and then spills.
+// A store that the compiler does not split. It splits some plain stores, and then spills registers.
 template <typename T>
 __device__ __forceinline__ void store_at_once(T* to, const Chunk<T>& chunk) {
 #ifdef __CUDA_ARCH__
@@ -159,11 +160,11 @@ inline int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// Of a device that can run the kernels of `op`.
+// The number of multiprocessors of a device. Fails if the device cannot run the kernels of `op`.
 inline int multiprocessors_of(int device, const char* op) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  if (major != 9 || minor != 0) fail("the kernels of ", op, " are for sm_90 only, got sm_", major, minor);
+  if (major != 9 || minor != 0) fail("the kernels of ", op, " run on sm_90 only, got sm_", major, minor);
   return attribute(cudaDevAttrMultiProcessorCount, device);
 }
 #endif

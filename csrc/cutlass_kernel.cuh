@@ -1,4 +1,4 @@
-// How a kernel made of CUTLASS' parts gets onto the device, for linear.cuh and attention.cuh.
+// The __global__ function of a kernel made of CUTLASS' parts, for linear.cuh and attention.cuh.
 #pragma once
 
 #include "common.cuh"
@@ -12,11 +12,11 @@ __global__ void __launch_bounds__(Kernel::MaxThreadsPerBlock, Kernel::MinBlocksP
   extern __shared__ char shared[];
   Kernel()(params, shared);
 #else
-  __trap();  // the launchers run this on sm_90 only, so it was compiled for sm_90 without the a
+  __trap();  // reached only if this was compiled for sm_90 instead of sm_90a, because launchers refuse other devices
 #endif
 }
 
-// The kernel, which may then have the shared memory that it needs.
+// The kernel, with its limit of dynamic shared memory raised to what it needs.
 template <typename Kernel>
 auto prepared() {
   static_assert(Kernel::SharedStorageSize <= 227 << 10, "more shared memory than a block can have");

@@ -1,10 +1,10 @@
-// What follows the product in linear.cu, from the accumulators of the tensor cores to the result in memory.
+// The epilogue of linear.cu: from the accumulators of the tensor cores to the result in memory.
 //
-// wgmma leaves a 64-row slice of the product spread over the 4 warps of a warp group: lane l of warp w holds, of each 8
-// neighbouring columns (a group), columns 2 (l % 4) and 2 (l % 4) + 1 of the rows 16 w + l / 4 and 8 below that. Here
-// the 4 lanes that share these rows (a quad) exchange what they hold until each has all 8 columns of groups of its own.
-// From there on a thread sees neighbouring columns of one row: it reads and writes them at once, and a gate and its
-// value are both its own.
+// wgmma distributes a 64-row slice of the product over the 4 warps of a warp group. A group is 8 neighbouring columns.
+// Lane l of warp w holds columns 2 (l % 4) and 2 (l % 4) + 1 of each group, of row 16 w + l / 4 and of the row 8 below.
+// The 4 lanes that share these rows (a quad) exchange accumulators until each lane holds all 8 columns of its own
+// groups. A thread then has neighbouring columns of one row. It reads and writes them at once, and holds both a gate
+// and its value.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@
 
 namespace dinov2_fast {
 
-// (out_features,), in any floating-point dtype; without data, left out.
+// (out_features,), in bf16, fp16 or fp32; not given if `data` is null.
 struct ColumnVector {
   const void* data;
   Dtype dtype;
@@ -27,7 +27,7 @@ struct EpilogueArguments {
   int64_t rows;
   int64_t out_features;
   ColumnVector bias;
-  const float* weight_scale;  // (out_features,) of e4m3 operands
+  const float* weight_scale;  // (out_features,), for e4m3 operands, else null
   float scale;
   float inverse_scale;
 };
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load(const ColumnVector& vector, int64_t column,
   }
 }
 
-// The coefficients of 8 columns.
+// The scales and biases of 8 columns.
 struct Columns {
   float scale[WIDTH], bias[WIDTH];
 };
@@ -80,10 +80,10 @@ __device__ __forceinline__ float gelu_for(float x) {
   return gelu_polynomial(x);
 }
 
-// For results of 2 bytes or fewer.
+// SiLU for results of at most 2 bytes.
 __device__ __forceinline__ float fast_silu(float x) { return x * fast_reciprocal(1.0f + fast_exp(-x)); }
 
-// From z = x @ weight^T + bias to the result: 8 columns of one row, of z 16 for SwiGLU.
+// Writes 8 columns of one row of the result, from z = x @ weight^T + bias. SwiGLU takes 16 columns of z.
 template <Form FORM, typename Out, int CHUNKS>
 __device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], float inverse_scale, Out* to) {
   float y[WIDTH];
@@ -102,14 +102,14 @@ __device__ __forceinline__ void finish(const float (&z)[CHUNKS][WIDTH], float in
   store_at_once(to, pack<Out>(y));
 }
 
-// Writes a tile of ROWS x COLUMNS that begins at (tile_row, tile_column) of the product. `accumulators(i)` are those of
-// thread `thread` of THREADS: two columns, then 8 rows apart, then from group to group, then from slice to slice;
-// slices go to the warp groups in turn.
+// Writes a tile of ROWS x COLUMNS of the product, whose first element is (tile_row, tile_column). `accumulators(i)` are
+// the accumulators of thread `thread` of THREADS: the fastest index runs over two columns, the next over two rows 8
+// apart, the next over groups, the last over slices. Slices go to the warp groups in turn.
 template <Form FORM, bool SCALED, typename Out, int ROWS, int COLUMNS, int THREADS, typename Accumulators>
 __device__ __forceinline__ void write_tile(const Accumulators& accumulators, int thread, int64_t tile_row,
                                            int64_t tile_column, const EpilogueArguments& args) {
   constexpr int GROUPS = COLUMNS / WIDTH, SLICE_ROWS = THREADS / 2, SLICES = ROWS / SLICE_ROWS;
-  constexpr int CHUNKS = FORM == Form::swiglu ? 2 : 1;  // neighbouring groups that a lane comes to own at once
+  constexpr int CHUNKS = FORM == Form::swiglu ? 2 : 1;  // neighbouring groups that a lane receives at once
   const int lane = thread % WARP;
   const int64_t first_row = tile_row + 16 * (thread / WARP) + lane / 4;
 #pragma unroll
@@ -150,7 +150,7 @@ __device__ __forceinline__ void write_tile(const Accumulators& accumulators, int
   }
 }
 
-// As write_tile, for the dtypes of the result that go with operands of a dtype.
+// write_tile for the dtypes that the result can have, given the dtype of the operands.
 template <Form FORM, Dtype OPERAND, int ROWS, int COLUMNS, int THREADS, typename Accumulators>
 __device__ __forceinline__ void write_tile(const Accumulators& accumulators, int thread, int64_t tile_row,
                                            int64_t tile_column, const EpilogueArguments& args) {

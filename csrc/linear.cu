@@ -1,5 +1,5 @@
-// x @ weight^T + bias with what follows it, for sm_90: the launcher. The kernels are in linear.cuh, what they do with
-// the product in epilogue.cuh, which tile they take in linear_tiles.h.
+// The launcher of linear: x @ weight^T + bias with an epilogue, for sm_90. The kernels are in linear.cuh, their
+// epilogue is in epilogue.cuh, and the choice of a tile in linear_tiles.h.
 #include "common.cuh"
 #include "linear.h"
 

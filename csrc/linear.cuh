@@ -1,9 +1,10 @@
-// The kernels of linear.cu: CUTLASS' warp-specialised product for sm_90a (TMA loads, wgmma, a persistent grid) with the
-// epilogue of epilogue.cuh. Empty for other architectures. Each linear_<dtype>.cu compiles those of its operands.
+// The kernels of linear.cu: CUTLASS' warp-specialised GEMM for sm_90a (TMA loads, wgmma, a persistent grid) with the
+// epilogue of epilogue.cuh. They are empty for other architectures. Each linear_<dtype>.cu compiles the kernels for
+// operands of that dtype.
 //
-// e4m3: the tensor cores add up all products, with fewer bits than fp32 has (fast accumulation; ops/linear.py says what
-// that costs). CUTLASS would else add every 128 products to a second set of accumulators, for which the larger tiles
-// have no registers.
+// e4m3: the tensor cores add up all products, with fewer bits than fp32 has (fast accumulation; ops/linear.py gives the
+// error). The alternative in CUTLASS adds every 128 products to a second set of accumulators, and the larger tiles have
+// no registers for it.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -24,7 +25,8 @@ using CutlassType =
     std::conditional_t<OPERAND == Dtype::e4m3, cutlass::float_e4m3_t,
                        std::conditional_t<OPERAND == Dtype::fp16, cutlass::half_t, cutlass::bfloat16_t>>;
 
-// epilogue.cuh in the shape of an epilogue of CUTLASS, which also asks for the types of two matrices it never touches.
+// epilogue.cuh with the interface of CUTLASS' epilogues. That also requires the types of two matrices that are not
+// used.
 template <Form FORM, Dtype OPERAND, int TILE>
 class LinearEpilogue {
  public:
@@ -56,11 +58,11 @@ class LinearEpilogue {
     constexpr int ROWS = TILES[TILE].rows, COLUMNS = TILES[TILE].columns, THREADS = decltype(size(TiledMma{}))::value;
     constexpr int SLICES = 2 * ROWS / THREADS;
     static_assert(std::is_same_v<typename TiledMma::AtomLayoutC_TV, SM90::GMMA::CLayout_64xN<COLUMNS>>,
-                  "epilogue.cuh knows the accumulators of one wgmma as wide as the tile");
+                  "epilogue.cuh expects the accumulators of one wgmma as wide as the tile");
     static_assert(std::is_same_v<typename Accumulators::layout_type,
                                  decltype(make_layout(
                                      make_shape(make_shape(_2{}, _2{}, Int<COLUMNS / WIDTH>{}), Int<SLICES>{}, _1{})))>,
-                  "epilogue.cuh counts the accumulators in this order");
+                  "epilogue.cuh expects the accumulators in this order");
     write_tile<FORM, OPERAND, ROWS, COLUMNS, THREADS>(accumulators, thread, int64_t(get<0>(tile)) * ROWS,
                                                       int64_t(get<1>(tile)) * COLUMNS, params_);
   }
@@ -73,7 +75,7 @@ template <Form FORM, Dtype OPERAND, int TILE>
 struct LinearGemm {
   using Element = CutlassType<OPERAND>;
   static constexpr int ALIGNMENT = 16 / sizeof(Element), STEP = 128 / sizeof(Element);
-  // Two blocks, one below the other, share what they read of the weight.
+  // Two blocks, one below the other, read the weight once, by multicast.
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr bool E4M3 = OPERAND == Dtype::e4m3;
   using Pingpong = std::conditional_t<E4M3, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
@@ -119,7 +121,7 @@ void launch_kernel(const LinearForward& args, int multiprocessors, cudaStream_t 
   check_cuda(cudaLaunchKernelEx(&config, prepared<Kernel>(), params));
 }
 
-// Launches TILES[tile], of those from TILE on.
+// Launches the kernel with TILES[tile], where tile >= TILE.
 template <Form FORM, Dtype OPERAND, int TILE = 0>
 void launch_tile(const LinearForward& args, int tile, int multiprocessors, cudaStream_t stream) {
   if constexpr (TILE < NUM_TILES) {

@@ -1,4 +1,4 @@
-// The launcher of linear.cu and its checks: plain C++, as checks.h.
+// The launcher of linear.cu and its checks. Plain C++, like checks.h.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,21 @@ namespace dinov2_fast {
 
 struct LinearForward {
   Tensor x;              // (rows, in_features): bf16, fp16 or e4m3
-  Tensor weight;         // (out_features, in_features), as x; gate and value rows in turn for SwiGLU
-  Tensor bias;           // (out_features,), bf16, fp16 or fp32, or left out
-  Tensor weight_scale;   // (out_features,), fp32: of each row of weight, if that is e4m3
-  double scale;          // dequantisation factor of all of x
-  double inverse_scale;  // of an e4m3 result
+  Tensor weight;         // (out_features, in_features), in the dtype of x; for SwiGLU gate and value rows in turn
+  Tensor bias;           // (out_features,), bf16, fp16 or fp32. Optional.
+  Tensor weight_scale;   // (out_features,), fp32, the scale of each row of weight; with e4m3 operands only
+  double scale;          // the dequantisation factor of x
+  double inverse_scale;  // 1 / the scale of an e4m3 result
   Form form;
-  Tensor out;  // (rows, out_features), half as wide for SwiGLU; the residual form adds to it in place
+  Tensor out;  // (rows, out_features), for SwiGLU (rows, out_features / 2); the residual form adds to it in place
 };
 void linear_forward(const LinearForward& args, void* stream);
 
-// With TILES[tile], for operands of a dtype; linear_<dtype>.cu has it.
+// The launch with TILES[tile] for operands of one dtype, defined in linear_<dtype>.cu.
 template <Dtype OPERAND>
 void launch_linear(const LinearForward& args, int tile, int multiprocessors, void* stream);
 
-// TMA reads rows of a multiple of 16 bytes, and a thread of the epilogue writes 8 neighbouring columns.
+// TMA reads rows whose size is a multiple of 16 bytes, and a thread of the epilogue writes 8 neighbouring columns.
 inline void check_linear(const LinearForward& args) {
   const Tensor& x = args.x;
   const bool e4m3 = x.dtype == Dtype::e4m3;
@@ -52,7 +52,7 @@ inline void check_linear(const LinearForward& args) {
     check_dtype(args.bias, {Dtype::bf16, Dtype::fp16, Dtype::fp32});
     check_vector(args.bias, out_features, x.device);
   }
-  if (e4m3 != bool(args.weight_scale)) fail("weight_scale goes with e4m3 operands, which need it");
+  if (e4m3 != bool(args.weight_scale)) fail("weight_scale must be given for e4m3 operands, and for no others");
   if (args.weight_scale) {
     check_dtype(args.weight_scale, {Dtype::fp32});
     check_vector(args.weight_scale, out_features, x.device);
@@ -66,7 +66,7 @@ inline void check_linear(const LinearForward& args) {
   } else {
     check_dtype(args.out, {narrow});
   }
-  if (!e4m3 && args.form == Form::none) fail("a linear of bf16 or fp16 with nothing behind it is cuBLAS' to compute");
+  if (!e4m3 && args.form == Form::none) fail("the form none takes e4m3 operands only: for bf16 and fp16 use cuBLAS");
   check_matrix(args.out, rows, out_features / pair, x.device);
 }
 

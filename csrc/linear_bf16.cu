@@ -1,4 +1,4 @@
-// The kernels of linear.cu for bf16 operands, in a file of their own because they take minutes to compile.
+// The kernels of linear.cu for bf16 operands. They have their own file because they take minutes to compile.
 #include "linear.cuh"
 
 namespace dinov2_fast {

@@ -34,7 +34,7 @@ from torch.export import Dim, ExportedProgram
 from dinov2_fast import __version__
 from dinov2_fast.errors import Dinov2FastError, InvalidTypeError, InvalidValueError
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops._registry import is_installed
+from dinov2_fast.ops._backends import is_installed
 from dinov2_fast.ops.dispatch import BackendError
 
 ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2"}

@@ -25,7 +25,7 @@ from dinov2_fast import layouts, ops
 from dinov2_fast.block import Block
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError, UnsupportedError
 from dinov2_fast.layers import GELU, LayerNorm, Mlp, PatchEmbed, SwiGLUFFNFused, _pair, check_is_tensor
-from dinov2_fast.ops.table import Row, summary, table
+from dinov2_fast.ops.choices import BackendChoice, backend_choices, format_choices
 from dinov2_fast.position_embeddings import (
     POSITION_INTERPOLATIONS,
     Grid,
@@ -579,13 +579,13 @@ class DinoVisionTransformer(AnyLayout):
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """Which implementation of each op runs for this model's device, dtype and mode, and why."""
         parameter = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
-        return table(parameter.device, parameter.dtype, self.training, only_trainable=True)
+        return backend_choices(parameter.device, parameter.dtype, self.training, only_trainable=True)
 
     def extra_repr(self) -> str:
-        return "\n".join([f"position_interpolation={self.position_interpolation}", *summary(self.backends())])
+        return "\n".join([f"position_interpolation={self.position_interpolation}", *format_choices(self.backends())])
 
 
 def _chunk(blocks: list[nn.Module], chunks: int) -> list[nn.Module]:

@@ -1,7 +1,12 @@
-"""GELU and SwiGLU between the linears of a feed-forward network.
+"""GELU and SwiGLU, the activations of a feed-forward network, and the quantisation to e4m3.
 
-The device functions serve the epilogues of matrix products as well. The polynomial GELU is within 3.1e-6 of the exact
-one: far below a rounding of bf16 or e4m3, not of fp16 or fp32, whose outputs take the error function.
+    gelu(x) = x * Phi(x),    swiglu(x1, x2) = silu(x1) * x2,    identity(x) = x          elementwise
+
+A program computes a tile of rows and columns. A row is `hidden` wide; for SwiGLU its input is twice as wide. The device
+functions also serve the epilogues of matrix products.
+
+The polynomial GELU is within 3.1e-6 of the exact one. That is far below the rounding of bf16 and e4m3, but not below
+that of fp16 and fp32. So fp16, fp32 and fp64 outputs are computed with the error function.
 """
 
 from __future__ import annotations
@@ -14,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
+from dinov2_fast.kernels.common import CACHED_CONFIGURATIONS, to_e4m3
 
-TILE = 4096  # elements in flight in one program
+TILE = 4096  # elements of a program's tile
 
 
 @triton.jit
@@ -26,7 +31,7 @@ def gelu_erf(x):
 
 @triton.jit
 def normal_cdf_polynomial(x):
-    """The normal distribution function as a sigmoid of an odd polynomial of degree 9, without overflow for any x."""
+    """The normal distribution function as the sigmoid of an odd polynomial of degree 9. It overflows for no x."""
     t = x * x
     p = 2.22435329e-6 * t - 6.09182100e-5
     p = (p * t - 2.51040285e-4) * t + 0.0729400251
@@ -50,7 +55,7 @@ def _activation_forward_kernel(
     rows,
     hidden,
     x_stride,
-    inverse_scale,  # of e4m3
+    inverse_scale,  # 1 / scale of an e4m3 output
     KIND: tl.constexpr,  # "gelu_erf", "gelu_polynomial", "swiglu" or "identity"
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,9 +82,9 @@ def _activation_forward_kernel(
     tl.store(y_ptr + row64 * hidden + column[None, :], y, mask=mask)
 
 
-@lru_cache(CONFIGURATIONS)
+@lru_cache(CACHED_CONFIGURATIONS)
 def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid and a program's tile: whole columns where a power of two divides them, else a masked rest."""
+    """The grid and a program's tile. Tiles end with the row if 256 divides it, else the last one is masked."""
     block = next((block for block in (1024, 512, 256) if hidden % block == 0), None)
     block = block or min(triton.next_power_of_2(hidden), 1024)
     tile_rows = max(1, elements // block)
@@ -88,7 +93,10 @@ def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int
 
 
 def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> Tensor:
-    """GELU or identity of `x` (..., hidden), or SwiGLU of (..., 2 * hidden), in its dtype, or in e4m3 over a scale."""
+    """GELU or identity of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden) with the gate first.
+
+    The result is (..., hidden) in the dtype of `x`, or with `scale` the e4m3 values of the result divided by `scale`.
+    """
     hidden = x.shape[-1] // 2 if kind == "swiglu" else x.shape[-1]
     y = x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else torch.float8_e4m3fn)
     if x.numel():

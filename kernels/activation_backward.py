@@ -1,4 +1,10 @@
-"""The gradients of GELU and SwiGLU, recomputed from what went in."""
+"""The gradients of GELU and SwiGLU.
+
+    gelu:     dx = dy * (Phi(x) + x * phi(x))                          phi is the normal density
+    swiglu:   dx1 = dy * x2 * silu'(x1),    dx2 = dy * silu(x1)
+
+A program computes a tile of rows and columns. Phi and silu are computed again from the inputs of the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,14 @@ from torch import Tensor
 from dinov2_fast.kernels import common
 from dinov2_fast.kernels.activation import configuration, normal_cdf_polynomial
 
-TILE = 2048  # elements in flight in one program
+TILE = 2048  # elements of a program's tile
 
 
 @triton.jit
 def _activation_backward_kernel(
     dy_ptr,  # (rows, hidden)
     x_ptr,  # (rows, hidden); for SwiGLU (rows, 2 * hidden), the gate first
-    dx_ptr,  # as x, out
+    dx_ptr,  # in the shape of x, out
     rows,
     hidden,
     dy_stride,
@@ -52,8 +58,8 @@ def _activation_backward_kernel(
     tl.store(dx_ptrs, dx, mask=mask)
 
 
-def activation_backward(dy: Tensor, x: Tensor, *, swiglu: bool = False) -> Tensor:
-    """The gradient of `x`, for `dy` (..., hidden)."""
+def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The gradient for `x`, given the gradient `dy` (..., hidden) of its "gelu" or "swiglu"."""
     hidden = dy.shape[-1]
     dx = x.new_empty(x.shape)
     if x.numel():
@@ -69,7 +75,7 @@ def activation_backward(dy: Tensor, x: Tensor, *, swiglu: bool = False) -> Tenso
                 hidden,
                 dy.stride(0),
                 x.stride(0),
-                SWIGLU=swiglu,
+                SWIGLU=kind == "swiglu",
                 POLYNOMIAL=x.dtype == torch.bfloat16,
                 COMPUTE=compute,
                 **meta,

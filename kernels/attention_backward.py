@@ -1,11 +1,16 @@
-"""The gradient of attention. With p the weights, delta_i = sum_d dout_id out_id and * elementwise:
+"""The gradient of attention.
 
-    dv = p^T dout,    ds = p * (dout v^T - delta),    dq = scale ds k,    dk = scale ds^T q
+    delta_i = sum_d dout_id * out_id
+    dv = p^T @ dout,    ds = p * (dout @ v^T - delta),    dq = scale * ds @ k,    dk = scale * ds^T @ q
 
-Three kernels: delta; dk and dv, where a program owns a tile of keys and reads all queries; dq, where a program owns a
-tile of queries and reads all keys. Each computes p anew from lse, and each element of the gradient is written once, by
-one program, so that results repeat bit by bit. The gradient is packed as qkv is, contiguous. What the kernels rely on
-is said in `attention`. Source: Dao et al., arXiv:2205.14135.
+p are the attention weights, and * is elementwise. There are three kernels:
+- delta: a program computes a tile of tokens of one head;
+- dk and dv: a program computes a tile of keys of one head and reads all queries;
+- dq: a program computes a tile of queries of one head and reads all keys.
+
+The last two compute p again from lse. Each element of the gradient is written once, by one program, so results are
+equal bit by bit in every run. The gradient is packed as qkv is, and contiguous. The invariants are those of
+kernels/attention.py. Source: Dao et al., arXiv:2205.14135.
 """
 
 from __future__ import annotations
@@ -26,7 +31,6 @@ from dinov2_fast.kernels.attention import (
     softmax_scale,
     store_rows,
     tail_block,
-    upcast,
 )
 
 LN2 = tl.constexpr(math.log(2.0))
@@ -36,26 +40,26 @@ LN2 = tl.constexpr(math.log(2.0))
 def _attention_delta_kernel(
     out_ptr, dout_ptr, lse_ptr, lse_delta_ptr, tokens, heads, tiles, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """lse and delta (batch, heads, tokens, 2) from lse and from out and dout, (batch, tokens, heads, head_dim)."""
+    """Writes lse and delta side by side, (batch, heads, tokens, 2). out, dout: (batch, tokens, heads, head_dim)."""
     program = tl.program_id(0)
     head, batch = program // tiles % heads, (program // tiles // heads).to(tl.int64)
     token = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    kept = token < tokens
+    token_mask = token < tokens
     offsets = ((batch * tokens + token) * heads + head)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    out = tl.load(out_ptr + offsets, mask=kept[:, None], other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + offsets, mask=kept[:, None], other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offsets, mask=token_mask[:, None], other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offsets, mask=token_mask[:, None], other=0.0).to(tl.float32)
     rows = (batch * heads + head) * tokens + token
-    lse = tl.load(lse_ptr + rows, mask=kept, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=token_mask, other=0.0)
     pairs = lse_delta_ptr + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(pairs, tl.join(lse, tl.sum(out * dout, 1)), mask=kept[:, None])
+    tl.store(pairs, tl.join(lse, tl.sum(out * dout, 1)), mask=token_mask[:, None])
 
 
 @triton.jit
 def _load_lse_delta(lse_delta_ptr, start, stop, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """lse and delta, (ROWS,) each, of the rows start, start + 1, ... If MASKED, those from `stop` on are zeros.
+    """lse and delta, (ROWS,) each, of the rows start, start + 1, ... If MASKED, the rows from `stop` on are zeros.
 
-    Both in one load: if it has as many elements as the program has threads, each thread loads its own, and shared
-    memory spreads them. A smaller load Triton repeats in every thread, for all rows that the thread needs.
+    One load reads both. If the load has as many elements as the program has threads, each thread loads one element, and
+    shared memory distributes them. Triton repeats a smaller load in every thread, for all rows that the thread needs.
     """
     rows = start + tl.arange(0, ROWS)
     pairs = lse_delta_ptr + rows[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -65,13 +69,13 @@ def _load_lse_delta(lse_delta_ptr, start, stop, ROWS: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
-def _take_queries(
+def _add_queries(
     k, v, q_ptr, dout_ptr, lse_delta_ptr, start, stop, stride_token, stride_out, dk, dv,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a tile of queries gives to dk, before the scale, and dv.
+    """Adds the contribution of a tile of queries to dk, not yet scaled, and to dv.
 
-    If MASKED, q, dout, lse and delta are 0 for the queries that do not count, so these add nothing.
+    If MASKED, q, dout, lse and delta are 0 for the queries from `stop` on, so these contribute nothing.
     """
     q = load_rows(q_ptr, start, stop, stride_token, QUERIES, HEAD_DIM, MASKED, UPCAST)
     dout = load_rows(dout_ptr, start, stop, stride_out, QUERIES, HEAD_DIM, MASKED, UPCAST)
@@ -84,23 +88,23 @@ def _take_queries(
 
 
 @triton.jit
-def _key_rows(
+def _key_gradients(
     q_ptr, dout_ptr, lse_delta_ptr, dq_ptr, start, length, stride_token, stride_kind, stride_out,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, TAIL_Q: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the keys start, start + 1, ... of one head, ROWS of them at most."""
+    """dk and dv of at most ROWS keys of one head, from `start` on."""
     k = load_rows(q_ptr + stride_kind, start, length, stride_token, ROWS, HEAD_DIM, True, UPCAST)
     v = load_rows(q_ptr + 2 * stride_kind, start, length, stride_token, ROWS, HEAD_DIM, True, UPCAST)
     dk = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     dv = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     tail = length // BLOCK_Q * BLOCK_Q
-    dk, dv = _take_queries(
+    dk, dv = _add_queries(
         k, v, q_ptr, dout_ptr, lse_delta_ptr, tail, length, stride_token, stride_out, dk, dv,
         SCALE, HEAD_DIM, TAIL_Q, True, UPCAST,
     )  # fmt: skip
     for query in tl.range(0, tail, BLOCK_Q):
-        dk, dv = _take_queries(
+        dk, dv = _add_queries(
             k, v, q_ptr, dout_ptr, lse_delta_ptr, query, length, stride_token, stride_out, dk, dv,
             SCALE, HEAD_DIM, BLOCK_Q, False, UPCAST,
         )  # fmt: skip
@@ -110,11 +114,11 @@ def _key_rows(
 
 
 @triton.jit
-def _take_keys(
+def _add_keys(
     q, dout, lse, delta, k_ptr, v_ptr, start, stop, stride_token, dq,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a tile of keys gives to dq, before the scale."""
+    """Adds the contribution of a tile of keys to dq, not yet scaled."""
     k = load_rows(k_ptr, start, stop, stride_token, KEYS, HEAD_DIM, MASKED, UPCAST)
     v = load_rows(v_ptr, start, stop, stride_token, KEYS, HEAD_DIM, MASKED, UPCAST)
     p = tl.exp2(dot(q, tl.trans(k)) * SCALE - lse[:, None])  # (queries, keys)
@@ -125,12 +129,12 @@ def _take_keys(
 
 
 @triton.jit
-def _query_rows(
+def _query_gradients(
     q_ptr, dout_ptr, lse_delta_ptr, dq_ptr, start, length, stride_token, stride_kind, stride_out,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq of the queries start, start + 1, ... of one head, ROWS of them at most."""
+    """dq of at most ROWS queries of one head, from `start` on."""
     lse, delta = _load_lse_delta(lse_delta_ptr, start, length, ROWS, True)
     q = load_rows(q_ptr, start, length, stride_token, ROWS, HEAD_DIM, True, UPCAST)
     dout = load_rows(dout_ptr, start, length, stride_out, ROWS, HEAD_DIM, True, UPCAST)
@@ -138,11 +142,11 @@ def _query_rows(
     v_ptr = k_ptr + stride_kind
     dq = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     tail = length // BLOCK_K * BLOCK_K
-    dq = _take_keys(
+    dq = _add_keys(
         q, dout, lse, delta, k_ptr, v_ptr, tail, length, stride_token, dq, SCALE, HEAD_DIM, TAIL_K, True, UPCAST
     )
     for key in tl.range(0, tail, BLOCK_K):
-        dq = _take_keys(
+        dq = _add_keys(
             q, dout, lse, delta, k_ptr, v_ptr, key, length, stride_token, dq, SCALE, HEAD_DIM, BLOCK_K, False, UPCAST
         )
     store_rows(dq_ptr, dq * (SCALE * LN2), start, length, 3 * stride_out, ROWS, HEAD_DIM)
@@ -155,19 +159,19 @@ def _attention_backward_kernel(
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
     TAIL_INNER: tl.constexpr, OF_KEYS: tl.constexpr, VARLEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dk and dv (OF_KEYS) or of dq; what it loops over is called inner."""
+    """Computes a tile of dk and dv (OF_KEYS) or of dq. "Inner" are the queries or keys that it loops over."""
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
     batch, first, length = find_sequence(program // tiles // heads, cu_seqlens_ptr, tokens, VARLEN)
     start = tile * BLOCK
-    if start >= length:  # beyond a short sequence
+    if start >= length:  # the sequence is shorter than the longest one
         return
     qkv_ptr += batch * stride_batch + first * stride_token + head.to(tl.int64) * stride_head
     stride_out = heads * HEAD_DIM
     dout_ptr += (batch * tokens + first) * stride_out + head * HEAD_DIM
     dqkv_ptr += (batch * tokens + first) * 3 * stride_out + head * HEAD_DIM
     lse_delta_ptr += ((batch * heads + head) * tokens + first) * 2
-    gradient: tl.constexpr = _key_rows if OF_KEYS else _query_rows
+    gradient: tl.constexpr = _key_gradients if OF_KEYS else _query_gradients
     gradient(
         qkv_ptr, dout_ptr, lse_delta_ptr, dqkv_ptr, start, length, stride_token, stride_kind, stride_out,
         SCALE, HEAD_DIM, BLOCK, BLOCK_INNER, TAIL_INNER, UPCAST,
@@ -175,9 +179,9 @@ def _attention_backward_kernel(
 
 
 def _configuration(qkv: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Tiles of what programs own and of what they loop over, warps and stages."""
+    """Rows of a program's tile, rows of the tiles that it loops over, and its warps and stages."""
     head_dim = qkv.shape[-1]
-    if qkv.dtype == torch.float32:  # not on tensor cores; larger tiles spill
+    if qkv.dtype == torch.float32:  # computed without tensor cores; larger tiles spill registers
         return 16 if head_dim == 128 else 64, 16, {"num_warps": 8, "num_stages": 2}
     wide = common.capability(qkv.device)[0] in (9, 10)
     block = 64 if wide or head_dim <= 64 else 32
@@ -193,7 +197,9 @@ def attention_backward(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """The gradient of `attention_forward` for qkv: arguments as it takes and returns them, `dout` as `out`.
+    """The gradient for qkv, given `dout`, the gradient of `out`.
+
+    The other arguments are those of `attention_forward` and its results.
 
     Returns:
         dqkv (batch, tokens, 3, heads, head_dim), contiguous.
@@ -217,7 +223,7 @@ def attention_backward(
             _attention_backward_kernel[(tiles * heads * sequences,)](
                 qkv, dout, lse_delta, dqkv, cu_seqlens, tokens, heads, tiles, *qkv.stride()[:4],
                 SCALE=softmax_scale(head_dim), HEAD_DIM=head_dim, BLOCK=block, BLOCK_INNER=inner,
-                TAIL_INNER=tail_block(seq_len, inner, varlen), OF_KEYS=of_keys, VARLEN=varlen, UPCAST=upcast(qkv.dtype),
-                **options,
+                TAIL_INNER=tail_block(seq_len, inner, varlen), OF_KEYS=of_keys, VARLEN=varlen,
+                UPCAST=common.upcast(qkv.dtype), **options,
             )  # fmt: skip
     return dqkv

@@ -2,12 +2,17 @@
 
     y = layer_norm(x),    p = softmax over tokens of y . absorbed,    pooled = sum over tokens of p y
 
-The norm's bias shifts all scores of a head alike and its weight moves into the absorbed query, so only
-x_hat = (x - mean) * rstd is ever formed, and weight and bias are applied to the result: y is never written.
-One kernel takes the statistics and scores of each token, a second the softmax and the sum, a program for a block of the
-hidden size; nothing is shared between programs. The stream is read twice, the second time from the L2 cache where a
-batch fits into it. The form that reads once holds (heads, hidden) sums and a tile of whole tokens in the registers of
-one program: it leaves room for one program on a multiprocessor, spills at hidden size 1536 and in fp32.
+There are two kernels. In the first, a program computes the statistics of a tile of tokens and their scores for all
+heads. In the second, a program computes the softmax, and the sum for a block of the hidden size, for all heads of an
+image. Programs share nothing.
+
+y is never stored. The norm's bias shifts all scores of a head alike, so the softmax ignores it, and the norm's weight
+is multiplied into the absorbed query. So the kernels need only x_hat = (x - mean) * rstd, and apply weight and bias to
+the result.
+
+The stream is read twice, the second time from the L2 cache if a batch fits into it. A kernel that reads it once would
+hold (heads, hidden) sums and a tile of whole tokens in the registers of one program. Then only one program fits on a
+multiprocessor, and registers spill at hidden size 1536 and in fp32.
 """
 
 from __future__ import annotations
@@ -52,8 +57,8 @@ def _attention_pool_scores_kernel(
     dtype = x_ptr.dtype.element_ty
     operand = tl.float32 if UPCAST else dtype
 
-    # Statistics block by block, joined as in Chan, Golub & LeVeque, "Updating Formulae ... for Computing Sample
-    # Variances" (1979): each sum of squares is about its own mean.
+    # The statistics are computed block by block and combined as in Chan, Golub & LeVeque, "Updating Formulae ... for
+    # Computing Sample Variances" (1979): the sum of squares of a block is taken about the mean of that block.
     mean = tl.zeros((TOKENS,), COMPUTE)
     squares = tl.zeros((TOKENS,), COMPUTE)
     for start in range(0, hidden, BLOCK):
@@ -117,7 +122,7 @@ def _attention_pool_sum_kernel(
     dtype = x_ptr.dtype.element_ty
     operand = tl.float32 if UPCAST else dtype
 
-    largest = tl.full((HEADS,), float("-inf"), COMPUTE)
+    row_max = tl.full((HEADS,), float("-inf"), COMPUTE)
     total = tl.zeros((HEADS,), COMPUTE)
     acc = tl.zeros((HEADS, BLOCK), COMPUTE)
     for start in tl.range(0, seq_len, TOKENS, num_stages=STAGES):
@@ -131,14 +136,14 @@ def _attention_pool_sum_kernel(
 
         score_row = scores_ptr + (image * num_heads + head[:, None]) * seq_len
         scores = tl.load(score_row + token[None, :], mask=head_mask[:, None] & token_mask[None, :], other=0.0)
-        scores = tl.where(token_mask[None, :], scores * LOG2E, float("-inf"))  # (HEADS, TOKENS), base 2
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        shrink = tl.exp2(largest - larger)
-        p = tl.exp2(scores - larger[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        scores = tl.where(token_mask[None, :], scores * LOG2E, float("-inf"))  # (HEADS, TOKENS), in units of log2
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        correction = tl.exp2(row_max - new_max)
+        p = tl.exp2(scores - new_max[:, None])
+        total = total * correction + tl.sum(p, axis=1)
         p = p.to(dtype).to(operand)
-        acc = tl.dot(p, x_hat, acc * shrink[:, None], input_precision="ieee", out_dtype=COMPUTE)
-        largest = larger
+        acc = tl.dot(p, x_hat, acc * correction[:, None], input_precision="ieee", out_dtype=COMPUTE)
+        row_max = new_max
 
     weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
     bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)
@@ -148,8 +153,8 @@ def _attention_pool_sum_kernel(
 
 
 def _configuration(batch: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, int], ...]:
-    """Tiles of the two kernels: narrow sums where the device would stand idle."""
-    if dtype.itemsize >= 4:  # products of fp32 and fp64 run from registers: narrow tiles, and no loads ahead
+    """The tiles of the two kernels. The blocks of the second are narrow if wide ones would not occupy the device."""
+    if dtype.itemsize >= 4:  # products of fp32 and fp64 read registers, which leaves no room for loads ahead
         sums = {"BLOCK": 32, "STAGES": 1}
     elif batch * triton.cdiv(hidden, 128) < 2 * common.multiprocessors(device):
         sums = {"BLOCK": 32, "STAGES": 3}
@@ -160,9 +165,9 @@ def _configuration(batch: int, hidden: int, dtype: torch.dtype, device: torch.de
 
 
 def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`pooled` (batch, num_heads, hidden) of x (batch, seq_len, hidden) and absorbed (batch, num_heads, hidden).
+    """`pooled` (batch, num_heads, hidden) for `x` (batch, seq_len, hidden) and `absorbed` (batch, num_heads, hidden).
 
-    At most 32 heads, at least one token; the result has the dtype of `x`.
+    There are at most 32 heads and at least one token. The result has the dtype of `x`.
     """
     batch, seq_len, hidden = x.shape
     num_heads = absorbed.shape[1]
@@ -177,7 +182,7 @@ def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Te
     mean, rstd = x.new_empty(2, batch, seq_len, dtype=wide)
     options = {
         "COMPUTE": compute,
-        "UPCAST": common.interpreting() and x.dtype == torch.bfloat16,
+        "UPCAST": common.upcast(x.dtype),
         "HEADS": max(16, triton.next_power_of_2(num_heads)),
     }
     sizes = (seq_len, hidden, num_heads, x.stride(0), x.stride(1))

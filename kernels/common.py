@@ -1,4 +1,4 @@
-"""What several kernels need: what a launcher asks of its device, rows of a tensor, and the step to e4m3."""
+"""What several kernels share: properties of a device, tensors as rows, and the conversion to e4m3."""
 
 from __future__ import annotations
 
@@ -13,70 +13,75 @@ from torch import Tensor
 
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 E4M3_MAX = tl.constexpr(448.0)
-# How many configurations a launcher remembers. To compute one takes several calls of `triton.cdiv`, each of which takes
-# the host as long as an `F.linear` of 4 x 4.
-CONFIGURATIONS = 1024
+# How many configurations a launcher caches. Computing one takes several calls of `triton.cdiv`, and each call costs the
+# host as much as an `F.linear` of 4 x 4.
+CACHED_CONFIGURATIONS = 1024
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU (``TRITON_INTERPRET=1``)."""
+    """Whether Triton's interpreter runs the kernels on the CPU (``TRITON_INTERPRET=1``)."""
     return INTERPRETING.value
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `x` the current one, on which Triton launches."""
+    """Makes the device of `x` the current one, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; (9, 0) for the interpreter."""
+    """The compute capability of a CUDA device; (9, 0) for the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 2 for the interpreter, so that persistent loops turn."""
+    """The streaming multiprocessors of a CUDA device; 2 for the interpreter, so that persistent loops iterate."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def compute_dtype(*tensors: Tensor | None) -> tl.dtype:
-    """In what a kernel computes: fp64 if any tensor is fp64, else fp32."""
+    """The dtype in which a kernel computes: fp64 if any tensor is fp64, else fp32."""
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return tl.float64 if wide else tl.float32
 
 
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether operands are cast to fp32 before a product, because Triton's interpreter multiplies bf16 wrongly."""
+    return interpreting() and dtype == torch.bfloat16
+
+
 def rows(x: Tensor) -> Tensor:
-    """`x` (..., hidden) as (rows, hidden) with neighbouring elements in a row; a copy only where no view can be."""
+    """`x` (..., hidden) as (rows, hidden) with contiguous rows; a copy only if no view is possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def vector(v: Tensor | None) -> Tensor | None:
-    """`v` with neighbouring elements, as kernels read it; None stays."""
+    """`v`, contiguous, as kernels read it; None stays None."""
     return None if v is None else v.contiguous()
 
 
-def in_two(number: float) -> tuple[float, float]:
-    """`number` as a sum of two fp32 numbers: a kernel gets its scalar arguments in fp32."""
-    nearest = struct.unpack("f", struct.pack("f", number))[0]
-    return nearest, number - nearest
+def split_fp32(number: float) -> tuple[float, float]:
+    """`number` rounded to fp32, and the rounding error. Triton passes scalar arguments of kernels in fp32."""
+    high = struct.unpack("f", struct.pack("f", number))[0]
+    return high, number - high
 
 
 @triton.jit
 def to_e4m3(x):
-    """Rounds to e4m3 after clamping to ±448, as torch's saturating quantisation does; NaN stays NaN."""
-    x = x.to(tl.float32)  # there is no step from fp64 to e4m3
+    """Clamps to ±448 and rounds to e4m3, as torch's saturating quantisation does. NaN stays NaN."""
+    x = x.to(tl.float32)  # there is no conversion from fp64 to e4m3
     x = tl.minimum(x, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     x = tl.maximum(x, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETING:  # its cast loses the carry into the exponent, so what it is given is rounded already
-        split = x * 1048577.0  # 2**20 + 1 leaves 4 of 24 significant bits (Veltkamp)
+    if INTERPRETING:  # the interpreter's cast loses a carry into the exponent, so x is rounded before it
+        split = x * 1048577.0  # 2**20 + 1 keeps 4 of 24 significant bits (Veltkamp)
         normal = split - (split - x)
-        subnormal = (x + 24576.0) - 24576.0  # a neighbour of 1.5 * 2**14 is 2**-9 away
+        subnormal = (x + 24576.0) - 24576.0  # at 1.5 * 2**14 the spacing of fp32 is 2**-9
         x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
     return x.to(tl.float8e4nv)
 
 
-# Triton's key of a kernel names the constants of this function only if the function's own key is there already: without
-# this line, what a process finds in Triton's cache would depend on which kernel it launched first.
+# Triton's cache key of a kernel includes the constants of this function only if the function's own key has already been
+# computed. Without this line, a cache hit would depend on which kernel the process launched first.
 _ = getattr(to_e4m3, "cache_key", None)

@@ -1,8 +1,13 @@
-"""Layer normalisation, alone or after the residual addition, in one pass over the stream.
+"""Layer normalisation, alone or fused with the residual addition before it.
 
-A program holds whole rows in registers, so that mean and variance are taken in two passes without reading twice. What
-is normalised after an addition is the sum as it is stored: the backward, which reads it again, sees the same numbers.
-The sum with a deferred bias is not stored, and not rounded.
+    total = x + drop_scale * gamma * branch        or total = x + deferred_bias, or total = x
+    y = (total - mean) * rstd * weight + bias,     rstd = 1 / sqrt(var + eps),     over the last dimension
+
+A program computes whole rows and holds them in registers. So the mean and the variance are computed in two passes, but
+the rows are read once.
+
+The sum with a branch is stored, and the stored, rounded sum is normalised: the backward reads it and computes with the
+same numbers. The sum with a deferred bias is neither stored nor rounded.
 """
 
 from __future__ import annotations
@@ -15,18 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
+from dinov2_fast.kernels.common import CACHED_CONFIGURATIONS, to_e4m3
 
-TILE = 4096  # elements in flight in one program
+TILE = 4096  # elements of a program's tile
 
 
 @triton.jit
 def _layer_norm_forward_kernel(
-    x_ptr,  # (rows, hidden), the residual stream if there is a branch
+    x_ptr,  # (rows, hidden); with a branch, the residual stream
     branch_ptr,  # (rows, hidden) or None
     gamma_ptr,  # (hidden,) or None
     drop_scale_ptr,  # (images,) or None
-    deferred_bias_ptr,  # (hidden,) or None, without a branch
+    deferred_bias_ptr,  # (hidden,) or None; None with a branch
     weight_ptr,  # (hidden,)
     bias_ptr,  # (hidden,)
     total_ptr,  # (rows, hidden), out: the sum; None without a branch
@@ -38,7 +43,7 @@ def _layer_norm_forward_kernel(
     x_stride,
     branch_stride,
     rows_per_image,
-    inverse_scale,  # of e4m3
+    inverse_scale,  # 1 / scale of an e4m3 output
     EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,9 +86,9 @@ def _layer_norm_forward_kernel(
     tl.store(y_ptr + out, y, mask=mask)
 
 
-@lru_cache(CONFIGURATIONS)
+@lru_cache(CACHED_CONFIGURATIONS)
 def _configuration(rows: int, hidden: int, multiprocessors: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and rows and columns of a program's tile: fewer rows where the device would stand idle."""
+    """The grid and a program's tile. A tile has fewer rows if otherwise the programs would not occupy the device."""
     block = triton.next_power_of_2(hidden)
     tile_rows = max(1, TILE // block)
     while tile_rows > 1 and triton.cdiv(rows, tile_rows) < 2 * multiprocessors:
@@ -105,11 +110,12 @@ def layer_norm_forward(
     statistics: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Normalises `x` (..., hidden) with its deferred bias, or its sum with a branch, in the dtype of torch's promotion.
+    """The norm of `x` (..., hidden), of `x` + `deferred_bias`, or of the sum of `x` and a branch.
 
     Returns:
-        The sum (None without a branch), its norm, mean and rstd (both None unless `statistics` are asked for). The norm
-        has the dtype of what was normalised, or with a `scale` is e4m3 values, to be multiplied by it.
+        The sum with the branch (None without a branch), the norm, the mean and rstd (both None without `statistics`).
+        Sum and norm have the promoted dtype of `x` and the branch's tensors. With `scale`, the norm is the e4m3 values
+        of the norm divided by `scale`.
     """
     hidden = x.shape[-1]
     addends = [t for t in (branch, gamma, drop_scale) if t is not None]

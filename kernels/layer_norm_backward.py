@@ -1,7 +1,13 @@
-"""The gradients of layer normalisation, alone or after the residual addition.
+"""The gradients of layer normalisation, alone or fused with the residual addition before it.
 
-Each of a fixed number of programs walks over its row tiles and keeps the sums over rows (of LayerScale, weight and
-bias) in registers; their partial sums are added afterwards, in one order, so that no atomics are needed.
+    n = (x - mean) * rstd,    dn = dy * weight                                    x is what was normalised
+    dx = (dn - mean(dn) - n * mean(dn * n)) * rstd + dtotal                       means over the last dimension
+    dbranch = drop_scale * gamma * dx
+    dweight = sum(dy * n),    dbias = sum(dy),    dgamma = sum(drop_scale * dx * branch)      sums over rows
+
+The number of programs is fixed by the device. Each program loops over tiles of whole rows and keeps its partial sums
+over rows in registers. The partial sums are added afterwards in a fixed order, without atomics, so results are equal
+bit by bit in every run.
 """
 
 from __future__ import annotations
@@ -14,14 +20,14 @@ from torch import Tensor
 from dinov2_fast.kernels import common
 
 TILE = 2048  # elements of a tile
-SUMS = 3  # vectors summed over rows: weight, bias, gamma; without a branch the first two
+SUMS = 3  # gradients that are sums over rows: weight, bias, gamma; without a branch only the first two
 
 
 @triton.jit
 def _layer_norm_backward_kernel(
     dy_ptr,  # (rows, hidden)
-    dtotal_ptr,  # (rows, hidden), the gradient of the sum itself, or None
-    x_ptr,  # (rows, hidden), what was normalised
+    dtotal_ptr,  # (rows, hidden), the gradient of the sum, or None
+    x_ptr,  # (rows, hidden), the normalised rows
     branch_ptr,  # (rows, hidden) or None
     gamma_ptr,  # (hidden,) or None
     drop_scale_ptr,  # (images,) or None
@@ -46,7 +52,7 @@ def _layer_norm_backward_kernel(
     column = tl.arange(0, BLOCK)
     column_mask = column < hidden
     weight = tl.load(weight_ptr + column, mask=column_mask, other=0.0).to(COMPUTE)[None, :]
-    dweight = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
+    dweight = tl.zeros((ROWS, BLOCK), COMPUTE)  # reduced over the tile's rows once, at the end
     dbias = tl.zeros((ROWS, BLOCK), COMPUTE)
     dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)
 
@@ -66,8 +72,8 @@ def _layer_norm_backward_kernel(
         dbias += dy
 
         dnormed = dy * weight
-        along = tl.sum(dnormed * normed, axis=1)[:, None] / hidden
-        dx = (dnormed - tl.sum(dnormed, axis=1)[:, None] / hidden - normed * along) * rstd
+        projection = tl.sum(dnormed * normed, axis=1)[:, None] / hidden
+        dx = (dnormed - tl.sum(dnormed, axis=1)[:, None] / hidden - normed * projection) * rstd
         if dtotal_ptr is not None:
             dx += tl.load(dtotal_ptr + row64 * dtotal_stride + column[None, :], mask=mask, other=0.0).to(COMPUTE)
         tl.store(dx_ptr + out, dx, mask=mask)
@@ -102,10 +108,21 @@ def layer_norm_backward(
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of what was added or normalised, of the branch, and of weight and bias, (2, hidden).
+    """The gradients of layer normalisation.
 
-    With a branch the third holds that of gamma as well, (3, hidden), zero where there is none. It is in fp32, fp64 if
-    anything is.
+    Args:
+        dy: the gradient of the norm, in the shape of `x`.
+        x: what was normalised, (..., hidden): with a branch, the sum.
+        weight: (hidden,).
+        mean, rstd: (...,), the statistics of the forward.
+        dtotal: with a branch, the gradient of the sum.
+        dx_dtype: the dtype of the gradient for the forward's `x`; by default that of `x`.
+        branch, gamma, drop_scale: as in the forward.
+
+    Returns:
+        The gradient for the forward's `x`; the gradient for the branch, or None; and the gradients for weight and bias,
+        (2, hidden), with a branch also that for gamma, (3, hidden), which is 0 without gamma. The last is fp32, or fp64
+        if any input is.
     """
     hidden = x.shape[-1]
     compute = common.compute_dtype(x, weight, branch, gamma, drop_scale)

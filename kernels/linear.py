@@ -1,12 +1,19 @@
-"""GEMM with a fused epilogue, forward only: x @ weight^T, then bias, activation or the step of the residual stream.
+"""GEMM with a fused epilogue, forward only.
 
-One kernel serves every form. It is persistent: each program takes every n-th tile of the result, in groups of rows
-whose operands stay in L2, and the loads of its next tile overlap the epilogue of the last. From sm_90 on, operands are
-read with TMA through descriptors that the launcher makes; elsewhere, and where TMA's 16-byte alignment is not met, with
-masked loads. Invariants: elements of a row are neighbours in `x`, `weight` and the output; `weight` holds one output
-feature per row, with gate and value rows in turn for SwiGLU; row offsets are int64; the sum over in_features is in
-fp32, but for e4m3 operands, whose products the tensor cores add up with the bits that they have (fast accumulation:
-ops/linear.py). e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
+    y = x @ weight^T * scale * weight_scale + bias,    followed by GELU, SwiGLU or the residual addition
+
+One kernel computes every form. It is persistent: with n programs, a program computes every n-th tile of the result.
+Tiles are ordered in groups of rows whose operands stay in the L2 cache. The loads of a program's next tile overlap the
+epilogue of its last one. From sm_90 on, operands are read with TMA through descriptors that the launcher makes. On
+other devices, and where the 16-byte alignment of TMA is not met, they are read with masked loads.
+
+Invariants:
+- The rows of `x`, `weight` and the output are contiguous. `weight` holds one output feature per row, for SwiGLU with
+  gate and value rows in turn.
+- Row offsets are int64.
+- The sum over in_features is in fp32. For e4m3 operands it is as precise as the tensor cores (fast accumulation, see
+  ops/linear.py).
+- e4m3 scales are dequantisation factors: real value = e4m3 value * scale.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dinov2_fast.kernels import common
 from dinov2_fast.kernels.activation import gelu_erf, gelu_polynomial, silu
-from dinov2_fast.kernels.common import CONFIGURATIONS, to_e4m3
+from dinov2_fast.kernels.common import CACHED_CONFIGURATIONS, to_e4m3
 from dinov2_fast.torch_private import is_fake
 
 E4M3 = torch.float8_e4m3fn
@@ -31,7 +38,7 @@ TMA_ALIGNMENT = 16  # bytes
 
 @triton.jit
 def _tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles are walked column by column, so that neighbours share operands."""
+    """The row and column of a tile. A group of GROUP rows of tiles is ordered column by column, to share operands."""
     in_group = GROUP * column_tiles
     first = tile // in_group * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
@@ -43,7 +50,7 @@ def _load_block(
     matrix, start, rows, stride, column, columns,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A block of a matrix (rows, columns), zero outside of it; EVEN if columns is a multiple of BLOCK_COLUMNS."""
+    """A block of a matrix (rows, columns), with zeros outside. EVEN: columns is a multiple of BLOCK_COLUMNS."""
     if TMA:
         block = matrix.load([start, column])
     else:
@@ -61,7 +68,7 @@ def _write_tile(
     y, start_m, start_n, bias_ptr, weight_scale_ptr, out_ptr, rows, out_features, out_stride, scale, inverse_out_scale,
     EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Finishes a tile of x @ weight^T whose first element stands at (start_m, start_n), and stores it."""
+    """Applies the epilogue to a tile of x @ weight^T, whose first element is (start_m, start_n), and stores it."""
     BLOCK_M: tl.constexpr = y.shape[0]
     BLOCK_N: tl.constexpr = y.shape[1]
     m = start_m + tl.arange(0, BLOCK_M)
@@ -95,7 +102,7 @@ def _linear_forward_kernel(
     weight,  # (out_features, in_features), pointer or descriptor
     bias_ptr,  # (out_features,) or None
     weight_scale_ptr,  # (out_features,) fp32 or None
-    out_ptr,  # (rows, out_features), (rows, out_features / 2) for "swiglu"; the stream itself for "residual"
+    out_ptr,  # (rows, out_features), for "swiglu" (rows, out_features / 2); for "residual" the stream
     rows,
     out_features,
     in_features,
@@ -125,7 +132,7 @@ def _linear_forward_kernel(
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             y = tl.dot(a, b.T, y, input_precision="ieee")
-        # Half a tile at a time: fewer registers, and what the residual needs fits in them.
+        # Half a tile at a time takes fewer registers, so the loaded residual does not spill.
         halves = tl.split(tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         for half in tl.static_range(2):
             _write_tile(
@@ -135,7 +142,7 @@ def _linear_forward_kernel(
 
 
 class _Tile(NamedTuple):
-    """A tile of the result and how many programs that compute such tiles a multiprocessor should hold."""
+    """The sizes of a tile of the result, and how many programs with such tiles a multiprocessor should hold."""
 
     m: int
     n: int
@@ -147,8 +154,8 @@ class _Tile(NamedTuple):
 def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[_Tile, ...]:
     """The tiles to choose from, largest first.
 
-    The tensor cores of sm_90 want 256 columns, which leaves room for one program per multiprocessor; two programs with
-    128 columns each hide the epilogue of one behind the products of the other.
+    The tensor cores of sm_90 are fastest with 256 columns, but then a multiprocessor holds one program only. Of two
+    programs with 128 columns, one runs its epilogue while the other multiplies.
     """
     small = _Tile(64, 64, 4, 4, 3)
     if dtype == torch.float32:
@@ -160,13 +167,14 @@ def _tiles(dtype: torch.dtype, tma: bool, capability: tuple[int, int]) -> tuple[
     return _Tile(128, 128, 4, 4 if capability == (8, 0) else 3, 2), small
 
 
-@lru_cache(CONFIGURATIONS)
+@lru_cache(CACHED_CONFIGURATIONS)
 def _configuration(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, epilogue: str, tma: bool,
     capability: tuple[int, int], multiprocessors: int,
 ) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Programs and options of a launch: the largest tile of which every multiprocessor gets one, else the smallest."""
-    # An epilogue need not be hidden behind the products of 1024 in_features, of 2048 in e4m3, which take half the time.
+    """Programs and options of a launch. The tile is the largest that occupies every multiprocessor, or the smallest."""
+    # From 1024 in_features on (2048 in e4m3, whose products take half the time) the products take so long that the
+    # epilogue need not be hidden.
     light = epilogue in ("none", "residual") or in_features * dtype.itemsize >= 2048
     for tile in _tiles(dtype, tma, capability):
         tiles = triton.cdiv(rows, tile.m) * triton.cdiv(out_features, tile.n)
@@ -177,7 +185,7 @@ def _configuration(
         "EPILOGUE": epilogue,
         "TMA": tma,
         "EVEN_K": in_features % block_k == 0,
-        "UPCAST": common.interpreting() and dtype == torch.bfloat16,
+        "UPCAST": common.upcast(dtype),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": block_k,
@@ -189,11 +197,11 @@ def _configuration(
 
 
 def _can_use_tma(matrix: Tensor) -> bool:
-    """Whether TMA can read a matrix: its base and rows start at multiples of 16 bytes.
+    """Whether TMA can read a matrix, whose base and rows must start at multiples of 16 bytes.
 
-    sm_120 has TMA as well, but the tensor cores of sm_80, which do not read what it brings.
+    sm_120 has TMA as well, but its tensor cores are those of sm_80, which do not read the layout that TMA writes.
     """
-    plain = type(matrix) is Tensor or not is_fake(matrix)  # which takes its time, so only subclasses are asked
+    plain = type(matrix) is Tensor or not is_fake(matrix)  # `is_fake` is slow, so only subclasses are asked
     start = matrix.data_ptr() if plain else matrix.storage_offset() * matrix.itemsize
     row = matrix.stride(0) * matrix.itemsize
     aligned = row > 0 and row % TMA_ALIGNMENT == 0 and start % TMA_ALIGNMENT == 0
@@ -252,10 +260,10 @@ def linear_forward(
     dtype: torch.dtype | None = None,
     out_scale: float = 1.0,
 ) -> Tensor:
-    """`x` (..., in_features) times `weight`^T, through "none", "gelu" or "swiglu", in `dtype` or that of `x`.
+    """`x` (..., in_features) @ `weight`^T + `bias`, through "none", "gelu" or "swiglu", in `dtype` or that of `x`.
 
-    e4m3 operands are multiplied by `scale` and by the `weight_scale` (out_features,) of each row of `weight`; an e4m3
-    result is over `out_scale`.
+    For e4m3 operands, `scale` is the scale of `x`, and `weight_scale` (out_features,) holds the scales of the rows of
+    `weight`. An e4m3 result holds the values divided by `out_scale`.
     """
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
@@ -275,7 +283,7 @@ def linear_residual_forward_(
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
 ) -> None:
-    """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), a view of evenly spaced rows."""
+    """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), whose rows are evenly spaced, in place."""
     _launch(
         residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), common.vector(bias), "residual",
         scale, common.vector(weight_scale), 1.0,

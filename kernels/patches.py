@@ -1,8 +1,12 @@
-"""Images cut into patch rows, (batch, patches, channels * patch * patch), for the matrix product that embeds them.
+"""Cuts images into patches, one row for each patch, for the matrix product that embeds them.
 
-A program writes a tile of rows and columns: neighbouring columns are neighbouring pixels of a line of one channel, and
-neighbouring rows neighbouring patches, so lines are read whole by neighbouring lanes and programs. Images are read in
-place with their own strides, so both memory formats are read as they are.
+    out[b, i * grid_width + j] = images[b, :, i*p : (i+1)*p, j*p : (j+1)*p], flattened (channel, line, pixel)
+
+The columns after the patch are zeros, and 128 is subtracted from the values of uint8 images.
+
+A program writes a tile of rows and columns. Neighbouring columns are neighbouring pixels in a line of one channel, and
+neighbouring rows are neighbouring patches, so neighbouring lanes and programs read whole lines. Images are read in
+place by their strides, in both memory formats.
 """
 
 from __future__ import annotations
@@ -56,12 +60,12 @@ def _patches_forward_kernel(
 
 
 def _configuration() -> dict[str, int]:
-    """A row of patches of a 224-pixel image, and a good quarter of the columns of a patch of 3 x 14 x 14."""
+    """A tile has one row of patches of a 224-pixel image, and a fifth of the 588 columns of a 3 x 14 x 14 patch."""
     return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
-    """Rows (batch, patches, padded_to) of `images` (batch, channels, height, width), which are uint8 or floating.
+    """The rows (batch, patches, padded_to) of `images` (batch, channels, height, width), uint8 or floating point.
 
     Height and width are multiples of `patch_size`, and `padded_to` is at least channels * patch_size ** 2.
     """

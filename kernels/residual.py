@@ -1,7 +1,11 @@
-"""The residual stream's additions and moves, image by image: one pass, nothing copied first.
+"""Adds a branch to the residual stream, for all images or for a subset, and gathers images of a batch.
 
-Where only a subset of the images has a branch, each image looks up its row of the subset, or -1, in a map, so that
-the copy of the others and the addition are one write of the result, and no two programs write one place.
+    add_residual:  out = residual + scale * drop_scale * gamma * branch
+    gather_rows:   out = x[index]
+
+A program computes a tile of rows (tokens) and columns. If only a subset of the images has a branch, `position` holds
+for each image its row in the subset, or -1. So one pass copies the other images and adds to those of the subset, and
+each element of the result is written once, by one program.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from dinov2_fast.kernels import common
 
-TILE = 4096  # elements in flight in one program
+TILE = 4096  # elements of a program's tile
 
 
 @triton.jit
@@ -22,15 +26,15 @@ def _add_residual_kernel(
     branch_ptr,  # (subset * seq_len, hidden)
     gamma_ptr,  # (hidden,) or None
     drop_scale_ptr,  # (images,) or None
-    position_ptr,  # (images,) row in the subset, or -1; None: every image has a branch
-    out_ptr,  # as residual, out
+    position_ptr,  # (images,) row in the subset, or -1; None if every image has a branch
+    out_ptr,  # in the shape of residual, out
     rows,
     hidden,
     seq_len,
     residual_stride,
     branch_stride,
     scale,
-    scale_rest,  # what fp32, in which numbers are passed, leaves of it
+    scale_rest,  # the rounding error of scale, which is passed in fp32
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -65,7 +69,7 @@ def _add_residual_kernel(
 @triton.jit
 def _gather_rows_kernel(
     x_ptr,  # (images * seq_len, hidden)
-    index_ptr,  # (subset,), a negative one stands for zeros
+    index_ptr,  # (subset,); a negative index gives zeros
     out_ptr,  # (subset * seq_len, hidden), out
     rows,
     hidden,
@@ -80,14 +84,14 @@ def _gather_rows_kernel(
     row64 = row.to(tl.int64)
     image = tl.load(index_ptr + row // seq_len, mask=row_mask, other=-1)
     source = image * seq_len + row % seq_len
-    there = (image >= 0)[:, None] & column_mask[None, :]
-    x = tl.load(x_ptr + source[:, None] * x_stride + column[None, :], mask=there, other=0.0)
+    source_mask = (image >= 0)[:, None] & column_mask[None, :]
+    x = tl.load(x_ptr + source[:, None] * x_stride + column[None, :], mask=source_mask, other=0.0)
     mask = row_mask[:, None] & column_mask[None, :]
     tl.store(out_ptr + row64[:, None] * hidden + column[None, :], x, mask=mask)
 
 
 def configuration(hidden: int) -> dict[str, int]:
-    """Rows and columns of a program's tile."""
+    """The rows and columns of a program's tile."""
     block = min(triton.next_power_of_2(hidden), 1024 if hidden % 1024 == 0 else 512)
     return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": 8}
 
@@ -97,9 +101,9 @@ def _grid(rows: int, hidden: int, meta: dict[str, int]) -> tuple[int, int]:
 
 
 def positions(index: Tensor, images: int) -> Tensor:
-    """For each image its place in `index`, or -1."""
-    places = torch.arange(index.shape[0], device=index.device)
-    return torch.full((images,), -1, device=index.device).scatter(0, index, places)
+    """The position of each image in `index`, or -1."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    return torch.full((images,), -1, device=index.device).scatter(0, index, rows)
 
 
 def add_residual_forward(
@@ -110,10 +114,10 @@ def add_residual_forward(
     index: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """``residual + scale * drop_scale * gamma * branch`` (images, seq_len, hidden), in the common dtype.
+    """``residual + scale * drop_scale * gamma * branch`` (images, seq_len, hidden), in the promoted dtype.
 
-    With `index` (subset,) the branch holds those images only, (subset, seq_len, hidden); the others are copied. The
-    result then has the dtype of `residual`.
+    With `index` (subset,), `branch` (subset, seq_len, hidden) holds these images only, and the other images are copied.
+    The result then has the dtype of `residual`.
     """
     addends = [t for t in (branch, gamma, drop_scale) if t is not None]
     dtype = residual.dtype
@@ -138,7 +142,7 @@ def add_residual_forward(
                 seq_len,
                 residual_rows.stride(0),
                 branch_rows.stride(0),
-                *common.in_two(scale),
+                *common.split_fp32(scale),
                 COMPUTE=common.compute_dtype(residual, *addends),
                 **meta,
             )
@@ -157,7 +161,7 @@ def gather_rows_forward(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
 def gather_rows_into(out: Tensor, x: Tensor, index: Tensor) -> None:
     """Writes the images `index` (subset,) of `x` (images, seq_len, hidden) to `out`, which is contiguous.
 
-    A negative index gives zeros.
+    For a negative index it writes zeros.
     """
     if out.numel():
         _, seq_len, hidden = x.shape

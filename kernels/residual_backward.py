@@ -1,8 +1,10 @@
-"""The gradients of the residual addition by the branch and by LayerScale, and the gradient of the gather.
+"""The gradients of the residual addition for the branch and for LayerScale, and the gradient of the gather.
 
-The gradient of the addition by the stream is what comes in. A program keeps LayerScale's gradient of its columns in
-registers while it walks over row tiles; the partial sums are added afterwards, in one order, so that no atomics are
-needed.
+    dbranch = scale * drop_scale * gamma * dout,    dgamma = sum over rows of scale * drop_scale * branch * dout
+
+The gradient for the stream is `dout` itself. A program loops over tiles of rows and keeps the sum for dgamma, for its
+columns, in registers. The partial sums are added afterwards in a fixed order, without atomics, so results are equal bit
+by bit in every run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def _add_residual_backward_kernel(
     branch_ptr,  # (subset * seq_len, hidden)
     gamma_ptr,  # (hidden,) or None
     drop_scale_ptr,  # (images,) or None
-    index_ptr,  # (subset,) images, or None: all of them
+    index_ptr,  # (subset,) images, or None for all images
     dbranch_ptr,  # (subset * seq_len, hidden), out
     partial_ptr,  # (programs, hidden), out, or None without gamma
     rows,
@@ -31,14 +33,14 @@ def _add_residual_backward_kernel(
     dout_stride,
     branch_stride,
     scale,
-    scale_rest,  # what fp32, in which numbers are passed, leaves of it
+    scale_rest,  # the rounding error of scale, which is passed in fp32
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column_mask = column < hidden
-    dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)  # added up over a tile's rows once, at the end
+    dgamma = tl.zeros((ROWS, BLOCK), COMPUTE)  # reduced over the tile's rows once, at the end
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
         row_mask = row < rows
@@ -70,7 +72,7 @@ def add_residual_backward(
     index: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `branch`, in its shape and dtype, and of `gamma` (in fp32, fp64 if anything is)."""
+    """The gradients for `branch`, in its shape and dtype, and for `gamma`, in fp32, or in fp64 if any input is."""
     _, seq_len, hidden = dout.shape
     compute = common.compute_dtype(dout, branch, gamma, drop_scale)
     wide = torch.float64 if compute == tl.float64 else torch.float32
@@ -99,7 +101,7 @@ def add_residual_backward(
             seq_len,
             dout.stride(0),
             branch.stride(0),
-            *common.in_two(scale),
+            *common.split_fp32(scale),
             COMPUTE=compute,
             **meta,
         )
@@ -107,7 +109,7 @@ def add_residual_backward(
 
 
 def gather_rows_backward(dout: Tensor, index: Tensor, images: int) -> Tensor:
-    """The gradient of a batch of `images` by its gathered ones, `dout` (subset, seq_len, hidden): zeros elsewhere."""
+    """The gradient for a batch of `images`: `dout` (subset, seq_len, hidden) for the gathered ones, else zeros."""
     out = dout.new_empty((images, *dout.shape[1:]))
     gather_rows_into(out, dout, positions(index, images))
     return out

@@ -79,14 +79,14 @@ def _default_device() -> str:
 def _ops(device: str, dtype: str, training: bool) -> Iterator[str]:
     import torch
 
-    from dinov2_fast.ops.table import summary, table
+    from dinov2_fast.ops.choices import backend_choices, format_choices
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         yield f"this torch has no device {device!r}"
         return
-    yield from summary(table(device, getattr(torch, dtype), training))
+    yield from format_choices(backend_choices(device, getattr(torch, dtype), training))
 
 
 def _settings() -> Iterator[str]:

@@ -36,7 +36,7 @@ from dinov2_fast.inference.fp8 import Calibration, Fp8Block, scales_of
 from dinov2_fast.layers import LayerNorm, PatchEmbed, SwiGLUFFN, check_is_tensor
 from dinov2_fast.model import BlockChunk, DinoVisionTransformer, _check_masks
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.table import Row, table
+from dinov2_fast.ops.choices import BackendChoice, backend_choices
 from dinov2_fast.timm_adapter import TimmVisionTransformer, _refuse_masks
 from dinov2_fast.timm_layers import TimmPatchEmbed, check_img_size, pad_to_patches
 from dinov2_fast.torch_private import is_traced
@@ -215,7 +215,7 @@ class FoldedBackbone(DinoVisionTransformer):
         """The normalised CLS tokens of each batch of a list, (batch, hidden); see :mod:`.packing`."""
         return packing.cls_tokens(self, x_list)
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """Which implementation of each op of the engine runs, and why."""
         device, dtype = self.cls_token.device, self.plan.dtype
         names = {dtype: {"patches", "linear.none", "layer_norm.plain"}, E4M3: set()}
@@ -224,7 +224,7 @@ class FoldedBackbone(DinoVisionTransformer):
         for block in self.blocks:
             for of, found in block.op_names().items():
                 names[of] |= found
-        return [row for of in names for row in table(device, of) if row.name in names[row.dtype]]
+        return [row for of in names for row in backend_choices(device, of) if row.name in names[row.dtype]]
 
 
 def _update_(x: Tensor, blocks: Any, seq_lens: tuple[int, ...] | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from dinov2_fast.block import Block
 from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, Layout, expect, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
-from dinov2_fast.ops.dispatch import Bound
+from dinov2_fast.ops.dispatch import BoundOp
 from dinov2_fast.timm_layers import TimmAttention
 
 
@@ -49,7 +49,7 @@ class FoldedAttention(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._batch, self._varlen = Bound(ATTENTION, "batch"), Bound(ATTENTION, "varlen")
+        self._batch, self._varlen = BoundOp(ATTENTION, "batch"), BoundOp(ATTENTION, "varlen")
 
     def project_qkv(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., 3, heads, head_dim)."""

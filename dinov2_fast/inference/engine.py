@@ -25,9 +25,9 @@ from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.report import Report, compare
 from dinov2_fast.inference.watch import ModelWatch, run_up_to_date
 from dinov2_fast.model import QKV, DinoVisionTransformer
-from dinov2_fast.ops import dispatch
-from dinov2_fast.ops._registry import refuses_e4m3
-from dinov2_fast.ops.table import Row, summary
+from dinov2_fast.ops import dispatch, implementation
+from dinov2_fast.ops._backends import refuses_e4m3
+from dinov2_fast.ops.choices import BackendChoice, format_choices
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.torch_private import is_traced
 
@@ -185,7 +185,7 @@ class Engine(nn.Module):
         self._graphs.clear()
         self.folded = folded
         # By device, since replicas of torch.nn.DataParallel share it. None: whatever is set, the layout stays.
-        self._laid_out_for: dict[torch.device, dispatch.Setting] | None = None
+        self._laid_out_for: dict[torch.device, dispatch.BackendSetting] | None = None
         if self.plan.follow_weights:
             self._laid_out_for = {device: setting}
 
@@ -339,7 +339,7 @@ class Engine(nn.Module):
             if output is not NOT_CAPTURED:
                 return output
         inputs = [*args, *kwargs.values()]
-        if dispatch.records_gradient(inputs):
+        if implementation.records_gradient(inputs):
             raise InvalidStateError(
                 "The engine is for inference and computes no gradients, but an input requires one. Use the model "
                 "itself, or call the engine under torch.no_grad()."
@@ -347,7 +347,7 @@ class Engine(nn.Module):
         with _without_autocast(self.device.type):
             if torch.compiler.is_compiling():
                 return getattr(self.folded, method)(*args, **kwargs)
-            if dispatch.carries_tangent(inputs):
+            if implementation.carries_tangent(inputs):
                 raise InvalidStateError(
                     "The engine is for inference and computes no derivatives of forward mode, but an input carries a "
                     "tangent. Use the model itself."
@@ -438,7 +438,7 @@ class Engine(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Engine, (self._model, self.plan, self.device)
 
-    def backends(self) -> list[Row]:
+    def backends(self) -> list[BackendChoice]:
         """Which implementation of each op of the engine runs on its device, and why."""
         return _backbone(self.folded).backends()
 
@@ -468,7 +468,7 @@ def describe(engine: Engine) -> str:
         f"last block: {last} (outputs={plan.outputs!r})",
         f"CUDA graphs: {engine._graphs.describe(backbone)}",
         f"what runs on {engine.device}:",
-        *(f"  {line}" for line in summary(engine.backends())),
+        *(f"  {line}" for line in format_choices(engine.backends())),
     ]
     title = f"Engine of a {type(model).__name__}: {len(backbone.blocks)} blocks of {backbone.embed_dim} channels"
     return "\n  ".join([title, *lines])

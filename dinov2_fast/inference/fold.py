@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.layers import LayerNorm, LayerScale, is_watched
-from dinov2_fast.ops._linear_peers import let_pack
-from dinov2_fast.ops.dispatch import BackendError, Bound, current_setting
+from dinov2_fast.ops._linear_peers import allow_prepacking
+from dinov2_fast.ops.dispatch import BackendError, BoundOp, current_setting
 from dinov2_fast.ops.layer_norm import LAYER_NORM
-from dinov2_fast.ops.linear import LINEAR, interleave, linear_sample
+from dinov2_fast.ops.linear import LINEAR, interleave, sample_inputs
 from dinov2_fast.ops.patches import UINT8_SHIFT
 from dinov2_fast.torch_private import FakeTensorMode
 
@@ -167,8 +167,8 @@ class Layout(NamedTuple):
 def layout_for(device: torch.device, dtype: torch.dtype, stream: torch.dtype, gated: bool) -> Layout:
     """The layout for linears of operands in `dtype`, a residual stream in `stream` and, if `gated`, SwiGLU."""
     with FakeTensorMode(), torch.no_grad():
-        *swiglu, _ = linear_sample("swiglu", device, dtype)
-        x, weight, _, form, residual, *rest = linear_sample("residual", device, dtype)
+        *swiglu, _ = sample_inputs("swiglu", device, dtype)
+        x, weight, _, form, residual, *rest = sample_inputs("residual", device, dtype)
         bias, residual = residual.new_empty(len(weight)), residual.to(stream)
         return Layout(
             gated and _refused("swiglu", (*swiglu, None), (*swiglu, False)),
@@ -237,8 +237,8 @@ class FoldedLinear(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._bound = {epilogue: Bound(LINEAR, epilogue) for epilogue in LINEAR.samples}
-        let_pack(self.weight)
+        self._bound = {epilogue: BoundOp(LINEAR, epilogue) for epilogue in LINEAR.sample_inputs}
+        allow_prepacking(self.weight)
 
     def _run(self, epilogue: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tensors = self._buffers  # attributes of a module are slow to read
@@ -324,7 +324,7 @@ class FoldedNorm(FoldedModule):
         self.bind()
 
     def bind(self) -> None:
-        self._bound = Bound(LAYER_NORM, "plain")
+        self._bound = BoundOp(LAYER_NORM, "plain")
 
     def _run(self, x: Tensor, deferred: Tensor | None, scale: float | None = None) -> Tensor:
         tensors = self._buffers

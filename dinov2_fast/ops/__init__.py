@@ -1,4 +1,10 @@
-"""The ops of the model. Each file says what its op computes, and lists the implementations that compute it."""
+"""The ops of the model. The file of an op says what it computes, and lists the implementations that compute it.
+
+A new op needs a file here, from top to bottom: its formula and the shapes, one public function whose options select the
+forms, the torch reference, the registration of its kernel with torch (:mod:`dinov2_fast.ops._registry`), and the table
+of its implementations (:class:`dinov2_fast.ops.dispatch.Op`). Its kernel is `kernels/<op>.py` or `csrc/<op>.cu`, its
+tests are `tests/ops/test_<op>.py`, and `bench/workloads.py` has its sizes.
+"""
 
 from dinov2_fast.ops.activation import activation
 from dinov2_fast.ops.attention import attention, attention_probabilities

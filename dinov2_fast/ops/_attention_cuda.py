@@ -1,41 +1,47 @@
-"""Launches csrc/attention.cu, whose kernels are made of CUTLASS' example for Hopper; allocates what they write."""
+"""Launches csrc/attention.cu, whose kernels are built from CUTLASS' example for Hopper, and allocates their outputs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dinov2_fast.ops import _registry
-from dinov2_fast.ops.dispatch import records_gradient
+from dinov2_fast.ops import _backends
+from dinov2_fast.ops.implementation import records_gradient
 
-HEAD_DIM = 64  # as csrc/attention.h has it
+HEAD_DIM = 64  # as in csrc/attention.h
 
 
 def refuses(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> str | None:
-    """Why the kernels take none of these. What TMA cannot read in place is copied, so strides are free."""
-    if qkv.is_cuda and _registry._capability(qkv.device.index) != (9, 0):
-        major, minor = _registry._capability(qkv.device.index)
-        return f"is for sm_90 only, got sm_{major}{minor}"
+    """Any strides are taken, because qkv is copied if TMA cannot read it in place."""
+    if reason := _backends.refuses_other_than_sm_90(qkv):
+        return reason
     if qkv.shape[-1] != HEAD_DIM:
         return f"takes a head_dim of {HEAD_DIM}, got {qkv.shape[-1]}"
     if dropout_p > 0:
-        return f"has no dropout, asked for with p = {dropout_p}"
-    if records_gradient([qkv]) and not _registry.TRITON_IS_INSTALLED:
+        return f"has no dropout, got dropout_p = {dropout_p}"
+    if records_gradient([qkv]) and not _backends.TRITON_IS_INSTALLED:
         return "needs triton for its gradient, which is not installed"
     return None
 
 
 def attention_forward(qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """out and lse as `dinov2_fast.kernels.attention.attention_forward` has them; unless asked for, lse is empty."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(batch, tokens, heads, head_dim)
-    lse = qkv.new_empty((batch, heads, tokens) if with_lse else (0,), dtype=torch.float32)
+    """out and lse as `dinov2_fast.kernels.attention.attention_forward` returns them. Without `with_lse`, lse is empty.
+
+    For inference no lse is written.
+    """
+    out, lse = attention_forward_fake(qkv, with_lse)
     torch.ops.dinov2_fast_cuda.attention_forward(_operand(qkv), out, lse if with_lse else None)
     return out, lse
 
 
+def attention_forward_fake(qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(batch, tokens, heads, head_dim)
+    return out, qkv.new_empty((batch, heads, tokens) if with_lse else (0,), dtype=torch.float32)
+
+
 def _operand(qkv: Tensor) -> Tensor:
-    """`qkv` as TMA can read it: heads start at multiples of 16 bytes and do not overlap."""
+    """`qkv`, or a copy if TMA cannot read it: heads must start at multiples of 16 bytes and must not overlap."""
     steps = [step for size, step in zip(qkv.shape[:-1], qkv.stride()[:-1], strict=True) if size > 1]
     aligned = qkv.data_ptr() % 16 == 0 and all(step * qkv.itemsize % 16 == 0 for step in steps)
     readable = aligned and qkv.stride(-1) == 1 and all(step >= HEAD_DIM for step in steps)

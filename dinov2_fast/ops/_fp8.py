@@ -1,4 +1,4 @@
-"""e4m3 in plain torch: real value = e4m3 value * scale, the scale that `torch.nn.functional.scaled_mm` takes."""
+"""e4m3 in plain torch. The real value is the e4m3 value times a scale, as in `torch.nn.functional.scaled_mm`."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ E4M3_MAX = 448.0
 
 
 def quantize(x: Tensor, scale: Tensor | float) -> Tensor:
-    """`x` (fp32 or fp64) over `scale`, saturated to ±448 and rounded to e4m3."""
+    """`x` (fp32 or fp64) divided by `scale`, saturated to ±448 and rounded to e4m3."""
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)

@@ -1,4 +1,4 @@
-"""What follows the product of a linear, in plain torch, and the stream it is added to: for every backend of the op."""
+"""The epilogues of the op linear in plain torch, and the rules of its results, for all of its backends."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_fast.ops._backends import HALF
 from dinov2_fast.ops._fp8 import E4M3, quantize
 
-HALF = (torch.float16, torch.bfloat16)
-HALVES = "takes gate and value features in turn, got all gates first: interleave weight, bias and weight_scale"
-IN_TURN = "takes all gates first, got gate and value features in turn"
+# Refusals of the two orders of SwiGLU features.
+NEEDS_INTERLEAVED = (
+    "takes interleaved gate and value features, got all gates first: reorder weight, bias and weight_scale with "
+    "ops.linear.interleave"
+)
+NEEDS_GATES_FIRST = "takes all gates first, got interleaved gate and value features"
 
 
-def finish(
+def apply_epilogue(
     z: Tensor, epilogue: str, residual: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
     interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The result of a linear whose product with its bias is `z`, which may be overwritten: nobody else holds it."""
+    """The result of a linear from its product with the bias, `z`, which may be overwritten."""
     if residual is not None:
         return residual.add_(z)
     if epilogue == "gelu":
@@ -31,19 +35,19 @@ def finish(
 
 
 def new_result(x: Tensor, weight: Tensor, epilogue: str, dtype: torch.dtype | None) -> Tensor:
-    """Memory for the result of a linear, in `dtype` or that of `x`."""
+    """Memory for the result of a linear, in `dtype` or else in the dtype of `x`."""
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     return x.new_empty((*x.shape[:-1], width), dtype=dtype)
 
 
-def was_written(residual: Tensor) -> None:
-    """Tells autograd, which does not see what a launch overwrites."""
+def mark_written(residual: Tensor) -> None:
+    """Tells autograd that a launch has written to `residual`, which it cannot see."""
     if not residual.is_inference():
         torch.autograd.graph.increment_version(residual)
 
 
 def refuses_stream(residual: Tensor) -> str | None:
-    """A matrix that is written in place has evenly spaced rows that do not overlap."""
+    """A matrix that is written in place must have evenly spaced rows that do not overlap."""
     if residual.dtype not in (*HALF, torch.float32):
         return f"adds to fp16, bf16 and fp32, not to {residual.dtype}"
     shape, strides = residual.shape, residual.stride()

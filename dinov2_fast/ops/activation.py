@@ -1,8 +1,10 @@
-"""The activations between the two linears of a feed-forward network.
+"""The activations between the two linears of a feed-forward network, and the quantisation to e4m3.
 
-    gelu(x)     = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))         the exact form, as DINOv2 was trained
-    swiglu(x12) = silu(x1) * x2,  x1 the first half of the last dimension (the gate), x2 the second
-    identity(x) = x, for its step to e4m3
+    gelu(x)     = x * Phi(x) = x/2 * (1 + erf(x / sqrt(2)))         the exact form, with which DINOv2 was trained
+    swiglu(x12) = silu(x1) * x2        x1 is the first half of the last dimension (the gate), x2 the second half
+    identity(x) = x                    to quantise x to e4m3
+
+With a scale, the result is e4m3: the rounded quotient of the activation and the scale.
 
 Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
@@ -18,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _fp8, _registry
-from dinov2_fast.ops.dispatch import Implementation, Op, refuse_gradient
+from dinov2_fast.ops import _backends, _fp8, _registry
+from dinov2_fast.ops.dispatch import Op, refuse_gradient
+from dinov2_fast.ops.implementation import Implementation
 
 
 def activation(
@@ -30,25 +33,25 @@ def activation(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """GELU or SwiGLU, or the step to e4m3 alone.
+    """GELU or SwiGLU, or the quantisation to e4m3 alone.
 
     Args:
-        x: (..., hidden), for SwiGLU (..., 2 * hidden) with the gate first.
-        kind: "gelu", "swiglu" or "identity", which needs `scale`.
-        overwrite: the result may be written over `x`, which saves memory; not while gradients are recorded.
-        scale: return e4m3 values, which are to be multiplied by `scale`. For inference only.
-        backend: the implementation to use instead of the default.
+        x: (..., hidden), or for SwiGLU (..., 2 * hidden) with the gate first.
+        kind: "gelu", "swiglu", or "identity", which needs `scale`.
+        overwrite: allow the result to be written over `x`, which saves memory. Not while gradients are recorded.
+        scale: return e4m3 values, whose real values are they times `scale`. For inference only.
+        backend: the backend to use instead of the default.
 
     Returns:
         (..., hidden) in the dtype of `x`, or in e4m3.
 
     Raises:
-        BackendError: `backend` cannot take `x`, or gradients are recorded of a result in e4m3.
-        ValueError: another `kind`, or "identity" without `scale`.
+        BackendError: `backend` cannot take `x`, or gradients are recorded with `scale`.
+        ValueError: an unknown `kind`, or "identity" without `scale`.
     """
     if kind == "identity" and scale is None:
         raise InvalidValueError(
-            'activation "identity" changes nothing without a scale: give it the scale of e4m3 values.'
+            'The activation "identity" changes nothing without a scale: give it the scale of the e4m3 values.'
         )
     if scale is not None:
         refuse_gradient("activation into e4m3", (x,))
@@ -57,7 +60,7 @@ def activation(
 
 
 def into_e4m3(x: Tensor, scale: float | None) -> Tensor:
-    """What an op without e4m3 of its own does at its end: `x`, or with a `scale` its values in e4m3."""
+    """Quantises the result `x` of an implementation that has no e4m3 output of its own. Without a `scale`, `x`."""
     return x if scale is None else activation(x, "identity", scale=scale)
 
 
@@ -76,7 +79,7 @@ def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None)
 
 
 def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
-    """A device's allocator hands out the same memory again, so overwriting would gain nothing."""
+    """It ignores `overwrite`: torch's caching allocator reuses the memory of `x`, so overwriting would save nothing."""
     if scale is not None:
         return _activation_fp8(x, kind, scale)
     return _gelu(x) if kind == "gelu" else _swiglu(x)
@@ -91,7 +94,7 @@ def _launch(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
 def _launch_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     from dinov2_fast.kernels.activation_backward import activation_backward
 
-    return activation_backward(dy, x, swiglu=kind == "swiglu")
+    return activation_backward(dy, x, kind)
 
 
 class _Activation(torch.autograd.Function):
@@ -138,8 +141,8 @@ _activation_fp8 = _registry.register(
 
 def _refuses(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> str | None:
     if kind == "swiglu" and x.shape[-1] % 2:
-        return "takes halves of one width"
-    return None if scale is None else _registry.refuses_e4m3(x)
+        return f"takes two halves of equal size, got {x.shape[-1]} columns"
+    return None if scale is None else _backends.refuses_e4m3(x)
 
 
 def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -153,8 +156,8 @@ def _sample(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 ACTIVATION = Op(
     "activation",
     (
-        Implementation("torch", activation_torch, why=_registry.UNMEASURED),
-        _registry.triton(activation_triton, _refuses, dtypes=_registry.FLOATS),
+        Implementation("torch", activation_torch, why=_backends.UNMEASURED),
+        _backends.triton(activation_triton, _refuses, dtypes=_backends.FLOATS),
     ),
     {kind: partial(_sample, kind) for kind in ("gelu", "swiglu", "identity")},
 )

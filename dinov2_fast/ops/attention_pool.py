@@ -1,14 +1,17 @@
 """The attention of one query per head over the norm of the residual stream, without keys and values. Inference only.
 
+Shapes: x (batch, seq_len, hidden), absorbed and pooled (batch, num_heads, hidden).
+
     y = layer_norm(x),    p = softmax over tokens of y . absorbed,    pooled = sum over tokens of p y
 
-With W_q, W_k, W_v the rows of one head, b_q, b_v their biases and q = W_q y_cls + b_q, the attention of CLS is
+This gives the attention of the CLS token. Let W_q, W_k, W_v be the rows of one head, b_q, b_v their biases, and
+q = W_q y_cls + b_q. Then
 
     absorbed = W_k^T q / sqrt(head_dim),    out = W_v pooled + b_v
 
-because y . (W_k^T q) = (W_k y) . q, because the bias of the keys adds the same to every score of a head, which the
-softmax ignores, and because p sums to 1. No token but CLS needs its query, key or value, which spares the last block of
-a model that returns the CLS token alone nearly all its work. Exact but for rounding.
+It is exact except for rounding, for three reasons: y . (W_k^T q) = (W_k y) . q; the bias of the keys adds the same
+number to every score of a head, which the softmax ignores; p sums to 1. The other tokens need no query, key or value.
+So the last block of a model that returns the CLS token alone is spared nearly all its work.
 The formula of attention: Vaswani et al., arXiv:1706.03762.
 """
 
@@ -19,30 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
-MAX_HEADS = 32  # the kernels hold a tile of all heads
+MAX_HEADS = 32  # a program of the kernels holds a tile of all heads
 
 
 def attention_pool(
     x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str | None = None
 ) -> Tensor:
-    """The mean of `layer_norm(x)` over tokens, weighted for each head by the softmax of its product with a query.
+    """The mean of `layer_norm(x)` over the tokens, weighted for each head by the softmax of its product with a query.
 
     Args:
         x: (batch, seq_len, hidden), the residual stream.
         absorbed: (batch, num_heads, hidden), the queries in the hidden space, already scaled.
         weight, bias: (hidden,) of the norm.
         eps: added to the variance.
-        backend: the implementation to use instead of the default.
+        backend: the backend to use instead of the default.
 
     Returns:
         (batch, num_heads, hidden), contiguous, in the dtype of `x` (under autocast: its dtype).
 
     Raises:
-        ValueError: shapes that do not fit together, or no token.
+        ValueError: the shapes do not fit together, or there is no token.
     """
     if x.ndim != 3 or absorbed.ndim != 3 or absorbed.shape[::2] != x.shape[::2]:
         raise InvalidValueError(
@@ -89,12 +93,12 @@ _attention_pool = _registry.register(
     autocast=torch.get_autocast_dtype,
 )
 
-# torch stands first: no kernel has been measured on a GPU yet.
+# torch is first because the kernel has not been measured on a GPU yet.
 ATTENTION_POOL = Op(
     "attention_pool",
     (
-        Implementation("torch", attention_pool_torch, trains=False, why=_registry.UNMEASURED),
-        _registry.triton(_attention_pool, _refuses, dtypes=_registry.FLOATS, trains=False),
+        Implementation("torch", attention_pool_torch, has_backward=False, why=_backends.UNMEASURED),
+        _backends.triton(_attention_pool, _refuses, dtypes=_backends.FLOATS, has_backward=False),
     ),
     {"pool": _sample},
 )

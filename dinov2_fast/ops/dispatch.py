@@ -1,15 +1,17 @@
-"""Which implementation of an op runs: the only dispatch in the package.
+"""Which implementation of an op runs. No other file of the package decides this.
 
-An :class:`Op` holds a literal tuple of :class:`Implementation`, best first. The first that can run is chosen. A setting
-can force one by name: for all ops (``"triton"``), for one op or for one form of it
-(``"attention=triton,linear.gelu=cuda"``; the more specific name holds). Precedence: the `backend` argument of an op,
-then :func:`use_backend`, then :func:`set_backend` and ``DINOV2_FAST_BACKEND``. A forced name holds for the ops that
-have such an implementation for the mode (training or inference); the others take their default. If a forced
-implementation cannot take an input, the default runs and a warning says why, once; with ``strict=True``, and for the
-`backend` argument, that is a :class:`BackendError`.
+An :class:`Op` holds a tuple of :class:`Implementation`, best first. The first one that can run is chosen.
 
-A choice is made once for each form, device, dtype and mode, and kept with the setting. A call then costs one look-up.
-Only `refuses` of the implementation that was kept, which depends on sizes, is asked in each call.
+A setting names a backend for all ops (``"triton"``), for one op (``"attention=triton"``) or for one form of an op
+(``"linear.gelu=cuda"``); the most specific name wins. The `backend` argument of an op comes before
+:func:`use_backend`, which comes before :func:`set_backend` and ``DINOV2_FAST_BACKEND``.
+
+A setting applies to the ops that have such an implementation for the mode (training or inference). The other ops run
+their default. If the named implementation refuses an input, the default runs and a warning gives the reason once. With
+``strict=True``, and for the `backend` argument, that is a :class:`BackendError` instead.
+
+The choice for each form, device, dtype and mode is made once and cached with the setting, so that a call costs one
+look-up. Each call asks only `refuses` of the cached implementation, which depends on sizes.
 """
 
 from __future__ import annotations
@@ -26,277 +28,197 @@ from torch import Tensor, nn
 
 from dinov2_fast import environment
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
-from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.torch_private import has_tangent, is_fx_traced
+from dinov2_fast.ops.implementation import Implementation, first_tensor, records_gradient
+from dinov2_fast.torch_private import is_fx_traced
 
 logger = logging.getLogger("dinov2_fast")
 
-_DTYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    E4M3: "e4m3",
-}
-_PLAIN = frozenset((Tensor, nn.Parameter))  # for other classes, fake tensors among them, no choice is kept
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))  # no choice is cached for subclasses, such as fake tensors
 
 
 class BackendError(Dinov2FastError, RuntimeError):
-    """A backend was asked for by name and cannot run this input, or does not exist."""
+    """A backend that was named does not exist, or cannot run this input."""
 
 
-class Setting(NamedTuple):
-    """Backends asked for by name: for all ops ("" for none), and for single ops and forms ("linear", "linear.gelu").
+class BackendSetting(NamedTuple):
+    """The backends that a user named.
 
-    `choices` are the implementations chosen under this setting.
+    `everywhere` is the backend for all ops, "" for none. `by_name` holds those of single ops and forms ("linear",
+    "linear.gelu"). `cache` holds the implementations that were chosen under this setting.
     """
 
     everywhere: str
     by_name: dict[str, str]
     strict: bool
-    choices: dict[tuple[Any, ...], Implementation]
+    cache: dict[tuple[Any, ...], Implementation]
 
-    def asked_for(self, op: str, form: str) -> str:
-        """The backend asked for, or ""."""
+    def backend_of(self, op: str, form: str) -> str:
+        """The backend named for a form of an op, or ""."""
         return self.by_name.get(f"{op}.{form}") or self.by_name.get(op) or self.everywhere
 
 
 _OPS: dict[str, Op] = {}
-# A plain global, process-wide like torch's own backend flags, which torch.compile guards on (no ContextVar is traced).
-_setting = Setting("", {}, False, {})
-# The settings of the blocks that run, in the order in which they began, after the process's own; the last holds.
-_active: tuple[Setting, ...] = (_setting,)
+# The setting in force. It is a plain global of the process, as torch's own backend flags are, because torch.compile
+# guards on globals and traces no ContextVar.
+_setting = BackendSetting("", {}, False, {})
+# The setting of the process, followed by those of the running blocks in the order in which they began. The last one is
+# in force.
+_active: tuple[BackendSetting, ...] = (_setting,)
 _active_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute an op.
-
-    Args:
-        backend: its name.
-        function: takes the arguments of the op, in the order in which the op's public function passes them on.
-        refuses: of the same arguments, why it cannot run them, or None. It looks at sizes and options, never at data.
-        devices: types of the devices it is made for; None for any. On others it is not chosen, without a warning.
-        dtypes: of the first tensor, those it takes; None for any. An op on e4m3 tensors is another one to choose: only
-            implementations that take e4m3 are its candidates, and one for e4m3 alone is none for other dtypes.
-        forms: of the op, those it has; None for all.
-        trains: whether it has a backward.
-        unavailable: why it cannot run on a device of this machine, or None.
-        elsewhere: whether it can be forced to run on a device it is not made for.
-        why: why it is preferred to those after it, to be shown to users.
-    """
-
-    backend: str
-    function: Callable[..., Any]
-    refuses: Callable[..., str | None] | None = None
-    devices: tuple[str, ...] | None = None
-    dtypes: tuple[torch.dtype, ...] | None = None
-    forms: tuple[str, ...] | None = None
-    trains: bool = True
-    unavailable: Callable[[torch.device], str | None] = lambda device: None
-    elsewhere: Callable[[torch.device], bool] = lambda device: False
-    why: str = ""
-
-    def reason_against(self, args: tuple[Any, ...], forced: bool = False) -> str | None:
-        """Why it cannot run the op on these arguments, or None."""
-        x = first_tensor(args)
-        reason = self.reason_against_kind(x.device, x.dtype, records_gradient(args), forced)
-        return reason or (self.refuses(*args) if self.refuses is not None else None)
-
-    def reason_against_kind(
-        self, device: torch.device, dtype: torch.dtype, recorded: bool, forced: bool = False
-    ) -> str | None:
-        """The same for any arguments of this kind; `recorded` says whether gradients are."""
-        if not self.is_for(device) and not (forced and self.elsewhere(device)):
-            return f"needs a {' or '.join(self.devices or ())} tensor, got one on {device.type}"
-        if not self.trains and recorded:
-            return "is for inference only, and gradients are recorded"
-        if self.dtypes is not None and dtype not in self.dtypes:
-            *others, last = (_DTYPES.get(known, str(known)) for known in self.dtypes)
-            return f"takes {', '.join(others)}{' and ' if others else ''}{last}, got {dtype}"
-        return self.unavailable(device)
-
-    def is_for(self, device: torch.device) -> bool:
-        return self.devices is None or device.type in self.devices
-
-    def has(self, form: str, dtype: torch.dtype | None = None) -> bool:
-        """Whether it has a form, and where `dtype` is given, whether it is a candidate for it."""
-        if self.forms is not None and form not in self.forms:
-            return False
-        if dtype is None or self.dtypes is None:
-            return True
-        return E4M3 in self.dtypes if dtype == E4M3 else self.dtypes != (E4M3,)
 
 
 @dataclass(eq=False)
 class Op:
-    """An op: a file in `ops/`, a name in settings, and its implementations, best first.
+    """An op: one file in `ops/` and one name in settings. Its implementations are ordered best first.
 
-    `samples` makes, for each form, arguments of a ViT-S on a device in a dtype, with which `table` asks. For
-    e4m3 these are the arguments with which the form reads or writes e4m3; None if it does not.
+    `sample_inputs` has a function for each form of the op. It makes the arguments of a ViT-S on a device and in a
+    dtype, which `choices` uses to ask what would run. For e4m3 these are arguments with which the form reads or writes
+    e4m3, or None if it does neither.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
-    samples: dict[str, Callable[[torch.device, torch.dtype], tuple[Any, ...] | None]]
+    sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[Any, ...] | None]]
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
         _OPS[self.name] = self
-        self._has_inference_only = any(not implementation.trains for implementation in self.implementations)
+        self._has_inference_only = any(not implementation.has_backward for implementation in self.implementations)
 
     @property
-    def trains(self) -> bool:
-        """Whether any implementation has a backward; the other ops are the inference engine's."""
-        return any(implementation.trains for implementation in self.implementations)
+    def has_backward(self) -> bool:
+        """Whether any implementation can be differentiated. Only the inference engine uses the other ops."""
+        return any(implementation.has_backward for implementation in self.implementations)
 
     def backends(self, form: str | None = None, dtype: torch.dtype | None = None) -> list[str]:
-        """The names of its implementations, best first; of those that have a form, and are candidates for a dtype."""
-        having = (i.backend for i in self.implementations if form is None or i.has(form, dtype))
-        return list(dict.fromkeys(having))
+        """The names of its backends, best first; only the candidates for `form` and `dtype` where these are given."""
+        candidates = (i.backend for i in self.implementations if form is None or i.is_candidate(form, dtype))
+        return list(dict.fromkeys(candidates))
 
     def choose(self, form: str, args: tuple[Any, ...], backend: str | None = None) -> Implementation:
         """The implementation that runs `form` on these arguments.
 
         Raises:
-            BackendError: the implementation that was asked for cannot run them, or none can.
+            BackendError: the backend that was named cannot run them, or no implementation can.
         """
         x = args[0][0] if type(args[0]) is list else args[0]
-        if backend is None and type(x) in _PLAIN and not torch.compiler.is_compiling():
+        if backend is None and type(x) in _PLAIN_TENSORS and not torch.compiler.is_compiling():
             setting = _setting
             key = self, form, x.device, x.dtype, self._has_inference_only and records_gradient(args)
-            kept = setting.choices.get(key)
-            if kept is None:
-                self._keep(setting, key)
-            elif kept.refuses is None or kept.refuses(*args) is None:
-                return kept
+            cached = setting.cache.get(key)
+            if cached is None:
+                self._cache_choice(setting, key)
+            elif cached.refuses is None or cached.refuses(*args) is None:
+                return cached
         return self._choose(form, args, _setting, backend)
 
-    def _keep(self, setting: Setting, key: tuple[Any, ...]) -> None:
-        """Keeps the first implementation that takes arguments of a kind."""
+    def _cache_choice(self, setting: BackendSetting, key: tuple[Any, ...]) -> None:
+        """Caches the first implementation that takes arguments of this kind."""
         _, form, device, dtype, recorded = key
-        forced = self._named(setting.asked_for(self.name, form), form, dtype, recorded)
+        forced = self._named(setting.backend_of(self.name, form), form, dtype, recorded)
         for implementation in self._ordered(form, dtype, forced):
-            if implementation.reason_against_kind(device, dtype, recorded, implementation is forced) is None:
-                setting.choices[key] = implementation
+            if implementation.refusal_of_kind(device, dtype, recorded, implementation is forced) is None:
+                setting.cache[key] = implementation
                 return
             if implementation is forced and setting.strict:
                 return
 
-    def _choose(self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None) -> Implementation:
-        if is_fx_traced():  # proxies have no device to ask about, and the graph holds standard ops, as an exported one
-            return next(i for i in self.implementations if i.backend == "torch" and i.has(form))
+    def _choose(
+        self, form: str, args: tuple[Any, ...], setting: BackendSetting, backend: str | None = None
+    ) -> Implementation:
+        if is_fx_traced():  # proxies have no device; and as in an exported graph, there should be standard ops only
+            return next(i for i in self.implementations if i.backend == "torch" and i.is_candidate(form))
         chosen, forced, refusals = self.select(form, args, setting, backend)
         if refusals and not torch.compiler.is_compiling():
             device = first_tensor(args).device
-            surprising = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
-            self._warn_of_fallback(form, chosen, _sentence(surprising))
+            unexpected = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
+            self._warn_of_fallback(form, chosen, _sentence(unexpected))
         return chosen
 
     def select(
-        self, form: str, args: tuple[Any, ...], setting: Setting, backend: str | None = None
+        self, form: str, args: tuple[Any, ...], setting: BackendSetting, backend: str | None = None
     ) -> tuple[Implementation, Implementation | None, list[tuple[Implementation, str]]]:
-        """The implementation that runs, the one that was asked for, and those before it with what they refuse.
+        """The implementation that runs, the one that was named, and those before the first with their refusals.
 
         Raises:
             BackendError: as :meth:`choose`.
         """
-        name = backend or setting.asked_for(self.name, form)
+        name = backend or setting.backend_of(self.name, form)
         dtype = first_tensor(args).dtype
         if backend and backend not in self.backends(form, dtype):
             names = ", ".join(self.backends(form, dtype))
-            raise BackendError(f"{self.name_of(form)}: there is no backend {backend!r} for {dtype}, only {names}.")
+            raise BackendError(f"{self.name_of(form)} has no backend {backend!r} for {dtype}. It has: {names}.")
         recorded = not backend and records_gradient(args)
         forced = self._named(name, form, dtype, recorded)
         refusals: list[tuple[Implementation, str]] = []
         for implementation in self._ordered(form, dtype, forced):
-            reason = implementation.reason_against(args, implementation is forced)
+            reason = implementation.refusal(args, implementation is forced)
             if reason is None:
                 return implementation, forced, refusals
             if implementation is forced and (backend or setting.strict):
                 raise BackendError(f"{self.name_of(form)}: backend {name!r} was asked for but cannot run: {reason}.")
             refusals.append((implementation, reason))
-        raise BackendError(f"{self.name_of(form)}: no implementation runs this input: {_sentence(refusals)}.")
+        raise BackendError(f"{self.name_of(form)}: no implementation can run this input: {_sentence(refusals)}.")
 
     def _named(self, name: str, form: str, dtype: torch.dtype, recorded: bool) -> Implementation | None:
-        """The implementation of that name for a form and mode, if there is one; that for `dtype` if there are two."""
-        named = [i for i in self.implementations if i.backend == name and i.has(form, dtype)]
-        if recorded and self.trains:
-            named = [i for i in named if i.trains]
+        """The implementation of that name for a form and mode, or None. Of two, the one that takes `dtype`."""
+        named = [i for i in self.implementations if i.backend == name and i.is_candidate(form, dtype)]
+        if recorded and self.has_backward:
+            named = [i for i in named if i.has_backward]
         return next((i for i in named if i.dtypes is None or dtype in i.dtypes), named[0] if named else None)
 
     def _ordered(self, form: str, dtype: torch.dtype, forced: Implementation | None) -> Iterator[Implementation]:
-        if form not in self.samples:
-            raise InvalidValueError(f"{self.name} has no form {form!r}, only {', '.join(self.samples)}.")
+        """The candidates in the order in which they are tried."""
+        if form not in self.sample_inputs:
+            raise InvalidValueError(f"{self.name} has no form {form!r}, only {', '.join(self.sample_inputs)}.")
         if forced is not None:
             yield forced
         for implementation in self.implementations:
-            if implementation is not forced and implementation.has(form, dtype):
+            if implementation is not forced and implementation.is_candidate(form, dtype):
                 yield implementation
 
     def name_of(self, form: str, e4m3: bool = False) -> str:
-        """A form as settings have it, such as "linear.gelu"; in e4m3 "linear.gelu e4m3", which no setting names."""
-        name = self.name if len(self.samples) == 1 else f"{self.name}.{form}"
+        """The name of a form in settings, such as "linear.gelu".
+
+        With `e4m3` it is "linear.gelu e4m3", which tells the two apart but cannot be used in a setting.
+        """
+        name = self.name if len(self.sample_inputs) == 1 else f"{self.name}.{form}"
         return f"{name} e4m3" if e4m3 else name
 
     def _warn_of_fallback(self, form: str, chosen: Implementation, message: str) -> None:
-        """Says once for each reason that an implementation refused that was asked for or made for this device."""
+        """Warns once for each message: that of an implementation that was named, or that is made for the device."""
         if message and message not in self._warned:
             self._warned.add(message)
             logger.warning("%s: falling back to %s: %s", self.name_of(form), chosen.backend, message)
 
 
-class Bound:
-    """One form of an op for one caller, which chooses once: at its first call, and anew when the setting changes.
+class BoundOp:
+    """One form of an op for one caller. It chooses at the first call, and again when the setting changes.
 
-    For callers whose tensors keep their device, dtypes, and sizes but for batch and sequence, and of which no gradient
-    is recorded: the parts of the inference engine.
+    For the parts of the inference engine: their tensors keep their device and dtypes, and their sizes except for batch
+    and sequence length, and no gradients are recorded.
     """
 
-    __slots__ = ("_form", "_kept", "_op")
+    __slots__ = ("_cached", "_form", "_op")
 
     def __init__(self, op: Op, form: str) -> None:
         self._op, self._form = op, form
-        self._kept: tuple[Setting, Callable[..., Any]] | None = None
+        self._cached: tuple[BackendSetting, Callable[..., Any]] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TENSORS:
             return self._op.choose(self._form, args).function(*args)
-        kept, setting = self._kept, _setting  # each read once: another thread may change them
-        if kept is None or kept[0] is not setting:
-            kept = self._kept = setting, self._op._choose(self._form, args, setting).function
-        return kept[1](*args)
+        cached, setting = self._cached, _setting  # read once, because another thread may change them
+        if cached is None or cached[0] is not setting:
+            cached = self._cached = setting, self._op._choose(self._form, args, setting).function
+        return cached[1](*args)
 
     def __reduce__(self) -> Any:  # a copy chooses for itself
         return _bind, (self._op.name, self._form)
 
 
-def _bind(name: str, form: str) -> Bound:
-    return Bound(_OPS[name], form)
-
-
-def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an op, those in lists included."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, list | tuple):
-            yield from tensors_of(arg)
-
-
-def first_tensor(args: Iterable[Any]) -> Tensor:
-    return next(tensors_of(args))
-
-
-def records_gradient(args: Iterable[Any]) -> bool:
-    """Whether autograd records an op on these arguments."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args))
-
-
-def carries_tangent(args: Iterable[Any]) -> bool:
-    """Whether one of these arguments has a derivative of forward mode."""
-    return any(map(has_tangent, tensors_of(args)))
+def _bind(name: str, form: str) -> BoundOp:
+    return BoundOp(_OPS[name], form)
 
 
 def refuse_gradient(name: str, args: Iterable[Any]) -> None:
@@ -312,92 +234,90 @@ def _sentence(refusals: list[tuple[Implementation, str]]) -> str:
 # Settings
 
 
-def parse_setting(setting: str, strict: bool = False) -> Setting:
+def parse_setting(setting: str, strict: bool = False) -> BackendSetting:
     """Reads ``"triton"`` or ``"attention=triton,linear.gelu=cuda"``.
 
     Raises:
-        BackendError: an op, form or backend that does not exist, or an empty part.
+        BackendError: an op, form or backend does not exist, or a part is empty.
     """
     everywhere, by_name = "", {}
     for part in setting.split(","):
-        asked, equals, backend = (text.strip() for text in part.rpartition("="))
-        op, dot, form = asked.partition(".")
-        having = [known for known in _OPS.values() if not equals or known.name == op]
-        if not having:
-            raise BackendError(f"Backend setting {setting!r}: there is no op {op!r}. The ops are {', '.join(names())}.")
-        if dot and form not in having[0].samples:
-            forms = ", ".join(having[0].samples)
-            raise BackendError(f"Backend setting {setting!r}: {op} has no form {form!r}, only {forms}.")
-        backends = sorted({name for known in having for name in known.backends(form or None)})
+        target, equals, backend = (text.strip() for text in part.rpartition("="))
+        name, dot, form = target.partition(".")
+        targets = [op for op in _OPS.values() if not equals or op.name == name]
+        if not targets:
+            ops = ", ".join(sorted(_OPS))
+            raise BackendError(f"Backend setting {setting!r}: there is no op {name!r}. The ops are {ops}.")
+        if dot and form not in targets[0].sample_inputs:
+            forms = ", ".join(targets[0].sample_inputs)
+            raise BackendError(f"Backend setting {setting!r}: {name} has no form {form!r}, only {forms}.")
+        backends = sorted({known for op in targets for known in op.backends(form or None)})
         if backend not in backends:
-            where = f"of {asked}" if equals else "of any op"
+            where = target if equals else "any op"
             raise BackendError(
-                f"Backend setting {setting!r}: {backend!r} is no backend {where}. There are: {', '.join(backends)}."
+                f"Backend setting {setting!r}: {backend!r} is not a backend of {where}. The backends are: "
+                f"{', '.join(backends)}."
             )
         if equals:
-            by_name[asked] = backend
+            by_name[target] = backend
         else:
             everywhere = backend
-    return Setting(everywhere, by_name, strict, {})
+    return BackendSetting(everywhere, by_name, strict, {})
 
 
 @contextmanager
 def use_backend(setting: str, *, strict: bool = False) -> Iterator[None]:
     """``with use_backend("triton")`` or ``"attention=triton,linear.gelu=cuda"``: forces backends inside the block.
 
-    Holds for the whole process, not for one thread, as torch's own backend flags do. Where blocks of several threads or
-    asyncio tasks overlap, that which began last decides; once all have ended nothing is forced.
+    It applies to the whole process, not to one thread, as torch's own backend flags do. Where blocks of several threads
+    or asyncio tasks overlap, the block that began last decides. Once all blocks have ended, nothing is forced.
 
     Args:
         setting: a backend for all ops that have it, or backends of single ops and forms.
-        strict: raise where a backend cannot take an input. By default another one takes it, and a warning says so.
+        strict: raise an error if a backend cannot take an input. By default another backend takes the input, and a
+            warning says so.
 
     Raises:
-        BackendError: an op, form or backend of that name does not exist.
+        BackendError: no op, form or backend has that name.
     """
     mine = parse_setting(setting, strict)
-    with _changing_active():
+    with _lock_active():
         _activate((*_active, mine))
     try:
         yield
     finally:
-        with _changing_active():
+        with _lock_active():
             _activate(tuple(other for other in _active if other is not mine))
 
 
 def set_backend(setting: str | None, *, strict: bool = False) -> None:
     """:func:`use_backend` for the rest of the process, in place of ``DINOV2_FAST_BACKEND``; None forces nothing."""
-    mine = Setting("", {}, strict, {}) if setting is None else parse_setting(setting, strict)
-    with _changing_active():
+    mine = BackendSetting("", {}, strict, {}) if setting is None else parse_setting(setting, strict)
+    with _lock_active():
         _activate((mine, *_active[1:]))
 
 
-def _changing_active() -> AbstractContextManager[Any]:
-    """Keeps other threads from changing `_active`; torch.compile traces no lock."""
+def _lock_active() -> AbstractContextManager[Any]:
+    """Keeps other threads from changing `_active`. torch.compile cannot trace a lock."""
     return nullcontext() if torch.compiler.is_compiling() else _active_lock
 
 
-def _activate(settings: tuple[Setting, ...]) -> None:
+def _activate(settings: tuple[BackendSetting, ...]) -> None:
     global _active, _setting
     _active, _setting = settings, settings[-1]
 
 
 def apply_environment() -> None:
-    """Makes ``DINOV2_FAST_BACKEND`` the setting of this process; called once all ops are registered."""
+    """Makes ``DINOV2_FAST_BACKEND`` the setting of this process. Called once, when all ops are registered."""
     if environment.backend_setting():
         set_backend(environment.backend_setting())
 
 
-def current_setting() -> Setting:
-    """The setting that holds now."""
+def current_setting() -> BackendSetting:
+    """The setting in force."""
     return _setting
 
 
-def ops() -> dict[str, Op]:
+def all_ops() -> dict[str, Op]:
     """Every op, by its name."""
     return dict(_OPS)
-
-
-def names() -> list[str]:
-    """The names of the ops, sorted."""
-    return sorted(_OPS)

@@ -1,12 +1,13 @@
 """Layer normalisation, alone and fused with the residual addition before it.
 
-    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias              over the last dimension
-    with a branch, of the sum:  r' = x + drop_scale * gamma * branch,   returns (r', y)
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias             over the last dimension
+    with a branch:         x' = x + drop_scale * gamma * branch        returns x' and the norm of x'
+    with a deferred bias:  the norm of x + deferred_bias               the sum is not stored
 
-`var` is the biased variance. `gamma` is LayerScale, `drop_scale` the per-image factor of stochastic depth. For
-inference there is `deferred_bias`: the norm is that of x + deferred_bias, a sum that is not kept. The engine adds the
-biases here that in-place matrix products have left out of the stream.
-Source: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
+`var` is the biased variance, `gamma` is LayerScale, and `drop_scale` is the per-image factor of stochastic depth. The
+deferred bias is for inference: the engine's in-place matrix products leave their biases out of the stream, and the
+norms that read the stream add them.
+Sources: Ba et al., arXiv:1607.06450; LayerScale: Touvron et al., arXiv:2103.17239.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _fp8, _registry
-from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient, refuse_gradient
+from dinov2_fast.ops import _backends, _fp8, _registry
+from dinov2_fast.ops.dispatch import Op, refuse_gradient
+from dinov2_fast.ops.implementation import Implementation, records_gradient
 from dinov2_fast.ops.residual import add_residual_torch
 
-MAX_HIDDEN = 8192  # the kernels keep a row in registers
+MAX_HIDDEN = 8192  # a program of the kernel keeps a row in registers
 
 
 def layer_norm(
@@ -46,23 +48,23 @@ def layer_norm(
         x: (..., hidden), floating point; with a branch (batch, seq_len, hidden).
         weight, bias: (hidden,).
         eps: added to the variance.
-        branch: (batch, seq_len, hidden), what is added to `x` first.
+        branch: (batch, seq_len, hidden), added to `x` before the norm.
         gamma: LayerScale of the branch, (hidden,), or None for 1.
-        drop_scale: (batch,) factor of each image's branch (stochastic depth), or None for 1.
-        deferred_bias: (hidden,) added to `x` first, or None for 0. For inference only, without a branch.
-        scale: return the norm in e4m3, to be multiplied by `scale`. For inference only, without a branch.
-        backend: the implementation to use instead of the default.
+        drop_scale: (batch,), the factor of each image's branch (stochastic depth), or None for 1.
+        deferred_bias: (hidden,), added to `x` before the norm, or None for 0. For inference only, without a branch.
+        scale: return e4m3 values, whose real values are they times `scale`. For inference only, without a branch.
+        backend: the backend to use instead of the default.
 
     Returns:
-        The norm, of the shape and dtype of `x` (under autocast: float32, but not with `deferred_bias`), or in e4m3.
-        With a branch, the sum and its norm.
+        The norm, in the shape and dtype of `x` (under autocast float32, except with `deferred_bias`), or in e4m3. With
+        a branch: the sum and its norm.
 
     Raises:
         BackendError: `backend` cannot take these tensors, or gradients are recorded with `scale` or `deferred_bias`.
-        ValueError: `scale` or `deferred_bias` with a branch, or what goes with a branch without one.
+        ValueError: `scale` or `deferred_bias` is given with a branch, or `gamma` or `drop_scale` without one.
     """
     if branch is None and not (gamma is drop_scale is None):
-        raise InvalidValueError("gamma and drop_scale go with a branch: give layer_norm one.")
+        raise InvalidValueError("layer_norm takes gamma and drop_scale with a branch only: give it a branch.")
     if scale is not None or deferred_bias is not None:
         if branch is not None:
             raise InvalidValueError(
@@ -170,7 +172,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: gradient checkpointing computes them anew each time
+        saved = ctx.saved_tensors  # read once: with gradient checkpointing, each read computes them again
         gamma, weight = saved[2], saved[4]
         dtype, bias_dtype = ctx.dtypes
         dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype)
@@ -180,12 +182,12 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """A new contiguous tensor of the shape of `x`, in `dtype` or the common dtype."""
-    return x.new_empty(x.shape, dtype=dtype or _registry.promoted(x, *others))
+    """A new contiguous tensor in the shape of `x` and in `dtype`, by default the promoted dtype of all."""
+    return x.new_empty(x.shape, dtype=dtype or _backends.promoted(x, *others))
 
 
 def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
-    return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _registry.promoted(x, *others)))
+    return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _backends.promoted(x, *others)))
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -263,20 +265,20 @@ def _refuses(
     scale: float | None,
 ) -> str | None:
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
-        return f"takes weight and bias of shape {tuple(x.shape[-1:])}"
+        return f"takes weight and bias of shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}, {tuple(bias.shape)}"
     if x.shape[-1] > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {x.shape[-1]}"
     if branch is None:
         if deferred_bias is not None and deferred_bias.shape != x.shape[-1:]:
-            return f"takes deferred_bias of shape {tuple(x.shape[-1:])}"
-        return None if scale is None else _registry.refuses_e4m3(x)
+            return f"takes deferred_bias of shape {tuple(x.shape[-1:])}, got {tuple(deferred_bias.shape)}"
+        return None if scale is None else _backends.refuses_e4m3(x)
     if records_gradient([drop_scale]):
-        return "gives no gradient for drop_scale"
+        return "has no gradient for drop_scale"
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = _registry.promoted(x, branch, gamma, drop_scale)
+        dtype = _backends.promoted(x, branch, gamma, drop_scale)
         if dtype in (torch.float16, torch.bfloat16):
-            return "gives the norm in the dtype of the sum, where autocast gives it in fp32"
-    return _registry.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
+            return "returns the norm in the dtype of the sum, but autocast asks for fp32"
+    return _backends.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
 
 
 def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -292,8 +294,8 @@ def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 LAYER_NORM = Op(
     "layer_norm",
     (
-        Implementation("torch", layer_norm_torch, why=_registry.UNMEASURED),
-        _registry.triton(layer_norm_triton, _refuses, dtypes=_registry.FLOATS),
+        Implementation("torch", layer_norm_torch, why=_backends.UNMEASURED),
+        _backends.triton(layer_norm_triton, _refuses, dtypes=_backends.FLOATS),
     ),
     {"plain": partial(_sample, "plain"), "add": partial(_sample, "add")},
 )

@@ -1,18 +1,19 @@
-"""A linear layer with what follows it, for inference only.
+"""A linear layer with an epilogue, for inference only.
 
-    z = x @ weight^T + bias
+    z = x @ weight^T + bias                  x (..., in_features), weight (out_features, in_features)
 
+    epilogue   result
     none       z
     gelu       z * Phi(z), the exact (erf) GELU
-    swiglu     silu(gate) * value, the two halves of z, or features in turn (:func:`interleave` orders them so)
+    swiglu     silu(gate) * value: the first and second half of z, or its even and odd features (:func:`interleave`)
     residual   residual += z, in place
 
-The operands may be e4m3: `x` times one scale, `weight` times a scale of each output feature. A scale is what the e4m3
-value is multiplied by to give the real one, as `torch.nn.functional.scaled_mm` has it.
+The operands may be e4m3. Then `x` has one scale and `weight` a scale for each output feature. The real value is the
+e4m3 value times the scale, as in `torch.nn.functional.scaled_mm`.
 
 The kernels leave the sum of e4m3 products to the tensor cores (fast accumulation). Those of sm_90 add with some 14
-significant bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), not with the 24 of fp32. In a simulation with 4096
-in_features the error of that is less than a twentieth of the error of rounding the operands to e4m3.
+significant bits (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), while fp32 has 24. In a simulation with 4096
+in_features, this error is less than a twentieth of the error of rounding the operands to e4m3.
 
 Sources: GELU: Hendrycks & Gimpel, arXiv:1606.08415; SwiGLU: Shazeer, arXiv:2002.05202; e4m3: Micikevicius et al.,
 arXiv:2209.05433.
@@ -28,17 +29,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _linear_cuda, _registry
+from dinov2_fast.ops import _backends, _linear_cuda, _registry
+from dinov2_fast.ops._backends import HALF
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops._linear_epilogue import HALF, HALVES, finish, new_result, refuses_stream, was_written
-from dinov2_fast.ops._linear_peers import cublas, onednn
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops._linear_epilogue import (
+    NEEDS_INTERLEAVED,
+    apply_epilogue,
+    mark_written,
+    new_result,
+    refuses_stream,
+)
+from dinov2_fast.ops._linear_peers import CUBLAS, ONEDNN
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
 
 def interleave(packed: Tensor) -> Tensor:
-    """Reorders a packed SwiGLU parameter, (2 * hidden, ...) with all gates first, for :func:`linear`.
+    """A copy of a SwiGLU parameter (2 * hidden, ...) with gate and value rows in turn instead of all gates first.
 
-    Row 2j of the result is gate j, row 2j + 1 value j. For weights, biases and weight scales; a copy.
+    Row 2j of the result is gate j, and row 2j + 1 is value j. It serves weights, biases and weight scales.
     """
     return packed.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
 
@@ -57,29 +66,29 @@ def linear(
     interleaved: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`x` @ `weight`^T + `bias`, and what `epilogue` makes of it.
+    """`x` @ `weight`^T + `bias`, followed by an epilogue.
 
     Args:
         x: (..., in_features), fp16, bf16, fp32, fp64 or e4m3.
-        weight: (out_features, in_features), in the dtype of `x`; for "swiglu" all gates first.
-        bias: (out_features,) in that order, or None.
+        weight: (out_features, in_features), in the dtype of `x`. For "swiglu", all gates come first.
+        bias: (out_features,) in the same order, or None.
         epilogue: "none", "gelu", "swiglu" or "residual".
-        residual: for "residual": (..., out_features), to which the result is added in place. It may be wider (fp32)
-            than `x`, and may not overlap the other arguments.
-        scale: of all of `x`, for e4m3 operands.
+        residual: (..., out_features), to which "residual" adds the result in place. It may be fp32 where `x` is
+            narrower, and must not overlap the other arguments.
+        scale: the scale of `x`, for e4m3 operands.
         weight_scale: (out_features,), fp32, for e4m3 operands.
-        dtype: of the result of e4m3 operands: bf16 (default) or fp16; with "gelu" and "swiglu" also e4m3.
-        out_scale: what the values of an e4m3 result are to be multiplied by.
+        dtype: of the result of e4m3 operands: bf16 (the default) or fp16; with "gelu" and "swiglu" also e4m3.
+        out_scale: the scale of an e4m3 result.
         interleaved: for "swiglu", whether weight, bias and weight_scale are in the order of :func:`interleave`. Kernels
-            that compute it in their epilogue take this order alone, since a tile then holds gates and their values.
-        backend: the implementation to use instead of the default.
+            that compute SwiGLU in their epilogue take only this order, in which a tile holds gates and their values.
+        backend: the backend to use instead of the default.
 
     Returns:
-        (..., out_features), for "swiglu" (..., out_features / 2), contiguous, in the dtype of `x` or `dtype`. For
+        (..., out_features), or for "swiglu" (..., out_features / 2), contiguous, in the dtype of `x` or in `dtype`. For
         "residual" it is `residual`.
 
     Raises:
-        ValueError: arguments do not go together, or there is no such epilogue.
+        ValueError: the arguments do not fit together, or there is no such epilogue.
         BackendError: `backend` cannot take these tensors, or gradients are recorded.
     """
     _check(x, weight, bias, epilogue)
@@ -95,19 +104,19 @@ def linear(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> None:
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise InvalidValueError(f"weight has shape {tuple(weight.shape)}, which does not go with x {tuple(x.shape)}.")
+        raise InvalidValueError(f"weight has shape {tuple(weight.shape)}, which does not fit x {tuple(x.shape)}.")
     out_features, in_features = weight.shape
     if bias is not None and bias.shape != (out_features,):
         raise InvalidValueError(f"bias has shape {tuple(bias.shape)}, but there are {out_features} output features.")
     if out_features == 0 or in_features == 0:
         raise InvalidValueError(f"weight has shape {tuple(weight.shape)}: there is nothing to multiply.")
     if epilogue == "swiglu" and out_features % 2:
-        raise InvalidValueError(f"SwiGLU takes pairs of gate and value features, not {out_features} features.")
+        raise InvalidValueError(f"SwiGLU takes pairs of gate and value features, got {out_features} features.")
 
 
 def _check_residual(x: Tensor, weight: Tensor, epilogue: str, residual: Tensor | None) -> None:
     if residual is None or epilogue != "residual":
-        raise InvalidValueError('residual goes with the epilogue "residual", which needs it.')
+        raise InvalidValueError('The epilogue "residual" needs a residual, and the other epilogues take none.')
     if residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise InvalidValueError(f"residual has shape {tuple(residual.shape)}, not {(*x.shape[:-1], weight.shape[0])}.")
 
@@ -115,23 +124,23 @@ def _check_residual(x: Tensor, weight: Tensor, epilogue: str, residual: Tensor |
 def _check_e4m3(x: Tensor, weight: Tensor, scale: float | None, weight_scale: Tensor | None) -> None:
     if x.dtype != E4M3 or weight.dtype != E4M3:
         raise InvalidValueError(
-            f"x and weight must be e4m3 for scale, weight_scale and dtype, got {x.dtype} and {weight.dtype}."
+            f"scale, weight_scale and dtype are for x and weight in e4m3, got {x.dtype} and {weight.dtype}."
         )
     if scale is None or weight_scale is None:
         raise InvalidValueError("e4m3 operands need scale and weight_scale.")
     if weight_scale.shape != weight.shape[:1] or weight_scale.dtype != torch.float32:
         raise InvalidValueError(
-            f"weight_scale is {weight_scale.dtype} of shape {tuple(weight_scale.shape)}, not torch.float32 of shape "
-            f"{tuple(weight.shape[:1])}, a scale of each output feature."
+            f"weight_scale is {weight_scale.dtype} of shape {tuple(weight_scale.shape)}, but must be torch.float32 of "
+            f"shape {tuple(weight.shape[:1])}: one scale for each output feature."
         )
 
 
 def _result_dtype(epilogue: str, residual: Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype to pass on for e4m3 operands: None for a stream, which has its own."""
+    """The dtype of the result of e4m3 operands; None for a residual stream, which has its own."""
     given = dtype or (torch.bfloat16 if residual is None else residual.dtype)
     allowed = {"none": HALF, "residual": (*HALF, torch.float32)}.get(epilogue, (*HALF, E4M3))
     if given not in allowed or (residual is not None and given != residual.dtype):
-        raise InvalidValueError(f"the result of {epilogue!r} can be {', '.join(map(str, allowed))}, not {given}.")
+        raise InvalidValueError(f"The result of {epilogue!r} can be {', '.join(map(str, allowed))}, got {given}.")
     return given if residual is None else None
 
 
@@ -144,7 +153,7 @@ def linear_torch(
         x, weight = x.float() * scale, weight.float() * weight_scale[:, None]
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    return finish(F.linear(x, weight, bias), epilogue, residual, dtype, out_scale, interleaved)
+    return apply_epilogue(F.linear(x, weight, bias), epilogue, residual, dtype, out_scale, interleaved)
 
 
 # The kernels
@@ -188,7 +197,7 @@ def _launch_residual_(
     from dinov2_fast.kernels.linear import linear_residual_forward_
 
     linear_residual_forward_(residual, x, weight, bias, scale=scale, weight_scale=weight_scale)
-    was_written(residual)
+    mark_written(residual)
 
 
 def _fake(
@@ -199,14 +208,14 @@ def _fake(
 
 
 def _fake_residual(*args: Any) -> None:
-    """Writes in place, and so allocates nothing."""
+    """The op writes in place, so there is nothing to allocate."""
 
 
 _FORWARD = "(Tensor x, Tensor weight, Tensor? bias, str epilogue"
 _E4M3 = "float scale, Tensor? weight_scale, ScalarType? dtype, float out_scale"
 _RESIDUAL = "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias, float scale, Tensor? weight_scale) -> ()"
 
-# Two for Triton: autocast casts the floating-point operands of the first, and none of e4m3.
+# Triton has two ops: autocast casts the floating-point operands of the first, and leaves e4m3 operands alone.
 _forward = _registry.register(f"linear{_FORWARD}) -> Tensor", _launch, _fake, autocast=torch.get_autocast_dtype)
 _forward_fp8 = _registry.register(f"linear_fp8{_FORWARD}, {_E4M3}) -> Tensor", _launch, _fake)
 _residual = _registry.register(f"linear_residual_{_RESIDUAL}", _launch_residual_, _fake_residual)
@@ -222,14 +231,14 @@ def _refuses(
     if weight.dtype != x.dtype:
         return f"takes x and weight of one dtype, got {x.dtype} and {weight.dtype}"
     if epilogue == "swiglu" and rest[-1] is False:
-        return HALVES
-    if x.dtype == E4M3 and (reason := _registry.refuses_e4m3(x)):
+        return NEEDS_INTERLEAVED
+    if x.dtype == E4M3 and (reason := _backends.refuses_e4m3(x)):
         return reason
     return None if residual is None else refuses_stream(residual)
 
 
-def linear_sample(epilogue: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments of a form. `interleaved` is None and the stream gets no bias: callers fit both to who is chosen."""
+def sample_inputs(epilogue: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of a form. `interleaved` is None and "residual" has no bias: callers fit both to the implementation."""
     e4m3 = dtype == E4M3
     x = torch.empty(1, 257, 384, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
     weight, bias = x.new_empty(1536, 384), x.new_empty(1536)
@@ -240,18 +249,18 @@ def linear_sample(epilogue: str, device: torch.device, dtype: torch.dtype) -> tu
     return x.to(E4M3), weight.to(E4M3), bias, epilogue, residual, 0.125, bias.float(), result, 0.0625, None
 
 
-# The CUDA extension has no plain linear of fp16 and bf16: that is cuBLAS' to compute.
+# For fp16 and bf16 the CUDA extension has no form "none", because cuBLAS computes it.
 LINEAR = Op(
     "linear",
     (
-        onednn(),
-        Implementation("torch", linear_torch, trains=False, why=_registry.UNMEASURED),
-        *cublas(),
-        _registry.triton(linear_triton, _refuses, dtypes=(*HALF, torch.float32, E4M3), trains=False),
-        _registry.cuda(
-            linear_cuda, _linear_cuda.refuses, dtypes=HALF, forms=("gelu", "swiglu", "residual"), trains=False
+        ONEDNN,
+        Implementation("torch", linear_torch, has_backward=False, why=_backends.UNMEASURED),
+        *CUBLAS,
+        _backends.triton(linear_triton, _refuses, dtypes=(*HALF, torch.float32, E4M3), has_backward=False),
+        _backends.cuda(
+            linear_cuda, _linear_cuda.refuses, dtypes=HALF, forms=("gelu", "swiglu", "residual"), has_backward=False
         ),
-        _registry.cuda(linear_cuda, _linear_cuda.refuses, dtypes=(E4M3,), trains=False),
+        _backends.cuda(linear_cuda, _linear_cuda.refuses, dtypes=(E4M3,), has_backward=False),
     ),
-    {epilogue: partial(linear_sample, epilogue) for epilogue in _linear_cuda.FORMS},
+    {epilogue: partial(sample_inputs, epilogue) for epilogue in _linear_cuda.FORMS},
 )

@@ -1,13 +1,14 @@
-"""Images cut into rows, one for each patch, ready for the matrix product that embeds them. Inference only.
+"""Cuts images into patches, one row for each patch, for the matrix product that embeds them. Inference only.
 
     rows[b, i * columns + j] = values[b, :, i*s : i*s + p, j*t : j*t + p], flattened (channel, line, pixel), then zeros
 
-so that ``rows @ weight.flatten(1).T`` is what the convolution with `weight` and stride (s, t) computes; without overlap
-s and t are the patch size p. The values are those of floating-point images, and x - 128 of uint8 images.
+p is the patch size and (s, t) the stride, which is (p, p) if patches do not overlap. ``rows @ weight.flatten(1).T`` is
+then the convolution of `values` with `weight` and that stride. `values` are floating-point images, or uint8 images
+minus 128.
 
-x - 128 is exact in every floating dtype. The engine moves the normalisation, (x / 255 - mean) / std, into the weight
-and the bias (`inference.fold.fold_normalization`). The shift matters: on raw x in 0..255 the mean brightness, which the
-bias has to take away again, multiplies the rounding error of every weight.
+Subtracting 128 is exact in every floating dtype. The engine folds the normalisation, (x / 255 - mean) / std, into the
+weight and the bias (`inference.fold.fold_normalization`). Without the subtraction, the mean brightness of x in 0..255
+would multiply the rounding error of every weight, because the bias would have to cancel it.
 Source of the embedding: Dosovitskiy et al., arXiv:2010.11929.
 """
 
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation
 
 UINT8_SHIFT = 128
 
@@ -37,28 +39,29 @@ def patches(
     """Cuts images into patches.
 
     Args:
-        images: (batch, channels, height, width), uint8 or floating point, with any strides: they are read in place, so
-            images that lie channels last, (batch, height, width, channels), go in as ``images.permute(0, 3, 1, 2)``.
-        patch_size: of square patches, in pixels; height and width are multiples of it, or end with a patch.
-        stride: pixels from one patch to the next, down and across; default the patch size, that is no overlap.
-        padded_to: columns of the result, the rest being zeros; default channels * patch_size ** 2 (588 for 3 x 14 x
-            14; 592 is a multiple of 16 bytes in every dtype).
-        dtype: of the result; the values are computed in fp32 (fp64 if it is fp64) and rounded once.
-        backend: the implementation to use instead of the default.
+        images: (batch, channels, height, width), uint8 or floating point, read in place with any strides. Pass images
+            whose channels are last, (batch, height, width, channels), as ``images.permute(0, 3, 1, 2)``.
+        patch_size: height and width of a patch in pixels. The image's height and width are multiples of it, or the last
+            patch ends at the edge.
+        stride: pixels from one patch to the next, (down, across). By default the patch size, so patches do not overlap.
+        padded_to: columns of the result; the columns after the patch are zeros. By default channels * patch_size ** 2,
+            which is 588 for 3 x 14 x 14. 592 columns are a multiple of 16 bytes in every dtype.
+        dtype: of the result. Values are computed in fp32 (fp64 if `dtype` is fp64) and rounded once.
+        backend: the backend to use instead of the default.
 
     Returns:
-        (batch, patches, padded_to), contiguous; along a side there are (size - patch_size) // stride + 1 patches.
+        (batch, patches, padded_to), contiguous. A side of an image has (size - patch_size) // stride + 1 patches.
 
     Raises:
-        ValueError: wrong rank, a size that does not fit the patch size and the stride, or `padded_to` below the size of
-            a patch.
-        TypeError: `images` or `dtype` of an unsupported dtype.
+        ValueError: `images` has not four dimensions, a size does not fit the patch size and the stride, or `padded_to`
+            is less than the size of a patch.
+        TypeError: the dtype of `images`, or `dtype`, is not supported.
     """
     if images.ndim != 4:
         raise InvalidValueError(f"patches takes (batch, channels, height, width), got shape {tuple(images.shape)}.")
-    if images.dtype not in (torch.uint8, *_registry.FLOATS):
+    if images.dtype not in (torch.uint8, *_backends.FLOATS):
         raise InvalidTypeError(f"patches takes uint8 or floating-point images, got {images.dtype}.")
-    if dtype not in _registry.FLOATS:
+    if dtype not in _backends.FLOATS:
         raise InvalidTypeError(f"patches returns floating-point rows, not {dtype}.")
     stride = (patch_size, patch_size) if stride is None else stride
     for name, size, step in zip(("height", "width"), images.shape[2:], stride, strict=True):
@@ -98,7 +101,9 @@ def _patches_fake(images: Tensor, patch_size: int, padded_to: int, dtype: torch.
 
 
 def _refuses(images: Tensor, patch_size: int, stride: tuple[int, int], *rest: object) -> str | None:
-    return None if stride == (patch_size, patch_size) else f"cuts no patches that overlap, got a stride of {stride}"
+    return (
+        None if stride == (patch_size, patch_size) else f"cuts patches without overlap only, got a stride of {stride}"
+    )
 
 
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:
@@ -113,11 +118,16 @@ _patches = _registry.register(
     _patches_fake,
 )
 
+
+def patches_triton(images: Tensor, patch_size: int, stride: object, padded_to: int, dtype: torch.dtype) -> Tensor:
+    return _patches(images, patch_size, padded_to, dtype)
+
+
 PATCHES = Op(
     "patches",
     (
-        Implementation("torch", patches_torch, trains=False, why=_registry.UNMEASURED),
-        _registry.triton(lambda images, size, stride, *rest: _patches(images, size, *rest), _refuses, trains=False),
+        Implementation("torch", patches_torch, has_backward=False, why=_backends.UNMEASURED),
+        _backends.triton(patches_triton, _refuses, has_backward=False),
     ),
     {"patches": _sample},
 )

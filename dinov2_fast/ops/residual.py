@@ -1,11 +1,11 @@
-"""The residual stream: adding a branch to it, for all images of a batch or (stochastic depth) for a subset.
+"""Adds a branch to the residual stream, for all images of a batch or, with stochastic depth, for a subset of them.
 
-    add_residual:             r' = r + drop_scale * gamma * branch
-    add_residual with index:  r'[index] = r[index] + scale * gamma * branch,  r' = r elsewhere
+    add_residual:             out = residual + drop_scale * gamma * branch
+    add_residual with index:  out[index] = residual[index] + scale * gamma * branch;  the other images are copied
     gather_rows:              x[index], the images whose branch is computed
 
-`gamma` is LayerScale. Stochastic depth on a subset: Oquab et al., arXiv:2304.07193, section 5 ("Efficient stochastic
-depth"): a branch is computed for a random subset of the images only, and scaled by batch / subset.
+`gamma` is LayerScale. Stochastic depth computes a branch for a random subset of the images only, and scales it by
+batch / subset: Oquab et al., arXiv:2304.07193, section 5 ("Efficient stochastic depth").
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import Implementation, Op, records_gradient
+from dinov2_fast.ops.dispatch import Op
+from dinov2_fast.ops.implementation import Implementation, records_gradient
 
 
 def add_residual(
@@ -33,42 +34,43 @@ def add_residual(
     scale: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Adds `branch` to the residual stream, or with `index` the branch of a subset of its images.
+    """Adds `branch` to the residual stream: to all images, or with `index` to a subset of them.
 
     Args:
         residual: (batch, seq_len, hidden).
-        branch: as `residual`; with `index` (subset, seq_len, hidden).
+        branch: (batch, seq_len, hidden), or with `index` (subset, seq_len, hidden).
         gamma: LayerScale, (hidden,), or None for 1.
-        drop_scale: (batch,) factor of each image's branch, or None for 1. Not with `index`.
-        index: (subset,) int64, distinct images of the batch, or None for all of them.
-        scale: batch / subset, which keeps the expectation. Only with `index`.
-        backend: the implementation to use instead of the default.
+        drop_scale: (batch,), the factor of each image's branch, or None for 1. Not with `index`.
+        index: (subset,) int64, distinct images of the batch, or None for all images.
+        scale: batch / subset, which keeps the expected value. Only with `index`.
+        backend: the backend to use instead of the default.
 
     Returns:
-        A new tensor (batch, seq_len, hidden), in the common dtype of all; with `index` in that of `residual`.
+        A new tensor (batch, seq_len, hidden), in the promoted dtype of all arguments, or with `index` in the dtype of
+        `residual`.
 
     Raises:
-        ValueError: `drop_scale` with `index`, or `scale` without it.
+        ValueError: `drop_scale` is given with `index`, or `scale` without it.
     """
     if index is None:
         if scale != 1.0:
-            raise InvalidValueError("add_residual takes scale with index only; without it, give drop_scale.")
+            raise InvalidValueError("add_residual takes scale with index only: without index, give drop_scale.")
     elif drop_scale is not None:
-        raise InvalidValueError("add_residual takes drop_scale without index only; with it, give scale.")
+        raise InvalidValueError("add_residual takes drop_scale without index only: with index, give scale.")
     args = residual, branch, gamma, drop_scale, index, scale
     return RESIDUAL.choose("add", args, backend).function(*args)
 
 
 def gather_rows(xs: list[Tensor], indices: list[Tensor], *, backend: str | None = None) -> Tensor:
-    """Some images of each of several batches, all their tokens in one tensor.
+    """The tokens of some images of several batches, in one tensor.
 
     Args:
         xs: batches (batch_i, seq_len_i, hidden) of one dtype.
-        indices: for each batch (subset_i,) int64, distinct images.
-        backend: the implementation to use instead of the default.
+        indices: (subset_i,) int64 for each batch, distinct images.
+        backend: the backend to use instead of the default.
 
     Returns:
-        (total_tokens, hidden): the tokens of `xs[0][indices[0]]`, then those of the next batch.
+        (total_tokens, hidden): the tokens of `xs[0][indices[0]]`, followed by those of the next batch.
     """
     return RESIDUAL.choose("gather", (xs, indices), backend).function(xs, indices)
 
@@ -160,14 +162,14 @@ class _GatherRows(torch.autograd.Function):
 
 def _add_fake(residual: Tensor, *rest: Any) -> Tensor:
     *factors, index, _ = rest  # branch, gamma, drop_scale
-    dtype = _registry.promoted(residual, *factors) if index is None else residual.dtype
+    dtype = _backends.promoted(residual, *factors) if index is None else residual.dtype
     return residual.new_empty(residual.shape, dtype=dtype)
 
 
 def _add_backward_fake(dout: Tensor, branch: Tensor, gamma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     if gamma is None:
         return branch.new_empty(branch.shape), dout.new_empty(0)
-    wide = torch.promote_types(torch.float32, _registry.promoted(dout, branch, gamma))
+    wide = torch.promote_types(torch.float32, _backends.promoted(dout, branch, gamma))
     return branch.new_empty(branch.shape), gamma.new_empty(gamma.shape, dtype=wide)
 
 
@@ -206,9 +208,9 @@ def _refuses_add(
     residual: Tensor, branch: Tensor, gamma: Tensor | None, drop_scale: Tensor | None, index: Tensor | None, *rest: Any
 ) -> str | None:
     if records_gradient([drop_scale]):
-        return "gives no gradient for drop_scale"
+        return "has no gradient for drop_scale"
     stream = residual if index is None else residual[: index.shape[0]]
-    return _registry.refuses_to_broadcast(stream, branch, drop_scale, gamma=gamma)
+    return _backends.refuses_to_broadcast(stream, branch, drop_scale, gamma=gamma)
 
 
 def _refuses_gather(xs: list[Tensor], indices: list[Tensor]) -> str | None:
@@ -226,10 +228,10 @@ def _sample(form: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, .
 RESIDUAL = Op(
     "residual",
     (
-        Implementation("torch", add_residual_torch, forms=("add",), why=_registry.UNMEASURED),
-        Implementation("torch", gather_rows_torch, forms=("gather",), why=_registry.UNMEASURED),
-        _registry.triton(_add_residual, _refuses_add, dtypes=_registry.FLOATS, forms=("add",)),
-        _registry.triton(_gather_rows, _refuses_gather, dtypes=_registry.FLOATS, forms=("gather",)),
+        Implementation("torch", add_residual_torch, forms=("add",), why=_backends.UNMEASURED),
+        Implementation("torch", gather_rows_torch, forms=("gather",), why=_backends.UNMEASURED),
+        _backends.triton(_add_residual, _refuses_add, dtypes=_backends.FLOATS, forms=("add",)),
+        _backends.triton(_gather_rows, _refuses_gather, dtypes=_backends.FLOATS, forms=("gather",)),
     ),
     {"add": partial(_sample, "add"), "gather": partial(_sample, "gather")},
 )

@@ -52,8 +52,8 @@ def _measured(workload: Workload, mode: str) -> dict[str, dict]:
 def test_every_form_has_a_workload_and_every_workload_a_form() -> None:
     forms = {
         op.name_of(form, dtype == E4M3)
-        for op in dispatch.ops().values()
-        for form, sample in op.samples.items()
+        for op in dispatch.all_ops().values()
+        for form, sample in op.sample_inputs.items()
         for dtype in (torch.float32, E4M3)
         if sample(SHAPE.device, dtype) is not None
     }

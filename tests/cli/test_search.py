@@ -84,7 +84,7 @@ def test_the_nearest_come_first_with_their_cosines(
     assert "5 images compared, 1 without features skipped" in err
 
 
-def test_tables_and_csv_say_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choicess_and_csv_say_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     queries = [str(place / "photos" / f"{name}.png") for name in "ad"]
     arguments = [str(place / "features"), *queries, "--k", "2"]
     table = searched(capsys, *arguments)[0].splitlines()

@@ -1,10 +1,10 @@
-"""Builds the kernels of csrc for the CPU and uses them as the extension: ``pytest -p tests.cuda_on_host``.
+"""Builds the kernels of csrc for the CPU and loads them as the extension: ``pytest -p tests.cuda_on_host``.
 
-The tests of the ops linear and attention then run on the backend `cuda` without a GPU, as those of Triton's kernels do
-in Triton's interpreter. The checks, the choice of a tile and the epilogue are those of a GPU, shuffles included
-(cuda_on_host.h). The products, which use Hopper's instructions, and attention's softmax between them are plain loops
-(*_on_host.cu). What only a GPU has does not show: its memory, its fast approximations, real concurrency. The build
-needs g++ and the CUDA headers that Triton ships, not nvcc.
+With this plugin, the tests of the ops linear and attention run the backend `cuda` without a GPU, as Triton's
+interpreter runs Triton's kernels. The checks, the choice of a tile and the epilogues, including their shuffles
+(cuda_on_host.h), are those of the GPU. The products, which use instructions of Hopper, and attention's softmax between
+them are computed by plain loops (*_on_host.cu). The memory of a GPU, its fast approximations and real concurrency are
+not tested. The build needs g++ and the CUDA headers that Triton ships, but not nvcc.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("bindings.cpp", "linear.cu", "attention.cu")  # the products are in *_on_host.cu
+SOURCES = ("bindings.cpp", "linear.cu", "attention.cu")  # besides *_on_host.cu
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DDINOV2_FAST_ON_HOST", "-ffp-contract=off")
 FLAGS += ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 
@@ -41,7 +41,7 @@ def headers() -> Path | None:
 
 
 def build(csrc: Path = ROOT / "csrc") -> Path:
-    """Builds the library in the system's folder for temporary files, once for the same sources and torch."""
+    """The library, in the system's temporary folder. It is built once for the same sources and torch."""
     torch_folder = Path(torch.__file__).parent
     files = sorted([*csrc.glob("*.*"), *Path(__file__).parent.glob("*.h"), *Path(__file__).parent.glob("*.cu")])
     contents = b"".join(file.read_bytes() for file in files) + f"{torch.__version__}{FLAGS}".encode()
@@ -71,7 +71,7 @@ def build(csrc: Path = ROOT / "csrc") -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
-    """Loads the library before anything asks for the extension."""
+    """Loads the library before a test can ask for the extension."""
     from dinov2_fast import extension
 
     reason = reason_against()

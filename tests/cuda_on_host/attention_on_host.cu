@@ -1,6 +1,6 @@
-// The launches of csrc/attention.cu for the CPU: plain loops give what the products and the softmax would, block by
-// block and tile of keys by tile of keys, in the order in which the tensor cores would leave it. Where that lies in
-// memory, what follows it and the checks are those of a GPU.
+// The launches of csrc/attention.cu for the CPU. Plain loops compute the products and the softmax, block by block and
+// tile by tile, and leave the sums in the order of the tensor cores. The memory layout, the epilogue and the checks are
+// those of the GPU.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -28,7 +28,7 @@ struct Row {
   float lse = INFINITY;
 };
 
-// `count` queries, keys or values of one head from `first` on; zeros beyond the last, as TMA gives them.
+// `count` queries, keys or values of one head, from `first` on; zeros beyond the last one, as TMA reads them.
 std::vector<float> rows_of(const Tensor& qkv, const AttentionLayout& layout, int64_t image, int64_t head, int kind,
                            int64_t first, int count) {
   std::vector<float> rows(count * HEAD_DIM, 0.0f);
@@ -42,19 +42,19 @@ std::vector<float> rows_of(const Tensor& qkv, const AttentionLayout& layout, int
 void attend(const Tensor& qkv, const AttentionLayout& layout, int64_t image, int64_t head, int64_t first, Row* block) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(HEAD_DIM)), scale_log2 = scale * LOG2_E;
   const std::vector<float> q = rows_of(qkv, layout, image, head, 0, first, QUERIES);
-  std::vector<float> greatest(QUERIES, -INFINITY), total(QUERIES, 0.0f);
+  std::vector<float> row_max(QUERIES, -INFINITY), total(QUERIES, 0.0f);
   for (int64_t first_key = 0; first_key < layout.tokens; first_key += KEYS) {
     const std::vector<float> k = rows_of(qkv, layout, image, head, 1, first_key, KEYS);
     const std::vector<float> v = rows_of(qkv, layout, image, head, 2, first_key, KEYS);
     for (int row = 0; row < QUERIES && first + row < layout.tokens; ++row) {
-      float scores[KEYS], before = greatest[row];
+      float scores[KEYS], before = row_max[row];
       for (int key = 0; key < KEYS; ++key) {
         scores[key] = 0.0f;
         for (int i = 0; i < HEAD_DIM; ++i) scores[key] += q[row * HEAD_DIM + i] * k[key * HEAD_DIM + i];
         if (first_key + key >= layout.tokens) scores[key] = -INFINITY;
-        greatest[row] = std::fmax(greatest[row], scores[key]);
+        row_max[row] = std::fmax(row_max[row], scores[key]);
       }
-      const float shift = greatest[row] == -INFINITY ? 0.0f : greatest[row];
+      const float shift = row_max[row] == -INFINITY ? 0.0f : row_max[row];
       const float correction = std::exp2((before - shift) * scale_log2);
       total[row] *= correction;
       for (float& sum : block[row].sums) sum *= correction;
@@ -67,7 +67,7 @@ void attend(const Tensor& qkv, const AttentionLayout& layout, int64_t image, int
   }
   for (int row = 0; row < QUERIES; ++row) {
     if (!(total[row] != 0.0f) || std::isnan(total[row])) continue;
-    block[row].lse = greatest[row] * scale + std::log(total[row]);
+    block[row].lse = row_max[row] * scale + std::log(total[row]);
     for (float& sum : block[row].sums) sum /= total[row];
   }
 }
@@ -101,14 +101,15 @@ template void launch_attention<Dtype::fp16>(const AttentionForward&, int, void*)
 
 }  // namespace dinov2_fast
 
-// For tests/ops/test_attention_cuda.py: what is computed from sizes and strides of qkv, and the place of an element.
+// For tests/ops/test_attention_cuda.py: the tiles, the blocks, and the offset of an element, from the sizes and strides
+// of qkv.
 extern "C" void dinov2_fast_attention_layout(const int64_t* sizes, const int64_t* strides, const int64_t* at,
                                              int64_t* out) {
   using namespace dinov2_fast;
   Tensor qkv;
-  qkv.dim = MOST_DIMS;
-  std::copy(sizes, sizes + MOST_DIMS, qkv.sizes);
-  std::copy(strides, strides + MOST_DIMS, qkv.strides);
+  qkv.dim = MAX_DIMS;
+  std::copy(sizes, sizes + MAX_DIMS, qkv.sizes);
+  std::copy(strides, strides + MAX_DIMS, qkv.strides);
   const AttentionLayout layout = layout_of(qkv);
   out[0] = layout.tiles();
   out[1] = layout.blocks();

@@ -1,8 +1,9 @@
-// Runs CUDA kernels on the CPU, for tests on machines without a GPU: what csrc/common.cuh includes in place of the CUDA
-// runtime when DINOV2_FAST_ON_HOST is defined.
+// Runs CUDA kernels on the CPU, for tests on machines without a GPU. csrc/common.cuh includes it in place of the CUDA
+// runtime if DINOV2_FAST_ON_HOST is defined.
 //
-// Blocks run one after another. Each thread of a block is a fiber, which runs until it comes to a shuffle; it goes on
-// when its whole warp has come there. A shuffle with a lane that has ended, undefined on a GPU, is an error.
+// Blocks run one after another. Each thread of a block is a fiber. It runs until it reaches a shuffle, and resumes when
+// its whole warp has reached the shuffle. A shuffle with a lane that has ended is undefined on a GPU; here it is an
+// error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,8 +29,8 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(1 << 16);
   State state;
   uint3 index;
-  int shuffles;         // how many it has taken part in
-  uint32_t offered[2];  // its words in the last two: a lane may be a shuffle ahead of those that still read
+  int shuffles;         // how many shuffles it has taken part in
+  uint32_t offered[2];  // its words in the last two shuffles, because other lanes may still read the one before
 };
 
 inline ucontext_t scheduler;
@@ -55,7 +56,7 @@ inline void wait_for_warp() {
   swapcontext(&fiber.context, &scheduler);
 }
 
-// Lets those warps go on of which all lanes have come to a shuffle. False if there is none.
+// Resumes the warps of which all lanes have reached a shuffle. False if there is none.
 inline bool release(int threads) {
   bool any = false;
   const auto waits = [](const Fiber& fiber) { return fiber.state == State::at_shuffle; };
@@ -91,7 +92,8 @@ inline void run_block(int threads) {
     }
   } while (release(threads));
   for (int t = 0; t < threads; ++t) {
-    if (fibers[t].state != State::ended) throw std::logic_error("threads of a block wait for others that never come");
+    if (fibers[t].state != State::ended)
+      throw std::logic_error("threads of a block wait at a shuffle that others never reach");
   }
 }
 
@@ -101,7 +103,7 @@ template <typename Word>
 Word __shfl_xor_sync(unsigned mask, Word value, int lanes) {
   using namespace cuda_on_host;
   static_assert(sizeof(Word) == sizeof(uint32_t));
-  if (mask != 0xffffffffu) throw std::logic_error("only shuffles of whole warps are there");
+  if (mask != 0xffffffffu) throw std::logic_error("only shuffles of whole warps are implemented");
   const int turn = fibers[current].shuffles++ % 2;
   std::memcpy(&fibers[current].offered[turn], &value, sizeof(value));
   wait_for_warp();

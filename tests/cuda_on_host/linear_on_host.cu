@@ -1,5 +1,5 @@
-// The launches of csrc/linear.cu for the CPU: plain loops give the sums that wgmma would, in the order in which it
-// would leave them. What follows the product, its checks and the choice of a tile are those of a GPU.
+// The launches of csrc/linear.cu for the CPU. Plain loops compute the sums, in the order in which wgmma would leave
+// them. The epilogue, the checks and the choice of a tile are those of the GPU.
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "linear.h"

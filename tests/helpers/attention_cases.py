@@ -14,7 +14,9 @@ from tests.helpers.devices import (
     random,
 )
 
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 E4M3 = torch.float8_e4m3fn
+PACKED_LENGTHS = (1, 57, 1, 16, 1, 16)
 
 
 def random_qkv(
@@ -30,6 +32,11 @@ def plain_scores(qkv: Tensor) -> Tensor:
 
 def plain_attention(qkv: Tensor) -> Tensor:
     return (plain_scores(qkv).softmax(-1) @ qkv[:, :, 2].transpose(1, 2)).transpose(1, 2)
+
+
+def each_sequence(function: Callable[[Tensor], Tensor], qkv: Tensor, seq_lens: tuple[int, ...]) -> Tensor:
+    """The results of a function of a batch for each packed sequence."""
+    return torch.cat([function(part[None])[0] for part in qkv.split(list(seq_lens))])
 
 
 def assert_gradient_obeys_the_rule(ours: Tensor, ref: Tensor, usual: Tensor) -> None:
@@ -76,8 +83,8 @@ def assert_one_step(y: Tensor, exact: Tensor, usual: Tensor, scale: float) -> No
     assert y.dtype == E4M3
     assert y.is_contiguous()
     expected = quantized(exact, scale)
-    away, usually = (reference.e4m3_steps(x, expected) > 0 for x in (y, quantized(usual.double(), scale)))
+    differs, usually_differs = (reference.e4m3_steps(x, expected) > 0 for x in (y, quantized(usual.double(), scale)))
     assert reference.e4m3_steps(y, expected).max() <= 1
-    assert away.double().mean() <= 2 * usually.double().mean() + 0.005
+    assert differs.double().mean() <= 2 * usually_differs.double().mean() + 0.005
     assert {y.float().max().item(), y.float().min().item()} == {448.0, -448.0}
     assert ((y.float() != 0) & (y.float().abs() < 2**-6)).any(), "none is subnormal"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension
-from dinov2_fast.ops.dispatch import tensors_of
+from dinov2_fast.ops.implementation import tensors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

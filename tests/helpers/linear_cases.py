@@ -171,7 +171,7 @@ def assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int]) -> N
     low, high = (((exact + s) * 300).clamp(-448, 448).to(E4M3) for s in (-slack, slack))
     below = reference.e4m3_position(low) - reference.e4m3_position(y)
     above = reference.e4m3_position(y) - reference.e4m3_position(high)
-    away = torch.maximum(below, above)
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = torch.maximum(below, above)
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
     assert y.float().max() == 448

@@ -317,7 +317,7 @@ def test_autocast_does_not_decide_on_a_layout(monkeypatch: pytest.MonkeyPatch) -
 @fakes_cuda
 def test_layouts_are_those_of_the_device_that_an_engine_is_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that compute SwiGLU in an epilogue run on a GPU alone, and want gates and values in turn."""
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
     with use_backend("linear.swiglu=triton,linear.residual=cublas"):
         layouts = [
             layout_for(torch.device("cuda"), dtype, stream, gated=True)

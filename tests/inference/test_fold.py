@@ -68,7 +68,7 @@ def test_a_model_in_bf16_is_folded_from_what_it_holds() -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 def test_a_part_that_is_moved_or_replicated_chooses_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN, which can be asked to compute in fp32, cannot in fp64."""
-    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)  # below it, torch computes under the name of oneDNN
+    monkeypatch.setattr(_linear_peers, "ONEDNN_MIN_PRODUCTS", 1)  # below it, torch computes under the name of oneDNN
     folded, x = fold_linear(nn.Linear(8, 8), "fc1", torch.float32), torch.randn(3, 8)
     with torch.no_grad(), use_backend("linear=onednn"):
         y = folded(x)

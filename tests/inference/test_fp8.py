@@ -27,7 +27,7 @@ from dinov2_fast.inference.engine import Engine, _slow_in_e4m3
 from dinov2_fast.inference.fp8 import Fp8Linear
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.ops import _registry
+from dinov2_fast.ops import _backends
 from tests import reference
 from tests.helpers.devices import DEVICE, fakes_cuda, on_gpu, poisoned_memory, runs_triton
 from tests.helpers.engines import FakeGraphs
@@ -599,7 +599,7 @@ def test_a_gpu_without_e4m3_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     with FakeTensorMode():
         assert _slow_in_e4m3(cuda) is None
-        monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
+        monkeypatch.setattr(_backends, "capability", lambda index: (8, 6))
         assert _slow_in_e4m3(cuda) == "needs a device with e4m3, sm_89 or newer, got sm_86"
 
 
@@ -625,7 +625,7 @@ def test_the_command_line_refuses_it_in_its_own_words(
 
 @fakes_cuda
 def test_the_command_line_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_capability", lambda index: (8, 6))
+    monkeypatch.setattr(_backends, "capability", lambda index: (8, 6))
     with FakeTensorMode(), pytest.raises(ValueError, match=r"got sm_86\. Use --precision bf16\.$"):
         _refuse_slow("fp8", torch.device("cuda", 0))
 

@@ -77,7 +77,7 @@ def test_gradients_obey_the_rule(backend: str, kind: str, dtype: torch.dtype) ->
 def test_gelu_is_the_exact_one(backend: str) -> None:
     x = torch.linspace(-8, 8, 4000, dtype=torch.float64, device=DEVICE)
     assert (ops.activation(x, "gelu", backend=backend) - reference.gelu(x)).abs().max() < 1e-15
-    assert (F.gelu(x, approximate="tanh") - reference.gelu(x)).abs().max() > 1e-4  # the bound above tells them apart
+    assert (F.gelu(x, approximate="tanh") - reference.gelu(x)).abs().max() > 1e-4  # far above the bound before
     single = ops.activation(x.float(), "gelu", backend=backend).double()
     assert (single - reference.gelu(x.float())).abs().max() < 1e-6
 
@@ -101,7 +101,7 @@ def test_swiglu_gates_with_the_first_half(backend: str) -> None:
 
 @each_kind
 @each_backend
-def test_gradients_in_fp64(backend: str, kind: str) -> None:
+def test_gradients_equal_finite_differences_in_fp64(backend: str, kind: str) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(_op(kind, backend), (x,))
 
@@ -170,9 +170,9 @@ def test_e4m3_values_are_one_step_from_the_formula(backend: str, kind: str, dtyp
     with poisoned_memory():
         y = ops.activation(x, kind, scale=scale, backend=backend)
     exact = ((x.double() if kind == "identity" else getattr(reference, kind)(x)) / scale).clamp(-448, 448)
-    away = reference.e4m3_steps(y, exact.to(torch.float8_e4m3fn))
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = reference.e4m3_steps(y, exact.to(torch.float8_e4m3fn))
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
     assert y.float().max() == 448
     with pytest.raises(BackendError, match="inference only"):
         ops.activation(x.requires_grad_(), kind, scale=scale, backend=backend)
@@ -190,7 +190,7 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 @each_kind
 @each_kernel
-def test_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) -> None:
     x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
     opcheck(getattr(torch.ops.dinov2_fast, kind).default, (x.requires_grad_(requires_grad),))
     if not requires_grad:
@@ -201,7 +201,7 @@ def test_opcheck(backend: str, kind: str, requires_grad: bool, strided: bool) ->
 
 @each_kind
 @each_kernel
-def test_compiled_whole_with_gradients(backend: str, kind: str) -> None:
+def test_compiled_as_one_graph_with_gradients(backend: str, kind: str) -> None:
     op = _op(kind, backend)
     x = random(5, 64)
     compiled = torch.compile(lambda x: op(x * 2), fullgraph=True, backend="aot_eager")
@@ -216,7 +216,7 @@ def test_another_kind_is_refused() -> None:
 
 
 def test_the_identity_needs_a_scale() -> None:
-    with pytest.raises(ValueError, match="give it the scale of e4m3 values"):
+    with pytest.raises(ValueError, match="give it the scale of the e4m3 values"):
         ops.activation(random(4), "identity")
 
 
@@ -224,8 +224,8 @@ def test_the_identity_needs_a_scale() -> None:
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"takes fp16, bf16, fp32 and fp64, got torch\.int32"):
         ops.activation(random(4).int(), "gelu", backend="triton")
-    with pytest.raises(BackendError, match="takes halves of one width"):
+    with pytest.raises(BackendError, match="takes two halves of equal size"):
         ops.activation(random(4, 3), "swiglu", backend="triton")
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (8, 0))
     with FakeTensorMode(), pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
         ops.activation(torch.empty(4, device="cuda"), "gelu", scale=1.0, backend="triton")

@@ -1,6 +1,6 @@
-"""The CUDA kernels of the op attention, by the rules of tests/ops/test_attention.py, and what they do not take.
+"""The CUDA kernels of the op attention: the rules of tests/ops/test_attention.py, refusals, and checks of the launch.
 
-Without a GPU, `-p tests.cuda_on_host` runs all but the products and the softmax between them.
+Without a GPU, `-p tests.cuda_on_host` runs everything except the products and the softmax between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast.ops import _attention_cuda, _registry, attention
+from dinov2_fast.ops import _attention_cuda, _backends, attention
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.helpers.attention_cases import (
@@ -42,13 +42,13 @@ from tests.helpers.devices import (
     runs_triton,
 )
 
-QUERIES = 192  # of a block, which takes 96 keys at once
-# (batch, tokens, heads): one token; a warp group more or less; a tile of keys or of queries more or less; images
+QUERIES = 192  # of a block, which reads 96 keys at a time
+# (batch, tokens, heads): one token; tokens around a warp group, a tile of keys and a tile of queries; several images.
 SIZES = [
     *((1, 1, 1), (3, 63, 1), (1, 64, 6), (3, 65, 2)),
     *((1, 96, 2), (3, 97, 1), (1, 192, 1), (1, 193, 2), (1, 257, 6), (2, 261, 1)),
 ]
-LARGE = [(8, 257, 12), (64, 261, 6), (4, 1370, 6), (2, 5477, 1)]  # several blocks for some multiprocessors
+LARGE = [(8, 257, 12), (64, 261, 6), (4, 1370, 6), (2, 5477, 1)]  # some multiprocessors compute several blocks
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 bf16_first = pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def _assert_obeys_the_rule(qkv: Tensor) -> None:
         with_lse, lse = _with_lse(qkv)
     assert out.is_contiguous()
     reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
-    assert torch.equal(with_lse, out)  # nothing in the order of the sums is left to chance
+    assert torch.equal(with_lse, out)  # the order of the sums is fixed
     ref, plain = reference.attention_lse(qkv), plain_scores(qkv.float()).logsumexp(-1)
     reference.assert_obeys_rule(lse, ref / math.log(2), plain / math.log(2))  # to base 2, as the backward reads it
 
@@ -115,7 +115,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         _cuda(qkv.requires_grad_())
     assert given == [None, None]
-    if _registry.TRITON_IS_INSTALLED:
+    if _backends.TRITON_IS_INSTALLED:
         _cuda(qkv)
         assert given[-1].shape == (2, 2, 5)
 
@@ -123,7 +123,7 @@ def test_without_gradients_no_lse_is_written(monkeypatch: pytest.MonkeyPatch) ->
 @runs_cuda
 @pytest.mark.parametrize("sign", [1, -1])
 @each_dtype
-def test_scores_far_from_zero(dtype: torch.dtype, sign: int) -> None:
+def test_scores_far_from_zero_obey_the_rule(dtype: torch.dtype, sign: int) -> None:
     qkv = random_qkv(1, 100, heads=1, dtype=dtype)
     qkv[:, :, 0] += 6 * sign  # scores and lse of some hundred, all of one sign: exp(lse) is beyond fp32
     qkv[:, :, 1] += 6
@@ -203,7 +203,7 @@ def test_a_key_of_infinite_negative_score_gets_no_weight(key: int) -> None:
 
 
 @runs_cuda
-def test_nothing_in_gives_nothing() -> None:
+def test_empty_input_gives_an_empty_result() -> None:
     for batch, tokens in ((0, 5), (2, 0)):
         out, lse = _with_lse(random_qkv(batch, tokens, dtype=torch.float16))
         assert out.shape == (batch, tokens, 2, 64)
@@ -222,7 +222,7 @@ def test_e4m3_is_one_step_from_the_formula(dtype: torch.dtype, tokens: int) -> N
 @on_gpu
 @runs_cuda
 def test_more_than_two_to_the_31_elements() -> None:
-    """The last image of a batch that large gets what it gets alone."""
+    """The last image of so large a batch has the same result as alone."""
     qkv = torch.randn(1, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16).repeat(2750, 1, 1, 1, 1)
     assert qkv.numel() > 2**31
     qkv[-1] = torch.randn_like(qkv[-1])
@@ -230,24 +230,24 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert torch.equal(large[-1:], alone)
 
 
-# How torch sees the op
+# Registration with torch
 
 
 @runs_cuda
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_opcheck(with_lse: bool) -> None:
+def test_registered_ops_pass_opcheck(with_lse: bool) -> None:
     for qkv in (random_qkv(2, 3, 1, dtype=torch.float16), random_qkv(3, 2, 1, dtype=torch.bfloat16).transpose(0, 1)):
         opcheck(torch.ops.dinov2_fast.attention_cuda.default, (qkv, with_lse))
 
 
 @runs_cuda
-def test_compiled_whole_and_in_inference_mode() -> None:
+def test_compiled_as_one_graph_and_in_inference_mode() -> None:
     assert_compiles_whole(lambda x: _cuda(x * 2), [random_qkv(2, 5, dtype=torch.float16)])
 
 
 @runs_cuda
 @runs_triton
-def test_compiled_whole_with_gradients() -> None:
+def test_compiled_as_one_graph_with_gradients() -> None:
     qkv = random_qkv(2, 5, dtype=torch.float16)
     compiled = torch.compile(_cuda, fullgraph=True, backend="aot_eager")
     assert torch.equal(gradients(compiled, [qkv])[0], gradients(_cuda, [qkv])[0])
@@ -259,24 +259,24 @@ def test_autocast_gives_the_dtype_torch_gives() -> None:
         assert _cuda(random_qkv(1, 5, dtype=torch.float16)).dtype == torch.bfloat16
 
 
-# What is refused, and in which words
+# Refusals
 
 
 REFUSALS = {
     r"takes fp16 and bf16, got torch\.float32": lambda qkv: _cuda(qkv.float()),
     "takes a head_dim of 64, got 32": lambda qkv: _cuda(qkv[..., :32]),
-    r"has no dropout, asked for with p = 0\.1": lambda qkv: _cuda(qkv, dropout_p=0.1),
+    r"has no dropout, got dropout_p = 0\.1": lambda qkv: _cuda(qkv, dropout_p=0.1),
     "needs triton for its gradient": lambda qkv: _cuda(qkv.requires_grad_()),
-    "there is no backend 'cuda'": lambda qkv: _cuda(qkv[0], seq_lens=(2, 3)),
+    "has no backend 'cuda'": lambda qkv: _cuda(qkv[0], seq_lens=(2, 3)),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
-    monkeypatch.setattr(_registry, "TRITON_IS_INSTALLED", False)
+    monkeypatch.setattr(_backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "missing_extension", lambda: None)
+    monkeypatch.setattr(_backends, "TRITON_IS_INSTALLED", False)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
         with pytest.raises(BackendError, match=reason):
@@ -285,17 +285,17 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-def test_only_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_capability", lambda device: capability)
-    monkeypatch.setattr(_registry, "_extension_is_absent", lambda: None)
+def test_devices_other_than_sm_90_are_refused(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "capability", lambda device: capability)
+    monkeypatch.setattr(_backends, "missing_extension", lambda: None)
     with FakeTensorMode():
         qkv = torch.empty(2, 5, 3, 2, 64, device="cuda", dtype=torch.half)
-        with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
+        with pytest.raises(BackendError, match=f"runs on sm_90 only, got sm_{capability[0]}{capability[1]}"):
             _cuda(qkv)
 
 
 def _wrong(**changes: Tensor) -> list[Tensor]:
-    """Arguments of the raw launch, right but for the changes."""
+    """Arguments of the raw launch, correct except for the changes."""
     right = {"qkv": _half(2, 5, 3, 4, 64), "out": _half(2, 5, 4, 64), "lse": random(2, 4, 5)}
     return list({**right, **changes}.values())
 
@@ -311,7 +311,7 @@ MISTAKES = {
     ),
     r"qkv must have the shape .*, got \(2, 5, 2, 4, 64\)": lambda: _wrong(qkv=_half(2, 5, 2, 4, 64)),
     r"qkv must have the shape .*, got \(5, 3, 4, 64\)": lambda: _wrong(qkv=_half(5, 3, 4, 64)),
-    "qkv must have the elements of a head side by side": lambda: _wrong(qkv=_half(2, 5, 3, 4, 128)[..., ::2]),
+    "qkv must have contiguous heads": lambda: _wrong(qkv=_half(2, 5, 3, 4, 128)[..., ::2]),
     "qkv must begin at a multiple of 16 bytes": lambda: _wrong(qkv=_half(2, 5, 3, 4, 72)[..., 4:68]),
     "heads that start at multiples of 16 bytes .*, got a stride of 68": lambda: _wrong(
         qkv=_half(2, 5, 3, 4, 68)[..., :64]
@@ -335,9 +335,9 @@ def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None
         torch.ops.dinov2_fast_cuda.attention_forward(*MISTAKES[sentence]())
 
 
-# Where a block finds its operands
+# The offsets of operands
 
-PLACES = {  # of the last query, key and value of the last head of some image
+LAYOUTS = {
     "packed": lambda *size: torch.empty(*size, device="meta"),
     "tokens first": lambda batch, tokens, *size: torch.empty(tokens, batch, *size, device="meta").transpose(0, 1),
     "heads first": lambda batch, tokens, kinds, heads, head_dim: torch.empty(
@@ -354,13 +354,13 @@ for arguments in json.loads(sys.argv[2]):
 """
 
 
-def test_tiles_and_places_are_those_of_torch() -> None:
+def test_the_offsets_of_elements_are_those_of_torch() -> None:
     from tests import cuda_on_host
 
     if cuda_on_host.reason_against():
         pytest.skip(cuda_on_host.reason_against())
     asked, expected = [], []
-    for make in PLACES.values():
+    for make in LAYOUTS.values():
         for tokens in (1, 63, 64, 65, QUERIES, 257, 261, 1370):
             for batch, heads in ((1, 1), (3, 1), (1, 6), (3, 6), (3000, 6)):  # 3000 x 1370: beyond 2^31 elements
                 qkv = make(batch, tokens, 3, heads, 64)
@@ -370,7 +370,7 @@ def test_tiles_and_places_are_those_of_torch() -> None:
                     asked.append([qkv.shape, qkv.stride(), at])
                     expected.append([tiles, tiles * batch * heads, qkv[at].storage_offset()])
     assert max(place for *_, place in expected) > 2**31
-    # in a process of its own, as torch takes the library's ops once and this one may have the extension
+    # in a process of its own, because torch accepts the library's ops once and this process may have the extension
     command = [sys.executable, "-c", LAYOUT, str(cuda_on_host.build()), json.dumps(asked)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [list(map(int, line.split())) for line in said.splitlines()] == expected

@@ -1,32 +1,30 @@
-"""The op attention by oneDNN's fused attention, which a CPU with AVX-512 uses in fp32."""
+"""The op attention on oneDNN, the default for fp32 on a CPU with AVX-512."""
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
 from torch import Tensor
 
 from dinov2_fast import ops
+from dinov2_fast.ops import _attention_peers
 from dinov2_fast.torch_private import FakeTensorMode
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
-op = importlib.import_module("dinov2_fast.ops.attention")  # `ops.attention` is the function
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The sizes of the queries of each call of oneDNN."""
+    """Records the sizes of the queries in each call of oneDNN."""
     seen: list[tuple[int, ...]] = []
-    right = op._fused
+    right = _attention_peers._fused
 
     def recorded(*layouts, threads):
         seen.append(tuple(layouts[0][0]))
         return right(*layouts, threads=threads)
 
-    monkeypatch.setattr(op, "_fused", recorded)
+    monkeypatch.setattr(_attention_peers, "_fused", recorded)
     return seen
 
 
@@ -37,7 +35,7 @@ def _attention(qkv: Tensor, **options) -> Tensor:
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 @pytest.mark.parametrize(("seq_len", "heads", "head_dim"), [(182, 2, 32), (257, 3, 64), (530, 1, 64), (1370, 2, 64)])
 def test_outputs_obey_the_rule(seq_len: int, heads: int, head_dim: int, mean: float, fused) -> None:
-    """Also where the values have a mean, whose sum in order would be too coarse."""
+    """Also if the values have a mean, with which oneDNN's own sums are too inaccurate."""
     qkv = torch.randn(2, seq_len, 3, heads, head_dim)
     qkv[:, :, 2] += mean
     for grad_enabled in (True, False):
@@ -53,7 +51,7 @@ def test_outputs_obey_the_rule(seq_len: int, heads: int, head_dim: int, mean: fl
     [(6 * 300**2, [(2, 3, 300, 64), (1, 3, 300, 64)]), (2 * 300**2, 3 * [(1, 2, 300, 64), (1, 1, 300, 64)])],
 )
 def test_many_scores_are_computed_in_parts(most: int, parts: object, fused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "ONEDNN_MOST", most)
+    monkeypatch.setattr(_attention_peers, "ONEDNN_MAX_SCORES", most)
     qkv = torch.randn(3, 300, 3, 3, 64)
     found = _attention(qkv)
     assert fused == parts
@@ -69,21 +67,21 @@ def test_a_part_of_a_larger_tensor_is_read_in_place(fused) -> None:
 
 def test_another_number_of_threads_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(op, "fused_by_onednn", lambda *_: made.append(torch.get_num_threads()))
+    monkeypatch.setattr(_attention_peers, "fused_by_onednn", lambda *_: made.append(torch.get_num_threads()))
     qkv, before = torch.randn(1, 301, 3, 1, 64), torch.get_num_threads()
-    op._fused.cache_clear()
+    _attention_peers._fused.cache_clear()
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
         found = _attention(qkv)
     torch.set_num_threads(before)
-    op._fused.cache_clear()
+    _attention_peers._fused.cache_clear()
     assert made == [1, 2]
     assert torch.equal(found, ops.attention(qkv, backend="torch")), "where oneDNN has none"
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "error::torch.jit.TracerWarning")
-def test_what_is_torch_s(fused) -> None:
-    """Few scores, other dtypes, and whatever is recorded, traced, wrapped, or dropped."""
+def test_what_onednn_does_not_support_is_left_to_torch(fused) -> None:
+    """Few scores, other dtypes, gradients, traces, tensor subclasses, modes and dropout."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     leaf = qkv.clone().requires_grad_()
     _attention(leaf).sum().backward()
@@ -101,7 +99,7 @@ def test_what_is_torch_s(fused) -> None:
 
 
 def test_no_derivative_of_forward_mode_is_lost(fused) -> None:
-    """torch's attention has none, and says so."""
+    """torch's attention raises an error, because it has none."""
     qkv = torch.randn(1, 400, 3, 1, 64)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
         torch.func.jvp(_attention, (qkv,), (qkv,))

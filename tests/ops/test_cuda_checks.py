@@ -1,4 +1,4 @@
-"""What the checks of csrc/checks.h and csrc/attention.h say of tensors that a launcher does not take."""
+"""The errors of csrc/checks.h and csrc/attention.h for tensors that a launcher does not take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 MANY = "qkv must have less than 2^31 tokens in an image and less than 2^31 tiles of 192 queries, got %d and %d"
-# A (4, 64) matrix in bf16 on device 0, and what becomes of it; the sentence, or "fine".
+# Statements about x, a (4, 64) matrix in bf16 on device 0, and their error, or "fine".
 CHECKED = {
     "check_matrix(x, 4, 64, 0)": "fine",
     "check_matrix(x, 4, 32, 0)": "x must have the shape (4, 32), got (4, 64)",
@@ -19,7 +19,7 @@ CHECKED = {
     "x.dim = 1; check_matrix(x, 4, 64, 0)": "x must have the shape (4, 64), got (4)",
     "x.dim = 3; check_matrix(x, 4, 64, 0)": "x must have the shape (4, 64), got (4, 64, 0)",
     "x.dim = 6; check_matrix(x, 4, 64, 0)": "x must have the shape (4, 64), got (4, 64, 0, 0, 0, ...)",
-    "x.strides[1] = 2; check_matrix(x, 4, 64, 0)": "x must have neighbouring elements side by side",
+    "x.strides[1] = 2; check_matrix(x, 4, 64, 0)": "x must have contiguous rows",
     "x.strides[0] = 68; check_matrix(x, 4, 64, 0)": "x must have rows a multiple of 16 bytes apart, got a stride of 68",
     "x.strides[0] = 72; check_matrix(x, 4, 64, 0)": "fine",
     "x.data = (char*)x.data + 8; check_matrix(x, 4, 64, 0)": "x must begin at a multiple of 16 bytes",
@@ -28,7 +28,7 @@ CHECKED = {
     "check_dtype(x, {Dtype::fp16, Dtype::fp32})": "x must be fp16 or fp32, got bf16",
     "x.dtype = Dtype::other; check_dtype(x, {Dtype::e4m3})": "x must be e4m3, got another dtype",
     "check_vector(x, 64, 0)": "x must have the shape (64), got (4, 64)",
-    "x.dim = 1; x.strides[0] = 2; check_vector(x, 4, 0)": "x must have neighbouring elements side by side",
+    "x.dim = 1; x.strides[0] = 2; check_vector(x, 4, 0)": "x must be contiguous",
     "x.dim = 1; x.strides[0] = 1; x.device = 1; check_vector(x, 4, 0)": "x must be on device 0, got 1",
     "x.dim = 1; x.strides[0] = 1; check_vector(x, 4, 0)": "fine",
     "check_contiguous(x, {4, 64}, 0)": "fine",

@@ -18,8 +18,9 @@ import torch
 
 from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import BackendError, Implementation, Op, use_backend
-from dinov2_fast.ops.table import table
+from dinov2_fast.ops.choices import backend_choices
+from dinov2_fast.ops.dispatch import BackendError, Op, use_backend
+from dinov2_fast.ops.implementation import Implementation
 from tests.helpers import devices
 
 
@@ -59,7 +60,9 @@ def test_auto_takes_the_first_that_does_not_refuse(toy: Op) -> None:
     assert run(toy, torch.zeros(2, device="meta")) == "kernel"
 
 
-def test_a_fallback_is_logged_once_and_another_device_is_none(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fallback_is_logged_once_except_from_a_kernel_for_other_devices(
+    toy: Op, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"):
         run(toy, torch.zeros(2))
         assert not caplog.records
@@ -91,7 +94,7 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
     with pytest.raises(BackendError, match=reason):
         run(toy, torch.zeros(5), backend="small")
     with use_backend("kernel", strict=True):
-        for _ in range(2):  # the second call takes no fallback that the first has kept
+        for _ in range(2):  # the first call has cached no fallback for the second
             with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
                 run(toy, torch.zeros(2))
     with pytest.raises(BackendError, match="needs a meta tensor, got one on cpu"):
@@ -100,7 +103,7 @@ def test_a_forced_backend_that_refuses_says_why(toy: Op) -> None:
 
 def test_a_setting_that_cannot_run_falls_back_with_one_warning(toy: Op, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dinov2_fast"), use_backend("kernel"):
-        table()  # which reports, and warns of nothing
+        backend_choices()  # lists the choices without warnings
         assert not caplog.records
         assert run(toy, torch.zeros(2)) == "small"
         assert run(toy, torch.zeros(2)) == "small"
@@ -122,15 +125,15 @@ def test_the_name_of_a_form_holds_before_that_of_its_op(monkeypatch: pytest.Monk
     x = torch.zeros(2)
     with use_backend("a,toy=b,toy.second=only"):
         assert [run(op, x, form=form) for form in ("first", "second")] == ["b", "only"]
-    with use_backend("only", strict=True):  # the first form has none of that name
+    with use_backend("only", strict=True):  # the first form has no backend of that name
         assert [run(op, x, form=form) for form in ("first", "second")] == ["a", "only"]
     for setting, message in {
         "toy.third=a": "toy has no form 'third', only first, second",
-        "toy.first=only": "'only' is no backend of toy.first. There are: a, b",
+        "toy.first=only": "'only' is not a backend of toy.first. The backends are: a, b",
     }.items():
         with pytest.raises(BackendError, match=message):
             dispatch.parse_setting(setting)
-    with pytest.raises(BackendError, match=r"toy\.first: there is no backend 'only' for torch.float32, only a, b"):
+    with pytest.raises(BackendError, match=r"toy\.first has no backend 'only' for torch.float32. It has: a, b"):
         run(op, x, backend="only", form="first")
 
 
@@ -141,7 +144,9 @@ def test_a_choice_is_made_once_for_each_kind_and_setting(monkeypatch: pytest.Mon
     def unavailable(device: torch.device) -> None:
         asked.append(device.type)
 
-    op = Op("toy", (Implementation("a", lambda x: "a", unavailable=unavailable, trains=False),), {"form": _sample})
+    op = Op(
+        "toy", (Implementation("a", lambda x: "a", refuses_device=unavailable, has_backward=False),), {"form": _sample}
+    )
     x, weight = torch.zeros(2), torch.zeros(2, requires_grad=True)
     run(op, x)
     run(op, x.double())
@@ -155,7 +160,7 @@ def test_a_choice_is_made_once_for_each_kind_and_setting(monkeypatch: pytest.Mon
     with use_backend("torch"):  # another setting makes its own choice
         run(op, x)
     assert len(asked) > first
-    with pytest.raises(BackendError, match="inference only"):  # what is kept without gradients does not hold with them
+    with pytest.raises(BackendError, match="inference only"):  # the choice for inference does not apply
         run(op, weight)
 
 
@@ -170,7 +175,10 @@ def test_what_an_implementation_refuses_is_asked_in_each_call(toy: Op) -> None:
 
 def test_a_choice_without_gradients_does_not_hold_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast, plain = Implementation("fast", lambda x: "fast", trains=False), Implementation("torch", lambda x: "torch")
+    fast, plain = (
+        Implementation("fast", lambda x: "fast", has_backward=False),
+        Implementation("torch", lambda x: "torch"),
+    )
     op, x = Op("toy", (fast, plain), {"form": _sample}), torch.zeros(2)
     weight = torch.nn.Parameter(torch.zeros(2))
     for _ in range(2):
@@ -199,9 +207,9 @@ def test_set_backend_holds_until_it_is_called_again(toy: Op) -> None:
 
 
 def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
-    bound = dispatch.Bound(toy, "form")
+    bound = dispatch.BoundOp(toy, "form")
     assert bound(torch.zeros(2)) == "small"
-    assert bound(torch.zeros(5)) == "small"  # its caller's tensors keep their sizes: nothing is asked again
+    assert bound(torch.zeros(5)) == "small"  # sizes are not checked again: those of the caller do not change
     with use_backend("toy=torch"):
         assert bound(torch.zeros(2)) == "torch"
     assert bound(torch.zeros(2)) == "small"
@@ -210,9 +218,9 @@ def test_a_bound_op_chooses_once_and_follows_the_setting(toy: Op) -> None:
     assert bound(torch.zeros(5)) == "small"
 
 
-def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy: Op) -> None:
-    """The choice belongs to the setting under which it began, whatever another thread does meanwhile."""
-    bound, begun, ended = dispatch.Bound(toy, "form"), threading.Event(), threading.Event()
+def test_a_bound_op_whose_setting_ends_while_it_chooses_caches_no_wrong_choice(toy: Op) -> None:
+    """A choice belongs to the setting under which it began, whatever another thread does meanwhile."""
+    bound, begun, ended = dispatch.BoundOp(toy, "form"), threading.Event(), threading.Event()
     small = toy.implementations[1]
 
     def slow(x: torch.Tensor) -> None:
@@ -234,11 +242,11 @@ def test_a_bound_op_whose_setting_ends_while_it_chooses_keeps_nothing_wrong(toy:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("tritn", "'tritn' is no backend of any op"),
-        ("toy=cudnn", "'cudnn' is no backend of toy. There are: kernel, small, torch"),
+        ("tritn", "'tritn' is not a backend of any op"),
+        ("toy=cudnn", "'cudnn' is not a backend of toy. The backends are: kernel, small, torch"),
         ("atention=torch", "there is no op 'atention'. The ops are activation, attention,"),
-        ("", "'' is no backend"),
-        ("toy=", "'' is no backend of toy"),
+        ("", "'' is not a backend"),
+        ("toy=", "'' is not a backend of toy"),
     ],
 )
 def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, message: str) -> None:
@@ -248,39 +256,41 @@ def test_unknown_settings_are_refused_and_change_nothing(toy: Op, setting: str, 
     assert dispatch._setting is before
 
 
-def test_an_implementation_for_inference_steps_back_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_without_backward_is_not_chosen_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast = Implementation("fast", lambda x: "fast", trains=False)
+    fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast, Implementation("torch", lambda x: "torch")), {"form": _sample})
     weight = torch.zeros(1, requires_grad=True)
     assert run(op, weight.detach()) == "fast"
     assert run(op, weight) == "torch"
     with use_backend("fast"):
-        assert run(op, weight) == "torch"  # the name holds for inference alone
+        assert run(op, weight) == "torch"  # the name applies to inference only
         with torch.no_grad():
             assert run(op, weight) == "fast"
     with pytest.raises(BackendError, match="is for inference only, and gradients are recorded"):
         run(op, weight, backend="fast")
     with use_backend("fast"):
-        (row,) = [row for row in table(training=True) if row.op == "toy"]
+        (row,) = [row for row in backend_choices(training=True) if row.op == "toy"]
     assert row.backend == "torch"
 
 
-def test_an_op_for_inference_alone_refuses_training_and_is_not_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_without_backward_refuses_training_and_is_not_listed_for_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    fast = Implementation("fast", lambda x: "fast", trains=False)
+    fast = Implementation("fast", lambda x: "fast", has_backward=False)
     op = Op("toy", (fast,), {"form": _sample})
     for setting in ("fast", "torch"):
         with use_backend(setting), pytest.raises(BackendError, match="inference only"):
             run(op, torch.zeros(1, requires_grad=True))
-    assert "toy" in {row.op for row in table()}
-    assert "toy" not in {row.op for row in table(only_trainable=True)}
-    assert "toy" not in {row.op for row in table(training=True)}
+    assert "toy" in {row.op for row in backend_choices()}
+    assert "toy" not in {row.op for row in backend_choices(only_trainable=True)}
+    assert "toy" not in {row.op for row in backend_choices(training=True)}
 
 
-def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_can_be_forced_on_a_device_that_it_is_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
-    kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), elsewhere=lambda d: d.type == "cpu")
+    kernel = Implementation("kernel", lambda x: "kernel", devices=("cuda",), can_force_on=lambda d: d.type == "cpu")
     op = Op("toy", (kernel, Implementation("torch", lambda x: "torch")), {"form": _sample})
     assert run(op, torch.zeros(1)) == "torch"
     assert run(op, torch.zeros(1), backend="kernel") == "kernel"
@@ -290,18 +300,11 @@ def test_a_kernel_can_be_forced_elsewhere_but_is_not_chosen_there(monkeypatch: p
             run(op, torch.zeros(1, device="meta"))
 
 
-def test_tensors_in_lists_count() -> None:
-    inner = torch.zeros(1, device="meta", requires_grad=True)
-    assert dispatch.first_tensor(([inner], 1)).device.type == "meta"
-    assert dispatch.records_gradient(([inner.detach(), inner],))
-    assert not dispatch.records_gradient(([inner.detach()], None, 2.0))
-
-
 @devices.fakes_cuda
 def test_kernels_refuse_devices_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda index: (7, 5))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda index: (7, 5))
     with use_backend("triton"):
-        rows = table("cuda")
+        rows = backend_choices("cuda")
     assert {row.because for row in rows} == {
         "triton was asked for, but needs a device of sm_80 or newer, got sm_75",
     }
@@ -316,7 +319,7 @@ def test_kernels_do_not_export_and_a_forced_one_says_so() -> None:
     x = torch.randn(2, 8, device=devices.DEVICE)
     assert "dinov2_fast" not in str(torch.export.export(Norm(), (x,)).graph)
     for strict in (False, True):
-        with use_backend("triton", strict=True), pytest.raises(Exception, match="does not export"):
+        with use_backend("triton", strict=True), pytest.raises(Exception, match="cannot be exported"):
             torch.export.export(Norm(), (x,), strict=strict)
 
 
@@ -361,7 +364,7 @@ def test_blocks_of_two_tasks_with_one_setting_leave_nothing_forced(toy: Op) -> N
             b_end.set()
             await b
             assert run(toy, torch.zeros(2)) == "small"
-        assert run(toy, torch.zeros(2)) == "torch"  # b has removed its own setting, not its equal, which is a's
+        assert run(toy, torch.zeros(2)) == "torch"  # b has removed its own setting, not the equal one of a
         a_end.set()
         await a
 
@@ -377,8 +380,8 @@ def test_blocks_that_begin_and_end_at_once_lose_none(toy: Op, monkeypatch: pytes
             with use_backend("toy=torch"):
                 assert run(toy, torch.zeros(2)) == "torch"
 
-    def slow(settings: tuple[dispatch.Setting, ...], activate: Any = dispatch._activate) -> None:
-        time.sleep(1e-3)  # what another thread writes meanwhile would be lost
+    def slow(settings: tuple[dispatch.BackendSetting, ...], activate: Any = dispatch._activate) -> None:
+        time.sleep(1e-3)  # so that another thread would write in between
         activate(settings)
 
     before = dispatch._setting
@@ -393,9 +396,9 @@ def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
     only = Implementation("kernel", lambda x: x, devices=("meta",))
     op = Op("lonely", (only,), {"form": _sample})
-    with pytest.raises(BackendError, match="lonely: no implementation runs this input: kernel needs a meta tensor"):
+    with pytest.raises(BackendError, match="lonely: no implementation can run this input: kernel needs a meta tensor"):
         run(op, torch.zeros(1))
-    (row,) = [row for row in table("cpu") if row.op == "lonely"]
+    (row,) = [row for row in backend_choices("cpu") if row.op == "lonely"]
     assert row.backend == "nothing"
     assert "kernel needs a meta tensor, got one on cpu" in row.because
 
@@ -403,7 +406,7 @@ def test_no_implementation_left_names_all_reasons(monkeypatch: pytest.MonkeyPatc
 def test_the_table_tells_what_runs_and_why(toy: Op) -> None:
     def of_toy(device: str, setting: str) -> tuple[str, str]:
         with use_backend(setting):
-            (row,) = [row for row in table(device) if row.op == "toy"]
+            (row,) = [row for row in backend_choices(device) if row.op == "toy"]
         assert row.name == "toy"
         return row.backend, row.because
 
@@ -423,7 +426,7 @@ def test_the_environment_variable_is_read_and_checked(value: str, good: bool) ->
         check=False,
     )
     assert (run.returncode == 0) == good, run.stderr
-    assert ("torch" in run.stdout) if good else ("'x' is no backend of any op" in run.stderr)
+    assert ("torch" in run.stdout) if good else ("'x' is not a backend of any op" in run.stderr)
 
 
 def test_compiled_code_follows_the_setting(toy: Op) -> None:

@@ -89,7 +89,7 @@ def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left
     plain = branch if drop_scale is None else branch * drop_scale[:, None, None]
     plain = residual + (plain if gamma is None else plain * gamma)
     reference.assert_obeys_rule(total, ref, plain)
-    # The norm is of the sum as it is stored, so it is held to the rule for that.
+    # The stored, rounded sum is normalised, so the exact norm is that of the stored sum.
     reference.assert_obeys_rule(
         y, reference.layer_norm(total, weight, bias, EPS), F.layer_norm(total, (96,), weight, bias, EPS)
     )
@@ -102,7 +102,7 @@ def test_the_norm_of_a_sum_obeys_the_rule(backend: str, dtype: torch.dtype, left
 def test_the_norm_with_a_deferred_bias_is_that_of_the_unrounded_sum(
     backend: str, dtype: torch.dtype, rows: int, hidden: int
 ) -> None:
-    """Far from zero, where a sum rounded to 16 bits has lost what the norm is made of."""
+    """Far from zero, where rounding the sum to 16 bits would destroy the norm."""
     x, deferred = random(rows, hidden, dtype=dtype), random(hidden, shift=10)
     weight, bias = _parameters(hidden, dtype)
     with poisoned_memory():
@@ -151,7 +151,7 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, hidden: int) 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @each_backend
 def test_gradients_far_from_zero_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
-    """Statistics kept in half precision, as torch does on a CPU if the weight is, would be off by too much."""
+    """Statistics in half precision would be too inaccurate. torch stores them so on a CPU if the weight is half."""
     inputs = [random(33, 96, dtype=dtype, shift=50), *_parameters(96, torch.float32)]
 
     def norm(backend: str):
@@ -183,7 +183,7 @@ def test_mixed_dtypes_promote_as_in_torch(backend: str) -> None:
 
 
 @each_backend
-def test_gradients_in_fp64(backend: str) -> None:
+def test_gradients_equal_finite_differences_in_fp64(backend: str) -> None:
     residual, branch = torch.randn(2, 2, 3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
     vectors = torch.randn(3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True).unbind(0)
     scale = torch.tensor([0.0, 2.0], dtype=torch.float64, device=DEVICE)
@@ -221,11 +221,11 @@ STRIDES = {
 
 
 def _copied(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # also of what is contiguous, but not aligned
+    return x.clone(memory_format=torch.contiguous_format)  # copies contiguous but misaligned tensors as well
 
 
 def _assert_same(layout: str, *both: Tensor) -> None:
-    """Bit by bit, but where narrower loads give the threads other elements to sum."""
+    """Equal bit by bit, except where narrower loads assign other elements to the threads."""
     if layout == "misaligned":
         torch.testing.assert_close(*both)
     else:
@@ -270,7 +270,7 @@ def test_nan_and_inf_stay_in_their_row_and_constant_rows_give_the_bias(backend: 
 
 
 @each_backend
-def test_huge_and_tiny_values(backend: str) -> None:
+def test_huge_and_tiny_values_obey_the_rule(backend: str) -> None:
     weight, bias = _parameters(384, torch.float16)
     huge = random(3, 384, dtype=torch.float16).sign() * 6e4
     tiny = random(3, 384, dtype=torch.float16, scale=1e-4)  # eps counts as much as the variance
@@ -309,14 +309,14 @@ def test_e4m3_values_are_one_step_from_the_formula(
         y = ops.layer_norm(x, weight, bias, EPS, deferred_bias=left_out, scale=scale, backend=backend)
     x = x.double() + (0 if left_out is None else left_out.double())
     expected = (reference.layer_norm(x, weight, bias, EPS) / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-    away = reference.e4m3_steps(y, expected)
-    assert away.max() <= 1
-    assert (away > 0).double().mean() < 0.01
+    steps = reference.e4m3_steps(y, expected)
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 0.01
     assert y.float().abs().max() == 448
 
 
 @each_backend
-def test_e4m3_values_are_for_inference_and_of_no_sum(backend: str) -> None:
+def test_e4m3_is_for_inference_and_goes_without_a_branch(backend: str) -> None:
     x = random(2, 64).requires_grad_()
     with pytest.raises(BackendError, match="inference only"):
         ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend)
@@ -326,7 +326,7 @@ def test_e4m3_values_are_for_inference_and_of_no_sum(backend: str) -> None:
             ops.layer_norm(x, x[0], x[0], EPS, branch=x, scale=1.0, backend=backend)
 
 
-# The registered ops
+# Registration with torch
 
 
 def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
@@ -337,7 +337,7 @@ def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @each_kernel
-def test_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
     x = random(3, 5, 64).transpose(0, 1) if strided else random(5, 3, 64)
     x.requires_grad_(requires_grad)
     vector = torch.rand(64, device=DEVICE, requires_grad=requires_grad)
@@ -359,7 +359,7 @@ def test_opcheck(backend: str, requires_grad: bool, strided: bool) -> None:
 
 
 @each_kernel
-def test_compiled_whole_with_gradients(backend: str) -> None:
+def test_compiled_as_one_graph_with_gradients(backend: str) -> None:
     def step(residual: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         total, y = ops.layer_norm(residual, weight, bias, EPS, branch=branch, gamma=weight, backend=backend)
         return ops.layer_norm(total * y, weight, bias, EPS, backend=backend)
@@ -396,8 +396,8 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         half = torch.empty(2, 3, 8, device="cuda", dtype=torch.bfloat16)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # needs no device so
-            with pytest.raises(BackendError, match="where autocast gives it in fp32"):
+            patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # without a device
+            with pytest.raises(BackendError, match="but autocast asks for fp32"):
                 ops.layer_norm(half, half[0, 0], half[0, 0], EPS, branch=half, backend="triton")
         wide = torch.empty(2, 8193, device="cuda")
         with pytest.raises(BackendError, match="hidden size up to 8192, got 8193"):

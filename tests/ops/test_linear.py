@@ -1,8 +1,7 @@
-"""The op linear: a matrix product and what follows it, in place or not, in e4m3 or not. Inference only."""
+"""The op linear: a matrix product with an epilogue, also in place and in e4m3, for inference."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2_fast import ops
-from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops import _backends, _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from dinov2_fast.ops.linear import LINEAR, interleave
 from tests import reference
@@ -46,7 +44,7 @@ from tests.helpers.linear_cases import (
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMS = ["none", "gelu", "swiglu", "residual"]
-# (rows, out_features, in_features): each leads the launcher to another tile; all tails, and none
+# (rows, out_features, in_features): together they reach each tile of the launcher, with and without tails.
 SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
 
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -103,7 +101,9 @@ def test_a_small_row_among_large_ones_obeys_the_rule_by_itself(backend: str, for
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_backend
-def test_the_stream_may_be_wider_and_the_rest_stays(backend: str, dtype: torch.dtype, with_bias: bool) -> None:
+def test_the_stream_may_be_wider_and_the_operands_stay_unchanged(
+    backend: str, dtype: torch.dtype, with_bias: bool
+) -> None:
     x, weight, bias = (
         t.view(2, 5, -1) if t.ndim == 2 and len(t) == 10 else t for t in random_operands(10, 72, 40, dtype)
     )
@@ -147,7 +147,7 @@ STRIDES = {
 @each_path
 def test_strided_operands_give_what_copies_give(backend: str, form: str, make: Any) -> None:
     x, weight = make(random(6, 4, 64)), make(random(6, 4, 64))[0]
-    weight = weight[: len(weight) // 2 * 2]  # pairs, for SwiGLU
+    weight = weight[: len(weight) // 2 * 2]  # an even number of rows, for SwiGLU
     bias = random(1).expand(weight.shape[0])
     strided = run_linear(form, backend, x, weight, bias)
     copied = run_linear(form, backend, x.contiguous(), weight.contiguous(), bias.contiguous())
@@ -183,7 +183,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(backend: str, form: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @each_path
-def test_gelu_is_the_exact_one_where_that_shows(backend: str, dtype: torch.dtype) -> None:
+def test_gelu_is_the_exact_one_in_precise_dtypes(backend: str, dtype: torch.dtype) -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).to(dtype)
     y = linear(x, torch.eye(8, device=DEVICE, dtype=dtype), None, epilogue="gelu", backend=backend)
     exact = reference.gelu(x)
@@ -233,13 +233,13 @@ def test_the_slack_allows_for_tensor_cores_and_no_more(size: tuple[int, int, int
     exact, slack = reference.linear(x, weight, None), tensor_core_slack(x, weight)
 
     def share(sums: Tensor) -> float:
-        """Of what is allowed, how much is taken by the worst element."""
+        """The error of the worst element as a share of the slack."""
         return ((sums - exact).abs() / slack).max().item()
 
     assert 0 < share(tensor_core_sums(x, weight, SIGNIFICANT_BITS)) < share(tensor_core_sums(x, weight, 13)) < 1
     assert share(tensor_core_sums(x, weight, 10)) > 1
-    assert share(reference.linear(x[:, 1:], weight[:, 1:], None)) > 1  # a product left out
-    assert share(exact * (weight_scale.roll(1) / weight_scale)) > 1  # the scale of another column
+    assert share(reference.linear(x[:, 1:], weight[:, 1:], None)) > 1  # without one of the products
+    assert share(exact * (weight_scale.roll(1) / weight_scale)) > 1  # with the scales of other columns
 
 
 def test_the_error_of_tensor_cores_is_far_below_that_of_rounding_to_e4m3() -> None:
@@ -262,106 +262,12 @@ def test_fp8_residual_in_fp32(backend: str) -> None:
     assert_fp8_residual_in_fp32(backend)
 
 
-# cuBLAS, which CPUs have under other names as far as the first two go
-
-
-@pytest.mark.parametrize("rows", [1, 33])
-def test_cublas_forms_obey_the_rule(rows: int) -> None:
-    x, weight, bias = (t.cpu() for t in random_operands(rows, 48, 40, torch.bfloat16))
-    y = _linear_peers.linear_cublas(x.view(1, rows, 40), weight, bias, "gelu")
-    assert y.shape == (1, rows, 48)
-    reference.assert_obeys_rule(y[0], exact_linear("gelu", x, weight, bias), plain_linear("gelu", x, weight, bias))
-    y = linear(x, weight, bias, epilogue="swiglu", backend="cublas")
-    in_turn = x, interleave(weight), interleave(bias)
-    reference.assert_obeys_rule(y, exact_linear("swiglu", *in_turn), plain_linear("swiglu", *in_turn))
-    residual = random_stream(x, weight)
-    exact = residual.double() + reference.linear(x, weight, None)
-    plain = residual + F.linear(x, weight)
-    assert linear(x, weight, None, epilogue="residual", residual=residual, backend="cublas") is residual
-    reference.assert_obeys_rule(residual, exact, plain)
-
-
-def test_the_scale_of_rows_is_made_once_and_what_was_read_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_peers, "_SCALES", {})
-    cpu = torch.device("cpu")
-    first = _linear_peers._scale_of_rows(5, 0.25, cpu)
-    assert (first.shape, first.stride(), first.tolist()) == ((5, 1), (1, 1), [[0.25]] * 5)
-    assert _linear_peers._scale_of_rows(8, 0.25, cpu).data_ptr() == first.data_ptr()
-    assert _linear_peers._scale_of_rows(1, 0.5, cpu).tolist() == [[0.5]]
-    assert _linear_peers._scale_of_rows(9, 0.25, cpu).tolist() == [[0.25]] * 9
-    assert [len(kept) for kept in _linear_peers._SCALES[0.25, cpu]] == [8, 16]
-
-
-@fakes_cuda
-def test_a_scale_of_rows_that_a_graph_captures_is_the_graph_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture must not wait for the device; and what it would fill later nobody else may read."""
-    monkeypatch.setattr(_linear_peers, "_SCALES", {})
-    monkeypatch.setattr(_linear_peers, "is_fake_mode_active", lambda: False)
-    capturing = [True]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    waited = []
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: waited.append(_kept()))
-    )
-
-    def _kept() -> int:
-        return sum(map(len, _linear_peers._SCALES.values()))
-
-    cuda = torch.device("cuda", 0)
-    with FakeTensorMode():
-        assert _linear_peers._scale_of_rows(5, 0.25, cuda).shape == (5, 1)
-        assert (_kept(), waited) == (0, [])
-        capturing[0] = False
-        _linear_peers._scale_of_rows(5, 0.25, cuda)
-        assert (_kept(), waited) == (1, [0])  # kept once it is filled
-        capturing[0] = True
-        assert _linear_peers._scale_of_rows(8, 0.25, cuda).shape == (8, 1)
-        assert _kept() == 1
-
-
-@pytest.mark.parametrize("form", ["gelu", "swiglu"])
-def test_cublas_in_e4m3_leaves_the_activation_to_its_op(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a product in place of cuBLAS' that computes in fp32 and gives bf16."""
-
-    def scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, _: Any, columns: Tensor, *rest: Any, **options: Any):
-        assert options["use_fast_accum"]
-        z = (x.float() * scale) @ (weight.float() * columns) + options["bias"].float()
-        return z.to(options["output_dtype"])
-
-    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    operands, matrices = random_fp8_operands((33, 32, 48))
-    x, scale, weight, weight_scale, bias = (t.cpu() if isinstance(t, Tensor) else t for t in operands)
-    args = x, weight, bias, form, None, scale, weight_scale, E4M3, 1 / 300, False
-    asked = []
-    monkeypatch.setattr(
-        _linear_peers, "activation", lambda z, kind, **rest: asked.append(z) or ops.activation(z, kind, **rest)
-    )
-    y = _linear_peers.linear_cublas_e4m3(*args)
-    assert asked[0].dtype == torch.bfloat16
-    exact = exact_linear(
-        form, matrices[0], *(map(interleave, (matrices[1], bias)) if form == "swiglu" else (matrices[1], bias))
-    )
-    steps = reference.e4m3_steps(y, (exact * 300).clamp(-448, 448).to(E4M3).cpu())
-    assert steps.max() <= 1
-    assert (steps > 0).double().mean() < 0.1  # the product was rounded to bf16
-
-
-@fakes_cuda
-@pytest.mark.parametrize("form", FORMS)
-def test_cublas_forms_in_fp8_have_the_shapes_of_the_others(form: str) -> None:
-    with FakeTensorMode():
-        x, weight = (torch.empty(n, 64, device="cuda").to(E4M3) for n in (10, 48))
-        operands = (x.view(2, 5, 64), 0.5, weight, torch.empty(48, device="cuda"), None)
-        y, expected = (run_fp8(form, backend, operands, torch.bfloat16) for backend in ("cublas", "torch"))
-        assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
-
-
-# How torch sees the ops
+# Registration with torch, and the choice of an implementation
 
 
 @runs_triton
 @pytest.mark.parametrize("strided", [False, True])
-def test_opcheck(strided: bool) -> None:
+def test_registered_ops_pass_opcheck(strided: bool) -> None:
     skip_without_opcheck()
     x = random(3, 5, 32).transpose(0, 1) if strided else random(5, 3, 32)
     weight, bias = random(8, 64)[:, ::2] if strided else random(8, 32), random(8)
@@ -370,7 +276,7 @@ def test_opcheck(strided: bool) -> None:
         check(library.linear.default, (x, weight, bias, form))
     check(library.linear_residual_.default, (random(5, 3, 8), x, weight, bias, 1.0, None))
     fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(8, device=DEVICE))
-    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    # all tests but test_schema, which compares inputs, because torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for form, dtype in (("none", torch.float16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
         check(library.linear_fp8.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
@@ -378,7 +284,7 @@ def test_opcheck(strided: bool) -> None:
 
 
 @each_backend
-def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+def test_compiled_as_one_graph_and_in_inference_mode(backend: str) -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
         y = linear(x, weight, bias, backend=backend)
@@ -410,13 +316,14 @@ def test_autograd_sees_that_the_stream_was_overwritten(backend: str) -> None:
     assert versions[0] < versions[1] < residual._version
 
 
-def test_what_was_measured_comes_first(monkeypatch) -> None:
-    """oneDNN on a CPU with AVX-512, torch elsewhere until the others are measured."""
+def test_onednn_is_first_on_a_cpu_with_avx512_only(monkeypatch) -> None:
+    """Elsewhere torch is first until the others are measured."""
     cpu = torch.device("cpu")
     for first in (True, False):
-        monkeypatch.setattr(_linear_peers, "HAS_AVX512", first)
-        assert _linear_peers.onednn().is_for(cpu) == first
-        assert _linear_peers.onednn().reason_against_kind(cpu, torch.float32, False, forced=True) is None
+        monkeypatch.setattr(_backends, "HAS_AVX512", first)
+        onednn = _backends.onednn(_linear_peers.linear_onednn)
+        assert onednn.is_for(cpu) == first
+        assert onednn.refusal_of_kind(cpu, torch.float32, False, forced=True) is None
     assert LINEAR.backends("none")[:2] == ["onednn", "torch"]
 
 
@@ -424,10 +331,10 @@ def test_what_was_measured_comes_first(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
 @each_form
 def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode(), torch.no_grad():
-        assert LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend == "torch"
+        assert LINEAR.choose(form, LINEAR.sample_inputs[form](torch.device("cuda"), dtype)).backend == "torch"
 
 
 @fakes_cuda
@@ -435,11 +342,11 @@ def test_on_a_gpu_torch_comes_first(form: str, dtype: torch.dtype, monkeypatch: 
 def test_a_backend_without_a_form_leaves_it_to_the_default(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
 
     def chosen(form: str, dtype: torch.dtype) -> str:
-        return LINEAR.choose(form, LINEAR.samples[form](torch.device("cuda"), dtype)).backend
+        return LINEAR.choose(form, LINEAR.sample_inputs[form](torch.device("cuda"), dtype)).backend
 
     with FakeTensorMode(), torch.no_grad(), use_backend(f"linear={name}", strict=True):
         assert chosen("none", torch.bfloat16) == "torch"
@@ -471,12 +378,12 @@ def _add(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, backe
 REFUSALS = {
     "takes fp16, bf16, fp32 and e4m3, got torch.float64": lambda x, w, b: linear(x.double(), w, b, backend="triton"),
     "takes x and weight of one dtype": lambda x, w, b: linear(x, w.half(), b, backend="triton"),
-    "is near enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
+    "is accurate enough for bf16 results only": lambda x, w, b: linear(x, w, b, epilogue="gelu", backend="cublas"),
     "takes tensors of one dtype, got torch.bfloat16, torch.bfloat16, torch.float32": lambda x, w, b: linear(
         x.bfloat16(), w.bfloat16(), b, epilogue="gelu", backend="cublas"
     ),
     "takes all gates first": lambda x, w, b: linear(x, w, b, epilogue="swiglu", interleaved=True, backend="cublas"),
-    "takes gate and value features in turn": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
+    "takes interleaved gate and value features": lambda x, w, b: linear(x, w, b, epilogue="swiglu", backend="triton"),
     "adds no bias": lambda x, w, b: _add(x, x, w, b, "cublas"),
     "got torch.float32, torch.float32, torch.float16": lambda x, w, b: _add(x.half(), x, w, None, "cublas"),
     "evenly spaced rows": lambda x, w, b: _add(x[:1].expand(4, 16), x, w, b, "triton"),
@@ -486,15 +393,15 @@ REFUSALS = {
     "too coarse for an fp16 stream": lambda x, w, b: _e4m3(
         x, w, None, epilogue="residual", residual=x.half(), backend="cublas"
     ),
-    "there is no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
-    "there is no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
+    "has no backend 'cublas'": lambda x, w, b: linear(x, w, b, backend="cublas"),
+    "has no backend 'onednn'": lambda x, w, b: _e4m3(x, w, b, backend="onednn"),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -504,7 +411,7 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["cublas", "triton"])
 @pytest.mark.parametrize("form", FORMS)
 def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (8, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (8, 0))
     with FakeTensorMode():
         x, scale = torch.empty(16, 16, device="cuda").to(E4M3), torch.empty(16, device="cuda")
         with pytest.raises(BackendError, match="needs a device with e4m3, sm_89 or newer, got sm_80"):
@@ -513,26 +420,26 @@ def test_fp8_needs_a_device_with_e4m3(form: str, backend: str, monkeypatch: pyte
 
 MISTAKES = {
     "weight has shape": lambda x, w, b: linear(x, w[:, 1:], b),
-    "which does not go with x": lambda x, w, b: linear(x[0, 0], w, b),
+    "which does not fit x": lambda x, w, b: linear(x[0, 0], w, b),
     "bias has shape": lambda x, w, b: linear(x, w, b[1:], epilogue="gelu"),
     "nothing to multiply": lambda x, w, b: linear(x[:, :0], w[:, :0], b),
     "pairs of gate and value": lambda x, w, b: linear(x, w[1:], b[1:], epilogue="swiglu"),
     "no form 'relu', only none, gelu, swiglu, residual": lambda x, w, b: linear(x, w, b, epilogue="relu"),
     "residual has shape": lambda x, w, b: _add(x[1:], x, w, b),
-    "which needs it": lambda x, w, b: linear(x, w, b, epilogue="residual"),
-    "residual goes with the epilogue": lambda x, w, b: linear(x, w, b, residual=x),
-    "of shape .7,., not torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
+    "needs a residual": lambda x, w, b: linear(x, w, b, epilogue="residual"),
+    "other epilogues take none": lambda x, w, b: linear(x, w, b, residual=x),
+    "of shape .7,., but must be torch.float32 of shape .8,.": lambda x, w, b: _e4m3(x, w, b, weight_scale=b[1:]),
     "weight_scale is torch.float16": lambda x, w, b: _e4m3(x, w, b, weight_scale=b.half()),
-    "x and weight must be e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
-    "for scale, weight_scale and dtype": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
+    "for x and weight in e4m3": lambda x, w, b: linear(x, w, b, scale=1.0, weight_scale=b),
+    "scale, weight_scale and dtype are for": lambda x, w, b: linear(x, w, b, dtype=torch.bfloat16),
     "need scale and weight_scale": lambda x, w, b: linear(x.to(E4M3), w.to(E4M3), b),
     "operands need scale": lambda x, w, b: _e4m3(x, w, b, scale=None),
-    "the result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
-    "the result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
+    "The result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
+    "The result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
 }
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_sizes_that_do_not_go_together_are_an_error(message: str) -> None:
+def test_arguments_that_do_not_fit_together_are_an_error(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MISTAKES[message](random(4, 8), random(8, 8), random(8))

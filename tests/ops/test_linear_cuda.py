@@ -1,6 +1,6 @@
-"""The CUDA kernels of the op linear, by the rules of tests/ops/test_linear.py, and what they do not take.
+"""The CUDA kernels of the op linear: the rules of tests/ops/test_linear.py, refusals, and checks of the launch.
 
-Without a GPU, `-p tests.cuda_on_host` runs all but the products themselves.
+Without a GPU, `-p tests.cuda_on_host` runs everything except the products.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from tests.helpers.linear_cases import (
 FORMS = ["gelu", "swiglu", "residual"]
 FP8_FORMS = ["none", *FORMS]
 sanitize = partial(pytest.param, marks=pytest.mark.sanitize)
-# (rows, out_features, in_features): whole tiles and tails, and each tile of the table on a device of 2 multiprocessors
+# (rows, out_features, in_features): whole tiles and tails, and on a device of 2 multiprocessors each tile of TILES.
 SIZES = [(0, 96, 40), (1, 16, 8), sanitize((70, 128, 24)), sanitize((130, 272, 40)), (257, 256, 72), (150, 512, 16)]
 FP8_SIZES = [(0, 32, 32), (1, 16, 16), sanitize((70, 128, 32)), sanitize((130, 272, 144)), (257, 256, 48)]
 
 COOPERATIVE, PINGPONG, PINGPONG_SMALL = (128, 256), (128, 128), (64, 128)  # rows and columns of the tiles
-# (form, (rows, out_features, in_features), tile on 132 multiprocessors): several tiles for some blocks, so that both
-# warp groups of a ping-pong kernel compute; more steps over in_features than there are stages; tails of all three.
+# (form, (rows, out_features, in_features), tile on 132 multiprocessors). Some blocks compute several tiles, so both
+# warp groups of a ping-pong kernel compute. There are more steps over in_features than stages. All sizes have tails.
 LARGE = [
     ("residual", (4104, 2296, 1552), COOPERATIVE),
     ("residual", (4104, 1144, 1552), PINGPONG),
@@ -96,7 +96,7 @@ def test_large_products_obey_the_rule(form: str, size: tuple[int, int, int], dty
     with poisoned_memory():
         y = run_linear(form, "cuda", *operands)
     reference.assert_obeys_rule(y, exact_linear(form, *operands), plain_linear(form, *operands))
-    assert torch.equal(y, run_linear(form, "cuda", *operands))  # nothing in the order of the sums is left to chance
+    assert torch.equal(y, run_linear(form, "cuda", *operands))  # the order of the sums is fixed
 
 
 @runs_cuda
@@ -192,7 +192,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(form: str, dtype: torch.dtype)
 
 
 @runs_cuda
-def test_gelu_is_the_exact_one_where_that_shows() -> None:
+def test_gelu_is_the_exact_one_in_precise_dtypes() -> None:
     x = torch.linspace(-6, 6, 64 * 8, device=DEVICE).view(-1, 8).half()
     y = linear(x, torch.eye(8, device=DEVICE).half(), None, epilogue="gelu", backend="cuda")
     exact = reference.gelu(x)
@@ -244,7 +244,7 @@ def test_large_fp8_products_are_as_close_as_the_tensor_cores_allow(form: str, si
     with poisoned_memory():
         y = run_fp8(form, "cuda", operands, torch.bfloat16)
     exact = exact_fp8(form, operands, *matrices, torch.bfloat16)
-    rounding = 2.0**-8 * exact.abs() + 3e-6  # bf16's, and what the polynomial of the GELU is off by
+    rounding = 2.0**-8 * exact.abs() + 3e-6  # of bf16, and the error of the GELU's polynomial
     assert ((y.double() - exact).abs() <= rounding + _slack(form, operands, *matrices)).all()
     assert torch.equal(y, run_fp8(form, "cuda", operands, torch.bfloat16))
 
@@ -261,11 +261,11 @@ def _slack(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> T
     return 1.13 * lost if form == "gelu" else lost
 
 
-# How torch sees the ops
+# Registration with torch
 
 
 @runs_cuda
-def test_opcheck() -> None:
+def test_registered_ops_pass_opcheck() -> None:
     skip_without_opcheck()
     x, weight, bias = (random(*size, dtype=torch.bfloat16) for size in ((5, 3, 32), (16, 32), (16,)))
     library, check = torch.ops.dinov2_fast, torch.library.opcheck
@@ -274,7 +274,7 @@ def test_opcheck() -> None:
     stream = random(5, 3, 16, dtype=torch.bfloat16)
     check(library.linear_residual_cuda_.default, (stream, x, weight, bias, 1.0, None))
     fp8, scales = (x.to(E4M3), weight.to(E4M3), bias), (0.5, torch.rand(16, device=DEVICE))
-    # all but test_schema, which compares the inputs before and after: torch cannot compare e4m3 on a CPU
+    # all tests but test_schema, which compares inputs, because torch cannot compare e4m3 on a CPU
     most = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for form, dtype in (("none", torch.bfloat16), ("gelu", torch.bfloat16), ("gelu", E4M3), ("swiglu", E4M3)):
         check(library.linear_cuda.default, (*fp8, form, *scales, dtype, 0.5), test_utils=most)
@@ -282,7 +282,7 @@ def test_opcheck() -> None:
 
 
 @runs_cuda
-def test_compiled_whole_and_in_inference_mode() -> None:
+def test_compiled_as_one_graph_and_in_inference_mode() -> None:
     def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         residual = x * 2
         linear(x, weight, bias, epilogue="residual", residual=residual, backend="cuda")
@@ -302,7 +302,7 @@ def test_autograd_sees_that_the_stream_was_overwritten() -> None:
     assert residual._version > before
 
 
-# What is refused, and in which words
+# Refusals
 
 
 def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "gelu", **options: Any) -> Tensor:
@@ -329,10 +329,10 @@ REFUSALS = {
     ),
     "out_features in multiples of 16, got 16 and 8": lambda x, w, b: _half(x, w[:8], b[:8], "swiglu"),
     "in_features in multiples of 16 and": lambda x, w, b: _e4m3(x[:, :8], w[:, :8], b, "none"),
-    "a bias of fp16, bf16 or fp32, got torch.float64": lambda x, w, b: _cuda(
+    "a bias in fp16, bf16 or fp32, got torch.float64": lambda x, w, b: _cuda(
         x.half(), w.half(), b.double(), "residual", residual=x.half()
     ),
-    "gives bf16, or e4m3 behind an activation": lambda x, w, b: _e4m3(x, w, b, dtype=torch.float16),
+    "returns bf16, or e4m3 after an activation": lambda x, w, b: _e4m3(x, w, b, dtype=torch.float16),
     "adds to torch.float16 or fp32, not to torch.bfloat16": lambda x, w, b: _half(
         x, w, b, "residual", residual=x.bfloat16()
     ),
@@ -344,15 +344,15 @@ REFUSALS = {
         x[:, None], w, b, "residual", residual=_empty(4, 1, 20)[..., :16]
     ),
     "evenly spaced rows": lambda x, w, b: _half(x, w, b, "residual", residual=x[:1].half().expand(4, 16)),
-    "there is no backend 'cuda'": lambda x, w, b: _half(x, w, b, "none"),
+    "has no backend 'cuda'": lambda x, w, b: _half(x, w, b, "none"),
 }
 
 
 @fakes_cuda
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode():
         x, weight, bias = (torch.empty(shape, device="cuda") for shape in ((4, 16), (16, 16), (16,)))
         with pytest.raises(BackendError, match=reason):
@@ -361,21 +361,23 @@ def test_refusals_say_why(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @fakes_cuda
 @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-def test_only_hopper_and_no_autocast(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: capability)
-    monkeypatch.setattr("dinov2_fast.ops._registry._extension_is_absent", lambda: None)
+def test_devices_other_than_sm_90_and_autocast_are_refused(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: capability)
+    monkeypatch.setattr("dinov2_fast.ops._backends.missing_extension", lambda: None)
     with FakeTensorMode():
         x, weight = (torch.empty(16, 16, device="cuda", dtype=torch.half) for _ in range(2))
-        with pytest.raises(BackendError, match=f"is for sm_90 only, got sm_{capability[0]}{capability[1]}"):
+        with pytest.raises(BackendError, match=f"runs on sm_90 only, got sm_{capability[0]}{capability[1]}"):
             _cuda(x, weight, None)
-        monkeypatch.setattr("dinov2_fast.ops._registry._capability", lambda device: (9, 0))
+        monkeypatch.setattr("dinov2_fast.ops._backends.capability", lambda device: (9, 0))
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         with pytest.raises(BackendError, match="does not follow autocast"):
             linear(x, weight, None, epilogue="gelu", backend="cuda")
 
 
 def _wrong(**changes: Any) -> dict[str, Any]:
-    """Arguments of the raw launch, right but for the changes."""
+    """Arguments of the raw launch, correct except for the changes."""
     x, weight, out = (random(16, 16, dtype=torch.float16) for _ in range(3))
     right = {"x": x, "weight": weight, "bias": None, "weight_scale": None}
     return {**right, "scale": 1.0, "inverse_scale": 1.0, "form": 1, "out": out, **changes}
@@ -402,8 +404,8 @@ MISTAKES = {
     "out_features must be a multiple of 16, got 8": lambda: _wrong(form=2, weight=_half_matrix(8, 16)),
     "bias must have the shape": lambda: _wrong(bias=_half_matrix(8)),
     "bias must begin at a multiple of 16 bytes": lambda: _wrong(bias=_half_matrix(17)[1:]),
-    "weight_scale goes with e4m3 operands": lambda: _wrong(weight_scale=random(16)),
-    "e4m3 operands, which need it": lambda: _wrong(
+    "weight_scale must be given for e4m3 operands": lambda: _wrong(weight_scale=random(16)),
+    "for e4m3 operands, and for no others": lambda: _wrong(
         x=_half_matrix(16, 16).to(E4M3), weight=_half_matrix(16, 16).to(E4M3)
     ),
     "weight_scale must have the shape": lambda: _wrong(
@@ -416,7 +418,7 @@ MISTAKES = {
     "out must be fp16 or fp32, got bf16": lambda: _wrong(form=3, out=random(16, 16, dtype=torch.bfloat16)),
     "out must have the shape": lambda: _wrong(out=_half_matrix(16, 8)),
     "out must have rows that do not overlap": lambda: _wrong(form=3, out=_half_matrix(1, 16).expand(16, 16)),
-    "is cuBLAS' to compute": lambda: _wrong(form=0),
+    "for bf16 and fp16 use cuBLAS": lambda: _wrong(form=0),
     "form must be 0 .none.": lambda: _wrong(form=4),
 }  # fmt: skip
 
@@ -429,12 +431,12 @@ def test_a_launch_with_wrong_arguments_says_what_is_wrong(sentence: str) -> None
         torch.ops.dinov2_fast_cuda.linear_forward(*arguments.values())
 
 
-# The table of tiles
+# The choice of a tile
 
 TILES = [  # rows, out_features, form, tile
     (64 * 257, 1024, "none", COOPERATIVE),
     (64 * 257, 1024, "residual", COOPERATIVE),
-    (64 * 257, 4096, "gelu", PINGPONG),  # an activation is hidden
+    (64 * 257, 4096, "gelu", PINGPONG),  # an activation is overlapped
     (64 * 257, 8192, "swiglu", PINGPONG),
     (64 * 257, 384, "residual", PINGPONG),  # 256 columns would pad 384 to 512
     (257, 384, "residual", PINGPONG_SMALL),
@@ -457,19 +459,19 @@ def test_large_cases_fill_the_pipeline(case: tuple[str, tuple[int, ...], tuple[i
     _, (rows, out_features, in_features), (tile_rows, tile_columns) = case
     step = 128 // size
     assert math.ceil(rows / tile_rows) * math.ceil(out_features / tile_columns) > 132
-    assert in_features // step > 9  # the most stages that fit
+    assert in_features // step > 9  # at most 9 stages fit
     assert rows % tile_rows
     assert out_features % tile_columns
     assert in_features % step
 
 
-def test_the_tile_goes_by_shape() -> None:
+def test_the_tile_depends_on_the_shape() -> None:
     from tests import cuda_on_host
 
     if cuda_on_host.reason_against():
         pytest.skip(cuda_on_host.reason_against())
     arguments = [[rows, features, _linear_cuda.FORMS.index(form)] for rows, features, form, _ in TILES]
-    # in a process of its own, as torch takes the library's ops once and this one may have the extension
+    # in a process of its own, because torch accepts the library's ops once and this process may have the extension
     command = [sys.executable, "-c", CHOOSE, str(cuda_on_host.build()), json.dumps(arguments)]
     chosen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(chosen) == [[*tile] for *_, tile in TILES]

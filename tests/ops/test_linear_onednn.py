@@ -1,4 +1,4 @@
-"""The op linear on oneDNN, which a CPU can be asked to use."""
+"""The op linear on oneDNN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_fast import optimize_for_inference
-from dinov2_fast.ops import _linear_peers, linear
+from dinov2_fast.ops import _backends, _linear_peers, linear
 from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.helpers.small_models import small
@@ -19,8 +19,8 @@ FORMS = ["none", "gelu", "swiglu", "residual"]
 
 @pytest.fixture
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small products are oneDNN's as well, in place of torch's."""
-    monkeypatch.setattr(_linear_peers, "ONEDNN_LEAST", 1)
+    """Lets oneDNN compute small products as well."""
+    monkeypatch.setattr(_linear_peers, "ONEDNN_MIN_PRODUCTS", 1)
 
 
 def _run(form: str, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,10 +63,10 @@ def test_long_sums_obey_the_rule(form: str, in_features: int) -> None:
 @pytest.mark.usefixtures("_small_products_too")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_packed_weight_gives_the_same_for_any_number_of_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_peers, "HAS_AVX512", True)
+    monkeypatch.setattr(_backends, "HAS_AVX512", True)
     x, weight, bias = torch.randn(257, 800), torch.randn(96, 800) / 800**0.5, torch.randn(96)
     packed = weight.clone()
-    _linear_peers.let_pack(packed)
+    _linear_peers.allow_prepacking(packed)
     for rows in (257, 3, 64):
         expected, found = (_run(form, "onednn", x[:rows], each, bias) for each in (weight, packed))
         torch.testing.assert_close(found, expected)
@@ -75,14 +75,14 @@ def test_a_packed_weight_gives_the_same_for_any_number_of_rows(form: str, monkey
 
 
 @pytest.mark.usefixtures("_small_products_too")
-def test_strided_operands() -> None:
+def test_strided_operands_are_multiplied_correctly() -> None:
     x, weight = torch.randn(72, 33).T, torch.randn(72, 96).T
     torch.testing.assert_close(linear(x, weight, None, backend="onednn"), x @ weight.T)
 
 
 @pytest.mark.parametrize(("rows", "calls"), [(63, 0), (64, 1)])
-def test_small_products_are_torch_s(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of less than 2^19 multiplications, also where oneDNN is asked for."""
+def test_small_products_are_left_to_torch(rows: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of less than 2^19 multiplications, even if oneDNN is named."""
     product, seen = _linear_peers.onednn_linear, []
     monkeypatch.setattr(_linear_peers, "onednn_linear", lambda *args: seen.append(1) or product(*args))
     x, weight = torch.randn(rows, 64), torch.randn(128, 64)
@@ -90,7 +90,7 @@ def test_small_products_are_torch_s(rows: int, calls: int, monkeypatch: pytest.M
     assert len(seen) == calls
 
 
-def test_what_it_refuses() -> None:
+def test_refusals_say_why() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
     with pytest.raises(BackendError, match=r"takes fp32 and bf16, got torch\.float64"):
         linear(x.double(), weight.double(), None, backend="onednn")
@@ -101,7 +101,7 @@ def test_what_it_refuses() -> None:
 
 
 @pytest.mark.usefixtures("_small_products_too")
-def test_an_engine_that_uses_it_also_compiled() -> None:
+def test_an_engine_on_onednn_equals_the_model_also_compiled() -> None:
     torch._dynamo.reset()
     model, x = small(num_register_tokens=2), torch.randn(2, 3, 42, 56)
     engine = optimize_for_inference(model, "fp32")
@@ -122,7 +122,7 @@ def test_derivatives_of_forward_mode_are_left_to_torch(place: int) -> None:
         return linear(*operands[:place], moving, *operands[place + 1 :], backend=backend)
 
     moving = operands[place]
-    with torch.no_grad(), pytest.raises(BackendError, match="has no derivative of forward mode"):
+    with torch.no_grad(), pytest.raises(BackendError, match="has no forward-mode derivative"):
         torch.func.jvp(lambda x: run("onednn", x), (moving,), (moving,))
     with torch.no_grad(), use_backend("linear=onednn"):
         _, tangent = torch.func.jvp(lambda x: run(None, x), (moving,), (moving,))

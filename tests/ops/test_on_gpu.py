@@ -1,4 +1,4 @@
-"""What only a GPU can show, for every op: races, streams, CUDA graphs, sizes beyond 2^31, e4m3's edges."""
+"""What only a GPU can show, for every op: races, streams, CUDA graphs, sizes beyond 2^31, special values in e4m3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
-from dinov2_fast.ops.dispatch import tensors_of, use_backend
+from dinov2_fast.ops.dispatch import use_backend
+from dinov2_fast.ops.implementation import tensors_of
 from tests import reference
 from tests.helpers.devices import on_gpu, runs_cuda
 
@@ -40,7 +41,7 @@ def _e4m3(*shape: int) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, rest: Tensor, form: str, dtype: torch.dtype | None = None) -> Tensor:
-    """`rest` is the bias, or with a `dtype` for the result the scale of e4m3 weights."""
+    """`rest` is the bias, or with a `dtype` of the result the scales of e4m3 weights."""
     interleaved = form == "swiglu"
     if dtype is None:
         return ops.linear(x, weight, rest, epilogue=form, interleaved=interleaved)
@@ -67,7 +68,7 @@ def _add_on_subset(residual: Tensor, branch: Tensor, gamma: Tensor, index: Tenso
     return ops.add_residual(residual, branch, gamma, index=index, scale=8 / 3)
 
 
-# Function and arguments, by name; every floating-point argument can be differentiated where the op can be trained.
+# Function and arguments, by name. If the op has a backward, it is differentiated for every floating-point argument.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "layer_norm.plain": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
     "layer_norm.plain e4m3": (partial(ops.layer_norm, scale=0.1), lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
@@ -127,7 +128,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         lambda: [_x(2056, 768), _e4m3(2056, 3072), _e4m3(768, 3072), _x(768).float()],
     ),
 }
-# What the first call on a GPU tests: forward, the kernels that the engine may take by default.
+# What a first run on a GPU tests: the forward kernels that may become the engine's defaults.
 FIRST = [
     name
     for name in CASES
@@ -157,7 +158,7 @@ def _leaves(arguments: list[Any]) -> list[Any]:
 
 
 def _results(name: str, arguments: list[Any], train: bool, backend: str = "triton") -> list[Tensor]:
-    """Outputs, and when training the gradients of all floating-point arguments."""
+    """The outputs, and if `train` the gradients for all floating-point arguments."""
     function = CASES[name][0]
     with use_backend(backend, strict=True):
         if not train:
@@ -177,13 +178,13 @@ def _prepared(name: str, train: bool) -> list[Any]:
 def _each_backend(name: str) -> list[Any]:
     op, _, form = name.partition(" ")[0].partition(".")
     dtype = E4M3 if name.endswith("e4m3") and op != "attention" else BF16  # of the operands
-    form = form or ("varlen" if "varlen" in name else "batch")  # attention's
-    has_cuda = op in dispatch.ops() and "cuda" in dispatch.ops()[op].backends(form, dtype)
+    form = form or ("varlen" if "varlen" in name else "batch")  # of attention
+    has_cuda = op in dispatch.all_ops() and "cuda" in dispatch.all_ops()[op].backends(form, dtype)
     return ["triton", *([pytest.param("cuda", marks=runs_cuda)] if has_cuda else [])]
 
 
 def _cases(names: Iterable[str], *rest: Any, first: Iterable[str] = ()) -> list[Any]:
-    """A case for each backend of each of these; `rest` stands before the backend, `first` are marked."""
+    """A case (name, *rest, backend) for each backend of each name. Those in `first` are marked gpu_first."""
     cases = []
     for name in names:
         marked = [pytest.mark.gpu_first] if name in first else []
@@ -240,7 +241,7 @@ def test_a_side_stream_and_a_graph_replayed_on_new_data(name: str, train: bool, 
             assert torch.equal(ours.view(torch.uint8), right.view(torch.uint8))
 
 
-LARGE = {  # more than 2^31 elements in a tensor: the last rows are those of a small run
+LARGE = {  # a tensor has more than 2^31 elements; its last rows are compared with a small run
     "layer_norm.plain": lambda n: [_x(n, 1024), _x(1024), _x(1024), EPS],
     "activation.gelu": lambda n: [_x(n, 1024)],
     "activation.swiglu": lambda n: [_x(n, 1024)],
@@ -298,13 +299,13 @@ def test_e4m3_saturates_and_keeps_nan(name: str, backend: str) -> None:
             assert y[0].isnan()
             assert y[[1, 3, 5, 6]].tolist() == [448.0] * 4
             assert y[4] == 0
-        elif name == "attention e4m3":  # of one token, whose value is the result
+        elif name == "attention e4m3":  # with one token, the value is the result
             qkv = torch.zeros(1, 1, 3, 1, 64, device="cuda", dtype=BF16)
             qkv[..., 2, 0, : len(values)] = values
             y = ops.attention(qkv, scale=1.0)[..., : len(values)].flatten()
             assert y[0].float().isnan()
             assert reference.e4m3_steps(y[1:], values[1:].clamp(-448, 448).to(E4M3)).max() == 0
-        else:  # a weight of zero makes the bias what is quantised
+        else:  # with a weight of zero, the bias is quantised
             bias = values[3:11]
             x = torch.randn(3, bias.shape[0], device="cuda")
             y = ops.layer_norm(x, torch.zeros_like(bias), bias, EPS, scale=1.0)

@@ -32,7 +32,7 @@ def _normalization(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """The same images lying in memory as (batch, height, width, channels)."""
+    """The same images, stored as (batch, height, width, channels)."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -57,7 +57,7 @@ def test_obeys_the_rule(backend: str, of: torch.dtype, dtype: torch.dtype, chann
     ids=str,
 )
 @each_backend
-def test_other_sizes(backend: str, shape: tuple[int, ...], patch_size: int, padded_to: int) -> None:
+def test_other_sizes_obey_the_rule(backend: str, shape: tuple[int, ...], patch_size: int, padded_to: int) -> None:
     images = random(*shape)
     with poisoned_memory():
         rows = patches(images, patch_size, padded_to=padded_to, backend=backend)
@@ -117,7 +117,7 @@ def test_nan_and_inf_stay_in_their_place(backend: str) -> None:
 
 
 @each_backend
-def test_an_empty_batch(backend: str) -> None:
+def test_an_empty_batch_gives_no_rows(backend: str) -> None:
     assert patches(torch.empty(0, 3, 28, 42, device=DEVICE), 14, backend=backend).shape == (0, 6, 588)
 
 
@@ -125,7 +125,7 @@ def test_an_empty_batch(backend: str) -> None:
 
 
 def _noise_and_embedding() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """uint8 images, the convolution's weight and bias, and what it makes of the normalised images in fp64."""
+    """uint8 images, the convolution's weight and bias, and the convolution of the normalised images in fp64."""
     images = _images(torch.uint8, 2, 3, 140, 210)
     weight, bias = random(64, 3, 14, 14, scale=0.02), random(64, scale=0.02)
     mean, std = (v[:, None, None] for v in _normalization(torch.float64))
@@ -158,7 +158,7 @@ def test_folded_normalization_avoids_the_cancellation_trap(backend: str, dtype: 
     ours = error(rows, *fold_normalization(weight, bias, mean, std, dtype))
     normalized = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     normalized_first = error(patches(normalized, 14, dtype=dtype, backend=backend), weight.to(dtype), bias)
-    # Rows of 0..255, and the constant that the exact weight asks for.
+    # Rows in 0..255 with the constant of the exact weight.
     exact_weight = weight.double() / (255 * std.double()[:, None, None])
     constant = bias - (exact_weight * 255 * mean.double()[:, None, None]).sum((1, 2, 3))
     trap = error(rows.double() + 128, exact_weight.to(dtype), constant)
@@ -177,7 +177,7 @@ def test_folding_rounds_once() -> None:
     torch.testing.assert_close(folded.double() @ colour + constant.double(), bias.double(), rtol=0, atol=1e-6)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_folding_rounds_once() -> None:
         ("padded_to is 587, but a patch has 588", {"padded_to": 587}),
     ],
 )
-def test_bad_sizes_are_refused_in_words(message: str, arguments: dict[str, Any]) -> None:
+def test_sizes_that_do_not_fit_are_an_error(message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         patches(**{"images": torch.rand(1, 3, 28, 28), "patch_size": 14, **arguments})
 
 
-def test_bad_dtypes_are_refused_in_words() -> None:
+def test_unsupported_dtypes_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"uint8 or floating-point images, got torch\.int32"):
         patches(torch.zeros(1, 3, 28, 28, dtype=torch.int32), 14)
     with pytest.raises(TypeError, match=r"floating-point rows, not torch\.uint8"):
@@ -212,13 +212,13 @@ def test_is_for_inference_only(backend: str | None) -> None:
             assert patches(images, 14, backend="torch").shape == (1, 4, 588)
 
 
-# The registered op
+# Registration with torch
 
 
 @runs_triton
 @pytest.mark.parametrize("of", [torch.uint8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck(channels_last: bool, of: torch.dtype) -> None:
+def test_registered_ops_pass_opcheck(channels_last: bool, of: torch.dtype) -> None:
     images = _images(of, 2, 3, 28, 42)
     images = _channels_last(images) if channels_last else images
     op = torch.ops.dinov2_fast.patches.default
@@ -226,7 +226,7 @@ def test_opcheck(channels_last: bool, of: torch.dtype) -> None:
 
 
 @each_backend
-def test_compiled_whole_and_in_inference_mode(backend: str) -> None:
+def test_compiled_as_one_graph_and_in_inference_mode(backend: str) -> None:
     def embed(images: Tensor, weight: Tensor) -> Tensor:
         return patches(images, 14, dtype=torch.float32, backend=backend) @ weight
 

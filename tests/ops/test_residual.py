@@ -1,4 +1,4 @@
-"""The op residual: adding a branch for all images, or for a subset of them, which is gathered first."""
+"""The op residual: adding a branch for all images or for a subset, and gathering the subset."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, name: str) ->
 
 @pytest.mark.parametrize("name", _functions("torch"))
 @each_backend
-def test_gradients_in_fp64(backend: str, name: str) -> None:
+def test_gradients_equal_finite_differences_in_fp64(backend: str, name: str) -> None:
     inputs = tuple(x[..., :3].detach() for x in _stream(torch.float64))
     inputs = tuple(x.narrow(-2, 0, 2) if x.ndim == 3 else x for x in inputs)
     inputs = tuple(x.contiguous().requires_grad_() for x in inputs)
@@ -170,13 +170,13 @@ def test_autocast_keeps_the_stream_in_fp32(backend: str) -> None:
     assert added.dtype == on_subset.dtype == torch.float32
 
 
-# The registered ops
+# Registration with torch
 
 
 @runs_triton
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad: bool, strided: bool) -> None:
+def test_registered_ops_pass_opcheck(requires_grad: bool, strided: bool) -> None:
     x = random(9, 4, 64).transpose(0, 1) if strided else random(4, 9, 64)
     gamma = random(64).requires_grad_(requires_grad)
     x.requires_grad_(requires_grad)
@@ -194,14 +194,14 @@ def test_opcheck(requires_grad: bool, strided: bool) -> None:
 
 @runs_triton
 @pytest.mark.parametrize("name", _functions("torch"))
-def test_compiled_whole_with_gradients(name: str) -> None:
+def test_compiled_as_one_graph_with_gradients(name: str) -> None:
     inputs, function = _stream(torch.float32), _functions("triton")[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(gradients(compiled, inputs), gradients(function, inputs), strict=True):
         torch.testing.assert_close(ours, eager)
 
 
-def test_what_has_no_meaning_is_refused() -> None:
+def test_options_that_do_not_go_together_are_an_error() -> None:
     x = random(4, 3, 8)
     with pytest.raises(ValueError, match="scale with index only"):
         ops.add_residual(x, x, scale=2.0)

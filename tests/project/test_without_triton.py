@@ -58,7 +58,7 @@ def test_the_model_runs_and_info_says_what_is_missing() -> None:
 def test_stubs_of_optional_packages_count_as_missing() -> None:
     """Code written for Meta's model puts such stubs into `sys.modules`, so that the package is not imported."""
     stubs = "import sys, types\nfor name in ('xformers', 'triton'):\n    sys.modules[name] = types.ModuleType(name)\n"
-    imports = "import dinov2_fast.ops.attention\nfrom dinov2_fast.ops._registry import is_installed\n"
+    imports = "import dinov2_fast.ops.attention\nfrom dinov2_fast.ops._backends import is_installed\n"
     check = "assert not is_installed('xformers') and not is_installed('triton') and is_installed('torch')"
     run = run_python(f"import torch\n{stubs}{imports}{check}")
     assert run.returncode == 0, run.stderr

@@ -73,7 +73,7 @@ def test_half_precision(global_pool: str, residual: str) -> None:
 
 
 @torch.no_grad()
-def test_tables_of_another_size() -> None:
+def test_choicess_of_another_size() -> None:
     pair, x = make_pair(NAMES[1]), images(70, 98)
     engine = optimize_for_inference(pair.ours)
     assert_close(engine(x), pair.theirs(x))

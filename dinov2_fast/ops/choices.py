@@ -1,4 +1,4 @@
-"""The table of what runs each form of each op, and why: what `print(model)` and ``dinov2-fast info`` show."""
+"""What runs each form of each op, and why: shown by `print(model)`, `model.backends()` and ``dinov2-fast info``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.ops._fp8 import E4M3
-from dinov2_fast.ops.dispatch import BackendError, Op, current_setting, first_tensor, ops
+from dinov2_fast.ops.dispatch import BackendError, Op, all_ops, current_setting
+from dinov2_fast.ops.implementation import first_tensor
 from dinov2_fast.torch_private import FakeTensorMode
 
 
 @dataclass(frozen=True)
-class Row:
+class BackendChoice:
     """What runs one form of an op in one dtype, and why."""
 
     op: str
@@ -26,43 +27,43 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The form as settings have it."""
-        return ops()[self.op].name_of(self.form)
+        """The name of the form in settings."""
+        return all_ops()[self.op].name_of(self.form)
 
     @property
     def label(self) -> str:
-        """The form with its precision, where that is e4m3: no other row of an engine has the same."""
-        return ops()[self.op].name_of(self.form, self.dtype == E4M3)
+        """The name of the form, with "e4m3" if that is its dtype. It is unique among the choices of an engine."""
+        return all_ops()[self.op].name_of(self.form, self.dtype == E4M3)
 
 
-def table(
+def backend_choices(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     training: bool = False,
     only_trainable: bool = False,
-) -> list[Row]:
+) -> list[BackendChoice]:
     """What runs each form of each op on this device, in this dtype and mode.
 
-    Asked with fake tensors, so no device is touched or needed. `only_trainable` leaves out the ops that only the
-    inference engine uses. With e4m3 as `dtype` it has the forms that read or write e4m3.
+    The ops are asked with fake tensors, so no device is touched or needed. With e4m3 as `dtype`, only the forms that
+    read or write e4m3 are listed. `only_trainable` leaves out the ops that only the inference engine uses.
     """
-    rows: list[Row] = []
+    choices: list[BackendChoice] = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
-        for op in ops().values():
-            for form, sample in op.samples.items():
+        for op in all_ops().values():
+            for form, sample in op.sample_inputs.items():
                 args = sample(torch.device(device), dtype)
-                if args is not None and (op.trains or not (training or only_trainable)):
-                    rows.append(_row(op, form, dtype, _recorded(args, training)))
-    return rows
+                if args is not None and (op.has_backward or not (training or only_trainable)):
+                    choices.append(_choice(op, form, dtype, _recorded(args, training)))
+    return choices
 
 
-def _row(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Row:
+def _choice(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> BackendChoice:
     try:
         chosen, forced, refusals = op.select(form, args, current_setting())
     except BackendError as error:
-        return Row(op.name, form, dtype, "nothing", str(error))
+        return BackendChoice(op.name, form, dtype, "nothing", str(error))
     x = first_tensor(args)
-    others = [i for i in op.implementations if i.has(form, x.dtype) and i is not chosen]
+    others = [i for i in op.implementations if i.is_candidate(form, x.dtype) and i is not chosen]
     if chosen is forced:
         because = "was asked for"
     elif forced is not None:
@@ -70,8 +71,8 @@ def _row(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Row:
     elif any(other.is_for(x.device) for other in others):
         because = chosen.why or "is the first that can run"
     else:
-        because = "the others need a GPU" if others else "there is no other"
-    return Row(op.name, form, dtype, chosen.backend, because)
+        because = "the others need a GPU" if others else "is the only one"
+    return BackendChoice(op.name, form, dtype, chosen.backend, because)
 
 
 def _recorded(arguments: Any, training: bool) -> Any:
@@ -84,16 +85,16 @@ def _recorded(arguments: Any, training: bool) -> Any:
 
 
 def _forms(op: str, dtype: torch.dtype) -> set[str]:
-    """Those that an op has in a dtype."""
+    """The forms that an op has in a dtype."""
     meta = torch.device("meta")
-    return {form for form, sample in ops()[op].samples.items() if sample(meta, dtype) is not None}
+    return {form for form, sample in all_ops()[op].sample_inputs.items() if sample(meta, dtype) is not None}
 
 
-def summary(rows: Iterable[Row]) -> list[str]:
-    """A short table of what runs and why; forms of an op that run alike share a line."""
+def format_choices(choices: Iterable[BackendChoice]) -> list[str]:
+    """The choices as the lines of a table. Forms of an op that run alike share a line."""
     alike: dict[tuple[str, bool, str, str], list[str]] = {}
-    for row in rows:
-        alike.setdefault((row.op, row.dtype == E4M3, row.backend, row.because), []).append(row.form)
+    for choice in choices:
+        alike.setdefault((choice.op, choice.dtype == E4M3, choice.backend, choice.because), []).append(choice.form)
     lines = [("operation", "run by", "because")]
     for (op, e4m3, backend, because), forms in alike.items():
         what = op if set(forms) == _forms(op, E4M3 if e4m3 else torch.float32) else f"{op} ({', '.join(forms)})"

@@ -1,18 +1,20 @@
-"""The table of what runs, over all ops; tests/ops/test_dispatch.py has what it says of each choice."""
+"""What runs each op, and the table that shows it. tests/ops/test_dispatch.py tests the single choices."""
 
 from __future__ import annotations
 
 import torch
 
 from dinov2_fast.ops import dispatch, use_backend
-from dinov2_fast.ops.table import summary, table
+from dinov2_fast.ops.choices import backend_choices, format_choices
 
 
-def test_every_op_is_in_the_table_on_every_device() -> None:
+def test_every_op_has_a_choice_on_every_device() -> None:
     for device in ("cpu", "meta", *(["cuda"] if torch.backends.cuda.is_built() else [])):
-        chosen = {row.name: row.backend for row in table(device)}
-        assert {name.partition(".")[0] for name in chosen} == set(dispatch.ops())
-        assert len(chosen) == sum(len(op.samples) for op in dispatch.ops().values()) - 1  # "identity" is e4m3's alone
+        chosen = {row.name: row.backend for row in backend_choices(device)}
+        assert {name.partition(".")[0] for name in chosen} == set(dispatch.all_ops())
+        assert (
+            len(chosen) == sum(len(op.sample_inputs) for op in dispatch.all_ops().values()) - 1
+        )  # "identity" is e4m3's alone
         others = {name for op, name in chosen.items() if not op.startswith(("linear", "attention.batch"))}
         assert others == {"torch"}
         assert set(chosen.values()) <= {"torch", "onednn"}
@@ -20,16 +22,16 @@ def test_every_op_is_in_the_table_on_every_device() -> None:
 
 
 def test_e4m3_has_the_forms_that_read_or_write_it() -> None:
-    names = {row.name for row in table("cpu", torch.float8_e4m3fn)}
+    names = {row.name for row in backend_choices("cpu", torch.float8_e4m3fn)}
     linears = {f"linear.{epilogue}" for epilogue in ("none", "gelu", "swiglu", "residual")}
     others = {"layer_norm.plain", "attention.batch", "attention.varlen"}
     others |= {f"activation.{kind}" for kind in ("gelu", "swiglu", "identity")}
     assert names == linears | others
 
 
-def test_the_summary_has_a_line_for_forms_that_run_alike() -> None:
+def test_forms_that_run_alike_share_a_line() -> None:
     with use_backend("linear=torch,linear.gelu=onednn"):
-        lines = summary(row for row in table("cpu") if row.op in ("linear", "patches"))
+        lines = format_choices(row for row in backend_choices("cpu") if row.op in ("linear", "patches"))
     assert [line.split() for line in lines] == [
         ["operation", "run", "by", "because"],
         ["linear", "(none,", "swiglu,", "residual)", "torch", "was", "asked", "for"],
