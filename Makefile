@@ -10,6 +10,10 @@ NEWEST_VERSIONS := torch==2.13.0 triton==3.7.1 transformers==5.23.0
 # The oldest versions of transformers and timm whose models are accelerated, on top of the reference environment.
 OLDEST := $(VENV)/oldest
 OLDEST_VERSIONS := transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.2 timm==1.0.9
+# The ends of what pyproject.toml allows: the oldest and the newest Python, with the oldest and the newest torch.
+TORCH_OF_3.10 := torch==2.10.0
+TORCH_OF_3.13 := torch==2.13.0
+ENDS := tests/model tests/weights tests/features tests/data tests/hub
 # Headers for the extension (setup.py names the same version); the dependencies that pip would install are not used.
 CUTLASS := nvidia-cutlass==4.2.0.0
 
@@ -79,6 +83,16 @@ test-slow: setup
 
 test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
+
+# By hand, where python3.10 or python3.13 is installed: `make test-python-3.10`. The environment takes some 5 GB.
+.PRECIOUS: .venv-python-%/.complete
+.venv-python-%/.complete: $(INPUTS)
+	python$* -m venv --clear .venv-python-$*
+	@$(call install,.venv-python-$*) $(TORCH_OF_$*) --editable '.[test]'
+	@touch $@
+
+test-python-%: .venv-python-%/.complete
+	OMP_NUM_THREADS=1 .venv-python-$*/bin/python -m pytest -n $(WORKERS) -m "$(FAST)" $(ENDS)
 
 test-oldest: $(OLDEST)/.complete
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/integrations

@@ -43,6 +43,7 @@ def test_repeats_are_equal_bit_by_bit_while_the_device_is_busy(dtype: torch.dtyp
         assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))
 
 
+@pytest.mark.gpu_large
 @on_gpu
 @pytest.mark.parametrize("form", ["dense", "varlen"])
 def test_more_than_two_to_the_31_elements(form: str) -> None:
@@ -66,6 +67,7 @@ def test_more_than_two_to_the_31_elements(form: str) -> None:
         assert torch.equal(large[-1:], alone)
 
 
+@pytest.mark.gpu_large
 @on_gpu
 def test_more_than_two_to_the_31_weights() -> None:
     qkv = torch.randn(2100, 257, 3, 16, 64, device="cuda", dtype=torch.bfloat16)
