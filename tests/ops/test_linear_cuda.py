@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
