@@ -180,7 +180,7 @@ def test_an_engine_follows_a_new_stride() -> None:
 def test_the_kernel_refuses_overlap_in_words() -> None:
     with FakeTensorMode(), torch.no_grad():
         images = torch.empty(1, 3, 28, 28, device="cuda")
-        with pytest.raises(BackendError, match=r"cuts no patches that overlap, got a stride of \(7, 7\)"):
+        with pytest.raises(BackendError, match=r"cuts patches without overlap only, got a stride of \(7, 7\)"):
             ops.patches(images, 14, stride=(7, 7), backend="triton")
         with use_backend("patches=torch"):
             assert ops.patches(images, 14, stride=(7, 7)).shape == (1, 9, 588)
