@@ -11,6 +11,7 @@ import http.client
 import os
 import re
 import shutil
+import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -182,14 +183,18 @@ def _file_on_hub(name: str, repository: str, options: SourceOptions) -> Path:
 
 def _hub_answers() -> bool:
     """Whether the hub answers one short request: its client takes half a minute to give up."""
-    import httpx
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
-    except (httpx.HTTPError, OSError):  # the client's offline mode is an OSError
+    except _http_errors():  # the client's offline mode is an OSError
         return False
     return True
+
+
+def _http_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when there is no answer: it uses httpx, and httpx2 from huggingface_hub 2 on."""
+    return OSError, *(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
 
 
 class _HubMissError(Exception):
@@ -201,7 +206,6 @@ class _HubMissError(Exception):
 
 
 def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -217,7 +221,9 @@ def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
     except errors.EntryNotFoundError as error:
         network_failed = isinstance(error, errors.LocalEntryNotFoundError)
         raise _HubMissError(_first_line(error), final=network_failed) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise _HubMissError(_first_line(error), final=True) from error
+    except _http_errors() as error:
         raise _HubMissError(_first_line(error), final=True) from error
 
 
