@@ -15,7 +15,7 @@ from dinov2_fast.block import pack, unpack
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2PreTrainedBackbone
 from dinov2_fast.inference.capture import is_captured, keep_alive
-from dinov2_fast.inference.linear_layout import LinearLayout
+from dinov2_fast.inference.fold import LinearLayout
 from dinov2_fast.inference.packing import Features, Masks, check_image_list, check_mask_list, forward_packed
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import check_is_tensor, check_masks

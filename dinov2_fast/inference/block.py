@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.checks import expect
-from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, fold_linear, gamma_of
-from dinov2_fast.inference.linear_layout import LinearLayout
+from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, LinearLayout, fold_linear, gamma_of
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import BoundOp

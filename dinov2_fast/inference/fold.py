@@ -2,7 +2,7 @@
 
 gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale, into the linear before it
 rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, for kernels that want it so
-x @ W^T + b            =  x @ W^T, and b later             linears that add to the stream, see `linear_layout.py`
+x @ W^T + b            =  x @ W^T, and b later             linears that add to the stream, see `LinearLayout`
 (n * w + c) @ W^T + b  =  n @ (W diag(w))^T + W c + b      a norm's weight and bias, into the linear that reads it
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.inference.checks import expect
+from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm, LayerScale
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import allow_prepacking
-from dinov2_fast.ops.dispatch import BoundOp
+from dinov2_fast.ops.dispatch import BackendError, BoundOp, current_setting
 from dinov2_fast.ops.layer_norm import LAYER_NORM
-from dinov2_fast.ops.linear import LINEAR, interleave
+from dinov2_fast.ops.linear import LINEAR, interleave, sample_inputs
 from dinov2_fast.ops.patches import UINT8_SHIFT
+from dinov2_fast.torch_private import FakeTensorMode
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,3 +262,43 @@ class FoldedNorm(FoldedModule):
 def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:
     """The factors of a LayerScale; None for an identity in its place."""
     return getattr(expect(layer_scale, name, LayerScale, nn.Identity), "gamma", None)
+
+
+class LinearLayout(NamedTuple):
+    """How the linears of the blocks hold weights and biases.
+
+    Attributes:
+        interleaved: the gate and value rows of a SwiGLU alternate (`ops.linear.interleave`).
+        defers_bias: linears that add to the residual stream have no bias. The norms that read the stream add the sum
+            of the biases so far.
+    """
+
+    interleaved: bool
+    defers_bias: bool
+
+
+def layouts_for(plan: EnginePlan, device: torch.device, gated: bool) -> dict[torch.dtype, LinearLayout]:
+    """The layouts for the backends that are chosen now, by the dtype of operands; `gated` models have SwiGLU."""
+    dtypes = (plan.dtype, E4M3) if plan.e4m3 else (plan.dtype,)
+    return {dtype: layout_for(device, dtype, plan.residual_dtype, gated) for dtype in dtypes}
+
+
+def layout_for(device: torch.device, dtype: torch.dtype, residual_dtype: torch.dtype, gated: bool) -> LinearLayout:
+    """The layout for the backends that are chosen now, for linears of operands in `dtype`."""
+    with FakeTensorMode(), torch.no_grad():
+        *swiglu, _ = sample_inputs("swiglu", device, dtype)
+        x, weight, _, form, residual, *rest = sample_inputs("residual", device, dtype)
+        bias, rest = residual.new_empty(len(weight)), [form, residual.to(residual_dtype), *rest]
+        return LinearLayout(
+            interleaved=gated and _chosen_refuses("swiglu", (*swiglu, None), (*swiglu, False)),
+            defers_bias=_chosen_refuses("residual", (x, weight, None, *rest), (x, weight, bias, *rest)),
+        )
+
+
+def _chosen_refuses(form: str, given: tuple[Any, ...], asked: tuple[Any, ...]) -> bool:
+    """Whether the implementation of `linear` that is chosen for the arguments `given` refuses the arguments `asked`."""
+    try:
+        chosen, *_ = LINEAR.select(form, given, current_setting())
+    except BackendError:  # the first call will raise it
+        return False
+    return chosen.refuses is not None and chosen.refuses(*asked) is not None

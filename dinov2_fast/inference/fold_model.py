@@ -19,9 +19,15 @@ from dinov2_fast.inference.backbone import (
 )
 from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.checks import expect, refuse_edits, refuse_tensors
-from dinov2_fast.inference.fold import FoldedNorm, clone_with_buffers, clone_without_tensors, rounded
+from dinov2_fast.inference.fold import (
+    FoldedNorm,
+    LinearLayout,
+    clone_with_buffers,
+    clone_without_tensors,
+    layouts_for,
+    rounded,
+)
 from dinov2_fast.inference.fp8 import Fp8Block, scales_of
-from dinov2_fast.inference.linear_layout import LinearLayout, layouts_for
 from dinov2_fast.inference.patch_embed import FoldedPatchEmbed
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm, SwiGLUFFN

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
-from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, fold_exactly, gamma_of, rounded
-from dinov2_fast.inference.linear_layout import LinearLayout
+from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, LinearLayout, fold_exactly, gamma_of, rounded
 from dinov2_fast.inference.plan import Calibration, Scales
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
 
