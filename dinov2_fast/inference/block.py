@@ -26,11 +26,7 @@ from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
 def _plain_attention(attention: nn.Module, name: str) -> Attention:
-    """Returns `attention` if it normalises neither queries nor keys.
-
-    Raises:
-        TypeError: it does, or it is of another class.
-    """
+    """Returns `attention` if it is of a known class and normalises neither queries nor keys."""
     known: Attention = expect(attention, name, Attention, TimmAttention)
     if isinstance(known, TimmAttention):
         for norm in ("q_norm", "k_norm"):
@@ -39,13 +35,9 @@ def _plain_attention(attention: nn.Module, name: str) -> Attention:
 
 
 class FoldedAttention(FoldedModule):
-    """Self-attention, with the LayerScale behind it folded in.
+    """Self-attention, with the LayerScale behind it folded in."""
 
-    Attributes:
-        out_scale: the scale of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`.
-    """
-
-    out_scale: float | None = None
+    out_scale: float | None = None  # of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`
 
     def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,18 +71,21 @@ class FoldedMlp(FoldedModule):
         super().__init__()
         expect(mlp, name, Mlp, SwiGLUFFN, SwiGLUFFNFused)
         self.gated = isinstance(mlp, SwiGLUFFN)
-        if isinstance(mlp, SwiGLUFFN):
-            self.up = fold_linear(mlp.w12, f"{name}.w12", dtype, interleaved=interleaved)
-            self.down = fold_linear(mlp.w3, f"{name}.w3", dtype, gamma)
-        elif isinstance(mlp, Mlp):
+        if isinstance(mlp, Mlp):
             expect(mlp.act, f"{name}.act", GELU)
-            self.up = fold_linear(mlp.fc1, f"{name}.fc1", dtype)
-            self.down = fold_linear(mlp.fc2, f"{name}.fc2", dtype, gamma)
+        up, down = linears_of(mlp)
+        self.up = fold_linear(getattr(mlp, up), f"{name}.{up}", dtype, interleaved=self.gated and interleaved)
+        self.down = fold_linear(getattr(mlp, down), f"{name}.{down}", dtype, gamma)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
         """Adds the network's output for the normalised `x` to `stream`, both (..., hidden)."""
         up = self._modules["up"]
         self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
+
+
+def linears_of(mlp: nn.Module) -> tuple[str, str]:
+    """The names of an MLP's two linears."""
+    return ("w12", "w3") if isinstance(mlp, SwiGLUFFN) else ("fc1", "fc2")
 
 
 class DeferredBiases(FoldedModule):
@@ -112,15 +107,7 @@ class DeferredBiases(FoldedModule):
 
 
 class FoldedBlock(FoldedModule):
-    """One block.
-
-    Args:
-        block: the model's.
-        name: its name in error messages.
-        dtype: of the linears and of what they read.
-        residual_dtype: of the residual stream.
-        layout: of the linears.
-    """
+    """One block, with `layout` for its linears. They and what they read have `dtype`, the stream `residual_dtype`."""
 
     def __init__(
         self, block: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype, layout: LinearLayout
@@ -140,11 +127,8 @@ class FoldedBlock(FoldedModule):
     def defer_biases(self, before: Tensor | None) -> Tensor | None:
         """Takes the biases out of `proj` and `down`, and keeps their sums for the norms.
 
-        Args:
-            before: the sum of the biases that the blocks before this one left out, (hidden,), fp64, or None.
-
-        Returns:
-            The same sum after this block.
+        `before` is the sum of the biases that the blocks before this one left out, (hidden,), fp64, or None. The result
+        is the same sum after this block.
         """
         own = [_take_bias(linear) for linear in (self.attn.proj, self.mlp.down)]
         norm2 = _sum(before, own[0])
@@ -160,11 +144,9 @@ class FoldedBlock(FoldedModule):
     def update_(
         self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: DeferredBiases | None = None
     ) -> Tensor:
-        """Adds both branches to the stream `x` in place. After it `x` lacks `deferred.end`.
+        """Adds both branches in place to `x` (batch, seq_len, hidden), or with `seq_lens` (1, total_tokens, hidden).
 
-        Args:
-            x: (batch, seq_len, hidden), or with `seq_lens` (1, total_tokens, hidden), sequences of those lengths.
-            deferred: the biases that `x` lacks, by default those of all blocks up to this one.
+        Before, `x` lacks the biases `deferred`, by default those of all blocks up to this one; after, `deferred.end`.
         """
         parts = self._modules
         lacking = (deferred or parts["deferred"])._buffers
@@ -173,10 +155,7 @@ class FoldedBlock(FoldedModule):
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
-        """The CLS token of the block's output, (batch, hidden), without computing the other tokens.
-
-        The keys and values of the other tokens are not computed either, see `ops.attention_pool`.
-        """
+        """The CLS token of the block's output, (batch, hidden), without computing the other tokens."""
         norm, qkv = self.norm1, self.attn.qkv
         weight, bias = norm.weight.to(norm.dtype), norm.bias.to(norm.dtype)
         out = cls_attention(x.to(norm.dtype), weight, bias, norm.eps, qkv.weight, qkv.bias, self.attn.num_heads)
@@ -212,18 +191,10 @@ def cls_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """The output of a block's attention for the first token (CLS), before the output projection.
+    """The output of a block's attention for the first token (CLS), before the output projection, (batch, hidden).
 
-    Args:
-        x: (batch, seq_len, hidden), the block's input.
-        norm_weight, norm_bias, eps: of the block's first norm, (hidden,).
-        qkv_weight: (3 * hidden, hidden), the packed projection.
-        qkv_bias: (3 * hidden,) or None.
-        num_heads: the number of heads.
-        backend: the implementation of `attention_pool` to use instead of the default.
-
-    Returns:
-        (batch, hidden).
+    The block's input `x` is (batch, seq_len, hidden), the weight of its packed projection (3 * hidden, hidden). Keys
+    and values of the other tokens are not computed, see `ops.attention_pool`.
     """
     hidden = x.shape[-1]
     heads = (num_heads, hidden // num_heads)

@@ -20,13 +20,8 @@ HEADROOM = 2.0  # a calibrated range is at least this many times the largest val
 def calibrate(backbone: FoldedBackbone, model: nn.Module, batches: Iterable[Tensor]) -> Calibration:
     """Runs images through `backbone` and chooses scales that leave `HEADROOM` above the largest activations.
 
-    Args:
-        backbone: a backbone without e4m3, whose linears this replaces: do not use it afterwards.
-        model: the model it was made from.
-        batches: images, (batch, channels, height, width) each.
-
-    Raises:
-        ValueError: no images, or activations that are not finite.
+    The backbone has no e4m3 linears. This replaces its linears, so do not use it afterwards. `model` is the model that
+    it was made from.
     """
     recorders = []
     for block in backbone.blocks:

@@ -71,16 +71,8 @@ class CudaRuntime:
         failure torch 2.11 is left in a broken state: every later random number on the device raises ("Offset increment
         outside graph capture"), in any thread, and the allocator acts as if the capture went on.
 
-        Args:
-            run: the call.
-            device: where it computes.
-            pool: the memory pool of the graphs that this one shares memory with, or None.
-
-        Returns:
-            The graph, the output of `run` (in memory of the graph), and the tensors of :func:`keep_alive`.
-
-        Raises:
-            RuntimeError: the last warm-up call synchronised; no capture was begun.
+        `pool` is the memory pool of the graphs that this one shares memory with, or None. The result is the graph, the
+        output of `run` (in memory of the graph), and the tensors of `keep_alive`.
         """
         current = torch.cuda.current_stream(device)
         self._side = side = self._side or torch.cuda.Stream(device)
@@ -105,11 +97,7 @@ class CudaRuntime:
         return graph, output, kept
 
     def begin(self, device: torch.device) -> Any:
-        """Makes the current stream wait for the last replay, which may use the same memory on another stream.
-
-        Returns:
-            The current stream, for `end`.
-        """
+        """Returns the current stream, which waits for the last replay: the memory may be in use on another stream."""
         stream = torch.cuda.current_stream(device)
         if self._done is not None:
             stream.wait_event(self._done)
@@ -133,11 +121,8 @@ class OutputCopier:
     """Copies the output of a graph, so that the next replay does not overwrite what a caller holds.
 
     Tensors that together fill the memory they share (CLS, registers and patches of one norm) are copied at once and
-    are views of one tensor again. How an output is built from the copies is decided once, at the capture.
-
-    Args:
-        output: of the captured call.
-        inputs: of the captured call. Where the output contains one, a replay returns the caller's tensor.
+    are views of one tensor again. How an output is built from the copies is decided once, at the capture. Where the
+    output contains one of the captured call's `inputs`, a replay returns the caller's tensor.
     """
 
     def __init__(self, output: Any, inputs: list[Tensor]) -> None:
@@ -188,14 +173,7 @@ class OutputCopier:
 
 
 class CapturedCall:
-    """A graph with its inputs and its output.
-
-    Args:
-        graph: of the call.
-        inputs: the tensors that the graph reads.
-        output: of the captured call.
-        kept: other objects that must live as long as the graph.
-    """
+    """A graph with the inputs that it reads, its output, and what else must live as long as the graph."""
 
     def __init__(self, graph: Any, inputs: list[Tensor], output: Any, kept: Any) -> None:
         self.graph = graph

@@ -23,11 +23,7 @@ MAX_TOKENS = 32  # that go through the blocks, also where the only size that the
 
 
 def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
-    """Returns `module` if its class is one of `kinds`. A subclass is refused, since it may compute something else.
-
-    Raises:
-        TypeError: it is of another class.
-    """
+    """Returns `module` if its class is one of `kinds`. A subclass is refused, since it may compute something else."""
     if type(module) not in kinds:
         raise InvalidTypeError(
             f"{name} is a {type(module).__name__}; the engine can fold {' or '.join(kind.__name__ for kind in kinds)} "
@@ -40,9 +36,6 @@ def refuse_edits(model: nn.Module) -> None:
     """Refuses a model with hooks, or with methods replaced on an instance: the engine would not run them.
 
     A backbone may have its own `interpolate_pos_encoding`, which the engine calls.
-
-    Raises:
-        TypeError: the model has some.
     """
     for name, module in model.named_modules():
         where = name or "the model"
@@ -59,21 +52,16 @@ def refuse_edits(model: nn.Module) -> None:
 
 
 def replaced_methods(module: nn.Module) -> list[str]:
-    """The names of methods that an attribute of the instance replaces."""
-    return [name for name, value in vars(module).items() if _replaces(value, getattr(type(module), name, None))]
-
-
-def _replaces(value: Any, defined: Any) -> bool:
-    """Whether an attribute replaces what its class has `defined`: a method, and the attribute is another function."""
-    return isroutine(defined) and getattr(value, "__func__", None) is not defined
+    """The names of methods that an attribute of the instance replaces by another function."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if isroutine(defined := getattr(type(module), name, None)) and getattr(value, "__func__", None) is not defined
+    ]
 
 
 def refuse_tensors(model: nn.Module) -> None:
-    """Refuses parameters and buffers of a tensor subclass (quantised, sharded) and those on the meta device.
-
-    Raises:
-        TypeError: the model has some.
-    """
+    """Refuses parameters and buffers of a tensor subclass (quantised, sharded) and those on the meta device."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if type(tensor) not in (Tensor, nn.Parameter):
             raise InvalidTypeError(
@@ -112,9 +100,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def mismatch(ours: Any, theirs: Any, allowed: float) -> str | None:
     """How the output of another library's method differs from that of our model, as a phrase; None if it does not.
 
-    Args:
-        ours, theirs: tensors, tuples, lists or dictionaries of them, or the exceptions that were raised.
-        allowed: how much tensors may differ, see `difference`.
+    Outputs are tensors, tuples, lists or dictionaries of them, or exceptions that were raised. `allowed` is how much
+    tensors may differ, see `difference`.
     """
     if type(ours) is not type(theirs):
         return f"returns a {type(theirs).__name__} in place of a {type(ours).__name__}"
@@ -140,9 +127,6 @@ def check_agreement(backbone: Any, folded: Any) -> None:
     """Compares the tokens of a folded backbone with those of the model's backbone, before and after the blocks.
 
     With e4m3 operands they are compared only before the blocks, since the errors of blocks depend on the calibration.
-
-    Raises:
-        TypeError: they differ by more than rounding explains.
     """
     if any(module.training for module in backbone.modules()):
         return  # it drops paths at random

@@ -47,11 +47,6 @@ class Engine(nn.Module):
 
     An engine has no parameters; its weights are buffers. `.to(device)` moves it, and it stays there when the model
     moves. Copies and pickles contain the model and fold again. Under autocast it computes in its own precision.
-
-    Args:
-        model: in eval mode, of a class that `optimize_for_inference` takes.
-        plan: the settings.
-        device: where the engine computes, by default where the model is.
     """
 
     def __init__(self, model: nn.Module, plan: EnginePlan, device: torch.device | None = None) -> None:

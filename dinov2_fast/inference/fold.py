@@ -50,16 +50,10 @@ def fold_normalization(
     - the same without the shift by 128: 2.7e-3 and 3.3e-3
     - images that are normalised in bf16: 2.6e-3 and 2.4e-3
 
-    Args:
-        weight: (hidden, channels, patch, patch) of the convolution, in fp32 or fp64.
-        bias: (hidden,) or None.
-        mean, std: (channels,), for values in 0 to 1.
-        dtype: of the returned weight.
-        padded_to: the number of columns of the returned weight, filled up with zeros; by default channels * patch².
-
-    Returns:
-        The weight (hidden, padded_to) in `dtype`, for ``F.linear`` of rows x - 128, and the bias (hidden,). The bias is
-        in fp32 (in fp64 if `dtype` is), since position embeddings are added to it before it is rounded.
+    The convolution's weight is (hidden, channels, patch, patch), in fp32 or fp64; `mean` and `std` are (channels,), for
+    values in 0 to 1. The result is the weight (hidden, padded_to) in `dtype`, filled up with zeros, for ``F.linear`` of
+    rows x - 128, and the bias (hidden,). The bias is in fp32 (in fp64 if `dtype` is), since position embeddings are
+    added to it before it is rounded.
     """
     mean, std = (values.double()[:, None, None] for values in (mean, std))
     folded = (weight.double() / (255 * std)).to(dtype)
@@ -173,23 +167,12 @@ class FoldedLinear(FoldedModule):
 
 
 def fold_exactly(
-    linear: Any,
-    name: str,
-    gamma: Tensor | None = None,
-    norm: Any = None,
-    interleaved: bool = False,
+    linear: Any, name: str, gamma: Tensor | None = None, norm: Any = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Folds the operations around an `nn.Linear` into its weight and bias.
+    """The weight and the bias (or None) of a linear in fp64, with the operations around it folded in.
 
-    Args:
-        linear: the model's.
-        name: its name in error messages.
-        gamma: the factors of the LayerScale behind it, (out_features,), or None.
-        norm: the layer norm before it, if its weight and bias are to be folded in, or None.
-        interleaved: whether gate and value rows alternate in the result.
-
-    Returns:
-        Weight and bias (None if there is none), in fp64.
+    These are the LayerScale behind it, of factors `gamma` (out_features,), and the weight and bias of the `norm` before
+    it. With `interleaved`, gate and value rows alternate in the result. Error messages call the linear `name`.
     """
     expect(linear, name, nn.Linear)
     weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
@@ -205,11 +188,7 @@ def fold_exactly(
 
 
 def fold_linear(
-    linear: Any,
-    name: str,
-    dtype: torch.dtype,
-    gamma: Tensor | None = None,
-    interleaved: bool = False,
+    linear: Any, name: str, dtype: torch.dtype, gamma: Tensor | None = None, interleaved: bool = False
 ) -> FoldedLinear:
     """`fold_exactly`, rounded to `dtype`."""
     weight, bias = fold_exactly(linear, name, gamma, interleaved=interleaved)
@@ -217,14 +196,7 @@ def fold_linear(
 
 
 class FoldedNorm(FoldedModule):
-    """A layer norm of the residual stream.
-
-    Args:
-        norm: the model's, with weight and bias.
-        name: its name in error messages.
-        dtype: of the result.
-        residual_dtype: of the residual stream, and of weight and bias.
-    """
+    """A layer norm of the residual stream, whose result has `dtype`. Weight and bias are in `residual_dtype`."""
 
     weight: Tensor
     bias: Tensor
@@ -265,15 +237,10 @@ def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:
 
 
 class LinearLayout(NamedTuple):
-    """How the linears of the blocks hold weights and biases.
+    """How the linears of the blocks hold weights and biases, which depends on the backends that are chosen for them."""
 
-    Attributes:
-        interleaved: the gate and value rows of a SwiGLU alternate (`ops.linear.interleave`).
-        defers_bias: linears that add to the residual stream have no bias. The norms that read the stream add the sum
-            of the biases so far.
-    """
-
-    interleaved: bool
+    interleaved: bool  # the gate and value rows of a SwiGLU alternate (`ops.linear.interleave`)
+    # Linears that add to the residual stream have no bias. The norms that read the stream add the sum of those so far.
     defers_bias: bool
 
 

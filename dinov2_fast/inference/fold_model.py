@@ -37,12 +37,7 @@ from dinov2_fast.timm_adapter import TimmVisionTransformer
 
 
 def fold_model(model: Any, plan: EnginePlan, device: torch.device) -> Any:
-    """The folded model, of any face.
-
-    Args:
-        model: in eval mode; not changed.
-        plan: the engine's settings.
-        device: where it will run; the result is on the model's device.
+    """The folded form of a model of any face, for calls on `device`; it is on the model's device.
 
     Raises:
         TypeError: the model has hooks, replaced methods or parts that cannot be folded.
@@ -75,7 +70,7 @@ def _folded_class(kind: Any) -> type[FoldedBackbone]:
 
 
 def fold_backbone(model: DinoVisionTransformer, plan: EnginePlan, device: torch.device) -> FoldedBackbone:
-    """The folded backbone, of a subclass of the backbone's class; arguments and errors as for `fold_model`."""
+    """The folded backbone, of a subclass of the backbone's class."""
     kind: Any = type(model)
     made = clone_without_tensors(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}

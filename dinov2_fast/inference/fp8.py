@@ -22,9 +22,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinov2_fast.inference.block import FoldedAttention, FoldedBlock
+from dinov2_fast.inference.block import FoldedBlock, linears_of
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, LinearLayout, fold_exactly, gamma_of, rounded
 from dinov2_fast.inference.plan import Calibration, Scales
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
@@ -52,15 +52,10 @@ class Fp8Norm(FoldedNorm):
 
 
 class Fp8Linear(FoldedLinear):
-    """A linear of e4m3 operands.
+    """A linear of e4m3 operands, from a weight and a bias in fp64.
 
-    Args:
-        weight: (out_features, in_features), fp64.
-        bias: (out_features,), fp64, or None.
-        dtype: of the bias and of results that are not in e4m3.
-        scale: of its input.
-        out_scale: of the results of `gelu` and `swiglu`, which are in e4m3.
-        interleaved: as for `FoldedLinear`.
+    `scale` is that of its input, `out_scale` that of the results of `gelu` and `swiglu`, which are in e4m3. The bias
+    and the other results are in `dtype`.
     """
 
     weight_scale: Tensor  # (out_features,), fp32
@@ -93,26 +88,8 @@ class Fp8Linear(FoldedLinear):
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
-class Fp8Attention(FoldedAttention):
-    """Self-attention between two e4m3 linears; its output is in e4m3, too."""
-
-    qkv: Fp8Linear
-    proj: Fp8Linear
-
-    def __init__(self, num_heads: int, qkv: Fp8Linear, proj: Fp8Linear) -> None:
-        nn.Module.__init__(self)  # the linears are folded already
-        self.num_heads, self.qkv, self.proj, self.out_scale = num_heads, qkv, proj, proj.scale
-        self.bind()
-
-
 class Fp8Block(FoldedBlock):
-    """A block with e4m3 linears.
-
-    Args:
-        block, name, dtype, residual_dtype, layout: as for `FoldedBlock`.
-        scales: of its activations.
-        for_cls: the same block without e4m3, which then computes the CLS token alone, or None.
-    """
+    """A block with e4m3 linears. The same block without e4m3, `for_cls`, may be given to compute the CLS token alone."""
 
     def __init__(
         self,
@@ -126,18 +103,16 @@ class Fp8Block(FoldedBlock):
     ) -> None:
         super().__init__(block, name, dtype, residual_dtype, layout)
         self.for_cls = for_cls
-        attention, mlp, gated = block.attn, block.mlp, self.mlp.gated
-        up, down = ("w12", "w3") if gated else ("fc1", "fc2")
-        interleaved = gated and layout.interleaved
+        attention, mlp = block.attn, block.mlp
+        up, down = linears_of(mlp)
+        interleaved = self.mlp.gated and layout.interleaved
         self.norm1 = Fp8Norm(block.norm1, f"{name}.norm1", dtype, residual_dtype)
         self.norm2 = Fp8Norm(block.norm2, f"{name}.norm2", dtype, residual_dtype)
         qkv = fold_exactly(attention.qkv, f"{name}.attn.qkv", norm=block.norm1)
         proj = fold_exactly(attention.proj, f"{name}.attn.proj", gamma_of(block.ls1, f"{name}.ls1"))
-        self.attn = Fp8Attention(
-            attention.num_heads,
-            Fp8Linear(*qkv, dtype, self.norm1.scale),
-            Fp8Linear(*proj, dtype, scales.attention),
-        )
+        self.attn.qkv = Fp8Linear(*qkv, dtype, self.norm1.scale)
+        self.attn.proj = Fp8Linear(*proj, dtype, scales.attention)
+        self.attn.out_scale = scales.attention
         first = fold_exactly(getattr(mlp, up), f"{name}.mlp.{up}", norm=block.norm2, interleaved=interleaved)
         self.mlp.up = Fp8Linear(*first, dtype, self.norm2.scale, scales.hidden, interleaved)
         second = fold_exactly(getattr(mlp, down), f"{name}.mlp.{down}", gamma_of(block.ls2, f"{name}.ls2"))

@@ -10,10 +10,8 @@ import torch
 from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.optimize import optimize_for_inference, why_slow
-from dinov2_fast.inference.plan import PRECISIONS
+from dinov2_fast.inference.plan import PRECISIONS, auto_precision
 from dinov2_fast.weights.load import load
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a model without the engine
 
 
 def load_model(
@@ -42,13 +40,10 @@ def load_model(
         ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
     """
     torch_device = find_device(device)
-    if precision == "auto":
-        precision = "bf16" if torch_device.type == "cuda" else "fp32"
-    if not engine and precision not in DTYPES:
-        raise InvalidValueError(
-            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
-        )
-    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
+    dtype = torch.float32  # the engine folds weights in fp32
+    if not engine:
+        check_precision(precision, torch_device, engine=False)
+        dtype = PRECISIONS[auto_precision(torch_device) if precision == "auto" else precision]
     loaded = load(
         model, weights=weights, device=torch_device, dtype=dtype, position_interpolation=position_interpolation
     )

@@ -12,7 +12,7 @@ from dinov2_fast import huggingface
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.plan import PRECISIONS, EnginePlan, precision_name
+from dinov2_fast.inference.plan import PRECISIONS, EnginePlan, auto_precision, precision_name
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
@@ -97,7 +97,7 @@ def optimize_for_inference(
     _check_model(model, outputs)
     device = next(model.parameters()).device
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = auto_precision(device)
     if max_tokens is not None and max_tokens < 1:
         raise InvalidValueError(f"max_tokens must be at least 1, or None for no limit; got {max_tokens}.")
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
@@ -178,12 +178,7 @@ def _refuse_slow(precision: str, device: torch.device) -> None:
 
 
 def why_slow(precision: str, device: torch.device) -> str | None:
-    """Why this precision is slower on this device than one of more bits; None if it is not.
-
-    Args:
-        precision: one of `PRECISIONS`.
-        device: where the model computes.
-    """
+    """Why one of `PRECISIONS` is slower on this device than one of more bits; None if it is not."""
     return _slow_in_e4m3(device) if precision == "fp8" else _slow_on_cpu(PRECISIONS[precision], device)
 
 

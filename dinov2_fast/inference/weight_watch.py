@@ -73,13 +73,11 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """Whether a weight or a setting has changed."""
-        return self._weights_changed() or self._settings.changed()
-
-    def _weights_changed(self) -> bool:
         return (
             self._stepped
             or list(map(_version, self._versioned)) != self._versions
             or list(map(Tensor.data_ptr, self._tensors)) != self._pointers
+            or self._settings.changed()
         )
 
     def record_step(self, parameters: set[int]) -> None:
