@@ -89,7 +89,7 @@ class Fp8Linear(FoldedLinear):
 
 
 class Fp8Block(FoldedBlock):
-    """A block with e4m3 linears. The same block without e4m3, `for_cls`, may be given to compute the CLS token alone."""
+    """A block with e4m3 linears. The same block without e4m3, `for_cls`, computes the CLS token alone, if given."""
 
     def __init__(
         self,
