@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from dinov2_fast.inference.backbone import FoldedBackbone
-from dinov2_fast.inference.calibrate import HEADROOM, weights_checksum
 from dinov2_fast.inference.cuda_graphs import GraphCache
-from dinov2_fast.inference.fp8 import STATIC
+from dinov2_fast.inference.fp8 import HEADROOM, STATIC, weights_checksum
 from dinov2_fast.inference.plan import Calibration, precision_name
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX
 from dinov2_fast.ops.choices import format_choices

@@ -14,13 +14,13 @@ from dinov2_fast.attention_features import QKV
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
-from dinov2_fast.inference.calibrate import calibrate
 from dinov2_fast.inference.capture import is_captured
 from dinov2_fast.inference.checks import check_agreement
 from dinov2_fast.inference.cuda_graphs import NOT_CAPTURED, GraphCache
 from dinov2_fast.inference.describe import describe_engine
 from dinov2_fast.inference.fold import FoldedModule, layouts_for
 from dinov2_fast.inference.fold_model import backbone_of, fold_model
+from dinov2_fast.inference.fp8 import calibrate
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.inference.precision_report import PrecisionReport, compare_precisions

@@ -19,17 +19,21 @@ Source of e4m3: Micikevicius et al., arXiv:2209.05433.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.inference.backbone import FoldedBackbone
 from dinov2_fast.inference.block import FoldedBlock, linears_of
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, LinearLayout, fold_exactly, gamma_of, rounded
 from dinov2_fast.inference.plan import Calibration, Scales
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
 
 STATIC = Scales(1 / 16, 1 / 16)  # before calibration: clips beyond ±28
+HEADROOM = 2.0  # a calibrated range is at least this many times the largest value seen
 
 
 class Fp8Norm(FoldedNorm):
@@ -143,3 +147,55 @@ def scales_of(calibration: Calibration | None, blocks: int) -> tuple[Scales, ...
     if calibration is None or len(calibration.scales) != blocks:
         return (STATIC,) * blocks
     return calibration.scales
+
+
+def calibrate(backbone: FoldedBackbone, model: nn.Module, batches: Iterable[Tensor]) -> Calibration:
+    """Runs images through `backbone` and chooses scales that leave `HEADROOM` above the largest activations.
+
+    The backbone has no e4m3 linears. This replaces its linears, so do not use it afterwards. `model` is the model that
+    it was made from.
+    """
+    recorders = []
+    for block in backbone.blocks:
+        block.attn.proj, block.mlp.down = _RecordingLinear(block.attn.proj), _RecordingLinear(block.mlp.down)
+        recorders.append((block.attn.proj, block.mlp.down))
+    images = 0
+    for batch in batches:
+        if len(batch):
+            backbone._run_blocks(backbone.embed(batch))
+        images += len(batch)
+    if images == 0:
+        raise InvalidValueError("calibrate needs at least one image.")
+    scales = tuple(
+        Scales(proj.scale(f"The attention of block {i}"), down.scale(f"The MLP of block {i}"))
+        for i, (proj, down) in enumerate(recorders)
+    )
+    return Calibration(scales, images, weights_checksum(model))
+
+
+class _RecordingLinear(FoldedLinear):
+    """A linear that records the largest magnitude of its inputs."""
+
+    def __init__(self, linear: FoldedLinear) -> None:
+        super().__init__(linear.weight, linear.bias)
+        self.largest = torch.zeros((), device=linear.weight.device)
+
+    def add_to_(self, stream: Tensor, x: Tensor) -> None:
+        self.largest = torch.maximum(self.largest, x.abs().amax().float())  # keeps NaN
+        super().add_to_(stream, x)
+
+    def scale(self, source: str) -> float:
+        largest = self.largest.item()
+        if not math.isfinite(largest):
+            raise InvalidValueError(f"{source} gave {largest} for these images: nothing can be calibrated on them.")
+        return scale_for(HEADROOM * largest) if largest > 0 else STATIC.hidden
+
+
+def weights_checksum(model: nn.Module) -> int:
+    """A checksum of the bits of all floating-point parameters and buffers; the same on every device."""
+    total = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+            total += int(tensor.detach().contiguous().view(bits).sum(dtype=torch.int64))
+    return total
