@@ -19,28 +19,24 @@ from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.checks import expect
 from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, LinearLayout, fold_linear, gamma_of
+from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import BoundOp
 from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
-def _plain_attention(attention: nn.Module, name: str) -> Attention:
-    """Returns `attention` if it is of a known class and normalises neither queries nor keys."""
-    known: Attention = expect(attention, name, Attention, TimmAttention)
-    if isinstance(known, TimmAttention):
-        for norm in ("q_norm", "k_norm"):
-            expect(getattr(known, norm), f"{name}.{norm}", nn.Identity)
-    return known
-
-
 class FoldedAttention(FoldedModule):
-    """Self-attention, with the LayerScale behind it folded in."""
+    """Self-attention without norms of queries and keys, with the LayerScale behind it folded in."""
 
     out_scale: float | None = None  # of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`
 
-    def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Any, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
         super().__init__()
+        expect(attention, name, Attention, TimmAttention)
+        if isinstance(attention, TimmAttention):
+            for norm in ("q_norm", "k_norm"):
+                expect(getattr(attention, norm), f"{name}.{norm}", nn.Identity)
         self.num_heads = attention.num_heads
         self.qkv = fold_linear(attention.qkv, f"{name}.qkv", dtype)
         self.proj = fold_linear(attention.proj, f"{name}.proj", dtype, gamma)
@@ -107,20 +103,18 @@ class DeferredBiases(FoldedModule):
 
 
 class FoldedBlock(FoldedModule):
-    """One block, with `layout` for its linears. They and what they read have `dtype`, the stream `residual_dtype`."""
+    """One block, with `layout` for its linears."""
 
-    def __init__(
-        self, block: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype, layout: LinearLayout
-    ) -> None:
+    def __init__(self, block: Any, name: str, plan: EnginePlan, layout: LinearLayout) -> None:
         super().__init__()
         expect(block, name, Block)
         for part in ("drop_path1", "drop_path2"):
             expect(getattr(block, part), f"{name}.{part}", DropPath, nn.Identity)
-        attention = _plain_attention(block.attn, f"{name}.attn")
-        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, residual_dtype)
-        self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
-        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, residual_dtype)
-        self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype, layout.interleaved)
+        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", plan)
+        self.attn = FoldedAttention(block.attn, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", plan.dtype)
+        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", plan)
+        gamma = gamma_of(block.ls2, f"{name}.ls2")
+        self.mlp = FoldedMlp(block.mlp, gamma, f"{name}.mlp", plan.dtype, layout.interleaved)
         self.deferred = DeferredBiases()  # of all blocks up to this one
         self.deferred_alone = DeferredBiases()  # of this block, for calls of it alone
 
@@ -156,9 +150,7 @@ class FoldedBlock(FoldedModule):
 
     def first_token(self, x: Tensor) -> Tensor:
         """The CLS token of the block's output, (batch, hidden), without computing the other tokens."""
-        norm, qkv = self.norm1, self.attn.qkv
-        weight, bias = norm.weight.to(norm.dtype), norm.bias.to(norm.dtype)
-        out = cls_attention(x.to(norm.dtype), weight, bias, norm.eps, qkv.weight, qkv.bias, self.attn.num_heads)
+        out = cls_attention(x.to(self.norm1.dtype), self.norm1, self.attn)
         row = x[:, 0].clone()
         self.attn.proj.add_to_(row, out)
         self.mlp.add_to_(row, self.norm2(row, self.deferred_alone.norm2))
@@ -180,30 +172,21 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def cls_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    *,
-    backend: str | None = None,
-) -> Tensor:
+def cls_attention(x: Tensor, norm: Any, attention: Any, *, backend: str | None = None) -> Tensor:
     """The output of a block's attention for the first token (CLS), before the output projection, (batch, hidden).
 
-    The block's input `x` is (batch, seq_len, hidden), the weight of its packed projection (3 * hidden, hidden). Keys
-    and values of the other tokens are not computed, see `ops.attention_pool`.
+    `x` (batch, seq_len, hidden) is the input of the norm before it. Keys and values of the other tokens are not
+    computed, see `ops.attention_pool`.
     """
-    hidden = x.shape[-1]
-    heads = (num_heads, hidden // num_heads)
-    query_weight, key_weight, value_weight = qkv_weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
-    query_bias, value_bias = (None, None) if qkv_bias is None else (qkv_bias[:hidden], qkv_bias[2 * hidden :])
+    hidden, qkv = x.shape[-1], attention.qkv
+    heads = (attention.num_heads, hidden // attention.num_heads)
+    query_weight, key_weight, value_weight = qkv.weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
+    query_bias, value_bias = (None, None) if qkv.bias is None else (qkv.bias[:hidden], qkv.bias[2 * hidden :])
 
-    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, eps)
+    norm_weight, norm_bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, norm.eps)
     query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
     absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
-    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, eps, backend=backend)
+    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, norm.eps, backend=backend)
     out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
     return out if value_bias is None else out + value_bias

@@ -71,9 +71,7 @@ class Engine(nn.Module):
         self.folded = folded
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
-        self._layout_settings: dict[torch.device, dispatch.BackendSetting] | None = None
-        if self.plan.follow_weights:
-            self._layout_settings = {device: setting}
+        self._layout_settings = {device: setting} if self.plan.follow_weights else None
 
     def refresh(self) -> None:
         """Folds the model's present weights. A calibration stays; CUDA graphs are captured again.
@@ -280,11 +278,7 @@ class Engine(nn.Module):
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Engine:
-        """Does nothing with False.
-
-        Raises:
-            RuntimeError: `mode` is True.
-        """
+        """Does nothing with False. With True it raises a `RuntimeError`."""
         if mode:
             raise InvalidStateError(
                 "The engine is for inference and cannot be trained. Train the model it was made from: the engine "

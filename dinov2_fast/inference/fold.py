@@ -196,12 +196,12 @@ def fold_linear(
 
 
 class FoldedNorm(FoldedModule):
-    """A layer norm of the residual stream, whose result has `dtype`. Weight and bias are in `residual_dtype`."""
+    """A layer norm of the residual stream, with a result in `plan.dtype`. Weight and bias have the stream's dtype."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, norm: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
+    def __init__(self, norm: Any, name: str, plan: EnginePlan) -> None:
         super().__init__()
         expect(norm, name, LayerNorm, nn.LayerNorm)
         for part in ("weight", "bias"):
@@ -211,9 +211,9 @@ class FoldedNorm(FoldedModule):
                     "of ones and a bias of zeros, or use the model itself."
                 )
         self.eps: float = norm.eps
-        self.dtype = dtype
-        self.register_buffer("weight", rounded(norm.weight.double(), residual_dtype))
-        self.register_buffer("bias", rounded(norm.bias.double(), residual_dtype))
+        self.dtype = plan.dtype
+        self.register_buffer("weight", rounded(norm.weight.double(), plan.residual_dtype))
+        self.register_buffer("bias", rounded(norm.bias.double(), plan.residual_dtype))
         self.bind()
 
     def bind(self) -> None:

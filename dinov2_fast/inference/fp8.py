@@ -1,4 +1,4 @@
-"""Blocks of the engine whose matrix products have e4m3 operands (fp8).
+"""Blocks of the engine whose matrix products have e4m3 operands (fp8), and their calibration.
 
     z = x @ W^T + b   becomes   z = s w (x8 @ W8^T) + b      x8 = e4m3(x / s),    W8 = e4m3(W / w)
 
@@ -29,7 +29,7 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.backbone import FoldedBackbone
 from dinov2_fast.inference.block import FoldedBlock, linears_of
 from dinov2_fast.inference.fold import FoldedLinear, FoldedNorm, LinearLayout, fold_exactly, gamma_of, rounded
-from dinov2_fast.inference.plan import Calibration, Scales
+from dinov2_fast.inference.plan import Calibration, EnginePlan, Scales
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX, quantize
 
 STATIC = Scales(1 / 16, 1 / 16)  # before calibration: clips beyond ±28
@@ -42,8 +42,8 @@ class Fp8Norm(FoldedNorm):
     The linear that reads it has the norm's weight and bias folded in.
     """
 
-    def __init__(self, norm: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
-        super().__init__(norm, name, dtype, residual_dtype)
+    def __init__(self, norm: Any, name: str, plan: EnginePlan) -> None:
+        super().__init__(norm, name, plan)
         self.weight.fill_(1)
         self.bias.zero_()
         self.scale = scale_for(self.weight.numel() ** 0.5)
@@ -62,7 +62,7 @@ class Fp8Linear(FoldedLinear):
     and the other results are in `dtype`.
     """
 
-    weight_scale: Tensor  # (out_features,), fp32
+    weight_scale: Tensor  # (out_features,), fp32; divided by it, the largest value of a row is ±448
 
     def __init__(
         self,
@@ -73,12 +73,10 @@ class Fp8Linear(FoldedLinear):
         out_scale: float = 1.0,
         interleaved: bool = False,
     ) -> None:
-        weight_scale = scale_of_rows(weight)
-        super().__init__(
-            quantize(weight, weight_scale.double()[:, None]).contiguous(),
-            None if bias is None else rounded(bias, dtype),
-            interleaved,
-        )
+        smallest = torch.finfo(torch.float32).tiny  # for rows of zeros
+        weight_scale = (weight.abs().amax(1) / E4M3_MAX).float().clamp_min(smallest)
+        quantized = quantize(weight, weight_scale.double()[:, None]).contiguous()
+        super().__init__(quantized, None if bias is None else rounded(bias, dtype), interleaved)
         self.register_buffer("weight_scale", weight_scale)
         self.dtype, self.scale, self.out_scale = dtype, scale, out_scale
         self._results = {"none": dtype, "gelu": E4M3, "swiglu": E4M3, "residual": None}
@@ -96,22 +94,15 @@ class Fp8Block(FoldedBlock):
     """A block with e4m3 linears. The same block without e4m3, `for_cls`, computes the CLS token alone, if given."""
 
     def __init__(
-        self,
-        block: Any,
-        name: str,
-        dtype: torch.dtype,
-        residual_dtype: torch.dtype,
-        layout: LinearLayout,
-        scales: Scales,
-        for_cls: FoldedBlock | None,
+        self, block: Any, name: str, plan: EnginePlan, layout: LinearLayout, scales: Scales, for_cls: FoldedBlock | None
     ) -> None:
-        super().__init__(block, name, dtype, residual_dtype, layout)
+        super().__init__(block, name, plan, layout)
         self.for_cls = for_cls
-        attention, mlp = block.attn, block.mlp
+        attention, mlp, dtype = block.attn, block.mlp, plan.dtype
         up, down = linears_of(mlp)
         interleaved = self.mlp.gated and layout.interleaved
-        self.norm1 = Fp8Norm(block.norm1, f"{name}.norm1", dtype, residual_dtype)
-        self.norm2 = Fp8Norm(block.norm2, f"{name}.norm2", dtype, residual_dtype)
+        self.norm1 = Fp8Norm(block.norm1, f"{name}.norm1", plan)
+        self.norm2 = Fp8Norm(block.norm2, f"{name}.norm2", plan)
         qkv = fold_exactly(attention.qkv, f"{name}.attn.qkv", norm=block.norm1)
         proj = fold_exactly(attention.proj, f"{name}.attn.proj", gamma_of(block.ls1, f"{name}.ls1"))
         self.attn.qkv = Fp8Linear(*qkv, dtype, self.norm1.scale)
@@ -134,12 +125,6 @@ def scale_for(largest: float) -> float:
     """The smallest power of two by which values up to `largest` (> 0) are divided to fit into e4m3."""
     mantissa, exponent = math.frexp(largest / E4M3_MAX)
     return 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
-
-
-def scale_of_rows(weight: Tensor) -> Tensor:
-    """The scale of each row, (out_features,) fp32. Divided by it, the row's largest value is ±448."""
-    smallest = torch.finfo(torch.float32).tiny  # for rows of zeros
-    return (weight.abs().amax(1) / E4M3_MAX).float().clamp_min(smallest)
 
 
 def scales_of(calibration: Calibration | None, blocks: int) -> tuple[Scales, ...]:

@@ -27,13 +27,9 @@ def load_model(
 ) -> Any:
     """Loads a model, by default as an engine that normalises uint8 images with the mean and std of `processor`.
 
-    Args:
-        model, weights, position_interpolation: as for :func:`dinov2_fast.load`.
-        processor: the preprocessing of the images.
-        device: its name, as for `find_device`.
-        precision: "fp32", "bf16" or "fp16", with the engine also "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
-        engine: make an engine. It does not follow the model, which has no other user.
-        stride: of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
+    The engine does not follow the model, which has no other user. `weights` and `position_interpolation` are those of
+    :func:`dinov2_fast.load`, `precision` that of `optimize_for_inference` ("fp8" with the engine only). `stride` is
+    that of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
 
     Raises:
         WeightsError: the weights cannot be found or read.
@@ -68,12 +64,10 @@ def find_device(name: str | None) -> torch.device:
 
 
 def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
-    """The preprocessing for a model.
+    """The preprocessing for a model, or for the name, file, folder or hub id of one.
 
-    Args:
-        model: a name, file, folder or hub id, or a model.
-        size: the size of its outputs, pixels, an int or (height, width). By default the processor is the one in the
-            model's folder, or else that of the checkpoints.
+    Its outputs have `size` pixels, an int or (height, width). With None it is the processor in the model's folder, or
+    else that of the checkpoints.
     """
     if size is not None:
         return Dinov2ImageProcessor.for_size(size)
@@ -94,7 +88,7 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
         raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
     reason = why_slow(precision, device) if precision != "auto" and engine else None
     if reason:
-        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        instead, otherwise = auto_precision(device), "" if device.type == "cuda" else ", or a GPU with --device cuda"
         raise InvalidValueError(
             f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
             f"{instead}{otherwise}."

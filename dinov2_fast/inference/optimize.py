@@ -168,9 +168,8 @@ def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:
 def _refuse_slow(precision: str, device: torch.device) -> None:
     reason = why_slow(precision, device)
     if reason:
-        instead, what_to_do = (
-            ("bf16", "use a newer GPU") if device.type == "cuda" else ("fp32", "move the model to a GPU first")
-        )
+        instead = auto_precision(device)
+        what_to_do = "use a newer GPU" if device.type == "cuda" else "move the model to a GPU first"
         raise InvalidValueError(
             f"precision={precision!r} would be slower than {instead} here: {reason}. Use precision={instead!r}, "
             f"{what_to_do}, or pass allow_slow=True."

@@ -77,15 +77,9 @@ class _Sums:
     def row(self, layer: str, precision: str) -> LayerAgreement:
         cls, exact = torch.cat(self.cls), torch.cat(self.exact_cls)
         cosine = F.cosine_similarity(cls, exact, dim=-1)
-        return LayerAgreement(
-            layer,
-            precision,
-            cosine.mean().item(),
-            cosine.min().item(),
-            self.patch_sum / self.patch_count,
-            self.patch_worst,
-            same_neighbours(cls, exact),
-        )
+        of_cls = cosine.mean().item(), cosine.min().item()
+        of_patches = self.patch_sum / self.patch_count, self.patch_worst
+        return LayerAgreement(layer, precision, *of_cls, *of_patches, same_neighbours(cls, exact))
 
 
 def same_neighbours(cls: Tensor, exact: Tensor) -> float:
@@ -118,11 +112,11 @@ def compare_precisions(
         for i in range(last + 1):
             stream, wanted_cls, wanted = _step(exact, i, stream)
             for name, backbone in others.items():
-                alone = _cls_alone(backbone, streams[name]) if backbone.cls_only and i == last else None
-                streams[name], cls, patches = _step(backbone, i, streams[name])
+                before = streams[name]
+                streams[name], cls, patches = _step(backbone, i, before)
                 sums.setdefault((f"block {i}", name), _Sums()).add(cls, wanted_cls, patches, wanted)
                 if i == last:
-                    cls = cls if alone is None else alone
+                    cls = _cls_alone(backbone, before) if backbone.cls_only else cls
                     sums.setdefault(("final", name), _Sums()).add(cls, wanted_cls, patches, wanted)
     if images == 0:
         raise InvalidValueError("report needs at least one image.")
