@@ -178,10 +178,10 @@ def cls_attention(x: Tensor, norm: Any, attention: Any, *, backend: str | None =
     `x` (batch, seq_len, hidden) is the input of the norm before it. Keys and values of the other tokens are not
     computed, see `ops.attention_pool`.
     """
-    hidden, qkv = x.shape[-1], attention.qkv
+    hidden, weight, bias = x.shape[-1], attention.qkv.weight, attention.qkv.bias
     heads = (attention.num_heads, hidden // attention.num_heads)
-    query_weight, key_weight, value_weight = qkv.weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
-    query_bias, value_bias = (None, None) if qkv.bias is None else (qkv.bias[:hidden], qkv.bias[2 * hidden :])
+    query_weight, key_weight, value_weight = weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
+    query_bias, value_bias = (None, None) if bias is None else (bias[:hidden], bias[2 * hidden :])
 
     norm_weight, norm_bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, norm.eps)
