@@ -88,7 +88,8 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
         raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
     reason = why_slow(precision, device) if precision != "auto" and engine else None
     if reason:
-        instead, otherwise = auto_precision(device), "" if device.type == "cuda" else ", or a GPU with --device cuda"
+        instead = auto_precision(device)
+        otherwise = "" if device.type == "cuda" else ", or a GPU with --device cuda"
         raise InvalidValueError(
             f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
             f"{instead}{otherwise}."
