@@ -15,7 +15,7 @@ from dinov2_fast.block import pack, unpack
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2PreTrainedBackbone
 from dinov2_fast.inference.capture import is_captured, keep_alive
-from dinov2_fast.inference.linear_layout import LinearLayout
+from dinov2_fast.inference.fold import LinearLayout
 from dinov2_fast.inference.packing import Features, Masks, check_image_list, check_mask_list, forward_packed
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import check_is_tensor, check_masks
@@ -30,19 +30,12 @@ CACHED_SIZES = 16  # how many image sizes keep their position embeddings
 
 
 class FoldedBackbone(DinoVisionTransformer):
-    """The common part of the folded backbones of all faces; `fold_model.fold_backbone` makes them.
-
-    Attributes:
-        plan: the engine's settings.
-        cls_only: whether a plain call, which needs the CLS token alone, runs the last block for that token alone.
-        gated: whether the MLPs have SwiGLU.
-        layouts: of the linears, by the dtype of their operands.
-    """
+    """The common part of the folded backbones of all faces; `fold_model.fold_backbone` makes them."""
 
     plan: EnginePlan
-    cls_only: bool
-    gated: bool
-    layouts: dict[torch.dtype, LinearLayout]
+    cls_only: bool  # a plain call needs the CLS token alone, and runs the last block for that token alone
+    gated: bool  # the MLPs have SwiGLU
+    layouts: dict[torch.dtype, LinearLayout]  # of the linears, by the dtype of their operands
     _sizes: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -100,11 +93,6 @@ class FoldedBackbone(DinoVisionTransformer):
         *blocks, last = self.blocks
         return last.first_token(_update_(x, blocks)).unsqueeze(1)
 
-    def _run_list_for_cls(self, x_list: list[Tensor]) -> Tensor:
-        """The CLS tokens of all batches after the last block, (images, hidden), one batch after another."""
-        *blocks, last = self.blocks
-        return torch.cat([last.first_token(x) for x in _update_list(x_list, blocks)])
-
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: list[Tensor | None] | None = None
     ) -> list[BackboneFeatures]:
@@ -125,7 +113,9 @@ class FoldedBackbone(DinoVisionTransformer):
             return [found["x_norm_clstoken"] for found in self.forward_features_list(x_list)]
 
         def forward(batches: list[Tensor], masks: list[Tensor | None]) -> list[Features]:
-            cls = self.norm(self._run_list_for_cls([self.prepare_tokens_with_masks(x) for x in batches]))
+            *blocks, last = self.blocks
+            streams = _update_list([self.prepare_tokens_with_masks(x) for x in batches], blocks)
+            cls = self.norm(torch.cat([last.first_token(x) for x in streams]))
             return [{"cls": x} for x in cls.split([len(x) for x in batches])]
 
         return [found["cls"] for found in self._forward_packed(x_list, None, forward)[0]]

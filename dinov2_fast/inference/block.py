@@ -18,38 +18,25 @@ from torch import Tensor, nn
 from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.checks import expect
-from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, fold_linear, gamma_of
-from dinov2_fast.inference.linear_layout import LinearLayout
+from dinov2_fast.inference.fold import FoldedModule, FoldedNorm, LinearLayout, fold_linear, gamma_of
+from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import GELU, Attention, DropPath, Mlp, SwiGLUFFN, SwiGLUFFNFused
 from dinov2_fast.ops.attention import ATTENTION
 from dinov2_fast.ops.dispatch import BoundOp
 from dinov2_fast.timm_adapter.layers import TimmAttention
 
 
-def _plain_attention(attention: nn.Module, name: str) -> Attention:
-    """Returns `attention` if it normalises neither queries nor keys.
-
-    Raises:
-        TypeError: it does, or it is of another class.
-    """
-    known: Attention = expect(attention, name, Attention, TimmAttention)
-    if isinstance(known, TimmAttention):
-        for norm in ("q_norm", "k_norm"):
-            expect(getattr(known, norm), f"{name}.{norm}", nn.Identity)
-    return known
-
-
 class FoldedAttention(FoldedModule):
-    """Self-attention, with the LayerScale behind it folded in.
+    """Self-attention without norms of queries and keys, with the LayerScale behind it folded in."""
 
-    Attributes:
-        out_scale: the scale of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`.
-    """
+    out_scale: float | None = None  # of the output of `attend`, which is then in e4m3; None for the dtype of `qkv`
 
-    out_scale: float | None = None
-
-    def __init__(self, attention: Attention, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Any, gamma: Tensor | None, name: str, dtype: torch.dtype) -> None:
         super().__init__()
+        expect(attention, name, Attention, TimmAttention)
+        if isinstance(attention, TimmAttention):
+            for norm in ("q_norm", "k_norm"):
+                expect(getattr(attention, norm), f"{name}.{norm}", nn.Identity)
         self.num_heads = attention.num_heads
         self.qkv = fold_linear(attention.qkv, f"{name}.qkv", dtype)
         self.proj = fold_linear(attention.proj, f"{name}.proj", dtype, gamma)
@@ -80,18 +67,21 @@ class FoldedMlp(FoldedModule):
         super().__init__()
         expect(mlp, name, Mlp, SwiGLUFFN, SwiGLUFFNFused)
         self.gated = isinstance(mlp, SwiGLUFFN)
-        if isinstance(mlp, SwiGLUFFN):
-            self.up = fold_linear(mlp.w12, f"{name}.w12", dtype, interleaved=interleaved)
-            self.down = fold_linear(mlp.w3, f"{name}.w3", dtype, gamma)
-        elif isinstance(mlp, Mlp):
+        if isinstance(mlp, Mlp):
             expect(mlp.act, f"{name}.act", GELU)
-            self.up = fold_linear(mlp.fc1, f"{name}.fc1", dtype)
-            self.down = fold_linear(mlp.fc2, f"{name}.fc2", dtype, gamma)
+        up, down = linears_of(mlp)
+        self.up = fold_linear(getattr(mlp, up), f"{name}.{up}", dtype, interleaved=self.gated and interleaved)
+        self.down = fold_linear(getattr(mlp, down), f"{name}.{down}", dtype, gamma)
 
     def add_to_(self, stream: Tensor, x: Tensor) -> None:
         """Adds the network's output for the normalised `x` to `stream`, both (..., hidden)."""
         up = self._modules["up"]
         self._modules["down"].add_to_(stream, up.swiglu(x) if self.gated else up.gelu(x))
+
+
+def linears_of(mlp: nn.Module) -> tuple[str, str]:
+    """The names of an MLP's two linears."""
+    return ("w12", "w3") if isinstance(mlp, SwiGLUFFN) else ("fc1", "fc2")
 
 
 class DeferredBiases(FoldedModule):
@@ -113,39 +103,26 @@ class DeferredBiases(FoldedModule):
 
 
 class FoldedBlock(FoldedModule):
-    """One block.
+    """One block, with `layout` for its linears."""
 
-    Args:
-        block: the model's.
-        name: its name in error messages.
-        dtype: of the linears and of what they read.
-        residual_dtype: of the residual stream.
-        layout: of the linears.
-    """
-
-    def __init__(
-        self, block: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype, layout: LinearLayout
-    ) -> None:
+    def __init__(self, block: Any, name: str, plan: EnginePlan, layout: LinearLayout) -> None:
         super().__init__()
         expect(block, name, Block)
         for part in ("drop_path1", "drop_path2"):
             expect(getattr(block, part), f"{name}.{part}", DropPath, nn.Identity)
-        attention = _plain_attention(block.attn, f"{name}.attn")
-        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", dtype, residual_dtype)
-        self.attn = FoldedAttention(attention, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", dtype)
-        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", dtype, residual_dtype)
-        self.mlp = FoldedMlp(block.mlp, gamma_of(block.ls2, f"{name}.ls2"), f"{name}.mlp", dtype, layout.interleaved)
+        self.norm1 = FoldedNorm(block.norm1, f"{name}.norm1", plan)
+        self.attn = FoldedAttention(block.attn, gamma_of(block.ls1, f"{name}.ls1"), f"{name}.attn", plan.dtype)
+        self.norm2 = FoldedNorm(block.norm2, f"{name}.norm2", plan)
+        gamma = gamma_of(block.ls2, f"{name}.ls2")
+        self.mlp = FoldedMlp(block.mlp, gamma, f"{name}.mlp", plan.dtype, layout.interleaved)
         self.deferred = DeferredBiases()  # of all blocks up to this one
         self.deferred_alone = DeferredBiases()  # of this block, for calls of it alone
 
     def defer_biases(self, before: Tensor | None) -> Tensor | None:
         """Takes the biases out of `proj` and `down`, and keeps their sums for the norms.
 
-        Args:
-            before: the sum of the biases that the blocks before this one left out, (hidden,), fp64, or None.
-
-        Returns:
-            The same sum after this block.
+        `before` is the sum of the biases that the blocks before this one left out, (hidden,), fp64, or None. The result
+        is the same sum after this block.
         """
         own = [_take_bias(linear) for linear in (self.attn.proj, self.mlp.down)]
         norm2 = _sum(before, own[0])
@@ -161,11 +138,9 @@ class FoldedBlock(FoldedModule):
     def update_(
         self, x: Tensor, seq_lens: tuple[int, ...] | None = None, deferred: DeferredBiases | None = None
     ) -> Tensor:
-        """Adds both branches to the stream `x` in place. After it `x` lacks `deferred.end`.
+        """Adds both branches in place to `x` (batch, seq_len, hidden), or with `seq_lens` (1, total_tokens, hidden).
 
-        Args:
-            x: (batch, seq_len, hidden), or with `seq_lens` (1, total_tokens, hidden), sequences of those lengths.
-            deferred: the biases that `x` lacks, by default those of all blocks up to this one.
+        Before, `x` lacks the biases `deferred`, by default those of all blocks up to this one; after, `deferred.end`.
         """
         parts = self._modules
         lacking = (deferred or parts["deferred"])._buffers
@@ -174,13 +149,8 @@ class FoldedBlock(FoldedModule):
         return x
 
     def first_token(self, x: Tensor) -> Tensor:
-        """The CLS token of the block's output, (batch, hidden), without computing the other tokens.
-
-        The keys and values of the other tokens are not computed either, see `ops.attention_pool`.
-        """
-        norm, qkv = self.norm1, self.attn.qkv
-        weight, bias = norm.weight.to(norm.dtype), norm.bias.to(norm.dtype)
-        out = cls_attention(x.to(norm.dtype), weight, bias, norm.eps, qkv.weight, qkv.bias, self.attn.num_heads)
+        """The CLS token of the block's output, (batch, hidden), without computing the other tokens."""
+        out = cls_attention(x.to(self.norm1.dtype), self.norm1, self.attn)
         row = x[:, 0].clone()
         self.attn.proj.add_to_(row, out)
         self.mlp.add_to_(row, self.norm2(row, self.deferred_alone.norm2))
@@ -202,38 +172,21 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def cls_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """The output of a block's attention for the first token (CLS), before the output projection.
+def cls_attention(x: Tensor, norm: Any, attention: Any, *, backend: str | None = None) -> Tensor:
+    """The output of a block's attention for the first token (CLS), before the output projection, (batch, hidden).
 
-    Args:
-        x: (batch, seq_len, hidden), the block's input.
-        norm_weight, norm_bias, eps: of the block's first norm, (hidden,).
-        qkv_weight: (3 * hidden, hidden), the packed projection.
-        qkv_bias: (3 * hidden,) or None.
-        num_heads: the number of heads.
-        backend: the implementation of `attention_pool` to use instead of the default.
-
-    Returns:
-        (batch, hidden).
+    `x` (batch, seq_len, hidden) is the input of the norm before it. Keys and values of the other tokens are not
+    computed, see `ops.attention_pool`.
     """
-    hidden = x.shape[-1]
-    heads = (num_heads, hidden // num_heads)
-    query_weight, key_weight, value_weight = qkv_weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
-    query_bias, value_bias = (None, None) if qkv_bias is None else (qkv_bias[:hidden], qkv_bias[2 * hidden :])
+    hidden, weight, bias = x.shape[-1], attention.qkv.weight, attention.qkv.bias
+    heads = (attention.num_heads, hidden // attention.num_heads)
+    query_weight, key_weight, value_weight = weight.unflatten(0, (3, *heads)).unbind()  # (heads, head_dim, hidden)
+    query_bias, value_bias = (None, None) if bias is None else (bias[:hidden], bias[2 * hidden :])
 
-    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, eps)
+    norm_weight, norm_bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, norm.eps)
     query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
     absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
-    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, eps, backend=backend)
+    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, norm.eps, backend=backend)
     out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
     return out if value_bias is None else out + value_bias

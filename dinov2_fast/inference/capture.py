@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.inference.device_sync import ForbidDeviceSync
-from dinov2_fast.torch_private import pytree
+from dinov2_fast.torch_private import TorchDispatchMode, pytree
 
 WARM_UP = 2  # calls before a capture: libraries plan, Triton compiles
 
 _capture_lock = threading.Lock()  # a capture begins by synchronising the device, which would break another capture
 _capturing = threading.local()  # .kept: the tensors that the graph captured by this thread must keep alive
+
+# How ops make the host wait for the device, see ForbidDeviceSync.
+_aten = torch.ops.aten
+TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # the host reads the result or its size
+UNTAGGED = {
+    _aten._linalg_check_errors.default,
+    _aten.lift_fresh.default,  # for a tensor on the device: torch.tensor has just copied Python numbers to it
+}
+COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
+GATHERS = {_aten.index.Tensor}
+SCATTERS = {_aten.index_put.default, _aten.index_put_.default}
 
 
 def is_captured(x: Tensor) -> bool:
@@ -61,16 +71,8 @@ class CudaRuntime:
         failure torch 2.11 is left in a broken state: every later random number on the device raises ("Offset increment
         outside graph capture"), in any thread, and the allocator acts as if the capture went on.
 
-        Args:
-            run: the call.
-            device: where it computes.
-            pool: the memory pool of the graphs that this one shares memory with, or None.
-
-        Returns:
-            The graph, the output of `run` (in memory of the graph), and the tensors of :func:`keep_alive`.
-
-        Raises:
-            RuntimeError: the last warm-up call synchronised; no capture was begun.
+        `pool` is the memory pool of the graphs that this one shares memory with, or None. The result is the graph, the
+        output of `run` (in memory of the graph), and the tensors of `keep_alive`.
         """
         current = torch.cuda.current_stream(device)
         self._side = side = self._side or torch.cuda.Stream(device)
@@ -95,11 +97,7 @@ class CudaRuntime:
         return graph, output, kept
 
     def begin(self, device: torch.device) -> Any:
-        """Makes the current stream wait for the last replay, which may use the same memory on another stream.
-
-        Returns:
-            The current stream, for `end`.
-        """
+        """Returns the current stream, which waits for the last replay: the memory may be in use on another stream."""
         stream = torch.cuda.current_stream(device)
         if self._done is not None:
             stream.wait_event(self._done)
@@ -123,11 +121,8 @@ class OutputCopier:
     """Copies the output of a graph, so that the next replay does not overwrite what a caller holds.
 
     Tensors that together fill the memory they share (CLS, registers and patches of one norm) are copied at once and
-    are views of one tensor again. How an output is built from the copies is decided once, at the capture.
-
-    Args:
-        output: of the captured call.
-        inputs: of the captured call. Where the output contains one, a replay returns the caller's tensor.
+    are views of one tensor again. How an output is built from the copies is decided once, at the capture. Where the
+    output contains one of the captured call's `inputs`, a replay returns the caller's tensor.
     """
 
     def __init__(self, output: Any, inputs: list[Tensor]) -> None:
@@ -178,14 +173,7 @@ class OutputCopier:
 
 
 class CapturedCall:
-    """A graph with its inputs and its output.
-
-    Args:
-        graph: of the call.
-        inputs: the tensors that the graph reads.
-        output: of the captured call.
-        kept: other objects that must live as long as the graph.
-    """
+    """A graph with the inputs that it reads, its output, and what else must live as long as the graph."""
 
     def __init__(self, graph: Any, inputs: list[Tensor], output: Any, kept: Any) -> None:
         self.graph = graph
@@ -197,3 +185,43 @@ class CapturedCall:
             own.copy_(x)
         self.graph.replay()
         return self._copier.copy(given)
+
+
+class ForbidDeviceSync(TorchDispatchMode):
+    """Raises a `RuntimeError` where an op inside the context makes the host wait for `device`.
+
+    Such ops are those that torch tags as data-dependent, those with a mask as index (torch counts its elements first),
+    and copies from or to another device, including copies of the indices of an op. A CPU tensor without dimensions is
+    passed to kernels as a number, so ops other than copies may take one. Ops on other devices are ignored.
+
+    Not found are waits outside torch's ops: in another library, for an event, and in the index ``x[[0, 1]]``, whose
+    numbers torch copies to the device before any op is dispatched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device.type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves((args, kwargs, output)) if isinstance(x, Tensor)]
+        others = [x for x in tensors if x.device.type != self._device]
+        if len(others) == len(tensors):
+            return output
+        copied = bool(others) if func in COPIES else any(x.ndim for x in others)
+        if copied or _reads(func, args):
+            raise RuntimeError(f"{func} makes the host wait for the device")
+        return output
+
+
+def _reads(func: Any, args: Any) -> bool:
+    """Whether the host reads the result of an op."""
+    if func in GATHERS:
+        return _has_mask(args[1])
+    if func in SCATTERS:  # with a number as value, a mask is not counted
+        return _has_mask(args[1]) and (args[2].ndim > 0 or args[2].device.type != "cpu")
+    return func in UNTAGGED or not TAGS.isdisjoint(func.tags)
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)

@@ -39,16 +39,11 @@ _VALUES = frozenset((type(None), bool, int, float, str))  # classes of arguments
 
 
 class GraphCache:
-    """The graphs of one engine, for the `CACHED_GRAPHS` kinds of call that were used last.
-
-    Args:
-        mode: "auto", True or False, see `optimize_for_inference`.
-        cuda: captures the graphs; tests without a GPU replace it.
-    """
+    """The graphs of one engine, for the `CACHED_GRAPHS` kinds of call that were used last."""
 
     def __init__(self, mode: bool | str, cuda: Any = None) -> None:
-        self.mode = mode
-        self._cuda = cuda or CudaRuntime()
+        self.mode = mode  # "auto", True or False, see `optimize_for_inference`
+        self._cuda = cuda or CudaRuntime()  # tests without a GPU give another
         self._calls: OrderedDict[Hashable, CapturedCall | None] = OrderedDict()  # None: called once, not captured
         self._lock = threading.Lock()
         self._device: torch.device | None = None  # of all graphs; replicas of the engine on other devices run eagerly
@@ -58,9 +53,6 @@ class GraphCache:
         """Computes ``folded.method(*args, **kwargs)`` by its graph; returns `NOT_CAPTURED` if there is none.
 
         This is all that a captured call does in Python: find the graph, copy the inputs, replay, copy the results.
-
-        Args:
-            device: of the weights.
         """
         if not self._calls:
             return NOT_CAPTURED

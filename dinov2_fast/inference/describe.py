@@ -7,33 +7,24 @@ from typing import Any
 from torch import nn
 
 from dinov2_fast.inference.backbone import FoldedBackbone
-from dinov2_fast.inference.calibrate import HEADROOM, weights_checksum
 from dinov2_fast.inference.cuda_graphs import GraphCache
-from dinov2_fast.inference.fp8 import STATIC
+from dinov2_fast.inference.fp8 import HEADROOM, STATIC, weights_checksum
 from dinov2_fast.inference.plan import Calibration, precision_name
 from dinov2_fast.ops._fp8 import E4M3, E4M3_MAX
 from dinov2_fast.ops.choices import format_choices
 
 
 def describe_engine(model: nn.Module, backbone: Any, graphs: GraphCache) -> str:
-    """The text, in some lines.
-
-    Args:
-        model: the model that the engine follows.
-        backbone: the engine's backbone.
-        graphs: the engine's CUDA graphs.
-    """
+    """The text, in some lines, for an engine that follows `model` and has this backbone and these CUDA graphs."""
     plan = backbone.plan
     held = next(parameter.dtype for parameter in model.parameters())
     interleaved = any(block.mlp.up.interleaved for block in backbone.blocks)
     deferred = any(block.deferred.end is not None for block in backbone.blocks)
-    takes_uint8 = backbone.patch_embed.proj_uint8 is not None
-    uint8 = (
-        "normalised in the patch embedding" if takes_uint8 else "not taken, since the model does not take 3 channels"
-    )
-    last = (
-        "computed for the CLS token alone where nothing else is returned" if backbone.cls_only else "computed in full"
-    )
+    uint8, last = "normalised in the patch embedding", "computed in full"
+    if backbone.patch_embed.proj_uint8 is None:
+        uint8 = "not taken, since the model does not take 3 channels"
+    if backbone.cls_only:
+        last = "computed for the CLS token alone where nothing else is returned"
     lines = [
         f"weights: {precision_name(plan.dtype)}, folded in fp64 from {precision_name(held)} and rounded once",
         f"changes of the model: {'noticed at the next call' if plan.follow_weights else 'not noticed: call refresh()'}",

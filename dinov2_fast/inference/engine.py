@@ -14,14 +14,13 @@ from dinov2_fast.attention_features import QKV
 from dinov2_fast.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.modeling import Dinov2Model
 from dinov2_fast.huggingface.outputs import BaseModelOutputWithPooling
-from dinov2_fast.inference.agreement import check_agreement
-from dinov2_fast.inference.calibrate import calibrate
 from dinov2_fast.inference.capture import is_captured
+from dinov2_fast.inference.checks import check_agreement
 from dinov2_fast.inference.cuda_graphs import NOT_CAPTURED, GraphCache
 from dinov2_fast.inference.describe import describe_engine
-from dinov2_fast.inference.fold import FoldedModule
+from dinov2_fast.inference.fold import FoldedModule, layouts_for
 from dinov2_fast.inference.fold_model import backbone_of, fold_model
-from dinov2_fast.inference.linear_layout import layouts_for
+from dinov2_fast.inference.fp8 import calibrate
 from dinov2_fast.inference.packing import as_batch
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.inference.precision_report import PrecisionReport, compare_precisions
@@ -48,11 +47,6 @@ class Engine(nn.Module):
 
     An engine has no parameters; its weights are buffers. `.to(device)` moves it, and it stays there when the model
     moves. Copies and pickles contain the model and fold again. Under autocast it computes in its own precision.
-
-    Args:
-        model: in eval mode, of a class that `optimize_for_inference` takes.
-        plan: the settings.
-        device: where the engine computes, by default where the model is.
     """
 
     def __init__(self, model: nn.Module, plan: EnginePlan, device: torch.device | None = None) -> None:
@@ -77,9 +71,7 @@ class Engine(nn.Module):
         self.folded = folded
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
-        self._layout_settings: dict[torch.device, dispatch.BackendSetting] | None = None
-        if self.plan.follow_weights:
-            self._layout_settings = {device: setting}
+        self._layout_settings = {device: setting} if self.plan.follow_weights else None
 
     def refresh(self) -> None:
         """Folds the model's present weights. A calibration stays; CUDA graphs are captured again.
@@ -286,11 +278,7 @@ class Engine(nn.Module):
         super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Engine:
-        """Does nothing with False.
-
-        Raises:
-            RuntimeError: `mode` is True.
-        """
+        """Does nothing with False. With True it raises a `RuntimeError`."""
         if mode:
             raise InvalidStateError(
                 "The engine is for inference and cannot be trained. Train the model it was made from: the engine "

@@ -2,7 +2,7 @@
 
 gamma * (x @ W^T + b)  =  x @ (gamma W)^T + gamma b        LayerScale, into the linear before it
 rows 2j, 2j + 1        =  gate j, value j                  a SwiGLU's packed linear, for kernels that want it so
-x @ W^T + b            =  x @ W^T, and b later             linears that add to the stream, see `linear_layout.py`
+x @ W^T + b            =  x @ W^T, and b later             linears that add to the stream, see `LinearLayout`
 (n * w + c) @ W^T + b  =  n @ (W diag(w))^T + W c + b      a norm's weight and bias, into the linear that reads it
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError
 from dinov2_fast.inference.checks import expect
+from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm, LayerScale
+from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._linear_peers import allow_prepacking
-from dinov2_fast.ops.dispatch import BoundOp
+from dinov2_fast.ops.dispatch import BackendError, BoundOp, current_setting
 from dinov2_fast.ops.layer_norm import LAYER_NORM
-from dinov2_fast.ops.linear import LINEAR, interleave
+from dinov2_fast.ops.linear import LINEAR, interleave, sample_inputs
 from dinov2_fast.ops.patches import UINT8_SHIFT
+from dinov2_fast.torch_private import FakeTensorMode
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,16 +50,10 @@ def fold_normalization(
     - the same without the shift by 128: 2.7e-3 and 3.3e-3
     - images that are normalised in bf16: 2.6e-3 and 2.4e-3
 
-    Args:
-        weight: (hidden, channels, patch, patch) of the convolution, in fp32 or fp64.
-        bias: (hidden,) or None.
-        mean, std: (channels,), for values in 0 to 1.
-        dtype: of the returned weight.
-        padded_to: the number of columns of the returned weight, filled up with zeros; by default channels * patch².
-
-    Returns:
-        The weight (hidden, padded_to) in `dtype`, for ``F.linear`` of rows x - 128, and the bias (hidden,). The bias is
-        in fp32 (in fp64 if `dtype` is), since position embeddings are added to it before it is rounded.
+    The convolution's weight is (hidden, channels, patch, patch), in fp32 or fp64; `mean` and `std` are (channels,), for
+    values in 0 to 1. The result is the weight (hidden, padded_to) in `dtype`, filled up with zeros, for ``F.linear`` of
+    rows x - 128, and the bias (hidden,). The bias is in fp32 (in fp64 if `dtype` is), since position embeddings are
+    added to it before it is rounded.
     """
     mean, std = (values.double()[:, None, None] for values in (mean, std))
     folded = (weight.double() / (255 * std)).to(dtype)
@@ -170,23 +167,12 @@ class FoldedLinear(FoldedModule):
 
 
 def fold_exactly(
-    linear: Any,
-    name: str,
-    gamma: Tensor | None = None,
-    norm: Any = None,
-    interleaved: bool = False,
+    linear: Any, name: str, gamma: Tensor | None = None, norm: Any = None, interleaved: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Folds the operations around an `nn.Linear` into its weight and bias.
+    """The weight and the bias (or None) of a linear in fp64, with the operations around it folded in.
 
-    Args:
-        linear: the model's.
-        name: its name in error messages.
-        gamma: the factors of the LayerScale behind it, (out_features,), or None.
-        norm: the layer norm before it, if its weight and bias are to be folded in, or None.
-        interleaved: whether gate and value rows alternate in the result.
-
-    Returns:
-        Weight and bias (None if there is none), in fp64.
+    These are the LayerScale behind it, of factors `gamma` (out_features,), and the weight and bias of the `norm` before
+    it. With `interleaved`, gate and value rows alternate in the result. Error messages call the linear `name`.
     """
     expect(linear, name, nn.Linear)
     weight, bias = linear.weight.double(), None if linear.bias is None else linear.bias.double()
@@ -202,11 +188,7 @@ def fold_exactly(
 
 
 def fold_linear(
-    linear: Any,
-    name: str,
-    dtype: torch.dtype,
-    gamma: Tensor | None = None,
-    interleaved: bool = False,
+    linear: Any, name: str, dtype: torch.dtype, gamma: Tensor | None = None, interleaved: bool = False
 ) -> FoldedLinear:
     """`fold_exactly`, rounded to `dtype`."""
     weight, bias = fold_exactly(linear, name, gamma, interleaved=interleaved)
@@ -214,19 +196,12 @@ def fold_linear(
 
 
 class FoldedNorm(FoldedModule):
-    """A layer norm of the residual stream.
-
-    Args:
-        norm: the model's, with weight and bias.
-        name: its name in error messages.
-        dtype: of the result.
-        residual_dtype: of the residual stream, and of weight and bias.
-    """
+    """A layer norm of the residual stream, with a result in `plan.dtype`. Weight and bias have the stream's dtype."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, norm: Any, name: str, dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
+    def __init__(self, norm: Any, name: str, plan: EnginePlan) -> None:
         super().__init__()
         expect(norm, name, LayerNorm, nn.LayerNorm)
         for part in ("weight", "bias"):
@@ -236,9 +211,9 @@ class FoldedNorm(FoldedModule):
                     "of ones and a bias of zeros, or use the model itself."
                 )
         self.eps: float = norm.eps
-        self.dtype = dtype
-        self.register_buffer("weight", rounded(norm.weight.double(), residual_dtype))
-        self.register_buffer("bias", rounded(norm.bias.double(), residual_dtype))
+        self.dtype = plan.dtype
+        self.register_buffer("weight", rounded(norm.weight.double(), plan.residual_dtype))
+        self.register_buffer("bias", rounded(norm.bias.double(), plan.residual_dtype))
         self.bind()
 
     def bind(self) -> None:
@@ -259,3 +234,38 @@ class FoldedNorm(FoldedModule):
 def gamma_of(layer_scale: nn.Module, name: str) -> Tensor | None:
     """The factors of a LayerScale; None for an identity in its place."""
     return getattr(expect(layer_scale, name, LayerScale, nn.Identity), "gamma", None)
+
+
+class LinearLayout(NamedTuple):
+    """How the linears of the blocks hold weights and biases, which depends on the backends that are chosen for them."""
+
+    interleaved: bool  # the gate and value rows of a SwiGLU alternate (`ops.linear.interleave`)
+    # Linears that add to the residual stream have no bias. The norms that read the stream add the sum of those so far.
+    defers_bias: bool
+
+
+def layouts_for(plan: EnginePlan, device: torch.device, gated: bool) -> dict[torch.dtype, LinearLayout]:
+    """The layouts for the backends that are chosen now, by the dtype of operands; `gated` models have SwiGLU."""
+    dtypes = (plan.dtype, E4M3) if plan.e4m3 else (plan.dtype,)
+    return {dtype: layout_for(device, dtype, plan.residual_dtype, gated) for dtype in dtypes}
+
+
+def layout_for(device: torch.device, dtype: torch.dtype, residual_dtype: torch.dtype, gated: bool) -> LinearLayout:
+    """The layout for the backends that are chosen now, for linears of operands in `dtype`."""
+    with FakeTensorMode(), torch.no_grad():
+        *swiglu, _ = sample_inputs("swiglu", device, dtype)
+        x, weight, _, form, residual, *rest = sample_inputs("residual", device, dtype)
+        bias, rest = residual.new_empty(len(weight)), [form, residual.to(residual_dtype), *rest]
+        return LinearLayout(
+            interleaved=gated and _chosen_refuses("swiglu", (*swiglu, None), (*swiglu, False)),
+            defers_bias=_chosen_refuses("residual", (x, weight, None, *rest), (x, weight, bias, *rest)),
+        )
+
+
+def _chosen_refuses(form: str, given: tuple[Any, ...], asked: tuple[Any, ...]) -> bool:
+    """Whether the implementation of `linear` that is chosen for the arguments `given` refuses the arguments `asked`."""
+    try:
+        chosen, *_ = LINEAR.select(form, given, current_setting())
+    except BackendError:  # the first call will raise it
+        return False
+    return chosen.refuses is not None and chosen.refuses(*asked) is not None

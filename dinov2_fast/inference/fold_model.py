@@ -19,9 +19,8 @@ from dinov2_fast.inference.backbone import (
 )
 from dinov2_fast.inference.block import FoldedBlock
 from dinov2_fast.inference.checks import expect, refuse_edits, refuse_tensors
-from dinov2_fast.inference.fold import FoldedNorm, clone_with_buffers, clone_without_tensors, rounded
+from dinov2_fast.inference.fold import FoldedNorm, clone_with_buffers, clone_without_tensors, layouts_for, rounded
 from dinov2_fast.inference.fp8 import Fp8Block, scales_of
-from dinov2_fast.inference.linear_layout import LinearLayout, layouts_for
 from dinov2_fast.inference.patch_embed import FoldedPatchEmbed
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm, SwiGLUFFN
@@ -31,12 +30,7 @@ from dinov2_fast.timm_adapter import TimmVisionTransformer
 
 
 def fold_model(model: Any, plan: EnginePlan, device: torch.device) -> Any:
-    """The folded model, of any face.
-
-    Args:
-        model: in eval mode; not changed.
-        plan: the engine's settings.
-        device: where it will run; the result is on the model's device.
+    """The folded form of a model of any face, for calls on `device`; it is on the model's device.
 
     Raises:
         TypeError: the model has hooks, replaced methods or parts that cannot be folded.
@@ -69,7 +63,7 @@ def _folded_class(kind: Any) -> type[FoldedBackbone]:
 
 
 def fold_backbone(model: DinoVisionTransformer, plan: EnginePlan, device: torch.device) -> FoldedBackbone:
-    """The folded backbone, of a subclass of the backbone's class; arguments and errors as for `fold_model`."""
+    """The folded backbone, of a subclass of the backbone's class."""
     kind: Any = type(model)
     made = clone_without_tensors(model, _folded_class(kind))
     made.plan, made._sizes = plan, {}
@@ -83,11 +77,11 @@ def fold_backbone(model: DinoVisionTransformer, plan: EnginePlan, device: torch.
         else:
             setattr(made, name, None)
     made.patch_embed = FoldedPatchEmbed.of(model.patch_embed, plan)
-    made.blocks = nn.ModuleList(_fold_blocks(model, plan, made.layouts))
+    made.blocks = nn.ModuleList(_fold_blocks(model, made))
     made.chunked_blocks = False
     for name, child in model.named_children():
         if name in ("norm", "fc_norm") and type(child) in (LayerNorm, nn.LayerNorm):
-            made.add_module(name, FoldedNorm(child, name, plan.dtype, plan.residual_dtype))
+            made.add_module(name, FoldedNorm(child, name, plan))
         elif name in ("pos_drop", "patch_drop", "norm_pre"):  # timm's, between embedding and blocks
             expect(child, name, nn.Identity, nn.Dropout)
         elif name not in ("patch_embed", "blocks"):
@@ -100,11 +94,9 @@ def _gives_cls_alone(model: DinoVisionTransformer) -> bool:
     return not isinstance(model, Dinov2Model) and getattr(model, "global_pool", "token") == "token"
 
 
-def _fold_blocks(
-    model: DinoVisionTransformer, plan: EnginePlan, layouts: dict[torch.dtype, LinearLayout]
-) -> list[FoldedBlock]:
-    """The folded blocks. If one defers its biases, all do."""
-    named = _named_blocks(model)
+def _fold_blocks(model: DinoVisionTransformer, backbone: FoldedBackbone) -> list[FoldedBlock]:
+    """The folded blocks of `model` for `backbone`. If one defers its biases, all do."""
+    plan, layouts, named = backbone.plan, backbone.layouts, _named_blocks(model)
     missing = sorted(set(plan.skip_layers) - set(range(len(named))))
     if missing:
         raise InvalidValueError(
@@ -113,16 +105,16 @@ def _fold_blocks(
     scales = scales_of(plan.calibration, len(named))
     folded: list[FoldedBlock] = []
     for i, (name, block) in enumerate(named):
-        arguments, layout = (block, name, plan.dtype, plan.residual_dtype), layouts[plan.dtype]
+        layout = layouts[plan.dtype]
         if not plan.e4m3 or i in plan.skip_layers:
-            folded.append(FoldedBlock(*arguments, layout))
+            folded.append(FoldedBlock(block, name, plan, layout))
             continue
         for_cls = None
         if plan.outputs != "all" and i + 1 == len(named):
-            for_cls = FoldedBlock(*arguments, layout)
+            for_cls = FoldedBlock(block, name, plan, layout)
             if layout.defers_bias:
                 for_cls.defer_biases(None)
-        folded.append(Fp8Block(*arguments, layouts[E4M3], scales[i], for_cls))
+        folded.append(Fp8Block(block, name, plan, layouts[E4M3], scales[i], for_cls))
     if any(layouts[E4M3 if isinstance(block, Fp8Block) else plan.dtype].defers_bias for block in folded):
         deferred = None
         for made in folded:

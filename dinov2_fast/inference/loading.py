@@ -10,10 +10,8 @@ import torch
 from dinov2_fast.data.image_processor import CONFIG_NAME, Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.optimize import optimize_for_inference, why_slow
-from dinov2_fast.inference.plan import PRECISIONS
+from dinov2_fast.inference.plan import PRECISIONS, auto_precision
 from dinov2_fast.weights.load import load
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a model without the engine
 
 
 def load_model(
@@ -29,26 +27,19 @@ def load_model(
 ) -> Any:
     """Loads a model, by default as an engine that normalises uint8 images with the mean and std of `processor`.
 
-    Args:
-        model, weights, position_interpolation: as for :func:`dinov2_fast.load`.
-        processor: the preprocessing of the images.
-        device: its name, as for `find_device`.
-        precision: "fp32", "bf16" or "fp16", with the engine also "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
-        engine: make an engine. It does not follow the model, which has no other user.
-        stride: of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
+    The engine does not follow the model, which has no other user. `weights` and `position_interpolation` are those of
+    :func:`dinov2_fast.load`, `precision` that of `optimize_for_inference` ("fp8" with the engine only). `stride` is
+    that of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
 
     Raises:
         WeightsError: the weights cannot be found or read.
         ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
     """
     torch_device = find_device(device)
-    if precision == "auto":
-        precision = "bf16" if torch_device.type == "cuda" else "fp32"
-    if not engine and precision not in DTYPES:
-        raise InvalidValueError(
-            f"Precision {precision} exists in the engine only; without it there are {', '.join(DTYPES)}."
-        )
-    dtype = torch.float32 if engine else DTYPES[precision]  # the engine folds weights in fp32
+    dtype = torch.float32  # the engine folds weights in fp32
+    if not engine:
+        check_precision(precision, torch_device, engine=False)
+        dtype = PRECISIONS[auto_precision(torch_device) if precision == "auto" else precision]
     loaded = load(
         model, weights=weights, device=torch_device, dtype=dtype, position_interpolation=position_interpolation
     )
@@ -73,12 +64,10 @@ def find_device(name: str | None) -> torch.device:
 
 
 def processor_for(model: Any, size: int | tuple[int, int] | None = None) -> Dinov2ImageProcessor:
-    """The preprocessing for a model.
+    """The preprocessing for a model, or for the name, file, folder or hub id of one.
 
-    Args:
-        model: a name, file, folder or hub id, or a model.
-        size: the size of its outputs, pixels, an int or (height, width). By default the processor is the one in the
-            model's folder, or else that of the checkpoints.
+    Its outputs have `size` pixels, an int or (height, width). With None it is the processor in the model's folder, or
+    else that of the checkpoints.
     """
     if size is not None:
         return Dinov2ImageProcessor.for_size(size)
@@ -99,7 +88,8 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
         raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
     reason = why_slow(precision, device) if precision != "auto" and engine else None
     if reason:
-        instead, otherwise = ("bf16", "") if device.type == "cuda" else ("fp32", ", or a GPU with --device cuda")
+        instead = auto_precision(device)
+        otherwise = "" if device.type == "cuda" else ", or a GPU with --device cuda"
         raise InvalidValueError(
             f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
             f"{instead}{otherwise}."

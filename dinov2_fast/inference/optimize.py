@@ -12,7 +12,7 @@ from dinov2_fast import huggingface
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.plan import PRECISIONS, EnginePlan, precision_name
+from dinov2_fast.inference.plan import PRECISIONS, EnginePlan, auto_precision, precision_name
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
@@ -97,7 +97,7 @@ def optimize_for_inference(
     _check_model(model, outputs)
     device = next(model.parameters()).device
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = auto_precision(device)
     if max_tokens is not None and max_tokens < 1:
         raise InvalidValueError(f"max_tokens must be at least 1, or None for no limit; got {max_tokens}.")
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
@@ -168,9 +168,8 @@ def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:
 def _refuse_slow(precision: str, device: torch.device) -> None:
     reason = why_slow(precision, device)
     if reason:
-        instead, what_to_do = (
-            ("bf16", "use a newer GPU") if device.type == "cuda" else ("fp32", "move the model to a GPU first")
-        )
+        instead = auto_precision(device)
+        what_to_do = "use a newer GPU" if device.type == "cuda" else "move the model to a GPU first"
         raise InvalidValueError(
             f"precision={precision!r} would be slower than {instead} here: {reason}. Use precision={instead!r}, "
             f"{what_to_do}, or pass allow_slow=True."
@@ -178,12 +177,7 @@ def _refuse_slow(precision: str, device: torch.device) -> None:
 
 
 def why_slow(precision: str, device: torch.device) -> str | None:
-    """Why this precision is slower on this device than one of more bits; None if it is not.
-
-    Args:
-        precision: one of `PRECISIONS`.
-        device: where the model computes.
-    """
+    """Why one of `PRECISIONS` is slower on this device than one of more bits; None if it is not."""
     return _slow_in_e4m3(device) if precision == "fp8" else _slow_on_cpu(PRECISIONS[precision], device)
 
 

@@ -8,7 +8,7 @@ equal length are neighbours, so that attention can run on them as one batch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,12 +35,7 @@ def as_batch(images: Any) -> Any:
 
 
 def check_image_list(images: Any) -> None:
-    """Checks that `images` is a list of batches.
-
-    Raises:
-        TypeError: it is no list, or an entry is no tensor.
-        ValueError: it is empty, or an entry is no batch.
-    """
+    """Checks that `images` is a list of batches."""
     if not isinstance(images, list):
         raise InvalidTypeError(f"Got a {type(images).__name__} where a list of batches or of images is needed.")
     if not images:
@@ -55,11 +50,7 @@ def check_image_list(images: Any) -> None:
 
 
 def check_mask_list(masks: Masks | None, images: Sequence[Tensor], patches: Sequence[int]) -> Masks:
-    """The masks, one or None for each batch; `patches` is the number of patches of an image of each batch.
-
-    Raises:
-        TypeError, ValueError: the masks do not fit the batches.
-    """
+    """The masks, one or None for each batch; `patches` is the number of patches of an image of each batch."""
     if masks is None:
         return [None] * len(images)
     if len(masks) != len(images):
@@ -77,17 +68,10 @@ def forward_packed(
     max_tokens: int | None,
     forward: Callable[[list[Tensor], list[Tensor | None]], list[Features]],
 ) -> list[Features]:
-    """Calls `forward` for as many images at a time as `max_tokens` allows.
+    """The features of each batch, from calls of `forward` for as many images at a time as `max_tokens` allows.
 
-    Args:
-        images: batches (batch, channels, height, width).
-        masks: one or None for each batch.
-        seq_lens: the number of tokens of an image of each batch.
-        max_tokens: of one call, or None for a single call.
-        forward: takes batches that differ in size, and their masks, and returns the features of each.
-
-    Returns:
-        The features of each batch.
+    `seq_lens` are the numbers of tokens of an image of each batch. `forward` takes batches that differ in size, and
+    their masks, and returns the features of each.
     """
     found: list[list[Features]] = [[] for _ in images]
     for run in split_into_runs([len(x) for x in images], seq_lens, max_tokens):
@@ -96,21 +80,20 @@ def forward_packed(
             x = images[selection.entry]
             key = (x.shape[1:], x.dtype, x.device, masks[selection.entry] is None)
             groups.setdefault(key, []).append(selection)
-        batches = [_concatenated([images[i][start:stop] for i, start, stop in group]) for group in groups.values()]
-        batch_masks = [_concatenated_masks(masks, group) for group in groups.values()]
+        batches = [_selected(images, group) for group in groups.values()]
+        batch_masks = [_selected(masks, group) for group in groups.values()]
         for group, features in zip(groups.values(), forward(batches, batch_masks), strict=True):
-            for selection, own in zip(group, _features_of_ranges(features, group), strict=True):
-                found[selection.entry].append(own)
+            sizes = [stop - start for _, start, stop in group]
+            parts = {key: value.split(sizes) for key, value in features.items()}
+            for i, selection in enumerate(group):
+                found[selection.entry].append({key: part[i] for key, part in parts.items()})
     return [{key: _concatenated([piece[key] for piece in pieces]) for key in pieces[0]} for pieces in found]
 
 
 def split_into_runs(batches: Sequence[int], seq_lens: Sequence[int], max_tokens: int | None) -> list[list[ImageRange]]:
     """Which images run together: as many as fit, in their order. An image larger than `max_tokens` runs alone.
 
-    Args:
-        batches: the number of images of each entry.
-        seq_lens: the number of tokens of an image of each entry.
-        max_tokens: of one run, or None for a single run.
+    `batches` are the numbers of images of the entries, `seq_lens` those of the tokens of one image.
     """
     limit = sys.maxsize if max_tokens is None else max_tokens
     runs: list[list[ImageRange]] = [[]]
@@ -132,16 +115,8 @@ def _concatenated(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _concatenated_masks(masks: Masks, group: list[ImageRange]) -> Tensor | None:
-    """The masks of a group, in which all images have masks or none has."""
-    found = [None if masks[i] is None else masks[i][start:stop] for i, start, stop in group]  # type: ignore[index]
-    return None if found[0] is None else _concatenated(found)  # type: ignore[arg-type]
-
-
-def _features_of_ranges(features: Features, group: list[ImageRange]) -> Iterator[Features]:
-    """Splits the features of a group's images into those of each range."""
-    first = 0
-    for selection in group:
-        last = first + selection.stop - selection.start
-        yield {key: value[first:last] for key, value in features.items()}
-        first = last
+def _selected(values: Sequence[Any], group: list[ImageRange]) -> Any:
+    """The images of a group, or their masks, as one batch. All images of a group have masks, or none has: None."""
+    if values[group[0].entry] is None:
+        return None
+    return _concatenated([values[i][start:stop] for i, start, stop in group])

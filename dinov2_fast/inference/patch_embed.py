@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from dinov2_fast import ops
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.inference.checks import expect
-from dinov2_fast.inference.fold import (
-    FoldedLinear,
-    FoldedModule,
-    clone_without_tensors,
-    fold_normalization,
-    rounded,
-)
+from dinov2_fast.inference.fold import FoldedLinear, FoldedModule, clone_without_tensors, fold_normalization, rounded
 from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import PatchEmbed
 from dinov2_fast.timm_adapter.layers import TimmPatchEmbed
@@ -26,25 +20,15 @@ ALIGNMENT = 16  # the values of a patch are padded to a multiple of this (588 to
 
 
 class FoldedPatchEmbed(FoldedModule, PatchEmbed):
-    """The patch embedding as one matrix product.
+    """The patch embedding as one matrix product."""
 
-    Attributes:
-        proj: for normalised images.
-        proj_uint8: for uint8 images, with the normalisation folded in; None where images do not have three channels.
-        stride: of the model's convolution, (vertical, horizontal).
-    """
-
-    proj: FoldedLinear  # type: ignore[assignment]  # a convolution in the model
-    proj_uint8: FoldedLinear | None
-    stride: Any = None
+    proj: FoldedLinear  # type: ignore[assignment]  # for normalised images; a convolution in the model
+    proj_uint8: FoldedLinear | None  # for uint8 images, with the normalisation; None for other than three channels
+    stride: Any = None  # of the model's convolution, (vertical, horizontal)
 
     @classmethod
     def of(cls, module: nn.Module, plan: EnginePlan) -> FoldedPatchEmbed:
-        """Folds the patch embedding of a model.
-
-        Raises:
-            TypeError: it is not a product of square patches with a matrix.
-        """
+        """Folds the patch embedding of a model."""
         convolution = _plain_convolution(expect(module, "patch_embed", PatchEmbed, TimmPatchEmbed))
         made = clone_without_tensors(module, cls)
         made.in_chans, made.stride = convolution.in_channels, module.stride
@@ -61,11 +45,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         return made
 
     def proj_for(self, x: Tensor) -> FoldedLinear:
-        """The projection for images of the dtype of `x`.
-
-        Raises:
-            ValueError: uint8 images that do not have three channels.
-        """
+        """The projection for images of the dtype of `x`."""
         if x.dtype != torch.uint8:
             return self.proj
         if self.proj_uint8 is None:
@@ -88,11 +68,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
 
 
 def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
-    """The convolution of a patch embedding, which is a product of square patches with a matrix.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """The convolution of a patch embedding, if it is a product of square patches with a matrix."""
     convolution = expect(module.proj, "patch_embed.proj", nn.Conv2d)
     expect(module.norm, "patch_embed.norm", nn.Identity)
     size = module.patch_size

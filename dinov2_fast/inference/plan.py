@@ -23,45 +23,26 @@ class Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `Engine.calibrate` found.
+    """What `Engine.calibrate` found."""
 
-    Attributes:
-        scales: of each block.
-        images: how many images they were measured on.
-        checksum: of the model's weights at that time.
-    """
-
-    scales: tuple[Scales, ...]
-    images: int
-    checksum: int
+    scales: tuple[Scales, ...]  # of each block
+    images: int  # how many they were measured on
+    checksum: int  # of the model's weights at that time
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The settings of an engine.
+    """The settings of an engine; `optimize_for_inference` explains them."""
 
-    Attributes:
-        dtype: of activations and outputs.
-        residual_dtype: of the residual stream.
-        outputs: "auto", "cls" or "all".
-        mean, std: of each channel, for the normalisation of uint8 images scaled to 0 to 1.
-        max_tokens: how many tokens of a list run at a time, None for all.
-        e4m3: whether the linears of the blocks have e4m3 operands.
-        skip_layers: with `e4m3`, the indices of blocks that stay in `dtype`.
-        calibration: with `e4m3`, where the scales of activations come from; None for constants.
-        cuda_graphs: "auto", True or False.
-        follow_weights: whether calls notice changes of the model.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # of activations and outputs
     residual_dtype: torch.dtype
     outputs: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel, for uint8 images scaled to 0 to 1
+    std: tuple[float, ...]  # likewise
     max_tokens: int | None = None
-    e4m3: bool = False
+    e4m3: bool = False  # whether the linears of the blocks have e4m3 operands
     skip_layers: tuple[int, ...] = ()
-    calibration: Calibration | None = None
+    calibration: Calibration | None = None  # with `e4m3`: the scales of activations; None for constants
     cuda_graphs: bool | str = "auto"
     follow_weights: bool = True
 
@@ -69,6 +50,11 @@ class EnginePlan:
     def precision(self) -> str:
         """The precision by the name that `optimize_for_inference` takes."""
         return "fp8" if self.e4m3 else precision_name(self.dtype)
+
+
+def auto_precision(device: torch.device) -> str:
+    """The precision that "auto" stands for on a device."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -20,37 +20,26 @@ TIE = 1e-6  # neighbours whose cosines differ by at most this count as equally n
 class LayerAgreement:
     """How close the features of one precision are to those in fp32, after one layer.
 
-    Attributes:
-        layer: "block i", whose output goes through the last norm as in `get_intermediate_layers`, or "final", the
-            result of a plain call before any head. The CLS token of "final" is from a last block that ran for it alone,
-            if the engine does that.
-        precision: the precision that is compared with fp32.
-        cls_mean, cls_worst: the mean and the smallest cosine between the CLS tokens of the same image.
-        patch_mean, patch_worst: the same for the patch tokens at the same place.
-        neighbours: the share of images whose nearest neighbour, by the cosine of CLS tokens, is the same as in fp32.
-            NaN for fewer than three images.
+    The layer is "block i", whose output goes through the last norm as in `get_intermediate_layers`, or "final", the
+    result of a plain call before any head. The CLS token of "final" is from a last block that ran for it alone, if the
+    engine does that.
     """
 
     layer: str
-    precision: str
-    cls_mean: float
-    cls_worst: float
-    patch_mean: float
+    precision: str  # that is compared with fp32
+    cls_mean: float  # of the cosines between the CLS tokens of the same image
+    cls_worst: float  # the smallest of them
+    patch_mean: float  # the same for the patch tokens at the same place
     patch_worst: float
-    neighbours: float
+    neighbours: float  # share of images with the same nearest CLS token as in fp32; NaN for fewer than three images
 
 
 @dataclass(frozen=True, repr=False)
 class PrecisionReport:
-    """The result of `Engine.report`; its repr is a table.
+    """The result of `Engine.report`; its repr is a table."""
 
-    Attributes:
-        rows: by block and precision, "final" last.
-        images: the number of images compared.
-    """
-
-    rows: tuple[LayerAgreement, ...]
-    images: int
+    rows: tuple[LayerAgreement, ...]  # by block and precision, "final" last
+    images: int  # the number of images compared
 
     def __repr__(self) -> str:
         lines = [
@@ -88,15 +77,9 @@ class _Sums:
     def row(self, layer: str, precision: str) -> LayerAgreement:
         cls, exact = torch.cat(self.cls), torch.cat(self.exact_cls)
         cosine = F.cosine_similarity(cls, exact, dim=-1)
-        return LayerAgreement(
-            layer,
-            precision,
-            cosine.mean().item(),
-            cosine.min().item(),
-            self.patch_sum / self.patch_count,
-            self.patch_worst,
-            same_neighbours(cls, exact),
-        )
+        of_cls = cosine.mean().item(), cosine.min().item()
+        of_patches = self.patch_sum / self.patch_count, self.patch_worst
+        return LayerAgreement(layer, precision, *of_cls, *of_patches, same_neighbours(cls, exact))
 
 
 def same_neighbours(cls: Tensor, exact: Tensor) -> float:
@@ -114,15 +97,9 @@ def same_neighbours(cls: Tensor, exact: Tensor) -> float:
 def compare_precisions(
     exact: FoldedBackbone, others: Mapping[str, FoldedBackbone], batches: Iterable[Tensor]
 ) -> PrecisionReport:
-    """Runs images through backbones block by block and compares their tokens after each.
+    """Runs images through backbones block by block and compares their tokens after each with those of `exact`.
 
-    Args:
-        exact: the backbone in fp32.
-        others: the backbones that are compared with it, by the names of their precisions.
-        batches: images, (batch, channels, height, width) each.
-
-    Raises:
-        ValueError: no images.
+    The names of the other backbones are their precisions; `exact` is in fp32.
     """
     sums: dict[tuple[str, str], _Sums] = {}
     images, last = 0, len(exact.blocks) - 1
@@ -135,11 +112,11 @@ def compare_precisions(
         for i in range(last + 1):
             stream, wanted_cls, wanted = _step(exact, i, stream)
             for name, backbone in others.items():
-                alone = _cls_alone(backbone, streams[name]) if backbone.cls_only and i == last else None
-                streams[name], cls, patches = _step(backbone, i, streams[name])
+                before = streams[name]
+                streams[name], cls, patches = _step(backbone, i, before)
                 sums.setdefault((f"block {i}", name), _Sums()).add(cls, wanted_cls, patches, wanted)
                 if i == last:
-                    cls = cls if alone is None else alone
+                    cls = _cls_alone(backbone, before) if backbone.cls_only else cls
                     sums.setdefault(("final", name), _Sums()).add(cls, wanted_cls, patches, wanted)
     if images == 0:
         raise InvalidValueError("report needs at least one image.")

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _version = attrgetter("_version")
 _END = object()
+# The attributes that every module has, and the one that `nn.Module.compile` sets.
+_OF_TORCH = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
 
 
 def run_up_to_date(
@@ -73,13 +75,11 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """Whether a weight or a setting has changed."""
-        return self._weights_changed() or self._settings.changed()
-
-    def _weights_changed(self) -> bool:
         return (
             self._stepped
             or list(map(_version, self._versioned)) != self._versions
             or list(map(Tensor.data_ptr, self._tensors)) != self._pointers
+            or self._settings.changed()
         )
 
     def record_step(self, parameters: set[int]) -> None:
@@ -105,7 +105,7 @@ class SettingsWatch:
         self._held = [*chain.from_iterable(self._views), _END]
         self._namespaces = list(map(vars, modules))
         self._sizes = list(map(len, self._namespaces))
-        self._attributes = [*_group(self._namespaces, _of_torch()), *_group(_configs(modules), frozenset())]
+        self._attributes = [*_group(self._namespaces, _OF_TORCH), *_group(_configs(modules), frozenset())]
         self._classes = [(kind, dict(vars(kind))) for kind in _classes(self._kinds)]
 
     def changed(self) -> bool:
@@ -161,12 +161,6 @@ def _classes(kinds: Iterable[type]) -> Iterable[type]:
     for base in {base for kind in set(kinds) for base in kind.__mro__}:
         if base.__module__.split(".")[0] not in ("torch", "builtins"):
             yield base
-
-
-@cache
-def _of_torch() -> frozenset[str]:
-    """The attributes that every module has, and the one that `nn.Module.compile` sets."""
-    return frozenset((*vars(nn.Module()), "_compiled_call_impl"))
 
 
 @cache

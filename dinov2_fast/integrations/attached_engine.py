@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
-from dinov2_fast.inference.agreement import TOLERANCES, mismatch, small_image
-from dinov2_fast.inference.checks import replaced_methods
+from dinov2_fast.inference.checks import TOLERANCES, mismatch, replaced_methods, small_image
 from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference import capture
-from dinov2_fast.inference.capture import CudaRuntime
+from dinov2_fast.inference.capture import CudaRuntime, ForbidDeviceSync
 from dinov2_fast.inference.cuda_graphs import GraphCache
-from dinov2_fast.inference.device_sync import ForbidDeviceSync
 from tests.helpers.devices import DEVICE, runs_triton
 from tests.helpers.engines import CALLS, SIZE, WAITING_HEADS, Head, random_images
 from tests.helpers.small_models import small

@@ -17,7 +17,7 @@ from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference import weight_watch
 from dinov2_fast.inference.backbone import CACHED_SIZES
 from dinov2_fast.inference.engine import Engine
-from dinov2_fast.inference.linear_layout import LinearLayout, layout_for
+from dinov2_fast.inference.fold import LinearLayout, layout_for
 from dinov2_fast.layers import Mlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._fp8 import E4M3
@@ -293,7 +293,7 @@ def test_an_engine_that_does_not_follow_its_model_keeps_its_layout_and_its_weigh
 
 def test_a_state_dict_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
-    monkeypatch.setattr("dinov2_fast.inference.linear_layout.layout_for", lambda *args: LinearLayout(True, False))
+    monkeypatch.setattr("dinov2_fast.inference.fold.layout_for", lambda *args: LinearLayout(True, False))
     interleaved = optimize_for_inference(small(ffn_layer="swiglu"), "fp32")
     for ours, theirs in ((engine, interleaved), (interleaved, engine)):
         with pytest.raises(RuntimeError, match="interleaved_rows"):
@@ -304,7 +304,7 @@ def test_autocast_does_not_change_the_layout(monkeypatch: pytest.MonkeyPatch) ->
     """Under autocast some linears refuse inputs that they accept in the engine, which disables it."""
     autocast = []
     monkeypatch.setattr(
-        "dinov2_fast.inference.linear_layout.layout_for",
+        "dinov2_fast.inference.fold.layout_for",
         lambda *args: autocast.append(torch.is_autocast_enabled("cpu")) or LinearLayout(False, False),
     )
     with torch.autocast("cpu"):

@@ -26,6 +26,7 @@ from dinov2_fast.inference.engine import Engine
 from dinov2_fast.inference.fp8 import Fp8Linear
 from dinov2_fast.inference.loading import check_precision
 from dinov2_fast.inference.optimize import _slow_in_e4m3
+from dinov2_fast.inference.plan import EnginePlan
 from dinov2_fast.layers import LayerNorm
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops import _backends
@@ -156,7 +157,7 @@ def test_a_norm_cannot_be_clipped(hidden: int) -> None:
     norm = LayerNorm(hidden)
     norm.weight.fill_(100)
     norm.bias.fill_(1000)
-    made = fp8.Fp8Norm(norm, "norm", torch.bfloat16, torch.bfloat16)
+    made = fp8.Fp8Norm(norm, "norm", EnginePlan(torch.bfloat16, torch.bfloat16, "auto", (), ()))
     x = torch.zeros(3, hidden, dtype=torch.bfloat16)
     x[0, 5], x[1, -1] = 1e4, -1e4  # gives the largest value that a norm can have
     y = made(x).double() * made.scale

@@ -173,10 +173,7 @@ def _block(num_heads: int, hidden: int, qkv_bias: bool = True) -> Block:
 
 
 def _cls_attention(block: Block, x: Tensor, backend: str) -> Tensor:
-    norm, attn = block.norm1, block.attn
-    return cls_attention(
-        x, norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.qkv.bias, attn.num_heads, backend=backend
-    )
+    return cls_attention(x, block.norm1, block.attn, backend=backend)
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
