@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from dinov2_fast.integrations.parts import (
     AcceleratedPart,
     BlockSpec,
     DropPath,
-    KnownPart,
     LayerScale,
     Norm,
     match_part,
@@ -29,16 +28,6 @@ from dinov2_fast.integrations.parts import (
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _MISSING = nn.Identity()
-
-
-class BlockFunctions(NamedTuple):
-    """The functions that compute a block as it is now."""
-
-    norm1: Function
-    attention: Function
-    add_and_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    mlp: Function
-    add: Callable[[Tensor, Tensor], Tensor]
 
 
 class BlockParts:
@@ -49,19 +38,16 @@ class BlockParts:
         scales, drop_paths: the names of LayerScale and of stochastic depth of its two branches, or None.
         by_name: what is known of each part that our ops can compute.
         snapshot: the block itself when it was accelerated.
-        latest: the functions made last, with the state and the watch that tell whether they still hold. Copies of the
+        latest: the function made last, with the state and the watch that tell whether it still holds. Copies of the
             block make their own.
     """
 
     def __init__(self, block: Any, spec: BlockSpec) -> None:
-        self.latest: tuple[tuple[Any, ...], StructureWatch, BlockFunctions] | None = None
-        attention = spec.attention_name(block)
-        assert attention is not None
-        self.attention = attention
+        self.latest: tuple[tuple[Any, ...], StructureWatch, Function] | None = None
+        self.attention = spec.attention_name(block)
         self.scales = _first_present(block, spec.scale_names)
         self.drop_paths = _first_present(block, spec.drop_path_names)
-        candidates: dict[str, tuple[type[KnownPart], ...]] = {attention: spec.attentions, "mlp": spec.mlps}
-        candidates |= {"norm1": (Norm,), "norm2": (Norm,)}
+        candidates = spec.branches(block) | {"norm1": (Norm,), "norm2": (Norm,)}
         candidates |= {name: (LayerScale,) for name in self.scales if name}
         candidates |= {name: (DropPath,) for name in self.drop_paths if name}
         found = {name: match_part(getattr(block, name), known) for name, known in candidates.items()}
@@ -85,7 +71,6 @@ def call_for_features(module: nn.Module, x: Tensor) -> Tensor:
 class AcceleratedBlock(SwappedModule):
     """One block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``, with stochastic depth."""
 
-    spec: ClassVar[BlockSpec]  # of the library's block
     ignored_arguments: ClassVar[frozenset[str]] = frozenset()  # keyword arguments that change nothing in a block
 
     norm1: Any
@@ -96,9 +81,7 @@ class AcceleratedBlock(SwappedModule):
         asks_for_more = any(other is not None and other is not False for other in others)
         if not args or asks_for_more or self.needs_own_code(args[0]):
             return super().forward(*args, **kwargs)  # of the block's own class
-        functions = self.current_functions()
-        x, y = functions.add_and_norm(args[0], functions.attention(functions.norm1(args[0])))
-        return functions.add(x, functions.mlp(y))
+        return self.current_function()(args[0])
 
     @property
     def accelerated_parts(self) -> BlockParts:
@@ -110,13 +93,13 @@ class AcceleratedBlock(SwappedModule):
 
     def is_unchanged(self) -> bool:
         """Whether the block itself, apart from its parts, is as it was when it was accelerated."""
-        return self.accelerated_parts.snapshot.matches_subclass(self)
+        return self.accelerated_parts.snapshot.matches(self)
 
     def change(self) -> str | None:
         """What was changed in the block or its parts since it was accelerated, or None."""
         parts = self.accelerated_parts
         if not self.is_unchanged():
-            return parts.snapshot.change_in_subclass(self)
+            return parts.snapshot.change(self)
         changes = ((name, part.change(getattr(self, name))) for name, part in parts.by_name.items())
         return next((f"in its {name}, {change}" for name, change in changes if change), None)
 
@@ -124,39 +107,40 @@ class AcceleratedBlock(SwappedModule):
         """Which of its parts run their own code now, even in plain calls, and why."""
         parts = self.accelerated_parts
         if not self.is_unchanged():
-            yield f"it runs its own code: {parts.snapshot.change_in_subclass(self)}"
+            yield f"it runs its own code: {parts.snapshot.change(self)}"
             return
         for name, part in parts.by_name.items():
             module = getattr(self, name)
-            reason = None if is_identity(module) else part.explain(module)
+            reason = None if is_identity(module) else part.change(module) or part.why_called(module)
             if reason:
                 yield f"its {name} runs its own code: {reason}"
 
-    # Choosing the functions
-
-    def current_functions(self) -> BlockFunctions:
-        """The functions for the block as it is now: the latest ones, unless something changed or a graph is traced."""
+    def current_function(self) -> Function:
+        """The function that computes the block as it is now: the latest one, unless it changed or a graph is traced."""
         if is_traced() or has_any_global_hook():
-            return self._make_functions()
+            return self._make_function()
         parts = self.accelerated_parts
         children = self._modules.values()
         state = self.training, torch.is_grad_enabled(), *children
         latest = parts.latest
         if latest is None or latest[0] != state or latest[1].changed():
             watch = StructureWatch(module for child in children if child is not None for module in child.modules())
-            latest = parts.latest = state, watch, self._make_functions()
+            latest = parts.latest = state, watch, self._make_function()
         return latest[2]
 
-    def _make_functions(self) -> BlockFunctions:
+    def _make_function(self) -> Function:
         parts = self.accelerated_parts
         drop_path1, drop_path2 = self.active_drop_paths()
-        return BlockFunctions(
-            self._norm("norm1"),
-            self._branch(parts.attention),
-            self._add_and_norm(parts.scales[0], drop_path1),
-            self._branch("mlp"),
-            self._add(parts.scales[1], drop_path2),
-        )
+        norm1 = layer_norm(self.norm1) if self._can_compute("norm1") else self.norm1
+        attention, mlp = self._branch(parts.attention), self._branch("mlp")
+        add_and_norm = self._add_and_norm(parts.scales[0], drop_path1)
+        add = self._add(parts.scales[1], drop_path2)
+
+        def compute(x: Tensor) -> Tensor:
+            x, y = add_and_norm(x, attention(norm1(x)))
+            return add(x, mlp(y))
+
+        return compute
 
     def active_drop_paths(self) -> tuple[str | None, str | None]:
         """The names of the stochastic depth that the block applies to its two branches in this mode."""
@@ -167,10 +151,6 @@ class AcceleratedBlock(SwappedModule):
         module = getattr(self, name)
         part = self.accelerated_parts.by_name[name]
         return partial(call_for_features, module) if part.why_called(module) else part.known.function(module)
-
-    def _norm(self, name: str) -> Function:
-        norm = getattr(self, name)
-        return layer_norm(norm) if self._can_compute(name) else norm
 
     def _add_and_norm(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The function that adds the attention's branch to the stream, and its norm, in one op where possible."""

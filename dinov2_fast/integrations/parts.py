@@ -12,11 +12,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from dinov2_fast.integrations.changes import ModuleSnapshot, has_hooks, has_only_recording_hooks, shadowed_methods
+from dinov2_fast.integrations.changes import ModuleSnapshot, has_hooks, shadowed_methods
 from dinov2_fast.integrations.module_ops import Function, attend_packed, compose, hidden_gelu, is_identity, linear
 
 DROPS_WEIGHTS = "it drops attention weights, or its attention dropout has hooks"
-_CHANGED = "it was changed after it was accelerated"
 
 
 class KnownPart:
@@ -60,14 +59,9 @@ class KnownAttention(KnownPart):
 
 
 class BlockSpec(NamedTuple):
-    """How a library builds its block. Every field lists alternatives. All blocks have `norm1`, `norm2` and `mlp`.
+    """What the parts of a block are called and may be. Fields list alternatives; names in pairs are for both branches.
 
-    Args:
-        attention_names: of the attention.
-        scale_names: of LayerScale after the attention and after the MLP.
-        drop_path_names: of stochastic depth after the attention and after the MLP.
-        attentions: what the attention may be.
-        mlps: what the MLP may be.
+    All blocks have `norm1`, `norm2` and `mlp`.
     """
 
     attention_names: tuple[str, ...]
@@ -81,10 +75,14 @@ class BlockSpec(NamedTuple):
         pairs = (*self.scale_names, *self.drop_path_names)
         return {"norm1", "norm2", "mlp", *self.attention_names, *(name for pair in pairs for name in pair)}
 
-    def attention_name(self, block: nn.Module) -> str | None:
-        """The name of the attention of `block`; None unless it has exactly one."""
+    def attention_name(self, block: nn.Module) -> str:
+        """The name of the attention of `block`, or "" unless it has exactly one."""
         found = [name for name in self.attention_names if name in block._modules]
-        return found[0] if len(found) == 1 else None
+        return found[0] if len(found) == 1 else ""
+
+    def branches(self, block: nn.Module) -> dict[str, tuple[type[KnownPart], ...]]:
+        """The names of the attention and the MLP of `block`, and what they may be."""
+        return {self.attention_name(block): self.attentions, "mlp": self.mlps}
 
 
 class AcceleratedPart:
@@ -103,15 +101,10 @@ class AcceleratedPart:
             return self._shadowed
         for snapshot, each in self._modules_of(module):
             if not snapshot.matches(each):
-                return _CHANGED
-            if has_hooks(each) and not has_only_recording_hooks(each):
+                return "it was changed after it was accelerated"
+            if has_hooks(each, except_recording=True):
                 return "it has hooks, or a forward was set on the instance"
         return self.known.refuses(module)
-
-    def explain(self, module: Any) -> str | None:
-        """As :meth:`why_called`, and what was changed."""
-        why = self.why_called(module)
-        return self.change(module) if why is _CHANGED else why
 
     def change(self, module: Any) -> str | None:
         """What was changed since the block was accelerated, or None."""

@@ -11,7 +11,7 @@ from dinov2_fast import huggingface
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.module_ops import Function, attend, compose, linear, swiglu
-from dinov2_fast.integrations.parts import DROPS_WEIGHTS, BlockSpec, KnownAttention, KnownPart, PlainMlp
+from dinov2_fast.integrations.parts import DROPS_WEIGHTS, KnownAttention, KnownPart
 
 
 class SeparateAttention(KnownAttention):
@@ -97,13 +97,6 @@ class SeparateSwiGLU(KnownPart):
 class TransformersBlock(AcceleratedBlock):
     """`Dinov2Layer` and the like."""
 
-    spec = BlockSpec(
-        attention_names=("attention",),
-        scale_names=(("layer_scale1", "layer_scale2"),),
-        drop_path_names=(("drop_path", "drop_path"),),
-        attentions=(NestedAttention, SeparateAttention),
-        mlps=(PlainMlp, PackedSwiGLU, SeparateSwiGLU),
-    )
     # They are for the whole model, which passes them on to its blocks.
     ignored_arguments = frozenset({"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch"})
 
@@ -123,7 +116,7 @@ class TransformersBackbone(AcceleratedBackbone):
         return_dict = others.pop("return_dict", None)
         x = args[0] if args else others.pop("pixel_values", None)
         wants_more = self._wants_more_than_features(return_dict)
-        outputs = self.answer("forward", lambda engine: engine(x), x, *args[1:], *others.values(), wants_more)
+        outputs = self.answer("forward", lambda engine: engine(x), (x, *args[1:]), *others.values(), wants_more)
         if outputs is None:
             return super().forward(*args, **kwargs)
         library = sys.modules[self.class_swap.original.__module__]
