@@ -28,18 +28,11 @@ class AttachedEngine:
     """An engine on the weights of a backbone. It is made anew when the backbone changes.
 
     It is not a submodule, so parameters and state dict stay the backbone's own. A copy or pickle makes its own engine.
-
-    Args:
-        backbone: the backbone.
-        backbone_class: the mixin that accelerates it.
-        options: those of `optimize_for_inference`. `follow_weights` is about the weights and attributes of `backbone`.
+    `options` are those of `optimize_for_inference`; `follow_weights` is about the weights and attributes of `backbone`.
 
     Attributes:
         reason: why there is no engine now, or None.
         unanswered: by their name, the methods that run their own code although there is an engine, and why.
-
-    Raises:
-        ValueError: options that `optimize_for_inference` refuses.
     """
 
     def __init__(self, backbone: nn.Module, backbone_class: type[AcceleratedBackbone], options: dict[str, Any]) -> None:
@@ -57,12 +50,7 @@ class AttachedEngine:
         self._watch_changes(backbone)
 
     def answer(self, backbone: nn.Module, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any:
-        """The engine's outputs for the present weights of `backbone`; None if it does not answer `method`.
-
-        Args:
-            ask: calls the engine that it is given.
-            device: where `backbone` computes.
-        """
+        """See `AcceleratedBackbone.answer`; the outputs are for the present weights of `backbone`, on `device`."""
         if self._outdated:
             self._renew(backbone)
 
@@ -82,8 +70,6 @@ class AttachedEngine:
     def _watch_changes(self, backbone: nn.Module) -> None:
         self._outdated = backbone.training  # the calls are not compared in training mode
         self._watch = WeightWatch(backbone) if self._follows_weights and not backbone.training else None
-
-    # Making the engine
 
     def _make(self, backbone: nn.Module) -> None:
         self._engine: Engine | None = None

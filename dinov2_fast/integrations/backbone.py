@@ -49,10 +49,7 @@ class AcceleratedBackbone(SwappedModule):
     def answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:
         """The engine's outputs for a call of `method`, in the dtype of this backbone; None if it does not answer it.
 
-        Args:
-            ask: calls the engine that it is given.
-            args: the images of the call, and positional arguments that have to be None or False.
-            others: other arguments that have to be None or False.
+        `ask` calls the engine that it is given. `args` begin with the images; all others have to be None or False.
         """
         x, *more = args or (None,)
         if self.training or torch.compiler.is_compiling() or is_jit_traced():

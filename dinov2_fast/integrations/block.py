@@ -6,7 +6,7 @@ changed, or has hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,52 +14,59 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.integrations.changes import ModuleSnapshot, StructureWatch
+from dinov2_fast.integrations.changes import ModuleSnapshot, StructureWatch, has_hooks, shadowed_methods
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule
 from dinov2_fast.integrations.module_ops import Function, drop_scale, is_identity, is_layer_norm, layer_norm
-from dinov2_fast.integrations.parts import (
-    AcceleratedPart,
-    BlockSpec,
-    DropPath,
-    LayerScale,
-    Norm,
-    match_part,
-)
+from dinov2_fast.integrations.parts import KnownPart, attention_name, drop_path_names, known_parts, scale_names
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _MISSING = nn.Identity()
 
 
+class AcceleratedPart:
+    """A part of an accelerated block: what computes it, and what it was when the block was accelerated."""
+
+    def __init__(self, module: Any, known: KnownPart) -> None:
+        self.known = known
+        bypassed = [(name, ModuleSnapshot(getattr(module, name))) for name in known.bypassed]
+        self._snapshots = [("", ModuleSnapshot(module)), *bypassed]
+        shadowed = [name for _, each in self._modules_of(module) for name in shadowed_methods(each)]
+        self._shadowed = f"methods were set on the instance: {', '.join(shadowed)}" if shadowed else None
+
+    def why_called(self, module: Any) -> str | None:
+        """Why `module` has to be called, or None if our ops compute it."""
+        if self._shadowed:
+            return self._shadowed
+        for snapshot, each in self._modules_of(module):
+            if not snapshot.matches(each):
+                return "it was changed after it was accelerated"
+            if has_hooks(each, except_recording=True):
+                return "it has hooks, or a forward was set on the instance"
+        return self.known.refuses(module)
+
+    def change(self, module: Any) -> str | None:
+        """What was changed since the block was accelerated, or None."""
+        changed = (snapshot.change(each) for snapshot, each in self._modules_of(module) if not snapshot.matches(each))
+        return next(changed, None)
+
+    def _modules_of(self, module: Any) -> list[tuple[ModuleSnapshot, Any]]:
+        return [(snapshot, getattr(module, name, None) if name else module) for name, snapshot in self._snapshots]
+
+
 class BlockParts:
-    """The parts of an accelerated block.
+    """The parts of an accelerated block."""
 
-    Attributes:
-        attention: the name of its attention.
-        scales, drop_paths: the names of LayerScale and of stochastic depth of its two branches, or None.
-        by_name: what is known of each part that our ops can compute.
-        snapshot: the block itself when it was accelerated.
-        latest: the function made last, with the state and the watch that tell whether it still holds. Copies of the
-            block make their own.
-    """
-
-    def __init__(self, block: Any, spec: BlockSpec) -> None:
+    def __init__(self, block: Any) -> None:
+        # The function made last, with the state and the watch that tell whether it still holds.
         self.latest: tuple[tuple[Any, ...], StructureWatch, Function] | None = None
-        self.attention = spec.attention_name(block)
-        self.scales = _first_present(block, spec.scale_names)
-        self.drop_paths = _first_present(block, spec.drop_path_names)
-        candidates = spec.branches(block) | {"norm1": (Norm,), "norm2": (Norm,)}
-        candidates |= {name: (LayerScale,) for name in self.scales if name}
-        candidates |= {name: (DropPath,) for name in self.drop_paths if name}
-        found = {name: match_part(getattr(block, name), known) for name, known in candidates.items()}
-        self.by_name = {name: AcceleratedPart(getattr(block, name), known) for name, known in found.items() if known}
+        self.attention = attention_name(block)
+        self.scales = scale_names(block)
+        self.drop_paths = drop_path_names(block)
+        self.by_name = {name: AcceleratedPart(getattr(block, name), part) for name, part in known_parts(block).items()}
         self.snapshot = ModuleSnapshot(block, block.class_swap.replaced)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "latest": None}
-
-
-def _first_present(block: nn.Module, pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
-    return next((pair for pair in pairs if block._modules.keys() >= set(pair)), (None, None))
+        return {**vars(self), "latest": None}  # copies of the block make their own
 
 
 def call_for_features(module: nn.Module, x: Tensor) -> Tensor:

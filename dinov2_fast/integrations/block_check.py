@@ -12,9 +12,9 @@ from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.integrations.block import BlockParts, call_for_features
 from dinov2_fast.integrations.changes import class_path, plain_attributes, shadowed_methods
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_class
-from dinov2_fast.integrations.libraries import ANY_BLOCK, block_class_for
+from dinov2_fast.integrations.libraries import block_class_for
 from dinov2_fast.integrations.module_ops import is_identity
-from dinov2_fast.integrations.parts import match_part
+from dinov2_fast.integrations.parts import ATTENTIONS, MLPS, PART_NAMES, attention_name, known_branches, match_part
 from dinov2_fast.integrations.trial import TrialRun, copy_with_random_weights, error_beyond_rounding, run_copy
 
 
@@ -40,10 +40,7 @@ def _accelerate(block: nn.Module, replaced: type) -> None:
     assert block_class is not None
     swap_class(block, block_class, replaced)
     block.__dict__[STATE_ATTRIBUTE] = None  # BlockParts counts the attributes, and this is one
-    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block, ANY_BLOCK)
-
-
-# By its looks
+    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block)
 
 
 def _reason_by_looks(block: Any) -> str | None:
@@ -51,12 +48,11 @@ def _reason_by_looks(block: Any) -> str | None:
         return "forward was set on the instance"
     if shadowed_methods(block):
         return f"methods were set on the instance: {', '.join(shadowed_methods(block))}"
-    names = ANY_BLOCK.part_names()
-    unknown = [name for name, child in block._modules.items() if name not in names and not is_identity(child)]
+    unknown = [name for name, child in block._modules.items() if name not in PART_NAMES and not is_identity(child)]
     if unknown:
         return f"it has {' and '.join(unknown)} in addition to the parts of a block"
-    attention = getattr(block, ANY_BLOCK.attention_name(block))
-    known = match_part(attention, ANY_BLOCK.attentions)
+    attention = getattr(block, attention_name(block))
+    known = match_part(attention, ATTENTIONS)
     if known is None:
         return f"its attention is a {class_path(type(attention))}, which our ops cannot compute"
     if known.extra_parts(attention):
@@ -65,12 +61,10 @@ def _reason_by_looks(block: Any) -> str | None:
     rate = getattr(dropout, "p", dropout)
     if block.training and rate:
         return f"it is in training mode and drops attention weights (p = {rate})"
-    if match_part(block.mlp, ANY_BLOCK.mlps) is None:
+    if match_part(block.mlp, MLPS) is None:
         return f"its mlp is a {class_path(type(block.mlp))}, which our ops cannot compute"
     return None
 
-
-# By trial
 
 _checks: dict[Hashable, BlockCheck] = {}
 
@@ -81,30 +75,25 @@ def clear_check_cache() -> None:
 
 
 def _check(block: nn.Module) -> BlockCheck:
-    key = tuple((name, type(module), _comparable(module)) for name, module in block.named_modules())
+    key = tuple(
+        (name, type(module), *map(_comparable, plain_attributes(module).items()))
+        for name, module in block.named_modules()
+    )
     if key not in _checks:
         _checks[key] = _try_block(block)
     return _checks[key]
 
 
-def _comparable(module: nn.Module) -> Hashable:
-    return tuple(
-        (name, _comparable_rate(value) if "drop" in name else _hashable(value))
-        for name, value in plain_attributes(module).items()
-    )
-
-
-def _hashable(value: Any) -> Hashable:
+def _comparable(attribute: tuple[str, Any]) -> Hashable:
+    """What matters of an attribute. Drop rates often differ from block to block: 0 and Meta's threshold matter."""
+    name, value = attribute
+    if "drop" in name and isinstance(value, float | int):
+        return name, value > 0, value > SUBSET_THRESHOLD
     try:
         hash(value)
     except TypeError:
-        return id(value)
-    return value
-
-
-def _comparable_rate(value: Any) -> Hashable:
-    """What matters of a drop rate, which often differs from block to block: whether it is 0, and Meta's threshold."""
-    return (value > 0, value > SUBSET_THRESHOLD) if isinstance(value, float | int) else _hashable(value)
+        return name, id(value)
+    return name, value
 
 
 def _try_block(block: nn.Module) -> BlockCheck:
@@ -157,9 +146,8 @@ def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
 
 def _difference_of_parts(block: Any, place: tuple[str, torch.dtype]) -> str | None:
     """Which of attention and MLP computes something else by itself, or None."""
-    for name, candidates in ANY_BLOCK.branches(block).items():
+    for name, known in known_branches(block).items():
         copied = copy_with_random_weights(getattr(block, name), *place)
-        known = match_part(copied, candidates)
         if known is None or known.refuses(copied):
             continue
         theirs = run_copy(copied, False, call_for_features).output

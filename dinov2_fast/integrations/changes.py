@@ -24,7 +24,7 @@ _RECORDING = "transformers.utils.output_capturing"  # defines the hooks with whi
 def has_hooks(module: nn.Module, except_recording: bool = False) -> bool:
     """Whether hooks, or a `forward` set on the instance, make a call more than the computation of the class.
 
-    With `except_recording`, the hooks with which transformers records outputs do not count.
+    `except_recording` leaves out the hooks with which transformers records outputs.
     """
     hooks: Any = module._forward_hooks
     if except_recording:
@@ -53,9 +53,7 @@ class ModuleSnapshot:
 
     Noticed are another class or another `forward` of the class; and an attribute that has another value, is gone, or is
     new (a new private one only if it shadows one of the class). Values are compared, not looked into.
-
-    Args:
-        base: a base of the module's class, to remember in place of it. Then the class itself may become another one.
+    With `base`, a base of the module's class, that one is remembered, and the module may become of another subclass.
     """
 
     def __init__(self, module: nn.Module, base: type | None = None) -> None:
@@ -103,8 +101,7 @@ class StructureWatch:
 
     Noticed are changes of classes and what they define, of attributes (the training mode is one) and those of a
     `config`, of submodules and hooks, and of names and types of tensors. Values of attributes are compared, not looked
-    into. It holds no parameter, so a replaced one is freed. That of an engine, `WeightWatch`, notices replaced tensors
-    and writes to them, but not the mode.
+    into. It holds no parameter, so a replaced one is freed.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

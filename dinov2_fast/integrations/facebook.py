@@ -9,20 +9,8 @@ from torch import Tensor, nn
 from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
 from dinov2_fast.integrations.block import AcceleratedBlock
-from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
-from dinov2_fast.integrations.parts import KnownPart
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
-
-
-class SwiGLU(KnownPart):
-    """`SwiGLUFFN`, with one linear for gate and value."""
-
-    submodules = ("w12", "w3")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.w12), swiglu, linear(module.w3))
 
 
 class FacebookBlock(AcceleratedBlock):

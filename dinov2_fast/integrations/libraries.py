@@ -1,7 +1,7 @@
 """The libraries whose blocks and backbones are accelerated: one table.
 
-To support another library, write a file like `facebook.py` with the parts of its blocks that are new, its
-`AcceleratedBlock` and its `AcceleratedBackbone`. Then add a row to the table, and its names and parts to `ANY_BLOCK`.
+To support another library, write a file like `facebook.py` with its `AcceleratedBlock` and its `AcceleratedBackbone`,
+add a row, and add the parts of its blocks to `parts.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,10 @@ from dinov2_fast.block import Block as OurBlock
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.changes import class_path
-from dinov2_fast.integrations.facebook import FacebookBackbone, FacebookBlock, SwiGLU
-from dinov2_fast.integrations.parts import BlockSpec, PackedAttention, PlainMlp
-from dinov2_fast.integrations.timm import GatedMlp, TimmBackbone
-from dinov2_fast.integrations.transformers import (
-    NestedAttention,
-    PackedSwiGLU,
-    SeparateAttention,
-    SeparateSwiGLU,
-    TransformersBackbone,
-    TransformersBlock,
-)
+from dinov2_fast.integrations.facebook import FacebookBackbone, FacebookBlock
+from dinov2_fast.integrations.parts import attention_name
+from dinov2_fast.integrations.timm import TimmBackbone
+from dinov2_fast.integrations.transformers import TransformersBackbone, TransformersBlock
 
 
 class Library(NamedTuple):
@@ -60,21 +53,11 @@ LIBRARIES = (
 )
 
 
-# Projects combine parts of several libraries, so a block may have the parts of any of them.
-ANY_BLOCK = BlockSpec(
-    attention_names=("attention", "attn"),
-    scale_names=(("layer_scale1", "layer_scale2"), ("ls1", "ls2")),
-    drop_path_names=(("drop_path", "drop_path"), ("drop_path1", "drop_path2")),
-    attentions=(NestedAttention, SeparateAttention, PackedAttention),
-    mlps=(PlainMlp, PackedSwiGLU, SeparateSwiGLU, SwiGLU, GatedMlp),
-)
-
-
 def block_class_for(module: nn.Module) -> type[AcceleratedBlock] | None:
     """The class that accelerates `module`; None if it lacks the parts of a block, or is this package's own block."""
     if isinstance(module, OurBlock | nn.ModuleDict) or not module._modules.keys() >= {"norm1", "norm2", "mlp"}:
         return None
-    if not ANY_BLOCK.attention_name(module):
+    if not attention_name(module):
         return None
     return next(library.block for library in LIBRARIES if library.has_block(module))
 

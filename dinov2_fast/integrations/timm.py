@@ -7,30 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
-from dinov2_fast.integrations.changes import has_hooks
-from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
-from dinov2_fast.integrations.parts import KnownPart, PlainMlp
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
-
-
-class GatedMlp(KnownPart):
-    """`GluMlp`, where its gate makes it a SwiGLU."""
-
-    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and hasattr(module, "gate_last")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.fc1), swiglu, *PlainMlp.after_activation(module))
-
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        is_swiglu = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
-        return None if is_swiglu else "its gate is not that of SwiGLU"
 
 
 class TimmBackbone(AcceleratedBackbone):

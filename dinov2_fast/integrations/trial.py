@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +74,7 @@ def run_copy(module: nn.Module, training: bool, call: Call = lambda module, x: m
 
 
 def error_beyond_rounding(found: Any, wanted: Tensor) -> float | None:
-    """The largest difference over the largest element of `wanted`, or None if rounding explains it.
-
-    It is infinite if the shapes differ.
-    """
+    """The largest difference over the largest element of `wanted`, or None if rounding explains it."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return float("inf")
     error = float((found - wanted).abs().max() / wanted.abs().max())
@@ -141,13 +138,14 @@ def _plain_linear(module: Any) -> nn.Linear | None:
 @contextmanager
 def _isolated_from_process(device: torch.device, training: bool) -> Iterator[None]:
     """Inside, settings of the process do not affect a module, and the module draws its own random numbers."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(training),
+        torch.autocast(device.type, enabled=False),
+        use_backend("torch"),
+        _no_global_hooks(),
+    ):
         torch.manual_seed(_SEED)
-        stack.enter_context(torch.set_grad_enabled(training))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(use_backend("torch"))
-        stack.enter_context(_no_global_hooks())
         yield
 
 
@@ -175,9 +173,5 @@ def _attributes_inside(module: nn.Module) -> dict[str, tuple[Any, int]]:
 
 def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> tuple[str, ...]:
     """The names of attributes that are new or have another value or length."""
-    absent = (None, -1)
-    return tuple(
-        name
-        for name, (value, length) in after.items()
-        if before.get(name, absent)[0] is not value or before.get(name, absent)[1] != length
-    )
+    then = {name: before.get(name, (None, -1)) for name in after}
+    return tuple(n for n, (value, length) in after.items() if then[n][0] is not value or then[n][1] != length)
