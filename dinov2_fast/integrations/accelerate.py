@@ -26,18 +26,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class AcceleratedGroup:
-    """The blocks of one list in a model, or a backbone with an engine.
+    """The blocks of one list in a model, or with `by_engine` a backbone with an engine.
 
-    Args:
-        name: its place in the model.
-        class_name: the class of the blocks or of the backbone.
-        accelerated: how many of them are accelerated.
-        count: how many there are.
-        reasons: which are not accelerated, wholly or in part, and why.
-        by_engine: whether it is a backbone with an engine.
+    `accelerated` of `count` are accelerated. `reasons` say which are not, wholly or in part, and why.
     """
 
-    name: str
+    name: str  # its place in the model
     class_name: str
     accelerated: int
     count: int
@@ -88,12 +82,9 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
     replaced in a Python module: call `accelerate` again after these.
 
     Args:
-        model: already built and loaded; changed in place.
+        model: already built and loaded; changed in place, and returned.
         inference: also attach an engine to every backbone.
         **options: with `inference`, the options of `optimize_for_inference`.
-
-    Returns:
-        `model`.
 
     Raises:
         TypeError: nothing in the model can be accelerated, or with `inference` no backbone can; the message says why.
@@ -123,10 +114,7 @@ def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
 
 
 def unaccelerate(model: Model) -> Model:
-    """Undoes `accelerate`: every block and backbone computes with the code of its own class again.
-
-    Returns:
-        `model`.
+    """Undoes `accelerate` and returns `model`: every block and backbone computes with the code of its own class again.
 
     Raises:
         ValueError: FSDP or the like has subclassed the classes of accelerated blocks.
@@ -142,7 +130,8 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
     clear_check_cache()
     lists: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}
     for name, block in _blocks(model):
-        lists.setdefault((_list_name(name), type(block).__qualname__), []).append((name, block))
+        list_name = re.sub(r"(^|\.)\d+(\.\d+)*$", "", name)  # "encoder.layer" for "encoder.layer.3"
+        lists.setdefault((list_name, type(block).__qualname__), []).append((name, block))
     of_blocks = [_group_of_blocks(name, class_name, blocks) for (name, class_name), blocks in lists.items()]
     backbones = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedBackbone)]
     return AccelerationReport((*of_blocks, *(_group_of_backbone(name, backbone) for name, backbone in backbones)))
@@ -177,11 +166,6 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, AcceleratedBlock) or block_class_for(module) is not None:
             yield name, module
-
-
-def _list_name(name: str) -> str:
-    """The name of the list that a block is in: "encoder.layer" for "encoder.layer.3"."""
-    return re.sub(r"(^|\.)\d+(\.\d+)*$", "", name)
 
 
 def _make_engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, AttachedEngine]]:

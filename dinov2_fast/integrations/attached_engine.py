@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
 from dinov2_fast.integrations.block_check import reason_against
-from dinov2_fast.integrations.changes import class_path, has_hooks, has_only_recording_hooks
+from dinov2_fast.integrations.changes import class_path, has_hooks
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_back, swap_class
 from dinov2_fast.integrations.libraries import block_class_for
 from dinov2_fast.integrations.module_ops import is_exact_gelu
@@ -28,18 +27,11 @@ class AttachedEngine:
     """An engine on the weights of a backbone. It is made anew when the backbone changes.
 
     It is not a submodule, so parameters and state dict stay the backbone's own. A copy or pickle makes its own engine.
-
-    Args:
-        backbone: the backbone.
-        backbone_class: the mixin that accelerates it.
-        options: those of `optimize_for_inference`. `follow_weights` is about the weights and attributes of `backbone`.
+    `options` are those of `optimize_for_inference`; `follow_weights` is about the weights and attributes of `backbone`.
 
     Attributes:
         reason: why there is no engine now, or None.
         unanswered: by their name, the methods that run their own code although there is an engine, and why.
-
-    Raises:
-        ValueError: options that `optimize_for_inference` refuses.
     """
 
     def __init__(self, backbone: nn.Module, backbone_class: type[AcceleratedBackbone], options: dict[str, Any]) -> None:
@@ -57,15 +49,7 @@ class AttachedEngine:
         self._watch_changes(backbone)
 
     def answer(self, backbone: nn.Module, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any:
-        """The engine's outputs for the present weights of `backbone`; None if it does not answer `method`.
-
-        Args:
-            ask: calls the engine that it is given.
-            device: where `backbone` computes.
-        """
-        if self._comparing:
-            self._was_asked = True
-            return None if self._compared is None else ask(self._compared)
+        """See `AcceleratedBackbone.answer`; the outputs are for the present weights of `backbone`, on `device`."""
         if self._outdated:
             self._renew(backbone)
 
@@ -86,20 +70,30 @@ class AttachedEngine:
         self._outdated = backbone.training  # the calls are not compared in training mode
         self._watch = WeightWatch(backbone) if self._follows_weights and not backbone.training else None
 
-    # Making the engine
-
     def _make(self, backbone: nn.Module) -> None:
         self._engine: Engine | None = None
-        self._comparing, self._compared = False, None
         self.unanswered: dict[str, str] = {}
-        self.reason = _reason_against_engine(backbone) or self._backbone_class.refuses(backbone)
-        if self.reason is None:
-            try:
-                model = self._make_model(backbone)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                self.reason = f"its weights or settings are not those of a DINOv2 ({error})"
-            else:
-                self._make_engine(backbone, model)
+        self.reason = (
+            _reason_against_engine(backbone) or self._backbone_class.refuses(backbone) or self._make_engine(backbone)
+        )
+
+    def _make_engine(self, backbone: nn.Module) -> str | None:
+        """Makes the engine, or returns why there is none."""
+        try:
+            model = self._make_model(backbone)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"its weights or settings are not those of a DINOv2 ({error})"
+        if _eps_of(backbone) != _eps_of(model):
+            return f"its norms have eps {_eps_of(backbone)} instead of {_eps_of(model)}"
+        if not backbone.training:
+            self._compare(backbone, model)
+        if all(method in self.unanswered for method, _ in self._backbone_class.compared_calls):
+            return "; ".join(f"its {method} {why}" for method, why in self.unanswered.items())
+        try:
+            self._engine = optimize_for_inference(model, **self._options)
+        except TypeError as error:
+            return str(error)
+        return None
 
     def _make_model(self, backbone: Any) -> nn.Module:
         """Our model on the weights of `backbone`, which it shares where both pack them alike."""
@@ -110,61 +104,49 @@ class AttachedEngine:
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
-    def _make_engine(self, backbone: nn.Module, model: nn.Module) -> None:
-        if _eps_of(backbone) != _eps_of(model):
-            self.reason = f"its norms have eps {_eps_of(backbone)} instead of {_eps_of(model)}"
-            return
-        if not backbone.training:
-            self._compare(backbone, model)
-        if all(method in self.unanswered for method, _ in self._backbone_class.compared_calls):
-            self.reason = "; ".join(f"its {method} {why}" for method, why in self.unanswered.items())
-            return
-        try:
-            self._engine = optimize_for_inference(model, **self._options)
-        except TypeError as error:
-            self.reason = str(error)
-
     def _compare(self, backbone: Any, model: Any) -> None:
         """Calls the methods of `backbone` on a small image twice: answered by `model`, and with their own code."""
         image = small_image(model.patch_embed, self._backbone_class.fixed_image_size(backbone)).to(model.cls_token)
-        with torch.no_grad(), self._temporarily_attached(backbone):
-            for method, arguments in self._backbone_class.compared_calls:
-                self._was_asked = False
-                ours, theirs = (self._result_of(backbone, method, image, arguments, by) for by in (model, None))
-                why: str | None = "calls nothing that an engine answers"
-                if self._was_asked:
-                    why = mismatch(ours, theirs, TOLERANCES[image.dtype])
-                if why:
-                    self.unanswered.setdefault(method, why)
-
-    @contextmanager
-    def _temporarily_attached(self, backbone: Any) -> Iterator[None]:
-        """Inside, `backbone` asks this engine, whether it was accelerated before or not."""
-        before = backbone.__dict__.get(STATE_ATTRIBUTE)
-        backbone.__dict__[STATE_ATTRIBUTE] = self
+        before = backbone.__dict__.get(STATE_ATTRIBUTE)  # an engine, if `backbone` was accelerated before
         if before is None:
             swap_class(backbone, self._backbone_class)
         try:
-            yield
+            for method, arguments in self._backbone_class.compared_calls:
+                by_model = _StandIn(model)
+                ours, theirs = (each.result_of(backbone, method, image, arguments) for each in (by_model, _StandIn()))
+                why = mismatch(ours, theirs, TOLERANCES[image.dtype])
+                if not by_model.was_asked:
+                    why = "calls nothing that an engine answers"
+                if why:
+                    self.unanswered.setdefault(method, why)
         finally:
+            backbone.__dict__[STATE_ATTRIBUTE] = before
             if before is None:
                 swap_back(backbone)
-            else:
-                backbone.__dict__[STATE_ATTRIBUTE] = before
 
-    def _result_of(self, backbone: Any, method: str, image: Tensor, arguments: dict[str, Any], by: Any) -> Any:
-        """What a call of `backbone` returns or raises if `by` answers it, or with its own code if `by` is None."""
-        self._comparing, self._compared = True, by
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_watch": None, "_engine": None, "_outdated": True}
+
+
+class _StandIn:
+    """Takes the place of the engine while methods are compared: answers by `model`, or never if it is None."""
+
+    def __init__(self, model: Any = None) -> None:
+        self._model = model
+        self.was_asked = False
+
+    def answer(self, backbone: Any, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any:
+        self.was_asked = True
+        return None if self._model is None else ask(self._model)
+
+    @torch.no_grad()
+    def result_of(self, backbone: Any, method: str, image: Tensor, arguments: dict[str, Any]) -> Any:
+        """What a call of `backbone` returns or raises."""
+        backbone.__dict__[STATE_ATTRIBUTE] = self
         try:
             return getattr(backbone, method)(image, **arguments)
         except Exception as error:
             return error
-        finally:
-            self._comparing, self._compared = False, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        remade = {"_watch": None, "_engine": None, "_outdated": True, "_comparing": False, "_compared": None}
-        return {**vars(self), **remade}
 
 
 def _reason_against_engine(backbone: Any) -> str | None:
@@ -177,7 +159,7 @@ def _reason_against_engine(backbone: Any) -> str | None:
             replaced.discard("forward")
             hooked = bool(module._forward_hooks or module._forward_pre_hooks)
         else:
-            hooked = has_hooks(module) and not has_only_recording_hooks(module)
+            hooked = has_hooks(module, except_recording=True)
         if hooked:
             return f"{name or 'it'} has a hook, or a forward set on the instance, which an engine would skip"
         if replaced:

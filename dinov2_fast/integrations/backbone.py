@@ -6,22 +6,13 @@ A backbone is the model from images to features: what a vision-language model ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule
 from dinov2_fast.torch_private import is_jit_traced
-
-
-class AnswersCalls(Protocol):
-    """What a backbone knows of the engine attached to it; see `AttachedEngine`."""
-
-    reason: str | None
-    unanswered: dict[str, str]
-
-    def answer(self, backbone: Any, method: str, ask: Callable[[Any], Any], device: torch.device) -> Any: ...
 
 
 class AcceleratedBackbone(SwappedModule):
@@ -47,22 +38,25 @@ class AcceleratedBackbone(SwappedModule):
         raise NotImplementedError
 
     @property
-    def attached_engine(self) -> AnswersCalls:
+    def attached_engine(self) -> Any:
+        """Its `AttachedEngine`."""
         return self.__dict__[STATE_ATTRIBUTE]
 
-    def answer(self, method: str, ask: Callable[[Any], Any], x: Any, *others: Any) -> Any:
+    def takes(self, images: Tensor) -> bool:
+        """Whether the backbone computes images of this size as they are; others it refuses or pads."""
+        return True
+
+    def answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:
         """The engine's outputs for a call of `method`, in the dtype of this backbone; None if it does not answer it.
 
-        Args:
-            ask: calls the engine that it is given.
-            x: the images of the call.
-            others: its other arguments.
+        `ask` calls the engine that it is given. `args` begin with the images; all others have to be None or False.
         """
+        x, *more = args or (None,)
         if self.training or torch.compiler.is_compiling() or is_jit_traced():
             return None
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.requires_grad:
             return None
-        if any(other is not None and other is not False for other in others):
+        if any(other is not None and other is not False for other in (*more, *others)) or not self.takes(x):
             return None
         outputs = self.attached_engine.answer(self, method, ask, x.device)
         return None if outputs is None else self._in_own_dtype(outputs)
@@ -77,8 +71,6 @@ class AcceleratedBackbone(SwappedModule):
         return outputs.to(dtype) if isinstance(outputs, Tensor) else outputs
 
 
-def are_whole_patches(images: Any, patch_size: tuple[int, int]) -> bool:
+def are_whole_patches(images: Tensor, patch_size: tuple[int, int]) -> bool:
     """Whether height and width of `images` are multiples of the patch size."""
-    if not isinstance(images, Tensor) or images.ndim < 2:
-        return False
     return all(size >= patch and size % patch == 0 for size, patch in zip(images.shape[-2:], patch_size, strict=True))

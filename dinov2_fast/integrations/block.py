@@ -6,74 +6,67 @@ changed, or has hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_fast import ops
-from dinov2_fast.integrations.changes import ModuleSnapshot, StructureWatch
+from dinov2_fast.integrations.changes import ModuleSnapshot, StructureWatch, has_hooks, shadowed_methods
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, SwappedModule
 from dinov2_fast.integrations.module_ops import Function, drop_scale, is_identity, is_layer_norm, layer_norm
-from dinov2_fast.integrations.parts import (
-    AcceleratedPart,
-    BlockSpec,
-    DropPath,
-    KnownPart,
-    LayerScale,
-    Norm,
-    match_part,
-)
+from dinov2_fast.integrations.parts import KnownPart, attention_name, drop_path_names, known_parts, scale_names
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 _MISSING = nn.Identity()
 
 
-class BlockFunctions(NamedTuple):
-    """The functions that compute a block as it is now."""
+class AcceleratedPart:
+    """A part of an accelerated block: what computes it, and what it was when the block was accelerated."""
 
-    norm1: Function
-    attention: Function
-    add_and_norm: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    mlp: Function
-    add: Callable[[Tensor, Tensor], Tensor]
+    def __init__(self, module: Any, known: KnownPart) -> None:
+        self.known = known
+        bypassed = [(name, ModuleSnapshot(getattr(module, name))) for name in known.bypassed]
+        self._snapshots = [("", ModuleSnapshot(module)), *bypassed]
+        shadowed = [name for _, each in self._modules_of(module) for name in shadowed_methods(each)]
+        self._shadowed = f"methods were set on the instance: {', '.join(shadowed)}" if shadowed else None
+
+    def why_called(self, module: Any) -> str | None:
+        """Why `module` has to be called, or None if our ops compute it."""
+        if self._shadowed:
+            return self._shadowed
+        for snapshot, each in self._modules_of(module):
+            if not snapshot.matches(each):
+                return "it was changed after it was accelerated"
+            if has_hooks(each, except_recording=True):
+                return "it has hooks, or a forward was set on the instance"
+        return self.known.refuses(module)
+
+    def change(self, module: Any) -> str | None:
+        """What was changed since the block was accelerated, or None."""
+        changed = (snapshot.change(each) for snapshot, each in self._modules_of(module) if not snapshot.matches(each))
+        return next(changed, None)
+
+    def _modules_of(self, module: Any) -> list[tuple[ModuleSnapshot, Any]]:
+        return [(snapshot, getattr(module, name, None) if name else module) for name, snapshot in self._snapshots]
 
 
 class BlockParts:
-    """The parts of an accelerated block.
+    """The parts of an accelerated block."""
 
-    Attributes:
-        attention: the name of its attention.
-        scales, drop_paths: the names of LayerScale and of stochastic depth of its two branches, or None.
-        by_name: what is known of each part that our ops can compute.
-        snapshot: the block itself when it was accelerated.
-        latest: the functions made last, with the state and the watch that tell whether they still hold. Copies of the
-            block make their own.
-    """
-
-    def __init__(self, block: Any, spec: BlockSpec) -> None:
-        self.latest: tuple[tuple[Any, ...], StructureWatch, BlockFunctions] | None = None
-        attention = spec.attention_name(block)
-        assert attention is not None
-        self.attention = attention
-        self.scales = _first_present(block, spec.scale_names)
-        self.drop_paths = _first_present(block, spec.drop_path_names)
-        candidates: dict[str, tuple[type[KnownPart], ...]] = {attention: spec.attentions, "mlp": spec.mlps}
-        candidates |= {"norm1": (Norm,), "norm2": (Norm,)}
-        candidates |= {name: (LayerScale,) for name in self.scales if name}
-        candidates |= {name: (DropPath,) for name in self.drop_paths if name}
-        found = {name: match_part(getattr(block, name), known) for name, known in candidates.items()}
-        self.by_name = {name: AcceleratedPart(getattr(block, name), known) for name, known in found.items() if known}
+    def __init__(self, block: Any) -> None:
+        # The function made last, with the state and the watch that tell whether it still holds.
+        self.latest: tuple[tuple[Any, ...], StructureWatch, Function] | None = None
+        self.attention = attention_name(block)
+        self.scales = scale_names(block)
+        self.drop_paths = drop_path_names(block)
+        self.by_name = {name: AcceleratedPart(getattr(block, name), part) for name, part in known_parts(block).items()}
         self.snapshot = ModuleSnapshot(block, block.class_swap.replaced)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "latest": None}
-
-
-def _first_present(block: nn.Module, pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
-    return next((pair for pair in pairs if block._modules.keys() >= set(pair)), (None, None))
+        return {**vars(self), "latest": None}  # copies of the block make their own
 
 
 def call_for_features(module: nn.Module, x: Tensor) -> Tensor:
@@ -85,7 +78,6 @@ def call_for_features(module: nn.Module, x: Tensor) -> Tensor:
 class AcceleratedBlock(SwappedModule):
     """One block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``, with stochastic depth."""
 
-    spec: ClassVar[BlockSpec]  # of the library's block
     ignored_arguments: ClassVar[frozenset[str]] = frozenset()  # keyword arguments that change nothing in a block
 
     norm1: Any
@@ -96,9 +88,7 @@ class AcceleratedBlock(SwappedModule):
         asks_for_more = any(other is not None and other is not False for other in others)
         if not args or asks_for_more or self.needs_own_code(args[0]):
             return super().forward(*args, **kwargs)  # of the block's own class
-        functions = self.current_functions()
-        x, y = functions.add_and_norm(args[0], functions.attention(functions.norm1(args[0])))
-        return functions.add(x, functions.mlp(y))
+        return self.current_function()(args[0])
 
     @property
     def accelerated_parts(self) -> BlockParts:
@@ -110,13 +100,13 @@ class AcceleratedBlock(SwappedModule):
 
     def is_unchanged(self) -> bool:
         """Whether the block itself, apart from its parts, is as it was when it was accelerated."""
-        return self.accelerated_parts.snapshot.matches_subclass(self)
+        return self.accelerated_parts.snapshot.matches(self)
 
     def change(self) -> str | None:
         """What was changed in the block or its parts since it was accelerated, or None."""
         parts = self.accelerated_parts
         if not self.is_unchanged():
-            return parts.snapshot.change_in_subclass(self)
+            return parts.snapshot.change(self)
         changes = ((name, part.change(getattr(self, name))) for name, part in parts.by_name.items())
         return next((f"in its {name}, {change}" for name, change in changes if change), None)
 
@@ -124,39 +114,40 @@ class AcceleratedBlock(SwappedModule):
         """Which of its parts run their own code now, even in plain calls, and why."""
         parts = self.accelerated_parts
         if not self.is_unchanged():
-            yield f"it runs its own code: {parts.snapshot.change_in_subclass(self)}"
+            yield f"it runs its own code: {parts.snapshot.change(self)}"
             return
         for name, part in parts.by_name.items():
             module = getattr(self, name)
-            reason = None if is_identity(module) else part.explain(module)
+            reason = None if is_identity(module) else part.change(module) or part.why_called(module)
             if reason:
                 yield f"its {name} runs its own code: {reason}"
 
-    # Choosing the functions
-
-    def current_functions(self) -> BlockFunctions:
-        """The functions for the block as it is now: the latest ones, unless something changed or a graph is traced."""
+    def current_function(self) -> Function:
+        """The function that computes the block as it is now: the latest one, unless it changed or a graph is traced."""
         if is_traced() or has_any_global_hook():
-            return self._make_functions()
+            return self._make_function()
         parts = self.accelerated_parts
         children = self._modules.values()
         state = self.training, torch.is_grad_enabled(), *children
         latest = parts.latest
         if latest is None or latest[0] != state or latest[1].changed():
             watch = StructureWatch(module for child in children if child is not None for module in child.modules())
-            latest = parts.latest = state, watch, self._make_functions()
+            latest = parts.latest = state, watch, self._make_function()
         return latest[2]
 
-    def _make_functions(self) -> BlockFunctions:
+    def _make_function(self) -> Function:
         parts = self.accelerated_parts
         drop_path1, drop_path2 = self.active_drop_paths()
-        return BlockFunctions(
-            self._norm("norm1"),
-            self._branch(parts.attention),
-            self._add_and_norm(parts.scales[0], drop_path1),
-            self._branch("mlp"),
-            self._add(parts.scales[1], drop_path2),
-        )
+        norm1 = layer_norm(self.norm1) if self._can_compute("norm1") else self.norm1
+        attention, mlp = self._branch(parts.attention), self._branch("mlp")
+        add_and_norm = self._add_and_norm(parts.scales[0], drop_path1)
+        add = self._add(parts.scales[1], drop_path2)
+
+        def compute(x: Tensor) -> Tensor:
+            x, y = add_and_norm(x, attention(norm1(x)))
+            return add(x, mlp(y))
+
+        return compute
 
     def active_drop_paths(self) -> tuple[str | None, str | None]:
         """The names of the stochastic depth that the block applies to its two branches in this mode."""
@@ -167,10 +158,6 @@ class AcceleratedBlock(SwappedModule):
         module = getattr(self, name)
         part = self.accelerated_parts.by_name[name]
         return partial(call_for_features, module) if part.why_called(module) else part.known.function(module)
-
-    def _norm(self, name: str) -> Function:
-        norm = getattr(self, name)
-        return layer_norm(norm) if self._can_compute(name) else norm
 
     def _add_and_norm(self, scale: str | None, drop: str | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The function that adds the attention's branch to the stream, and its norm, in one op where possible."""

@@ -12,22 +12,17 @@ from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.integrations.block import BlockParts, call_for_features
 from dinov2_fast.integrations.changes import class_path, plain_attributes, shadowed_methods
 from dinov2_fast.integrations.class_swap import STATE_ATTRIBUTE, has_own_forward, swap_class
-from dinov2_fast.integrations.libraries import ANY_BLOCK, block_class_for
+from dinov2_fast.integrations.libraries import block_class_for
 from dinov2_fast.integrations.module_ops import is_identity
-from dinov2_fast.integrations.parts import KnownPart, match_part
-from dinov2_fast.integrations.trial import TrialRun, agree, copy_with_random_weights, relative_error, run_copy
+from dinov2_fast.integrations.parts import ATTENTIONS, MLPS, PART_NAMES, attention_name, known_branches, match_part
+from dinov2_fast.integrations.trial import TrialRun, copy_with_random_weights, error_beyond_rounding, run_copy
 
 
 class BlockCheck(NamedTuple):
-    """The result of a trial.
+    """The result of a trial."""
 
-    Args:
-        reason: why the block cannot be accelerated, or None.
-        replaced: the class whose `forward` is replaced, the lowest one that a call of the block reaches.
-    """
-
-    reason: str | None
-    replaced: type
+    reason: str | None  # why the block cannot be accelerated
+    replaced: type  # the class whose `forward` is replaced, the lowest one that a call of the block reaches
 
 
 def reason_against(block: nn.Module) -> str | None:
@@ -45,10 +40,7 @@ def _accelerate(block: nn.Module, replaced: type) -> None:
     assert block_class is not None
     swap_class(block, block_class, replaced)
     block.__dict__[STATE_ATTRIBUTE] = None  # BlockParts counts the attributes, and this is one
-    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block, ANY_BLOCK)
-
-
-# By its looks
+    block.__dict__[STATE_ATTRIBUTE] = BlockParts(block)
 
 
 def _reason_by_looks(block: Any) -> str | None:
@@ -56,16 +48,11 @@ def _reason_by_looks(block: Any) -> str | None:
         return "forward was set on the instance"
     if shadowed_methods(block):
         return f"methods were set on the instance: {', '.join(shadowed_methods(block))}"
-    known = ANY_BLOCK.part_names()
-    unknown = [name for name, child in block._modules.items() if name not in known and not is_identity(child)]
+    unknown = [name for name, child in block._modules.items() if name not in PART_NAMES and not is_identity(child)]
     if unknown:
         return f"it has {' and '.join(unknown)} in addition to the parts of a block"
-    return _reason_against_attention(block) or _reason_against_mlp(block)
-
-
-def _reason_against_attention(block: Any) -> str | None:
-    attention = getattr(block, ANY_BLOCK.attention_name(block) or "")
-    known = match_part(attention, ANY_BLOCK.attentions)
+    attention = getattr(block, attention_name(block))
+    known = match_part(attention, ATTENTIONS)
     if known is None:
         return f"its attention is a {class_path(type(attention))}, which our ops cannot compute"
     if known.extra_parts(attention):
@@ -74,16 +61,10 @@ def _reason_against_attention(block: Any) -> str | None:
     rate = getattr(dropout, "p", dropout)
     if block.training and rate:
         return f"it is in training mode and drops attention weights (p = {rate})"
+    if match_part(block.mlp, MLPS) is None:
+        return f"its mlp is a {class_path(type(block.mlp))}, which our ops cannot compute"
     return None
 
-
-def _reason_against_mlp(block: Any) -> str | None:
-    if match_part(block.mlp, ANY_BLOCK.mlps) is not None:
-        return None
-    return f"its mlp is a {class_path(type(block.mlp))}, which our ops cannot compute"
-
-
-# By trial
 
 _checks: dict[Hashable, BlockCheck] = {}
 
@@ -94,30 +75,25 @@ def clear_check_cache() -> None:
 
 
 def _check(block: nn.Module) -> BlockCheck:
-    key = tuple((name, type(module), _comparable(module)) for name, module in block.named_modules())
+    key = tuple(
+        (name, type(module), *map(_comparable, plain_attributes(module).items()))
+        for name, module in block.named_modules()
+    )
     if key not in _checks:
         _checks[key] = _try_block(block)
     return _checks[key]
 
 
-def _comparable(module: nn.Module) -> Hashable:
-    return tuple(
-        (name, _comparable_rate(value) if "drop" in name else _hashable(value))
-        for name, value in plain_attributes(module).items()
-    )
-
-
-def _hashable(value: Any) -> Hashable:
+def _comparable(attribute: tuple[str, Any]) -> Hashable:
+    """What matters of an attribute. Drop rates often differ from block to block: 0 and Meta's threshold matter."""
+    name, value = attribute
+    if "drop" in name and isinstance(value, float | int):
+        return name, value > 0, value > SUBSET_THRESHOLD
     try:
         hash(value)
     except TypeError:
-        return id(value)
-    return value
-
-
-def _comparable_rate(value: Any) -> Hashable:
-    """What matters of a drop rate, which often differs from block to block: whether it is 0, and Meta's threshold."""
-    return (value > 0, value > SUBSET_THRESHOLD) if isinstance(value, float | int) else _hashable(value)
+        return name, id(value)
+    return name, value
 
 
 def _try_block(block: nn.Module) -> BlockCheck:
@@ -131,9 +107,10 @@ def _try_block(block: nn.Module) -> BlockCheck:
     for replaced in _classes_with_forward(block):
         copied = copy_with_random_weights(block, *place)
         _accelerate(copied, replaced)
-        parts = copied.__dict__[STATE_ATTRIBUTE] = _ObservedParts(copied.__dict__[STATE_ATTRIBUTE])
         ours = _run_in_both_modes(copied)
-        if parts.were_used:
+        # Our forward ran if it made its function, or failed, since the block's own code does not fail.
+        our_forward_ran = copied.__dict__[STATE_ATTRIBUTE].latest is not None or isinstance(ours[0].output, Exception)
+        if our_forward_ran:
             reasons = map(_difference, ("in eval mode", "in training mode"), theirs, ours)
             reason = next(filter(None, reasons), None)
             return BlockCheck(reason and (_difference_of_parts(block, place) or reason), replaced)
@@ -150,18 +127,6 @@ def _classes_with_forward(block: nn.Module) -> list[type]:
     return classes[::-1]
 
 
-class _ObservedParts:
-    """Tells whether the accelerated forward ran: nothing else asks for the name of the attention."""
-
-    def __init__(self, parts: BlockParts) -> None:
-        self._parts = parts
-        self.were_used = False
-
-    def __getattr__(self, name: str) -> Any:
-        self.were_used = self.were_used or name == "attention"
-        return getattr(self._parts, name)
-
-
 def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
     """How the accelerated block differs from the block itself, or None."""
     if isinstance(theirs.output, Exception):
@@ -170,8 +135,8 @@ def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
         return f"its forward returns a {type(theirs.output).__name__}"
     if theirs.changed != ours.changed:
         return f"a call sets {' and '.join(theirs.changed)}, which our code would not do"
-    if not agree(ours.output, theirs.output):
-        error = relative_error(ours.output, theirs.output)
+    error = error_beyond_rounding(ours.output, theirs.output)
+    if error is not None:
         return f"{mode} its forward computes something else than a block of DINOv2 (relative error {error:.2g})"
     if theirs.calls != ours.calls:
         repeated = sorted(name for name in theirs.calls if theirs.calls[name] != ours.calls[name])
@@ -181,18 +146,15 @@ def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
 
 def _difference_of_parts(block: Any, place: tuple[str, torch.dtype]) -> str | None:
     """Which of attention and MLP computes something else by itself, or None."""
-    attention = ANY_BLOCK.attention_name(block) or ""
-    candidates: dict[str, tuple[type[KnownPart], ...]] = {attention: ANY_BLOCK.attentions, "mlp": ANY_BLOCK.mlps}
-    for name, candidates_of_part in candidates.items():
+    for name, known in known_branches(block).items():
         copied = copy_with_random_weights(getattr(block, name), *place)
-        known = match_part(copied, candidates_of_part)
         if known is None or known.refuses(copied):
             continue
         theirs = run_copy(copied, False, call_for_features).output
         if isinstance(theirs, Tensor):
             ours = run_copy(copied, False, known.compute).output
-            if not agree(ours, theirs):
-                error = relative_error(ours, theirs)
+            error = error_beyond_rounding(ours, theirs)
+            if error is not None:
                 return f"its {name} computes something else than that of DINOv2 (relative error {error:.2g})"
     return None
 

@@ -21,19 +21,16 @@ _OTHERS = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
 _RECORDING = "transformers.utils.output_capturing"  # defines the hooks with which transformers 5 records outputs
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks, or a `forward` set on the instance, make a call more than the computation of the class."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def has_hooks(module: nn.Module, except_recording: bool = False) -> bool:
+    """Whether hooks, or a `forward` set on the instance, make a call more than the computation of the class.
+
+    `except_recording` leaves out the hooks with which transformers records outputs.
+    """
+    hooks: Any = module._forward_hooks
+    if except_recording:
+        hooks = [hook for hook in hooks.values() if getattr(hook, "__module__", "") != _RECORDING]
+    hooks = hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or has_own_forward(module) or has_any_global_hook()
-
-
-def has_only_recording_hooks(module: nn.Module) -> bool:
-    """Whether `module` has no hooks but those with which transformers records outputs."""
-    if has_any_global_hook() or has_own_forward(module):
-        return False
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return all(getattr(hook, "__module__", "") == _RECORDING for hook in module._forward_hooks.values())
 
 
 def shadowed_methods(module: nn.Module) -> list[str]:
@@ -56,13 +53,12 @@ class ModuleSnapshot:
 
     Noticed are another class or another `forward` of the class; and an attribute that has another value, is gone, or is
     new (a new private one only if it shadows one of the class). Values are compared, not looked into.
-
-    Args:
-        module_class: a base of the module's class, to remember in place of it.
+    With `base`, a base of the module's class, that one is remembered, and the module may become of another subclass.
     """
 
-    def __init__(self, module: nn.Module, module_class: type | None = None) -> None:
-        self.module_class = cast(Any, module_class or type(module))
+    def __init__(self, module: nn.Module, base: type | None = None) -> None:
+        self.module_class = cast(Any, base or type(module))
+        self.allows_subclass = base is not None
         self.forward = self.module_class.forward
         self.values = plain_attributes(module)
         self._names_of_class = tuple(_names_defined_by(self.module_class) - vars(module).keys())
@@ -70,11 +66,7 @@ class ModuleSnapshot:
 
     def matches(self, module: Any) -> bool:
         """Whether `module` is as it was."""
-        return type(module) is self.module_class and self.matches_subclass(module)
-
-    def matches_subclass(self, module: nn.Module) -> bool:
-        """Whether `module`, of a subclass of the remembered class, is as it was otherwise."""
-        if self.module_class.forward is not self.forward:
+        if not self._has_same_class(module) or self.module_class.forward is not self.forward:
             return False
         own = module.__dict__
         if torch.compiler.is_compiling():  # it cannot trace views and lengths of these dictionaries
@@ -87,18 +79,17 @@ class ModuleSnapshot:
 
     def change(self, module: Any) -> str:
         """What has changed, in words."""
-        if type(module) is not self.module_class:
+        if not self._has_same_class(module):
             return f"it is a {class_path(type(module))} now"
-        return self.change_in_subclass(module)
-
-    def change_in_subclass(self, module: nn.Module) -> str:
-        """What has changed in `module`, of a subclass of the remembered class, in words."""
         if self.module_class.forward is not self.forward:
             return "the forward of its class was replaced"
         own = vars(module)
         other = [name for name, value in self.values.items() if own.get(name) is not value and own.get(name) != value]
         names = sorted({*other, *self._new_names(module)})
         return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} changed"
+
+    def _has_same_class(self, module: Any) -> bool:
+        return self.allows_subclass or type(module) is self.module_class
 
     def _new_names(self, module: nn.Module) -> list[str]:
         names = plain_attributes(module).keys() - self.values.keys()
@@ -110,8 +101,7 @@ class StructureWatch:
 
     Noticed are changes of classes and what they define, of attributes (the training mode is one) and those of a
     `config`, of submodules and hooks, and of names and types of tensors. Values of attributes are compared, not looked
-    into. It holds no parameter, so a replaced one is freed. That of an engine, `WeightWatch`, notices replaced tensors
-    and writes to them, but not the mode.
+    into. It holds no parameter, so a replaced one is freed.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

@@ -7,7 +7,7 @@ Copies and pickles work, too.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -18,17 +18,11 @@ STATE_ATTRIBUTE = "_dinov2_fast"  # where a module with a swapped class keeps wh
 
 
 class ClassSwap(NamedTuple):
-    """The classes that a new class is made of.
+    """The classes that a new class is made of."""
 
-    Args:
-        mixin: this package's code.
-        original: the class that the module had.
-        replaced: the class whose `forward` the mixin replaces: `original` or a base of it.
-    """
-
-    mixin: type[SwappedModule]
-    original: Any
-    replaced: Any
+    mixin: type[SwappedModule]  # this package's code
+    original: Any  # the class that the module had
+    replaced: Any  # the class whose `forward` the mixin replaces: `original` or a base of it
 
 
 class SwappedModule(nn.Module):
@@ -87,17 +81,9 @@ def _drop_class_forward(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-_classes: dict[ClassSwap, type] = {}
-
-
-def _swapped_class(swap: ClassSwap) -> type:
+@cache
+def _swapped_class(swap: ClassSwap) -> Any:
     """A subclass of the mixin and the original class under the name of the latter; the same class each time."""
-    if swap not in _classes:
-        _classes[swap] = _make_class(swap)
-    return _classes[swap]
-
-
-def _make_class(swap: ClassSwap) -> type:
     mixin, original, replaced = swap
 
     @wraps(replaced.forward)  # for its signature
@@ -125,5 +111,5 @@ class _HiddenMethod:
 
 def _new_module(mixin: type[SwappedModule], original: type, replaced: type) -> Any:
     """An empty module, which `copy` and `pickle` fill."""
-    made: Any = _swapped_class(ClassSwap(mixin, original, replaced))
-    return made.__new__(made)
+    swapped = _swapped_class(ClassSwap(mixin, original, replaced))
+    return swapped.__new__(swapped)

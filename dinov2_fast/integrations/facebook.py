@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,32 +9,13 @@ from torch import Tensor, nn
 from dinov2_fast.block import SUBSET_THRESHOLD
 from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
 from dinov2_fast.integrations.block import AcceleratedBlock
-from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
-from dinov2_fast.integrations.parts import BlockSpec, KnownPart, PackedAttention, PlainMlp
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
-
-
-class SwiGLU(KnownPart):
-    """`SwiGLUFFN`, with one linear for gate and value."""
-
-    submodules = ("w12", "w3")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.w12), swiglu, linear(module.w3))
 
 
 class FacebookBlock(AcceleratedBlock):
     """`Block` and `NestedTensorBlock`, which have their own rule for stochastic depth."""
 
-    spec = BlockSpec(
-        attention_names=("attn",),
-        scale_names=(("ls1", "ls2"),),
-        drop_path_names=(("drop_path1", "drop_path2"),),
-        attentions=(PackedAttention,),
-        mlps=(PlainMlp, SwiGLU),
-    )
     sample_drop_ratio: float
 
     def needs_own_code(self, x: Any) -> bool:
@@ -68,23 +48,20 @@ class FacebookBackbone(AcceleratedBackbone):
         names = ("num_heads", "interpolate_antialias", "interpolate_offset")
         return DinoVisionTransformer(**read_architecture(weights) | {name: getattr(backbone, name) for name in names})
 
+    def takes(self, images: Tensor) -> bool:
+        return are_whole_patches(images, (self.patch_size, self.patch_size))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = None
-        if type(self.head) is nn.Identity:
-            outputs = self._answer("forward", lambda engine: engine(args[0]), args, *kwargs.values())
+        has_head = type(self.head) is not nn.Identity
+        outputs = self.answer("forward", lambda engine: engine(args[0]), args, *kwargs.values(), has_head)
         return super().forward(*args, **kwargs) if outputs is None else outputs
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        ask = lambda engine: engine.forward_features(args[0])  # noqa: E731
-        outputs = self._answer("forward_features", ask, args, *kwargs.values())
+        method = "forward_features"
+        outputs = self.answer(method, lambda engine: engine.forward_features(args[0]), args, *kwargs.values())
         return super().forward_features(*args, **kwargs) if outputs is None else outputs  # type: ignore[misc]
 
     def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        ask = lambda engine: engine.get_intermediate_layers(*args, **kwargs)  # noqa: E731
-        outputs = self._answer("get_intermediate_layers", ask, args[:1])
+        method = "get_intermediate_layers"
+        outputs = self.answer(method, lambda engine: engine.get_intermediate_layers(*args, **kwargs), args[:1])
         return super().get_intermediate_layers(*args, **kwargs) if outputs is None else outputs  # type: ignore[misc]
-
-    def _answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:
-        if not args or not are_whole_patches(args[0], (self.patch_size, self.patch_size)):
-            return None
-        return self.answer(method, ask, *args, *others)

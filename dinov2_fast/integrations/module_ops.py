@@ -20,8 +20,6 @@ from dinov2_fast.torch_private import is_traced
 
 Function = Callable[[Tensor], Tensor]
 
-# What a module is
-
 
 def is_identity(module: Any) -> bool:
     """Whether `module` is missing, or returns its input and has no hooks."""
@@ -52,16 +50,9 @@ def is_plain_linear(module: Any) -> bool:
     return type(module._parameters.get("weight")) is nn.Parameter and "bias" in module._parameters
 
 
-def _is_idle_dropout(module: Any) -> bool:
-    return type(module) is nn.Dropout and not module.training and not has_hooks(module)
-
-
 def is_recorded() -> bool:
     """Whether the present computation is recorded, by autograd or in a graph that will run again."""
     return torch.is_grad_enabled() or is_traced()
-
-
-# Functions that compute modules
 
 
 def layer_norm(norm: Any) -> Function:
@@ -81,21 +72,21 @@ def linear(module: Any) -> Function:
 
 
 def hidden_gelu(first: Any, activation: Any) -> Function:
-    """The function that computes ``activation(first(x))``.
-
-    Where nothing is recorded, it overwrites the result of a plain linear; `dinov2_fast.layers.Mlp` says why.
-    """
+    """The function ``activation(first(x))``; `dinov2_fast.layers.Mlp` says why it may overwrite ``first(x)``."""
     if not is_exact_gelu(activation) or has_hooks(activation):
         return compose(linear(first), activation)
     overwrite = not is_recorded() and is_plain_linear(first)
     return compose(linear(first), lambda hidden: ops.activation(hidden, "gelu", overwrite=overwrite))
 
 
+def _does_nothing(module: Any) -> bool:
+    idle_dropout = type(module) is nn.Dropout and not module.training and not has_hooks(module)
+    return idle_dropout or is_identity(module)
+
+
 def compose(*functions: Function | None) -> Function:
     """A function that applies `functions` one after the other, without those that return their input."""
-    active: list[Any] = [
-        function for function in functions if not is_identity(function) and not _is_idle_dropout(function)
-    ]
+    active: list[Any] = [function for function in functions if not _does_nothing(function)]
 
     def apply(x: Tensor) -> Tensor:
         for function in active:
@@ -105,16 +96,10 @@ def compose(*functions: Function | None) -> Function:
     return apply
 
 
-# Functions of tensors
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Attention of separate queries, keys and values.
+    """Attention of separate queries, keys and values, each (batch, seq_len, hidden), which is also the result's shape.
 
     torch's implementation takes them as they are; the kernels read them packed, which costs a copy.
-
-    Args:
-        q, k, v: (batch, seq_len, hidden), which is also the shape of the result.
     """
     q, k, v = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (q, k, v))
     shaped_as_packed = q.unsqueeze(2).expand(-1, -1, 3, -1, -1)

@@ -1,46 +1,48 @@
-"""The parts of a block that our ops can compute, and what watches such a part once its block is accelerated.
+"""The parts of a block that our ops can compute.
 
 A part is recognised by the names of its submodules, which only suggest what it computes: `block_check.py` tries that
-on random input. Later changes are noticed by a `ModuleSnapshot`. Here are the parts that several libraries have; those
-of one library are in its own file.
+on random input. Projects combine parts of several libraries, so a block may have any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from itertools import chain
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from dinov2_fast.integrations.changes import ModuleSnapshot, has_hooks, has_only_recording_hooks, shadowed_methods
-from dinov2_fast.integrations.module_ops import Function, attend_packed, compose, hidden_gelu, is_identity, linear
-
-DROPS_WEIGHTS = "it drops attention weights, or its attention dropout has hooks"
-_CHANGED = "it was changed after it was accelerated"
+from dinov2_fast.integrations.changes import has_hooks
+from dinov2_fast.integrations.module_ops import (
+    Function,
+    attend,
+    attend_packed,
+    compose,
+    hidden_gelu,
+    is_identity,
+    linear,
+    swiglu,
+)
 
 
 class KnownPart:
     """A part that our ops can compute. Its functions take modules of other libraries."""
 
-    submodules: ClassVar[tuple[str, ...]] = ()  # by which the part is recognised
-    bypassed: ClassVar[tuple[str, ...]] = ()  # those among them whose `forward` is not called
+    submodules: tuple[str, ...] = ()  # by which the part is recognised
+    bypassed: tuple[str, ...] = ()  # those among them whose `forward` is not called
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         """Whether `module` may be such a part."""
-        return set(cls.submodules) <= module._modules.keys()
+        return set(self.submodules) <= module._modules.keys()
 
-    @staticmethod
-    def function(module: Any) -> Function:
+    def function(self, module: Any) -> Function:
         """The function that computes `module` as it is now."""
         raise NotImplementedError
 
-    @classmethod
-    def compute(cls, module: Any, x: Tensor) -> Tensor:
-        return cls.function(module)(x)
+    def compute(self, module: Any, x: Tensor) -> Tensor:
+        return self.function(module)(x)
 
-    @staticmethod
-    def refuses(module: Any) -> str | None:
+    def refuses(self, module: Any) -> str | None:
         """Why `module` has to be called as it is now, or None."""
         return None
 
@@ -48,97 +50,24 @@ class KnownPart:
 class KnownAttention(KnownPart):
     """An attention that our ops can compute."""
 
-    @staticmethod
-    def dropout(module: Any) -> Any:
+    def dropout(self, module: Any) -> Any:
         """The probability of dropping an attention weight, or the module that drops."""
         raise NotImplementedError
 
-    @staticmethod
-    def extra_parts(module: Any) -> list[str]:
+    def extra_parts(self, module: Any) -> list[str]:
         """The names of submodules that DINOv2's attention does not have."""
         return []
 
-
-class BlockSpec(NamedTuple):
-    """How a library builds its block. Every field lists alternatives. All blocks have `norm1`, `norm2` and `mlp`.
-
-    Args:
-        attention_names: of the attention.
-        scale_names: of LayerScale after the attention and after the MLP.
-        drop_path_names: of stochastic depth after the attention and after the MLP.
-        attentions: what the attention may be.
-        mlps: what the MLP may be.
-    """
-
-    attention_names: tuple[str, ...]
-    scale_names: tuple[tuple[str, str], ...]
-    drop_path_names: tuple[tuple[str, str], ...]
-    attentions: tuple[type[KnownAttention], ...]
-    mlps: tuple[type[KnownPart], ...]
-
-    def part_names(self) -> set[str]:
-        """The names that parts of a block may have."""
-        pairs = (*self.scale_names, *self.drop_path_names)
-        return {"norm1", "norm2", "mlp", *self.attention_names, *(name for pair in pairs for name in pair)}
-
-    def attention_name(self, block: nn.Module) -> str | None:
-        """The name of the attention of `block`; None unless it has exactly one."""
-        found = [name for name in self.attention_names if name in block._modules]
-        return found[0] if len(found) == 1 else None
-
-
-class AcceleratedPart:
-    """A part of an accelerated block: what computes it, and what it was when the block was accelerated."""
-
-    def __init__(self, module: Any, known: type[KnownPart]) -> None:
-        self.known = known
-        bypassed = [(name, ModuleSnapshot(getattr(module, name))) for name in known.bypassed]
-        self._snapshots = [("", ModuleSnapshot(module)), *bypassed]
-        shadowed = [name for _, each in self._modules_of(module) for name in shadowed_methods(each)]
-        self._shadowed = f"methods were set on the instance: {', '.join(shadowed)}" if shadowed else None
-
-    def why_called(self, module: Any) -> str | None:
-        """Why `module` has to be called, or None if our ops compute it."""
-        if self._shadowed:
-            return self._shadowed
-        for snapshot, each in self._modules_of(module):
-            if not snapshot.matches(each):
-                return _CHANGED
-            if has_hooks(each) and not has_only_recording_hooks(each):
-                return "it has hooks, or a forward was set on the instance"
-        return self.known.refuses(module)
-
-    def explain(self, module: Any) -> str | None:
-        """As :meth:`why_called`, and what was changed."""
-        why = self.why_called(module)
-        return self.change(module) if why is _CHANGED else why
-
-    def change(self, module: Any) -> str | None:
-        """What was changed since the block was accelerated, or None."""
-        changed = (snapshot.change(each) for snapshot, each in self._modules_of(module) if not snapshot.matches(each))
-        return next(changed, None)
-
-    def _modules_of(self, module: Any) -> list[tuple[ModuleSnapshot, Any]]:
-        return [(snapshot, getattr(module, name, None) if name else module) for name, snapshot in self._snapshots]
-
-
-Known = TypeVar("Known", bound=type[KnownPart])
-
-
-def match_part(module: nn.Module, candidates: Iterable[Known]) -> Known | None:
-    """The first of `candidates` that `module` may be, or None."""
-    return next((known for known in candidates if known.fits(module)), None)
-
-
-def drops_weights(dropout: Any, training: bool) -> bool:
-    """Whether a dropout of attention weights, a module or a probability, drops any in this mode or has hooks."""
-    if not isinstance(dropout, nn.Module):
-        return bool(training and dropout)
-    if is_identity(dropout):
-        return False
-    if type(dropout) is not nn.Dropout or has_hooks(dropout):
-        return True
-    return dropout.p > 0 and (training or dropout.training)
+    def refuses_dropout(self, module: Any) -> str | None:
+        """Says so if `module` drops attention weights in this mode, or its dropout has hooks."""
+        dropout = self.dropout(module)
+        if not isinstance(dropout, nn.Module):
+            drops = module.training and dropout
+        elif type(dropout) is nn.Dropout and not has_hooks(dropout):
+            drops = dropout.p > 0 and (module.training or dropout.training)
+        else:
+            drops = not is_identity(dropout)
+        return "it drops attention weights, or its attention dropout has hooks" if drops else None
 
 
 class PackedAttention(KnownAttention):
@@ -146,76 +75,209 @@ class PackedAttention(KnownAttention):
 
     submodules = ("qkv", "proj")
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         return super().fits(module) and hasattr(module, "num_heads")
 
-    @staticmethod
-    def function(module: Any) -> Function:
+    def function(self, module: Any) -> Function:
         num_heads, drop = module.num_heads, module._modules.get("proj_drop")
         return compose(linear(module.qkv), lambda qkv: attend_packed(qkv, num_heads), linear(module.proj), drop)
 
-    @staticmethod
-    def refuses(module: Any) -> str | None:
+    def refuses(self, module: Any) -> str | None:
         if not getattr(module, "fused_attn", True):
             return "fused_attn is off"
-        extra = PackedAttention.extra_parts(module)
+        extra = self.extra_parts(module)
         if extra:
             return f"it has {' and '.join(extra)}"
-        return DROPS_WEIGHTS if drops_weights(PackedAttention.dropout(module), module.training) else None
+        return self.refuses_dropout(module)
 
-    @staticmethod
-    def extra_parts(module: Any) -> list[str]:
+    def extra_parts(self, module: Any) -> list[str]:
         known = ("qkv", "attn_drop", "proj", "proj_drop")
         return [name for name, child in module._modules.items() if name not in known and not is_identity(child)]
 
-    @staticmethod
-    def dropout(module: Any) -> Any:
+    def dropout(self, module: Any) -> Any:
         return getattr(module, "attn_drop", None)
+
+
+class SeparateAttention(KnownAttention):
+    """One linear each for queries, keys, values and output, in one module: newer versions of transformers."""
+
+    submodules = ("q_proj", "k_proj", "v_proj")
+
+    def fits(self, module: nn.Module) -> bool:
+        output = {"o_proj", "out_proj"} & module._modules.keys()
+        return super().fits(module) and len(output) == 1 and hasattr(module, "config")
+
+    def function(self, module: Any) -> Function:
+        num_heads = module.__dict__.get("num_heads") or module.num_attention_heads
+        out = module.o_proj if "o_proj" in module._modules else module.out_proj
+        return compose(_attention(module.q_proj, module.k_proj, module.v_proj, num_heads), linear(out))
+
+    def refuses(self, module: Any) -> str | None:
+        # sdpa returns no weights, so hooks that record them get none; other implementations return them.
+        implementation = module.config._attn_implementation
+        if implementation != "sdpa":
+            return f"its attention implementation is {implementation}"
+        return self.refuses_dropout(module)
+
+    def dropout(self, module: Any) -> Any:
+        names = ("dropout_prob", "attention_dropout", "dropout")
+        return next((module.__dict__[name] for name in names if name in module.__dict__), None)
+
+
+class NestedAttention(KnownAttention):
+    """As :class:`SeparateAttention`, in two modules, `attention` and `output`: older versions of transformers."""
+
+    submodules = bypassed = ("attention", "output")
+    _inner = SeparateAttention()
+
+    def fits(self, module: Any) -> bool:
+        return super().fits(module) and {"query", "key", "value"} <= module.attention._modules.keys()
+
+    def function(self, module: Any) -> Function:
+        inner, output = module.attention, module.output
+        attention = _attention(inner.query, inner.key, inner.value, inner.num_attention_heads)
+        return compose(attention, linear(output.dense), output.dropout)
+
+    def refuses(self, module: Any) -> str | None:
+        return self._inner.refuses(module.attention)
+
+    def dropout(self, module: Any) -> Any:
+        return self._inner.dropout(module.attention)
+
+
+def _attention(query: nn.Module, key: nn.Module, value: nn.Module, num_heads: int) -> Function:
+    q, k, v = map(linear, (query, key, value))
+    return lambda x: attend(q(x), k(x), v(x), num_heads)
 
 
 class PlainMlp(KnownPart):
     """Two linears with an activation in between, and the dropouts of timm and Meta."""
 
     submodules = ("fc1", "fc2")
-    activation_names: ClassVar[tuple[str, ...]] = ("act", "activation_fn", "activation")
+    activation_names = ("act", "activation_fn", "activation")
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         gated = hasattr(module, "gate_last")  # timm's `GluMlp`
-        return super().fits(module) and not gated and bool(set(cls.activation_names) & module._modules.keys())
+        return super().fits(module) and not gated and bool(set(self.activation_names) & module._modules.keys())
 
-    @staticmethod
-    def function(module: Any) -> Function:
-        activation = next(module._modules[name] for name in PlainMlp.activation_names if name in module._modules)
-        return compose(hidden_gelu(module.fc1, activation), *PlainMlp.after_activation(module))
+    def function(self, module: Any) -> Function:
+        activation = next(module._modules[name] for name in self.activation_names if name in module._modules)
+        return compose(hidden_gelu(module.fc1, activation), *_after_activation(module))
 
-    @staticmethod
-    def after_activation(module: Any) -> tuple[Function | None, ...]:
-        """What is applied to the hidden features."""
-        part = module._modules.get
-        return part("drop1", part("drop")), part("norm"), linear(module.fc2), part("drop2", part("drop"))
+
+class GatedMlp(KnownPart):
+    """timm's `GluMlp`, where its gate makes it a SwiGLU."""
+
+    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+    def fits(self, module: nn.Module) -> bool:
+        return super().fits(module) and hasattr(module, "gate_last")
+
+    def function(self, module: Any) -> Function:
+        return compose(linear(module.fc1), swiglu, *_after_activation(module))
+
+    def refuses(self, module: Any) -> str | None:
+        is_swiglu = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
+        return None if is_swiglu else "its gate is not that of SwiGLU"
+
+
+def _after_activation(module: Any) -> tuple[Function | None, ...]:
+    """What an MLP applies to the hidden features."""
+    part = module._modules.get
+    return part("drop1", part("drop")), part("norm"), linear(module.fc2), part("drop2", part("drop"))
+
+
+class PackedSwiGLU(KnownPart):
+    """SwiGLU with one linear for gate and value: Meta's, and older versions of transformers."""
+
+    def __init__(self, *submodules: str) -> None:
+        self.submodules = submodules
+
+    def function(self, module: Any) -> Function:
+        packed, out = self.submodules
+        return compose(linear(getattr(module, packed)), swiglu, linear(getattr(module, out)))
+
+
+class SeparateSwiGLU(KnownPart):
+    """SwiGLU with linears for gate and value: newer transformers. Our op, which reads both packed, does not fit."""
+
+    submodules = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+    def function(self, module: Any) -> Function:
+        gate, activation, up = linear(module.gate_proj), module.act_fn, linear(module.up_proj)
+        return compose(lambda x: activation(gate(x)) * up(x), linear(module.down_proj))
 
 
 class LayerScale(KnownPart):
     """A factor for each feature, its only parameter."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         return not module._modules and list(module._parameters) in (["gamma"], ["lambda1"])
 
 
 class DropPath(KnownPart):
     """Stochastic depth: it multiplies each image's branch by a random number."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module) -> bool:
         return not module._modules and not module._parameters and hasattr(module, "drop_prob")
 
 
 class Norm(KnownPart):
-    """Any norm; `module_ops.is_layer_norm` says which ones our op computes."""
+    """Any norm; `is_layer_norm` of `module_ops.py` says which ones our op computes."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return True
+
+# What the parts of a block are called and may be. Pairs of names are for its two branches.
+_ATTENTION_NAMES = ("attention", "attn")
+_SCALE_NAMES = (("layer_scale1", "layer_scale2"), ("ls1", "ls2"))
+_DROP_PATH_NAMES = (("drop_path", "drop_path"), ("drop_path1", "drop_path2"))
+PART_NAMES = {"norm1", "norm2", "mlp", *_ATTENTION_NAMES, *chain(*_SCALE_NAMES, *_DROP_PATH_NAMES)}
+ATTENTIONS: tuple[KnownAttention, ...] = (NestedAttention(), SeparateAttention(), PackedAttention())
+MLPS: tuple[KnownPart, ...] = (
+    PlainMlp(),
+    PackedSwiGLU("weights_in", "weights_out"),
+    SeparateSwiGLU(),
+    PackedSwiGLU("w12", "w3"),
+    GatedMlp(),
+)
+
+
+def attention_name(block: nn.Module) -> str:
+    """The name of the attention of `block`, or "" unless it has exactly one."""
+    found = [name for name in _ATTENTION_NAMES if name in block._modules]
+    return found[0] if len(found) == 1 else ""
+
+
+def scale_names(block: nn.Module) -> tuple[str | None, str | None]:
+    """The names of LayerScale in the two branches of `block`, or None."""
+    return _first_present(block, _SCALE_NAMES)
+
+
+def drop_path_names(block: nn.Module) -> tuple[str | None, str | None]:
+    """The names of stochastic depth in the two branches of `block`, or None."""
+    return _first_present(block, _DROP_PATH_NAMES)
+
+
+def _first_present(block: nn.Module, pairs: Iterable[tuple[str, str]]) -> tuple[str | None, str | None]:
+    return next((pair for pair in pairs if block._modules.keys() >= set(pair)), (None, None))
+
+
+def known_branches(block: nn.Module) -> dict[str, KnownPart | None]:
+    """What the attention and the MLP of `block` may be, by their names."""
+    name = attention_name(block)
+    return {name: match_part(getattr(block, name), ATTENTIONS), "mlp": match_part(block.mlp, MLPS)}
+
+
+def known_parts(block: nn.Module) -> dict[str, KnownPart]:
+    """What the parts of `block` that our ops can compute may be, by their names."""
+    parts = known_branches(block) | {"norm1": Norm(), "norm2": Norm()}
+    parts |= {name: match_part(getattr(block, name), [LayerScale()]) for name in scale_names(block) if name}
+    parts |= {name: match_part(getattr(block, name), [DropPath()]) for name in drop_path_names(block) if name}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+Known = TypeVar("Known", bound=KnownPart)
+
+
+def match_part(module: Any, candidates: Iterable[Known]) -> Known | None:
+    """The first of `candidates` that `module` may be, or None."""
+    return next((known for known in candidates if known.fits(module)), None)

@@ -7,43 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_fast.integrations.backbone import AcceleratedBackbone, are_whole_patches
-from dinov2_fast.integrations.block import AcceleratedBlock
-from dinov2_fast.integrations.changes import has_hooks
-from dinov2_fast.integrations.module_ops import Function, compose, linear, swiglu
-from dinov2_fast.integrations.parts import BlockSpec, KnownPart, PackedAttention, PlainMlp
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 from dinov2_fast.weights.architecture import read_architecture
-
-
-class GatedMlp(KnownPart):
-    """`GluMlp`, where its gate makes it a SwiGLU."""
-
-    submodules = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return super().fits(module) and hasattr(module, "gate_last")
-
-    @staticmethod
-    def function(module: Any) -> Function:
-        return compose(linear(module.fc1), swiglu, *PlainMlp.after_activation(module))
-
-    @staticmethod
-    def refuses(module: Any) -> str | None:
-        is_swiglu = not module.gate_last and type(module.act) is nn.SiLU and not has_hooks(module.act)
-        return None if is_swiglu else "its gate is not that of SwiGLU"
-
-
-class TimmBlock(AcceleratedBlock):
-    """`Block`, and the blocks of projects that built theirs in the same way."""
-
-    spec = BlockSpec(
-        attention_names=("attn",),
-        scale_names=(("ls1", "ls2"),),
-        drop_path_names=(("drop_path1", "drop_path2"), ("drop_path", "drop_path")),  # the second: older versions
-        attentions=(PackedAttention,),
-        mlps=(PlainMlp, GatedMlp),
-    )
 
 
 class TimmBackbone(AcceleratedBackbone):
@@ -81,6 +46,10 @@ class TimmBackbone(AcceleratedBackbone):
             model.norm = nn.Identity()  # type: ignore[assignment]  # where timm normalises after pooling
         return model
 
+    def takes(self, images: Tensor) -> bool:
+        only_size = self.fixed_image_size(self)
+        return are_whole_patches(images, self.patch_embed.patch_size) and only_size in (None, images.shape[2:])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)  # which calls `forward_features`
 
@@ -91,15 +60,6 @@ class TimmBackbone(AcceleratedBackbone):
         return self._answer("forward_intermediates", args, kwargs)
 
     def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outputs = None
-        if args and self._takes_size_of(args[0]):
-            masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
-            outputs = self.answer(method, lambda engine: getattr(engine, method)(*args, **kwargs), args[0], *masks)
+        masks = kwargs.get("attn_mask"), kwargs.get("is_causal")
+        outputs = self.answer(method, lambda engine: getattr(engine, method)(*args, **kwargs), args[:1], *masks)
         return getattr(super(), method)(*args, **kwargs) if outputs is None else outputs
-
-    def _takes_size_of(self, x: Any) -> bool:
-        """Whether timm takes images of this size as they are; for others it raises or pads."""
-        return are_whole_patches(x, self.patch_embed.patch_size) and self.fixed_image_size(self) in (
-            None,
-            tuple(x.shape[2:]),
-        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,17 +30,11 @@ Call = Callable[[Any, Tensor], Any]
 
 
 class TrialRun(NamedTuple):
-    """What happened when a module ran on the random input.
+    """What happened when a module ran on the random input."""
 
-    Args:
-        output: the result, or the error that was raised.
-        calls: how often each linear was called, by its name, in the forward and the backward pass.
-        changed: the names of attributes that the call changed, on the module or inside it.
-    """
-
-    output: Any
-    calls: Counter[str]
-    changed: tuple[str, ...]
+    output: Any  # the result, or the error that was raised
+    calls: Counter[str]  # how often each linear was called, by its name, in the forward and the backward pass
+    changed: tuple[str, ...]  # the names of attributes that the call changed, on the module or inside it
 
 
 @torch.inference_mode(False)
@@ -79,16 +73,12 @@ def run_copy(module: nn.Module, training: bool, call: Call = lambda module, x: m
     return TrialRun(output, calls, _changed(before, _attributes_inside(module)))
 
 
-def relative_error(found: Any, wanted: Tensor) -> float:
-    """The largest difference over the largest element of `wanted`; infinite if the shapes differ."""
+def error_beyond_rounding(found: Any, wanted: Tensor) -> float | None:
+    """The largest difference over the largest element of `wanted`, or None if rounding explains it."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return float("inf")
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def agree(found: Any, wanted: Tensor) -> bool:
-    """Whether the two differ by rounding only."""
-    return relative_error(found, wanted) <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE)
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    return None if error <= (_TOLERANCE if wanted.dtype == torch.float64 else _FP32_TOLERANCE) else error
 
 
 class _RandomTensors:
@@ -116,28 +106,24 @@ class _RandomTensors:
 
 def _copy(module: Any, weights: _RandomTensors, copies: dict[int, nn.Module]) -> nn.Module:
     """The copy of `module`: the one in `copies`, by the identity of the module, or a new one."""
-    if id(module) not in copies:
-        copies[id(module)] = _copy_anew(_plain_linear(module) or module, weights, copies)
-    return copies[id(module)]
-
-
-def _copy_anew(module: nn.Module, weights: _RandomTensors, copies: dict[int, nn.Module]) -> nn.Module:
-    copied: Any = type(module).__new__(type(module))
-    shadowed = shadowed_methods(module)
+    if id(module) in copies:
+        return copies[id(module)]
+    source = _plain_linear(module) or module
+    source_class: Any = type(source)
+    copied = source_class.__new__(source_class)
     copied.__dict__ |= vars(nn.Module())
-    plain = {name: value for name, value in plain_attributes(module).items() if name not in shadowed}
-    copied.__dict__ |= {name: _copy_container(value) for name, value in plain.items()}
-    for name, parameter in module._parameters.items():
+    shadowed = shadowed_methods(source)
+    for name, value in plain_attributes(source).items():
+        if name not in shadowed:
+            copied.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+    for name, parameter in source._parameters.items():
         copied._parameters[name] = None if parameter is None else weights.parameter(parameter)
-    for name, buffer in module._buffers.items():
+    for name, buffer in source._buffers.items():
         copied._buffers[name] = None if buffer is None else weights.buffer(buffer)
-    for name, child in module._modules.items():
+    for name, child in source._modules.items():
         copied._modules[name] = None if child is None else _copy(child, weights, copies)
+    copies[id(module)] = copied
     return copied
-
-
-def _copy_container(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, list | dict | set) else value
 
 
 def _plain_linear(module: Any) -> nn.Linear | None:
@@ -152,13 +138,14 @@ def _plain_linear(module: Any) -> nn.Linear | None:
 @contextmanager
 def _isolated_from_process(device: torch.device, training: bool) -> Iterator[None]:
     """Inside, settings of the process do not affect a module, and the module draws its own random numbers."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(training),
+        torch.autocast(device.type, enabled=False),
+        use_backend("torch"),
+        _no_global_hooks(),
+    ):
         torch.manual_seed(_SEED)
-        stack.enter_context(torch.set_grad_enabled(training))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(use_backend("torch"))
-        stack.enter_context(_no_global_hooks())
         yield
 
 
@@ -186,6 +173,5 @@ def _attributes_inside(module: nn.Module) -> dict[str, tuple[Any, int]]:
 
 def _changed(before: dict[str, tuple[Any, int]], after: dict[str, tuple[Any, int]]) -> tuple[str, ...]:
     """The names of attributes that are new or have another value or length."""
-    absent = (None, -1)
-    then = {name: before.get(name, absent) for name in after}
+    then = {name: before.get(name, (None, -1)) for name in after}
     return tuple(n for n, (value, length) in after.items() if then[n][0] is not value or then[n][1] != length)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dinov2_fast import accelerate, ops
 from dinov2_fast.integrations import parts
-from dinov2_fast.integrations import transformers as transformers_blocks
 from dinov2_fast.integrations.module_ops import is_layer_norm
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.devices import DEVICE, runs_triton
@@ -117,7 +116,7 @@ def test_the_ops_are_in_use(some: LibraryModel, monkeypatch: pytest.MonkeyPatch)
     spy(ops, "activation", lambda x, kind, **kwargs: f".{kind}")
     for name in ("add_residual", "linear"):
         spy(ops, name)
-    spy(transformers_blocks, "attend")
+    spy(parts, "attend")
     spy(parts, "attend_packed")
     depth = len(blocks_of(model, some))
     with torch.no_grad():
@@ -185,8 +184,8 @@ def test_transformers_recorded_outputs_do_not_stop_our_attention(monkeypatch: py
     pytest.importorskip("transformers")
     model = accelerate(filled(transformers_model("Dinov2", "Backbone")).eval())  # it has recording hooks from the start
     calls: list[int] = []
-    attend = transformers_blocks.attend
-    monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = parts.attend
+    monkeypatch.setattr(parts, "attend", lambda *args: calls.append(1) or attend(*args))
     model(images())
     assert len(calls) == 2
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dinov2_fast import accelerate, acceleration_report
-from dinov2_fast.integrations import transformers as transformers_blocks
+from dinov2_fast.integrations import parts
 from dinov2_fast.integrations.block import AcceleratedBlock
 from tests.helpers.library_models import KINDS, LibraryModel, assert_same, images, needs, tensors
 
@@ -304,8 +304,8 @@ def test_another_implementation_of_attention_is_followed(monkeypatch: pytest.Mon
     needs(kind)
     model: Any = accelerate(kind.build())
     calls: list[int] = []
-    attend = transformers_blocks.attend
-    monkeypatch.setattr(transformers_blocks, "attend", lambda *args: calls.append(1) or attend(*args))
+    attend = parts.attend
+    monkeypatch.setattr(parts, "attend", lambda *args: calls.append(1) or attend(*args))
     for implementation, expected in (("sdpa", 2), ("eager", 0), ("sdpa", 2)):
         model.set_attn_implementation(implementation)
         calls.clear()
