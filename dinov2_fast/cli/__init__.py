@@ -1,6 +1,7 @@
-"""The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
+"""The command ``dinov2-fast``.
 
-A subcommand parses arguments, calls one function of the library and prints its result.
+Each subcommand is a module with its help texts, `add_options(parser)` and `run(args) -> exit code`, which calls one
+function of the library and prints its result.
 """
 
 from __future__ import annotations
@@ -73,7 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dinov2_fast {dinov2_fast.__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        subparser = subparsers.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=command.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(subparser)
+        subparser.set_defaults(run=command.run)
     return parser
 
 

@@ -6,19 +6,19 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from typing import Any
 
 OPTIONAL = ("triton", "xformers", "transformers", "timm")
 REQUIRED = ("torch", "numpy", "pillow", "pyarrow", "safetensors", "huggingface_hub")
+HELP = "show versions, device, ops and cache"
+DESCRIPTION = """\
+Shows versions, devices, which implementation of each op runs and why, and the
+cached weights.
+"""
+EPILOG = None
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "info",
-        help="show versions, device, ops and cache",
-        description="Shows versions, devices, which implementation of each op runs and why, and the cached weights.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("--device", help="for the table of ops: cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",
@@ -27,7 +27,6 @@ def add_parser(subparsers: Any) -> None:
         help="for the table of ops (default: float32)",
     )
     parser.add_argument("--training", action="store_true", help="show the table of ops for training")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,19 +34,9 @@ class ExportError(Dinov2FastError, RuntimeError):
     """The model cannot be exported this way, or the file does not compute what the model does."""
 
 
-def check_model(model: Any) -> None:
-    """Refuses what is no backbone in eval mode."""
-    if not isinstance(model, DinoVisionTransformer):
-        raise InvalidTypeError(
-            f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
-            "dinov2_fast.load, which reads every layout. In place of an engine, export the model that it was made of."
-        )
-    if model.training:
-        raise InvalidValueError("The model is in training mode; call model.eval() first.")
-
-
 def check_settings(
-    model: DinoVisionTransformer,
+    model: Any,
+    classifier: nn.Linear | None,
     format: str,
     outputs: Sequence[str],
     dtype: str,
@@ -54,7 +44,14 @@ def check_settings(
     batch_size: int | None,
     size: tuple[int, int] | None,
 ) -> None:
-    """Refuses settings that do not exist, or do not go with the model or with each other."""
+    """Refuses what is no backbone in eval mode, and settings that do not exist or do not go together."""
+    if not isinstance(model, DinoVisionTransformer):
+        raise InvalidTypeError(
+            f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
+            "dinov2_fast.load, which reads every layout. In place of an engine, export the model that it was made of."
+        )
+    if model.training:
+        raise InvalidValueError("The model is in training mode; call model.eval() first.")
     if dtype not in DTYPES:
         raise InvalidValueError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     known = (*OUTPUTS, LOGITS)
@@ -79,10 +76,6 @@ def check_settings(
         raise InvalidValueError(
             f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}."
         )
-
-
-def check_classifier(model: DinoVisionTransformer, classifier: nn.Linear | None, outputs: Sequence[str]) -> None:
-    """Refuses a missing classifier, or one of other features."""
     if LOGITS in outputs and classifier is None:
         raise InvalidValueError("There is no classifier for the output logits: give one, or leave logits out.")
     if classifier is not None and classifier.in_features not in (model.embed_dim, 2 * model.embed_dim):
