@@ -31,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints all sections to stdout; 0."""
-    device = args.device or _default_device()
+    from dinov2_fast.inference.loading import find_device
+
+    device = args.device or str(find_device(None))
     mode = "training" if args.training else "inference"
     sections = {
         "Versions": _versions(),
@@ -72,12 +74,6 @@ def _device() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
     yield f"extension: {extension.availability()}"
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _ops(device: str, dtype: str, training: bool) -> Iterator[str]:

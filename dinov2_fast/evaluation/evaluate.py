@@ -17,15 +17,7 @@ from dinov2_fast.evaluation.labelled import (
     number_classes,
     read_labelled,
 )
-from dinov2_fast.evaluation.linear import (
-    BATCH_SIZE,
-    BLOCKS,
-    LEARNING_RATES,
-    STEPS,
-    Probe,
-    ProbeInputs,
-    linear_probes,
-)
+from dinov2_fast.evaluation.linear import BATCH_SIZE, BLOCKS, LEARNING_RATES, STEPS, Probe, ProbeInputs, linear_probes
 from dinov2_fast.evaluation.metrics import Accuracy
 from dinov2_fast.inference.loading import find_device
 

@@ -91,7 +91,8 @@ def check_path(path: Path, format: str, overwrite: bool) -> None:
         raise InvalidValueError(f"There is no format {format!r}; choose one of {', '.join(ENDINGS)}.")
     if path.suffix != ENDINGS[format]:
         raise InvalidValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
-    for file in (path, weights_file(path)) if format == "onnx" else (path,):
+    weights = path.with_name(f"{path.name}.data")  # the second file of a large ONNX graph
+    for file in (path, weights) if format == "onnx" else (path,):
         if file.is_dir() or (file.exists() and not overwrite):
             raise FileExistsError(
                 f"{str(file)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."
@@ -123,8 +124,3 @@ def check_images(model: DinoVisionTransformer, batches: Sequence[Tensor], size: 
         if batch.ndim != 4 or not len(batch) or batch.shape[1] != channels or not right:
             wanted = f"{size[0]}, {size[1]}" if size else f"multiple of {patch}, multiple of {patch}"
             raise InvalidValueError(f"images must be batches (images, {channels}, {wanted}), got {tuple(batch.shape)}.")
-
-
-def weights_file(path: Path) -> Path:
-    """The second file of an ONNX graph, for weights that are too large for the first."""
-    return path.with_name(f"{path.name}.data")

@@ -29,19 +29,12 @@ THUMBNAIL = (252, 252)  # pixels
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` wrote.
+    """What `show` wrote."""
 
-    Attributes:
-        files: the PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved.
-        left_out: images that cannot be read.
-        unreadable: images of stored features that cannot be read any more; they are grey on the sheets.
-        is_limited: whether there are more images than were drawn.
-    """
-
-    files: dict[str, Path]
-    left_out: Failures
-    unreadable: Failures
-    is_limited: bool
+    files: dict[str, Path]  # the PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved
+    left_out: Failures  # images that cannot be read
+    unreadable: Failures  # images of stored features that cannot be read any more; they are grey on the sheets
+    is_limited: bool  # there are more images than were drawn
 
 
 def show(
@@ -121,7 +114,7 @@ def show(
             loaded.stride = stride
         if announce:
             announce(len(sources[:limit]))
-        drawable = run_model(model, loaded, sources[:limit], kinds, size, blocks, heads)
+        drawable = run_model(model, loaded, sources[:limit], kinds, size, blocks)
         _check_neighbours(kinds, len(drawable.names))
     if given:
         _check_basis(given, str(basis), drawable, foreground)
@@ -129,7 +122,7 @@ def show(
     if drawable.patches:
         sheets.draw_pca(given, basis, save_basis, foreground)
     if drawable.attention:
-        sheets.draw_attention()
+        sheets.draw_attention(heads or ())
     if drawable.cls is not None:
         sheets.draw_neighbours(nearest(drawable.cls, drawable.rows, count))
     return Shown(sheets.files, drawable.left_out, drawable.unreadable, is_limited)
@@ -198,10 +191,10 @@ class _Sheets:
         title = f"first three principal components of the patch tokens, {drawable.caption}"
         self._save("pca", strips, title, note, columns=max(6 // len(strips[0]), 1), height=200)
 
-    def draw_attention(self) -> None:
+    def draw_attention(self, heads: Sequence[int]) -> None:
         """Each image and its attention maps."""
         drawable = self._drawable
-        strips = attention_strips(self._names, self._images(), drawable.attention, drawable.grid, drawable.heads)
+        strips = attention_strips(self._names, self._images(), drawable.attention, drawable.grid, heads)
         note = "Each map is scaled on its own: maps show where a head looks, but not which head looks more."
         self._save("attention", strips, f"attention of the CLS token, {drawable.caption}", note, height=150)
 
