@@ -64,12 +64,10 @@ def convert_checkpoint(
     else:
         _check_folder(target, overwrite)
     checkpoint = find_named(source)
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    plan = plan_weights(state_dict)
+    plan, architecture = open_checkpoint(checkpoint)
     summary = summary_of(plan, architecture)
     if is_file:
-        written = save_weights(convert_state_dict(state_dict, to=layout), target, overwrite=overwrite)
+        written = save_weights(convert_state_dict(plan.source, to=layout), target, overwrite=overwrite)
     else:
         written = _write_folder(checkpoint, target)
     compared, lost = _read_back(plan, plan_weights(open_weights(written)))
@@ -83,6 +81,12 @@ def convert_checkpoint(
 def find_named(name: str) -> Checkpoint:
     """The checkpoint of one of the eight names, or a file, folder or hub id."""
     return find_backbone(BACKBONES[name]) if name in BACKBONES else find_checkpoint(name)
+
+
+def open_checkpoint(checkpoint: Checkpoint) -> tuple[ConversionPlan, dict[str, Any]]:
+    """The weights of a checkpoint in any layout, and the arguments of their backbone's constructor."""
+    state_dict = open_weights(checkpoint.weights)
+    return plan_weights(state_dict), read_architecture(state_dict, checkpoint.config)
 
 
 def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
@@ -109,9 +113,7 @@ def huggingface_model(checkpoint: Checkpoint) -> Any:
     Raises:
         WeightsError: transformers has no such model, or the weights do not fit it.
     """
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    plan = plan_weights(state_dict)
+    plan, architecture = open_checkpoint(checkpoint)
     labels = plan.read("classifier.weight").shape[0] if "classifier.weight" in plan.recipes else None
     kind = "Dinov2WithRegisters" if architecture["num_register_tokens"] else "Dinov2"
     model_class = getattr(huggingface, f"{kind}ForImageClassification" if labels else f"{kind}Model")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.convert import find_named, huggingface_model, summary_of
+from dinov2_fast.convert import find_named, huggingface_model, open_checkpoint, summary_of
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.readable import readable_batches
@@ -21,10 +21,8 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import POSITION_INTERPOLATIONS
-from dinov2_fast.weights.architecture import plan_weights, read_architecture
 from dinov2_fast.weights.compare import FeatureDifference, Tokens, WeightDifference, compare_features, compare_weights
 from dinov2_fast.weights.convert import convert_state_dict
-from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import load
 from dinov2_fast.weights.sources import Checkpoint
 
@@ -89,7 +87,7 @@ def verify(
     if other is None:
         b_tokens, description = _load_from_library(b, checkpoint, place)
     else:
-        weights = compare_weights(*(plan_weights(open_weights(each.weights)) for each in (checkpoint, other)))
+        weights = compare_weights(*(open_checkpoint(each)[0] for each in (checkpoint, other)))
         b_tokens, description = _tokens_of(_load(other, position_interpolation, place)), _description(other)
     own, failures = model.position_interpolation, Failures()
     features, error, agreeing = None, None, None
@@ -116,9 +114,7 @@ def _tokens_of(model: DinoVisionTransformer) -> ModelTokens:
 
 
 def _description(checkpoint: Checkpoint) -> str:
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    return f"{checkpoint.weights}\n   {summary_of(plan_weights(state_dict), architecture)}"
+    return f"{checkpoint.weights}\n   {summary_of(*open_checkpoint(checkpoint))}"
 
 
 def _agreeing_interpolation(
@@ -177,9 +173,8 @@ def _load_timm(name: str, checkpoint: Checkpoint) -> Any:
 
     if name:
         return timm.create_model(name, pretrained=True, dynamic_img_size=True)
-    state_dict = open_weights(checkpoint.weights)
-    sizes = read_architecture(state_dict, checkpoint.config)
-    weights = convert_state_dict(state_dict, to="timm")
+    plan, sizes = open_checkpoint(checkpoint)
+    weights = convert_state_dict(plan.source, to="timm")
     gated, registers = sizes["ffn_layer"] == "swiglufused", sizes["num_register_tokens"]
     first_linear = weights["blocks.0.mlp.fc1.weight"].shape[0]  # of both halves of a gated network
     model = timm.create_model(

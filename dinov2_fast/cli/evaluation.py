@@ -57,14 +57,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as `evaluate_knn` and `evaluate_linear` take them, and the progress.
-
-    Raises:
-        ValueError: the file of --json cannot be written; this is not left for the end of the work.
-    """
+    """The options as `evaluate_knn` and `evaluate_linear` take them, and the progress."""
     from dinov2_fast.evaluation.labelled import ModelOptions
 
-    if args.json:
+    if args.json:  # an error now is better than one after the work
         _check_writable(Path(args.json))
     names = [field.name for field in fields(ModelOptions)]
     model = ModelOptions(**{name: getattr(args, name) for name in names})
@@ -79,14 +75,9 @@ def print_results(
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> int:
-    """Prints the images and the table, on stderr the images that were left out; writes the file of --json.
+    """Prints the images of each set and the table; writes `settings` and `results` to the file of --json too.
 
-    Args:
-        sets: the features of TRAIN, VAL and TEST, as far as they are given.
-        settings, results: for the file, before and after what it says about the sets.
-
-    Returns:
-        The exit code: 3 if images had to be left out.
+    Returns the exit code: 3 if images had to be left out, which are named on stderr.
     """
     about: dict[str, Any] = {"train": None, "val": None}
     for name, each in zip(("train", "val", "test"), sets, strict=False):

@@ -21,12 +21,7 @@ _TOP_PERCENTILE = 99.5  # is the brightest: single patches with nearly all the a
 
 
 def pca_strips(names: Sequence[str], images: Sequence[Image.Image], colours: Mapping[int, NDArray[np.uint8]]) -> Strips:
-    """Each image and its colours.
-
-    Args:
-        names, images: one for each strip.
-        colours: block -> (images, rows, columns, 3) from `pca_rgb`. Several blocks are labelled.
-    """
+    """Each image and its `colours` from `pca_rgb`: block -> (images, rows, columns, 3). Several blocks are labelled."""
     strips = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
         maps = [
@@ -74,13 +69,9 @@ def attention_strips(
     grid: tuple[int, int],
     heads: Sequence[int],
 ) -> Strips:
-    """Each image, the mean attention map of all heads, and the maps of chosen heads; one strip for each block.
+    """Each image, the mean attention map of all heads, and the maps of chosen `heads`; one strip for each block.
 
-    Args:
-        names, images: one for each image.
-        attention: block -> for each image an array (all heads, patches).
-        grid: (rows, columns) of patches.
-        heads: indices of the heads whose maps are drawn.
+    `attention` is block -> for each image an array (all heads, patches), `grid` (rows, columns) of patches.
     """
     strips = []
     texts = ["mean of all heads", *(f"head {head}" for head in heads)]
@@ -100,13 +91,7 @@ def neighbour_strips(
     neighbours: NDArray[np.int64],
     cosines: NDArray[np.float32],
 ) -> Strips:
-    """Each chosen image and its neighbours, with their cosines.
-
-    Args:
-        names, images: by row.
-        rows: the images whose neighbours are shown.
-        neighbours, cosines: (rows, count) from `dinov2_fast.curation.neighbours.nearest`.
-    """
+    """The images in `rows` and their neighbours: (rows, count) from `dinov2_fast.curation.neighbours.nearest`."""
     strips = []
     for row, found, near in zip(rows, neighbours.tolist(), cosines.tolist(), strict=True):
         tiles = [Tile(images[i], f"{cosine:.3f} {names[i]}") for i, cosine in zip(found, near, strict=True)]

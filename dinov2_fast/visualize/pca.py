@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,14 @@ class PcaBasis:
         rgb = basis.rgb(patches_of_another_image, grid)
         basis.save("basis.safetensors")
 
-    Attributes:
-        components: the three components.
-        low, high: (3,), the scores that become 0 and 255.
-        foreground: one component, positive on the foreground; None if all patches are foreground.
-        about: where the features came from. `dinov2-fast show` writes and compares "model", "weights" (their SHA-256)
-            and "block" (0 is the first).
+    `about` says where the features came from: `dinov2-fast show` writes and compares "model", "weights" (their
+    SHA-256) and "block" (0 is the first).
     """
 
-    components: Components
-    low: Array
-    high: Array
-    foreground: Components | None = None
+    components: Components  # three
+    low: Array  # (3,), the scores that become 0
+    high: Array  # (3,), the scores that become 255
+    foreground: Components | None = None  # one, positive on the foreground; None if all patches are foreground
     about: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -178,7 +175,15 @@ class PcaBasis:
             FileNotFoundError: there is no file.
             ValueError: the file is not a basis.
         """
-        arrays, about = _read(path)
+        arrays: dict[str, Array] = {}
+        with suppress(SafetensorError), safe_open(path, "numpy") as file:
+            about, names = file.metadata() or {}, file.keys()
+            if about.pop("format", None) == _FORMAT:
+                arrays = {name: file.get_tensor(name) for name in names}
+        if not arrays:
+            raise InvalidValueError(
+                f"{os.fspath(path)!r} is not a PCA basis; `dinov2-fast show --save-basis` writes one."
+            )
         components = Components(arrays["mean"], arrays["directions"])
         foreground = None
         if "foreground.mean" in arrays:
@@ -186,24 +191,8 @@ class PcaBasis:
         return cls(components, arrays["low"], arrays["high"], foreground, about)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays in the file of a basis, and its `about`."""
-    try:
-        with safe_open(path, "numpy") as file:
-            about, names = file.metadata() or {}, file.keys()
-            if about.pop("format", None) == _FORMAT:
-                return {name: file.get_tensor(name) for name in names}, about
-    except SafetensorError:
-        pass
-    raise InvalidValueError(f"{os.fspath(path)!r} is not a PCA basis; `dinov2-fast show --save-basis` writes one.")
-
-
 def check_new(path: str | os.PathLike[str]) -> Path:
-    """The path.
-
-    Raises:
-        FileExistsError: there is a file already.
-    """
+    """The path, or `FileExistsError` if there is a file already."""
     if os.path.lexists(path):
         raise FileExistsError(f"{os.fspath(path)!r} exists already; choose another name for the basis.")
     return Path(path)

@@ -17,14 +17,11 @@ _TITLE_FONT, _TEXT_FONT = ImageFont.load_default(18), ImageFont.load_default(14)
 
 @dataclass(frozen=True)
 class Tile:
-    """One image on a sheet and the text under it, which may continue under following tiles without text.
-
-    `smooth` is False for maps of patches, whose patches stay sharp squares when they are enlarged.
-    """
+    """One image on a sheet and the text under it, which may continue under following tiles without text."""
 
     image: Image.Image
     text: str = ""
-    smooth: bool = True
+    smooth: bool = True  # False for maps of patches, which stay sharp squares when they are enlarged
 
 
 def save_sheet(

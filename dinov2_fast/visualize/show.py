@@ -64,16 +64,12 @@ def show(
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.
-        size: (height, width) of the images in pixels.
-        stride: pixels from one patch to the next; by default the patch size.
+        size, stride: (height, width) of the images, and the step from one patch to the next, in pixels.
         device: by default a GPU where there is one.
-        blocks: for PCA and attention; 0 is the first, -1 the last, None are all.
-        heads: for the attention maps; None are all.
+        blocks, heads: of the PCA and the attention maps; 0 is the first, -1 the last, None are all.
         foreground: draw the colours of the foreground only, and the background black.
-        basis: a file of an earlier `save_basis`, whose colours the PCA gets.
-        save_basis: a new file for the PCA.
-        count: neighbours of each image.
-        limit: the most images that are drawn.
+        basis, save_basis: a file of an earlier `save_basis`, whose colours the PCA gets; or a new file for the PCA.
+        count, limit: the neighbours of each image, and the most images that are drawn.
         announce: called with the number of images before the model runs.
 
     Raises:
