@@ -14,9 +14,7 @@ from collections.abc import Sequence
 
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
-from dinov2_fast.cli.exit_codes import ABORTED, INTERRUPTED
-from dinov2_fast.cli.interrupts import one_interrupt
-from dinov2_fast.cli.streams import ignored_output_errors, usable_streams
+from dinov2_fast.cli.process import ABORTED, INTERRUPTED, ignored_output_errors, one_interrupt, usable_streams
 
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
+from dinov2_fast.cli.process import OK, SOME_FAILED
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ def print_results(
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> int:
-    """Prints the images of each set and the table; writes `settings` and `results` to the file of --json too.
-
-    Returns the exit code: 3 if images had to be left out, which are named on stderr.
-    """
+    """Prints the sets and the table, and on stderr what was left out; writes the file of --json; the exit code."""
     about: dict[str, Any] = {"train": None, "val": None}
     for name, each in zip(("train", "val", "test"), sets, strict=False):
         images, classes, left_out = len(each.classes), len(set(each.classes)), len(each.failures)

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from dinov2_fast import environment
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 from dinov2_fast.cli.options import (
     add_batches,
     add_device,
@@ -18,7 +17,7 @@ from dinov2_fast.cli.options import (
     at_least,
     names,
 )
-from dinov2_fast.cli.streams import ignored_output_errors
+from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.run import Progress

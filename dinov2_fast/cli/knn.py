@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the accuracies; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import evaluate_knn
 
-    found = evaluate_knn(**evaluation.keywords(args))
+    sets, accuracies = evaluate_knn(**evaluation.keywords(args))
     rows = [
         {"n_per_class": number, "k": k, "top1": 100 * top1, "top5": 100 * top5}
-        for number, accuracies in found.accuracies.items()
-        for k, (top1, top5) in accuracies.items()
+        for number, by_k in accuracies.items()
+        for k, (top1, top5) in by_k.items()
     ]
     settings = {"temperature": args.temperature, "n_tries": args.n_tries}
-    return evaluation.print_results("knn", args, found.sets, table(rows), settings, {"results": rows})
+    return evaluation.print_results("knn", args, sets, table(rows), settings, {"results": rows})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,8 +8,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 from dinov2_fast.cli.options import add_device, at_least
+from dinov2_fast.cli.process import OK, SOME_FAILED
 
 if TYPE_CHECKING:
     from dinov2_fast.curation.neighbours import Found

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
+from dinov2_fast.cli.process import OK, SOME_FAILED
 
 KINDS = {
     "pca": "colours of the patch features",

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import ABORTED, OK, SOME_FAILED
+from dinov2_fast.cli.process import ABORTED, OK, SOME_FAILED
 
 if TYPE_CHECKING:
     from dinov2_fast.verify import Verification

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from dinov2_fast.errors import InvalidValueError
@@ -23,13 +22,6 @@ from dinov2_fast.inference.loading import find_device
 
 logger = logging.getLogger("dinov2_fast")
 _DEFAULT_OPTIONS = ModelOptions()
-
-
-class KnnEvaluation(NamedTuple):
-    """The features that were evaluated, those that vote first, and the accuracies by `n_per_class` and k."""
-
-    sets: list[LabelledFeatures]
-    accuracies: dict[int | None, dict[int, Accuracy]]
 
 
 class LinearEvaluation(NamedTuple):
@@ -52,8 +44,8 @@ def evaluate_knn(
     n_per_class: Sequence[int | None] = (None,),
     n_tries: int = 1,
     progress: Progress | None = None,
-) -> KnnEvaluation:
-    """Weighted k-NN by the class tokens of the last block.
+) -> tuple[list[LabelledFeatures], dict[int | None, dict[int, Accuracy]]]:
+    """Weighted k-NN by the class tokens of the last block: the features, and the accuracies by `n_per_class` and k.
 
     Args:
         train, val, options, progress: see `read_labelled`; without `val` the others classify each training image.
@@ -81,7 +73,7 @@ def evaluate_knn(
         )
         for number in n_per_class
     }
-    return KnnEvaluation(sets, accuracies)
+    return sets, accuracies
 
 
 def evaluate_linear(
@@ -149,7 +141,8 @@ def _common_blocks(sets: Sequence[LabelledFeatures], asked: Sequence[int] | None
 
 def _common_inputs(sets: Sequence[LabelledFeatures]) -> ProbeInputs:
     """The training tokens, without the mean of the patches if another set lacks it, which is logged."""
-    lacking = [each.source for each in sets if each.tokens.patch_mean is None]
-    if lacking:
-        logger.warning("%r has no patch_mean, so only classifiers without it are tried.", lacking[0])
-    return replace(sets[0].tokens, patch_mean=None) if lacking else sets[0].tokens
+    for each in sets:
+        if each.tokens.patch_mean is None:
+            logger.warning("%r has no patch_mean, so only classifiers without it are tried.", each.source)
+            return ProbeInputs(sets[0].tokens.cls)
+    return sets[0].tokens

@@ -61,11 +61,8 @@ def read_labelled(
 ) -> list[LabelledFeatures]:
     """The features and classes of each source, with the class tokens of up to `blocks` last blocks.
 
-    Args:
-        sources: for each set of images, where `find_images` finds them in class folders; or folders of features.
-        blocks: the number of last blocks.
-        options: the model, for images.
-        progress: called after each batch of images.
+    A source is where `find_images` finds images in class folders, on which the model of `options` runs; or a folder of
+    features. `progress` is called after each batch of images.
 
     Raises:
         WeightsError: the model's weights cannot be had.
@@ -180,13 +177,14 @@ def _read_stored(folders: Sequence[str], blocks: int) -> list[LabelledFeatures]:
 
 def _labelled(folder: str, features: Features, blocks: int) -> LabelledFeatures:
     about, n_blocks = features.manifest["about"], features.manifest["model"]["n_blocks"]
-    good = np.array([error is None for error in features.error], bool)
     failures = Failures()
-    for row in np.flatnonzero(~good):
-        failures.add(features.path[row], features.error[row] or "")
-    if not good.any():
+    for path, error in zip(features.path, features.error, strict=True):
+        if error is not None:
+            failures.add(path, error)
+    good = [row for row, error in enumerate(features.error) if error is None]
+    if not good:
         raise InvalidValueError(f"No image in {folder!r} has features:\n{failures}")
-    classes = [_class_of(features.path[row]) for row in np.flatnonzero(good)]
+    classes = [_class_of(features.path[row]) for row in good]
     stored = _last_blocks(features, n_blocks, blocks)
     if not stored:
         raise InvalidValueError(

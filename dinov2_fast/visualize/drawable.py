@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ def run_model(
         run = partial(_tokens, model, blocks, not kinds or "attention" in kinds)
         found, part_size = run_in_parts(run, normalize(cut).pixel_values, part_size)
         parts += found
+    cls, patches, *attention = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     with_neighbours = "neighbours" in kinds or (not kinds and len(images) > 1)
     return Drawable(
         model=name,
@@ -85,36 +86,31 @@ def run_model(
         image=images.__getitem__,
         grid=model.patch_grid(*size),
         n_images=len(images),
-        patches=_joined([part.patches for part in parts]) if not kinds or "pca" in kinds else {},
-        attention=_joined([part.attention for part in parts]),
-        cls=np.concatenate([part.cls for part in parts]) if with_neighbours else None,
+        patches=_by_block(patches, blocks) if not kinds or "pca" in kinds else {},
+        attention=_by_block(attention[0], blocks) if attention else {},
+        cls=cls if with_neighbours else None,
         left_out=left_out,
         unreadable=Failures(),
     )
 
 
-class _Tokens(NamedTuple):
-    cls: NDArray[Any]  # (images, hidden)
-    patches: dict[int, NDArray[Any]]  # block -> (images, patches, hidden)
-    attention: dict[int, NDArray[Any]]  # block -> (images, heads, patches)
-
-
-def _tokens(model: DinoVisionTransformer, blocks: Sequence[int], with_attention: bool, pixels: Tensor) -> _Tokens:
+def _tokens(
+    model: DinoVisionTransformer, blocks: Sequence[int], with_attention: bool, pixels: Tensor
+) -> list[NDArray[Any]]:
+    """Class tokens (images, hidden), patches (images, blocks, patches, hidden), and attention if it is asked for."""
     last, pixels = model.n_blocks - 1, pixels.to(model.pos_embed.device)
     kept = sorted({*blocks, last})
     with torch.inference_mode():
         outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
         found = dict(zip(kept, outputs, strict=True))
-        patches = {block: found[block][0].cpu().numpy() for block in blocks}
-        attention = {}
+        tensors = [found[last][1], torch.stack([found[block][0] for block in blocks], dim=1)]
         if with_attention:
-            maps = model.attention_maps(pixels, blocks).flatten(-2).cpu().numpy()
-            attention = {block: maps[:, i] for i, block in enumerate(blocks)}
-    return _Tokens(found[last][1].cpu().numpy(), patches, attention)
+            tensors.append(model.attention_maps(pixels, blocks).flatten(-2))  # (images, blocks, heads, patches)
+    return [tensor.cpu().numpy() for tensor in tensors]
 
 
-def _joined(parts: Sequence[Mapping[int, NDArray[Any]]]) -> dict[int, NDArray[Any]]:
-    return {block: np.concatenate([part[block] for part in parts]) for block in parts[0]}
+def _by_block(arrays: NDArray[Any], blocks: Sequence[int]) -> dict[int, NDArray[Any]]:
+    return {block: arrays[:, i] for i, block in enumerate(blocks)}
 
 
 def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: int) -> Drawable:

@@ -127,15 +127,8 @@ class PcaBasis:
     def rgb(self, features: Any, grid: tuple[int, int] | None = None, *, foreground: Any = None) -> NDArray[np.uint8]:
         """The colours of patch features; equal features have equal colours.
 
-        Args:
-            features, grid: as for `pca_rgb`, with any number of patches.
-            foreground: a boolean array that gives the foreground, in place of the basis's.
-
-        Returns:
-            (batch, height, width, 3) uint8.
-
-        Raises:
-            ValueError: a wrong rank or grid, features of another number of dimensions than the basis, NaN or infinity.
+        Arguments, result and errors are those of `pca_rgb`, for any number of patches with the basis's number of
+        dimensions. A boolean array `foreground` replaces the foreground of the basis.
         """
         tokens = _tokens(features, grid)
         if tokens.shape[-1] != len(self.components.mean):
@@ -151,11 +144,7 @@ class PcaBasis:
         return rgb
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; makes its folder.
-
-        Raises:
-            FileExistsError: there is a file already.
-        """
+        """Writes a new safetensors file, and makes its folder; `FileExistsError` if there is a file already."""
         arrays = {"mean": self.components.mean, "directions": self.components.directions}
         arrays |= {"low": self.low, "high": self.high}
         if self.foreground is not None:
@@ -169,12 +158,7 @@ class PcaBasis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PcaBasis:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no file.
-            ValueError: the file is not a basis.
-        """
+        """Reads a file that `save` wrote; `FileNotFoundError`, or `ValueError` if the file is not a basis."""
         arrays: dict[str, Array] = {}
         with suppress(SafetensorError), safe_open(path, "numpy") as file:
             about, names = file.metadata() or {}, file.keys()
@@ -198,10 +182,13 @@ def check_new(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def as_array(values: Any) -> Array:
+    """A tensor or an array as an array in float64."""
+    return np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, np.float64)
+
+
 def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
-    if hasattr(features, "detach"):
-        features = features.detach().cpu().double().numpy()
-    tokens = np.asarray(features, np.float64)
+    tokens = as_array(features)
     if tokens.ndim not in (2, 3, 4):
         raise InvalidValueError(
             "Features must be (patches, dim), (batch, patches, dim) or (batch, height, width, dim), "

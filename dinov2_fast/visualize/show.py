@@ -19,9 +19,8 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import find_manifest
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_model
-from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
 from dinov2_fast.visualize.pca import PcaBasis, check_new
-from dinov2_fast.visualize.sheet import save_sheet
+from dinov2_fast.visualize.sheet import Strips, attention_strips, neighbour_strips, pca_strips, save_sheet
 from dinov2_fast.weights.load import load
 
 THUMBNAIL = (252, 252)  # pixels
@@ -170,13 +169,9 @@ class _Sheets:
         """Each image and its colours, by the PCA that is given, from `file`, or by one of each block's patches."""
         drawable, rgb = self._drawable, {}
         about = {"model": drawable.model, "weights": drawable.fingerprint() if new_file else ""}
+        way = "threshold" if foreground else None
         for block, patches in drawable.patches.items():
-            basis = given or PcaBasis.fit(
-                patches,
-                drawable.grid,
-                foreground="threshold" if foreground else None,
-                about={**about, "block": str(block)},
-            )
+            basis = given or PcaBasis.fit(patches, drawable.grid, foreground=way, about={**about, "block": str(block)})
             rgb[block] = basis.rgb(patches, drawable.grid)
         if new_file:
             basis.save(new_file)
