@@ -75,7 +75,7 @@ def print_results(
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> int:
-    """Prints the sets and the table, and on stderr what was left out; writes the file of --json; the exit code."""
+    """Prints the sets and the table, and writes the file of --json. Returns the exit code."""
     about: dict[str, Any] = {"train": None, "val": None}
     for name, each in zip(("train", "val", "test"), sets, strict=False):
         images, classes, left_out = len(each.classes), len(set(each.classes)), len(each.failures)
