@@ -27,25 +27,16 @@ READERS = {"facebook": "offset", "huggingface": "size", "huggingface_memory": "s
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` read and wrote.
-
-    Attributes:
-        source: the file that was read.
-        summary: layout, sizes and dtypes of the source, in one line.
-        written: the file with the weights.
-        compared: number of tensors that were read back and have the same bits as in the source.
-        lost: what the new layout cannot hold, one sentence each.
-        img_size: the image size in pixels that the position table is for.
-        resampling: how the readers of the old and of the new layout resample positions, where that differs. At image
-            sizes other than `img_size` the same weights then give other features.
-    """
+    """What `convert_checkpoint` read and wrote."""
 
     source: Path
-    summary: str
-    written: Path
-    compared: int
-    lost: tuple[str, ...]
-    img_size: Any
+    summary: str  # layout, sizes and dtypes of the source, in one line
+    written: Path  # the file with the weights
+    compared: int  # tensors that were read back and have the same bits as in the source
+    lost: tuple[str, ...]  # what the new layout cannot hold, one sentence each
+    img_size: Any  # the image size in pixels that the position table is for
+    # How the readers of the old and of the new layout resample positions, where that differs. At image sizes other
+    # than `img_size` the same weights then give other features.
     resampling: tuple[str, str] | None
 
 
@@ -73,12 +64,10 @@ def convert_checkpoint(
     else:
         _check_folder(target, overwrite)
     checkpoint = find_named(source)
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    plan = plan_weights(state_dict)
+    plan, architecture = open_checkpoint(checkpoint)
     summary = summary_of(plan, architecture)
     if is_file:
-        written = save_weights(convert_state_dict(state_dict, to=layout), target, overwrite=overwrite)
+        written = save_weights(convert_state_dict(plan.source, to=layout), target, overwrite=overwrite)
     else:
         written = _write_folder(checkpoint, target)
     compared, lost = _read_back(plan, plan_weights(open_weights(written)))
@@ -90,12 +79,14 @@ def convert_checkpoint(
 
 
 def find_named(name: str) -> Checkpoint:
-    """The checkpoint of one of the eight names, or a file, folder or hub id.
-
-    Raises:
-        WeightsError: it cannot be had.
-    """
+    """The checkpoint of one of the eight names, or a file, folder or hub id."""
     return find_backbone(BACKBONES[name]) if name in BACKBONES else find_checkpoint(name)
+
+
+def open_checkpoint(checkpoint: Checkpoint) -> tuple[ConversionPlan, dict[str, Any]]:
+    """The weights of a checkpoint in any layout, and the arguments of their backbone's constructor."""
+    state_dict = open_weights(checkpoint.weights)
+    return plan_weights(state_dict), read_architecture(state_dict, checkpoint.config)
 
 
 def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
@@ -115,17 +106,14 @@ def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
 
 
 def huggingface_model(checkpoint: Checkpoint) -> Any:
-    """A checkpoint in any layout as one of this package's models in the form of transformers.
+    """A checkpoint as a model of :mod:`dinov2_fast.huggingface`; a classifier if it has transformers' head.
 
-    It is a classifier if the checkpoint has transformers' head. The configuration is the one beside the weights, or is
-    made from the sizes of the tensors.
+    The configuration is the one beside the weights, or is made from the sizes of the tensors.
 
     Raises:
         WeightsError: transformers has no such model, or the weights do not fit it.
     """
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    plan = plan_weights(state_dict)
+    plan, architecture = open_checkpoint(checkpoint)
     labels = plan.read("classifier.weight").shape[0] if "classifier.weight" in plan.recipes else None
     kind = "Dinov2WithRegisters" if architecture["num_register_tokens"] else "Dinov2"
     model_class = getattr(huggingface, f"{kind}ForImageClassification" if labels else f"{kind}Model")
@@ -202,11 +190,7 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def _read_back(before: ConversionPlan, after: ConversionPlan) -> tuple[int, tuple[str, ...]]:
-    """How many tensors of the new file have the same bits, and what the file lacks.
-
-    Raises:
-        WeightsError: a tensor has other values.
-    """
+    """How many tensors of the new file have the same bits, and what the file lacks; other values are an error."""
     difference = compare_weights(before, after)
     if difference.different or difference.misshapen:
         wrong = ", ".join(difference.different + difference.misshapen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_fast.convert import find_named, huggingface_model, summary_of
+from dinov2_fast.convert import find_named, huggingface_model, open_checkpoint, summary_of
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.readable import readable_batches
@@ -20,10 +21,8 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.position_embeddings import POSITION_INTERPOLATIONS
-from dinov2_fast.weights.architecture import plan_weights, read_architecture
 from dinov2_fast.weights.compare import FeatureDifference, Tokens, WeightDifference, compare_features, compare_weights
 from dinov2_fast.weights.convert import convert_state_dict
-from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import load
 from dinov2_fast.weights.sources import Checkpoint
 
@@ -35,29 +34,18 @@ ModelTokens = Callable[[Tensor], Tokens]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes:
-        a, b: what was compared: the file and its sizes, or the library and its model.
-        device: where both ran.
-        weights: how the tensors differ; None where B is another implementation.
-        features: how the tokens differ; None where they could not be compared.
-        error: why they could not be compared.
-        failures: images that cannot be read and were left out.
-        position_interpolation: A's.
-        agreeing: another position interpolation with which A agrees with B within the tolerance, and the worst
-            difference then; None where the features agree anyway, or with no other.
-    """
-
-    a: str
-    b: str
+    a: str  # the file and its sizes
+    b: str  # the same, or the library and its model
     device: torch.device
-    weights: WeightDifference | None
-    features: FeatureDifference | None
-    error: InvalidValueError | None
-    failures: Failures
-    position_interpolation: str
-    agreeing: tuple[str, float] | None = None
+    weights: WeightDifference | None  # None where B is another implementation
+    features: FeatureDifference | None  # None where they could not be compared
+    error: InvalidValueError | None  # why they could not be compared
+    failures: Failures  # images that cannot be read and were left out
+    position_interpolation: str  # A's
+    # If the features differ: another interpolation with which A agrees with B, and the worst difference then.
+    agreeing: tuple[str, float] | None
 
 
 def verify(
@@ -87,43 +75,29 @@ def verify(
         ValueError: no images, a device or interpolation that does not exist, or a library that is not installed.
     """
     place = find_device(device)
-    images = _Images(paths, Dinov2ImageProcessor.for_size(size), place)
-    checkpoint, other = find_named(a), None if _is_library(b) else find_named(b)
+    processor, sources = Dinov2ImageProcessor.for_size(size), list(require_images(paths))
+
+    def pixels(failures: Failures) -> Iterator[Tensor]:
+        for _, batch in readable_batches(sources, processor, failures, batch_size=BATCH_SIZE):
+            yield batch.to(place)
+
+    checkpoint, other = find_named(a), None if b.partition(":")[0] in LIBRARIES else find_named(b)
     model = _load(checkpoint, position_interpolation, place)
     weights = None
     if other is None:
         b_tokens, description = _load_from_library(b, checkpoint, place)
     else:
-        weights = compare_weights(*(plan_weights(open_weights(each.weights)) for each in (checkpoint, other)))
+        weights = compare_weights(*(open_checkpoint(each)[0] for each in (checkpoint, other)))
         b_tokens, description = _tokens_of(_load(other, position_interpolation, place)), _description(other)
+    own, failures = model.position_interpolation, Failures()
     features, error, agreeing = None, None, None
     try:
-        features = compare_features(_tokens_of(model), b_tokens, images)
+        features = compare_features(_tokens_of(model), b_tokens, pixels(failures))
     except InvalidValueError as reason:
         error = reason
-    failures, own = images.failures, model.position_interpolation
     if features is not None and not features.worst <= tolerance:  # NaN is no agreement
-        agreeing = _agreeing_interpolation(model, b_tokens, images, tolerance)
+        agreeing = _agreeing_interpolation(model, b_tokens, pixels, tolerance)
     return Verification(_description(checkpoint), description, place, weights, features, error, failures, own, agreeing)
-
-
-class _Images:
-    """Batches of pixel values (batch, 3, height, width), read again in each iteration.
-
-    Attributes:
-        failures: images that could not be read in the last iteration.
-    """
-
-    def __init__(
-        self, paths: Iterable[str | os.PathLike[str]], processor: Dinov2ImageProcessor, device: torch.device
-    ) -> None:
-        self.sources, self.processor, self.device = list(require_images(paths)), processor, device
-        self.failures = Failures()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.failures = Failures()
-        for _, pixels in readable_batches(self.sources, self.processor, self.failures, batch_size=BATCH_SIZE):
-            yield pixels.to(self.device)
 
 
 def _load(checkpoint: Checkpoint, position_interpolation: str | None, device: torch.device) -> DinoVisionTransformer:
@@ -140,79 +114,67 @@ def _tokens_of(model: DinoVisionTransformer) -> ModelTokens:
 
 
 def _description(checkpoint: Checkpoint) -> str:
-    state_dict = open_weights(checkpoint.weights)
-    architecture = read_architecture(state_dict, checkpoint.config)
-    return f"{checkpoint.weights}\n   {summary_of(plan_weights(state_dict), architecture)}"
+    return f"{checkpoint.weights}\n   {summary_of(*open_checkpoint(checkpoint))}"
 
 
 def _agreeing_interpolation(
-    model: DinoVisionTransformer, b_tokens: ModelTokens, images: _Images, tolerance: float
+    model: DinoVisionTransformer,
+    b_tokens: ModelTokens,
+    pixels: Callable[[Failures], Iterator[Tensor]],
+    tolerance: float,
 ) -> tuple[str, float] | None:
     """A way of resampling positions with which the model agrees with B, other than its own; it is left set."""
     own = model.position_interpolation
     for name in POSITION_INTERPOLATIONS:
         if name != own:
             model.position_interpolation = name
-            worst = compare_features(_tokens_of(model), b_tokens, images).worst
+            worst = compare_features(_tokens_of(model), b_tokens, pixels(Failures())).worst
             if worst <= tolerance:
                 return name, worst
     return None
 
 
-def _is_library(name: str) -> bool:
-    """Whether `name` is ``transformers`` or ``timm``, with or without a model after a colon."""
-    return name.partition(":")[0] in LIBRARIES
-
-
 def _load_from_library(name: str, checkpoint: Checkpoint, device: torch.device) -> tuple[ModelTokens, str]:
     """The tokens of another library's model, in fp32 and eval mode, and what model it is in words."""
-    library, _, model = name.partition(":")
+    name, _, model_name = name.partition(":")
     try:
-        return (_transformers if library == "transformers" else _timm)(model, checkpoint, device)
+        library = importlib.import_module(name)
+        load_from = _load_timm if name == "timm" else _load_transformers
+        model = load_from(model_name, checkpoint).eval().float().to(device)
     except ModuleNotFoundError as error:
-        raise InvalidValueError(f"{error.name} is not installed: pip install {library}.") from error
-
-
-def _transformers(name: str, checkpoint: Checkpoint, device: torch.device) -> tuple[ModelTokens, str]:
-    import transformers
-
-    model: Any
-    if name:
-        model = transformers.AutoModel.from_pretrained(name)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            huggingface_model(checkpoint).save_pretrained(folder)
-            model = transformers.AutoModel.from_pretrained(folder)
-    model = model.eval().float().to(device)
-    first_patch = 1 + getattr(model.config, "num_register_tokens", 0)
+        raise InvalidValueError(f"{error.name} is not installed: pip install {name}.") from error
 
     def tokens(pixels: Tensor) -> Tokens:
-        output = model(pixels).last_hidden_state
+        if name == "timm":
+            output, first_patch = model.forward_features(pixels), model.num_prefix_tokens
+        else:
+            output = model(pixels).last_hidden_state
+            first_patch = 1 + getattr(model.config, "num_register_tokens", 0)
         return output[:, 0], output[:, first_patch:]
 
-    return tokens, _in_words("transformers", transformers.__version__, model, name)
+    described = f"{name} {library.__version__}, {type(model).__name__}, {model_name or 'with the weights of A'}"
+    return tokens, described
 
 
-def _timm(name: str, checkpoint: Checkpoint, device: torch.device) -> tuple[ModelTokens, str]:
+def _load_transformers(name: str, checkpoint: Checkpoint) -> Any:
+    """transformers' model of that name; without a name, the model of a checkpoint."""
+    import transformers
+
+    if name:
+        return transformers.AutoModel.from_pretrained(name)
+    with tempfile.TemporaryDirectory() as folder:
+        huggingface_model(checkpoint).save_pretrained(folder)
+        return transformers.AutoModel.from_pretrained(folder)
+
+
+def _load_timm(name: str, checkpoint: Checkpoint) -> Any:
+    """timm's model of that name; without a name, one of the sizes of a checkpoint, with its weights."""
     import timm
 
-    model: Any = timm.create_model(name, pretrained=True, dynamic_img_size=True) if name else _timm_with(checkpoint)
-    model = model.eval().float().to(device)
-
-    def tokens(pixels: Tensor) -> Tokens:
-        output = model.forward_features(pixels)
-        return output[:, 0], output[:, model.num_prefix_tokens :]
-
-    return tokens, _in_words("timm", timm.__version__, model, name)
-
-
-def _timm_with(checkpoint: Checkpoint) -> Any:
-    """timm's model of the sizes of a checkpoint, with its weights."""
-    import timm
-
-    state_dict = open_weights(checkpoint.weights)
-    sizes = read_architecture(state_dict, checkpoint.config)
-    weights = convert_state_dict(state_dict, to="timm")
+    if name:
+        return timm.create_model(name, pretrained=True, dynamic_img_size=True)
+    plan, sizes = open_checkpoint(checkpoint)
+    weights = convert_state_dict(plan.source, to="timm")
     gated, registers = sizes["ffn_layer"] == "swiglufused", sizes["num_register_tokens"]
     first_linear = weights["blocks.0.mlp.fc1.weight"].shape[0]  # of both halves of a gated network
     model = timm.create_model(
@@ -228,7 +190,3 @@ def _timm_with(checkpoint: Checkpoint) -> Any:
     )
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in model.state_dict()})
     return model
-
-
-def _in_words(library: str, version: str, model: Any, name: str) -> str:
-    return f"{library} {version}, {type(model).__name__}, {name or 'with the weights of A'}"

@@ -1,6 +1,7 @@
-"""The command ``dinov2-fast``. Each subcommand is a module with `add_parser(subparsers)` and `run(args) -> exit code`.
+"""The command ``dinov2-fast``.
 
-A subcommand parses arguments, calls one function of the library and prints its result.
+Each subcommand is a module with its help texts, `add_options(parser)` and `run(args) -> exit code`, which calls one
+function of the library and prints its result.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from collections.abc import Sequence
 
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
-from dinov2_fast.cli.exit_codes import ABORTED, INTERRUPTED
-from dinov2_fast.cli.interrupts import one_interrupt
-from dinov2_fast.cli.streams import ignored_output_errors, usable_streams
+from dinov2_fast.cli.process import ABORTED, INTERRUPTED, ignored_output_errors, one_interrupt, usable_streams
 
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
@@ -73,7 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dinov2_fast {dinov2_fast.__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        subparser = subparsers.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=command.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_options(subparser)
+        subparser.set_defaults(run=command.run)
     return parser
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+
+from dinov2_fast.cli import options
 
 LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
+HELP = "write a checkpoint in another implementation's layout"
 DESCRIPTION = """\
 Writes a DINOv2 checkpoint in the layout of another implementation. The layout
 of IN is recognised; nothing in the file is executed.
@@ -35,29 +37,21 @@ Exit codes: 0 done, 1 not possible (nothing is written), 2 wrong usage.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "convert",
-        help="write a checkpoint in another implementation's layout",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("source", metavar="IN", help="the checkpoint to read")
     parser.add_argument("target", metavar="OUT", help="the file, or with --to huggingface the folder, to write")
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout to write")
+    parser.add_argument("--to", dest="layout", required=True, choices=LAYOUTS, help="the layout to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts and prints what was read, written and lost; 0."""
     from dinov2_fast.convert import convert_checkpoint
 
-    done = convert_checkpoint(args.source, args.target, layout=args.to, overwrite=args.overwrite)
+    done = convert_checkpoint(**options.keywords(args))
     print(f"Read:     {done.source}\n          {done.summary}")
-    print(f"Written:  {done.written}, {done.written.stat().st_size / 1e6:.1f} MB, layout {args.to}")
+    print(f"Written:  {done.written}, {done.written.stat().st_size / 1e6:.1f} MB, layout {args.layout}")
     for text in done.lost:
         print(f"Lost:     {text}")
     print(f"Checked:  {done.compared} tensors read back from the file have the same bits")

@@ -8,14 +8,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import options
+from dinov2_fast.cli.process import OK, SOME_FAILED
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from dinov2_fast.evaluation.labelled import LabelledFeatures, ModelOptions
+    from dinov2_fast.evaluation.labelled import LabelledFeatures
 
 SECONDS_BETWEEN_LINES = 30.0
 SOURCES = """\
@@ -38,7 +40,7 @@ class ProgressLines:
             self._last_line = now
 
 
-def add_options(parser: Any) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the model, --device and --json."""
     model = parser.add_argument_group("the model, for images")
     options.add_model(model)
@@ -54,51 +56,40 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
 
 
-def model_options(args: argparse.Namespace) -> ModelOptions:
-    """The values of `add_options`, for the library; and a file for --json that can be written.
-
-    Raises:
-        ValueError: the file cannot be written; it is not left for the end of the work.
-    """
+def keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as `evaluate_knn` and `evaluate_linear` take them, and the progress."""
     from dinov2_fast.evaluation.labelled import ModelOptions
 
-    if args.json:
+    if args.json:  # an error now is better than one after the work
         _check_writable(Path(args.json))
-    return ModelOptions(
-        args.model,
-        args.weights,
-        args.position_interpolation,
-        args.size,
-        args.precision,
-        args.device,
-        args.batch_size,
-        args.workers,
-    )
+    names = [field.name for field in fields(ModelOptions)]
+    model = ModelOptions(**{name: getattr(args, name) for name in names})
+    return {**options.keywords(args, without=("json", *names)), "options": model, "progress": ProgressLines()}
 
 
 def print_results(
-    args: argparse.Namespace, sets: Sequence[LabelledFeatures], table: str, results: dict[str, Any]
-) -> None:
-    """Prints the images and the table, on stderr the images that were left out; writes the file of --json."""
-    for each in sets:
-        if each.failures:
+    task: str,
+    args: argparse.Namespace,
+    sets: Sequence[LabelledFeatures],
+    table: str,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+) -> int:
+    """Prints the sets and the table, and writes the file of --json. Returns the exit code."""
+    about: dict[str, Any] = {"train": None, "val": None}
+    for name, each in zip(("train", "val", "test"), sets, strict=False):
+        images, classes, left_out = len(each.classes), len(set(each.classes)), len(each.failures)
+        about[name] = {"folder": each.source, "images": images, "classes": classes, "failures": left_out}
+        if left_out:
             print(f"Left out of {each.source}:\n{each.failures}", file=sys.stderr)
-        counts = summary(each)
-        failed = f", {counts['failures']} left out" if counts["failures"] else ""
-        print(f"{each.source}: {counts['images']} images in {counts['classes']} classes{failed}")
+        failed = f", {left_out} left out" if left_out else ""
+        print(f"{each.source}: {images} images in {classes} classes{failed}")
     print(f"\n{table}")
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def summary(features: LabelledFeatures) -> dict[str, Any]:
-    """The source and its numbers of images, classes and failures, for JSON."""
-    return {
-        "folder": features.source,
-        "images": len(features.classes),
-        "classes": len(set(features.classes)),
-        "failures": len(features.failures),
-    }
+        model = {"model": sets[0].model, "weights": sets[0].weights}
+        text = json.dumps({"task": task, **model, **settings, **about, **results}, indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return SOME_FAILED if any(each.failures for each in sets) else OK
 
 
 def _check_writable(path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
+from dinov2_fast.cli.process import OK, SOME_FAILED
 
+HELP = "write a model as ONNX or torch.export"
 DESCRIPTION = """\
 Writes a model as a graph of standard operators that runs without this package:
 an ONNX file for onnxruntime and others, or a torch.export program (.pt2). It
@@ -36,17 +36,10 @@ but some images of --check cannot be read and were left out.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "export",
-        help="write a model as ONNX or torch.export",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     options.add_model(parser, required=True)
-    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    parser.add_argument("--out", dest="path", required=True, metavar="FILE", help="ends in .onnx or .pt2")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     graph = parser.add_argument_group("the graph")
     graph.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="(default: onnx)")
@@ -68,40 +61,28 @@ def add_parser(subparsers: Any) -> None:
     )
     options.add_size(graph, help="fix the size in pixels, a multiple of 14; such a graph contains no float64")
     graph.add_argument("--batch-size", type=options.at_least(1), metavar="N", help="fix the number of images")
-    parser.add_argument("--check", nargs="+", metavar="PATH", help="images to compare on, or where they are")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--check", dest="images", nargs="+", metavar="PATH", help="images to compare on, or where they are"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports and prints how far the file is from the model; 0, or 3 if images to check had to be left out."""
     from dinov2_fast.export import METADATA, export_checkpoint
 
-    done = export_checkpoint(
-        args.model,
-        args.out,
-        weights=args.weights,
-        position_interpolation=args.position_interpolation,
-        format=args.format,
-        outputs=args.outputs,
-        dtype=args.dtype,
-        opset=args.opset,
-        batch_size=args.batch_size,
-        size=args.size,
-        images=args.check,
-        overwrite=args.overwrite,
-    )
+    done = export_checkpoint(**options.keywords(args))
     if done.failures:
         print(f"Left out:\n{done.failures}", file=sys.stderr)
     if done.unused_classifier:
         print(done.unused_classifier, file=sys.stderr)
-    for file in done.exported.files:
+    for file in done.files:
         print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
-    if not done.exported.differences:
+    if not done.differences:
         print("Not checked: onnxruntime is not installed (pip install onnxruntime).", file=sys.stderr)
         return OK
-    print(f"\nDifference from the model, on {'images' if args.check else 'noise'}:")
+    print(f"\nDifference from the model, on {'images' if args.images else 'noise'}:")
     print(f"  {'output':12} {'shape':18} {'relative':>9} {'worst':>9}")
-    for each in done.exported.differences:
+    for each in done.differences:
         shape = " x ".join(map(str, each.shape))
         print(f"  {each.output:12} {shape:18} {each.relative:9.1e} {each.worst:9.1e}")
     print(f"\nModel, weights, mean and std are stored in the file as JSON, under {METADATA!r}.")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_fast import environment
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 from dinov2_fast.cli.options import (
     add_batches,
     add_device,
@@ -18,13 +17,14 @@ from dinov2_fast.cli.options import (
     at_least,
     names,
 )
-from dinov2_fast.cli.streams import ignored_output_errors
+from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.run import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 
+HELP = "extract the features of images to a folder"
 DESCRIPTION = """\
 Writes the features of images to the folder DIR: one row for each image, in
 order, in shards (features-00000.parquet, ...) with the columns id, path, width,
@@ -59,15 +59,8 @@ Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some images
 failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 complete shards stay."""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "extract",
-        help="extract the features of images to a folder",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are (see above)")
     what = parser.add_argument_group("what is extracted")
     add_model(what, required=True)
@@ -140,7 +133,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="give up images that take longer to read and decode, twice; not with --workers 0 (default: 60)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

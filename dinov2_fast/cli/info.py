@@ -6,19 +6,19 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Iterator
-from typing import Any
 
 OPTIONAL = ("triton", "xformers", "transformers", "timm")
 REQUIRED = ("torch", "numpy", "pillow", "pyarrow", "safetensors", "huggingface_hub")
+HELP = "show versions, device, ops and cache"
+DESCRIPTION = """\
+Shows versions, devices, which implementation of each op runs and why, and the
+cached weights.
+"""
+EPILOG = None
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "info",
-        help="show versions, device, ops and cache",
-        description="Shows versions, devices, which implementation of each op runs and why, and the cached weights.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("--device", help="for the table of ops: cpu, cuda, ... (default: cuda where there is one)")
     parser.add_argument(
         "--dtype",
@@ -27,12 +27,13 @@ def add_parser(subparsers: Any) -> None:
         help="for the table of ops (default: float32)",
     )
     parser.add_argument("--training", action="store_true", help="show the table of ops for training")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints all sections to stdout; 0."""
-    device = args.device or _default_device()
+    from dinov2_fast.inference.loading import find_device
+
+    device = args.device or str(find_device(None))
     mode = "training" if args.training else "inference"
     sections = {
         "Versions": _versions(),
@@ -73,12 +74,6 @@ def _device() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield f"cuda             none ({'torch was built without it' if not torch.version.cuda else 'no device found'})"
     yield f"extension: {extension.availability()}"
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _ops(device: str, dtype: str, training: bool) -> Iterator[str]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinov2_fast.cli import evaluation, options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 
+HELP = "evaluate features by their nearest neighbours"
 DESCRIPTION = f"""\
 Classifies the images of VAL by their nearest neighbours among those of TRAIN,
 as DINOv2 is evaluated: the k nearest by the cosine of their CLS tokens vote for
@@ -37,19 +37,13 @@ features and are left out, 130 interrupted.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "knn",
-        help="evaluate features by their nearest neighbours",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("train", metavar="TRAIN", help="the images that vote")
     parser.add_argument("val", nargs="?", metavar="VAL", help="the images to classify")
     parser.add_argument(
         "--k",
+        dest="neighbours",
         type=options.counts,
         metavar="N,N",
         help="how many neighbours vote (default: those of 10,20,100,200 that TRAIN has)",
@@ -66,34 +60,20 @@ def add_parser(subparsers: Any) -> None:
         "--n-tries", type=options.at_least(1), default=1, metavar="N", help="choices of these images (default: 1)"
     )
     evaluation.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the accuracies; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import evaluate_knn
 
-    found = evaluate_knn(
-        args.train,
-        args.val,
-        options=evaluation.model_options(args),
-        neighbours=args.k,
-        temperature=args.temperature,
-        n_per_class=args.n_per_class,
-        n_tries=args.n_tries,
-        progress=evaluation.ProgressLines(),
-    )
+    sets, accuracies = evaluate_knn(**evaluation.keywords(args))
     rows = [
         {"n_per_class": number, "k": k, "top1": 100 * top1, "top5": 100 * top5}
-        for number, accuracies in found.accuracies.items()
-        for k, (top1, top5) in accuracies.items()
+        for number, by_k in accuracies.items()
+        for k, (top1, top5) in by_k.items()
     ]
-    train, val = found.sets[0], evaluation.summary(found.sets[1]) if args.val else None
-    results: dict[str, Any] = {"task": "knn", "model": train.model, "weights": train.weights}
-    results |= {"temperature": args.temperature, "n_tries": args.n_tries}
-    results |= {"train": evaluation.summary(train), "val": val, "results": rows}
-    evaluation.print_results(args, found.sets, table(rows), results)
-    return SOME_FAILED if any(each.failures for each in found.sets) else OK
+    settings = {"temperature": args.temperature, "n_tries": args.n_tries}
+    return evaluation.print_results("knn", args, sets, table(rows), settings, {"results": rows})
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

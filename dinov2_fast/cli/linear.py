@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_fast.cli import evaluation, options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluation.linear import Probe
     from dinov2_fast.evaluation.metrics import Accuracy
 
+HELP = "evaluate features by linear classifiers"
 DESCRIPTION = f"""\
 Trains linear classifiers on frozen features of TRAIN, as DINOv2 is evaluated: a
 grid of 13 learning rates, the CLS tokens of the last 1 and the last 4 blocks,
@@ -44,15 +44,8 @@ features and are left out, 130 interrupted.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "linear",
-        help="evaluate features by linear classifiers",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("train", metavar="TRAIN", help="the images to train on")
     parser.add_argument("val", metavar="VAL", help="the images by which the best classifier is chosen")
     parser.add_argument("--test", metavar="TEST", help="the images on which the best classifier is tested")
@@ -75,46 +68,27 @@ def add_parser(subparsers: Any) -> None:
     )
     grid.add_argument("--seed", type=options.at_least(0), default=0, metavar="N", help="(default: 0)")
     evaluation.add_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, evaluates and prints the accuracies; 0, or 3 if images had to be left out."""
     from dinov2_fast.evaluation.evaluate import evaluate_linear
 
-    found = evaluate_linear(
-        args.train,
-        args.val,
-        args.test,
-        options=evaluation.model_options(args),
-        blocks=args.blocks,
-        learning_rates=args.learning_rates,
-        steps=args.steps,
-        batch_size=args.step_images,
-        seed=args.seed,
-        progress=evaluation.ProgressLines(),
-    )
+    found = evaluate_linear(**evaluation.keywords(args))
     probe, test = found.probes[found.best], found.test
-    rows = [{**_setting(probe), **_percent(each)} for probe, each in zip(found.probes, found.accuracies, strict=True)]
+    rows = [
+        {"blocks": probe.blocks, "avgpool": probe.avgpool, "learning_rate": probe.learning_rate, **_percent(each)}
+        for probe, each in zip(found.probes, found.accuracies, strict=True)
+    ]
     best = rows[found.best]
-    results: dict[str, Any] = {
-        "task": "linear",
-        "model": found.sets[0].model,
-        "weights": found.sets[0].weights,
-        "steps": args.steps,
-    }
-    results |= {"step_images": args.step_images, "seed": args.seed}
-    results |= {
-        name: evaluation.summary(each) for name, each in zip(("train", "val", "test"), found.sets, strict=False)
-    }
-    results |= {"results": rows, "best": best, "best_on_test": _percent(test) if test else None}
     chosen = f"{_input(probe)}, learning rate {probe.learning_rate:g}"
     lines = [table(found.probes, found.accuracies), ""]
     lines += [f"Best on {args.val}: {chosen}: top 1 {best['top1']:.2f}, top 5 {best['top5']:.2f}"]
     if test:
         lines += [f"The same on {args.test}: top 1 {100 * test.top1:.2f}, top 5 {100 * test.top5:.2f}"]
-    evaluation.print_results(args, found.sets, "\n".join(lines), results)
-    return SOME_FAILED if any(each.failures for each in found.sets) else OK
+    settings = {name: getattr(args, name) for name in ("steps", "step_images", "seed")}
+    results = {"results": rows, "best": best, "best_on_test": _percent(test) if test else None}
+    return evaluation.print_results("linear", args, found.sets, "\n".join(lines), settings, results)
 
 
 def table(probes: Sequence[Probe], accuracies: Sequence[Accuracy]) -> str:
@@ -132,10 +106,6 @@ def table(probes: Sequence[Probe], accuracies: Sequence[Accuracy]) -> str:
 
 def _input(probe: Probe) -> str:
     return f"{probe.blocks} block{'s' * (probe.blocks > 1)}" + (" + mean" if probe.avgpool else "")
-
-
-def _setting(probe: Probe) -> dict[str, Any]:
-    return {"blocks": probe.blocks, "avgpool": probe.avgpool, "learning_rate": probe.learning_rate}
 
 
 def _percent(accuracy: Accuracy) -> dict[str, float]:

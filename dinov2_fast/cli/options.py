@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 POSITION_INTERPOLATIONS = ("offset", "size", "antialias")
+
+
+def keywords(args: argparse.Namespace, without: Collection[str] = ()) -> dict[str, Any]:
+    """The values of all options but `without`, for a function whose parameters have the options' names."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", *without)}
 
 
 def add_model(parser: Any, *, required: bool = False) -> None:

@@ -6,14 +6,15 @@ import argparse
 import csv
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
 from dinov2_fast.cli.options import add_device, at_least
+from dinov2_fast.cli.process import OK, SOME_FAILED
 
 if TYPE_CHECKING:
     from dinov2_fast.curation.neighbours import Found
 
+HELP = "find the images of stored features that are nearest to others"
 DESCRIPTION = """\
 Finds, for each QUERY, the images in FEATURES whose features have the largest
 cosine with its own. FEATURES is a folder that `dinov2-fast extract` wrote.
@@ -37,15 +38,8 @@ be read and are left out, 130 interrupted.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "search",
-        help="find the images of stored features that are nearest to others",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("features", metavar="FEATURES", help="folder that `dinov2-fast extract` wrote")
     parser.add_argument("queries", nargs="+", metavar="QUERY", help="images, or where they are")
     parser.add_argument("--k", type=at_least(1), default=10, metavar="N", help="images to find (default: 10)")
@@ -57,7 +51,6 @@ def add_parser(subparsers: Any) -> None:
     model.add_argument("--model", help="as for `dinov2-fast extract`; its weights must be those of FEATURES")
     model.add_argument("--weights", metavar="FILE|random:SEED", help="checkpoint file, or seeded random weights")
     add_device(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

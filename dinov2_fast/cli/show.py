@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import OK, SOME_FAILED
+from dinov2_fast.cli.process import OK, SOME_FAILED
 
-KINDS = ("pca", "attention", "neighbours")
+KINDS = {
+    "pca": "colours of the patch features",
+    "attention": "attention maps of the CLS token",
+    "neighbours": "nearest neighbours",
+}
+HELP = "draw PCA colours, attention maps and nearest neighbours"
 DESCRIPTION = """\
 Draws PNGs of what a model finds in images:
 
@@ -45,21 +49,13 @@ be read and are left out.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "show",
-        help="draw PCA colours, attention maps and nearest neighbours",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are; or one folder of features")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the PNGs; those in it are replaced")
     what = parser.add_argument_group("what to draw")
-    what.add_argument("--pca", action="store_true", help="colours of the patch features")
-    what.add_argument("--attention", action="store_true", help="attention maps of the CLS token")
-    what.add_argument("--neighbours", action="store_true", help="nearest neighbours")
+    for kind, help in KINDS.items():
+        what.add_argument(f"--{kind}", dest="kinds", action="append_const", const=kind, default=[], help=help)
     what.add_argument(
         "--foreground",
         action="store_true",
@@ -74,13 +70,18 @@ def add_parser(subparsers: Any) -> None:
     )
     what.add_argument(
         "--layer",
+        dest="blocks",
         type=options.indices,
         default=(-1,),
         metavar="N,N|all",
         help="blocks for PCA and attention; 0 is the first (default: the last)",
     )
     what.add_argument(
-        "--head", type=options.indices, metavar="N,N|all", help="heads for the attention maps; 0 is the first"
+        "--head",
+        dest="heads",
+        type=options.indices,
+        metavar="N,N|all",
+        help="heads for the attention maps; 0 is the first",
     )
     what.add_argument(
         "--count", type=options.at_least(1), default=5, metavar="N", help="neighbours of an image (default: 5)"
@@ -98,7 +99,6 @@ def add_parser(subparsers: Any) -> None:
     options.add_size(model, default=518)
     options.add_device(model)
     options.add_stride(model)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,25 +109,7 @@ def run(args: argparse.Namespace) -> int:
         size = f"{args.size[0]} x {args.size[1]}"
         print(f"Running {args.model} on {count} image(s) of {size} ...", file=sys.stderr)
 
-    done = show(
-        args.paths,
-        args.out,
-        kinds=[kind for kind in KINDS if getattr(args, kind)],
-        model=args.model,
-        weights=args.weights,
-        position_interpolation=args.position_interpolation,
-        size=args.size,
-        stride=args.stride,
-        device=args.device,
-        blocks=args.layer,
-        heads=args.head,
-        foreground=args.foreground,
-        basis=args.basis,
-        save_basis=args.save_basis,
-        count=args.count,
-        limit=args.limit,
-        announce=announce,
-    )
+    done = show(**options.keywords(args), announce=announce)
     if done.is_limited:
         print(f"The first {args.limit} images are shown; --limit sets how many.", file=sys.stderr)
     if done.left_out:

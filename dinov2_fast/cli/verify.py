@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.exit_codes import ABORTED, OK, SOME_FAILED
+from dinov2_fast.cli.process import ABORTED, OK, SOME_FAILED
 
 if TYPE_CHECKING:
     from dinov2_fast.verify import Verification
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 ROUNDING = 1e-4  # what fp32 reaches when the same sums are taken in another order
+HELP = "compare two checkpoints, or one and another implementation"
 DESCRIPTION = """\
 Compares two DINOv2 checkpoints, in any layout, or a checkpoint and another
 implementation: their weights, and their features of your images.
@@ -40,15 +41,8 @@ read and were left out.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds the command and its options."""
-    parser = subparsers.add_parser(
-        "verify",
-        help="compare two checkpoints, or one and another implementation",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("a", metavar="A", help="a checkpoint")
     parser.add_argument("b", metavar="B", help="a checkpoint, transformers[:MODEL] or timm[:MODEL]")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are, as for extract")
@@ -63,22 +57,13 @@ def add_parser(subparsers: Any) -> None:
     options.add_size(parser, default=224)
     options.add_position_interpolation(parser)
     options.add_device(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares and prints what differs; 0 or 3 if the features are the same within the tolerance, else 1."""
     from dinov2_fast.verify import verify
 
-    found = verify(
-        args.a,
-        args.b,
-        args.paths,
-        tolerance=args.tolerance,
-        size=args.size,
-        position_interpolation=args.position_interpolation,
-        device=args.device,
-    )
+    found = verify(**options.keywords(args))
     print(f"A: {found.a}\nB: {found.b}")
     if found.weights is not None:
         print(f"Weights: {in_words(found.weights)}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn
@@ -16,15 +16,7 @@ from dinov2_fast.evaluation.labelled import (
     number_classes,
     read_labelled,
 )
-from dinov2_fast.evaluation.linear import (
-    BATCH_SIZE,
-    BLOCKS,
-    LEARNING_RATES,
-    STEPS,
-    Probe,
-    ProbeInputs,
-    linear_probes,
-)
+from dinov2_fast.evaluation.linear import BATCH_SIZE, BLOCKS, LEARNING_RATES, STEPS, Probe, ProbeInputs, linear_probes
 from dinov2_fast.evaluation.metrics import Accuracy
 from dinov2_fast.inference.loading import find_device
 
@@ -32,31 +24,14 @@ logger = logging.getLogger("dinov2_fast")
 _DEFAULT_OPTIONS = ModelOptions()
 
 
-@dataclass(frozen=True)
-class KnnEvaluation:
-    """The features that were evaluated, those that vote first, and the accuracies by `n_per_class` and k."""
-
-    sets: list[LabelledFeatures]
-    accuracies: dict[int | None, dict[int, Accuracy]]
-
-
-@dataclass(frozen=True)
-class LinearEvaluation:
-    """Trained linear classifiers.
-
-    Attributes:
-        sets: the features of train, val and, if it was given, test.
-        probes: the classifiers.
-        accuracies: of each on val.
-        best: the index of the classifier that is best on val.
-        test: its accuracy on test.
-    """
+class LinearEvaluation(NamedTuple):
+    """The features of train, val and test, and the linear classifiers."""
 
     sets: list[LabelledFeatures]
     probes: list[Probe]
-    accuracies: list[Accuracy]
-    best: int
-    test: Accuracy | None
+    accuracies: list[Accuracy]  # of each probe on val
+    best: int  # index of the probe that is best on val
+    test: Accuracy | None  # of the best probe on test, if that was given
 
 
 def evaluate_knn(
@@ -69,16 +44,14 @@ def evaluate_knn(
     n_per_class: Sequence[int | None] = (None,),
     n_tries: int = 1,
     progress: Progress | None = None,
-) -> KnnEvaluation:
-    """Weighted k-NN by the class tokens of the last block.
+) -> tuple[list[LabelledFeatures], dict[int | None, dict[int, Accuracy]]]:
+    """Weighted k-NN by the class tokens of the last block: the features, and the accuracies by `n_per_class` and k.
 
     Args:
-        train, val: see `read_labelled`; without `val` each training image is classified by the others.
-        options: the model, for images.
+        train, val, options, progress: see `read_labelled`; without `val` the others classify each training image.
         neighbours: the values of k; by default those of 10, 20, 100 and 200 that the training images allow.
         n_per_class: how many training images of each class vote, None for all; each number is evaluated.
         temperature, n_tries: see `knn`.
-        progress: called after each batch of images.
 
     Raises:
         ValueError: as `read_labelled` and `knn`.
@@ -100,7 +73,7 @@ def evaluate_knn(
         )
         for number in n_per_class
     }
-    return KnnEvaluation(sets, accuracies)
+    return sets, accuracies
 
 
 def evaluate_linear(
@@ -112,7 +85,7 @@ def evaluate_linear(
     blocks: Sequence[int] | None = None,
     learning_rates: Sequence[float] | None = None,
     steps: int = STEPS,
-    batch_size: int = BATCH_SIZE,
+    step_images: int = BATCH_SIZE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LinearEvaluation:
@@ -121,11 +94,10 @@ def evaluate_linear(
     What stored features lack is logged as a warning, and the grid is smaller then.
 
     Args:
-        train, val, test: see `read_labelled`.
-        options: the model, for images.
+        train, val, test, options: see `read_labelled`.
         blocks: numbers of last blocks; by default 1 and 4, or 1 where stored features lack the class tokens of 4.
         learning_rates: by default the reference's 13.
-        steps, batch_size, seed: see `linear_probes`.
+        steps, step_images, seed: the updates, the images in each, and the seed; see `linear_probes`.
         progress: called after each batch of images and each update.
 
     Raises:
@@ -139,10 +111,10 @@ def evaluate_linear(
         blocks=_common_blocks(sets, blocks),
         learning_rates=learning_rates or LEARNING_RATES,
         steps=steps,
-        batch_size=batch_size,
+        batch_size=step_images,
         seed=seed,
         device=find_device(options.device),
-        progress=_training_progress(progress, steps),
+        progress=(lambda done: progress("training", done, steps, "updates")) if progress else None,
     )
     accuracies = [probe.accuracy(sets[1].tokens, labels[1]) for probe in probes]
     best = max(range(len(probes)), key=lambda row: accuracies[row].top1)
@@ -150,16 +122,8 @@ def evaluate_linear(
     return LinearEvaluation(sets, probes, accuracies, best, on_test)
 
 
-def _training_progress(progress: Progress | None, steps: int) -> Callable[[int], None] | None:
-    return (lambda done: progress("training", done, steps, "updates")) if progress else None
-
-
 def _common_blocks(sets: Sequence[LabelledFeatures], asked: Sequence[int] | None) -> list[int]:
-    """The numbers of last blocks to try; logs those for which stored features lack class tokens.
-
-    Raises:
-        ValueError: one was asked for that is not there.
-    """
+    """The numbers of last blocks to try. One that stored features lack is an error if it was asked for, else logged."""
     fewest = min(sets, key=lambda each: each.tokens.cls.shape[1])
     available, depth = fewest.tokens.cls.shape[1], fewest.n_blocks
     wanted = asked or [n for n in BLOCKS if n <= depth]
@@ -177,7 +141,8 @@ def _common_blocks(sets: Sequence[LabelledFeatures], asked: Sequence[int] | None
 
 def _common_inputs(sets: Sequence[LabelledFeatures]) -> ProbeInputs:
     """The training tokens, without the mean of the patches if another set lacks it, which is logged."""
-    lacking = [each.source for each in sets if each.tokens.patch_mean is None]
-    if lacking:
-        logger.warning("%r has no patch_mean, so only classifiers without it are tried.", lacking[0])
-    return replace(sets[0].tokens, patch_mean=None) if lacking else sets[0].tokens
+    for each in sets:
+        if each.tokens.patch_mean is None:
+            logger.warning("%r has no patch_mean, so only classifiers without it are tried.", each.source)
+            return ProbeInputs(sets[0].tokens.cls)
+    return sets[0].tokens

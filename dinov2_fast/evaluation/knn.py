@@ -60,9 +60,14 @@ def knn(
     val, val_labels = (train, train_labels) if leave_one_out else checked("val", val, val_labels)
     if train.shape[1] != val.shape[1]:
         raise InvalidValueError(f"train has features of {train.shape[1]} dimensions, val of {val.shape[1]}.")
-    neighbours = _checked_neighbours(neighbours, len(train) - leave_one_out, n_per_class)
+    most = len(train) - leave_one_out
+    if not neighbours or min(neighbours) < 1 or (n_per_class is None and max(neighbours) > most):
+        raise InvalidValueError(
+            f"k must be between 1 and the {most} training images, got {', '.join(map(str, neighbours))}."
+        )
     if n_per_class is not None:
         _check_n_per_class(train_labels, leave_one_out, n_per_class, n_tries)
+        neighbours = sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
     if not 0 < temperature < math.inf:
         raise InvalidValueError(f"The temperature must be positive, got {temperature}.")
     classes = int(max(train_labels.max(), val_labels.max())) + 1
@@ -73,17 +78,6 @@ def knn(
         for rows in _choices(train_labels, n_per_class, n_tries)
     ]
     return {k: accuracy_of(torch.cat([ranks[k] for ranks in tries])) for k in neighbours}
-
-
-def _checked_neighbours(neighbours: Sequence[int], most: int, n_per_class: int | None) -> Sequence[int]:
-    """The values of k to evaluate."""
-    if not neighbours or min(neighbours) < 1 or (n_per_class is None and max(neighbours) > most):
-        raise InvalidValueError(
-            f"k must be between 1 and the {most} training images, got {', '.join(map(str, neighbours))}."
-        )
-    if n_per_class is None:
-        return neighbours
-    return sorted({n_per_class, *(k for k in neighbours if k < n_per_class)})
 
 
 def _check_n_per_class(labels: Tensor, leave_one_out: bool, n_per_class: int, n_tries: int) -> None:

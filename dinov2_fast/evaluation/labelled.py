@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,48 +31,29 @@ Progress = Callable[[str, int, int, str], None]  # what is worked on, how much i
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model that runs on images, and how.
-
-    Args:
-        model, weights, position_interpolation: see :func:`dinov2_fast.load`; None for stored features.
-        size: of the images in pixels; by default that of the model's processor.
-        precision: "auto" is bf16 on a GPU and fp32 on a CPU.
-        device: by default a GPU where there is one.
-        batch_size: images in one forward pass, fewer where memory runs out.
-        workers: processes that decode images.
-    """
+    """The model that runs on images, as :func:`dinov2_fast.load` takes it, and how. Stored features need none."""
 
     model: str | None = None
     weights: str | None = None
     position_interpolation: str | None = None
-    size: int | tuple[int, int] | None = None
-    precision: str = "auto"
-    device: str | None = None
-    batch_size: int = 32
-    workers: int = 0
+    size: int | tuple[int, int] | None = None  # of the images in pixels; by default that of the model's processor
+    precision: str = "auto"  # bf16 on a GPU and fp32 on a CPU
+    device: str | None = None  # by default a GPU where there is one
+    batch_size: int = 32  # images in one forward pass, fewer where memory runs out
+    workers: int = 0  # processes that decode images
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """The images of one source that have features.
-
-    Attributes:
-        source: where the images or the features are.
-        tokens: their features.
-        classes: the name of the class of each image.
-        failures: images without features, which are left out.
-        model: the name of the model.
-        weights: where the model's weights came from.
-        n_blocks: the number of the model's blocks.
-    """
+    """The images of one source that have features."""
 
     source: str
     tokens: ProbeInputs
-    classes: list[str]
-    failures: Failures
-    model: str | None
-    weights: str | None
-    n_blocks: int
+    classes: list[str]  # the name of the class of each image
+    failures: Failures  # images without features, which are left out
+    model: str | None  # the name of the model
+    weights: str | None  # where the model's weights came from
+    n_blocks: int  # of the model
 
 
 def read_labelled(
@@ -81,11 +61,8 @@ def read_labelled(
 ) -> list[LabelledFeatures]:
     """The features and classes of each source, with the class tokens of up to `blocks` last blocks.
 
-    Args:
-        sources: for each set of images, where `find_images` finds them in class folders; or folders of features.
-        blocks: the number of last blocks.
-        options: the model, for images.
-        progress: called after each batch of images.
+    A source is where `find_images` finds images in class folders, on which the model of `options` runs; or a folder of
+    features. `progress` is called after each batch of images.
 
     Raises:
         WeightsError: the model's weights cannot be had.
@@ -124,11 +101,8 @@ def read_labelled(
 def number_classes(classes: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int64]]:
     """The class of each image as a number: its place among the training classes in alphabetical order.
 
-    Args:
-        classes: for each source its name and the class of each of its images; the first is for training.
-
-    Raises:
-        ValueError: fewer than two classes, or a class that no training image has.
+    `classes` has for each source, that of training first, its name and the class of each image. Fewer than two
+    classes, and a class that no training image has, are `ValueError`.
     """
     train, names = classes[0]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
@@ -189,7 +163,7 @@ def _run_model(
                 progress(source, done, len(images), "images")
     if not classes:
         raise InvalidValueError(f"No image in {source!r} has features:\n{failures}")
-    tokens = _probe_inputs(np.concatenate(cls), np.concatenate(patch_mean))
+    tokens = ProbeInputs(torch.from_numpy(np.concatenate(cls)), torch.from_numpy(np.concatenate(patch_mean)))
     return LabelledFeatures(source, tokens, classes, failures, options.model, engine.loaded_from, engine.n_blocks)
 
 
@@ -203,13 +177,14 @@ def _read_stored(folders: Sequence[str], blocks: int) -> list[LabelledFeatures]:
 
 def _labelled(folder: str, features: Features, blocks: int) -> LabelledFeatures:
     about, n_blocks = features.manifest["about"], features.manifest["model"]["n_blocks"]
-    good = np.array([error is None for error in features.error], bool)
     failures = Failures()
-    for row in np.flatnonzero(~good):
-        failures.add(features.path[row], features.error[row] or "")
-    if not good.any():
+    for path, error in zip(features.path, features.error, strict=True):
+        if error is not None:
+            failures.add(path, error)
+    good = [row for row, error in enumerate(features.error) if error is None]
+    if not good:
         raise InvalidValueError(f"No image in {folder!r} has features:\n{failures}")
-    classes = [_class_of(features.path[row]) for row in np.flatnonzero(good)]
+    classes = [_class_of(features.path[row]) for row in good]
     stored = _last_blocks(features, n_blocks, blocks)
     if not stored:
         raise InvalidValueError(
@@ -217,7 +192,8 @@ def _labelled(folder: str, features: Features, blocks: int) -> LabelledFeatures:
         )
     cls = np.stack([features[name][good] for name in stored], axis=1)
     patch_mean = next((name for name in ("patch_mean", f"patch_mean@{n_blocks - 1}") if name in features), None)
-    tokens = _probe_inputs(cls, features[patch_mean][good] if patch_mean else None)
+    mean = torch.from_numpy(features[patch_mean][good]) if patch_mean else None
+    tokens = ProbeInputs(torch.from_numpy(cls), mean)
     return LabelledFeatures(folder, tokens, classes, failures, about.get("model"), about.get("weights"), n_blocks)
 
 
@@ -231,8 +207,3 @@ def _last_blocks(features: Features, depth: int, blocks: int) -> list[str]:
             break
         found.insert(0, name)
     return found
-
-
-def _probe_inputs(cls: NDArray[Any], patch_mean: NDArray[Any] | None) -> ProbeInputs:
-    mean = None if patch_mean is None else torch.from_numpy(np.ascontiguousarray(patch_mean))
-    return ProbeInputs(torch.from_numpy(np.ascontiguousarray(cls)), mean)

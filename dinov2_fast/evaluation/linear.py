@@ -29,15 +29,10 @@ _MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """The tokens of images from which linear probes take their inputs.
+    """The tokens of images from which linear probes take their inputs."""
 
-    Args:
-        cls: (images, blocks, dim), the class tokens of the last blocks after the final norm; the last block comes last.
-        patch_mean: (images, dim), the mean of the last block's patch tokens, or None.
-    """
-
-    cls: Tensor
-    patch_mean: Tensor | None = None
+    cls: Tensor  # (images, blocks, dim), class tokens of the last blocks after the final norm; the last block is last
+    patch_mean: Tensor | None = None  # (images, dim), the mean of the last block's patch tokens
 
     def concatenated(self, blocks: int, avgpool: bool) -> Tensor:
         """(images, features) fp32: the class tokens of the last `blocks` blocks, then the mean of the patches."""

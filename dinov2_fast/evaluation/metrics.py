@@ -22,11 +22,7 @@ class Accuracy(NamedTuple):
 
 
 def checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Features (images, dim) in fp32 and labels (images,) in int64.
-
-    Raises:
-        ValueError: other shapes, no images, labels that are not whole numbers from 0 on, NaN or infinity.
-    """
+    """Features (images, dim) in fp32 and labels (images,) in int64, or `ValueError` if they are not valid."""
     features, labels = torch.as_tensor(features).float(), torch.as_tensor(labels)
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise InvalidValueError(
@@ -41,13 +37,10 @@ def checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """For each image, how many other classes score as high as its own class or higher.
-
-    An image whose own score is NaN gets a rank that is right in no top k.
-    """
+    """For each image, how many other classes score as high as its own class or higher."""
     own = scores.gather(1, labels[:, None])
     ranks = (scores >= own).sum(dim=1) - 1
-    return torch.where(own.squeeze(1).isnan(), scores.shape[1] + 5, ranks)
+    return torch.where(own.squeeze(1).isnan(), scores.shape[1] + 5, ranks)  # NaN is right in no top k
 
 
 def accuracy_of(ranks: Tensor) -> Accuracy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,11 +57,6 @@ def noise(model: DinoVisionTransformer, size: tuple[int, int] | None) -> list[Te
     return [torch.randn(count, channels, *sides, generator=generator) for count, sides in enumerate(sizes, start=1)]
 
 
-def full_precision(model: DinoVisionTransformer) -> DinoVisionTransformer:
-    """The model to compare the file with: a copy in fp32 if its own dtype has fewer bits."""
-    return copy.deepcopy(model).float() if model.pos_embed.dtype.itemsize < 4 else model
-
-
 def compare(
     run: Callable[[Tensor], Sequence[Tensor]],
     model: GraphModule,
@@ -70,11 +64,7 @@ def compare(
     dtype: str,
     batch_size: int | None,
 ) -> tuple[Difference, ...]:
-    """The differences of each output for each batch.
-
-    Raises:
-        ExportError: an output has another shape, or differs by more than its dtype allows.
-    """
+    """The differences of each output for each batch; one that is larger than its dtype allows is an error."""
     like = next(model.parameters())
     found = []
     for pixels in batches:

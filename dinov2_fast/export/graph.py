@@ -85,11 +85,7 @@ def trace(module: GraphModule, batch_size: int | None, size: tuple[int, int] | N
 
 
 def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], opset: int, metadata: str) -> None:
-    """Writes the graph as ONNX, with the weights in a second file where they are too large for one.
-
-    Raises:
-        ExportError: torch's exporter fails, does not have the opset, or uses operators of its own.
-    """
+    """Writes the graph as ONNX, with the weights in a second file where they are too large for one."""
     try:
         with warnings.catch_warnings(), _quiet("onnxscript"):
             warnings.simplefilter("ignore")  # about the exporter's own code

@@ -34,19 +34,9 @@ class ExportError(Dinov2FastError, RuntimeError):
     """The model cannot be exported this way, or the file does not compute what the model does."""
 
 
-def check_model(model: Any) -> None:
-    """Refuses what is no backbone in eval mode."""
-    if not isinstance(model, DinoVisionTransformer):
-        raise InvalidTypeError(
-            f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
-            "dinov2_fast.load, which reads every layout. In place of an engine, export the model that it was made of."
-        )
-    if model.training:
-        raise InvalidValueError("The model is in training mode; call model.eval() first.")
-
-
 def check_settings(
-    model: DinoVisionTransformer,
+    model: Any,
+    classifier: nn.Linear | None,
     format: str,
     outputs: Sequence[str],
     dtype: str,
@@ -54,7 +44,14 @@ def check_settings(
     batch_size: int | None,
     size: tuple[int, int] | None,
 ) -> None:
-    """Refuses settings that do not exist, or do not go with the model or with each other."""
+    """Refuses what is no backbone in eval mode, and settings that do not exist or do not go together."""
+    if not isinstance(model, DinoVisionTransformer):
+        raise InvalidTypeError(
+            f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "
+            "dinov2_fast.load, which reads every layout. In place of an engine, export the model that it was made of."
+        )
+    if model.training:
+        raise InvalidValueError("The model is in training mode; call model.eval() first.")
     if dtype not in DTYPES:
         raise InvalidValueError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     known = (*OUTPUTS, LOGITS)
@@ -79,10 +76,6 @@ def check_settings(
         raise InvalidValueError(
             f"size must be multiples of the patch size {model.patch_size}, got {size[0]} x {size[1]}."
         )
-
-
-def check_classifier(model: DinoVisionTransformer, classifier: nn.Linear | None, outputs: Sequence[str]) -> None:
-    """Refuses a missing classifier, or one of other features."""
     if LOGITS in outputs and classifier is None:
         raise InvalidValueError("There is no classifier for the output logits: give one, or leave logits out.")
     if classifier is not None and classifier.in_features not in (model.embed_dim, 2 * model.embed_dim):
@@ -98,7 +91,8 @@ def check_path(path: Path, format: str, overwrite: bool) -> None:
         raise InvalidValueError(f"There is no format {format!r}; choose one of {', '.join(ENDINGS)}.")
     if path.suffix != ENDINGS[format]:
         raise InvalidValueError(f"A file of the format {format} ends in {ENDINGS[format]}, {str(path)!r} does not.")
-    for file in (path, weights_file(path)) if format == "onnx" else (path,):
+    weights = path.with_name(f"{path.name}.data")  # the second file of a large ONNX graph
+    for file in (path, weights) if format == "onnx" else (path,):
         if file.is_dir() or (file.exists() and not overwrite):
             raise FileExistsError(
                 f"{str(file)!r} exists already; choose another name, or replace it with --overwrite (overwrite=True)."
@@ -130,8 +124,3 @@ def check_images(model: DinoVisionTransformer, batches: Sequence[Tensor], size: 
         if batch.ndim != 4 or not len(batch) or batch.shape[1] != channels or not right:
             wanted = f"{size[0]}, {size[1]}" if size else f"multiple of {patch}, multiple of {patch}"
             raise InvalidValueError(f"images must be batches (images, {channels}, {wanted}), got {tuple(batch.shape)}.")
-
-
-def weights_file(path: Path) -> Path:
-    """The second file of an ONNX graph, for weights that are too large for the first."""
-    return path.with_name(f"{path.name}.data")

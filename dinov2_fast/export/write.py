@@ -1,4 +1,4 @@
-"""`export`: a backbone as an ONNX or torch.export file, compared with the model before it takes its place.
+"""Backbones as ONNX or torch.export files, which are compared with the model before they take their place.
 
 The graph takes `pixel_values` (batch, 3, height, width), scaled and normalised as the image processor does, and gives
 the outputs asked for, in its own dtype:
@@ -14,11 +14,12 @@ logits      (batch, classes)         the outputs of a classifier, where one is g
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,39 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import __version__
-from dinov2_fast.export.check import Difference, compare, file_runner, full_precision, noise
+from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.readable import readable_batches
+from dinov2_fast.data.sources import require_images
+from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.export.check import Difference, compare, file_runner, noise
 from dinov2_fast.export.graph import GraphModule, copy_for_export, trace, write_onnx
 from dinov2_fast.export.settings import (
     DTYPES,
+    LOGITS,
     METADATA,
     OPSET,
-    check_classifier,
     check_images,
-    check_model,
     check_packages,
     check_path,
     check_settings,
 )
 from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.weights.architecture import plan_weights, read_tensor
+from dinov2_fast.weights.files import open_weights
+from dinov2_fast.weights.load import HEADS, load
+
+CHECKED_SIZES = ((224, 224), (154, 280))  # of the images to compare on, where the size is free
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The files written, the graph's first, and their differences from the model (empty: onnxruntime is missing)."""
+    """What was written, and how it was checked."""
 
-    files: tuple[Path, ...]
-    differences: tuple[Difference, ...]
+    files: tuple[Path, ...]  # the graph's comes first
+    differences: tuple[Difference, ...]  # from the model; empty where onnxruntime is missing
+    failures: Failures = field(default_factory=Failures)  # images that cannot be read, left out of the check
+    unused_classifier: str | None = None  # why a classifier in the checkpoint was left out
 
 
 def export(
@@ -94,9 +106,7 @@ def export(
         ExportError: torch cannot export the model, a package is missing, `path` cannot be written, or the file computes
             something else.
     """
-    check_model(model)
-    check_settings(model, format, outputs, dtype, opset, batch_size, size)
-    check_classifier(model, classifier, outputs)
+    check_settings(model, classifier, format, outputs, dtype, opset, batch_size, size)
     path = Path(path)
     check_path(path, format, overwrite)
     check_packages(format, images)
@@ -114,8 +124,8 @@ def export(
             torch.export.save(program, written, extra_files={METADATA: text})
         del program
         run = file_runner(written, format)
-        exact = GraphModule(full_precision(model), outputs, classifier)
-        differences = compare(run, exact, batches, dtype, batch_size) if run else ()
+        exact = copy.deepcopy(model).float() if model.pos_embed.dtype.itemsize < 4 else model
+        differences = compare(run, GraphModule(exact, outputs, classifier), batches, dtype, batch_size) if run else ()
         return Exported(_move(written, path), differences)
 
 
@@ -125,3 +135,93 @@ def _move(written: Path, path: Path) -> tuple[Path, ...]:
     for name in names:
         os.replace(written.with_name(name), path.with_name(name))
     return tuple(path.with_name(name) for name in reversed(names))
+
+
+def export_checkpoint(
+    model: str,
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    position_interpolation: str | None = None,
+    format: str = "onnx",
+    outputs: Sequence[str] | None = None,
+    dtype: str = "fp32",
+    opset: int | None = None,
+    batch_size: int | None = None,
+    size: tuple[int, int] | None = None,
+    images: Iterable[str | os.PathLike[str]] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Loads a model in fp32 and exports it.
+
+    Args:
+        model, weights, position_interpolation: see :func:`dinov2_fast.load`.
+        outputs: by default the class token and the patches, and the logits if the checkpoint has a classifier.
+        images: paths of images to compare file and model on, see :mod:`dinov2_fast.data.sources`; default noise.
+        path, format, dtype, opset, batch_size, size, overwrite: see `export`.
+
+    Raises:
+        WeightsError: the weights cannot be had.
+        ValueError: no image can be read, or as `export`.
+        FileExistsError, ExportError: as `export`.
+    """
+    check_path(Path(path), format, overwrite)
+    failures = Failures()
+    batches = None if images is None else _read(images, size, failures)
+    loaded = load(model, weights=weights, dtype="float32", position_interpolation=position_interpolation)
+    classifier, unused = _classifier_beside(loaded)
+    if outputs is None:
+        outputs = ("cls", "patches", *[LOGITS] * (classifier is not None))
+    elif unused is not None and LOGITS in outputs:
+        raise InvalidValueError(unused)
+    processor = Dinov2ImageProcessor()
+    about: dict[str, Any] = {"model": model, "weights": loaded.loaded_from}
+    about |= {"mean": processor.image_mean, "std": processor.image_std}
+    exported = export(
+        loaded,
+        path,
+        classifier=classifier,
+        format=format,
+        outputs=outputs,
+        dtype=dtype,
+        opset=opset,
+        batch_size=batch_size,
+        size=size,
+        images=batches,
+        metadata=about,
+        overwrite=overwrite,
+    )
+    return replace(exported, failures=failures, unused_classifier=unused)
+
+
+def _read(paths: Iterable[str | os.PathLike[str]], size: tuple[int, int] | None, failures: Failures) -> list[Tensor]:
+    """All images in one batch, of the fixed size or of 224 x 224; where the size is free, the first in another too."""
+    sources = list(require_images(paths))
+    sizes = (size,) if size else CHECKED_SIZES
+    batches = []
+    for sides in sizes:
+        read = list(readable_batches(sources, Dinov2ImageProcessor.for_size(sides), failures))
+        batches.append(torch.cat([pixels for _, pixels in read]))
+        sources, failures = read[0][0][:1], Failures()
+    return batches
+
+
+def _classifier_beside(model: DinoVisionTransformer) -> tuple[nn.Linear | None, str | None]:
+    """The classifier in the model's checkpoint; or None, and why one that is there cannot be exported."""
+    source = str(model.loaded_from)
+    if source.startswith("random:"):
+        return None, None
+    plan = plan_weights(open_weights(Path(source)))
+    prefix = next((prefix for prefix in HEADS if f"{prefix}weight" in plan.recipes), None)
+    if prefix is None:
+        return None, None
+    parameters = {name: read_tensor(plan, key) for name in ("weight", "bias") if (key := prefix + name) in plan.recipes}
+    classes, inputs = parameters["weight"].shape
+    if inputs not in (model.embed_dim, 2 * model.embed_dim):
+        return None, (
+            f"The classifier in {source} is left out: it takes {inputs} features. It can be exported if it takes "
+            f"{model.embed_dim}, of the CLS token, or {2 * model.embed_dim}, with the mean of the patches."
+        )
+    classifier = nn.Linear(inputs, classes, bias="bias" in parameters)
+    classifier.load_state_dict(parameters)
+    return classifier, None

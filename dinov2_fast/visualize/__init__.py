@@ -3,18 +3,14 @@
 The names below draw arrays and know no model. `show` runs a model or reads stored features, and writes the sheets.
 """
 
-from dinov2_fast.visualize.attention import attention_rgb
-from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
-from dinov2_fast.visualize.pca import PcaBasis, check_new, pca_rgb
-from dinov2_fast.visualize.sheet import Tile, save_sheet
+from dinov2_fast.visualize.pca import PcaBasis, pca_rgb
+from dinov2_fast.visualize.sheet import Tile, attention_rgb, attention_strips, neighbour_strips, pca_strips, save_sheet
 
 __all__ = [
     "PcaBasis",
-    "Strips",
     "Tile",
     "attention_rgb",
     "attention_strips",
-    "check_new",
     "neighbour_strips",
     "pca_rgb",
     "pca_strips",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,41 +34,22 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Drawable:
-    """Images, and what a model computes of them. What is empty is not drawn.
+    """Images, and what a model computes of them. What is empty is not drawn."""
 
-    Attributes:
-        model: the name of the model.
-        weights: where they came from.
-        fingerprint: gives the SHA-256 of the weights.
-        caption: what the images and features are, for the titles of sheets.
-        names: of all images.
-        rows: the images that are drawn, as indices in `names`.
-        image: from a row to the image as the processor cuts it.
-        grid: (rows, columns) of patches.
-        patches: block -> (drawn images, patches, hidden).
-        attention: block -> (drawn images, heads, patches).
-        heads: the heads whose attention maps are drawn.
-        cls: (all images, hidden), the class tokens by which neighbours are found.
-        n_images: how many images have features.
-        left_out: images that cannot be read.
-        unreadable: images of stored features that cannot be read any more; `image` gives grey for them.
-    """
-
-    model: str
-    weights: str
-    fingerprint: Callable[[], str]
-    caption: str
-    names: Sequence[str]
-    rows: Sequence[int]
-    image: Callable[[int], Image.Image]
-    grid: tuple[int, int] = (0, 0)
-    patches: Mapping[int, NDArray[Any]] = field(default_factory=dict)
-    attention: Mapping[int, NDArray[Any]] = field(default_factory=dict)
-    heads: Sequence[int] = ()
-    cls: NDArray[Any] | None = None
-    n_images: int = 0
-    left_out: Failures = field(default_factory=Failures)
-    unreadable: Failures = field(default_factory=Failures)
+    model: str  # its name
+    weights: str  # where they came from
+    fingerprint: Callable[[], str]  # gives the SHA-256 of the weights
+    caption: str  # what the images and features are, for the titles of sheets
+    names: Sequence[str]  # of all images
+    rows: Sequence[int]  # the images that are drawn, as indices in `names`
+    image: Callable[[int], Image.Image]  # from a row to the image as the processor cuts it
+    grid: tuple[int, int]  # rows and columns of patches
+    n_images: int  # how many images have features
+    patches: Mapping[int, NDArray[Any]]  # block -> (drawn images, patches, hidden)
+    attention: Mapping[int, NDArray[Any]]  # block -> (drawn images, heads, patches)
+    cls: NDArray[Any] | None  # (all images, hidden), the class tokens by which neighbours are found
+    left_out: Failures  # images that cannot be read
+    unreadable: Failures  # images of stored features that cannot be read any more; `image` gives grey for them
 
 
 def run_model(
@@ -78,18 +59,8 @@ def run_model(
     kinds: Collection[str],
     size: tuple[int, int],
     blocks: Sequence[int],
-    heads: Sequence[int],
 ) -> Drawable:
-    """What a model computes of images.
-
-    Args:
-        name: of the model, for titles.
-        model: in eval mode.
-        sources: where the images are.
-        kinds: of sheets; empty for all.
-        size: (height, width) of the images in pixels.
-        blocks: for PCA and attention, ascending.
-        heads: for attention.
+    """What a model in eval mode computes of images of `size` (height, width), for some or, by default, all sheets.
 
     Raises:
         ValueError: no image can be read.
@@ -103,6 +74,7 @@ def run_model(
         run = partial(_tokens, model, blocks, not kinds or "attention" in kinds)
         found, part_size = run_in_parts(run, normalize(cut).pixel_values, part_size)
         parts += found
+    cls, patches, *attention = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     with_neighbours = "neighbours" in kinds or (not kinds and len(images) > 1)
     return Drawable(
         model=name,
@@ -113,37 +85,32 @@ def run_model(
         rows=range(len(images)),
         image=images.__getitem__,
         grid=model.patch_grid(*size),
-        patches=_joined([part.patches for part in parts]) if not kinds or "pca" in kinds else {},
-        attention=_joined([part.attention for part in parts]),
-        heads=heads,
-        cls=np.concatenate([part.cls for part in parts]) if with_neighbours else None,
         n_images=len(images),
+        patches=_by_block(patches, blocks) if not kinds or "pca" in kinds else {},
+        attention=_by_block(attention[0], blocks) if attention else {},
+        cls=cls if with_neighbours else None,
         left_out=left_out,
+        unreadable=Failures(),
     )
 
 
-class _Tokens(NamedTuple):
-    cls: NDArray[Any]  # (images, hidden)
-    patches: dict[int, NDArray[Any]]  # block -> (images, patches, hidden)
-    attention: dict[int, NDArray[Any]]  # block -> (images, heads, patches)
-
-
-def _tokens(model: DinoVisionTransformer, blocks: Sequence[int], with_attention: bool, pixels: Tensor) -> _Tokens:
+def _tokens(
+    model: DinoVisionTransformer, blocks: Sequence[int], with_attention: bool, pixels: Tensor
+) -> list[NDArray[Any]]:
+    """Class tokens (images, hidden), patches (images, blocks, patches, hidden), and attention if it is asked for."""
     last, pixels = model.n_blocks - 1, pixels.to(model.pos_embed.device)
     kept = sorted({*blocks, last})
     with torch.inference_mode():
         outputs = model.get_intermediate_layers(pixels, n=kept, return_class_token=True)
         found = dict(zip(kept, outputs, strict=True))
-        patches = {block: found[block][0].cpu().numpy() for block in blocks}
-        attention = {}
+        tensors = [found[last][1], torch.stack([found[block][0] for block in blocks], dim=1)]
         if with_attention:
-            maps = model.attention_maps(pixels, blocks).flatten(-2).cpu().numpy()
-            attention = {block: maps[:, i] for i, block in enumerate(blocks)}
-    return _Tokens(found[last][1].cpu().numpy(), patches, attention)
+            tensors.append(model.attention_maps(pixels, blocks).flatten(-2))  # (images, blocks, heads, patches)
+    return [tensor.cpu().numpy() for tensor in tensors]
 
 
-def _joined(parts: Sequence[Mapping[int, NDArray[Any]]]) -> dict[int, NDArray[Any]]:
-    return {block: np.concatenate([part[block] for part in parts]) for block in parts[0]}
+def _by_block(arrays: NDArray[Any], blocks: Sequence[int]) -> dict[int, NDArray[Any]]:
+    return {block: arrays[:, i] for i, block in enumerate(blocks)}
 
 
 def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: int) -> Drawable:
@@ -176,9 +143,11 @@ def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: i
         rows=rows,
         image=cache(lambda row: _read_image(paths[row], processor, unreadable)),
         grid=_stored_grid(model, processor),
-        patches={model["n_blocks"] - 1: _stored_patches(features, rows)} if with_pca else {},
-        cls=features["cls"] if with_neighbours else None,
         n_images=len(good),
+        patches={model["n_blocks"] - 1: _stored_patches(features, rows)} if with_pca else {},
+        attention={},
+        cls=features["cls"] if with_neighbours else None,
+        left_out=Failures(),
         unreadable=unreadable,
     )
 

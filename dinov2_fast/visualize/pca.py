@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,14 @@ class PcaBasis:
         rgb = basis.rgb(patches_of_another_image, grid)
         basis.save("basis.safetensors")
 
-    Attributes:
-        components: the three components.
-        low, high: (3,), the scores that become 0 and 255.
-        foreground: one component, positive on the foreground; None if all patches are foreground.
-        about: where the features came from. `dinov2-fast show` writes and compares "model", "weights" (their SHA-256)
-            and "block" (0 is the first).
+    `about` says where the features came from: `dinov2-fast show` writes and compares "model", "weights" (their
+    SHA-256) and "block" (0 is the first).
     """
 
-    components: Components
-    low: Array
-    high: Array
-    foreground: Components | None = None
+    components: Components  # three
+    low: Array  # (3,), the scores that become 0
+    high: Array  # (3,), the scores that become 255
+    foreground: Components | None = None  # one, positive on the foreground; None if all patches are foreground
     about: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -130,15 +127,8 @@ class PcaBasis:
     def rgb(self, features: Any, grid: tuple[int, int] | None = None, *, foreground: Any = None) -> NDArray[np.uint8]:
         """The colours of patch features; equal features have equal colours.
 
-        Args:
-            features, grid: as for `pca_rgb`, with any number of patches.
-            foreground: a boolean array that gives the foreground, in place of the basis's.
-
-        Returns:
-            (batch, height, width, 3) uint8.
-
-        Raises:
-            ValueError: a wrong rank or grid, features of another number of dimensions than the basis, NaN or infinity.
+        Arguments, result and errors are those of `pca_rgb`, for any number of patches with the basis's number of
+        dimensions. A boolean array `foreground` replaces the foreground of the basis.
         """
         tokens = _tokens(features, grid)
         if tokens.shape[-1] != len(self.components.mean):
@@ -154,11 +144,7 @@ class PcaBasis:
         return rgb
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; makes its folder.
-
-        Raises:
-            FileExistsError: there is a file already.
-        """
+        """Writes a new safetensors file, and makes its folder; `FileExistsError` if there is a file already."""
         arrays = {"mean": self.components.mean, "directions": self.components.directions}
         arrays |= {"low": self.low, "high": self.high}
         if self.foreground is not None:
@@ -172,13 +158,16 @@ class PcaBasis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PcaBasis:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no file.
-            ValueError: the file is not a basis.
-        """
-        arrays, about = _read(path)
+        """Reads a file that `save` wrote; `FileNotFoundError`, or `ValueError` if the file is not a basis."""
+        arrays: dict[str, Array] = {}
+        with suppress(SafetensorError), safe_open(path, "numpy") as file:
+            about, names = file.metadata() or {}, file.keys()
+            if about.pop("format", None) == _FORMAT:
+                arrays = {name: file.get_tensor(name) for name in names}
+        if not arrays:
+            raise InvalidValueError(
+                f"{os.fspath(path)!r} is not a PCA basis; `dinov2-fast show --save-basis` writes one."
+            )
         components = Components(arrays["mean"], arrays["directions"])
         foreground = None
         if "foreground.mean" in arrays:
@@ -186,33 +175,20 @@ class PcaBasis:
         return cls(components, arrays["low"], arrays["high"], foreground, about)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays in the file of a basis, and its `about`."""
-    try:
-        with safe_open(path, "numpy") as file:
-            about, names = file.metadata() or {}, file.keys()
-            if about.pop("format", None) == _FORMAT:
-                return {name: file.get_tensor(name) for name in names}, about
-    except SafetensorError:
-        pass
-    raise InvalidValueError(f"{os.fspath(path)!r} is not a PCA basis; `dinov2-fast show --save-basis` writes one.")
-
-
 def check_new(path: str | os.PathLike[str]) -> Path:
-    """The path.
-
-    Raises:
-        FileExistsError: there is a file already.
-    """
+    """The path, or `FileExistsError` if there is a file already."""
     if os.path.lexists(path):
         raise FileExistsError(f"{os.fspath(path)!r} exists already; choose another name for the basis.")
     return Path(path)
 
 
+def as_array(values: Any) -> Array:
+    """A tensor or an array as an array in float64."""
+    return np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, np.float64)
+
+
 def _tokens(features: Any, grid: tuple[int, int] | None) -> Array:
-    if hasattr(features, "detach"):
-        features = features.detach().cpu().double().numpy()
-    tokens = np.asarray(features, np.float64)
+    tokens = as_array(features)
     if tokens.ndim not in (2, 3, 4):
         raise InvalidValueError(
             "Features must be (patches, dim), (batch, patches, dim) or (batch, height, width, dim), "

@@ -19,9 +19,8 @@ from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import find_manifest
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_model
-from dinov2_fast.visualize.drawing import Strips, attention_strips, neighbour_strips, pca_strips
 from dinov2_fast.visualize.pca import PcaBasis, check_new
-from dinov2_fast.visualize.sheet import save_sheet
+from dinov2_fast.visualize.sheet import Strips, attention_strips, neighbour_strips, pca_strips, save_sheet
 from dinov2_fast.weights.load import load
 
 THUMBNAIL = (252, 252)  # pixels
@@ -29,19 +28,12 @@ THUMBNAIL = (252, 252)  # pixels
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` wrote.
+    """What `show` wrote."""
 
-    Attributes:
-        files: the PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved.
-        left_out: images that cannot be read.
-        unreadable: images of stored features that cannot be read any more; they are grey on the sheets.
-        is_limited: whether there are more images than were drawn.
-    """
-
-    files: dict[str, Path]
-    left_out: Failures
-    unreadable: Failures
-    is_limited: bool
+    files: dict[str, Path]  # the PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved
+    left_out: Failures  # images that cannot be read
+    unreadable: Failures  # images of stored features that cannot be read any more; they are grey on the sheets
+    is_limited: bool  # there are more images than were drawn
 
 
 def show(
@@ -71,16 +63,12 @@ def show(
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.
-        size: (height, width) of the images in pixels.
-        stride: pixels from one patch to the next; by default the patch size.
+        size, stride: (height, width) of the images, and the step from one patch to the next, in pixels.
         device: by default a GPU where there is one.
-        blocks: for PCA and attention; 0 is the first, -1 the last, None are all.
-        heads: for the attention maps; None are all.
+        blocks, heads: of the PCA and the attention maps; 0 is the first, -1 the last, None are all.
         foreground: draw the colours of the foreground only, and the background black.
-        basis: a file of an earlier `save_basis`, whose colours the PCA gets.
-        save_basis: a new file for the PCA.
-        count: neighbours of each image.
-        limit: the most images that are drawn.
+        basis, save_basis: a file of an earlier `save_basis`, whose colours the PCA gets; or a new file for the PCA.
+        count, limit: the neighbours of each image, and the most images that are drawn.
         announce: called with the number of images before the model runs.
 
     Raises:
@@ -121,7 +109,7 @@ def show(
             loaded.stride = stride
         if announce:
             announce(len(sources[:limit]))
-        drawable = run_model(model, loaded, sources[:limit], kinds, size, blocks, heads)
+        drawable = run_model(model, loaded, sources[:limit], kinds, size, blocks)
         _check_neighbours(kinds, len(drawable.names))
     if given:
         _check_basis(given, str(basis), drawable, foreground)
@@ -129,7 +117,7 @@ def show(
     if drawable.patches:
         sheets.draw_pca(given, basis, save_basis, foreground)
     if drawable.attention:
-        sheets.draw_attention()
+        sheets.draw_attention(heads or ())
     if drawable.cls is not None:
         sheets.draw_neighbours(nearest(drawable.cls, drawable.rows, count))
     return Shown(sheets.files, drawable.left_out, drawable.unreadable, is_limited)
@@ -181,13 +169,9 @@ class _Sheets:
         """Each image and its colours, by the PCA that is given, from `file`, or by one of each block's patches."""
         drawable, rgb = self._drawable, {}
         about = {"model": drawable.model, "weights": drawable.fingerprint() if new_file else ""}
+        way = "threshold" if foreground else None
         for block, patches in drawable.patches.items():
-            basis = given or PcaBasis.fit(
-                patches,
-                drawable.grid,
-                foreground="threshold" if foreground else None,
-                about={**about, "block": str(block)},
-            )
+            basis = given or PcaBasis.fit(patches, drawable.grid, foreground=way, about={**about, "block": str(block)})
             rgb[block] = basis.rgb(patches, drawable.grid)
         if new_file:
             basis.save(new_file)
@@ -198,10 +182,10 @@ class _Sheets:
         title = f"first three principal components of the patch tokens, {drawable.caption}"
         self._save("pca", strips, title, note, columns=max(6 // len(strips[0]), 1), height=200)
 
-    def draw_attention(self) -> None:
+    def draw_attention(self, heads: Sequence[int]) -> None:
         """Each image and its attention maps."""
         drawable = self._drawable
-        strips = attention_strips(self._names, self._images(), drawable.attention, drawable.grid, drawable.heads)
+        strips = attention_strips(self._names, self._images(), drawable.attention, drawable.grid, heads)
         note = "Each map is scaled on its own: maps show where a head looks, but not which head looks more."
         self._save("attention", strips, f"attention of the CLS token, {drawable.caption}", note, height=150)
 

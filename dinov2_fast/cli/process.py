@@ -1,12 +1,52 @@
-"""Standard streams that fail: one may be closed, its disk full, or the reader of its pipe gone."""
+"""The process of a command: its exit codes, the signals that end it, and standard streams that fail."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+OK = 0
+ABORTED = 1  # verify: the features differ
+WRONG_USAGE = 2  # argparse's
+SOME_FAILED = 3  # finished, but some images could not be read
+INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class SignalHandler:
+    """Raises KeyboardInterrupt at the first signal, so that a command ends in order, and ignores those after it."""
+
+    received = False
+
+    def __call__(self, *_: Any) -> None:
+        for name in SIGNALS:
+            signal.signal(name, signal.SIG_IGN)
+        self.received = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def one_interrupt(until_exit: bool) -> Iterator[SignalHandler]:
+    """Inside, the first signal raises KeyboardInterrupt; with `until_exit` the others are ignored until the exit too.
+
+    Python handles signals in the main thread only; in another thread this does nothing.
+    """
+    handler = SignalHandler()
+    if threading.current_thread() is not threading.main_thread():
+        yield handler
+        return
+    before = [signal.signal(name, handler) for name in SIGNALS]
+    try:
+        yield handler
+    finally:
+        if not (handler.received and until_exit):
+            for name, previous in zip(SIGNALS, before, strict=True):
+                signal.signal(name, previous)
 
 
 @contextmanager
