@@ -19,7 +19,6 @@ from dinov2_fast.errors import InvalidValueError, WeightsError
 from dinov2_fast.extraction.compute import Outputs
 from dinov2_fast.extraction.provenance import architecture, fingerprint
 from dinov2_fast.features.store import Features
-from dinov2_fast.inference import Engine
 from dinov2_fast.inference.loading import find_device, load_model
 from dinov2_fast.inference.optimize import why_slow
 
@@ -101,7 +100,7 @@ def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImagePro
             device=device,
             precision=precision,
             engine=engine,
-            stride=manifest["model"].get("stride"),
+            stride=manifest["model"]["stride"],
         )
     except WeightsError as error:
         raise WeightsError(
@@ -113,7 +112,7 @@ def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImagePro
 def _check_same(model: Any, features: Features) -> None:
     """Raises InvalidValueError if the model is not the one that made the features."""
     manifest, folder = features.manifest, str(features.folder)
-    if fingerprint(model._model if isinstance(model, Engine) else model) != manifest["weights"]:
+    if fingerprint(model) != manifest["weights"]:
         raise InvalidValueError(
             f"The features in {folder!r} are of {manifest['about'].get('model', 'another model')!r}, and this model "
             "has other weights: features of two models cannot be compared. Give the model that made them."

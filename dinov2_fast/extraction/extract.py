@@ -21,7 +21,7 @@ from dinov2_fast.extraction.run import Progress, make_shards
 from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.manifest import claim, compare, discard
-from dinov2_fast.features.schema import default_shard_size, find_manifest
+from dinov2_fast.features.schema import default_shard_size, holds_features
 from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 
@@ -139,7 +139,7 @@ def extract(
     manifest = {**provenance(outputs, processor, max_pixels), "batch_size": batch_size}
     manifest |= {"shard_size": shard_size, "format": format, "about": about}
     with lock(folder, part), ExitStack() as stack:
-        if add and find_manifest(folder):
+        if add and holds_features(folder):
             compare(folder, manifest)
             listed = begin_addition(folder, sources, shards, stack, retry_failed=retry_failed)
         else:

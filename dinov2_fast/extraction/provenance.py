@@ -26,7 +26,7 @@ def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: in
     engine = isinstance(model, Engine)
     return {
         "model": architecture(model),
-        "weights": fingerprint(model._model if engine else model),
+        "weights": fingerprint(model),
         "position_interpolation": model.position_interpolation,
         "processor": processor.to_dict(),
         "decoder": {"pillow": PIL.__version__, "formats": list(FORMATS), "max_pixels": max_pixels},
@@ -49,15 +49,16 @@ def architecture(model: Any) -> dict[str, Any]:
     """The sizes of a model that its weights do not show."""
     names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
     found = {name: getattr(model, name) for name in names if hasattr(model, name)}
-    if model.stride != (model.patch_size, model.patch_size):  # older manifests have none
-        found["stride"] = list(model.stride)
-    return found
+    return {**found, "stride": list(model.stride)}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers; the same on every device."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all parameters and buffers; the same on every device.
+
+    For an engine, those of its model.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted((model.model if isinstance(model, Engine) else model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
@@ -67,7 +68,7 @@ def _engine_settings(engine: Engine) -> dict[str, Any]:
     plan = engine.plan
     calibration = hashlib.sha256(repr(plan.calibration.scales).encode()).hexdigest() if plan.calibration else None
     return {
-        "residual": str(plan.residual_dtype).removeprefix("torch."),
+        "residual_dtype": str(plan.residual_dtype).removeprefix("torch."),
         "skip_layers": list(plan.skip_layers),
         "calibration": calibration,
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
-from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, find_shards
+from dinov2_fast.features.schema import MANIFEST, Feature, find_shards, holds_features
 from dinov2_fast.features.whole_files import part_of, whole_file
 
 INPUTS = "inputs"
@@ -57,9 +57,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         InvalidValueError: it is damaged.
     """
-    path = find_manifest(folder)
-    if path is None:
+    if not holds_features(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shard_size, sections = manifest["shard_size"], stored_sections(manifest)
@@ -90,7 +90,7 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ManifestError: they differ, or the folder holds shards without a manifest.
     """
-    if find_manifest(folder) is None:
+    if not holds_features(folder):
         _refuse_shards(folder)
         _create(folder / MANIFEST, manifest)
     compare(folder, manifest)
@@ -122,25 +122,23 @@ def discard(folder: Path) -> None:
 
     Raises:
         ManifestError: the folder holds shards without a manifest.
-        InvalidValueError: the manifest is damaged, or belongs to another program.
+        InvalidValueError: the manifest is damaged.
     """
-    manifest = find_manifest(folder)
-    if manifest is None:
+    if not holds_features(folder):
         return _refuse_shards(folder)
     read_manifest(folder)
     for path in find_shards(folder):
         path.unlink()
-    manifest.unlink()
+    (folder / MANIFEST).unlink()
 
 
 def write_sections(folder: Path, sections: Sequence[Section]) -> None:
     """Replaces the sections in the manifest of a folder."""
-    manifest, path = read_manifest(folder), find_manifest(folder)
-    assert path is not None
+    manifest = read_manifest(folder)
     first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
     manifest[INPUTS] = {"images": first.images, "sha256": first.sha256}
     manifest["added"] = [asdict(section) for section in added]
-    with whole_file(path) as file:
+    with whole_file(folder / MANIFEST) as file:
         file.write(_encoded(manifest))
 
 

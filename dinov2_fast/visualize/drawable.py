@@ -201,9 +201,8 @@ def _as_image(pixels: NDArray[Any]) -> Image.Image:
 def _stored_grid(model: Mapping[str, Any], processor: Dinov2ImageProcessor) -> tuple[int, int]:
     """Rows and columns of patches."""
     patch = model["patch_size"]
-    strides = model.get("stride", (patch, patch))
     sides = processor.output_size or (patch, patch)
-    rows, columns = ((side - patch) // step + 1 for side, step in zip(sides, strides, strict=True))
+    rows, columns = ((side - patch) // step + 1 for side, step in zip(sides, model["stride"], strict=True))
     return rows, columns
 
 
