@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.as_stored import extract_as_stored
+from dinov2_fast.extraction.provenance import extract_as_stored
 from dinov2_fast.features.manifest import stored_features
 from dinov2_fast.features.schema import as_text
 from dinov2_fast.features.store import Features, load_features
@@ -64,7 +64,7 @@ def search(
             as ``features["cls"][[3]]``.
         k: images to find for each query; fewer if the folder has fewer.
         feature: the stored feature that is compared; it must be one vector per image.
-        model, weights, device: for query images, see :func:`dinov2_fast.extraction.as_stored.extract_as_stored`; by
+        model, weights, device: for query images, see :func:`dinov2_fast.extraction.provenance.extract_as_stored`; by
             default the model that the folder names.
         skip_unreadable: leave out query images that cannot be read; otherwise they are an error.
 

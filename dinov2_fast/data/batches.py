@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import ImageSource
@@ -82,6 +83,39 @@ def read_batches(
             yield make_batch(images, processor)
             if left is not None:
                 left = left - len(images) or group_size
+
+
+def readable_batches(
+    sources: Sequence[ImageSource],
+    processor: Dinov2ImageProcessor,
+    failures: Failures,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+) -> Generator[tuple[list[ImageSource], Tensor], None, None]:
+    """The images that can be read, in batches of at most `batch_size`: their sources, and pixels as in `ImageBatch`.
+
+    Args:
+        processor: its outputs must have one size.
+        failures: images that cannot be read are added to it.
+        batch_size, workers: as for `read_batches`.
+
+    Raises:
+        InvalidValueError: not one of the images can be read.
+    """
+    first, found = 0, False
+    with closing(read_batches(sources, processor, batch_size=batch_size, workers=workers)) as batches:
+        for batch in batches:
+            taken = sources[first : first + len(batch.images)]
+            first += len(taken)
+            for source, image in zip(taken, batch.images, strict=True):
+                if image.error is not None:
+                    failures.add(source.path, image.error)
+            if batch.rows:
+                found = True
+                yield [taken[row] for row in batch.rows], batch.pixels
+    if not found:
+        raise InvalidValueError(f"None of the images can be read:\n{failures}")
 
 
 def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:

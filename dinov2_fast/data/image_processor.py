@@ -5,8 +5,8 @@ to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, s
 ImageNet mean and standard deviation. Settings have transformers' names, and the results equal those of its PIL
 processor.
 
-- PIL images become RGB as :mod:`.rgb` describes; arrays and tensors are read as :mod:`.arrays` describes, and their
-  alpha channel is dropped. Floats lie in 0 to 255 if `do_rescale`, in 0 to 1 if not.
+- Images become RGB as :mod:`.rgb` describes. The alpha channel of arrays and tensors is dropped; floats lie in 0 to 255
+  if `do_rescale`, in 0 to 1 if not.
 - Resizing works on 8 bits. Floats in 0 to 1 are truncated to 8 bits, as in transformers; floats in 0 to 255 are
   rounded.
 """
@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinov2_fast.data.arrays import DATA_FORMATS, channels_last
-from dinov2_fast.data.rgb import parse_colour, to_rgb
+from dinov2_fast.data.rgb import DATA_FORMATS, channels_last, parse_colour, to_rgb
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -147,7 +146,7 @@ class Dinov2ImageProcessor:
         """Processes one image, a list of them (sizes may differ), or a batch array.
 
         Args:
-            images: PIL images, numpy arrays or torch tensors; :mod:`.arrays` describes shapes and ranges.
+            images: PIL images, numpy arrays or torch tensors; :mod:`.rgb` describes shapes and ranges.
             return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width) float32; None: a list of arrays
                 (3, height, width), which may differ in size.
             input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays; by default it is guessed.

@@ -15,9 +15,9 @@ from pathlib import Path
 from dinov2_fast.data.failures import NothingReadError
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.extraction.image_list import ImageList
-from dinov2_fast.features.formats import Shards
 from dinov2_fast.features.manifest import Section, read_manifest, stored_sections, write_sections
 from dinov2_fast.features.schema import as_text
+from dinov2_fast.features.store import Shards
 
 
 def begin_addition(

@@ -18,10 +18,10 @@ from dinov2_fast.extraction.compute import DEFAULT, Outputs
 from dinov2_fast.extraction.image_list import ImageList
 from dinov2_fast.extraction.provenance import machine, provenance
 from dinov2_fast.extraction.run import Progress, make_shards
-from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.manifest import claim, compare, discard
 from dinov2_fast.features.schema import default_shard_size, holds_features
+from dinov2_fast.features.store import open_shards
 from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 

@@ -18,8 +18,8 @@ from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
 from dinov2_fast.extraction.compute import Outputs, Pending
 from dinov2_fast.extraction.image_list import ImageList
-from dinov2_fast.features.formats import Shards
 from dinov2_fast.features.schema import Rows, as_text, remove_leftovers
+from dinov2_fast.features.store import Shards
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dinov2_fast.features.whole_files import whole_file
 
 
 class NpyShards:
-    """See :class:`.formats.Shards`."""
+    """The methods of :class:`.parquet.ParquetShards`, for this format."""
 
     def __init__(self, folder: Path, features: Sequence[Feature]) -> None:
         self.folder, self.features = folder, features
@@ -46,7 +46,7 @@ class NpyShards:
         return len(errors), len(errors) - errors.count(None)
 
     def columns(self, shard: int) -> dict[str, list[Any]]:
-        """See :class:`.formats.Shards`."""
+        """As `ParquetShards.columns`."""
         with open(self._lines_path(shard), "rb") as file:
             lines = [json.loads(line) for line in file]
         return {name: [line[name] for line in lines] for name in COLUMNS}

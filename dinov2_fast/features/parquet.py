@@ -22,13 +22,13 @@ _TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 class ParquetShards:
-    """See :class:`.formats.Shards`."""
+    """The shards of a folder, by their numbers. `NpyShards` has the same methods."""
 
     def __init__(self, folder: Path, features: Sequence[Feature]) -> None:
         self.folder, self.features = folder, features
 
     def write(self, shard: int, rows: Sequence[Rows], note: Mapping[str, Any]) -> None:
-        """See :class:`.formats.Shards`."""
+        """Writes a complete shard, with a note about it, which is empty as a rule."""
         schema = self._schema(note)
         table = pa.Table.from_batches([self._record_batch(part, schema) for part in rows], schema)
         with whole_file(self._path(shard)) as file:
@@ -42,7 +42,10 @@ class ParquetShards:
             )
 
     def count(self, shard: int) -> tuple[int, int] | None:
-        """Reads the footer of the file alone: its statistics count the errors."""
+        """The number of rows, and of rows with an error; None if the shard is absent, damaged or of other features.
+
+        Reads the footer of the file alone: its statistics count the errors.
+        """
         try:
             metadata = pq.read_metadata(self._path(shard))
         except (OSError, pa.ArrowInvalid):
@@ -55,12 +58,12 @@ class ParquetShards:
         return metadata.num_rows, sum(g.num_rows - g.column(error).statistics.null_count for g in groups)
 
     def columns(self, shard: int) -> dict[str, list[Any]]:
-        """See :class:`.formats.Shards`."""
+        """The columns that are not features (`COLUMNS`), with None for null."""
         table: dict[str, list[Any]] = self._read(shard, list(COLUMNS)).to_pydict()
         return table
 
     def feature(self, shard: int, feature: Feature) -> NDArray[Any]:
-        """See :class:`.formats.Shards`."""
+        """A feature, (rows, …), NaN in rows with an error."""
         column = self._read(shard, [feature.name])[feature.name]
         values = np.full((len(column), feature.size), np.nan, feature.dtype)
         first = 0

@@ -1,9 +1,9 @@
-"""`load_features`: what an extraction wrote, as numpy arrays."""
+"""The shards of a folder by their format, and `load_features`: what an extraction wrote, as numpy arrays."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.manifest import read_manifest, stored_features, stored_sections
-from dinov2_fast.features.schema import COLUMNS, shard_numbers
+from dinov2_fast.features.npy import NpyShards
+from dinov2_fast.features.parquet import ParquetShards
+from dinov2_fast.features.schema import COLUMNS, Feature, shard_numbers
+
+Shards = ParquetShards | NpyShards
+FORMATS: dict[str, type[Shards]] = {"parquet": ParquetShards, "npy": NpyShards}
+
+
+def open_shards(folder: Path, format: str, features: Sequence[Feature]) -> Shards:
+    """The shards of these features in a folder, which need not exist yet.
+
+    Raises:
+        InvalidValueError: there is no such format.
+    """
+    if format not in FORMATS:
+        raise InvalidValueError(f"There is no format {format!r}; choose {' or '.join(FORMATS)}.")
+    return FORMATS[format](folder, features)
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:

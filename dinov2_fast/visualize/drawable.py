@@ -15,16 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinov2_fast.data.batches import run_in_parts
+from dinov2_fast.data.batches import readable_batches, run_in_parts
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import readable_batches
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.as_stored import processor_of
 from dinov2_fast.extraction.compute import without_normalization
-from dinov2_fast.extraction.provenance import fingerprint
+from dinov2_fast.extraction.provenance import fingerprint, processor_of
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.model import DinoVisionTransformer
 
