@@ -230,7 +230,6 @@ class Dinov2ImageProcessor:
         A setting that the file lacks gets transformers' default, which is not DINOv2's.
 
         Args:
-            pretrained_model_name_or_path: the file, folder or repository.
             revision, cache_dir, token: for the hub: branch, tag or commit; where files are kept; the access token.
             local_files_only: do not use the network.
             subfolder: of the folder or repository.
@@ -327,6 +326,15 @@ class Dinov2ImageProcessor:
         edge = self.size["shortest_edge"]
         other = int(edge * long / short)
         return (other, edge) if width <= height else (edge, other)
+
+
+def fixed_output_size(processor: Dinov2ImageProcessor) -> tuple[int, int]:
+    """(height, width) of all outputs of a processor; an InvalidValueError if they differ in size."""
+    if processor.output_size is None:
+        raise InvalidValueError(
+            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
+        )
+    return processor.output_size
 
 
 _SETTINGS = tuple(name for name in inspect.signature(Dinov2ImageProcessor.__init__).parameters if name != "self")

@@ -28,11 +28,7 @@ DATA_FORMATS = ("channels_first", "channels_last", None)
 
 
 def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
-    """The image in mode RGB; see the module's description.
-
-    Args:
-        image: of any mode.
-        background: a colour on which transparent pixels are composited; by default alpha is dropped.
+    """The image in mode RGB; see the module's description. `background` is a colour behind transparent pixels.
 
     Raises:
         InvalidValueError: pixels are floating-point or 32-bit integers, which have no agreed range.
@@ -58,11 +54,7 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
 
 
 def parse_colour(colour: str) -> tuple[int, ...]:
-    """Red, green and blue, 0 to 255, from a name or code that Pillow knows.
-
-    Raises:
-        InvalidValueError: Pillow does not know it.
-    """
+    """Red, green and blue, 0 to 255, from a name or code; an InvalidValueError if Pillow does not know it."""
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError:
@@ -78,12 +70,11 @@ def channels_last(image: Any, data_format: str | None, top: int) -> NDArray[Any]
     """An image as an array (height, width, 1, 3 or 4): uint8, or float32 from 0 to `top`.
 
     Args:
-        image: an array or tensor; see the module's description.
         data_format: "channels_first", "channels_last", or None to guess.
         top: the largest float value, 255 or 1.
 
     Raises:
-        InvalidTypeError: it is neither.
+        InvalidTypeError: it is neither an array nor a tensor.
         InvalidValueError: its rank, channels, dtype or range do not fit.
     """
     array = _move_channels(_to_numpy(image), data_format)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinov2_fast.data.batches import read_batches
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures, read_batches
 from dinov2_fast.data.sources import ImageSource, require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.linear import ProbeInputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,6 @@ def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: in
     }
 
 
-def machine() -> dict[str, Any]:
-    """What is recorded about the machine, and not compared."""
-    return {"python": platform.python_version(), "machine": platform.machine()}
-
-
 def architecture(model: Any) -> dict[str, Any]:
     """The sizes of a model that its weights do not show."""
     names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
@@ -96,19 +90,11 @@ def extract_as_stored(
 ) -> tuple[NDArray[np.float32], list[str | None]]:
     """One feature of images, by the model and the preprocessing that made the features of a folder.
 
-    Args:
-        features: of the folder.
-        images: where the images are.
-        name: of the feature, see :mod:`.compute`.
-        model, weights: for :func:`dinov2_fast.load`, or a model in eval mode; by default what the manifest names.
-        device: by default a GPU if there is one. The precision is that of the folder, unless it is slow on the device.
+    The precision is that of the folder, unless it is slow on the device. Arguments and errors are those of
+    :func:`dinov2_fast.curation.neighbours.search`.
 
     Returns:
         The feature (images, …), NaN for an image with an error; and for each image its error or None.
-
-    Raises:
-        WeightsError: the weights cannot be had.
-        InvalidValueError: the manifest names no model, or the model is not the one that made the features.
     """
     manifest = features.manifest
     processor = processor_of(manifest)
@@ -172,7 +158,6 @@ def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImagePro
 
 
 def _check_same(model: Any, features: Features) -> None:
-    """Raises InvalidValueError if the model is not the one that made the features."""
     manifest, folder = features.manifest, str(features.folder)
     if fingerprint(model) != manifest["weights"]:
         raise InvalidValueError(

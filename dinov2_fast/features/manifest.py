@@ -9,7 +9,6 @@ images. Each row also has a SHA-256 of the bytes of its file.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 from dinov2_fast.features.schema import MANIFEST, Feature, find_shards, holds_features
-from dinov2_fast.features.whole_files import part_of, whole_file
+from dinov2_fast.features.whole_files import whole_file
 
 INPUTS = "inputs"
 NOT_COMPARED = ("about", "added")
@@ -29,12 +28,9 @@ class ManifestError(Dinov2FastError, ValueError):
 
 @dataclass(frozen=True)
 class Section:
-    """Images that were extracted together, in consecutive shards.
+    """A number of images that were extracted together, in consecutive shards, and the SHA-256 of their paths.
 
-    Attributes:
-        first_shard: the number of their first shard.
-        images: how many there are.
-        sha256: of their paths, in hexadecimal; None where an addition was interrupted and its images are not known.
+    It is None where an addition was interrupted and its images are not known.
     """
 
     first_shard: int
@@ -92,7 +88,7 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     """
     if not holds_features(folder):
         _refuse_shards(folder)
-        _create(folder / MANIFEST, manifest)
+        _write(folder, manifest, keep_existing=True)  # another process may have written it
     compare(folder, manifest)
 
 
@@ -138,8 +134,7 @@ def write_sections(folder: Path, sections: Sequence[Section]) -> None:
     first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
     manifest[INPUTS] = {"images": first.images, "sha256": first.sha256}
     manifest["added"] = [asdict(section) for section in added]
-    with whole_file(folder / MANIFEST) as file:
-        file.write(_encoded(manifest))
+    _write(folder, manifest)
 
 
 def _refuse_shards(folder: Path) -> None:
@@ -150,26 +145,9 @@ def _refuse_shards(folder: Path) -> None:
         )
 
 
-def _create(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the file, unless another process has written it first."""
-    part = part_of(path)
-    try:
-        with open(part, "wb") as file:
-            file.write(_encoded(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(part, path)  # fails if the file exists, unlike a rename
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _encoded(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=2).encode() + b"\n"
+def _write(folder: Path, manifest: Mapping[str, Any], *, keep_existing: bool = False) -> None:
+    with whole_file(folder / MANIFEST, keep_existing=keep_existing) as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[str]:

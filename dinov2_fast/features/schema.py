@@ -75,12 +75,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a shard.
-
-    Attributes:
-        ids, paths, images: of each row.
-        features: by name, (rows, …); the values of rows with an error are not used.
-    """
+    """Consecutive rows of a shard, and their features by name, (rows, …); those of rows with an error are not used."""
 
     ids: range
     paths: Sequence[str]
@@ -107,8 +102,7 @@ def shard_path(folder: Path, shard: int, ending: str) -> Path:
 
 def shard_numbers(folder: Path) -> list[int]:
     """The shards that have a file in the folder, in ascending order."""
-    numbers = (path.name.removeprefix(PREFIX).split(".")[0] for path in folder.glob(f"{PREFIX}[0-9]*.*"))
-    return sorted({int(number) for number in numbers if number.isdecimal() and len(number) < 20})
+    return sorted({int(path.name.removeprefix(PREFIX).partition(".")[0]) for path in find_shards(folder)})
 
 
 def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinov2_fast.data.batches import readable_batches, run_in_parts
+from dinov2_fast.data.batches import Failures, readable_batches, run_in_parts
 from dinov2_fast.data.decoding import decode
-from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError

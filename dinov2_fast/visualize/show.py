@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dinov2_fast.curation.neighbours import nearest
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import holds_features

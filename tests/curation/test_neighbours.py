@@ -16,7 +16,7 @@ from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.features.schema import MANIFEST, Feature, Rows
-from dinov2_fast.features.store import open_shards
+from dinov2_fast.features.shards import open_shards
 
 
 def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:

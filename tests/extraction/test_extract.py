@@ -18,7 +18,6 @@ from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.data.sources import find_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.extract import extract
@@ -28,6 +27,7 @@ from dinov2_fast.features.schema import Feature, default_shard_size
 from dinov2_fast.inference import optimize_for_inference
 from tests.helpers.devices import on_gpu
 from tests.helpers.extraction import MeanColour, assert_rows, expected_features, extract_files, rows_of, shard_tables
+from tests.helpers.images import read_image
 from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def test_batches_begin_anew_with_each_shard(plain: list[str], tmp_path: Path) ->
 def test_a_shard_of_several_row_groups_is_read_as_one(
     plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.features.parquet.ROW_GROUP_BYTES", 3 * 24)
+    monkeypatch.setattr("dinov2_fast.features.shards.ROW_GROUP_BYTES", 3 * 24)
     out = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).folder
     assert pq.ParquetFile(out / "features-00000.parquet").num_row_groups == 3
     assert_rows(out, [*plain, "missing"], {7})

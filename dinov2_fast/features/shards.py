@@ -1,4 +1,4 @@
-"""Shards as Parquet files; :mod:`.schema` describes their columns."""
+"""Shards as Parquet files, and as npy files with JSON lines; :mod:`.schema` describes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import COLUMNS, Feature, Rows, shard_path
 from dinov2_fast.features.whole_files import whole_file
 
@@ -100,3 +101,63 @@ def _leaves(schema: pa.Schema) -> list[str]:
         f"{name}.list.element" if pa.types.is_fixed_size_list(schema.field(name).type) else name
         for name in schema.names
     ]
+
+
+class NpyShards:
+    """The methods of :class:`ParquetShards`, for this format."""
+
+    def __init__(self, folder: Path, features: Sequence[Feature]) -> None:
+        self.folder, self.features = folder, features
+
+    def write(self, shard: int, rows: Sequence[Rows], note: Mapping[str, Any]) -> None:
+        """Writes the JSON lines last: a shard that has them is complete."""
+        failed = np.array([image.error is not None for part in rows for image in part.images])
+        for feature in self.features:
+            values = np.concatenate([part.features[feature.name] for part in rows]).astype(feature.dtype, copy=False)
+            values[failed] = np.nan
+            with whole_file(self._array_path(shard, feature)) as file:
+                np.save(file, values, allow_pickle=False)
+        with whole_file(self._lines_path(shard)) as file:
+            for part in rows:
+                for values_of_row in zip(*part.columns().values(), strict=True):
+                    line = {**dict(zip(COLUMNS, values_of_row, strict=True)), **note}
+                    file.write(json.dumps(line).encode() + b"\n")
+
+    def count(self, shard: int) -> tuple[int, int] | None:
+        """Reads the JSON lines, and of the arrays their headers."""
+        try:
+            errors = self.columns(shard)["error"]
+            shapes = [self.feature(shard, feature).shape for feature in self.features]
+        except (OSError, ValueError, KeyError):
+            return None
+        if shapes != [(len(errors), *feature.shape) for feature in self.features]:
+            return None
+        return len(errors), len(errors) - errors.count(None)
+
+    def columns(self, shard: int) -> dict[str, list[Any]]:
+        """As `ParquetShards.columns`."""
+        with open(self._lines_path(shard), "rb") as file:
+            lines = [json.loads(line) for line in file]
+        return {name: [line[name] for line in lines] for name in COLUMNS}
+
+    def feature(self, shard: int, feature: Feature) -> NDArray[Any]:
+        """A read-only memory map."""
+        values: NDArray[Any] = np.load(self._array_path(shard, feature), mmap_mode="r", allow_pickle=False)
+        return values
+
+    def _array_path(self, shard: int, feature: Feature) -> Path:
+        return shard_path(self.folder, shard, f"{feature.name}.npy")
+
+    def _lines_path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard, "jsonl")
+
+
+Shards = ParquetShards | NpyShards
+FORMATS: dict[str, type[Shards]] = {"parquet": ParquetShards, "npy": NpyShards}
+
+
+def open_shards(folder: Path, format: str, features: Sequence[Feature]) -> Shards:
+    """The shards of these features in a folder, which need not exist yet."""
+    if format not in FORMATS:
+        raise InvalidValueError(f"There is no format {format!r}; choose {' or '.join(FORMATS)}.")
+    return FORMATS[format](folder, features)
