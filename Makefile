@@ -102,7 +102,7 @@ test-oldest: $(OLDEST)/.complete
 build: setup
 	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
 	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension
-	@$(PY) -c 'import sys; from dinov2_fast import extension as e; print(e.describe()); sys.exit(e.load().reason is not None)'
+	@$(PY) -c 'import sys; from dinov2_fast import extension as e; print(e.availability()); sys.exit(e.load().reason is not None)'
 
 # Checks that the extension loads without a GPU, the compiler's reports on its kernels, and their machine code.
 test-extension: build

@@ -81,13 +81,13 @@ class Dinov2Module(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters."""
-        return next(self.parameters()).device
+        """Device of the parameters, or of the buffers of a module without parameters."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the floating-point parameters."""
-        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        """dtype of the floating-point parameters, or of the buffers of a module without parameters."""
+        return next(tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point())
 
     def backends(self) -> list[BackendChoice]:
         """For each op: which implementation runs for this model's device, dtype and mode, and why not the others."""
