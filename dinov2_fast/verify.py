@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.convert import find_named, huggingface_model, open_checkpoint, summary_of
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures, readable_batches
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import readable_batches
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.inference.loading import find_device

@@ -15,6 +15,7 @@ from dinov2_fast.cli.options import (
     add_size,
     add_stride,
     at_least,
+    keywords,
     names,
 )
 from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
@@ -61,7 +62,7 @@ failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 complete shards sta
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are (see above)")
+    parser.add_argument("images", nargs="+", metavar="PATH", help="images, or where they are (see above)")
     what = parser.add_argument_group("what is extracted")
     add_model(what, required=True)
     what.add_argument(
@@ -74,7 +75,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_size(what)
     what.add_argument(
-        "--no-crop", action="store_true", help="squeeze whole images into --size instead of cutting out the centre"
+        "--no-crop",
+        dest="crop",
+        action="store_false",
+        help="squeeze whole images into --size instead of cutting out the centre",
     )
     what.add_argument(
         "--background",
@@ -110,7 +114,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "that has it, and its errors are several times those of bf16 (default: auto)",
     )
     how.add_argument(
-        "--no-engine", action="store_true", help="run the model as it is, not its faster form for inference"
+        "--no-engine",
+        dest="engine",
+        action="store_false",
+        help="run the model as it is, not its faster form for inference",
     )
     add_batches(how)
     how.add_argument(
@@ -141,40 +148,16 @@ def run(args: argparse.Namespace) -> int:
         environment.use_passive_openmp_threads()
     from dinov2_fast.extraction.extract import extract
 
-    limits = {"max_pixels": args.max_pixels, "max_seconds": args.max_seconds}
+    # Each option has the name of an argument of `extract`, whose default it takes if it is not given.
+    settings = {name: value for name, value in keywords(args).items() if value is not None}
     report = ProgressReport()
     try:
-        end = extract(
-            args.paths,
-            args.model,
-            out=args.out,
-            weights=args.weights,
-            position_interpolation=args.position_interpolation,
-            stride=args.stride,
-            device=args.device,
-            precision=args.precision,
-            engine=not args.no_engine,
-            size=args.size,
-            crop=not args.no_crop,
-            background=args.background,
-            features=args.features,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            shard_size=args.shard_size,
-            format=args.format,
-            workers=args.workers,
-            part=args.part,
-            overwrite=args.overwrite,
-            add=args.add,
-            retry_failed=args.retry_failed,
-            announce=announce,
-            progress=report,
-            **{name: limit for name, limit in limits.items() if limit is not None},
-        )
+        end = extract(**settings, announce=announce, progress=report)
     finally:
         report.end()
     if end.failures:
-        print(failures_text(end), file=sys.stderr)
+        failed = f"Failed:\n{end.reasons}\n" if len(end.reasons) else ""
+        print(f"{failed}To try what failed anew, run the same command with --retry-failed.", file=sys.stderr)
     with ignored_output_errors():
         print(summary_text(end))
     return SOME_FAILED if end.failures else OK
@@ -190,12 +173,6 @@ def summary_text(end: Progress) -> str:
         f"Features: {end.folder}\n"
         f"Read it:  import dinov2_fast; features = dinov2_fast.load_features({str(end.folder)!r})"
     )
-
-
-def failures_text(end: Progress) -> str:
-    """Which images failed in this run and why, and what can be done."""
-    failed = f"Failed:\n{end.reasons}\n" if len(end.reasons) else ""
-    return f"{failed}To try what failed anew, run the same command with --retry-failed."
 
 
 def announce(begin: Progress) -> None:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dinov2_fast.cli.options import add_device, at_least
@@ -76,18 +77,17 @@ def run(args: argparse.Namespace) -> int:
 
 def print_table(found: Found) -> None:
     """Prints each query, and below it cosines and paths."""
-    for query, paths, cosines in zip(found.queries, found.paths, found.cosines.tolist(), strict=True):
+    for query, images in _by_query(found):
         print(query)
-        for path, cosine in zip(paths, cosines, strict=True):
+        for path, cosine, _ in images:
             print(f"  {cosine:7.4f}  {path}")
 
 
 def print_json(found: Found) -> None:
     """Prints a list with an object for each query."""
-    columns = zip(found.queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True)
     listed = [
-        {"query": query, "found": [dict(zip(COLUMNS, row, strict=True)) for row in zip(*values, strict=True)]}
-        for query, *values in columns
+        {"query": query, "found": [dict(zip(COLUMNS, image, strict=True)) for image in images]}
+        for query, images in _by_query(found)
     ]
     print(json.dumps(listed, indent=1))
 
@@ -96,5 +96,11 @@ def print_csv(found: Found) -> None:
     """Prints a line for each image that was found."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(("query", *COLUMNS))
-    for query, *values in zip(found.queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True):
-        writer.writerows((query, *row) for row in zip(*values, strict=True))
+    for query, images in _by_query(found):
+        writer.writerows((query, *image) for image in images)
+
+
+def _by_query(found: Found) -> Iterator[tuple[str, list[tuple[str, float, int]]]]:
+    """Each query, and the path, cosine and row of the images that were found for it."""
+    for query, *columns in zip(found.queries, found.paths, found.cosines.tolist(), found.rows.tolist(), strict=True):
+        yield query, list(zip(*columns, strict=True))

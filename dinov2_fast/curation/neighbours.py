@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.as_stored import extract_as_stored
+from dinov2_fast.extraction.provenance import extract_as_stored
 from dinov2_fast.features.manifest import stored_features
 from dinov2_fast.features.schema import as_text
 from dinov2_fast.features.store import Features, load_features
@@ -26,9 +26,7 @@ class Found:
     """What `search` found, nearest first. Among equally near images, the first in the folder comes first.
 
     Attributes:
-        paths: (queries, k), of images, as the folder has them.
-        cosines: (queries, k) float32.
-        rows: (queries, k), the rows of the images in the folder.
+        paths, cosines, rows: (queries, k), of images in the folder.
         compared, skipped: the number of images in the folder with and without features.
         queries: the paths of the query images; empty for vectors.
         unreadable: the paths of query images that were skipped, with the reason.
@@ -56,16 +54,16 @@ def search(
 ) -> Found:
     """Finds the images in a folder of features that have the largest cosine with query images.
 
-    Every image is compared, shard by shard. Memory holds one shard; in the npy format it is memory-mapped.
+    Memory holds one shard; in the npy format it is memory-mapped.
 
     Args:
-        features: what `dinov2_fast.load_features` returns, or the folder.
         queries: images, as :func:`dinov2_fast.extract` takes them; or vectors, an array or tensor (queries, dim) such
             as ``features["cls"][[3]]``.
         k: images to find for each query; fewer if the folder has fewer.
         feature: the stored feature that is compared; it must be one vector per image.
-        model, weights, device: for query images, see :func:`dinov2_fast.extraction.as_stored.extract_as_stored`; by
-            default the model that the folder names.
+        model, weights: for query images, as for :func:`dinov2_fast.load`, or a model in eval mode; by default the model
+            that the folder names.
+        device: for query images; by default a GPU if there is one.
         skip_unreadable: leave out query images that cannot be read; otherwise they are an error.
 
     Raises:
@@ -79,7 +77,7 @@ def search(
         features = load_features(features)
     if k < 1:
         raise InvalidValueError(f"k must be at least 1, got {k}.")
-    dim = vector_size(features, feature)
+    dim = _vector_size(features, feature)
     paths, unreadable = list[str](), dict[str, str]()
     if not hasattr(queries, "ndim"):
         if weights is not None and model is None:
@@ -89,11 +87,14 @@ def search(
         paths = [as_text(image.path) for image, error in zip(images, errors, strict=True) if error is None]
         unreadable = {as_text(image.path): error for image, error in zip(images, errors, strict=True) if error}
         if not paths or (unreadable and not skip_unreadable):
-            raise InvalidValueError(_describe_unreadable(unreadable, all_of_them=not paths))
+            path, error = next(iter(unreadable.items()))
+            more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+            which = "" if paths else "None of the queries could be read: "
+            raise InvalidValueError(f"{which}{path!r} has no features: {error}{more}.")
         queries = queries[[error is None for error in errors]]
     nearest_rows = _Nearest(_checked(queries, dim), k)
-    for block in _blocks(features, feature):
-        nearest_rows.add(block)
+    for shard in features.shards():
+        nearest_rows.add(shard[feature])
     rows, cosines = nearest_rows.result()
     if not rows.shape[1]:
         raise InvalidValueError(f"No image in {str(features.folder)!r} has features.")
@@ -112,11 +113,11 @@ def nearest(
         features: (rows, dim), an array or memory map, read once from front to back. A row with NaN or infinity is never
             a neighbour (`dinov2_fast.load_features` returns NaN for images without features).
         queries: indices of the rows whose neighbours are wanted.
-        count: neighbours of each; fewer if there are fewer other rows.
         block: rows read at a time.
 
     Returns:
-        Indices and cosines, both (queries, count), nearest first; among equally near rows, the first comes first.
+        Indices and cosines, both (queries, count), nearest first; among equally near rows, the first comes first. They
+        are fewer if there are fewer other rows.
 
     Raises:
         InvalidValueError: a wrong rank, a row that does not exist or has no features, or nothing to compare with.
@@ -132,21 +133,16 @@ def nearest(
     without = wanted[~np.isfinite(vectors).all(axis=1)]
     if len(without):
         raise InvalidValueError(f"Row {without[0]} has no features.")
-    found = _Nearest(vectors, count, without=wanted)
-    for start in range(0, len(features), block):
-        found.add(features[start : start + block])
+    found = _Nearest(vectors, count, without=wanted, block=block)
+    found.add(features)
     indices, cosines = found.result()
     if not indices.shape[1]:
         raise InvalidValueError("There is no other row with features to be a neighbour.")
     return indices, cosines
 
 
-def vector_size(features: Features, name: str) -> int:
-    """The number of dimensions of a feature that is one vector per image.
-
-    Raises:
-        InvalidValueError: it is not stored, or is several vectors per image.
-    """
+def _vector_size(features: Features, name: str) -> int:
+    """The number of dimensions of a stored feature, which must be one vector per image."""
     shapes = {feature.name: feature.shape for feature in stored_features(features.manifest)}
     vectors = ", ".join(name for name, shape in shapes.items() if len(shape) == 1) or "none"
     if name not in shapes:
@@ -156,14 +152,6 @@ def vector_size(features: Features, name: str) -> int:
             f"{name!r} is {shapes[name][0]} vectors per image; choose one that is a vector: {vectors}."
         )
     return shapes[name][0]
-
-
-def _describe_unreadable(unreadable: Mapping[str, str], *, all_of_them: bool) -> str:
-    path, error = next(iter(unreadable.items()))
-    more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-    if all_of_them:
-        return f"None of the queries could be read: {path!r} has no features: {error}{more}."
-    return f"{path!r} has no features: {error}{more}."
 
 
 def _checked(queries: Any, dim: int) -> NDArray[Any]:
@@ -177,13 +165,6 @@ def _checked(queries: Any, dim: int) -> NDArray[Any]:
     if not np.isfinite(vectors).all():
         raise InvalidValueError("The queries contain NaN or infinity: leave out rows without features.")
     return vectors
-
-
-def _blocks(features: Features, name: str) -> Iterator[NDArray[Any]]:
-    for shard in features.shards():
-        values = shard[name]
-        for first in range(0, len(values), BLOCK):
-            yield values[first : first + BLOCK]
 
 
 def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
@@ -200,29 +181,29 @@ def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
 
 
 class _Nearest:
-    """The rows nearest to each query among those added so far.
+    """The `count` rows nearest to each query among those added so far, without one row each that is not compared.
 
     Products in fp32 choose the candidates, with a margin for their rounding; cosines in fp64, rounded to fp32 at the
     end, decide. So the result does not depend on the size of the blocks, and among equal rows the first comes first.
-
-    Args:
-        queries: (queries, dim), finite.
-        count: rows to keep for each.
-        without: for each query a row that is not compared, or None.
     """
 
-    def __init__(self, queries: NDArray[Any], count: int, without: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, queries: NDArray[Any], count: int, without: NDArray[np.int64] | None = None, block: int = BLOCK
+    ) -> None:
         self._queries = _unit(queries.astype(np.float64))
         self._rounded = self._queries.astype(np.float32)
-        self._count, self._without = count, without
+        self._count, self._without, self._block = count, without, block
         self._margin = 4 * queries.shape[1] * 2.0**-24  # twice the rounding error of the cosine of two fp32 vectors
         self._rows = [np.zeros(0, np.int64)] * len(queries)
         self._cosines = [np.zeros(0, np.float32)] * len(queries)
         self.added = self.skipped = 0
 
-    def add(self, block: Any) -> None:
-        """Adds the next rows (rows, dim), and skips those with NaN or infinity."""
-        values = np.asarray(block, np.float32)
+    def add(self, rows: Any) -> None:
+        """Adds the next rows (rows, dim), read block by block, and skips those with NaN or infinity."""
+        for first in range(0, len(rows), self._block):
+            self._add_block(np.asarray(rows[first : first + self._block], np.float32))
+
+    def _add_block(self, values: NDArray[np.float32]) -> None:
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if len(bad):
             values = values.copy()

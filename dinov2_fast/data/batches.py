@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,13 +14,48 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.data.decoding import Decoded
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
-from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.errors import Dinov2FastError, InvalidValueError
+
+FIRST = 3
+REASONS = 5
+MOST_REASONS = 1000  # to keep; reasons may name sizes, and then each image has its own
 
 T = TypeVar("T")
+
+
+class NothingReadError(Dinov2FastError, RuntimeError):
+    """Not one image could be read: the disk or server is probably missing."""
+
+
+class Failures:
+    """Counts errors by reason, and keeps the paths of the first ones."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._first: list[tuple[str, str]] = []
+
+    def add(self, path: str, reason: str) -> None:
+        """Counts one error."""
+        if len(self._first) < FIRST:
+            self._first.append((path, reason))
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < MOST_REASONS else "other reasons"] += 1
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def __str__(self) -> str:
+        """The first errors; and if there are more, the count of each reason."""
+        lines = [f"  {path!r}: {reason}" for path, reason in self._first]
+        if len(self) > len(lines):
+            most = self.reasons.most_common(REASONS)
+            others = len(self) - sum(count for _, count in most)
+            counts = [f"{count} x {reason}" for reason, count in most] + [f"{others} x other reasons"] * (others > 0)
+            lines.append(f"  in all {'; '.join(counts)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -54,13 +90,11 @@ def read_batches(
     another batch. Close the iterator to stop early; it ends the worker processes.
 
     Args:
-        sources: where the images are. Taken while the result is used, about two batches ahead with `workers`.
+        sources: taken while the result is used, about two batches ahead with `workers`.
         processor: its outputs must have one size.
         batch_size: images in each batch, except the last one of a group.
         group_size: a new batch begins after each so many images; by default all images are one group.
-        workers: processes that decode, see :func:`dinov2_fast.data.workers.decode_all`; 0 decodes in this one.
-        max_pixels: larger images get an error.
-        max_seconds: images that take longer to decode, twice, get an error; needs `workers`.
+        workers, max_pixels, max_seconds: see :func:`dinov2_fast.data.workers.decode_all`.
 
     Raises:
         InvalidValueError: the processor's outputs differ in size, or a batch_size or group_size below 1.
@@ -84,19 +118,42 @@ def read_batches(
                 left = left - len(images) or group_size
 
 
-def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:
-    """One batch of images that `processor` has prepared.
+def readable_batches(
+    sources: Sequence[ImageSource],
+    processor: Dinov2ImageProcessor,
+    failures: Failures,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+) -> Generator[tuple[list[ImageSource], Tensor], None, None]:
+    """The images that can be read, in batches of at most `batch_size`: their sources, and pixels as in `ImageBatch`.
+
+    The others are added to `failures`. Arguments and errors are those of `read_batches`.
 
     Raises:
-        InvalidValueError: the processor's outputs differ in size.
+        InvalidValueError: not one of the images can be read.
     """
-    if processor.output_size is None:
-        raise InvalidValueError(
-            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
-        )
+    first, found = 0, False
+    with closing(read_batches(sources, processor, batch_size=batch_size, workers=workers)) as batches:
+        for batch in batches:
+            taken = sources[first : first + len(batch.images)]
+            first += len(taken)
+            for source, image in zip(taken, batch.images, strict=True):
+                if image.error is not None:
+                    failures.add(source.path, image.error)
+            if batch.rows:
+                found = True
+                yield [taken[row] for row in batch.rows], batch.pixels
+    if not found:
+        raise InvalidValueError(f"None of the images can be read:\n{failures}")
+
+
+def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:
+    """One batch of images that `processor`, whose outputs must have one size, has prepared."""
+    size = fixed_output_size(processor)
     rows = [row for row, image in enumerate(images) if image.pixels is not None]
     found = [image.pixels for image in images if image.pixels is not None]
-    pixels = np.stack(found) if found else np.empty((0, 3, *processor.output_size), pixel_dtype(processor))
+    pixels = np.stack(found) if found else np.empty((0, 3, *size), pixel_dtype(processor))
     return ImageBatch([replace(image, pixels=None) for image in images], rows, torch.from_numpy(pixels))
 
 
@@ -107,9 +164,8 @@ def run_in_parts(run: Callable[[Tensor], T], pixels: Tensor, size: int) -> tuple
     illegal access, for instance, nothing that the device computes can be trusted.
 
     Args:
-        run: called with (images, 3, height, width); not called where there are no images.
+        run: not called where there are no images.
         pixels: (images, 3, height, width).
-        size: at least 1.
 
     Returns:
         The results in order, and the size that sufficed: use it for the batches that follow.

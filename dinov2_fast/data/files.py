@@ -58,12 +58,7 @@ def filesystem(url: str) -> Any:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Opens a file or URL for reading bytes; the result can seek.
-
-    Raises:
-        OSError: it cannot be opened.
-        InvalidValueError: as `filesystem`.
-    """
+    """Opens a file or URL for reading bytes; the result can seek. Errors are OSError and those of `filesystem`."""
     if is_url(path):
         opened: IO[bytes] = filesystem(path).open(path, "rb")
         return opened

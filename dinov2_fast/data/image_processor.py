@@ -5,8 +5,8 @@ to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, s
 ImageNet mean and standard deviation. Settings have transformers' names, and the results equal those of its PIL
 processor.
 
-- PIL images become RGB as :mod:`.rgb` describes; arrays and tensors are read as :mod:`.arrays` describes, and their
-  alpha channel is dropped. Floats lie in 0 to 255 if `do_rescale`, in 0 to 1 if not.
+- Images become RGB as :mod:`.rgb` describes. The alpha channel of arrays and tensors is dropped; floats lie in 0 to 255
+  if `do_rescale`, in 0 to 1 if not.
 - Resizing works on 8 bits. Floats in 0 to 1 are truncated to 8 bits, as in transformers; floats in 0 to 255 are
   rounded.
 """
@@ -26,8 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinov2_fast.data.arrays import DATA_FORMATS, channels_last
-from dinov2_fast.data.rgb import parse_colour, to_rgb
+from dinov2_fast.data.rgb import DATA_FORMATS, channels_last, parse_colour, to_rgb
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -147,7 +146,7 @@ class Dinov2ImageProcessor:
         """Processes one image, a list of them (sizes may differ), or a batch array.
 
         Args:
-            images: PIL images, numpy arrays or torch tensors; :mod:`.arrays` describes shapes and ranges.
+            images: PIL images, numpy arrays or torch tensors; :mod:`.rgb` describes shapes and ranges.
             return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width) float32; None: a list of arrays
                 (3, height, width), which may differ in size.
             input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays; by default it is guessed.
@@ -231,7 +230,6 @@ class Dinov2ImageProcessor:
         A setting that the file lacks gets transformers' default, which is not DINOv2's.
 
         Args:
-            pretrained_model_name_or_path: the file, folder or repository.
             revision, cache_dir, token: for the hub: branch, tag or commit; where files are kept; the access token.
             local_files_only: do not use the network.
             subfolder: of the folder or repository.
@@ -328,6 +326,15 @@ class Dinov2ImageProcessor:
         edge = self.size["shortest_edge"]
         other = int(edge * long / short)
         return (other, edge) if width <= height else (edge, other)
+
+
+def fixed_output_size(processor: Dinov2ImageProcessor) -> tuple[int, int]:
+    """(height, width) of all outputs of a processor; an InvalidValueError if they differ in size."""
+    if processor.output_size is None:
+        raise InvalidValueError(
+            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
+        )
+    return processor.output_size
 
 
 _SETTINGS = tuple(name for name in inspect.signature(Dinov2ImageProcessor.__init__).parameters if name != "self")

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import warnings
 
 from PIL import Image, ImageFile, features
 
-from dinov2_fast.data.files import ImageError, ReadError, read_bytes, reason
+from dinov2_fast.data.files import ImageError, ReadError, reason
 from dinov2_fast.data.rgb import to_rgb
 
 MAX_PIXELS = 50_000_000
@@ -72,24 +71,12 @@ _UNDO_ORIENTATION = {
 }
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in a file, in mode RGB and in memory.
-
-    Args:
-        path: a regular file, or a URL that fsspec can open.
-        max_pixels: larger images are refused.
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str | None = None) -> Image.Image:
+    """The image in the bytes of a file, in mode RGB; transparent pixels are composited on a `background`.
 
     Raises:
-        ReadError: missing or unreadable, or memory ran out.
-        ImageError: not an image of a known format, too large, truncated or damaged.
-    """
-    return decode_image(read_bytes(os.fspath(path)), max_pixels)
-
-
-def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str | None = None) -> Image.Image:
-    """As `read_image`, from the bytes of a file; transparent pixels are composited on `background` if there is one.
-
-    Any error of Pillow's parsers becomes an ImageError; if memory ran out, a ReadError.
+        ReadError: memory ran out.
+        ImageError: not an image of a known format, more than `max_pixels`, truncated or damaged.
     """
     if not content:
         raise ImageError("empty file")

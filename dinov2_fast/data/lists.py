@@ -117,10 +117,4 @@ def _from_list(path: str, column: str, entry: str) -> str:
     return entry
 
 
-READERS = {
-    ".txt": _lines,
-    ".csv": _csv_paths,
-    ".tsv": _csv_paths,
-    ".jsonl": _json_paths,
-    ".parquet": _parquet_paths,
-}
+READERS = {".txt": _lines, ".csv": _csv_paths, ".tsv": _csv_paths, ".jsonl": _json_paths, ".parquet": _parquet_paths}

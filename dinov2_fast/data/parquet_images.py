@@ -15,11 +15,7 @@ COLUMN = "image"
 
 
 def holds_images(path: str) -> bool:
-    """Whether the column ``image`` holds images, not paths: structs with ``bytes``, or binary values.
-
-    Raises:
-        InvalidValueError: it is damaged, or no Parquet file.
-    """
+    """Whether the column ``image`` holds images, not paths: structs with ``bytes``, or binary values."""
     import pyarrow as pa
 
     schema = _metadata(path).schema.to_arrow_schema()

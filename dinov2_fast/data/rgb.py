@@ -1,29 +1,34 @@
-"""PIL images of every mode as RGB images of 8 bits.
+"""Images of every kind as RGB: PIL images of every mode, arrays and tensors of every layout.
+
+PIL images become RGB images of 8 bits:
 
 - Alpha is dropped, not composited, as ``Image.convert("RGB")`` does in the reference's, timm's and transformers'
   pipelines (in transformers until 5.17 at least). A background colour composites instead; transformers 5.23 does this
   with white.
 - Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
+
+Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both readings fit, channels come
+first. Values are uint8, uint16 (scaled like 16-bit grey), or floats. NaN, infinite and out-of-range values are refused.
+So is a float image for the range 0 to 255 whose largest value is at most 1: it was almost surely scaled before.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
+
+DATA_FORMATS = ("channels_first", "channels_last", None)
 
 
 def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
-    """The image in mode RGB; see the module's description.
-
-    Args:
-        image: of any mode.
-        background: a colour on which transparent pixels are composited; by default alpha is dropped.
+    """The image in mode RGB; see the module's description. `background` is a colour behind transparent pixels.
 
     Raises:
         InvalidValueError: pixels are floating-point or 32-bit integers, which have no agreed range.
@@ -49,11 +54,7 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
 
 
 def parse_colour(colour: str) -> tuple[int, ...]:
-    """Red, green and blue, 0 to 255, from a name or code that Pillow knows.
-
-    Raises:
-        InvalidValueError: Pillow does not know it.
-    """
+    """Red, green and blue, 0 to 255, from a name or code; an InvalidValueError if Pillow does not know it."""
     try:
         return ImageColor.getrgb(colour)[:3]
     except ValueError:
@@ -63,3 +64,67 @@ def parse_colour(colour: str) -> tuple[int, ...]:
 def to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Scales 0 to 65535 to 0 to 255, rounded."""
     return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
+def channels_last(image: Any, data_format: str | None, top: int) -> NDArray[Any]:
+    """An image as an array (height, width, 1, 3 or 4): uint8, or float32 from 0 to `top`.
+
+    Args:
+        data_format: "channels_first", "channels_last", or None to guess.
+        top: the largest float value, 255 or 1.
+
+    Raises:
+        InvalidTypeError: it is neither an array nor a tensor.
+        InvalidValueError: its rank, channels, dtype or range do not fit.
+    """
+    array = _move_channels(_to_numpy(image), data_format)
+    if array.dtype == np.uint16:
+        array = to_8_bits(array)
+    return array if array.dtype == np.uint8 else _check_floats(array, top)
+
+
+def _to_numpy(image: Any) -> NDArray[Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise InvalidTypeError(
+            f"An image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}."
+        )
+    return image
+
+
+def _move_channels(array: NDArray[Any], data_format: str | None) -> NDArray[Any]:
+    """(height, width, channels) with 1, 3 or 4 channels."""
+    if array.ndim not in (2, 3) or not array.size:
+        raise InvalidValueError(
+            f"An image must be (H, W), (H, W, C) or (C, H, W) and not empty, got shape {array.shape}."
+        )
+    if array.ndim == 2:
+        return array[:, :, None]
+    if data_format not in DATA_FORMATS:
+        raise InvalidValueError(f'input_data_format must be "channels_first" or "channels_last", got {data_format!r}.')
+    for channels in ((1, 3), (4,)):  # four is the less likely reading, so it comes second
+        if data_format != "channels_last" and array.shape[0] in channels:
+            return array.transpose(1, 2, 0)
+        if data_format != "channels_first" and array.shape[2] in channels:
+            return array
+    raise InvalidValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
+
+
+def _check_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InvalidValueError(
+            f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8."
+        )
+    low, high = float(array.min()), float(array.max())  # NaN carries through both
+    if not (low >= 0 and high <= top):
+        other = "" if top == 255 else " (do_rescale=False)"
+        raise InvalidValueError(f"A float image must lie between 0 and {top}{other}, got values from {low} to {high}.")
+    if top == 255 and 0 < high <= 1:
+        raise InvalidValueError(
+            f"A float image with values from {low} to {high} looks scaled already; pass do_rescale=False for 0 to 1, "
+            "or uint8."
+        )
+    return array.astype(np.float32)

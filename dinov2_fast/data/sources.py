@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dinov2_fast.data import parquet_images
 from dinov2_fast.data.archives import members
@@ -53,17 +53,16 @@ class ImageSource(NamedTuple):
     size: int | None = None
 
 
-def find_images(
-    images: str | os.PathLike[str] | ImageSource | Iterable[str | os.PathLike[str] | ImageSource],
-) -> Iterator[ImageSource]:
+Images: TypeAlias = str | os.PathLike[str] | ImageSource | Iterable[str | os.PathLike[str] | ImageSource]
+
+
+def find_images(images: Images) -> Iterator[ImageSource]:
     """The images that one or more paths name, in order; see the module's description.
 
     Folders, lists and archives are read while the result is used. Links are followed, but each folder is entered once,
     so that a loop ends. At the end a warning counts the files in folders and archives that were skipped because of
-    their ending. Names that are not UTF-8 keep their bytes, as `os.fsdecode` does it.
-
-    Args:
-        images: one path or several; or :class:`ImageSource` objects, which pass as they are.
+    their ending. Names that are not UTF-8 keep their bytes, as `os.fsdecode` does it. :class:`ImageSource` objects pass
+    as they are.
 
     Raises:
         FileNotFoundError: a path does not exist; raised by the call.
@@ -82,14 +81,8 @@ def find_images(
     return _find(paths, found)
 
 
-def require_images(
-    images: str | os.PathLike[str] | ImageSource | Iterable[str | os.PathLike[str] | ImageSource],
-) -> Iterator[ImageSource]:
-    """As `find_images`, with an error at once if there is no image.
-
-    Raises:
-        InvalidValueError: there is none; and the errors of `find_images`.
-    """
+def require_images(images: Images) -> Iterator[ImageSource]:
+    """As `find_images`, with an InvalidValueError at once if there is no image."""
     items = _as_items(images)
     sources = find_images(items)
     first = next(sources, None)

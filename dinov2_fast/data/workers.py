@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2_fast.data.decoding import Decoded, decode
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
 from dinov2_fast.data.images import MAX_PIXELS, disable_pillow_limits
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidStateError
@@ -59,15 +59,12 @@ def decode_all(
     """Decodes images in order; with `workers` processes, about `ahead` images before they are asked for.
 
     The processes are spawned: a script that calls this needs the usual ``if __name__ == "__main__":``. Close the
-    iterator to stop them early. An image on which a worker dies, or for which this process would wait more than
-    `max_seconds`, is tried once more, and then gets an error. Without workers there is no limit of time.
-
-    Args:
-        images: where the images are.
-        processor: with workers, its outputs must have one size.
-        max_pixels: larger images get an error.
+    iterator to stop them early. An image of more than `max_pixels` gets an error. One on which a worker dies, or for
+    which this process would wait more than `max_seconds`, is tried once more, and then gets an error. Without workers
+    there is no limit of time.
 
     Raises:
+        InvalidValueError: the processor's outputs differ in size, with `workers`.
         InvalidStateError: a worker cannot start.
     """
     if not workers:
@@ -87,12 +84,11 @@ class _Pool:
     def __init__(
         self, workers: int, processor: Dinov2ImageProcessor, max_pixels: int, max_seconds: float, ahead: int
     ) -> None:
-        height, width = processor.output_size or (0, 0)
-        dtype = pixel_dtype(processor)
-        size = 3 * height * width * dtype.itemsize
+        height, width = fixed_output_size(processor)
+        size = 3 * height * width * pixel_dtype(processor).itemsize
         slots = max(min(ahead, TASKS * workers, SHARED_BYTES // size), 2 * workers)
         memory: Any = _context.RawArray(ctypes.c_uint8, slots * size)
-        self._pixels = np.frombuffer(memory, dtype).reshape(slots, 3, height, width)
+        self._pixels = _slots(memory, processor)
         self._arguments = memory, processor, max_pixels
         self._seconds = max_seconds
         self._answers: dict[int, Decoded] = {}  # by the number of the task
@@ -108,7 +104,7 @@ class _Pool:
             while sent - taken < len(self._pixels) and (worker := self._free_worker()):
                 if (image := next(images, None)) is None:
                     break
-                self._send(worker, sent, image)
+                worker.send(sent, sent % len(self._pixels), image)
                 sent += 1
             if taken == sent:
                 return
@@ -119,9 +115,6 @@ class _Pool:
                 answer = replace(answer, pixels=self._pixels[taken % len(self._pixels)].copy())
             taken += 1
             yield answer
-
-    def _send(self, worker: _Worker, number: int, image: ImageSource) -> None:
-        worker.send(number, number % len(self._pixels), image)
 
     def _free_worker(self) -> _Worker | None:
         """The worker with the fewest tasks, if it has room for one more."""
@@ -163,7 +156,7 @@ class _Pool:
                 self._suspects.add(cause)
         self._workers[place] = _Worker(self._arguments, starts=1 if old.is_ready else old.starts + 1)
         for number, image in old.tasks.items():
-            self._send(self._workers[place], number, image)
+            self._workers[place].send(number, number % len(self._pixels), image)
 
     def close(self) -> None:
         """Ends the processes and drops their tasks."""
@@ -255,8 +248,7 @@ class _Worker:
 def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, max_pixels: int) -> None:
     """The main function of a worker: decodes until its pipe is closed."""
     disable_pillow_limits()
-    height, width = processor.output_size or (0, 0)
-    pixels: NDArray[Any] = np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, height, width)
+    pixels = _slots(memory, processor)
     answer: Decoded | None = None  # the first message says that the worker is ready
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -280,6 +272,11 @@ def _end_with_parent() -> None:
     while parent is not None and parent.is_alive() and os.getppid() == parent.pid:
         parent.join(1)
     os._exit(1)
+
+
+def _slots(memory: Any, processor: Dinov2ImageProcessor) -> NDArray[Any]:
+    """Shared memory as an array (slots, 3, height, width) of the processor's outputs."""
+    return np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, *fixed_output_size(processor))
 
 
 def pixel_dtype(processor: Dinov2ImageProcessor) -> np.dtype[Any]:

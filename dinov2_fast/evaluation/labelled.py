@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinov2_fast.data.batches import read_batches
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures, read_batches
 from dinov2_fast.data.sources import ImageSource, require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.linear import ProbeInputs
 from dinov2_fast.extraction.compute import Outputs
-from dinov2_fast.features.schema import find_manifest
+from dinov2_fast.features.schema import holds_features
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.inference import Engine
 from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
@@ -70,7 +69,7 @@ def read_labelled(
             and a model, features of two models, or a source without any features.
     """
     device = find_device(options.device)
-    stored = [find_manifest(Path(source)) is not None for source in sources]
+    stored = [holds_features(Path(source)) for source in sources]
     if all(stored):
         if options.model or options.weights:
             raise InvalidValueError("Folders of features need no model; to run one, give folders of images.")

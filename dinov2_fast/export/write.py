@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fast import __version__
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures, readable_batches
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import readable_batches
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.export.check import Difference, compare, file_runner, noise

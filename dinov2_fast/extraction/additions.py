@@ -12,25 +12,21 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from dinov2_fast.data.failures import NothingReadError
+from dinov2_fast.data.batches import NothingReadError
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.extraction.image_list import ImageList
-from dinov2_fast.features.formats import Shards
 from dinov2_fast.features.manifest import Section, read_manifest, stored_sections, write_sections
 from dinov2_fast.features.schema import as_text
+from dinov2_fast.features.shards import Shards
 
 
 def begin_addition(
     folder: Path, given: Iterable[ImageSource], shards: Shards, stack: ExitStack, *, retry_failed: bool
 ) -> ImageList:
-    """Lists the given images that the folder lacks, and records them in its manifest.
+    """Lists the given images that the folder lacks, and records them in its manifest. Memory holds its paths.
 
-    Args:
-        folder: holds features; no other process writes to it. Memory holds its paths.
-        given: all images, those that the folder has included.
-        shards: of the folder.
-        stack: closes the list, and restores the manifest if `NothingReadError` is raised.
-        retry_failed: images that failed count as images that the folder lacks.
+    No other process writes to the folder. With `retry_failed` it lacks the images that failed. `stack` closes the list,
+    and restores the manifest if `NothingReadError` is raised.
     """
     manifest = read_manifest(folder)
     size: int = manifest["shard_size"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dinov2_fast.data.batches import ImageBatch, run_in_parts
 from dinov2_fast.data.decoding import Decoded
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import Feature
 from dinov2_fast.inference import Engine
@@ -33,7 +33,6 @@ from dinov2_fast.inference import Engine
 DEFAULT = ("cls", "patch_mean")
 KINDS = ("cls", "patch_mean", "patches", "registers")
 DTYPES = {"fp32": "float32", "fp16": "float16"}
-NOT_FINITE = "the model's features are not finite"
 
 
 class Outputs:
@@ -42,7 +41,6 @@ class Outputs:
     Args:
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one.
         processor: its outputs must have one size, a multiple of the patch size.
-        names: see the module's description.
         dtype: "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
 
     Attributes:
@@ -67,32 +65,22 @@ class Outputs:
             raise InvalidValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
         self.features = [wanted.feature(model, processor, dtype) for wanted in self._wanted]
 
-    @property
-    def device(self) -> torch.device:
-        """Of the model."""
-        device: torch.device = tensor_of(self.model).device
-        return device
-
     def start(self, batch: ImageBatch, size: int) -> Pending:
-        """Begins to compute the features of a batch; on a GPU this does not wait for them.
+        """Begins to compute the features of a batch that `decoder` has prepared; on a GPU this does not wait for them.
 
-        Args:
-            batch: images that `decoder` has prepared.
-            size: the most images in one forward pass; halved if memory runs out, see `run_in_parts`.
-
-        Raises:
-            torch.OutOfMemoryError: memory does not suffice for a single image.
+        One forward pass has at most `size` images, and fewer if memory runs out; see `run_in_parts`.
         """
         parts, size = run_in_parts(self._start, batch.pixels, size)
         return Pending(self.features, batch, parts, size)
 
     def _start(self, pixels: Tensor) -> tuple[list[Tensor], _Stopwatch]:
         """The features of (images, 3, height, width) and whether each image's are finite, on their way to the host."""
-        stopwatch = _Stopwatch(self.device)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        tensor = tensor_of(self.model)
+        stopwatch = _Stopwatch(tensor.device)
+        if tensor.device.type == "cuda":
+            pixels = pixels.pin_memory().to(tensor.device, non_blocking=True)
         if not isinstance(self.model, Engine):
-            pixels = pixels.to(tensor_of(self.model).dtype)
+            pixels = pixels.to(tensor.dtype)
         with torch.inference_mode():
             found = self._compute(pixels)
             stored = [found[f.name].to(getattr(torch, f.dtype)) for f in self.features]
@@ -129,16 +117,14 @@ class Pending:
         self._features, self._images, self._rows, self._parts = features, batch.images, batch.rows, parts
 
     def result(self) -> tuple[list[Decoded], dict[str, NDArray[Any]]]:
-        """Waits for the features.
+        """Waits for the images, with an error also where features are not finite, and the features, (images, …).
 
-        Returns:
-            The images, with an error also where features are not finite; and the features by name, (images, …), whose
-            values are not to be used where there is an error.
+        The values of features are not to be used where there is an error.
         """
         images = list(self._images)
         found = {f.name: np.zeros((len(images), *f.shape), f.dtype) for f in self._features}
         fp16 = any(feature.dtype == "float16" for feature in self._features)
-        error = f"{NOT_FINITE}{' or too large for fp16' * fp16}"
+        error = f"the model's features are not finite{' or too large for fp16' * fp16}"
         first = 0
         for arrays, stopwatch in self._parts:
             stopwatch.seconds()  # waits
@@ -178,10 +164,9 @@ class _Wanted:
 
     def feature(self, model: Any, processor: Dinov2ImageProcessor, dtype: str) -> Feature:
         """Its name, shape and dtype in a shard."""
-        height, width = processor.output_size or (0, 0)
         shape: tuple[int, ...] = (model.embed_dim,)
         if self.kind == "patches":
-            rows, columns = model.patch_grid(height, width)
+            rows, columns = model.patch_grid(*fixed_output_size(processor))
             shape = (rows * columns, *shape)
         if self.kind == "registers":
             shape = (model.num_register_tokens, *shape)
@@ -230,11 +215,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 def _check(model: Any, processor: Dinov2ImageProcessor) -> None:
     if model.training:
         raise InvalidValueError("The model is in training mode; call model.eval() first.")
-    size = processor.output_size
-    if size is None:
-        raise InvalidValueError(
-            "The processor's outputs differ in size; set do_center_crop, or an exact height and width."
-        )
+    size = fixed_output_size(processor)
     if any(side % model.patch_size for side in size):
         raise InvalidValueError(
             f"The processor's output is {size[0]} x {size[1]}, not a multiple of the patch size {model.patch_size}."

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
-from dinov2_fast.data.sources import ImageSource, require_images
+from dinov2_fast.data.sources import Images, require_images
 from dinov2_fast.data.workers import MAX_SECONDS
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.additions import begin_addition
 from dinov2_fast.extraction.compute import DEFAULT, Outputs
 from dinov2_fast.extraction.image_list import ImageList
-from dinov2_fast.extraction.provenance import machine, provenance
+from dinov2_fast.extraction.provenance import provenance
 from dinov2_fast.extraction.run import Progress, make_shards
-from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.manifest import claim, compare, discard
-from dinov2_fast.features.schema import default_shard_size, find_manifest
+from dinov2_fast.features.schema import default_shard_size, holds_features
+from dinov2_fast.features.shards import open_shards
 from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 
 def extract(
-    images: str | os.PathLike[str] | ImageSource | Iterable[str | os.PathLike[str] | ImageSource],
+    images: Images,
     model: Any = "dinov2_vits14",
     *,
     out: str | os.PathLike[str],
@@ -61,10 +62,7 @@ def extract(
     cannot be read, or whose features are not finite, is a row with an error. A shard is complete or absent, and a
     complete shard is not made again: after an interruption the same call makes the rest, with the same bits. Only a
     shard for which memory ran out, so that its batches were halved, may differ in rounding, and the shard records it.
-    Memory holds one shard at most.
-
-    A row with an error is as final as a row with features, unless `retry_failed`. If not one image can be read, no
-    shard is written.
+    Memory holds one shard at most. If not one image can be read, no shard is written.
 
     Args:
         images: one or more paths (files, folders, globs, lists, archives, URLs; see
@@ -93,8 +91,7 @@ def extract(
         shard_size: rows of a shard; by default whole batches of at most 8192 rows or 256 MB.
         format: "parquet" or "npy".
         workers: processes that decode images; 0 decodes in this process, without a limit of time.
-        max_pixels: larger images get an error.
-        max_seconds: images that take longer to read and decode, twice, get an error.
+        max_pixels, max_seconds: larger images, and those that take longer to read and decode, twice, get an error.
         part: (number from 1, count): this process makes every `count`-th shard, beginning with the `number`-th. `count`
             processes with the same arguments write together what one would write.
         overwrite: delete the features in `out` first; other files stay.
@@ -102,8 +99,7 @@ def extract(
             shards after them.
         retry_failed: decode images with errors again, and make shards again in which one succeeds. With `add`, which
             keeps all shards, they count as new and get another row.
-        announce: called once, before the first image.
-        progress: called after each batch.
+        announce, progress: called before the first image, and after each batch.
 
     Returns:
         The progress at the end.
@@ -124,10 +120,13 @@ def extract(
     loading: dict[str, Any] = {"weights": weights, "position_interpolation": position_interpolation, "stride": stride}
     loading |= {"device": device, "precision": precision, "engine": engine}
     is_named = isinstance(model, str | os.PathLike)
-    _check_model_settings(is_named, loading)
+    if is_named:  # before any weights are read
+        check_precision(precision, find_device(device), engine=engine)
+    else:
+        _refuse_settings_of_loading(loading)
     processor = _choose_processor(model, processor, size, crop, background)
     sources = require_images(images)
-    about: dict[str, Any] = machine()
+    about: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
     if is_named:
         about["model"] = os.fspath(model)
         model = load_model(model, processor, **loading)
@@ -139,7 +138,7 @@ def extract(
     manifest = {**provenance(outputs, processor, max_pixels), "batch_size": batch_size}
     manifest |= {"shard_size": shard_size, "format": format, "about": about}
     with lock(folder, part), ExitStack() as stack:
-        if add and find_manifest(folder):
+        if add and holds_features(folder):
             compare(folder, manifest)
             listed = begin_addition(folder, sources, shards, stack, retry_failed=retry_failed)
         else:
@@ -150,16 +149,7 @@ def extract(
             inputs = {"images": listed.section.images, "sha256": listed.section.sha256}
             claim(folder, {**manifest, "inputs": inputs})
         decoding = {"workers": workers, "max_pixels": max_pixels, "max_seconds": max_seconds}
-        return make_shards(
-            listed,
-            outputs,
-            shards,
-            batch_size,
-            decoding,
-            retry_failed=retry_failed,
-            announce=announce,
-            progress=progress,
-        )
+        return make_shards(listed, outputs, shards, batch_size, decoding, retry_failed, announce, progress)
 
 
 def _check_settings(
@@ -180,15 +170,11 @@ def _check_settings(
         )
 
 
-def _check_model_settings(is_named: bool, loading: Mapping[str, Any]) -> None:
-    """Refuses settings that do not go with the model or the device, before any weights are read."""
-    if not is_named:
-        defaults = {"precision": "auto", "engine": True}
-        given = [name for name, value in loading.items() if value != defaults.get(name)]
-        if given:
-            raise InvalidValueError(f"The model is loaded already, so leave out {', '.join(given)}.")
-        return
-    check_precision(loading["precision"], find_device(loading["device"]), engine=loading["engine"])
+def _refuse_settings_of_loading(loading: Mapping[str, Any]) -> None:
+    defaults = {"precision": "auto", "engine": True}
+    given = [name for name, value in loading.items() if value != defaults.get(name)]
+    if given:
+        raise InvalidValueError(f"The model is loaded already, so leave out {', '.join(given)}.")
 
 
 def _choose_processor(

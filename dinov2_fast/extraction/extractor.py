@@ -33,16 +33,11 @@ class Extractor:
         dataset.map_batches(dinov2_fast.Extractor, fn_constructor_args=("dinov2_vitb14",), batch_size=256)
 
     Args:
-        model: a name, file, folder or hub id for :func:`dinov2_fast.load`, or a model or engine in eval mode.
-        weights, position_interpolation: see :func:`dinov2_fast.load`.
+        model, weights, position_interpolation, features, dtype, device, precision, engine: see
+            :func:`dinov2_fast.extract`.
         size: pixels, an int or (height, width), multiples of 14; the centre of images is cut out. By default the size
             of the processor.
         processor: by default the one beside the model in a folder, or that of the checkpoints (224 x 224).
-        features: names, see :mod:`dinov2_fast.extraction.compute`.
-        dtype: of the features, "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
-        device: by default a GPU if there is one.
-        precision: of the computation, "fp32", "bf16", "fp16", "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
-        engine: run the faster form of the model for inference (:func:`dinov2_fast.optimize_for_inference`).
         column: the column of the images; by default "image", or "bytes" if there is no "image".
         batch_size: the most images in one forward pass; halved for good if memory runs out.
         max_pixels: larger images, as bytes or as PIL images, get an error before they are decoded. There is no limit of
@@ -74,12 +69,8 @@ class Extractor:
         if batch_size < 1:
             raise InvalidValueError(f"batch_size must be at least 1, got {batch_size}.")
         self._model = model
-        self._loading: dict[str, Any] = {
-            "weights": weights,
-            "position_interpolation": position_interpolation,
-            "device": device,
-        }
-        self._loading |= {"precision": precision, "engine": engine}
+        self._loading: dict[str, Any] = {"weights": weights, "position_interpolation": position_interpolation}
+        self._loading |= {"device": device, "precision": precision, "engine": engine}
         self._processor = Dinov2ImageProcessor.for_size(size) if size is not None else processor
         self._features, self._dtype = tuple(features), dtype
         self._column, self._batch_size, self._max_pixels = column, batch_size, max_pixels
@@ -90,12 +81,7 @@ class Extractor:
 
     @property
     def outputs(self) -> Outputs:
-        """Model, preprocessing and features; the first access loads them.
-
-        Raises:
-            WeightsError: the weights cannot be had.
-            InvalidValueError: a setting that does not exist or does not go with the model.
-        """
+        """Model, preprocessing and features; the first access loads them, with the errors of `dinov2_fast.extract`."""
         if self._loaded is None:
             processor, model = self._processor or processor_for(self._model), self._model
             if isinstance(model, (str, Path)):

@@ -14,8 +14,7 @@ import pyarrow as pa
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.features.manifest import Section
 
-_FIELDS = [("path", pa.binary()), ("archive", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())]
-_SCHEMA = pa.schema(_FIELDS)
+_SCHEMA = pa.schema([("path", pa.binary()), ("archive", pa.binary()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
 class ImageList:
@@ -23,16 +22,12 @@ class ImageList:
 
     Args:
         images: of all processes, iterated once.
-        shard_size: images in each shard but the last.
         folder: where the temporary file goes. It has no name, and the system deletes it with the process.
         part: (number from 1, count): this process gets every `count`-th shard, beginning with the `number`-th.
-        first_shard: the number of the first shard.
 
     Attributes:
-        section: the first shard, the number of all images, and the SHA-256 of all paths (with offsets and sizes in
-            archives).
+        section: of all images; its SHA-256 is that of their paths, with offsets and sizes in archives.
         shards: the numbers of the shards of this process.
-        shard_size: as given.
     """
 
     def __init__(

@@ -12,14 +12,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from dinov2_fast.data.batches import ImageBatch, read_batches
-from dinov2_fast.data.failures import Failures, NothingReadError
+from dinov2_fast.data.batches import Failures, ImageBatch, NothingReadError, read_batches
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import decode_all
 from dinov2_fast.extraction.compute import Outputs, Pending
 from dinov2_fast.extraction.image_list import ImageList
-from dinov2_fast.features.formats import Shards
 from dinov2_fast.features.schema import Rows, as_text, remove_leftovers
+from dinov2_fast.features.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Progress:
     """How far an extraction is: before its first image, after each batch, and at its end.
 
     Attributes:
-        folder: the output folder.
         images, shards: of this process, those from an earlier run included. Images to which others are added do not
             count.
         resumed: images whose rows are from an earlier run.
@@ -59,20 +57,13 @@ def make_shards(
     shards: Shards,
     batch_size: int,
     decoding: Mapping[str, Any],
-    *,
     retry_failed: bool,
     announce: Callable[[Progress], None] | None,
     progress: Callable[[Progress], None] | None,
 ) -> Progress:
     """Makes the shards of a list that are absent or damaged, and with `retry_failed` those that can be improved.
 
-    Args:
-        listed: the images; no other process makes its shards.
-        outputs: computes the features.
-        shards: of the output folder.
-        batch_size: images in a batch.
-        decoding: `workers`, `max_pixels` and `max_seconds` for `decode_all`.
-        retry_failed, announce, progress: see :func:`dinov2_fast.extract`.
+    No other process makes them. `decoding` is `workers`, `max_pixels` and `max_seconds` for `decode_all`.
 
     Raises:
         NothingReadError: no image of the first shard could be read.
@@ -94,7 +85,11 @@ def make_shards(
                     state.reasons.add(as_text(path), image.error)
             if len(rows) * batch_size >= listed.rows(shard):
                 if not any_read:
-                    raise NothingReadError(_nothing_read(state.reasons))
+                    raise NothingReadError(
+                        f"None of the first {len(state.reasons)} images could be read, and no features were written "
+                        f"for them:\n{state.reasons}\nSee that their disk or server can be reached, and run this "
+                        "again; leave out images that are gone for good."
+                    )
                 shards.write(shard, rows, {"batch_size": pending.size} if pending.size < batch_size else {})
                 rows.clear()  # memory holds one shard
             worked += pending.seconds()
@@ -193,10 +188,3 @@ def _find_improved(
         tried += [(shard, source) for source, error in pairs if error is not None]
     with closing(decode_all((source for _, source in tried), outputs.decoder, **decoding)) as decoded:
         return {shard for (shard, _), image in zip(tried, decoded, strict=True) if image.error is None}
-
-
-def _nothing_read(reasons: Failures) -> str:
-    return (
-        f"None of the first {len(reasons)} images could be read, and no features were written for them:\n{reasons}\n"
-        "See that their disk or server can be reached, and run this again; leave out images that are gone for good."
-    )

@@ -9,15 +9,14 @@ images. Each row also has a SHA-256 of the bytes of its file.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
-from dinov2_fast.features.schema import MANIFEST, Feature, find_manifest, find_shards
-from dinov2_fast.features.whole_files import part_of, whole_file
+from dinov2_fast.features.schema import MANIFEST, Feature, find_shards, holds_features
+from dinov2_fast.features.whole_files import whole_file
 
 INPUTS = "inputs"
 NOT_COMPARED = ("about", "added")
@@ -29,12 +28,9 @@ class ManifestError(Dinov2FastError, ValueError):
 
 @dataclass(frozen=True)
 class Section:
-    """Images that were extracted together, in consecutive shards.
+    """A number of images that were extracted together, in consecutive shards, and the SHA-256 of their paths.
 
-    Attributes:
-        first_shard: the number of their first shard.
-        images: how many there are.
-        sha256: of their paths, in hexadecimal; None where an addition was interrupted and its images are not known.
+    It is None where an addition was interrupted and its images are not known.
     """
 
     first_shard: int
@@ -57,9 +53,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         InvalidValueError: it is damaged.
     """
-    path = find_manifest(folder)
-    if path is None:
+    if not holds_features(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no features: there is no {MANIFEST}.")
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shard_size, sections = manifest["shard_size"], stored_sections(manifest)
@@ -90,9 +86,9 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ManifestError: they differ, or the folder holds shards without a manifest.
     """
-    if find_manifest(folder) is None:
+    if not holds_features(folder):
         _refuse_shards(folder)
-        _create(folder / MANIFEST, manifest)
+        _write(folder, manifest, keep_existing=True)  # another process may have written it
     compare(folder, manifest)
 
 
@@ -122,26 +118,23 @@ def discard(folder: Path) -> None:
 
     Raises:
         ManifestError: the folder holds shards without a manifest.
-        InvalidValueError: the manifest is damaged, or belongs to another program.
+        InvalidValueError: the manifest is damaged.
     """
-    manifest = find_manifest(folder)
-    if manifest is None:
+    if not holds_features(folder):
         return _refuse_shards(folder)
     read_manifest(folder)
     for path in find_shards(folder):
         path.unlink()
-    manifest.unlink()
+    (folder / MANIFEST).unlink()
 
 
 def write_sections(folder: Path, sections: Sequence[Section]) -> None:
     """Replaces the sections in the manifest of a folder."""
-    manifest, path = read_manifest(folder), find_manifest(folder)
-    assert path is not None
+    manifest = read_manifest(folder)
     first, *added = sections if sections[0].first_shard == 0 else [Section(0, 0), *sections]
     manifest[INPUTS] = {"images": first.images, "sha256": first.sha256}
     manifest["added"] = [asdict(section) for section in added]
-    with whole_file(path) as file:
-        file.write(_encoded(manifest))
+    _write(folder, manifest)
 
 
 def _refuse_shards(folder: Path) -> None:
@@ -152,26 +145,9 @@ def _refuse_shards(folder: Path) -> None:
         )
 
 
-def _create(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the file, unless another process has written it first."""
-    part = part_of(path)
-    try:
-        with open(part, "wb") as file:
-            file.write(_encoded(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(part, path)  # fails if the file exists, unlike a rename
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _encoded(manifest: Mapping[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=2).encode() + b"\n"
+def _write(folder: Path, manifest: Mapping[str, Any], *, keep_existing: bool = False) -> None:
+    with whole_file(folder / MANIFEST, keep_existing=keep_existing) as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[str]:

@@ -33,11 +33,9 @@ of its Parquet file (key ``dinov2_fast``, JSON), or in each of its JSON lines.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,7 +47,6 @@ from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.features.whole_files import ENDING, is_left_over
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders skip names that begin with an underscore
-OLD_MANIFEST = "manifest.json"
 PREFIX = "features-"
 SHARD_ROWS = 8192
 SHARD_BYTES = 1 << 28
@@ -78,12 +75,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a shard.
-
-    Attributes:
-        ids, paths, images: of each row.
-        features: by name, (rows, …); the values of rows with an error are not used.
-    """
+    """Consecutive rows of a shard, and their features by name, (rows, …); those of rows with an error are not used."""
 
     ids: range
     paths: Sequence[str]
@@ -110,8 +102,7 @@ def shard_path(folder: Path, shard: int, ending: str) -> Path:
 
 def shard_numbers(folder: Path) -> list[int]:
     """The shards that have a file in the folder, in ascending order."""
-    numbers = (path.name.removeprefix(PREFIX).split(".")[0] for path in folder.glob(f"{PREFIX}[0-9]*.*"))
-    return sorted({int(number) for number in numbers if number.isdecimal() and len(number) < 20})
+    return sorted({int(path.name.removeprefix(PREFIX).partition(".")[0]) for path in find_shards(folder)})
 
 
 def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
@@ -120,14 +111,9 @@ def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
     return max(rows // batch_size, 1) * batch_size
 
 
-def find_manifest(folder: Path) -> Path | None:
-    """The manifest of a folder of features, or None. A file with its old name may belong to another program."""
-    if (folder / MANIFEST).is_file():
-        return folder / MANIFEST
-    with suppress(OSError, ValueError, TypeError):
-        if "shard_size" in json.loads((folder / OLD_MANIFEST).read_bytes()):
-            return folder / OLD_MANIFEST
-    return None
+def holds_features(folder: Path) -> bool:
+    """Whether the folder has a manifest."""
+    return (folder / MANIFEST).is_file()
 
 
 def find_shards(folder: Path) -> Iterator[Path]:

@@ -12,20 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.manifest import read_manifest, stored_features, stored_sections
 from dinov2_fast.features.schema import COLUMNS, shard_numbers
+from dinov2_fast.features.shards import open_shards
 
 
 def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> Features:
     """What ``dinov2-fast extract`` or :func:`dinov2_fast.extract` wrote to a folder.
 
     This call only finds out which shards there are. A column or feature is read when it is asked for, in full: if
-    memory cannot hold all its rows, go through `Features.shards`.
-
-    Args:
-        folder: the output folder.
-        partial: accept an extraction that is not finished, and take the shards that it has written.
+    memory cannot hold all its rows, go through `Features.shards`. With `partial` it accepts an extraction that is not
+    finished, and takes the shards that it has written.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
@@ -52,8 +49,8 @@ class Features:
     ``len(features)`` is the number of rows. ``features["cls"]`` is a feature by its name
     (:mod:`dinov2_fast.extraction.compute`), a numpy array with one entry for each row: (rows, dim) for "cls" and
     "patch_mean", (rows, patches, dim) for "patches", (rows, registers, dim) for "registers", in float32 or float16 as
-    it was stored, NaN in rows with an error. Each request reads it from the disk. In the npy format, a feature of a
-    single shard is a read-only memory map. Iterating gives the names of the features.
+    it was stored, NaN in rows with an error. In the npy format, a feature of a single shard is a read-only memory map.
+    Iterating gives the names of the features.
 
     Attributes:
         folder: the output folder.
@@ -67,10 +64,7 @@ class Features:
 
     @property
     def id(self) -> NDArray[np.int64]:
-        """Positions among all images of the extraction: the row numbers, unless shards are missing or were added.
-
-        The ids of added images begin at a multiple of the shard size.
-        """
+        """The row numbers, unless shards are missing or were added, whose ids begin at a multiple of the shard size."""
         return np.array(self._columns["id"], np.int64)
 
     @property
@@ -95,10 +89,7 @@ class Features:
 
     @property
     def sha256(self) -> list[str | None]:
-        """Of the bytes of each file, in hexadecimal; None if they could not be read, or if time or memory ran out.
-
-        An image with an error and without a sha256 is worth another try: ``extract --retry-failed``.
-        """
+        """Of the bytes of each file; None if they could not be read, or if time or memory ran out: try it again."""
         return self._columns["sha256"]
 
     def shards(self) -> Iterator[Features]:

@@ -21,15 +21,19 @@ SECONDS_TO_KEEP = 86_400  # a file that has not grown for so long is left over, 
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file that is written to the disk and renamed to `path` if the ``with`` block succeeds."""
+def whole_file(path: Path, *, keep_existing: bool = False) -> Iterator[IO[bytes]]:
+    """A temporary file that is written to the disk and renamed to `path` if the ``with`` block succeeds.
+
+    With `keep_existing` a file that is at `path` by then stays as it is.
+    """
     part = part_of(path)
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        if not (keep_existing and _link(part, path)):
+            os.replace(part, path)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
@@ -37,6 +41,17 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _link(part: Path, path: Path) -> bool:
+    """Gives a file a second name unless that name is taken; False on a file system without links."""
+    try:
+        os.link(part, path)  # fails if the file exists, unlike a rename
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def part_of(path: Path) -> Path:

@@ -252,6 +252,12 @@ class Engine(nn.Module):
     # The other attributes of the model
 
     @property
+    def model(self) -> nn.Module:
+        """The model that the engine follows."""
+        model: nn.Module = self._model
+        return model
+
+    @property
     def device(self) -> torch.device:
         """Where the engine computes."""
         return backbone_of(self._modules["folded"])._buffers["cls_token"].device  # written for speed: each call asks

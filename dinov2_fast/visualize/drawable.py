@@ -15,16 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinov2_fast.data.batches import run_in_parts
+from dinov2_fast.data.batches import Failures, readable_batches, run_in_parts
 from dinov2_fast.data.decoding import decode
-from dinov2_fast.data.failures import Failures
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.readable import readable_batches
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.as_stored import processor_of
 from dinov2_fast.extraction.compute import without_normalization
-from dinov2_fast.extraction.provenance import fingerprint
+from dinov2_fast.extraction.provenance import fingerprint, processor_of
 from dinov2_fast.features.store import Features, load_features
 from dinov2_fast.model import DinoVisionTransformer
 
@@ -170,9 +167,8 @@ def _as_image(pixels: NDArray[Any]) -> Image.Image:
 def _stored_grid(model: Mapping[str, Any], processor: Dinov2ImageProcessor) -> tuple[int, int]:
     """Rows and columns of patches."""
     patch = model["patch_size"]
-    strides = model.get("stride", (patch, patch))
     sides = processor.output_size or (patch, patch)
-    rows, columns = ((side - patch) // step + 1 for side, step in zip(sides, strides, strict=True))
+    rows, columns = ((side - patch) // step + 1 for side, step in zip(sides, model["stride"], strict=True))
     return rows, columns
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dinov2_fast.curation.neighbours import nearest
-from dinov2_fast.data.failures import Failures
+from dinov2_fast.data.batches import Failures
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.features.schema import find_manifest
+from dinov2_fast.features.schema import holds_features
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_model
 from dinov2_fast.visualize.pca import PcaBasis, check_new
@@ -86,7 +86,7 @@ def show(
     given = PcaBasis.load(basis) if basis else None
     if Path(out).exists() and not Path(out).is_dir():
         raise NotADirectoryError(f"The output folder {os.fspath(out)!r} is a file.")
-    if len(paths) == 1 and find_manifest(Path(paths[0])):
+    if len(paths) == 1 and holds_features(Path(paths[0])):
         if model or weights:
             raise InvalidValueError("A folder of features needs no --model; to run one, give the images instead.")
         drawable = read_stored(paths[0], kinds, limit)

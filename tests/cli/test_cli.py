@@ -22,10 +22,10 @@ import dinov2_fast
 from dinov2_fast.cli import main
 from dinov2_fast.cli.extract import ProgressReport
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.extraction.run import Progress
 from dinov2_fast.features.manifest import read_manifest
 from dinov2_fast.inference import Engine
+from tests.helpers.images import read_image
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "examples" / "images"

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 import dinov2_fast
 from dinov2_fast.cli import evaluation, linear, main
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.evaluation.knn import knn
 from dinov2_fast.evaluation.labelled import ModelOptions, read_labelled
 from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
 from tests.helpers import documents
+from tests.helpers.images import read_image
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 

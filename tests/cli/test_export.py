@@ -15,8 +15,8 @@ import dinov2_fast
 from dinov2_fast.cli import main
 from dinov2_fast.cli.export import EPILOG
 from dinov2_fast.data.image_processor import IMAGENET_MEAN, Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from tests.helpers import documents
+from tests.helpers.images import read_image
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
 

@@ -15,8 +15,8 @@ import dinov2_fast
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.sources import ImageSource
-from dinov2_fast.features.formats import open_shards
 from dinov2_fast.features.schema import MANIFEST, Feature, Rows
+from dinov2_fast.features.shards import open_shards
 
 
 def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:

@@ -24,8 +24,9 @@ from PIL import Image
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError, ReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import decode_image, read_image
+from dinov2_fast.data.images import decode_image
 from dinov2_fast.data.sources import ImageSource, find_images
+from tests.helpers.images import read_image
 
 IMAGES = Path(__file__).parents[2] / "examples" / "images"
 
@@ -239,12 +240,12 @@ def test_heic_is_read_where_its_plugin_is_installed(tmp_path: Path, installed: b
     code = (
         "import sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from dinov2_fast.data.files import ImageError\n"
-        "from dinov2_fast.data.images import read_image\n"
+        "from dinov2_fast.data.files import ImageError, read_bytes\n"
+        "from dinov2_fast.data.images import decode_image\n"
         "from dinov2_fast.data.sources import find_images\n"
         "print(len(list(find_images(sys.argv[1:]))))\n"
         "try:\n"
-        "    print(read_image(sys.argv[1] + '/photo.HEIC').getpixel((0, 0)))\n"
+        "    print(decode_image(read_bytes(sys.argv[1] + '/photo.HEIC')).getpixel((0, 0)))\n"
         "except ImageError as error:\n"
         "    print(error)\n"
     )
@@ -270,10 +271,10 @@ def test_nothing_is_printed_about_odd_files(tmp_path: Path) -> None:
     (tmp_path / "image.tif").write_bytes(tiff_of_many_channels(999))
     code = (
         "import sys\n"
-        "from dinov2_fast.data.files import ImageError\n"
-        "from dinov2_fast.data.images import read_image\n"
+        "from dinov2_fast.data.files import ImageError, read_bytes\n"
+        "from dinov2_fast.data.images import decode_image\n"
         "try:\n"
-        "    read_image(sys.argv[1])\n"
+        "    decode_image(read_bytes(sys.argv[1]))\n"
         "except ImageError:\n"
         "    print('refused')\n"
     )
@@ -409,10 +410,11 @@ def test_reading_takes_as_much_memory_as_the_file(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from dinov2_fast.data.images import read_image\n"
+        "from dinov2_fast.data.files import read_bytes\n"
+        "from dinov2_fast.data.images import decode_image\n"
         "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))\n"
-        "print(read_image(sys.argv[1]).size)\n"
+        "print(decode_image(read_bytes(sys.argv[1])).size)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "small.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -26,9 +26,9 @@ from dinov2_fast.data import archives, files, parquet_images
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.files import ImageError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.data.sources import ImageSource, find_images, require_images
 from dinov2_fast.errors import InvalidValueError
+from tests.helpers.images import read_image
 
 PROCESSOR = Dinov2ImageProcessor(size=14, crop_size=14, do_rescale=False, do_normalize=False)
 

@@ -14,10 +14,10 @@ import torch
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.export import METADATA, ExportError, export
 from dinov2_fast.export.check import _run_all, compare, file_runner
 from dinov2_fast.export.graph import GraphModule, copy_for_export
+from tests.helpers.images import read_image
 from tests.helpers.small_models import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")

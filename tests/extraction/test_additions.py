@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dinov2_fast
-from dinov2_fast.data.failures import NothingReadError
+from dinov2_fast.data.batches import NothingReadError
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.features.manifest import ManifestError, read_manifest
 from tests.helpers.extraction import MeanColour, Stopping, contents, extract_files

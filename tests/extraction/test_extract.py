@@ -18,7 +18,6 @@ from torch import Tensor
 
 import dinov2_fast
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.data.sources import find_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.extract import extract
@@ -28,6 +27,7 @@ from dinov2_fast.features.schema import Feature, default_shard_size
 from dinov2_fast.inference import optimize_for_inference
 from tests.helpers.devices import on_gpu
 from tests.helpers.extraction import MeanColour, assert_rows, expected_features, extract_files, rows_of, shard_tables
+from tests.helpers.images import read_image
 from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +151,7 @@ def test_batches_begin_anew_with_each_shard(plain: list[str], tmp_path: Path) ->
 def test_a_shard_of_several_row_groups_is_read_as_one(
     plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.features.parquet.ROW_GROUP_BYTES", 3 * 24)
+    monkeypatch.setattr("dinov2_fast.features.shards.ROW_GROUP_BYTES", 3 * 24)
     out = extract_files([*plain, "missing"], MeanColour(), tmp_path / "out", batch_size=2).folder
     assert pq.ParquetFile(out / "features-00000.parquet").num_row_groups == 3
     assert_rows(out, [*plain, "missing"], {7})
@@ -244,7 +244,7 @@ def test_an_engine_gives_the_features_of_its_model(
     assert set(dtypes) == {torch.uint8 if uint8 else torch.float32}
     of_model, of_engine = (read_manifest(tmp_path / name) for name in ("model", "engine"))
     assert of_model.pop("engine") is None
-    assert of_engine.pop("engine") == {"residual": "float32", "skip_layers": [], "calibration": None}
+    assert of_engine.pop("engine") == {"residual_dtype": "float32", "skip_layers": [], "calibration": None}
     assert of_model.pop("backends")["attention.batch"] == of_engine.pop("backends")["attention.batch"]
     assert of_model["precision"] == "fp32"
     assert of_model == of_engine
@@ -457,20 +457,6 @@ class HalvedOnce(MeanColour):
         if len(self.batches) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
-
-
-@pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_a_manifest_with_the_old_name_is_read_and_continued(plain: list[str], tmp_path: Path, format: str) -> None:
-    out = extract_files(plain, MeanColour(), tmp_path / "out", shard_size=3, format=format).folder
-    (out / "_manifest.json").rename(out / "manifest.json")
-    assert dinov2_fast.load_features(out).path == plain
-    next(out.glob("features-00001.*")).unlink()
-    assert extract_files(plain, MeanColour(), out, shard_size=3, format=format).resumed == 4
-    extract_files([*plain, f"{tmp_path}/./image_0.png"], MeanColour(), out, shard_size=3, format=format, add=True)
-    assert len(dinov2_fast.load_features(out)) == 8
-    assert not (out / "_manifest.json").exists()
-    extract_files(plain, MeanColour(), out, shard_size=3, format=format, overwrite=True)
-    assert not (out / "manifest.json").exists()
 
 
 def test_folders_without_features_or_with_missing_shards_are_errors(plain: list[str], tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 import dinov2_fast
 from dinov2_fast import Extractor
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.inference import Engine
 from tests.helpers.extraction import MeanColour
+from tests.helpers.images import read_image
 from tests.helpers.small_models import small
 
 ROOT = Path(__file__).parents[2]

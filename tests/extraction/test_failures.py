@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import dinov2_fast
-from dinov2_fast.data.failures import Failures, NothingReadError
+from dinov2_fast.data.batches import Failures, NothingReadError
 from dinov2_fast.data.workers import decode_all
 from tests.helpers.extraction import MeanColour, contents, extract_files
 

@@ -14,7 +14,7 @@ MANIFEST = {"inputs": {"images": 5}, "shard_size": 2, "format": "npy", "features
 
 
 def written(folder: Path, **fields: Any) -> Path:
-    (folder / "manifest.json").write_text(json.dumps(MANIFEST | fields))
+    (folder / "_manifest.json").write_text(json.dumps(MANIFEST | fields))
     return folder
 
 

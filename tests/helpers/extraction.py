@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
-from dinov2_fast.data.images import read_image
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.extraction.extract import extract
 from dinov2_fast.extraction.run import Progress
+from tests.helpers.images import read_image
 
 
 class MeanColour(nn.Module):

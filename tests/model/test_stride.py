@@ -294,7 +294,7 @@ def test_extracted_patches_and_the_manifest(tmp_path: Path, capsys: pytest.Captu
     close(torch.from_numpy(found["patches"]), expected[:1])
     assert search(features, [images / "1.png"], k=1, device="cpu").cosines[0, 0] == pytest.approx(1, abs=1e-5)
     assert main([*extract, "--features", "cls,patches", "--dtype", "fp32"]) == 1
-    assert "model.stride is [7, 7] there and null here" in capsys.readouterr().err
+    assert "model.stride is [7, 7] there and [14, 14] here" in capsys.readouterr().err
     show = ["show", str(images), *arguments, "--out", str(tmp_path / "sheets"), "--stride", "7"]
     assert main([*show, "--pca", "--attention"]) == 0
     assert main(["show", str(tmp_path / "features"), "--pca", "--out", str(tmp_path / "sheets2")]) == 0

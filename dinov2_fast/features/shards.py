@@ -1,4 +1,4 @@
-"""Shards as Parquet files; :mod:`.schema` describes their columns."""
+"""Shards as Parquet files, and as npy files with JSON lines; :mod:`.schema` describes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import COLUMNS, Feature, Rows, shard_path
 from dinov2_fast.features.whole_files import whole_file
 
@@ -22,13 +23,13 @@ _TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
 class ParquetShards:
-    """See :class:`.formats.Shards`."""
+    """The shards of a folder, by their numbers. `NpyShards` has the same methods."""
 
     def __init__(self, folder: Path, features: Sequence[Feature]) -> None:
         self.folder, self.features = folder, features
 
     def write(self, shard: int, rows: Sequence[Rows], note: Mapping[str, Any]) -> None:
-        """See :class:`.formats.Shards`."""
+        """Writes a complete shard, with a note about it, which is empty as a rule."""
         schema = self._schema(note)
         table = pa.Table.from_batches([self._record_batch(part, schema) for part in rows], schema)
         with whole_file(self._path(shard)) as file:
@@ -42,7 +43,10 @@ class ParquetShards:
             )
 
     def count(self, shard: int) -> tuple[int, int] | None:
-        """Reads the footer of the file alone: its statistics count the errors."""
+        """The number of rows, and of rows with an error; None if the shard is absent, damaged or of other features.
+
+        Reads the footer of the file alone: its statistics count the errors.
+        """
         try:
             metadata = pq.read_metadata(self._path(shard))
         except (OSError, pa.ArrowInvalid):
@@ -55,12 +59,12 @@ class ParquetShards:
         return metadata.num_rows, sum(g.num_rows - g.column(error).statistics.null_count for g in groups)
 
     def columns(self, shard: int) -> dict[str, list[Any]]:
-        """See :class:`.formats.Shards`."""
+        """The columns that are not features (`COLUMNS`), with None for null."""
         table: dict[str, list[Any]] = self._read(shard, list(COLUMNS)).to_pydict()
         return table
 
     def feature(self, shard: int, feature: Feature) -> NDArray[Any]:
-        """See :class:`.formats.Shards`."""
+        """A feature, (rows, …), NaN in rows with an error."""
         column = self._read(shard, [feature.name])[feature.name]
         values = np.full((len(column), feature.size), np.nan, feature.dtype)
         first = 0
@@ -97,3 +101,63 @@ def _leaves(schema: pa.Schema) -> list[str]:
         f"{name}.list.element" if pa.types.is_fixed_size_list(schema.field(name).type) else name
         for name in schema.names
     ]
+
+
+class NpyShards:
+    """The methods of :class:`ParquetShards`, for this format."""
+
+    def __init__(self, folder: Path, features: Sequence[Feature]) -> None:
+        self.folder, self.features = folder, features
+
+    def write(self, shard: int, rows: Sequence[Rows], note: Mapping[str, Any]) -> None:
+        """Writes the JSON lines last: a shard that has them is complete."""
+        failed = np.array([image.error is not None for part in rows for image in part.images])
+        for feature in self.features:
+            values = np.concatenate([part.features[feature.name] for part in rows]).astype(feature.dtype, copy=False)
+            values[failed] = np.nan
+            with whole_file(self._array_path(shard, feature)) as file:
+                np.save(file, values, allow_pickle=False)
+        with whole_file(self._lines_path(shard)) as file:
+            for part in rows:
+                for values_of_row in zip(*part.columns().values(), strict=True):
+                    line = {**dict(zip(COLUMNS, values_of_row, strict=True)), **note}
+                    file.write(json.dumps(line).encode() + b"\n")
+
+    def count(self, shard: int) -> tuple[int, int] | None:
+        """Reads the JSON lines, and of the arrays their headers."""
+        try:
+            errors = self.columns(shard)["error"]
+            shapes = [self.feature(shard, feature).shape for feature in self.features]
+        except (OSError, ValueError, KeyError):
+            return None
+        if shapes != [(len(errors), *feature.shape) for feature in self.features]:
+            return None
+        return len(errors), len(errors) - errors.count(None)
+
+    def columns(self, shard: int) -> dict[str, list[Any]]:
+        """As `ParquetShards.columns`."""
+        with open(self._lines_path(shard), "rb") as file:
+            lines = [json.loads(line) for line in file]
+        return {name: [line[name] for line in lines] for name in COLUMNS}
+
+    def feature(self, shard: int, feature: Feature) -> NDArray[Any]:
+        """A read-only memory map."""
+        values: NDArray[Any] = np.load(self._array_path(shard, feature), mmap_mode="r", allow_pickle=False)
+        return values
+
+    def _array_path(self, shard: int, feature: Feature) -> Path:
+        return shard_path(self.folder, shard, f"{feature.name}.npy")
+
+    def _lines_path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard, "jsonl")
+
+
+Shards = ParquetShards | NpyShards
+FORMATS: dict[str, type[Shards]] = {"parquet": ParquetShards, "npy": NpyShards}
+
+
+def open_shards(folder: Path, format: str, features: Sequence[Feature]) -> Shards:
+    """The shards of these features in a folder, which need not exist yet."""
+    if format not in FORMATS:
+        raise InvalidValueError(f"There is no format {format!r}; choose {' or '.join(FORMATS)}.")
+    return FORMATS[format](folder, features)
