@@ -6,14 +6,9 @@ Every peer has the same weights, converted with this project's tools. `Peer.miss
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +18,6 @@ from bench import records
 from dinov2_fast.configs import BACKBONES, BackboneConfig
 from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
-NAMES = ("dinov2_fast", "transformers", "timm", "facebook")
 OUTPUTS = ("all", "cls")
 
 
@@ -51,11 +45,6 @@ class Peer:
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
         return self.to_tensor[output](self.call[output](model, x))
-
-
-def peers(reference_path: Path | None = None) -> list[Peer]:
-    """The implementations in PyTorch, ours first; facebookresearch/dinov2 only with the path of a checkout."""
-    return [OURS, TRANSFORMERS, TIMM, *([facebook(reference_path)] if reference_path else [])]
 
 
 def load_ours(config: BackboneConfig, device: torch.device) -> nn.Module:
@@ -162,6 +151,7 @@ TIMM = Peer(
     lambda config: "antialias",
     missing=reason_not_installed("timm"),
 )
+PEERS = (OURS, TRANSFORMERS, TIMM)
 
 
 def _accelerated_peer(peer: Peer, inference: bool = False) -> Peer:
@@ -176,22 +166,3 @@ def _accelerated_peer(peer: Peer, inference: bool = False) -> Peer:
 # By mode. Their rows have our name.
 ACCELERATED_PEERS = {f"accelerated-{peer.name}": _accelerated_peer(peer) for peer in (TRANSFORMERS, TIMM)}
 ACCELERATED_PEERS["engine-timm"] = _accelerated_peer(TIMM, inference=True)
-
-
-def facebook(checkout: Path) -> Peer:
-    """The reference, from a checkout of facebookresearch/dinov2. It uses xformers if that is installed.
-
-    Raises:
-        ValueError: `checkout` does not hold its code.
-    """
-    if not (checkout / "dinov2" / "hub" / "backbones.py").is_file():
-        raise ValueError(f"--reference-path: {checkout} is not a checkout of facebookresearch/dinov2.")
-
-    def build(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
-        with mock.patch.object(sys, "path", [str(checkout), *sys.path]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns whether or not it finds xformers
-            make = getattr(importlib.import_module("dinov2.hub.backbones"), config.name)
-        arguments = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
-        return _with_weights(lambda: make(**arguments), ours.state_dict())
-
-    return Peer("facebook", build, OURS.call, OURS.to_tensor, lambda config: config.position_interpolation)

@@ -5,9 +5,9 @@ tokens after the final norm (there is no loss function). AdamW is torch's, on a 
 trains its own copy of the weights.
 
 Before the timing the same model, in the same mode and on the same batch, is checked with stochastic depth off: its
-tokens, and some gradients from the first layer to the last. Each implementation has its own stochastic depth: ours and
-the reference compute a branch only for the images that they keep, the others compute it for all images and multiply
-the dropped ones by zero.
+tokens, and some gradients from the first layer to the last. Each implementation has its own stochastic depth: ours
+computes a branch only for the images that it keeps, the others compute it for all images and multiply the dropped ones
+by zero.
 """
 
 from __future__ import annotations
