@@ -206,18 +206,16 @@ def measure_scenario(scenario: Scenario, variants: list[Variant], paths: list[st
                 (timed_pass if turn else prepare)(peer)
             except Exception as exception:  # the failure of one must not stop the others
                 del passes[peer]
-                records.record_failure([rows[peer]], exception, device)
+                records.record_failure(rows[peer], exception, device)
     for peer, seconds_and_errors in passes.items():
         seconds, errors = zip(*seconds_and_errors, strict=True)
-        several = seconds if len(seconds) > 1 else 2 * seconds
-        fast, median, slow = (len(paths) / each for each in harness.quantiles(several))
-        rows[peer] |= {"value": median, "p20": slow, "p80": fast, "unit": "images/s", "outputs_max_error": max(errors)}
+        rows[peer] |= harness.speed(seconds, "images/s", len(paths)) | {"outputs_max_error": max(errors)}
         versions = {"workers": options.workers, "images": len(paths), "pillow": records.version("pillow")}
         if peer is OURS:
             versions["decoding"] = decoding_alone(paths, options.workers)
         x = pipelines[peer].pixels(sample[: scenario.batch]).to(device, scenario.dtype)
         seconds_per_image = harness.warm_up(partial(pipelines[peer].forward, x), device) / len(x)
-        rows[peer] |= {"versions": versions, "floor_share": seconds_per_image * median}
+        rows[peer] |= {"versions": versions, "floor_share": seconds_per_image * rows[peer]["value"]}
     return list(rows.values())
 
 

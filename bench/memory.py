@@ -79,7 +79,7 @@ class MemoryTask(Task):
                 with torch.inference_mode(not training), compile_scope():
                     row |= {"value": self._peak(peer, mode, training) / MIB, "unit": "MiB"}
             except Exception as exception:  # the failure of one must not stop the others
-                records.record_failure([row], exception, self.device)
+                records.record_failure(row, exception, self.device)
         return list(rows.values())
 
     def _peak(self, peer: Peer, mode: str, training: bool) -> int:

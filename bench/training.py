@@ -35,22 +35,20 @@ ADAMW_TENSORS = 7  # it reads parameter, gradient and two moments, and writes pa
 
 
 class Trainer:
-    """Training steps of one implementation.
+    """Training steps of one implementation, which change the weights of `model`.
 
-    Args:
-        model: the peer's model, with weights in the dtype of the precision. The steps change them.
-        mode: eager, compile (of forward and backward), or a backend of ours.
+    The mode is eager, compile (of forward and backward), or a backend of ours.
     """
 
     def __init__(self, peer: Peer, model: nn.Module, mode: str) -> None:
         def forward(x: Tensor) -> Tensor:
             return peer.result(model, x, "all")
 
-        device = next(model.parameters()).device
+        on_gpu = next(model.parameters()).device.type == "cuda"
         self.model = model
         self._forward = torch.compile(forward, dynamic=False) if mode == "compile" else forward
         self._context = backend_context(mode)
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=on_gpu)
 
     def __call__(self, x: Tensor, gradient: Tensor) -> None:
         """One step on images, with the gradient of all tokens (batch, tokens, hidden)."""
@@ -122,7 +120,7 @@ def build_model(peer: Peer, scenario: Scenario, ours: nn.Module, device: torch.d
 
 def token_gradient(scenario: Scenario, device: torch.device) -> Tensor:
     """The gradient of all tokens: bf16 values, so that they are the same in every precision."""
-    shape = Shape(scenario.config, scenario.resolution, scenario.batch, device, torch.float32)
+    shape = Shape(scenario.config, scenario.resolution, scenario.batch)
     generator = torch.Generator(device).manual_seed(1)
     size = (shape.batch, shape.tokens, shape.hidden)
     return torch.randn(size, device=device, generator=generator).to(torch.bfloat16).to(scenario.dtype)
