@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -59,14 +58,6 @@ def smoke(device: str, with_extension: bool) -> int:
         torch.cuda.synchronize()
         print(f"{backend} runs")
     return 0
-
-
-def pack(folder: Path) -> Path:
-    """Writes <folder>.tar.gz: rows, best.json, steps.jsonl, logs."""
-    archive = folder.with_name(f"{folder.name}.tar.gz")
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
-    return archive
 
 
 def headlines(rows: list[records.Row]) -> Iterator[str]:
@@ -119,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = summary(run_steps(PLAN, gpu_run), gpu_run)
     finally:
-        print(pack(gpu_run.folder))
+        print(shutil.make_archive(str(gpu_run.folder), "gztar", gpu_run.folder.parent, name))
     return status
 
 

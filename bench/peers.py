@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import dinov2_fast
 from bench import records
 from dinov2_fast.configs import BACKBONES, BackboneConfig
-from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
 OUTPUTS = ("all", "cls")
 
@@ -25,23 +24,16 @@ OUTPUTS = ("all", "cls")
 class Peer:
     """One implementation.
 
-    Args:
-        name: the `implementation` of its rows.
-        build: builds a model in fp32 from ours, on the same device. The last argument is the rate of stochastic depth
-            of all layers.
-        call: for each output, runs the model. This is what is timed.
-        to_tensor: for each output, extracts the tensor from the result of `call`. Output "all" is all tokens after the
-            final norm (batch, tokens, hidden), "cls" the class token (batch, hidden).
-        position_interpolation: how it resamples position embeddings.
-        missing: why it cannot run here, or None.
+    Output "all" is all tokens after the final norm (batch, tokens, hidden), "cls" the class token (batch, hidden).
     """
 
-    name: str
+    name: str  # the `implementation` of its rows
+    # Builds a model in fp32 from ours, on the same device, with this rate of stochastic depth in all layers.
     build: Callable[[BackboneConfig, nn.Module, float], nn.Module]
-    call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
-    to_tensor: Mapping[str, Callable[[Any], Tensor]]
+    call: Mapping[str, Callable[[nn.Module, Tensor], Any]]  # by output: what is timed
+    to_tensor: Mapping[str, Callable[[Any], Tensor]]  # by output: takes the tensor from the result of `call`
     position_interpolation: Callable[[BackboneConfig], str]
-    missing: str | None = None
+    missing: str | None = None  # why it cannot run here
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
         return self.to_tensor[output](self.call[output](model, x))
@@ -79,8 +71,7 @@ def _transformers(config: BackboneConfig, ours: nn.Module, drop_path: float) -> 
     import transformers
 
     kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
-    our_config = Dinov2WithRegistersConfig if config.num_register_tokens else Dinov2Config
-    fields = our_config(
+    configuration = getattr(transformers, f"{kind}Config")(
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
@@ -88,14 +79,13 @@ def _transformers(config: BackboneConfig, ours: nn.Module, drop_path: float) -> 
         image_size=518,
         patch_size=14,
         drop_path_rate=drop_path,
-    ).to_dict()
-    make, configuration = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")(**fields)
+    )
     weights = dinov2_fast.convert_state_dict(ours.state_dict(), to="huggingface")
     copies = {name: weight.clone() for name, weight in weights.items()}
     transformers.utils.logging.disable_progress_bar()
     # Newer versions rename weights in memory, and only this method knows the new names.
-    model = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=ours.cls_token.dtype)
-    return model.to(ours.cls_token.device)
+    make, dtype = getattr(transformers, f"{kind}Model").from_pretrained, ours.cls_token.dtype
+    return make(None, config=configuration, state_dict=copies, dtype=dtype).to(ours.cls_token.device)
 
 
 def _timm(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:

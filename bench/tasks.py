@@ -150,6 +150,11 @@ class Task:
     def __init__(self, scenario: Scenario, models: Models, best_backends: str | None = None) -> None:
         self.scenario, self.models, self.best_backends = scenario, models, best_backends
         self.device = models.device
+        self.accuracy = AccuracyCheck(scenario, models, self.our_results)
+
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What :meth:`checked_run` checks, by name, of our model in a dtype."""
+        raise NotImplementedError
 
     def checked_run(self, peer: Peer, mode: str) -> tuple[Run, Row]:
         """A run to time, and the errors of its results as keys of a row. AssertionError if the results are wrong."""
@@ -166,8 +171,6 @@ class Task:
         def make_run(variant: Variant) -> Run:
             run, errors = self.checked_run(*variant)
             rows[variant] |= errors
-            if self.best_backends and uses_best_backends(variant[1]):
-                rows[variant]["versions"] = (errors.get("versions") or {}) | {"backends": self.best_backends}
             return run
 
         waits = self.scenario.task in ("latency", "host")
@@ -175,8 +178,9 @@ class Task:
         with torch.inference_mode(self.in_inference_mode), compile_scope():
             times = time_implementations(rows, make_run, self.device, seconds, min_seconds)
         for variant, timings in times.items():
-            versions = rows[variant].get("versions") or {}
-            rows[variant] |= {"versions": versions | rates.as_versions} | self.values(variant, timings)
+            backends = {"backends": self.best_backends} if uses_best_backends(variant[1]) else {}
+            versions = rows[variant].get("versions", {}) | backends | rates.as_versions
+            rows[variant] |= {"versions": versions} | self.values(variant, timings)
         self.add_ratios(rows, times)
         return list(rows.values())
 
@@ -186,9 +190,9 @@ class Task:
 
     def rows(self, variants: Iterable[Variant]) -> dict[Variant, Row]:
         """A row for each variant that says what it measures, or why it cannot be measured."""
-        rows = {(peer, mode): self.scenario.row_keys(peer, mode) for peer, mode in variants}
-        for (peer, mode), row in rows.items():
-            if reason := reason_missing(peer, mode, self.best_backends):
+        rows = {variant: self.scenario.row_keys(*variant) for variant in variants}
+        for variant, row in rows.items():
+            if reason := reason_missing(*variant, self.best_backends):
                 row |= records.missing(reason)
         return rows
 

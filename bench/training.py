@@ -23,7 +23,7 @@ from bench.harness import Run
 from bench.modes import backend_context
 from bench.peers import OURS, Peer
 from bench.records import Row
-from bench.tasks import AccuracyCheck, Scenario, Task, Variant
+from bench.tasks import Scenario, Task, Variant
 from bench.workloads import Shape
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
@@ -87,10 +87,9 @@ class TrainingTask(Task):
         super().__init__(*args, **kwargs)
         self._x, self._gradient = self.scenario.images(self.device), token_gradient(self.scenario, self.device)
         self._checked_parameters = checked_parameters(self.scenario.config)
-        self._check = AccuracyCheck(self.scenario, self.models, self._results_of)
         self._trained: dict[Variant, nn.Module] = {}
 
-    def _results_of(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         trainer = Trainer(OURS, model, "eager")
         try:
             return trainer.results(self._x.to(dtype), self._gradient.to(dtype), CHUNK, self._checked_parameters)
@@ -102,7 +101,7 @@ class TrainingTask(Task):
         trainer = Trainer(peer, model, mode)
         results = trainer.results(self._x, self._gradient, len(self._x), self._checked_parameters)
         self._trained[peer, mode] = model
-        return partial(trainer, self._x, self._gradient), self._check.check(peer, results)
+        return partial(trainer, self._x, self._gradient), self.accuracy.check(peer, results)
 
     def values(self, variant: Variant, times: list[float]) -> Row:
         if all(parameter.isfinite().all() for parameter in self._trained[variant].parameters()):
@@ -128,9 +127,8 @@ def token_gradient(scenario: Scenario, device: torch.device) -> Tensor:
 
 def checked_parameters(config: BackboneConfig) -> list[str]:
     """The parameters whose gradients are checked, by our names."""
-    last_block = config.depth - 1
     fc2 = "fc2" if config.ffn_layer == "mlp" else "w3"
-    of_blocks = [f"blocks.{config.depth // 2}.attn.qkv.weight", f"blocks.{last_block}.mlp.{fc2}.weight"]
+    of_blocks = [f"blocks.{config.depth // 2}.attn.qkv.weight", f"blocks.{config.depth - 1}.mlp.{fc2}.weight"]
     return ["patch_embed.proj.weight", *of_blocks, "norm.weight"]
 
 
