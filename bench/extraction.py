@@ -39,7 +39,7 @@ import dinov2_fast.__main__ as command
 from bench import harness, records
 from bench.peers import OURS, TIMM, TRANSFORMERS, Peer, load_ours
 from bench.records import Row
-from bench.tasks import AccuracyCheck, Models, Scenario, Variant, print_rows, unmeasured
+from bench.tasks import AccuracyCheck, Models, Scenario, Task, Variant, print_rows, unmeasured
 from dinov2_fast import load_features, optimize_for_inference
 from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
@@ -153,11 +153,7 @@ def class_tokens(pixels: Tensor, batch: int, model: nn.Module, dtype: torch.dtyp
 def largest_error(
     features: Features, shape: tuple[int, int], sample: Sequence[int], check: AccuracyCheck, peer: Peer
 ) -> float:
-    """The largest error of an element in a sample of rows.
-
-    Raises:
-        AssertionError, ValueError: the features are wrong.
-    """
+    """The largest error of an element in a sample of rows. AssertionError or ValueError if the features are wrong."""
     if features.shape != shape or features.dtype != np.float32 or not np.isfinite(features).all():
         raise ValueError(f"the features are {features.shape} {features.dtype}, not finite float32 {shape}")
     found, expected = torch.tensor(features[sample]), check.expected(peer)[0]["the features"]
@@ -181,8 +177,7 @@ def measure_scenario(scenario: Scenario, variants: list[Variant], paths: list[st
     sample = [paths[index] for index in indices]
     pipelines: dict[Peer, Pipeline] = {}
     checks: dict[Peer, AccuracyCheck] = {}
-    rows = {peer: scenario.row_keys(peer, mode) for peer, mode in variants}
-    rows = {peer: row | (records.missing(peer.missing) if peer.missing else {}) for peer, row in rows.items()}
+    rows = {peer: row for (peer, _), row in Task(scenario, models).rows(variants).items()}
     passes: dict[Peer, list[tuple[float, float]]] = {peer: [] for peer in rows if not peer.missing}
 
     def prepare(peer: Peer) -> None:
@@ -206,18 +201,16 @@ def measure_scenario(scenario: Scenario, variants: list[Variant], paths: list[st
                 (timed_pass if turn else prepare)(peer)
             except Exception as exception:  # the failure of one must not stop the others
                 del passes[peer]
-                records.record_failure([rows[peer]], exception, device)
+                records.record_failure(rows[peer], exception, device)
     for peer, seconds_and_errors in passes.items():
         seconds, errors = zip(*seconds_and_errors, strict=True)
-        several = seconds if len(seconds) > 1 else 2 * seconds
-        fast, median, slow = (len(paths) / each for each in harness.quantiles(several))
-        rows[peer] |= {"value": median, "p20": slow, "p80": fast, "unit": "images/s", "outputs_max_error": max(errors)}
+        rows[peer] |= harness.speed(seconds, "images/s", len(paths)) | {"outputs_max_error": max(errors)}
         versions = {"workers": options.workers, "images": len(paths), "pillow": records.version("pillow")}
         if peer is OURS:
             versions["decoding"] = decoding_alone(paths, options.workers)
         x = pipelines[peer].pixels(sample[: scenario.batch]).to(device, scenario.dtype)
         seconds_per_image = harness.warm_up(partial(pipelines[peer].forward, x), device) / len(x)
-        rows[peer] |= {"versions": versions, "floor_share": seconds_per_image * median}
+        rows[peer] |= {"versions": versions, "floor_share": seconds_per_image * rows[peer]["value"]}
     return list(rows.values())
 
 

@@ -15,8 +15,8 @@ from bench import roofline
 from bench.harness import Run
 from bench.modes import backend_context, build_engine, forward_run, is_engine
 from bench.peers import OURS, TIMM, Peer
-from bench.records import Row
-from bench.tasks import AccuracyCheck, Task, Variant
+from bench.records import Row, grouped
+from bench.tasks import Task, Variant
 
 
 class ForwardTask(Task):
@@ -26,9 +26,8 @@ class ForwardTask(Task):
         super().__init__(*args, **kwargs)
         self._x = self.scenario.images(self.device)
         self._checked_images = [0, -1] if len(self._x) > 1 else [0]  # images whose outputs are checked
-        self._check = AccuracyCheck(self.scenario, self.models, self._outputs)
 
-    def _outputs(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"the outputs": OURS.result(model, self._x[self._checked_images].to(dtype), self.scenario.output)}
 
     def checked_run(self, peer: Peer, mode: str) -> tuple[Run, Row]:
@@ -36,7 +35,7 @@ class ForwardTask(Task):
         model = self.models.ours if is_engine(mode) else self.models.get(peer, self._x.dtype)
         run = forward_run(peer, model, self._x, scenario.output, scenario.precision, mode, self.best_backends)
         outputs = peer.to_tensor[scenario.output](run())[self._checked_images]
-        return run, self._check.check(peer, {"the outputs": outputs})
+        return run, self.accuracy.check(peer, {"the outputs": outputs})
 
     def floor_seconds(self, rates: roofline.Rates) -> float | None:
         scenario, in_e4m3 = self.scenario, self.scenario.precision == "fp8"
@@ -66,9 +65,8 @@ class MixedTask(Task):
             torch.randn((3, side, side), device=self.device, generator=generator).to(self.scenario.dtype)
             for side in side_lengths(self.scenario.batch, *ends)
         ]
-        self._check = AccuracyCheck(self.scenario, self.models, self._outputs)
 
-    def _outputs(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"the outputs": torch.cat([OURS.result(model, x[None].to(dtype), "cls") for x in self._images])}
 
     def checked_run(self, peer: Peer, mode: str) -> tuple[Run, Row]:
@@ -78,7 +76,7 @@ class MixedTask(Task):
             with context():
                 return forward()
 
-        return run, self._check.check(peer, {"the outputs": run()})
+        return run, self.accuracy.check(peer, {"the outputs": run()})
 
     def _forward(self, peer: Peer, mode: str) -> Callable[[], Tensor]:
         """A function that returns the class tokens (images, hidden)."""
@@ -97,11 +95,9 @@ class MixedTask(Task):
 
 def run_by_size(run: Callable[[list[Tensor]], list[Tensor]], images: list[Tensor]) -> Tensor:
     """Runs a batch of each size. Returns the rows of the results in the order of the images."""
-    indices: dict[Any, list[int]] = {}
-    for i, x in enumerate(images):
-        indices.setdefault(x.shape, []).append(i)
-    results = torch.cat(run([torch.stack([images[i] for i in group]) for group in indices.values()]))
-    order = torch.tensor([i for group in indices.values() for i in group], device=results.device)
+    groups = grouped(range(len(images)), lambda i: images[i].shape).values()
+    results = torch.cat(run([torch.stack([images[i] for i in group]) for group in groups]))
+    order = torch.tensor([i for group in groups for i in group], device=results.device)
     return results[order.argsort()]
 
 

@@ -23,10 +23,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -61,22 +60,11 @@ def smoke(device: str, with_extension: bool) -> int:
     return 0
 
 
-def pack(folder: Path) -> Path:
-    """Writes <folder>.tar.gz: rows, best.json, steps.jsonl, logs."""
-    archive = folder.with_name(f"{folder.name}.tar.gz")
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
-    return archive
-
-
 def headlines(rows: list[records.Row]) -> Iterator[str]:
     """For each scenario of a model the ratio of our best row to the best of a peer; ours in fp8 to a peer's in bf16."""
-    groups: dict[tuple[Any, ...], list[records.Row]] = {}
-    for row in rows:
-        if row["task"] != "ops":
-            key = tuple(row[name] for name in ("task", "model", "resolution", "output", "batch"))
-            groups.setdefault(key, []).append(row)
-    for key, group in groups.items():
+    of_models = (row for row in rows if row["task"] != "ops")
+    scenario = itemgetter("task", "model", "resolution", "output", "batch")
+    for key, group in records.grouped(of_models, scenario).items():
         peer = records.best_row(row for row in group if row["implementation"] != OURS.name)
         own = [row for row in group if row["implementation"] == OURS.name]
         for precision in dict.fromkeys(row["precision"] for row in own):
@@ -88,13 +76,13 @@ def headlines(rows: list[records.Row]) -> Iterator[str]:
 def summary(outcomes: list[Outcome], gpu_run: GpuRun) -> int:
     """Prints the headlines and the states of steps. Returns the exit status."""
     rows = gpu_run.rows()
-    refused = [row for row in rows if (records.reason(row) or "").startswith(("refused", "failed"))]
+    refused = sum(map(records.is_failure, rows))
     print("", *headlines(rows), sep="\n")
     for state in ("done before", "failed", "cut off", "left out"):
         if names := [outcome.step.name for outcome in outcomes if outcome.state == state]:
             print(f"{state}: {', '.join(names)}")
     if refused:
-        print(f"{len(refused)} rows of this commit were refused or failed: see their {records.NOT_MEASURED}")
+        print(f"{refused} rows of this commit were refused or failed: see their {records.NOT_MEASURED}")
     states = {outcome.state for outcome in outcomes}
     return 1 if "failed" in states or refused else 3 if states & {"left out", "cut off"} else 0
 
@@ -122,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = summary(run_steps(PLAN, gpu_run), gpu_run)
     finally:
-        print(pack(gpu_run.folder))
+        print(shutil.make_archive(str(gpu_run.folder), "gztar", gpu_run.folder.parent, name))
     return status
 
 

@@ -21,7 +21,7 @@ from bench.records import EXIT_RETRY
 
 GRACE_SECONDS = 8.0  # between asking a step to stop and killing it
 HANG_FACTOR = 1.5  # a step that takes this many times its minutes hangs
-LOG_BYTES = 1 << 19  # that are kept of a log
+LOG_BYTES = 1 << 19  # that are kept of a log: of a longer one, its ends
 STATES = {0: "done", None: "cut off", EXIT_RETRY: "cut off"}  # by exit status; all others mean failed
 
 Processes = set["subprocess.Popen[bytes]"]
@@ -88,7 +88,9 @@ def run_step(step: Step, gpu_run: GpuRun, coming: list[Step], left: float, runni
     line |= {"seconds": round(seconds, 1), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     with gpu_run.steps_file.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    log.write_bytes(without_middle(log.read_bytes()))
+    data, half = log.read_bytes(), LOG_BYTES // 2
+    if len(data) > LOG_BYTES:
+        log.write_bytes(data[:half] + b"\n[... left out ...]\n" + data[-half:])
     return Outcome(step, state, seconds, note)
 
 
@@ -135,9 +137,3 @@ def last_line(log: Path) -> str:
     """The last line of a log that is neither empty nor names a file that was written."""
     lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()]
     return next(line for line in reversed(lines) if line and not line.startswith("wrote "))[:100]
-
-
-def without_middle(data: bytes, longest: int = LOG_BYTES) -> bytes:
-    """A log, without its middle if it is longer than `longest`."""
-    half = longest // 2
-    return data if len(data) <= longest else data[:half] + b"\n[... left out ...]\n" + data[-half:]

@@ -11,7 +11,7 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -58,11 +58,8 @@ def time_in_turn(
 ) -> dict[Name, list[float]]:
     """Times runs in turn, for about `seconds` in all. Returns the seconds of one call, for each timing of each run.
 
-    Args:
-        flush: fill the L2 cache with other data before each timing.
-        calls: calls in one timing of each run, queued without waiting; one by default.
-        on_error: called with a run that raises, which is then left out of the result. Without it the exception is
-            raised.
+    With `flush` the L2 cache is filled with other data before each timing. The `calls` of one timing (by default one)
+    are queued without waiting. A run that raises is left out of the result if there is `on_error`.
     """
     keep_freed_memory()
     other_data = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device) if flush else None
@@ -132,10 +129,14 @@ def elapsed(run: Run, device: torch.device, calls: int = 1) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th percentile."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[3]
+def speed(seconds: Sequence[float], unit: str, images: int = 1) -> Row:
+    """The keys of a row with the median and its spread: of times in ms or us, or of images/s in runs on `images`."""
+    fifths = statistics.quantiles(seconds if len(seconds) > 1 else 2 * seconds, n=5, method="inclusive")
+    median, low, high = statistics.median(seconds), fifths[0], fifths[3]
+    if unit == "images/s":
+        return {"value": images / median, "p20": images / high, "p80": images / low, "unit": unit}
+    scale = {"ms": 1e3, "us": 1e6}[unit]
+    return {"value": scale * median, "p20": scale * low, "p80": scale * high, "unit": unit}
 
 
 def time_implementations(
@@ -147,14 +148,10 @@ def time_implementations(
     *,
     flush: bool = False,
 ) -> dict[Name, list[float]]:
-    """Prepares implementations and times them as :func:`time_in_turn` does.
+    """Prepares implementations and times them as :func:`time_in_turn` does, each timing for `min_seconds` at least.
 
-    Args:
-        rows: a row for each implementation. One whose row already has a reason not to be measured is skipped. If an
-            implementation fails, the reason is written into its row.
-        make_run: returns the run of an implementation, or raises.
-        min_seconds: of one timing, which makes as many calls as that takes.
-        flush: as in :func:`time_in_turn`.
+    An implementation whose row has a reason not to be measured is skipped. If `make_run` or the run raises, the reason
+    is written into the row.
 
     Raises:
         records.DeviceLost: an implementation left the device unusable.
@@ -163,7 +160,7 @@ def time_implementations(
     calls: dict[Name, int] = {}
 
     def on_error(name: Name, exception: Exception) -> None:
-        records.record_failure([rows[name]], exception, device)
+        records.record_failure(rows[name], exception, device)
 
     for name in rows:
         if records.reason(rows[name]):

@@ -79,26 +79,22 @@ class MemoryTask(Task):
                 with torch.inference_mode(not training), compile_scope():
                     row |= {"value": self._peak(peer, mode, training) / MIB, "unit": "MiB"}
             except Exception as exception:  # the failure of one must not stop the others
-                records.record_failure([row], exception, self.device)
+                records.record_failure(row, exception, self.device)
         return list(rows.values())
 
     def _peak(self, peer: Peer, mode: str, training: bool) -> int:
         """The peak of a second run, in bytes."""
         meter, runs = AllocationMeter(self.device), list[Run]()
-        make_run = self._training_step if training else self._forward
-        meter.peak(lambda: runs.append(make_run(peer, mode)))
+        meter.peak(lambda: runs.append(self._make_run(peer, mode, training)))
         meter.peak(runs[0])
         return meter.peak(runs[0])
 
-    def _training_step(self, peer: Peer, mode: str) -> Run:
-        scenario = self.scenario
-        trainer = Trainer(peer, build_model(peer, scenario, self.models.ours, self.device), mode)
-        return partial(trainer, scenario.images(self.device), token_gradient(scenario, self.device))
-
-    def _forward(self, peer: Peer, mode: str) -> Run:
-        scenario = self.scenario
+    def _make_run(self, peer: Peer, mode: str, training: bool) -> Run:
+        scenario, x = self.scenario, self.scenario.images(self.device)
+        if training:
+            trainer = Trainer(peer, build_model(peer, scenario, self.models.ours, self.device), mode)
+            return partial(trainer, x, token_gradient(scenario, self.device))
         model = peer.build(scenario.config, self.models.ours, 0.0).to(self.device).eval()
         if not is_engine(mode):
             model = model.to(scenario.dtype)
-        x = scenario.images(self.device)
         return forward_run(peer, model, x, scenario.output, scenario.precision, mode, self.best_backends)

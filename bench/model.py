@@ -25,7 +25,6 @@ import itertools
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -33,7 +32,7 @@ from bench import harness, modes
 from bench.forward import ForwardTask, MixedTask
 from bench.memory import MemoryTask
 from bench.modes import DTYPES, read_best_backends
-from bench.peers import ACCELERATED_PEERS, NAMES, OURS, OUTPUTS, TIMM, TRANSFORMERS, Peer, load_ours, peers
+from bench.peers import ACCELERATED_PEERS, OURS, OUTPUTS, PEERS, TIMM, TRANSFORMERS, Peer, load_ours
 from bench.records import Recorder
 from bench.runtimes import ONNXRUNTIME, OPENVINO
 from bench.tasks import Models, Scenario, Variant, print_rows, unmeasured
@@ -101,7 +100,7 @@ def scenarios(options: argparse.Namespace, config: BackboneConfig) -> Iterator[S
 def variants_of(options: argparse.Namespace, scenario: Scenario) -> Iterator[Variant]:
     """The peers and modes that are measured in a scenario."""
     device = torch.device(options.device)
-    chosen = [*peers(options.reference_path), *ACCELERATED_PEERS.values()]
+    chosen = [*PEERS, *ACCELERATED_PEERS.values()]
     if device.type == "cpu" and scenario.task in ("throughput", "latency") and scenario.precision == "fp32":
         chosen += [ONNXRUNTIME, OPENVINO]
     chosen = [peer for peer in chosen if peer.name in options.implementations]
@@ -135,7 +134,7 @@ def runs_mode(scenario: Scenario, peer: Peer, mode: str, chosen: list[Peer], dev
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    names = (*NAMES, ONNXRUNTIME.name, OPENVINO.name)
+    names = [peer.name for peer in (*PEERS, ONNXRUNTIME, OPENVINO)]
     parser = harness.make_parser("model", __doc__)
     parser.add_argument("--task", default="throughput", choices=TASKS)
     parser.add_argument("--sizes", type=harness.image_sizes, help="pixels, such as 224,518")
@@ -144,8 +143,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", type=harness.list_of(list(DTYPES)), help=",".join(DTYPES))
     parser.add_argument("--modes", type=modes.parse_modes, help="such as eager,compile,engine: see bench/modes.py")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing in each scenario (default: %(default)s)")
-    parser.add_argument("--implementations", type=harness.list_of(names), default=list(names), help=",".join(names))
-    parser.add_argument("--reference-path", type=Path, help="a checkout of facebookresearch/dinov2, as another peer")
+    parser.add_argument("--implementations", type=harness.list_of(names), default=names, help=",".join(names))
     task = parser.parse_known_args(arguments)[0].task
     outputs = {"outputs": OUTPUT_DEFAULTS.get(task, "all,cls")}
     defaults = {on: PRECISION_DEFAULTS[on] | outputs | DEFAULTS[task, on] for on in PRECISION_DEFAULTS}

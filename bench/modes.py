@@ -61,9 +61,7 @@ def is_engine(mode: str) -> bool:
 
 
 def uses_best_backends(mode: str) -> bool:
-    """Whether a mode is engine-best or engine-best-graphs."""
-    match = ENGINE_MODE.fullmatch(mode)
-    return match is not None and match[1] == "best"
+    return mode in ("engine-best", "engine-best-graphs")
 
 
 def backend_of(mode: str, best_backends: str | None = None) -> str | None:
@@ -101,12 +99,9 @@ def reason_missing(peer: Peer, mode: str, best_backends: str | None = None) -> s
 def forward_run(
     peer: Peer, model: nn.Module, x: Tensor, output: str, precision: str, mode: str, best_backends: str | None = None
 ) -> Run:
-    """A function that runs a forward pass on `x`. It must be called in inference mode.
+    """A function that runs a forward pass on images (batch, 3, height, width). It must be called in inference mode.
 
-    Args:
-        model: the peer's model, with weights in the dtype of the precision; for the engine in fp32.
-        x: images (batch, 3, height, width) in the dtype of the precision.
-        best_backends: the backends of engine-best.
+    Images and weights are in the dtype of the precision; the weights for the engine in fp32.
     """
     call, context = peer.call[output], backend_context(mode, best_backends)
     if is_engine(mode):
@@ -166,12 +161,9 @@ def _with_frozen_weights(forward: ForwardPass, x: Tensor, context: Context) -> F
 
 
 def _capture_graph(forward: ForwardPass, x: Tensor, context: Context) -> Run:
-    """A run of a CUDA graph of the forward pass, captured as our engine does it.
+    """A run of a CUDA graph of the forward pass, captured as our engine does it. It copies the images into its input.
 
-    A run copies the images into the graph's input.
-
-    Raises:
-        RuntimeError: the forward pass waits for the device.
+    RuntimeError if the forward pass waits for the device.
     """
     static = x.clone()
 

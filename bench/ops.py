@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from bench import harness, records, roofline
-from bench.harness import Run, obeys_rule, quantiles, time_implementations
+from bench.harness import Run, obeys_rule, speed, time_implementations
 from bench.records import Recorder, Row
 from bench.roofline import Rates
 from bench.workloads import E4M3, MODES, WORKLOADS, Shape, Workload, interleave_swiglu
@@ -187,10 +187,10 @@ def measure_case(case: Case, rates: Rates, without: Collection[str] = ()) -> lis
         if name not in times:
             print(f"  {name:14} {records.reason(row)}")
             continue
-        fast, median, slow = quantiles(times[name])
-        share = floor / median
-        row |= {"value": 1e6 * median, "unit": "us", "p20": 1e6 * fast, "p80": 1e6 * slow, "floor_share": share}
-        print(f"  {name:14} {1e6 * median:9.1f} us, {share:4.0%} of the floor, {torch_median / median:.2f}x torch")
+        median = statistics.median(times[name])
+        row |= speed(times[name], "us") | {"floor_share": floor / median}
+        of_torch = f"{torch_median / median:.2f}x torch"
+        print(f"  {name:14} {row['value']:9.1f} us, {row['floor_share']:4.0%} of the floor, {of_torch}")
     return list(rows.values())
 
 

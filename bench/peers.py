@@ -6,14 +6,9 @@ Every peer has the same weights, converted with this project's tools. `Peer.miss
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +16,7 @@ from torch import Tensor, nn
 import dinov2_fast
 from bench import records
 from dinov2_fast.configs import BACKBONES, BackboneConfig
-from dinov2_fast.huggingface import Dinov2Config, Dinov2WithRegistersConfig
 
-NAMES = ("dinov2_fast", "transformers", "timm", "facebook")
 OUTPUTS = ("all", "cls")
 
 
@@ -31,31 +24,19 @@ OUTPUTS = ("all", "cls")
 class Peer:
     """One implementation.
 
-    Args:
-        name: the `implementation` of its rows.
-        build: builds a model in fp32 from ours, on the same device. The last argument is the rate of stochastic depth
-            of all layers.
-        call: for each output, runs the model. This is what is timed.
-        to_tensor: for each output, extracts the tensor from the result of `call`. Output "all" is all tokens after the
-            final norm (batch, tokens, hidden), "cls" the class token (batch, hidden).
-        position_interpolation: how it resamples position embeddings.
-        missing: why it cannot run here, or None.
+    Output "all" is all tokens after the final norm (batch, tokens, hidden), "cls" the class token (batch, hidden).
     """
 
-    name: str
+    name: str  # the `implementation` of its rows
+    # Builds a model in fp32 from ours, on the same device, with this rate of stochastic depth in all layers.
     build: Callable[[BackboneConfig, nn.Module, float], nn.Module]
-    call: Mapping[str, Callable[[nn.Module, Tensor], Any]]
-    to_tensor: Mapping[str, Callable[[Any], Tensor]]
+    call: Mapping[str, Callable[[nn.Module, Tensor], Any]]  # by output: what is timed
+    to_tensor: Mapping[str, Callable[[Any], Tensor]]  # by output: takes the tensor from the result of `call`
     position_interpolation: Callable[[BackboneConfig], str]
-    missing: str | None = None
+    missing: str | None = None  # why it cannot run here
 
     def result(self, model: nn.Module, x: Tensor, output: str) -> Tensor:
         return self.to_tensor[output](self.call[output](model, x))
-
-
-def peers(reference_path: Path | None = None) -> list[Peer]:
-    """The implementations in PyTorch, ours first; facebookresearch/dinov2 only with the path of a checkout."""
-    return [OURS, TRANSFORMERS, TIMM, *([facebook(reference_path)] if reference_path else [])]
 
 
 def load_ours(config: BackboneConfig, device: torch.device) -> nn.Module:
@@ -90,8 +71,7 @@ def _transformers(config: BackboneConfig, ours: nn.Module, drop_path: float) -> 
     import transformers
 
     kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
-    our_config = Dinov2WithRegistersConfig if config.num_register_tokens else Dinov2Config
-    fields = our_config(
+    configuration = getattr(transformers, f"{kind}Config")(
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
@@ -99,14 +79,13 @@ def _transformers(config: BackboneConfig, ours: nn.Module, drop_path: float) -> 
         image_size=518,
         patch_size=14,
         drop_path_rate=drop_path,
-    ).to_dict()
-    make, configuration = getattr(transformers, f"{kind}Model"), getattr(transformers, f"{kind}Config")(**fields)
+    )
     weights = dinov2_fast.convert_state_dict(ours.state_dict(), to="huggingface")
     copies = {name: weight.clone() for name, weight in weights.items()}
     transformers.utils.logging.disable_progress_bar()
     # Newer versions rename weights in memory, and only this method knows the new names.
-    model = make.from_pretrained(None, config=configuration, state_dict=copies, dtype=ours.cls_token.dtype)
-    return model.to(ours.cls_token.device)
+    make, dtype = getattr(transformers, f"{kind}Model").from_pretrained, ours.cls_token.dtype
+    return make(None, config=configuration, state_dict=copies, dtype=dtype).to(ours.cls_token.device)
 
 
 def _timm(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
@@ -162,6 +141,7 @@ TIMM = Peer(
     lambda config: "antialias",
     missing=reason_not_installed("timm"),
 )
+PEERS = (OURS, TRANSFORMERS, TIMM)
 
 
 def _accelerated_peer(peer: Peer, inference: bool = False) -> Peer:
@@ -176,22 +156,3 @@ def _accelerated_peer(peer: Peer, inference: bool = False) -> Peer:
 # By mode. Their rows have our name.
 ACCELERATED_PEERS = {f"accelerated-{peer.name}": _accelerated_peer(peer) for peer in (TRANSFORMERS, TIMM)}
 ACCELERATED_PEERS["engine-timm"] = _accelerated_peer(TIMM, inference=True)
-
-
-def facebook(checkout: Path) -> Peer:
-    """The reference, from a checkout of facebookresearch/dinov2. It uses xformers if that is installed.
-
-    Raises:
-        ValueError: `checkout` does not hold its code.
-    """
-    if not (checkout / "dinov2" / "hub" / "backbones.py").is_file():
-        raise ValueError(f"--reference-path: {checkout} is not a checkout of facebookresearch/dinov2.")
-
-    def build(config: BackboneConfig, ours: nn.Module, drop_path: float) -> nn.Module:
-        with mock.patch.object(sys, "path", [str(checkout), *sys.path]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns whether or not it finds xformers
-            make = getattr(importlib.import_module("dinov2.hub.backbones"), config.name)
-        arguments = {"pretrained": False, "drop_path_rate": drop_path, "drop_path_uniform": True}
-        return _with_weights(lambda: make(**arguments), ours.state_dict())
-
-    return Peer("facebook", build, OURS.call, OURS.to_tensor, lambda config: config.position_interpolation)

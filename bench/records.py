@@ -7,6 +7,7 @@ not apply. A row that is measured again at the same commit replaces the old one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -14,32 +15,24 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dinov2_fast.ops.dispatch import BackendError
 
 Row = dict[str, Any]  # by the keys below
+Item = TypeVar("Item")
 
 RESULTS = Path(__file__).parent / "results"
-SCENARIO = (
-    "task",
-    "model",
-    "resolution",
-    "batch",
-    "output",
-    "precision",
-)  # the same for all implementations that are compared
-IDENTITY = (*SCENARIO, "implementation", "mode", "commit")
+IDENTITY = ("task", "model", "resolution", "batch", "output", "precision", "implementation", "mode", "commit")
 MEASURED = ("value", "unit", "p20", "p80", "floor_share", "outputs_max_error")
 KEYS = (*IDENTITY[:-1], *MEASURED, "gpu", "torch", "triton", "versions", "commit", "date")
 PACKAGES = ("numpy", "transformers", "timm", "torchvision", "xformers", "onnxruntime", "openvino")
-LESS_IS_BETTER = ("s", "ms", "us", "bytes", "MiB", "GiB")  # units; in all others more is better
+LESS_IS_BETTER = ("ms", "us", "MiB")  # units; in all others more is better
 
 NOT_MEASURED = "not_measured"  # the key in `versions` that says why a row has no value
 FAILURE_KINDS = {
@@ -61,22 +54,16 @@ SENSORS |= {"temperature_c": "temperature.gpu", "power_w": "power.draw"}
 class DeviceLost(Exception):
     """An error after which this process can run nothing on the GPU, such as an illegal memory access.
 
-    Args:
-        rows: those of the implementation that caused it.
+    `row` is that of the implementation that caused it.
     """
 
-    def __init__(self, rows: list[Row]) -> None:
-        super().__init__(reason(rows[0]))
-        self.rows = rows
+    def __init__(self, row: Row) -> None:
+        super().__init__(reason(row))
+        self.row = row
 
 
 class Recorder:
-    """Saves the rows of a task as soon as they are measured, so that a later failure loses none.
-
-    Args:
-        task: the name of the file.
-        options: those of :func:`bench.harness.make_parser`.
-    """
+    """Saves the rows of a task as soon as they are measured, so that a later failure loses none."""
 
     def __init__(self, task: str, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
@@ -84,8 +71,7 @@ class Recorder:
         self.path = self.folder / f"{task}.jsonl"
         self.rows: list[Row] = []
         self.common = environment(self.device, options.commit)
-        self.lost = False
-        self._task, self.writes = task, options.write
+        self.lost, self.writes, self._task = False, options.write, task
         self._known = read(self.path) if options.resume else []
 
     def __str__(self) -> str:
@@ -121,28 +107,26 @@ class Recorder:
         wanted = wanted | {"commit": self.common["commit"]}
         return [row for row in self._known if all(row[key] == value for key, value in wanted.items())]
 
-    @contextmanager
+    @contextlib.contextmanager
     def stop_when_lost(self) -> Iterator[None]:
         """Leaves the block when the device is lost, and keeps the rows of the implementation that lost it."""
         try:
             yield
         except DeviceLost as lost:
             self.lost = True
-            self.keep(lost.rows)
+            self.keep([lost.row])
+            advice = "Run the command again with --resume: it measures the rest without what lost the device."
             print(
-                f"{lost.rows[0]['implementation']} {lost.rows[0].get('mode') or ''}: {lost}\n"
-                "Run the command again with --resume: it measures the rest without what lost the device.",
-                file=sys.stderr,
+                f"{lost.row['implementation']} {lost.row.get('mode') or ''}: {lost}", advice, sep="\n", file=sys.stderr
             )
 
     def finish(self) -> int:
         """Prints where the rows are and how many were refused or failed. Returns the exit status."""
         if self.writes:
             print(f"wrote {self.path}")
-        failed = [row for row in self.rows if (reason(row) or "").startswith(("refused", "failed"))]
-        if failed:
-            print(f"{len(failed)} rows were refused or failed.", file=sys.stderr)
-        return EXIT_RETRY if self.lost else int(bool(failed))
+        if failed := sum(map(is_failure, self.rows)):
+            print(f"{failed} rows were refused or failed.", file=sys.stderr)
+        return EXIT_RETRY if self.lost else int(failed > 0)
 
 
 def not_measured(reason: str) -> Row:
@@ -159,37 +143,35 @@ def is_missing(row: Row) -> bool:
     return (reason(row) or "").startswith(MISSING_PREFIX)
 
 
+def is_failure(row: Row) -> bool:
+    return (reason(row) or "").startswith(("refused", "failed"))
+
+
 def reason(row: Row) -> str | None:
     """Why a row has no value, or None."""
     return (row.get("versions") or {}).get(NOT_MEASURED)
 
 
-def record_failure(rows: list[Row], exception: Exception, device: torch.device) -> None:
-    """Writes into the rows of an implementation that this exception stopped it.
+def record_failure(row: Row, exception: Exception, device: torch.device) -> None:
+    """Writes into the row of an implementation that this exception stopped it.
 
     Raises:
         DeviceLost: this process can run nothing on the device any more, so all others would fail as well.
     """
     lost = is_lost(device)
     prefix = LOST_PREFIX if lost else f"{FAILURE_KINDS.get(type(exception), 'failed')}: "
-    values = not_measured(prefix + (str(exception) or type(exception).__name__).splitlines()[0])
-    for row in rows:
-        row |= values
+    row |= not_measured(prefix + (str(exception) or type(exception).__name__).splitlines()[0])
     if lost:
-        raise DeviceLost(rows) from exception
+        raise DeviceLost(row) from exception
 
 
 def is_lost(device: torch.device) -> bool:
     """Whether a GPU answers every call of this process with an error. The first error may belong to an earlier call."""
-    return device.type == "cuda" and not any(_answers(device) for _ in range(2))
-
-
-def _answers(device: torch.device) -> bool:
-    try:
-        torch.cuda.synchronize(device)
-    except Exception:  # its class depends on the version of torch
-        return False
-    return True
+    for _ in range(2 if device.type == "cuda" else 0):
+        with contextlib.suppress(Exception):  # the class of the error depends on the version of torch
+            torch.cuda.synchronize(device)
+            return False
+    return device.type == "cuda"
 
 
 def best_row(rows: Iterable[Row]) -> Row | None:
@@ -204,6 +186,14 @@ def row_ratio(row: Row, other: Row) -> float:
     return better["value"] / base["value"]
 
 
+def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    """The items by their key, in the order of the first item of each."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def newest_commit(rows: list[Row]) -> list[Row]:
     """The rows of the commit that was measured last."""
     last = max(enumerate(rows), key=lambda numbered: (numbered[1]["date"] or "", numbered[0]), default=None)
@@ -213,12 +203,6 @@ def newest_commit(rows: list[Row]) -> list[Row]:
 def lookup(row: Row, name: str) -> Any:
     """The value of a key of a row or of its `versions`."""
     return row[name] if name in row else (row["versions"] or {}).get(name)
-
-
-def short_commit(commit: str | None) -> str:
-    """A commit's first digits, with "-dirty" if its code was changed."""
-    digits, dirty, _ = (commit or "unknown").partition("-dirty")
-    return digits[:8] + dirty
 
 
 def environment(device: torch.device, commit: str | None = None) -> Row:
@@ -256,9 +240,8 @@ def _sensors(device: torch.device, period: int) -> dict[str, float]:
     try:
         uuid = torch.cuda.get_device_properties(device).uuid
         query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(SENSORS.values())}"]
-        output = subprocess.run(
-            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout
+        query += ["--format=csv,noheader,nounits"]
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
         return {name: float(value) for name, value in zip(SENSORS, output.split(","), strict=True)}
     except (OSError, subprocess.SubprocessError, ValueError, RuntimeError):
         return {}
@@ -278,11 +261,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Adds rows to a file. A row replaces one with the same values of the keys IDENTITY.
-
-    Raises:
-        ValueError: a row lacks a key or has an unknown one.
-    """
+    """Adds rows to a file. A row replaces one with the same values of the keys IDENTITY. ValueError for wrong keys."""
     for row in rows:
         if set(row) != set(KEYS):
             raise ValueError(f"A row must have the keys {KEYS}; missing or unknown: {sorted(set(row) ^ set(KEYS))}.")

@@ -11,7 +11,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "
 PLOTTED = {"throughput": -1, "latency": 0}  # the index of the batch size that README shows: the largest, the smallest
 LABEL_KEYS = ("model", "resolution", "precision", "output", "batch")  # the columns that name a scenario
 ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people run comes first
-HEADINGS = {"resolution": "pixels"}
+LABEL_HEADINGS = ("model", "pixels", "precision", "output", "batch")
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
 FLOOR = (
     "The floor is the least time of a forward pass at the rates that this device reaches in a large product and in a "
@@ -59,30 +60,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Comparison:
-    """The rows of one task, scenario and unit.
-
-    Attributes:
-        ranked: the rows, the best first.
-        by_name: the same rows by implementation, ours first.
-        share: our best row's share of the floor.
-        ratio: how many times better our best row is than a peer's best.
-        accelerated: how many times better each peer's model is with our blocks in it, both eager.
-        floor: the floor in the unit of the rows.
-    """
+    """The rows of one task, scenario and unit: `ranked`, the best first, and `by_name`, ours first."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self.scenario = tuple(rows[0][key] for key in LABEL_KEYS)
+        self.scenario = itemgetter(*LABEL_KEYS)(rows[0])
         self.task, self.unit = rows[0]["task"], rows[0]["unit"]
         self.less_is_better = self.unit in records.LESS_IS_BETTER
         self.ranked = sorted(rows, key=lambda row: row["value"], reverse=not self.less_is_better)
         names = dict.fromkeys([OURS, *(row["implementation"] for row in rows)])
         self.by_name = {name: [row for row in self.ranked if row["implementation"] == name] for name in names}
         ours, peers = self.by_name[OURS], [row for row in self.ranked if row["implementation"] != OURS]
+        # How many times better our best row is than a peer's best, and its share of the floor.
         self.ratio = records.row_ratio(ours[0], peers[0]) if ours and peers else None
         self.share = ours[0]["floor_share"] if ours else None
+        # How many times better each peer's model is with our blocks in it, both eager.
         modes, eager = {row["mode"]: row for row in ours}, [row for row in peers if row["mode"] == "eager"]
         pairs = [(modes.get(f"accelerated-{row['implementation']}"), row) for row in eager]
         self.accelerated = [records.row_ratio(with_ours, without) for with_ours, without in pairs if with_ours]
+        # The floor in the unit of the rows.
         shares = [(row["value"], row["floor_share"]) for row in rows if row["floor_share"]]
         self.floor = next((value * share if self.less_is_better else value / share for value, share in shares), None)
 
@@ -97,16 +92,10 @@ class Comparison:
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     """Rows with a value by scenario and unit. Numbers ascend, names are in ORDER, and unknown names come last."""
     values = [row for row in rows if row["value"] is not None]
-    groups = grouped(values, lambda row: (row["unit"], *(row[key] for key in LABEL_KEYS)))
-    return sorted(map(Comparison, groups), key=lambda comparison: [_rank(value) for value in comparison.scenario])
-
-
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    """The items with the same key together, in the order of their first item."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
+    groups = records.grouped(values, itemgetter("unit", *LABEL_KEYS))
+    return sorted(
+        map(Comparison, groups.values()), key=lambda comparison: [_rank(value) for value in comparison.scenario]
+    )
 
 
 def _rank(value: str | int | None) -> int:
@@ -117,7 +106,7 @@ def _rank(value: str | int | None) -> int:
 
 def most_used(every: list[Comparison], batch: int) -> list[Comparison]:
     """What most people run of each model and size: the first precision and output, and the batch size of this index."""
-    groups = grouped(every, lambda comparison: comparison.scenario[:2])
+    groups = records.grouped(every, lambda comparison: comparison.scenario[:2]).values()
     return [[each for each in group if each.scenario[:-1] == group[0].scenario[:-1]][batch] for group in groups]
 
 
@@ -146,13 +135,9 @@ def rates_sentence(rows: list[Row]) -> str:
     units |= {"e4m3_per_s": ("a product in e4m3", "TFLOP/s", 1e12)}
     parts = []
     for name, (what, unit, scale) in units.items():
-        values = sorted({rate for row in rows if (rate := records.lookup(row, name))})
-        span = (
-            " to ".join(dict.fromkeys(format_number(value / scale) for value in (values[0], values[-1])))
-            if values
-            else ""
-        )
-        parts += [f"{what} reaches {span} {unit}"] if values else []
+        if rates := [rate / scale for row in rows if (rate := records.lookup(row, name))]:
+            span = " to ".join(dict.fromkeys(map(format_number, (min(rates), max(rates)))))
+            parts.append(f"{what} reaches {span} {unit}")
     return f"Here {', '.join(parts)}." if parts else ""
 
 
@@ -229,12 +214,13 @@ def table(chosen: list[Comparison], best_only: bool = False) -> str:
     names = list(dict.fromkeys(name for each in chosen for name in each.by_name))
     share = "device busy" if chosen[0].task == "extraction" else "share of the floor"
     ratio = "best peer / ours" if chosen[0].less_is_better else "ours / best peer"
-    head, lines = [*(HEADINGS.get(key, key) for key in LABEL_KEYS), *names, ratio, share], []
+    lines = []
     for each in chosen:
         rows = [each.by_name.get(name, [])[: 1 if best_only else None] for name in names]
         cells = ["<br>".join(map(_value, same_name)) or "–" for same_name in rows]
-        lines.append([*each.labels, *cells, _or_dash(each.ratio, "{:.2f}"), _or_dash(each.share, "{:.0%}")])
-    return markdown_table(head, lines)
+        ratio_and_share = _or_dash(each.ratio, "{:.2f}"), _or_dash(each.share, "{:.0%}")
+        lines.append([*each.labels, *cells, *ratio_and_share])
+    return markdown_table([*LABEL_HEADINGS, *names, ratio, share], lines)
 
 
 def markdown_table(head: Sequence[str], lines: list[list[str]]) -> str:
@@ -268,12 +254,13 @@ def provenance(rows: list[Row]) -> str:
     measured = [row for row in rows if row["value"] is not None] or rows
     used = " ".join(f"{row['implementation']} {row['mode']}" for row in measured)
     gpu, workers = facts(rows, "gpu"), facts(rows, "workers")
-    hardware = gpu or f"{facts(rows, 'cpu')}, {facts(rows, 'threads')} threads"
+    parts = [gpu or f"{facts(rows, 'cpu')}, {facts(rows, 'threads')} threads"]
+    parts += [f"{workers} decoding processes"] if workers else []
     packages = ["torch", *(["triton"] if gpu else []), *(name for name in records.PACKAGES if name in used)]
-    versions = [f"{name} {facts(measured, name)}" for name in packages]
-    decoding = [f"{workers} decoding processes"] if workers else []
-    commit = f"commit {records.short_commit(rows[0]['commit'])}"
-    return ", ".join([hardware, *decoding, *versions, commit, facts(rows, "date")])
+    parts += [f"{name} {facts(measured, name)}" for name in packages]
+    # The first digits, with "-dirty" if the code was changed.
+    digits, dirty, _ = (rows[0]["commit"] or "unknown").partition("-dirty")
+    return ", ".join([*parts, f"commit {digits[:8]}{dirty}", facts(rows, "date")])
 
 
 def facts(rows: list[Row], name: str) -> str:

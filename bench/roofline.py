@@ -86,14 +86,11 @@ class Work(NamedTuple):
 def forward_work(
     config: BackboneConfig, resolution: int, batch: int, output: str, itemsize: int, in_e4m3: bool
 ) -> Work:
-    """The least work of a forward pass.
+    """The least work of a forward pass, with `itemsize` bytes for an element of the residual stream.
 
     In each layer two layer norms read the residual stream and write an operand, and two epilogues read the residual.
     These are 6 transfers of the stream (5 in fp8, where an operand has half the bytes). Activation, bias and LayerScale
     move nothing. The bytes of the embedding, of the last norm and of single tokens are not counted.
-
-    Args:
-        itemsize: bytes of an element of the residual stream.
     """
     shape, class_token_layers = Shape(config, resolution, batch), CLASS_TOKEN_LAYERS[output]
     full_layers = config.depth - class_token_layers

@@ -27,8 +27,7 @@ Session = Callable[[Any], Outputs]
 class ExportedModel(nn.Module):
     """Our model in another runtime. The first call for an output and a shape exports it; later calls only run it.
 
-    Args:
-        open_session: reads an ONNX file, which is deleted afterwards, and returns a function that runs it on an array.
+    `open_session` reads an ONNX file, which is deleted afterwards, and returns a function that runs it on an array.
     """
 
     def __init__(self, model: nn.Module, open_session: Callable[[Path], Session]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import harness, records, roofline
-from bench.harness import Run, obeys_rule, quantiles, time_implementations
+from bench.harness import Run, obeys_rule, speed, time_implementations
 from bench.modes import DTYPES, compile_scope, reason_missing, uses_best_backends
 from bench.peers import OURS, Peer
 from bench.records import Recorder, Row
@@ -57,16 +58,14 @@ class Scenario:
 
     def __str__(self) -> str:
         output = {"all": "all tokens", "cls": "class token"}.get(self.output, self.output)
-        return (
-            f"{harness.model_title(self.config)} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
-        )
+        title = harness.model_title(self.config)
+        return f"{title} {self.resolution} px, batch {self.batch}, {output}, {self.precision}"
 
 
 class Models:
-    """A backbone in every implementation. Models are built at the first request and kept for one dtype at a time.
+    """A backbone in every implementation, from our model in fp32 on the device.
 
-    Args:
-        ours: our model in fp32, on the device.
+    Models are built at the first request and kept for one dtype at a time.
     """
 
     def __init__(self, config: BackboneConfig, ours: nn.Module) -> None:
@@ -95,8 +94,7 @@ def interpolating(model: nn.Module, position_interpolation: str) -> Iterator[Non
 class AccuracyCheck:
     """Checks results against those of our model on plain PyTorch, in a wider dtype and in that of the scenario.
 
-    Args:
-        results: runs a model in a dtype and returns its results by name.
+    `results` runs a model in a dtype and returns its results by name.
     """
 
     def __init__(
@@ -106,11 +104,7 @@ class AccuracyCheck:
         self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def check(self, peer: Peer, results: dict[str, Tensor]) -> Row:
-        """The errors of results, as keys of a row.
-
-        Raises:
-            AssertionError: an error is too large.
-        """
+        """The errors of results, as keys of a row. AssertionError if one is too large."""
         exact, usual = self.expected(peer)
         if self._scenario.precision == "fp8":
             return _check_cosine(results["the outputs"].float(), exact["the outputs"])
@@ -125,23 +119,20 @@ class AccuracyCheck:
 
     def expected(self, peer: Peer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Our model's results in a wider dtype and in the scenario's, with positions resampled as the peer does."""
-        position_interpolation = peer.position_interpolation(self._scenario.config)
-        if position_interpolation not in self._known:
-            self._known[position_interpolation] = self._our_results(position_interpolation)
-        return self._known[position_interpolation]
-
-    def _our_results(self, position_interpolation: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        dtype = self._scenario.dtype
+        interpolation, dtype = peer.position_interpolation(self._scenario.config), self._scenario.dtype
+        if interpolation in self._known:
+            return self._known[interpolation]
         wide_model, same = self._models.ours, self._models.get(OURS, dtype)
         if dtype == torch.float32:
             wide_model = copy.deepcopy(wide_model).double()
         wide = next(wide_model.parameters()).dtype
         # cuDNN would compute convolutions of fp32 in TF32. Without `enabled` this context would switch cuDNN off.
         without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with use_backend("torch"), without_tf32, interpolating(wide_model, position_interpolation):
+        with use_backend("torch"), without_tf32, interpolating(wide_model, interpolation):
             exact = self._results(wide_model, wide)
-        with use_backend("torch"), interpolating(same, position_interpolation):
-            return exact, self._results(same, dtype)
+        with use_backend("torch"), interpolating(same, interpolation):
+            self._known[interpolation] = exact, self._results(same, dtype)
+        return self._known[interpolation]
 
 
 def _check_cosine(result: Tensor, exact: Tensor) -> Row:
@@ -152,24 +143,21 @@ def _check_cosine(result: Tensor, exact: Tensor) -> Row:
 
 
 class Task:
-    """Measures implementations in one scenario.
-
-    Args:
-        best_backends: the backends of mode engine-best.
-    """
+    """Measures implementations in one scenario. `best_backends` are those of mode engine-best."""
 
     in_inference_mode: ClassVar[bool] = True
 
     def __init__(self, scenario: Scenario, models: Models, best_backends: str | None = None) -> None:
         self.scenario, self.models, self.best_backends = scenario, models, best_backends
         self.device = models.device
+        self.accuracy = AccuracyCheck(scenario, models, self.our_results)
+
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What :meth:`checked_run` checks, by name, of our model in a dtype."""
+        raise NotImplementedError
 
     def checked_run(self, peer: Peer, mode: str) -> tuple[Run, Row]:
-        """A run to time, and the errors of its results as keys of a row.
-
-        Raises:
-            AssertionError: the results are wrong.
-        """
+        """A run to time, and the errors of its results as keys of a row. AssertionError if the results are wrong."""
         raise NotImplementedError
 
     def floor_seconds(self, rates: roofline.Rates) -> float | None:
@@ -183,8 +171,6 @@ class Task:
         def make_run(variant: Variant) -> Run:
             run, errors = self.checked_run(*variant)
             rows[variant] |= errors
-            if self.best_backends and uses_best_backends(variant[1]):
-                rows[variant]["versions"] = (errors.get("versions") or {}) | {"backends": self.best_backends}
             return run
 
         waits = self.scenario.task in ("latency", "host")
@@ -192,8 +178,9 @@ class Task:
         with torch.inference_mode(self.in_inference_mode), compile_scope():
             times = time_implementations(rows, make_run, self.device, seconds, min_seconds)
         for variant, timings in times.items():
-            versions = rows[variant].get("versions") or {}
-            rows[variant] |= {"versions": versions | rates.as_versions} | self.values(variant, timings)
+            backends = {"backends": self.best_backends} if uses_best_backends(variant[1]) else {}
+            versions = rows[variant].get("versions", {}) | backends | rates.as_versions
+            rows[variant] |= {"versions": versions} | self.values(variant, timings)
         self.add_ratios(rows, times)
         return list(rows.values())
 
@@ -203,21 +190,18 @@ class Task:
 
     def rows(self, variants: Iterable[Variant]) -> dict[Variant, Row]:
         """A row for each variant that says what it measures, or why it cannot be measured."""
-        rows = {(peer, mode): self.scenario.row_keys(peer, mode) for peer, mode in variants}
-        for (peer, mode), row in rows.items():
-            if reason := reason_missing(peer, mode, self.best_backends):
+        rows = {variant: self.scenario.row_keys(*variant) for variant in variants}
+        for variant, row in rows.items():
+            if reason := reason_missing(*variant, self.best_backends):
                 row |= records.missing(reason)
         return rows
 
     def values(self, variant: Variant, times: list[float]) -> Row:
         """The measured keys of a row, from timings in seconds."""
-        fast, median, slow = quantiles(times)
         floor = self.floor_seconds(self.rates())
-        share = {"floor_share": floor and floor / median}
-        if self.scenario.task in ("latency", "host"):
-            return {"value": 1e3 * median, "p20": 1e3 * fast, "p80": 1e3 * slow, "unit": "ms"} | share
-        batch = self.scenario.batch
-        return {"value": batch / median, "p20": batch / slow, "p80": batch / fast, "unit": "images/s"} | share
+        share = floor and floor / statistics.median(times)
+        unit = "ms" if self.scenario.task in ("latency", "host") else "images/s"
+        return speed(times, unit, self.scenario.batch) | {"floor_share": share}
 
     def add_ratios(self, rows: dict[Variant, Row], times: dict[Variant, list[float]]) -> None:
         """Adds to the rows what follows from the timings of several variants."""

@@ -5,9 +5,9 @@ tokens after the final norm (there is no loss function). AdamW is torch's, on a 
 trains its own copy of the weights.
 
 Before the timing the same model, in the same mode and on the same batch, is checked with stochastic depth off: its
-tokens, and some gradients from the first layer to the last. Each implementation has its own stochastic depth: ours and
-the reference compute a branch only for the images that they keep, the others compute it for all images and multiply
-the dropped ones by zero.
+tokens, and some gradients from the first layer to the last. Each implementation has its own stochastic depth: ours
+computes a branch only for the images that it keeps, the others compute it for all images and multiply the dropped ones
+by zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.harness import Run
 from bench.modes import backend_context
 from bench.peers import OURS, Peer
 from bench.records import Row
-from bench.tasks import AccuracyCheck, Scenario, Task, Variant
+from bench.tasks import Scenario, Task, Variant
 from bench.workloads import Shape
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.layouts import plan_conversion
@@ -35,22 +35,20 @@ ADAMW_TENSORS = 7  # it reads parameter, gradient and two moments, and writes pa
 
 
 class Trainer:
-    """Training steps of one implementation.
+    """Training steps of one implementation, which change the weights of `model`.
 
-    Args:
-        model: the peer's model, with weights in the dtype of the precision. The steps change them.
-        mode: eager, compile (of forward and backward), or a backend of ours.
+    The mode is eager, compile (of forward and backward), or a backend of ours.
     """
 
     def __init__(self, peer: Peer, model: nn.Module, mode: str) -> None:
         def forward(x: Tensor) -> Tensor:
             return peer.result(model, x, "all")
 
-        device = next(model.parameters()).device
+        on_gpu = next(model.parameters()).device.type == "cuda"
         self.model = model
         self._forward = torch.compile(forward, dynamic=False) if mode == "compile" else forward
         self._context = backend_context(mode)
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=on_gpu)
 
     def __call__(self, x: Tensor, gradient: Tensor) -> None:
         """One step on images, with the gradient of all tokens (batch, tokens, hidden)."""
@@ -89,10 +87,9 @@ class TrainingTask(Task):
         super().__init__(*args, **kwargs)
         self._x, self._gradient = self.scenario.images(self.device), token_gradient(self.scenario, self.device)
         self._checked_parameters = checked_parameters(self.scenario.config)
-        self._check = AccuracyCheck(self.scenario, self.models, self._results_of)
         self._trained: dict[Variant, nn.Module] = {}
 
-    def _results_of(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    def our_results(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         trainer = Trainer(OURS, model, "eager")
         try:
             return trainer.results(self._x.to(dtype), self._gradient.to(dtype), CHUNK, self._checked_parameters)
@@ -104,7 +101,7 @@ class TrainingTask(Task):
         trainer = Trainer(peer, model, mode)
         results = trainer.results(self._x, self._gradient, len(self._x), self._checked_parameters)
         self._trained[peer, mode] = model
-        return partial(trainer, self._x, self._gradient), self._check.check(peer, results)
+        return partial(trainer, self._x, self._gradient), self.accuracy.check(peer, results)
 
     def values(self, variant: Variant, times: list[float]) -> Row:
         if all(parameter.isfinite().all() for parameter in self._trained[variant].parameters()):
@@ -122,7 +119,7 @@ def build_model(peer: Peer, scenario: Scenario, ours: nn.Module, device: torch.d
 
 def token_gradient(scenario: Scenario, device: torch.device) -> Tensor:
     """The gradient of all tokens: bf16 values, so that they are the same in every precision."""
-    shape = Shape(scenario.config, scenario.resolution, scenario.batch, device, torch.float32)
+    shape = Shape(scenario.config, scenario.resolution, scenario.batch)
     generator = torch.Generator(device).manual_seed(1)
     size = (shape.batch, shape.tokens, shape.hidden)
     return torch.randn(size, device=device, generator=generator).to(torch.bfloat16).to(scenario.dtype)
@@ -130,9 +127,8 @@ def token_gradient(scenario: Scenario, device: torch.device) -> Tensor:
 
 def checked_parameters(config: BackboneConfig) -> list[str]:
     """The parameters whose gradients are checked, by our names."""
-    last_block = config.depth - 1
     fc2 = "fc2" if config.ffn_layer == "mlp" else "w3"
-    of_blocks = [f"blocks.{config.depth // 2}.attn.qkv.weight", f"blocks.{last_block}.mlp.{fc2}.weight"]
+    of_blocks = [f"blocks.{config.depth // 2}.attn.qkv.weight", f"blocks.{config.depth - 1}.mlp.{fc2}.weight"]
     return ["patch_embed.proj.weight", *of_blocks, "norm.weight"]
 
 

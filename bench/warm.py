@@ -18,7 +18,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import get_context
@@ -53,22 +53,21 @@ class CompileJob(NamedTuple):
         return f"{self.run.__name__}({', '.join(map(str, self.arguments))})"
 
 
-def forward_scenarios(arguments: list[str]) -> Iterator[tuple[Any, list[str]]]:
-    """The scenarios of forward passes in a command of bench.model, as strings and numbers, and their modes."""
-    options = model._parse(arguments)
-    if options.task in ("throughput", "latency"):
-        for config in options.models:
-            for scenario in model.scenarios(options, config):
-                where = config.name, scenario.resolution, scenario.batch, scenario.output, scenario.precision
-                yield where, options.modes
+def forward_scenarios(commands: list[list[str]]) -> Iterator[tuple[Any, list[str]]]:
+    """The scenarios of forward passes in commands of bench.model, as strings and numbers, and their modes."""
+    for options in (model._parse(arguments) for module, *arguments in commands if module == "bench.model"):
+        if options.task in ("throughput", "latency"):
+            for config in options.models:
+                for scenario in model.scenarios(options, config):
+                    where = config.name, scenario.resolution, scenario.batch, scenario.output, scenario.precision
+                    yield where, options.modes
 
 
 def kernel_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
     """Jobs for the engines, bench.ops and the tests marked gpu_first. The longest come first."""
-    for module, *arguments in commands:
-        for where, names in forward_scenarios(arguments) if module == "bench.model" else ():
-            if any(map(modes.is_engine, names)):
-                yield CompileJob(compile_engine, where)
+    for where, names in forward_scenarios(commands):
+        if any(map(modes.is_engine, names)):
+            yield CompileJob(compile_engine, where)
     for module, *arguments in commands:
         if module == "bench.ops":
             options = ops._parse(arguments)
@@ -133,30 +132,22 @@ def compile_launches(call: Callable[[], Any], backends: str = "triton") -> int:
     """Compiles all that `call` launches with Triton. Returns the number of launches."""
     from tests.helpers.aot import compiling
 
-    with torch.inference_mode(), compiling(ARCH) as reports, contextlib.ExitStack() as stack:
-        if has_driver():
-            stack.enter_context(building_launchers())
-        stack.enter_context(use_backend(backends))
-        stack.enter_context(RunKernels())
+    with torch.inference_mode(), compiling(ARCH) as reports, building_launchers(), use_backend(backends), RunKernels():
         call()
     return len(reports)
 
 
-def has_driver() -> bool:
-    from triton.backends.nvidia.driver import libcuda_dirs
-
-    try:
-        return bool(libcuda_dirs())
-    except (AssertionError, OSError, subprocess.SubprocessError):
-        return False
-
-
 @contextlib.contextmanager
 def building_launchers() -> Iterator[None]:
-    """Also builds the C code that launches each kernel, half a second each. This needs the driver's library."""
-    from triton.backends.nvidia.driver import CudaLauncher
+    """Also builds the C code that launches each kernel, half a second each, if there is the driver's library."""
+    from triton.backends.nvidia.driver import CudaLauncher, libcuda_dirs
     from triton.runtime.jit import JITFunction
 
+    try:
+        libcuda_dirs()
+    except (AssertionError, OSError, subprocess.SubprocessError):
+        yield
+        return
     compile_only = JITFunction.run
 
     def build(kernel: Any, *args: Any, **options: Any) -> Any:
@@ -169,10 +160,9 @@ def building_launchers() -> Iterator[None]:
 
 
 def peer_jobs(commands: list[list[str]], device: str) -> Iterator[CompileJob]:
-    for module, *arguments in commands:
-        for where, names in forward_scenarios(arguments) if module == "bench.model" else ():
-            if "compile" in names and where[-1] != "fp8":
-                yield CompileJob(compile_peer, (*where, device))
+    for where, names in forward_scenarios(commands):
+        if "compile" in names and where[-1] != "fp8":
+            yield CompileJob(compile_peer, (*where, device))
 
 
 def compile_peer(name: str, resolution: int, batch: int, output: str, precision: str, device: str) -> int:
@@ -192,9 +182,9 @@ def hide_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def run_jobs(jobs: list[CompileJob], workers: int, prepare: Callable[[], None] | None) -> int:
+def run_jobs(all_jobs: Iterable[CompileJob], workers: int, prepare: Callable[[], None] | None) -> int:
     """Runs jobs in spawned processes, since neither CUDA nor fake tensors survive a fork. Returns the exit status."""
-    failed = 0
+    jobs, failed = dict.fromkeys(all_jobs), 0
     workers = max(1, min(workers, len(jobs)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare) as pool:
         running = {pool.submit(job.run, *job.arguments): job for job in jobs}
@@ -218,8 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = [gpu_run.command(step) for step in PLAN if step.name in options.steps.split(",")]
     cores = os.cpu_count() or 1
     if options.what == "kernels":
-        return run_jobs(list(dict.fromkeys(kernel_jobs(commands, options.device))), max(2, cores), hide_gpu)
-    return run_jobs(list(dict.fromkeys(peer_jobs(commands, options.device))), max(2, cores // 2), None)
+        return run_jobs(kernel_jobs(commands, options.device), max(2, cores), hide_gpu)
+    return run_jobs(peer_jobs(commands, options.device), max(2, cores // 2), None)
 
 
 if __name__ == "__main__":

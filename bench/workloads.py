@@ -84,31 +84,19 @@ def all_bytes(arguments: tuple[Any, ...], results: list[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """A form of an op, and its arguments.
-
-    Args:
-        op, form: names, as `use_backend` takes them.
-        arguments: for a shape, the arguments of the op's implementations.
-        flops: the operations of its matrix products, forward.
-        moved: the bytes that it must read and write, forward, from its arguments and results.
-        saved: the positions of the arguments that its backward must read (or something as large); None if it has no
-            backward.
-        needs_swiglu: True if only backbones with SwiGLU run it, False if only those without do, None if all do.
-        place: where in the model it runs, if the form is used in several places.
-        e4m3: whether it reads or writes e4m3 values.
-        changes: the position of the argument that it changes in place.
-    """
+    """A form of an op, and its arguments. Names are those of `use_backend`."""
 
     op: str
     form: str
     arguments: Callable[[Shape], tuple[Any, ...]]
-    flops: Callable[[Shape], float] = lambda shape: 0.0
+    flops: Callable[[Shape], float] = lambda shape: 0.0  # of its matrix products, forward
+    # The bytes that it must read and write, forward, from its arguments and results.
     moved: Callable[[tuple[Any, ...], list[Tensor]], int] = all_bytes
-    saved: tuple[int, ...] | None = None
-    needs_swiglu: bool | None = None
-    place: str = ""
-    e4m3: bool = False
-    changes: int | None = None
+    saved: tuple[int, ...] | None = None  # arguments that its backward must read (or as much); None: no backward
+    needs_swiglu: bool | None = None  # whether only backbones with SwiGLU run it, or only those without
+    place: str = ""  # in the model, if the form is used in several places
+    e4m3: bool = False  # whether it reads or writes e4m3 values
+    changes: int | None = None  # the argument that it changes in place
 
     @property
     def name(self) -> str:

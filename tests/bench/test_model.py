@@ -259,7 +259,7 @@ def test_a_lost_device_ends_the_command_and_resuming_skips_what_lost_it(
 ) -> None:
     bad = _peer("timm", call=_raising(RuntimeError("CUDA error: an illegal memory access")))
     every_peer = [_peer("transformers"), bad, _peer("dinov2_fast")]
-    monkeypatch.setattr(model, "peers", lambda path: every_peer)
+    monkeypatch.setattr(model, "PEERS", every_peer)
     command = ["--models", "tiny", "--sizes", "28", "--outputs", "all", "--modes", "eager", "--seconds", "0"]
     command += ["--device", "cpu", "--implementations", "dinov2_fast,transformers,timm", "--results", str(tmp_path)]
     command += ["--write", "--commit", "c0ffee", "--resume"]
