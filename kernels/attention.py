@@ -208,17 +208,10 @@ def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool
 def attention_forward(
     qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each image of a batch, or with cu_seqlens within each sequence of a batch of 1.
+    """out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous.
 
-    Args:
-        qkv: (batch, tokens, 3, heads, head_dim).
-        cu_seqlens: (sequences + 1,) int32, the first token of each sequence, followed by the number of tokens.
-        max_seqlen: the length of the longest sequence.
-        scale: the scale of an e4m3 output; None for an output in the dtype of `qkv`.
-
-    Returns:
-        out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous. lse is fp32: the logarithm of
-        the sum of the exponentials of the scaled scores, to base 2, as the backward reads it. With `scale` it is empty.
+    lse is fp32, and empty with `scale`, the scale of an e4m3 output. `cu_seqlens` (sequences + 1,) is int32, and
+    `max_seqlen` is the length of the longest sequence.
     """
     qkv = rows_in_place(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
@@ -238,14 +231,7 @@ def attention_forward(
 
 
 def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
-    """The attention weights of the queries ``range(start, stop, step)``.
-
-    Args:
-        qkv: (batch, tokens, 3, heads, head_dim).
-
-    Returns:
-        (batch, heads, rows, tokens) in the dtype of `qkv`, contiguous.
-    """
+    """p (batch, heads, rows, tokens) of the queries ``range(start, stop, step)``, in the dtype of `qkv`."""
     qkv = rows_in_place(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
     rows = len(range(start, stop, step))

@@ -190,20 +190,9 @@ def _configuration(qkv: Tensor) -> tuple[int, int, dict[str, int]]:
 
 
 def attention_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
 ) -> Tensor:
-    """The gradient for qkv, given `dout`, the gradient of `out`.
-
-    The other arguments are those of `attention_forward` and its results.
-
-    Returns:
-        dqkv (batch, tokens, 3, heads, head_dim), contiguous.
-    """
+    """The gradient for qkv, contiguous, given `dout`, and the arguments and results of `attention_forward`."""
     qkv, dout = rows_in_place(qkv), dout.contiguous()
     batch, tokens, _, heads, head_dim = qkv.shape
     dqkv = qkv.new_empty(qkv.shape)

@@ -180,11 +180,8 @@ def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Te
     wide = torch.float64 if compute == tl.float64 else torch.float32
     scores = x.new_empty(batch, num_heads, seq_len, dtype=wide)
     mean, rstd = x.new_empty(2, batch, seq_len, dtype=wide)
-    options = {
-        "COMPUTE": compute,
-        "UPCAST": common.upcast(x.dtype),
-        "HEADS": max(16, triton.next_power_of_2(num_heads)),
-    }
+    heads = max(16, triton.next_power_of_2(num_heads))
+    options = {"COMPUTE": compute, "UPCAST": common.upcast(x.dtype), "HEADS": heads}
     sizes = (seq_len, hidden, num_heads, x.stride(0), x.stride(1))
     tiles, sum_tiles = _configuration(batch, hidden, x.dtype, x.device)
     with common.on_device(x):

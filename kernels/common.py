@@ -57,9 +57,9 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def vector(v: Tensor | None) -> Tensor | None:
-    """`v`, contiguous, as kernels read it; None stays None."""
-    return None if v is None else v.contiguous()
+def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Vectors, contiguous, as kernels read them; None stays None."""
+    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
 
 
 def split_fp32(number: float) -> tuple[float, float]:

@@ -209,16 +209,10 @@ def _can_use_tma(matrix: Tensor) -> bool:
 
 
 def _launch(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epilogue: str,
-    scale: float,
-    weight_scale: Tensor | None,
-    out_scale: float,
-) -> None:
-    """Runs the kernel on matrices and contiguous vectors."""
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float,
+    weight_scale: Tensor | None, out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    out, x, weight = out.view(-1, out.shape[-1]), common.rows(x), common.rows(weight)
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if rows == 0:
         return
@@ -234,19 +228,9 @@ def _launch(
         _linear_forward_kernel[(programs,)](
             TensorDescriptor.from_tensor(x, [m, k]) if tma else x,
             TensorDescriptor.from_tensor(weight, [n, k]) if tma else weight,
-            bias,
-            weight_scale,
-            out,
-            rows,
-            out_features,
-            in_features,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            scale,
-            1.0 / out_scale,
-            **options,
-        )
+            *common.vectors(bias, weight_scale), out, rows, out_features, in_features,
+            x.stride(0), weight.stride(0), out.stride(0), scale, 1.0 / out_scale, **options,
+        )  # fmt: skip
 
 
 def linear_forward(
@@ -254,7 +238,6 @@ def linear_forward(
     weight: Tensor,
     bias: Tensor | None = None,
     epilogue: str = "none",
-    *,
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -267,10 +250,7 @@ def linear_forward(
     """
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
-    _launch(
-        common.rows(out), common.rows(x), common.rows(weight), common.vector(bias), epilogue, scale,
-        common.vector(weight_scale), out_scale,
-    )  # fmt: skip
+    _launch(out, x, weight, bias, epilogue, scale, weight_scale, out_scale)
     return out
 
 
@@ -279,12 +259,8 @@ def linear_residual_forward_(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
     scale: float = 1.0,
     weight_scale: Tensor | None = None,
 ) -> None:
     """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), whose rows are evenly spaced, in place."""
-    _launch(
-        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), common.vector(bias), "residual",
-        scale, common.vector(weight_scale), 1.0,
-    )  # fmt: skip
+    _launch(residual, x, weight, bias, "residual", scale, weight_scale)

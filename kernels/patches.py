@@ -18,6 +18,9 @@ from torch import Tensor
 
 from dinov2_fast.kernels import common
 
+# One row of patches of a 224-pixel image, and a fifth of the 588 columns of a 3 x 14 x 14 patch.
+TILE = {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
+
 
 @triton.jit
 def _patches_forward_kernel(
@@ -59,11 +62,6 @@ def _patches_forward_kernel(
     tl.store(out_ptr + row[:, None] * padded + column[None, :], value, mask=out_mask)
 
 
-def _configuration() -> dict[str, int]:
-    """A tile has one row of patches of a 224-pixel image, and a fifth of the 588 columns of a 3 x 14 x 14 patch."""
-    return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
-
-
 def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
     """The rows (batch, patches, padded_to) of `images` (batch, channels, height, width), uint8 or floating point.
 
@@ -74,21 +72,11 @@ def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torc
     out = images.new_empty(batch, grid_height * grid_width, padded_to, dtype=dtype)
     if out.numel() == 0:
         return out
-    configuration = _configuration()
     rows = batch * grid_height * grid_width
-    grid = (triton.cdiv(rows, configuration["ROWS"]) * triton.cdiv(padded_to, configuration["BLOCK"]),)
+    grid = (triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(padded_to, TILE["BLOCK"]),)
     with common.on_device(images):
         _patches_forward_kernel[grid](
-            images,
-            out,
-            rows,
-            grid_height,
-            grid_width,
-            channels * patch_size**2,
-            padded_to,
-            *images.stride(),
-            COMPUTE=common.compute_dtype(out),
-            PATCH=patch_size,
-            **configuration,
-        )
+            images, out, rows, grid_height, grid_width, channels * patch_size**2, padded_to, *images.stride(),
+            COMPUTE=common.compute_dtype(out), PATCH=patch_size, **TILE,
+        )  # fmt: skip
     return out
