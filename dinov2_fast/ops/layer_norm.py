@@ -76,16 +76,9 @@ def layer_norm(
 
 
 def layer_norm_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    deferred_bias: Tensor | None = None,
-    scale: float | None = None,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> Any:  # fmt: skip
     if branch is not None:
         x = add_residual_torch(x, branch, gamma, drop_scale)
         return x, F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -101,16 +94,9 @@ def layer_norm_torch(
 
 
 def layer_norm_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    deferred_bias: Tensor | None,
-    scale: float | None,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> Any:  # fmt: skip
     if branch is not None:
         return _add_layer_norm(x, branch, gamma, drop_scale, weight, bias, eps)
     if scale is None and deferred_bias is None:
@@ -118,22 +104,14 @@ def layer_norm_triton(
     return _layer_norm_inference(x, weight, bias, eps, deferred_bias, scale)
 
 
-def _launch(*args: Any, **options: Any) -> Any:
-    from dinov2_fast.kernels.layer_norm import layer_norm_forward
-
-    return layer_norm_forward(*args, **options)
+_launch = _registry.launcher("layer_norm", "layer_norm_forward")
+_launch_backward = _registry.launcher("layer_norm_backward", "layer_norm_backward")
 
 
 def _launch_add(
     x: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, bias: Tensor, eps: float, **rest: bool
 ) -> Any:
     return _launch(x, weight, bias, eps, branch=branch, gamma=gamma, drop_scale=drop, **rest)
-
-
-def _launch_backward(*args: Any, **options: Any) -> Any:
-    from dinov2_fast.kernels.layer_norm_backward import layer_norm_backward
-
-    return layer_norm_backward(*args, **options)
 
 
 def _launch_add_backward(
@@ -254,16 +232,9 @@ _add_backward = _registry.register(
 
 
 def _refuses(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    deferred_bias: Tensor | None,
-    scale: float | None,
-) -> str | None:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> str | None:  # fmt: skip
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         return f"takes weight and bias of shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}, {tuple(bias.shape)}"
     if x.shape[-1] > MAX_HIDDEN:
