@@ -174,8 +174,7 @@ def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Te
     pooled = x.new_empty(batch, num_heads, hidden)
     if pooled.numel() == 0:
         return pooled
-    x = x if x.stride(-1) == 1 or hidden == 1 else x.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
+    x, weight, bias = common.with_contiguous_rows(x), weight.contiguous(), bias.contiguous()
     compute = common.compute_dtype(x)
     wide = torch.float64 if compute == tl.float64 else torch.float32
     scores = x.new_empty(batch, num_heads, seq_len, dtype=wide)

@@ -51,10 +51,14 @@ def upcast(dtype: torch.dtype) -> bool:
     return interpreting() and dtype == torch.bfloat16
 
 
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` (..., hidden) as (rows, hidden) with contiguous rows; a copy only if no view is possible."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return with_contiguous_rows(x.reshape(-1, x.shape[-1]))
 
 
 def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -102,7 +102,6 @@ def layer_norm_forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    *,
     branch: Tensor | None = None,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,

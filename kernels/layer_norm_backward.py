@@ -101,12 +101,11 @@ def layer_norm_backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    *,
     dtotal: Tensor | None = None,
-    dx_dtype: torch.dtype | None = None,
     branch: Tensor | None = None,
     gamma: Tensor | None = None,
     drop_scale: Tensor | None = None,
+    dx_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients, given those of the norm, `dy`, and with a branch also of the sum, `dtotal`.
 
