@@ -1,6 +1,4 @@
-"""GELU and SwiGLU, the activations of a feed-forward network, and the quantisation to e4m3.
-
-    gelu(x) = x * Phi(x),    swiglu(x1, x2) = silu(x1) * x2,    identity(x) = x          elementwise
+"""GELU and SwiGLU, the activations of a feed-forward network, and the quantisation to e4m3 (see ops/activation.py).
 
 A program computes a tile of rows and columns. A row is `hidden` wide; for SwiGLU its input is twice as wide. The device
 functions also serve the epilogues of matrix products.

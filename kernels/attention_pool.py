@@ -1,6 +1,4 @@
-"""Attention of one query per head, absorbed into the hidden space, over the norm of the residual stream.
-
-    y = layer_norm(x),    p = softmax over tokens of y . absorbed,    pooled = sum over tokens of p y
+"""Attention of one query per head over the norm of the residual stream. The formula is that of ops/attention_pool.py.
 
 There are two kernels. In the first, a program computes the statistics of a tile of tokens and their scores for all
 heads. In the second, a program computes the softmax, and the sum for a block of the hidden size, for all heads of an

@@ -98,17 +98,10 @@ def _configuration(rows: int, hidden: int, multiprocessors: int) -> tuple[tuple[
 
 
 def layer_norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    deferred_bias: Tensor | None = None,
-    statistics: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None = None, gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None, deferred_bias: Tensor | None = None, statistics: bool = False,
     scale: float | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The norm of `x` (..., hidden), of `x` + `deferred_bias`, or of the sum of `x` and a branch.
 
     Returns:

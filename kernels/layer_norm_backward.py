@@ -96,17 +96,10 @@ def _layer_norm_backward_kernel(
 
 
 def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dtotal: Tensor | None = None,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dtotal: Tensor | None = None,
+    branch: Tensor | None = None, gamma: Tensor | None = None, drop_scale: Tensor | None = None,
     dx_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """The gradients, given those of the norm, `dy`, and with a branch also of the sum, `dtotal`.
 
     `x` (..., hidden) is what was normalised: with a branch, the sum. `mean` and `rstd` (...,) are those of the forward.

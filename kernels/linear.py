@@ -234,15 +234,9 @@ def _launch(
 
 
 def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    epilogue: str = "none",
-    scale: float = 1.0,
-    weight_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    out_scale: float = 1.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float = 1.0,
+    weight_scale: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """`x` (..., in_features) @ `weight`^T + `bias`, through "none", "gelu" or "swiglu", in `dtype` or that of `x`.
 
     For e4m3 operands, `scale` is the scale of `x`, and `weight_scale` (out_features,) holds the scales of the rows of
@@ -255,12 +249,8 @@ def linear_forward(
 
 
 def linear_residual_forward_(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float = 1.0,
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0,
     weight_scale: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), whose rows are evenly spaced, in place."""
     _launch(residual, x, weight, bias, "residual", scale, weight_scale)

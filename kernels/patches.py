@@ -1,8 +1,4 @@
-"""Cuts images into patches, one row for each patch, for the matrix product that embeds them.
-
-    out[b, i * grid_width + j] = images[b, :, i*p : (i+1)*p, j*p : (j+1)*p], flattened (channel, line, pixel)
-
-The columns after the patch are zeros, and 128 is subtracted from the values of uint8 images.
+"""Cuts images into patches that do not overlap, one row for each patch (see ops/patches.py).
 
 A program writes a tile of rows and columns. Neighbouring columns are neighbouring pixels in a line of one channel, and
 neighbouring rows are neighbouring patches, so neighbouring lanes and programs read whole lines. Images are read in
