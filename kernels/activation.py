@@ -1,6 +1,4 @@
-"""GELU and SwiGLU, the activations of a feed-forward network, and the quantisation to e4m3.
-
-    gelu(x) = x * Phi(x),    swiglu(x1, x2) = silu(x1) * x2,    identity(x) = x          elementwise
+"""GELU and SwiGLU, the activations of a feed-forward network, and the quantisation to e4m3 (see ops/activation.py).
 
 A program computes a tile of rows and columns. A row is `hidden` wide; for SwiGLU its input is twice as wide. The device
 functions also serve the epilogues of matrix products.
@@ -92,7 +90,7 @@ def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int
     return grid, {"ROWS": tile_rows, "BLOCK": block, "num_warps": 8}
 
 
-def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> Tensor:
+def activation_forward(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
     """GELU or identity of `x` (..., hidden), or SwiGLU of `x` (..., 2 * hidden) with the gate first.
 
     The result is (..., hidden) in the dtype of `x`, or with `scale` the e4m3 values of the result divided by `scale`.
@@ -106,14 +104,7 @@ def activation_forward(x: Tensor, kind: str, *, scale: float | None = None) -> T
         grid, meta = configuration(x.shape[0], hidden, TILE)
         with common.on_device(x):
             _activation_forward_kernel[grid](
-                x,
-                y,
-                x.shape[0],
-                hidden,
-                x.stride(0),
-                1.0 if scale is None else 1.0 / scale,
-                KIND=kind,
-                COMPUTE=common.compute_dtype(x),
-                **meta,
-            )
+                x, y, x.shape[0], hidden, x.stride(0), 1.0 if scale is None else 1.0 / scale,
+                KIND=kind, COMPUTE=common.compute_dtype(x), **meta,
+            )  # fmt: skip
     return y

@@ -68,16 +68,7 @@ def activation_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
         grid, meta = configuration(x.shape[0], hidden, TILE)
         with common.on_device(x):
             _activation_backward_kernel[grid](
-                dy,
-                x,
-                dx,
-                x.shape[0],
-                hidden,
-                dy.stride(0),
-                x.stride(0),
-                SWIGLU=kind == "swiglu",
-                POLYNOMIAL=x.dtype == torch.bfloat16,
-                COMPUTE=compute,
-                **meta,
-            )
+                dy, x, dx, x.shape[0], hidden, dy.stride(0), x.stride(0),
+                SWIGLU=kind == "swiglu", POLYNOMIAL=x.dtype == torch.bfloat16, COMPUTE=compute, **meta,
+            )  # fmt: skip
     return dx

@@ -185,11 +185,6 @@ def softmax_scale(head_dim: int) -> float:
     return head_dim**-0.5 / math.log(2.0)
 
 
-def rows_in_place(qkv: Tensor) -> Tensor:
-    """`qkv`, or a copy if head_dim is not contiguous."""
-    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-
-
 @lru_cache(CACHED_CONFIGURATIONS)
 def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool) -> tuple[int, dict[str, Any]]:
     """The number of query tiles, and the constants, warps and stages of a launch."""
@@ -208,19 +203,12 @@ def _configuration(seq_len: int, head_dim: int, dtype: torch.dtype, varlen: bool
 def attention_forward(
     qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each image of a batch, or with cu_seqlens within each sequence of a batch of 1.
+    """out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous.
 
-    Args:
-        qkv: (batch, tokens, 3, heads, head_dim).
-        cu_seqlens: (sequences + 1,) int32, the first token of each sequence, followed by the number of tokens.
-        max_seqlen: the length of the longest sequence.
-        scale: the scale of an e4m3 output; None for an output in the dtype of `qkv`.
-
-    Returns:
-        out (batch, tokens, heads, head_dim) and lse (batch, heads, tokens), contiguous. lse is fp32: the logarithm of
-        the sum of the exponentials of the scaled scores, to base 2, as the backward reads it. With `scale` it is empty.
+    lse is fp32, and empty with `scale`, the scale of an e4m3 output. `cu_seqlens` (sequences + 1,) is int32, and
+    `max_seqlen` is the length of the longest sequence.
     """
-    qkv = rows_in_place(qkv)
+    qkv = common.with_contiguous_rows(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads, head_dim, dtype=qkv.dtype if scale is None else torch.float8_e4m3fn)
     lse = qkv.new_empty((batch, heads, tokens) if scale is None else (0,), dtype=torch.float32)
@@ -238,15 +226,8 @@ def attention_forward(
 
 
 def attention_probabilities_forward(qkv: Tensor, start: int, stop: int, step: int) -> Tensor:
-    """The attention weights of the queries ``range(start, stop, step)``.
-
-    Args:
-        qkv: (batch, tokens, 3, heads, head_dim).
-
-    Returns:
-        (batch, heads, rows, tokens) in the dtype of `qkv`, contiguous.
-    """
-    qkv = rows_in_place(qkv)
+    """p (batch, heads, rows, tokens) of the queries ``range(start, stop, step)``, in the dtype of `qkv`."""
+    qkv = common.with_contiguous_rows(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
     rows = len(range(start, stop, step))
     p = qkv.new_empty(batch, heads, rows, tokens)

@@ -23,15 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
-from dinov2_fast.kernels.attention import (
-    dot,
-    find_sequence,
-    load_rows,
-    rows_in_place,
-    softmax_scale,
-    store_rows,
-    tail_block,
-)
+from dinov2_fast.kernels.attention import dot, find_sequence, load_rows, softmax_scale, store_rows, tail_block
 
 LN2 = tl.constexpr(math.log(2.0))
 
@@ -190,21 +182,10 @@ def _configuration(qkv: Tensor) -> tuple[int, int, dict[str, int]]:
 
 
 def attention_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
 ) -> Tensor:
-    """The gradient for qkv, given `dout`, the gradient of `out`.
-
-    The other arguments are those of `attention_forward` and its results.
-
-    Returns:
-        dqkv (batch, tokens, 3, heads, head_dim), contiguous.
-    """
-    qkv, dout = rows_in_place(qkv), dout.contiguous()
+    """The gradient for qkv, contiguous, given `dout`, and the arguments and results of `attention_forward`."""
+    qkv, dout = common.with_contiguous_rows(qkv), dout.contiguous()
     batch, tokens, _, heads, head_dim = qkv.shape
     dqkv = qkv.new_empty(qkv.shape)
     lse_delta = lse.new_empty(*lse.shape, 2)

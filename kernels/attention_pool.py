@@ -1,6 +1,4 @@
-"""Attention of one query per head, absorbed into the hidden space, over the norm of the residual stream.
-
-    y = layer_norm(x),    p = softmax over tokens of y . absorbed,    pooled = sum over tokens of p y
+"""Attention of one query per head over the norm of the residual stream. The formula is that of ops/attention_pool.py.
 
 There are two kernels. In the first, a program computes the statistics of a tile of tokens and their scores for all
 heads. In the second, a program computes the softmax, and the sum for a block of the hidden size, for all heads of an
@@ -174,17 +172,13 @@ def attention_pool_forward(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Te
     pooled = x.new_empty(batch, num_heads, hidden)
     if pooled.numel() == 0:
         return pooled
-    x = x if x.stride(-1) == 1 or hidden == 1 else x.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
+    x, weight, bias = common.with_contiguous_rows(x), weight.contiguous(), bias.contiguous()
     compute = common.compute_dtype(x)
     wide = torch.float64 if compute == tl.float64 else torch.float32
     scores = x.new_empty(batch, num_heads, seq_len, dtype=wide)
     mean, rstd = x.new_empty(2, batch, seq_len, dtype=wide)
-    options = {
-        "COMPUTE": compute,
-        "UPCAST": common.upcast(x.dtype),
-        "HEADS": max(16, triton.next_power_of_2(num_heads)),
-    }
+    heads = max(16, triton.next_power_of_2(num_heads))
+    options = {"COMPUTE": compute, "UPCAST": common.upcast(x.dtype), "HEADS": heads}
     sizes = (seq_len, hidden, num_heads, x.stride(0), x.stride(1))
     tiles, sum_tiles = _configuration(batch, hidden, x.dtype, x.device)
     with common.on_device(x):

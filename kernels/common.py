@@ -51,15 +51,19 @@ def upcast(dtype: torch.dtype) -> bool:
     return interpreting() and dtype == torch.bfloat16
 
 
-def rows(x: Tensor) -> Tensor:
-    """`x` (..., hidden) as (rows, hidden) with contiguous rows; a copy only if no view is possible."""
-    x = x.reshape(-1, x.shape[-1])
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def vector(v: Tensor | None) -> Tensor | None:
-    """`v`, contiguous, as kernels read it; None stays None."""
-    return None if v is None else v.contiguous()
+def rows(x: Tensor) -> Tensor:
+    """`x` (..., hidden) as (rows, hidden) with contiguous rows; a copy only if no view is possible."""
+    return with_contiguous_rows(x.reshape(-1, x.shape[-1]))
+
+
+def vectors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Vectors, contiguous, as kernels read them; None stays None."""
+    return tuple([None if tensor is None else tensor.contiguous() for tensor in tensors])
 
 
 def split_fp32(number: float) -> tuple[float, float]:

@@ -98,18 +98,10 @@ def _configuration(rows: int, hidden: int, multiprocessors: int) -> tuple[tuple[
 
 
 def layer_norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    deferred_bias: Tensor | None = None,
-    statistics: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None = None, gamma: Tensor | None = None,
+    drop_scale: Tensor | None = None, deferred_bias: Tensor | None = None, statistics: bool = False,
     scale: float | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The norm of `x` (..., hidden), of `x` + `deferred_bias`, or of the sum of `x` and a branch.
 
     Returns:
@@ -135,25 +127,8 @@ def layer_norm_forward(
         grid, configuration = _configuration(x.shape[0], hidden, common.multiprocessors(x.device))
         with common.on_device(x):
             _layer_norm_forward_kernel[grid](
-                x,
-                branch,
-                common.vector(gamma),
-                common.vector(drop_scale),
-                common.vector(deferred_bias),
-                common.vector(weight),
-                common.vector(bias),
-                total,
-                y,
-                mean,
-                rstd,
-                x.shape[0],
-                hidden,
-                x.stride(0),
-                0 if branch is None else branch.stride(0),
-                per_image,
-                1.0 if scale is None else 1.0 / scale,
-                EPS=eps,
-                COMPUTE=compute,
-                **configuration,
-            )
+                x, branch, *common.vectors(gamma, drop_scale, deferred_bias, weight, bias), total, y, mean, rstd,
+                x.shape[0], hidden, x.stride(0), 0 if branch is None else branch.stride(0), per_image,
+                1.0 if scale is None else 1.0 / scale, EPS=eps, COMPUTE=compute, **configuration,
+            )  # fmt: skip
     return total, y, mean, rstd

@@ -96,28 +96,14 @@ def _layer_norm_backward_kernel(
 
 
 def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    *,
-    dtotal: Tensor | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dtotal: Tensor | None = None,
+    branch: Tensor | None = None, gamma: Tensor | None = None, drop_scale: Tensor | None = None,
     dx_dtype: torch.dtype | None = None,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of layer normalisation.
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """The gradients, given those of the norm, `dy`, and with a branch also of the sum, `dtotal`.
 
-    Args:
-        dy: the gradient of the norm, in the shape of `x`.
-        x: what was normalised, (..., hidden): with a branch, the sum.
-        weight: (hidden,).
-        mean, rstd: (...,), the statistics of the forward.
-        dtotal: with a branch, the gradient of the sum.
-        dx_dtype: the dtype of the gradient for the forward's `x`; by default that of `x`.
-        branch, gamma, drop_scale: as in the forward.
+    `x` (..., hidden) is what was normalised: with a branch, the sum. `mean` and `rstd` (...,) are those of the forward.
+    `dx_dtype` is the dtype of the gradient for the forward's `x`, by default that of `x`.
 
     Returns:
         The gradient for the forward's `x`; the gradient for the branch, or None; and the gradients for weight and bias,
@@ -142,29 +128,9 @@ def layer_norm_backward(
     partial = x.new_empty((programs, sums, hidden), dtype=wide)
     with common.on_device(x):
         _layer_norm_backward_kernel[(programs,)](
-            dy,
-            dtotal,
-            x,
-            branch,
-            common.vector(gamma),
-            common.vector(drop_scale),
-            weight.contiguous(),
-            mean,
-            rstd,
-            dx,
-            dbranch,
-            partial,
-            x.shape[0],
-            hidden,
-            dy.stride(0),
-            0 if dtotal is None else dtotal.stride(0),
-            x.stride(0),
-            0 if branch is None else branch.stride(0),
-            per_image,
-            COMPUTE=compute,
-            SUMS=sums,
-            ROWS=tile_rows,
-            BLOCK=block,
-            num_warps=8,
-        )
+            dy, dtotal, x, branch, *common.vectors(gamma, drop_scale, weight), mean, rstd, dx, dbranch, partial,
+            x.shape[0], hidden, dy.stride(0), 0 if dtotal is None else dtotal.stride(0), x.stride(0),
+            0 if branch is None else branch.stride(0), per_image,
+            COMPUTE=compute, SUMS=sums, ROWS=tile_rows, BLOCK=block, num_warps=8,
+        )  # fmt: skip
     return dx, dbranch, partial.sum(0)

@@ -209,16 +209,10 @@ def _can_use_tma(matrix: Tensor) -> bool:
 
 
 def _launch(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epilogue: str,
-    scale: float,
-    weight_scale: Tensor | None,
-    out_scale: float,
-) -> None:
-    """Runs the kernel on matrices and contiguous vectors."""
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float,
+    weight_scale: Tensor | None, out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    out, x, weight = out.view(-1, out.shape[-1]), common.rows(x), common.rows(weight)
     (rows, in_features), out_features = x.shape, weight.shape[0]
     if rows == 0:
         return
@@ -234,32 +228,15 @@ def _launch(
         _linear_forward_kernel[(programs,)](
             TensorDescriptor.from_tensor(x, [m, k]) if tma else x,
             TensorDescriptor.from_tensor(weight, [n, k]) if tma else weight,
-            bias,
-            weight_scale,
-            out,
-            rows,
-            out_features,
-            in_features,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            scale,
-            1.0 / out_scale,
-            **options,
-        )
+            *common.vectors(bias, weight_scale), out, rows, out_features, in_features,
+            x.stride(0), weight.stride(0), out.stride(0), scale, 1.0 / out_scale, **options,
+        )  # fmt: skip
 
 
 def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    epilogue: str = "none",
-    *,
-    scale: float = 1.0,
-    weight_scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    out_scale: float = 1.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float = 1.0,
+    weight_scale: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """`x` (..., in_features) @ `weight`^T + `bias`, through "none", "gelu" or "swiglu", in `dtype` or that of `x`.
 
     For e4m3 operands, `scale` is the scale of `x`, and `weight_scale` (out_features,) holds the scales of the rows of
@@ -267,24 +244,13 @@ def linear_forward(
     """
     width = weight.shape[0] // 2 if epilogue == "swiglu" else weight.shape[0]
     out = x.new_empty((*x.shape[:-1], width), dtype=dtype or x.dtype)
-    _launch(
-        common.rows(out), common.rows(x), common.rows(weight), common.vector(bias), epilogue, scale,
-        common.vector(weight_scale), out_scale,
-    )  # fmt: skip
+    _launch(out, x, weight, bias, epilogue, scale, weight_scale, out_scale)
     return out
 
 
 def linear_residual_forward_(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    scale: float = 1.0,
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0,
     weight_scale: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Adds `x` @ `weight`^T + `bias` to `residual` (..., out_features), whose rows are evenly spaced, in place."""
-    _launch(
-        residual.view(-1, residual.shape[-1]), common.rows(x), common.rows(weight), common.vector(bias), "residual",
-        scale, common.vector(weight_scale), 1.0,
-    )  # fmt: skip
+    _launch(residual, x, weight, bias, "residual", scale, weight_scale)

@@ -1,8 +1,4 @@
-"""Cuts images into patches, one row for each patch, for the matrix product that embeds them.
-
-    out[b, i * grid_width + j] = images[b, :, i*p : (i+1)*p, j*p : (j+1)*p], flattened (channel, line, pixel)
-
-The columns after the patch are zeros, and 128 is subtracted from the values of uint8 images.
+"""Cuts images into patches that do not overlap, one row for each patch (see ops/patches.py).
 
 A program writes a tile of rows and columns. Neighbouring columns are neighbouring pixels in a line of one channel, and
 neighbouring rows are neighbouring patches, so neighbouring lanes and programs read whole lines. Images are read in
@@ -17,6 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_fast.kernels import common
+
+# One row of patches of a 224-pixel image, and a fifth of the 588 columns of a 3 x 14 x 14 patch.
+TILE = {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -59,11 +58,6 @@ def _patches_forward_kernel(
     tl.store(out_ptr + row[:, None] * padded + column[None, :], value, mask=out_mask)
 
 
-def _configuration() -> dict[str, int]:
-    """A tile has one row of patches of a 224-pixel image, and a fifth of the 588 columns of a 3 x 14 x 14 patch."""
-    return {"ROWS": 16, "BLOCK": 128, "num_warps": 4}
-
-
 def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
     """The rows (batch, patches, padded_to) of `images` (batch, channels, height, width), uint8 or floating point.
 
@@ -74,21 +68,11 @@ def patches_forward(images: Tensor, patch_size: int, padded_to: int, dtype: torc
     out = images.new_empty(batch, grid_height * grid_width, padded_to, dtype=dtype)
     if out.numel() == 0:
         return out
-    configuration = _configuration()
     rows = batch * grid_height * grid_width
-    grid = (triton.cdiv(rows, configuration["ROWS"]) * triton.cdiv(padded_to, configuration["BLOCK"]),)
+    grid = (triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(padded_to, TILE["BLOCK"]),)
     with common.on_device(images):
         _patches_forward_kernel[grid](
-            images,
-            out,
-            rows,
-            grid_height,
-            grid_width,
-            channels * patch_size**2,
-            padded_to,
-            *images.stride(),
-            COMPUTE=common.compute_dtype(out),
-            PATCH=patch_size,
-            **configuration,
-        )
+            images, out, rows, grid_height, grid_width, channels * patch_size**2, padded_to, *images.stride(),
+            COMPUTE=common.compute_dtype(out), PATCH=patch_size, **TILE,
+        )  # fmt: skip
     return out

@@ -131,21 +131,10 @@ def add_residual_forward(
         meta = configuration(hidden)
         with common.on_device(residual):
             _add_residual_kernel[_grid(residual_rows.shape[0], hidden, meta)](
-                residual_rows,
-                branch_rows,
-                common.vector(gamma),
-                common.vector(drop_scale),
-                position,
-                out,
-                residual_rows.shape[0],
-                hidden,
-                seq_len,
-                residual_rows.stride(0),
-                branch_rows.stride(0),
-                *common.split_fp32(scale),
-                COMPUTE=common.compute_dtype(residual, *addends),
-                **meta,
-            )
+                residual_rows, branch_rows, *common.vectors(gamma, drop_scale), position, out,
+                residual_rows.shape[0], hidden, seq_len, residual_rows.stride(0), branch_rows.stride(0),
+                *common.split_fp32(scale), COMPUTE=common.compute_dtype(residual, *addends), **meta,
+            )  # fmt: skip
     return out
 
 

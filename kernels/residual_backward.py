@@ -89,22 +89,9 @@ def add_residual_backward(
         partial = branch.new_empty((programs, hidden), dtype=wide)
     with common.on_device(dout):
         _add_residual_backward_kernel[(programs, columns)](
-            dout,
-            branch,
-            common.vector(gamma),
-            common.vector(drop_scale),
-            common.vector(index),
-            dbranch,
-            partial,
-            branch.shape[0],
-            hidden,
-            seq_len,
-            dout.stride(0),
-            branch.stride(0),
-            *common.split_fp32(scale),
-            COMPUTE=compute,
-            **meta,
-        )
+            dout, branch, *common.vectors(gamma, drop_scale, index), dbranch, partial, branch.shape[0], hidden, seq_len,
+            dout.stride(0), branch.stride(0), *common.split_fp32(scale), COMPUTE=compute, **meta,
+        )  # fmt: skip
     return dbranch, None if partial is None else partial.sum(0)
 
 

@@ -97,14 +97,10 @@ def _extension_runs_on(device: torch.device) -> bool:
     return missing_extension() is None and extension.is_built_for(device.type)
 
 
+@constant_when_traced
 def _interprets_on(device: torch.device) -> bool:
     """Whether Triton's interpreter runs kernels on `device`. The tests use it to run kernels without a GPU."""
-    return device.type == "cpu" and _interpreting()
-
-
-@constant_when_traced
-def _interpreting() -> bool:
-    if not TRITON_IS_INSTALLED:
+    if device.type != "cpu" or not TRITON_IS_INSTALLED:
         return False
     from dinov2_fast.kernels import common
 

@@ -1,13 +1,14 @@
 """Registers kernels as torch ops, ``torch.ops.dinov2_fast.<name>``, for autograd, autocast and torch.compile.
 
 Only kernels are registered; the torch references are called directly. A registered op has a schema, a kernel, a fake
-(shapes and strides without data) and, where it can be differentiated, an `autograd.Function`. The functions that are
-registered import Triton when they first run, not when the package is imported.
+(shapes and strides without data) and, where it can be differentiated, an `autograd.Function`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def register(
         for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
             LIBRARY.impl(name, _casting(op, device, key, autocast), key)
     return op
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function of kernels/<module>.py. It is imported when it first runs, because it imports Triton."""
+    load = cache(lambda: getattr(import_module(f"dinov2_fast.kernels.{module}"), name))
+    return lambda *args, **options: load()(*args, **options)
 
 
 def _recording(op: Callable[..., Any], autograd: Callable[..., Any]) -> Callable[..., Any]:

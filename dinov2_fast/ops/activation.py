@@ -80,62 +80,38 @@ def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None)
 
 def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
     """It ignores `overwrite`: torch's caching allocator reuses the memory of `x`, so overwriting would save nothing."""
-    if scale is not None:
-        return _activation_fp8(x, kind, scale)
-    return _gelu(x) if kind == "gelu" else _swiglu(x)
-
-
-def _launch(x: Tensor, kind: str, scale: float | None = None) -> Tensor:
-    from dinov2_fast.kernels.activation import activation_forward
-
-    return activation_forward(x, kind, scale=scale)
-
-
-def _launch_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
-    from dinov2_fast.kernels.activation_backward import activation_backward
-
-    return activation_backward(dy, x, kind)
+    return _forward(x, kind, scale)
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kind: str, scale: None) -> Tensor:
+        assert scale is None, "e4m3 is for inference only"
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return (_gelu if kind == "gelu" else _swiglu)(x)
+        return _forward(x, kind, None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _backward(dy, *ctx.saved_tensors, ctx.kind), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(dy, *ctx.saved_tensors, ctx.kind), None, None
 
 
-def _fake(x: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
+def _fake(x: Tensor, kind: str, scale: float | None) -> Tensor:
     hidden = x.shape[-1] // 2 if kind == "swiglu" else x.shape[-1]
-    return x.new_empty((*x.shape[:-1], hidden), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], hidden), dtype=x.dtype if scale is None else _fp8.E4M3)
 
 
-_gelu = _registry.register(
-    "gelu(Tensor x) -> Tensor",
-    lambda x: _launch(x, "gelu"),
-    lambda x: _fake(x, "gelu"),
-    lambda x: _Activation.apply(x, "gelu"),
-)
-_swiglu = _registry.register(
-    "swiglu(Tensor x) -> Tensor",
-    lambda x: _launch(x, "swiglu"),
-    lambda x: _fake(x, "swiglu"),
-    lambda x: _Activation.apply(x, "swiglu"),
+_forward = _registry.register(
+    "activation(Tensor x, str kind, float? scale) -> Tensor",
+    _registry.launcher("activation", "activation_forward"),
+    _fake,
+    _Activation.apply,
 )
 _backward = _registry.register(
     "activation_backward(Tensor dy, Tensor x, str kind) -> Tensor",
-    _launch_backward,
+    _registry.launcher("activation_backward", "activation_backward"),
     lambda dy, x, kind: x.new_empty(x.shape),
-)
-_activation_fp8 = _registry.register(
-    "activation_fp8(Tensor x, str kind, float scale) -> Tensor",
-    _launch,
-    lambda x, kind, scale: _fake(x, kind, _fp8.E4M3),
 )
 
 

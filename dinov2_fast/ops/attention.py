@@ -10,7 +10,6 @@ Source: Vaswani et al., arXiv:1706.03762.
 from __future__ import annotations
 
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -108,18 +107,6 @@ def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float
 # The kernels
 
 
-def _kernels() -> ModuleType:
-    from dinov2_fast.kernels import attention
-
-    return attention
-
-
-def _backward_kernels() -> ModuleType:
-    from dinov2_fast.kernels import attention_backward
-
-    return attention_backward
-
-
 class _Attention(torch.autograd.Function):
     """The forward kernel is Triton's, or with `by_cuda` csrc's. The backward kernel is Triton's; it reads their lse."""
 
@@ -178,14 +165,14 @@ _LENGTHS = "Tensor? cu_seqlens, SymInt? max_seqlen"  # of packed sequences, a ba
 
 _attention = _registry.register(
     f"attention(Tensor qkv, {_LENGTHS}, float? scale) -> (Tensor out, Tensor lse)",
-    lambda *args: _kernels().attention_forward(*args),
+    _registry.launcher("attention", "attention_forward"),
     _fake,
     _record,
     autocast=torch.get_autocast_dtype,
 )
 _backward = _registry.register(
     f"attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_LENGTHS}) -> Tensor",
-    lambda *args: _backward_kernels().attention_backward(*args),
+    _registry.launcher("attention_backward", "attention_backward"),
     lambda dout, qkv, *rest: qkv.new_empty(qkv.shape),
 )
 _cuda = _registry.register(
@@ -197,7 +184,7 @@ _cuda = _registry.register(
 )
 _probabilities = _registry.register(
     "attention_probabilities(Tensor qkv, SymInt start, SymInt stop, SymInt step) -> Tensor",
-    lambda *args: _kernels().attention_probabilities_forward(*args),
+    _registry.launcher("attention", "attention_probabilities_forward"),
     _fake_probabilities,
     _AttentionProbabilities.apply,
     autocast=lambda device: torch.float32 if device == "cuda" else torch.get_autocast_dtype(device),  # as softmax

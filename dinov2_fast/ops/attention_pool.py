@@ -64,16 +64,6 @@ def attention_pool_torch(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tens
     return (absorbed @ y.transpose(1, 2)).softmax(-1).to(y.dtype) @ y
 
 
-def _attention_pool_kernel(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    from dinov2_fast.kernels.attention_pool import attention_pool_forward
-
-    return attention_pool_forward(x, absorbed, weight, bias, eps)
-
-
-def _attention_pool_fake(x: Tensor, absorbed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return x.new_empty(absorbed.shape)
-
-
 def _refuses(x: Tensor, absorbed: Tensor, *rest: object) -> str | None:
     heads = absorbed.shape[1]
     return None if heads <= MAX_HEADS else f"takes at most {MAX_HEADS} heads, got {heads}"
@@ -88,8 +78,8 @@ def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | No
 
 _attention_pool = _registry.register(
     "attention_pool(Tensor x, Tensor absorbed, Tensor weight, Tensor bias, float eps) -> Tensor",
-    _attention_pool_kernel,
-    _attention_pool_fake,
+    _registry.launcher("attention_pool", "attention_pool_forward"),
+    lambda x, absorbed, weight, bias, eps: x.new_empty(absorbed.shape),
     autocast=torch.get_autocast_dtype,
 )
 

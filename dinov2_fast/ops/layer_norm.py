@@ -76,16 +76,9 @@ def layer_norm(
 
 
 def layer_norm_torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    deferred_bias: Tensor | None = None,
-    scale: float | None = None,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> Any:  # fmt: skip
     if branch is not None:
         x = add_residual_torch(x, branch, gamma, drop_scale)
         return x, F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -101,47 +94,18 @@ def layer_norm_torch(
 
 
 def layer_norm_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    deferred_bias: Tensor | None,
-    scale: float | None,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> Any:  # fmt: skip
     if branch is not None:
-        return _add_layer_norm(x, branch, gamma, drop_scale, weight, bias, eps)
+        return _add_layer_norm(x, weight, bias, eps, branch, gamma, drop_scale)
     if scale is None and deferred_bias is None:
         return _layer_norm(x, weight, bias, eps)
     return _layer_norm_inference(x, weight, bias, eps, deferred_bias, scale)
 
 
-def _launch(*args: Any, **options: Any) -> Any:
-    from dinov2_fast.kernels.layer_norm import layer_norm_forward
-
-    return layer_norm_forward(*args, **options)
-
-
-def _launch_add(
-    x: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, bias: Tensor, eps: float, **rest: bool
-) -> Any:
-    return _launch(x, weight, bias, eps, branch=branch, gamma=gamma, drop_scale=drop, **rest)
-
-
-def _launch_backward(*args: Any, **options: Any) -> Any:
-    from dinov2_fast.kernels.layer_norm_backward import layer_norm_backward
-
-    return layer_norm_backward(*args, **options)
-
-
-def _launch_add_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, branch: Tensor, gamma: Any, drop: Any, weight: Tensor, mean: Tensor,
-    rstd: Tensor, dtype: torch.dtype,
-) -> Any:  # fmt: skip
-    addends = {"branch": branch, "gamma": gamma, "drop_scale": drop}
-    return _launch_backward(dy, total, weight, mean, rstd, dtotal=dtotal, dx_dtype=dtype, **addends)
+_launch = _registry.launcher("layer_norm", "layer_norm_forward")
+_launch_backward = _registry.launcher("layer_norm_backward", "layer_norm_backward")
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -162,23 +126,22 @@ class _LayerNorm(torch.autograd.Function):
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, branch: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        gamma, drop_scale, weight, bias, _ = rest
-        total, y, mean, rstd = _add_forward(residual, branch, *rest)
-        ctx.save_for_backward(total, branch, gamma, drop_scale, weight, mean, rstd)
-        ctx.dtypes = residual.dtype, bias.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *addends: Any) -> tuple[Tensor, Tensor]:
+        total, y, mean, rstd = _add_forward(x, weight, bias, eps, *addends)
+        ctx.save_for_backward(total, weight, mean, rstd, *addends)
+        ctx.dtypes = x.dtype, bias.dtype
         return total, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: with gradient checkpointing, each read computes them again
-        gamma, weight = saved[2], saved[4]
+        total, weight, mean, rstd, branch, gamma, drop_scale = saved
         dtype, bias_dtype = ctx.dtypes
-        dresidual, dbranch, sums = _add_backward(dtotal, dy, *saved, dtype)
+        dx, dbranch, sums = _add_backward(dy, total, weight, mean, rstd, dtotal, branch, gamma, drop_scale, dtype)
         dweight, dbias, dgamma = sums.unbind(0)
         dgamma = None if gamma is None else dgamma.to(gamma.dtype)
-        return dresidual, dbranch, dgamma, None, dweight.to(weight.dtype), dbias.to(bias_dtype), None
+        return dx, dweight.to(weight.dtype), dbias.to(bias_dtype), None, dbranch, dgamma, None
 
 
 def _like(x: Tensor, *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -190,27 +153,22 @@ def _wide(x: Tensor, shape: tuple[int, ...], *others: Tensor | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.promote_types(torch.float32, _backends.promoted(x, *others)))
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return _like(x), _wide(x, x.shape[:-1], weight), _wide(x, x.shape[:-1], weight)
-
-
-def _fake_add(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, b: Tensor, eps: float) -> Any:
-    return _like(r, o, gamma, drop), _like(r, o, gamma, drop)
-
-
-def _fake_add_forward(r: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    rows = [_wide(r, r.shape[:-1], o, gamma, drop, w) for _ in range(2)]
-    return *_fake_add(r, o, gamma, drop, w, *rest), *rows
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *addends: Tensor | None) -> tuple[Tensor, ...]:
+    """The sum, the norm, the mean and rstd, as :func:`_launch` returns them."""
+    mean, rstd = (_wide(x, x.shape[:-1], weight, *addends) for _ in range(2))
+    return _like(x, *addends), _like(x, *addends), mean, rstd
 
 
 def _fake_add_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, o: Tensor, gamma: Any, drop: Any, w: Tensor, *rest: Any
+    dy: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dtotal: Tensor, branch: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _like(total, dtype=rest[-1]), _like(o), _wide(total, (3, total.shape[-1]), o, gamma, drop, w)
+    *factors, dtype = rest
+    return _like(total, dtype=dtype), _like(branch), _wide(total, (3, total.shape[-1]), weight, branch, *factors)
 
 
 _PLAIN = "(Tensor x, Tensor weight, Tensor bias, float eps"
-_ADD = "(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor weight, Tensor bias, float eps)"
+_ADD = f"{_PLAIN}, Tensor branch, Tensor? gamma, Tensor? drop_scale)"
+_BACKWARD = "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd"
 
 _layer_norm = _registry.register(
     f"layer_norm{_PLAIN}) -> Tensor",
@@ -222,10 +180,10 @@ _layer_norm = _registry.register(
 _forward = _registry.register(
     f"layer_norm_forward{_PLAIN}) -> (Tensor, Tensor, Tensor)",
     lambda *args: _launch(*args, statistics=True)[1:],
-    _fake_forward,
+    lambda *args: _fake_forward(*args)[1:],
 )
 _backward = _registry.register(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor)",
+    f"layer_norm_backward{_BACKWARD}) -> (Tensor, Tensor)",
     lambda *args: _launch_backward(*args)[::2],
     lambda dy, x, weight, mean, rstd: (_like(x), _wide(x, (2, x.shape[-1]), weight)),
 )
@@ -236,34 +194,27 @@ _layer_norm_inference = _registry.register(
 )
 _add_layer_norm = _registry.register(
     f"add_layer_norm{_ADD} -> (Tensor, Tensor)",
-    lambda *args: _launch_add(*args)[:2],
-    _fake_add,
+    lambda *args: _launch(*args)[:2],
+    lambda *args: _fake_forward(*args)[:2],
     _AddLayerNorm.apply,
 )
 _add_forward = _registry.register(
     f"add_layer_norm_forward{_ADD} -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: _launch_add(*args, statistics=True),
-    _fake_add_forward,
+    lambda *args: _launch(*args, statistics=True),
+    _fake_forward,
 )
 _add_backward = _registry.register(
-    "add_layer_norm_backward(Tensor dtotal, Tensor dy, Tensor total, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
-    " Tensor weight, Tensor mean, Tensor rstd, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    _launch_add_backward,
+    f"add_layer_norm_backward{_BACKWARD}, Tensor dtotal, Tensor branch, Tensor? gamma, Tensor? drop_scale,"
+    " ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
     _fake_add_backward,
 )
 
 
 def _refuses(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_scale: Tensor | None,
-    deferred_bias: Tensor | None,
-    scale: float | None,
-) -> str | None:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, branch: Tensor | None, gamma: Tensor | None,
+    drop_scale: Tensor | None, deferred_bias: Tensor | None, scale: float | None,
+) -> str | None:  # fmt: skip
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         return f"takes weight and bias of shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}, {tuple(bias.shape)}"
     if x.shape[-1] > MAX_HIDDEN:

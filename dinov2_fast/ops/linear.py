@@ -181,22 +181,12 @@ def linear_cuda(
     return _forward_cuda(x, weight, bias, epilogue, scale, weight_scale, dtype, out_scale)
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, scale: float = 1.0,
-    weight_scale: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
-) -> Tensor:  # fmt: skip
-    from dinov2_fast.kernels.linear import linear_forward
-
-    e4m3 = {"scale": scale, "weight_scale": weight_scale, "dtype": dtype, "out_scale": out_scale}
-    return linear_forward(x, weight, bias, epilogue, **e4m3)
+_launch = _registry.launcher("linear", "linear_forward")
+_launch_residual_ = _registry.launcher("linear", "linear_residual_forward_")
 
 
-def _launch_residual_(
-    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, weight_scale: Tensor | None
-) -> None:
-    from dinov2_fast.kernels.linear import linear_residual_forward_
-
-    linear_residual_forward_(residual, x, weight, bias, scale=scale, weight_scale=weight_scale)
+def _write_residual_(residual: Tensor, *args: Any) -> None:
+    _launch_residual_(residual, *args)
     mark_written(residual)
 
 
@@ -218,7 +208,7 @@ _RESIDUAL = "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias, float 
 # Triton has two ops: autocast casts the floating-point operands of the first, and leaves e4m3 operands alone.
 _forward = _registry.register(f"linear{_FORWARD}) -> Tensor", _launch, _fake, autocast=torch.get_autocast_dtype)
 _forward_fp8 = _registry.register(f"linear_fp8{_FORWARD}, {_E4M3}) -> Tensor", _launch, _fake)
-_residual = _registry.register(f"linear_residual_{_RESIDUAL}", _launch_residual_, _fake_residual)
+_residual = _registry.register(f"linear_residual_{_RESIDUAL}", _write_residual_, _fake_residual)
 _forward_cuda = _registry.register(f"linear_cuda{_FORWARD}, {_E4M3}) -> Tensor", _linear_cuda.linear_forward, _fake)
 _residual_cuda = _registry.register(
     f"linear_residual_cuda_{_RESIDUAL}", _linear_cuda.linear_residual_forward_, _fake_residual

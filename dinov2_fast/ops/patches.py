@@ -89,12 +89,6 @@ def patches_torch(
     return F.pad(rows, (0, padded_to - rows.shape[-1]))
 
 
-def _patches_kernel(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
-    from dinov2_fast.kernels.patches import patches_forward
-
-    return patches_forward(images, patch_size, padded_to, dtype)
-
-
 def _patches_fake(images: Tensor, patch_size: int, padded_to: int, dtype: torch.dtype) -> Tensor:
     batch, _, height, width = images.shape
     return images.new_empty(batch, height // patch_size * (width // patch_size), padded_to, dtype=dtype)
@@ -114,7 +108,7 @@ def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | No
 
 _patches = _registry.register(
     "patches(Tensor images, int patch_size, SymInt padded_to, ScalarType dtype) -> Tensor",
-    _patches_kernel,
+    _registry.launcher("patches", "patches_forward"),
     _patches_fake,
 )
 

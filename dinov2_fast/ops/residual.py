@@ -96,29 +96,14 @@ def gather_rows_torch(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _add_kernel(*args: Any) -> Tensor:
-    from dinov2_fast.kernels.residual import add_residual_forward
+# The kernels
 
-    return add_residual_forward(*args)
+_launch_add_backward = _registry.launcher("residual_backward", "add_residual_backward")
 
 
-def _add_backward_kernel(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    from dinov2_fast.kernels.residual_backward import add_residual_backward
-
-    dbranch, dgamma = add_residual_backward(dout, *args)
+def _add_backward(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dbranch, dgamma = _launch_add_backward(dout, *args)
     return dbranch, dout.new_empty(0) if dgamma is None else dgamma
-
-
-def _gather_kernel(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
-    from dinov2_fast.kernels.residual import gather_rows_forward
-
-    return gather_rows_forward(xs, indices)
-
-
-def _gather_backward_kernel(dout: Tensor, index: Tensor, batch: int) -> Tensor:
-    from dinov2_fast.kernels.residual_backward import gather_rows_backward
-
-    return gather_rows_backward(dout, index, batch)
 
 
 class _AddResidual(torch.autograd.Function):
@@ -181,25 +166,25 @@ def _gather_fake(xs: list[Tensor], indices: list[Tensor]) -> Tensor:
 _add_residual = _registry.register(
     "add_residual(Tensor residual, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor? index, float scale)"
     " -> Tensor",
-    _add_kernel,
+    _registry.launcher("residual", "add_residual_forward"),
     _add_fake,
     _AddResidual.apply,
 )
 _add_residual_backward = _registry.register(
     "add_residual_backward(Tensor dout, Tensor branch, Tensor? gamma, Tensor? drop_scale, Tensor? index, float scale)"
     " -> (Tensor, Tensor)",
-    _add_backward_kernel,
+    _add_backward,
     _add_backward_fake,
 )
 _gather_rows = _registry.register(
     "gather_rows(Tensor[] xs, Tensor[] indices) -> Tensor",
-    _gather_kernel,
+    _registry.launcher("residual", "gather_rows_forward"),
     _gather_fake,
     lambda xs, indices: _GatherRows.apply(len(xs), *xs, *indices),
 )
 _gather_rows_backward = _registry.register(
     "gather_rows_backward(Tensor dout, Tensor index, SymInt batch) -> Tensor",
-    _gather_backward_kernel,
+    _registry.launcher("residual_backward", "gather_rows_backward"),
     lambda dout, index, batch: dout.new_empty((batch, *dout.shape[1:])),
 )
 

@@ -331,7 +331,7 @@ def test_e4m3_is_for_inference_and_goes_without_a_branch(backend: str) -> None:
 
 def _add_arguments(residual: Tensor, branch: Tensor) -> tuple:
     vector = torch.rand(residual.shape[-1], device=DEVICE)
-    return residual, branch, vector, None, vector + 1, vector - 1, EPS
+    return residual, vector + 1, vector - 1, EPS, branch, vector, None
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -354,7 +354,7 @@ def test_registered_ops_pass_opcheck(backend: str, requires_grad: bool, strided:
         check("layer_norm_inference", (x, vector, vector, EPS, vector, None))
         row = torch.rand(x.shape[:-1], device=DEVICE)
         check("layer_norm_backward", (x, x, vector, row, row))
-        backward = (x, x, x, x.bfloat16(), vector, None, vector, row, row, torch.float16)
+        backward = (x, x, vector, row, row, x, x.bfloat16(), vector, None, torch.float16)
         check("add_layer_norm_backward", backward)
 
 
