@@ -379,9 +379,8 @@ class DinoVisionTransformer(AttentionFeatures):
         return "\n".join([f"position_interpolation={self.position_interpolation}", *format_choices(self.backends())])
 
 
-def _factory(embed_dim: int, depth: int, num_heads: int) -> Callable[..., DinoVisionTransformer]:
+def _factory(**sizes: Any) -> Callable[..., DinoVisionTransformer]:
     def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-        sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         return DinoVisionTransformer(
             patch_size=patch_size, num_register_tokens=num_register_tokens, mlp_ratio=4, **sizes, **kwargs
         )

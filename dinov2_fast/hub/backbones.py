@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.heads import find_head, load_head
@@ -54,7 +54,7 @@ def fill_from_published(
     head.to(device=backbone.cls_token.device, dtype=backbone.cls_token.dtype)
 
 
-def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
+def backbone_entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
     def make(
         *, pretrained: bool = True, weights: BackboneWeights | str = BackboneWeights.LVD142M, **kwargs: Any
     ) -> DinoVisionTransformer:
@@ -80,13 +80,3 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
         The model in training mode, as in the reference. Call ``.eval()`` before computing features.
     """
     return make
-
-
-dinov2_vits14 = _entry_point(BACKBONES["dinov2_vits14"])
-dinov2_vitb14 = _entry_point(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14 = _entry_point(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14 = _entry_point(BACKBONES["dinov2_vitg14"])
-dinov2_vits14_reg = _entry_point(BACKBONES["dinov2_vits14_reg"])
-dinov2_vitb14_reg = _entry_point(BACKBONES["dinov2_vitb14_reg"])
-dinov2_vitl14_reg = _entry_point(BACKBONES["dinov2_vitl14_reg"])
-dinov2_vitg14_reg = _entry_point(BACKBONES["dinov2_vitg14_reg"])
