@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
 from dinov2_fast.errors import InvalidValueError, WeightsError
-from dinov2_fast.logs import logger
+from dinov2_fast.logs import log_once, logger
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
-from dinov2_fast.weights.channels import adapt_filters
 from dinov2_fast.weights.files import SafetensorsFiles, open_weights
 from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone, find_checkpoint
 
@@ -57,7 +56,7 @@ def load(
         revision: of the hub repository.
         local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
-            another number of `in_chans` the filters are adapted (`dinov2_fast.weights.channels`). `img_size` gives the
+            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the
             image size that the position table is for; it is needed only if the table is not square.
 
     Raises:
@@ -129,6 +128,7 @@ def fill(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     allowed_missing: tuple[str, ...] = (),
+    allowed_misshapen: tuple[str, ...] = (),
     allowed_unexpected: tuple[str, ...] = (),
     adapt_channels: bool = False,
 ) -> list[str]:
@@ -139,6 +139,7 @@ def fill(
         state_dict: weights in any layout. A plain dictionary is emptied meanwhile, to save memory.
         device, dtype: of the parameters; by default the CPU and the dtype of the weights.
         allowed_missing: prefixes of the model's keys that the weights may lack.
+        allowed_misshapen: prefixes of the model's keys that count as missing if the weights have another shape.
         allowed_unexpected: prefixes of other keys that the weights may have. The parts of a larger model outside its
             backbone are always allowed.
         adapt_channels: allow weights for another number of channels (`adapt_filters`).
@@ -168,6 +169,8 @@ def fill(
             # A mapping other than a dictionary may return tensors mapped from a file; joined tensors are new.
             is_borrowed = not isinstance(plan.source, dict) and len(plan.recipes[plain].keys) == 1
             _set_parameter(model, key, tensor, device, dtype, is_borrowed)
+        elif plain.startswith(allowed_misshapen):
+            missing.append(key)
         else:
             misshapen.append(f"{key} {tuple(tensor.shape)} where the model has {tuple(like.shape)}")
         if isinstance(plan.source, dict):
@@ -178,6 +181,34 @@ def fill(
     if isinstance(plan.source, SafetensorsFiles):
         plan.source.check_unchanged()
     return missing
+
+
+def adapt_filters(filters: Tensor, in_chans: int) -> Tensor:
+    """The filters of a patch embedding for another number of channels, as timm adapts them.
+
+    For one channel the filters are summed, so a gray image gives the same result as three equal channels. For other
+    numbers they are repeated in turn and scaled, so that images of equal channels give the same result as before. A
+    warning is logged once.
+
+    Args:
+        filters: (hidden, channels, height, width).
+        in_chans: channels of the images.
+
+    Returns:
+        (hidden, in_chans, height, width) in the dtype of `filters`, computed in float32; `filters` itself if the number
+        of channels is the same.
+    """
+    if filters.ndim != 4 or filters.shape[1] in (0, in_chans):
+        return filters
+    channels = filters.shape[1]
+    if in_chans == 1:
+        adapted, how = filters.float().sum(dim=1, keepdim=True), "summed"
+    else:
+        repeats = -(-in_chans // channels)
+        adapted = filters.float().repeat(1, repeats, 1, 1)[:, :in_chans] * (channels / in_chans)
+        how = f"repeated in turn and scaled by {channels}/{in_chans}"
+    log_once(f"The filters for {channels} channels are {how} for images of {in_chans}.")
+    return adapted.to(filters.dtype)
 
 
 def _set_parameter(

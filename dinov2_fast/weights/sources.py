@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -60,10 +61,6 @@ class SourceOptions(NamedTuple):
             return FILE_NAMES
         return (f"model.{self.variant}.safetensors", f"pytorch_model.{self.variant}.bin")
 
-    def in_repository(self, name: str) -> str:
-        """The path of the file `name` in the repository."""
-        return f"{self.subfolder}/{name}" if self.subfolder else name
-
 
 _DEFAULT_OPTIONS = SourceOptions()
 
@@ -75,13 +72,8 @@ class Checkpoint(NamedTuple):
     config: Path | None
 
 
-def cached(backbone: BackboneConfig) -> Path | None:
-    """The checkpoint of a backbone in the cache folder or in torch.hub's, None if there is none."""
-    return find_cached(backbone.file_stem)
-
-
 def find_cached(stem: str) -> Path | None:
-    """The file `stem`, with any ending of a checkpoint, in the cache folder or in torch.hub's."""
+    """The file `stem`, with any ending of a checkpoint, in the cache folder or torch.hub's; None if there is none."""
     names = [stem + ending for ending in SAFETENSORS + TORCH]
     folders = [cache_dir(), Path(torch.hub.get_dir()) / "checkpoints"]
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
@@ -93,7 +85,7 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
     Raises:
         WeightsError: they are not on this machine and could not be downloaded; says which file to put where.
     """
-    path = cached(backbone)
+    path = find_cached(backbone.file_stem)
     if path is not None:
         return Checkpoint(path, None)
     tried = [f"no {backbone.file_stem}.safetensors or .pth in {cache_dir()}"]
@@ -162,23 +154,19 @@ def _checkpoint_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
     names = options.weights_names()
     for name in names:
         try:
-            weights = _hub_file(repository, name, options)
+            weights = _hub_file(name, repository, options)
         except _HubMissError as error:
             if error.final or name == names[-1]:
                 raise
             continue
         if name.endswith(INDEX_ENDING):
             for shard in shards(weights):
-                _hub_file(repository, shard.name, options)
+                _hub_file(shard.name, repository, options)
         try:
-            return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, options))
+            return Checkpoint(weights, _hub_file(CONFIG_NAME, repository, options))
         except _HubMissError:
             return Checkpoint(weights, None)  # sizes are then read from the tensors
     raise AssertionError(names)
-
-
-def _file_on_hub(name: str, repository: str, options: SourceOptions) -> Path:
-    return _hub_file(repository, name, options)
 
 
 def _hub_answers() -> bool:
@@ -205,11 +193,11 @@ class _HubMissError(Exception):
         self.final = final
 
 
-def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
+def _hub_file(name: str, repository: str, options: SourceOptions) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    path = options.in_repository(name)
+    path = f"{options.subfolder}/{name}" if options.subfolder else name
     where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     try:
         if options.local_files_only:  # hf_hub_download sends a request even with local_files_only=True
@@ -267,8 +255,23 @@ def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name:
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
-        return _from_hub(partial(_file_on_hub, file_name), name, options)
+        return _from_hub(partial(_hub_file, file_name), name, options)
     raise WeightsError(f"No {file_name} was found for {name!r}.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a ``config.json``.
+
+    Raises:
+        WeightsError: the file cannot be read, or holds no JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
+    return fields
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:
