@@ -17,6 +17,7 @@ with antialiasing, as in torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -120,22 +121,13 @@ def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     return (columns @ partial.reshape(-1, columns.shape[1], hidden)).reshape(-1, hidden)
 
 
-_CACHE: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-_CACHE_SIZE = 256
-
-
+@lru_cache(maxsize=256)
 def _cached_matrices(
     height: int, width: int, grid: Grid, interpolation: PositionInterpolation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_matrices`, cached for each size and device. An entry takes a few kilobytes."""
-    key = (height, width, grid, interpolation, device)
-    found = _CACHE.get(key)
-    if found is None:
-        if len(_CACHE) >= _CACHE_SIZE:
-            _CACHE.clear()
-        with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
-            found = _CACHE[key] = _matrices(height, width, grid, interpolation, device)
-    return found
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
+        return _matrices(height, width, grid, interpolation, device)
 
 
 def _matrices(

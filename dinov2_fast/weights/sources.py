@@ -85,9 +85,10 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
     Raises:
         WeightsError: they are not on this machine and could not be downloaded; says which file to put where.
     """
-    path = find_cached(backbone.file_stem)
-    if path is not None:
-        return Checkpoint(path, None)
+    found = find_cached(backbone.file_stem)
+    if found is not None:
+        return Checkpoint(found, None)
+    path = cache_dir() / f"{backbone.file_stem}.pth"
     tried = [f"no {backbone.file_stem}.safetensors or .pth in {cache_dir()}"]
     try:
         return find_on_hub(backbone.huggingface_id, SourceOptions(local_files_only=local_files_only))
@@ -95,15 +96,37 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
         tried.append(str(error))
     if not local_files_only:
         try:
-            return Checkpoint(download(backbone.url, cache_dir() / f"{backbone.file_stem}.pth"), None)
+            return Checkpoint(download(backbone.url, path), None)
         except WeightsError as error:
             tried.append(str(error))
     raise WeightsError(
         f"The weights of {backbone.name} are not on this machine and could not be downloaded:\n  - "
         + "\n  - ".join(tried)
-        + f"\nDownload {backbone.url} on a machine with a network and put it at "
-        f"{cache_dir() / (backbone.file_stem + '.pth')} (DINOV2_FAST_CACHE sets the folder), or give a file."
+        + f"\nDownload {backbone.url} on a machine with a network and put it at {path} (DINOV2_FAST_CACHE sets the "
+        "folder), or give a file."
     )
+
+
+def find_head(backbone: BackboneConfig, head: str, local_files_only: bool = False) -> Path:
+    """The file of a published head ("linear4", "nyu_dpt", "ade20k_linear", …), from a cache or the official server.
+
+    Raises:
+        WeightsError: it is not on this machine and could not be downloaded; says which file to put where.
+    """
+    stem, url = backbone.head_stem(head), backbone.head_url(head)
+    found = find_cached(stem)
+    if found is not None:
+        return found
+    path = cache_dir() / f"{stem}.pth"
+    try:
+        if local_files_only:
+            raise WeightsError("local_files_only is set")
+        return download(url, path)
+    except WeightsError as error:
+        raise WeightsError(
+            f"The head {stem} is not on this machine and could not be downloaded ({error}).\nDownload {url} on a "
+            f"machine with a network and put it at {path} (DINOV2_FAST_CACHE sets the folder)."
+        ) from error
 
 
 def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
