@@ -42,11 +42,7 @@ POSITION_INTERPOLATIONS = {
 
 
 def position_interpolation(name: str) -> PositionInterpolation:
-    """The interpolation called `name`.
-
-    Raises:
-        ValueError: there is no interpolation of this name.
-    """
+    """The interpolation called `name`."""
     if name not in POSITION_INTERPOLATIONS:
         raise InvalidValueError(
             f"There is no position interpolation {name!r}; choose one of {', '.join(POSITION_INTERPOLATIONS)}."
@@ -85,11 +81,7 @@ def resample_position_embeddings(
 
 
 def square_grid(table: Tensor) -> Grid:
-    """The grid of a square table (positions, hidden).
-
-    Raises:
-        ValueError: the number of positions is no square.
-    """
+    """The grid of a square table (positions, hidden)."""
     side = round(int(table.shape[0]) ** 0.5)
     if side * side != table.shape[0]:
         raise InvalidValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
@@ -97,11 +89,7 @@ def square_grid(table: Tensor) -> Grid:
 
 
 def position_grid(table: Tensor, expected: Grid) -> Grid:
-    """The grid of a table (positions, hidden): `expected` if the number of positions fits, otherwise a square.
-
-    Raises:
-        ValueError: the number of positions fits neither.
-    """
+    """The grid of a table (positions, hidden): `expected` if the number of positions fits, otherwise a square."""
     rows, columns = expected
     return expected if rows * columns == int(table.shape[0]) else square_grid(table)
 

@@ -27,11 +27,7 @@ class BackboneWeights(Enum):
 
 
 def choose_weights(weights: Enum | str, published: type[Published]) -> Published:
-    """The member of `published` that `weights` is or names.
-
-    Raises:
-        AssertionError: `published` has no such member (an assertion in the reference too).
-    """
+    """The member of `published` that `weights` is or names; as in the reference, an `AssertionError` if none is."""
     name = str(getattr(weights, "name", weights))
     if name not in published.__members__:
         known = ", ".join(published.__members__)

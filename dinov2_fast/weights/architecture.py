@@ -155,11 +155,7 @@ def plan_weights(state_dict: Mapping[str, Any]) -> layouts.ConversionPlan:
 
 
 def read_tensor(plan: layouts.ConversionPlan, key: str) -> Tensor:
-    """The model's own tensor `key`.
-
-    Raises:
-        WeightsError: it cannot be read or assembled, or is no floating-point tensor.
-    """
+    """The model's own tensor `key`, of a floating-point dtype. Every error becomes a `WeightsError`."""
     try:
         tensor = plan.read(key)
     except WeightsError:

@@ -65,10 +65,11 @@ def load(
             `weights` is given together with ``pretrained=False``.
     """
     name = str(name_or_path)
-    source = _random_source(weights, pretrained, seed)
-    if source is not None:
+    random_seed = _random_seed(weights, pretrained, seed)
+    if random_seed is not None:
+        source = f"random:{random_seed}"
         arguments = backbone(name).constructor_arguments()
-        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), _seed(source))
+        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), random_seed)
     else:
         checkpoint = _find(name, weights, revision, local_files_only)
         source = str(checkpoint.weights)
@@ -91,11 +92,7 @@ def load(
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that `dtype` is or names ("bfloat16", "torch.bfloat16"); None for None.
-
-    Raises:
-        ValueError: there is no such dtype.
-    """
+    """The dtype that `dtype` is or names ("bfloat16", "torch.bfloat16"); None for None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     named = getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -135,8 +132,7 @@ def fill(
     """Gives a model on the meta device its parameters, one at a time, from weights in any layout.
 
     Args:
-        model: built on the meta device.
-        state_dict: weights in any layout. A plain dictionary is emptied meanwhile, to save memory.
+        state_dict: the weights. A plain dictionary is emptied meanwhile, to save memory.
         device, dtype: of the parameters; by default the CPU and the dtype of the weights.
         allowed_missing: prefixes of the model's keys that the weights may lack.
         allowed_misshapen: prefixes of the model's keys that count as missing if the weights have another shape.
@@ -145,10 +141,7 @@ def fill(
         adapt_channels: allow weights for another number of channels (`adapt_filters`).
 
     Returns:
-        The missing keys, whose parameters are still on the meta device.
-
-    Raises:
-        WeightsError: the weights do not fit.
+        The missing keys, whose parameters are still on the meta device. Other misfits are a `WeightsError`.
     """
     plan = plan_weights(state_dict)
     own = {layouts.plain_key(key): (key, tensor) for key, tensor in model.state_dict().items()}
@@ -184,19 +177,11 @@ def fill(
 
 
 def adapt_filters(filters: Tensor, in_chans: int) -> Tensor:
-    """The filters of a patch embedding for another number of channels, as timm adapts them.
+    """The filters (hidden, channels, height, width) of a patch embedding for `in_chans` channels, as timm adapts them.
 
     For one channel the filters are summed, so a gray image gives the same result as three equal channels. For other
-    numbers they are repeated in turn and scaled, so that images of equal channels give the same result as before. A
-    warning is logged once.
-
-    Args:
-        filters: (hidden, channels, height, width).
-        in_chans: channels of the images.
-
-    Returns:
-        (hidden, in_chans, height, width) in the dtype of `filters`, computed in float32; `filters` itself if the number
-        of channels is the same.
+    numbers they are repeated in turn and scaled, so that images of equal channels give the same result as before. It is
+    computed in float32, and a warning is logged once. For the same number of channels `filters` itself is returned.
     """
     if filters.ndim != 4 or filters.shape[1] in (0, in_chans):
         return filters
@@ -265,18 +250,15 @@ class RandomWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def _random_source(weights: str | Path | None, pretrained: bool, seed: int) -> str | None:
-    """The random weights that the caller asks for, as "random:SEED"; None if the weights are not random."""
-    if pretrained:
-        if seed:
-            raise InvalidValueError(f"seed={seed} is for random weights: give pretrained=False with it.")
-        return str(weights) if str(weights).startswith("random:") else None
-    if weights is not None:
+def _random_seed(weights: str | Path | None, pretrained: bool, seed: int) -> int | None:
+    """The seed of the random weights that the caller asks for; None if the weights are not random."""
+    if not pretrained and weights is not None:
         raise InvalidValueError(f"weights={str(weights)!r} and pretrained=False exclude each other: give one of them.")
-    return f"random:{seed}"
-
-
-def _seed(source: str) -> int:
+    if pretrained and seed:
+        raise InvalidValueError(f"seed={seed} is for random weights: give pretrained=False with it.")
+    source = str(weights) if pretrained else f"random:{seed}"
+    if not source.startswith("random:"):
+        return None
     text = source.removeprefix("random:")
     if not text.isdecimal() or int(text) >= 1 << 31:
         raise InvalidValueError(

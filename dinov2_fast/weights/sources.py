@@ -1,6 +1,6 @@
 """Finding weights: in a file, a folder, a cache, on the Hugging Face hub or the official server.
 
-The network is used only if the weights are in no cache.
+The network is used only if the weights are in no cache. What cannot be found or read is a `WeightsError`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
 from dinov2_fast.weights.save import part_of
 
 # The usual names of weights in a folder or a hub repository, best first.
-FILE_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+FILE_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of checkpoints with other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -82,8 +77,7 @@ def find_cached(stem: str) -> Path | None:
 def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> Checkpoint:
     """The weights of one of the eight backbones, from a cache, the hub or the official server.
 
-    Raises:
-        WeightsError: they are not on this machine and could not be downloaded; says which file to put where.
+    If all fail, the `WeightsError` says which file to put where.
     """
     found = find_cached(backbone.file_stem)
     if found is not None:
@@ -108,11 +102,7 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
 
 
 def find_head(backbone: BackboneConfig, head: str, local_files_only: bool = False) -> Path:
-    """The file of a published head ("linear4", "nyu_dpt", "ade20k_linear", …), from a cache or the official server.
-
-    Raises:
-        WeightsError: it is not on this machine and could not be downloaded; says which file to put where.
-    """
+    """The file of a published head ("linear4", "nyu_dpt", "ade20k_linear", …), from a cache or the official server."""
     stem, url = backbone.head_stem(head), backbone.head_url(head)
     found = find_cached(stem)
     if found is not None:
@@ -130,11 +120,7 @@ def find_head(backbone: BackboneConfig, head: str, local_files_only: bool = Fals
 
 
 def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
-    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint.
-
-    Raises:
-        WeightsError: there is no such folder, no checkpoint in it, or several and none with a usual name.
-    """
+    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint."""
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}; check subfolder.")
     config = folder / CONFIG_NAME
@@ -149,11 +135,7 @@ def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
 
 
 def find_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
-    """The weights and config of a Hugging Face hub repository, from its cache if possible.
-
-    Raises:
-        WeightsError: the repository has no weights, or there is no network.
-    """
+    """The weights and config of a Hugging Face hub repository, from its cache if possible."""
     return _from_hub(_checkpoint_on_hub, repository, options)
 
 
@@ -243,11 +225,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Checkpoint:
-    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id.
-
-    Raises:
-        WeightsError: `name` is none of these, or the weights cannot be found or downloaded.
-    """
+    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -266,11 +244,7 @@ def _refuse_empty(name: str) -> None:
 
 
 def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name: str = CONFIG_NAME) -> Path:
-    """The JSON file `name`, or the file `file_name` in a folder or hub repository `name`.
-
-    Raises:
-        WeightsError: there is no such file.
-    """
+    """The JSON file `name`, or the file `file_name` in a folder or hub repository `name`."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -283,11 +257,7 @@ def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a ``config.json``.
-
-    Raises:
-        WeightsError: the file cannot be read, or holds no JSON object.
-    """
+    """The fields of a ``config.json``."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
