@@ -1,7 +1,7 @@
 """DINOv2 as a drop-in for torch.hub, transformers and timm, on kernels written for it.
 
 Importing this package is silent and cheap: a public name is imported when it is first used. Type checkers see the
-imports below; at run time `_MODULES` says the same (tests/project/test_public_names.py compares them).
+imports below; at run time `_NAMES` says the same (tests/project/test_public_names.py compares them).
 """
 
 from __future__ import annotations
@@ -47,37 +47,29 @@ if TYPE_CHECKING:
     from dinov2_fast.weights.convert import convert_state_dict as convert_state_dict
     from dinov2_fast.weights.load import load as load
 
-_MODULES = {
-    "BACKBONES": "configs",
-    "DinoVisionTransformer": "model",
-    "Dinov2Backbone": "huggingface",
-    "Dinov2Config": "huggingface",
-    "Dinov2FastError": "errors",
-    "Dinov2ForImageClassification": "huggingface",
-    "Dinov2ImageProcessor": "data.image_processor",
-    "Dinov2Model": "huggingface",
-    "Dinov2WithRegistersBackbone": "huggingface",
-    "Dinov2WithRegistersConfig": "huggingface",
-    "Dinov2WithRegistersForImageClassification": "huggingface",
-    "Dinov2WithRegistersModel": "huggingface",
-    "Extractor": "extraction.extractor",
-    "TimmVisionTransformer": "timm_adapter",
-    "WeightsError": "errors",
-    "accelerate": "integrations.accelerate",
-    "acceleration_report": "integrations.accelerate",
-    "convert_state_dict": "weights.convert",
-    "create_model": "timm_adapter",
-    "extract": "extraction.extract",
-    "load": "weights.load",
-    "load_features": "features.store",
-    "optimize_for_inference": "inference",
-    "search": "curation.neighbours",
-    "set_backend": "ops",
-    "unaccelerate": "integrations.accelerate",
-    "use_backend": "ops",
+_NAMES = {
+    "configs": "BACKBONES",
+    "curation.neighbours": "search",
+    "data.image_processor": "Dinov2ImageProcessor",
+    "errors": "Dinov2FastError WeightsError",
+    "extraction.extract": "extract",
+    "extraction.extractor": "Extractor",
+    "features.store": "load_features",
+    "huggingface": (
+        "Dinov2Backbone Dinov2Config Dinov2ForImageClassification Dinov2Model Dinov2WithRegistersBackbone "
+        "Dinov2WithRegistersConfig Dinov2WithRegistersForImageClassification Dinov2WithRegistersModel"
+    ),
+    "inference": "optimize_for_inference",
+    "integrations.accelerate": "accelerate acceleration_report unaccelerate",
+    "model": "DinoVisionTransformer",
+    "ops": "set_backend use_backend",
+    "timm_adapter": "TimmVisionTransformer create_model",
+    "weights.convert": "convert_state_dict",
+    "weights.load": "load",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = ["__version__", *_MODULES]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts every misspelt name

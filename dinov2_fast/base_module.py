@@ -30,15 +30,7 @@ class Dinov2Module(nn.Module):
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """`nn.Module.load_state_dict` for weights in the layout of any DINOv2 implementation.
-
-        Args:
-            state_dict: the weights, in a layout of `dinov2_fast.layouts`.
-            strict: raise if keys are missing or unexpected. Otherwise they are only returned.
-            assign: make the tensors the parameters instead of copying into the parameters.
-
-        Returns:
-            The named tuple ``(missing_keys, unexpected_keys)``.
+        """`nn.Module.load_state_dict`, with its arguments and result, for weights in any layout of `layouts`.
 
         Raises:
             RuntimeError: the weights do not fit; the message names the keys and the layout. The model is unchanged.

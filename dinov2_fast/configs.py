@@ -99,11 +99,7 @@ BACKBONES: dict[str, BackboneConfig] = {
 
 
 def backbone(name: str) -> BackboneConfig:
-    """The backbone called `name`.
-
-    Raises:
-        ValueError: there is no backbone of this name; the message lists the nearest names.
-    """
+    """The backbone called `name`. If there is none, the `ValueError` lists the nearest names."""
     if name in BACKBONES:
         return BACKBONES[name]
     near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.5)

@@ -5,7 +5,7 @@ Module and parameter names are the reference's (facebookresearch/dinov2, dinov2/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.torch_private import has_any_global_hook, is_traced
 
 
-def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number for both."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width

@@ -31,7 +31,7 @@ from dinov2_fast.logs import log_once, logger
 LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
 
 # Own name -> their name, both without .weight or .bias. Several names: the own tensor is theirs joined along dim 0.
-_HUGGINGFACETOP_NAMES = {
+_HUGGINGFACE_TOP_NAMES = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -39,27 +39,24 @@ _HUGGINGFACETOP_NAMES = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-_HUGGINGFACEBLOCK_NAMES = {
-    "ls1.gamma": ("layer_scale1.lambda1",),
-    "ls2.gamma": ("layer_scale2.lambda1",),
-}
+_HUGGINGFACE_BLOCK_NAMES = {"ls1.gamma": ("layer_scale1.lambda1",), "ls2.gamma": ("layer_scale2.lambda1",)}
 TOP_NAMES: dict[str, dict[str, str]] = {
     "facebook": {},
-    "huggingface": _HUGGINGFACETOP_NAMES,
-    "huggingface_memory": _HUGGINGFACETOP_NAMES,
+    "huggingface": _HUGGINGFACE_TOP_NAMES,
+    "huggingface_memory": _HUGGINGFACE_TOP_NAMES,
     "timm": {"register_tokens": "reg_token"},
 }
 BLOCK_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "facebook": {},
     "huggingface": {
-        **_HUGGINGFACEBLOCK_NAMES,
+        **_HUGGINGFACE_BLOCK_NAMES,
         "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
         "attn.proj": ("attention.output.dense",),
         "mlp.w12": ("mlp.weights_in",),
         "mlp.w3": ("mlp.weights_out",),
     },
     "huggingface_memory": {
-        **_HUGGINGFACEBLOCK_NAMES,
+        **_HUGGINGFACE_BLOCK_NAMES,
         "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         "attn.proj": ("attention.o_proj",),
         "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
@@ -84,22 +81,9 @@ _TRAINING_HEADS = ("dino_head.", "ibot_head.")
 _CLS_TOKENS = ("cls_token", "embeddings.cls_token")  # plain names; every backbone has one of them
 _FIRST_BLOCKS = ("blocks.0.", "encoder.layer.0.")
 _CLS_ENDINGS = tuple(f".{name}" for name in _CLS_TOKENS)
-# The entries under which training scripts save weights, best first: averaged weights before those of the last step.
-_NESTED = (
-    "teacher",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "module",
-    "backbone",
-    "encoder",
-    "student",
-    "network",
-    "net",
-)
+# The entries under which training scripts save weights, best first.
+_AVERAGED = ("teacher", "state_dict_ema", "model_ema", "ema")
+_LAST_STEP = ("model", "state_dict", "model_state_dict", "module", "backbone", "encoder", "student", "network", "net")
 MAX_KEYS = 20_000  # of a state dict. The largest DINOv2 has 568, and every key takes time to examine.
 
 
@@ -179,11 +163,7 @@ def _names_of_backbone(source: Mapping[str, Any]) -> tuple[dict[str, str], set[s
 
 
 def _unknown_prefix(names: Iterable[str]) -> str:
-    """The prefix of the only backbone among these plain names, "" if there is no backbone.
-
-    Raises:
-        ValueError: there are several backbones.
-    """
+    """The prefix of the only backbone among these plain names, "" if there is no backbone."""
     names = list(names)
     of_cls_tokens = {_without_ending(name) for name in names if name.endswith(_CLS_ENDINGS)}
     of_blocks = {name.partition(block)[0] for block in _FIRST_BLOCKS for name in names if block in name}
@@ -243,7 +223,7 @@ def misfit(layout: str, missing: list[str], unexpected: list[str], misshapen: li
 def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, Mapping):
         raise InvalidTypeError(f"A state dict must be a dictionary of tensors, got a {type(state_dict).__name__}.")
-    for name in _NESTED:
+    for name in _AVERAGED + _LAST_STEP:
         inner = state_dict.get(name)
         if isinstance(inner, Mapping):
             found = _unwrap(inner)

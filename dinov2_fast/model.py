@@ -56,10 +56,7 @@ class DinoVisionTransformer(AttentionFeatures):
     Args:
         img_size: image size in pixels that the position table is for, an int or (height, width).
         patch_size: side of a patch in pixels.
-        in_chans: channels of an image.
-        embed_dim: hidden size.
-        depth: number of blocks.
-        num_heads: attention heads.
+        in_chans, embed_dim, depth, num_heads: channels of an image, hidden size, number of blocks, attention heads.
         mlp_ratio: hidden size of the feed-forward network divided by `embed_dim`. SwiGLU uses two thirds of it.
         qkv_bias, ffn_bias, proj_bias: whether these linears have a bias.
         drop_path_rate: of stochastic depth. It grows linearly up to the last block, or is the same in all blocks with
@@ -193,29 +190,20 @@ class DinoVisionTransformer(AttentionFeatures):
         self.interpolate_offset, self.interpolate_antialias = position_interpolation(name)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """The position embeddings of an image. As in the reference, `w` is its height and `h` its width.
+        """The position embeddings (1, 1 + patches, hidden) of an image, CLS first, in the dtype of the tokens `x`.
 
-        Args:
-            x: CLS and patch tokens (batch, 1 + patches, hidden), of which only the dtype is used.
-            w, h: height and width of the image in pixels.
-
-        Returns:
-            (1, 1 + patches, hidden), CLS first, in the dtype of `x`.
+        As in the reference, `w` is the image's height in pixels and `h` its width.
         """
         return self._positions(*self.patch_grid(w, h)).to(x.dtype)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The position embeddings of a grid of patches, (1, 1 + rows * columns, hidden)."""
-        grid = self._position_grid()
+        grid = position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
         if is_native(rows, columns, grid):
             return self.pos_embed
         how = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
         patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
-
-    def _position_grid(self) -> Grid:
-        """Rows and columns of the position table: those of `img_size`, or a square if the table was replaced."""
-        return position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Embeds images as tokens with positions.
@@ -389,3 +377,19 @@ class DinoVisionTransformer(AttentionFeatures):
 
     def extra_repr(self) -> str:
         return "\n".join([f"position_interpolation={self.position_interpolation}", *format_choices(self.backends())])
+
+
+def _factory(**sizes: Any) -> Callable[..., DinoVisionTransformer]:
+    def make(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+        return DinoVisionTransformer(
+            patch_size=patch_size, num_register_tokens=num_register_tokens, mlp_ratio=4, **sizes, **kwargs
+        )
+
+    return make
+
+
+# The reference's constructors of each size. `dinov2_fast.configs` has the arguments of the published models.
+vit_small = _factory(embed_dim=384, depth=12, num_heads=6)
+vit_base = _factory(embed_dim=768, depth=12, num_heads=12)
+vit_large = _factory(embed_dim=1024, depth=24, num_heads=16)
+vit_giant2 = _factory(embed_dim=1536, depth=40, num_heads=24)

@@ -17,6 +17,7 @@ with antialiasing, as in torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,7 @@ POSITION_INTERPOLATIONS = {
 
 
 def position_interpolation(name: str) -> PositionInterpolation:
-    """The interpolation called `name`.
-
-    Raises:
-        ValueError: there is no interpolation of this name.
-    """
+    """The interpolation called `name`."""
     if name not in POSITION_INTERPOLATIONS:
         raise InvalidValueError(
             f"There is no position interpolation {name!r}; choose one of {', '.join(POSITION_INTERPOLATIONS)}."
@@ -84,11 +81,7 @@ def resample_position_embeddings(
 
 
 def square_grid(table: Tensor) -> Grid:
-    """The grid of a square table (positions, hidden).
-
-    Raises:
-        ValueError: the number of positions is no square.
-    """
+    """The grid of a square table (positions, hidden)."""
     side = round(int(table.shape[0]) ** 0.5)
     if side * side != table.shape[0]:
         raise InvalidValueError(f"The position table has {table.shape[0]} positions, which is not a square grid.")
@@ -96,11 +89,7 @@ def square_grid(table: Tensor) -> Grid:
 
 
 def position_grid(table: Tensor, expected: Grid) -> Grid:
-    """The grid of a table (positions, hidden): `expected` if the number of positions fits, otherwise a square.
-
-    Raises:
-        ValueError: the number of positions fits neither.
-    """
+    """The grid of a table (positions, hidden): `expected` if the number of positions fits, otherwise a square."""
     rows, columns = expected
     return expected if rows * columns == int(table.shape[0]) else square_grid(table)
 
@@ -120,22 +109,13 @@ def _apply(rows: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     return (columns @ partial.reshape(-1, columns.shape[1], hidden)).reshape(-1, hidden)
 
 
-_CACHE: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-_CACHE_SIZE = 256
-
-
+@lru_cache(maxsize=256)
 def _cached_matrices(
     height: int, width: int, grid: Grid, interpolation: PositionInterpolation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_matrices`, cached for each size and device. An entry takes a few kilobytes."""
-    key = (height, width, grid, interpolation, device)
-    found = _CACHE.get(key)
-    if found is None:
-        if len(_CACHE) >= _CACHE_SIZE:
-            _CACHE.clear()
-        with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
-            found = _CACHE[key] = _matrices(height, width, grid, interpolation, device)
-    return found
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used in training
+        return _matrices(height, width, grid, interpolation, device)
 
 
 def _matrices(

@@ -20,30 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "below_autograd",
-    "constant_when_traced",
-    "fused_by_onednn",
-    "gelu_linear",
-    "has_any_global_hook",
-    "has_kernel",
-    "has_tangent",
-    "is_fake",
-    "is_fake_mode_active",
-    "is_fx_traced",
-    "is_in_dispatch_mode",
-    "is_jit_traced",
-    "is_plain",
-    "is_traced",
-    "matmul_precision",
-    "onednn_linear",
-    "onednn_pack",
-    "pytree",
-    "softmax_backward",
-    "without_autocast",
-]
+# torch's own names that other files import from here.
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "has_any_global_hook", "is_fake", "is_fx_traced", "pytree"]
 
 _FUSING = threading.Lock()  # the setting that enables oneDNN's graphs belongs to the process
 

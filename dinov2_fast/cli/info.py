@@ -103,9 +103,9 @@ def _weights() -> Iterator[str]:
     from huggingface_hub import try_to_load_from_cache
 
     from dinov2_fast.configs import BACKBONES
-    from dinov2_fast.weights.sources import FILE_NAMES, cached
+    from dinov2_fast.weights.sources import FILE_NAMES, find_cached
 
     for name, config in BACKBONES.items():
         on_hub = (try_to_load_from_cache(config.huggingface_id, file) for file in FILE_NAMES)
-        path = cached(config) or next((found for found in on_hub if isinstance(found, str)), None)
+        path = find_cached(config.file_stem) or next((found for found in on_hub if isinstance(found, str)), None)
         yield f"{name:20} {path or 'not on this machine'}"

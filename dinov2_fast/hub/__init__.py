@@ -11,80 +11,46 @@ The signatures are those of facebookresearch/dinov2 (dinov2/hub): keyword argume
 `layers` and any argument of the model's constructor.
 """
 
-from dinov2_fast.hub.backbones import (
-    BackboneWeights,
-    dinov2_vitb14,
-    dinov2_vitb14_reg,
-    dinov2_vitg14,
-    dinov2_vitg14_reg,
-    dinov2_vitl14,
-    dinov2_vitl14_reg,
-    dinov2_vits14,
-    dinov2_vits14_reg,
-)
-from dinov2_fast.hub.classifiers import (
-    LinearClassifier,
-    dinov2_vitb14_lc,
-    dinov2_vitb14_reg_lc,
-    dinov2_vitg14_lc,
-    dinov2_vitg14_reg_lc,
-    dinov2_vitl14_lc,
-    dinov2_vitl14_reg_lc,
-    dinov2_vits14_lc,
-    dinov2_vits14_reg_lc,
-)
-from dinov2_fast.hub.depthers import (
-    DepthEstimator,
-    dinov2_vitb14_dd,
-    dinov2_vitb14_ld,
-    dinov2_vitg14_dd,
-    dinov2_vitg14_ld,
-    dinov2_vitl14_dd,
-    dinov2_vitl14_ld,
-    dinov2_vits14_dd,
-    dinov2_vits14_ld,
-)
-from dinov2_fast.hub.pixels import CenterPadding
-from dinov2_fast.hub.segmenters import (
-    Segmenter,
-    dinov2_vitb14_ls,
-    dinov2_vitg14_ls,
-    dinov2_vitl14_ls,
-    dinov2_vits14_ls,
-)
+from dinov2_fast.configs import BACKBONES
+from dinov2_fast.hub.backbones import BackboneWeights as BackboneWeights
+from dinov2_fast.hub.backbones import backbone_entry_point
+from dinov2_fast.hub.classifiers import LinearClassifier as LinearClassifier
+from dinov2_fast.hub.classifiers import classifier_entry_point
+from dinov2_fast.hub.depthers import DepthEstimator as DepthEstimator
+from dinov2_fast.hub.depthers import dpt_depther_entry_point, linear_depther_entry_point
+from dinov2_fast.hub.pixels import CenterPadding as CenterPadding
+from dinov2_fast.hub.segmenters import Segmenter as Segmenter
+from dinov2_fast.hub.segmenters import segmenter_entry_point
 
-__all__ = [
-    "BackboneWeights",
-    "CenterPadding",
-    "DepthEstimator",
-    "LinearClassifier",
-    "Segmenter",
-    "dinov2_vitb14",
-    "dinov2_vitb14_dd",
-    "dinov2_vitb14_lc",
-    "dinov2_vitb14_ld",
-    "dinov2_vitb14_ls",
-    "dinov2_vitb14_reg",
-    "dinov2_vitb14_reg_lc",
-    "dinov2_vitg14",
-    "dinov2_vitg14_dd",
-    "dinov2_vitg14_lc",
-    "dinov2_vitg14_ld",
-    "dinov2_vitg14_ls",
-    "dinov2_vitg14_reg",
-    "dinov2_vitg14_reg_lc",
-    "dinov2_vitl14",
-    "dinov2_vitl14_dd",
-    "dinov2_vitl14_lc",
-    "dinov2_vitl14_ld",
-    "dinov2_vitl14_ls",
-    "dinov2_vitl14_reg",
-    "dinov2_vitl14_reg_lc",
-    "dinov2_vits14",
-    "dinov2_vits14_dd",
-    "dinov2_vits14_lc",
-    "dinov2_vits14_ld",
-    "dinov2_vits14_ls",
-    "dinov2_vits14_reg",
-    "dinov2_vits14_reg_lc",
-]
+dinov2_vits14 = backbone_entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14 = backbone_entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14 = backbone_entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14 = backbone_entry_point(BACKBONES["dinov2_vitg14"])
+dinov2_vits14_reg = backbone_entry_point(BACKBONES["dinov2_vits14_reg"])
+dinov2_vitb14_reg = backbone_entry_point(BACKBONES["dinov2_vitb14_reg"])
+dinov2_vitl14_reg = backbone_entry_point(BACKBONES["dinov2_vitl14_reg"])
+dinov2_vitg14_reg = backbone_entry_point(BACKBONES["dinov2_vitg14_reg"])
+
+dinov2_vits14_lc = classifier_entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_lc = classifier_entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_lc = classifier_entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_lc = classifier_entry_point(BACKBONES["dinov2_vitg14"])
+dinov2_vits14_reg_lc = classifier_entry_point(BACKBONES["dinov2_vits14_reg"])
+dinov2_vitb14_reg_lc = classifier_entry_point(BACKBONES["dinov2_vitb14_reg"])
+dinov2_vitl14_reg_lc = classifier_entry_point(BACKBONES["dinov2_vitl14_reg"])
+dinov2_vitg14_reg_lc = classifier_entry_point(BACKBONES["dinov2_vitg14_reg"])
+
+dinov2_vits14_ld = linear_depther_entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_ld = linear_depther_entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_ld = linear_depther_entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_ld = linear_depther_entry_point(BACKBONES["dinov2_vitg14"])
+
+dinov2_vits14_dd = dpt_depther_entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_dd = dpt_depther_entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_dd = dpt_depther_entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_dd = dpt_depther_entry_point(BACKBONES["dinov2_vitg14"])
+
+dinov2_vits14_ls = segmenter_entry_point(BACKBONES["dinov2_vits14"])
+dinov2_vitb14_ls = segmenter_entry_point(BACKBONES["dinov2_vitb14"])
+dinov2_vitl14_ls = segmenter_entry_point(BACKBONES["dinov2_vitl14"])
+dinov2_vitg14_ls = segmenter_entry_point(BACKBONES["dinov2_vitg14"])

@@ -1,18 +1,21 @@
-"""The eight backbones, without a head."""
+"""The eight backbones, and how the entry points find and load published weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from dinov2_fast.configs import BACKBONES, BackboneConfig
-from dinov2_fast.errors import UnsupportedError
+from dinov2_fast import layouts
+from dinov2_fast.configs import BackboneConfig
+from dinov2_fast.errors import UnsupportedError, WeightsError
+from dinov2_fast.logs import logger
 from dinov2_fast.model import DinoVisionTransformer
-from dinov2_fast.weights.heads import find_head, load_head
+from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import load
+from dinov2_fast.weights.sources import find_head
 
 Published = TypeVar("Published", bound=Enum)
 
@@ -24,11 +27,7 @@ class BackboneWeights(Enum):
 
 
 def choose_weights(weights: Enum | str, published: type[Published]) -> Published:
-    """The member of `published` that `weights` is or names.
-
-    Raises:
-        AssertionError: `published` has no such member (an assertion in the reference too).
-    """
+    """The member of `published` that `weights` is or names; as in the reference, an `AssertionError` if none is."""
     name = str(getattr(weights, "name", weights))
     if name not in published.__members__:
         known = ", ".join(published.__members__)
@@ -48,13 +47,34 @@ def fill_from_published(
 ) -> None:
     """Loads the published weights `name` into `head`, and moves it to the device and dtype of its backbone.
 
+    The file may be a training framework's, with the weights under "state_dict". Only its keys with `prefix` are taken.
     `kwargs` are those that the backbone was loaded with; `local_files_only` counts for the head too.
+
+    Raises:
+        WeightsError: the file cannot be found or read, or lacks a tensor of the head, which stays unchanged.
     """
-    load_head(head, find_head(config, name, kwargs.get("local_files_only", False)), prefix)
+    path = find_head(config, name, kwargs.get("local_files_only", False))
+    content = open_weights(path)
+    nested = content.get("state_dict")
+    source = nested if isinstance(nested, Mapping) else content
+    own = head.state_dict()
+    given = {key: source[prefix + key] for key in own if prefix + key in source}
+    # The number of batches that a batch norm has seen does not change its output, and not every file has it.
+    missing = [prefix + key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    misshapen = [
+        f"{prefix}{key} {tuple(getattr(tensor, 'shape', ()))} where the head has {tuple(own[key].shape)}"
+        for key, tensor in given.items()
+        if not isinstance(tensor, Tensor) or tensor.shape != own[key].shape
+    ]
+    if missing or misshapen:
+        raise WeightsError(f"{path}: " + layouts.misfit("a head of the reference", missing, [], misshapen))
+    if len(source) > len(given):
+        logger.info("Skipped %d keys of %s that do not belong to the head.", len(source) - len(given), path)
+    head.load_state_dict({**own, **given})
     head.to(device=backbone.cls_token.device, dtype=backbone.cls_token.dtype)
 
 
-def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
+def backbone_entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]:
     def make(
         *, pretrained: bool = True, weights: BackboneWeights | str = BackboneWeights.LVD142M, **kwargs: Any
     ) -> DinoVisionTransformer:
@@ -80,13 +100,3 @@ def _entry_point(config: BackboneConfig) -> Callable[..., DinoVisionTransformer]
         The model in training mode, as in the reference. Call ``.eval()`` before computing features.
     """
     return make
-
-
-dinov2_vits14 = _entry_point(BACKBONES["dinov2_vits14"])
-dinov2_vitb14 = _entry_point(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14 = _entry_point(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14 = _entry_point(BACKBONES["dinov2_vitg14"])
-dinov2_vits14_reg = _entry_point(BACKBONES["dinov2_vits14_reg"])
-dinov2_vitb14_reg = _entry_point(BACKBONES["dinov2_vitb14_reg"])
-dinov2_vitl14_reg = _entry_point(BACKBONES["dinov2_vitl14_reg"])
-dinov2_vitg14_reg = _entry_point(BACKBONES["dinov2_vitg14_reg"])

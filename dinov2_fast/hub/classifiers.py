@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.errors import UnsupportedError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 
@@ -54,21 +54,7 @@ class LinearClassifier(nn.Module):
         return self.linear_head(torch.cat([*(cls_token for _, cls_token in pairs), patches.mean(dim=1)], dim=1))
 
 
-def make_classifier(
-    config: BackboneConfig, layers: int, pretrained: bool, weights: ClassifierWeights | str, **kwargs: Any
-) -> LinearClassifier:
-    """The classifier of the entry points below."""
-    check_layers(layers)
-    choose_weights(weights, ClassifierWeights)
-    backbone = make_backbone(config, pretrained, **kwargs)
-    linear_head = nn.Linear((1 + layers) * backbone.embed_dim, CLASSES)
-    if pretrained:
-        name = "linear" if layers == 1 else f"linear{layers}"
-        fill_from_published(linear_head, "", config, name, backbone, **kwargs)
-    return LinearClassifier(backbone=backbone, linear_head=linear_head, layers=layers)
-
-
-def _entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
+def classifier_entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
     def make(
         *,
         layers: int = 4,
@@ -76,7 +62,14 @@ def _entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
         weights: ClassifierWeights | str = ClassifierWeights.IMAGENET1K,
         **kwargs: Any,
     ) -> LinearClassifier:
-        return make_classifier(config, layers, pretrained, weights, **kwargs)
+        check_layers(layers)
+        choose_weights(weights, ClassifierWeights)
+        backbone = make_backbone(config, pretrained, **kwargs)
+        linear_head = nn.Linear((1 + layers) * backbone.embed_dim, CLASSES)
+        if pretrained:
+            name = "linear" if layers == 1 else f"linear{layers}"
+            fill_from_published(linear_head, "", config, name, backbone, **kwargs)
+        return LinearClassifier(backbone=backbone, linear_head=linear_head, layers=layers)
 
     registers = " with registers" if config.num_register_tokens else ""
     make.__name__ = make.__qualname__ = f"{config.name}_lc"
@@ -92,13 +85,3 @@ def _entry_point(config: BackboneConfig) -> Callable[..., LinearClassifier]:
         A `LinearClassifier` in training mode.
     """
     return make
-
-
-dinov2_vits14_lc = _entry_point(BACKBONES["dinov2_vits14"])
-dinov2_vitb14_lc = _entry_point(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14_lc = _entry_point(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14_lc = _entry_point(BACKBONES["dinov2_vitg14"])
-dinov2_vits14_reg_lc = _entry_point(BACKBONES["dinov2_vits14_reg"])
-dinov2_vitb14_reg_lc = _entry_point(BACKBONES["dinov2_vitb14_reg"])
-dinov2_vitl14_reg_lc = _entry_point(BACKBONES["dinov2_vitl14_reg"])
-dinov2_vitg14_reg_lc = _entry_point(BACKBONES["dinov2_vitg14_reg"])

@@ -26,10 +26,8 @@ class LinearDepthHead(nn.Module):
     arXiv:2011.14141.
 
     Args:
-        embed_dim: channels of a token.
-        layers: number of blocks whose tokens it takes.
+        embed_dim, layers: channels of a token, and number of blocks whose tokens it takes.
         min_depth, max_depth: in metres.
-        n_bins: number of depths.
         upsample: rows and columns of the depth map per row and column of patches.
     """
 
@@ -57,12 +55,7 @@ class LinearDepthHead(nn.Module):
 class DPTHead(nn.Module):
     """The decoder of a dense prediction transformer: maps of four blocks at four scales, fused from coarse to fine.
 
-    Source: Ranftl et al., Vision Transformers for Dense Prediction, arXiv:2103.13413.
-
-    Args:
-        embed_dim: channels of a token.
-        min_depth, max_depth: in metres.
-        channels: channels of the fused maps.
+    `min_depth` is added to the depth, in metres. Source: Ranftl et al., arXiv:2103.13413.
     """
 
     def __init__(self, embed_dim: int, min_depth: float, max_depth: float, channels: int = 256) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
@@ -101,46 +101,6 @@ class DepthEstimator(EncoderDecoder):
         return slide(self.encode_decode, img, crop_size, stride)
 
 
-def make_linear_depther(
-    config: BackboneConfig,
-    layers: int,
-    pretrained: bool,
-    weights: DepthWeights | str,
-    depth_range: tuple[float, float] | None = None,
-    **kwargs: Any,
-) -> DepthEstimator:
-    """The depth estimator of the entry points ``…_ld``."""
-    check_layers(layers)
-    name = choose_weights(weights, DepthWeights).value.lower()
-    backbone = make_backbone(config, pretrained, **kwargs)
-    # The reference uses this range for both data sets.
-    head = LinearDepthHead(backbone.embed_dim, layers, *(depth_range or (0.001, 80.0)))
-    if pretrained:
-        published = f"{name}_linear" if layers == 1 else f"{name}_linear{layers}"
-        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
-    out_index = FOUR_BLOCKS[config.depth] if layers == 4 else (config.depth - 1,)
-    return DepthEstimator(backbone, head, out_index)
-
-
-def make_dpt_depther(
-    config: BackboneConfig,
-    pretrained: bool,
-    weights: DepthWeights | str,
-    depth_range: tuple[float, float] | None = None,
-    **kwargs: Any,
-) -> DepthEstimator:
-    """The depth estimator of the entry points ``…_dd``."""
-    dataset = choose_weights(weights, DepthWeights)
-    if depth_range is None:
-        depth_range = (0.001, 80.0) if pretrained and dataset is DepthWeights.KITTI else (0.001, 10.0)
-    backbone = make_backbone(config, pretrained, **kwargs)
-    head = DPTHead(backbone.embed_dim, *depth_range)
-    if pretrained:
-        published = f"{dataset.value.lower()}_dpt"
-        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
-    return DepthEstimator(backbone, head, FOUR_BLOCKS[config.depth])
-
-
 _ARGUMENTS = """pretrained: load the published weights of the backbone and the head; otherwise initialise at random.
         weights: the data set that the head was trained on, "NYU" or "KITTI".
         **kwargs: `depth_range`, the smallest and largest depth in metres; others as for the backbone's entry point.
@@ -149,11 +109,20 @@ _ARGUMENTS = """pretrained: load the published weights of the backbone and the h
         A `DepthEstimator` in training mode."""
 
 
-def _linear(config: BackboneConfig) -> Callable[..., DepthEstimator]:
+def linear_depther_entry_point(config: BackboneConfig) -> Callable[..., DepthEstimator]:
     def make(
         *, layers: int = 4, pretrained: bool = True, weights: DepthWeights | str = DepthWeights.NYU, **kwargs: Any
     ) -> DepthEstimator:
-        return make_linear_depther(config, layers, pretrained, weights, **kwargs)
+        check_layers(layers)
+        name = choose_weights(weights, DepthWeights).value.lower()
+        depth_range = kwargs.pop("depth_range", None) or (0.001, 80.0)  # the reference's, for both data sets
+        backbone = make_backbone(config, pretrained, **kwargs)
+        head = LinearDepthHead(backbone.embed_dim, layers, *depth_range)
+        if pretrained:
+            published = f"{name}_linear" if layers == 1 else f"{name}_linear{layers}"
+            fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+        out_index = FOUR_BLOCKS[config.depth] if layers == 4 else (config.depth - 1,)
+        return DepthEstimator(backbone, head, out_index)
 
     make.__name__ = make.__qualname__ = f"{config.name}_ld"
     make.__doc__ = f"""Linear depth estimator on a DINOv2 ViT-{config.name[10]}/14.
@@ -168,11 +137,19 @@ def _linear(config: BackboneConfig) -> Callable[..., DepthEstimator]:
     return make
 
 
-def _dpt(config: BackboneConfig) -> Callable[..., DepthEstimator]:
+def dpt_depther_entry_point(config: BackboneConfig) -> Callable[..., DepthEstimator]:
     def make(
         *, pretrained: bool = True, weights: DepthWeights | str = DepthWeights.NYU, **kwargs: Any
     ) -> DepthEstimator:
-        return make_dpt_depther(config, pretrained, weights, **kwargs)
+        dataset = choose_weights(weights, DepthWeights)
+        max_depth = 80.0 if pretrained and dataset is DepthWeights.KITTI else 10.0
+        depth_range = kwargs.pop("depth_range", None) or (0.001, max_depth)
+        backbone = make_backbone(config, pretrained, **kwargs)
+        head = DPTHead(backbone.embed_dim, *depth_range)
+        if pretrained:
+            published = f"{dataset.value.lower()}_dpt"
+            fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+        return DepthEstimator(backbone, head, FOUR_BLOCKS[config.depth])
 
     make.__name__ = make.__qualname__ = f"{config.name}_dd"
     make.__doc__ = f"""DPT depth estimator on a DINOv2 ViT-{config.name[10]}/14.
@@ -181,13 +158,3 @@ def _dpt(config: BackboneConfig) -> Callable[..., DepthEstimator]:
         {_ARGUMENTS}
     """
     return make
-
-
-dinov2_vits14_ld = _linear(BACKBONES["dinov2_vits14"])
-dinov2_vitb14_ld = _linear(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14_ld = _linear(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14_ld = _linear(BACKBONES["dinov2_vitg14"])
-dinov2_vits14_dd = _dpt(BACKBONES["dinov2_vits14"])
-dinov2_vitb14_dd = _dpt(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14_dd = _dpt(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14_dd = _dpt(BACKBONES["dinov2_vitg14"])

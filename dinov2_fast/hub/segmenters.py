@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.hub.backbones import choose_weights, fill_from_published, make_backbone
 from dinov2_fast.hub.classifiers import check_layers
@@ -125,23 +125,7 @@ def _rescale(logits: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Te
     return resize(logits[:, :, :height, :width], img_meta[0]["ori_shape"][:2])
 
 
-def make_segmenter(
-    config: BackboneConfig, layers: int, pretrained: bool, weights: SegmenterWeights | str, **kwargs: Any
-) -> Segmenter:
-    """The segmenter of the entry points below."""
-    check_layers(layers)
-    dataset = choose_weights(weights, SegmenterWeights).value
-    backbone = make_backbone(config, pretrained, **kwargs)
-    head = LinearSegmentationHead(backbone.embed_dim, layers, CLASSES[dataset])
-    if pretrained:
-        published = f"{dataset.lower()}_{_FILES[layers]}"
-        fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
-    side, stride = _WINDOWS[layers]
-    out_index = range(config.depth - layers, config.depth)
-    return Segmenter(backbone, head, out_index, (side, side), (stride, stride))
-
-
-def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
+def segmenter_entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
     def make(
         *,
         layers: int = 1,
@@ -149,7 +133,16 @@ def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
         weights: SegmenterWeights | str = SegmenterWeights.ADE20K,
         **kwargs: Any,
     ) -> Segmenter:
-        return make_segmenter(config, layers, pretrained, weights, **kwargs)
+        check_layers(layers)
+        dataset = choose_weights(weights, SegmenterWeights).value
+        backbone = make_backbone(config, pretrained, **kwargs)
+        head = LinearSegmentationHead(backbone.embed_dim, layers, CLASSES[dataset])
+        if pretrained:
+            published = f"{dataset.lower()}_{_FILES[layers]}"
+            fill_from_published(head, "decode_head.", config, published, backbone, **kwargs)
+        side, stride = _WINDOWS[layers]
+        out_index = range(config.depth - layers, config.depth)
+        return Segmenter(backbone, head, out_index, (side, side), (stride, stride))
 
     make.__name__ = make.__qualname__ = f"{config.name}_ls"
     make.__doc__ = f"""Linear segmenter on a DINOv2 ViT-{config.name[10]}/14.
@@ -164,9 +157,3 @@ def _entry_point(config: BackboneConfig) -> Callable[..., Segmenter]:
         A `Segmenter` in training mode.
     """
     return make
-
-
-dinov2_vits14_ls = _entry_point(BACKBONES["dinov2_vits14"])
-dinov2_vitb14_ls = _entry_point(BACKBONES["dinov2_vitb14"])
-dinov2_vitl14_ls = _entry_point(BACKBONES["dinov2_vitl14"])
-dinov2_vitg14_ls = _entry_point(BACKBONES["dinov2_vitg14"])

@@ -88,11 +88,7 @@ _RULES = {
 
 
 def check_fields(fields: Mapping[str, Any], kind: type) -> None:
-    """Checks the fields of a configuration of the class `kind`.
-
-    Raises:
-        ValueError: a field has a value that is not allowed, or the name of a method; the message says which.
-    """
+    """Raises `ValueError` if a field of a configuration of the class `kind` has a wrong value or a method's name."""
     for name, value in fields.items():
         rule = _RULES.get(name)
         if rule is not None and not rule.fits(value):

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
+from dinov2_fast.errors import InvalidTypeError, InvalidValueError
 from dinov2_fast.huggingface.config_fields import check_fields
+from dinov2_fast.layers import to_pair
 from dinov2_fast.position_embeddings import position_interpolation
 from dinov2_fast.weights.load import as_dtype
-from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config
+from dinov2_fast.weights.sources import CONFIG_NAME, SourceOptions, find_config, read_config
 
 Size = int | Sequence[int]
 
@@ -205,7 +206,7 @@ class Dinov2Config:
             )
         resample = position_interpolation(self.position_interpolation or self.default_position_interpolation)
         return {
-            "img_size": _pair(self.image_size),
+            "img_size": to_pair(self.image_size),
             "patch_size": _square(self.patch_size),
             "in_chans": self.num_channels,
             "embed_dim": self.hidden_size,
@@ -290,10 +291,7 @@ class Dinov2Config:
         """The configuration in a folder, a ``config.json``, or a hub repository; `overrides` replace fields.
 
         Args:
-            pretrained_model_name_or_path: the folder, file or repository.
-            revision: branch, tag or commit on the hub.
-            cache_dir: the folder in which files of the hub are kept.
-            token: the access token for the hub.
+            revision, cache_dir, token: for the hub: branch, tag or commit; where files are kept; the access token.
             local_files_only: do not use the network.
             subfolder: of the folder or repository.
             trust_remote_code: accepted as in transformers. No code is ever loaded.
@@ -305,12 +303,7 @@ class Dinov2Config:
         path = find_config(
             str(pretrained_model_name_or_path), SourceOptions(revision, local_files_only, cache_dir, token, subfolder)
         )
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} is not JSON ({error}).") from error
-        if not isinstance(fields, dict):
-            raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
+        fields = read_config(path)
         try:
             return cls.from_dict(fields, **overrides)
         except (ValueError, TypeError) as error:
@@ -352,13 +345,8 @@ class Dinov2WithRegistersConfig(Dinov2Config):
         return fields
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
 def _square(size: Size) -> int:
-    height, width = _pair(size)
+    height, width = to_pair(size)
     if height != width:
         raise InvalidValueError(f"Patches must be square, got patch_size {size}.")
     return height

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ class PreTrainedModel(ToolMethods):
             device: of the parameters. `device_map` with one device, or "auto", is the same.
             local_files_only: do not use the network.
             ignore_mismatched_sizes: initialise a classification head that has another number of labels than the
-                weights, and adapt filters to another number of channels (`dinov2_fast.weights.channels`).
+                weights, and adapt filters to another number of channels (`dinov2_fast.weights.load.adapt_filters`).
             output_loading_info: return a pair: the model, and a dictionary of the keys that were missing, unexpected or
                 of another shape.
             **kwargs: fields of the config to override (``num_labels=10``, ``out_indices=[2, 5]``, …).
@@ -108,8 +108,6 @@ class PreTrainedModel(ToolMethods):
         with torch.device("meta"):
             model = cls(config)
         head = _head_shapes(state_dict)
-        if ignore_mismatched_sizes:
-            state_dict = _without_misfit_head(state_dict, model)
         allowed_unexpected = (HEAD,) if config.use_mask_token else (HEAD, "mask_token")
         missing = fill(
             model,
@@ -117,6 +115,7 @@ class PreTrainedModel(ToolMethods):
             device=device,
             dtype=wanted,
             allowed_missing=(HEAD,),
+            allowed_misshapen=(HEAD,) if ignore_mismatched_sizes else (),
             allowed_unexpected=allowed_unexpected,
             adapt_channels=ignore_mismatched_sizes,
         )
@@ -225,14 +224,10 @@ class PreTrainedModel(ToolMethods):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _position_interpolation_to_save(self) -> str | None:
-        position_interpolation = self.base_model.position_interpolation
-        if position_interpolation == "custom":
+        name = self.base_model.position_interpolation
+        if name == "custom":
             logger.warning("config.json cannot hold this model's way of resampling positions; the default is saved.")
-        return (
-            None
-            if position_interpolation in ("custom", self.config.default_position_interpolation)
-            else position_interpolation
-        )
+        return None if name in ("custom", self.config.default_position_interpolation) else name
 
     def initialise_head(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Gives a classification head that no checkpoint filled its initial values."""
@@ -268,31 +263,6 @@ def _refuse_unknown(kwargs: Mapping[str, Any], config: Dinov2Config | None) -> N
         f"{', '.join(unknown)} is no argument of from_pretrained and no field of {type(config).__name__}. Remove it, "
         "or check the spelling."
     )
-
-
-class _Without(Mapping[str, Tensor]):
-    """A state dict without some of its keys. A tensor is read from the source when it is accessed."""
-
-    def __init__(self, source: Mapping[str, Tensor], left_out: set[str]) -> None:
-        self._source = source
-        self._keys = [key for key in source if key not in left_out]
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._source[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def _without_misfit_head(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """`state_dict` without its classification head if the model has another number of labels."""
-    own = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(HEAD)}
-    theirs = {key: plain_key(key) for key in state_dict if plain_key(key).startswith(HEAD)}
-    misfit = any(plain in own and state_dict[key].shape != own[plain] for key, plain in theirs.items())
-    return _Without(state_dict, set(theirs)) if misfit else state_dict
 
 
 def _device(device: Any) -> Any:

@@ -12,7 +12,6 @@ from torch import nn
 from dinov2_fast.base_module import Dinov2Module
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.huggingface.configuration import Dinov2Config
-from dinov2_fast.model import DinoVisionTransformer
 
 
 class ToolMethods(Dinov2Module):
@@ -61,11 +60,11 @@ class ToolMethods(Dinov2Module):
         """
         if every_n_layers != 1 or offload:
             raise InvalidValueError("Every block is checkpointed, on its device: leave out every_n_layers and offload.")
-        self._set_checkpointing(True)
+        self.base_model.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps activations again."""
-        self._set_checkpointing(False)
+        self.base_model.set_grad_checkpointing(False)
 
     def activation_checkpointing_enable(
         self,
@@ -82,12 +81,7 @@ class ToolMethods(Dinov2Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(isinstance(m, DinoVisionTransformer) and m.grad_checkpointing for m in self.modules())
-
-    def _set_checkpointing(self, enable: bool) -> None:
-        for module in self.modules():
-            if isinstance(module, DinoVisionTransformer):
-                module.set_grad_checkpointing(enable)
+        return self.base_model.grad_checkpointing
 
     def _checkpoint_as_configured(self) -> None:
         """Applies ``config.gradient_checkpointing`` and, as in transformers, removes it from the config."""
@@ -96,7 +90,7 @@ class ToolMethods(Dinov2Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
-        return next(m.patch_embed for m in self.modules() if isinstance(m, DinoVisionTransformer))
+        return self.base_model.patch_embed
 
     def get_output_embeddings(self) -> None:
         """None: no output layer shares weights with the embedding."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import layouts
 from dinov2_fast.errors import WeightsError
+from dinov2_fast.weights.sources import read_config
 
 HEAD_DIM = 64  # channels of an attention head in every published DINOv2
 MAX_BLOCKS = 1000
@@ -50,7 +50,7 @@ def read_architecture(
     embed_dim, in_chans, patch_size, _ = _shape(plan, "patch_embed.proj.weight")
     registers = _shape(plan, "register_tokens")[1] if "register_tokens" in plan.recipes else 0
     ffn_layer, mlp_ratio, ffn_bias = _read_ffn(plan, embed_dim)
-    fields = _read_config(config)
+    fields = {} if config is None else read_config(config)
     return {
         "img_size": _img_size(_shape(plan, "pos_embed")[1] - 1, patch_size, img_size or fields.get("image_size")),
         "patch_size": patch_size,
@@ -146,18 +146,6 @@ def _ratio(hidden: int, embed_dim: int) -> float:
     return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _read_config(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{config} is no model configuration ({error}).") from error
-    if not isinstance(fields, dict):
-        raise WeightsError(f"{config} is no model configuration: it holds a {type(fields).__name__}.")
-    return fields
-
-
 def plan_weights(state_dict: Mapping[str, Any]) -> layouts.ConversionPlan:
     """`layouts.plan_conversion` of a checkpoint. Every error becomes a `WeightsError`."""
     try:
@@ -167,11 +155,7 @@ def plan_weights(state_dict: Mapping[str, Any]) -> layouts.ConversionPlan:
 
 
 def read_tensor(plan: layouts.ConversionPlan, key: str) -> Tensor:
-    """The model's own tensor `key`.
-
-    Raises:
-        WeightsError: it cannot be read or assembled, or is no floating-point tensor.
-    """
+    """The model's own tensor `key`, of a floating-point dtype. Every error becomes a `WeightsError`."""
     try:
         tensor = plan.read(key)
     except WeightsError:

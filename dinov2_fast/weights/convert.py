@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.layouts import (
-    BLOCK_NAMES,
-    BLOCK_PREFIX,
-    LAYOUTS,
-    TOP_NAMES,
-    plan_conversion,
-    some_keys,
-    split_ending,
-)
+from dinov2_fast.layouts import BLOCK_NAMES, BLOCK_PREFIX, LAYOUTS, TOP_NAMES, plan_conversion, some_keys, split_ending
 
 
 @torch.no_grad()

@@ -113,11 +113,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files named in the index of a sharded checkpoint. They need not exist.
-
-    Raises:
-        WeightsError: `index` is no index, or it names anything but checkpoint files in its own folder.
-    """
+    """The files named in the index of a sharded checkpoint: only checkpoints in its own folder. They need not exist."""
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

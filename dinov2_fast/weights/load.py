@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from dinov2_fast import layouts
 from dinov2_fast.configs import BACKBONES, backbone
 from dinov2_fast.errors import InvalidValueError, WeightsError
-from dinov2_fast.logs import logger
+from dinov2_fast.logs import log_once, logger
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.weights.architecture import plan_weights, read_architecture, read_tensor
-from dinov2_fast.weights.channels import adapt_filters
 from dinov2_fast.weights.files import SafetensorsFiles, open_weights
 from dinov2_fast.weights.sources import Checkpoint, SourceOptions, find_backbone, find_checkpoint
 
@@ -57,7 +56,7 @@ def load(
         revision: of the hub repository.
         local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
-            another number of `in_chans` the filters are adapted (`dinov2_fast.weights.channels`). `img_size` gives the
+            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the
             image size that the position table is for; it is needed only if the table is not square.
 
     Raises:
@@ -66,10 +65,11 @@ def load(
             `weights` is given together with ``pretrained=False``.
     """
     name = str(name_or_path)
-    source = _random_source(weights, pretrained, seed)
-    if source is not None:
+    random_seed = _random_seed(weights, pretrained, seed)
+    if random_seed is not None:
+        source = f"random:{random_seed}"
         arguments = backbone(name).constructor_arguments()
-        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), _seed(source))
+        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), random_seed)
     else:
         checkpoint = _find(name, weights, revision, local_files_only)
         source = str(checkpoint.weights)
@@ -92,11 +92,7 @@ def load(
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype that `dtype` is or names ("bfloat16", "torch.bfloat16"); None for None.
-
-    Raises:
-        ValueError: there is no such dtype.
-    """
+    """The dtype that `dtype` is or names ("bfloat16", "torch.bfloat16"); None for None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     named = getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -129,25 +125,23 @@ def fill(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     allowed_missing: tuple[str, ...] = (),
+    allowed_misshapen: tuple[str, ...] = (),
     allowed_unexpected: tuple[str, ...] = (),
     adapt_channels: bool = False,
 ) -> list[str]:
     """Gives a model on the meta device its parameters, one at a time, from weights in any layout.
 
     Args:
-        model: built on the meta device.
-        state_dict: weights in any layout. A plain dictionary is emptied meanwhile, to save memory.
+        state_dict: the weights. A plain dictionary is emptied meanwhile, to save memory.
         device, dtype: of the parameters; by default the CPU and the dtype of the weights.
         allowed_missing: prefixes of the model's keys that the weights may lack.
+        allowed_misshapen: prefixes of the model's keys that count as missing if the weights have another shape.
         allowed_unexpected: prefixes of other keys that the weights may have. The parts of a larger model outside its
             backbone are always allowed.
         adapt_channels: allow weights for another number of channels (`adapt_filters`).
 
     Returns:
-        The missing keys, whose parameters are still on the meta device.
-
-    Raises:
-        WeightsError: the weights do not fit.
+        The missing keys, whose parameters are still on the meta device. Other misfits are a `WeightsError`.
     """
     plan = plan_weights(state_dict)
     own = {layouts.plain_key(key): (key, tensor) for key, tensor in model.state_dict().items()}
@@ -168,6 +162,8 @@ def fill(
             # A mapping other than a dictionary may return tensors mapped from a file; joined tensors are new.
             is_borrowed = not isinstance(plan.source, dict) and len(plan.recipes[plain].keys) == 1
             _set_parameter(model, key, tensor, device, dtype, is_borrowed)
+        elif plain.startswith(allowed_misshapen):
+            missing.append(key)
         else:
             misshapen.append(f"{key} {tuple(tensor.shape)} where the model has {tuple(like.shape)}")
         if isinstance(plan.source, dict):
@@ -178,6 +174,26 @@ def fill(
     if isinstance(plan.source, SafetensorsFiles):
         plan.source.check_unchanged()
     return missing
+
+
+def adapt_filters(filters: Tensor, in_chans: int) -> Tensor:
+    """The filters (hidden, channels, height, width) of a patch embedding for `in_chans` channels, as timm adapts them.
+
+    For one channel the filters are summed, so a gray image gives the same result as three equal channels. For other
+    numbers they are repeated in turn and scaled, so that images of equal channels give the same result as before. It is
+    computed in float32, and a warning is logged once. For the same number of channels `filters` itself is returned.
+    """
+    if filters.ndim != 4 or filters.shape[1] in (0, in_chans):
+        return filters
+    channels = filters.shape[1]
+    if in_chans == 1:
+        adapted, how = filters.float().sum(dim=1, keepdim=True), "summed"
+    else:
+        repeats = -(-in_chans // channels)
+        adapted = filters.float().repeat(1, repeats, 1, 1)[:, :in_chans] * (channels / in_chans)
+        how = f"repeated in turn and scaled by {channels}/{in_chans}"
+    log_once(f"The filters for {channels} channels are {how} for images of {in_chans}.")
+    return adapted.to(filters.dtype)
 
 
 def _set_parameter(
@@ -234,18 +250,15 @@ class RandomWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def _random_source(weights: str | Path | None, pretrained: bool, seed: int) -> str | None:
-    """The random weights that the caller asks for, as "random:SEED"; None if the weights are not random."""
-    if pretrained:
-        if seed:
-            raise InvalidValueError(f"seed={seed} is for random weights: give pretrained=False with it.")
-        return str(weights) if str(weights).startswith("random:") else None
-    if weights is not None:
+def _random_seed(weights: str | Path | None, pretrained: bool, seed: int) -> int | None:
+    """The seed of the random weights that the caller asks for; None if the weights are not random."""
+    if not pretrained and weights is not None:
         raise InvalidValueError(f"weights={str(weights)!r} and pretrained=False exclude each other: give one of them.")
-    return f"random:{seed}"
-
-
-def _seed(source: str) -> int:
+    if pretrained and seed:
+        raise InvalidValueError(f"seed={seed} is for random weights: give pretrained=False with it.")
+    source = str(weights) if pretrained else f"random:{seed}"
+    if not source.startswith("random:"):
+        return None
     text = source.removeprefix("random:")
     if not text.isdecimal() or int(text) >= 1 << 31:
         raise InvalidValueError(

@@ -1,6 +1,6 @@
 """Finding weights: in a file, a folder, a cache, on the Hugging Face hub or the official server.
 
-The network is used only if the weights are in no cache.
+The network is used only if the weights are in no cache. What cannot be found or read is a `WeightsError`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -29,12 +30,7 @@ from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
 from dinov2_fast.weights.save import part_of
 
 # The usual names of weights in a folder or a hub repository, best first.
-FILE_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+FILE_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of checkpoints with other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -60,10 +56,6 @@ class SourceOptions(NamedTuple):
             return FILE_NAMES
         return (f"model.{self.variant}.safetensors", f"pytorch_model.{self.variant}.bin")
 
-    def in_repository(self, name: str) -> str:
-        """The path of the file `name` in the repository."""
-        return f"{self.subfolder}/{name}" if self.subfolder else name
-
 
 _DEFAULT_OPTIONS = SourceOptions()
 
@@ -75,13 +67,8 @@ class Checkpoint(NamedTuple):
     config: Path | None
 
 
-def cached(backbone: BackboneConfig) -> Path | None:
-    """The checkpoint of a backbone in the cache folder or in torch.hub's, None if there is none."""
-    return find_cached(backbone.file_stem)
-
-
 def find_cached(stem: str) -> Path | None:
-    """The file `stem`, with any ending of a checkpoint, in the cache folder or in torch.hub's."""
+    """The file `stem`, with any ending of a checkpoint, in the cache folder or torch.hub's; None if there is none."""
     names = [stem + ending for ending in SAFETENSORS + TORCH]
     folders = [cache_dir(), Path(torch.hub.get_dir()) / "checkpoints"]
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
@@ -90,12 +77,12 @@ def find_cached(stem: str) -> Path | None:
 def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> Checkpoint:
     """The weights of one of the eight backbones, from a cache, the hub or the official server.
 
-    Raises:
-        WeightsError: they are not on this machine and could not be downloaded; says which file to put where.
+    If all fail, the `WeightsError` says which file to put where.
     """
-    path = cached(backbone)
-    if path is not None:
-        return Checkpoint(path, None)
+    found = find_cached(backbone.file_stem)
+    if found is not None:
+        return Checkpoint(found, None)
+    path = cache_dir() / f"{backbone.file_stem}.pth"
     tried = [f"no {backbone.file_stem}.safetensors or .pth in {cache_dir()}"]
     try:
         return find_on_hub(backbone.huggingface_id, SourceOptions(local_files_only=local_files_only))
@@ -103,23 +90,37 @@ def find_backbone(backbone: BackboneConfig, local_files_only: bool = False) -> C
         tried.append(str(error))
     if not local_files_only:
         try:
-            return Checkpoint(download(backbone.url, cache_dir() / f"{backbone.file_stem}.pth"), None)
+            return Checkpoint(download(backbone.url, path), None)
         except WeightsError as error:
             tried.append(str(error))
     raise WeightsError(
         f"The weights of {backbone.name} are not on this machine and could not be downloaded:\n  - "
         + "\n  - ".join(tried)
-        + f"\nDownload {backbone.url} on a machine with a network and put it at "
-        f"{cache_dir() / (backbone.file_stem + '.pth')} (DINOV2_FAST_CACHE sets the folder), or give a file."
+        + f"\nDownload {backbone.url} on a machine with a network and put it at {path} (DINOV2_FAST_CACHE sets the "
+        "folder), or give a file."
     )
 
 
-def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
-    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint.
+def find_head(backbone: BackboneConfig, head: str, local_files_only: bool = False) -> Path:
+    """The file of a published head ("linear4", "nyu_dpt", "ade20k_linear", …), from a cache or the official server."""
+    stem, url = backbone.head_stem(head), backbone.head_url(head)
+    found = find_cached(stem)
+    if found is not None:
+        return found
+    path = cache_dir() / f"{stem}.pth"
+    try:
+        if local_files_only:
+            raise WeightsError("local_files_only is set")
+        return download(url, path)
+    except WeightsError as error:
+        raise WeightsError(
+            f"The head {stem} is not on this machine and could not be downloaded ({error}).\nDownload {url} on a "
+            f"machine with a network and put it at {path} (DINOV2_FAST_CACHE sets the folder)."
+        ) from error
 
-    Raises:
-        WeightsError: there is no such folder, no checkpoint in it, or several and none with a usual name.
-    """
+
+def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
+    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint."""
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}; check subfolder.")
     config = folder / CONFIG_NAME
@@ -134,11 +135,7 @@ def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
 
 
 def find_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
-    """The weights and config of a Hugging Face hub repository, from its cache if possible.
-
-    Raises:
-        WeightsError: the repository has no weights, or there is no network.
-    """
+    """The weights and config of a Hugging Face hub repository, from its cache if possible."""
     return _from_hub(_checkpoint_on_hub, repository, options)
 
 
@@ -162,23 +159,19 @@ def _checkpoint_on_hub(repository: str, options: SourceOptions) -> Checkpoint:
     names = options.weights_names()
     for name in names:
         try:
-            weights = _hub_file(repository, name, options)
+            weights = _hub_file(name, repository, options)
         except _HubMissError as error:
             if error.final or name == names[-1]:
                 raise
             continue
         if name.endswith(INDEX_ENDING):
             for shard in shards(weights):
-                _hub_file(repository, shard.name, options)
+                _hub_file(shard.name, repository, options)
         try:
-            return Checkpoint(weights, _hub_file(repository, CONFIG_NAME, options))
+            return Checkpoint(weights, _hub_file(CONFIG_NAME, repository, options))
         except _HubMissError:
             return Checkpoint(weights, None)  # sizes are then read from the tensors
     raise AssertionError(names)
-
-
-def _file_on_hub(name: str, repository: str, options: SourceOptions) -> Path:
-    return _hub_file(repository, name, options)
 
 
 def _hub_answers() -> bool:
@@ -205,11 +198,11 @@ class _HubMissError(Exception):
         self.final = final
 
 
-def _hub_file(repository: str, name: str, options: SourceOptions) -> Path:
+def _hub_file(name: str, repository: str, options: SourceOptions) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    path = options.in_repository(name)
+    path = f"{options.subfolder}/{name}" if options.subfolder else name
     where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     try:
         if options.local_files_only:  # hf_hub_download sends a request even with local_files_only=True
@@ -232,11 +225,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Checkpoint:
-    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id.
-
-    Raises:
-        WeightsError: `name` is none of these, or the weights cannot be found or downloaded.
-    """
+    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -255,11 +244,7 @@ def _refuse_empty(name: str) -> None:
 
 
 def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name: str = CONFIG_NAME) -> Path:
-    """The JSON file `name`, or the file `file_name` in a folder or hub repository `name`.
-
-    Raises:
-        WeightsError: there is no such file.
-    """
+    """The JSON file `name`, or the file `file_name` in a folder or hub repository `name`."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -267,8 +252,19 @@ def find_config(name: str, options: SourceOptions = _DEFAULT_OPTIONS, file_name:
     if path.is_file() and path.suffix == ".json":
         return path
     if not path.exists() and _HUB_ID.fullmatch(name):
-        return _from_hub(partial(_file_on_hub, file_name), name, options)
+        return _from_hub(partial(_hub_file, file_name), name, options)
     raise WeightsError(f"No {file_name} was found for {name!r}.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields of a ``config.json``."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
+    return fields
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> Path:

@@ -240,33 +240,41 @@ Make = Callable[[BackboneConfig], Any]
 
 # How each published file is asked for, with the keys that it has.
 FILES: dict[str, tuple[Make, str, Shapes]] = {
-    "linear_head": (lambda tiny: classifiers._entry_point(tiny)(layers=1), "", classifier_shapes(64, 1)),
-    "linear4_head": (lambda tiny: classifiers._entry_point(tiny)(), "", classifier_shapes(64, 4)),
-    "nyu_linear_head": (lambda tiny: depthers._linear(tiny)(layers=1), "decode_head.", linear_depth_shapes(64, 1)),
-    "nyu_linear4_head": (lambda tiny: depthers._linear(tiny)(), "decode_head.", linear_depth_shapes(64, 4)),
-    "kitti_linear4_head": (
-        lambda tiny: depthers._linear(tiny)(weights="KITTI"),
+    "linear_head": (lambda tiny: classifiers.classifier_entry_point(tiny)(layers=1), "", classifier_shapes(64, 1)),
+    "linear4_head": (lambda tiny: classifiers.classifier_entry_point(tiny)(), "", classifier_shapes(64, 4)),
+    "nyu_linear_head": (
+        lambda tiny: depthers.linear_depther_entry_point(tiny)(layers=1),
+        "decode_head.",
+        linear_depth_shapes(64, 1),
+    ),
+    "nyu_linear4_head": (
+        lambda tiny: depthers.linear_depther_entry_point(tiny)(),
         "decode_head.",
         linear_depth_shapes(64, 4),
     ),
-    "nyu_dpt_head": (lambda tiny: depthers._dpt(tiny)(), "decode_head.", dpt_shapes(64)),
+    "kitti_linear4_head": (
+        lambda tiny: depthers.linear_depther_entry_point(tiny)(weights="KITTI"),
+        "decode_head.",
+        linear_depth_shapes(64, 4),
+    ),
+    "nyu_dpt_head": (lambda tiny: depthers.dpt_depther_entry_point(tiny)(), "decode_head.", dpt_shapes(64)),
     "kitti_dpt_head": (
-        lambda tiny: depthers._dpt(tiny)(weights=depthers.DepthWeights.KITTI),
+        lambda tiny: depthers.dpt_depther_entry_point(tiny)(weights=depthers.DepthWeights.KITTI),
         "decode_head.",
         dpt_shapes(64),
     ),
     "ade20k_linear_head": (
-        lambda tiny: segmenters._entry_point(tiny)(),
+        lambda tiny: segmenters.segmenter_entry_point(tiny)(),
         "decode_head.",
         segmentation_shapes(64, 1, 150),
     ),
     "ade20k_ms_head": (
-        lambda tiny: segmenters._entry_point(tiny)(layers=4),
+        lambda tiny: segmenters.segmenter_entry_point(tiny)(layers=4),
         "decode_head.",
         segmentation_shapes(64, 4, 150),
     ),
     "voc2012_linear_head": (
-        lambda tiny: segmenters._entry_point(tiny)(weights="VOC2012"),
+        lambda tiny: segmenters.segmenter_entry_point(tiny)(weights="VOC2012"),
         "decode_head.",
         segmentation_shapes(64, 1, 21),
     ),
@@ -312,7 +320,7 @@ def test_a_file_without_the_count_of_batches_is_loaded(tiny: BackboneConfig, fol
 
 def test_the_head_has_the_device_and_dtype_of_its_backbone(tiny: BackboneConfig, folders: WeightFolders) -> None:
     write(published_head("linear4_head"), folders.cache / "dinov2_vitt14_linear4_head.safetensors")
-    model = classifiers._entry_point(tiny)(dtype="bfloat16", drop_path_rate=0.5)
+    model = classifiers.classifier_entry_point(tiny)(dtype="bfloat16", drop_path_rate=0.5)
     assert model.linear_head.weight.dtype == model.backbone.cls_token.dtype == torch.bfloat16
     assert model.backbone.blocks[11].drop_path1.drop_prob == 0.5
 
@@ -324,7 +332,7 @@ def test_heads_of_backbones_with_registers_have_their_own_files(tiny: BackboneCo
         weights = dict(load(config.name, weights="random:4").state_dict())
         write(weights, folders.cache / "dinov2_vitt14_reg4_pretrain.pth")
         write(published_head("linear_head"), folders.cache / "dinov2_vitt14_reg4_linear_head.pth")
-        model = classifiers._entry_point(config)(layers=1)
+        model = classifiers.classifier_entry_point(config)(layers=1)
     finally:
         del BACKBONES["dinov2_vitt14_reg"]
     assert_same(head_of(model), published_head("linear_head"))
@@ -379,7 +387,7 @@ def test_a_short_answer_leaves_nothing_and_says_where_the_file_goes(
 def test_local_files_only_sends_no_request(tiny: BackboneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = refuse_network(monkeypatch)
     with pytest.raises(WeightsError, match="local_files_only is set"):
-        classifiers._entry_point(tiny)(local_files_only=True)
+        classifiers.classifier_entry_point(tiny)(local_files_only=True)
     assert attempts == []
 
 

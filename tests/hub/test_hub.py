@@ -102,7 +102,7 @@ def test_the_error_for_a_file_as_weights_names_load() -> None:
 
 @pytest.mark.parametrize("weights", ["LVD142M", hub.BackboneWeights.LVD142M])
 def test_published_weights_are_loaded(weights: Any, folders: WeightFolders, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry_point = hub.backbones._entry_point(tiny_backbone(monkeypatch))
+    entry_point = hub.backbone_entry_point(tiny_backbone(monkeypatch))
     assert entry_point.__name__ == TINY
     own = tiny_weights(1)
     write(own, folders.torch_hub / "dinov2_vitt14_pretrain.pth")

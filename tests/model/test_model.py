@@ -14,7 +14,7 @@ from torch import nn
 from dinov2_fast.block import Block
 from dinov2_fast.configs import BACKBONES
 from dinov2_fast.layers import GELU, Attention, LayerScale
-from dinov2_fast.model import DinoVisionTransformer
+from dinov2_fast.model import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
 from tests.helpers import golden
 from tests.helpers.golden import INPUTS, close
 from tests.helpers.small_models import SIZES, small
@@ -303,3 +303,15 @@ def test_golden_features_of_timm(name: str) -> None:
         tokens = torch.cat([features["x_norm_clstoken"][:, None], *(features[key] for key in keys)], dim=1)
         close(tokens, tensors[f"{i}.forward_features"])
         close(model(tensors[f"{i}.input"]), tensors[f"{i}.forward"])
+
+
+@pytest.mark.parametrize(("letter", "make"), [("s", vit_small), ("b", vit_base), ("l", vit_large), ("g", vit_giant2)])
+def test_the_references_factories_make_models_of_the_configurations_sizes(letter: str, make) -> None:
+    config = BACKBONES[f"dinov2_vit{letter}14_reg"]
+    with torch.device("meta"):
+        model = make(14, 4, img_size=28, block_chunks=0)
+        default = make()
+    assert (model.embed_dim, model.n_blocks, model.num_heads) == (config.embed_dim, config.depth, config.num_heads)
+    assert model.blocks[0].mlp.fc1.out_features == 4 * config.embed_dim
+    assert (model.patch_size, model.num_register_tokens, model.pos_embed.shape[1]) == (14, 4, 5)
+    assert (default.patch_size, default.num_register_tokens, default.chunked_blocks) == (16, 0, True)

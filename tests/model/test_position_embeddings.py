@@ -80,11 +80,11 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 
 def test_matrices_made_in_inference_mode_serve_training() -> None:
-    position_embeddings._CACHE.clear()
+    position_embeddings._cached_matrices.cache_clear()
     table = torch.randn(25, 8, dtype=torch.float64, requires_grad=True)  # the matrices' own dtype: they are used as is
     with torch.inference_mode():
         resample_position_embeddings(table, 3, 7, position_interpolation("antialias"))
-    assert position_embeddings._CACHE
+    assert position_embeddings._cached_matrices.cache_info().currsize == 1
     resample_position_embeddings(table, 3, 7, position_interpolation("antialias")).sum().backward()
     assert table.grad is not None
 
@@ -92,13 +92,13 @@ def test_matrices_made_in_inference_mode_serve_training() -> None:
 def test_the_cache_is_bounded_and_holds_no_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    position_embeddings._CACHE.clear()
+    position_embeddings._cached_matrices.cache_clear()
     with FakeTensorMode():
         resample_position_embeddings(torch.randn(25, 8), 3, 7, position_interpolation("size"))
-    assert not position_embeddings._CACHE
+    assert position_embeddings._cached_matrices.cache_info().currsize == 0
     for width in range(1, 300):
         resample_position_embeddings(torch.zeros(4, 1), 1, width, position_interpolation("size"))
-    assert len(position_embeddings._CACHE) <= position_embeddings._CACHE_SIZE
+    assert position_embeddings._cached_matrices.cache_info().currsize == 256
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -29,7 +29,7 @@ ORDER = (
     ("weights",),
     ("model",),
     ("attention_features", "block"),
-    ("base_module", "fused_residual"),
+    ("base_module",),
     ("layers", "layouts", "position_embeddings"),
     ("ops",),
     ("kernels",),

@@ -57,7 +57,7 @@ def test_weights_of_another_model_or_a_bad_config_are_refused(tmp_path: Path) ->
     with pytest.raises(WeightsError, match=r"not the weights of a DINOv2 backbone: cls_token, pos_embed, .* not found"):
         read_architecture({"conv1.weight": torch.ones(1)})
     config = tmp_path / "config.json"
-    for content in ("{", "[1]"):
+    for content, wrong in (("{", "is not JSON"), ("[1]", "holds a list, not the fields of a configuration")):
         config.write_text(content)
-        with pytest.raises(WeightsError, match=r"config\.json is no model configuration"):
+        with pytest.raises(WeightsError, match=rf"config\.json {wrong}"):
             read_architecture(weights, config)
