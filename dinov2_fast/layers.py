@@ -27,7 +27,7 @@ def to_pair(size: int | Sequence[int]) -> tuple[int, int]:
 @torch.fx.wrap
 @torch.fx.node.has_side_effect
 def check_is_tensor(x: object) -> None:
-    """Raises `TypeError` if `x` is no tensor."""
+    """Raises `TypeError` if `x` is not a tensor."""
     if not isinstance(x, Tensor):
         raise InvalidTypeError(
             f"The model takes a tensor (batch, channels, height, width), got {type(x).__name__}. "
@@ -38,7 +38,7 @@ def check_is_tensor(x: object) -> None:
 @torch.fx.wrap
 @torch.fx.node.has_side_effect
 def check_images(x: Tensor, in_chans: int, patch_size: tuple[int, int], stride: tuple[int, int]) -> None:
-    """Raises `ValueError` or `TypeError` if `x` is no batch of images with `in_chans` channels and whole patches."""
+    """Raises `ValueError` or `TypeError` if `x` is not a batch of images with `in_chans` channels and whole patches."""
     if x.ndim != 4:
         raise InvalidValueError(
             f"The model takes a batch of images (batch, {in_chans}, height, width), got a tensor of shape "
@@ -119,7 +119,7 @@ class PatchEmbed(nn.Module):
         self.proj.stride = steps
 
     def check(self, x: Tensor) -> None:
-        """Raises if `x` is no batch of images that this model takes."""
+        """Raises if `x` is not a batch of images that this model takes."""
         in_chans = getattr(self.proj, "in_channels", self.in_chans)  # users replace `proj` for other channels
         check_images(x, in_chans, self.patch_size, self.stride)
 

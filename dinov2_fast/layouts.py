@@ -120,7 +120,7 @@ def plan_conversion(state_dict: Mapping[str, Any]) -> ConversionPlan:
 
     Raises:
         ValueError: two keys name the same tensor, there are several backbones, or too many keys.
-        TypeError: `state_dict` is no dictionary, or its keys are not strings.
+        TypeError: `state_dict` is not a dictionary, or its keys are not strings.
     """
     source = _unwrap(state_dict)
     if len(source) > MAX_KEYS:

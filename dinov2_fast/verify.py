@@ -94,7 +94,7 @@ def verify(
         features = compare_features(_tokens_of(model), b_tokens, pixels(failures))
     except InvalidValueError as reason:
         error = reason
-    if features is not None and not features.worst <= tolerance:  # NaN is no agreement
+    if features is not None and not features.worst <= tolerance:  # NaN counts as a difference
         agreeing = _agreeing_interpolation(model, b_tokens, pixels, tolerance)
     return Verification(_description(checkpoint), description, place, weights, features, error, failures, own, agreeing)
 

@@ -44,7 +44,7 @@ def check_settings(
     batch_size: int | None,
     size: tuple[int, int] | None,
 ) -> None:
-    """Refuses what is no backbone in eval mode, and settings that do not exist or do not go together."""
+    """Refuses models other than a backbone in eval mode, and settings that do not exist or do not go together."""
     if not isinstance(model, DinoVisionTransformer):
         raise InvalidTypeError(
             f"A {type(model).__name__} cannot be exported, only a DinoVisionTransformer: load its weights with "

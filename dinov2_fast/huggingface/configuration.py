@@ -264,7 +264,7 @@ class Dinov2Config:
         """`config` itself, or this class's copy of transformers' configuration.
 
         Raises:
-            TypeError: it is no configuration, or that of another model.
+            TypeError: it is not a configuration, or is that of another model.
         """
         if getattr(config, "model_type", None) != cls.model_type or not hasattr(config, "to_dict"):
             got = f"{type(config).__module__}.{type(config).__qualname__}"

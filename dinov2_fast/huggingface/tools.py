@@ -44,7 +44,7 @@ class ToolMethods(Dinov2Module):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: this is no language model."""
+        """False: this is not a language model."""
         return False
 
     def gradient_checkpointing_enable(

@@ -213,7 +213,7 @@ def _tokens(images: Tensor, backbone: Any) -> int:
 
 
 def _argument_key(value: Any) -> str | None:
-    """The value of an argument that is no tensor; None for classes whose repr does not show the whole value."""
+    """The value of an argument that is not a tensor; None for classes whose repr does not show the whole value."""
     if type(value) in _VALUES:
         return repr(value)
     numbers = isinstance(value, list | tuple | range) and all(isinstance(part, int) for part in value)

@@ -63,6 +63,6 @@ def block_class_for(module: nn.Module) -> type[AcceleratedBlock] | None:
 
 
 def backbone_class_for(module: nn.Module) -> type[AcceleratedBackbone] | None:
-    """The class that attaches an engine to `module`; None if it is no backbone of these libraries."""
+    """The class that attaches an engine to `module`; None if it is not a backbone of these libraries."""
     path = class_path(type(module))
     return next((library.backbone for library in LIBRARIES if re.fullmatch(library.backbone_path, path)), None)

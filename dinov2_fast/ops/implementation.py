@@ -36,7 +36,7 @@ class Implementation:
         devices: the types of devices that it is made for; None for any. On other devices it is passed over without a
             warning.
         dtypes: the dtypes of the first tensor that it takes; None for any. An op on e4m3 tensors has candidates of its
-            own: the implementations that take e4m3. One that takes e4m3 alone is no candidate for other dtypes.
+            own: the implementations that take e4m3. One that takes e4m3 alone is not a candidate for other dtypes.
         forms: the forms of the op that it computes; None for all.
         has_backward: whether it can be differentiated.
         refuses_device: returns why it cannot run on a device of this machine, or None.

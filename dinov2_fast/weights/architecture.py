@@ -112,7 +112,7 @@ def _img_size(positions: int, patch_size: int, stated: Any) -> Size:
 
 
 def _patches(img_size: Any, patch_size: int) -> int:
-    """The number of patches in an image of that size; 0 if `img_size` is no size."""
+    """The number of patches in an image of that size; 0 if `img_size` is not a size."""
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         return 0
