@@ -23,7 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("dinov2_fast", "kernels", "csrc", "tests", "bench", "examples")
+SOURCES = ("dinov2_fast", "kernels", "csrc", "docs", "tests", "bench", "examples")
 PLANTED = ("kernels/configs/planted.json", "csrc/planted.cu", "csrc/planted.cuh", "dinov2_fast/ops/planted.json")
 
 CHECKS = """
