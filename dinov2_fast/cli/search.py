@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     found = search(
         args.features,
         args.queries,
-        args.k,
+        k=args.k,
         feature=args.feature,
         model=args.model,
         weights=args.weights,

@@ -44,8 +44,8 @@ class Found:
 def search(
     features: Features | str | os.PathLike[str],
     queries: Any,
-    k: int = 10,
     *,
+    k: int = 10,
     feature: str = "cls",
     model: Any = None,
     weights: str | os.PathLike[str] | None = None,

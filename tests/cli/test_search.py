@@ -113,17 +113,17 @@ def test_a_query_that_cannot_be_read_is_left_out(place: Path, capsys: pytest.Cap
 
 def test_the_library_accepts_paths_models_and_vectors(place: Path) -> None:
     query = place / "photos" / "d.png"
-    expected = dinov2_fast.search(place / "features", [query], 3)
+    expected = dinov2_fast.search(place / "features", [query], k=3)
     assert expected.paths[0][0] == str(query)
-    assert dinov2_fast.search(str(place / "features"), str(query), 3).paths == expected.paths
+    assert dinov2_fast.search(str(place / "features"), str(query), k=3).paths == expected.paths
     model = dinov2_fast.load(place / "tiny.safetensors", position_interpolation="size")
     for given in (model, dinov2_fast.optimize_for_inference(model)):
-        found = dinov2_fast.search(place / "features", [query], 3, model=given)
+        found = dinov2_fast.search(place / "features", [query], k=3, model=given)
         assert found.paths == expected.paths
         np.testing.assert_allclose(found.cosines, expected.cosines, atol=1e-5)
     features = dinov2_fast.load_features(place / "features")
     row = features.path.index(str(query))
-    assert dinov2_fast.search(features, features["cls"][row], 3).paths == expected.paths
+    assert dinov2_fast.search(features, features["cls"][row], k=3).paths == expected.paths
     for block in model.blocks:
         block.attn.num_heads = 1
     model.num_heads = 1  # which no weight shows

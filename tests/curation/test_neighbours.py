@@ -113,7 +113,7 @@ def test_a_search_compares_every_image_of_every_shard(format: str, dtype: Any, t
     features[[7, 49]] = np.nan
     features[[3, 31]] = features[20]  # equally near
     queries = np.concatenate((features[[20, 48]], random.standard_normal((1, 8)).astype(dtype)))
-    found = dinov2_fast.search(store(tmp_path / "store", features, 9, format), queries, 5)
+    found = dinov2_fast.search(store(tmp_path / "store", features, 9, format), queries, k=5)
     wide = features.astype(np.float64)
     cosines = (
         queries @ wide.T / np.linalg.norm(wide, axis=1) / np.linalg.norm(queries.astype(np.float64), axis=1)[:, None]
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_store(
     loaded = dinov2_fast.load_features(store(tmp_path / "store", features, shard_size, format))
     tracemalloc.start()
     try:
-        found = dinov2_fast.search(loaded, features[[5, 7999]], 3)
+        found = dinov2_fast.search(loaded, features[[5, 7999]], k=3)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

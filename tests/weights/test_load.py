@@ -253,12 +253,12 @@ def test_a_position_table_that_is_not_square_needs_an_image_size(tmp_path: Path)
         load(path)
     with pytest.raises(WeightsError, match="not a square grid"):
         load(path, img_size=(98, 98))
-    told = load(path, img_size=(98, 140))
+    given_size = load(path, img_size=(98, 140))
     (tmp_path / "config.json").write_text(json.dumps({"image_size": [98, 140], "num_attention_heads": 1}))
     for size in ((98, 140), (70, 56), (140, 98)):
         x = torch.randn(1, 3, *size)
         with torch.no_grad():
-            assert torch.equal(told(x), made(x))
+            assert torch.equal(given_size(x), made(x))
             assert torch.equal(load(tmp_path)(x), made(x))
 
 

@@ -54,7 +54,7 @@ for small, path, dtype in json.loads(sys.argv[2]):
 """
 
 
-def made_up(folder: Path, **sizes: int) -> dict[str, torch.Tensor]:
+def write_checkpoint(folder: Path, **sizes: int) -> dict[str, torch.Tensor]:
     """Writes weights of these sizes, as three files; in all but one, query, key and value have to be joined."""
     arguments: dict[str, Any] = {"img_size": 28, "patch_size": 14, "init_values": 1.0, "block_chunks": 0, **sizes}
     with torch.device("meta"):
@@ -71,8 +71,8 @@ def made_up(folder: Path, **sizes: int) -> dict[str, torch.Tensor]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, tuple[int, int]], int]:
     """For each case the growth at the peak and the size of the model, in bytes; and the largest tensor."""
     folder = tmp_path_factory.mktemp("memory")
-    made_up(folder / "small", embed_dim=64, depth=1, num_heads=1)
-    weights = made_up(folder, embed_dim=1280, depth=4, num_heads=20)
+    write_checkpoint(folder / "small", embed_dim=64, depth=1, num_heads=1)
+    weights = write_checkpoint(folder, embed_dim=1280, depth=4, num_heads=20)
     files = {case: case.split()[0] for case in CASES}
     jobs = [(str(folder / "small" / files[case]), str(folder / files[case]), CASES[case]) for case in CASES]
     command = [sys.executable, "-c", SCRIPT, str(folder / "small" / "teacher.pth"), json.dumps(jobs)]
