@@ -11,7 +11,7 @@ NEWEST_VERSIONS := torch==2.13.0 triton==3.7.1 transformers==5.23.0
 OLDEST := $(VENV)/oldest
 OLDEST_VERSIONS := transformers==4.57.3 tokenizers==0.22.1 huggingface_hub==0.36.2 timm==1.0.9
 # The ends of what pyproject.toml allows: the oldest and the newest Python, with the oldest and the newest torch.
-TORCH_OF_3.10 := torch==2.10.0
+TORCH_OF_3.10 := torch==2.9.1
 TORCH_OF_3.13 := torch==2.13.0
 ENDS := tests/model tests/weights tests/features tests/data tests/hub
 # Headers for the extension (setup.py names the same version); the dependencies that pip would install are not used.

@@ -190,7 +190,7 @@ def _slow_in_e4m3(device: torch.device) -> str | None:
 def _slow_on_cpu(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return None
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.10 cannot tell
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch below 2.11 cannot tell
     native = {
         torch.float32: True,
         torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"),
