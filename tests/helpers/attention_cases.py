@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from tests.helpers.devices import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 E4M3 = torch.float8_e4m3fn
 PACKED_LENGTHS = (1, 57, 1, 16, 1, 16)
 

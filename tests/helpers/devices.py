@@ -72,6 +72,7 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 BACKENDS = ["torch", pytest.param("triton", marks=[runs_triton, pytest.mark.triton])]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def has_extension() -> bool:

@@ -14,6 +14,7 @@ from tests import reference
 from tests.helpers.devices import (
     BACKENDS,
     DEVICE,
+    each_backend,
     gradients,
     opcheck,
     poisoned_memory,
@@ -22,7 +23,6 @@ from tests.helpers.devices import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_kernel = pytest.mark.parametrize("backend", BACKENDS[1:])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_kind = pytest.mark.parametrize("kind", ["gelu", "swiglu"])

@@ -15,17 +15,17 @@ from dinov2_fast import ops
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.helpers.attention_cases import (
-    DTYPES,
     STRIDES,
     assert_gradient_obeys_the_rule,
+    each_dtype,
     exact_gradient,
     plain_attention,
     plain_scores,
     random_qkv,
 )
 from tests.helpers.devices import (
-    BACKENDS,
     DEVICE,
+    each_backend,
     fakes_cuda,
     gradients,
     opcheck,
@@ -36,8 +36,6 @@ from tests.helpers.devices import (
 
 # One key; tails of each width, with and without whole tiles; no tail; one to three tiles of queries of either size.
 SEQ_LENS = [1, 16, 17, 63, 64, 65, 127, 128, 129, 257, 261]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.mark.parametrize("seq_len", SEQ_LENS)

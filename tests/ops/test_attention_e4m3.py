@@ -12,11 +12,11 @@ from dinov2_fast.ops import _backends
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
 from tests.helpers.attention_cases import (
-    DTYPES,
     E4M3,
     PACKED_LENGTHS,
     STRIDES,
     assert_one_step,
+    each_dtype,
     each_sequence,
     plain_attention,
     qkv_of_all_sizes,
@@ -24,14 +24,11 @@ from tests.helpers.attention_cases import (
     random_qkv,
 )
 from tests.helpers.devices import (
-    BACKENDS,
+    each_backend,
     fakes_cuda,
     poisoned_memory,
     runs_triton,
 )
-
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.mark.parametrize(("seq_len", "head_dim"), [(1, 64), (50, 32), (65, 128), (257, 64)])

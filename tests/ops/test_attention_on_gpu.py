@@ -8,15 +8,13 @@ from torch import Tensor
 
 from dinov2_fast import ops
 from tests.helpers.attention_cases import (
-    DTYPES,
+    each_dtype,
     random_qkv,
 )
 from tests.helpers.devices import (
     gradients,
     on_gpu,
 )
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @on_gpu

@@ -15,11 +15,19 @@ from dinov2_fast.inference.block import cls_attention
 from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, fakes_cuda, on_gpu, opcheck, poisoned_memory, random, runs_triton
+from tests.helpers.devices import (
+    DEVICE,
+    each_backend,
+    fakes_cuda,
+    on_gpu,
+    opcheck,
+    poisoned_memory,
+    random,
+    runs_triton,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 EPS = 1e-6
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

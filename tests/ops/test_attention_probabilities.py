@@ -9,21 +9,17 @@ from torch import Tensor
 from dinov2_fast import ops
 from tests import reference
 from tests.helpers.attention_cases import (
-    DTYPES,
+    each_dtype,
     exact_gradient,
     random_qkv,
 )
 from tests.helpers.devices import (
-    BACKENDS,
+    each_backend,
     gradients,
     poisoned_memory,
     random,
     runs_triton,
 )
-
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
 
 ROWS = [slice(None), slice(0, 1), slice(2, 5), slice(-3, None), slice(1, 70, 3)]
 

@@ -10,24 +10,21 @@ from dinov2_fast import ops
 from dinov2_fast.ops import _attention_peers
 from tests import reference
 from tests.helpers.attention_cases import (
-    DTYPES,
     PACKED_LENGTHS,
     assert_gradient_obeys_the_rule,
+    each_dtype,
     each_sequence,
     exact_gradient,
     plain_attention,
     random_qkv,
 )
 from tests.helpers.devices import (
-    BACKENDS,
     DEVICE,
+    each_backend,
     gradients,
     poisoned_memory,
     random,
 )
-
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @pytest.mark.parametrize("seq_lens", [(5,), PACKED_LENGTHS, (70, 3), (64, 40, 128)], ids=str)

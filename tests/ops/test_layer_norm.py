@@ -14,6 +14,7 @@ from tests import reference
 from tests.helpers.devices import (
     BACKENDS,
     DEVICE,
+    each_backend,
     gradients,
     opcheck,
     poisoned_memory,
@@ -25,7 +26,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 ROWS = [0, 1, 257]
 HIDDEN = [384, 768, 1024, 1536, 383, 1, 2048, 8192]
 EPS = 1e-6
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_kernel = pytest.mark.parametrize("backend", BACKENDS[1:])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -18,6 +18,7 @@ from tests.helpers.devices import (
     BACKENDS,
     DEVICE,
     assert_compiles_whole,
+    each_backend,
     fakes_cuda,
     poisoned_memory,
     random,
@@ -49,7 +50,6 @@ SIZES = [(0, 96, 40), (1, 6, 8), (130, 258, 40), (257, 256, 72), (5, 130, 33)]
 
 each_form = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_path = pytest.mark.parametrize(
     "backend", [*BACKENDS, pytest.param("triton without TMA", marks=[runs_triton, pytest.mark.triton])], indirect=True
 )

@@ -14,11 +14,10 @@ from dinov2_fast.inference.fold import fold_normalization
 from dinov2_fast.ops.dispatch import BackendError
 from dinov2_fast.ops.patches import patches, patches_torch
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, on_gpu, opcheck, poisoned_memory, random, runs_triton
+from tests.helpers.devices import DEVICE, each_backend, on_gpu, opcheck, poisoned_memory, random, runs_triton
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _images(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -12,11 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2_fast import ops
 from dinov2_fast.ops.dispatch import BackendError
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, gradients, opcheck, poisoned_memory, random, runs_triton
+from tests.helpers.devices import (
+    DEVICE,
+    each_backend,
+    gradients,
+    opcheck,
+    poisoned_memory,
+    random,
+    runs_triton,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 INDICES = [[2], [3, 0], [1, 3, 0, 2], []]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

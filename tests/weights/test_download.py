@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import io
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,6 @@ from tests.helpers.weight_folders import TINY, WeightFolders, tiny_weights
 @pytest.fixture(autouse=True)
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WeightFolders:
     return isolate_without_servers(monkeypatch, tmp_path / "folders")
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
 
 
 def pth(weights: dict[str, Any]) -> bytes:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from tests.helpers.weight_folders import write as write_weights
 @pytest.fixture(autouse=True)
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WeightFolders:
     return isolate_without_servers(monkeypatch, tmp_path / "folders")
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
 
 
 def hub_files(folder: Path, weights: dict[str, torch.Tensor], heads: int = 1) -> dict[str, bytes]:
