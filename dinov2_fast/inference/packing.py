@@ -83,10 +83,11 @@ def forward_packed(
         batches = [_selected(images, group) for group in groups.values()]
         batch_masks = [_selected(masks, group) for group in groups.values()]
         for group, features in zip(groups.values(), forward(batches, batch_masks), strict=True):
-            sizes = [stop - start for _, start, stop in group]
-            parts = {key: value.split(sizes) for key, value in features.items()}
-            for i, selection in enumerate(group):
-                found[selection.entry].append({key: part[i] for key, part in parts.items()})
+            first = 0
+            for entry, start, stop in group:
+                last = first + stop - start  # slices, since autograd forbids writing in place to the results of split
+                found[entry].append({key: value[first:last] for key, value in features.items()})
+                first = last
     return [{key: _concatenated([piece[key] for piece in pieces]) for key in pieces[0]} for pieces in found]
 
 

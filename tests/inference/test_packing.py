@@ -225,3 +225,12 @@ def test_wrong_settings_and_calls_for_lists_get_a_clear_error() -> None:
     model.head = nn.Linear(32, 5)
     engine = optimize_for_inference(model)
     assert engine.cls_tokens([torch.zeros(3, 28, 28)])[0].shape == (1, 32), "the head is for the plain call"
+
+
+@pytest.mark.parametrize("name", ["x_norm_clstoken", "x_norm_patchtokens"])
+def test_features_of_a_list_can_be_written_to(name: str) -> None:
+    """Autograd forbids writing in place to one of several views that an op returned together."""
+    engine = optimize_for_inference(small(), "fp32")
+    features = engine.forward_features([torch.randn(2, 3, 28, 42), torch.randn(1, 3, 28, 42)])[0][name]
+    features += torch.zeros(features.shape[-1], requires_grad=True)
+    assert features.requires_grad
