@@ -73,13 +73,20 @@ class Dinov2Module(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters, or of the buffers of a module without parameters."""
-        return next(chain(self.parameters(), self.buffers())).device
+        """Device of the weights."""
+        return self._any_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the floating-point parameters, or of the buffers of a module without parameters."""
-        return next(tensor.dtype for tensor in chain(self.parameters(), self.buffers()) if tensor.is_floating_point())
+        """dtype of the floating-point weights."""
+        return self._any_weight().dtype
+
+    def _any_weight(self) -> torch.Tensor:
+        """A floating-point weight: the CLS token, which folded backbones and replicas of `nn.DataParallel` have too."""
+        cls_token = getattr(self, "cls_token", None)
+        if isinstance(cls_token, torch.Tensor):
+            return cls_token
+        return next(parameter for parameter in self.parameters() if parameter.is_floating_point())
 
     def backends(self) -> list[BackendChoice]:
         """For each op: which implementation runs for this model's device, dtype and mode, and why not the others."""

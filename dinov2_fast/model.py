@@ -182,12 +182,15 @@ class DinoVisionTransformer(AttentionFeatures):
 
         Setting it sets `interpolate_offset` and `interpolate_antialias`. Any other combination of them is "custom".
         """
-        current = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
-        return next((name for name, known in POSITION_INTERPOLATIONS.items() if known == current), "custom")
+        return next((name for name, how in POSITION_INTERPOLATIONS.items() if how == self._interpolation), "custom")
 
     @position_interpolation.setter
     def position_interpolation(self, name: str) -> None:
         self.interpolate_offset, self.interpolate_antialias = position_interpolation(name)
+
+    @property
+    def _interpolation(self) -> PositionInterpolation:
+        return PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """The position embeddings (1, 1 + patches, hidden) of an image, CLS first, in the dtype of the tokens `x`.
@@ -201,8 +204,7 @@ class DinoVisionTransformer(AttentionFeatures):
         grid = position_grid(self.pos_embed[0, 1:], getattr(self.patch_embed, "patches_resolution", (0, 0)))
         if is_native(rows, columns, grid):
             return self.pos_embed
-        how = PositionInterpolation(float(self.interpolate_offset or 0.0), bool(self.interpolate_antialias))
-        patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, how, grid)
+        patches = resample_position_embeddings(self.pos_embed[0, 1:], rows, columns, self._interpolation, grid)
         return torch.cat((self.pos_embed[:, :1].to(patches.dtype), patches[None]), dim=1)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:

@@ -315,3 +315,14 @@ def test_the_references_factories_make_models_of_the_configurations_sizes(letter
     assert model.blocks[0].mlp.fc1.out_features == 4 * config.embed_dim
     assert (model.patch_size, model.num_register_tokens, model.pos_embed.shape[1]) == (14, 4, 5)
     assert (default.patch_size, default.num_register_tokens, default.chunked_blocks) == (16, 0, True)
+
+
+def test_a_replica_of_data_parallel_knows_its_device_and_dtype() -> None:
+    """A replica has the tensors as attributes, and no parameters."""
+    replica = small()._replicate_for_data_parallel()
+    for name, parameter in replica._parameters.items():
+        setattr(replica, name, parameter.detach())
+    replica._parameters = {}
+    for module in replica.children():
+        module._parameters = {}
+    assert (replica.device, replica.dtype) == (torch.device("cpu"), torch.float32)
