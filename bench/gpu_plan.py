@@ -31,7 +31,6 @@ class Step(NamedTuple):
 
 
 FIRST = "-m gpu_first tests/ops/test_on_gpu.py tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py"
-LARGE = "tests/ops/test_on_gpu.py tests/ops/test_attention_cuda.py"
 OTHERS = "-m 'not aot and not slow and not gpu_first and not gpu_large' {tests}"
 TEST = "pytest -v -p no:cacheprovider -W default --max-worker-restart=200"
 # What an engine launches. The kernel that may hang comes last.
@@ -67,7 +66,7 @@ PLAN = [
     Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
     Step("memory", 1.2, "what training takes", f"{MEMORY} --models B,L"),
     Step("extraction", 1.8, "do images come fast enough", "bench.extraction {record} --models S"),
-    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -m gpu_large {LARGE}"),
+    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -m gpu_large {{tests}}"),
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 

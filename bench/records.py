@@ -159,7 +159,8 @@ def record_failure(row: Row, exception: Exception, device: torch.device) -> None
         DeviceLost: this process can run nothing on the device any more, so all others would fail as well.
     """
     lost = is_lost(device)
-    prefix = LOST_PREFIX if lost else f"{FAILURE_KINDS.get(type(exception), 'failed')}: "
+    kind = next((kind for error, kind in FAILURE_KINDS.items() if isinstance(exception, error)), "failed")
+    prefix = LOST_PREFIX if lost else f"{kind}: "
     row |= not_measured(prefix + (str(exception) or type(exception).__name__).splitlines()[0])
     if lost:
         raise DeviceLost(row) from exception

@@ -18,6 +18,7 @@ from bench import forward, harness, memory, model, modes, peers, records, roofli
 from bench.peers import OURS, TIMM, Peer
 from bench.tasks import MIN_COSINE, Models, Scenario
 from dinov2_fast.configs import BACKBONES, BackboneConfig
+from dinov2_fast.errors import InvalidValueError, UnsupportedError
 from dinov2_fast.model import DinoVisionTransformer
 from tests.reference import assert_obeys_rule
 
@@ -430,3 +431,13 @@ def test_training_holds_weights_gradients_and_both_moments() -> None:
     # weight, gradient, two moments, and two tensors that AdamW makes in a step
     images, incoming = 4 * 2 * 3 * 56 * 56, 4 * 2 * 17 * CONFIG.embed_dim
     assert row["value"] * memory.MIB == pytest.approx(4 * 6 * numel + images + incoming, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(InvalidValueError, "refused: x"), (UnsupportedError, "refused: x"), (KeyError, "failed: 'x'")],
+)
+def test_the_kind_of_a_failure_counts_with_the_classes_below_it(error: type[Exception], reason: str) -> None:
+    row: dict[str, Any] = {}
+    records.record_failure(row, error("x"), torch.device("cpu"))
+    assert records.reason(row) == reason
