@@ -192,6 +192,7 @@ def test_a_strided_gradient_gives_what_a_copy_gives() -> None:
         assert torch.equal(strided, copied)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("seq_len", [1, 9, 80])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @each_backend

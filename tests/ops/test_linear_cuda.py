@@ -130,6 +130,7 @@ def test_the_stream_may_be_wider_and_the_bias_of_any_dtype(
     reference.assert_obeys_rule(residual, exact, plain)
 
 
+@pytest.mark.sanitize
 @runs_cuda
 @each_dtype
 def test_the_surroundings_of_the_stream_stay(dtype: torch.dtype) -> None:
