@@ -131,4 +131,4 @@ def reason(error: BaseException) -> str:
 def _with_type(error: BaseException) -> str:
     """The reason, after the type of the error if the text alone may be unclear."""
     text, name = reason(error), type(error).__name__
-    return text if isinstance(error, OSError) or text == name else f"{name}: {text}"
+    return text if isinstance(error, OSError | Dinov2FastError) or text == name else f"{name}: {text}"

@@ -62,7 +62,7 @@ def find_images(images: Images) -> Iterator[ImageSource]:
     Folders, lists and archives are read while the result is used. Links are followed, but each folder is entered once,
     so that a loop ends. At the end a warning counts the files in folders and archives that were skipped because of
     their ending. Names that are not UTF-8 keep their bytes, as `os.fsdecode` does it. :class:`ImageSource` objects pass
-    as they are.
+    as they are; if the first item is one, the items are taken one by one, and the paths among them looked up then.
 
     Raises:
         FileNotFoundError: a path does not exist; raised by the call.
@@ -72,13 +72,21 @@ def find_images(images: Images) -> Iterator[ImageSource]:
     """
     given = iter(_as_items(images))
     first = next(given, None)
+    items = given if first is None else chain([first], given)
     if isinstance(first, ImageSource):
-        return chain([first], given)  # among sources there are no paths
-    paths = tuple(map(os.fsdecode, given if first is None else chain([first], given)))
-    found = [match for path in paths for match in _matches(path)]
-    for path in found:
-        _refuse_unread_kinds(path)
-    return _find(paths, found)
+        return (each for item in items for each in ([item] if isinstance(item, ImageSource) else find_images(item)))
+    found: list[str | ImageSource] = []
+    paths: list[str] = []
+    for item in items:
+        if isinstance(item, ImageSource):
+            found.append(item)
+        else:
+            paths.append(os.fsdecode(item))
+            found += _matches(paths[-1])
+    for match in found:
+        if isinstance(match, str):
+            _refuse_unread_kinds(match)
+    return _find(tuple(paths), found)
 
 
 def require_images(images: Images) -> Iterator[ImageSource]:
@@ -120,10 +128,10 @@ class _Skipped(Counter[str]):
         return f"{text} HEIC needs: pip install pillow_heif." if needs_plugin else text
 
 
-def _find(given: tuple[str, ...], found: list[str]) -> Iterator[ImageSource]:
+def _find(given: tuple[str, ...], found: list[str | ImageSource]) -> Iterator[ImageSource]:
     skipped = _Skipped()
-    for path in found:
-        yield from _images(path, skipped)
+    for match in found:
+        yield from [match] if isinstance(match, ImageSource) else _images(match, skipped)
     if skipped:
         _warn_once(given, str(skipped))
 

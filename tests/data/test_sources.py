@@ -590,3 +590,12 @@ def test_require_images_raises_if_there_are_none(folder: Path, tmp_path: Path) -
     for nothing in ([], iter(())):
         with pytest.raises(InvalidValueError, match=r"There are no images\. Archives"):
             require_images(nothing)
+
+
+def test_paths_and_sources_may_be_mixed(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(1))
+    source, glob = ImageSource("c.png"), str(tmp_path / "*.png")
+    expected = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert [image.path for image in find_images([source, glob])] == ["c.png", *expected]
+    assert [image.path for image in find_images([glob, source])] == [*expected, "c.png"]
