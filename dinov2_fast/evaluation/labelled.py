@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinov2_fast.data.batches import Failures, read_batches
+from dinov2_fast.data.batches import Failures
 from dinov2_fast.data.sources import ImageSource, require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.linear import ProbeInputs
@@ -142,13 +142,9 @@ def _run_model(
     engine: Engine = outputs.model
     names = [feature.name for feature in outputs.features if feature.name != "patch_mean"]
     cls, patch_mean, classes, failures = [], [], [], Failures()
-    done, size = 0, options.batch_size
-    batches = read_batches(images, outputs.decoder, batch_size=options.batch_size, workers=options.workers)
-    with closing(batches):
-        for batch in batches:
-            pending = outputs.start(batch, size)
-            size = pending.size
-            decoded, found = pending.result()
+    done = 0
+    with closing(outputs.run(images, batch_size=options.batch_size, workers=options.workers)) as batches:
+        for decoded, found in batches:
             good = [row for row, image in enumerate(decoded) if image.error is None]
             for image, result in zip(images[done : done + len(decoded)], decoded, strict=True):
                 if result.error is None:

@@ -14,7 +14,8 @@ patches@K
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinov2_fast.data.batches import ImageBatch, run_in_parts
+from dinov2_fast.data.batches import ImageBatch, read_batches, run_in_parts
 from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import Feature
 from dinov2_fast.inference import Engine
@@ -55,14 +57,11 @@ class Outputs:
     def __init__(
         self, model: Any, processor: Dinov2ImageProcessor, names: Sequence[str] = DEFAULT, dtype: str = "auto"
     ) -> None:
+        check_features(names, dtype)
         _check(model, processor)
-        if dtype not in ("auto", *DTYPES):
-            raise InvalidValueError(f"There is no dtype {dtype!r} for features; choose auto, {' or '.join(DTYPES)}.")
         self.model = model
         self.decoder = without_normalization(processor) if _normalizes(model, processor) else processor
         self._wanted = [_Wanted.named(name, model) for name in dict.fromkeys(names)]
-        if not self._wanted:
-            raise InvalidValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
         self.features = [wanted.feature(model, processor, dtype) for wanted in self._wanted]
 
     def start(self, batch: ImageBatch, size: int) -> Pending:
@@ -72,6 +71,17 @@ class Outputs:
         """
         parts, size = run_in_parts(self._start, batch.pixels, size)
         return Pending(self.features, batch, parts, size)
+
+    def run(
+        self, sources: Iterable[ImageSource], *, batch_size: int = 32, **decoding: Any
+    ) -> Generator[tuple[list[Decoded], dict[str, NDArray[Any]]], None, None]:
+        """The images and their features, as `Pending.result` returns them, batch by batch; see `read_batches`."""
+        size = batch_size
+        with closing(read_batches(sources, self.decoder, batch_size=batch_size, **decoding)) as batches:
+            for batch in batches:
+                pending = self.start(batch, size)
+                size = pending.size
+                yield pending.result()
 
     def _start(self, pixels: Tensor) -> tuple[list[Tensor], _Stopwatch]:
         """The features of (images, 3, height, width) and whether each image's are finite, on their way to the host."""
@@ -153,9 +163,6 @@ class _Wanted:
     @classmethod
     def named(cls, name: str, model: Any) -> _Wanted:
         kind, at, layer = name.partition("@")
-        if kind not in KINDS or (at and (kind == "registers" or not layer.isdecimal())):
-            with_layer = ", ".join(f"{kind}@K" for kind in KINDS if kind != "registers")
-            raise InvalidValueError(f"There is no feature {name!r}; there are {', '.join(KINDS)}, and {with_layer}.")
         if kind == "registers" and not model.num_register_tokens:
             raise InvalidValueError("The model has no registers; those whose names end in _reg have.")
         if at and int(layer) >= model.n_blocks:
@@ -210,6 +217,19 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor.cpu().contiguous()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def check_features(names: Sequence[str], dtype: str) -> None:
+    """Refuses what no model has: a name or a dtype that does not exist, or no name at all."""
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidValueError(f"There is no dtype {dtype!r} for features; choose auto, {' or '.join(DTYPES)}.")
+    if not names:
+        raise InvalidValueError(f"No features were asked for; there are {', '.join(KINDS)}.")
+    for name in names:
+        kind, at, layer = name.partition("@")
+        if kind not in KINDS or (at and (kind == "registers" or not layer.isdecimal())):
+            with_layer = ", ".join(f"{kind}@K" for kind in KINDS if kind != "registers")
+            raise InvalidValueError(f"There is no feature {name!r}; there are {', '.join(KINDS)}, and {with_layer}.")
 
 
 def _check(model: Any, processor: Dinov2ImageProcessor) -> None:

@@ -15,14 +15,14 @@ from dinov2_fast.data.sources import Images, require_images
 from dinov2_fast.data.workers import MAX_SECONDS
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.additions import begin_addition
-from dinov2_fast.extraction.compute import DEFAULT, Outputs
+from dinov2_fast.extraction.compute import DEFAULT, Outputs, check_features
 from dinov2_fast.extraction.image_list import ImageList
 from dinov2_fast.extraction.provenance import provenance
 from dinov2_fast.extraction.run import Progress, make_shards
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.manifest import claim, compare, discard
 from dinov2_fast.features.schema import default_shard_size, holds_features
-from dinov2_fast.features.shards import open_shards
+from dinov2_fast.features.shards import check_format, open_shards
 from dinov2_fast.inference.loading import check_precision, find_device, load_model, processor_for
 
 
@@ -114,6 +114,8 @@ def extract(
         NothingReadError: no image could be read.
     """
     _check_settings(batch_size, shard_size, workers, part, overwrite, add)
+    check_features(features, dtype)
+    check_format(format)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"The output folder {str(folder)!r} is a file.")

@@ -16,7 +16,6 @@ from torch import nn
 
 from dinov2_fast import __version__
 from dinov2_fast.configs import BACKBONES
-from dinov2_fast.data.batches import read_batches
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import FORMATS
 from dinov2_fast.data.sources import ImageSource
@@ -26,8 +25,7 @@ from dinov2_fast.features.store import Features
 from dinov2_fast.inference import Engine
 from dinov2_fast.inference.loading import find_device, load_model
 from dinov2_fast.inference.optimize import why_slow
-
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from dinov2_fast.inference.plan import precision_name
 
 
 def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: in
         "decoder": {"pillow": PIL.__version__, "formats": list(FORMATS), "max_pixels": max_pixels},
         "features": {f.name: {"shape": list(f.shape), "dtype": f.dtype} for f in outputs.features},
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "precision": model.precision if engine else PRECISIONS.get(tensor.dtype, str(tensor.dtype)),
+        "precision": model.precision if engine else precision_name(tensor.dtype),
         "engine": _engine_settings(model) if engine else None,
         "device": tensor.device.type,
         "backends": {row.label: row.backend for row in getattr(model, "backends", list)()},
@@ -106,8 +104,7 @@ def extract_as_stored(
     outputs = Outputs(model, processor, [name], "fp32")
     found = np.full((len(images), *outputs.features[0].shape), np.nan, np.float32)
     errors: list[str | None] = []
-    for batch in read_batches(images, outputs.decoder, max_pixels=manifest["decoder"]["max_pixels"]):
-        decoded, values = outputs.start(batch, len(batch.images)).result()
+    for decoded, values in outputs.run(images, max_pixels=manifest["decoder"]["max_pixels"]):
         for image, value in zip(decoded, values[name], strict=True):
             if image.error is None:
                 found[len(errors)] = value

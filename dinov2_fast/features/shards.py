@@ -158,6 +158,11 @@ FORMATS: dict[str, type[Shards]] = {"parquet": ParquetShards, "npy": NpyShards}
 
 def open_shards(folder: Path, format: str, features: Sequence[Feature]) -> Shards:
     """The shards of these features in a folder, which need not exist yet."""
+    check_format(format)
+    return FORMATS[format](folder, features)
+
+
+def check_format(format: str) -> None:
+    """Refuses a format that does not exist."""
     if format not in FORMATS:
         raise InvalidValueError(f"There is no format {format!r}; choose {' or '.join(FORMATS)}.")
-    return FORMATS[format](folder, features)

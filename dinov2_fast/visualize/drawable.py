@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinov2_fast.data.batches import Failures, readable_batches, run_in_parts
 from dinov2_fast.data.decoding import decode
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.extraction.compute import without_normalization
@@ -155,7 +155,7 @@ def _read_image(path: str, processor: Dinov2ImageProcessor, unreadable: Failures
     if decoded.pixels is not None:
         return _as_image(decoded.pixels)
     unreadable.add(path, decoded.error or "")
-    height, width = processor.output_size or (1, 1)
+    height, width = fixed_output_size(processor)
     return Image.new("RGB", (width, height), "lightgrey")
 
 
@@ -166,8 +166,7 @@ def _as_image(pixels: NDArray[Any]) -> Image.Image:
 
 def _stored_grid(model: Mapping[str, Any], processor: Dinov2ImageProcessor) -> tuple[int, int]:
     """Rows and columns of patches."""
-    patch = model["patch_size"]
-    sides = processor.output_size or (patch, patch)
+    sides, patch = fixed_output_size(processor), model["patch_size"]
     rows, columns = ((side - patch) // step + 1 for side, step in zip(sides, model["stride"], strict=True))
     return rows, columns
 

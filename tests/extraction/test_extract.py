@@ -531,3 +531,14 @@ def test_settings_that_do_not_go_with_the_model_are_refused(
 ) -> None:
     with pytest.raises(InvalidValueError, match=message):
         extract(plain, model, out=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "csv"}, {"dtype": "fp8"}, {"features": ["clss"]}, {"features": ["cls@x"]}, {"features": []}]
+)
+def test_settings_that_do_not_exist_are_refused_before_the_weights_are_read(
+    options: dict[str, Any], plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinov2_fast.extraction.extract.load_model", None)
+    with pytest.raises(InvalidValueError, match=r"There is no|No features were asked for"):
+        extract(plain, "dinov2_vitg14", out=tmp_path / "out", **options)
