@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import dinov2_fast
 from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
 from dinov2_fast.cli.process import ABORTED, INTERRUPTED, ignored_output_errors, one_interrupt, usable_streams
+from dinov2_fast.errors import Dinov2FastError
 
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
@@ -89,5 +90,5 @@ def _message(error: BaseException) -> str:
     text = str(error) or "no further information"
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         text += ". Make room and run the same command again; complete files are kept"
-    written_for_users = type(error).__module__.startswith("dinov2_fast") or isinstance(error, (ValueError, OSError))
+    written_for_users = isinstance(error, (Dinov2FastError, ValueError, OSError))
     return text if written_for_users else f"{type(error).__name__}: {text}"

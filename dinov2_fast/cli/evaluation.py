@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_fast.cli import options
-from dinov2_fast.cli.process import OK, SOME_FAILED
+from dinov2_fast.cli.process import OK, SECONDS_BETWEEN_LINES, SOME_FAILED
 from dinov2_fast.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from dinov2_fast.evaluation.labelled import LabelledFeatures
 
-SECONDS_BETWEEN_LINES = 30.0
 SOURCES = """\
 Each of them holds a folder of images for each class, on which --model runs; or
 it is a folder that `dinov2-fast extract` wrote, which needs no model. Archives,

@@ -18,12 +18,10 @@ from dinov2_fast.cli.options import (
     keywords,
     names,
 )
-from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
+from dinov2_fast.cli.process import OK, SECONDS_BETWEEN_LINES, SOME_FAILED, ignored_output_errors
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.run import Progress
-
-SECONDS_BETWEEN_LINES = 30.0
 
 HELP = "extract the features of images to a folder"
 DESCRIPTION = """\

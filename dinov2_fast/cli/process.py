@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 OK = 0
 ABORTED = 1  # verify: the features differ
-WRONG_USAGE = 2  # argparse's
-SOME_FAILED = 3  # finished, but some images could not be read
+SOME_FAILED = 3  # finished, but some images could not be read; argparse has 2 for wrong usage
 INTERRUPTED = 130
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where it is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

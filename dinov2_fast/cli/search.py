@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dinov2_fast.cli.options import add_device, at_least
+from dinov2_fast.cli.options import add_device, at_least, keywords
 from dinov2_fast.cli.process import OK, SOME_FAILED
 
 if TYPE_CHECKING:
@@ -58,16 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Searches; OK, or SOME_FAILED if some queries could not be read."""
     from dinov2_fast.curation.neighbours import search
 
-    found = search(
-        args.features,
-        args.queries,
-        k=args.k,
-        feature=args.feature,
-        model=args.model,
-        weights=args.weights,
-        device=args.device,
-        skip_unreadable=True,
-    )
+    found = search(**keywords(args, without=("format",)), skip_unreadable=True)
     for path, error in found.unreadable.items():
         print(f"{path!r} is left out: {error}", file=sys.stderr)
     {"table": print_table, "json": print_json, "csv": print_csv}[args.format](found)

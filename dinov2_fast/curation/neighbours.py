@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.extraction.provenance import extract_as_stored
 from dinov2_fast.features.manifest import stored_features
 from dinov2_fast.features.schema import as_text
 from dinov2_fast.features.store import Features, load_features
@@ -82,6 +81,8 @@ def search(
     if not hasattr(queries, "ndim"):
         if weights is not None and model is None:
             raise InvalidValueError("--weights needs --model (weights= needs model=).")
+        from dinov2_fast.extraction.provenance import extract_as_stored  # imports torch, which vectors do not need
+
         images = list(require_images(queries))
         queries, errors = extract_as_stored(features, images, feature, model=model, weights=weights, device=device)
         paths = [as_text(image.path) for image, error in zip(images, errors, strict=True) if error is None]
