@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2_fast.errors import InvalidTypeError, InvalidValueError, WeightsError
@@ -21,6 +20,7 @@ from dinov2_fast.logs import log_once, logger
 from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import open_weights
 from dinov2_fast.weights.load import as_dtype, fill
+from dinov2_fast.weights.save import save_weights
 from dinov2_fast.weights.sources import SourceOptions, find_checkpoint, find_config
 
 HEAD = "classifier."
@@ -204,9 +204,8 @@ class PreTrainedModel(ToolMethods):
         tensors = convert_state_dict(self.state_dict() if state_dict is None else state_dict, to="huggingface")
         if not self.config.use_mask_token:
             tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("mask_token")}
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
         name = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
-        save_file(tensors, Path(save_directory) / name, metadata={"format": "pt"})
+        save_weights(tensors, Path(save_directory) / name, overwrite=True)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Warns once if this is part of a larger module of transformers; torch calls it for each part.

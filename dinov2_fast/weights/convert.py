@@ -46,8 +46,9 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
         own = _merge_cls_position(own)
     converted: dict[str, Tensor] = {}
     prefix = _classifier_prefix(own) if to.startswith("huggingface") else ""
+    depth = _depth(own)
     for key, tensor in own.items():
-        names = _names_in(to, key, block_chunks, _depth(own))
+        names = _names_in(to, key, block_chunks, depth)
         parts = [tensor] if len(names) == 1 else [part.clone() for part in tensor.chunk(len(names))]
         for name, part in zip(names, parts, strict=True):
             converted[name if name.startswith("classifier.") else prefix + name] = part

@@ -104,6 +104,11 @@ def is_safetensors(path: Path) -> bool:
     return _first_bytes(path)[8:] == b"{"
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins like a PyTorch file older than the archive format."""
+    return _first_bytes(path).startswith(_PICKLE_START)
+
+
 def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:

@@ -69,14 +69,15 @@ def load(
     if random_seed is not None:
         source = f"random:{random_seed}"
         arguments = backbone(name).constructor_arguments()
-        state_dict: Mapping[str, Any] = RandomWeights(_on_meta({**arguments, **kwargs}), random_seed)
     else:
         checkpoint = _find(name, weights, revision, local_files_only)
         source = str(checkpoint.weights)
-        state_dict = open_weights(checkpoint.weights)
+        state_dict: Mapping[str, Any] = open_weights(checkpoint.weights)
         known = backbone(name).constructor_arguments() if name in BACKBONES else None
         arguments = known or read_architecture(state_dict, checkpoint.config, kwargs.get("img_size"))
     model = _on_meta({**arguments, **kwargs})
+    if random_seed is not None:
+        state_dict = RandomWeights(model, random_seed)
     if position_interpolation is not None:
         model.position_interpolation = position_interpolation
     fill(
@@ -105,12 +106,9 @@ def _find(name: str, weights: str | Path | None, revision: str | None, local_fil
     if weights is not None:
         backbone(name)
         return Checkpoint(Path(weights).expanduser(), None)
-    if name in BACKBONES:
-        return find_backbone(BACKBONES[name], local_files_only)
-    if name and (Path(name).expanduser().exists() or "/" in name or "." in name):
+    if name and name not in BACKBONES and (Path(name).expanduser().exists() or "/" in name or "." in name):
         return find_checkpoint(name, SourceOptions(revision, local_files_only))
-    backbone(name)  # raises, with the nearest names
-    raise AssertionError(name)
+    return find_backbone(backbone(name), local_files_only)
 
 
 def _on_meta(arguments: dict[str, Any]) -> DinoVisionTransformer:
@@ -144,6 +142,7 @@ def fill(
         The missing keys, whose parameters are still on the meta device. Other misfits are a `WeightsError`.
     """
     plan = plan_weights(state_dict)
+    emptied = plan.source if isinstance(state_dict, dict) and isinstance(plan.source, dict) else None
     own = {layouts.plain_key(key): (key, tensor) for key, tensor in model.state_dict().items()}
     missing = [key for plain, (key, _) in own.items() if plain not in plan.recipes]
     fatal = [key for key in missing if not key.startswith(allowed_missing)]
@@ -160,15 +159,15 @@ def fill(
             tensor = adapt_filters(tensor, like.shape[1])
         if tensor.shape == like.shape:
             # A mapping other than a dictionary may return tensors mapped from a file; joined tensors are new.
-            is_borrowed = not isinstance(plan.source, dict) and len(plan.recipes[plain].keys) == 1
+            is_borrowed = emptied is None and len(plan.recipes[plain].keys) == 1
             _set_parameter(model, key, tensor, device, dtype, is_borrowed)
-        elif plain.startswith(allowed_misshapen):
+        elif key.startswith(allowed_misshapen):
             missing.append(key)
         else:
             misshapen.append(f"{key} {tuple(tensor.shape)} where the model has {tuple(like.shape)}")
-        if isinstance(plan.source, dict):
+        if emptied is not None:
             for source_key in plan.recipes[plain].keys:
-                del plan.source[source_key]
+                del emptied[source_key]
     if fatal or unexpected or misshapen:
         raise WeightsError(layouts.misfit(plan.layout, fatal, unexpected, misshapen))
     if isinstance(plan.source, SafetensorsFiles):

@@ -26,7 +26,7 @@ from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.environment import cache_dir
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.logs import logger
-from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, shards
+from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, is_pickle, shards
 from dinov2_fast.weights.save import part_of
 
 # The usual names of weights in a folder or a hub repository, best first.
@@ -35,7 +35,6 @@ ENDINGS = (*SAFETENSORS, *TORCH, ".pth.tar")  # of checkpoints with other names
 CONFIG_NAME = "config.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TIMEOUT_SECONDS = 20
-_PICKLE_START = b"\x80"
 
 Result = TypeVar("Result")
 
@@ -260,7 +259,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of a ``config.json``."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read ({error.strerror}). Check its permissions and its disk.") from error
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise WeightsError(f"{path} holds a {type(fields).__name__}, not the fields of a configuration.")
@@ -311,8 +312,7 @@ def _digest(path: Path) -> str:
 def _is_whole(path: Path) -> bool:
     """Whether this is a PyTorch file whose archive passes its checksums, not a web page for instance."""
     if not zipfile.is_zipfile(path):  # files older than the archive format have no checksums
-        with path.open("rb") as file:
-            return file.read(1) == _PICKLE_START
+        return is_pickle(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
