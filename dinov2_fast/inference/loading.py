@@ -36,7 +36,7 @@ def load_model(
         ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
     """
     torch_device = find_device(device)
-    dtype = torch.float32  # the engine folds weights in fp32
+    dtype = torch.float32  # the engine folds the weights of the checkpoint, before any rounding
     if not engine:
         check_precision(precision, torch_device, engine=False)
         dtype = PRECISIONS[auto_precision(torch_device) if precision == "auto" else precision]

@@ -25,9 +25,8 @@ def refuses(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) 
 
 
 def attention_forward(qkv: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """out and lse as `dinov2_fast.kernels.attention.attention_forward` returns them. Without `with_lse`, lse is empty.
-
-    For inference no lse is written.
+    """out and lse as `dinov2_fast.kernels.attention.attention_forward` returns them; lse is empty without
+    `with_lse`.
     """
     out, lse = attention_forward_fake(qkv, with_lse)
     torch.ops.dinov2_fast_cuda.attention_forward(_operand(qkv), out, lse if with_lse else None)

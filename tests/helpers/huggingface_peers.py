@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2_fast import huggingface
+from tests.helpers.small_models import filled
 
 # The four kinds of DINOv2: with and without registers, with an MLP and with SwiGLU.
 FAMILIES = ("Dinov2", "Dinov2WithRegisters")
@@ -51,7 +50,7 @@ def make_pair(family: str, task: str = "Model", **fields: Any) -> Pair:
     config = small_config(**fields)
     their_config = their_class(family, "Config")(**config, attn_implementation="eager")
     theirs = their_class(family, task)(their_config).eval()
-    fill_like_trained(theirs)
+    filled(theirs)
     ours = our_class(family, task)(our_class(family, "Config")(**config)).eval()
     ours.load_state_dict(theirs.state_dict())
     return Pair(ours, theirs)
@@ -61,22 +60,6 @@ def both(pair: Pair, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """The outputs of both models, without gradients."""
     with torch.no_grad():
         return pair.ours(*args, **kwargs), pair.theirs(*args, **kwargs)
-
-
-def fill_like_trained(model: nn.Module) -> None:
-    """Fills with random weights; LayerScale, norms and biases are not at their initial values of 1, 1 and 0."""
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "lambda1" in name:
-            noise = 0.1 + 0.3 * noise.abs()
-        elif "norm" in name:
-            noise = 0.1 * noise + (name.endswith("weight"))
-        elif name.endswith("bias"):
-            noise = 0.1 * noise
-        elif name.endswith("weight"):
-            noise = noise / math.sqrt(parameter[0].numel())
-        parameter.data.copy_(noise)
 
 
 def images(height: int, width: int | None = None, batch: int = 2, channels: int = 3, seed: int = 0) -> Tensor:

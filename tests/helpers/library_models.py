@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import accelerate
 from tests.helpers import facebook_model
+from tests.helpers.small_models import filled
 
 SIZE = 70
 TOLERANCE = 1e-5  # of the largest element, in fp32
@@ -40,21 +40,6 @@ class LibraryModel:
     def build(self, **settings: Any) -> nn.Module:
         """A model in eval mode, with random weights and no parameter at a trivial value."""
         return filled(self.make(**settings)).eval()
-
-
-def filled(model: Any) -> Any:
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        if "lambda1" in name or "gamma" in name:
-            noise = 0.1 + 0.3 * noise.abs()
-        elif "norm" in name:
-            noise = 0.1 * noise + name.endswith("weight")
-        elif parameter.ndim > 1 and name.endswith("weight"):
-            noise = noise / parameter[0].numel() ** 0.5
-        elif name.endswith("bias"):
-            noise = 0.1 * noise
-        parameter.data.copy_(noise)
-    return model
 
 
 def images(batch: int = 2, height: int = SIZE, width: int = SIZE) -> Tensor:

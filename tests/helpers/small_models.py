@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -64,4 +65,20 @@ def with_biases(model: DinoVisionTransformer) -> DinoVisionTransformer:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
+    return model
+
+
+def filled(model: Any) -> Any:
+    """Random weights by name; LayerScale, norms and biases are not at their initial values of 1, 1 and 0."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if "lambda1" in name or "gamma" in name:
+            noise = 0.1 + 0.3 * noise.abs()
+        elif "norm" in name:
+            noise = 0.1 * noise + name.endswith("weight")
+        elif parameter.ndim > 1 and name.endswith("weight"):
+            noise = noise / parameter[0].numel() ** 0.5
+        elif name.endswith("bias"):
+            noise = 0.1 * noise
+        parameter.data.copy_(noise)
     return model

@@ -19,11 +19,11 @@ from tests.helpers.huggingface_peers import (
     Pair,
     assert_close,
     both,
-    fill_like_trained,
     images,
     make_pair,
     small_config,
 )
+from tests.helpers.small_models import filled
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -225,7 +225,7 @@ def test_a_model_of_transformers_on_this_backbone(family: str, make: Any, reshap
     stages = {"num_hidden_layers": 4, "out_indices": [1, 2, -2, -1], "reshape_hidden_states": reshaped}
     pair = make_pair(family, "Backbone", **stages)
     model = make(pair.theirs.config, attn_implementation="eager").eval()
-    fill_like_trained(model)
+    filled(model)
     [part for part in model.modules() if isinstance(part, nn.Conv2d)][-1].bias.data.fill_(1.0)  # a ReLU follows
     pair.ours.load_state_dict(model.backbone.state_dict())
     x, asked = images(70, 98), {"output_hidden_states": True, "output_attentions": True}
@@ -245,7 +245,7 @@ def test_the_documented_example_runs() -> None:
     config = make_pair("Dinov2", "Backbone", num_hidden_layers=4, out_indices=[1, 2, 3, 4]).theirs.config
     config.reshape_hidden_states = False
     names: dict[str, Any] = {"dinov2_fast": dinov2_fast, "depth_model": depth_anything(config).eval()}
-    fill_like_trained(names["depth_model"])
+    filled(names["depth_model"])
     x = images(70, 98)
     expected = names["depth_model"](x).predicted_depth
     exec(example("depth_model.backbone = "), names)
