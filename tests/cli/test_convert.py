@@ -161,7 +161,6 @@ def test_a_file_is_whole_or_absent(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("dinov2_fast.weights.save.save_file", breaks_off)
-    monkeypatch.setattr("dinov2_fast.huggingface.pretrained.save_file", breaks_off)
     monkeypatch.setattr("torch.save", breaks_off)
     for name in (target, f"old-{target}"):
         assert main(["convert", source, str(tmp_path / name), *arguments]) == 1
