@@ -66,7 +66,7 @@ PLAN = [
     Step("training-L", 0.6, "the same for L", f"{TRAIN} --models L"),
     Step("memory", 1.2, "what training takes", f"{MEMORY} --models B,L"),
     Step("extraction", 1.8, "do images come fast enough", "bench.extraction {record} --models S"),
-    Step("tests-large", 1.0, "more than 2^31 elements", f"{TEST} -m gpu_large {{tests}}"),
+    Step("tests-large", 1.6, "more than 2^31 elements", f"{TEST} -m gpu_large {{tests}}"),
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 
