@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, Exception) as error:
             if handler.received or isinstance(error, KeyboardInterrupt):  # libraries may turn it into another error
                 print("dinov2-fast: interrupted", file=sys.stderr)
+                # If the interrupt came inside exec() of a string, which importing a dataclass calls, `python -m` would
+                # end by SIGINT and not with the exit code. CPython forgets that interrupt at the next exec().
+                exec("")
                 return INTERRUPTED
             if not isinstance(error, BrokenPipeError):  # the reader of the pipe has left, as `| head` does
                 print(f"dinov2-fast: error: {_message(error)}", file=sys.stderr)

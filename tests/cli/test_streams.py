@@ -122,6 +122,17 @@ def test_an_interrupt_that_a_library_turns_into_another_error(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_the_exit_code_after_an_interrupt_inside_exec(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\nfrom dinov2_fast.cli import info, main\n"
+        "info.run = lambda _: exec('os.kill(os.getpid(), signal.SIGINT)\\nwhile True: pass')\nsys.exit(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "program", "info"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "dinov2-fast: interrupted\n")
+
+
 def test_a_full_disk_is_named_with_what_can_be_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
