@@ -84,7 +84,7 @@ test-slow: setup
 test-newest: $(call complete,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(PYTEST) -m "$(FAST)"
 
-# By hand, where python3.10 or python3.13 is installed: `make test-python-3.10`. The environment takes some 5 GB.
+# By hand, where python3.10 or python3.13 is installed: `make test-python-3.10`. The environment takes up to 8 GB.
 .PRECIOUS: .venv-python-%/.complete
 .venv-python-%/.complete: $(INPUTS)
 	python$* -m venv --clear .venv-python-$*

@@ -20,7 +20,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("visualize", "verify"),
-    ("curation", "integrations", "evaluation", "export", "convert"),
+    ("curation", "integrations", "evaluation", "export", "convert", "installation"),
     ("extraction",),
     ("features",),
     ("inference",),
