@@ -151,8 +151,8 @@ def backend_context(mode: str, best_backends: str | None = None) -> Context:
 def _with_frozen_weights(forward: ForwardPass, x: Tensor, context: Context) -> ForwardPass:
     """torch.compile with the weights as constants.
 
-    The option keeps its graph apart from that of mode compile. The patch serves dynamo, which reads the global setting
-    at the first call.
+    With `options`, dynamo keeps this graph apart from that of mode compile. The patch is there because dynamo itself
+    reads the global setting at the first call.
     """
     compiled = torch.compile(forward, dynamic=False, options={"freezing": True})
     with torch._inductor.config.patch(freezing=True), torch.inference_mode(), context():

@@ -9,8 +9,8 @@ namespace dinov2_fast {
 enum class Form { none, gelu, swiglu, residual };
 
 // A tile of `rows` x `columns`, for operands of any dtype. In a ping-pong kernel, two warp groups compute a tile each,
-// and the epilogue of one overlaps the products of the other. In a cooperative kernel, two warp groups share a tile. It
-// can be larger, so that fewer bytes are read from shared memory for each product, but the tensor cores wait for its
+// and the epilogue of one overlaps the products of the other. In a cooperative kernel, two warp groups share a tile,
+// which can be larger. Each product then reads fewer bytes from shared memory, but the tensor cores wait for the
 // epilogue.
 struct Tile {
   int rows;

@@ -12,8 +12,8 @@ HELP = "write a model as ONNX or torch.export"
 DESCRIPTION = """\
 Writes a model as a graph of standard operators that runs without this package:
 an ONNX file for onnxruntime and others, or a torch.export program (.pt2). It
-takes images of any size, a multiple of 14 and at least 28 pixels a side, in
-batches of any size, unless --size and --batch-size fix them. The input,
+takes batches of any size, and images of any height and width that are multiples
+of 14 and at least 28 pixels; --batch-size and --size fix them. The input,
 pixel_values (batch, 3, height, width), must be scaled and normalised as the
 image processor does it.
 
