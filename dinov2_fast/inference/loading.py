@@ -89,8 +89,7 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
     reason = why_slow(precision, device) if precision != "auto" and engine else None
     if reason:
         instead = auto_precision(device)
-        otherwise = "" if device.type == "cuda" else ", or a GPU with --device cuda"
+        otherwise = "" if device.type == "cuda" else ", or a GPU (device cuda)"
         raise InvalidValueError(
-            f"--precision {precision} would be slower than {instead} here: {reason}. Use --precision "
-            f"{instead}{otherwise}."
+            f"Precision {precision} would be slower than {instead} here: {reason}. Use precision {instead}{otherwise}."
         )

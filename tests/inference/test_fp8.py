@@ -621,15 +621,15 @@ def test_the_command_line_refuses_a_slow_precision_on_a_cpu(
     arguments = ["extract", str(IMAGES), "--model", "dinov2_vits14", "--weights", "missing.pth", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--precision", precision]) == 1
     message = capsys.readouterr().err
-    assert f"--precision {precision} would be slower than fp32 here: " in message
-    assert message.endswith("Use --precision fp32, or a GPU with --device cuda.\n")
+    assert f"Precision {precision} would be slower than fp32 here: " in message
+    assert message.endswith("Use precision fp32, or a GPU (device cuda).\n")
     assert "allow_slow" not in message
 
 
 @fakes_cuda
 def test_the_command_line_refuses_fp8_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "capability", lambda index: (8, 6))
-    with FakeTensorMode(), pytest.raises(ValueError, match=r"got sm_86\. Use --precision bf16\.$"):
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"got sm_86\. Use precision bf16\.$"):
         check_precision("fp8", torch.device("cuda", 0))
 
 
