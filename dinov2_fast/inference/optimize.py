@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import index
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -27,6 +28,20 @@ BACKBONES = (
     TimmVisionTransformer,
 )
 CLASSIFIERS = (huggingface.Dinov2ForImageClassification, huggingface.Dinov2WithRegistersForImageClassification)
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of `optimize_for_inference`, for type checkers, where a function passes them on."""
+
+    precision: str
+    outputs: str
+    residual_dtype: str | torch.dtype | None
+    processor: Dinov2ImageProcessor | None
+    allow_slow: bool
+    max_tokens: int | None
+    skip_layers: Iterable[int]
+    cuda_graphs: bool | str
+    follow_weights: bool
 
 
 def optimize_for_inference(

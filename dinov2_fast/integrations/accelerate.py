@@ -6,11 +6,12 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from dinov2_fast.errors import InvalidTypeError
+from dinov2_fast.inference.optimize import EngineOptions
 from dinov2_fast.integrations.attached_engine import AttachedEngine
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
@@ -18,6 +19,9 @@ from dinov2_fast.integrations.block_check import accelerate_block, clear_check_c
 from dinov2_fast.integrations.changes import class_path, plain_attributes
 from dinov2_fast.integrations.class_swap import SwappedModule, swap_back
 from dinov2_fast.integrations.libraries import backbone_class_for, block_class_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("dinov2_fast")
 
@@ -54,7 +58,7 @@ class AccelerationReport:
         return "\n".join(map(str, self.groups)) or "no DINOv2 blocks"
 
 
-def accelerate(model: Model, inference: bool = False, **options: Any) -> Model:
+def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOptions]) -> Model:
     """Makes the DINOv2 blocks inside `model` compute with this package's ops.
 
     It accepts the blocks of transformers' `Dinov2*` and `Dinov2WithRegisters*` (4.57 and newer), of timm's
@@ -168,7 +172,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _make_engines(model: nn.Module, options: dict[str, Any]) -> list[tuple[nn.Module, AttachedEngine]]:
+def _make_engines(model: nn.Module, options: EngineOptions) -> list[tuple[nn.Module, AttachedEngine]]:
     """The backbones in `model` whose calls an engine can answer, each with its engine."""
     found: list[tuple[nn.Module, AttachedEngine]] = []
     reasons = []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinov2_fast.inference import Engine, optimize_for_inference
 from dinov2_fast.inference.checks import TOLERANCES, mismatch, replaced_methods, small_image
+from dinov2_fast.inference.optimize import EngineOptions
 from dinov2_fast.inference.weight_watch import WeightWatch, run_up_to_date
 from dinov2_fast.integrations.backbone import AcceleratedBackbone
 from dinov2_fast.integrations.block import AcceleratedBlock
@@ -34,11 +35,11 @@ class AttachedEngine:
         unanswered: by their name, the methods that run their own code although there is an engine, and why.
     """
 
-    def __init__(self, backbone: nn.Module, backbone_class: type[AcceleratedBackbone], options: dict[str, Any]) -> None:
+    def __init__(self, backbone: nn.Module, backbone_class: type[AcceleratedBackbone], options: EngineOptions) -> None:
         self._backbone_class = backbone_class
         self._follows_weights = options.get("follow_weights", True)
         # The engine need not watch the model that it is made of: its weights are those of `backbone`.
-        self._options = {**options, "follow_weights": False}
+        self._options: EngineOptions = {**options, "follow_weights": False}
         self._make(backbone)
 
     def attach(self, backbone: nn.Module) -> None:
