@@ -36,9 +36,9 @@ def load_model(
         ValueError: a device, precision, position_interpolation or stride that does not exist or does not fit the model.
     """
     torch_device = find_device(device)
+    check_precision(precision, torch_device, engine=engine)
     dtype = torch.float32  # the engine folds the weights of the checkpoint, before any rounding
     if not engine:
-        check_precision(precision, torch_device, engine=False)
         dtype = PRECISIONS[auto_precision(torch_device) if precision == "auto" else precision]
     loaded = load(
         model, weights=weights, device=torch_device, dtype=dtype, position_interpolation=position_interpolation

@@ -382,7 +382,7 @@ def test_wrong_input_is_refused_before_the_model_runs(
         (["knn", str(tmp_path / "one")], "has one class, '3'"),
         (["linear", str(tmp_path / "one"), train], "has one class, '3'"),
         (["knn", train, "--n-per-class", "2"], "n_per_class needs val"),
-        (["knn", str(tmp_path / "one"), "--precision", "bf16"], "--precision bf16 would be slower than fp32 here: "),
+        (["knn", str(tmp_path / "one"), "--precision", "bf16"], "Precision bf16 would be slower than fp32 here: "),
         (["knn", str(tmp_path / "one"), "--weights", "nowhere.safetensors"], "has one class, '3'"),
         (["knn", train, "--json", str(tmp_path / "file" / "out.json")], "cannot be made: "),
         (["knn", train, "--json", str(tmp_path)], "is a folder, or may not be written"),

@@ -189,12 +189,14 @@ def test_batches_that_do_not_fit_are_errors(settings: dict[str, Any], batch: dic
     assert message in str(caught.value)
 
 
-def test_settings_that_exclude_each_other_are_refused() -> None:
+def test_impossible_settings_are_refused_before_weights_are_read() -> None:
     with pytest.raises(ValueError, match="size or processor, not both"):
         Extractor(size=28, processor=Dinov2ImageProcessor())
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Extractor(batch_size=0)
     with pytest.raises(ValueError, match="Precision fp8 exists in the engine only"):
         _ = Extractor(weights="random:0", precision="fp8", engine=False).outputs
+    with pytest.raises(ValueError, match="Precision fp8 would be slower than fp32 here"):
+        _ = Extractor(weights="missing.safetensors", precision="fp8", device="cpu").outputs
     with pytest.raises(ValueError, match="no device 'abacus'"):
         _ = Extractor(weights="random:0", device="abacus").outputs
