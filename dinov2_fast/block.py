@@ -61,8 +61,8 @@ class Block(nn.Module):
             x = x + drop_path1(ls1(attn(norm1(x))))
             x = x + drop_path1(ls2(mlp(norm2(x))))      drop_path1 again, as in the reference
 
-        Each addition is fused with LayerScale, stochastic depth and the norm that follows it. A list runs packed: each
-        linear takes all tokens at once, and attention stays within each image.
+        Each addition is fused with LayerScale and stochastic depth, the first one also with `norm2`. A list runs
+        packed: each linear takes all tokens at once, and attention stays within each image.
         """
         if isinstance(x, list):
             return self._forward_list(x)

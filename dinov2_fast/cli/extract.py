@@ -40,8 +40,8 @@ out because of their ending are counted on stderr.
 
 After an interruption the same command makes what is missing. If DIR holds
 features that were made in another way, the command says what differs and stops.
-If not one image can be read (a disk may not be mounted), it stops and writes no
-features."""
+If no file of the first shard can be read (a disk may not be mounted), it stops
+and writes no features."""
 
 EPILOG = """\
 examples:

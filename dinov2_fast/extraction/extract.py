@@ -62,7 +62,7 @@ def extract(
     cannot be read, or whose features are not finite, is a row with an error. A shard is complete or absent, and a
     complete shard is not made again: after an interruption the same call makes the rest, with the same bits. Only a
     shard for which memory ran out, so that its batches were halved, may differ in rounding, and the shard records it.
-    Memory holds one shard at most. If not one image can be read, no shard is written.
+    Memory holds one shard at most. If no file of the first shard can be read, no features are written.
 
     Args:
         images: one or more paths (files, folders, globs, lists, archives, URLs; see
@@ -111,7 +111,7 @@ def extract(
         WeightsError: the weights cannot be had.
         ManifestError: `out` holds features that were made in another way; the message says what differs.
         LockedError: another process writes there.
-        NothingReadError: no image could be read.
+        NothingReadError: no file of the first shard could be read.
     """
     _check_settings(batch_size, shard_size, workers, part, overwrite, add)
     check_features(features, dtype)

@@ -75,7 +75,10 @@ class Feature:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a shard, and their features by name, (rows, …); those of rows with an error are not used."""
+    """The rows of a batch, which follow each other in a shard.
+
+    `features` are arrays (rows, …) by name. Their values are not used in rows with an error.
+    """
 
     ids: range
     paths: Sequence[str]

@@ -36,15 +36,19 @@ def test_help_fits_a_terminal(
     assert max(map(len, written)) <= 80
 
 
-def test_the_documented_command_and_example_run(
+def test_the_documented_commands_and_the_example_run(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(IMAGES)
-    (command,) = documents.commands("export")
-    assert main(shlex.split(command.replace("dinov2_vits14", checkpoint), comments=True)) == 0
+    to_onnx, to_torch_export = (
+        shlex.split(command.replace("dinov2_vits14", checkpoint)) for command in documents.commands("export")
+    )
+    assert main(to_torch_export) == 0
+    assert capsys.readouterr().out.startswith("vits14.pt2 ")
+    assert main(to_onnx) == 0
 
     captured = capsys.readouterr()
     assert captured.err == ""

@@ -18,5 +18,9 @@ def example(text: str) -> str:
 
 
 def commands(pattern: str) -> list[str]:
-    """The indented lines ``dinov2-fast …`` of the documents whose rest matches the regular expression `pattern`."""
-    return [line for line in re.findall(r"^    dinov2-fast (.*)$", TEXT, flags=re.MULTILINE) if re.match(pattern, line)]
+    """The arguments in the indented lines ``dinov2-fast …`` of the documents, where they match the regular expression.
+
+    Variables before the command and the ``&`` after it are left out.
+    """
+    lines = re.findall(r"^    (?:\w+=\S+ )*dinov2-fast (.*?)(?: &)?$", TEXT, flags=re.MULTILINE)
+    return [line for line in lines if re.match(pattern, line)]
