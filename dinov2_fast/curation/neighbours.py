@@ -1,4 +1,4 @@
-"""Nearest neighbours by the cosine of feature vectors: exact, in one pass over features that need not fit in memory."""
+"""Exact nearest neighbours by the cosine of feature vectors, in one pass over features that need not fit in memory."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def search(
 ) -> Found:
     """Finds the images in a folder of features that have the largest cosine with query images.
 
-    Memory holds one shard; in the npy format it is memory-mapped.
+    A Parquet shard is read whole, one at a time. A shard of npy is memory-mapped and read in blocks.
 
     Args:
-        queries: images, as :func:`dinov2_fast.extract` takes them; or vectors, an array or tensor (queries, dim) such
-            as ``features["cls"][[3]]``.
+        features: the folder, or what `load_features` returned for it.
+        queries: images, as :func:`dinov2_fast.extract` takes them; or vectors, an array or tensor (queries, dim) or
+            (dim,), such as ``features["cls"][3]``.
         k: images to find for each query; fewer if the folder has fewer.
         feature: the stored feature that is compared; it must be one vector per image.
         model, weights: for query images, as for :func:`dinov2_fast.load`, or a model in eval mode; by default the model
@@ -67,9 +68,9 @@ def search(
 
     Raises:
         FileNotFoundError: the folder holds no features, or a query does not exist.
-        WeightsError: the model cannot be had.
+        WeightsError: the weights cannot be found or read.
         InvalidValueError: a feature that is not stored, or is several vectors per image; no query, or queries that
-            cannot be read, have another number of dimensions or are not finite; a k below 1; another model than that of
+            cannot be read, are vectors of another length or not finite; a k below 1; another model than that of
             the folder; a folder in which no image has features.
     """
     if isinstance(features, str | os.PathLike):
@@ -105,23 +106,22 @@ def search(
     return Found(found, cosines, rows, compared, nearest_rows.skipped, paths, unreadable)
 
 
-def nearest(
-    features: Any, queries: Sequence[int], count: int = 5, *, block: int = BLOCK
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def nearest(features: Any, queries: Sequence[int], count: int = 5) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """For chosen rows, the other rows with the largest cosine.
 
     Args:
-        features: (rows, dim), an array or memory map, read once from front to back. A row with NaN or infinity is never
-            a neighbour (`dinov2_fast.load_features` returns NaN for images without features).
+        features: (rows, dim), an array or memory map of floating-point numbers, compared as fp32. A row with NaN or
+            infinity is never a neighbour (`dinov2_fast.load_features` returns NaN for images without features).
         queries: indices of the rows whose neighbours are wanted.
-        block: rows read at a time.
+        count: of neighbours for each of these rows.
 
     Returns:
         Indices and cosines, both (queries, count), nearest first; among equally near rows, the first comes first. They
         are fewer if there are fewer other rows.
 
     Raises:
-        InvalidValueError: a wrong rank, a row that does not exist or has no features, or nothing to compare with.
+        InvalidValueError: a wrong rank, a count below 1, a row that does not exist or has no features, or no other row
+            with features.
     """
     if features.ndim != 2 or count < 1:
         raise InvalidValueError(
@@ -134,7 +134,7 @@ def nearest(
     without = wanted[~np.isfinite(vectors).all(axis=1)]
     if len(without):
         raise InvalidValueError(f"Row {without[0]} has no features.")
-    found = _Nearest(vectors, count, without=wanted, block=block)
+    found = _Nearest(vectors, count, without=wanted)
     found.add(features)
     indices, cosines = found.result()
     if not indices.shape[1]:
@@ -182,18 +182,16 @@ def _paths(features: Features, rows: NDArray[np.int64]) -> dict[int, str]:
 
 
 class _Nearest:
-    """The `count` rows nearest to each query among those added so far, without one row each that is not compared.
+    """The `count` rows nearest to each query among those added so far. Query i is not compared with row `without[i]`.
 
     Products in fp32 choose the candidates, with a margin for their rounding; cosines in fp64, rounded to fp32 at the
     end, decide. So the result does not depend on the size of the blocks, and among equal rows the first comes first.
     """
 
-    def __init__(
-        self, queries: NDArray[Any], count: int, without: NDArray[np.int64] | None = None, block: int = BLOCK
-    ) -> None:
+    def __init__(self, queries: NDArray[Any], count: int, without: NDArray[np.int64] | None = None) -> None:
         self._queries = _unit(queries.astype(np.float64))
         self._rounded = self._queries.astype(np.float32)
-        self._count, self._without, self._block = count, without, block
+        self._count, self._without = count, without
         self._margin = 4 * queries.shape[1] * 2.0**-24  # twice the rounding error of the cosine of two fp32 vectors
         self._rows = [np.zeros(0, np.int64)] * len(queries)
         self._cosines = [np.zeros(0, np.float32)] * len(queries)
@@ -201,8 +199,8 @@ class _Nearest:
 
     def add(self, rows: Any) -> None:
         """Adds the next rows (rows, dim), read block by block, and skips those with NaN or infinity."""
-        for first in range(0, len(rows), self._block):
-            self._add_block(np.asarray(rows[first : first + self._block], np.float32))
+        for first in range(0, len(rows), BLOCK):
+            self._add_block(np.asarray(rows[first : first + BLOCK], np.float32))
 
     def _add_block(self, values: NDArray[np.float32]) -> None:
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
@@ -228,7 +226,8 @@ class _Nearest:
         if len(near) > self._count:
             lowest = np.partition(score[near], -self._count)[-self._count] - self._margin
             near = near[score[near] >= lowest]
-        exact = (_unit(values[near].astype(np.float64)) * self._queries[query]).sum(axis=1)  # the same for equal rows
+        # A product and a sum, since a matrix product may give equal rows different cosines.
+        exact = (_unit(values[near].astype(np.float64)) * self._queries[query]).sum(axis=1)
         cosines = np.concatenate((kept, exact.astype(np.float32)))
         rows = np.concatenate((self._rows[query], near + self.added))
         best = np.argsort(-cosines, kind="stable")[: self._count]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dinov2_fast
+from dinov2_fast.curation import neighbours
 from dinov2_fast.curation.neighbours import nearest
 from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.sources import ImageSource
@@ -27,31 +28,34 @@ def neighbours_by_hand(features: np.ndarray, row: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("block", [7, 50, 1000])
-def test_neighbours_are_those_of_the_largest_cosine(block: int) -> None:
+def test_neighbours_are_those_of_the_largest_cosine(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", block)
     features = np.random.default_rng(0).standard_normal((50, 6)) * np.random.default_rng(1).uniform(0.1, 9, (50, 1))
-    indices, cosines = nearest(features, [3, 49, 0], 4, block=block)
+    indices, cosines = nearest(features, [3, 49, 0], 4)
     assert indices.tolist() == [neighbours_by_hand(features, row, 4) for row in (3, 49, 0)]
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
     expected = np.take_along_axis(units[[3, 49, 0]] @ units.T, indices, 1)
     np.testing.assert_allclose(cosines, expected, atol=1e-6)
 
 
-def test_equally_near_rows_come_in_order_and_a_row_is_not_its_own_neighbour() -> None:
+def test_equally_near_rows_come_in_order_and_a_row_is_not_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     features = np.ones((5, 3))
     for block in (1, 2, 5):
-        indices, cosines = nearest(features, [2], 3, block=block)
+        monkeypatch.setattr(neighbours, "BLOCK", block)
+        indices, cosines = nearest(features, [2], 3)
         assert indices.tolist() == [[0, 1, 3]]
         np.testing.assert_allclose(cosines, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_equal_rows_come_in_order_for_every_block_size(seed: int) -> None:
+def test_equal_rows_come_in_order_for_every_block_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(seed)
     features = random.standard_normal((997, 384)).astype(np.float32)
     copies = np.sort(random.choice(np.arange(5, 997), 60, replace=False))
     features[copies] = features[0] + 0.3 * features[1]
     for block in (1, 64, 333, 997):
-        indices, cosines = nearest(features, [0, 1, 2], 50, block=block)
+        monkeypatch.setattr(neighbours, "BLOCK", block)
+        indices, cosines = nearest(features, [0, 1, 2], 50)
         assert indices[0].tolist() == copies[:50].tolist()
         assert len(set(cosines[0].tolist())) == 1
         if block == 1:
@@ -63,7 +67,7 @@ def test_equal_rows_come_in_order_for_every_block_size(seed: int) -> None:
 def test_rows_without_features_are_never_neighbours(tmp_path: Path) -> None:
     features = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
     features[[0, 4]] = np.nan
-    features[5] = 0  # a vector of zeros has no direction, and is far from all
+    features[5] = 0  # the cosine of a vector of zeros counts as 0
     np.save(tmp_path / "features.npy", features)
     for given in (features, np.load(tmp_path / "features.npy", mmap_mode="r")):
         indices, cosines = nearest(given, [1, 5], 9)
@@ -140,8 +144,8 @@ def test_one_vector_may_be_searched_and_k_may_exceed_the_images(tmp_path: Path) 
 def test_memory_does_not_grow_with_the_store(
     format: str, shard_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2_fast.curation.neighbours.BLOCK", 200)
-    features = np.random.default_rng(0).standard_normal((8000, 640)).astype(np.float32)  # 20 MB
+    monkeypatch.setattr(neighbours, "BLOCK", 200)
+    features = np.random.default_rng(0).standard_normal((8000, 640)).astype(np.float16)  # 20 MB in fp32
     loaded = dinov2_fast.load_features(store(tmp_path / "store", features, shard_size, format))
     tracemalloc.start()
     try:
