@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dinov2_fast.cli import options
+from dinov2_fast.cli.process import OK
 
 LAYOUTS = ("facebook", "huggingface", "huggingface_memory", "timm")
 HELP = "write a checkpoint in another implementation's layout"
@@ -13,13 +14,13 @@ Writes a DINOv2 checkpoint in the layout of another implementation. The layout
 of IN is recognised; nothing in the file is executed.
 
 IN is a checkpoint file, a folder that holds one, a Hugging Face hub id, or one
-of the eight names such as dinov2_vits14. OUT is a file: in safetensors if its
-name ends so, in PyTorch's format if it ends in .pth. With --to huggingface OUT
+of the eight names such as dinov2_vits14. OUT is a file that ends in .safetensors,
+or in .pth, .pt, .bin or .ckpt for PyTorch's format. With --to huggingface OUT
 may be a folder instead, for transformers' from_pretrained (config.json and
 model.safetensors).
 
-The file is whole or absent. Once written it is read back and compared with IN,
-tensor by tensor; what the new layout cannot hold is listed as lost.
+The file is written whole or not at all. It is read back and compared with IN,
+tensor by tensor. What the new layout cannot hold is listed as lost.
 """
 EPILOG = """\
 layouts:
@@ -33,7 +34,8 @@ examples:
   dinov2-fast convert teacher_checkpoint.pth my-model/ --to huggingface
   dinov2-fast convert facebook/dinov2-base base.pth --to facebook
 
-Exit codes: 0 done, 1 not possible (nothing is written), 2 wrong usage.
+Exit codes: 0 done, 1 not possible (nothing is written), 2 wrong usage, 130
+interrupted.
 """
 
 
@@ -54,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"Written:  {done.written}, {done.written.stat().st_size / 1e6:.1f} MB, layout {args.layout}")
     for text in done.lost:
         print(f"Lost:     {text}")
-    print(f"Checked:  {done.compared} tensors read back from the file have the same bits")
+    print(f"Checked:  {done.compared} tensors read back from the file have the same values")
     if done.resampling:
         old, new = done.resampling
         print(
             f"Note:     readers of the old layout resample positions as {old!r}, those of the new as {new!r}:\n"
             f"          at image sizes other than {done.img_size} px the same weights give other features."
         )
-    return 0
+    return OK

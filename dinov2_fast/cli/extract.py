@@ -55,7 +55,8 @@ Several GPUs or machines, a process for each part:
   CUDA_VISIBLE_DEVICES=1 dinov2-fast extract photos/ ... --out out/ --part 2/2
 
 Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some images
-failed, 130 interrupted (Ctrl-C or SIGTERM). After 1 and 130 complete shards stay."""
+failed, 130 interrupted (Ctrl-C or SIGTERM). After exit code 1 or 130 the shards
+that are complete are kept."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -128,15 +129,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--retry-failed",
         action="store_true",
-        help="decode images with errors again, and make shards again in which one succeeds; with --add they get a new "
-        "row",
+        help="retry images with errors, and make each shard again in which one can now be decoded; with --add, retried "
+        "images get new rows",
     )
     how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="refuse larger images (default: 50000000)")
     how.add_argument(
         "--max-seconds",
         type=at_least(1),
         metavar="N",
-        help="give up images that take longer to read and decode, twice; not with --workers 0 (default: 60)",
+        help="give up an image that took longer than N seconds to read and decode in two attempts; not with "
+        "--workers 0 (default: 60)",
     )
 
 
@@ -155,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         report.end()
     if end.failures:
         failed = f"Failed:\n{end.reasons}\n" if len(end.reasons) else ""
-        print(f"{failed}To try what failed anew, run the same command with --retry-failed.", file=sys.stderr)
+        print(f"{failed}Run the same command with --retry-failed to try the failed images again.", file=sys.stderr)
     with ignored_output_errors():
         print(summary_text(end))
     return SOME_FAILED if end.failures else OK

@@ -1,4 +1,4 @@
-"""``dinov2-fast knn``: how well the nearest neighbours of images tell their classes."""
+"""``dinov2-fast knn``: how well the nearest neighbours of images predict their classes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ as DINOv2 is evaluated: the k nearest by the cosine of their CLS tokens vote for
 their classes, each with a weight of exp(cosine / temperature). Without VAL each
 image of TRAIN is classified by the others.
 
-With --n-per-class only some images of TRAIN vote: that many of each class, or
-all of a smaller class, chosen at random. The mean of --n-tries choices is
-shown. k is then that number, and the values of --k below it.
+With VAL and --n-per-class only some images of TRAIN vote: that many of each
+class, or all of a smaller class, chosen at random. The mean of --n-tries
+choices is shown. k then takes the value of --n-per-class and each value of --k
+below it.
 
 {evaluation.SOURCES}
 """
@@ -30,7 +31,7 @@ examples:
   dinov2-fast knn features/train features/val --json knn.json
 
 Top 1 and top 5 are the percentages of images whose class comes first, and
-among the first five. A tie counts against.
+among the first five. A tie counts as wrong.
 
 Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images have no
 features and are left out, 130 interrupted.
@@ -57,7 +58,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how many images of each class of TRAIN vote (default: all)",
     )
     parser.add_argument(
-        "--n-tries", type=options.at_least(1), default=1, metavar="N", help="choices of these images (default: 1)"
+        "--n-tries",
+        type=options.at_least(1),
+        default=1,
+        metavar="N",
+        help="random choices to average over (default: 1)",
     )
     evaluation.add_options(parser)
 

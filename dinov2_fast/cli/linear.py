@@ -1,4 +1,4 @@
-"""``dinov2-fast linear``: how well linear classifiers on frozen features tell classes."""
+"""``dinov2-fast linear``: how well linear classifiers on frozen features predict classes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ without and with the mean of the patches. The best on VAL is chosen. Since it
 was chosen by VAL, its accuracy there is too high: give --test for a fair one.
 
 Features are computed once, of images as they are. The original trains on
-random crops and flips, so its figures differ slightly.
+random crops and flips, with 128 images in an update on each of its GPUs, so its
+figures differ slightly.
 
 {evaluation.SOURCES}
 
-By default, extract stores features of the last block only. For the last 4, let
-it store their class tokens, for a model of 12 blocks with:
+By default, extract stores features of the last block only. To evaluate the last
+4 of a model with 12 blocks, store their CLS tokens:
 
   dinov2-fast extract photos/train --model dinov2_vits14 --out features/train \\
       --features cls@8,cls@9,cls@10,cls,patch_mean
@@ -54,19 +55,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=options.counts,
         metavar="N,N",
-        help="numbers of last blocks (default: 1,4, or 1 where the class tokens of 4 are not stored)",
+        help="numbers of last blocks (default: 1,4, or 1 where the CLS tokens of 4 are not stored)",
     )
     grid.add_argument(
         "--learning-rates",
         type=options.positives,
         metavar="R,R",
-        help="for 256 images in an update, scaled for other numbers (default: 13 from 1e-5 to 0.1)",
+        help="learning rates for 256 images in an update; scaled linearly with --step-images (default: 13 from 1e-5 "
+        "to 0.1)",
     )
     grid.add_argument("--steps", type=options.at_least(1), default=12500, metavar="N", help="updates (default: 12500)")
     grid.add_argument(
         "--step-images", type=options.at_least(1), default=128, metavar="N", help="images in an update (default: 128)"
     )
-    grid.add_argument("--seed", type=options.at_least(0), default=0, metavar="N", help="(default: 0)")
+    grid.add_argument(
+        "--seed",
+        type=options.at_least(0),
+        default=0,
+        metavar="N",
+        help="seed of the initial weights and of the order of the images (default: 0)",
+    )
     evaluation.add_options(parser)
 
 

@@ -15,7 +15,7 @@ from dinov2_fast.cli.process import OK, SOME_FAILED
 if TYPE_CHECKING:
     from dinov2_fast.curation.neighbours import Found
 
-HELP = "find the images of stored features that are nearest to others"
+HELP = "find the images in a folder of features that are nearest to query images"
 DESCRIPTION = """\
 Finds, for each QUERY, the images in FEATURES whose features have the largest
 cosine with its own. FEATURES is a folder that `dinov2-fast extract` wrote.

@@ -18,20 +18,20 @@ DESCRIPTION = """\
 Draws PNGs of what a model finds in images:
 
   pca.png         each image beside the first three principal components of
-                  its patch features, as red, green and blue. One PCA serves
-                  all images: equal colours are equal features.
-  attention.png   where the CLS token looks, for each head
+                  its patch features, as red, green and blue. All images share
+                  one PCA, so equal features have equal colours.
+  attention.png   the attention of the CLS token to the patches, for each head
   neighbours.png  each image and those nearest to it, by the cosine of their
                   CLS tokens
 
-By default every sheet that is possible is drawn. PATH are images, or where they
-are (folders, globs, lists, archives, URLs, as for `dinov2-fast extract`), on
-which --model runs. Or PATH is one folder that `dinov2-fast extract` wrote, which
+By default every sheet that is possible is drawn. Each PATH is an image, or a
+folder, glob, list, archive or URL of images, as for `dinov2-fast extract`;
+--model runs on them. Or PATH is one folder that `dinov2-fast extract` wrote. This
 needs no model: the neighbours are those of the stored features, and the PCA is
 drawn if patches were stored.
 
-One PCA serves the images of one run. To give other images the same colours,
-save it with --save-basis, and use it in later runs with --basis.
+To give the images of a later run the same colours, save the PCA with
+--save-basis, and draw the later run with --basis.
 
 With random weights the sheets say so, in their titles and in their names.
 """
@@ -45,14 +45,16 @@ examples:
   dinov2-fast show cat.jpg --model dinov2_vits14 --basis colours.safetensors --out cat/
 
 Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images could not
-be read and are left out.
+be read and are left out, 130 interrupted.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are; or one folder of features")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the PNGs; those in it are replaced")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="output folder; sheets of the same names are replaced"
+    )
     what = parser.add_argument_group("what to draw")
     for kind, help in KINDS.items():
         what.add_argument(f"--{kind}", dest="kinds", action="append_const", const=kind, default=[], help=help)
@@ -74,14 +76,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=options.indices,
         default=(-1,),
         metavar="N,N|all",
-        help="blocks for PCA and attention; 0 is the first (default: the last)",
+        help="blocks for the PCA and attention of images; 0 is the first (default: the last)",
     )
     what.add_argument(
         "--head",
         dest="heads",
         type=options.indices,
         metavar="N,N|all",
-        help="heads for the attention maps; 0 is the first",
+        help="heads for the attention maps; 0 is the first (default: all)",
     )
     what.add_argument(
         "--count", type=options.at_least(1), default=5, metavar="N", help="neighbours of an image (default: 5)"

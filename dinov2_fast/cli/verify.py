@@ -37,7 +37,7 @@ examples:
 
 Exit codes: 0 the same within the tolerance, 1 different (or not comparable:
 the reason is on stderr), 2 wrong usage, 3 the same, but some images cannot be
-read and were left out.
+read and were left out, 130 interrupted.
 """
 
 
@@ -105,7 +105,7 @@ def in_words(weights: WeightDifference) -> str:
             f"{weights.worst:.3g} in {weights.worst_key}"
         )
     if not weights.different and not weights.misshapen:
-        parts.append(f"{weights.compared} tensors are the same, bit for bit")
+        parts.append(f"{weights.compared} tensors have the same values")
     return "; ".join(parts)
 
 
@@ -126,7 +126,7 @@ def _table(found: Verification, difference: FeatureDifference, size: tuple[int, 
     lines = [
         f"{difference.images} image(s) of {size[0]} x {size[1]}, fp32, {found.device}; differences in "
         "standard deviations of B",
-        f"{'':14}{'worst':>10}{'mean':>10}{'cosine: smallest':>19}{'mean':>10}{'deviation':>11}",
+        f"{'':14}{'worst':>10}{'mean':>10}{'cosine: smallest':>19}{'mean':>10}{'std of B':>11}",
     ]
     for name, tokens in (("CLS token", difference.cls), ("patch tokens", difference.patches)):
         lines.append(

@@ -1,8 +1,9 @@
 """Linear probes: a grid of linear classifiers on frozen features, as DINOv2 is evaluated.
 
-The protocol is that of facebookresearch/dinov2, dinov2/eval/linear.py, with one difference: the reference trains on
-random crops and flips, these probes on features that are computed once, of images as they are at evaluation. The
-figures therefore differ slightly from published ones.
+The protocol is that of facebookresearch/dinov2, dinov2/eval/linear.py, with three differences. The reference trains on
+random crops and flips; these probes train on features of the images as they are, computed once. The reference has 128
+images in an update on each GPU, and scales the learning rates by that sum; here 128 is the sum. The reference fills a
+batch across the end of an epoch; here each epoch drops its incomplete last batch.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def linear_probes(
     Args:
         tokens: of the training images.
         labels: (images,) classes as whole numbers from 0 on.
-        blocks: numbers of last blocks, none larger than `tokens` has.
+        blocks: numbers of last blocks, at most those in `tokens`.
         learning_rates: before scaling.
         steps: number of updates.
         batch_size: images in an update, or all images where there are fewer; this number scales the learning rates.
@@ -90,7 +91,7 @@ def linear_probes(
         progress: called after each update with the number of updates done.
 
     Returns:
-        The classifiers, ordered by number of blocks, mean of the patches, and learning rate.
+        The classifiers: for each of `blocks`, without and with the mean of the patches, for each learning rate.
 
     Raises:
         ValueError: labels or settings that do not fit, NaN or infinity.
@@ -103,7 +104,8 @@ def linear_probes(
     if steps < 1 or batch_size < 1 or not learning_rates or not min(learning_rates) > 0:
         raise InvalidValueError("steps and batch_size must be at least 1, and the learning rates above 0.")
     kinds = [(n, avgpool) for n in blocks for avgpool in (False, True)[: 1 if tokens.patch_mean is None else 2]]
-    target = checked("train", tokens.concatenated(*kinds[-1]), labels)[1].to(device)
+    everything = tokens.concatenated(max(blocks), tokens.patch_mean is not None)
+    target = checked("train", everything, labels)[1].to(device)
     batch_size = min(batch_size, len(target))
     inputs = [tokens.concatenated(*kind).to(device) for kind in kinds]
     rates = torch.tensor(learning_rates, device=device) * (batch_size / 256)

@@ -76,14 +76,16 @@ def export(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes the model to `path`. The file is kept only if it computes what the model does.
+    """Writes the model to `path` and compares the file with it. A file that computes something else is not kept.
+
+    An ONNX file is compared in onnxruntime. Without that package it is kept unchecked, and `images` are an error.
 
     The graph takes any batch size and any height and width of two patches or more, unless they are fixed. With a fixed
     size the positions are resampled beforehand, and the graph contains no float64, which some runtimes lack.
 
     Args:
         model: in eval mode; it is not changed.
-        path: ends in ``.onnx`` or ``.pt2``. Weights above 1.9 GB go into a second file, ``PATH.data``.
+        path: ends in ``.onnx`` or ``.pt2``. ONNX weights above 1.9 GB go into a second file, ``PATH.data``.
         classifier: for the output "logits": a linear layer on the CLS token, or on it and the mean of the patch tokens,
             as :class:`dinov2_fast.Dinov2ForImageClassification` has it.
         format: "onnx" (operators of the standard only, domain "") or "torch-export" (aten operators only).
@@ -160,7 +162,7 @@ def export_checkpoint(
         path, format, dtype, opset, batch_size, size, overwrite: see `export`.
 
     Raises:
-        WeightsError: the weights cannot be had.
+        WeightsError: the weights cannot be found or read.
         ValueError: no image can be read, or as `export`.
         FileExistsError, ExportError: as `export`.
     """

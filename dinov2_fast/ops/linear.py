@@ -77,7 +77,8 @@ def linear(
             narrower, and must not overlap the other arguments.
         scale: the scale of `x`, for e4m3 operands.
         weight_scale: (out_features,), fp32, for e4m3 operands.
-        dtype: of the result of e4m3 operands: bf16 (the default) or fp16; with "gelu" and "swiglu" also e4m3.
+        dtype: of the result of e4m3 operands: bf16 (the default) or fp16; with "gelu" and "swiglu" also e4m3. With
+            "residual" the result has the dtype of `residual`.
         out_scale: the scale of an e4m3 result.
         interleaved: for "swiglu", whether weight, bias and weight_scale are in the order of :func:`interleave`. Kernels
             that compute SwiGLU in their epilogue take only this order, in which a tile holds gates and their values.
@@ -139,7 +140,9 @@ def _result_dtype(epilogue: str, residual: Tensor | None, dtype: torch.dtype | N
     """The dtype of the result of e4m3 operands; None for a residual stream, which has its own."""
     given = dtype or (torch.bfloat16 if residual is None else residual.dtype)
     allowed = {"none": HALF, "residual": (*HALF, torch.float32)}.get(epilogue, (*HALF, E4M3))
-    if given not in allowed or (residual is not None and given != residual.dtype):
+    if residual is not None and given != residual.dtype:
+        raise InvalidValueError(f"The result has the dtype of the residual, {residual.dtype}: leave out dtype={given}.")
+    if given not in allowed:
         raise InvalidValueError(f"The result of {epilogue!r} can be {', '.join(map(str, allowed))}, got {given}.")
     return given if residual is None else None
 
@@ -205,7 +208,7 @@ _FORWARD = "(Tensor x, Tensor weight, Tensor? bias, str epilogue"
 _E4M3 = "float scale, Tensor? weight_scale, ScalarType? dtype, float out_scale"
 _RESIDUAL = "(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias, float scale, Tensor? weight_scale) -> ()"
 
-# Triton has two ops: autocast casts the floating-point operands of the first, and leaves e4m3 operands alone.
+# Two ops on Triton, because autocast must cast the operands of `linear`, and not those of `linear_fp8`.
 _forward = _registry.register(f"linear{_FORWARD}) -> Tensor", _launch, _fake, autocast=torch.get_autocast_dtype)
 _forward_fp8 = _registry.register(f"linear_fp8{_FORWARD}, {_E4M3}) -> Tensor", _launch, _fake)
 _residual = _registry.register(f"linear_residual_{_RESIDUAL}", _write_residual_, _fake_residual)
@@ -228,7 +231,9 @@ def _refuses(
 
 
 def sample_inputs(epilogue: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments of a form. `interleaved` is None and "residual" has no bias: callers fit both to the implementation."""
+    """Arguments of a form, of which callers fit two to the implementation: `interleaved` is None, and "residual" has a
+    bias only with e4m3 operands.
+    """
     e4m3 = dtype == E4M3
     x = torch.empty(1, 257, 384, device=device, dtype=torch.bfloat16 if e4m3 else dtype)
     weight, bias = x.new_empty(1536, 384), x.new_empty(1536)

@@ -258,7 +258,7 @@ def test_failures_are_printed_and_retried_on_request(
     assert failed == [
         *(f"  {str(tmp_path / f'{n}.jpg')!r}: No such file or directory" for n in range(3)),
         "  in all 4 x No such file or directory",
-        "To try what failed anew, run the same command with --retry-failed.",
+        "Run the same command with --retry-failed to try the failed images again.",
     ]
     assert list(dinov2_fast.load_features(tmp_path / "out")) == ["cls", "patches"]
     for number in range(4):
@@ -266,7 +266,7 @@ def test_failures_are_printed_and_retried_on_request(
     assert main(arguments) == 3
     said = capsys.readouterr()
     assert said.out.startswith("5 images, 4 failed, 5 were there already, 0.0 s, nothing to do")
-    assert said.err.endswith("To try what failed anew, run the same command with --retry-failed.\n")
+    assert said.err.endswith("Run the same command with --retry-failed to try the failed images again.\n")
     assert main([*arguments, "--retry-failed"]) == 0
 
 

@@ -58,7 +58,7 @@ def test_a_file_has_the_tensors_of_the_layout(
         assert ("Lost:     the CLS token's position" in said) == (layout == "timm" and case == "facebook_reg4")
         lost = layout == "timm"
         merged = "register_tokens" in weights and layout == "timm"
-        assert f"Checked:  {len(weights) - lost} tensors read back from the file have the same bits" in said, merged
+        assert f"Checked:  {len(weights) - lost} tensors read back from the file have the same values" in said, merged
         resampled = layout != "facebook" and case != "facebook_reg4"
         assert ("Note:     readers of the old layout resample positions as" in said) == resampled
 

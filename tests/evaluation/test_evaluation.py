@@ -234,3 +234,10 @@ def test_linear_probes_say_what_does_not_fit(settings: dict[str, Any], message: 
     labels = settings.pop("labels", Digits.labels[:10])
     with pytest.raises(ValueError, match=message):
         linear_probes(tokens_of(Digits.pixels[:10]), labels, **settings)
+
+
+def test_linear_probes_refuse_tokens_that_are_not_finite_in_any_block() -> None:
+    tokens = ProbeInputs(torch.randn(4, 3, 2), torch.randn(4, 2))
+    tokens.cls[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="features of train contain NaN"):
+        linear_probes(tokens, [0, 1, 0, 1], blocks=(3, 1), steps=1)

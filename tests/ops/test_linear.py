@@ -435,6 +435,9 @@ MISTAKES = {
     "need scale and weight_scale": lambda x, w, b: linear(x.to(E4M3), w.to(E4M3), b),
     "operands need scale": lambda x, w, b: _e4m3(x, w, b, scale=None),
     "The result of 'none' can be": lambda x, w, b: _e4m3(x, w, b, dtype=E4M3),
+    "The result has the dtype of the residual, torch.bfloat16: leave out dtype=torch.float32": lambda x, w, b: _e4m3(
+        x, w, b, epilogue="residual", residual=x.bfloat16(), dtype=torch.float32
+    ),
     "The result of 'residual' can be": lambda x, w, b: _e4m3(x, w, b, epilogue="residual", residual=x.double()),
 }
 
