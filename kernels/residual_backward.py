@@ -2,9 +2,8 @@
 
     dbranch = scale * drop_scale * gamma * dout,    dgamma = sum over rows of scale * drop_scale * branch * dout
 
-The gradient for the stream is `dout` itself. A program loops over tiles of rows and keeps the sum for dgamma, for its
-columns, in registers. The partial sums are added afterwards in a fixed order, without atomics, so results are equal bit
-by bit in every run.
+The gradient for the stream is `dout` itself. A program sums dgamma of its columns in registers, over its tiles of rows.
+The partial sums are added afterwards in a fixed order, without atomics. So runs on one model of GPU give the same bits.
 """
 
 from __future__ import annotations
@@ -72,7 +71,11 @@ def add_residual_backward(
     index: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients for `branch`, in its shape and dtype, and for `gamma`, in fp32, or in fp64 if any input is."""
+    """The gradient for `branch`, in its shape and dtype, and that for `gamma` (hidden,), or None without it.
+
+    `dout` is (images, seq_len, hidden). `branch` has the rows of all images, or of those in `index` (subset,). The
+    gradient for `gamma` is in fp32, or in fp64 if any input is.
+    """
     _, seq_len, hidden = dout.shape
     compute = common.compute_dtype(dout, branch, gamma, drop_scale)
     wide = torch.float64 if compute == tl.float64 else torch.float32
@@ -96,7 +99,7 @@ def add_residual_backward(
 
 
 def gather_rows_backward(dout: Tensor, index: Tensor, images: int) -> Tensor:
-    """The gradient for a batch of `images`: `dout` (subset, seq_len, hidden) for the gathered ones, else zeros."""
+    """The gradient (images, seq_len, hidden): image ``index[i]`` gets ``dout[i]``, and the other images get zeros."""
     out = dout.new_empty((images, *dout.shape[1:]))
     gather_rows_into(out, dout, positions(index, images))
     return out

@@ -62,7 +62,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_size(graph, help="fix the size in pixels, a multiple of 14; such a graph contains no float64")
     graph.add_argument("--batch-size", type=options.at_least(1), metavar="N", help="fix the number of images")
     parser.add_argument(
-        "--check", dest="images", nargs="+", metavar="PATH", help="images to compare on, or where they are"
+        "--check",
+        dest="images",
+        nargs="+",
+        metavar="PATH",
+        help="images to compare on, or where they are; all run in one batch",
     )
 
 

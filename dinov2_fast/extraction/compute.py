@@ -43,6 +43,7 @@ class Outputs:
     Args:
         model: a :class:`dinov2_fast.DinoVisionTransformer` in eval mode, or an engine made of one.
         processor: its outputs must have one size, a multiple of the patch size.
+        names: of the features, from the table above.
         dtype: "fp32" or "fp16"; "auto" is fp32 for single vectors and fp16 for tokens.
 
     Attributes:
@@ -112,6 +113,7 @@ class Outputs:
             if None in layers:
                 tokens[None] = tokens[last]
         if layers == {None} or any(wanted.kind == "registers" for wanted in self._wanted):
+            # Beside features of inner blocks this is a second pass: get_intermediate_layers returns no registers.
             output = self.model.forward_features(pixels)
             tokens[None] = {kind: output[key] for kind, key in _KEYS.items() if key in output}
         return {wanted.name: wanted.of(tokens[wanted.layer]) for wanted in self._wanted}
@@ -127,14 +129,14 @@ class Pending:
         self._features, self._images, self._rows, self._parts = features, batch.images, batch.rows, parts
 
     def result(self) -> tuple[list[Decoded], dict[str, NDArray[Any]]]:
-        """Waits for the images, with an error also where features are not finite, and the features, (images, …).
+        """Waits for the device. Returns the images, with an error where a feature is not finite, and the features.
 
-        The values of features are not to be used where there is an error.
+        The features are arrays (images, …) by name. Their values are not to be used where there is an error.
         """
         images = list(self._images)
         found = {f.name: np.zeros((len(images), *f.shape), f.dtype) for f in self._features}
         fp16 = any(feature.dtype == "float16" for feature in self._features)
-        error = f"the model's features are not finite{' or too large for fp16' * fp16}"
+        error = f"the model's features contain NaN or infinity{', or are too large for fp16' * fp16}"
         first = 0
         for arrays, stopwatch in self._parts:
             stopwatch.seconds()  # waits
@@ -164,7 +166,7 @@ class _Wanted:
     def named(cls, name: str, model: Any) -> _Wanted:
         kind, at, layer = name.partition("@")
         if kind == "registers" and not model.num_register_tokens:
-            raise InvalidValueError("The model has no registers; those whose names end in _reg have.")
+            raise InvalidValueError("The model has no registers. Models whose names end in _reg have them.")
         if at and int(layer) >= model.n_blocks:
             raise InvalidValueError(f"{name!r}: there is no block {layer}; the blocks are 0 to {model.n_blocks - 1}.")
         return cls(f"{kind}@{int(layer)}" if at else kind, kind, int(layer) if at else None)

@@ -22,8 +22,10 @@ class ImageList:
 
     Args:
         images: of all processes, iterated once.
+        shard_size: images in a shard.
         folder: where the temporary file goes. It has no name, and the system deletes it with the process.
         part: (number from 1, count): this process gets every `count`-th shard, beginning with the `number`-th.
+        first_shard: the number of the first shard of all processes.
 
     Attributes:
         section: of all images; its SHA-256 is that of their paths, with offsets and sizes in archives.

@@ -1,4 +1,4 @@
-"""Making the shards of an extraction: one batch is computed while the next one is gathered."""
+"""Making the shards of an extraction: a GPU runs one batch while the results of the one before are collected."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Progress:
     """How far an extraction is: before its first image, after each batch, and at its end.
 
     Attributes:
-        images, shards: of this process, those from an earlier run included. Images to which others are added do not
-            count.
+        images, shards: of this process, those from an earlier run included. With `add`, those that the folder held
+            before are not counted.
         resumed: images whose rows are from an earlier run.
         done: images that have a row, `resumed` included.
         failures: those among them that have an error.
@@ -61,12 +61,13 @@ def make_shards(
     announce: Callable[[Progress], None] | None,
     progress: Callable[[Progress], None] | None,
 ) -> Progress:
-    """Makes the shards of a list that are absent or damaged, and with `retry_failed` those that can be improved.
+    """Makes the shards of a list that are absent or damaged; with `retry_failed` also those in which an image with an
+    error can now be decoded.
 
-    No other process makes them. `decoding` is `workers`, `max_pixels` and `max_seconds` for `decode_all`.
+    The caller holds the lock of the shards. `decoding` is `workers`, `max_pixels` and `max_seconds` for `decode_all`.
 
     Raises:
-        NothingReadError: no image of the first shard could be read.
+        NothingReadError: no file of the first shard to be made could be read.
     """
     remove_leftovers(shards.folder, listed.shards)
     todo, state = _find_missing(listed, outputs, shards, decoding, retry_failed)
@@ -83,7 +84,7 @@ def make_shards(
             for path, image in zip(rows[-1].paths, images, strict=True):
                 if image.error is not None:
                     state.reasons.add(as_text(path), image.error)
-            if len(rows) * batch_size >= listed.rows(shard):
+            if len(rows) * batch_size >= listed.rows(shard):  # the shard is complete
                 if not any_read:
                     raise NothingReadError(
                         f"None of the first {len(state.reasons)} images could be read, and no features were written "
@@ -109,7 +110,7 @@ def _find_missing(
     failures = {shard: _count_failures(shards, listed, shard) for shard in listed.shards}
     if retry_failed:
         failed = [shard for shard, count in failures.items() if count]
-        failures |= dict.fromkeys(_find_improved(shards, listed, failed, outputs, decoding))
+        failures |= dict.fromkeys(_find_decodable(shards, listed, failed, outputs, decoding))
     todo = [shard for shard, count in failures.items() if count is None]
     images = sum(map(listed.rows, listed.shards))
     resumed = images - sum(map(listed.rows, todo))
@@ -128,7 +129,10 @@ def _find_missing(
 def _gather(
     listed: ImageList, todo: Sequence[int], started: Iterator[Pending], batch_size: int
 ) -> Iterator[tuple[int, list[Rows], Pending]]:
-    """For each batch: its shard, all rows of the shard so far, and the batch."""
+    """For each batch: its shard, the rows of the shard so far, and the batch.
+
+    The list of rows is the same for all batches of a shard. The caller may empty it after the last one.
+    """
     for shard in todo:
         paths, rows = [source.path for source in listed.sources(shard)], list[Rows]()
         for first in range(0, len(paths), batch_size):
@@ -157,8 +161,8 @@ def _start_all(
 def _one_ahead(batches: Iterator[Pending]) -> Iterator[Pending]:
     """Yields each batch once the next one has been started, so that a GPU always has work.
 
-    If starting the next one raises an error or is interrupted, this comes after the batch, so that a shard that is
-    complete is still written.
+    An error or an interrupt while the next one is started is raised after the batch, so that a complete shard is still
+    written.
     """
     current = next(batches, None)
     while current is not None:
@@ -177,7 +181,7 @@ def _count_failures(shards: Shards, listed: ImageList, shard: int) -> int | None
     return found[1] if found is not None and found[0] == listed.rows(shard) else None
 
 
-def _find_improved(
+def _find_decodable(
     shards: Shards, listed: ImageList, failed: Sequence[int], outputs: Outputs, decoding: Mapping[str, Any]
 ) -> set[int]:
     """Those of the shards in which an image that failed can be decoded now."""

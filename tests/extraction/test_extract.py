@@ -193,7 +193,7 @@ def test_features_that_are_not_finite_are_errors(plain: list[str], tmp_path: Pat
             return features
 
     rows = rows_of(extract_files(plain, Overflowing(), tmp_path / "out").folder)
-    assert [row["error"] for row in rows] == [None, *["the model's features are not finite"] * 2, *[None] * 4]
+    assert [row["error"] for row in rows] == [None, *["the model's features contain NaN or infinity"] * 2, *[None] * 4]
     assert [row["cls"] is None for row in rows] == [row["error"] is not None for row in rows]
     assert rows[1]["width"] == read_image(plain[1]).width
 
@@ -381,7 +381,9 @@ def test_features_too_large_for_fp16_are_errors(plain: list[str], tmp_path: Path
     assert extract_files(plain, model, tmp_path / "fp32").failures == 0
     summary = extract_files(plain, model, tmp_path / "fp16", dtype="fp16")
     assert summary.failures == 7
-    assert rows_of(summary.folder)[0]["error"] == "the model's features are not finite or too large for fp16"
+    assert (
+        rows_of(summary.folder)[0]["error"] == "the model's features contain NaN or infinity, or are too large for fp16"
+    )
 
 
 @on_gpu

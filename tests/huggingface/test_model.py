@@ -61,14 +61,16 @@ UNUSUAL: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", UNUSUAL, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_setting_of_the_config_reaches_the_model(family: str, fields: dict[str, Any]) -> None:
+def test_unusual_settings_of_the_config_reach_the_model(family: str, fields: dict[str, Any]) -> None:
     usual = make_pair(family, num_hidden_layers=1).ours
     pair = make_pair(family, **{"num_hidden_layers": 1, **fields})
     x = images(56, channels=fields.get("num_channels", 3))
     ours, theirs = both(pair, x)
     assert_close(ours.to_tuple(), theirs.to_tuple())
     if "num_channels" not in fields:
-        assert worst(ours.pooler_output, usual(x).pooler_output) > 1e-4, "a setting that changes nothing shows nothing"
+        assert worst(ours.pooler_output, usual(x).pooler_output) > 1e-4, (
+            "the setting has no effect, so the comparison proves nothing"
+        )
 
 
 def test_order_and_norm_of_the_outputs(model: Pair) -> None:
@@ -102,9 +104,9 @@ def test_masked_patches_equal_those_of_transformers(model: Pair, size: tuple[int
 def test_a_masked_patch_has_no_influence(model: Pair) -> None:
     x, mask = images(98), torch.zeros(2, 49, dtype=torch.bool)
     mask[:, 0] = True
-    noise = x.clone()
-    noise[:, :, :14, :14] = float("nan")
-    assert torch.equal(model.ours(noise, mask).last_hidden_state, model.ours(x, mask).last_hidden_state)
+    with_nan = x.clone()
+    with_nan[:, :, :14, :14] = float("nan")
+    assert torch.equal(model.ours(with_nan, mask).last_hidden_state, model.ours(x, mask).last_hidden_state)
 
 
 def test_attentions_are_the_weights_and_can_be_asked_for_by_layer(model: Pair) -> None:
@@ -171,7 +173,8 @@ def test_a_chosen_position_interpolation_is_the_references(family: str, position
     x = images(98, 140)
     assert torch.equal(ours(x).pooler_output, reference(x))
     others = {"offset", "size", "antialias"} - {position_interpolation}
-    for reference.position_interpolation in others:
+    for other in others:
+        reference.position_interpolation = other
         assert (
             worst(ours(x).last_hidden_state[:, 1 + registers :], reference.forward_features(x)["x_norm_patchtokens"])
             > 0.01
@@ -180,7 +183,7 @@ def test_a_chosen_position_interpolation_is_the_references(family: str, position
 
 # The eight published sizes
 
-PUBLISHED = {
+PUBLISHED = {  # parameters without and with registers
     "dinov2_vits14": (22_056_576, 22_058_112),
     "dinov2_vitb14": (86_580_480, 86_583_552),
     "dinov2_vitl14": (304_368_640, 304_372_736),
