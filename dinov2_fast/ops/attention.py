@@ -84,7 +84,7 @@ def attention_torch(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float 
 
 
 def attention_varlen_torch(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float, scale: float | None) -> Tensor:
-    runs = [(seq_len, len(list(run))) for seq_len, run in groupby(seq_lens)]  # equal neighbours make one batch
+    runs = [(seq_len, len(list(run))) for seq_len, run in groupby(seq_lens or (0,))]  # equal neighbours: one batch
     parts = qkv.split([seq_len * batch for seq_len, batch in runs])
     outputs = [
         attention_torch(part.unflatten(0, (batch, seq_len)), None, dropout_p, None).flatten(0, 1)
