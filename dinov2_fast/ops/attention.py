@@ -72,7 +72,7 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
         backend: the backend to use instead of the default.
 
     Returns:
-        (batch, heads, queries, seq_len), in the dtype of `qkv` (under autocast, of torch's softmax). Rows sum to 1.
+        (batch, heads, queries, seq_len), in the dtype of `qkv`, under autocast in that of softmax. Rows sum to 1.
     """
     return ATTENTION.choose("probabilities", (qkv, rows), backend).function(qkv, rows)
 

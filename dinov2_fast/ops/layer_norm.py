@@ -56,7 +56,7 @@ def layer_norm(
         backend: the backend to use instead of the default.
 
     Returns:
-        The norm, in the shape and dtype of `x` (under autocast on a GPU fp32, except with `deferred_bias`), or in e4m3.
+        The norm, in the shape and dtype of `x` (fp32 under autocast on a GPU, except with `deferred_bias`), or in e4m3.
         With a branch: the sum, in the promoted dtype of its terms, and its norm.
 
     Raises:

@@ -7,8 +7,8 @@ then the convolution of `values` with `weight` and that stride. `values` are flo
 minus 128.
 
 Subtracting 128 is exact in every floating dtype. The engine folds the normalisation, (x / 255 - mean) / std, into the
-weight and the bias (`inference.fold.fold_normalization`). Without the subtraction, the rounding error of
-every weight would be multiplied by the mean brightness of x in 0..255. The bias cancels only the exact product of both.
+weight and the bias (`inference.fold.fold_normalization`). Without the subtraction, the mean brightness of x in 0..255
+would multiply the rounding error of every weight: the bias cancels the product with the exact weight only.
 Source of the embedding: Dosovitskiy et al., arXiv:2010.11929.
 """
 
