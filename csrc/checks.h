@@ -65,7 +65,7 @@ inline void check_dtype(const Tensor& tensor, std::initializer_list<Dtype> allow
   fail(tensor.name, " must be ", names, ", got ", name(tensor.dtype));
 }
 
-// Kernels read and write chunks of 16 bytes at once, of e4m3 8 bytes.
+// The bytes that a kernel reads or writes at once.
 inline int64_t chunk_bytes(const Tensor& tensor) { return tensor.dtype == Dtype::e4m3 ? 8 : 16; }
 
 inline void check_start(const Tensor& tensor) {
@@ -75,7 +75,7 @@ inline void check_start(const Tensor& tensor) {
   }
 }
 
-// Every row must begin at a multiple of a chunk.
+// Every row must begin at a multiple of `chunk_bytes`.
 inline void check_aligned(const Tensor& tensor) {
   check_start(tensor);
   const int64_t bytes = chunk_bytes(tensor);

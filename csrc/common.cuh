@@ -1,5 +1,5 @@
-// What the kernels share: chunks of 8 elements, which are read and written in accesses of 16 bytes, and the exchange
-// between 4 lanes. What the launchers share: calls of the CUDA runtime.
+// What the kernels share: chunks of 8 elements, which are read and written in accesses of 16 bytes (e4m3: 8), and the
+// exchange between 4 lanes. What the launchers share: calls of the CUDA runtime.
 #pragma once
 
 #include <cuda_bf16.h>

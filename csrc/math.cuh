@@ -7,7 +7,7 @@
 
 namespace dinov2_fast {
 
-// exp(x) with an error of some ulp of fp32, for results that are rounded to bf16 or e4m3.
+// exp(x) with an error of some ulp of fp32, for results of at most 2 bytes.
 __host__ __device__ inline float fast_exp(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);

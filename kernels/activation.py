@@ -29,7 +29,7 @@ def gelu_erf(x):
 
 @triton.jit
 def normal_cdf_polynomial(x):
-    """The normal distribution function as the sigmoid of an odd polynomial of degree 9. It overflows for no x."""
+    """The normal distribution function as the sigmoid of an odd polynomial of degree 9. Finite for every finite x."""
     t = x * x
     p = 2.22435329e-6 * t - 6.09182100e-5
     p = (p * t - 2.51040285e-4) * t + 0.0729400251
@@ -82,7 +82,7 @@ def _activation_forward_kernel(
 
 @lru_cache(CACHED_CONFIGURATIONS)
 def configuration(rows: int, hidden: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid and a program's tile. Tiles end with the row if 256 divides it, else the last one is masked."""
+    """The grid and a program's tile. If 256 divides `hidden`, no tile has masked columns."""
     block = next((block for block in (1024, 512, 256) if hidden % block == 0), None)
     block = block or min(triton.next_power_of_2(hidden), 1024)
     tile_rows = max(1, elements // block)

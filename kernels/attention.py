@@ -15,7 +15,7 @@ Invariants:
   width `tail_block` gives. The tail is computed first, so that its loads are issued together with those of q. It is
   computed even if it holds no key: in a kernel without a tail, or with the tail after the loop, ptxas serialises all
   matrix products (C7515).
-- With `inverse_scale`, out is multiplied by it and stored in e4m3, and there is no lse. Otherwise it is None.
+- If `inverse_scale` is not None, out is multiplied by it and stored in e4m3, and there is no lse.
 """
 
 from __future__ import annotations

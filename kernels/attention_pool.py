@@ -8,7 +8,8 @@ y is never stored. The norm's bias shifts all scores of a head alike, so the sof
 is multiplied into the absorbed query. So the kernels need only x_hat = (x - mean) * rstd, and apply weight and bias to
 the result.
 
-The stream is read twice, the second time from the L2 cache if a batch fits into it. A kernel that reads it once would
+The first kernel reads each tile twice, for the statistics and for the scores. The second kernel reads the stream once
+more, from the L2 cache if a batch fits into it. A kernel that reads it once would
 hold (heads, hidden) sums and a tile of whole tokens in the registers of one program. Then only one program fits on a
 multiprocessor, and registers spill at hidden size 1536 and in fp32.
 """

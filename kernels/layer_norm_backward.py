@@ -5,9 +5,9 @@
     dbranch = drop_scale * gamma * dx
     dweight = sum(dy * n),    dbias = sum(dy),    dgamma = sum(drop_scale * dx * branch)      sums over rows
 
-The number of programs is fixed by the device. Each program loops over tiles of whole rows and keeps its partial sums
-over rows in registers. The partial sums are added afterwards in a fixed order, without atomics, so results are equal
-bit by bit in every run.
+There are at most two programs for each multiprocessor. A program loops over tiles of whole rows and keeps its partial
+sums over rows in registers. The partial sums are added afterwards in a fixed order, without atomics. So runs on
+one model of GPU give the same bits.
 """
 
 from __future__ import annotations

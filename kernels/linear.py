@@ -4,8 +4,8 @@
 
 One kernel computes every form. It is persistent: with n programs, a program computes every n-th tile of the result.
 Tiles are ordered in groups of rows whose operands stay in the L2 cache. The loads of a program's next tile overlap the
-epilogue of its last one. From sm_90 on, operands are read with TMA through descriptors that the launcher makes. On
-other devices, and where the 16-byte alignment of TMA is not met, they are read with masked loads.
+epilogue of the one before. On sm_90 and sm_100, operands are read with TMA through descriptors that the launcher makes.
+On other devices, and where the 16-byte alignment of TMA is not met, they are read with masked loads.
 
 Invariants:
 - The rows of `x`, `weight` and the output are contiguous. `weight` holds one output feature per row, for SwiGLU with

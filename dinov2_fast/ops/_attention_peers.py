@@ -1,4 +1,4 @@
-"""Attention of other libraries, for the op attention: oneDNN's on a CPU; torch's for packed sequences and xformers'."""
+"""Attention of other libraries, for the op attention: oneDNN's on a CPU, xformers' and torch's varlen on a GPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dinov2_fast.torch_private import (
 # oneDNN
 
 ONEDNN_MIN_SCORES = 1 << 16  # from this many scores on, oneDNN's attention is faster than torch's
-# The first call for a shape holds three copies of the scores, so no more than these, or one head's, are computed at
-# once.
+# The most scores that one call computes, unless those of one head are more. The first call for a shape holds three
+# copies of its scores.
 ONEDNN_MAX_SCORES = 1 << 25
 
 # The time of oneDNN as a share of torch's, whose products are MKL's (AMD EPYC of family 26 with AVX-512, 2 threads,
@@ -46,9 +46,9 @@ def onednn_attention(qkv: Tensor) -> Tensor | None:
     It runs in fp32, for enough scores, and only if nothing observes the ops: no trace, mode, autocast, gradient or
     subclass.
 
-    oneDNN adds up p @ v one key after another. If the values have a mean, the error is more than twice that of torch.
-    So oneDNN gets v without its mean, and the mean is added to the result. That is exact, because each row of p sums
-    to 1.
+    oneDNN adds up p @ v one key after another. If the mean of the values is not 0, its error is more than twice that of
+    torch. So oneDNN gets v minus its mean, and the mean is added to the result. The sum is the same, because each row
+    of p sums to 1.
     """
     observed = is_traced() or is_in_dispatch_mode() or torch.is_autocast_enabled(qkv.device.type) or not is_plain(qkv)
     if observed or qkv.dtype != torch.float32 or records_gradient([qkv]):
@@ -99,8 +99,8 @@ def packed_lengths(qkv: Tensor, seq_lens: tuple[int, ...]) -> tuple[Tensor, int]
 def cu_seqlens(seq_lens: tuple[int, ...], device: torch.device) -> Tensor:
     """(sequences + 1,) int32: the first token of each sequence, and at the end the number of tokens.
 
-    The tensor is cached, because copying it to the device waits for the device, which a CUDA graph must not do. The
-    first call for some lengths therefore comes before the capture, and the graph reads the cached tensor.
+    The tensor is cached, because copying it to the device waits for the device, which a CUDA graph must not do. So the
+    first call with new lengths must come before the capture. The graph then reads the cached tensor.
     """
     make = _copy_cu_seqlens.__wrapped__ if is_fake_mode_active() else _copy_cu_seqlens
     return make(seq_lens, device)

@@ -1,4 +1,4 @@
-"""Implementations of the backends `triton`, `cuda` and `onednn`, and the devices that these backends refuse."""
+"""Implementations of the backends `triton`, `cuda` and `onednn`, and the refusals that several ops share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ TRITON_IS_INSTALLED = is_installed("triton")
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-
 _Refuses = Callable[..., str | None] | None
 
 
@@ -48,7 +47,7 @@ def cuda(function: Callable[..., Any], refuses: _Refuses = None, **options: Any)
 
 
 def onednn(function: Callable[..., Any], refuses: _Refuses = None, **options: Any) -> Implementation:
-    """The `onednn` implementation of an op. It is a default on CPUs with AVX-512; others have to force it."""
+    """The `onednn` implementation of an op. It is a default on CPUs with AVX-512; on others it can be forced."""
     devices = ("cpu",) if HAS_AVX512 else ("cpu with AVX-512",)
     options |= {"refuses_device": _onednn_refuses_device, "can_force_on": lambda device: device.type == "cpu"}
     return Implementation("onednn", function, refuses, devices, **options)

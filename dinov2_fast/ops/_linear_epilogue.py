@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ def apply_epilogue(
     z: Tensor, epilogue: str, residual: Tensor | None = None, dtype: torch.dtype | None = None, out_scale: float = 1.0,
     interleaved: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The result of a linear from its product with the bias, `z`, which may be overwritten."""
+    """The result of a linear, given z = x @ weight^T + bias. It may be written over `z`."""
     if residual is not None:
         return residual.add_(z)
     if epilogue == "gelu":
@@ -51,8 +53,9 @@ def refuses_stream(residual: Tensor) -> str | None:
     if residual.dtype not in (*HALF, torch.float32):
         return f"adds to fp16, bf16 and fp32, not to {residual.dtype}"
     shape, strides = residual.shape, residual.stride()
-    even = all(shape[i] == 1 or strides[i] == shape[i + 1] * strides[i + 1] for i in range(residual.ndim - 2))
-    overlapping = residual.numel() > shape[-1] and strides[-2] < shape[-1]
+    leading = [(size, stride) for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
+    even = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading))
+    overlapping = bool(leading) and leading[-1][1] < shape[-1]
     if not even or overlapping or (shape[-1] > 1 and strides[-1] != 1):
         return f"needs a residual that is a view of evenly spaced rows, got strides {strides} for shape {tuple(shape)}"
     return None

@@ -138,7 +138,7 @@ def linear_cublas_e4m3(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None, scale: float,
     weight_scale: Tensor, dtype: torch.dtype | None, out_scale: float, interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    """The product in bf16 with fast accumulation, followed by the op `activation` or by the residual addition."""
+    """The product, with fast accumulation and rounded to bf16; then the op `activation` or the residual addition."""
     rows, by_row = x.reshape(-1, x.shape[-1]).contiguous(), F.ScalingType.RowWise
     z = F.scaled_mm(
         rows, weight.t(), _row_scales(len(rows), scale, x.device), by_row, weight_scale[None], by_row, bias=bias,
@@ -154,7 +154,7 @@ _ROW_SCALES: dict[tuple[float, torch.device], list[Tensor]] = {}  # never emptie
 
 
 def _row_scales(rows: int, scale: float, device: torch.device) -> Tensor:
-    """(rows, 1) fp32 filled with `scale`: a view of a tensor that is cached for this scale and device."""
+    """(rows, 1) fp32 filled with `scale`: a view of a cached tensor, except while tracing or capturing."""
     temporary = is_traced() or is_fake_mode_active()
     cached = [] if temporary else _ROW_SCALES.setdefault((scale, device), [])
     if cached and len(cached[-1]) >= rows:
@@ -164,7 +164,7 @@ def _row_scales(rows: int, scale: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         scales = torch.full((1 << (rows - 1).bit_length(), 1), scale, device=device)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # calls on other streams will read it as well
+        torch.cuda.current_stream(device).synchronize()  # calls on other streams will read the tensor as well
     cached.append(scales)
     return scales[:rows]
 

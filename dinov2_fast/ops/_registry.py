@@ -33,7 +33,7 @@ def register(
         schema: in torch's notation. The number of outputs is fixed, and no output is an input.
         kernel: computes the outputs, for tensors of any device.
         fake: allocates outputs of the same shapes, dtypes and strides.
-        autograd: called where a gradient is needed: the `apply` of an `autograd.Function`.
+        autograd: called where a gradient is recorded: runs the `apply` of an `autograd.Function`.
         autocast: maps a device type to the dtype to which autocast casts the floating-point inputs, or to None if it
             casts nothing.
     """
@@ -51,7 +51,7 @@ def register(
 
 
 def launcher(module: str, name: str) -> Callable[..., Any]:
-    """A function of kernels/<module>.py. It is imported when it first runs, because it imports Triton."""
+    """A function of kernels/<module>.py. The first call imports the module, which imports Triton."""
     load = cache(lambda: getattr(import_module(f"dinov2_fast.kernels.{module}"), name))
     return lambda *args, **options: load()(*args, **options)
 

@@ -4,7 +4,7 @@
     swiglu(x12) = silu(x1) * x2        x1 is the first half of the last dimension (the gate), x2 the second half
     identity(x) = x                    to quantise x to e4m3
 
-With a scale, the result is e4m3: the rounded quotient of the activation and the scale.
+With a scale, the result is e4m3: the activation divided by the scale, saturated at ±448 and rounded.
 
 Sources: Hendrycks & Gimpel, arXiv:1606.08415; Shazeer, arXiv:2002.05202.
 """
@@ -36,10 +36,10 @@ def activation(
     """GELU or SwiGLU, or the quantisation to e4m3 alone.
 
     Args:
-        x: (..., hidden), or for SwiGLU (..., 2 * hidden) with the gate first.
+        x: (..., hidden), or for SwiGLU (..., 2 * hidden) with the gate first. Any floating dtype but e4m3.
         kind: "gelu", "swiglu", or "identity", which needs `scale`.
         overwrite: allow the result to be written over `x`, which saves memory. Not while gradients are recorded.
-        scale: return e4m3 values, whose real values are they times `scale`. For inference only.
+        scale: return e4m3 values; the real value is the e4m3 value times `scale`. For inference only.
         backend: the backend to use instead of the default.
 
     Returns:
@@ -79,7 +79,7 @@ def activation_torch(x: Tensor, kind: str, overwrite: bool, scale: float | None)
 
 
 def activation_triton(x: Tensor, kind: str, overwrite: bool, scale: float | None) -> Tensor:
-    """It ignores `overwrite`: torch's caching allocator reuses the memory of `x`, so overwriting would save nothing."""
+    """It ignores `overwrite`, because the outputs of a registered op are new tensors."""
     return _forward(x, kind, scale)
 
 

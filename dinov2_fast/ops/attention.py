@@ -39,11 +39,12 @@ def attention(
     """Attention within each image of a batch, or within each of several sequences packed along one axis.
 
     Args:
-        qkv: (batch, seq_len, 3, heads, head_dim), or with `seq_lens` (total_tokens, 3, heads, head_dim).
+        qkv: (batch, seq_len, 3, heads, head_dim), or with `seq_lens` (total_tokens, 3, heads, head_dim). fp16, bf16,
+            fp32 or fp64.
         seq_lens: the number of tokens of each sequence, in order. They sum to total_tokens.
         dropout_p: the probability of dropping an attention weight; 0 outside training.
-        scale: return e4m3 values, whose real values are they times `scale`. Values beyond ±448 times `scale` saturate.
-            For inference only.
+        scale: return e4m3 values; the real value is the e4m3 value times `scale`, and beyond ±448 times `scale` it
+            saturates. For inference only.
         backend: the backend to use instead of the default.
 
     Returns:
@@ -71,7 +72,7 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
         backend: the backend to use instead of the default.
 
     Returns:
-        (batch, heads, len(rows), seq_len), in the dtype of `qkv`. Each row sums to 1.
+        (batch, heads, queries, seq_len), in the dtype of `qkv`, under autocast in that of softmax. Rows sum to 1.
     """
     return ATTENTION.choose("probabilities", (qkv, rows), backend).function(qkv, rows)
 
@@ -83,14 +84,13 @@ def attention_torch(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float 
 
 
 def attention_varlen_torch(qkv: Tensor, seq_lens: tuple[int, ...], dropout_p: float, scale: float | None) -> Tensor:
-    runs = [(seq_len, len(list(run))) for seq_len, run in groupby(seq_lens)]  # equal neighbours make one batch
+    runs = [(seq_len, len(list(run))) for seq_len, run in groupby(seq_lens or (0,))]  # equal neighbours: one batch
     parts = qkv.split([seq_len * batch for seq_len, batch in runs])
     outputs = [
         attention_torch(part.unflatten(0, (batch, seq_len)), None, dropout_p, None).flatten(0, 1)
         for part, (seq_len, batch) in zip(parts, runs, strict=True)
     ]
-    out = torch.cat(outputs)
-    return into_e4m3(out, scale)
+    return into_e4m3(torch.cat(outputs), scale)
 
 
 def attention_probabilities_torch(qkv: Tensor, rows: slice) -> Tensor:
@@ -99,7 +99,7 @@ def attention_probabilities_torch(qkv: Tensor, rows: slice) -> Tensor:
 
 
 def attention_onednn(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
-    """oneDNN's attention if it is faster and nothing else is asked of it, or else torch's."""
+    """oneDNN's attention if it is faster, without dropout and e4m3; or else torch's."""
     out = None if dropout_p or scale is not None else _attention_peers.onednn_attention(qkv)
     return attention_torch(qkv, seq_lens, dropout_p, scale) if out is None else out
 

@@ -11,7 +11,7 @@ q = W_q y_cls + b_q. Then
 
 It is exact except for rounding, for three reasons: y . (W_k^T q) = (W_k y) . q; the bias of the keys adds the same
 number to every score of a head, which the softmax ignores; p sums to 1. The other tokens need no query, key or value.
-So the last block of a model that returns the CLS token alone is spared nearly all its work.
+So the last block of a model that returns the CLS token alone skips nearly all its work.
 The formula of attention: Vaswani et al., arXiv:1706.03762.
 """
 
@@ -46,7 +46,8 @@ def attention_pool(
         (batch, num_heads, hidden), contiguous, in the dtype of `x` (under autocast: its dtype).
 
     Raises:
-        ValueError: the shapes do not fit together, or there is no token.
+        ValueError: the shapes of `x` and `absorbed` do not fit together, or there is no token.
+        BackendError: `backend` cannot take these tensors, or gradients are recorded.
     """
     if x.ndim != 3 or absorbed.ndim != 3 or absorbed.shape[::2] != x.shape[::2]:
         raise InvalidValueError(

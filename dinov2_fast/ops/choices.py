@@ -22,7 +22,7 @@ class BackendChoice:
     op: str
     form: str
     dtype: torch.dtype
-    backend: str
+    backend: str  # "nothing" if no implementation can run the form
     because: str
 
     @property
@@ -71,7 +71,8 @@ def _choice(op: Op, form: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Bac
     elif any(other.is_for(x.device) for other in others):
         because = chosen.why or "is the first that can run"
     else:
-        because = "the others need a GPU" if others else "is the only one"
+        need = "a GPU" if all(other.devices == ("cuda",) for other in others) else "a GPU or a CPU with AVX-512"
+        because = f"the others need {need}" if others else "is the only one"
     return BackendChoice(op.name, form, dtype, chosen.backend, because)
 
 

@@ -61,8 +61,7 @@ _OPS: dict[str, Op] = {}
 # The setting in force. It is a plain global of the process, as torch's own backend flags are, because torch.compile
 # guards on globals and traces no ContextVar.
 _setting = BackendSetting("", {}, False, {})
-# The setting of the process, followed by those of the running blocks in the order in which they began. The last one is
-# in force.
+# The setting of the process, followed by those of the running blocks, oldest first. The last one is in force.
 _active: tuple[BackendSetting, ...] = (_setting,)
 _active_lock = threading.Lock()
 
@@ -131,14 +130,16 @@ class Op:
         chosen, forced, refusals = self.select(form, args, setting, backend)
         if refusals and not torch.compiler.is_compiling():
             device = first_tensor(args).device
-            unexpected = [(i, reason) for i, reason in refusals if i is forced or i.is_for(device)]
-            self._warn_of_fallback(form, chosen, _sentence(unexpected))
+            unexpected = _sentence([(i, reason) for i, reason in refusals if i is forced or i.is_for(device)])
+            if unexpected and unexpected not in self._warned:
+                self._warned.add(unexpected)
+                logger.warning("%s: falling back to %s: %s", self.name_of(form), chosen.backend, unexpected)
         return chosen
 
     def select(
         self, form: str, args: tuple[Any, ...], setting: BackendSetting, backend: str | None = None
     ) -> tuple[Implementation, Implementation | None, list[tuple[Implementation, str]]]:
-        """The implementation that runs, the one that was named, and those before the first with their refusals.
+        """The implementation that runs, the named one or None, and the refusals of those tried before it.
 
         Raises:
             BackendError: as :meth:`choose`.
@@ -184,12 +185,6 @@ class Op:
         """
         name = self.name if len(self.sample_inputs) == 1 else f"{self.name}.{form}"
         return f"{name} e4m3" if e4m3 else name
-
-    def _warn_of_fallback(self, form: str, chosen: Implementation, message: str) -> None:
-        """Warns once for each message: that of an implementation that was named, or that is made for the device."""
-        if message and message not in self._warned:
-            self._warned.add(message)
-            logger.warning("%s: falling back to %s: %s", self.name_of(form), chosen.backend, message)
 
 
 class BoundOp:
@@ -270,12 +265,11 @@ def use_backend(setting: str, *, strict: bool = False) -> Iterator[None]:
     """``with use_backend("triton")`` or ``"attention=triton,linear.gelu=cuda"``: forces backends inside the block.
 
     It applies to the whole process, not to one thread, as torch's own backend flags do. Where blocks of several threads
-    or asyncio tasks overlap, the block that began last decides. Once all blocks have ended, nothing is forced.
+    or asyncio tasks overlap, the block that began last decides. Once all have ended, :func:`set_backend` decides.
 
     Args:
         setting: a backend for all ops that have it, or backends of single ops and forms.
-        strict: raise an error if a backend cannot take an input. By default another backend takes the input, and a
-            warning says so.
+        strict: raise a `BackendError` if a named backend refuses an input; by default, warn once and run another one.
 
     Raises:
         BackendError: no op, form or backend has that name.
@@ -291,7 +285,10 @@ def use_backend(setting: str, *, strict: bool = False) -> Iterator[None]:
 
 
 def set_backend(setting: str | None, *, strict: bool = False) -> None:
-    """:func:`use_backend` for the rest of the process, in place of ``DINOV2_FAST_BACKEND``; None forces nothing."""
+    """Sets the backends outside of blocks of :func:`use_backend`, in place of ``DINOV2_FAST_BACKEND``.
+
+    `strict` and errors are those of :func:`use_backend`. With None as `setting`, nothing is forced.
+    """
     mine = BackendSetting("", {}, strict, {}) if setting is None else parse_setting(setting, strict)
     with _lock_active():
         _activate((mine, *_active[1:]))

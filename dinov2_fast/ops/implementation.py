@@ -33,14 +33,14 @@ class Implementation:
         function: takes the arguments of the op, in the order in which the op's public function passes them on.
         refuses: takes the same arguments and returns why it cannot run them, or None. It looks at sizes and options,
             never at data.
-        devices: the types of devices that it is made for; None for any. On other devices it is passed over without a
-            warning.
+        devices: the types of devices that it is made for; None for any. On other devices it is passed over, with a
+            warning only if a setting names it.
         dtypes: the dtypes of the first tensor that it takes; None for any. An op on e4m3 tensors has candidates of its
             own: the implementations that take e4m3. One that takes e4m3 alone is not a candidate for other dtypes.
         forms: the forms of the op that it computes; None for all.
         has_backward: whether it can be differentiated.
         refuses_device: returns why it cannot run on a device of this machine, or None.
-        can_force_on: whether a setting can force it to run on a device that it is not made for.
+        can_force_on: whether it can run, if it is named, on a device that it is not made for.
         why: why it is preferred to those after it, for users.
     """
 
@@ -66,7 +66,7 @@ class Implementation:
     ) -> str | None:
         """Why it can run no arguments on this device and of this dtype, or None.
 
-        `recorded` says whether autograd records the call, `forced` whether a setting names this implementation.
+        `recorded` says whether autograd records the call, `forced` whether this implementation was named.
         """
         if not self.is_for(device) and not (forced and self.can_force_on(device)):
             return f"needs a {' or '.join(self.devices or ())} tensor, got one on {device.type}"

@@ -52,12 +52,12 @@ def layer_norm(
         gamma: LayerScale of the branch, (hidden,), or None for 1.
         drop_scale: (batch,), the factor of each image's branch (stochastic depth), or None for 1.
         deferred_bias: (hidden,), added to `x` before the norm, or None for 0. For inference only, without a branch.
-        scale: return e4m3 values, whose real values are they times `scale`. For inference only, without a branch.
+        scale: return e4m3 values; the real value is the e4m3 value times `scale`. For inference only, without a branch.
         backend: the backend to use instead of the default.
 
     Returns:
-        The norm, in the shape and dtype of `x` (under autocast float32, except with `deferred_bias`), or in e4m3. With
-        a branch: the sum and its norm.
+        The norm, in the shape and dtype of `x` (fp32 under autocast on a GPU, except with `deferred_bias`), or in e4m3.
+        With a branch: the sum, in the promoted dtype of its terms, and its norm.
 
     Raises:
         BackendError: `backend` cannot take these tensors, or gradients are recorded with `scale` or `deferred_bias`.
@@ -67,9 +67,7 @@ def layer_norm(
         raise InvalidValueError("layer_norm takes gamma and drop_scale with a branch only: give it a branch.")
     if scale is not None or deferred_bias is not None:
         if branch is not None:
-            raise InvalidValueError(
-                "layer_norm takes no scale and no deferred_bias with a branch: add the branch first."
-            )
+            raise InvalidValueError("layer_norm takes no scale or deferred_bias with a branch: add the branch first.")
         refuse_gradient("layer_norm with scale or deferred_bias", (x, weight, bias, deferred_bias))
     args = x, weight, bias, eps, branch, gamma, drop_scale, deferred_bias, scale
     return LAYER_NORM.choose("plain" if branch is None else "add", args, backend).function(*args)
@@ -225,10 +223,9 @@ def _refuses(
         return None if scale is None else _backends.refuses_e4m3(x)
     if records_gradient([drop_scale]):
         return "has no gradient for drop_scale"
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = _backends.promoted(x, branch, gamma, drop_scale)
-        if dtype in (torch.float16, torch.bfloat16):
-            return "returns the norm in the dtype of the sum, but autocast asks for fp32"
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    if autocast and _backends.promoted(x, branch, gamma, drop_scale) in _backends.HALF:
+        return "returns the norm in the dtype of the sum, but autocast asks for fp32"
     return _backends.refuses_to_broadcast(x, branch, drop_scale, gamma=gamma)
 
 

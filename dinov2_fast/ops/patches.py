@@ -8,7 +8,7 @@ minus 128.
 
 Subtracting 128 is exact in every floating dtype. The engine folds the normalisation, (x / 255 - mean) / std, into the
 weight and the bias (`inference.fold.fold_normalization`). Without the subtraction, the mean brightness of x in 0..255
-would multiply the rounding error of every weight, because the bias would have to cancel it.
+would multiply the rounding error of every weight: the bias cancels the product with the exact weight only.
 Source of the embedding: Dosovitskiy et al., arXiv:2010.11929.
 """
 
@@ -56,6 +56,7 @@ def patches(
         ValueError: `images` has not four dimensions, a size does not fit the patch size and the stride, or `padded_to`
             is less than the size of a patch.
         TypeError: the dtype of `images`, or `dtype`, is not supported.
+        BackendError: `backend` cannot take these arguments, or gradients are recorded.
     """
     if images.ndim != 4:
         raise InvalidValueError(f"patches takes (batch, channels, height, width), got shape {tuple(images.shape)}.")
@@ -95,9 +96,8 @@ def _patches_fake(images: Tensor, patch_size: int, padded_to: int, dtype: torch.
 
 
 def _refuses(images: Tensor, patch_size: int, stride: tuple[int, int], *rest: object) -> str | None:
-    return (
-        None if stride == (patch_size, patch_size) else f"cuts patches without overlap only, got a stride of {stride}"
-    )
+    fits = stride == (patch_size, patch_size)
+    return None if fits else f"cuts patches without overlap only, got a stride of {stride}"
 
 
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:

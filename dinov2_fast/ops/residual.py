@@ -50,7 +50,8 @@ def add_residual(
         `residual`.
 
     Raises:
-        ValueError: `drop_scale` is given with `index`, or `scale` without it.
+        ValueError: `drop_scale` is given with `index`, or `scale` without `index`.
+        BackendError: `backend` cannot take these tensors.
     """
     if index is None:
         if scale != 1.0:

@@ -221,7 +221,7 @@ def test_empty_input_gives_an_empty_result(backend: str) -> None:
 # Refusals and contiguity
 
 
-def test_the_result_is_contiguous_with_every_kernel_of_torch() -> None:
+def test_the_result_is_contiguous_with_two_kernels_of_torch() -> None:
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(kernel):
             assert ops.attention(random_qkv(2, 9, dtype=torch.float16)).is_contiguous()

@@ -45,6 +45,14 @@ def test_varlen_obeys_the_rule(backend: str, dtype: torch.dtype, seq_lens: tuple
     assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
+@each_backend
+def test_empty_sequences_and_none_at_all_give_no_rows(backend: str) -> None:
+    qkv = random_qkv(1, 7)[0]
+    expected = ops.attention(qkv, seq_lens=(7,), backend=backend)
+    assert torch.equal(ops.attention(qkv, seq_lens=(0, 7, 0), backend=backend), expected)
+    assert ops.attention(qkv[:0], seq_lens=(), backend=backend).shape == (0, 2, 64)
+
+
 def test_lengths_packed_in_inference_mode_serve_training_later() -> None:
     seq_lens = (2, 11, 3)
     qkv = random_qkv(1, 16)[0]

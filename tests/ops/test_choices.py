@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from dinov2_fast.ops import dispatch, use_backend
+from dinov2_fast.ops import _backends, dispatch, use_backend
+from dinov2_fast.ops._linear_peers import ONEDNN
 from dinov2_fast.ops.choices import backend_choices, format_choices
+from dinov2_fast.ops.linear import LINEAR, linear_triton
 
 
 def test_every_op_has_a_choice_on_every_device() -> None:
@@ -27,6 +32,19 @@ def test_e4m3_has_the_forms_that_read_or_write_it() -> None:
     others = {"layer_norm.plain", "attention.batch", "attention.varlen"}
     others |= {f"activation.{kind}" for kind in ("gelu", "swiglu", "identity")}
     assert names == linears | others
+
+
+def test_what_the_others_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LINEAR, "implementations", (_backends.triton(linear_triton), *LINEAR.implementations[1:2]))
+    with_onednn = replace(ONEDNN, devices=("cpu with AVX-512",)), *LINEAR.implementations
+    assert _because("linear.none") == "the others need a GPU"
+    monkeypatch.setattr(LINEAR, "implementations", with_onednn)
+    assert _because("linear.none") == "the others need a GPU or a CPU with AVX-512"
+
+
+def _because(name: str) -> str:
+    (row,) = [row for row in backend_choices("cpu") if row.name == name]
+    return row.because
 
 
 def test_forms_that_run_alike_share_a_line() -> None:

@@ -322,8 +322,15 @@ def test_e4m3_is_for_inference_and_goes_without_a_branch(backend: str) -> None:
         ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend)
     with torch.no_grad():
         assert ops.layer_norm(x, x[0], x[0], EPS, scale=1.0, backend=backend).dtype == torch.float8_e4m3fn
-        with pytest.raises(ValueError, match="no scale and no deferred_bias with a branch"):
+        with pytest.raises(ValueError, match="no scale or deferred_bias with a branch"):
             ops.layer_norm(x, x[0], x[0], EPS, branch=x, scale=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["gamma", "drop_scale"])
+def test_factors_of_a_branch_need_a_branch(name: str) -> None:
+    x = random(2, 64)
+    with pytest.raises(ValueError, match="gamma and drop_scale with a branch only"):
+        ops.layer_norm(x, x[0], x[0], EPS, **{name: x[0]})
 
 
 # Registration with torch

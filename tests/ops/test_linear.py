@@ -132,6 +132,15 @@ def test_the_surroundings_of_the_stream_stay(backend: str) -> None:
     assert buffer.isnan().all()
 
 
+@each_path
+def test_the_stream_may_be_the_first_token_of_each_image(backend: str) -> None:
+    x, weight, bias = random_operands(4, 72, 40, torch.float32)
+    stream = random(4, 3, 72)
+    expected = reference.linear(x, weight, bias) + stream[:, 0]
+    linear(x[:, None], weight, bias, epilogue="residual", residual=stream[:, :1], backend=backend)
+    torch.testing.assert_close(stream[:, 0].double(), expected, atol=1e-5, rtol=0)
+
+
 STRIDES = {
     "transposed": lambda x: x.transpose(0, 1),
     "strided": lambda x: x[:, ::2],
