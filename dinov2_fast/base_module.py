@@ -34,15 +34,16 @@ class Dinov2Module(nn.Module):
 
         Raises:
             RuntimeError: the weights do not fit; the message names the keys and the layout. The model is unchanged.
+            ValueError, TypeError: this is no state dict of one backbone (`layouts.plan_conversion`).
         """
         own = self.state_dict()
         layout, converted = _in_own_layout(state_dict, own)
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
         misshapen = [
-            f"{key} {tuple(tensor.shape)} where the model has {tuple(own[key].shape)}"
-            for key, tensor in converted.items()
-            if key in own and tensor.shape != own[key].shape
+            f"{key} {tuple(shape)} where the model has {tuple(own[key].shape)}"
+            for key, shape in ((key, getattr(value, "shape", ())) for key, value in converted.items() if key in own)
+            if shape != own[key].shape
         ]
         if misshapen or (strict and (missing or unexpected)):
             raise InvalidStateError(layouts.misfit(layout, missing, unexpected, misshapen))
