@@ -32,8 +32,8 @@ class Conversion:
     source: Path
     summary: str  # layout, sizes and dtypes of the source, in one line
     written: Path  # the file with the weights
-    compared: int  # tensors that were read back and have the same bits as in the source
-    lost: tuple[str, ...]  # what the new layout cannot hold, one sentence each
+    compared: int  # tensors that were read back and have the same values as in the source
+    lost: tuple[str, ...]  # what the new file lacks: the name of a tensor, or a phrase that says why
     img_size: Any  # the image size in pixels that the position table is for
     # How the readers of the old and of the new layout resample positions, where that differs. At image sizes other
     # than `img_size` the same weights then give other features.
@@ -43,7 +43,7 @@ class Conversion:
 def convert_checkpoint(
     source: str, target: str | os.PathLike[str], *, layout: str, overwrite: bool = False
 ) -> Conversion:
-    """Writes a checkpoint in another layout. The file is whole or absent.
+    """Writes a checkpoint in another layout, and compares what was written with the source. A file is whole or absent.
 
     Args:
         source: one of the eight names, a checkpoint file, a folder that holds one, or a hub id; in any layout.
@@ -55,7 +55,8 @@ def convert_checkpoint(
     Raises:
         FileExistsError: the file exists, or the folder is not empty, and `overwrite` is not set.
         NotADirectoryError: the target is a folder's, and there is a file of that name.
-        WeightsError: the checkpoint cannot be found or read, or transformers has no such model.
+        ValueError: there is no such layout, or the target has another ending.
+        WeightsError: the checkpoint cannot be found or read, or transformers has no such model, or the copy differs.
     """
     target = Path(target)
     is_file = target.suffix in SAFETENSORS + TORCH or layout != "huggingface"
@@ -190,7 +191,7 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def _read_back(before: ConversionPlan, after: ConversionPlan) -> tuple[int, tuple[str, ...]]:
-    """How many tensors of the new file have the same bits, and what the file lacks; other values are an error."""
+    """How many tensors of the new file have the same values, and what the file lacks; other values are an error."""
     difference = compare_weights(before, after)
     if difference.different or difference.misshapen:
         wrong = ", ".join(difference.different + difference.misshapen)

@@ -42,6 +42,9 @@ def load(
     The model is built without storage and filled tensor by tensor, so the peak memory is that of the weights and one
     tensor. Only the backbone is loaded: a classification head, or other parts of a larger model, are skipped.
 
+    Published weights are searched in the folder of ``DINOV2_FAST_CACHE`` (by default ``~/.cache/dinov2_fast``), in
+    torch.hub's and in the cache of the Hugging Face hub, and then downloaded from the hub or the official server.
+
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
             layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``).
@@ -56,13 +59,13 @@ def load(
         revision: of the hub repository.
         local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
-            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the
-            image size that the position table is for; it is needed only if the table is not square.
+            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the image size
+            that the position table is for; it is needed only if the table is not square.
 
     Raises:
         WeightsError: the weights cannot be found, downloaded or read, or do not fit.
-        ValueError: there is no such name (the message lists the nearest), `seed` or `position_interpolation`, or
-            `weights` is given together with ``pretrained=False``.
+        ValueError: there is no such name (the message lists the nearest), `seed`, `dtype` or `position_interpolation`,
+            `weights` is given together with ``pretrained=False``, or `seed` without it.
     """
     name = str(name_or_path)
     random_seed = _random_seed(weights, pretrained, seed)
@@ -221,8 +224,8 @@ def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:
 class RandomWeights(Mapping[str, Tensor]):
     """Random weights with the statistics of a trained model, for a model on the meta device.
 
-    Each tensor depends only on the seed and its name (without block chunks). LayerScale, norms and biases are random
-    too, so that every part of the computation changes the result.
+    Each tensor depends only on the seed, its name (without block chunks) and shape. LayerScale, norms and biases are
+    random too, so that every part of the computation changes the result.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
