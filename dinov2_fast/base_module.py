@@ -59,7 +59,7 @@ class Dinov2Module(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Renames this part's weights first when torch loads a larger module, for which it calls this method."""
+        """Renames the weights of this module, if it is a part of the one whose `load_state_dict` was called."""
         if prefix:  # without a prefix, `load_state_dict` has already done it
             given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
             own = dict(chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)))

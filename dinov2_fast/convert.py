@@ -72,11 +72,9 @@ def convert_checkpoint(
     else:
         written = _write_folder(checkpoint, target)
     compared, lost = _read_back(plan, plan_weights(open_weights(written)))
-    readers = READERS[plan.layout], READERS[layout]
-    differs = readers[0] != readers[1] and not architecture["num_register_tokens"]
-    return Conversion(
-        checkpoint.weights, summary, written, compared, lost, architecture["img_size"], readers if differs else None
-    )
+    old, new = READERS[plan.layout], READERS[layout]
+    resampling = None if old == new or architecture["num_register_tokens"] else (old, new)
+    return Conversion(checkpoint.weights, summary, written, compared, lost, architecture["img_size"], resampling)
 
 
 def find_named(name: str) -> Checkpoint:
@@ -109,7 +107,7 @@ def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
 def huggingface_model(checkpoint: Checkpoint) -> Any:
     """A checkpoint as a model of :mod:`dinov2_fast.huggingface`; a classifier if it has transformers' head.
 
-    The configuration is the one beside the weights, or is made from the sizes of the tensors.
+    The configuration is the one beside the weights, or is made from the sizes of the tensors. The dtype is theirs.
 
     Raises:
         WeightsError: transformers has no such model, or the weights do not fit it.
@@ -121,6 +119,9 @@ def huggingface_model(checkpoint: Checkpoint) -> Any:
     config: Any = checkpoint.config
     if config is None or not _is_transformers(config):
         config = model_class.config_class(**_config_fields(architecture), **({"num_labels": labels} if labels else {}))
+    else:
+        config = model_class.config_class.from_pretrained(config)
+        config.dtype = None  # the model keeps that of the weights
     return model_class.from_pretrained(checkpoint.weights, config=config)
 
 

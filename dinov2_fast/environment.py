@@ -1,8 +1,7 @@
 """The environment variables that dinov2_fast reads, and the one that its command line sets.
 
 ``DINOV2_FAST_BACKEND``   which implementation of an op to use; see :mod:`dinov2_fast.ops.dispatch`.
-``DINOV2_FAST_CACHE``     folder of the official checkpoint files, by default ``~/.cache/dinov2_fast``. What comes from
-                          the Hugging Face hub is in the hub's own cache.
+``DINOV2_FAST_CACHE``     folder of the official checkpoints, by default ``~/.cache/dinov2_fast`` (the hub has its own).
 ``XFORMERS_DISABLED``     the reference's variable: if it is set to any value, xformers is not used.
 ``OMP_WAIT_POLICY``       OpenMP's variable; see :func:`use_passive_openmp_threads`.
 """

@@ -43,7 +43,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 class PreTrainedModel(ToolMethods):
-    """The base class of this face's models: a config, loading and saving, and the methods of `ToolMethods`."""
+    """The base class of the models in this folder: a config, loading and saving, and the methods of `ToolMethods`."""
 
     @classmethod
     def from_pretrained(
@@ -67,8 +67,8 @@ class PreTrainedModel(ToolMethods):
         """A model in eval mode with the weights of a folder, a file or a hub repository, in any layout.
 
         Args:
-            pretrained_model_name_or_path: a folder with ``config.json`` and weights, or a hub id such as
-                ``facebook/dinov2-base``; None with `config` and `state_dict`.
+            pretrained_model_name_or_path: a folder with ``config.json`` and weights, a hub id such as
+                ``facebook/dinov2-base``, or with `config` a file of weights; None with `config` and `state_dict`.
             config: a configuration, or the path or name of one, instead of the one beside the weights.
             state_dict: weights in any layout instead of those of `pretrained_model_name_or_path`. They are copied.
             revision: branch, tag or commit on the hub.

@@ -143,8 +143,7 @@ def _refuse_other_sources(config: BackboneConfig, cfg: dict[str, Any], cache_dir
         )
     if cache_dir is not None:
         raise InvalidValueError(
-            "cache_dir is not used: set the environment variables DINOV2_FAST_CACHE (files of the official server) and "
-            "HF_HUB_CACHE (files of the Hugging Face hub)."
+            "cache_dir is not used: set the environment variables DINOV2_FAST_CACHE and, for the hub, HF_HUB_CACHE."
         )
 
 

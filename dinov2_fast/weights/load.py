@@ -47,7 +47,8 @@ def load(
 
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
-            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``).
+            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``). For a
+            file, or without transformers' ``config.json``, heads of 64 channels are assumed; `num_heads` changes that.
         pretrained: False gives a model of one of the eight names random weights instead of the published ones.
         seed: of the random weights, from 0 to 2147483647. They depend only on it.
         weights: for one of the eight names, a file to load instead of the published weights. ``"random:SEED"`` is the
@@ -206,7 +207,7 @@ def _set_parameter(
     dtype: torch.dtype | None,
     is_borrowed: bool,
 ) -> None:
-    """Sets the model's parameter `key`. The storage of a borrowed tensor belongs to somebody else."""
+    """Sets the model's parameter `key`. A borrowed tensor, whose storage is the source's, is copied."""
     if tensor.is_meta:
         raise WeightsError(f"{key} has no values: it was saved from the meta device. Save the weights again.")
     placed = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)

@@ -59,7 +59,7 @@ _DEFAULT_OPTIONS = SourceOptions()
 
 
 class Checkpoint(NamedTuple):
-    """A weights file on this machine, and the transformers config in its folder if there is one."""
+    """A weights file on this machine, and the ``config.json`` of the folder or repository that it was found in."""
 
     weights: Path
     config: Path | None
@@ -223,7 +223,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Checkpoint:
-    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id."""
+    """The weights of a file, or the weights and config (None if there is none) of a folder or Hugging Face hub id."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():

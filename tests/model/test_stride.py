@@ -117,7 +117,7 @@ def test_a_stride_set_by_hand_is_followed_and_taken_back() -> None:
 
 
 @pytest.mark.parametrize("stride", [0, 15, (7, 28), -7], ids=str)
-def test_a_stride_above_the_patch_size_is_refused(stride: Any) -> None:
+def test_a_stride_out_of_range_is_refused(stride: Any) -> None:
     with pytest.raises(ValueError, match=r"is out of range: take 1 to the patch size, \(14, 14\)"):
         small().stride = stride
 

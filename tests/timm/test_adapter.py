@@ -529,7 +529,7 @@ def test_wrong_arguments_are_refused_with_a_clear_error() -> None:
         create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine"})
     with pytest.raises(ValueError, match="has no weights tagged 'in1k'"):
         create_model(NAMES[0], pretrained_cfg="in1k")
-    with pytest.raises(ValueError, match=r"cache_dir is not used: set .* DINOV2_FAST_CACHE .* HF_HUB_CACHE"):
+    with pytest.raises(ValueError, match=r"cache_dir is not used: set .* DINOV2_FAST_CACHE and, .* HF_HUB_CACHE"):
         create_model(NAMES[0], pretrained=True, cache_dir="there")
     with pytest.raises(TypeError, match="not take act_layer='relu'"):
         create_model(NAMES[0], **SMALL, act_layer="relu")
