@@ -107,7 +107,7 @@ def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
 def huggingface_model(checkpoint: Checkpoint) -> Any:
     """A checkpoint as a model of :mod:`dinov2_fast.huggingface`; a classifier if it has transformers' head.
 
-    The configuration is the one beside the weights, or is made from the sizes of the tensors. The dtype is theirs.
+    The configuration is that beside the weights, or is made from the sizes of the tensors. The dtype is the tensors'.
 
     Raises:
         WeightsError: transformers has no such model, or the weights do not fit it.
