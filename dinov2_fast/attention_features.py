@@ -54,10 +54,10 @@ class AttentionFeatures(Dinov2Module):
     ) -> Tensor:
         """Attention weights; by default those of the CLS token on the patches, as one map per head.
 
-        Only the requested rows, heads and blocks are computed. The result is differentiable.
+        Only the weights of the requested blocks, heads and rows are computed. They are differentiable.
 
         Args:
-            images: as for `forward`, of any size.
+            images: as for `forward`.
             layers: blocks, in the order of the result; 0 is the first and -1 the last.
             heads: 0 is the first and -1 the last; None for all.
             queries: None for the CLS token. Its weights on CLS and registers are left out, so a map sums to less than
@@ -66,10 +66,10 @@ class AttentionFeatures(Dinov2Module):
 
         Returns:
             (batch, layers, heads, rows, columns) of patches; with `queries` (batch, layers, heads, queries, tokens),
-            each row summing to 1. In the dtype of the weights.
+            each row summing to 1. In the dtype of the parameters, or that of autocast.
 
         Raises:
-            ValueError: there is no such block or head.
+            ValueError: there is no such block or head, or none is asked for.
         """
         take = _indices(layers, len(self._flat_blocks()), "block")
         chosen = None if heads is None else _indices(heads, self.num_heads, "head")
@@ -86,17 +86,17 @@ class AttentionFeatures(Dinov2Module):
         """Queries, keys and values of chosen blocks, as correspondence and segmentation methods use them.
 
         Args:
-            images: as for `forward`, of any size.
+            images: as for `forward`.
             layers: blocks, in the order of the result; 0 is the first and -1 the last.
             reshape: return maps of the patches, with the channels of all heads concatenated.
 
         Returns:
             `query`, `key` and `value`, each (batch, layers, heads, tokens, head_dim) in the order CLS, registers,
             patches; ``softmax(query @ key.mT / head_dim**0.5)`` is the attention. With `reshape` each is
-            (batch, layers, hidden, rows, columns). In the dtype of the weights.
+            (batch, layers, hidden, rows, columns). In the dtype of the parameters, or that of autocast.
 
         Raises:
-            ValueError: there is no such block.
+            ValueError: there is no such block, or none is asked for.
         """
         take = _indices(layers, len(self._flat_blocks()), "block")
         found = dict(self._projected(images, take))
@@ -107,7 +107,7 @@ class AttentionFeatures(Dinov2Module):
         return QKV(*qkv)
 
     def _projected(self, images: Tensor, layers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Each block's index and packed projections (batch, tokens, 3, heads, head_dim). Runs no block after them."""
+        """Index and packed projections (batch, tokens, 3, heads, head_dim) of each of `layers`; no later block runs."""
         x, last = self.embed(images), max(layers)
         for i, block in enumerate(self._flat_blocks()[: last + 1]):
             if i in layers:

@@ -34,15 +34,16 @@ class Dinov2Module(nn.Module):
 
         Raises:
             RuntimeError: the weights do not fit; the message names the keys and the layout. The model is unchanged.
+            ValueError, TypeError: this is no state dict of one backbone (`layouts.plan_conversion`).
         """
         own = self.state_dict()
         layout, converted = _in_own_layout(state_dict, own)
         missing = [key for key in own if key not in converted]
         unexpected = [key for key in converted if key not in own]
         misshapen = [
-            f"{key} {tuple(tensor.shape)} where the model has {tuple(own[key].shape)}"
-            for key, tensor in converted.items()
-            if key in own and tensor.shape != own[key].shape
+            f"{key} {tuple(shape)} where the model has {tuple(own[key].shape)}"
+            for key, shape in ((key, getattr(value, "shape", ())) for key, value in converted.items() if key in own)
+            if shape != own[key].shape
         ]
         if misshapen or (strict and (missing or unexpected)):
             raise InvalidStateError(layouts.misfit(layout, missing, unexpected, misshapen))
@@ -58,7 +59,7 @@ class Dinov2Module(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Renames this part's weights first when torch loads a larger module, for which it calls this method."""
+        """Renames the weights of this module, if it is a part of the one whose `load_state_dict` was called."""
         if prefix:  # without a prefix, `load_state_dict` has already done it
             given = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
             own = dict(chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)))

@@ -15,7 +15,7 @@ from dinov2_fast import ops
 from dinov2_fast.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp, has_hooks
 from dinov2_fast.torch_private import is_fx_traced
 
-# Up to this rate the reference drops a branch by multiplying it with zero. Above, it computes it for a subset only.
+# Up to this rate the reference computes the branch of every image, then zeroes some. Above, it computes only a subset.
 SUBSET_THRESHOLD = 0.1
 
 
@@ -134,7 +134,7 @@ def add(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module)
 
 
 def split_gamma(branch: Tensor, layer_scale: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The branch and the gamma by which the addition multiplies it, None if the branch has been multiplied already."""
+    """The branch, and the gamma that the addition still has to multiply it by; None if there is none."""
     return (branch, _gamma(layer_scale)) if _is_plain(layer_scale) else (layer_scale(branch), None)
 
 
@@ -171,6 +171,6 @@ class BlockChunk(nn.Sequential):
 
 
 def chunk_blocks(blocks: list[nn.Module], chunks: int) -> list[BlockChunk]:
-    """The blocks in `chunks` chunks; one more if their number is not a multiple."""
+    """The blocks in chunks of ``len(blocks) // chunks``, at least one; the last chunk may be shorter."""
     size = max(len(blocks) // chunks, 1)
     return [BlockChunk(*[nn.Identity()] * i, *blocks[i : i + size]) for i in range(0, len(blocks), size)]

@@ -32,8 +32,8 @@ class Conversion:
     source: Path
     summary: str  # layout, sizes and dtypes of the source, in one line
     written: Path  # the file with the weights
-    compared: int  # tensors that were read back and have the same bits as in the source
-    lost: tuple[str, ...]  # what the new layout cannot hold, one sentence each
+    compared: int  # tensors that were read back and have the same values as in the source
+    lost: tuple[str, ...]  # what the new file lacks: the name of a tensor, or a phrase that says why
     img_size: Any  # the image size in pixels that the position table is for
     # How the readers of the old and of the new layout resample positions, where that differs. At image sizes other
     # than `img_size` the same weights then give other features.
@@ -43,7 +43,7 @@ class Conversion:
 def convert_checkpoint(
     source: str, target: str | os.PathLike[str], *, layout: str, overwrite: bool = False
 ) -> Conversion:
-    """Writes a checkpoint in another layout. The file is whole or absent.
+    """Writes a checkpoint in another layout, and compares what was written with the source. A file is whole or absent.
 
     Args:
         source: one of the eight names, a checkpoint file, a folder that holds one, or a hub id; in any layout.
@@ -55,7 +55,8 @@ def convert_checkpoint(
     Raises:
         FileExistsError: the file exists, or the folder is not empty, and `overwrite` is not set.
         NotADirectoryError: the target is a folder's, and there is a file of that name.
-        WeightsError: the checkpoint cannot be found or read, or transformers has no such model.
+        ValueError: there is no such layout, or the target has another ending.
+        WeightsError: the checkpoint cannot be found or read, or transformers has no such model, or the copy differs.
     """
     target = Path(target)
     is_file = target.suffix in SAFETENSORS + TORCH or layout != "huggingface"
@@ -71,11 +72,9 @@ def convert_checkpoint(
     else:
         written = _write_folder(checkpoint, target)
     compared, lost = _read_back(plan, plan_weights(open_weights(written)))
-    readers = READERS[plan.layout], READERS[layout]
-    differs = readers[0] != readers[1] and not architecture["num_register_tokens"]
-    return Conversion(
-        checkpoint.weights, summary, written, compared, lost, architecture["img_size"], readers if differs else None
-    )
+    old, new = READERS[plan.layout], READERS[layout]
+    resampling = None if old == new or architecture["num_register_tokens"] else (old, new)
+    return Conversion(checkpoint.weights, summary, written, compared, lost, architecture["img_size"], resampling)
 
 
 def find_named(name: str) -> Checkpoint:
@@ -108,7 +107,7 @@ def summary_of(plan: ConversionPlan, architecture: Mapping[str, Any]) -> str:
 def huggingface_model(checkpoint: Checkpoint) -> Any:
     """A checkpoint as a model of :mod:`dinov2_fast.huggingface`; a classifier if it has transformers' head.
 
-    The configuration is the one beside the weights, or is made from the sizes of the tensors.
+    The configuration is that beside the weights, or is made from the sizes of the tensors. The dtype is the tensors'.
 
     Raises:
         WeightsError: transformers has no such model, or the weights do not fit it.
@@ -120,6 +119,9 @@ def huggingface_model(checkpoint: Checkpoint) -> Any:
     config: Any = checkpoint.config
     if config is None or not _is_transformers(config):
         config = model_class.config_class(**_config_fields(architecture), **({"num_labels": labels} if labels else {}))
+    else:
+        config = model_class.config_class.from_pretrained(config)
+        config.dtype = None  # the model keeps that of the weights
     return model_class.from_pretrained(checkpoint.weights, config=config)
 
 
@@ -190,7 +192,7 @@ def _write_folder(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def _read_back(before: ConversionPlan, after: ConversionPlan) -> tuple[int, tuple[str, ...]]:
-    """How many tensors of the new file have the same bits, and what the file lacks; other values are an error."""
+    """How many tensors of the new file have the same values, and what the file lacks; other values are an error."""
     difference = compare_weights(before, after)
     if difference.different or difference.misshapen:
         wrong = ", ".join(difference.different + difference.misshapen)

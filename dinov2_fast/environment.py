@@ -1,7 +1,7 @@
 """The environment variables that dinov2_fast reads, and the one that its command line sets.
 
 ``DINOV2_FAST_BACKEND``   which implementation of an op to use; see :mod:`dinov2_fast.ops.dispatch`.
-``DINOV2_FAST_CACHE``     folder of downloaded checkpoints; the default is ``~/.cache/dinov2_fast``.
+``DINOV2_FAST_CACHE``     folder of the official checkpoints, by default ``~/.cache/dinov2_fast`` (the hub has its own).
 ``XFORMERS_DISABLED``     the reference's variable: if it is set to any value, xformers is not used.
 ``OMP_WAIT_POLICY``       OpenMP's variable; see :func:`use_passive_openmp_threads`.
 """
@@ -24,7 +24,7 @@ def xformers_disabled() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded checkpoints (``DINOV2_FAST_CACHE``); it need not exist."""
+    """Folder of the official checkpoint files (``DINOV2_FAST_CACHE``); it need not exist."""
     setting = os.environ.get("DINOV2_FAST_CACHE")
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "dinov2_fast"
 

@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each to a token: (batch, channels, H, W) -> (batch, patches, hidden).
 
     There are ``(H - patch_size) // stride + 1`` rows of patches, or H / patch_size without overlap. The same holds for
-    columns.
+    columns. With ``flatten_embedding=False`` the result is (batch, rows, columns, hidden).
 
     Raises (in `forward`):
         ValueError: the number of dimensions or channels is wrong, or a side is not a multiple of the patch size.
@@ -163,14 +163,14 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per image: zeroes the branch with probability `drop_prob`, or scales it by 1 / (1 - p)."""
+    """Stochastic depth per image: zeroes a branch with probability `drop_prob`, else divides it by 1 - `drop_prob`."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def scale(self, x: Tensor) -> Tensor | None:
-        """The factor of each image, (batch,); None outside training."""
+        """The factor of each image, (batch,); None if nothing is dropped."""
         if not self.training or not self.drop_prob:
             return None
         keep = 1 - self.drop_prob
@@ -255,7 +255,7 @@ MemEffAttention = Attention  # the reference's name for the class its models use
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, activation, linear, with dropout after both linears. The activation is the exact GELU by default."""
 
     def __init__(
         self,
@@ -299,8 +299,8 @@ class SwiGLUFFN(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer: Callable[[], nn.Module] | None = None,
-        drop: float = 0.0,
+        act_layer: Callable[[], nn.Module] | None = None,  # no effect, as in the reference
+        drop: float = 0.0,  # no effect, as in the reference
         bias: bool = True,
     ) -> None:
         super().__init__()

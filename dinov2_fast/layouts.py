@@ -84,7 +84,7 @@ _CLS_ENDINGS = tuple(f".{name}" for name in _CLS_TOKENS)
 # The entries under which training scripts save weights, best first.
 _AVERAGED = ("teacher", "state_dict_ema", "model_ema", "ema")
 _LAST_STEP = ("model", "state_dict", "model_state_dict", "module", "backbone", "encoder", "student", "network", "net")
-MAX_KEYS = 20_000  # of a state dict. The largest DINOv2 has 568, and every key takes time to examine.
+MAX_KEYS = 20_000  # of a state dict. The largest DINOv2 has 808 (in "huggingface_memory"); each takes time to examine.
 
 
 class Recipe(NamedTuple):
@@ -302,7 +302,7 @@ def _complete_timm(recipes: dict[str, Recipe], source: Mapping[str, Tensor]) -> 
                 recipes[key.replace(theirs, own)] = recipes.pop(key)
     if "register_tokens" in recipes and "pos_embed" in recipes:
         recipes["pos_embed"] = Recipe(recipes["pos_embed"].keys, _prepend_zero)
-    if "mask_token" not in recipes:
+    if "mask_token" not in recipes and "cls_token" in recipes:
         cls_token = source[recipes["cls_token"].keys[0]]
         recipes["mask_token"] = Recipe((), partial(_no_mask_token, cls_token))
 

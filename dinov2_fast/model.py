@@ -64,7 +64,7 @@ class DinoVisionTransformer(AttentionFeatures):
         init_values: initial LayerScale; None or 0 for no LayerScale.
         embed_layer, act_layer, block_fn: classes of the parts.
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
-        block_chunks: number of `BlockChunk`; 0 for a flat list of blocks, as in the published checkpoints.
+        block_chunks: number of `BlockChunk`, or more if it does not divide `depth`; 0 for a flat list, as published.
         num_register_tokens: registers between CLS and patches.
         interpolate_antialias, interpolate_offset: how positions are resampled; see `position_interpolation`.
     """
@@ -109,7 +109,7 @@ class DinoVisionTransformer(AttentionFeatures):
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
         self.grad_checkpointing = False
-        self.loaded_from: str | None = None  # set by `dinov2_fast.load`: the file, or "random:SEED"
+        self.loaded_from: str | None = None  # set by `load` and `create_model`: the file, or "random:SEED"
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -242,11 +242,12 @@ class DinoVisionTransformer(AttentionFeatures):
         return self.patch_grid(height, width)
 
     def forward(self, x: Tensor | list[Tensor], masks: Any = None, is_training: bool = False) -> Any:
-        """The normalised CLS token (batch, hidden); with `is_training`, the result of `forward_features`.
+        """The normalised CLS token (batch, hidden), passed through `head`, which is the identity unless replaced.
 
         Args:
             x, masks: as for `forward_features`. A list of batches needs ``is_training=True``.
-            is_training: not keyword-only, because the legacy ONNX exporter passes every default by position.
+            is_training: return the result of `forward_features`. Not keyword-only, because the legacy ONNX exporter
+                passes every default by position.
         """
         features = self.forward_features(x, masks)
         if is_training:
@@ -374,7 +375,7 @@ class DinoVisionTransformer(AttentionFeatures):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block's activations in the backward pass instead of keeping them."""
+        """In training, recomputes the activations of each block (or chunk) in the backward pass, to save memory."""
         self.grad_checkpointing = enable
 
     def extra_repr(self) -> str:

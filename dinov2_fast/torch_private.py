@@ -1,4 +1,4 @@
-"""All private names of torch that this package uses.
+"""All private functions and classes of torch that this package uses, but not private attributes of `nn.Module`.
 
 They may change with any version of torch, so tests/model/test_torch_private.py tests each.
 """

@@ -70,8 +70,9 @@ def verify(
         device: by default a GPU where there is one.
 
     Raises:
-        WeightsError: a checkpoint cannot be had.
+        WeightsError: a checkpoint cannot be found or read, or transformers has no such model.
         ValueError: no images, a device or interpolation that does not exist, or a library that is not installed.
+        FileNotFoundError: one of `paths` does not exist.
     """
     place = find_device(device)
     processor, sources = Dinov2ImageProcessor.for_size(size), list(require_images(paths))

@@ -33,7 +33,7 @@ def check_layers(layers: int) -> int:
 
 
 class LinearClassifier(nn.Module):
-    """A linear layer on normalised tokens: CLS of the last `layers` blocks and the mean of the last patch tokens.
+    """A linear layer on normalised tokens: CLS of the last `layers` blocks, and the mean patch token of the last block.
 
     Args:
         backbone: a `DinoVisionTransformer`, or its engine.

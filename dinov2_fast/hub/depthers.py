@@ -154,6 +154,8 @@ def dpt_depther_entry_point(config: BackboneConfig) -> Callable[..., DepthEstima
     make.__name__ = make.__qualname__ = f"{config.name}_dd"
     make.__doc__ = f"""DPT depth estimator on a DINOv2 ViT-{config.name[10]}/14.
 
+    As in the reference, depths range from 0.001 to 10 m, or to 80 m with the published head for KITTI.
+
     Args:
         {_ARGUMENTS}
     """

@@ -36,7 +36,7 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tenso
 
 
 def mirror_back(x: Tensor, img_meta: Sequence[Mapping[str, Any]] | None) -> Tensor:
-    """Maps (batch, channels, height, width), mirrored if the first `img_meta` has "flip": if the images were mirrored.
+    """Maps (batch, channels, height, width), mirrored back if the first `img_meta` has a true "flip".
 
     "flip_direction" is "vertical" or "horizontal", the default.
     """

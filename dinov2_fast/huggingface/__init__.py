@@ -1,4 +1,4 @@
-"""The Hugging Face face: configurations, models and outputs as transformers names them, without transformers."""
+"""The interface of transformers: its configurations, models and outputs by its names, without transformers."""
 
 from dinov2_fast.huggingface.classification import (
     Dinov2ForImageClassification,

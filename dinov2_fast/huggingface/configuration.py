@@ -39,7 +39,7 @@ class Dinov2Config:
     least until 5.17 (in 5.23 only to the embedded tokens).
 
     Raises:
-        ValueError: a field has a wrong type or is out of range, sizes do not fit together, or a stage does not exist.
+        ValueError: a field has a wrong type or is out of range, two contradict each other, or a stage does not exist.
     """
 
     model_type: ClassVar[str] = "dinov2"
@@ -198,7 +198,7 @@ class Dinov2Config:
         self._out_indices = list(indices) if indices is not None else [stages.index(name) for name in names]
 
     def constructor_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `DinoVisionTransformer` for this configuration."""
+        """Keyword arguments of `DinoVisionTransformer`. Raises `ValueError` if no model has such sizes."""
         if self.hidden_size % self.num_attention_heads:
             raise InvalidValueError(
                 f"The hidden size {self.hidden_size} is not a multiple of the number of attention heads "
@@ -227,7 +227,7 @@ class Dinov2Config:
     # config.json
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as they are saved in ``config.json``."""
+        """The fields as they are saved in ``config.json``. Some are left out where they have their defaults."""
         fields = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         fields = {name: value for name, value in fields.items() if name not in _UNWRITTEN or value != _UNWRITTEN[name]}
         if self.dtype is not None:

@@ -45,7 +45,7 @@ class Dinov2PreTrainedBackbone(PreTrainedModel, DinoVisionTransformer):
         if not config.use_mask_token:
             self.register_parameter("mask_token", None)
         for block in self.blocks:
-            block.subset_threshold = 1.0  # transformers drops branches of single images at every rate
+            block.subset_threshold = 1.0  # transformers computes the branches of all images at every rate
             block.attn.attn_drop = config.attention_probs_dropout_prob
             block.attn.proj_drop = Dropout(config.hidden_dropout_prob)
         for module in self.modules():
@@ -143,7 +143,7 @@ class Dinov2Model(Dinov2PreTrainedBackbone):
             bool_masked_pos: (batch, patches), True where the mask token replaces a patch.
             attention_mask: must be None: every token attends to all tokens.
             output_attentions: also return the attention weights, of all blocks or of those with these indices. They are
-                computed separately from the attention, so no gradient of the other outputs reaches them.
+                computed separately, so `retain_grad` on them sees no gradient of the other outputs.
             output_hidden_states: also return the input of every block and the output of the last.
             return_dict: False for a plain tuple. The config has the defaults of these three.
             **kwargs: other arguments of transformers' models. They have no effect.

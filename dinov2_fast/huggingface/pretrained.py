@@ -43,7 +43,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 class PreTrainedModel(ToolMethods):
-    """The base class of this face's models: a config, loading and saving, and the methods of `ToolMethods`."""
+    """The base class of the models in this folder: a config, loading and saving, and the methods of `ToolMethods`."""
 
     @classmethod
     def from_pretrained(
@@ -67,8 +67,8 @@ class PreTrainedModel(ToolMethods):
         """A model in eval mode with the weights of a folder, a file or a hub repository, in any layout.
 
         Args:
-            pretrained_model_name_or_path: a folder with ``config.json`` and weights, or a hub id such as
-                ``facebook/dinov2-base``; None with `config` and `state_dict`.
+            pretrained_model_name_or_path: a folder with ``config.json`` and weights, a hub id such as
+                ``facebook/dinov2-base``, or with `config` a file of weights; None with `config` and `state_dict`.
             config: a configuration, or the path or name of one, instead of the one beside the weights.
             state_dict: weights in any layout instead of those of `pretrained_model_name_or_path`. They are copied.
             revision: branch, tag or commit on the hub.
@@ -78,7 +78,7 @@ class PreTrainedModel(ToolMethods):
             variant: of the weights; "fp16" reads ``model.fp16.safetensors``.
             dtype: of the parameters, also as a name ("bfloat16"). None or "auto" is the config's dtype or, if it has
                 none, that of the weights. `torch_dtype` is the same.
-            device: of the parameters. `device_map` with one device, or "auto", is the same.
+            device: of the parameters. `device_map` with one device is the same; "auto" is a GPU or else the CPU.
             local_files_only: do not use the network.
             ignore_mismatched_sizes: initialise a classification head that has another number of labels than the
                 weights, and adapt filters to another number of channels (`dinov2_fast.weights.load.adapt_filters`).
@@ -90,6 +90,7 @@ class PreTrainedModel(ToolMethods):
 
         Raises:
             WeightsError: the weights or the config cannot be found or read, or do not fit.
+            ValueError: the config is another model's, a field or the dtype is wrong, or there are several devices.
             TypeError: an argument is none of these and no field of the config.
         """
         old_name = kwargs.pop("torch_dtype", None)
@@ -185,7 +186,7 @@ class PreTrainedModel(ToolMethods):
             state_dict: weights to write instead of the model's own, in any layout (gathered by FSDP, for instance).
             variant: "fp16" writes ``model.fp16.safetensors``.
             safe_serialization, push_to_hub, max_shard_size, save_function, token, save_peft_format,
-                save_original_format: accepted as in transformers. safetensors always writes one local file.
+                save_original_format: accepted as in transformers. One local file in safetensors is always written.
 
         The position interpolation is written too if it is not the default. transformers ignores it.
 
@@ -208,7 +209,7 @@ class PreTrainedModel(ToolMethods):
         save_weights(tensors, Path(save_directory) / name, overwrite=True)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Warns once if this is part of a larger module of transformers; torch calls it for each part.
+        """Warns once if this is part of a larger module and transformers is loaded; torch calls it for each part.
 
         The keys stay the names of the parameters: torch.distributed.checkpoint, functional_call and torch.export need
         them.

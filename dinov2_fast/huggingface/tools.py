@@ -15,7 +15,7 @@ from dinov2_fast.huggingface.configuration import Dinov2Config
 
 
 class ToolMethods(Dinov2Module):
-    """A model of this face, without loading and saving."""
+    """The part of `PreTrainedModel` besides loading and saving."""
 
     config_class: ClassVar[type[Dinov2Config]] = Dinov2Config
     base_model_prefix: ClassVar[str] = "dinov2"

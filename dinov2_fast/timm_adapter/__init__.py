@@ -1,4 +1,4 @@
-"""timm's face of the model: `create_model` in place of ``timm.create_model``, without timm."""
+"""The interface of timm: `create_model` in place of ``timm.create_model``, without timm."""
 
 from dinov2_fast.timm_adapter.factory import create_model
 from dinov2_fast.timm_adapter.features import FeatureGetter, FeatureInfo

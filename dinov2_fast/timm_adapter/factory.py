@@ -67,7 +67,7 @@ def create_model(
         checkpoint_path: a file to load afterwards, in any layout.
         features_only: return a `FeatureGetter`, whose forward pass returns feature maps.
         out_indices: for `features_only`, how many of the last blocks, or the indices of blocks, also negative.
-        device, dtype: of the parameters; None for the CPU and float32.
+        device, dtype: of the parameters; by default the CPU, and the dtype of the published weights or float32.
         pretrained_cfg: entries of `default_cfg` to replace, as a dictionary or timm's object; or the tag of the
             weights. `num_classes`, `global_pool` and `input_size` become arguments, and `pretrained` loads `file`.
         pretrained_cfg_overlay: more such entries.
@@ -81,7 +81,7 @@ def create_model(
 
     Raises:
         TypeError: the model has no such argument; the message lists its arguments.
-        ValueError: timm has no DINOv2 of this name; the message lists the nearest names.
+        ValueError: timm has no DINOv2 of this name (the message lists the nearest), or an argument has a wrong value.
         WeightsError: the weights cannot be found, downloaded or read, or do not fit.
     """
     config = _find(model_name)
@@ -142,7 +142,9 @@ def _refuse_other_sources(config: BackboneConfig, cfg: dict[str, Any], cache_dir
             "checkpoint_path."
         )
     if cache_dir is not None:
-        raise InvalidValueError("cache_dir is not used: set the environment variable DINOV2_FAST_CACHE to that folder.")
+        raise InvalidValueError(
+            "cache_dir is not used: set the environment variables DINOV2_FAST_CACHE and, for the hub, HF_HUB_CACHE."
+        )
 
 
 def _own_arguments(config: BackboneConfig, given: dict[str, Any]) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class FeatureInfo:
 class FeatureGetter(nn.Module):
     """A model whose forward pass returns a list of feature maps (batch, hidden, rows, columns), one per block chosen.
 
-    All maps have the resolution of the patches, as in timm. The blocks, and the norm, that they do not need are removed
-    from `model`. For inference, replace it by its engine: ``features.model = optimize_for_inference(features.model)``.
+    All maps have the resolution of the patches, as in timm. The blocks after the last one chosen, the head and (unless
+    `norm`) the norm are removed from `model`. For inference, replace `model` by its engine:
+    ``features.model = optimize_for_inference(features.model)``.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
             raise InvalidValueError("timm's models have no block chunks: leave block_chunks at 0.")
         self.mask_token = None  # timm has none, and in training it would be an unused parameter
         for block in self.blocks:
-            block.subset_threshold = 1.0  # timm drops branches of single images at every rate
+            block.subset_threshold = 1.0  # timm computes the branches of all images at every rate
         self.blocks = nn.Sequential(*self.blocks)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop: nn.Module = nn.Identity()
@@ -117,7 +117,7 @@ class TimmVisionTransformer(DinoVisionTransformer):
     ) -> None:
         """Resamples the position table to images of another size. The new table is a new parameter.
 
-        The model still takes images of every size and resamples their positions from the new table.
+        With `dynamic_img_size` the model still takes images of every size, and resamples the new table for them.
 
         Args:
             img_size: in pixels, an int or (height, width); None for no change.
@@ -155,12 +155,12 @@ class TimmVisionTransformer(DinoVisionTransformer):
         return self.norm(self._run_blocks(self.embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The logits of tokens; with `pre_logits`, the input of the classifier."""
+        """The logits of tokens (batch, tokens, hidden); with `pre_logits`, the input of the classifier."""
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens (batch, tokens, hidden) pooled to (batch, hidden) by `pool_type`, by default `global_pool`."""
+        """Tokens (batch, tokens, hidden) pooled by `pool_type`, or `global_pool`, to (batch, hidden); for "", all."""
         pool_type = self.global_pool if pool_type is None else _check_pool(pool_type)
         patches = x[:, self.num_prefix_tokens :]
         if pool_type == "token":

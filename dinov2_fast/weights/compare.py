@@ -24,8 +24,9 @@ CLS, POSITIONS = "cls_token + its position", "positions of the patches"
 class WeightDifference:
     """What differs between the tensors of two checkpoints, named as in the layout "facebook".
 
-    `worst` is the largest difference between elements, and `worst_key` names its tensor. `rounded` is
-    ("a", "bfloat16") if rounding the first checkpoint to bfloat16 gives the second; "b" is the opposite direction.
+    Values are compared, not dtypes. `worst` is the largest difference between elements, and `worst_key` names its
+    tensor. `rounded` is ("a", "bfloat16") if rounding the first checkpoint to bfloat16 gives the second; "b" is the
+    opposite direction.
     """
 
     compared: int
@@ -36,11 +37,6 @@ class WeightDifference:
     worst: float
     worst_key: str
     rounded: tuple[str, str] | None
-
-    @property
-    def is_same(self) -> bool:
-        """Whether both checkpoints have the same tensors with the same values."""
-        return not (self.different or self.misshapen or self.only_in_a or self.only_in_b)
 
 
 def compare_weights(a: ConversionPlan, b: ConversionPlan) -> WeightDifference:
@@ -59,9 +55,9 @@ def compare_weights(a: ConversionPlan, b: ConversionPlan) -> WeightDifference:
         if x.shape != y.shape:
             misshapen.append(f"{key} {tuple(x.shape)} and {tuple(y.shape)}")
             continue
-        distance = (x.double() - y.double()).abs().max().item() if x.numel() else 0.0
-        if distance == 0:
+        if torch.allclose(x.double(), y.double(), rtol=0, atol=0, equal_nan=True):
             continue
+        distance = (x.double() - y.double()).abs().max().item()
         different.append(key)
         if not (distance <= worst or math.isnan(worst)):  # NaN is the worst
             worst, worst_key = distance, key

@@ -18,7 +18,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
     """The weights of `state_dict` in the layout `to`. Their own layout is recognised.
 
     Args:
-        state_dict: weights in any layout, wrapped or not. A classification head (``classifier.*``) is kept.
+        state_dict: weights in any layout, wrapped or not. Other tensors, such as a classification head, are kept.
         to: "facebook", "huggingface" (what transformers loads from disk), "huggingface_memory" or "timm".
         block_chunks: for "facebook", the `block_chunks` of the model that will load the weights.
 
@@ -29,6 +29,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str, block_chunks: 
 
     Raises:
         ValueError: there is no layout `to`, or `block_chunks` is set for another layout than "facebook".
+        ValueError, TypeError: this is no state dict of one backbone (`layouts.plan_conversion`).
         KeyError: the weights are in no known layout.
     """
     if to not in LAYOUTS:

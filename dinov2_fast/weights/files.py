@@ -83,7 +83,7 @@ def open_weights(path: Path) -> Mapping[str, Any]:
     inside a tensor is not noticed.
 
     Raises:
-        WeightsError: the file is missing, damaged, of an unknown format, or holds more than tensors.
+        WeightsError: the file is missing, damaged, of an unknown format, or holds more than tensors and harmless data.
     """
     if not path.is_file():
         raise WeightsError(f"There is no file {path}.")

@@ -42,9 +42,13 @@ def load(
     The model is built without storage and filled tensor by tensor, so the peak memory is that of the weights and one
     tensor. Only the backbone is loaded: a classification head, or other parts of a larger model, are skipped.
 
+    Published weights are searched in the folder of ``DINOV2_FAST_CACHE`` (by default ``~/.cache/dinov2_fast``), in
+    torch.hub's and in the cache of the Hugging Face hub, and then downloaded from the hub or the official server.
+
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
-            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``).
+            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``). For a
+            file, or without transformers' ``config.json``, heads of 64 channels are assumed; `num_heads` changes that.
         pretrained: False gives a model of one of the eight names random weights instead of the published ones.
         seed: of the random weights, from 0 to 2147483647. They depend only on it.
         weights: for one of the eight names, a file to load instead of the published weights. ``"random:SEED"`` is the
@@ -56,13 +60,13 @@ def load(
         revision: of the hub repository.
         local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For
-            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the
-            image size that the position table is for; it is needed only if the table is not square.
+            another number of `in_chans` the filters are adapted (`adapt_filters`). `img_size` gives the image size
+            that the position table is for; it is needed only if the table is not square.
 
     Raises:
         WeightsError: the weights cannot be found, downloaded or read, or do not fit.
-        ValueError: there is no such name (the message lists the nearest), `seed` or `position_interpolation`, or
-            `weights` is given together with ``pretrained=False``.
+        ValueError: there is no such name (the message lists the nearest), `seed`, `dtype` or `position_interpolation`,
+            `weights` is given together with ``pretrained=False``, or `seed` without it.
     """
     name = str(name_or_path)
     random_seed = _random_seed(weights, pretrained, seed)
@@ -203,7 +207,7 @@ def _set_parameter(
     dtype: torch.dtype | None,
     is_borrowed: bool,
 ) -> None:
-    """Sets the model's parameter `key`. The storage of a borrowed tensor belongs to somebody else."""
+    """Sets the model's parameter `key`. A borrowed tensor, whose storage is the source's, is copied."""
     if tensor.is_meta:
         raise WeightsError(f"{key} has no values: it was saved from the meta device. Save the weights again.")
     placed = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
@@ -221,8 +225,8 @@ def _with_own_storage(tensor: Tensor, is_borrowed: bool) -> Tensor:
 class RandomWeights(Mapping[str, Tensor]):
     """Random weights with the statistics of a trained model, for a model on the meta device.
 
-    Each tensor depends only on the seed and its name (without block chunks). LayerScale, norms and biases are random
-    too, so that every part of the computation changes the result.
+    Each tensor depends only on the seed, its name (without block chunks) and shape. LayerScale, norms and biases are
+    random too, so that every part of the computation changes the result.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:

@@ -6,7 +6,6 @@ The network is used only if the weights are in no cache. What cannot be found or
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -60,7 +59,7 @@ _DEFAULT_OPTIONS = SourceOptions()
 
 
 class Checkpoint(NamedTuple):
-    """A weights file on this machine, and the transformers config in its folder if there is one."""
+    """A weights file on this machine, and the ``config.json`` of the folder or repository that it was found in."""
 
     weights: Path
     config: Path | None
@@ -224,7 +223,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Checkpoint:
-    """The weights, and the config if there is one, of a file, a folder or a Hugging Face hub id."""
+    """The weights of a file, or the weights and config (None if there is none) of a folder or Hugging Face hub id."""
     _refuse_empty(name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -268,16 +267,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def download(url: str, path: Path, sha256: str | None = None) -> Path:
+def download(url: str, path: Path) -> Path:
     """Downloads `url` to a temporary file, checks it and renames it, so that `path` is complete or absent.
 
     Args:
         url: an http, https or file address.
         path: of the new file. Its folder is made.
-        sha256: the expected digest or its beginning; None if the publisher gives none.
 
     Raises:
-        WeightsError: there is no answer, the file is incomplete or damaged, or its digest is wrong. No file is left.
+        WeightsError: there is no answer, or the file is incomplete or damaged. No file is left.
     """
     part = part_of(path)
     logger.info("Downloading %s to %s", url, path)
@@ -288,8 +286,6 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
             expected = answer.headers.get("Content-Length")
         if expected is not None and part.stat().st_size != int(expected):
             raise WeightsError(f"{url} ended after {part.stat().st_size} of {expected} bytes; try again")
-        if sha256 is not None and not _digest(part).startswith(sha256):
-            raise WeightsError(f"{url} has SHA-256 {_digest(part)}, expected {sha256}; it was removed")
         if path.suffix in TORCH and not _is_whole(part):
             raise WeightsError(f"{url} is damaged or no PyTorch file; it was removed")
         os.replace(part, path)
@@ -299,14 +295,6 @@ def download(url: str, path: Path, sha256: str | None = None) -> Path:
         with contextlib.suppress(OSError):  # usually it has been renamed
             part.unlink()
     return path
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_whole(path: Path) -> bool:

@@ -226,8 +226,8 @@ def test_the_worst_tensor_is_named_and_what_only_one_has() -> None:
     assert set(found.different) == {"norm.weight", "norm.bias"}
     assert (found.worst_key, round(found.worst, 5)) == ("norm.weight", 2.0)
     assert (found.only_in_a, found.only_in_b) == (("blocks.2.norm1.bias",), ())
-    assert not found.is_same
-    assert compare_weights(plan_weights(weights), plan_weights(convert_state_dict(weights, to="timm"))).is_same
+    same = compare_weights(plan_weights(weights), plan_weights(convert_state_dict(weights, to="timm")))
+    assert (same.different, same.misshapen, same.only_in_a, same.only_in_b) == ((), (), (), ())
 
 
 def test_nan_in_weights_is_the_worst_difference() -> None:

@@ -320,8 +320,9 @@ def test_a_file_without_the_count_of_batches_is_loaded(tiny: BackboneConfig, fol
 
 def test_the_head_has_the_device_and_dtype_of_its_backbone(tiny: BackboneConfig, folders: WeightFolders) -> None:
     write(published_head("linear4_head"), folders.cache / "dinov2_vitt14_linear4_head.safetensors")
-    model = classifiers.classifier_entry_point(tiny)(dtype="bfloat16", drop_path_rate=0.5)
-    assert model.linear_head.weight.dtype == model.backbone.cls_token.dtype == torch.bfloat16
+    model = classifiers.classifier_entry_point(tiny)(dtype="bfloat16", device="meta", drop_path_rate=0.5)
+    for weight in (model.linear_head.weight, model.backbone.cls_token):
+        assert (weight.dtype, weight.device.type) == (torch.bfloat16, "meta")
     assert model.backbone.blocks[11].drop_path1.drop_prob == 0.5
 
 

@@ -355,7 +355,7 @@ def test_the_engine_can_be_the_backbone(backbone: DinoVisionTransformer, name: s
 
 
 def test_images_that_were_not_normalised_are_not_padded(backbone: DinoVisionTransformer) -> None:
-    """The engine takes them, but zero is black in them, and the mean once they are normalised."""
+    """The engine takes uint8 images. There, zeros are black; in normalised images they are the mean colour."""
     model = hub.Segmenter(backbone, make(LinearSegmentationHead(D, 1, 7)), [11]).float()
     model.backbone = optimize_for_inference(model.backbone)
     pixels = torch.randint(256, (1, 3, 42, 70), dtype=torch.uint8)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from dinov2_fast.convert import convert_checkpoint
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.huggingface import Dinov2Backbone, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 from tests.helpers.huggingface_peers import (
@@ -211,6 +212,14 @@ def test_a_given_config_replaces_that_of_the_folder(folder: Path, tmp_path: Path
 # dtype and device
 
 
+def test_a_conversion_keeps_the_dtype_of_the_weights_whatever_the_config_says(folder: Path, tmp_path: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    written = convert_checkpoint(str(folder), tmp_path / "copy", layout="huggingface").written
+    assert load_file(written)["layernorm.weight"].dtype is torch.float32
+    assert json.loads((written.parent / "config.json").read_text())["dtype"] == "float32"
+
+
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
     [
@@ -252,17 +261,17 @@ def test_an_unknown_dtype_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"device": "cpu"},
-        {"device": torch.device("cpu")},
-        {"device_map": "cpu"},
-        {"device_map": {"": "cpu"}},
-        {"device_map": {"embeddings": "cpu", "encoder": torch.device("cpu")}},
-        {"device_map": None},
+        {"device": "meta"},
+        {"device": torch.device("meta")},
+        {"device_map": "meta"},
+        {"device_map": {"": "meta"}},
+        {"device_map": {"embeddings": "meta", "encoder": torch.device("meta")}},
     ],
     ids=str,
 )
 def test_the_model_is_on_the_device_asked_for(folder: Path, arguments: dict[str, Any]) -> None:
-    assert Dinov2Model.from_pretrained(folder, **arguments).device == torch.device("cpu")
+    assert Dinov2Model.from_pretrained(folder, **arguments).device.type == "meta"
+    assert Dinov2Model.from_pretrained(folder, device_map=None).device.type == "cpu"
 
 
 @pytest.mark.parametrize("placement", ["auto", "balanced", "sequential"])

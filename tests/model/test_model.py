@@ -216,6 +216,8 @@ def test_deepcopy_pickle_and_state_dict_round_trips() -> None:
     other = small(num_register_tokens=2)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), expected)
+    with pytest.raises(RuntimeError, match=r"cls_token \(\) where the model has \(1, 1, 32\)"):
+        other.load_state_dict({**model.state_dict(), "cls_token": 3})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -1,4 +1,4 @@
-"""Overlapping patches on every face and its engine, against the trick on the reference's formula, and on the peers."""
+"""Overlapping patches in every face and its engine, against the reference's formula and peers with a patched stride."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ each_case = pytest.mark.parametrize(("size", "stride", "grid"), CASES, ids=str)
 
 
 def positions(model: DinoVisionTransformer, grid: tuple[int, int]) -> Tensor:
-    """The reference's interpolate_pos_encoding with the trick's grid, in fp64 by torch's own resampling."""
+    """The reference's interpolate_pos_encoding for the grid of overlapping patches, in fp64 by torch's resampling."""
     table, side = model.pos_embed.double(), round((model.pos_embed.shape[1] - 1) ** 0.5)
     if grid == (side, side):
         return table
@@ -117,7 +117,7 @@ def test_a_stride_set_by_hand_is_followed_and_taken_back() -> None:
 
 
 @pytest.mark.parametrize("stride", [0, 15, (7, 28), -7], ids=str)
-def test_a_stride_above_the_patch_size_is_refused(stride: Any) -> None:
+def test_a_stride_out_of_range_is_refused(stride: Any) -> None:
     with pytest.raises(ValueError, match=r"is out of range: take 1 to the patch size, \(14, 14\)"):
         small().stride = stride
 
@@ -196,7 +196,7 @@ def test_rows_are_those_of_torch_s_unfold(stride: tuple[int, int]) -> None:
     )
 
 
-# The other faces, with the trick on the peers
+# The other faces, against peers whose stride is patched
 
 
 @pytest.mark.parametrize("size", [(56, 84), (52, 73)], ids=str)  # the convolution leaves out what no patch reaches

@@ -375,11 +375,14 @@ def test_branches_are_dropped_for_single_images_at_every_rate() -> None:
 
 def test_grad_checkpointing_gives_equal_gradients() -> None:
     model = create_model(NAMES[0], **SMALL, num_classes=5).train()
-    x, gradients = images(28, 42), []
+    x, gradients, calls = images(28, 42), [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
+        calls.clear()
         model(x).sum().backward()
+        assert len(calls) == 1 + enable, "with checkpointing a block runs again in the backward pass"
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert_close(*gradients)
 
@@ -526,7 +529,7 @@ def test_wrong_arguments_are_refused_with_a_clear_error() -> None:
         create_model(NAMES[0], pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine"})
     with pytest.raises(ValueError, match="has no weights tagged 'in1k'"):
         create_model(NAMES[0], pretrained_cfg="in1k")
-    with pytest.raises(ValueError, match="cache_dir is not used: set the environment variable DINOV2_FAST_CACHE"):
+    with pytest.raises(ValueError, match=r"cache_dir is not used: set .* DINOV2_FAST_CACHE and, .* HF_HUB_CACHE"):
         create_model(NAMES[0], pretrained=True, cache_dir="there")
     with pytest.raises(TypeError, match="not take act_layer='relu'"):
         create_model(NAMES[0], **SMALL, act_layer="relu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.server
 import io
 import threading
@@ -148,19 +147,6 @@ def test_an_interrupted_download_leaves_nothing(
         load(TINY)
     assert [path.suffix for path in seen] == [".part"]
     assert leftovers(folders) == []
-
-
-def test_a_wrong_digest_removes_the_file(server: Server, tmp_path: Path) -> None:
-    data = pth({"a": torch.ones(3)})
-    digest = hashlib.sha256(data).hexdigest()
-    server.answers["/a.pth"] = answer(data)
-    path = tmp_path / "new" / "a.pth"
-    with pytest.raises(WeightsError, match=f"has SHA-256 {digest}, expected {'0' * 64}; it was removed"):
-        sources.download(f"{server.address}/a.pth", path, "0" * 64)
-    assert list(path.parent.iterdir()) == []
-    for expected in (digest, digest[:8], None):
-        assert sources.download(f"{server.address}/a.pth", path, expected).read_bytes() == data
-        assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(server: Server, tmp_path: Path) -> None:

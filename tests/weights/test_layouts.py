@@ -122,6 +122,8 @@ def test_parts_of_a_model_are_not_recognised_as_timm() -> None:
     assert set(plan.recipes) == {"cls_token", "norm.weight"}
     assert recognise(["encoder.layer.0.mlp.gate_proj.weight"]) == "huggingface_memory"
     assert recognise(["layernorm.weight"]) == "huggingface"
+    registers = plan_conversion({"reg_token": torch.ones(1, 4, 8)})  # without the CLS token, no mask token is made
+    assert (registers.layout, set(registers.recipes)) == ("timm", {"register_tokens"})
 
 
 def _double_wrapper(weights: dict[str, Any]) -> dict[str, Any]:

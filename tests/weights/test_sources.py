@@ -101,7 +101,7 @@ def test_local_files_only_sends_no_request(folders: WeightFolders, monkeypatch: 
 def test_offline_the_message_says_which_file_to_put_where(
     folders: WeightFolders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refuse_network(monkeypatch) == []
+    refuse_network(monkeypatch)
     with pytest.raises(WeightsError) as caught:
         load(TINY)
     message = str(caught.value)
