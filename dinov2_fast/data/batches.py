@@ -21,8 +21,7 @@ from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
-FIRST = 3  # paths in a message
-REASONS = 5  # in a message
+FIRST, REASONS = 3, 5  # paths and reasons in a message
 MOST_REASONS, OTHERS = 1000, "other reasons"  # counted separately, and together: many name the size of an image
 
 T = TypeVar("T")

@@ -34,11 +34,9 @@ class Decoded:
 
 def decode(source: ImageSource, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Reads and processes one image. An image that fails gets an `error`; nothing is raised."""
+    path, archive, offset, size = source
     try:
-        if source.archive is None:
-            content = read_bytes(source.path)
-        else:
-            content = read_member(source.archive, source.offset, source.size)
+        content = read_bytes(path) if archive is None else read_member(archive, offset, size)
     except Exception as error:  # an unexpected error fails this image, not the run
         return Decoded(error=reason(error), transient=isinstance(error, ReadError | MemoryError))
     return decode_bytes(content, processor, max_pixels)

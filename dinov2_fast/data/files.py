@@ -74,8 +74,6 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     """
     try:
         content = _read_url(path, offset, size) if is_url(path) else _read_local(path, offset, size)
-    except (OSError, MemoryError) as error:
-        raise ReadError(reason(error)) from error
     except ImageError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own
@@ -131,4 +129,4 @@ def reason(error: BaseException) -> str:
 def _with_type(error: BaseException) -> str:
     """The reason, after the type of the error if the text alone may be unclear."""
     text, name = reason(error), type(error).__name__
-    return text if isinstance(error, OSError | Dinov2FastError) or text == name else f"{name}: {text}"
+    return text if isinstance(error, OSError | MemoryError | Dinov2FastError) or text == name else f"{name}: {text}"

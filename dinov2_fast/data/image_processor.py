@@ -100,10 +100,9 @@ class Dinov2ImageProcessor:
         self.do_convert_rgb = do_convert_rgb
         self.do_resize = do_resize
         self.size = _size_setting("size", size, square=False)
-        try:
-            self.resample = int(Image.Resampling(resample))
-        except ValueError as error:
-            raise InvalidValueError(f"resample: {error}.") from None
+        if resample not in list(Image.Resampling):
+            raise InvalidValueError(f"resample: {resample!r} is not a valid Resampling of Pillow.")
+        self.resample = int(resample)
         self.do_center_crop = do_center_crop
         self.crop_size = _size_setting("crop_size", crop_size, square=True)
         self.do_rescale = do_rescale

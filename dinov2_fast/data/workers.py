@@ -93,9 +93,7 @@ class _Pool:
         self._seconds = max_seconds
         self._answers: dict[int, Decoded] = {}  # by the number of the task
         self._suspects: set[int] = set()  # tasks at which a worker has died
-        self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(_Worker(self._arguments))
+        self._workers = [_Worker(self._arguments) for _ in range(workers)]
 
     def decode(self, images: Iterator[ImageSource]) -> Generator[Decoded, None, None]:
         """The answers for the images, in order."""
