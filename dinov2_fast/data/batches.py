@@ -22,7 +22,8 @@ from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
 FIRST, REASONS = 3, 5  # paths and reasons in a message
-MOST_REASONS, OTHERS = 1000, "other reasons"  # counted separately, and together: many name the size of an image
+MOST_REASONS = 1000  # that are counted separately: some name a size, so that each image has its own reason
+OTHERS = "other reasons"
 
 T = TypeVar("T")
 

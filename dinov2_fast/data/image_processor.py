@@ -184,7 +184,7 @@ class Dinov2ImageProcessor:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every output, or None if it depends on the image."""
+        """(height, width) of every output, or None if the size depends on the image."""
         exact = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
         return (exact["height"], exact["width"]) if "height" in exact else None
 

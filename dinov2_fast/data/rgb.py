@@ -6,8 +6,8 @@ PIL images become RGB images of 8 bits:
   pipelines (in transformers until 5.17 at least). A background colour composites instead; transformers 5.23 does this
   with white.
 - Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
-- 16-bit grey is scaled to 8 bits (65535 becomes 255); Pillow's own conversion clips everything above 255 to white.
-  Floats, and integers outside 0 to 65535, have no agreed range and are refused.
+- 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
+- Floats, and integers outside 0 to 65535, have no agreed range and are refused.
 
 Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both readings fit, 1 or 3
 channels win over 4, and otherwise channels come first. Values are uint8, uint16 (scaled like 16-bit grey), or floats,

@@ -88,11 +88,11 @@ def extract_as_stored(
 ) -> tuple[NDArray[np.float32], list[str | None]]:
     """One feature of images, by the model and the preprocessing that made the features of a folder.
 
-    The precision is that of the folder, unless it is slow on the device. Arguments and errors are those of
-    :func:`dinov2_fast.curation.neighbours.search`.
+    The precision is that of the folder, unless it is slow on the device. The options and the errors of the model are
+    those of :func:`dinov2_fast.curation.neighbours.search`.
 
     Returns:
-        The feature (images, …), NaN for an image with an error; and for each image its error or None.
+        The feature (images, …) in fp32, NaN for an image with an error; and the error or None for each image.
     """
     manifest = features.manifest
     processor = processor_of(manifest)

@@ -23,7 +23,7 @@ NOT_COMPARED = ("about", "added")
 
 
 class ManifestError(Dinov2FastError, ValueError):
-    """The folder holds features that were made in another way; the message says what differs."""
+    """The folder holds features that were made in another way, or shards without a manifest; the message says which."""
 
 
 @dataclass(frozen=True)

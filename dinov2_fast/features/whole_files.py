@@ -83,11 +83,10 @@ def _is_running(pid: int) -> bool:
     if os.name != "posix":
         return True  # on Windows os.kill would end the process
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError, OverflowError):
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        pass
     return True
 
 

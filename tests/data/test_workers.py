@@ -1,4 +1,4 @@
-"""Worker processes that decode: a death or a delay costs one image, signals are not theirs, memory is bounded."""
+"""Worker processes that decode: a death or a delay costs one image, signals do not reach them, memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`load_features` of a manifest that makes no sense: an answer at once, in words."""
+"""`load_features` refuses a manifest with impossible values, and reads one with huge counts at once."""
 
 from __future__ import annotations
 
