@@ -51,7 +51,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _csv_paths(path: str) -> Iterator[str]:
-    """The column of paths in a table. Its separator is the tab in .tsv, else the commonest of ",;\\t" in the header."""
+    """The column of paths in a table. Tabs separate a .tsv, and the commonest of , ; and tab in the header a .csv."""
     with _open_text(path, newline="") as text:
         header = text.readline()
         separators = "\t" if ending(path) == ".tsv" else ",;\t"
