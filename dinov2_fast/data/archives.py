@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 
 def members(archive: str) -> Iterator[Member]:
-    """The files in a tar or zip archive; reads only headers.
+    """The files in a tar or zip archive, without reading their content.
 
     Raises:
         InvalidValueError: the archive is damaged, truncated or of another kind.
@@ -81,7 +81,7 @@ def _tar_members(file: IO[bytes]) -> Iterator[Member]:
 
 
 def _check_end(file: IO[bytes]) -> None:
-    """Refuses an archive with more content after the place where tarfile stopped: it stops at a damaged header."""
+    """Refuses an archive that was cut off, or goes on where tarfile stopped, as it does at a damaged header."""
     block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
         raise tarfile.ReadError("a damaged header")

@@ -1,4 +1,4 @@
-"""The one way from images to tensors: batches of decoded images, and running them in parts that fit in memory."""
+"""From images to tensors: batches of decoded images, and running a model on them in parts that fit in memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.data.decoding import Decoded
+from dinov2_fast.data.files import shown
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
-FIRST = 3
-REASONS = 5
-MOST_REASONS = 1000  # to keep; reasons may name sizes, and then each image has its own
+FIRST, REASONS = 3, 5  # paths and reasons in a message
+MOST_REASONS = 1000  # that are counted separately: some name a size, so that each image has its own reason
+OTHERS = "other reasons"
 
 T = TypeVar("T")
 
@@ -41,26 +42,26 @@ class Failures:
     def add(self, path: str, reason: str) -> None:
         """Counts one error."""
         if len(self._first) < FIRST:
-            self._first.append((path, reason))
-        self.reasons[reason if reason in self.reasons or len(self.reasons) < MOST_REASONS else "other reasons"] += 1
+            self._first.append((shown(path), reason))
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < MOST_REASONS else OTHERS] += 1
 
     def __len__(self) -> int:
         return self.reasons.total()
 
     def __str__(self) -> str:
-        """The first errors; and if there are more, the count of each reason."""
+        """The first errors; if there are more, also how often the most common reasons occur."""
         lines = [f"  {path!r}: {reason}" for path, reason in self._first]
         if len(self) > len(lines):
-            most = self.reasons.most_common(REASONS)
+            most = [each for each in self.reasons.most_common(REASONS + 1) if each[0] != OTHERS][:REASONS]
             others = len(self) - sum(count for _, count in most)
-            counts = [f"{count} x {reason}" for reason, count in most] + [f"{others} x other reasons"] * (others > 0)
+            counts = [f"{count} x {reason}" for reason, count in most] + [f"{others} x {OTHERS}"] * (others > 0)
             lines.append(f"  in all {'; '.join(counts)}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Consecutive images, those that cannot be read included, and the pixels of the others.
+    """Consecutive images, unreadable ones included, and the pixels of the readable ones.
 
     Attributes:
         images: size, digest and error of each; `pixels` is None in all of them.
@@ -86,18 +87,18 @@ def read_batches(
 ) -> Generator[ImageBatch, None, None]:
     """Decodes images in their order and yields them in batches.
 
-    A batch is a fixed range of images: one that cannot be read is a row with an error, and moves no other image into
-    another batch. Close the iterator to stop early; it ends the worker processes.
+    A batch is a fixed range of images: an image that cannot be read keeps its place, with an error and without pixels.
+    To stop early, close the iterator; this ends the worker processes.
 
     Args:
         sources: taken while the result is used, about two batches ahead with `workers`.
         processor: its outputs must have one size.
         batch_size: images in each batch, except the last one of a group.
-        group_size: a new batch begins after each so many images; by default all images are one group.
+        group_size: a new batch begins after every `group_size` images; by default all images are one group.
         workers, max_pixels, max_seconds: see :func:`dinov2_fast.data.workers.decode_all`.
 
     Raises:
-        InvalidValueError: the processor's outputs differ in size, or a batch_size or group_size below 1.
+        InvalidValueError: the processor's outputs differ in size, or batch_size or group_size is below 1.
         InvalidStateError: a worker cannot start.
     """
     if batch_size < 1 or (group_size is not None and group_size < 1):
@@ -126,9 +127,9 @@ def readable_batches(
     batch_size: int = 32,
     workers: int = 0,
 ) -> Generator[tuple[list[ImageSource], Tensor], None, None]:
-    """The images that can be read, in batches of at most `batch_size`: their sources, and pixels as in `ImageBatch`.
+    """The sources and the pixels, as in `ImageBatch`, of the images that can be read: at most `batch_size` at a time.
 
-    The others are added to `failures`. Arguments and errors are those of `read_batches`.
+    Images that cannot be read are added to `failures`. Arguments and errors are those of `read_batches`.
 
     Raises:
         InvalidValueError: not one of the images can be read.

@@ -21,7 +21,7 @@ class Decoded:
         sha256: of the bytes of the file; None if they cannot be read.
         pixels: (3, height, width) of the processor; None if there is an error.
         error: the reason, without the path.
-        transient: another try may succeed with the same file (`ReadError`).
+        transient: another try may succeed with the same file: reading failed, memory or time ran out, or a worker died.
     """
 
     width: int | None = None
@@ -34,13 +34,11 @@ class Decoded:
 
 def decode(source: ImageSource, processor: Dinov2ImageProcessor, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Reads and processes one image. An image that fails gets an `error`; nothing is raised."""
+    path, archive, offset, size = source
     try:
-        if source.archive is None:
-            content = read_bytes(source.path)
-        else:
-            content = read_member(source.archive, source.offset, source.size)
-    except ImageError as error:
-        return Decoded(error=str(error), transient=isinstance(error, ReadError))
+        content = read_bytes(path) if archive is None else read_member(archive, offset, size)
+    except Exception as error:  # an unexpected error fails this image, not the run
+        return Decoded(error=reason(error), transient=isinstance(error, ReadError | MemoryError))
     return decode_bytes(content, processor, max_pixels)
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30  # of an image file, and of the images in a row group of Parquet
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _URL = re.compile(rf"{_SCHEME.pattern}[^\s'\"]*")
 _SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*", re.DOTALL)
@@ -58,7 +58,7 @@ def filesystem(url: str) -> Any:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Opens a file or URL for reading bytes; the result can seek. Errors are OSError and those of `filesystem`."""
+    """Opens a file or URL to read bytes; the result can seek. Errors: OSError, those of `filesystem` and of fsspec."""
     if is_url(path):
         opened: IO[bytes] = filesystem(path).open(path, "rb")
         return opened
@@ -69,13 +69,11 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     """All bytes of a file or URL, or `size` bytes from `offset` on.
 
     Raises:
-        ReadError: it is missing, unreadable or too short.
-        ImageError: it is not a regular file, or longer than `MAX_BYTES`.
+        ReadError: the file is missing, unreadable or too short.
+        ImageError: the path is empty, the file is not a regular one, or the bytes are more than `MAX_BYTES`.
     """
     try:
         content = _read_url(path, offset, size) if is_url(path) else _read_local(path, offset, size)
-    except (OSError, MemoryError) as error:
-        raise ReadError(reason(error)) from error
     except ImageError:
         raise
     except Exception as error:  # the libraries behind fsspec raise errors of their own
@@ -131,4 +129,4 @@ def reason(error: BaseException) -> str:
 def _with_type(error: BaseException) -> str:
     """The reason, after the type of the error if the text alone may be unclear."""
     text, name = reason(error), type(error).__name__
-    return text if isinstance(error, OSError | Dinov2FastError) or text == name else f"{name}: {text}"
+    return text if isinstance(error, OSError | MemoryError | Dinov2FastError) or text == name else f"{name}: {text}"

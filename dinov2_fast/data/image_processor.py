@@ -45,7 +45,7 @@ _FILE_DEFAULTS: dict[str, Any] = {
 _FILE_TYPES = ("BitImageProcessor", "BitImageProcessorFast", "BitImageProcessorPil", "BitFeatureExtractor")
 _UNUSED = ("do_pad", "pad_size", "disable_grouping")  # settings of transformers; None and False are accepted
 
-Pixels = NDArray[Any]  # (height, width, 3), uint8 or float32
+Pixels = NDArray[Any]  # (height, width, 3), or (3, height, width) as output; uint8 or float32
 
 
 class BatchFeature(dict[str, Any]):
@@ -63,7 +63,7 @@ class BatchFeature(dict[str, Any]):
 
 
 class Dinov2ImageProcessor:
-    """Turns images into the float32 pixel values (batch, 3, height, width) that DINOv2 expects.
+    """Turns images into pixel values (batch, 3, height, width), by default the float32 values that DINOv2 expects.
 
     Args:
         do_convert_rgb: convert PIL images of every mode, and grey arrays, to RGB; otherwise they must be RGB.
@@ -100,7 +100,9 @@ class Dinov2ImageProcessor:
         self.do_convert_rgb = do_convert_rgb
         self.do_resize = do_resize
         self.size = _size_setting("size", size, square=False)
-        self.resample = int(Image.Resampling(resample))
+        if resample not in list(Image.Resampling):
+            raise InvalidValueError(f"resample: {resample!r} is not a valid Resampling of Pillow.")
+        self.resample = int(resample)
         self.do_center_crop = do_center_crop
         self.crop_size = _size_setting("crop_size", crop_size, square=True)
         self.do_rescale = do_rescale
@@ -143,12 +145,12 @@ class Dinov2ImageProcessor:
         device: Any = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Processes one image, a list of them (sizes may differ), or a batch array.
+        """Processes one image, a list or tuple of them (sizes may differ), or a batch array.
 
         Args:
             images: PIL images, numpy arrays or torch tensors; :mod:`.rgb` describes shapes and ranges.
-            return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width) float32; None: a list of arrays
-                (3, height, width), which may differ in size.
+            return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width), float32, or uint8 if it is
+                neither rescaled nor normalized; None: a list of arrays (3, height, width), which may differ in size.
             input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays; by default it is guessed.
             data_format: ``"channels_last"`` for outputs (height, width, 3).
             device: where the tensors go; the CPU processes the images.
@@ -171,7 +173,7 @@ class Dinov2ImageProcessor:
             pixel_values = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in pixel_values]
         if return_tensors is None:
             return BatchFeature(pixel_values=pixel_values)
-        batch = _stack(pixel_values)
+        batch = _stack(pixel_values, data_format)
         if return_tensors == "np":
             return BatchFeature(pixel_values=batch)
         import torch
@@ -182,7 +184,7 @@ class Dinov2ImageProcessor:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every output, or None if it depends on the image."""
+        """(height, width) of every output, or None if the size depends on the image."""
         exact = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
         return (exact["height"], exact["width"]) if "height" in exact else None
 
@@ -375,8 +377,8 @@ def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
     return cropped
 
 
-def _stack(pixel_values: list[Pixels]) -> NDArray[Any]:
-    sizes = sorted({p.shape[1:] for p in pixel_values})
+def _stack(pixel_values: list[Pixels], data_format: str | None) -> NDArray[Any]:
+    sizes = sorted({p.shape[:2] if data_format == "channels_last" else p.shape[1:] for p in pixel_values})
     if len(sizes) > 1:
         some = ", ".join(f"{h} x {w}" for h, w in sizes[:3])
         raise InvalidValueError(

@@ -7,7 +7,7 @@
   from one that lacks pixels; a caller who knows that all pixels are there can append the marker.
 - Animations give their first frame, TIFF files their first page.
 - EXIF rotation is applied, so the image is as a viewer shows it.
-- Every mode becomes RGB, see :mod:`.rgb`.
+- Every mode whose values have an agreed range becomes RGB; see :mod:`.rgb`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str |
 
     Raises:
         ReadError: memory ran out.
-        ImageError: not an image of a known format, more than `max_pixels`, truncated or damaged.
+        ImageError: not an image of a known format or mode, truncated, damaged, or above a limit such as `max_pixels`.
     """
     if not content:
         raise ImageError("empty file")
@@ -93,7 +93,7 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS, background: str |
 
 
 def disable_pillow_limits() -> None:
-    """Switches off Pillow's own limit and warnings; for a process that only decodes for this package."""
+    """Switches off Pillow's own limit and warnings in this process, which decodes for this package only."""
     Image.MAX_IMAGE_PIXELS = None
     warnings.filterwarnings("ignore", module="PIL")
 

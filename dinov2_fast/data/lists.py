@@ -23,7 +23,7 @@ def read_list(path: str) -> Iterator[str]:
     Bytes that are not UTF-8 are kept, as `os.fsdecode` does it.
 
     Raises:
-        InvalidValueError: the list has no paths, or is damaged; the message names the line.
+        InvalidValueError: a table has no column of paths, or the list is damaged; for CSV and JSON it names the line.
         OSError: it cannot be read.
     """
     try:
@@ -51,10 +51,11 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _csv_paths(path: str) -> Iterator[str]:
-    """The column of paths in a table; commas, semicolons or tabs separate its columns."""
+    """The column of paths in a table. Tabs separate a .tsv, and the commonest of , ; and tab in the header a .csv."""
     with _open_text(path, newline="") as text:
         header = text.readline()
-        rows = csv.reader(chain([header], text), delimiter=max(",;\t", key=header.count), strict=True)
+        separators = "\t" if ending(path) == ".tsv" else ",;\t"
+        rows = csv.reader(chain([header], text), delimiter=max(separators, key=header.count), strict=True)
         try:
             names = next(rows, [])
             name = _column(names)
@@ -80,6 +81,7 @@ def _json_paths(path: str) -> Iterator[str]:
                 name = _column(list(entry))
                 if not isinstance(entry[name] or "", str):
                     raise InvalidValueError(f"{name!r} is no text")
+                os.fsencode(entry[name] or "")  # refuses escapes that no path can hold
             except (ValueError, RecursionError) as error:
                 raise InvalidValueError(f"line {number}: {error}") from error
             yield _from_list(path, name, entry[name] or "")

@@ -28,11 +28,11 @@ def holds_images(path: str) -> bool:
 
 
 def rows(path: str) -> range:
-    """The numbers of the rows; the file is read anew, in case it has changed.
+    """The numbers of the rows. What this process remembers of Parquet files is dropped: they may have changed.
 
     Raises:
-        InvalidValueError: a row group is larger than `MAX_BYTES` (most of it is in memory at a time); or the file is
-            damaged, or no Parquet file.
+        InvalidValueError: a row group, most of which is in memory at a time, has more than `MAX_BYTES` of images; or
+            the file is damaged, or no Parquet file.
     """
     metadata = _metadata(path)
     largest = max((_size(metadata.row_group(group)) for group in range(metadata.num_row_groups)), default=0)
@@ -53,11 +53,11 @@ def _size(group: Any) -> int:
 
 
 def read_row(path: str, row: int) -> bytes:
-    """The bytes of the image in a row; fast if rows are read in order.
+    """The bytes of the image in a row, or of the file that the row names instead; fast if rows are read in order.
 
     Raises:
-        ReadError: the file is missing or unreadable, or the file that the row names instead of bytes.
-        ImageError: the row is empty, or the file is damaged.
+        ReadError: one of the files is missing or unreadable.
+        ImageError: the row is empty, or the Parquet file is damaged.
     """
     try:
         starts = _starts(path)
@@ -88,7 +88,7 @@ def _value(path: str, group: int, index: int) -> Any:
 
 @lru_cache(maxsize=1)
 def _row_group(path: str, group: int) -> Iterator[tuple[int, Any]]:
-    """The images of a row group one by one: a small dictionary may expand to many large values."""
+    """The images of a row group, one at a time: a small dictionary may expand to many large values."""
 
     def read() -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""Images of every kind as RGB: PIL images of every mode, arrays and tensors of every layout.
+"""Images as RGB: PIL images, arrays and tensors.
 
 PIL images become RGB images of 8 bits:
 
@@ -7,10 +7,11 @@ PIL images become RGB images of 8 bits:
   with white.
 - Palettes are resolved, grey is repeated, CMYK is converted by Pillow without a colour profile.
 - 16-bit grey is scaled to 8 bits (65535 becomes 255). Pillow's own conversion clips everything above 255 to white.
+- Floats, and integers outside 0 to 65535, have no agreed range and are refused.
 
-Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both readings fit, channels come
-first. Values are uint8, uint16 (scaled like 16-bit grey), or floats. NaN, infinite and out-of-range values are refused.
-So is a float image for the range 0 to 255 whose largest value is at most 1: it was almost surely scaled before.
+Arrays and tensors are (H, W) grey, (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both readings fit, 1 or 3
+channels win over 4, and otherwise channels come first. Values are uint8, uint16 (scaled like 16-bit grey), or floats,
+all in range. A float image for 0 to 255 with no value above 1 is refused unless it is black: it was scaled before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
     """The image in mode RGB; see the module's description. `background` is a colour behind transparent pixels.
 
     Raises:
-        InvalidValueError: pixels are floating-point or 32-bit integers, which have no agreed range.
+        InvalidValueError: floating-point pixels, integers outside 0 to 65535, or an unknown colour as `background`.
         ValueError: Pillow cannot convert the mode.
     """
     if image.mode == "F":
@@ -40,7 +41,7 @@ def to_rgb(image: Image.Image, background: str | None = None) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise InvalidValueError(
-                "An image of 32-bit integers has no agreed range; convert it to 8 or 16 bits first."
+                "An image of integers outside 0 to 65535 has no agreed range; convert it to 8 or 16 bits first."
             )
         return Image.fromarray(to_8_bits(values)).convert("RGB")
     if background is not None and image.has_transparency_data:

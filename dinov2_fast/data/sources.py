@@ -12,9 +12,9 @@ a folder             it and everything below it is searched for names with the e
 ``*.tar *.zip``      an uncompressed tar archive, as webdataset writes it, or a zip archive: its members with the ending
                      of an image
 any other file       an image, whatever its name
-a glob               ``*``, ``?``, ``[…]`` and ``**``: what matches, sorted. A file or folder with that very name has
-                     priority
-``scheme://…``       any of these that fsspec can open; the only wildcard is ``*``
+a glob               ``*``, ``?``, ``[…]`` and ``**``: all files and folders that match, sorted, so that an image in two
+                     of them comes twice. A file or folder with that very name has priority
+``scheme://…``       any of these that fsspec can open; a URL without ``*`` is no glob
 ===================  ===============================================================================================
 """
 
@@ -59,15 +59,15 @@ Images: TypeAlias = str | os.PathLike[str] | ImageSource | Iterable[str | os.Pat
 def find_images(images: Images) -> Iterator[ImageSource]:
     """The images that one or more paths name, in order; see the module's description.
 
-    Folders, lists and archives are read while the result is used. Links are followed, but each folder is entered once,
-    so that a loop ends. At the end a warning counts the files in folders and archives that were skipped because of
-    their ending. Names that are not UTF-8 keep their bytes, as `os.fsdecode` does it. :class:`ImageSource` objects pass
-    as they are; if the first item is one, the items are taken one by one, and the paths among them looked up then.
+    Folders, lists and archives are read while the result is used. Links are followed, but one path enters each folder
+    once, so that a loop ends. At the end a warning counts the files in folders and archives that were skipped because
+    of their ending. Names that are not UTF-8 keep their bytes, as `os.fsdecode` does it. :class:`ImageSource` objects
+    pass as they are. If the first item is one, items are taken one by one, and paths are looked up in their turn.
 
     Raises:
         FileNotFoundError: a path does not exist; raised by the call.
-        InvalidValueError: an archive or list of a kind that is not read, raised by the call; or a list without paths, a
-            damaged list or archive, or a URL that cannot be opened.
+        InvalidValueError: raised by the call: an archive or list of a kind that is not read, or a URL that cannot be
+            opened; raised later: a table without a column of paths, or a damaged list or archive.
         OSError: a file or folder cannot be read.
     """
     given = iter(_as_items(images))
@@ -96,7 +96,7 @@ def require_images(images: Images) -> Iterator[ImageSource]:
     first = next(sources, None)
     if first is None:
         paths = items if isinstance(items, list | tuple) else ()
-        where = f" in {', '.join(repr(os.fsdecode(path)) for path in paths)}" if paths else ""
+        where = f" in {', '.join(repr(shown(os.fsdecode(path))) for path in paths)}" if paths else ""
         raise InvalidValueError(
             f"There are no images{where}. Archives and lists in a folder must be named, as in 'folder/*.tar'."
         )

@@ -39,7 +39,7 @@ SECONDS_TO_DIE = 5.0  # a process that waits for a dead disk cannot be killed, a
 SHARED_BYTES = 1 << 28  # limit of all slots; but each worker has at least two
 TASKS = 64  # limit of a worker's queue: so many unread answers fit in a pipe
 TASK_BYTES = 1 << 15  # limit of the names in a worker's queue, so that sending a task never blocks
-STARTS = 3  # tries to start a worker that the system ends before it is ready
+STARTS = 3  # tries to start a worker that is killed, or takes too long, before it is ready
 STEP = 1.0  # seconds of one wait; if it took longer, the job was stopped, and only this much counts
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,8 +59,8 @@ def decode_all(
     """Decodes images in order; with `workers` processes, about `ahead` images before they are asked for.
 
     The processes are spawned: a script that calls this needs the usual ``if __name__ == "__main__":``. Close the
-    iterator to stop them early. An image of more than `max_pixels` gets an error. One on which a worker dies, or for
-    which this process would wait more than `max_seconds`, is tried once more, and then gets an error. Without workers
+    iterator to stop them early. An image of more than `max_pixels` gets an error. An image on which a worker dies, or
+    for which this process waits more than `max_seconds`, is tried once more, and then gets an error. Without workers
     there is no limit of time.
 
     Raises:
@@ -93,9 +93,7 @@ class _Pool:
         self._seconds = max_seconds
         self._answers: dict[int, Decoded] = {}  # by the number of the task
         self._suspects: set[int] = set()  # tasks at which a worker has died
-        self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(_Worker(self._arguments))
+        self._workers = [_Worker(self._arguments) for _ in range(workers)]
 
     def decode(self, images: Iterator[ImageSource]) -> Generator[Decoded, None, None]:
         """The answers for the images, in order."""
@@ -141,8 +139,9 @@ class _Pool:
         """Replaces a worker that has ended; `error` is for the task that it was doing."""
         old = self._workers[place]
         if not old.is_ready and (old.exit_code >= 0 or old.starts == STARTS):
+            how = f"not ready in {SECONDS_TO_START:g} s" if old.is_overdue(self._seconds) else old.how_it_ended
             raise InvalidStateError(
-                f"A process for decoding ended before it could begin ({old.how_it_ended}). A script needs `if __name__ "
+                f"A process for decoding ended before it could begin ({how}). A script needs `if __name__ "
                 "== '__main__':` around what it does; otherwise see what the process printed and whether memory "
                 "suffices, or use workers=0."
             )

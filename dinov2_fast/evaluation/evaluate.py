@@ -48,13 +48,13 @@ def evaluate_knn(
     """Weighted k-NN by the class tokens of the last block: the features, and the accuracies by `n_per_class` and k.
 
     Args:
-        train, val, options, progress: see `read_labelled`; without `val` the others classify each training image.
-        neighbours: the values of k; by default those of 10, 20, 100 and 200 that the training images allow.
+        train, val, options, progress: see `read_labelled`. Without `val`, the training images classify each other.
+        neighbours: the values of k; by default 10, 20, 100 and 200 as far as images vote, or else their number.
         n_per_class: how many training images of each class vote, None for all; each number is evaluated.
         temperature, n_tries: see `knn`.
 
     Raises:
-        ValueError: as `read_labelled` and `knn`.
+        ValueError, WeightsError, OSError: as `read_labelled` and `knn`.
     """
     if val is None and list(n_per_class) != [None]:
         raise InvalidValueError("n_per_class needs val: without it all training images but one vote.")
@@ -95,13 +95,13 @@ def evaluate_linear(
 
     Args:
         train, val, test, options: see `read_labelled`.
-        blocks: numbers of last blocks; by default 1 and 4, or 1 where stored features lack the class tokens of 4.
+        blocks: numbers of last blocks; by default 1 and 4, or 1 if the model or the stored features have fewer than 4.
         learning_rates: by default the reference's 13.
         steps, step_images, seed: the updates, the images in each, and the seed; see `linear_probes`.
         progress: called after each batch of images and each update.
 
     Raises:
-        ValueError: as `read_labelled` and `linear_probes`, or `blocks` that are not stored.
+        ValueError, WeightsError, OSError: as `read_labelled` and `linear_probes`, or for `blocks` that are not stored.
     """
     sets = read_labelled([train, val, *([test] if test else [])], max(blocks or BLOCKS), options, progress)
     labels = number_classes([(each.source, each.classes) for each in sets])

@@ -16,7 +16,7 @@ from dinov2_fast.evaluation.metrics import Accuracy, accuracy_of, checked, class
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
-_SIMILARITIES = 2**27  # held at a time, half a gigabyte
+_SIMILARITIES = 2**27  # computed at a time: 512 MiB of fp32
 
 
 def knn(

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from dinov2_fast.data.batches import Failures
+from dinov2_fast.data.files import shown
 from dinov2_fast.data.sources import ImageSource, require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.linear import ProbeInputs
@@ -44,7 +45,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """The images of one source that have features."""
+    """The features and classes of the images of one source, without the images that failed."""
 
     source: str
     tokens: ProbeInputs
@@ -60,11 +61,11 @@ def read_labelled(
 ) -> list[LabelledFeatures]:
     """The features and classes of each source, with the class tokens of up to `blocks` last blocks.
 
-    A source is where `find_images` finds images in class folders, on which the model of `options` runs; or a folder of
-    features. `progress` is called after each batch of images.
+    Each source is a path or glob at which `find_images` finds images in class folders, and the model of `options` runs
+    on them; or each is a folder of features. `progress` is called after each batch of images.
 
     Raises:
-        WeightsError: the model's weights cannot be had.
+        WeightsError, OSError: the model's weights cannot be had; a source is missing or cannot be read.
         ValueError: images outside of class folders, classes that do not fit, images without a model, stored features
             and a model, features of two models, or a source without any features.
     """
@@ -100,8 +101,8 @@ def read_labelled(
 def number_classes(classes: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int64]]:
     """The class of each image as a number: its place among the training classes in alphabetical order.
 
-    `classes` has for each source, that of training first, its name and the class of each image. Fewer than two
-    classes, and a class that no training image has, are `ValueError`.
+    `classes` has the name and the class of each image for each source, the training source first. Fewer than two
+    classes, and a class that no training image has, raise `ValueError`.
     """
     train, names = classes[0]
     numbers = {name: number for number, name in enumerate(sorted(set(names)))}
@@ -131,7 +132,7 @@ def _find_labelled(source: str) -> tuple[str, list[ImageSource]]:
     for image in images:
         if os.path.dirname(image.path) in (source.rstrip("/" + os.sep), image.archive):
             raise InvalidValueError(
-                f"{image.path!r} lies in no class folder: {source!r} must hold a folder for each class."
+                f"{shown(image.path)!r} lies in no class folder: {shown(source)!r} must hold a folder for each class."
             )
     return source, images
 

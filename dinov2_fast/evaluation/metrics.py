@@ -1,7 +1,7 @@
 """Top-1 and top-5 accuracy, and the checks of features and labels that both evaluations share.
 
-An image is right in the top k if fewer than k other classes score as high or higher. Ties count against it, also with
-classes that got no vote.
+An image is right in the top k if fewer than k other classes score as high as its own or higher. Ties count against it,
+also with classes that got no vote.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def checked(name: str, features: Any, labels: Any) -> tuple[Tensor, Tensor]:
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """For each image, how many other classes score as high as its own class or higher."""
+    """(images,): how many other classes score as high as an image's own or higher, by `scores` (images, classes)."""
     own = scores.gather(1, labels[:, None])
     ranks = (scores >= own).sum(dim=1) - 1
     return torch.where(own.squeeze(1).isnan(), scores.shape[1] + 5, ranks)  # NaN is right in no top k

@@ -23,10 +23,10 @@ from dinov2_fast.features.shards import Shards
 def begin_addition(
     folder: Path, given: Iterable[ImageSource], shards: Shards, stack: ExitStack, *, retry_failed: bool
 ) -> ImageList:
-    """Lists the given images that the folder lacks, and records them in its manifest. Memory holds its paths.
+    """Lists the given images that the folder lacks, and records them in its manifest.
 
-    No other process writes to the folder. With `retry_failed` it lacks the images that failed. `stack` closes the list,
-    and restores the manifest if `NothingReadError` is raised.
+    No other process may write to the folder. All paths in it are held in memory. With `retry_failed`, an image that
+    failed counts as lacking. `stack` closes the list, and restores the manifest if `NothingReadError` is raised.
     """
     manifest = read_manifest(folder)
     size: int = manifest["shard_size"]
@@ -59,7 +59,7 @@ def _restore_if_nothing_was_read(
 
 
 def _complete(section: Section, shards: Shards, shard_size: int) -> list[Section]:
-    """The section itself if all its shards are complete, otherwise a section for each run of complete shards."""
+    """The section itself if all its shards are complete; otherwise a section for each sequence of complete shards."""
     runs: list[Section] = []
     for shard in section.shards(shard_size):
         rows = section.rows(shard, shard_size)

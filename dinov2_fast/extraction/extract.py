@@ -62,7 +62,8 @@ def extract(
     cannot be read, or whose features are not finite, is a row with an error. A shard is complete or absent, and a
     complete shard is not made again: after an interruption the same call makes the rest, with the same bits. Only a
     shard for which memory ran out, so that its batches were halved, may differ in rounding, and the shard records it.
-    Memory holds one shard at most. If no file of the first shard can be read, no features are written.
+    Memory holds one shard at most, and with `add` the paths that `out` holds. If no file of the first shard can be
+    read, no features are written.
 
     Args:
         images: one or more paths (files, folders, globs, lists, archives, URLs; see
@@ -73,7 +74,7 @@ def extract(
             processor normalizes uint8 images itself: a quarter of the bytes from the workers and to the device.
         out: the output folder; made if it does not exist.
         weights, position_interpolation: see :func:`dinov2_fast.load`. These and the next four settings are for a model
-            that is named; a model object keeps its own.
+            that is named; with a model object they are an error.
         stride: pixels from one patch to the next; by default the patch size.
         device: by default a GPU if there is one.
         precision: of the computation, "fp32", "bf16", "fp16" or "fp8"; "auto" is bf16 on a GPU and fp32 elsewhere.
@@ -88,18 +89,17 @@ def extract(
             values fit fp32 exactly, and npy and Parquet have no bf16.
         batch_size: images in one forward pass. A batch is a fixed range of rows, rows with errors included, and batches
             begin anew with each shard.
-        shard_size: rows of a shard; by default whole batches of at most 8192 rows or 256 MB.
+        shard_size: rows of a shard; by default as many whole batches as fit 8192 rows and 256 MiB, at least one.
         format: "parquet" or "npy".
         workers: processes that decode images; 0 decodes in this process, without a limit of time.
-        max_pixels, max_seconds: larger images, and those that take longer to read and decode, twice, get an error.
+        max_pixels, max_seconds: larger images, and with `workers` those that take longer in two tries, get an error.
         part: (number from 1, count): this process makes every `count`-th shard, beginning with the `number`-th. `count`
             processes with the same arguments write together what one would write.
         overwrite: delete the features in `out` first; other files stay.
-        add: keep the features of other images that `out` holds, and write those of images with new paths into new
-            shards after them.
+        add: keep the features that `out` holds, and write those of images with new paths into new shards after them.
         retry_failed: decode images with errors again, and make shards again in which one succeeds. With `add`, which
             keeps all shards, they count as new and get another row.
-        announce, progress: called before the first image, and after each batch.
+        announce, progress: functions that are called once before the first image, and after each batch.
 
     Returns:
         The progress at the end.
@@ -107,7 +107,7 @@ def extract(
     Raises:
         FileNotFoundError: a path does not exist.
         NotADirectoryError: `out` is a file.
-        InvalidValueError: no images, or a setting that does not exist or does not go with the others or the model.
+        InvalidValueError: no images, a damaged list or archive, or a setting that does not exist or does not fit.
         WeightsError: the weights cannot be had.
         ManifestError: `out` holds features that were made in another way; the message says what differs.
         LockedError: another process writes there.
@@ -137,8 +137,8 @@ def extract(
     shard_size = shard_size or default_shard_size(outputs.features, batch_size)
     shards = open_shards(folder, format, outputs.features)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {**provenance(outputs, processor, max_pixels), "batch_size": batch_size}
-    manifest |= {"shard_size": shard_size, "format": format, "about": about}
+    manifest = provenance(outputs, processor, max_pixels)
+    manifest |= {"batch_size": batch_size, "shard_size": shard_size, "format": format, "about": about}
     with lock(folder, part), ExitStack() as stack:
         if add and holds_features(folder):
             compare(folder, manifest)

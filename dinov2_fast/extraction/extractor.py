@@ -25,8 +25,8 @@ COLUMNS = ("image", "bytes")
 class Extractor:
     """A function from a batch of images to the same batch with their features, cheap to send to other processes.
 
-    It holds only settings until its first call, which loads the model in the process where it happens. A pickle holds
-    the settings, even if the model has been loaded (a model that was given as an object is pickled with them).
+    It holds only settings until its first call, which loads the model in the calling process. A pickle holds only the
+    settings, also after the model was loaded. A model that was given as an object is one of the settings.
 
     ::
 
@@ -34,7 +34,7 @@ class Extractor:
 
     Args:
         model, weights, position_interpolation, features, dtype, device, precision, engine: see
-            :func:`dinov2_fast.extract`.
+            :func:`dinov2_fast.extract`. A model object ignores `weights` and the other settings of loading.
         size: pixels, an int or (height, width), multiples of 14; the centre of images is cut out. By default the size
             of the processor.
         processor: by default the one beside the model in a folder, or that of the checkpoints (224 x 224).

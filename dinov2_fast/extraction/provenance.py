@@ -29,7 +29,7 @@ from dinov2_fast.inference.plan import precision_name
 
 
 def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: int) -> dict[str, Any]:
-    """The entries of a manifest that the bits of the features depend on."""
+    """The entries of a manifest that name the model, the preprocessing and the versions that determine the features."""
     model, tensor = outputs.model, tensor_of(outputs.model)
     engine = isinstance(model, Engine)
     return {
@@ -49,7 +49,7 @@ def provenance(outputs: Outputs, processor: Dinov2ImageProcessor, max_pixels: in
 
 
 def architecture(model: Any) -> dict[str, Any]:
-    """The sizes of a model that its weights do not show."""
+    """The sizes of a model; its weights do not show all of them, such as the number of heads and the stride."""
     names = ("embed_dim", "n_blocks", "num_heads", "patch_size", "num_register_tokens")
     found = {name: getattr(model, name) for name in names if hasattr(model, name)}
     return {**found, "stride": list(model.stride)}
@@ -88,11 +88,11 @@ def extract_as_stored(
 ) -> tuple[NDArray[np.float32], list[str | None]]:
     """One feature of images, by the model and the preprocessing that made the features of a folder.
 
-    The precision is that of the folder, unless it is slow on the device. Arguments and errors are those of
-    :func:`dinov2_fast.curation.neighbours.search`.
+    The precision is that of the folder, unless it is slow on the device. The options and the errors of the model are
+    those of :func:`dinov2_fast.curation.neighbours.search`.
 
     Returns:
-        The feature (images, …), NaN for an image with an error; and for each image its error or None.
+        The feature (images, …) in fp32, NaN for an image with an error; and the error or None for each image.
     """
     manifest = features.manifest
     processor = processor_of(manifest)
@@ -119,7 +119,7 @@ def processor_of(manifest: Mapping[str, Any]) -> Dinov2ImageProcessor:
 
 
 def _recorded_model(features: Features) -> tuple[str, str | None]:
-    """The model that the manifest names; and its weights, if they were given with a name and can be found."""
+    """The model that the manifest names, and its weights if they can be found and the name is that of a backbone."""
     about = features.manifest["about"]
     name, weights = about.get("model"), about.get("weights")
     if name is None:
@@ -131,7 +131,7 @@ def _recorded_model(features: Features) -> tuple[str, str | None]:
 
 
 def _load(features: Features, name: Any, weights: Any, processor: Dinov2ImageProcessor, device: str | None) -> Any:
-    """A model that runs as the one of the extraction did; an engine in another precision if that one is slow here."""
+    """A model with the settings of the extraction; an engine gets another precision if that one is slow here."""
     manifest = features.manifest
     precision, engine = manifest["precision"], manifest["engine"] is not None
     if engine and why_slow(precision, find_device(device)):

@@ -22,14 +22,14 @@ class LockedError(Dinov2FastError, RuntimeError):
 def lock(folder: Path, part: tuple[int, int]) -> Iterator[None]:
     """Holds one part (number from 1, count) of a folder while the ``with`` block runs.
 
-    This is a lock of the system (flock) on a file; it ends with the process, however the process ends. Other processes
-    may hold other parts of the same count. Parts of another count would overlap and are refused.
+    This is a lock of the system (flock) on a file; the system ends it with the process, a killed one included. Other
+    processes may hold other parts of the same count. Parts of another count would overlap and are refused.
 
     On a network file system these locks hold between machines if the server supports them (NFS 4, or 3 with lockd;
-    Lustre mounted with flock). If the system reports that it has no locks, extraction continues with a warning: two
-    processes then do the same work, and neither damages a shard, since each writes to a file of its own and renames it
-    when it is complete. Some file systems accept locks and keep them to one machine, which cannot be detected: do not
-    start a part twice there.
+    Lustre mounted with flock). If the system reports that it has no locks, extraction continues with a warning (on
+    Windows without one): two processes may then do the same work, but neither damages a shard, since each writes to a
+    file of its own and renames it when it is complete. Some file systems accept locks that hold on one machine only,
+    which cannot be detected: do not start a part twice there.
 
     Raises:
         LockedError: another process holds this part, or a part of another count.

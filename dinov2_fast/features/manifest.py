@@ -1,9 +1,9 @@
 """The manifest of an output folder: what its features are and how they were made.
 
 An extraction that is resumed or shared compares every entry with its own, except ``about`` and ``added``. Images are
-identified by their paths: ``inputs`` has their number and a SHA-256 of the paths, and each entry of ``added`` the same
-for images that were added later, with the number of their first shard. So a copy of the same files counts as the same
-images. Each row also has a SHA-256 of the bytes of its file.
+identified by their paths, and by their places in archives: ``inputs`` has their number and a SHA-256 of the paths and
+places; each entry of ``added`` has the same for images that were added later, and the number of their first shard. So
+another file under the same path counts as the same image. Each row has the SHA-256 of the bytes that were read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ NOT_COMPARED = ("about", "added")
 
 
 class ManifestError(Dinov2FastError, ValueError):
-    """The folder holds features that were made in another way; the message says what differs."""
+    """The folder holds features that were made in another way, or shards without a manifest; the message says which."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A number of images that were extracted together, in consecutive shards, and the SHA-256 of their paths.
+    """Images that were extracted together, in consecutive shards: their number, and the SHA-256 of paths and places.
 
-    It is None where an addition was interrupted and its images are not known.
+    The SHA-256 is None for shards that are left of a section whose other shards were lost or never written.
     """
 
     first_shard: int
@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        shard_size, sections = manifest["shard_size"], stored_sections(manifest)
+        shard_size, sections, _ = manifest["shard_size"], stored_sections(manifest), manifest["format"]
         counts = [shard_size, *(count for section in sections for count in (section.first_shard, section.images))]
         if any(type(count) is not int or not 0 <= count < 1 << 62 for count in counts) or shard_size == 0:
             raise InvalidValueError(f"sections {sections} in shards of {shard_size}")
@@ -81,7 +81,7 @@ def stored_sections(manifest: Mapping[str, Any]) -> list[Section]:
 
 
 def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest to the folder; a manifest that is there must say the same.
+    """Writes the manifest to a folder that has none; a manifest that is there must say the same (`compare`).
 
     Raises:
         ManifestError: they differ, or the folder holds shards without a manifest.
@@ -114,7 +114,7 @@ def compare(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes the features in a folder, the manifest last: if this is interrupted, the rest is still known as ours.
+    """Deletes the features in a folder, the manifest last, so that a call after an interruption can delete the rest.
 
     Raises:
         ManifestError: the folder holds shards without a manifest.

@@ -16,8 +16,8 @@ path                  string                 as given or found. Bytes that are n
                                              A member of an archive is ``archive.tar/member``
 width, height         int32                  of the image, after EXIF rotation; null if it cannot be read
 sha256                string                 of the bytes of the file. Null if they could not be read, or if time or
-                                             memory ran out: such an error may pass. If an error has a sha256, the
-                                             file itself is at fault
+                                             memory ran out or the process died: such an error may pass. An error
+                                             with a sha256 comes again with the same file and model
 error                 string                 null, or why there are no features
 cls, patch_mean, …    fixed_size_list        the features (:mod:`dinov2_fast.extraction.compute`), float or
                                              halffloat; null if there is an error. Features of several tokens are
@@ -75,7 +75,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a batch, which follow each other in a shard.
+    """The rows of a batch, consecutive in a shard.
 
     `features` are arrays (rows, …) by name. Their values are not used in rows with an error.
     """
@@ -109,7 +109,7 @@ def shard_numbers(folder: Path) -> list[int]:
 
 
 def default_shard_size(features: Sequence[Feature], batch_size: int) -> int:
-    """The number of rows that fit `SHARD_BYTES`, at most `SHARD_ROWS`: a multiple of the batch size, at least one."""
+    """The rows of as many whole batches as fit `SHARD_ROWS` rows and `SHARD_BYTES` bytes, and of at least one."""
     rows = min(SHARD_ROWS, SHARD_BYTES // sum(feature.nbytes for feature in features))
     return max(rows // batch_size, 1) * batch_size
 

@@ -29,7 +29,7 @@ class ParquetShards:
         self.folder, self.features = folder, features
 
     def write(self, shard: int, rows: Sequence[Rows], note: Mapping[str, Any]) -> None:
-        """Writes a complete shard, with a note about it, which is empty as a rule."""
+        """Writes a complete shard, with a note in its metadata: an empty one, or ``{"batch_size": n}``."""
         schema = self._schema(note)
         table = pa.Table.from_batches([self._record_batch(part, schema) for part in rows], schema)
         with whole_file(self._path(shard)) as file:
@@ -43,9 +43,9 @@ class ParquetShards:
             )
 
     def count(self, shard: int) -> tuple[int, int] | None:
-        """The number of rows, and of rows with an error; None if the shard is absent, damaged or of other features.
+        """The number of rows, and of rows with an error; None if the shard is absent, cut off or of other features.
 
-        Reads the footer of the file alone: its statistics count the errors.
+        Reads only the footer, whose statistics count the errors: damage elsewhere in the file is not found.
         """
         try:
             metadata = pq.read_metadata(self._path(shard))
@@ -124,7 +124,7 @@ class NpyShards:
                     file.write(json.dumps(line).encode() + b"\n")
 
     def count(self, shard: int) -> tuple[int, int] | None:
-        """Reads the JSON lines, and of the arrays their headers."""
+        """As `ParquetShards.count`. Reads the JSON lines and the headers of the arrays."""
         try:
             errors = self.columns(shard)["error"]
             shapes = [self.feature(shard, feature).shape for feature in self.features]
@@ -141,7 +141,7 @@ class NpyShards:
         return {name: [line[name] for line in lines] for name in COLUMNS}
 
     def feature(self, shard: int, feature: Feature) -> NDArray[Any]:
-        """A read-only memory map."""
+        """As `ParquetShards.feature`, as a read-only memory map."""
         values: NDArray[Any] = np.load(self._array_path(shard, feature), mmap_mode="r", allow_pickle=False)
         return values
 
@@ -157,12 +157,12 @@ FORMATS: dict[str, type[Shards]] = {"parquet": ParquetShards, "npy": NpyShards}
 
 
 def open_shards(folder: Path, format: str, features: Sequence[Feature]) -> Shards:
-    """The shards of these features in a folder, which need not exist yet."""
+    """The shards of these features in a folder; neither needs to exist. Errors are those of `check_format`."""
     check_format(format)
     return FORMATS[format](folder, features)
 
 
 def check_format(format: str) -> None:
-    """Refuses a format that does not exist."""
+    """An InvalidValueError for a format other than "parquet" and "npy"."""
     if format not in FORMATS:
         raise InvalidValueError(f"There is no format {format!r}; choose {' or '.join(FORMATS)}.")

@@ -21,8 +21,8 @@ def load_features(folder: str | os.PathLike[str], *, partial: bool = False) -> F
     """What ``dinov2-fast extract`` or :func:`dinov2_fast.extract` wrote to a folder.
 
     This call only finds out which shards there are. A column or feature is read when it is asked for, in full: if
-    memory cannot hold all its rows, go through `Features.shards`. With `partial` it accepts an extraction that is not
-    finished, and takes the shards that it has written.
+    memory cannot hold all its rows, go through `Features.shards`. With `partial`, an extraction that is not finished
+    gives the rows of the shards that it has written; otherwise it is an error.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
@@ -49,8 +49,8 @@ class Features:
     ``len(features)`` is the number of rows. ``features["cls"]`` is a feature by its name
     (:mod:`dinov2_fast.extraction.compute`), a numpy array with one entry for each row: (rows, dim) for "cls" and
     "patch_mean", (rows, patches, dim) for "patches", (rows, registers, dim) for "registers", in float32 or float16 as
-    it was stored, NaN in rows with an error. In the npy format, a feature of a single shard is a read-only memory map.
-    Iterating gives the names of the features.
+    it was stored, NaN in rows with an error. A name that was not extracted is a KeyError. In the npy format, a feature
+    of a single shard is a read-only memory map. Iterating gives the names of the features.
 
     Attributes:
         folder: the output folder.
@@ -64,7 +64,7 @@ class Features:
 
     @property
     def id(self) -> NDArray[np.int64]:
-        """The row numbers, unless shards are missing or were added, whose ids begin at a multiple of the shard size."""
+        """(rows,): shard size x shard + row in the shard; the row numbers if no shard is missing or was added."""
         return np.array(self._columns["id"], np.int64)
 
     @property
@@ -79,7 +79,7 @@ class Features:
 
     @property
     def width(self) -> NDArray[np.int32]:
-        """Pixels, after EXIF rotation; 0 if the image could not be read."""
+        """(rows,), pixels after EXIF rotation; 0 if the image could not be read."""
         return np.array([width or 0 for width in self._columns["width"]], np.int32)
 
     @property
@@ -89,7 +89,7 @@ class Features:
 
     @property
     def sha256(self) -> list[str | None]:
-        """Of the bytes of each file; None if they could not be read, or if time or memory ran out: try it again."""
+        """Of the bytes of each file; None if another try may succeed (:mod:`.schema`), or if they could not be read."""
         return self._columns["sha256"]
 
     def shards(self) -> Iterator[Features]:

@@ -46,16 +46,15 @@ def whole_file(path: Path, *, keep_existing: bool = False) -> Iterator[IO[bytes]
 def _link(part: Path, path: Path) -> bool:
     """Gives a file a second name unless that name is taken; False on a file system without links."""
     try:
-        os.link(part, path)  # fails if the file exists, unlike a rename
-    except FileExistsError:
-        pass
+        with suppress(FileExistsError):
+            os.link(part, path)  # fails if the file exists, unlike a rename
     except OSError:
         return False
     return True
 
 
 def part_of(path: Path) -> Path:
-    """A new temporary name for a file that will be renamed to `path`."""
+    """A new temporary path for a file that will be renamed to `path`."""
     return path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}{ENDING}")
 
 
@@ -84,11 +83,10 @@ def _is_running(pid: int) -> bool:
     if os.name != "posix":
         return True  # on Windows os.kill would end the process
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError, OverflowError):
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        pass
     return True
 
 

@@ -141,6 +141,7 @@ def test_text_and_table_lists_name_their_images(folder: Path, monkeypatch: pytes
         ("list.csv", "label;image\n1;a.png\n2;日本.png\n".encode()),
         ("list.csv", "path\na.png\n日本.png\n".encode()),
         ("list.tsv", "n\turl\n1\ta.png\n2\t日本.png\n".encode()),
+        ("list.tsv", "url\ta,b;c,d\na.png\t1\n日本.png\t2\n".encode()),
         ("list.jsonl", '{"path": "a.png", "n": [1]}\n\n{"n": 2, "image": "日本.png"}\n'.encode()),
     ],
 )
@@ -186,6 +187,7 @@ def test_parquet_paths_that_are_not_utf8_keep_their_bytes(folder: Path) -> None:
         ("l.jsonl", b'{"path": "a.png"}\n{"path": "b.p', "line 2: Unterminated string"),
         ("l.jsonl", b'["a.png"]', "line 1: a line must be an object"),
         ("l.jsonl", b'{"path": 7}', "line 1: 'path' is no text"),
+        ("l.jsonl", b'{"path": "\\ud800.png"}', "line 1: .* surrogates not allowed"),
         ("l.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
         ("l.jsonl", b'{"file": "a.png"}', "line 1: it has none of the columns 'path', .*, but 'file'"),
         ("l.parquet", b"PAR1 but no more", "is damaged, or no Parquet file"),
@@ -387,6 +389,11 @@ def test_images_in_a_parquet_file_are_found_and_read(folder: Path) -> None:
         assert list(map(colour, find_images([folder / "plain.parquet"]))) == values
 
 
+def test_bytes_of_another_type_are_an_error_of_the_image(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "train.parquet", [{"bytes": "a.png", "path": None}])
+    assert list(map(colour, find_images([tmp_path / "train.parquet"]))) == ["string argument without an encoding"]
+
+
 def test_parquet_files_that_are_damaged_or_deleted_later_are_errors(folder: Path) -> None:
     path = folder / "train.parquet"
     write_dataset(path, [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}], rows=1)
@@ -543,6 +550,9 @@ def test_secrets_are_not_shown_and_do_not_hide_the_ending(tmp_path: Path) -> Non
     fsspec.filesystem("memory").pipe_file("/cut.tar?token=SECRET", b"")
     with pytest.raises(ValueError, match=r"^'memory://cut.tar' is damaged"):
         list(find_images(["memory://cut.tar?token=SECRET"]))
+    fsspec.filesystem("memory").pipe_file("/empty.txt?token=SECRET", b"")
+    with pytest.raises(ValueError, match=r"^There are no images in 'memory://empty\.txt'\."):
+        require_images(["memory://empty.txt?token=SECRET"])
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that decode: a death or a delay costs one image, signals are not theirs, memory is bounded."""
+"""Worker processes that decode: a death or a delay costs one image, signals do not reach them, memory is bounded."""
 
 from __future__ import annotations
 
@@ -114,8 +114,7 @@ def test_an_image_that_takes_too_long_gets_an_error(images: list[ImageSource]) -
     check(found, images, dict.fromkeys((2, 3), "not decoded within 1.5 s"))
 
 
-def test_only_the_time_of_the_current_task_counts(images: list[ImageSource]) -> None:
-    """What counts is the time since a worker got a task, not since its last answer, and answers that wait count."""
+def test_time_in_which_no_image_is_asked_for_does_not_count(images: list[ImageSource]) -> None:
     decoded = decode_all(images, Sabotaged("", ()), workers=1, ahead=2, max_seconds=0.5)
     found = []
     for image in decoded:
@@ -204,6 +203,15 @@ def test_workers_that_are_ended_at_every_start_are_an_error(
 
     monkeypatch.setattr(pool._Worker, "__init__", killed)
     with pytest.raises(RuntimeError, match=r"ended before it could begin \(SIGKILL\)"):
+        list(decode_all(images, Sabotaged("", ()), workers=1))
+
+
+def test_workers_that_are_never_ready_in_time_are_an_error(
+    images: list[ImageSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SECONDS_TO_START", 1e-6)
+    monkeypatch.setattr(pool, "STEP", 1e-3)
+    with pytest.raises(RuntimeError, match=r"ended before it could begin \(not ready in 1e-06 s\)"):
         list(decode_all(images, Sabotaged("", ()), workers=1))
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
 from dinov2_fast.evaluation.knn import knn
+from dinov2_fast.evaluation.labelled import ModelOptions, read_labelled
 from dinov2_fast.evaluation.linear import ProbeInputs, linear_probes
 from dinov2_fast.evaluation.metrics import Accuracy, accuracy_of, class_ranks
 
@@ -188,6 +192,15 @@ def test_linear_probes_without_patches_and_with_few_images() -> None:
     (same,) = linear_probes(tokens, labels, blocks=(1,), learning_rates=(0.1,), steps=2, batch_size=10)
     assert [(probe.blocks, probe.avgpool) for probe in probes] == [(1, False)]
     assert torch.equal(probes[0].weight, same.weight)
+
+
+def test_images_outside_of_class_folders_are_named_without_secrets() -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    fsspec.filesystem("memory").pipe_file("/loose.tar?token=SECRET", content.getvalue())
+    with pytest.raises(ValueError, match=r"^'memory://loose\.tar' lies in no class folder: 'memory://loose\.tar' must"):
+        read_labelled(["memory://loose.tar?token=SECRET"], 1, ModelOptions("dinov2_vits14"))
 
 
 X, Y = np.eye(6, 4, dtype=np.float32), np.array([0, 1, 0, 1, 0, 1])

@@ -123,7 +123,8 @@ def test_endless_different_reasons_take_bounded_memory() -> None:
     for index in range(3000):
         failures.add(f"{index}", f"too large: {index}")
     assert (len(failures), len(failures.reasons)) == (3000, 1001)
-    assert "2000 x other reasons" in str(failures)
+    assert str(failures).count("other reasons") == str(failures).count("2995 x other reasons") == 1
     few = Failures()
     few.add("a\x1b[31m", "empty file")
-    assert str(few) == r"  'a\x1b[31m': empty file"
+    few.add("https://user:SECRET@host/b?token=SECRET", "Not Found")
+    assert str(few) == "  'a\\x1b[31m': empty file\n  'https://host/b': Not Found"

@@ -165,11 +165,10 @@ def test_a_full_disk_leaves_complete_shards(plain: list[str], tmp_path: Path) ->
     files = [str(tmp_path / "bad.png")] * 5 + plain[:5]
     options: Any = {"shard_size": 5, "features": ["patches"], "dtype": "fp32"}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    random = Dinov2ImageProcessor()
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
     try:
         with pytest.raises(OSError, match="too large") as caught:
-            extract_files(files, MeanColour(), tmp_path / "out", processor=random, **options)
+            extract_files(files, MeanColour(), tmp_path / "out", **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (caught.value.errno, caught.value.filename) == (

@@ -1,4 +1,4 @@
-"""`load_features` of a manifest that makes no sense: an answer at once, in words."""
+"""`load_features` refuses a manifest with impossible values, and reads one with huge counts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ MANIFEST = {"inputs": {"images": 5}, "shard_size": 2, "format": "npy", "features
 
 
 def written(folder: Path, **fields: Any) -> Path:
-    (folder / "_manifest.json").write_text(json.dumps(MANIFEST | fields))
+    """The folder with a manifest that has other values for these fields, and lacks those that are `...`."""
+    found = {name: value for name, value in (MANIFEST | fields).items() if value is not ...}
+    (folder / "_manifest.json").write_text(json.dumps(found))
     return folder
 
 
@@ -28,10 +30,13 @@ def written(folder: Path, **fields: Any) -> Path:
         {"inputs": {"images": -1}},
         {"inputs": {"images": None}},
         {"inputs": {"images": 10**30}},
+        {"format": ...},
     ],
     ids=str,
 )
-def test_impossible_numbers_in_a_manifest_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_manifest_with_impossible_numbers_or_without_a_format_is_refused(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json' is no manifest of features"):
         dinov2_fast.load_features(written(tmp_path, **fields))
 
