@@ -12,8 +12,8 @@ a folder             it and everything below it is searched for names with the e
 ``*.tar *.zip``      an uncompressed tar archive, as webdataset writes it, or a zip archive: its members with the ending
                      of an image
 any other file       an image, whatever its name
-a glob               ``*``, ``?``, ``[…]`` and ``**``: all files and folders that match, sorted, so that an image in two
-                     of them comes twice. A file or folder with that very name has priority
+a glob               ``*``, ``?``, ``[…]`` and ``**``: all files and folders that match, sorted. What lies in such a
+                     folder is found by searching it, and comes once. A file or folder with that very name has priority
 ``scheme://…``       any of these that fsspec can open; a URL without ``*`` is no glob
 ===================  ===============================================================================================
 """
@@ -148,18 +148,34 @@ def _matches(path: str) -> list[str]:
         return _url_matches(path)
     if os.path.exists(path):
         return [path]
-    matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
+    matches = glob.glob(path, recursive=True) if glob.has_magic(path) else []
     if not matches:
         raise FileNotFoundError(f"There is no file or folder {path!r}.")
-    return matches
+    return _outermost(matches, filter(os.path.isdir, matches))
 
 
 def _url_matches(url: str) -> list[str]:
     files = filesystem(url)
-    matches = sorted(map(files.unstrip_protocol, files.glob(url))) if "*" in url else [url] * files.exists(url)
+    if "*" not in url:
+        matches = [url] * files.exists(url)
+    else:
+        found = files.glob(url, detail=True)
+        folders = [path for path, about in found.items() if about["type"] == "directory"]
+        matches = [files.unstrip_protocol(path) for path in _outermost(found, folders)]
     if not matches:
         raise FileNotFoundError(f"There is nothing at {shown(url)!r}{_why_missing(files, url)}.")
     return matches
+
+
+def _outermost(matches: Iterable[str], folders: Iterable[str]) -> list[str]:
+    """The matches of a glob in order, without those inside `folders`, which are found by searching the folders."""
+    searched = {folder.rstrip("/") for folder in folders}
+
+    def is_inside(path: str) -> bool:
+        parent = os.path.dirname(path.rstrip("/"))
+        return parent != path and (parent in searched or (parent != "" and is_inside(parent)))
+
+    return sorted(match for match in matches if not is_inside(match))
 
 
 def _why_missing(files: Any, url: str) -> str:

@@ -66,6 +66,7 @@ def test_files_folders_and_globs_are_found_in_order(folder: Path) -> None:
     assert names([folder / "*.png", folder / "a" / "[12]*"]) == ["b.png", "10.png", "2.png"]
     assert names([str(folder / "**" / "*.png")]) == ["10.png", "2.png", "b.png"]
     assert names([folder / "*"]) == ["10.png", "2.png", "b.png", "c.bin"]
+    assert paths_of([folder / "**"]) == [f"{folder}/{name}" for name in ("a/10.png", "a/2.png", "b.png")]
     (folder / "[1].png").write_bytes(png(1))
     assert names([folder / "[1].png"]) == ["[1].png"]  # the file of that very name
     for missing in ("nothing.png", "*.gif"):
@@ -454,6 +455,7 @@ def test_every_kind_of_path_may_be_a_url(bucket: str) -> None:
         ("", ["10.png", "2.png", "b.png"]),
         ("/c.bin", ["c.bin"]),
         ("/*.png", ["b.png"]),
+        ("/a*/**", ["10.png", "2.png"]),
         ("/set.tar", ["0000.png", "0001.png", "0002.png"]),
         ("/list.txt", ["b.png", "none.png"]),
     ):
