@@ -72,9 +72,10 @@ def clone_without_tensors(module: nn.Module, kind: type[nn.Module] | None = None
     """
     made = (kind or type(module)).__new__(kind or type(module))
     nn.Module.__init__(made)
-    plain = {key: value for key, value in vars(module).items() if key not in vars(made)}
-    plain.pop("_compiled_call_impl", None)  # would run the original
-    made.__dict__.update(copy.deepcopy(plain), training=False)
+    skipped = {*vars(made), "_compiled_call_impl"}  # the last would run the original
+    plain = {key: value for key, value in vars(module).items() if key not in skipped}
+    memo = {id(module): made}  # so that methods that are bound to `module` become methods of `made`
+    made.__dict__.update(copy.deepcopy(plain, memo), training=False)
     return made
 
 
