@@ -81,8 +81,8 @@ class Engine(nn.Module):
         """
         if is_captured(next(self.folded.buffers())):
             raise InvalidStateError(
-                "The model's weights or the setting of backends have changed, and while a CUDA graph is captured "
-                "nothing can be folded: call refresh() on the engine before the capture."
+                "The weights have to be folded again, and while a CUDA graph is captured nothing can be folded: call "
+                "refresh() on the engine before the capture."
             )
         self._fold(self.device)
 
@@ -113,6 +113,7 @@ class Engine(nn.Module):
 
         Raises:
             ValueError: another precision, no images, or activations that are not finite.
+            TypeError: images that are not tensors.
         """
         if not self.plan.e4m3:
             raise InvalidValueError(f"calibrate is for precision='fp8', and this engine is in {self.precision}.")
@@ -134,6 +135,7 @@ class Engine(nn.Module):
 
         Raises:
             ValueError: no images.
+            TypeError: images that are not tensors.
         """
         if self._watch is not None and self._watch.changed():
             self.refresh()
@@ -240,7 +242,7 @@ class Engine(nn.Module):
             return self._graphs.run(self.folded, backbone_of(self.folded), method, args, kwargs)
 
     def _channels_first(self, argument: Any) -> Any:
-        """Moves the channels of uint8 images from last to (batch, channels, height, width); the rest is unchanged."""
+        """Moves the channels of uint8 images before height and width; single images in lists become batches of one."""
         if isinstance(argument, list):
             return [self._channels_first(as_batch(part)) for part in argument]
         if isinstance(argument, Tensor) and argument.dtype == torch.uint8 and argument.ndim == 4:
@@ -296,8 +298,8 @@ class Engine(nn.Module):
         """`nn.Module.load_state_dict`, for the state dict of an engine.
 
         Raises:
-            RuntimeError: the state dict is a model's, which belongs into the model that the engine follows, or the keys
-                do not fit.
+            RuntimeError: the state dict is that of a model (load it into the model that the engine follows), or its
+                keys do not fit.
         """
         if not any(key.startswith("folded.") for key in state_dict):
             raise InvalidStateError(

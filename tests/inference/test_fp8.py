@@ -676,7 +676,7 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
     text = str(in_fp8(small(), skip_layers=[2, 0]))
     for part in (
         "weights: bf16, folded in fp64 from fp32",
-        "e4m3: qkv, proj and MLP, not in the blocks 0, 2; a scale for each output feature, norms over their bound",
+        "e4m3: qkv, proj and MLP, not in the blocks 0, 2; weights scaled by output feature, norms by their bound",
         "calibration: none: attention and hidden activations are clipped at ±28; calibrate(images) measures",
         "speed: no faster than bf16 here: torch's forms of layer_norm.plain, linear.none, "
         "linear.gelu, linear.residual compute in fp32",
