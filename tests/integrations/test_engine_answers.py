@@ -151,6 +151,23 @@ def test_only_the_methods_of_a_copied_backbone_that_agree_are_answered(answered:
     )
 
 
+@facebook_model.in_module("copied")
+class _Failing(facebook_model.DinoVisionTransformer):
+    """A copy of Meta's code with a method that raises."""
+
+    __qualname__ = "DinoVisionTransformer"
+
+    def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("not copied")
+
+
+def test_a_method_that_raises_is_not_answered() -> None:
+    model = accelerate(filled(_Failing()).eval(), inference=True)
+    with pytest.raises(NotImplementedError, match="not copied"):
+        model.get_intermediate_layers(images())
+    assert "it fails on a small image (not copied)" in str(acceleration_report(model))
+
+
 def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = accelerated_pair(
