@@ -113,6 +113,21 @@ def test_images_of_many_sizes_get_their_own_positions() -> None:
     assert len(engine._sizes) <= CACHED_SIZES
 
 
+@torch.no_grad()
+def test_cached_positions_may_be_cleared_by_another_thread() -> None:
+    class Cleared(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    model, x = small(), torch.randn(1, 3, 42, 98)
+    engine = optimize_for_inference(model, "fp32")
+    engine.folded._sizes = Cleared()
+    for _ in range(2):
+        torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("deferred")
 @pytest.mark.parametrize(("family", "swiglu"), KINDS, ids=KIND_NAMES)
 @torch.no_grad()
