@@ -64,8 +64,7 @@ class FoldedBackbone(DinoVisionTransformer):
         key = (height, width, x.dtype == torch.uint8, self.cls_token.device)
         if is_captured(x):
             return keep_alive(self._sizes.get(key)) or self._make_tokens(x, patches)
-        found = self._sizes.get(key)
-        if found is None:
+        if (found := self._sizes.get(key)) is None:
             if len(self._sizes) >= CACHED_SIZES:
                 self._sizes.clear()
             with torch.inference_mode(False), torch.no_grad():

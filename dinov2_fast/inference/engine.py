@@ -134,8 +134,7 @@ class Engine(nn.Module):
             and the smallest cosine, and the share of images whose nearest neighbour among `images` stays the same.
 
         Raises:
-            ValueError: no images.
-            TypeError: images that are not tensors.
+            ValueError, TypeError: no images, or something else than tensors.
         """
         if self._watch is not None and self._watch.changed():
             self.refresh()
@@ -154,9 +153,7 @@ class Engine(nn.Module):
     def _batches(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         for batch in as_batch(images).split(IMAGES_AT_A_TIME) if isinstance(images, Tensor) else images:
             if not isinstance(batch, Tensor):
-                raise InvalidTypeError(
-                    f"images must be a tensor or batches that are tensors, got {type(batch).__name__}."
-                )
+                raise InvalidTypeError(f"images must be one or more tensors, got {type(batch).__name__}.")
             yield self._channels_first(as_batch(batch).to(self.device))
 
     # The methods of the model
@@ -303,9 +300,8 @@ class Engine(nn.Module):
         """
         if not any(key.startswith("folded.") for key in state_dict):
             raise InvalidStateError(
-                "An engine holds its model's weights in a folded form: load them into the model, which the engine "
-                "follows (with follow_weights=False at the next refresh()), or make an engine from a model that has "
-                "them."
+                "An engine holds the weights of its model in a folded form, and these are not folded: load them into "
+                "the model, which the engine follows (with follow_weights=False at the next refresh())."
             )
         try:
             return super().load_state_dict(state_dict, strict, assign)

@@ -12,8 +12,7 @@ of W8. `s` is one power of two for all of `x`, so that dividing by it is exact:
 
 Room above the largest value costs little precision, since e4m3 is a floating-point format with 15 binary orders of
 magnitude. The products inside attention, the patch embedding, the last norm and the head stay in bf16, the residual
-stream in its own dtype.
-Source of e4m3: Micikevicius et al., arXiv:2209.05433.
+stream in its own dtype. Source of e4m3: Micikevicius et al., arXiv:2209.05433.
 """
 
 from __future__ import annotations

@@ -28,9 +28,8 @@ def load_model(
     """Loads a model, by default as an engine that normalises uint8 images with the mean and std of `processor`.
 
     The engine does not follow the model, which has no other user. `weights` and `position_interpolation` are those of
-    :func:`dinov2_fast.load`, `device` that of `find_device`, `precision` that of `optimize_for_inference` ("fp8" with
-    the engine only). `stride` is that of the patch embedding in pixels, (vertical, horizontal) or an int for both; None
-    for the model's.
+    :func:`dinov2_fast.load`, `device` that of `find_device`, `precision` that of `optimize_for_inference` ("fp8" for an
+    engine only). `stride` is that of the patch embedding in pixels, an int or (vertical, horizontal); None keeps it.
 
     Raises:
         WeightsError: the weights cannot be found or read.

@@ -18,7 +18,6 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
-OUTPUTS = ("auto", "cls", "all")
 BACKBONES = (
     DinoVisionTransformer,
     huggingface.Dinov2Model,
@@ -102,7 +101,7 @@ def optimize_for_inference(
         ValueError: a setting that does not exist or does not fit the model, or a model in training mode.
     """
     _check_choice("precision", precision, ("auto", *PRECISIONS))
-    _check_choice("outputs", outputs, OUTPUTS)
+    _check_choice("outputs", outputs, ("auto", "cls", "all"))
     if residual_dtype not in (None, "fp32", torch.float32):
         raise InvalidValueError(
             f"There is no residual_dtype {residual_dtype!r}; choose 'fp32', or None for the dtype of the precision."

@@ -40,7 +40,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         made.proj_uint8 = None
         if len(plan.mean) == made.in_chans:
             mean, std = (torch.tensor(values).to(rows) for values in (plan.mean, plan.std))
-            folded = fold_normalization(weight.detach(), bias, mean, std, plan.dtype, padded_to=padded_to)
+            folded = fold_normalization(weight.detach(), bias, mean, std, plan.dtype, padded_to)
             made.proj_uint8 = FoldedLinear(folded[0], rounded(folded[1], torch.float32))
         return made
 

@@ -91,8 +91,7 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
         **options: with `inference`, the options of `optimize_for_inference`.
 
     Raises:
-        TypeError: nothing in the model can be accelerated, or with `inference` no backbone gets an engine, and the
-            message says why; or `options` without `inference`.
+        TypeError: nothing in the model can be accelerated, with `inference` no backbone, or `options` without it.
         ValueError: `options` that `optimize_for_inference` refuses.
         In both cases the model is as it was.
     """

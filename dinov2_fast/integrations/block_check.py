@@ -138,8 +138,7 @@ def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
     error = error_beyond_rounding(ours.output, theirs.output)
     if error is not None:
         return f"{mode} its forward computes something else than a block of DINOv2 (relative error {error:.2g})"
-    if theirs.calls != ours.calls:
-        names = sorted(name for name in theirs.calls | ours.calls if theirs.calls[name] != ours.calls[name])
+    if names := sorted(dict(theirs.calls.items() ^ ours.calls.items())):
         counts = ", ".join(f"{name} {theirs.calls[name]} times" for name in names)
         return f"{mode} it calls {counts}, unlike our code (checkpointing calls them twice)"
     return None

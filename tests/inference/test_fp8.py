@@ -665,7 +665,7 @@ def test_wrong_images_get_a_clear_error() -> None:
     for nothing in ([], x[:0]):
         with pytest.raises(ValueError, match="calibrate needs at least one image"):
             engine.calibrate(nothing)
-    with pytest.raises(TypeError, match="images must be a tensor or batches that are tensors, got tuple"):
+    with pytest.raises(TypeError, match="images must be one or more tensors, got tuple"):
         engine.calibrate([(x, torch.zeros(2))])
     with pytest.raises(ValueError, match="The attention of block 0 gave nan for these images"):
         engine.calibrate([torch.full_like(x, math.nan), x])

@@ -129,7 +129,7 @@ def test_values_that_are_not_finite_show_in_the_report() -> None:
     [
         ([], ValueError, "report needs at least one image"),
         ([torch.zeros(0, 3, 28, 28)], ValueError, "report needs at least one image"),
-        ([[1, 2]], TypeError, "images must be a tensor or batches that are tensors, got list"),
+        ([[1, 2]], TypeError, "images must be one or more tensors, got list"),
         (torch.zeros(2, 3, 28, 29), ValueError, "width 29 is not a multiple"),
     ],
 )
