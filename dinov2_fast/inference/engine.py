@@ -138,10 +138,11 @@ class Engine(nn.Module):
         """
         if self._watch is not None and self._watch.changed():
             self.refresh()
-        versions = {self.precision: backbone_of(self.folded)}
-        if self.precision != "bf16":
-            versions["bf16"] = self._backbone_in(torch.bfloat16)
         with _without_autocast(self.device.type):
+            self._follow_setting()
+            versions = {self.precision: backbone_of(self.folded)}
+            if self.precision != "bf16":
+                versions["bf16"] = self._backbone_in(torch.bfloat16)
             return compare_precisions(self._backbone_in(torch.float32), versions, self._batches(images))
 
     def _backbone_in(self, dtype: torch.dtype) -> Any:

@@ -180,8 +180,7 @@ def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def _refuse_slow(precision: str, device: torch.device) -> None:
-    reason = why_slow(precision, device)
-    if reason:
+    if reason := why_slow(precision, device):
         instead = auto_precision(device)
         what_to_do = "use a newer GPU" if device.type == "cuda" else "move the model to a GPU first"
         raise InvalidValueError(
