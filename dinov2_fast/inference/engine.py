@@ -60,7 +60,7 @@ class Engine(nn.Module):
     def _fold(self, device: torch.device | None) -> None:
         setting = dispatch.current_setting()  # read before folding, since another thread may change it
         with torch.inference_mode(False), torch.no_grad():
-            self._watch = WeightWatch(self._model) if self.plan.follow_weights else None
+            watch = WeightWatch(self._model) if self.plan.follow_weights else None
             device = device or next(self._model.parameters()).device
             with _without_autocast(device.type):
                 folded = fold_model(self._model, self.plan, device).to(device).eval()
@@ -68,7 +68,7 @@ class Engine(nn.Module):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams may still read the old weights, and will read the new ones
         self._graphs.clear()
-        self.folded = folded
+        self.folded, self._watch = folded, watch  # after an error the watch stays, so the next call folds again
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
         self._layout_settings = {device: setting} if self.plan.follow_weights else None

@@ -86,8 +86,7 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
         raise InvalidValueError(f"There is no precision {precision!r}; choose auto, {', '.join(PRECISIONS)}.")
     if precision == "fp8" and not engine:
         raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
-    reason = why_slow(precision, device) if precision != "auto" and engine else None
-    if reason:
+    if precision != "auto" and engine and (reason := why_slow(precision, device)):
         instead = auto_precision(device)
         otherwise = "" if device.type == "cuda" else ", or a GPU (device cuda)"
         raise InvalidValueError(

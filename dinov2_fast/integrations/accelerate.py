@@ -82,8 +82,9 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
     - methods of a backbone that return something else than ours on a small image. This is compared when the engine is
       made, and again whenever the weights or settings change.
 
-    The engine follows changes of weights and settings, but does not see writes through ``.data`` or a function that was
-    replaced in a Python module: call `accelerate` again after these.
+    The engine follows changes of weights and of the model's settings, but not writes through ``.data``, a function that
+    was replaced in a Python module, or a :func:`~dinov2_fast.use_backend` that needs its weights in another layout:
+    call `accelerate` again after these.
 
     Args:
         model: already built and loaded; changed in place, and returned.
