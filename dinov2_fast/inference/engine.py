@@ -68,7 +68,7 @@ class Engine(nn.Module):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams may still read the old weights, and will read the new ones
         self._graphs.clear()
-        self.folded, self._watch = folded, watch  # after an error the watch stays, so the next call folds again
+        self.folded, self._watch = folded, watch  # if folding fails, the old watch stays: the next call folds again
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
         self._layout_settings = {device: setting} if self.plan.follow_weights else None

@@ -77,7 +77,7 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
     their own `forward`. The outputs have the dtype of the model and the precision of the engine, and no gradient. The
     accelerated blocks run instead where the engine does not answer:
 
-    - calls in training mode, with masks, of images in uint8 or with gradients, or for hidden states or attentions;
+    - calls in training mode, with masks, for hidden states or attentions, of images in uint8 or with `requires_grad`;
     - compiled calls, and calls while modules inside the backbone have hooks;
     - methods of a backbone that return something else than ours on a small image. This is compared when the engine is
       made, and again whenever the weights or settings change.
@@ -92,7 +92,7 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
         **options: with `inference`, the options of `optimize_for_inference`.
 
     Raises:
-        TypeError: nothing in the model can be accelerated, with `inference` no backbone, or `options` without it.
+        TypeError: no block can be accelerated, or `inference` can attach no engine, or `options` without `inference`.
         ValueError: `options` that `optimize_for_inference` refuses.
         In both cases the model is as it was.
     """
