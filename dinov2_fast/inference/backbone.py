@@ -64,15 +64,15 @@ class FoldedBackbone(DinoVisionTransformer):
         key = (height, width, x.dtype == torch.uint8, self.cls_token.device)
         if is_captured(x):
             return keep_alive(self._sizes.get(key)) or self._make_tokens(x, patches)
-        if key not in self._sizes:
+        if (found := self._sizes.get(key)) is None:
             if len(self._sizes) >= CACHED_SIZES:
                 self._sizes.clear()
             with torch.inference_mode(False), torch.no_grad():
-                made = self._make_tokens(x, patches)
+                found = self._make_tokens(x, patches)
             if x.is_cuda:
                 torch.cuda.current_stream(x.device).synchronize()  # calls on other streams may read them next
-            self._sizes[key] = made
-        return self._sizes[key]
+            self._sizes[key] = found
+        return found  # another thread may have cleared the dictionary
 
     def _make_tokens(self, x: Tensor, patches: int) -> tuple[Tensor, Tensor, Tensor]:
         height, width = x.shape[-2:]

@@ -172,11 +172,11 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def cls_attention(x: Tensor, norm: Any, attention: Any, *, backend: str | None = None) -> Tensor:
+def cls_attention(x: Tensor, norm: Any, attention: Any) -> Tensor:
     """The output of a block's attention for the first token (CLS), before the output projection, (batch, hidden).
 
-    `x` (batch, seq_len, hidden) is the input of the norm before it. Keys and values of the other tokens are not
-    computed, see `ops.attention_pool`.
+    `x` (batch, seq_len, hidden) is the input of `norm`, which precedes the attention. Keys and values are not computed,
+    see `ops.attention_pool`.
     """
     hidden, weight, bias = x.shape[-1], attention.qkv.weight, attention.qkv.bias
     heads = (attention.num_heads, hidden // attention.num_heads)
@@ -187,6 +187,6 @@ def cls_attention(x: Tensor, norm: Any, attention: Any, *, backend: str | None =
     cls = F.layer_norm(x[:, 0], (hidden,), norm_weight, norm_bias, norm.eps)
     query = F.linear(cls, query_weight.flatten(0, 1), query_bias).unflatten(-1, heads) * heads[1] ** -0.5
     absorbed = torch.einsum("bhd,hdi->bhi", query, key_weight)
-    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, norm.eps, backend=backend)
+    pooled = ops.attention_pool(x, absorbed, norm_weight, norm_bias, norm.eps)
     out = torch.einsum("bhi,hdi->bhd", pooled, value_weight).flatten(1)
     return out if value_bias is None else out + value_bias

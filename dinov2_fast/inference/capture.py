@@ -194,7 +194,7 @@ class ForbidDeviceSync(TorchDispatchMode):
     and copies from or to another device, including copies of the indices of an op. A CPU tensor without dimensions is
     passed to kernels as a number, so ops other than copies may take one. Ops on other devices are ignored.
 
-    Not found are waits outside torch's ops: in another library, for an event, and in the index ``x[[0, 1]]``, whose
+    It does not find waits outside torch's ops: in another library, for an event, and in the index ``x[[0, 1]]``, whose
     numbers torch copies to the device before any op is dispatched.
     """
 
@@ -215,7 +215,7 @@ class ForbidDeviceSync(TorchDispatchMode):
 
 
 def _reads(func: Any, args: Any) -> bool:
-    """Whether the host reads the result of an op."""
+    """Whether the host reads values that an op takes or returns, or their number."""
     if func in GATHERS:
         return _has_mask(args[1])
     if func in SCATTERS:  # with a number as value, a mask is not counted

@@ -18,8 +18,7 @@ from dinov2_fast.layers import has_hooks
 # How much the outputs of two implementations may differ, relative to their norm: more than rounding does in a whole
 # model, less than a changed setting does.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-SMALL = (3, 2)  # rows and columns of patches
-MAX_TOKENS = 32  # that go through the blocks, also where the only size that the model takes has more
+MAX_TOKENS = 32  # the most that go through the blocks, also if the only size that the model takes has more
 
 
 def expect(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
@@ -52,7 +51,7 @@ def refuse_edits(model: nn.Module) -> None:
 
 
 def replaced_methods(module: nn.Module) -> list[str]:
-    """The names of methods that an attribute of the instance replaces by another function."""
+    """The names of the methods of the class that an attribute of the instance replaces."""
     return [
         name
         for name, value in vars(module).items()
@@ -80,7 +79,7 @@ def small_image(patch_embed: Any, only_size: tuple[int, int] | None) -> Tensor:
 
     It has three by two patches, or the size `only_size` (height, width) if the model takes no other.
     """
-    size = only_size or tuple(count * patch for count, patch in zip(SMALL, patch_embed.patch_size, strict=True))
+    size = only_size or tuple(count * patch for count, patch in zip((3, 2), patch_embed.patch_size, strict=True))
     return torch.randn(1, patch_embed.in_chans, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -100,15 +99,19 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def mismatch(ours: Any, theirs: Any, allowed: float) -> str | None:
     """How the output of another library's method differs from that of our model, as a phrase; None if it does not.
 
-    Outputs are tensors, tuples, lists or dictionaries of them, or exceptions that were raised. `allowed` is how much
-    tensors may differ, see `difference`.
+    Outputs are tensors, tuples, lists or dictionaries of them, or exceptions that were raised. `allowed` is the largest
+    `difference` that tensors may have.
     """
+    if isinstance(theirs, Exception):
+        return f"fails on a small image ({theirs})"
+    if isinstance(ours, Exception):
+        return f"takes an image that our model refuses ({ours})"
     if type(ours) is not type(theirs):
         return f"returns a {type(theirs).__name__} in place of a {type(ours).__name__}"
     if isinstance(theirs, Tensor):
-        apart = difference(ours, theirs)
-        if apart == float("inf"):
+        if ours.shape != theirs.shape:
             return f"returns {tuple(theirs.shape)} in place of {tuple(ours.shape)}"
+        apart = difference(ours, theirs)
         return None if apart <= allowed else f"differs by {apart:.2g} of its norm on a small image"
     if isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
@@ -119,7 +122,7 @@ def mismatch(ours: Any, theirs: Any, allowed: float) -> str | None:
             return f"returns {len(theirs)} outputs in place of {len(ours)}"
         parts = (mismatch(one, other, allowed) for one, other in zip(ours, theirs, strict=True))
         return next((part for part in parts if part), None)
-    return f"fails on a small image ({theirs})" if isinstance(theirs, Exception) else None
+    return None
 
 
 @torch.no_grad()

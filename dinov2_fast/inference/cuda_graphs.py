@@ -78,15 +78,14 @@ class GraphCache:
         with self._lock:
             wanted = self.mode is True or key in self._calls
             captured = self._calls.pop(key, None)
+            self._make_room()
             if captured is None and wanted:
-                self._make_room()
                 self._device = device
                 try:
                     captured = self._capture(function, args, kwargs, device)
                 except Exception as error:
                     failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if not failure:
-                self._make_room()
                 self._calls[key] = captured
             if captured is not None:
                 return self._replay(captured, device, args, kwargs)

@@ -48,8 +48,8 @@ def _describe_e4m3(backbone: FoldedBackbone, model: nn.Module) -> list[str]:
     plan, blocks = backbone.plan, len(backbone.blocks)
     kept = [str(i) for i in range(blocks) if i in plan.skip_layers]
     lines = [
-        "e4m3: qkv, proj and MLP" + (f", not in the blocks {', '.join(kept)}" if kept else "") + "; a scale for each "
-        "output feature, norms over their bound",
+        "e4m3: qkv, proj and MLP" + (f", not in the blocks {', '.join(kept)}" if kept else "") + "; weights "
+        "scaled by output feature, norms by their bound",
         f"calibration: {_describe_calibration(plan.calibration, blocks, model)}",
     ]
     in_e4m3 = [row for row in backbone.backends() if row.dtype == E4M3 and row.backend == "torch"]
@@ -66,7 +66,7 @@ def _describe_calibration(calibration: Calibration | None, blocks: int, model: n
         return f"none: {clipped}; calibrate(images) measures what they need"
     if len(calibration.scales) != blocks:
         return f"made for {len(calibration.scales)} blocks and not used: {clipped}; call calibrate(images) again"
-    made = f"on {calibration.images} images, whose activations have {HEADROOM:g} times the room they need"
+    made = f"on {calibration.images} images, for values up to at least {HEADROOM:g} times their largest"
     if calibration.checksum != weights_checksum(model):
         made += "; stale: the weights have changed since, call calibrate(images) again"
     return made

@@ -60,7 +60,7 @@ class Engine(nn.Module):
     def _fold(self, device: torch.device | None) -> None:
         setting = dispatch.current_setting()  # read before folding, since another thread may change it
         with torch.inference_mode(False), torch.no_grad():
-            self._watch = WeightWatch(self._model) if self.plan.follow_weights else None
+            watch = WeightWatch(self._model) if self.plan.follow_weights else None
             device = device or next(self._model.parameters()).device
             with _without_autocast(device.type):
                 folded = fold_model(self._model, self.plan, device).to(device).eval()
@@ -68,7 +68,7 @@ class Engine(nn.Module):
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams may still read the old weights, and will read the new ones
         self._graphs.clear()
-        self.folded = folded
+        self.folded, self._watch = folded, watch  # if folding fails, the old watch stays: the next call folds again
         # The settings of backends that the layout of the weights was checked for last, by device, since replicas of
         # torch.nn.DataParallel share the dictionary. None: the layout stays, whatever is set.
         self._layout_settings = {device: setting} if self.plan.follow_weights else None
@@ -81,8 +81,8 @@ class Engine(nn.Module):
         """
         if is_captured(next(self.folded.buffers())):
             raise InvalidStateError(
-                "The model's weights or the setting of backends have changed, and while a CUDA graph is captured "
-                "nothing can be folded: call refresh() on the engine before the capture."
+                "The weights have to be folded again, and while a CUDA graph is captured nothing can be folded: call "
+                "refresh() on the engine before the capture."
             )
         self._fold(self.device)
 
@@ -113,6 +113,7 @@ class Engine(nn.Module):
 
         Raises:
             ValueError: another precision, no images, or activations that are not finite.
+            TypeError: images that are not tensors.
         """
         if not self.plan.e4m3:
             raise InvalidValueError(f"calibrate is for precision='fp8', and this engine is in {self.precision}.")
@@ -133,14 +134,15 @@ class Engine(nn.Module):
             and the smallest cosine, and the share of images whose nearest neighbour among `images` stays the same.
 
         Raises:
-            ValueError: no images.
+            ValueError, TypeError: no images, or something else than tensors.
         """
         if self._watch is not None and self._watch.changed():
             self.refresh()
-        versions = {self.precision: backbone_of(self.folded)}
-        if self.precision != "bf16":
-            versions["bf16"] = self._backbone_in(torch.bfloat16)
         with _without_autocast(self.device.type):
+            self._follow_setting()
+            versions = {self.precision: backbone_of(self.folded)}
+            if self.precision != "bf16":
+                versions["bf16"] = self._backbone_in(torch.bfloat16)
             return compare_precisions(self._backbone_in(torch.float32), versions, self._batches(images))
 
     def _backbone_in(self, dtype: torch.dtype) -> Any:
@@ -152,9 +154,7 @@ class Engine(nn.Module):
     def _batches(self, images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
         for batch in as_batch(images).split(IMAGES_AT_A_TIME) if isinstance(images, Tensor) else images:
             if not isinstance(batch, Tensor):
-                raise InvalidTypeError(
-                    f"images must be a tensor or batches that are tensors, got {type(batch).__name__}."
-                )
+                raise InvalidTypeError(f"images must be one or more tensors, got {type(batch).__name__}.")
             yield self._channels_first(as_batch(batch).to(self.device))
 
     # The methods of the model
@@ -240,7 +240,7 @@ class Engine(nn.Module):
             return self._graphs.run(self.folded, backbone_of(self.folded), method, args, kwargs)
 
     def _channels_first(self, argument: Any) -> Any:
-        """Moves the channels of uint8 images from last to (batch, channels, height, width); the rest is unchanged."""
+        """Moves the channels of uint8 images before height and width; single images in lists become batches of one."""
         if isinstance(argument, list):
             return [self._channels_first(as_batch(part)) for part in argument]
         if isinstance(argument, Tensor) and argument.dtype == torch.uint8 and argument.ndim == 4:
@@ -296,14 +296,13 @@ class Engine(nn.Module):
         """`nn.Module.load_state_dict`, for the state dict of an engine.
 
         Raises:
-            RuntimeError: the state dict is a model's, which belongs into the model that the engine follows, or the keys
-                do not fit.
+            RuntimeError: the state dict is that of a model (load it into the model that the engine follows), or its
+                keys do not fit.
         """
         if not any(key.startswith("folded.") for key in state_dict):
             raise InvalidStateError(
-                "An engine holds its model's weights in a folded form: load them into the model, which the engine "
-                "follows (with follow_weights=False at the next refresh()), or make an engine from a model that has "
-                "them."
+                "An engine holds the weights of its model in a folded form, and these are not folded: load them into "
+                "the model, which the engine follows (with follow_weights=False at the next refresh())."
             )
         try:
             return super().load_state_dict(state_dict, strict, assign)

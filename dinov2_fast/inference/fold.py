@@ -35,7 +35,7 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fold_normalization(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype, *, padded_to: int | None = None
+    weight: Tensor, bias: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype, padded_to: int
 ) -> tuple[Tensor, Tensor]:
     """Folds the normalisation of uint8 images into the weight and bias of the patch embedding.
 
@@ -61,8 +61,7 @@ def fold_normalization(
     if bias is not None:
         constant += bias.double()
     rows = folded.flatten(1)
-    padding = 0 if padded_to is None else padded_to - rows.shape[1]
-    return F.pad(rows, (0, padding)), constant.to(torch.promote_types(dtype, torch.float32))
+    return F.pad(rows, (0, padded_to - rows.shape[1])), constant.to(torch.promote_types(dtype, torch.float32))
 
 
 def clone_without_tensors(module: nn.Module, kind: type[nn.Module] | None = None) -> Any:
@@ -72,9 +71,9 @@ def clone_without_tensors(module: nn.Module, kind: type[nn.Module] | None = None
     """
     made = (kind or type(module)).__new__(kind or type(module))
     nn.Module.__init__(made)
-    plain = {key: value for key, value in vars(module).items() if key not in vars(made)}
-    plain.pop("_compiled_call_impl", None)  # would run the original
-    made.__dict__.update(copy.deepcopy(plain), training=False)
+    skipped = {*vars(made), "_compiled_call_impl"}  # the last would run the original
+    plain = {key: value for key, value in vars(module).items() if key not in skipped}
+    made.__dict__.update(copy.deepcopy(plain, {id(module): made}), training=False)  # bound methods get `made`
     return made
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dinov2_fast.block import BlockChunk
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.huggingface.modeling import Dinov2Model
+from dinov2_fast.huggingface.modeling import Dinov2PreTrainedBackbone
 from dinov2_fast.inference.backbone import (
     FoldedBackbone,
     FoldedEncoder,
@@ -91,7 +91,7 @@ def fold_backbone(model: DinoVisionTransformer, plan: EnginePlan, device: torch.
 
 def _gives_cls_alone(model: DinoVisionTransformer) -> bool:
     """Whether the result of a plain call depends on the CLS token alone."""
-    return not isinstance(model, Dinov2Model) and getattr(model, "global_pool", "token") == "token"
+    return not isinstance(model, Dinov2PreTrainedBackbone) and getattr(model, "global_pool", "token") == "token"
 
 
 def _fold_blocks(model: DinoVisionTransformer, backbone: FoldedBackbone) -> list[FoldedBlock]:

@@ -10,10 +10,9 @@ of W8. `s` is one power of two for all of `x`, so that dividing by it is exact:
 - For the outputs of attention and of the activation, `s` follows from the largest values seen in calibration. Before
   calibration it is a constant.
 
-Room above the largest value costs no precision, since e4m3 is a floating-point format with 15 binary orders of
-magnitude. The residual stream, the products inside attention, the patch embedding, the last norm and the head stay in
-the engine's dtype.
-Source of e4m3: Micikevicius et al., arXiv:2209.05433.
+Room above the largest value costs little precision, since e4m3 is a floating-point format with 15 binary orders of
+magnitude. The products inside attention, the patch embedding, the last norm and the head stay in bf16, the residual
+stream in its own dtype. Source of e4m3: Micikevicius et al., arXiv:2209.05433.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Fp8Linear(FoldedLinear):
     """A linear of e4m3 operands, from a weight and a bias in fp64.
 
     `scale` is that of its input, `out_scale` that of the results of `gelu` and `swiglu`, which are in e4m3. The bias
-    and the other results are in `dtype`.
+    and the result of `forward` are in `dtype`.
     """
 
     weight_scale: Tensor  # (out_features,), fp32; divided by it, the largest value of a row is ±448

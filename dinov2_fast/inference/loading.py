@@ -28,8 +28,8 @@ def load_model(
     """Loads a model, by default as an engine that normalises uint8 images with the mean and std of `processor`.
 
     The engine does not follow the model, which has no other user. `weights` and `position_interpolation` are those of
-    :func:`dinov2_fast.load`, `precision` that of `optimize_for_inference` ("fp8" with the engine only). `stride` is
-    that of the patch embedding, pixels, an int or (vertical, horizontal); None for the model's.
+    :func:`dinov2_fast.load`, `device` that of `find_device`, `precision` that of `optimize_for_inference` ("fp8" for an
+    engine only). `stride` is that of the patch embedding in pixels, an int or (vertical, horizontal); None keeps it.
 
     Raises:
         WeightsError: the weights cannot be found or read.
@@ -80,14 +80,13 @@ def check_precision(precision: str, device: torch.device, *, engine: bool = True
     """Refuses a precision before any weights are read.
 
     Raises:
-        ValueError: it does not exist, exists in the engine only, or is slower on the device than one of more bits.
+        ValueError: it does not exist, exists in the engine only, or makes the engine slower than one of more bits.
     """
     if precision not in ("auto", *PRECISIONS):
         raise InvalidValueError(f"There is no precision {precision!r}; choose auto, {', '.join(PRECISIONS)}.")
     if precision == "fp8" and not engine:
         raise InvalidValueError("Precision fp8 exists in the engine only: leave out --no-engine (engine=False).")
-    reason = why_slow(precision, device) if precision != "auto" and engine else None
-    if reason:
+    if precision != "auto" and engine and (reason := why_slow(precision, device)):
         instead = auto_precision(device)
         otherwise = "" if device.type == "cuda" else ", or a GPU (device cuda)"
         raise InvalidValueError(

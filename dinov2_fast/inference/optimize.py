@@ -18,7 +18,6 @@ from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops._backends import refuses_e4m3
 from dinov2_fast.timm_adapter import TimmVisionTransformer
 
-OUTPUTS = ("auto", "cls", "all")
 BACKBONES = (
     DinoVisionTransformer,
     huggingface.Dinov2Model,
@@ -77,14 +76,14 @@ def optimize_for_inference(
             more memory traffic; outputs before the last norm are in fp32 then.
         processor: uint8 images are divided by 255 and normalised with its `image_mean` and `image_std`; by default with
             those of the checkpoints. Its other settings are not used.
-        allow_slow: accept bf16, fp16 and fp8 also on a device that has no instructions for it.
+        allow_slow: accept bf16, fp16 and fp8 also on a device that has no instructions for them.
         max_tokens: the most tokens of a list of images that run as one packed sequence, to bound memory (an image of
             224 x 224 has 257); None for no bound. A larger image runs alone.
         skip_layers: with "fp8", the indices of blocks (0 is the first) that stay in bf16.
-        cuda_graphs: on a GPU, run calls as CUDA graphs. True does so for all calls but those for lists, hidden states,
-            attentions or a loss. "auto" does so for small batches, where launching the kernels takes longest, from the
-            second call of a kind on (print the engine for the largest number of tokens). False never does. Results are
-            copied out of a graph, so later calls do not overwrite them. The first call of a kind is slow. For each of
+        cuda_graphs: on a GPU, run calls as CUDA graphs. True does so for all calls for one batch, except for hidden
+            states, attentions or a loss. "auto" does so for small batches, where launching the kernels takes longest,
+            from the second call of a kind on (print the engine for the largest number of tokens). False never does.
+            Results are copied out of a graph, so later calls do not overwrite them. A capture is slow. For each of
             the 16 kinds of call used last, memory is kept for images and results: 0.1 GB (ViT-g) to 0.5 GB (ViT-S) for
             the largest calls that "auto" captures, more where several layers are returned. They share the memory in
             between, which stays reserved. While a call is captured no other thread may draw random numbers on the
@@ -102,7 +101,7 @@ def optimize_for_inference(
         ValueError: a setting that does not exist or does not fit the model, or a model in training mode.
     """
     _check_choice("precision", precision, ("auto", *PRECISIONS))
-    _check_choice("outputs", outputs, OUTPUTS)
+    _check_choice("outputs", outputs, ("auto", "cls", "all"))
     if residual_dtype not in (None, "fp32", torch.float32):
         raise InvalidValueError(
             f"There is no residual_dtype {residual_dtype!r}; choose 'fp32', or None for the dtype of the precision."
@@ -181,8 +180,7 @@ def _indices(skip_layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def _refuse_slow(precision: str, device: torch.device) -> None:
-    reason = why_slow(precision, device)
-    if reason:
+    if reason := why_slow(precision, device):
         instead = auto_precision(device)
         what_to_do = "use a newer GPU" if device.type == "cuda" else "move the model to a GPU first"
         raise InvalidValueError(
@@ -211,4 +209,4 @@ def _slow_on_cpu(dtype: torch.dtype, device: torch.device) -> str | None:
         torch.bfloat16: has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16"),
         torch.float16: has.get("avx512_fp16") or has.get("amx_fp16") or has.get("fp16_arith"),
     }
-    return None if native[dtype] else f"this processor has no instructions for products in {precision_name(dtype)}"
+    return None if native[dtype] else f"torch reports no instructions for products in {precision_name(dtype)}"

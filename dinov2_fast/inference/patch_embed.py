@@ -40,7 +40,7 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
         made.proj_uint8 = None
         if len(plan.mean) == made.in_chans:
             mean, std = (torch.tensor(values).to(rows) for values in (plan.mean, plan.std))
-            folded = fold_normalization(weight.detach(), bias, mean, std, plan.dtype, padded_to=padded_to)
+            folded = fold_normalization(weight.detach(), bias, mean, std, plan.dtype, padded_to)
             made.proj_uint8 = FoldedLinear(folded[0], rounded(folded[1], torch.float32))
         return made
 
@@ -68,12 +68,15 @@ class FoldedPatchEmbed(FoldedModule, PatchEmbed):
 
 
 def _plain_convolution(module: PatchEmbed) -> nn.Conv2d:
-    """The convolution of a patch embedding, if it is a product of square patches with a matrix."""
+    """The convolution of a patch embedding. Raises `TypeError` unless it multiplies square patches by a matrix."""
     convolution = expect(module.proj, "patch_embed.proj", nn.Conv2d)
     expect(module.norm, "patch_embed.norm", nn.Identity)
     size = module.patch_size
     square = convolution.kernel_size == size and size[0] == size[1]
     plain = convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
     if not (square and plain and (module.flatten_embedding or type(module) is TimmPatchEmbed)):
-        raise InvalidTypeError(f"patch_embed.proj is {convolution}; the engine needs square patches of {size}.")
+        raise InvalidTypeError(
+            f"patch_embed.proj is {convolution} for patches of {size}; the engine needs a kernel of one "
+            "square patch without padding, dilation or groups, and flatten_embedding=True."
+        )
     return convolution

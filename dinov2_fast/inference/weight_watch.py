@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 _version = attrgetter("_version")
 _END = object()
-# The attributes that every module has, and the one that `nn.Module.compile` sets.
-_OF_TORCH = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
+# The attributes of every module, and that of `nn.Module.compile`; not the dictionaries of hooks, which users replace.
+_OF_TORCH = frozenset((*vars(nn.Module()), "_compiled_call_impl")) - {"_forward_hooks", "_forward_pre_hooks"}
 
 
 def run_up_to_date(

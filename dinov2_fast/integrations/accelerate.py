@@ -77,13 +77,14 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
     their own `forward`. The outputs have the dtype of the model and the precision of the engine, and no gradient. The
     accelerated blocks run instead where the engine does not answer:
 
-    - calls in training mode, with masks, of uint8 images, or for hidden states or attentions;
+    - calls in training mode, with masks, for hidden states or attentions, of images in uint8 or with `requires_grad`;
     - compiled calls, and calls while modules inside the backbone have hooks;
     - methods of a backbone that return something else than ours on a small image. This is compared when the engine is
       made, and again whenever the weights or settings change.
 
-    The engine follows changes of weights and settings, but does not see writes through ``.data`` or a function that was
-    replaced in a Python module: call `accelerate` again after these.
+    The engine follows changes of weights and of the model's settings, but not writes through ``.data``, a function that
+    was replaced in a Python module, or a :func:`~dinov2_fast.use_backend` that needs its weights in another layout:
+    call `accelerate` again after these.
 
     Args:
         model: already built and loaded; changed in place, and returned.
@@ -91,7 +92,7 @@ def accelerate(model: Model, inference: bool = False, **options: Unpack[EngineOp
         **options: with `inference`, the options of `optimize_for_inference`.
 
     Raises:
-        TypeError: nothing in the model can be accelerated, or with `inference` no backbone can; the message says why.
+        TypeError: no block can be accelerated, or `inference` can attach no engine, or `options` without `inference`.
         ValueError: `options` that `optimize_for_inference` refuses.
         In both cases the model is as it was.
     """

@@ -43,7 +43,7 @@ class AcceleratedBackbone(SwappedModule):
         return self.__dict__[STATE_ATTRIBUTE]
 
     def takes(self, images: Tensor) -> bool:
-        """Whether the backbone computes images of this size as they are; others it refuses or pads."""
+        """Whether the backbone computes images of this size as they are. It refuses or pads images of other sizes."""
         return True
 
     def answer(self, method: str, ask: Callable[[Any], Any], args: tuple[Any, ...], *others: Any) -> Any:

@@ -123,7 +123,7 @@ class AcceleratedBlock(SwappedModule):
                 yield f"its {name} runs its own code: {reason}"
 
     def current_function(self) -> Function:
-        """The function that computes the block as it is now: the latest one, unless it changed or a graph is traced."""
+        """The function that computes the block as it is now: the latest one, unless the block changed or is traced."""
         if is_traced() or has_any_global_hook():
             return self._make_function()
         parts = self.accelerated_parts

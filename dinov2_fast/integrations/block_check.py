@@ -22,7 +22,7 @@ class BlockCheck(NamedTuple):
     """The result of a trial."""
 
     reason: str | None  # why the block cannot be accelerated
-    replaced: type  # the class whose `forward` is replaced, the lowest one that a call of the block reaches
+    replaced: type  # the class whose `forward` is replaced: of those that a call reaches, the furthest base
 
 
 def reason_against(block: nn.Module) -> str | None:
@@ -122,7 +122,7 @@ def _run_in_both_modes(copied: nn.Module) -> list[TrialRun]:
 
 
 def _classes_with_forward(block: nn.Module) -> list[type]:
-    """The class of `block` and its bases that define `forward`, the lowest first."""
+    """The class of `block` and its bases that define `forward`, the furthest base first."""
     classes = [each for each in type(block).__mro__ if "forward" in vars(each) and not issubclass(nn.Module, each)]
     return classes[::-1]
 
@@ -130,7 +130,7 @@ def _classes_with_forward(block: nn.Module) -> list[type]:
 def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
     """How the accelerated block differs from the block itself, or None."""
     if isinstance(theirs.output, Exception):
-        return f"its forward fails: {_first_line(theirs.output)}"
+        return f"{mode} its forward fails: {_first_line(theirs.output)}"
     if not isinstance(theirs.output, Tensor):
         return f"its forward returns a {type(theirs.output).__name__}"
     if theirs.changed != ours.changed:
@@ -138,14 +138,14 @@ def _difference(mode: str, theirs: TrialRun, ours: TrialRun) -> str | None:
     error = error_beyond_rounding(ours.output, theirs.output)
     if error is not None:
         return f"{mode} its forward computes something else than a block of DINOv2 (relative error {error:.2g})"
-    if theirs.calls != ours.calls:
-        repeated = sorted(name for name in theirs.calls if theirs.calls[name] != ours.calls[name])
-        return f"it runs {', '.join(repeated)} more than once, as checkpointing does, which our code would not do"
+    if names := sorted(dict(theirs.calls.items() ^ ours.calls.items())):
+        counts = ", ".join(f"{name} {theirs.calls[name]} times" for name in names)
+        return f"{mode} it calls {counts}, unlike our code (checkpointing calls them twice)"
     return None
 
 
 def _difference_of_parts(block: Any, place: tuple[str, torch.dtype]) -> str | None:
-    """Which of attention and MLP computes something else by itself, or None."""
+    """Which of attention and MLP, run alone, computes something else than ours, or None."""
     for name, known in known_branches(block).items():
         copied = copy_with_random_weights(getattr(block, name), *place)
         if known is None or known.refuses(copied):

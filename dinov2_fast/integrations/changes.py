@@ -1,4 +1,4 @@
-"""Notices what a user changes in a module that is not the value of a tensor: hooks, methods, attributes, submodules."""
+"""Notices changes of a module other than those of values of tensors: hooks, methods, attributes, submodules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shadowed_methods(module: nn.Module) -> list[str]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of `module` other than its tensors, submodules and hooks."""
+    """The attributes of `module` other than its tensors, submodules, hooks and mode."""
     return {name: value for name, value in vars(module).items() if name not in _IGNORED}
 
 
@@ -51,9 +51,9 @@ def class_path(module_class: type) -> str:
 class ModuleSnapshot:
     """The class of a module, the `forward` of this class, and the attributes of the module.
 
-    Noticed are another class or another `forward` of the class; and an attribute that has another value, is gone, or is
-    new (a new private one only if it shadows one of the class). Values are compared, not looked into.
-    With `base`, a base of the module's class, that one is remembered, and the module may become of another subclass.
+    It notices another class, another `forward` of the class, and an attribute that has another value, is gone, or is
+    new (a new private one only if it shadows one of the class), but not a list or the like that is changed in place.
+    With `base`, a base of the module's class, it remembers the `forward` of `base`, and the class may change.
     """
 
     def __init__(self, module: nn.Module, base: type | None = None) -> None:
@@ -99,9 +99,9 @@ class ModuleSnapshot:
 class StructureWatch:
     """Notices every change of modules except a tensor that replaces one of the same type.
 
-    Noticed are changes of classes and what they define, of attributes (the training mode is one) and those of a
-    `config`, of submodules and hooks, and of names and types of tensors. Values of attributes are compared, not looked
-    into. It holds no parameter, so a replaced one is freed.
+    It notices changes of classes and what they define, of attributes (the training mode is one) and those of a
+    `config`, of submodules and hooks, and of names and types of tensors, but not a list or the like that is changed in
+    place. It holds no parameter, so a replaced one is freed.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

@@ -72,7 +72,7 @@ def linear(module: Any) -> Function:
 
 
 def hidden_gelu(first: Any, activation: Any) -> Function:
-    """The function ``activation(first(x))``; `dinov2_fast.layers.Mlp` says why it may overwrite ``first(x)``."""
+    """The function ``activation(first(x))``; `layers._owns_hidden` says why it may overwrite ``first(x)``."""
     if not is_exact_gelu(activation) or has_hooks(activation):
         return compose(linear(first), activation)
     overwrite = not is_recorded() and is_plain_linear(first)

@@ -59,7 +59,7 @@ class KnownAttention(KnownPart):
         return []
 
     def refuses_dropout(self, module: Any) -> str | None:
-        """Says so if `module` drops attention weights in this mode, or its dropout has hooks."""
+        """A reason if `module` drops attention weights in this mode, or its dropout has hooks; else None."""
         dropout = self.dropout(module)
         if not isinstance(dropout, nn.Module):
             drops = module.training and dropout
@@ -262,13 +262,13 @@ def _first_present(block: nn.Module, pairs: Iterable[tuple[str, str]]) -> tuple[
 
 
 def known_branches(block: nn.Module) -> dict[str, KnownPart | None]:
-    """What the attention and the MLP of `block` may be, by their names."""
+    """The known part that the attention of `block` fits, and that of its MLP, by their names; None for no such part."""
     name = attention_name(block)
     return {name: match_part(getattr(block, name), ATTENTIONS), "mlp": match_part(block.mlp, MLPS)}
 
 
 def known_parts(block: nn.Module) -> dict[str, KnownPart]:
-    """What the parts of `block` that our ops can compute may be, by their names."""
+    """The known parts that modules of `block` fit, by the names of the modules."""
     parts = known_branches(block) | {"norm1": Norm(), "norm2": Norm()}
     parts |= {name: match_part(getattr(block, name), [LayerScale()]) for name in scale_names(block) if name}
     parts |= {name: match_part(getattr(block, name), [DropPath()]) for name in drop_path_names(block) if name}

@@ -12,7 +12,7 @@ from dinov2_fast.weights.architecture import read_architecture
 
 
 class TimmBackbone(AcceleratedBackbone):
-    """`VisionTransformer`, by the two methods that all its others call."""
+    """`VisionTransformer`. An engine answers `forward_features` and `forward_intermediates`, which its others call."""
 
     patch_embed: Any
     dynamic_img_size: bool

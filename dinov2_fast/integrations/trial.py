@@ -34,11 +34,11 @@ class TrialRun(NamedTuple):
 
     output: Any  # the result, or the error that was raised
     calls: Counter[str]  # how often each linear was called, by its name, in the forward and the backward pass
-    changed: tuple[str, ...]  # the names of attributes that the call changed, on the module or inside it
+    changed: tuple[str, ...]  # the names of attributes that the call set or changed, on the module or inside it
 
 
 @torch.inference_mode(False)
-def copy_with_random_weights(module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float64) -> nn.Module:
+def copy_with_random_weights(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
     """A copy without hooks and without methods set on instances; its random weights are the same in every copy.
 
     Every other kind of linear (quantised, or with an adapter) becomes a plain one of the same size.

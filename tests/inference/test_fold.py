@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ UNKNOWN = {
     "block": (_set("blocks.2", nn.Sequential), "blocks.2 is a Sequential"),
     "other patches": (
         _set("patch_embed.proj", lambda _: nn.Conv2d(3, 32, 7, 14)),
-        r"patch_embed.proj is Conv2d\(3, 32, .* needs square patches of \(14, 14\)",
+        r"patch_embed.proj is Conv2d\(3, 32, .* for patches of \(14, 14\); .* a kernel of one square patch",
     ),
     "norm of patches": (_set("patch_embed.norm", lambda _: LayerNorm(32)), "patch_embed.norm is a LayerNorm"),
 }
@@ -198,3 +199,7 @@ def test_replaced_parts_of_known_classes_are_followed() -> None:
     model.head = nn.Sequential(nn.LayerNorm(32), nn.BatchNorm1d(32).eval())
     model.interpolate_pos_encoding = lambda x, w, h: torch.full((1, 1, 32), 0.5)
     torch.testing.assert_close(optimize_for_inference(model)(x), model(x), atol=1e-5, rtol=1e-5)
+    model.interpolate_pos_encoding = MethodType(lambda self, x, w, h: 2 * self.pos_embed[:, :1], model)
+    engine = optimize_for_inference(model)
+    torch.testing.assert_close(engine(x), model(x), atol=1e-5, rtol=1e-5)
+    assert engine.interpolate_pos_encoding.__self__ is engine.folded, "it holds no copy of the model"

@@ -665,7 +665,7 @@ def test_wrong_images_get_a_clear_error() -> None:
     for nothing in ([], x[:0]):
         with pytest.raises(ValueError, match="calibrate needs at least one image"):
             engine.calibrate(nothing)
-    with pytest.raises(TypeError, match="images must be a tensor or batches that are tensors, got tuple"):
+    with pytest.raises(TypeError, match="images must be one or more tensors, got tuple"):
         engine.calibrate([(x, torch.zeros(2))])
     with pytest.raises(ValueError, match="The attention of block 0 gave nan for these images"):
         engine.calibrate([torch.full_like(x, math.nan), x])
@@ -676,7 +676,7 @@ def test_print_says_what_is_in_e4m3_and_how_it_is_scaled() -> None:
     text = str(in_fp8(small(), skip_layers=[2, 0]))
     for part in (
         "weights: bf16, folded in fp64 from fp32",
-        "e4m3: qkv, proj and MLP, not in the blocks 0, 2; a scale for each output feature, norms over their bound",
+        "e4m3: qkv, proj and MLP, not in the blocks 0, 2; weights scaled by output feature, norms by their bound",
         "calibration: none: attention and hidden activations are clipped at ±28; calibrate(images) measures",
         "speed: no faster than bf16 here: torch's forms of layer_norm.plain, linear.none, "
         "linear.gelu, linear.residual compute in fp32",

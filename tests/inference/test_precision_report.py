@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2_fast import optimize_for_inference
+from dinov2_fast import optimize_for_inference, use_backend
 from dinov2_fast.inference.precision_report import PrecisionReport, same_neighbours
 from tests.helpers.huggingface_peers import images, make_pair
-from tests.helpers.small_models import small, wild
+from tests.helpers.small_models import small, wild, with_biases
 
 
 def _cosines(found: Tensor, wanted: Tensor) -> tuple[float, float]:
@@ -92,6 +92,15 @@ def test_a_report_follows_the_model_and_does_not_change_the_engine() -> None:
         assert row.cls_mean == pytest.approx(_cosines(a, b)[0], abs=1e-4)
 
 
+@torch.no_grad()
+def test_a_report_follows_the_setting_of_backends() -> None:
+    model, x = with_biases(small()), torch.randn(3, 3, 28, 42)
+    engine = optimize_for_inference(model, "fp32")
+    with use_backend("linear.residual=cublas", strict=True):  # takes no bias, so the weights are folded again
+        assert all(row.cls_worst > 0.99999 for row in engine.report(x).rows if row.precision == "fp32")
+    assert engine.blocks[0].deferred.end is not None
+
+
 def test_neighbours_that_are_equally_near_agree() -> None:
     exact = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1e-9], [0.0, 1.0], [0.1, 1.0]])
     assert same_neighbours(exact, exact) == 1
@@ -129,7 +138,7 @@ def test_values_that_are_not_finite_show_in_the_report() -> None:
     [
         ([], ValueError, "report needs at least one image"),
         ([torch.zeros(0, 3, 28, 28)], ValueError, "report needs at least one image"),
-        ([[1, 2]], TypeError, "images must be a tensor or batches that are tensors, got list"),
+        ([[1, 2]], TypeError, "images must be one or more tensors, got list"),
         (torch.zeros(2, 3, 28, 29), ValueError, "width 29 is not a multiple"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,11 @@ def _watched() -> Any:
 def _swap(model: Any) -> None:
     blocks = model.blocks._modules
     blocks["0"], blocks["1"] = blocks["1"], blocks["0"]
+
+
+def _hook_in_a_new_dictionary(model: Any) -> None:
+    model.blocks[0]._forward_hooks = OrderedDict()
+    model.blocks[0].register_forward_hook(lambda *args: None)
 
 
 def _in_inference_mode(model: Any) -> None:
@@ -64,6 +70,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "a first module": lambda m: m.norm.add_module("inside", nn.Identity()),
     "a hook": lambda m: m.blocks[0].register_forward_hook(lambda *args: None),
     "a hook before": lambda m: m.blocks[0].register_forward_pre_hook(lambda *args: None),
+    "a hook in a new dictionary": _hook_in_a_new_dictionary,
     "one more hook": lambda m: m.norm.register_forward_hook(lambda *args: None),
     "a hook less": lambda m: m.kept_hook.remove(),
     "an attribute": lambda m: setattr(m.blocks[1].norm2, "eps", 0.1),

@@ -120,6 +120,13 @@ class TanhGelu(Mlp):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class Uncalled(Mlp):
+    """Reads the weight of a linear that it does not call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(F.linear(x, self.fc1.weight, self.fc1.bias)))
+
+
 def with_checkpoint(module: Any) -> Any:
     """Has `module` recomputed in the backward pass by a subclass of its class, as several projects do."""
 
@@ -186,12 +193,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GELU by tanh": (lambda: with_mlp(TanhGelu(DIM)), "its mlp computes something else than that of DINOv2"),
     "a wrapper around the mlp": (
         lambda: with_mlp(with_checkpoint(Mlp(DIM))),
-        "it runs mlp.fc1, mlp.fc2 more than once, as checkpointing does, which our",
+        "in training mode it calls mlp.fc1 2 times, mlp.fc2 2 times, unlike our code",
     ),
     "a wrapper around the attention": (
         lambda: Block(with_checkpoint(Attention())),
-        "it runs attn.proj, attn.qkv more than once",
+        "in training mode it calls attn.proj 2 times, attn.qkv 2 times, unlike our code",
     ),
+    "a linear that is not called": (lambda: with_mlp(Uncalled(DIM)), "in eval mode it calls mlp.fc1 0 times, unlike"),
 }
 
 

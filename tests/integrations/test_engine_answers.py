@@ -22,6 +22,7 @@ from tests.helpers.library_models import (
     LowRank,
     accelerated_pair,
     assert_same,
+    assert_same_gradients,
     filled,
     gradients,
     hub_model,
@@ -151,6 +152,23 @@ def test_only_the_methods_of_a_copied_backbone_that_agree_are_answered(answered:
     )
 
 
+@facebook_model.in_module("copied")
+class _Failing(facebook_model.DinoVisionTransformer):
+    """A copy of Meta's code with a method that raises."""
+
+    __qualname__ = "DinoVisionTransformer"
+
+    def get_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("not copied")
+
+
+def test_a_method_that_raises_is_not_answered() -> None:
+    model = accelerate(filled(_Failing()).eval(), inference=True)
+    with pytest.raises(NotImplementedError, match="not copied"):
+        model.get_intermediate_layers(images())
+    assert "it fails on a small image (not copied)" in str(acceleration_report(model))
+
+
 def test_timms_intermediate_outputs_are_answered(answered: list[str]) -> None:
     pytest.importorskip("timm")
     model, untouched = accelerated_pair(
@@ -228,10 +246,8 @@ def test_other_calls_run_the_models_own_code(answered: list[str]) -> None:
 
 def test_training_mode_has_gradients(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = accelerated_pair(some.build(drop_path=0.1), inference=True)
-    ours, theirs = (gradients(each.train(), lambda m: m(images())) for each in (model, untouched))
+    assert_same_gradients(*(gradients(each.train(), lambda m: m(images())) for each in (model, untouched)))
     assert not answered
-    for name, wanted in theirs.items():
-        assert (ours[name] is None) == (wanted is None)
     assert not tensors(model.eval()(images()))[0].requires_grad
 
 

@@ -259,7 +259,7 @@ def test_a_function_of_the_library_that_was_replaced_before_is_noticed(monkeypat
         accelerate(_timm(), inference=True)
 
 
-def test_fused_optimizers_are_followed(some: LibraryModel) -> None:
+def test_fused_optimizers_are_followed(some: LibraryModel, answered: list[str]) -> None:
     model, untouched = accelerated_pair(some.build(), inference=True)
     for each in (model, untouched):
         optimizer = torch.optim.AdamW(each.train().parameters(), lr=0.01, fused=True)
@@ -268,3 +268,4 @@ def test_fused_optimizers_are_followed(some: LibraryModel) -> None:
         each.eval()
     with torch.no_grad():
         assert_same(model(images()), untouched(images()), 1e-4)
+    assert len(answered) == 1

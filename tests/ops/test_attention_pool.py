@@ -13,7 +13,7 @@ from dinov2_fast import ops
 from dinov2_fast.block import Block
 from dinov2_fast.inference.block import cls_attention
 from dinov2_fast.ops.attention_pool import attention_pool, attention_pool_torch
-from dinov2_fast.ops.dispatch import BackendError
+from dinov2_fast.ops.dispatch import BackendError, use_backend
 from tests import reference
 from tests.helpers.devices import (
     DEVICE,
@@ -181,7 +181,8 @@ def _block(num_heads: int, hidden: int, qkv_bias: bool = True) -> Block:
 
 
 def _cls_attention(block: Block, x: Tensor, backend: str) -> Tensor:
-    return cls_attention(x, block.norm1, block.attn, backend=backend)
+    with use_backend(f"attention_pool={backend}", strict=True):
+        return cls_attention(x, block.norm1, block.attn)
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
