@@ -1,4 +1,5 @@
-# Every target sets itself up first. `make setup PYTHON=python3.12` chooses the interpreter of the environment.
+# Every target sets itself up first, except sanitize, gpu and clean. `make setup PYTHON=python3.12` chooses the
+# interpreter of the environment.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -115,7 +116,7 @@ test-cuda-on-host: setup
 	    tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py
 
 # compute-sanitizer on the tests marked `sanitize`, on a machine with a GPU. No setup: it uses $(PYTHON)'s torch and
-# pytest, and the extension if it is built. The allocator caches nothing, so that reads beyond a tensor's end show. Only
+# pytest, and the extension, which must be built. The allocator caches nothing, so that reads beyond a tensor's end show. Only
 # memcheck: racecheck, synccheck and initcheck report false faults in CUTLASS' pipelines.
 define sanitize
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \

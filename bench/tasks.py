@@ -48,7 +48,7 @@ class Scenario:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of images and products and, in the floor, of the residual stream."""
+        """The dtype of the images and, in the floor, of the residual stream: bf16 in fp8."""
         return DTYPES[self.precision]
 
     def row_keys(self, peer: Peer, mode: str) -> Row:
@@ -185,7 +185,7 @@ class Task:
         return list(rows.values())
 
     def rates(self) -> roofline.Rates:
-        """The device's speed in the dtype of the products."""
+        """The device's rates in the dtype of the scenario, and in e4m3."""
         return roofline.measure_rates(self.device, self.scenario.dtype)
 
     def rows(self, variants: Iterable[Variant]) -> dict[Variant, Row]:

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 PERCENTILES = (1.0, 99.0)
 
 _FORMAT = "dinov2_fast PCA basis 1"
-_FLAT = 1e-9  # a component with a smaller share of the variance is rounding noise
+_FLAT = 1e-9  # a component with less than this share of the first one's variance is rounding noise
 
 
 def pca_rgb(

@@ -52,7 +52,7 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
         ValueError: a grid that does not hold the patches, or values that are negative, NaN or infinite.
     """
     values = as_array(weights)
-    if values.ndim < 1 or not (np.isfinite(values) & (values >= 0)).all():
+    if not values.ndim or not values.shape[-1] or not (np.isfinite(values) & (values >= 0)).all():
         raise InvalidValueError("Attention weights must be finite and not negative, and there must be some.")
     top = np.percentile(values, _TOP_PERCENTILE, axis=-1, keepdims=True)
     top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # a map of a few patches
@@ -181,8 +181,7 @@ def _scaled(tile: Tile, height: int) -> Image.Image:
 def _shortened(text: str, width: int) -> str:
     """The text on one line, with its middle left out if it is wider than `width` pixels."""
     text = " ".join(text.split())
-    kept = len(text)
-    shown = text
+    kept, shown = len(text), text
     while kept > 2 and _TEXT_FONT.getlength(shown) > width:
         kept -= 1
         shown = f"{text[: kept // 2]}...{text[-(kept // 2) :]}"

@@ -166,7 +166,7 @@ class _Sheets:
         self._names = [drawable.names[row] for row in drawable.rows]
 
     def draw_pca(self, given: PcaBasis | None, file: str | None, new_file: str | None, foreground: bool) -> None:
-        """Each image and its colours, by the PCA that is given, from `file`, or by one of each block's patches."""
+        """Each image and its colours, by the given PCA, which was read from `file`, or by a PCA of each block."""
         drawable, rgb = self._drawable, {}
         about = {"model": drawable.model, "weights": drawable.fingerprint() if new_file else ""}
         way = "threshold" if foreground else None

@@ -108,10 +108,8 @@ def fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     return 2.0**-22 * (x.abs() @ weight.abs().T)
 
 
-PRODUCTS = 32  # of an element that one instruction of the tensor cores adds to its sum
-
-
-SIGNIFICANT_BITS = 14  # of the greatest of these numbers; the others are cut off where it is
+PRODUCTS = 32  # that one instruction of the tensor cores adds to the sum of an element
+SIGNIFICANT_BITS = 14  # kept of the largest of these numbers; the others are truncated at the place of its last bit
 
 
 def tensor_core_slack(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ def tensor_core_slack(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def tensor_core_sums(x: Tensor, weight: Tensor, bits: int) -> Tensor:
-    """x @ weight^T as tensor cores add it up that keep so many bits of the greatest number."""
+    """x @ weight^T, added up by tensor cores that keep this many bits of the largest number."""
 
     def cut_off(numbers: Tensor) -> Tensor:
         unit = torch.exp2(torch.frexp(numbers.abs().amax(-1, keepdim=True)).exponent.double() - bits)

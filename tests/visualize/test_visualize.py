@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dinov2_fast import visualize
+from dinov2_fast import extract, visualize
 from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, save_sheet
+from dinov2_fast.visualize.drawable import read_stored
+from tests.helpers.extraction import MeanColour
 
 
 def planted(batch: int = 2, height: int = 6, width: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +201,7 @@ def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0)]
+    "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0), np.ones((2, 0))]
 )
 def test_values_that_are_not_attention_weights_are_refused(weights: Any) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
@@ -248,6 +250,13 @@ def test_the_sheet_is_wide_enough_for_its_title_and_note(tmp_path: Path) -> None
         assert (sheet[:, -8:] == 255).all()
         assert dark(sheet, slice(0, 16 + 24 * len(heading)), slice(700, None))
         assert sheet.shape[0] == 16 + 24 * len(heading) + 8 + 9 + 24 + 16  # the image lies below
+
+
+def test_stored_features_of_which_nothing_can_be_drawn_are_an_error(tmp_path: Path) -> None:
+    image = Path(__file__).parents[2] / "examples" / "images"
+    extract(str(image), MeanColour(), out=tmp_path / "features", features=["patch_mean"])
+    with pytest.raises(ValueError, match="features' holds neither patches, nor cls of two images: nothing to draw"):
+        read_stored(tmp_path / "features", (), 24)
 
 
 def test_the_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
