@@ -157,11 +157,11 @@ report: setup
 	$(BENCH).report
 
 # No setup: runs on the torch of $(PYTHON), on a machine with a GPU; `$(PYTHON) -m bench.gpu --help` says more.
-# TINY=1 (or DEVICE=cpu) runs the same steps on a CPU with tiny models.
+# TINY=1 runs the same steps on a CPU with tiny models.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
 	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
-	    $(if $(TINY)$(filter cpu,$(DEVICE)),--tiny) $(if $(DRY_RUN),--dry-run)
+	    $(if $(TINY),--tiny) $(if $(DRY_RUN),--dry-run)
 
 # What CI runs of it, in the reference environment and without earlier results.
 gpu-tiny: setup

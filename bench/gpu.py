@@ -1,8 +1,8 @@
-"""All tests and benchmarks that need a GPU, in one call of nine minutes: ``make gpu``.
+"""The tests and benchmarks that need a GPU, in calls of nine minutes: ``make gpu``.
 
-It runs this checkout with the Python that calls it. It installs nothing, downloads nothing, and changes no setting of
-the device. The steps of the plan (bench/gpu_plan.py) run one after the other, each in a process of its own. Results go
-to the folder bench/results/<device>/ (or another, by --results) and into the archive <device>.tar.gz beside it:
+A call runs this checkout with the Python that calls it. It installs nothing, downloads nothing, and changes no setting
+of the device. The steps of the plan (bench/gpu_plan.py) run one after the other, each in a process of its own. Results
+go to the folder bench/results/<device>/ (or another, by --results) and into the archive <device>.tar.gz beside it:
 
 - <task>.jsonl: the rows of the benchmarks; best.json: the fastest backend of each op;
 - steps.jsonl: a line for each step that ran; logs/<step>.log: what it printed.

@@ -92,8 +92,8 @@ class PcaBasis:
         rgb = basis.rgb(patches_of_another_image, grid)
         basis.save("basis.safetensors")
 
-    `about` says where the features came from: `dinov2-fast show` writes and compares "model", "weights" (their
-    SHA-256) and "block" (0 is the first).
+    `about` says where the features came from: `dinov2-fast show` writes "model", "weights" (their SHA-256) and "block"
+    (0 is the first), and compares the last two.
     """
 
     components: Components  # three

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,7 @@ def _draw_strip(tiles: Sequence[Tile], height: int) -> Image.Image:
     width = sum(image.width for image in images) + _SEAM * (len(images) - 1)
     strip = Image.new("RGB", (width, height + _TEXT_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
-    starts = [0]
-    for image in images:
-        starts.append(starts[-1] + image.width + _SEAM)
+    starts = list(accumulate((image.width + _SEAM for image in images), initial=0))
     written = [i for i, tile in enumerate(tiles) if tile.text]
     for i, (image, start) in enumerate(zip(images, starts, strict=False)):
         strip.paste(image, (start, 0))

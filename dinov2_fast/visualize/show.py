@@ -59,7 +59,8 @@ def show(
     """Draws sheets of images as PNGs: PCA colours, attention maps and nearest neighbours.
 
     Args:
-        paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which needs no model.
+        paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which takes neither model nor
+            weights, and for which size, stride, device, blocks and heads have no effect.
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.
