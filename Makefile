@@ -98,8 +98,8 @@ test-python-%: .venv-python-%/.complete
 test-oldest: $(OLDEST)/.complete
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/integrations
 
-# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH. Only sources that changed
-# are compiled again, MAX_JOBS at once.
+# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc that setup.py finds. A source is compiled again if it, a
+# header or a flag has changed, MAX_JOBS at once.
 build: setup
 	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
 	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension

@@ -20,7 +20,7 @@ from bench.records import Recorder, Row
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 
-MIN_TIMING_SECONDS = {"cpu": 0.0, "cuda": 0.02}  # of one timing of throughput, in calls that do not wait
+MIN_TIMING_SECONDS = {"cpu": 0.0, "cuda": 0.02}  # of one timing, in calls that do not wait; latency and host: one call
 # A peer's errors may be this many times what the rule allows ours: it only has to compute the same model.
 # OpenVINO in fp32 has three times the error of torch.
 PEER_TOLERANCE = 5

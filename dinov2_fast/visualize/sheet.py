@@ -50,7 +50,7 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
         (..., height, width, 3) uint8.
 
     Raises:
-        ValueError: a grid that does not hold the patches, or values that are negative, NaN or infinite.
+        ValueError: no patches, a grid that does not hold them, or values that are negative, NaN or infinite.
     """
     values = as_array(weights)
     if not values.ndim or not values.shape[-1] or not (np.isfinite(values) & (values >= 0)).all():

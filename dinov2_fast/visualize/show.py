@@ -60,7 +60,7 @@ def show(
 
     Args:
         paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which takes neither model nor
-            weights, and for which size, stride, device, blocks and heads have no effect.
+            weights; position_interpolation, size, stride, device, blocks and heads have no effect on it.
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.

@@ -436,6 +436,11 @@ def test_training_holds_weights_gradients_and_both_moments() -> None:
     assert row["value"] * memory.MIB == pytest.approx(4 * 6 * numel + images + incoming, rel=0.01)
 
 
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert records.current_commit() is None
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(InvalidValueError, "refused: x"), (UnsupportedError, "refused: x"), (KeyError, "failed: 'x'")],
