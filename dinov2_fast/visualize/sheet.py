@@ -56,7 +56,7 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
     if not values.ndim or not values.shape[-1] or not (np.isfinite(values) & (values >= 0)).all():
         raise InvalidValueError("Attention weights must be finite and not negative, and there must be some.")
     top = np.percentile(values, _TOP_PERCENTILE, axis=-1, keepdims=True)
-    top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # a map of a few patches
+    top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # nearly all weights are 0
     unit = np.clip(values / np.where(top > 0, top, 1.0), 0.0, 1.0)
     stops = np.linspace(0.0, 1.0, len(_RAMP))
     rgb = np.stack([np.interp(unit, stops, channel) for channel in _RAMP.T], axis=-1)

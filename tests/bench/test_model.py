@@ -445,7 +445,7 @@ def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> N
     ("error", "reason"),
     [(InvalidValueError, "refused: x"), (UnsupportedError, "refused: x"), (KeyError, "failed: 'x'")],
 )
-def test_the_kind_of_a_failure_counts_with_the_classes_below_it(error: type[Exception], reason: str) -> None:
+def test_a_subclass_of_an_error_is_a_failure_of_the_same_kind(error: type[Exception], reason: str) -> None:
     row: dict[str, Any] = {}
     records.record_failure(row, error("x"), torch.device("cpu"))
     assert records.reason(row) == reason

@@ -313,6 +313,22 @@ def test_a_newer_opset_than_the_exporters_is_refused_quietly(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_with_operators_beside_the_standard_is_refused(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.onnx.export
+
+    def with_a_foreign_node(*args: Any, **options: Any) -> Any:
+        program = write(*args, **options)
+        program.model.graph.node(0).domain = "com.example"
+        return program
+
+    monkeypatch.setattr(torch.onnx, "export", with_a_foreign_node)
+    with pytest.raises(ExportError, match=r"not in the ONNX standard: com\.example::\w+\.$"):
+        export(model, tmp_path / "model.onnx", size=(28, 28))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_half_precision_model_is_compared_in_fp32(model: Any, tmp_path: Path) -> None:
     """In half precision the model would differ by more than fp32 allows, and a correct file would be refused."""
     half = copy.deepcopy(model).half()
