@@ -156,6 +156,14 @@ def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out() -> None:
     assert fine["value"] > 0
 
 
+def test_a_run_is_warm_when_its_time_is_steady_or_after_many_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for times, last in (([5.0, 3.0, 1.0, 1.05, 9.0], 1.05), ([1.0, 2.0] * 60, 2.0)):
+        timings = iter(times)
+        monkeypatch.setattr(harness, "elapsed", lambda run, device, timings=timings: next(timings))
+        assert harness.warm_up(lambda: None, CPU) == last
+    assert len([*timings]) == 120 - harness.WARM_UP_RUNS - 2
+
+
 def test_the_largest_error_may_exceed_that_of_the_tests_but_not_the_norm() -> None:
     exact = torch.randn(1000, dtype=torch.float64)
     torchs, one, all_of_them = exact + 1e-6, exact + 1e-6, exact + 2.5e-6
