@@ -1,4 +1,5 @@
-# Every target sets itself up first. `make setup PYTHON=python3.12` chooses the interpreter of the environment.
+# Every target sets itself up first, except sanitize, gpu and clean. `make setup PYTHON=python3.12` chooses the
+# interpreter of the environment.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -97,8 +98,8 @@ test-python-%: .venv-python-%/.complete
 test-oldest: $(OLDEST)/.complete
 	PYTHONPATH=$(OLDEST) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "$(FAST)" tests/integrations
 
-# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc of CUDA_HOME or of the PATH. Only sources that changed
-# are compiled again, MAX_JOBS at once.
+# The CUDA extension, dinov2_fast/_cuda.abi3.so, with the nvcc that setup.py finds. A source is compiled again if it, a
+# header or a flag has changed, MAX_JOBS at once.
 build: setup
 	@$(PY) -m pip show --quiet nvidia-cutlass 2>/dev/null || $(call install,$(VENV)) --no-deps $(CUTLASS)
 	$(PY) setup.py --quiet build_ext --inplace --build-temp build/extension
@@ -115,7 +116,7 @@ test-cuda-on-host: setup
 	    tests/ops/test_linear_cuda.py tests/ops/test_attention_cuda.py
 
 # compute-sanitizer on the tests marked `sanitize`, on a machine with a GPU. No setup: it uses $(PYTHON)'s torch and
-# pytest, and the extension if it is built. The allocator caches nothing, so that reads beyond a tensor's end show. Only
+# pytest, and the extension, which must be built. The allocator caches nothing, so that reads beyond a tensor's end show. Only
 # memcheck: racecheck, synccheck and initcheck report false faults in CUTLASS' pipelines.
 define sanitize
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 \
@@ -156,11 +157,11 @@ report: setup
 	$(BENCH).report
 
 # No setup: runs on the torch of $(PYTHON), on a machine with a GPU; `$(PYTHON) -m bench.gpu --help` says more.
-# TINY=1 (or DEVICE=cpu) runs the same steps on a CPU with tiny models.
+# TINY=1 runs the same steps on a CPU with tiny models.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
 	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
-	    $(if $(TINY)$(filter cpu,$(DEVICE)),--tiny) $(if $(DRY_RUN),--dry-run)
+	    $(if $(TINY),--tiny) $(if $(DRY_RUN),--dry-run)
 
 # What CI runs of it, in the reference environment and without earlier results.
 gpu-tiny: setup

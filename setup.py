@@ -5,7 +5,8 @@ The folders `kernels` and `csrc` at the top level are installed inside the packa
 
 The extension is one library for all versions of Python and every torch from 2.10 on with CUDA 13: it uses torch's
 stable ABI and nothing of Python (dinov2_fast/extension.py loads it). It is built where nvcc, such a torch and CUTLASS
-are installed; elsewhere the package is pure Python. nvcc is searched in CUDA_HOME, on the PATH and in /usr/local/cuda.
+are installed; elsewhere the package is pure Python. nvcc is taken from CUDA_HOME if that is set, else from the PATH or
+/usr/local/cuda.
 MAX_JOBS is the number of compilers that run at once.
 """
 
@@ -26,10 +27,10 @@ ARCHITECTURE = "-gencode=arch=compute_90a,code=sm_90a"  # the only one with kern
 CUDA = "13"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xcompiler=-fPIC"]
-# Without it, asserts of CUTLASS call a function in the main loop, and ptxas makes each wgmma wait for the one before.
+# Asserts of CUTLASS would call a function in the main loop, and ptxas would make each wgmma wait for the one before.
 FLAGS += ["-DNDEBUG"]
 FLAGS += ["-Xcompiler=-fvisibility=hidden", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xfatbin=-compress-all"]
-# By op. Without it, exp2f checks each power for subnormal numbers: three more instructions for each weight.
+# By op. Without -ftz, exp2f checks each power for subnormal numbers: three more instructions for each weight.
 FLAGS_OF = {"attention": ["-ftz=true"]}
 
 
@@ -74,7 +75,10 @@ def include_folders(cutlass: Path) -> list[Path]:
 
 
 class BuildExtension(build_ext):
-    """Compiles each source with nvcc, several at once, unless its object is newer than everything in csrc."""
+    """Compiles sources with nvcc, several at once.
+
+    An object is kept if it is newer than its source and all headers, and its command has not changed.
+    """
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -52,9 +52,9 @@ class ForwardTask(Task):
 
 
 class MixedTask(Task):
-    """Images of many sizes. Our model and engine take them as a list, a peer runs a batch of each size.
+    """Images of many sizes. The engine takes a list of images, our model a list of batches, one for each size.
 
-    The time includes building the batches.
+    A peer runs these batches one after the other. The time includes building the batches.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

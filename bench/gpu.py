@@ -1,8 +1,8 @@
-"""All tests and benchmarks that need a GPU, in one call of nine minutes: ``make gpu``.
+"""The tests and benchmarks that need a GPU, in calls of nine minutes: ``make gpu``.
 
-It runs this checkout with the Python that calls it. It installs nothing, downloads nothing, and changes no setting of
-the device. The steps of the plan (bench/gpu_plan.py) run one after the other, each in a process of its own. Results go
-to the folder bench/results/<device>/ (or another, by --results) and into the archive <device>.tar.gz beside it:
+A call runs this checkout with the Python that calls it. It installs nothing, downloads nothing, and changes no setting
+of the device. The steps of the plan (bench/gpu_plan.py) run one after the other, each in a process of its own. Results
+go to the folder bench/results/<device>/ (or another, by --results) and into the archive <device>.tar.gz beside it:
 
 - <task>.jsonl: the rows of the benchmarks; best.json: the fastest backend of each op;
 - steps.jsonl: a line for each step that ran; logs/<step>.log: what it printed.
@@ -18,10 +18,8 @@ left for another call.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from operator import itemgetter
@@ -127,8 +125,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="for --smoke")
     options = parser.parse_args(arguments)
     options.results = options.results or (ROOT / "build" / "gpu-tiny" if options.tiny else records.RESULTS)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git
-        options.commit = options.commit or records.current_commit()
+    options.commit = options.commit or records.current_commit()
     if not options.commit and not options.smoke:
         parser.error("git names no commit here. Name the commit that is measured: COMMIT=<sha> (--commit)")
     if options.extension not in (None, "none") and not Path(options.extension).is_file():

@@ -1,6 +1,6 @@
 """What all benchmarks share: how implementations are timed, and the options of the commands.
 
-Each implementation is prepared and its results are checked. Then all are timed in turn, A B C A B C, so that a change
+Each implementation is prepared and its results are checked. Then all are timed in turn, A B C B C A, so that a change
 of the device's speed affects all of them alike. An implementation that fails is left out, and the others continue.
 """
 
@@ -148,7 +148,7 @@ def time_implementations(
     *,
     flush: bool = False,
 ) -> dict[Name, list[float]]:
-    """Prepares implementations and times them as :func:`time_in_turn` does, each timing for `min_seconds` at least.
+    """Prepares implementations and times them as :func:`time_in_turn` does. A timing takes about `min_seconds` or more.
 
     An implementation whose row has a reason not to be measured is skipped. If `make_run` or the run raises, the reason
     is written into the row.

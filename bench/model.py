@@ -5,7 +5,7 @@ the last image (in training all tokens and some gradients) are compared with tho
 positions resampled as each peer does. The errors of ours may be two (norm) and three (largest) times those of our model
 on plain PyTorch in the same precision; the errors of a peer may be five times as large as that. An implementation with
 larger errors is refused; one that cannot run has a row that says why. In fp8, which only our engine has, the cosine of
-each token with our model in fp32 is checked instead. Then all run in turn, A B C A B C, and a row has the median.
+each token with our model in fp32 is checked instead. Then all run in turn, A B C B C A, and a row has the median.
 
 - throughput: images per second of calls that follow each other without waiting;
 - latency: milliseconds from a call to its result;
@@ -58,7 +58,7 @@ DEFAULTS = {
     ("memory", "cuda"): {"sizes": "224", "outputs": "all,training", "modes": "eager,triton,engine"},
 }
 PRECISION_DEFAULTS = {"cpu": {"precisions": "fp32"}, "cuda": {"precisions": "bf16"}}
-OUTPUT_DEFAULTS = {"mixed": "cls", "training": "all"}  # in all other tasks both
+OUTPUT_DEFAULTS = {"mixed": "cls", "training": "all"}  # of the other tasks all,cls, unless DEFAULTS says otherwise
 
 
 def main(arguments: list[str] | None = None) -> int:

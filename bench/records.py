@@ -109,7 +109,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def stop_when_lost(self) -> Iterator[None]:
-        """Leaves the block when the device is lost, and keeps the rows of the implementation that lost it."""
+        """Leaves the block when the device is lost, and keeps the row of the implementation that lost it."""
         try:
             yield
         except DeviceLost as lost:
@@ -281,7 +281,7 @@ def _cpu_name() -> str:
 
 
 def current_commit() -> str | None:
-    """The commit of the checkout, with "-dirty" if its code is changed; None outside git."""
+    """The commit of the checkout, with "-dirty" if its code is changed; None without git or outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
@@ -290,5 +290,5 @@ def current_commit() -> str | None:
     try:
         changed = git("status", "--porcelain", "--", "dinov2_fast", "kernels", "csrc")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except subprocess.CalledProcessError:
+    except (OSError, subprocess.CalledProcessError):
         return None

@@ -104,10 +104,10 @@ def _rank(value: str | int | None) -> int:
     return value or 0
 
 
-def most_used(every: list[Comparison], batch: int) -> list[Comparison]:
-    """What most people run of each model and size: the first precision and output, and the batch size of this index."""
+def most_used(every: list[Comparison], batch_index: int) -> list[Comparison]:
+    """What most people run of each model and size: the first precision and output, and a batch size by its index."""
     groups = records.grouped(every, lambda comparison: comparison.scenario[:2]).values()
-    return [[each for each in group if each.scenario[:-1] == group[0].scenario[:-1]][batch] for group in groups]
+    return [[each for each in group if each.scenario[:-1] == group[0].scenario[:-1]][batch_index] for group in groups]
 
 
 class Device:
@@ -169,7 +169,7 @@ def device_section(device: Device) -> str:
         parts.append(table(chosen, best_only=True))
     parts.append(
         "Each implementation is shown in its best mode, which is in brackets unless it is eager; "
-        f"[a page of its own]({results}/README.md) has all results. {FLOOR} {device.rates}\n"
+        f"[the page of this device]({results}/README.md) has all results. {FLOOR} {device.rates}\n"
     )
     every = [times for task in device.headline for each in device.comparisons[task] for times in each.accelerated]
     if every:

@@ -20,7 +20,7 @@ from bench.records import Recorder, Row
 from dinov2_fast.configs import BackboneConfig
 from dinov2_fast.ops.dispatch import use_backend
 
-MIN_TIMING_SECONDS = {"cpu": 0.0, "cuda": 0.02}  # of one timing of throughput, in calls that do not wait
+MIN_TIMING_SECONDS = {"cpu": 0.0, "cuda": 0.02}  # of one timing, in calls that do not wait; latency and host: one call
 # A peer's errors may be this many times what the rule allows ours: it only has to compute the same model.
 # OpenVINO in fp32 has three times the error of torch.
 PEER_TOLERANCE = 5
@@ -48,7 +48,7 @@ class Scenario:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of images and products and, in the floor, of the residual stream."""
+        """The dtype of the images and, in the floor, of the residual stream: bf16 in fp8."""
         return DTYPES[self.precision]
 
     def row_keys(self, peer: Peer, mode: str) -> Row:
@@ -185,7 +185,7 @@ class Task:
         return list(rows.values())
 
     def rates(self) -> roofline.Rates:
-        """The device's speed in the dtype of the products."""
+        """The device's rates in the dtype of the scenario, and in e4m3."""
         return roofline.measure_rates(self.device, self.scenario.dtype)
 
     def rows(self, variants: Iterable[Variant]) -> dict[Variant, Row]:

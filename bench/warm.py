@@ -1,7 +1,7 @@
 """Compiles what the steps of ``make gpu`` will run, on all cores at once, so that no step waits for a compiler.
 
     python -m bench.warm kernels --steps ops,model-224    # Triton's kernels, without touching the GPU
-    python -m bench.warm peers --steps model-224          # Inductor's: runs timm's compiled forward pass once
+    python -m bench.warm peers --steps model-224          # Inductor's, by running timm's compiled forward pass
 
 Triton and Inductor cache by content: a process finds compiled code if it launches the same kernels with the same
 TRITON_CACHE_DIR, or compiles the same model with the same TORCHINDUCTOR_CACHE_DIR.

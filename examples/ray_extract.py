@@ -1,4 +1,4 @@
-"""Extracts features of images on a Ray cluster, one model per worker, into Parquet files; can be interrupted.
+"""Extracts features of images on a Ray cluster into Parquet files, with one model per worker; it can be interrupted.
 
     python examples/ray_extract.py photos/ features/ --model dinov2_vits14 --workers 4
 
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", default="dinov2_vits14", help="a name, file, folder or hub id (default: %(default)s)"
     )
     parser.add_argument("--weights", help="checkpoint file, or random:SEED")
-    parser.add_argument("--size", type=int, help="pixels, a multiple of 14 (default: 224)")
+    parser.add_argument("--size", type=int, help="pixels, a multiple of 14 (default: 224, or as a model's folder says)")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="copies of the model (default: %(default)s)")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs for each worker (default: %(default)s)")

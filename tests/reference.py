@@ -2,7 +2,7 @@
 
 The rule (both at once), with `torch_result` plain PyTorch's in the dtype under test:
     max|y - ref| <= 2 max|torch - ref| + ulp(max|ref|)
-    ||y - ref||  <= 2 ||torch - ref|| + ||ref|| 2^-p        p = 8 for bf16, 11 for fp16, 24 for fp32
+    ||y - ref||  <= 2 ||torch - ref|| + ||ref|| 2^-p        p = 4 for e4m3, 8 for bf16, 11 for fp16, 24 for fp32
 For fp64 results p is 49, since the reference is rounded too.
 """
 

@@ -24,12 +24,12 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one output of the file is from the model's, for one batch: relative in L2, and the largest element."""
+    """How far an output of the file is from the model's, for one batch."""
 
     output: str
     shape: tuple[int, ...]
-    relative: float
-    worst: float
+    relative: float  # norm of the difference / norm of the model's output
+    worst: float  # largest difference of an element
 
 
 def file_runner(path: Path, format: str) -> Callable[[Tensor], Sequence[Tensor]] | None:
@@ -64,7 +64,7 @@ def compare(
     dtype: str,
     batch_size: int | None,
 ) -> tuple[Difference, ...]:
-    """The differences of each output for each batch; one that is larger than its dtype allows is an error."""
+    """The differences of each output for each batch; `ExportError` if one is larger than TOLERANCES allows."""
     like = next(model.parameters())
     found = []
     for pixels in batches:

@@ -1,6 +1,6 @@
 """Drawing what a model finds in images: patch features as colours, attention maps, nearest neighbours.
 
-The names below draw arrays and know no model. `show` runs a model or reads stored features, and writes the sheets.
+The names below draw arrays, without a model. `show.show` runs a model or reads stored features, and writes the sheets.
 """
 
 from dinov2_fast.visualize.pca import PcaBasis, pca_rgb

@@ -111,10 +111,10 @@ def _by_block(arrays: NDArray[Any], blocks: Sequence[int]) -> dict[int, NDArray[
 
 
 def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: int) -> Drawable:
-    """What a folder of features allows to draw: neighbours, and the PCA of patches if they are stored.
+    """What a folder of features allows to draw: neighbours if `cls` is stored, and the PCA if `patches` are.
 
     Raises:
-        ValueError: attention maps are asked for, or features that are not stored; or no image has features.
+        ValueError: attention maps or features that are not stored are asked for, or there is nothing to draw.
     """
     features = load_features(folder)
     if "attention" in kinds:
@@ -123,14 +123,15 @@ def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: i
         if kind in kinds and name not in features:
             raise InvalidValueError(f"--{kind} needs the feature {name!r}; stored are {', '.join(features)}.")
     good = [row for row, error in enumerate(features.error) if error is None]
-    rows = good[:limit]
-    if not rows:
+    if not good:
         raise InvalidValueError(f"No image in {os.fspath(folder)!r} has features.")
-    manifest, paths, unreadable = features.manifest, features.path, Failures()
+    rows, manifest, paths, unreadable = good[:limit], features.manifest, features.path, Failures()
     about, model = manifest.get("about", {}), manifest["model"]
     processor = without_normalization(processor_of(manifest))
     with_pca = "pca" in kinds or (not kinds and "patches" in features)
     with_neighbours = "neighbours" in kinds or (not kinds and "cls" in features and len(good) > 1)
+    if not with_pca and not with_neighbours:
+        raise InvalidValueError(f"{os.fspath(folder)!r} holds neither patches, nor cls of two images: nothing to draw.")
     return Drawable(
         model=str(about.get("model", "stored features")),
         weights=str(about.get("weights", "")),

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 PERCENTILES = (1.0, 99.0)
 
 _FORMAT = "dinov2_fast PCA basis 1"
-_FLAT = 1e-9  # a component with a smaller share of the variance is rounding noise
+_FLAT = 1e-9  # a component with less than this share of the first one's variance is rounding noise
 
 
 def pca_rgb(
@@ -92,8 +92,8 @@ class PcaBasis:
         rgb = basis.rgb(patches_of_another_image, grid)
         basis.save("basis.safetensors")
 
-    `about` says where the features came from: `dinov2-fast show` writes and compares "model", "weights" (their
-    SHA-256) and "block" (0 is the first).
+    `about` says where the features came from: `dinov2-fast show` writes "model", "weights" (their SHA-256) and "block"
+    (0 is the first), and compares the last two.
     """
 
     components: Components  # three

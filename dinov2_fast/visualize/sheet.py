@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ def attention_rgb(weights: Any, grid: tuple[int, int] | None = None) -> NDArray[
         (..., height, width, 3) uint8.
 
     Raises:
-        ValueError: a grid that does not hold the patches, or values that are negative, NaN or infinite.
+        ValueError: no patches, a grid that does not hold them, or values that are negative, NaN or infinite.
     """
     values = as_array(weights)
-    if values.ndim < 1 or not (np.isfinite(values) & (values >= 0)).all():
+    if not values.ndim or not values.shape[-1] or not (np.isfinite(values) & (values >= 0)).all():
         raise InvalidValueError("Attention weights must be finite and not negative, and there must be some.")
     top = np.percentile(values, _TOP_PERCENTILE, axis=-1, keepdims=True)
-    top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # a map of a few patches
+    top = np.where(top > 0, top, values.max(axis=-1, keepdims=True))  # nearly all weights are 0
     unit = np.clip(values / np.where(top > 0, top, 1.0), 0.0, 1.0)
     stops = np.linspace(0.0, 1.0, len(_RAMP))
     rgb = np.stack([np.interp(unit, stops, channel) for channel in _RAMP.T], axis=-1)
@@ -159,9 +160,7 @@ def _draw_strip(tiles: Sequence[Tile], height: int) -> Image.Image:
     width = sum(image.width for image in images) + _SEAM * (len(images) - 1)
     strip = Image.new("RGB", (width, height + _TEXT_HEIGHT), "white")
     draw = ImageDraw.Draw(strip)
-    starts = [0]
-    for image in images:
-        starts.append(starts[-1] + image.width + _SEAM)
+    starts = list(accumulate((image.width + _SEAM for image in images), initial=0))
     written = [i for i, tile in enumerate(tiles) if tile.text]
     for i, (image, start) in enumerate(zip(images, starts, strict=False)):
         strip.paste(image, (start, 0))
@@ -181,8 +180,7 @@ def _scaled(tile: Tile, height: int) -> Image.Image:
 def _shortened(text: str, width: int) -> str:
     """The text on one line, with its middle left out if it is wider than `width` pixels."""
     text = " ".join(text.split())
-    kept = len(text)
-    shown = text
+    kept, shown = len(text), text
     while kept > 2 and _TEXT_FONT.getlength(shown) > width:
         kept -= 1
         shown = f"{text[: kept // 2]}...{text[-(kept // 2) :]}"

@@ -59,7 +59,8 @@ def show(
     """Draws sheets of images as PNGs: PCA colours, attention maps and nearest neighbours.
 
     Args:
-        paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which needs no model.
+        paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which takes neither model nor
+            weights; position_interpolation, size, stride, device, blocks and heads have no effect on it.
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.
@@ -166,7 +167,7 @@ class _Sheets:
         self._names = [drawable.names[row] for row in drawable.rows]
 
     def draw_pca(self, given: PcaBasis | None, file: str | None, new_file: str | None, foreground: bool) -> None:
-        """Each image and its colours, by the PCA that is given, from `file`, or by one of each block's patches."""
+        """Each image and its colours, by the given PCA, which was read from `file`, or by a PCA of each block."""
         drawable, rgb = self._drawable, {}
         about = {"model": drawable.model, "weights": drawable.fingerprint() if new_file else ""}
         way = "threshold" if foreground else None

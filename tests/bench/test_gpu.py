@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -54,6 +55,9 @@ def test_the_command_of_every_step_is_valid(tiny: bool, tmp_path: Path) -> None:
             assert (options.device, options.write, options.resume) == ("cpu" if tiny else "cuda", True, True), step.name
             assert (options.commit, options.results) == (COMMIT, tmp_path)
             assert not tiny or {config.name for config in options.models} == {"tiny"}
+            assert not tiny or not [
+                mode for mode in getattr(options, "modes", ()) if "graphs" in mode or mode == "triton"
+            ]
         elif module == "pytest":
             assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("tests/"))
             assert ("--collect-only" in arguments) == tiny
@@ -183,6 +187,15 @@ def test_a_crash_does_not_stop_other_steps_and_failed_steps_come_last(tmp_path: 
     assert ran.read_text() == "cfnc"
 
 
+def test_a_failed_step_of_every_call_keeps_its_place(tmp_path: Path) -> None:
+    gpu_run = GpuRun(tmp_path, COMMIT)
+    steps = [_step("warm", "", every_call=True), _step("fails", ""), _step("new", "")]
+    lines = [{"step": step.name, "command": step.command, "commit": COMMIT, "state": "failed"} for step in steps[:2]]
+    gpu_run.steps_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups, done = gpu_plan.order_steps(steps, gpu_run)
+    assert ([step.name for group in groups for step in group], done) == (["warm", "new", "fails"], [])
+
+
 def test_a_step_that_lost_the_device_starts_again(tmp_path: Path) -> None:
     tries = tmp_path / "tries"
     program = f"import sys; {_appends(tries)}; len(open({str(tries)!r}).read()) < 3 and sys.exit({records.EXIT_RETRY})"
@@ -241,6 +254,49 @@ def test_steps_run_compiled_kernels_without_a_forced_backend(monkeypatch: pytest
     assert environment["TRITON_CACHE_DIR"], "otherwise Inductor uses another cache than the warm one"
 
 
+def test_a_log_keeps_its_ends_and_the_note_is_the_last_line_that_tells_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_steps, "LOG_BYTES", 100)
+    outcome = _run([_step("talks", "print('x' * 1000, 'three rows', 'wrote a.jsonl', '', sep=chr(10))")], tmp_path)[
+        "talks"
+    ]
+    assert outcome.note == "three rows"
+    log = (tmp_path / "device" / "logs" / "talks.log").read_text()
+    assert log.startswith("$ ")
+    assert "[... left out ...]" in log
+    assert log.endswith("three rows\nwrote a.jsonl\n\n")
+    assert len(log) < 150
+
+
+@pytest.mark.parametrize(
+    ("states", "value", "status"),
+    [
+        (["done", "done before"], 1.0, 0),
+        (["done", "left out"], 1.0, 3),
+        (["done", "cut off"], 1.0, 3),
+        (["failed", "left out"], 1.0, 1),
+        (["done"], None, 1),
+    ],
+)
+def test_the_exit_status_says_what_failed_or_is_left(
+    states: list[str], value: float | None, status: int, tmp_path: Path
+) -> None:
+    row = dict.fromkeys(records.KEYS) | {"task": "throughput", "implementation": "timm", "commit": COMMIT}
+    row |= {"value": value, "unit": "images/s"} if value else records.not_measured("refused: x")
+    gpu_run = GpuRun(tmp_path / "device", COMMIT)
+    records.write(gpu_run.folder / "throughput.jsonl", [row, row | {"commit": "another", "value": None}])
+    outcomes = [gpu_steps.Outcome(step, state) for step, state in zip(PLAN, states, strict=False)]
+    assert gpu.summary(outcomes, gpu_run) == status
+
+
+def test_without_a_gpu_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "run_steps", lambda *args: pytest.fail("runs"))
+    assert gpu.main(["--commit", COMMIT]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_headlines_compare_with_the_best_peer_also_in_fp8() -> None:
     common = dict.fromkeys(records.KEYS) | {"task": "throughput", "model": "b", "resolution": 224, "unit": "images/s"}
     rows = [
@@ -253,6 +309,13 @@ def test_headlines_compare_with_the_best_peer_also_in_fp8() -> None:
             ("dinov2_fast", "triton", "bf16", None),
         )
     ]
+    times = {"timm": (5.0, 4.0), "dinov2_fast": (3.0, 2.0)}  # in ms: the smallest are the best
+    latency = [
+        common | {"task": "latency", "unit": "ms", "precision": "fp32", "implementation": name, "value": value}
+        for name, values in times.items()
+        for value in values
+    ]
+    assert [re.search(r"fp32: ([\d.]+)", line)[1] for line in gpu.headlines(latency)] == ["2.000"]
     lines = [*gpu.headlines(rows)]
     assert [re.search(r"(bf16|fp8): ([\d.]+)", line).groups() for line in lines] == [
         ("bf16", "1.200"),

@@ -141,7 +141,7 @@ def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out() -> None:
     times = harness.time_in_turn(
         runs, CPU, 0.0, calls={"a": 1, "b": 2, "c": 1}, on_error=lambda name, _: stopped.append(name)
     )
-    assert "".join(called) == "abbcbbcacabbabbbbaabb"[: len(called)]
+    assert "".join(called) == "abbcbbcacabbabbbba"
     assert (stopped, [len(taken) for taken in times.values()]) == (["c"], [5, 5])
     called.clear()
     clock = iter([0.0, 0.0, 0.02, 0.04, 0.06, *[1.0] * 99])  # two untimed calls in 50 ms, then a timed one
@@ -154,6 +154,14 @@ def test_runs_are_timed_in_turn_and_a_failing_one_is_left_out() -> None:
     failed, fine = _measure(_peer("failed", call=_raising(RuntimeError("no more\nat all"))), OURS)
     assert records.reason(failed) == "failed: no more"
     assert fine["value"] > 0
+
+
+def test_a_run_is_warm_when_its_time_is_steady_or_after_many_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for times, last in (([5.0, 3.0, 1.0, 1.05, 9.0], 1.05), ([1.0, 2.0] * 60, 2.0)):
+        timings = iter(times)
+        monkeypatch.setattr(harness, "elapsed", lambda run, device, timings=timings: next(timings))
+        assert harness.warm_up(lambda: None, CPU) == last
+    assert len([*timings]) == 120 - harness.WARM_UP_RUNS - 2
 
 
 def test_the_largest_error_may_exceed_that_of_the_tests_but_not_the_norm() -> None:
@@ -235,11 +243,14 @@ def test_a_forced_backend_is_strict_and_a_graph_is_captured_as_the_engine_does(m
             return self, self.result, []
 
         def replay(self) -> None:
+            replays.append(self)
             self.result.copy_(self.run())
 
+    replays: list[Graph] = []
     monkeypatch.setattr(modes, "CudaRuntime", Graph)
     (row,) = _measure((_peer("other"), "graphs"), output="cls")
     assert row["value"] > 0
+    assert len(replays) > harness.ROUNDS, "the check, and each timing"
 
 
 def test_a_device_that_answers_only_with_errors_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +314,10 @@ def test_a_command_saves_its_rows_and_resumes(task: str, tmp_path: Path, capsys:
         of_timm = {row["mode"]: row["versions"]["of_timm"] for row in rows if row["implementation"] == "timm"}
         assert of_timm == {"eager": 1}
         assert {row["versions"]["threads"] for row in rows} == {1}
-    assert re.search(r"  ours \d+\.\d+x", capsys.readouterr().out)
+    assert re.search(printed := r"  ours \d+\.\d+x", capsys.readouterr().out)
     assert model.main([*command, "--commit", "c0ffee"]) == 0
     torch.set_num_threads(threads)
-    assert "images/s" not in capsys.readouterr().out
+    assert not re.search(printed, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -433,11 +444,16 @@ def test_training_holds_weights_gradients_and_both_moments() -> None:
     assert row["value"] * memory.MIB == pytest.approx(4 * 6 * numel + images + incoming, rel=0.01)
 
 
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert records.current_commit() is None
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(InvalidValueError, "refused: x"), (UnsupportedError, "refused: x"), (KeyError, "failed: 'x'")],
 )
-def test_the_kind_of_a_failure_counts_with_the_classes_below_it(error: type[Exception], reason: str) -> None:
+def test_a_subclass_of_an_error_is_a_failure_of_the_same_kind(error: type[Exception], reason: str) -> None:
     row: dict[str, Any] = {}
     records.record_failure(row, error("x"), torch.device("cpu"))
     assert records.reason(row) == reason

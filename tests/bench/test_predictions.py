@@ -64,8 +64,8 @@ def test_operations_equal_those_of_the_floor_and_no_design_is_faster(name: str, 
         products, attention, _ = predictions.counts(predictions.model_steps(design, *case))
         assert (products, attention) == pytest.approx(((floor.embedding + floor.products) / 1e9, floor.attention / 1e9))
     assert min(times_the_floor()) > 1
-    # Each kernel is slower than the floor's. As fast as that, what is all fused is the floor where no step is bound by
-    # memory, and nothing else is faster.
+    # Each kernel is slower than the floor assumes. At the floor's speeds no design is faster than the floor. The one in
+    # which everything is fused is as fast, where no step is bound by memory.
     perfect = {}
     for kernel, speed in SPEEDS.items():
         of_the_floor = H200.product / 1e12 if kernel.startswith("attention") else 1.0

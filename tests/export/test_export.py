@@ -279,12 +279,14 @@ def test_a_file_is_replaced_only_when_asked(model: Any, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already"):
         export(model, path)
     assert path.read_text() == "as before"
+    assert export(model, path, size=(28, 28), overwrite=True).files == (path,)
+    onnx.checker.check_model(onnx.load(path))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_the_export(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path is checked before the model is exported."""
     monkeypatch.setattr("dinov2_fast.export.write.trace", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(
@@ -311,6 +313,22 @@ def test_a_newer_opset_than_the_exporters_is_refused_quietly(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_with_operators_beside_the_standard_is_refused(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.onnx.export
+
+    def with_a_foreign_node(*args: Any, **options: Any) -> Any:
+        program = write(*args, **options)
+        program.model.graph.node(0).domain = "com.example"
+        return program
+
+    monkeypatch.setattr(torch.onnx, "export", with_a_foreign_node)
+    with pytest.raises(ExportError, match=r"not in the ONNX standard: com\.example::\w+\.$"):
+        export(model, tmp_path / "model.onnx", size=(28, 28))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_half_precision_model_is_compared_in_fp32(model: Any, tmp_path: Path) -> None:
     """In half precision the model would differ by more than fp32 allows, and a correct file would be refused."""
     half = copy.deepcopy(model).half()
@@ -333,7 +351,6 @@ def test_missing_packages_are_named(model: Any, tmp_path: Path, monkeypatch: pyt
 
 
 def test_positions_of_a_fixed_size_are_those_of_the_position_interpolation() -> None:
-    """They are resampled by the position_interpolation of the model, and not those of the table's size."""
     model = small(depth=1)
     tables = []
     for position_interpolation in ("offset", "size", "antialias"):

@@ -97,7 +97,7 @@ class Report:
 
     @property
     def serialised(self) -> bool:
-        """Whether on sm_90 each matrix product waits for the one before: what ptxas says as C7510 to C7515."""
+        """Whether on sm_90 each matrix product waits for the one before; ptxas warns of this as C7510 to C7515."""
         count = {opcode: sum(n for found, n in self.opcodes.items() if found.startswith(opcode)) for opcode in _WGMMA}
         return 1 < count["HGMMA"] + count["QGMMA"] <= count["WARPGROUP.ARRIVE"]
 

@@ -80,8 +80,10 @@ def quantized(exact: Tensor, scale: float) -> Tensor:
 
 
 def assert_one_step(y: Tensor, exact: Tensor, usual: Tensor, scale: float) -> None:
-    """At most one e4m3 step from the saturating quantisation of the exact result, and seldom more often than `usual`,
-    plain PyTorch's, in the same dtype."""
+    """Asserts that `y` is at most one e4m3 step from the exact result, saturated and quantised.
+
+    It may differ at most twice as often, and 0.5 % more, as `usual`, plain PyTorch's result in the same dtype, does.
+    """
     assert y.dtype == E4M3
     assert y.is_contiguous()
     expected = quantized(exact, scale)

@@ -67,7 +67,7 @@ fakes_cuda = pytest.mark.skipif(
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that needs a GPU: deselected by default, and skipped on a machine without one."""
+    """Marks a test that needs a GPU: `make test` deselects it, and a machine without one skips it."""
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")(test))
 
 
@@ -122,7 +122,7 @@ def skip_without_opcheck() -> None:
 
 
 def opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
-    """Runs `torch.library.opcheck`, and compares the strides of fake and real outputs, which it does on a GPU only."""
+    """Runs `torch.library.opcheck`, and compares the strides of fake and real outputs, as opcheck does on a GPU."""
     skip_without_opcheck()
     torch.library.opcheck(op, arguments)
     with torch.no_grad():

@@ -69,7 +69,7 @@ class FakeGraphs:
     class Graph:
         def __init__(self, fake: FakeGraphs, run: Callable[[], Any]) -> None:
             self._fake, self._run, self.output = fake, run, run()
-            self._autocast = torch.is_autocast_enabled("cpu")  # what a graph launches was cast, or not, at its capture
+            self._autocast = torch.is_autocast_enabled("cpu")  # a replay casts as the capture did
             self._own = [leaf for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, Tensor)]
 
         def replay(self) -> None:

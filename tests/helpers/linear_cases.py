@@ -99,7 +99,7 @@ def exact_fp8(form: str, operands: tuple[Any, ...], x: Tensor, weight: Tensor, d
 
 
 def fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """The error allowed for each element of x @ weight^T, given what the two e4m3 matrices stand for.
+    """The error allowed for each element of x @ weight^T, where both are the fp64 values of the e4m3 matrices.
 
     Only the tensor cores of a GPU add up in less than fp32.
     """
@@ -108,18 +108,16 @@ def fp8_slack(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     return 2.0**-22 * (x.abs() @ weight.abs().T)
 
 
-PRODUCTS = 32  # of an element that one instruction of the tensor cores adds to its sum
-
-
-SIGNIFICANT_BITS = 14  # of the greatest of these numbers; the others are cut off where it is
+PRODUCTS = 32  # that one instruction of the tensor cores adds to the sum of an element
+SIGNIFICANT_BITS = 14  # kept of the largest of these numbers; the others are truncated at the place of its last bit
 
 
 def tensor_core_slack(x: Tensor, weight: Tensor) -> Tensor:
     """By how much the sums of Hopper's tensor cores may be off.
 
     Instruction i loses less than u_i = 2^-13 max(|sum before|, |products|, |sum after|) of each of the two sums and of
-    each product (DeepSeek-V3, arXiv:2412.19437, sections 3.3.2 and 3.5.2). What it loses of products is as random in
-    sign as they are in these tests, so Hoeffding's inequality bounds that: of 2^45 elements one is off by more than
+    each product (DeepSeek-V3, arXiv:2412.19437, sections 3.3.2 and 3.5.2). In these tests the products have random
+    signs, and so have their losses. By Hoeffding's inequality, one element of 2^45 is off by more than
 
         sum_i 2 u_i + 8 sqrt(sum_i 32 u_i^2)
     """
@@ -134,7 +132,7 @@ def tensor_core_slack(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def tensor_core_sums(x: Tensor, weight: Tensor, bits: int) -> Tensor:
-    """x @ weight^T as tensor cores add it up that keep so many bits of the greatest number."""
+    """x @ weight^T, added up by tensor cores that keep this many bits of the largest number."""
 
     def cut_off(numbers: Tensor) -> Tensor:
         unit = torch.exp2(torch.frexp(numbers.abs().amax(-1, keepdim=True)).exponent.double() - bits)
@@ -157,7 +155,7 @@ def assert_fp8_residual_in_fp32(backend: str) -> None:
 
 
 def assert_e4m3_result(form: str, backend: str, size: tuple[int, int, int]) -> None:
-    """Asserts that results are at most one e4m3 step, and seldom one, from the formula, given products in the slack."""
+    """Asserts that results are within the slack of the formula. Fewer than 1 % may be outside, by one e4m3 step."""
     operands, matrices = random_fp8_operands(size)
     with poisoned_memory():
         y = run_fp8(form, backend, operands, E4M3, 1 / 300)

@@ -50,9 +50,8 @@ def wild(kind: dict[str, Any], **kwargs: Any) -> DinoVisionTransformer:
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.2, 3))
             elif parameter.ndim > 1 and "blocks" in name:
-                spread = (
-                    0.3 if name.endswith("qkv.weight") else 1
-                )  # a softmax near its largest score flips at any error
+                # With larger scores the softmax would be nearly one-hot, and any error would change its maximum.
+                spread = 0.3 if name.endswith("qkv.weight") else 1
                 parameter.copy_(spread * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
         for block in (module for module in model.modules() if hasattr(module, "norm1")):
             block.norm2.weight[5] = 20

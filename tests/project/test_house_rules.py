@@ -179,7 +179,7 @@ def upward_imports(root: Path) -> list[str]:
 
 
 def may_import(source: str, target: list[str]) -> bool:
-    """Whether `source` may import dinov2_fast.<target>; a public name of the package itself may lead anywhere."""
+    """Whether `source` may import dinov2_fast.<target>; a public name, which may be of any file, only at the top."""
     if not target or target[0] not in RANK:
         return source in ("__main__", "cli")
     if source == "kernels":

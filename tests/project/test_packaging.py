@@ -1,6 +1,6 @@
 """The distribution as a user gets it: what sdist and wheel carry, and that every kind of installation works.
 
-The artefacts are built from a copy of this checkout, with files planted in it that later builds must not lose. Each
+The artefacts are built from a copy of this checkout, with planted files that they must contain. Each
 installation goes into an environment of its own that sees torch and the other dependencies of the running one through a
 path file: Python does not execute path files found through another, so this checkout's own installation stays unseen.
 """

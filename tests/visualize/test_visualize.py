@@ -11,8 +11,15 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dinov2_fast import visualize
+from dinov2_fast import extract, visualize
 from dinov2_fast.visualize import PcaBasis, Tile, attention_rgb, pca_rgb, save_sheet
+from dinov2_fast.visualize.drawable import read_stored
+from dinov2_fast.visualize.sheet import pca_strips
+from dinov2_fast.visualize.show import show
+from tests.helpers.extraction import MeanColour
+from tests.helpers.small_models import small
+
+PHOTOGRAPHS = sorted(map(str, (Path(__file__).parents[2] / "examples" / "images").glob("*.jpg")))
 
 
 def planted(batch: int = 2, height: int = 6, width: int = 8, dim: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +96,8 @@ def test_components_without_variance_are_mid_grey() -> None:
     rgb = pca_rgb(ramp * np.array([0.1, 0.7, 0.3, 0.2]))
     assert len(np.unique(rgb[..., 0])) > 10
     assert (rgb[..., 1:] == 128).all()
-    assert (pca_rgb(np.full((1, 4, 4, 5), 0.1)) == 128).all()
+    rounding = 1e-12 * np.random.default_rng(0).standard_normal((1, 4, 4, 5))
+    assert (pca_rgb(0.1 + rounding) == 128).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -105,6 +113,15 @@ def test_the_threshold_keeps_what_is_off_the_border(sign: int) -> None:
     assert (rgb[inside].max(axis=1) > 0).all()
     assert np.array_equal(rgb, pca_rgb(features, foreground=inside))
     assert not np.array_equal(rgb, pca_rgb(features))
+
+
+def test_a_foreground_that_fills_most_of_the_border_is_the_side_that_is_rarer_there() -> None:
+    inside = np.ones((1, 9, 9), bool)
+    inside[0, 0, :7] = inside[0, 8, :5] = False  # 12 of the 32 patches of the border
+    features = np.random.default_rng(5).standard_normal((1, 9, 9, 12))
+    features[..., 3] += 40 * inside
+    rgb = pca_rgb(features, foreground="threshold")
+    assert np.array_equal(rgb.any(axis=-1), inside)
 
 
 @pytest.mark.parametrize("foreground", [None, "threshold"])
@@ -192,6 +209,14 @@ def test_brighter_is_more() -> None:
     assert rgb[-1].min() > 150
 
 
+def test_a_map_with_one_weight_shows_it() -> None:
+    weights = np.zeros(400)
+    weights[47] = 0.1
+    rgb = attention_rgb(weights).reshape(400, 3)
+    assert np.array_equal(rgb[47], attention_rgb(np.ones(1)).ravel())
+    assert np.flatnonzero(rgb.any(axis=-1)).tolist() == [47]
+
+
 def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
     weights = np.full(1369, 1e-4)
     weights[5] = 0.9
@@ -199,7 +224,7 @@ def test_one_patch_that_takes_nearly_all_does_not_hide_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0)]
+    "weights", [np.array([0.1, -0.1]), np.array([np.nan, 1]), np.array([np.inf, 1]), np.array(1.0), np.ones((2, 0))]
 )
 def test_values_that_are_not_attention_weights_are_refused(weights: Any) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
@@ -224,6 +249,18 @@ def test_the_sheet_shows_images_and_maps(tmp_path: Path) -> None:
     assert (sheet[36:76, left : left + 80] == 0).all()
     assert (sheet[16:76, 196:276] == [0, 0, 255]).all()
     assert (sheet[:, -16:] == 255).all()  # the long name does not run out of its cell
+    narrow = save_sheet(path, strips[:1], columns=2, height=60)
+    assert np.asarray(Image.open(narrow)).shape[1] == 16 + 80 + 4 + 80 + 16  # one strip is one column
+
+
+def test_photographs_are_smoothed_and_maps_of_patches_are_not(tmp_path: Path) -> None:
+    halves = Image.fromarray(np.array([[0, 255]], np.uint8))
+    sheet = np.asarray(
+        Image.open(save_sheet(tmp_path / "s.png", [[Tile(halves), Tile(halves, smooth=False)]], height=20))
+    )
+    smooth, sharp = (sheet[16, left : left + 40, 0] for left in (16, 16 + 40 + 4))
+    assert set(sharp.tolist()) == {0, 255}
+    assert len(set(smooth.tolist())) > 2
 
 
 def dark(sheet: np.ndarray, rows: slice, columns: slice) -> bool:
@@ -248,6 +285,43 @@ def test_the_sheet_is_wide_enough_for_its_title_and_note(tmp_path: Path) -> None
         assert (sheet[:, -8:] == 255).all()
         assert dark(sheet, slice(0, 16 + 24 * len(heading)), slice(700, None))
         assert sheet.shape[0] == 16 + 24 * len(heading) + 8 + 9 + 24 + 16  # the image lies below
+
+
+@pytest.mark.parametrize(("count", "feature"), [(2, "patch_mean"), (1, "cls")])
+def test_stored_features_of_which_nothing_can_be_drawn_are_an_error(count: int, feature: str, tmp_path: Path) -> None:
+    extract(PHOTOGRAPHS[:count], MeanColour(), out=tmp_path / "features", features=[feature])
+    with pytest.raises(ValueError, match="features' holds neither patches, nor cls of two images: nothing to draw"):
+        read_stored(tmp_path / "features", (), 24)
+
+
+def test_the_stride_sets_the_grid_of_stored_features(tmp_path: Path) -> None:
+    model = small(depth=1)
+    model.stride = (7, 14)
+    extract(PHOTOGRAPHS[:1], model, out=tmp_path / "features", size=(42, 28), features=["patches"])
+    drawable = read_stored(tmp_path / "features", (), 24)
+    assert drawable.grid == (5, 2)
+    assert drawable.patches[0].shape == (1, 10, 32)
+
+
+def test_stride_and_limit_apply_to_the_images_that_the_model_runs_on(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[int] = []
+    drawn: list[Any] = []
+    monkeypatch.setattr("dinov2_fast.visualize.show.pca_strips", lambda *args: drawn.append(args) or pca_strips(*args))
+    options: dict[str, Any] = {"model": checkpoint, "size": (42, 28), "device": "cpu", "announce": announced.append}
+    shown = show(PHOTOGRAPHS[:3], tmp_path, kinds=["pca"], stride=7, limit=2, **options)
+    ((names, _, colours),) = drawn
+    assert (announced, len(names), shown.is_limited) == ([2], 2, True)
+    assert colours[0].shape == (2, 5, 3, 3)
+
+
+def test_one_readable_image_of_two_has_no_neighbours(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_text("<html>")
+    paths, options = [*PHOTOGRAPHS[:1], str(tmp_path / "broken.jpg")], {"size": (28, 28), "device": "cpu"}
+    with pytest.raises(ValueError, match="Neighbours need two images or more"):
+        show(paths, tmp_path / "out", kinds=["pca", "neighbours"], model=checkpoint, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_sheet_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
