@@ -30,8 +30,8 @@ ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people r
 LABEL_HEADINGS = ("model", "pixels", "precision", "output", "batch")
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
 FLOOR = (
-    "The floor is the least time of a forward pass at the rates that this device reaches in a large product and in a "
-    "copy (`bench/roofline.py`)."
+    "The floor is an estimate of the least time: products run as fast as a large product on this device, and all other "
+    "bytes move as fast as in a copy (`bench/roofline.py`)."
 )
 WIDTH, HEAD, BAR = 10.0, 0.6, 0.2  # inches: of a figure, above a panel, of a bar
 COLUMNS = 2  # panels side by side

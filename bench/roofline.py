@@ -1,8 +1,9 @@
-"""The floor: the least time of a forward pass at the device's rates of a large matrix product and of a copy.
+"""The floor: an estimate of the least time of a forward pass, from two rates of the device that are measured.
 
 Products and attention take the time of their operations at the rate of a large product. Everything else takes the time
 of the bytes that must be moved, at the rate of a copy, if all is fused that usual kernels can fuse. The two times are
-added: nothing overlaps. Every run that reports shares of a floor measures both rates and keeps them in its rows.
+added, as if nothing overlapped, so a run can be a little faster. Every run that reports shares of a floor measures both
+rates and keeps them in its rows.
 
 With output "cls", the class token only, the last layer needs no keys and values. The scores of one query q are
 y·(W_k^T q) for the normed stream y, and its result is W_v times the weighted sum of y. So the stream is read once, and

@@ -1,6 +1,6 @@
 """Attention maps and query, key and value features of a backbone, for any of its blocks.
 
-A block's attention keeps neither its weights nor its projections, so they are computed from the block's input.
+A block does not store its attention weights, or its queries, keys and values. They are computed again from its input.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class AttentionFeatures(Dinov2Module):
     ) -> Tensor:
         """Attention weights; by default those of the CLS token on the patches, as one map per head.
 
-        Only the weights of the requested blocks, heads and rows are computed. They are differentiable.
+        Attention weights are computed only for the requested blocks, heads and queries. They are differentiable.
 
         Args:
             images: as for `forward`.
@@ -66,7 +66,7 @@ class AttentionFeatures(Dinov2Module):
 
         Returns:
             (batch, layers, heads, rows, columns) of patches; with `queries` (batch, layers, heads, queries, tokens),
-            each row summing to 1. In the dtype of the parameters, or that of autocast.
+            each row summing to 1. In the dtype of the parameters, or under autocast in that of softmax.
 
         Raises:
             ValueError: there is no such block or head, or none is asked for.

@@ -34,7 +34,7 @@ examples:
   dinov2-fast convert teacher_checkpoint.pth my-model/ --to huggingface
   dinov2-fast convert facebook/dinov2-base base.pth --to facebook
 
-Exit codes: 0 done, 1 not possible (nothing is written), 2 wrong usage, 130
+Exit codes: 0 done, 1 not done (the message says why), 2 wrong usage, 130
 interrupted.
 """
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 OK = 0
-ABORTED = 1  # verify: the features differ
+ABORTED = 1  # any error; also verify, if the features differ
 SOME_FAILED = 3  # finished, but some images could not be read; argparse has 2 for wrong usage
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where it is not a terminal
@@ -32,8 +32,9 @@ class SignalHandler:
 
 @contextmanager
 def one_interrupt(until_exit: bool) -> Iterator[SignalHandler]:
-    """Inside, the first signal raises KeyboardInterrupt; with `until_exit` the others are ignored until the exit too.
+    """Inside, the first signal raises KeyboardInterrupt, and those after it are ignored.
 
+    The handlers from before come back at the end. With `until_exit` and a signal they do not: signals stay ignored.
     Python handles signals in the main thread only; in another thread this does nothing.
     """
     handler = SignalHandler()
@@ -67,7 +68,7 @@ def usable_streams() -> Iterator[None]:
 
 @contextmanager
 def ignored_output_errors() -> Iterator[None]:
-    """Inside, output that cannot be written is dropped. This is for reports on work that is already done."""
+    """Any OSError ends the block without an error, and later output is dropped. For reports on work that is done."""
     try:
         yield
         if sys.stdout:
@@ -77,13 +78,13 @@ def ignored_output_errors() -> Iterator[None]:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Drops what the stream still buffers; the interpreter would try to write it at exit, and fail."""
+    """Sends what the stream buffers, and all later output, to the null device: writing it at exit would fail."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _IgnoringErrors:
-    """A stream that drops what cannot be written."""
+    """A stream that drops all output once some cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

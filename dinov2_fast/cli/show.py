@@ -19,16 +19,16 @@ Draws PNGs of what a model finds in images:
 
   pca.png         each image beside the first three principal components of
                   its patch features, as red, green and blue. All images share
-                  one PCA, so equal features have equal colours.
+                  the PCA of a block, so equal features have equal colours.
   attention.png   the attention of the CLS token to the patches, for each head
   neighbours.png  each image and those nearest to it, by the cosine of their
                   CLS tokens
 
-By default every sheet that is possible is drawn. Each PATH is an image, or a
-folder, glob, list, archive or URL of images, as for `dinov2-fast extract`;
---model runs on them. Or PATH is one folder that `dinov2-fast extract` wrote. This
-needs no model: the neighbours are those of the stored features, and the PCA is
-drawn if patches were stored.
+By default every possible sheet is drawn; with --basis or --save-basis, only the
+PCA. Each PATH is an image, or a folder, glob, list, archive or URL of images, as
+for `dinov2-fast extract`; --model runs on them. Or PATH is one folder that
+`dinov2-fast extract` wrote. This needs no model: the neighbours are those of the
+stored features, and the PCA is drawn if patches were stored.
 
 To give the images of a later run the same colours, save the PCA with
 --save-basis, and draw the later run with --basis.
@@ -44,8 +44,9 @@ examples:
   dinov2-fast show photos/ --model dinov2_vits14 --save-basis colours.safetensors --out sheets/
   dinov2-fast show cat.jpg --model dinov2_vits14 --basis colours.safetensors --out cat/
 
-Exit codes: 0 all good, 1 not possible, 2 wrong usage, 3 some images could not
-be read and are left out, 130 interrupted.
+Exit codes: 0 all good (images of stored features that cannot be read any more
+are grey), 1 not possible, 2 wrong usage, 3 some images could not be read and
+are left out, 130 interrupted.
 """
 
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     if done.left_out:
         print(f"Left out:\n{done.left_out}", file=sys.stderr)
     if done.unreadable:
-        print(f"Grey, since they cannot be read any more:\n{done.unreadable}", file=sys.stderr)
+        print(f"These images cannot be read any more and are grey:\n{done.unreadable}", file=sys.stderr)
     for kind, path in done.files.items():
         print(f"{kind + ':':12}{path}")
     return SOME_FAILED if done.left_out else OK

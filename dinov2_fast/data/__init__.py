@@ -1,1 +1,1 @@
-"""Images in: finding them, reading and decoding them safely, and preprocessing. Knows no model."""
+"""Finds, reads, decodes and preprocesses images. It runs no model."""

@@ -2,8 +2,8 @@
 
 The steps are those of the checkpoints' ``preprocessor_config.json`` (a ``BitImageProcessor``), in this order: convert
 to RGB, resize the shortest edge to 256 (bicubic), crop the central 224 x 224, scale by 1/255, normalize with the
-ImageNet mean and standard deviation. Settings have transformers' names, and the results equal those of its PIL
-processor.
+ImageNet mean and standard deviation. Settings have transformers' names. The results equal those of its PIL processor,
+except for 16-bit images, and for transparent ones since transformers 5.23 (:mod:`.rgb`).
 
 - Images become RGB as :mod:`.rgb` describes. The alpha channel of arrays and tensors is dropped; floats lie in 0 to 255
   if `do_rescale`, in 0 to 1 if not.
@@ -66,7 +66,7 @@ class Dinov2ImageProcessor:
     """Turns images into pixel values (batch, 3, height, width), by default the float32 values that DINOv2 expects.
 
     Args:
-        do_convert_rgb: convert PIL images of every mode, and grey arrays, to RGB; otherwise they must be RGB.
+        do_convert_rgb: convert PIL images, and arrays with 1 or 4 channels, to RGB; otherwise they must be RGB.
         do_resize, size, resample: `size` is the length of the shortest edge (an int or ``{"shortest_edge": n}``), or
             the exact ``{"height": h, "width": w}`` (also ``(h, w)``), which does not keep the aspect ratio. `resample`
             is a ``PIL.Image.Resampling`` (3 is bicubic).
@@ -149,8 +149,9 @@ class Dinov2ImageProcessor:
 
         Args:
             images: PIL images, numpy arrays or torch tensors; :mod:`.rgb` describes shapes and ranges.
-            return_tensors: ``"pt"`` (torch) or ``"np"``: one (batch, 3, height, width), float32, or uint8 if it is
-                neither rescaled nor normalized; None: a list of arrays (3, height, width), which may differ in size.
+            return_tensors: ``"pt"`` for a torch tensor or ``"np"`` for an array (batch, 3, height, width). It is
+                float32, or uint8 if images of 8 bits are neither rescaled nor normalized. None gives a list of arrays
+                (3, height, width), which may differ in size.
             input_data_format: ``"channels_first"`` or ``"channels_last"`` for arrays; by default it is guessed.
             data_format: ``"channels_last"`` for outputs (height, width, 3).
             device: where the tensors go; the CPU processes the images.
@@ -310,8 +311,8 @@ class Dinov2ImageProcessor:
         height, width = self._resized_size(*pixels.shape[:2])
         if height * width > MAX_RESIZED_PIXELS:
             raise InvalidValueError(
-                f"An image of {pixels.shape[1]} x {pixels.shape[0]} pixels is too long and narrow: resized it would "
-                f"have {width} x {height}."
+                f"Resizing this image of {pixels.shape[1]} x {pixels.shape[0]} pixels would give {width} x {height}, "
+                f"more than {MAX_RESIZED_PIXELS} pixels. Choose a smaller size, or leave the image out."
             )
         unit_range = pixels.dtype != np.uint8 and not self.do_rescale
         if unit_range:
@@ -354,7 +355,7 @@ def _size_setting(name: str, value: Any, *, square: bool) -> dict[str, int]:
         also = "" if square else " or shortest_edge"
         raise InvalidValueError(f"{name} must have the keys height and width{also}, got {value!r}.")
     if not all(isinstance(side, int) and side > 0 for side in sizes.values()):
-        raise InvalidValueError(f"{name} must be made of positive whole numbers, got {value!r}.")
+        raise InvalidValueError(f"{name} must be one or two (height, width) positive whole numbers, got {value!r}.")
     return sizes
 
 

@@ -51,7 +51,11 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _csv_paths(path: str) -> Iterator[str]:
-    """The column of paths in a table. Tabs separate a .tsv, and the commonest of , ; and tab in the header a .csv."""
+    """The column of paths in a table.
+
+    The columns of a .tsv are separated by tabs, those of a .csv by the most frequent in its header of comma, semicolon
+    and tab.
+    """
     with _open_text(path, newline="") as text:
         header = text.readline()
         separators = "\t" if ending(path) == ".tsv" else ",;\t"
@@ -80,7 +84,7 @@ def _json_paths(path: str) -> Iterator[str]:
                     raise InvalidValueError('a line must be an object such as {"path": "a.jpg"}')
                 name = _column(list(entry))
                 if not isinstance(entry[name] or "", str):
-                    raise InvalidValueError(f"{name!r} is no text")
+                    raise InvalidValueError(f"{name!r} is not a string")
                 os.fsencode(entry[name] or "")  # refuses escapes that no path can hold
             except (ValueError, RecursionError) as error:
                 raise InvalidValueError(f"line {number}: {error}") from error
@@ -99,7 +103,7 @@ def _parquet_paths(path: str) -> Iterator[str]:
             if pa.types.is_dictionary(values.type):
                 values = values.dictionary_decode()
             if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-                raise InvalidValueError(f"the column {name!r} holds {values.type}, no text")
+                raise InvalidValueError(f"the column {name!r} holds {values.type}, not strings")
             for value in values.cast(pa.large_binary()).to_pylist():
                 yield _from_list(path, name, os.fsdecode(value or b""))
 
@@ -108,8 +112,8 @@ def _column(names: Sequence[str]) -> str:
     """The name of the column of paths."""
     found = next((name for name in COLUMNS if name in names), None)
     if found is None:
-        wanted, there = (", ".join(map(repr, some)) for some in (COLUMNS, names))
-        raise InvalidValueError(f"it has none of the columns {wanted}, but {there or 'none'}")
+        wanted, there = " or ".join(map(repr, COLUMNS)), ", ".join(map(repr, names))
+        raise InvalidValueError(f"there must be a column {wanted}; there are {there or 'no columns'}")
     return found
 
 

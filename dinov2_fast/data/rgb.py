@@ -111,13 +111,14 @@ def _move_channels(array: NDArray[Any], data_format: str | None) -> NDArray[Any]
             return array.transpose(1, 2, 0)
         if data_format != "channels_first" and array.shape[2] in channels:
             return array
-    raise InvalidValueError(f"An image must have 1, 3 or 4 channels, first or last, got shape {array.shape}.")
+    where = "first or last" if data_format is None else data_format.removeprefix("channels_")
+    raise InvalidValueError(f"An image must have 1, 3 or 4 channels, {where}, got shape {array.shape}.")
 
 
 def _check_floats(array: NDArray[Any], top: int) -> NDArray[np.float32]:
     if not np.issubdtype(array.dtype, np.floating):
         raise InvalidValueError(
-            f"Images hold uint8 or floating-point values, got {array.dtype}; convert them to uint8."
+            f"An array must be uint8, uint16 or floating-point, got {array.dtype}; convert it to one of these."
         )
     low, high = float(array.min()), float(array.max())  # NaN carries through both
     if not (low >= 0 and high <= top):

@@ -1,7 +1,8 @@
 """Runs copies of modules with random weights on a random input, to compare what the modules compute.
 
-The modules themselves are neither run nor changed. Their weights are not read, so they may be on the meta device,
-sharded or quantised. No hooks run, and no random numbers of the process are drawn.
+The modules themselves are not called. Their weights are not read, so they may be on the meta device, sharded or
+quantised. Other objects in their attributes are shared with the copies. No hooks run, and the states of the process'
+random generators are the same afterwards.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class _RandomTensors:
         return (scale * noise).to(self.device)
 
     def parameter(self, like: Tensor) -> nn.Parameter:
-        """Matrices preserve the scale of their input; vectors are far from 0, since they may be factors."""
+        """Matrices preserve the scale of their input. Vectors have a mean of 1, so a LayerScale removes no branch."""
         if like.ndim > 1:
             return nn.Parameter(self.tensor(like.shape, like.shape[-1] ** -0.5))
         return nn.Parameter(1 + self.tensor(like.shape, 0.3))
@@ -137,7 +138,7 @@ def _plain_linear(module: Any) -> nn.Linear | None:
 
 @contextmanager
 def _isolated_from_process(device: torch.device, training: bool) -> Iterator[None]:
-    """Inside, settings of the process do not affect a module, and the module draws its own random numbers."""
+    """Inside, autocast, grad mode, backends, global hooks and random states of the process have no effect."""
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.set_grad_enabled(training),
@@ -145,7 +146,10 @@ def _isolated_from_process(device: torch.device, training: bool) -> Iterator[Non
         use_backend("torch"),
         _no_global_hooks(),
     ):
-        torch.manual_seed(_SEED)
+        torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would also seed every GPU
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(_SEED)
         yield
 
 

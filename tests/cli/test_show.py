@@ -303,7 +303,7 @@ def test_an_image_that_is_gone_is_grey(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (folder / "b.png").unlink()
     assert main(["show", str(tmp_path / "out"), "--out", str(tmp_path / "sheets")]) == 0
-    assert "Grey, since they cannot be read any more:\n  '" in (err := capsys.readouterr().err)
+    assert "These images cannot be read any more and are grey:\n  '" in (err := capsys.readouterr().err)
     assert "b.png': No such file" in err
     assert (pixels_of(drawn.strips["neighbours.png"][1][0]) == 211).all()
     assert not (pixels_of(drawn.strips["neighbours.png"][0][0]) == 211).all()

@@ -187,10 +187,10 @@ def test_parquet_paths_that_are_not_utf8_keep_their_bytes(folder: Path) -> None:
         ("l.csv", "path\na.png\n".encode("utf-16")[:-1], "truncated data"),
         ("l.jsonl", b'{"path": "a.png"}\n{"path": "b.p', "line 2: Unterminated string"),
         ("l.jsonl", b'["a.png"]', "line 1: a line must be an object"),
-        ("l.jsonl", b'{"path": 7}', "line 1: 'path' is no text"),
+        ("l.jsonl", b'{"path": 7}', "line 1: 'path' is not a string"),
         ("l.jsonl", b'{"path": "\\ud800.png"}', "line 1: .* surrogates not allowed"),
         ("l.jsonl", b"[" * 100_000, "line 1: maximum recursion depth"),
-        ("l.jsonl", b'{"file": "a.png"}', "line 1: it has none of the columns 'path', .*, but 'file'"),
+        ("l.jsonl", b'{"file": "a.png"}', "line 1: there must be a column 'path' or .*; there are 'file'"),
         ("l.parquet", b"PAR1 but no more", "is damaged, or no Parquet file"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_damaged_list_is_an_error_that_names_file_and_line(
 
 def test_a_parquet_column_without_text_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": pa.array([b"a.png"])}), tmp_path / "l.parquet")
-    with pytest.raises(ValueError, match=r"l\.parquet'.* the column 'path' holds binary, no text"):
+    with pytest.raises(ValueError, match=r"l\.parquet'.* the column 'path' holds binary, not strings"):
         list(find_images([tmp_path / "l.parquet"]))
 
 
@@ -231,7 +231,7 @@ def test_a_line_of_a_list_may_have_any_ending(folder: Path) -> None:
 def test_a_list_without_paths_is_an_error(folder: Path, name: str) -> None:
     (folder / "list.csv").write_text("file,label\nb.png,1\n")
     pq.write_table(pa.table({"file": ["b.png"], "label": [1]}), folder / "list.parquet")
-    with pytest.raises(ValueError, match=r"list\..*'path', 'image', 'url', 'file_name', but 'file', 'label'"):
+    with pytest.raises(ValueError, match=r"list\..*column 'path' or .* 'file_name'; there are 'file', 'label'"):
         list(find_images([folder / name]))
 
 

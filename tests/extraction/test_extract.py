@@ -180,7 +180,8 @@ def test_an_image_that_cannot_be_resized_has_a_size_and_an_error(tmp_path: Path)
     row = rows_of(extract_files([str(tmp_path / "narrow.png")], MeanColour(), tmp_path).folder)[0]
     assert (row["width"], row["height"], row["cls"]) == (1, 3000, None)
     assert row["error"] == (
-        "cannot be processed: An image of 1 x 3000 pixels is too long and narrow: resized it would have 256 x 768000."
+        "cannot be processed: Resizing this image of 1 x 3000 pixels would give 256 x 768000, more than 50000000 "
+        "pixels. Choose a smaller size, or leave the image out."
     )
 
 

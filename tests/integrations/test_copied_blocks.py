@@ -261,7 +261,10 @@ def test_dropout_of_weights_that_is_switched_on_in_eval_mode_drops_them() -> Non
     assert (outputs[0] - stock.eval()(tokens())).abs().max() > 1e-3
 
 
-def test_a_trial_draws_no_random_numbers_and_calls_no_hooks_and_reads_no_weights() -> None:
+def test_a_trial_draws_no_random_numbers_and_calls_no_hooks_and_reads_no_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU was seeded"))
     model = model_of(Block)
     calls: list[int] = []
     for module in model.modules():
