@@ -33,7 +33,7 @@ def pca_rgb(
 ) -> NDArray[np.uint8]:
     """The first three principal components of patch features as red, green and blue.
 
-    One PCA serves the whole batch, so equal colours mean equal features across its images; use a `PcaBasis` to apply it
+    One PCA serves the whole batch, so equal features have equal colours across its images; use a `PcaBasis` to apply it
     to other images. The sign of each component makes its largest loading positive. Each component is scaled between two
     percentiles of its values, so that a few outliers (high-norm patches) do not decide the colours. A component without
     variance is mid-grey.

@@ -179,7 +179,7 @@ class _Sheets:
             self.files["basis"] = Path(new_file)
         strips = pca_strips(self._names, self._images(), rgb)
         note = f"The PCA is that of {file}" if file else "One PCA for all images"
-        note += ": equal colours are equal features." + (" The background is black." if basis.foreground else "")
+        note += ": equal features have equal colours." + (" The background is black." if basis.foreground else "")
         title = f"first three principal components of the patch tokens, {drawable.caption}"
         self._save("pca", strips, title, note, columns=max(6 // len(strips[0]), 1), height=200)
 
