@@ -42,8 +42,8 @@ class Dinov2Module(nn.Module):
         unexpected = [key for key in converted if key not in own]
         misshapen = [
             f"{key} {tuple(shape)} where the model has {tuple(own[key].shape)}"
-            for key, shape in ((key, getattr(value, "shape", ())) for key, value in converted.items() if key in own)
-            if shape != own[key].shape
+            for key, value in converted.items()
+            if key in own and (shape := getattr(value, "shape", ())) != own[key].shape
         ]
         if misshapen or (strict and (missing or unexpected)):
             raise InvalidStateError(layouts.misfit(layout, missing, unexpected, misshapen))

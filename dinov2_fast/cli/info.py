@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_fast.cli.process import OK
+
 HELP = "show versions, device, ops and cache"
 DESCRIPTION = """\
 Shows versions, devices, which implementation of each op runs and why, and the
@@ -31,4 +33,4 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_fast.installation import installation_report
 
     print(installation_report(args.device, getattr(torch, args.dtype), training=args.training))
-    return 0
+    return OK

@@ -21,7 +21,8 @@ from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
-FIRST, REASONS = 3, 5  # paths and reasons in a message
+FIRST = 3  # paths in a message
+REASONS = 5  # reasons in a message
 MOST_REASONS = 1000  # that are counted separately: some name a size, so that each image has its own reason
 OTHERS = "other reasons"
 

@@ -151,31 +151,29 @@ def _matches(path: str) -> list[str]:
     matches = glob.glob(path, recursive=True) if glob.has_magic(path) else []
     if not matches:
         raise FileNotFoundError(f"There is no file or folder {path!r}.")
-    return _outermost(matches, filter(os.path.isdir, matches))
+    return _outermost(matches)
 
 
 def _url_matches(url: str) -> list[str]:
     files = filesystem(url)
-    if "*" not in url:
-        matches = [url] * files.exists(url)
+    if "*" in url:
+        matches = [files.unstrip_protocol(match) for match in _outermost(files.glob(url))]
     else:
-        found = files.glob(url, detail=True)
-        folders = [path for path, about in found.items() if about["type"] == "directory"]
-        matches = [files.unstrip_protocol(path) for path in _outermost(found, folders)]
+        matches = [url] * files.exists(url)
     if not matches:
         raise FileNotFoundError(f"There is nothing at {shown(url)!r}{_why_missing(files, url)}.")
     return matches
 
 
-def _outermost(matches: Iterable[str], folders: Iterable[str]) -> list[str]:
-    """The matches of a glob in order, without those inside `folders`, which are found by searching the folders."""
-    searched = {folder.rstrip("/") for folder in folders}
+def _outermost(matches: list[str]) -> list[str]:
+    """The matches of a glob in order, without those inside a folder that matches too: it is searched."""
+    names = {match.rstrip("/") for match in matches}
 
     def is_inside(path: str) -> bool:
-        parent = os.path.dirname(path.rstrip("/"))
-        return parent != path and (parent in searched or (parent != "" and is_inside(parent)))
+        parent = os.path.dirname(path)
+        return parent not in ("", path) and (parent in names or is_inside(parent))
 
-    return sorted(match for match in matches if not is_inside(match))
+    return sorted(match for match in matches if not is_inside(match.rstrip("/")))
 
 
 def _why_missing(files: Any, url: str) -> str:

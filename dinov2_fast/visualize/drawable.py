@@ -125,7 +125,8 @@ def read_stored(folder: str | os.PathLike[str], kinds: Collection[str], limit: i
     good = [row for row, error in enumerate(features.error) if error is None]
     if not good:
         raise InvalidValueError(f"No image in {os.fspath(folder)!r} has features.")
-    rows, manifest, paths, unreadable = good[:limit], features.manifest, features.path, Failures()
+    rows = good[:limit]
+    manifest, paths, unreadable = features.manifest, features.path, Failures()
     about, model = manifest.get("about", {}), manifest["model"]
     processor = without_normalization(processor_of(manifest))
     with_pca = "pca" in kinds or (not kinds and "patches" in features)
