@@ -20,6 +20,7 @@ ORDER = (
     ("__main__",),
     ("cli",),
     ("visualize", "verify"),
+    ("pretraining",),
     ("curation", "integrations", "evaluation", "export", "convert", "installation"),
     ("extraction",),
     ("features",),
