@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,13 +25,13 @@ from dinov2_fast.features.whole_files import whole_file
 from dinov2_fast.pretraining import checkpoint
 from dinov2_fast.pretraining.batches import CropLoader
 from dinov2_fast.pretraining.config import PretrainingConfig, difference, read_config, warnings
-from dinov2_fast.pretraining.log import MetricsFile, StepReport, collapse_message
+from dinov2_fast.pretraining.log import MANIFEST, CollapseWatch, MetricsFile, StepReport
 from dinov2_fast.pretraining.parallel import World, start_processes
 from dinov2_fast.pretraining.sources import ImageTable
 from dinov2_fast.pretraining.trainer import Trainer
 
 logger = logging.getLogger("dinov2_fast")
-MANIFEST = "pretraining.json"
+FREE = ("save_every", "log_every", "evaluate_every")  # settings of `run` that may change when it continues
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def pretrain(
     folder = Path(out)
     with start_processes(device) as world, ExitStack() as stack:
         settings = read_config(config, overrides, n_processes=world.size)
-        _check_batch(settings, world.size)
+        check_batch(settings, world.size)
         table = ImageTable(require_images(images))
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -144,13 +144,13 @@ def _train(
         while trainer.step < run.steps:
             waits = time.perf_counter()
             batch = next(batches)
-            reporter.waited += time.perf_counter() - waits
+            waited = time.perf_counter() - waits
             for path, reason in batch.failures:
                 failures.add(path, reason)
             is_last = trainer.step + 1 == run.steps
             is_logged = is_last or (trainer.step + 1) % run.log_every == 0
             metrics = trainer.do_step(batch, with_entropies=is_logged, stop=stop is not None and stop())
-            metrics["skipped_images"] = float(len(failures))
+            reporter.add(metrics, waited)
             is_evaluated = evaluate is not None and (is_last or trainer.step % run.evaluate_every == 0)
             if is_last or is_evaluated or metrics["stop"] or trainer.step % run.save_every == 0:
                 newest = trainer.save()
@@ -177,13 +177,19 @@ def _evaluate(folder: Path | None, sets: tuple[str, str], world: World) -> dict[
 
 
 class _Reporter:
-    """Writes metrics and reports progress, in the main process."""
+    """Adds up what happens between two reports. The main process writes the reports and passes them on."""
+
+    COUNTS = ("skipped_images", "skipped_steps")
 
     def __init__(self, trainer: Trainer, progress: Callable[[StepReport], None] | None) -> None:
         self._trainer, self._progress = trainer, progress
         self._file = MetricsFile(trainer.folder, trainer.step) if trainer.world.is_main else None
-        self._begin, self._step = time.perf_counter(), trainer.step  # of the steps since the last report
-        self.waited = 0.0  # seconds for images, since the last report
+        self._watch = CollapseWatch(trainer.config)
+        self._start()
+
+    def _start(self) -> None:
+        self._begin, self._first_step, self._waited = time.perf_counter(), self._trainer.step, 0.0
+        self._counts = dict.fromkeys(self.COUNTS, 0.0)
 
     def __enter__(self) -> _Reporter:
         return self
@@ -192,25 +198,31 @@ class _Reporter:
         if self._file is not None:
             self._file.close()
 
+    def add(self, metrics: dict[str, float], waited: float) -> None:
+        """Counts a step that waited so many seconds for its images."""
+        self._waited += waited
+        for name in self.COUNTS:
+            self._counts[name] += metrics[name]
+
     def report(self, metrics: dict[str, float]) -> None:
-        """Reports the metrics of the last step."""
-        now, run = time.perf_counter(), self._trainer.config.run
-        seconds, steps = now - self._begin, self._trainer.step - self._step
-        metrics = {name: value for name, value in metrics.items() if name != "stop"}
-        metrics |= {"images_per_second": steps * run.batch_size / seconds, "data_wait": self.waited / seconds}
-        self._begin, self._step, self.waited = now, self._trainer.step, 0.0
+        """Reports the metrics of the last step, the counts, and the speed since the last report."""
+        step, run, seconds = self._trainer.step, self._trainer.config.run, time.perf_counter() - self._begin
+        per_step = seconds / (step - self._first_step)
+        speed = {"images_per_second": run.batch_size / per_step, "data_wait": self._waited / seconds}
+        metrics = {name: value for name, value in metrics.items() if name != "stop"} | self._counts | speed
+        self._start()
         if self._file is None:
             return
-        left = (run.steps - self._trainer.step) * seconds / steps
-        report = StepReport(self._trainer.step, run.steps, metrics, left)
-        message = self._file.write(report, self._trainer.config)
-        if message:
+        report = StepReport(step, run.steps, metrics, (run.steps - step) * per_step)
+        self._file.write(report)
+        if message := self._watch.message(report):
             logger.warning(message)
         if self._progress:
             self._progress(report)
 
 
-def _check_batch(config: PretrainingConfig, processes: int) -> None:
+def check_batch(config: PretrainingConfig, processes: int) -> None:
+    """Raises InvalidValueError if the batch cannot be shared evenly."""
     run = config.run
     if run.batch_size % (processes * run.micro_batch):
         raise InvalidValueError(
@@ -236,6 +248,7 @@ def _claim(
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         other = PretrainingConfig.from_dict(there["config"])
+        other = replace(other, run=replace(other.run, **{name: getattr(config.run, name) for name in FREE}))
         differing = difference(other, config)
         names = [name for name in ("images", "start_from") if there[name] != own[name]]
     except (ValueError, KeyError, TypeError) as error:

@@ -7,6 +7,7 @@ the bits of one that was not, and the number of processes changes nothing but th
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -77,8 +78,9 @@ class Trainer:
             stop: a wish of this process.
 
         Returns:
-            Means over all processes: the losses, the norm of the gradient of each part before clipping, the rates,
-            "stop" (the share of the processes that wish it) and "skipped_steps" (1.0 if this one was skipped).
+            The same in all processes: the mean losses, the norms of the gradients before clipping, the rates, and the
+            numbers of processes with the wish ("stop"), images that were skipped ("skipped_images") and steps that were
+            skipped ("skipped_steps", 0 or 1).
 
         Raises:
             DivergedError: it is the third step in a row that is not finite.
@@ -91,7 +93,8 @@ class Trainer:
         entropies = self._entropies(targets) if with_entropies else {}
         losses = self._backward(views, targets)
         norms = clip_gradients(method.student, config.optimizer.clip_norm)
-        metrics = self._agree(losses, norms, entropies, stop)
+        counts = {"stop": int(stop), "skipped_images": len(batch.failures)}
+        metrics = self._agree(losses, counts, norms, entropies)
         if metrics["skipped_steps"]:
             self.skipped += 1
         else:
@@ -107,7 +110,7 @@ class Trainer:
                 "checkpoint is good: continue from it with a lower optimizer.learning_rate in a new folder "
                 "(start_from), or with run.precision=fp32."
             )
-        return metrics | rates.to_dict()
+        return metrics | asdict(rates)
 
     def _views(self, batch: CropBatch) -> list[Views]:
         """What is seen of the images, in parts of `micro_batch` images."""
@@ -151,13 +154,13 @@ class Trainer:
         return found
 
     def _agree(
-        self, losses: dict[str, Tensor], norms: dict[str, Tensor], entropies: dict[str, Tensor], stop: bool
+        self, losses: dict[str, Tensor], counts: dict[str, int], norms: dict[str, Tensor], entropies: dict[str, Tensor]
     ) -> dict[str, float]:
-        """All metrics as numbers, equal in all processes. This is the one time in a step that the device is awaited."""
+        """All metrics as numbers, the same in all processes. Only here does a step wait for the device."""
+        means = torch.stack([*losses.values()])
+        is_bad = ~torch.isfinite(torch.cat((means, torch.stack([*norms.values()])))).all()
+        own = torch.cat((means / self.world.size, means.new_tensor([*counts.values()]), is_bad.to(means.dtype)[None]))
         same = {**{f"gradient_norm/{name}": norm for name, norm in norms.items()}, **entropies}
-        own = torch.stack([*losses.values(), losses["loss"].new_tensor(float(stop))])
-        is_bad = ~torch.isfinite(torch.stack([*losses.values(), *norms.values()])).all()
-        sums = self.world.sum(torch.cat((own, is_bad.to(own.dtype)[None]))) / self.world.size
-        values = torch.cat((sums, torch.stack([*same.values()]).to(sums.dtype))).tolist()
-        metrics = dict(zip((*losses, "stop", "skipped_steps", *same), values, strict=True))
+        values = torch.cat((self.world.sum(own), torch.stack([*same.values()]).to(own.dtype))).tolist()
+        metrics = dict(zip((*losses, *counts, "skipped_steps", *same), values, strict=True))
         return metrics | {"skipped_steps": float(metrics["skipped_steps"] > 0)}
