@@ -24,9 +24,10 @@ from dinov2_fast.features.lock import lock
 from dinov2_fast.features.whole_files import whole_file
 from dinov2_fast.pretraining import checkpoint
 from dinov2_fast.pretraining.batches import CropLoader
-from dinov2_fast.pretraining.config import PretrainingConfig, difference, read_config, warnings
+from dinov2_fast.pretraining.config import PretrainingConfig, difference, warnings
 from dinov2_fast.pretraining.log import MANIFEST, CollapseWatch, MetricsFile, StepReport
 from dinov2_fast.pretraining.parallel import World, start_processes
+from dinov2_fast.pretraining.presets import read_config
 from dinov2_fast.pretraining.sources import ImageTable
 from dinov2_fast.pretraining.trainer import Trainer
 
