@@ -3,6 +3,7 @@
 ``DINOV2_FAST_BACKEND``   which implementation of an op to use; see :mod:`dinov2_fast.ops.dispatch`.
 ``DINOV2_FAST_CACHE``     folder of the official checkpoints, by default ``~/.cache/dinov2_fast`` (the hub has its own).
 ``XFORMERS_DISABLED``     the reference's variable: if it is set to any value, xformers is not used.
+``LOCAL_RANK``            torchrun's variable; torch.distributed itself reads its others.
 ``OMP_WAIT_POLICY``       OpenMP's variable; see :func:`use_passive_openmp_threads`.
 """
 
@@ -27,6 +28,12 @@ def cache_dir() -> Path:
     """Folder of the official checkpoint files (``DINOV2_FAST_CACHE``); it need not exist."""
     setting = os.environ.get("DINOV2_FAST_CACHE")
     return Path(setting).expanduser() if setting else Path.home() / ".cache" / "dinov2_fast"
+
+
+def local_rank() -> int | None:
+    """``LOCAL_RANK``, the number of this process among those of torchrun on its machine; None without torchrun."""
+    setting = os.environ.get("LOCAL_RANK")
+    return None if setting is None else int(setting)
 
 
 def use_passive_openmp_threads() -> None:

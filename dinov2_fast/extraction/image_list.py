@@ -46,16 +46,16 @@ class ImageList:
         digest, count, rows = hashlib.sha256(), 0, list[tuple[Any, ...]]()
         with pa.ipc.new_file(self._file, _SCHEMA) as file:
             for image in images:
-                row = _encoded(image)
+                row = to_row(image)
                 digest.update(repr(row).encode())
                 if count // shard_size % parts == number - 1:
                     rows.append(row)
                 count += 1
                 if count % shard_size == 0 and rows:
-                    file.write(_record_batch(rows))
+                    file.write(record_batch(rows))
                     rows = []
             if rows:
-                file.write(_record_batch(rows))
+                file.write(record_batch(rows))
         self._reader = pa.ipc.open_file(self._file)
         self.shard_size = shard_size
         self.section = Section(first_shard, count, digest.hexdigest())
@@ -68,20 +68,25 @@ class ImageList:
     def sources(self, shard: int) -> list[ImageSource]:
         """The images of one of the shards of this process."""
         columns = self._reader.get_batch(self.shards.index(shard)).to_pydict()
-        return [
-            ImageSource(os.fsdecode(path), archive and os.fsdecode(archive), offset, size)
-            for path, archive, offset, size in zip(*columns.values(), strict=True)
-        ]
+        return [from_row(row) for row in zip(*columns.values(), strict=True)]
 
     def close(self) -> None:
         """Deletes the temporary file."""
         self._file.close()
 
 
-def _encoded(image: ImageSource) -> tuple[Any, ...]:
+def to_row(image: ImageSource) -> tuple[Any, ...]:
+    """The image as a row of a table; its paths are bytes."""
     path, archive, offset, size = image
     return os.fsencode(path), None if archive is None else os.fsencode(archive), offset, size
 
 
-def _record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
+def from_row(row: Iterable[Any]) -> ImageSource:
+    """The image of a row of `to_row`."""
+    path, archive, offset, size = row
+    return ImageSource(os.fsdecode(path), archive and os.fsdecode(archive), offset, size)
+
+
+def record_batch(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
+    """A table of rows of `to_row`."""
     return pa.record_batch([list(column) for column in zip(*rows, strict=True)], schema=_SCHEMA)

@@ -9,6 +9,8 @@ The keys of the state dict are the reference's (facebookresearch/dinov2, dinov2/
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class Prototypes(nn.Module):
 def _mlp(hidden_size: int, config: HeadConfig) -> nn.Module:
     """Linears with a GELU between each two, from `hidden_size` channels to the bottleneck."""
     sizes = [hidden_size, *[config.hidden_size] * (config.layers - 1), config.bottleneck_size]
-    linears = [nn.Linear(size, following) for size, following in zip(sizes, sizes[1:], strict=False)]
+    linears = [nn.Linear(size, following) for size, following in pairwise(sizes)]
     for linear in linears:
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)

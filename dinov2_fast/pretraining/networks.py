@@ -146,9 +146,8 @@ class Pretraining:
         ibot = ibot_loss(
             said.patches, said.patch_prototypes, targets.patches, views.mask_weights, 2 * views.n_images, temperature
         )
-        group = weights.koleo_group or min(views.n_images, 64)
-        groups = said.cls_before_head.unflatten(1, (-1, group)).flatten(0, 1)
-        koleo = koleo_loss(groups) * group / views.n_images
+        group = self.config.koleo_group
+        koleo = koleo_loss(said.cls_before_head.unflatten(1, (-1, group)).flatten(0, 1)) * group / views.n_images
         loss = weights.dino * (dino_global + dino_local) + weights.ibot * ibot + weights.koleo * koleo
         return {
             "loss": loss,
