@@ -152,9 +152,10 @@ def readable_batches(
 
 def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:
     """One batch of images that `processor`, whose outputs must have one size, has prepared."""
+    shape = processor.output_shape
     rows = [row for row, image in enumerate(images) if image.pixels is not None]
     found = [image.pixels for image in images if image.pixels is not None]
-    pixels = np.stack(found) if found else np.empty((0, *processor.output_shape), processor.output_dtype)
+    pixels = np.stack(found) if found else np.empty((0, *shape), processor.output_dtype)
     return ImageBatch([replace(image, pixels=None) for image in images], rows, torch.from_numpy(pixels))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 4
+_ROUNDS = 8
 
 
 def mix(*numbers: int) -> int:
