@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,11 @@ import dinov2_fast
 from dinov2_fast import environment
 from dinov2_fast.ops import dispatch
 from tests.helpers import devices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "a checkout of facebookresearch/dinov2, which tests of pretraining run beside ours"
+    parser.addoption("--reference-path", type=Path, help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

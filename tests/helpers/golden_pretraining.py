@@ -36,32 +36,29 @@ def load_inputs(step: int = 0) -> dict[str, Any]:
 
 
 def load_weights(network: str, case: str) -> dict[str, Tensor]:
-    """Weights of the "student" or the "teacher", with the keys of the reference's state dict."""
-    weights = part(load_file(FOLDER / "weights.safetensors"), network)
+    """fp32 weights of the "student" or the "teacher", with the keys of the reference's state dict."""
+    weights = part(_load_weights(), network)
     return {key: value for key, value in weights.items() if "separate" in case or not key.startswith("ibot_head.")}
 
 
 def load_centers(case: str) -> dict[str, Tensor]:
     """The centres before a case with centring: "dino" (1, prototypes) and "ibot" (1, 1, prototypes)."""
-    stored = load_file(FOLDER / "weights.safetensors")
-    return {"dino": stored["center.dino"], "ibot": stored[f"center.ibot.{case.partition('-')[2]}"]}
+    centers = part(_load_weights(), "center")
+    return {"dino": centers["dino"], "ibot": centers[f"ibot.{case.partition('-')[2]}"]}
 
 
-def load_case(case: str) -> dict[str, Any]:
-    """What `reference_pretraining.run_case` returned."""
-    stored = load_file(FOLDER / f"{case}.safetensors")
-    tensors = {f"{kind}s": part(stored, kind) for kind in ("gradient", "center")}
-    return tensors | load_description()["results"][case]
-
-
-def load_steps() -> dict[str, Any]:
-    """What `reference_pretraining.run_steps` returned."""
-    stored = load_file(FOLDER / "steps.safetensors")
-    return {network: part(stored, network) for network in ("student", "teacher")} | load_description()["results"][
-        "steps"
-    ]
+def load_results(name: str) -> dict[str, Any]:
+    """What `reference_pretraining.run_reference` returned for one of `CASES`, or for "steps"."""
+    stored = load_file(FOLDER / f"{name}.safetensors")
+    tensors = {kind: part(stored, kind) for kind in sorted({key.partition(".")[0] for key in stored})}
+    return tensors | load_description()["results"][name]
 
 
 def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors whose keys start with `name` and a point, under the rest of their keys."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _load_weights() -> dict[str, Tensor]:
+    stored = load_file(FOLDER / "weights.safetensors")
+    return {key: tensor.float() for key, tensor in stored.items()}

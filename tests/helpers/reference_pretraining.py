@@ -2,7 +2,7 @@
 
     python -m tests.helpers.reference_pretraining --reference-path FOLDER     # a checkout of facebookresearch/dinov2
 
-writes ``tests/golden/pretraining`` anew. `run_case` and `run_steps` compute it from the stored inputs and weights. What
+writes ``tests/golden/pretraining`` anew. `run_reference` computes it from the stored inputs and weights. What
 runs is the reference's own code: `SSLMetaArch` with its losses and its `update_teacher`, its parameter groups,
 schedules and optimizer. Replaced is only what a CPU or this environment does not have:
 
@@ -30,7 +30,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import yaml  # type: ignore[import-untyped]
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ from tests.helpers import golden_pretraining as golden
 COMMIT = "b8931f7"
 STEPS = 3
 TEACHER_TEMPERATURE = 0.05  # of the cases; the steps have the reference's schedule
-BACKBONE = {"embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4}
+BACKBONE = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 1}
 # What differs from the reference's dinov2/configs/ssl_default_config.yaml. An epoch is one step.
 SETTINGS: dict[str, Any] = {
     "compute_precision": {"grad_scaler": False},
@@ -54,13 +54,22 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def run_case(path: Path, case: str) -> dict[str, Any]:
-    """One case of `golden.CASES`, with the stored inputs and weights.
+def run_reference(path: Path, name: str) -> dict[str, Any]:
+    """What the reference at `path` computes from the stored inputs and weights.
+
+    Args:
+        name: one of `golden.CASES`, which are one step without the optimizer, or "steps" for three whole steps.
 
     Returns:
-        "losses": the parts as they enter the sum, and the sum, "loss"; "displayed": the parts as the reference logs
-        them; "gradients": of every parameter of the student; "centers": those of the next step.
+        Of a case, "losses": the parts as they enter the sum, and the sum, "loss"; "displayed": the parts as the
+        reference logs them; "gradients": of every parameter of the student; "centers": those of the next step.
+        Of the steps, "student" and "teacher": the weights afterwards; "losses": of each step; "norms": of each step,
+        the norm of each network's gradients before they are clipped.
     """
+    return run_steps(path) if name == "steps" else run_case(path, name)
+
+
+def run_case(path: Path, case: str) -> dict[str, Any]:
     with imported(path) as reference:
         arch = load(reference, case)
         losses, displayed = forward_backward(arch, golden.load_inputs(), TEACHER_TEMPERATURE)
@@ -76,12 +85,6 @@ def run_case(path: Path, case: str) -> dict[str, Any]:
 
 
 def run_steps(path: Path) -> dict[str, Any]:
-    """Three steps of training from the stored weights, each with inputs of its own.
-
-    Returns:
-        "student" and "teacher": the weights afterwards; "losses": of each step, as `run_case` has them; "norms": of
-        each step, the norm of each network's gradients before they are clipped.
-    """
     with imported(path) as reference:
         arch = load(reference, golden.STEPS_CASE)
         train = importlib.import_module("dinov2.train.train")
@@ -254,7 +257,7 @@ def draw_crops(size: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of student and teacher, none at its initial value, and centres."""
+    """bf16 weights of student and teacher, none at its initial value, and centres."""
     generator = torch.Generator().manual_seed(1)
     with imported(path) as reference:
         arch = build(reference, golden.STEPS_CASE)
@@ -264,7 +267,8 @@ def draw_weights(path: Path) -> dict[str, Tensor]:
             for name, parameter in getattr(arch, network).named_parameters()
         }
     shapes |= {"center.dino": (1, 48), "center.ibot.shared": (1, 1, 48), "center.ibot.separate": (1, 1, 40)}
-    return {name: draw_weight(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    drawn = {name: draw_weight(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    return {name: weight.bfloat16() for name, weight in drawn.items()}
 
 
 def draw_weight(name: str, noise: Tensor) -> Tensor:
@@ -284,24 +288,19 @@ def write(path: Path) -> None:
     golden.FOLDER.mkdir(exist_ok=True)
     save_file(draw_weights(path), golden.FOLDER / "weights.safetensors")
     save_file(draw_inputs(path), golden.FOLDER / "inputs.safetensors")
-    results: dict[str, Any] = {}
-    for case in golden.CASES:
-        result = run_case(path, case)
-        tensors = {f"gradient.{name}": value for name, value in result["gradients"].items()}
-        tensors |= {f"center.{name}": value for name, value in result["centers"].items()}
-        save_file(tensors, golden.FOLDER / f"{case}.safetensors")
-        results[case] = {kind: result[kind] for kind in ("losses", "displayed")}
-    result = run_steps(path)
-    weights = {f"{net}.{name}": value for net in ("student", "teacher") for name, value in result[net].items()}
-    save_file(weights, golden.FOLDER / "steps.safetensors")
-    results["steps"] = {kind: result[kind] for kind in ("losses", "norms")}
+    numbers = {}
+    for name in (*golden.CASES, "steps"):
+        result = run_reference(path, name)
+        numbers[name] = {kind: result.pop(kind) for kind in ("losses", "displayed", "norms") if kind in result}
+        tensors = {f"{kind}.{key}": tensor for kind, group in result.items() for key, tensor in group.items()}
+        save_file(tensors, golden.FOLDER / f"{name}.safetensors")
     description = {
         "reference": COMMIT,
         "torch": torch.__version__,
         "teacher_temperature": TEACHER_TEMPERATURE,
         "backbone": BACKBONE,
         "settings": SETTINGS,
-        "results": results,
+        "results": numbers,
     }
     (golden.FOLDER / "golden.json").write_text(json.dumps(description, indent=1) + "\n")
 
