@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dinov2_fast.model import DinoVisionTransformer as DinoVisionTransformer
     from dinov2_fast.ops import set_backend as set_backend
     from dinov2_fast.ops import use_backend as use_backend
+    from dinov2_fast.pretraining.run import pretrain as pretrain
     from dinov2_fast.timm_adapter import TimmVisionTransformer as TimmVisionTransformer
     from dinov2_fast.timm_adapter import create_model as create_model
     from dinov2_fast.weights.convert import convert_state_dict as convert_state_dict
@@ -63,6 +64,7 @@ _NAMES = {
     "integrations.accelerate": "accelerate acceleration_report unaccelerate",
     "model": "DinoVisionTransformer",
     "ops": "set_backend use_backend",
+    "pretraining.run": "pretrain",
     "timm_adapter": "TimmVisionTransformer create_model",
     "weights.convert": "convert_state_dict",
     "weights.load": "load",

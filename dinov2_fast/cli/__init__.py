@@ -13,17 +13,17 @@ import warnings
 from collections.abc import Sequence
 
 import dinov2_fast
-from dinov2_fast.cli import convert, export, extract, info, knn, linear, search, show, verify
+from dinov2_fast.cli import convert, export, extract, info, knn, linear, pretrain, search, show, verify
 from dinov2_fast.cli.process import ABORTED, INTERRUPTED, ignored_output_errors, one_interrupt, usable_streams
 from dinov2_fast.errors import Dinov2FastError
 
 NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-COMMANDS = (extract, show, search, knn, linear, convert, verify, export, info)
+COMMANDS = (extract, show, search, knn, linear, pretrain, convert, verify, export, info)
 
 DESCRIPTION = """\
 DINOv2 on the command line: features of images, sheets that show what the model
-sees in them, similar images, evaluation of features by their classes, and
-conversion and export of checkpoints.
+sees in them, similar images, evaluation of features by their classes,
+pretraining, and conversion and export of checkpoints.
 """
 EPILOG = """\
 examples:
@@ -31,6 +31,7 @@ examples:
   dinov2-fast show photos/ --model dinov2_vits14 --out sheets/
   dinov2-fast search features/ cat.jpg
   dinov2-fast knn train/ val/ --model dinov2_vits14
+  dinov2-fast pretrain photos/ --config small --out runs/a
   dinov2-fast convert dinov2_vits14 small.safetensors --to timm
   dinov2-fast verify dinov2_vits14 small.safetensors photos/
 

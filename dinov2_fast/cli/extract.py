@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from dinov2_fast import environment
@@ -18,7 +17,8 @@ from dinov2_fast.cli.options import (
     keywords,
     names,
 )
-from dinov2_fast.cli.process import OK, SECONDS_BETWEEN_LINES, SOME_FAILED, ignored_output_errors
+from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
+from dinov2_fast.cli.progress import ProgressLine, duration
 
 if TYPE_CHECKING:
     from dinov2_fast.extraction.run import Progress
@@ -183,31 +183,15 @@ def announce(begin: Progress) -> None:
     print(f"{begin.images} images{resumed}, {sizes}", file=sys.stderr, flush=True)
 
 
-class ProgressReport:
-    """Prints the progress to stderr: on a terminal one line that is rewritten, otherwise a line now and then."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._last_line = time.perf_counter()
-        self._width = 0
+class ProgressReport(ProgressLine):
+    """Prints the progress after each batch."""
 
     def __call__(self, progress: Progress) -> None:
         rate = (progress.done - progress.resumed) / progress.seconds
-        left = _time((progress.images - progress.done) / rate)
+        left = duration((progress.images - progress.done) / rate)
         text = f"{progress.done}/{progress.images} images, {progress.failures} failed"
         text += f", {rate:.1f} images/s, {left} left, model busy {progress.busy:.0%}"
-        now = time.perf_counter()
-        if self._terminal:
-            print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
-            self._width = len(text)
-        elif progress.done == progress.images or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            print(text, file=sys.stderr, flush=True)
-            self._last_line = now
-
-    def end(self) -> None:
-        """Moves the cursor to a new line."""
-        if self._width:
-            print(file=sys.stderr)
+        self.show(text, last=progress.done == progress.images)
 
 
 def _bytes(count: int) -> str:
@@ -215,12 +199,6 @@ def _bytes(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count / 1e3:.1f} kB"
-
-
-def _time(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _part(text: str) -> tuple[int, int]:

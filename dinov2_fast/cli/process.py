@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -14,8 +14,10 @@ OK = 0
 ABORTED = 1  # any error; also verify, if the features differ
 SOME_FAILED = 3  # finished, but some images could not be read; argparse has 2 for wrong usage
 INTERRUPTED = 130
+STOPPED = 143  # as asked by SIGTERM or SIGUSR1, and a checkpoint was saved; only pretrain
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where it is not a terminal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # Windows has no SIGUSR1
 
 
 class SignalHandler:
@@ -47,6 +49,28 @@ def one_interrupt(until_exit: bool) -> Iterator[SignalHandler]:
     finally:
         if not (handler.received and until_exit):
             for name, previous in zip(SIGNALS, before, strict=True):
+                signal.signal(name, previous)
+
+
+@contextmanager
+def noted_stop() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGUSR1 end nothing. The function that it gives says whether one of them came.
+
+    The handlers from before come back at the end, except where a Ctrl-C has replaced those of this function.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {name: signal.signal(name, note) for name in STOP_SIGNALS}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for name, previous in before.items():
+            if signal.getsignal(name) is note:
                 signal.signal(name, previous)
 
 

@@ -1,4 +1,4 @@
-"""``dinov2-fast show``: PNGs of what a model finds in images."""
+"""``dinov2-fast show``: PNGs of what a model finds in images, and of the curves of a pretraining run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = {
     "attention": "attention maps of the CLS token",
     "neighbours": "nearest neighbours",
 }
-HELP = "draw PCA colours, attention maps and nearest neighbours"
+HELP = "draw PCA colours, attention maps and nearest neighbours, or the curves of a pretraining run"
 DESCRIPTION = """\
 Draws PNGs of what a model finds in images:
 
@@ -34,6 +34,9 @@ To give the images of a later run the same colours, save the PCA with
 --save-basis, and draw the later run with --basis.
 
 With random weights the sheets say so, in their titles and in their names.
+
+If PATH is the folder of a run of `dinov2-fast pretrain`, finished or not, its
+losses, rates and speed are drawn as curves.png. This needs matplotlib.
 """
 EPILOG = """\
 examples:
@@ -43,6 +46,7 @@ examples:
   dinov2-fast show features/ --neighbours --count 8 --out sheets/
   dinov2-fast show photos/ --model dinov2_vits14 --save-basis colours.safetensors --out sheets/
   dinov2-fast show cat.jpg --model dinov2_vits14 --basis colours.safetensors --out cat/
+  dinov2-fast show runs/a --out curves/
 
 Exit codes: 0 all good (images of stored features that cannot be read any more
 are grey), 1 not possible, 2 wrong usage, 3 some images could not be read and
@@ -52,7 +56,9 @@ are left out, 130 interrupted.
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="images, or where they are; or one folder of features")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="images, or where they are; or one folder of features, or of a run"
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="output folder; sheets of the same names are replaced"
     )

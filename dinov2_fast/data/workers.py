@@ -42,7 +42,8 @@ TASK_BYTES = 1 << 15  # limit of the names in a worker's queue, so that sending 
 STARTS = 3  # tries to start a worker that is killed, or takes too long, before it is ready
 STEP = 1.0  # seconds of one wait; if it took longer, the job was stopped, and only this much counts
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Those that end a command. Windows has no SIGUSR1.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 _context = multiprocessing.get_context("spawn")
 
@@ -294,7 +295,7 @@ def _slots(memory: Any, preparation: Preparation) -> NDArray[Any]:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes that are started inside ignore Ctrl-C and SIGTERM; in this process the signals are delayed.
+    """Processes that are started inside ignore Ctrl-C, SIGTERM and SIGUSR1; in this process the signals are delayed.
 
     The child inherits the signal mask. In this process the mask is not enough: another thread may receive the signal,
     and Python then interrupts the main thread in the middle of a start. So handlers collect the signals, too.

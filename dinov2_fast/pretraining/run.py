@@ -45,8 +45,10 @@ class End:
         first_step, step: the steps that were done before this call, and in all.
         steps: of the whole run.
         images: from which the run draws.
+        batch_size: images in a step.
         failures: the images that this process could not read; others took their place.
         seconds: of the steps of this call.
+        processes: that made the run; `is_main` in the one of them that reports.
     """
 
     folder: Path
@@ -55,8 +57,11 @@ class End:
     step: int
     steps: int
     images: int
+    batch_size: int
     failures: Failures
     seconds: float
+    processes: int
+    is_main: bool
 
 
 def pretrain(
@@ -163,7 +168,19 @@ def _train(
                 break
     assert newest is not None  # a run has one step at least, and its last is saved
     seconds = time.perf_counter() - begin
-    return End(trainer.folder, newest, first_step, trainer.step, run.steps, n_images, failures, seconds)
+    return End(
+        folder=trainer.folder,
+        checkpoint=newest,
+        first_step=first_step,
+        step=trainer.step,
+        steps=run.steps,
+        images=n_images,
+        batch_size=run.batch_size,
+        failures=failures,
+        seconds=seconds,
+        processes=world.size,
+        is_main=world.is_main,
+    )
 
 
 def _evaluate(folder: Path | None, sets: tuple[str, str], world: World) -> dict[str, float]:

@@ -18,6 +18,8 @@ from dinov2_fast.data.sources import require_images
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.features.schema import holds_features
 from dinov2_fast.inference.loading import find_device
+from dinov2_fast.pretraining.log import holds_metrics
+from dinov2_fast.visualize.curves import save_curves
 from dinov2_fast.visualize.drawable import KINDS, Drawable, read_stored, run_model
 from dinov2_fast.visualize.pca import PcaBasis, check_new
 from dinov2_fast.visualize.sheet import Strips, attention_strips, neighbour_strips, pca_strips, save_sheet
@@ -30,7 +32,8 @@ THUMBNAIL = (252, 252)  # pixels
 class Shown:
     """What `show` wrote."""
 
-    files: dict[str, Path]  # the PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved
+    # The PNG of each kind of sheet, and "basis", the file of the PCA, if it was saved; of a run, "curves" alone.
+    files: dict[str, Path]
     left_out: Failures  # images that cannot be read
     unreadable: Failures  # images of stored features that cannot be read any more; they are grey on the sheets
     is_limited: bool  # there are more images than were drawn
@@ -56,11 +59,12 @@ def show(
     limit: int = 24,
     announce: Callable[[int], None] | None = None,
 ) -> Shown:
-    """Draws sheets of images as PNGs: PCA colours, attention maps and nearest neighbours.
+    """Draws sheets of images as PNGs: PCA colours, attention maps and nearest neighbours; or the curves of a run.
 
     Args:
         paths: images, see :mod:`dinov2_fast.data.sources`; or one folder of features, which takes neither model nor
-            weights; position_interpolation, size, stride, device, blocks and heads have no effect on it.
+            weights; position_interpolation, size, stride, device, blocks and heads have no effect on it. Or the folder
+            of one run of :func:`dinov2_fast.pretrain`, which takes no model, no kinds and no basis.
         out: the folder of the sheets; those in it are replaced.
         kinds: some of "pca", "attention" and "neighbours"; by default all that can be drawn.
         model, weights, position_interpolation: see :func:`dinov2_fast.load`.
@@ -78,15 +82,20 @@ def show(
         NotADirectoryError: `out` is a file.
         ValueError: no images that can be read; settings that do not exist, or do not go with the model, the features or
             the basis.
+        UnsupportedError: curves are asked for, and matplotlib is not installed.
     """
     if not set(kinds) <= set(KINDS):
         raise InvalidValueError(f"kinds must be some of {', '.join(KINDS)}; got {', '.join(kinds)}.")
     kinds = [kind for kind in KINDS if kind in kinds or (kind == "pca" and (basis or save_basis))]
+    if Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"The output folder {os.fspath(out)!r} is a file.")
+    if len(paths) == 1 and holds_metrics(Path(paths[0])):
+        if kinds or model or weights:
+            raise InvalidValueError("Of a run, only its curves are drawn: leave out --model and what to draw.")
+        return Shown({"curves": save_curves(Path(paths[0]), Path(out))}, Failures(), Failures(), False)
     if save_basis:
         check_new(save_basis)
     given = PcaBasis.load(basis) if basis else None
-    if Path(out).exists() and not Path(out).is_dir():
-        raise NotADirectoryError(f"The output folder {os.fspath(out)!r} is a file.")
     if len(paths) == 1 and holds_features(Path(paths[0])):
         if model or weights:
             raise InvalidValueError("A folder of features needs no --model; to run one, give the images instead.")

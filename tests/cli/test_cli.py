@@ -36,7 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dinov2_fast", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-COMMANDS = ("extract", "show", "knn", "linear", "convert", "verify", "export", "info")
+COMMANDS = ("extract", "show", "knn", "linear", "pretrain", "convert", "verify", "export", "info")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
@@ -49,10 +49,11 @@ def test_every_command_prints_its_help(arguments: list[str], capsys: pytest.Capt
     assert not CONTROL_CHARACTERS.search(text)
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", ["extract", "pretrain"])
+def test_help_is_quick_and_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\nfrom dinov2_fast.cli import main\n"
-        "try: main(['extract', '--help'])\n"
+        f"try: main(['{command}', '--help'])\n"
         "except SystemExit: sys.exit(bool({'torch', 'pyarrow', 'transformers', 'triton'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

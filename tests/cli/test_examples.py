@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 
 import dinov2_fast
 from dinov2_fast.cli import EPILOG, convert, main, search, show, verify
+from dinov2_fast.pretraining.config import PretrainingConfig
+from dinov2_fast.pretraining.log import MANIFEST, METRICS
 from tests.helpers.documents import TEXT, example
 
 MODEL = re.compile(r"\bdinov2_vit[sblg]14(_reg)?\b")
@@ -58,6 +61,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "cat.jpg", folder / "dog.jpg")
     arguments = ["show", str(folder / "photos"), "--model", str(checkpoint), "--size", "28", "--out", str(folder)]
     assert main([*arguments, "--save-basis", str(folder / "colours.safetensors")]) == 0
+    (folder / "runs" / "a").mkdir(parents=True)
+    (folder / "runs" / "a" / MANIFEST).write_text(json.dumps({"config": PretrainingConfig().to_dict()}))
+    (folder / "runs" / "a" / METRICS).write_text('{"step": 10, "loss": 9.5}\n')
     return folder
 
 
@@ -73,6 +79,8 @@ def test_an_example_runs(
     monkeypatch.chdir(place)
     if "transformers" in line:
         pytest.importorskip("transformers")
+    if "runs/a" in line:
+        pytest.importorskip("matplotlib")
     arguments = shlex.split(line, comments=True)
     sizes = [] if "--size" in arguments or arguments[0] == "convert" or "features/" in arguments else ["--size", "56"]
     overwrite = ["--overwrite"] if arguments[0] == "convert" else []

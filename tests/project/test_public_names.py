@@ -55,7 +55,7 @@ import torch
 import dinov2_fast
 from dinov2_fast import (
     DinoVisionTransformer, Dinov2Config, Dinov2Model, accelerate, convert_state_dict, create_model, extract, load,
-    load_features, optimize_for_inference, unaccelerate, use_backend,
+    load_features, optimize_for_inference, pretrain, unaccelerate, use_backend,
 )
 
 model: DinoVisionTransformer = load("dinov2_vits14", pretrained=False, seed=1, dtype="bfloat16")
@@ -68,6 +68,7 @@ Dinov2Model(Dinov2Config(hidden_size=384))
 unaccelerate(accelerate(create_model("vit_small_patch14_dinov2", pretrained=True), inference=True, precision="fp32"))
 extract("images", "dinov2_vits14", out="features", batch_size=8)
 load_features("features")
+pretrain("images", out="run", config="tiny", evaluate=("train", "val"))
 with use_backend("torch"):
     optimize_for_inference(model.eval(), precision="fp32")
 
@@ -83,6 +84,7 @@ MISTAKES = {
     "keyword of accelerate": ('accelerate(model, inference=True, precison="fp32")', '"precison"'),
     "keyword of extract": ('extract("images", "dinov2_vits14", outt="features")', '"outt"'),
     "option of extract by position": ('extract("images", "dinov2_vits14", "features")', "Too many positional"),
+    "keyword of pretrain": ('pretrain("images", out="run", confg="tiny")', '"confg"'),
     "options are keyword-only": ('load("dinov2_vits14", "file.pth")', "Too many positional arguments"),
     "keyword of forward_features": ("model.forward_features(x, mask=None)", "No overload variant"),
     "features of a list": ('model.forward_features([x])["x_prenorm"]', "No overload variant"),
