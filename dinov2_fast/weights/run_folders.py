@@ -84,8 +84,13 @@ def find_teacher(folder: Path) -> Path | None:
             f"{folder} holds a pretraining run whose first checkpoint is not complete. Wait until it is, or start the "
             "same run again if it has ended."
         )
-    newest = newest or folder
-    return newest / TEACHER if all((newest / name).is_file() for name in (TEACHER, CONFIG, STATE)) else None
+    teacher = (newest or folder) / TEACHER
+    return teacher if is_teacher(teacher) else None
+
+
+def is_teacher(file: Path) -> bool:
+    """Whether a file is the teacher in a checkpoint of a run, with a config beside it."""
+    return file.name == TEACHER and all(file.with_name(name).is_file() for name in (TEACHER, CONFIG, STATE))
 
 
 def find_damage(folder: Path, names: Collection[str] | None = None) -> str | None:

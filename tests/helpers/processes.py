@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dinov2_fast.pretraining.parallel import start_processes
+
+LONGEST_WAIT = 120  # seconds of a process for another, which may still be importing
 
 
 def run_processes(size: int, folder: Path, function: Callable[..., None], *args: Any) -> None:
@@ -21,7 +24,8 @@ def run_processes(size: int, folder: Path, function: Callable[..., None], *args:
 
 def _run_one(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    group: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=LONGEST_WAIT)}
+    dist.init_process_group("gloo", store=dist.FileStore(store, size), **group)
     with start_processes("cpu") as world:
         function(world, *args)
         world.barrier()

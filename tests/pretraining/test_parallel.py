@@ -201,6 +201,7 @@ def test_a_sum_leaves_the_tensor_of_the_process_and_has_no_gradient(alone: World
         assert not result.requires_grad
 
 
+@pytest.mark.slow
 def test_a_group_of_our_own_ends_with_the_block_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     script = """
 import torch.distributed as dist

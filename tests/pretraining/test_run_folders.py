@@ -56,8 +56,8 @@ def test_the_folder_of_a_run_loads_as_its_newest_teacher(model: dict[str, Any], 
     save(tmp_path, 1, config, world)
     newest, state = save(tmp_path, 2, config, world)
     teacher = teacher_of(state, config)
-    for folder in (tmp_path, newest):
-        loaded = dinov2_fast.load(folder)
+    for place in (tmp_path, newest, newest / "teacher.safetensors"):
+        loaded = dinov2_fast.load(place)
         assert loaded.position_interpolation == config.model.position_interpolation
         assert loaded.loaded_from == str(newest / "teacher.safetensors")
         for size in (42, 56):
