@@ -48,19 +48,19 @@ def make_state(
 ) -> TrainingState:
     """A state after some steps. `is_reversed`: the optimizer has the parameters in the opposite order."""
     torch.manual_seed(seed)
-    networks = [Network(config), Network(config)]
+    student, teacher = Network(config), Network(config)
     with torch.no_grad():
-        for network in networks:
+        for network in (student, teacher):
             for parameter in network.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            shard(network.eval(), config, world, trainable=network is networks[0])
-    parameters = list(networks[0].parameters())
+            shard(network.eval(), config, world, trainable=network is student)
+    parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters[::-1] if is_reversed else parameters, lr=0.01)
     centers = {
         "dino": torch.randn(config.dino_head.prototypes),
         "ibot": torch.randn((config.ibot_head or config.dino_head).prototypes),
     }
-    state = TrainingState(*networks, optimizer, centers)
+    state = TrainingState(student, teacher, optimizer, centers)
     for _ in range(steps):
         state.step()
     return state
