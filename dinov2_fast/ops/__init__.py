@@ -13,7 +13,9 @@ from dinov2_fast.ops.dispatch import apply_environment, set_backend, use_backend
 from dinov2_fast.ops.layer_norm import layer_norm
 from dinov2_fast.ops.linear import linear
 from dinov2_fast.ops.patches import patches
+from dinov2_fast.ops.prototype_loss import prototype_loss
 from dinov2_fast.ops.residual import add_residual, gather_rows
+from dinov2_fast.ops.sinkhorn import sinkhorn
 
 apply_environment()
 
@@ -27,6 +29,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "patches",
+    "prototype_loss",
     "set_backend",
+    "sinkhorn",
     "use_backend",
 ]

@@ -235,14 +235,14 @@ def check_batch(config: PretrainingConfig, processes: int) -> None:
 def _claim(
     folder: Path, config: PretrainingConfig, table: ImageTable, start_from: str | os.PathLike[str] | None
 ) -> None:
-    """Writes what the run is to a new folder; a run that is there must be the same."""
+    """Writes what the run is to a folder without a checkpoint; a run that has one must be the same."""
     path = folder / MANIFEST
     own = {
         "config": config.to_dict(),
         "images": {"count": len(table), "sha256": table.sha256},
         "start_from": None if start_from is None else os.fspath(start_from),
     }
-    if not path.exists():
+    if checkpoint.newest(folder) is None:
         with whole_file(path) as file:
             file.write(json.dumps(own, indent=1).encode())
         return

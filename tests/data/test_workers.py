@@ -256,7 +256,7 @@ def test_shared_memory_is_bounded_in_bytes(images: list[ImageSource], monkeypatc
     for workers, slots in ((1, 5), (4, 8)):
         some = pool._Pool(workers, processor, 10**6, 60, ahead=40)
         assert some._pixels.shape == (slots, 3, 14, 14)
-        check(list(some.decode(iter(images))), images, {})
+        check(list(some.decode((image, 0) for image in images)), images, {})
         some.close()
 
 
