@@ -46,7 +46,8 @@ def convert_checkpoint(
     """Writes a checkpoint in another layout, and compares what was written with the source. A file is whole or absent.
 
     Args:
-        source: one of the eight names, a checkpoint file, a folder that holds one, or a hub id; in any layout.
+        source: one of the eight names, a checkpoint file, a folder that holds one (also that of a pretraining run), or
+            a hub id; in any layout.
         target: a file that ends in ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt``. For the layout
             "huggingface", any other path is a folder for transformers' `from_pretrained`.
         layout: one of `dinov2_fast.layouts.LAYOUTS`.

@@ -13,11 +13,11 @@ DESCRIPTION = """\
 Writes a DINOv2 checkpoint in the layout of another implementation. The layout
 of IN is recognised; nothing in the file is executed.
 
-IN is a checkpoint file, a folder that holds one, a Hugging Face hub id, or one
-of the eight names such as dinov2_vits14. OUT is a file that ends in .safetensors,
-or in .pth, .pt, .bin or .ckpt for PyTorch's format. With --to huggingface OUT
-may be a folder instead, for transformers' from_pretrained (config.json and
-model.safetensors).
+IN is a checkpoint file, a folder that holds one, the folder of a pretraining
+run (its newest teacher), a Hugging Face hub id, or one of the eight names such
+as dinov2_vits14. OUT is a file that ends in .safetensors, or in .pth, .pt, .bin
+or .ckpt for PyTorch's format. With --to huggingface OUT may be a folder instead,
+for transformers' from_pretrained (config.json and model.safetensors).
 
 The file is written whole or not at all. It is read back and compared with IN,
 tensor by tensor. What the new layout cannot hold is listed as lost.

@@ -47,16 +47,17 @@ def load(
 
     Args:
         name_or_path: one of the eight names (``dinov2_vits14`` … ``dinov2_vitg14_reg``), a checkpoint file in any
-            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``). For a
-            file, or without transformers' ``config.json``, heads of 64 channels are assumed; `num_heads` changes that.
+            layout, a folder that holds one, or a Hugging Face hub id (``facebook/dinov2-base``, ``timm/…``). The folder
+            of a pretraining run gives the teacher of its newest checkpoint. For a file, or without ``config.json``,
+            heads of 64 channels are assumed; `num_heads` changes that.
         pretrained: False gives a model of one of the eight names random weights instead of the published ones.
         seed: of the random weights, from 0 to 2147483647. They depend only on it.
         weights: for one of the eight names, a file to load instead of the published weights. ``"random:SEED"`` is the
             same as ``pretrained=False, seed=SEED``.
         device: of the parameters; the CPU by default.
         dtype: of the parameters, also as a name ("bfloat16"); the checkpoint's by default.
-        position_interpolation: how positions are resampled: "offset", "size" or "antialias". The default is the
-            reference's for this kind of model.
+        position_interpolation: how positions are resampled: "offset", "size" or "antialias". The default is what
+            ``config.json`` says, or else the reference's for this kind of model.
         revision: of the hub repository.
         local_files_only: do not use the network.
         **kwargs: arguments of `DinoVisionTransformer` to override, such as `drop_path_rate` or `block_chunks`. For

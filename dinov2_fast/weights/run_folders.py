@@ -23,7 +23,7 @@ STATE = "state.json"
 TEACHER = "teacher.safetensors"
 CONFIG = "config.json"
 PARTS = ".checkpoint-*.part"  # checkpoints that are being written, or that a killed process left
-_NAME = re.compile(r"checkpoint-\d{8,}")
+_NAME = re.compile(r"checkpoint-\d{8}")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -40,8 +40,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     """The checkpoints in the folder of a run, the oldest first. They may be damaged."""
     if not run.is_dir():
         return []
-    found = [path for path in run.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(path for path in run.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def newest_checkpoint(run: Path, names: Collection[str] | None = None) -> Path | None:
@@ -63,12 +62,8 @@ def newest_checkpoint(run: Path, names: Collection[str] | None = None) -> Path |
         reasons.append(f"{folder} is damaged: {reason}")
         logger.warning("%s. It is not used.", reasons[-1])
     if reasons:
-        raise WeightsError(
-            f"No checkpoint of {run} can be used:\n  - "
-            + "\n  - ".join(reasons)
-            + "\nCheck the disk. If the files are "
-            "lost, delete these folders."
-        )
+        listed = "".join(f"\n  - {reason}" for reason in reasons)
+        raise WeightsError(f"No checkpoint of {run} can be used:{listed}\nCheck the disk, or delete these folders.")
     return None
 
 
@@ -84,8 +79,13 @@ def find_teacher(folder: Path) -> Path | None:
             f"{folder} holds a pretraining run whose first checkpoint is not complete. Wait until it is, or start the "
             "same run again if it has ended."
         )
-    newest = newest or folder
-    return newest / TEACHER if all((newest / name).is_file() for name in (TEACHER, CONFIG, STATE)) else None
+    teacher = (newest or folder) / TEACHER
+    return teacher if is_teacher(teacher) else None
+
+
+def is_teacher(file: Path) -> bool:
+    """Whether a file is the teacher in a checkpoint of a run, with a config beside it."""
+    return file.name == TEACHER and all(file.with_name(name).is_file() for name in (TEACHER, CONFIG, STATE))
 
 
 def find_damage(folder: Path, names: Collection[str] | None = None) -> str | None:

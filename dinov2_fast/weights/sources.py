@@ -26,7 +26,7 @@ from dinov2_fast.environment import cache_dir
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.logs import logger
 from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, is_pickle, shards
-from dinov2_fast.weights.run_folders import find_teacher
+from dinov2_fast.weights.run_folders import find_teacher, is_teacher
 from dinov2_fast.weights.save import part_of
 
 # The usual names of weights in a folder or a hub repository, best first.
@@ -236,7 +236,7 @@ def find_checkpoint(name: str, options: SourceOptions = _DEFAULT_OPTIONS) -> Che
     if path.is_dir():
         return find_in_folder(path / (options.subfolder or ""), options)
     if path.is_file() or path.suffix in SAFETENSORS + TORCH:
-        return Checkpoint(path, None)
+        return Checkpoint(path, path.with_name(CONFIG_NAME) if is_teacher(path) else None)
     if _HUB_ID.fullmatch(name):
         return find_on_hub(name, options)
     raise WeightsError(f"{name!r} is no file or folder here, and no hub id (owner/name).")
