@@ -55,6 +55,14 @@ def newest(out: Path) -> Path | None:
     return run_folders.newest_checkpoint(out)
 
 
+def agree_on_newest(out: Path, world: World) -> Path | None:
+    """`newest` in the main process, which alone reads the files. Every process calls it and gets the same."""
+    found = newest(out) if world.is_main else None
+    step = -1 if found is None else int(found.name.rpartition("-")[2])
+    step = int(world.sum(torch.tensor(step if world.is_main else 0, device=world.device)))
+    return None if step < 0 else run_folders.checkpoint_folder(out, step)
+
+
 def read_heads(folder: Path) -> dict[str, Tensor]:
     """The teacher's heads in the newest checkpoint of a run, or in a checkpoint: ``dino_head.…`` and ``ibot_head.…``.
 

@@ -26,7 +26,7 @@ from dinov2_fast.pretraining import checkpoint
 from dinov2_fast.pretraining.batches import CropLoader
 from dinov2_fast.pretraining.config import PretrainingConfig, difference, warnings
 from dinov2_fast.pretraining.log import MANIFEST, CollapseWatch, MetricsFile, StepReport
-from dinov2_fast.pretraining.parallel import World, start_processes
+from dinov2_fast.pretraining.parallel import start_processes
 from dinov2_fast.pretraining.presets import read_config
 from dinov2_fast.pretraining.sources import ImageTable
 from dinov2_fast.pretraining.trainer import Trainer
@@ -115,12 +115,15 @@ def pretrain(
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder, (1, 1)))
-            _claim(folder, settings, table, start_from)
             for sentence in warnings(settings, len(table)):
                 logger.warning(sentence)
-        world.barrier()
+            for labelled in evaluate or ():
+                require_images(labelled)
+        newest = checkpoint.agree_on_newest(folder, world)
+        if world.is_main:
+            _claim(folder, newest, settings, table, start_from)
         stack.enter_context(_forked_generators(world.device))
-        trainer = Trainer(folder, settings, world, start_from)
+        trainer = Trainer(folder, newest, settings, world, start_from)
         loader = CropLoader(
             table,
             settings,
@@ -132,11 +135,12 @@ def pretrain(
             max_seconds=max_seconds,
         )
         stack.enter_context(closing(loader))
-        return _train(trainer, loader, len(table), evaluate, progress, stop)
+        return _train(trainer, newest, loader, len(table), evaluate, progress, stop)
 
 
 def _train(
     trainer: Trainer,
+    newest: Path | None,
     batches: CropLoader,
     n_images: int,
     evaluate: tuple[str, str] | None,
@@ -145,7 +149,7 @@ def _train(
 ) -> End:
     """Does the steps that are left."""
     run, world, first_step = trainer.config.run, trainer.world, trainer.step
-    failures, newest, begin = Failures(), checkpoint.newest(trainer.folder), time.perf_counter()
+    failures, begin = Failures(), time.perf_counter()
     with _Reporter(trainer, progress) as reporter:
         while trainer.step < run.steps:
             waits = time.perf_counter()
@@ -161,7 +165,7 @@ def _train(
             if is_last or is_evaluated or metrics["stop"] or trainer.step % run.save_every == 0:
                 newest = trainer.save()
             if evaluate is not None and is_evaluated:
-                metrics |= _evaluate(newest, evaluate, world)
+                metrics |= _evaluate(newest, evaluate, trainer)
             if is_logged or is_evaluated:
                 reporter.report(metrics)
             if metrics["stop"]:
@@ -183,11 +187,12 @@ def _train(
     )
 
 
-def _evaluate(folder: Path | None, sets: tuple[str, str], world: World) -> dict[str, float]:
+def _evaluate(folder: Path | None, sets: tuple[str, str], trainer: Trainer) -> dict[str, float]:
     """The accuracy of k-NN on the teacher of a checkpoint, in the main process; the others wait."""
-    found = {}
+    found, world = {}, trainer.world
     if world.is_main:
-        options = ModelOptions(model=str(folder), device=str(world.device))
+        size = trainer.config.crops.global_size
+        options = ModelOptions(model=str(folder), size=size, device=str(world.device))
         _, accuracies = evaluate_knn(*sets, options=options)
         found = {f"knn/{k}": accuracy.top1 for k, accuracy in accuracies[None].items()}
     world.barrier()
@@ -250,7 +255,11 @@ def check_batch(config: PretrainingConfig, processes: int) -> None:
 
 
 def _claim(
-    folder: Path, config: PretrainingConfig, table: ImageTable, start_from: str | os.PathLike[str] | None
+    folder: Path,
+    newest: Path | None,
+    config: PretrainingConfig,
+    table: ImageTable,
+    start_from: str | os.PathLike[str] | None,
 ) -> None:
     """Writes what the run is to a folder without a checkpoint; a run that has one must be the same."""
     path = folder / MANIFEST
@@ -259,7 +268,7 @@ def _claim(
         "images": {"count": len(table), "sha256": table.sha256},
         "start_from": None if start_from is None else os.fspath(start_from),
     }
-    if checkpoint.newest(folder) is None:
+    if newest is None:
         with whole_file(path) as file:
             file.write(json.dumps(own, indent=1).encode())
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,16 +39,21 @@ class Trainer:
     """Networks, optimizer and the number of steps that are done.
 
     Args:
-        folder: of the checkpoints; the newest is restored if there is one.
+        folder: of the checkpoints.
+        newest: the one to continue from, if there is one.
         config, world: of the run.
         start_from: see :func:`.run.pretrain`.
     """
 
     def __init__(
-        self, folder: Path, config: PretrainingConfig, world: World, start_from: str | os.PathLike[str] | None
+        self,
+        folder: Path,
+        newest: Path | None,
+        config: PretrainingConfig,
+        world: World,
+        start_from: str | os.PathLike[str] | None = None,
     ) -> None:
         self.folder, self.config, self.world = folder, config, world
-        newest = checkpoint.newest(folder)
         student, teacher = make_networks(config, start_from if newest is None else None)
         for network in (student, teacher):
             network.to(world.device)
@@ -135,7 +141,8 @@ class Trainer:
 
     def _backward(self, views: list[Views], targets: StepTargets) -> dict[str, Tensor]:
         """Adds up the gradients of all parts, and returns their mean losses."""
-        run, student = self.config.run, self.method.student
+        run = self.config.run
+        student: Any = self.method.student  # that it is sharded (an `FSDPModule`), its class does not say
         means: dict[str, Tensor] = {}
         first = self.world.rank * sum(each.n_images for each in views)
         for number, (view, target) in enumerate(zip(views, targets.split(views), strict=True)):

@@ -82,7 +82,7 @@ def test_three_steps(results: Callable[[str], dict[str, Any]], tmp_path: Path, m
     monkeypatch.setattr(trainer, "apply_colours", lambda crops, *_: crops)
     monkeypatch.setattr(trainer, "batch_masks", lambda _config, _seed, step, **_: load_views(step).masks.numpy())
     with start_processes("cpu") as world:
-        ours = trainer.Trainer(tmp_path, make_config(golden.STEPS_CASE), world, None)
+        ours = trainer.Trainer(tmp_path, None, make_config(golden.STEPS_CASE), world)
         for step, (losses, norms) in enumerate(zip(theirs["losses"], theirs["norms"], strict=True)):
             metrics = ours.do_step(load_batch(step))
             assert entering(metrics) == pytest.approx(losses, rel=LOSS_TOLERANCE)
