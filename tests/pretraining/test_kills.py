@@ -1,0 +1,72 @@
+"""A run that is killed again and again ends with the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from dinov2_fast.pretraining.log import read_metrics
+from dinov2_fast.pretraining.run import pretrain
+from tests.helpers.pretraining import make_images, small_config, stored_tensors
+
+KILLS = 20
+STEPS = 40
+MEASURED = ("images_per_second", "data_wait")
+CONFIG = small_config(run={"steps": STEPS, "save_every": 1})  # so that a save is always near
+
+
+def train(images: Path, out: Path, seconds: float | None) -> None:
+    """Runs in a process of its own, which kills itself so many seconds after the beginning."""
+    torch.set_num_threads(1)
+    if seconds is not None:
+        threading.Thread(target=kill_after, args=(seconds,), daemon=True).start()
+    pretrain(images, out=out, config=CONFIG, device="cpu")
+
+
+def kill_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images")
+    context = multiprocessing.get_context("forkserver")  # so that each process need not import torch
+    context.set_forkserver_preload([__name__, "dinov2_fast.pretraining.run"])
+    rng, killed = Random(0), 0
+
+    def live(out: str, seconds: float | None) -> int | None:
+        process = context.Process(target=train, args=(images, tmp_path / out, seconds))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    begin = time.perf_counter()
+    assert live("whole", None) == 0
+    longest = (time.perf_counter() - begin) / 8
+    while killed < KILLS:
+        code = live("killed", rng.uniform(0, longest))
+        assert code == -signal.SIGKILL  # 0: the run was complete before it could be killed so often
+        killed += 1
+    assert live("killed", None) == 0
+    last = f"checkpoint-{STEPS:08}"
+    expected, found = stored_tensors(tmp_path / "whole" / last), stored_tensors(tmp_path / "killed" / last)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    ends = [
+        [{name: value for name, value in line.items() if name not in MEASURED} for line in read_metrics(tmp_path / out)]
+        for out in ("whole", "killed")
+    ]
+    assert ends[0] == ends[1]
+    assert sorted(path.name for path in (tmp_path / "killed").glob("*checkpoint*")) == [
+        f"checkpoint-{STEPS - 1:08}",
+        last,
+    ]
