@@ -23,7 +23,7 @@ from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.activation import into_e4m3
 from dinov2_fast.ops.dispatch import Op, refuse_gradient
 from dinov2_fast.ops.implementation import Implementation, records_gradient
-from dinov2_fast.torch_private import softmax_backward
+from dinov2_fast.torch_private import is_traced, softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # of the Triton kernels
 
@@ -78,7 +78,7 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
 
 
 def attention_torch(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
-    if qkv.device.type == "cpu" and qkv.dtype in _backends.HALF and records_gradient([qkv]):
+    if not is_traced() and qkv.device.type == "cpu" and qkv.dtype in _backends.HALF and records_gradient([qkv]):
         # In half precision torch's gradient takes 4 to 11 times as long (10 to 50 tokens, torch 2.11, an AMD EPYC with
         # AVX-512), and 1.4 times at 257 tokens.
         return attention_torch(qkv.float(), seq_lens, dropout_p, scale).to(qkv.dtype)
