@@ -91,7 +91,7 @@ class Dinov2Module(nn.Module):
 
     def backends(self) -> list[BackendChoice]:
         """For each op: which implementation runs for this model's device, dtype and mode, and why not the others."""
-        return backend_choices(self.device, self.dtype, self.training, only_trainable=True)
+        return backend_choices(self.device, self.dtype, self.training, in_model=True)
 
     def __prepare_scriptable__(self) -> Any:
         """Refuses torch.jit.script, which calls this method first."""

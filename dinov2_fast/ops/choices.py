@@ -40,19 +40,20 @@ def backend_choices(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     training: bool = False,
-    only_trainable: bool = False,
+    in_model: bool = False,
 ) -> list[BackendChoice]:
     """What runs each form of each op on this device, in this dtype and mode.
 
     The ops are asked with fake tensors, so no device is touched or needed. With e4m3 as `dtype`, only the forms that
-    read or write e4m3 are listed. `only_trainable` leaves out the ops that only the inference engine uses.
+    read or write e4m3 are listed. `in_model` leaves out the ops that only the inference engine or pretraining use.
     """
     choices: list[BackendChoice] = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
         for op in all_ops().values():
             for form, sample in op.sample_inputs.items():
                 args = sample(torch.device(device), dtype)
-                if args is not None and (op.has_backward or not (training or only_trainable)):
+                is_used = op.has_backward and op.in_model if in_model else op.has_backward or not training
+                if args is not None and is_used:
                     choices.append(_choice(op, form, dtype, _recorded(args, training)))
     return choices
 

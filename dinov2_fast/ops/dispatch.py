@@ -72,12 +72,13 @@ class Op:
 
     `sample_inputs` has a function for each form of the op. It makes the arguments of a ViT-S on a device and in a
     dtype, which `choices` uses to ask what would run. For e4m3 these are arguments with which the form reads or writes
-    e4m3, or None if it does neither.
+    e4m3, or None if it does neither. `in_model` is False for an op of pretraining that can be differentiated.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
     sample_inputs: dict[str, Callable[[torch.device, torch.dtype], tuple[Any, ...] | None]]
+    in_model: bool = True
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class Op:
 
     @property
     def has_backward(self) -> bool:
-        """Whether any implementation can be differentiated. Only the inference engine uses the other ops."""
+        """Whether any implementation can be differentiated. The model uses no other ops."""
         return any(implementation.has_backward for implementation in self.implementations)
 
     def backends(self, form: str | None = None, dtype: torch.dtype | None = None) -> list[str]:

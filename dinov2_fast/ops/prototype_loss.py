@@ -203,4 +203,5 @@ PROTOTYPE_LOSS = Op(
     "prototype_loss",
     (Implementation("torch", prototype_loss_torch),),
     {"prototype_loss": _sample},
+    in_model=False,
 )

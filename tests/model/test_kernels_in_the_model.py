@@ -96,7 +96,8 @@ def test_gradients_of_lists_with_subsets_obey_the_rule() -> None:
             found[backend] = _gradients(model, images)
     exact = _gradients(copy.deepcopy(model).double(), [x.double() for x in images])
     for key, ref in exact.items():
-        reference.assert_obeys_rule(found["triton"][key], ref, found["torch"][key])
+        # torch's worst element of a small gradient depends on the CPU's products: 1.2e-8 on one, 2e-8 on another.
+        reference.assert_obeys_rule(found["triton"][key], ref, found["torch"][key], largest_error=4)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
