@@ -42,7 +42,9 @@ class Preparation(Protocol):
     Worker processes need one `output_shape` and `output_dtype` for all arrays.
     """
 
-    background: str | None  # the colour behind transparent pixels; None drops alpha
+    @property
+    def background(self) -> str | None:
+        """The colour behind transparent pixels; None drops alpha."""
 
     @property
     def output_shape(self) -> tuple[int, ...]: ...

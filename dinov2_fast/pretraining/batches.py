@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinov2_fast.data.batches import Failures, NothingReadError
-from dinov2_fast.data.decoding import decode
 from dinov2_fast.data.images import MAX_PIXELS
+from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.data.workers import MAX_SECONDS, Task, prepare_all
 from dinov2_fast.pretraining.colours import Colours, draw_colours
 from dinov2_fast.pretraining.config import PretrainingConfig
@@ -70,10 +71,13 @@ class CropLoader:
     ) -> None:
         self._table, self._config, self._crops = table, config, Crops(config.crops)
         self._images = config.run.batch_size // size
-        self._max_pixels = max_pixels
         self._positions = self._all_positions(first_step, rank)
+        self._asked: deque[tuple[int, int]] = deque()  # position and attempt of each task without an answer, in order
+        self._again: deque[tuple[int, int]] = deque()  # of the tasks that come next
+        self._values: dict[int, NDArray[np.uint8]] = {}  # by position
+        self._failures: dict[int, list[tuple[str, str]]] = {}  # by position
         self._prepared = prepare_all(
-            (self._task(position) for position in self._all_positions(first_step, rank)),
+            self._tasks(self._all_positions(first_step, rank)),
             self._crops,
             max_pixels=max_pixels,
             max_seconds=max_seconds,
@@ -86,11 +90,17 @@ class CropLoader:
             first = step * self._config.run.batch_size + rank * self._images
             yield from range(first, first + self._images)
 
-    def _task(self, position: int, attempt: int = 0) -> Task:
-        """The image for a position, and the seed of its crops. Attempt 0 is the image in the order of the run."""
+    def _tasks(self, positions: Iterator[int]) -> Iterator[Task]:
+        """An image for each position, and the seed of its crops. Another try comes before the next position."""
+        while True:
+            position, attempt = self._again.popleft() if self._again else (next(positions), 0)
+            self._asked.append((position, attempt))
+            yield self._source(position, attempt), mix(self._config.run.seed, position)
+
+    def _source(self, position: int, attempt: int) -> ImageSource:
+        """The image for a position: attempt 0 is the one in the order of the run, others take its place."""
         seed, n_images = self._config.run.seed, len(self._table)
-        number = image_at(seed, position, n_images) if attempt == 0 else mix(seed, position, attempt) % n_images
-        return self._table[number], mix(seed, position)
+        return self._table[mix(seed, position, attempt) % n_images if attempt else image_at(seed, position, n_images)]
 
     def __iter__(self) -> Iterator[CropBatch]:
         return self
@@ -102,33 +112,37 @@ class CropLoader:
             NothingReadError: no image for a position could be read in 100 attempts.
             InvalidStateError: a worker cannot start.
         """
-        failures: list[tuple[str, str]] = []
         positions = list(islice(self._positions, self._images))
-        values = np.stack([self._values(position, failures) for position in positions])
-        global_crops, local_crops = (
-            torch.from_numpy(np.ascontiguousarray(crops.swapaxes(0, 1))) for crops in self._crops.split(values)
-        )
+        for position in positions:
+            while position not in self._values:
+                self._receive()
+        images = [self._crops.split(self._values.pop(position)) for position in positions]
+        global_crops, local_crops = (torch.from_numpy(np.stack(crops, axis=1)) for crops in zip(*images, strict=True))
+        failures = [each for position in positions for each in self._failures.pop(position, [])]
         seeds = [mix(self._config.run.seed, position) for position in positions]
         colours = list(zip(*[draw_colours(seed, self._config.crops) for seed in seeds], strict=True))  # by crop
         flat = [each for crop in colours for each in crop]
         n_global = 2 * len(positions)
         return CropBatch(global_crops, local_crops, flat[:n_global], flat[n_global:], failures)
 
-    def _values(self, position: int, failures: list[tuple[str, str]]) -> NDArray[np.uint8]:
-        """All crops of the image at a position, or of the first one in its place that can be read."""
-        prepared, here = next(self._prepared), Failures()
-        for attempt in range(1, MOST_ATTEMPTS + 1):
-            if prepared.pixels is not None:
-                return prepared.pixels
-            source, _ = self._task(position, attempt - 1)
-            failures.append((source.path, str(prepared.error)))
-            here.add(source.path, str(prepared.error))
-            source, seed = self._task(position, attempt)
-            prepared = decode(source, self._crops, self._max_pixels, number=seed)
-        raise NothingReadError(
-            f"{MOST_ATTEMPTS} images in a row could not be read:\n{here}\nSee that their disk or server can be "
-            "reached, and run the same command again."
-        )
+    def _receive(self) -> None:
+        """Takes the next answer. An image that cannot be read is replaced by another one."""
+        prepared = next(self._prepared)
+        position, attempt = self._asked.popleft()
+        if prepared.pixels is not None:
+            self._values[position] = prepared.pixels
+            return
+        failures = self._failures.setdefault(position, [])
+        failures.append((self._source(position, attempt).path, str(prepared.error)))
+        if len(failures) == MOST_ATTEMPTS:
+            found = Failures()
+            for failure in failures:
+                found.add(*failure)
+            raise NothingReadError(
+                f"{MOST_ATTEMPTS} images in a row could not be read:\n{found}\nSee that their disk or server can be "
+                "reached, and run the same command again."
+            )
+        self._again.append((position, attempt + 1))
 
     def close(self) -> None:
         """Ends the worker processes."""

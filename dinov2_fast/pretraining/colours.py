@@ -29,6 +29,7 @@ _GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue
 _BLUR_RADIUS = 4  # pixels: a kernel of 9, whatever the size of the crop
 _SIGMA = (0.1, 2.0)  # pixels
 _SOLARIZE_FROM = 128 / 255
+_TINY = 1e-30  # divides a chroma of 0; no other chroma is as small
 _JITTER = (0.4, 0.4, 0.2, 0.1)  # of brightness, contrast, saturation, hue
 
 
@@ -88,7 +89,7 @@ def apply_colours(crops: Tensor, colours: Sequence[Colours], dtype: torch.dtype 
     blurred = [row for row, each in enumerate(colours) if each.sigma]
     _change(x, blurred, gaussian_blur, [colours[row].sigma for row in blurred])
     _change(x, [row for row, each in enumerate(colours) if each.solarize], solarize)
-    mean, std = (torch.tensor(each, device=x.device).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (_on_device(each, x).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     return x.sub_(mean).div_(std).to(dtype).view(crops.shape)
 
 
@@ -98,8 +99,12 @@ def _change(
     """Replaces rows of `x` by what `change` makes of them and their values, (rows, 1, 1, 1)."""
     if rows:
         index = torch.tensor(rows).to(x.device, non_blocking=True)
-        factors = torch.tensor(values, dtype=x.dtype).view(-1, 1, 1, 1).to(x.device, non_blocking=True)
-        x.index_copy_(0, index, change(x.index_select(0, index), factors))
+        x.index_copy_(0, index, change(x.index_select(0, index), _on_device(values, x).view(-1, 1, 1, 1)))
+
+
+def _on_device(values: Sequence[float], x: Tensor) -> Tensor:
+    """The values on the device of `x`, which does not wait for what the device does."""
+    return torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
 
 
 def to_grey(x: Tensor) -> Tensor:
@@ -126,24 +131,19 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` turns, with saturation and value of HSV as they are.
 
-    With hue h in sixths of a turn, a channel of (value v, chroma c) is v - c * clamp(min(k, 4 - k), 0, 1), where
+    With hue h in sixths of a turn, a channel of (value v, chroma c) is v - c * clamp(2 - |k - 2|, 0, 1), where
     k = (n + h) mod 6 and n = 5, 3, 1 for red, green and blue.
     """
     red, green, blue = x.unbind(dim=1)
-    value, lowest = x.amax(dim=1), x.amin(dim=1)
-    chroma = value - lowest
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    hue += 6 * shift.squeeze(1)
-    channels = []
-    for offset in (5, 3, 1):
-        k = (hue + offset).remainder_(6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    from_green, from_blue = torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)
+    hue = torch.where(value == red, green - blue, torch.where(value == green, from_green, from_blue))
+    turns = hue.div_(chroma.clamp(min=_TINY)).div_(6).add_(shift.squeeze(1) + 1)
+    offsets = (torch.arange(5, 0, -2, device=x.device) / 6).view(3, 1, 1)
+    k = (turns.unsqueeze(1) + offsets).frac_().mul_(6)
+    share = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(1), share, chroma.unsqueeze(1), value=-1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:

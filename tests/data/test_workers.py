@@ -23,7 +23,7 @@ from dinov2_fast.data import workers as pool
 from dinov2_fast.data.decoding import Decoded, decode
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.sources import ImageSource
-from dinov2_fast.data.workers import decode_all
+from dinov2_fast.data.workers import decode_all, prepare_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +70,21 @@ class Sabotaged(Dinov2ImageProcessor):
         found = done.exists()
         done.touch()
         return found
+
+
+class Numbers:
+    """Makes an array of the number of the task and the width of the image; ends the worker once at the number 1003."""
+
+    background, output_shape, output_dtype = None, (2,), np.dtype(np.int64)
+
+    def __init__(self, folder: Path) -> None:
+        self.done = folder / "done"
+
+    def prepare(self, image: Image.Image, number: int) -> Any:
+        if number == 1003 and not self.done.exists():
+            self.done.touch()
+            os._exit(9)
+        return np.array([number, image.width])
 
 
 def check(found: list[Decoded], images: list[ImageSource], bad: dict[int, str]) -> None:
@@ -140,6 +155,17 @@ def test_a_failure_that_happens_once_costs_no_image(images: list[ImageSource], t
     processor = Sabotaged(what, (20, 25), once=tmp_path)
     check(list(decode_all(images, processor, workers=2, max_seconds=1.5)), images, {})
     assert sorted(os.listdir(tmp_path / "done")) == ["20", "25"]
+
+
+def test_each_task_has_its_number_also_after_a_death(images: list[ImageSource], tmp_path: Path) -> None:
+    tasks = [(image, 1000 + index) for index, image in enumerate(images)]
+    found = list(prepare_all(tasks, Numbers(tmp_path), workers=1, ahead=5))
+    assert [image.error for image in found] == [None] * 12
+    assert np.array_equal(
+        np.stack([image.pixels for image in found if image.pixels is not None]),
+        [(1000 + index, 20 + index) for index in range(12)],
+    )
+    assert (tmp_path / "done").exists()
 
 
 def test_time_in_which_the_job_was_stopped_does_not_count(

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields
-from itertools import islice
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dinov2_fast.data.batches import NothingReadError
+from dinov2_fast.data.decoding import Decoded, Preparation, decode
+from dinov2_fast.data.images import decode_image
 from dinov2_fast.data.sources import find_images
+from dinov2_fast.data.workers import Task
 from dinov2_fast.pretraining import batches as module
 from dinov2_fast.pretraining.batches import CropBatch, CropLoader
+from dinov2_fast.pretraining.colours import draw_colours
+from dinov2_fast.pretraining.crops import Crops
+from dinov2_fast.pretraining.order import image_at, mix
 from dinov2_fast.pretraining.sources import ImageTable
 from tests.helpers.pretraining import make_images, small_config
 
@@ -68,6 +77,23 @@ def test_a_batch_has_the_crops_and_colours_of_its_images(table: ImageTable) -> N
     assert (len(batch.global_colours), len(batch.local_colours), batch.failures) == (12, 12, [])
 
 
+@pytest.mark.parametrize(("n_images", "seed"), [(10, 0), (4, 0), (1, 0), (10, 1)])
+def test_a_position_has_an_image_and_random_numbers_of_its_own(table: ImageTable, n_images: int, seed: int) -> None:
+    """Also where there are fewer images than a batch has."""
+    some, config = ImageTable(table[number] for number in range(n_images)), CONFIG.updated({"run": {"seed": seed}})
+    crops = Crops(config.crops)
+    with closing(CropLoader(some, config)) as loader:
+        for step, batch in enumerate(islice(loader, 2)):
+            for row in range(6):
+                position = 6 * step + row
+                path, own = some[image_at(seed, position, n_images)].path, mix(seed, position)
+                expected = crops.split(crops.prepare(decode_image(Path(path).read_bytes()), own))
+                assert np.array_equal(expected[0], batch.global_crops[:, row])
+                assert np.array_equal(expected[1], batch.local_crops[:, row])
+                colours = [*batch.global_colours[row::6], *batch.local_colours[row::6]]
+                assert colours == draw_colours(own, config.crops)
+
+
 def test_a_stream_that_begins_at_a_step_is_the_rest_of_the_whole(table: ImageTable) -> None:
     assert_same(read(table, 5)[3:], read(table, 2, first_step=3))
 
@@ -99,17 +125,46 @@ def test_an_image_that_cannot_be_read_is_replaced_and_no_other_position_changes(
         for row in range(6)
         if not torch.equal(one.global_crops[:, row], other.global_crops[:, row])
     ]
-    at = [position for position in range(30) if module.image_at(0, position, len(table)) == number]
+    at = [position for position in range(30) if image_at(0, position, len(table)) == number]
     assert changed == at
     failures = [failure for batch in replaced for failure in batch.failures]
     assert len(failures) >= 3
     assert all(path.endswith("4.png") and "truncated" in reason for path, reason in failures)
 
 
-def test_one_image_fills_a_batch(table: ImageTable, tmp_path: Path) -> None:
-    one = ImageTable(find_images(make_images(tmp_path, 1)))
-    (batch,) = read(one, 1)
-    assert len({batch.global_crops[0, row].numpy().tobytes() for row in range(6)}) == 6
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_workers_alone_touch_images_also_those_in_the_place_of_others(
+    table: ImageTable, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So an image that ends a worker, or takes for ever, costs no more than one that cannot be read."""
+    deadly = {table[number].path for number in (2, 4, 7)}
+    expected: list[tuple[str, str]] = []
+
+    def workers(tasks: Iterator[Task], preparation: Preparation, **_: Any) -> Iterator[Decoded]:
+        asked = deque(islice(tasks, ahead))
+        while True:
+            image, number = asked.popleft()
+            is_deadly = image.path in deadly
+            yield Decoded(error="ended") if is_deadly else decode(image, preparation, number=number)
+            asked.append(next(tasks))
+
+    monkeypatch.setattr(module, "prepare_all", workers)
+    found = read(table, 4)
+    for position in range(24):
+        attempts = (mix(0, position, attempt) % 10 for attempt in count(1))
+        numbers = takewhile(lambda number: table[number].path in deadly, chain([image_at(0, position, 10)], attempts))
+        expected += [(table[number].path, "ended") for number in numbers]
+    assert [failure for batch in found for failure in batch.failures] == expected
+    assert len(expected) > sum(image_at(0, position, 10) in (2, 4, 7) for position in range(24)) > 0
+
+
+def test_a_worker_that_is_killed_changes_nothing(table: ImageTable) -> None:
+    with closing(CropLoader(table, CONFIG, workers=2)) as loader:
+        found = list(islice(loader, 1))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        found += islice(loader, 3)
+    assert_same(found, read(table, 4))
 
 
 def test_nothing_that_can_be_read_is_an_error_with_the_reasons(tmp_path: Path) -> None:
@@ -119,9 +174,16 @@ def test_nothing_that_can_be_read_is_an_error_with_the_reasons(tmp_path: Path) -
         read(ImageTable(find_images(tmp_path)), 1)
 
 
+def test_images_above_the_limit_cannot_be_read(table: ImageTable) -> None:
+    with pytest.raises(NothingReadError, match="too large"):
+        read(ImageTable([table[9]] * 2), 1, max_pixels=0)
+
+
 def test_closing_ends_the_workers(table: ImageTable) -> None:
-    loader: Iterator[CropBatch] = CropLoader(table, CONFIG, workers=1)
+    loader = CropLoader(table, CONFIG, workers=1)
     next(loader)
-    loader.close()  # type: ignore[attr-defined]
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert multiprocessing.active_children() == []
     with pytest.raises(StopIteration):
         next(loader)
