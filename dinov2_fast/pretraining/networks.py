@@ -1,14 +1,15 @@
 """What one step of DINOv2's pretraining computes (Oquab et al., arXiv:2304.07193, section 4).
 
 An image is cut into two global crops A and B and several local crops. The teacher sees A and B whole. The student sees
-all crops, and half of its global crops have masked patches. The student learns to say what the teacher says:
+all crops, and half of its global crops have masked patches. A head turns a token into a distribution over prototypes:
 
-    DINO    the class token of each crop predicts the teacher's class token of the other global crop
-    iBOT    a masked patch predicts the teacher's patch in the same place
+    DINO    the class token of each crop predicts the teacher's distribution for the class token of A, and of B, but
+            not that of its own crop
+    iBOT    a masked patch predicts the teacher's distribution for the same patch
     KoLeo   the class tokens of different images keep a distance
 
-To say something is to distribute a token over prototypes; the targets are the teacher's distributions, balanced over
-the batch. Gradients train the student, and the teacher follows as the exponential moving average of the student.
+The teacher's distributions, the targets, are balanced over the batch. Gradients train the student, and the teacher is
+the exponential moving average of the student.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.ops.prototype_loss import Targets
-from dinov2_fast.position_embeddings import position_interpolation
+from dinov2_fast.pretraining.backbone import make_backbone
 from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.heads import DinoHead
 from dinov2_fast.pretraining.losses import dino_losses, ibot_loss, koleo_loss
@@ -54,7 +54,7 @@ class Views:
 
 
 class Projections(NamedTuple):
-    """What a network says of some images: tokens after the heads, with the prototypes of the heads."""
+    """The outputs of a network for some images: tokens after the heads, and the prototypes of the heads."""
 
     cls_before_head: Tensor  # (2, images, hidden), of the global crops
     cls: Tensor  # (crops, images, bottleneck): the global crops, then the local ones
@@ -123,15 +123,15 @@ class Pretraining:
     @torch.no_grad()
     def targets(self, views: list[Views], temperature: float) -> tuple[StepTargets, list[Tensor]]:
         """The targets of a whole batch, which is given in parts, and the centres for the next step."""
-        said = [self.teacher(each.global_crops, None, None, each.masked) for each in views]
-        cls = torch.cat([each.cls for each in said], dim=1)
-        patches = torch.cat([each.patches for each in said])[None]
-        cls_targets, cls_center = self._balance(cls, said[0].cls_prototypes, temperature, 0)
-        patch_targets, patch_center = self._balance(patches, said[0].patch_prototypes, temperature, 1)
+        parts = [self.teacher(each.global_crops, None, None, each.masked) for each in views]
+        cls = torch.cat([each.cls for each in parts], dim=1)
+        patches = torch.cat([each.patches for each in parts])[None]
+        cls_targets, cls_center = self._balance(cls, parts[0].cls_prototypes, temperature, self.centers[0])
+        patch_targets, patch_center = self._balance(patches, parts[0].patch_prototypes, temperature, self.centers[1])
         return StepTargets(cls_targets, patch_targets), [cls_center, patch_center]
 
-    def _balance(self, z: Tensor, prototypes: Tensor, temperature: float, which: int) -> tuple[Targets, Tensor]:
-        center = self.centers[which]
+    def _balance(self, z: Tensor, prototypes: Tensor, temperature: float, center: Tensor) -> tuple[Targets, Tensor]:
+        """The targets of tokens, and the centre for the next step."""
         if self.config.losses.centering == "sinkhorn_knopp":
             return sinkhorn_targets(z, prototypes, temperature, self.world.logsumexp), center
         targets = centered_targets(z, prototypes, temperature, center)
@@ -141,51 +141,26 @@ class Pretraining:
     def losses(self, views: Views, targets: StepTargets) -> dict[str, Tensor]:
         """The losses of a part of the batch: "loss", which is trained, and the unweighted parts that it is made of."""
         weights, temperature = self.config.losses, self.config.losses.student_temperature
-        said = self.student(views.global_crops, views.local_crops, views.masks, views.masked)
-        dino_global, dino_local = dino_losses(said.cls, said.cls_prototypes, targets.cls, temperature)
+        outputs = self.student(views.global_crops, views.local_crops, views.masks, views.masked)
+        dino_global, dino_local = dino_losses(outputs.cls, outputs.cls_prototypes, targets.cls, temperature)
         ibot = ibot_loss(
-            said.patches, said.patch_prototypes, targets.patches, views.mask_weights, 2 * views.n_images, temperature
+            outputs.patches,
+            outputs.patch_prototypes,
+            targets.patches,
+            views.mask_weights,
+            2 * views.n_images,
+            temperature,
         )
         group = self.config.koleo_group
-        koleo = koleo_loss(said.cls_before_head.unflatten(1, (-1, group)).flatten(0, 1)) * group / views.n_images
+        koleo = koleo_loss(outputs.cls_before_head.unflatten(1, (-1, group)).flatten(0, 1)) * group / views.n_images
         loss = weights.dino * (dino_global + dino_local) + weights.ibot * ibot + weights.koleo * koleo
-        return {
-            "loss": loss,
-            "dino_global": dino_global,
-            "dino_local": dino_local,
-            "ibot": ibot,
-            "koleo": koleo,
-        }
+        return {"loss": loss, "dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, for each parameter."""
         average = get_ema_multi_avg_fn(momentum)
         average(_own_parts(self.teacher), _own_parts(self.student), None)
-
-
-def make_backbone(config: PretrainingConfig) -> DinoVisionTransformer:
-    """The backbone of a configuration, with random weights of torch's generator."""
-    model = config.model
-    offset, antialias = position_interpolation(model.position_interpolation)
-    backbone = DinoVisionTransformer(
-        img_size=config.crops.global_size,
-        patch_size=model.patch_size,
-        embed_dim=model.hidden_size,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-        drop_path_rate=model.drop_path,
-        drop_path_uniform=True,
-        init_values=model.layer_scale,
-        ffn_layer=model.ffn,
-        block_chunks=0,
-        num_register_tokens=model.num_register_tokens,
-        interpolate_offset=offset,
-        interpolate_antialias=antialias,
-    )
-    backbone.set_grad_checkpointing(model.gradient_checkpointing)
-    return backbone
 
 
 def _split(targets: Targets, sizes: list[int]) -> list[Targets]:

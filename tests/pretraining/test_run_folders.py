@@ -17,8 +17,8 @@ from dinov2_fast.cli import main
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.model import DinoVisionTransformer
 from dinov2_fast.pretraining import checkpoint
+from dinov2_fast.pretraining.backbone import make_backbone
 from dinov2_fast.pretraining.config import PretrainingConfig
-from dinov2_fast.pretraining.networks import make_backbone
 from dinov2_fast.pretraining.parallel import World, start_processes
 from tests.helpers.pretraining import small_config
 from tests.helpers.training_states import TrainingState, make_state
