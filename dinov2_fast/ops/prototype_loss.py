@@ -29,10 +29,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._prototypes import as_operands, chunk_size, log_sum_exp_, product
 from dinov2_fast.ops.dispatch import Op
 from dinov2_fast.ops.implementation import Implementation
+from dinov2_fast.ops.sinkhorn import lse as log_sum_exp
 
 
 class Targets(NamedTuple):
@@ -141,6 +143,42 @@ def _probabilities(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor, temperatur
     return (logits if a is None else logits.sub_(a)).exp_().to(y.dtype)
 
 
+# The kernels
+
+
+def _forward_triton(s: Tensor, v: Tensor, targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
+    s, v, z, w = _pairs(s, v, targets)
+    m = _weighted_sum(z, w, v, targets.b, targets.a, 1 / targets.temperature)
+    return log_sum_exp(s, v, None, 1 / temperature), m
+
+
+def _backward_triton(
+    s: Tensor, v: Tensor, targets: Targets, temperature: float, lse: Tensor, p_values: Tensor, t_values: Tensor
+) -> tuple[Tensor, Tensor]:
+    s, v, z, w = _pairs(s, v, targets)
+    p_values, t_values = p_values.to(v.dtype), t_values.to(v.dtype)
+    expected = _weighted_sum(s, v, v, lse, None, 1 / temperature)
+    dv = _weighted_sum(v, s, p_values, None, lse, 1 / temperature)
+    dv -= _weighted_sum(w, z, t_values, targets.a, targets.b, 1 / targets.temperature)
+    return expected, dv
+
+
+def _pairs(s: Tensor, v: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s and v in one dtype, z and w in one dtype."""
+    student, teacher = _backends.promoted(s, v), _backends.promoted(targets.z, targets.prototypes)
+    return s.to(student), v.to(student), targets.z.to(teacher), targets.prototypes.to(teacher)
+
+
+# sum_j exp(x_i . y_j * scale - row_offset_i - column_offset_j) v_j: (rows, D), in fp32 or fp64
+_weighted_sum = _registry.register(
+    "prototype_sum(Tensor x, Tensor y, Tensor v, Tensor? row_offset, Tensor? column_offset, float scale) -> Tensor",
+    _registry.launcher("prototype_loss", "prototype_sum"),
+    lambda x, y, v, row_offset, column_offset, scale: x.new_empty(
+        x.shape[0], v.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+    ),
+)
+
+
 # The gradient
 
 
@@ -159,8 +197,8 @@ class _PrototypeLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         targets = Targets(z.flatten(0, 1), w, a, b.flatten(), teacher_temperature)
         lse, m = compute.forward(student.flatten(0, 1), prototypes, targets, temperature)
-        pairing = pairing.to(m.dtype)
-        paired = torch.einsum("cj,jnd->cnd", pairing, m.unflatten(0, b.shape))
+        pairing = pairing.to(lse.dtype)
+        paired = torch.einsum("cj,jnd->cnd", pairing, m.to(lse.dtype).unflatten(0, b.shape))
         ctx.save_for_backward(student, prototypes, *targets[:4], pairing, lse, paired)
         ctx.compute, ctx.temperatures = compute, (teacher_temperature, temperature)
         lse = lse.view(student.shape[:2])
@@ -189,6 +227,11 @@ def prototype_loss_torch(*args: Any) -> Tensor:
     return loss
 
 
+def prototype_loss_triton(*args: Any) -> Tensor:
+    loss: Tensor = _PrototypeLoss.apply(_Compute(_forward_triton, _backward_triton), *args)
+    return loss
+
+
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:
     if dtype == E4M3:
         return None
@@ -199,9 +242,13 @@ def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | No
     return student, prototypes, z, prototypes, a, b, 0.07, pairing, 0.1
 
 
+# torch is first because the kernels have not been measured on a GPU yet.
 PROTOTYPE_LOSS = Op(
     "prototype_loss",
-    (Implementation("torch", prototype_loss_torch),),
+    (
+        Implementation("torch", prototype_loss_torch, why=_backends.UNMEASURED),
+        _backends.triton(prototype_loss_triton, dtypes=_backends.FLOATS),
+    ),
     {"prototype_loss": _sample},
     in_model=False,
 )

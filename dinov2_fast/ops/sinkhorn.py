@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import InvalidValueError
+from dinov2_fast.ops import _backends, _registry
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops._prototypes import as_operands, chunk_size, log_sum_exp_, product
 from dinov2_fast.ops.dispatch import Op
@@ -109,14 +110,42 @@ def _alternate(
     return a, b
 
 
+# The kernel
+
+
+def sinkhorn_triton(
+    z: Tensor, prototypes: Tensor, temperature: float, iterations: int, reduce: Reduce | None, a: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = _backends.promoted(z, prototypes)
+    z, w = z.to(dtype), prototypes.to(dtype)
+    b = z.new_zeros(len(z), dtype=torch.promote_types(dtype, torch.float32))
+    return _alternate(
+        lambda b: lse(w, z, b, 1 / temperature),
+        lambda a: lse(z, w, a, 1 / temperature),
+        *(b, iterations, reduce, a if a is None else a.to(b.dtype)),
+    )
+
+
+# log sum_j exp(x_i . y_j * scale - offset_j), (rows,), for x (rows, D), y (columns, D) and offset (columns,)
+lse = _registry.register(
+    "sinkhorn_lse(Tensor x, Tensor y, Tensor? offset, float scale) -> Tensor",
+    _registry.launcher("sinkhorn", "sinkhorn_lse"),
+    lambda x, y, offset, scale: x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)),
+)
+
+
 def _sample(device: torch.device, dtype: torch.dtype) -> tuple[object, ...] | None:
     if dtype == E4M3:
         return None
     return *(torch.empty(rows, 256, device=device, dtype=dtype) for rows in (128, 65536)), 0.07, 3, None, None
 
 
+# torch is first because the kernel has not been measured on a GPU yet.
 SINKHORN = Op(
     "sinkhorn",
-    (Implementation("torch", sinkhorn_torch, has_backward=False),),
+    (
+        Implementation("torch", sinkhorn_torch, has_backward=False, why=_backends.UNMEASURED),
+        _backends.triton(sinkhorn_triton, dtypes=_backends.FLOATS, has_backward=False),
+    ),
     {"sinkhorn": _sample},
 )

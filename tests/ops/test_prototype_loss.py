@@ -14,7 +14,7 @@ from dinov2_fast.ops import _prototypes
 from dinov2_fast.ops.prototype_loss import Targets
 from dinov2_fast.torch_private import TorchDispatchMode
 from tests import reference
-from tests.helpers.devices import DEVICE, each_backend, poisoned_memory, random
+from tests.helpers.devices import BACKENDS, DEVICE, poisoned_memory, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,11 +69,12 @@ def _assert_obeys_rule(found: list[Tensor], arguments: Arguments) -> None:
         reference.assert_obeys_rule(*each)
 
 
-@pytest.fixture(params=["one chunk", "chunks"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With chunks, logits of 4 crops of 9 tokens are computed for 13 prototypes at a time."""
-    if request.param == "chunks":
+@pytest.fixture(params=[*BACKENDS, "torch in chunks"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In chunks, logits of 4 crops of 9 tokens are computed for 13 prototypes at a time."""
+    if request.param == "torch in chunks":
         monkeypatch.setattr(_prototypes, "CHUNK_BYTES", 4 * 36 * 13)
+    return str(request.param).partition(" ")[0]
 
 
 SIZES = {"small": (4, 9, 50, 24), "one": (1, 1, 5, 16), "odd": (3, 23, 131, 40)}
@@ -81,24 +82,21 @@ SIZES = {"small": (4, 9, 50, 24), "one": (1, 1, 5, 16), "odd": (3, 23, 131, 40)}
 
 @pytest.mark.parametrize("size", SIZES)
 @each_dtype
-@each_backend
-def test_loss_and_gradients_obey_the_rule(backend: str, dtype: torch.dtype, size: str, chunked: None) -> None:
+def test_loss_and_gradients_obey_the_rule(backend: str, dtype: torch.dtype, size: str) -> None:
     arguments = _arguments(dtype, *SIZES[size])
     with poisoned_memory():
         found = _with_gradients(ops.prototype_loss, *arguments, backend=backend)
     _assert_obeys_rule(found, arguments)
 
 
-@each_backend
-def test_equals_the_loss_from_whole_matrices(backend: str, chunked: None) -> None:
+def test_equals_the_loss_from_whole_matrices(backend: str) -> None:
     arguments = _arguments()
     found = _with_gradients(ops.prototype_loss, *arguments, temperature=0.2, backend=backend)
     torch.testing.assert_close(found, _with_gradients(_dense, *arguments, temperature=0.2), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_backend
-def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dtype: torch.dtype, chunked: None) -> None:
+def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
     student, v, targets, pairing = _arguments(dtype)
     student[0] /= 1000
     student[2] *= 8
@@ -112,8 +110,7 @@ def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dty
     reference.assert_obeys_rule(found[2], ref[2], plain[2])
 
 
-@each_backend
-def test_gradient_is_zero_where_the_student_equals_the_target(backend: str, chunked: None) -> None:
+def test_gradient_is_zero_where_the_student_equals_the_target(backend: str) -> None:
     """A softmax of the student's own logits as target: both sums of the gradient are alike and cancel."""
     student, v, _, _ = _arguments(torch.float32, crops=2)
     lse = (student @ v.T / 0.1).logsumexp(-1)
@@ -123,14 +120,14 @@ def test_gradient_is_zero_where_the_student_equals_the_target(backend: str, chun
         assert gradient.abs().max() < 1e-5
 
 
-def test_gradcheck(chunked: None) -> None:
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_prototypes, "CHUNK_BYTES", 8 * 12 * 7)
     student, v, targets, pairing = _arguments(crops=3, n=4, prototypes=30, width=5)
     student, v = student.requires_grad_(), v.requires_grad_()
     assert torch.autograd.gradcheck(lambda s, v: ops.prototype_loss(s, v, targets, pairing), (student, v))
 
 
-@each_backend
-def test_a_pairing_of_zero_leaves_a_target_out(backend: str, chunked: None) -> None:
+def test_a_pairing_of_zero_leaves_a_target_out(backend: str) -> None:
     student, v, targets, pairing = _arguments()
     pairing[:, 1] = 0
     found = _with_gradients(ops.prototype_loss, student, v, targets, pairing, backend=backend)
@@ -139,7 +136,6 @@ def test_a_pairing_of_zero_leaves_a_target_out(backend: str, chunked: None) -> N
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@each_backend
 def test_teachers_may_have_another_width_and_dtype(backend: str) -> None:
     student, v, _, pairing = _arguments(torch.float32)
     z, w = random(2, 9, 40, dtype=torch.bfloat16), random(50, 40, dtype=torch.float64)
@@ -150,15 +146,13 @@ def test_teachers_may_have_another_width_and_dtype(backend: str) -> None:
     torch.testing.assert_close([x.double() for x in found], expected, rtol=1e-4, atol=1e-4)
 
 
-@each_backend
-def test_no_token_gives_no_loss_and_no_gradient(backend: str, chunked: None) -> None:
+def test_no_token_gives_no_loss_and_no_gradient(backend: str) -> None:
     student, v, targets, pairing = _arguments(n=0)
     loss, dstudent, dv = _with_gradients(ops.prototype_loss, student, v, targets, pairing, backend=backend)
     assert (loss.shape, dstudent.shape) == ((4, 0), (4, 0, 24))
     assert torch.equal(dv, torch.zeros_like(v))
 
 
-@each_backend
 def test_teachers_get_no_gradient(backend: str) -> None:
     student, v, targets, pairing = _arguments()
     for tensor in targets[:4]:
