@@ -19,7 +19,7 @@ from dinov2_fast.weights.compare import compare_weights
 from dinov2_fast.weights.convert import convert_state_dict
 from dinov2_fast.weights.files import SAFETENSORS, TORCH, open_weights
 from dinov2_fast.weights.save import check_target, move_into_place, part_of, save_weights
-from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoint
+from dinov2_fast.weights.sources import Checkpoint, find_backbone, find_checkpoint, read_config
 
 # How the readers of each layout resample positions for models without registers. With registers, all do as timm.
 READERS = {"facebook": "offset", "huggingface": "size", "huggingface_memory": "size", "timm": "antialias"}
@@ -72,8 +72,10 @@ def convert_checkpoint(
     else:
         written = _write_folder(checkpoint, target)
     compared, lost = _read_back(plan, plan_weights(open_weights(written)))
-    old, new = READERS[plan.layout], READERS[layout]
-    resampling = None if old == new or architecture["num_register_tokens"] else (old, new)
+    stated = None if checkpoint.config is None else read_config(checkpoint.config).get("position_interpolation")
+    has_registers = architecture["num_register_tokens"] > 0
+    old, new = ("antialias" if has_registers else READERS[each] for each in (plan.layout, layout))
+    resampling = None if (stated or old) == new else (stated or old, new)
     return Conversion(checkpoint.weights, summary, written, compared, lost, architecture["img_size"], resampling)
 
 

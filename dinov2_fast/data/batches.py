@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dinov2_fast.data.decoding import Decoded
 from dinov2_fast.data.files import shown
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import ImageSource
-from dinov2_fast.data.workers import MAX_SECONDS, decode_all, pixel_dtype
+from dinov2_fast.data.workers import MAX_SECONDS, decode_all
 from dinov2_fast.errors import Dinov2FastError, InvalidValueError
 
 FIRST = 3  # paths in a message
@@ -96,7 +96,7 @@ def read_batches(
         processor: its outputs must have one size.
         batch_size: images in each batch, except the last one of a group.
         group_size: a new batch begins after every `group_size` images; by default all images are one group.
-        workers, max_pixels, max_seconds: see :func:`dinov2_fast.data.workers.decode_all`.
+        workers, max_pixels, max_seconds: see :func:`dinov2_fast.data.workers.prepare_all`.
 
     Raises:
         InvalidValueError: the processor's outputs differ in size, or batch_size or group_size is below 1.
@@ -152,10 +152,9 @@ def readable_batches(
 
 def make_batch(images: Sequence[Decoded], processor: Dinov2ImageProcessor) -> ImageBatch:
     """One batch of images that `processor`, whose outputs must have one size, has prepared."""
-    size = fixed_output_size(processor)
     rows = [row for row, image in enumerate(images) if image.pixels is not None]
     found = [image.pixels for image in images if image.pixels is not None]
-    pixels = np.stack(found) if found else np.empty((0, 3, *size), pixel_dtype(processor))
+    pixels = np.stack(found) if found else np.empty((0, *processor.output_shape), processor.output_dtype)
     return ImageBatch([replace(image, pixels=None) for image in images], rows, torch.from_numpy(pixels))
 
 

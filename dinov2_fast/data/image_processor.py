@@ -189,6 +189,21 @@ class Dinov2ImageProcessor:
         exact = self.crop_size if self.do_center_crop else self.size if self.do_resize else {}
         return (exact["height"], exact["width"]) if "height" in exact else None
 
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(3, height, width) of every output; an InvalidValueError if they differ in size."""
+        return 3, *fixed_output_size(self)
+
+    @property
+    def output_dtype(self) -> np.dtype[Any]:
+        """The dtype of the outputs for images of 8 bits."""
+        return np.dtype(np.float32 if self.do_rescale or self.do_normalize else np.uint8)
+
+    def prepare(self, image: Image.Image, number: int = 0) -> NDArray[Any]:
+        """The output for one image, for :mod:`dinov2_fast.data.workers`. The number of the task has no effect."""
+        pixels: NDArray[Any] = self(image, return_tensors=None).pixel_values[0]
+        return pixels
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as plain values."""
         return {name: copy.copy(getattr(self, name)) for name in _SETTINGS}

@@ -12,6 +12,7 @@ else, or while the whole job is stopped.
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -22,13 +23,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov2_fast.data.decoding import Decoded, decode
-from dinov2_fast.data.image_processor import Dinov2ImageProcessor, fixed_output_size
+from dinov2_fast.data.decoding import Decoded, Preparation, decode
 from dinov2_fast.data.images import MAX_PIXELS, disable_pillow_limits
 from dinov2_fast.data.sources import ImageSource
 from dinov2_fast.errors import InvalidStateError
@@ -47,16 +47,33 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _context = multiprocessing.get_context("spawn")
 
 
+Task: TypeAlias = tuple[ImageSource, int]  # an image, and the number that its preparation gets
+
+
 def decode_all(
     images: Iterable[ImageSource],
-    processor: Dinov2ImageProcessor,
+    preparation: Preparation,
     *,
     max_pixels: int = MAX_PIXELS,
     max_seconds: float = MAX_SECONDS,
     workers: int = 0,
     ahead: int = 64,
 ) -> Generator[Decoded, None, None]:
-    """Decodes images in order; with `workers` processes, about `ahead` images before they are asked for.
+    """`prepare_all` for images whose preparation needs no number."""
+    tasks = ((image, 0) for image in images)
+    return prepare_all(tasks, preparation, max_pixels=max_pixels, max_seconds=max_seconds, workers=workers, ahead=ahead)
+
+
+def prepare_all(
+    tasks: Iterable[Task],
+    preparation: Preparation,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_seconds: float = MAX_SECONDS,
+    workers: int = 0,
+    ahead: int = 64,
+) -> Generator[Decoded, None, None]:
+    """Decodes and prepares images in order; with `workers` processes, about `ahead` of them before they are asked for.
 
     The processes are spawned: a script that calls this needs the usual ``if __name__ == "__main__":``. Close the
     iterator to stop them early. An image of more than `max_pixels` gets an error. An image on which a worker dies, or
@@ -64,16 +81,16 @@ def decode_all(
     there is no limit of time.
 
     Raises:
-        InvalidValueError: the processor's outputs differ in size, with `workers`.
+        InvalidValueError: the outputs of the preparation differ in size, with `workers`.
         InvalidStateError: a worker cannot start.
     """
     if not workers:
-        for image in images:
-            yield decode(image, processor, max_pixels)
+        for image, number in tasks:
+            yield decode(image, preparation, max_pixels, number=number)
         return
-    pool = _Pool(workers, processor, max_pixels, max_seconds, ahead)
+    pool = _Pool(workers, preparation, max_pixels, max_seconds, ahead)
     try:
-        yield from pool.decode(iter(images))
+        yield from pool.decode(iter(tasks))
     finally:
         pool.close()
 
@@ -81,28 +98,25 @@ def decode_all(
 class _Pool:
     """Workers, the slots that they write to, and the answers that have arrived."""
 
-    def __init__(
-        self, workers: int, processor: Dinov2ImageProcessor, max_pixels: int, max_seconds: float, ahead: int
-    ) -> None:
-        height, width = fixed_output_size(processor)
-        size = 3 * height * width * pixel_dtype(processor).itemsize
+    def __init__(self, workers: int, preparation: Preparation, max_pixels: int, max_seconds: float, ahead: int) -> None:
+        size = math.prod(preparation.output_shape) * preparation.output_dtype.itemsize
         slots = max(min(ahead, TASKS * workers, SHARED_BYTES // size), 2 * workers)
         memory: Any = _context.RawArray(ctypes.c_uint8, slots * size)
-        self._pixels = _slots(memory, processor)
-        self._arguments = memory, processor, max_pixels
+        self._pixels = _slots(memory, preparation)
+        self._arguments = memory, preparation, max_pixels
         self._seconds = max_seconds
-        self._answers: dict[int, Decoded] = {}  # by the number of the task
+        self._answers: dict[int, Decoded] = {}  # by the place of the task among all
         self._suspects: set[int] = set()  # tasks at which a worker has died
         self._workers = [_Worker(self._arguments) for _ in range(workers)]
 
-    def decode(self, images: Iterator[ImageSource]) -> Generator[Decoded, None, None]:
-        """The answers for the images, in order."""
+    def decode(self, tasks: Iterator[Task]) -> Generator[Decoded, None, None]:
+        """The answers for the tasks, in order."""
         sent = taken = 0
         while True:
             while sent - taken < len(self._pixels) and (worker := self._free_worker()):
-                if (image := next(images, None)) is None:
+                if (task := next(tasks, None)) is None:
                     break
-                worker.send(sent, sent % len(self._pixels), image)
+                worker.send(sent, sent % len(self._pixels), task)
                 sent += 1
             if taken == sent:
                 return
@@ -154,8 +168,8 @@ class _Pool:
             else:
                 self._suspects.add(cause)
         self._workers[place] = _Worker(self._arguments, starts=1 if old.is_ready else old.starts + 1)
-        for number, image in old.tasks.items():
-            self._workers[place].send(number, number % len(self._pixels), image)
+        for task_place, task in old.tasks.items():
+            self._workers[place].send(task_place, task_place % len(self._pixels), task)
 
     def close(self) -> None:
         """Ends the processes and drops their tasks."""
@@ -167,7 +181,7 @@ class _Worker:
     """A process that decodes images.
 
     Attributes:
-        tasks: the images without an answer, by number, in the order in which they were sent.
+        tasks: those without an answer, by their place among all tasks, in the order in which they were sent.
         starts: the number of processes, this one included, that were started before one was ready.
         is_ready: the process has sent its first message.
     """
@@ -178,23 +192,23 @@ class _Worker:
         with _signals_blocked():
             self._process.start()
         theirs.close()
-        self.tasks: dict[int, ImageSource] = {}
+        self.tasks: dict[int, Task] = {}
         self.starts, self.is_ready = starts, False
         self._waited = 0.0  # seconds for its first task, or for its start
 
     def has_room(self) -> bool:
         """Whether one more task can be sent without blocking."""
-        nbytes = sum(len(image.path) + len(image.archive or "") for image in self.tasks.values())
+        nbytes = sum(len(image.path) + len(image.archive or "") for image, _ in self.tasks.values())
         return len(self.tasks) < TASKS and nbytes < TASK_BYTES
 
-    def send(self, number: int, slot: int, image: ImageSource) -> None:
+    def send(self, place: int, slot: int, task: Task) -> None:
         """Adds a task: decode the image, and write its pixels to the slot."""
-        self.tasks[number] = image
+        self.tasks[place] = task
         with suppress(OSError):  # the process has ended; `answers` reports it
-            self.connection.send((slot, image))
+            self.connection.send((slot, *task))
 
     def answers(self) -> dict[int, Decoded]:
-        """The answers that have arrived, without pixels, by the number of their task.
+        """The answers that have arrived, without pixels, by the place of their task.
 
         Raises:
             EOFError, OSError: the process has ended, and earlier calls have returned all its answers.
@@ -209,9 +223,9 @@ class _Worker:
                 raise
             self._waited = 0.0
             if self.is_ready:
-                number = next(iter(self.tasks))
-                del self.tasks[number]
-                found[number] = answer
+                place = next(iter(self.tasks))
+                del self.tasks[place]
+                found[place] = answer
             self.is_ready = True
         return found
 
@@ -244,17 +258,17 @@ class _Worker:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _work(connection: Connection, memory: Any, processor: Dinov2ImageProcessor, max_pixels: int) -> None:
+def _work(connection: Connection, memory: Any, preparation: Preparation, max_pixels: int) -> None:
     """The main function of a worker: decodes until its pipe is closed."""
     disable_pillow_limits()
-    pixels = _slots(memory, processor)
+    pixels = _slots(memory, preparation)
     answer: Decoded | None = None  # the first message says that the worker is ready
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             connection.send(answer)
-            slot, image = connection.recv()
-            answer = decode(image, processor, max_pixels)
+            slot, image, number = connection.recv()
+            answer = decode(image, preparation, max_pixels, number=number)
             if answer.pixels is not None:
                 pixels[slot] = answer.pixels
                 answer = replace(answer, pixels=None)
@@ -273,14 +287,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _slots(memory: Any, processor: Dinov2ImageProcessor) -> NDArray[Any]:
-    """Shared memory as an array (slots, 3, height, width) of the processor's outputs."""
-    return np.frombuffer(memory, pixel_dtype(processor)).reshape(-1, 3, *fixed_output_size(processor))
-
-
-def pixel_dtype(processor: Dinov2ImageProcessor) -> np.dtype[Any]:
-    """The dtype of the processor's outputs for images of 8 bits."""
-    return np.dtype(np.float32 if processor.do_rescale or processor.do_normalize else np.uint8)
+def _slots(memory: Any, preparation: Preparation) -> NDArray[Any]:
+    """Shared memory as an array (slots, …) of the preparation's outputs."""
+    return np.frombuffer(memory, preparation.output_dtype).reshape(-1, *preparation.output_shape)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def whole_file(path: Path, *, keep_existing: bool = False) -> Iterator[IO[bytes]
         raise OSError(error.errno, error.strerror, str(path)) from error  # errors of writing do not name the file
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _link(part: Path, path: Path) -> bool:
@@ -90,7 +90,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Writes a rename to the disk, if the system can open folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from dinov2_fast.environment import local_rank
 from dinov2_fast.errors import InvalidStateError
 from dinov2_fast.inference.loading import find_device
-
-if TYPE_CHECKING:
-    from dinov2_fast.pretraining.config import PretrainingConfig
-    from dinov2_fast.pretraining.networks import Network
+from dinov2_fast.pretraining.config import PretrainingConfig
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,8 @@ def start_processes(device: str | None = None) -> Iterator[World]:
     if is_ours:
         backend = "nccl" if own_device.type == "cuda" else "gloo"
         if number is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # torch documents it without exporting it
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(backend)  # it reads torchrun's variables itself
     size = dist.get_world_size()
@@ -117,7 +115,7 @@ def _own_device(device: torch.device, number: int | None) -> torch.device:
         return device
     count = torch.cuda.device_count()
     index = device.index if number is None else number
-    if index is None:
+    if number is None and device == torch.device("cuda"):
         index = torch.cuda.current_device() if count else 0
     if index >= count:
         raise InvalidStateError(
@@ -127,8 +125,8 @@ def _own_device(device: torch.device, number: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def shard(network: Network, config: PretrainingConfig, world: World, *, trainable: bool) -> None:
-    """Shards a network in place: each block, the last layer of each head, each head, and the rest.
+def shard(network: nn.Module, config: PretrainingConfig, world: World, *, trainable: bool) -> None:
+    """Shards a :class:`.networks.Network` in place: each block, each head's last layer, each head, and the rest.
 
     With precision "bf16" parameters are cast to bf16 inside ``forward``, and gradients are averaged in fp32; the last
     layers of the heads stay in fp32, since their rows are normalised. Every process must give the same weights.
@@ -144,10 +142,11 @@ def shard(network: Network, config: PretrainingConfig, world: World, *, trainabl
     if config.run.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     reshard = config.run.reshard_after_forward if trainable else True
-    heads: list[Any] = [network.dino_head] if network.ibot_head is None else [network.dino_head, network.ibot_head]
+    parts: Any = network
+    heads = [head for head in (parts.dino_head, parts.ibot_head) if head is not None]
     for head in heads:
         fully_shard(head.last_layer, mesh=world.mesh, reshard_after_forward=reshard)
-    for module in (*network.backbone.blocks, *heads):
+    for module in (*parts.backbone.blocks, *heads):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=reshard, mp_policy=policy)
     # The backward pass begins with the student's root, so its parameters are never freed in between.
     fully_shard(network, mesh=world.mesh, reshard_after_forward=not trainable, mp_policy=policy)

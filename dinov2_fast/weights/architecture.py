@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fast import layouts
 from dinov2_fast.errors import WeightsError
+from dinov2_fast.position_embeddings import PositionInterpolation, position_interpolation
 from dinov2_fast.weights.sources import read_config
 
 HEAD_DIM = 64  # channels of an attention head in every published DINOv2
@@ -31,8 +32,8 @@ def read_architecture(
 
     Args:
         state_dict: weights in any layout.
-        config: a transformers ``config.json`` with the number of heads and the image size. Without it heads of 64
-            channels are assumed.
+        config: a ``config.json`` of transformers or of a pretraining run, with the number of heads and the image size,
+            and perhaps ``position_interpolation``. Without it heads of 64 channels are assumed.
         img_size: the image size that the position table is for: height and width in pixels, or one number for both. It
             is needed only if the table is not square and there is no config.
 
@@ -51,6 +52,7 @@ def read_architecture(
     registers = _shape(plan, "register_tokens")[1] if "register_tokens" in plan.recipes else 0
     ffn_layer, mlp_ratio, ffn_bias = _read_ffn(plan, embed_dim)
     fields = {} if config is None else read_config(config)
+    resampling = _resampling(fields, registers, config)
     return {
         "img_size": _img_size(_shape(plan, "pos_embed")[1] - 1, patch_size, img_size or fields.get("image_size")),
         "patch_size": patch_size,
@@ -66,8 +68,8 @@ def read_architecture(
         "init_values": 1.0 if "blocks.0.ls1.gamma" in plan.recipes else None,
         "block_chunks": 0,
         "num_register_tokens": registers,
-        "interpolate_antialias": registers > 0,
-        "interpolate_offset": 0.0 if registers else 0.1,
+        "interpolate_antialias": resampling.antialias,
+        "interpolate_offset": resampling.offset,
     }
 
 
@@ -128,6 +130,15 @@ def _heads(fields: Mapping[str, Any], embed_dim: int, config: Path | None) -> in
             f"{config} has num_attention_heads {heads!r}, which must divide the hidden size {embed_dim} of the weights."
         )
     return heads
+
+
+def _resampling(fields: Mapping[str, Any], registers: int, config: Path | None) -> PositionInterpolation:
+    """How positions are resampled: as the config says, or else as in the reference."""
+    name = fields.get("position_interpolation")
+    try:
+        return position_interpolation(name or ("antialias" if registers else "offset"))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{config} cannot be used: {error}") from error
 
 
 def _read_ffn(plan: layouts.ConversionPlan, embed_dim: int) -> tuple[str, float, bool]:

@@ -26,6 +26,7 @@ from dinov2_fast.environment import cache_dir
 from dinov2_fast.errors import WeightsError
 from dinov2_fast.logs import logger
 from dinov2_fast.weights.files import INDEX_ENDING, SAFETENSORS, TORCH, is_pickle, shards
+from dinov2_fast.weights.run_folders import find_teacher
 from dinov2_fast.weights.save import part_of
 
 # The usual names of weights in a folder or a hub repository, best first.
@@ -118,9 +119,15 @@ def find_head(backbone: BackboneConfig, head: str, local_files_only: bool = Fals
 
 
 def find_in_folder(folder: Path, options: SourceOptions) -> Checkpoint:
-    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint."""
+    """The weights and config in a folder that `save_pretrained` wrote, or that holds one checkpoint.
+
+    In the folder of a pretraining run, or of one of its checkpoints, they are those of the newest teacher.
+    """
     if not folder.is_dir():
         raise WeightsError(f"There is no folder {folder}; check subfolder.")
+    teacher = find_teacher(folder)
+    if teacher is not None:
+        return Checkpoint(teacher, teacher.with_name(CONFIG_NAME))
     config = folder / CONFIG_NAME
     names = options.weights_names()
     found = [folder / name for name in names if (folder / name).is_file()]
