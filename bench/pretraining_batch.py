@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.tasks import Scenario
-from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import require_images
-from dinov2_fast.data.workers import MAX_SECONDS
 from dinov2_fast.pretraining.batches import CropBatch, CropLoader
 from dinov2_fast.pretraining.colours import apply_colours
 from dinov2_fast.pretraining.config import (
@@ -122,18 +120,16 @@ class Batch:
         return replace(self, crops=replace(self.crops, **own), **finished)
 
 
-def make_loader(config: PretrainingConfig, files: Sequence[str], workers: int = 0) -> CropLoader:
-    """Our loader of these files, from the first step."""
-    limits = {"max_pixels": MAX_PIXELS, "max_seconds": MAX_SECONDS}
-    table = ImageTable(require_images(list(files)))
-    return CropLoader(table, config, first_step=0, rank=0, size=1, workers=workers, **limits)
+def make_loader(config: PretrainingConfig, files: Sequence[str]) -> CropLoader:
+    """Our loader of these files, without worker processes."""
+    return CropLoader(ImageTable(require_images(list(files))), config)
 
 
 def make_batch(config: PretrainingConfig, files: Sequence[str], device: torch.device) -> Batch:
     """The images of the first step."""
     run = config.run
     with closing(make_loader(config, files)) as loader:
-        crops: CropBatch = next(iter(loader))
+        crops = next(loader)
     crops = replace(crops, global_crops=crops.global_crops.to(device), local_crops=crops.local_crops.to(device))
     masks = torch.from_numpy(batch_masks(config, run.seed, 0, batch_size=run.batch_size, first=0, count=run.batch_size))
     weights = (1 / masks.sum(dim=-1).clamp(min=1)).unsqueeze(-1).expand_as(masks)[masks]
