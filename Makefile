@@ -136,8 +136,8 @@ lint: setup
 types: setup
 	$(PY) -m mypy
 
-# On the CPU, some 35 minutes on 2 idle cores; other load distorts the figures. OpenVINO is measured where it is
-# installed: `pip install openvino`.
+# On the CPU, some 40 minutes on 2 idle cores; other load distorts the figures. OpenVINO is measured where it is
+# installed: `pip install openvino`. REFERENCE names a checkout of facebookresearch/dinov2.
 BENCH := $(PY) -m bench
 CPU := --device cpu --write
 CPU_MODES := eager,freezing,engine,accelerated-transformers,accelerated-timm
@@ -148,6 +148,7 @@ bench: setup
 	$(BENCH).model $(CPU) --task host --seconds 5
 	$(BENCH).model $(CPU) --task training
 	$(BENCH).model $(CPU) --task memory
+	$(BENCH).pretraining $(CPU) $(if $(REFERENCE),--reference-path '$(REFERENCE)')
 	OMP_WAIT_POLICY=PASSIVE $(BENCH).extraction $(CPU)  # as the command has it
 	$(BENCH).ops $(CPU) --models S --sizes 224
 	$(BENCH).report
@@ -157,10 +158,11 @@ report: setup
 	$(BENCH).report
 
 # No setup: runs on the torch of $(PYTHON), on a machine with a GPU; `$(PYTHON) -m bench.gpu --help` says more.
-# TINY=1 runs the same steps on a CPU with tiny models.
+# TINY=1 runs the same steps on a CPU with tiny models. TASK=pretraining runs other steps.
 gpu:
 	@$(PYTHON) -m bench.gpu $(if $(RESULTS),--results '$(RESULTS)') $(if $(COMMIT),--commit '$(COMMIT)') \
 	    $(if $(BUDGET),--budget '$(BUDGET)') $(if $(EXTENSION),--extension '$(EXTENSION)') \
+	    $(if $(TASK),--task '$(TASK)') $(if $(REFERENCE),--reference-path '$(REFERENCE)') \
 	    $(if $(TINY),--tiny) $(if $(DRY_RUN),--dry-run)
 
 # What CI runs of it, in the reference environment and without earlier results.

@@ -10,6 +10,7 @@ go to the folder bench/results/<device>/ (or another, by --results) and into the
 After a step that crashes, the next one runs. A step that hangs is stopped. A step that lost the device starts again,
 without the implementation that lost it. The next call for the same commit continues: it skips the steps that are done,
 and runs those that failed after all others. --dry-run prints the plan on any machine, --tiny runs all of it on a CPU.
+--task pretraining (`make gpu TASK=pretraining`) runs steps that are not in the usual plan.
 
 Exit status: 0 if all steps are done; 1 if a step failed or a result was refused; 2 if there is no GPU; 3 if steps are
 left for another call.
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from bench import records
-from bench.gpu_plan import BUDGET, PLAN, ROOT, GpuRun, print_plan
+from bench.gpu_plan import BUDGET, PLANS, ROOT, GpuRun, print_plan
 from bench.gpu_steps import Outcome, run_steps
 from bench.peers import OURS
 from dinov2_fast import extension, ops
@@ -94,19 +95,21 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch finds no GPU here: DRY_RUN=1 shows the plan, TINY=1 runs it on the CPU.", file=sys.stderr)
         return 2
     name = "nvidia-h200" if options.dry_run else records.device_folder(torch.device("cpu" if options.tiny else "cuda"))
-    gpu_run = GpuRun(options.results.resolve() / name, options.commit, options.budget, options.tiny, with_extension)
+    folder, reference = options.results.resolve() / name, options.reference_path
+    gpu_run = GpuRun(folder, options.commit, options.budget, options.tiny, with_extension, reference)
+    plan = PLANS[options.task]
     if options.dry_run:
-        print_plan(PLAN, gpu_run)
+        print_plan(plan, gpu_run)
         return 0
     package_file = ROOT / "dinov2_fast" / extension.FILE.name
     is_elsewhere = options.extension and with_extension
     if is_elsewhere and not (package_file.is_file() and package_file.samefile(options.extension)):
         shutil.copy(options.extension, package_file)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step is stopped and the archive written
-    print(f"{name}, commit {gpu_run.commit}, {gpu_run.budget:g} minutes, {len(PLAN)} steps")
+    print(f"{name}, commit {gpu_run.commit}, {gpu_run.budget:g} minutes, {len(plan)} steps")
     gpu_run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        status = summary(run_steps(PLAN, gpu_run), gpu_run)
+        status = summary(run_steps(plan, gpu_run), gpu_run)
     finally:
         print(shutil.make_archive(str(gpu_run.folder), "gztar", gpu_run.folder.parent, name))
     return status
@@ -118,6 +121,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="default: bench/results; with --tiny build/gpu-tiny")
     parser.add_argument("--commit", help="the commit that is measured (default: git's HEAD)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="minutes in all (default: %(default)s)")
+    parser.add_argument("--task", default="all", choices=PLANS, help="the plan to run (default: %(default)s)")
+    parser.add_argument("--reference-path", help="a checkout of facebookresearch/dinov2, for --task pretraining")
     parser.add_argument("--extension", help="a built CUDA extension to copy into the package, or none to run without")
     parser.add_argument("--tiny", action="store_true", help="run all steps on the CPU, with tiny models")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, on any machine")

@@ -70,8 +70,19 @@ PLAN = [
     Step("tests-others", 8.0, "all else that uses the GPU", f"{TEST} -n {{workers}} {OTHERS}"),
 ]
 
+# What a call runs if it is asked to: `make gpu TASK=pretraining`. It is not in the plan above.
+PRETRAIN = "bench.pretraining {record} {reference} --seconds 10 --crops 224+8x98 --recipes vitl16_short,vitl14"
+PRETRAINING = [
+    PLAN[0],
+    Step("pretraining-B", 1.6, "is our step faster, does it take less memory", f"{PRETRAIN} --models B --batches 64"),
+    Step("pretraining-L", 2.2, "the same for L", f"{PRETRAIN} --models L --batches 64 --measures speed,memory"),
+    Step("pretraining-S", 1.4, "the same for S", f"{PRETRAIN} --models S --batches 128 --measures speed,memory"),
+]
+PLANS = {"all": PLAN, "pretraining": PRETRAINING}
+
 # The values of options with --tiny, so that the same steps run on a CPU.
 TINY_OPTIONS = {"models": "tiny", "precisions": "fp32", "batches": "2", "seconds": "0.1"}
+TINY_OPTIONS |= {"crops": "28+2x14", "recipes": "test"}
 TINY_SIZES = {"224": "28", "518": "56", "1036": "84"}  # pixels
 
 
@@ -84,6 +95,7 @@ class GpuRun:
     budget: float = BUDGET  # minutes
     tiny: bool = False
     extension: bool = True  # whether the CUDA extension is required
+    reference: str | None = None  # a checkout of facebookresearch/dinov2
 
     @property
     def steps_file(self) -> Path:
@@ -99,6 +111,7 @@ class GpuRun:
         arguments = shlex.split(
             step.command.format(
                 record=f"{device} --write --resume --results {results} --commit {self.commit}",
+                reference=f"--reference-path {shlex.quote(self.reference)}" if self.reference else "",
                 smoke=device if self.extension else f"{device} --extension none",
                 warm=f"{device} --steps {','.join(other.name for other in coming)}",
                 workers=min(6, os.cpu_count() or 1),

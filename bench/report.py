@@ -23,12 +23,13 @@ from dinov2_fast.configs import BACKBONES
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: written by python -m bench.report -->", "<!-- end of speed -->"
 OURS = "dinov2_fast"
-TASKS = ("throughput", "latency", "training", "memory", "mixed", "extraction", "host")
+TASKS = ("throughput", "latency", "training", "pretraining", "memory", "mixed", "extraction", "host")
 PLOTTED = {"throughput": -1, "latency": 0}  # the index of the batch size that README shows: the largest, the smallest
 LABEL_KEYS = ("model", "resolution", "precision", "output", "batch")  # the columns that name a scenario
 ORDER = [*BACKBONES, "bf16", "fp16", "fp32", "all", "cls"]  # what most people run comes first
 LABEL_HEADINGS = ("model", "pixels", "precision", "output", "batch")
 UNITS = {"images/s": "images per second", "ms": "milliseconds", "MiB": "peak MiB"}
+UNITS |= {"images/core-s": "images per second of one core"}
 FLOOR = (
     "The floor is an estimate of the least time: products run as fast as a large product on this device, and all other "
     "bytes move as fast as in a copy (`bench/roofline.py`)."
@@ -121,12 +122,20 @@ class Device:
         every = {task: records.newest_commit(records.read(folder / f"{task}.jsonl")) for task in TASKS}
         self.rows = {task: rows for task, rows in every.items() if rows}
         self.rates = rates_sentence(self.rows.get("throughput", []))
-        self.comparisons = {task: comparisons(rows) for task, rows in self.rows.items()}
+        self.comparisons = {task: comparisons(with_peaks(rows)) for task, rows in self.rows.items()}
         chosen = {task: most_used(self.comparisons.get(task, []), batch) for task, batch in PLOTTED.items()}
         self.headline = {task: shown for task, shown in chosen.items() if shown}
         rows = [row for rows in self.rows.values() for row in rows]
         self.gpu = facts(rows, "gpu")
         self.name = self.gpu or f"CPU: {facts(rows, 'cpu')}"
+
+
+def with_peaks(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, and after each one whose `versions` have `peak_mib` a row with that value."""
+    for row in rows:
+        yield row
+        if peak := records.lookup(row, "peak_mib"):
+            yield row | {"value": peak, "unit": "MiB", "floor_share": None}
 
 
 def rates_sentence(rows: list[Row]) -> str:
@@ -167,6 +176,10 @@ def device_section(device: Device) -> str:
         parts.append(f"![{task.capitalize()} of each implementation, by model and size]({results}/{task}.png)\n")
         parts.append(f"{task.capitalize()}, {_unit(chosen)}: {provenance(device.rows[task])}.\n")
         parts.append(table(chosen, best_only=True))
+    if steps := [each for each in device.comparisons.get("pretraining", []) if each.scenario[0] != "loader"]:
+        parts.append(f"Steps of pretraining: {provenance(device.rows['pretraining'])}.\n")
+        for same_unit in records.grouped(steps, lambda each: each.unit).values():
+            parts.append(f"Unit: {_unit(same_unit)}\n\n{table(same_unit, best_only=True)}")
     parts.append(
         "Each implementation is shown in its best mode, which is in brackets unless it is eager; "
         f"[the page of this device]({results}/README.md) has all results. {FLOOR} {device.rates}\n"
@@ -193,8 +206,15 @@ def device_readme(device: Device) -> str:
         for unit in dict.fromkeys(each.unit for each in chosen):
             same_unit = [each for each in chosen if each.unit == unit]
             parts.append(f"Unit: {_unit(same_unit)}\n\n{table(same_unit)}")
+        parts += _notes(device.rows[task])
         parts += _not_measured(device.rows[task])
     return "\n".join(parts)
+
+
+def _notes(rows: list[Row]) -> Iterator[str]:
+    for name, note in dict.fromkeys((row["implementation"], records.lookup(row, "note")) for row in rows):
+        if note:
+            yield f"In {name}, replaced for this measurement: {note}.\n"
 
 
 def _not_measured(rows: list[Row]) -> Iterator[str]:
