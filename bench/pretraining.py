@@ -87,7 +87,7 @@ class OurStep:
 
     def __init__(self, config: PretrainingConfig, batch: Batch, world: World, mode: str) -> None:
         with tempfile.TemporaryDirectory() as folder:  # there is no checkpoint in it
-            self._trainer = Trainer(Path(folder), config, world, None)
+            self._trainer = Trainer(Path(folder), None, config, world)
         self._batch, self._context, self.student = batch, modes.backend_context(mode), self._trainer.method.student
 
     def __call__(self) -> dict[str, float]:

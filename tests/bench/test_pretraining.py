@@ -108,9 +108,7 @@ def test_a_wrong_step_is_found(name: str, entrants: Entrants, monkeypatch: pytes
         entrants.checked((PLAIN, "eager"))
 
 
-def test_a_wrong_step_is_refused_and_the_others_are_timed(
-    entrants: Entrants, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_step_is_refused_and_the_others_are_timed(entrants: Entrants, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining_plain, "koleo", lambda cls: cls.sum())
     rows = measure(entrants, "speed")
     assert (records.reason(rows[PLAIN]) or "").startswith("refused: koleo is ")
