@@ -141,15 +141,17 @@ class Case:
 
 
 def _run_forward(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[list[Tensor], ...]:
-    """Outputs with their graph, inputs that require a gradient, and gradients of the outputs.
+    """Outputs with their graph, inputs that have a gradient, and gradients of the outputs.
 
     The gradients have the same values in any dtype.
     """
     outputs = list(tensors_of([function(*arguments)]))
     generator = torch.Generator(outputs[0].device).manual_seed(0)
     noise = [torch.randn(y.shape, device=y.device, generator=generator).to(torch.bfloat16) for y in outputs]
+    incoming = [x.to(y.dtype) for x, y in zip(noise, outputs, strict=True)]
     inputs = [tensor for tensor in tensors_of(arguments) if tensor.requires_grad]
-    return outputs, inputs, [x.to(y.dtype) for x, y in zip(noise, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, inputs, incoming, retain_graph=True, allow_unused=True)
+    return outputs, [x for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None], incoming
 
 
 def widened(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ MODES = ("forward", "backward")
 PATCH = 14
 CPU = torch.device("cpu")
 LOCAL_TOKENS = (98 // PATCH) ** 2 + 1  # of a local crop in pretraining
+PROTOTYPES, BOTTLENECK = 65536, 256  # of a head in the reference
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Shape:
 
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, device=self.device, dtype=self.dtype)
+
+    def bottleneck(self, *sizes: int) -> Tensor:
+        """Normalised vectors (*sizes, BOTTLENECK)."""
+        return torch.nn.functional.normalize(self.random(*sizes, BOTTLENECK), dim=-1)
 
     def stream(self) -> Tensor:
         return self.random(self.batch, self.tokens, self.hidden)
@@ -193,6 +198,26 @@ def _linear(shape: Shape, scale: float | None, epilogue: str, place: str) -> tup
     return *operands, epilogue, residual, 0.125, scales, dtype, scale, False
 
 
+def _sinkhorn(shape: Shape) -> tuple[Any, ...]:
+    """The class tokens of the global crops of a batch."""
+    return shape.bottleneck(2 * shape.batch), shape.bottleneck(PROTOTYPES), 0.07, 3, None, None
+
+
+def _prototype_loss(shape: Shape) -> tuple[Any, ...]:
+    """The class tokens of two global and eight local crops of a batch."""
+    crops = 2, shape.batch
+    z, w = shape.bottleneck(*crops), shape.bottleneck(PROTOTYPES)
+    a, b = dispatch.all_ops()["sinkhorn"].implementations[0].function(z.flatten(0, 1), w, 0.07, 3, None, None)
+    student = shape.bottleneck(10, shape.batch)
+    pairing = torch.ones(10, 2, device=shape.device)
+    return student, shape.bottleneck(PROTOTYPES), z, w, a, b.view(crops), 0.07, pairing, 0.1
+
+
+def _prototype_flops(shape: Shape) -> float:
+    """The logits of student and teacher, and the expected prototypes of the targets."""
+    return 2.0 * (10 + 2 + 2) * shape.batch * PROTOTYPES * BOTTLENECK
+
+
 def interleave_swiglu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a SwiGLU linear with alternating gates and values, which give the same result."""
     x, weight, bias, epilogue, residual, scale, weight_scale, dtype, out_scale, _ = arguments
@@ -237,6 +262,8 @@ WORKLOADS = (
     Workload("residual", "gather", _crops, moved=lambda _, results: 2 * sum(x.nbytes for x in results), saved=()),
     Workload("attention_pool", "pool", _pool, lambda s: 4.0 * s.batch * s.tokens * s.config.num_heads * s.hidden),
     Workload("patches", "patches", _images),
+    Workload("sinkhorn", "sinkhorn", _sinkhorn, lambda s: 2.0 * 6 * 2 * s.batch * PROTOTYPES * BOTTLENECK),
+    Workload("prototype_loss", "prototype_loss", _prototype_loss, _prototype_flops, saved=(0, 1, 2, 3)),
     *_linears("none", "qkv"),
     *_linears("gelu", "fc1", needs_swiglu=False),
     *_linears("swiglu", "fc1", needs_swiglu=True),

@@ -194,7 +194,7 @@ def test_the_command_writes_rows_resumes_and_its_rows_are_shown(
     monkeypatch.setattr(pretraining, "LOADER_IMAGES", 2)
     monkeypatch.setattr(pretraining, "peak", lambda build, device: 7 << 20)
     monkeypatch.setitem(harness.MODELS, "test", BACKBONE)
-    command = "--device cpu --models test --crops 28+2x14 --recipes test --batches 2 --seconds 0 --write --resume"
+    command = "--device cpu --models test --crops 56+2x28 --recipes test --batches 2 --seconds 0 --write --resume"
     arguments = [*command.split(), "--commit", "a", "--results", str(tmp_path)]
     assert pretraining.main(arguments) == 0
     rows = records.read(tmp_path / "cpu" / "pretraining.jsonl")
@@ -213,7 +213,7 @@ def test_the_command_writes_rows_resumes_and_its_rows_are_shown(
         assert f"Unit: {unit} (" in text
     readme = updated_readme("<!-- speed: written by python -m bench.report --><!-- end of speed -->", tmp_path)
     assert "Unit: peak MiB (less is better)\n\n| model | pixels |" in readme
-    assert "| test | 28+2x14 | fp32 | test | 2 | 7.00 | 7.00 | 1.00 | – |" in readme
+    assert "| test | 56+2x28 | fp32 | test | 2 | 7.00 | 7.00 | 1.00 | – |" in readme
     assert "loader" not in readme
     monkeypatch.setattr(pretraining, "measure_scenario", lambda *arguments: pytest.fail("measured again"))
     monkeypatch.setattr(pretraining, "measure_loaders", lambda *arguments: pytest.fail("measured again"))

@@ -20,8 +20,10 @@ from dinov2_fast.kernels import (
     layer_norm_backward,
     linear,
     patches,
+    prototype_loss,
     residual,
     residual_backward,
+    sinkhorn,
 )
 from tests.helpers.aot import (
     ARCHITECTURES,
@@ -163,6 +165,23 @@ def _patches(dtype: torch.dtype, pixels: int, padded_to: int, batch: int = 8) ->
             patches.patches_forward(x, 14, padded_to, dtype)
 
 
+def _sinkhorn(dtype: torch.dtype, samples: int, prototypes: int, width: int) -> None:
+    z, w = (_cuda(rows, width, dtype=dtype) for rows in (samples, prototypes))
+    a, b = (_cuda(rows, dtype=_wide(dtype)) for rows in (prototypes, samples))
+    sinkhorn.sinkhorn_lse(w, z, b, 1 / 0.07)
+    sinkhorn.sinkhorn_lse(z, w, a, 1 / 0.07)
+    sinkhorn.sinkhorn_lse(z, w, None, 1 / 0.07)
+
+
+def _prototype_loss(dtype: torch.dtype, samples: int, prototypes: int, width: int) -> None:
+    s, v = (_cuda(rows, width, dtype=dtype) for rows in (samples, prototypes))
+    a, b = (_cuda(rows, dtype=_wide(dtype)) for rows in (prototypes, samples))
+    prototype_loss.prototype_sum(s, v, v, b, a, 1 / 0.07)
+    prototype_loss.prototype_sum(s, v, v, b, None, 1 / 0.1)
+    prototype_loss.prototype_sum(v, s, s, None, b, 1 / 0.1)
+    prototype_loss.prototype_sum(v, s, s, a, b, 1 / 0.07)
+
+
 def _residual(dtype: torch.dtype, seq_len: int, hidden: int, batch: int = 8) -> None:
     x, gamma = _cuda(batch, seq_len, hidden, dtype=dtype), _cuda(hidden, dtype=dtype)
     drop_scale = _cuda(batch, dtype=dtype)
@@ -194,6 +213,8 @@ HEADS: dict[str, tuple[tuple[int, ...], ...]] = {
         *((257, 1, 64, 1), (1370, 1, 64, 1), *ONE_TOKEN),
     ),
 }
+PROTOTYPES = ((640, 65536, 256), (4900, 131072, 384))
+MORE_PROTOTYPES = ((128, 512, 128), (1, 24, 8))
 CASES = {
     "layer_norm": Case(_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
     "add_layer_norm": Case(_add_layer_norm, ROWS, MORE_ROWS, alike=FP16_AND_64),
@@ -243,6 +264,9 @@ CASES = {
     ),
     "linear": Case(_linear, FEATURES, MORE_FEATURES),
     "linear_e4m3": Case(_linear_e4m3, FEATURES, MORE_FEATURES, (torch.bfloat16,), architectures=FP8_ARCHITECTURES),
+    # class tokens of 64 images with 10 crops, and masked patches; the widths of the reference's bottlenecks
+    "sinkhorn": Case(_sinkhorn, PROTOTYPES, MORE_PROTOTYPES, alike=FP16_AND_64),
+    "prototype_loss": Case(_prototype_loss, PROTOTYPES, MORE_PROTOTYPES, alike=FP16_AND_64),
     "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640), (14, 592), (14, 592, 1)), alike=FP16_AND_64),
 }
 

@@ -106,7 +106,8 @@ def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dty
     ref, plain = _with_gradients(_dense, *_doubled(arguments)), _with_gradients(_dense, *arguments)
     for crop in range(4):
         for y, expected, usual in zip(found[:2], ref, plain, strict=False):
-            reference.assert_obeys_rule(y[crop], expected[crop], usual[crop])
+            # a crop has 9 tokens, so torch's worst may be small by chance
+            reference.assert_obeys_rule(y[crop], expected[crop], usual[crop], largest_error=4)
     reference.assert_obeys_rule(found[2], ref[2], plain[2])
 
 
