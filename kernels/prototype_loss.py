@@ -21,7 +21,8 @@ from dinov2_fast.kernels import common
 from dinov2_fast.kernels.sinkhorn import product_tile, split_columns
 
 
-@triton.jit
+# The numbers of samples change from step to step.
+@triton.jit(do_not_specialize=["rows", "columns", "columns_of_part"])
 def _prototype_sum_kernel(
     x_ptr,  # (rows, width)
     y_ptr,  # (columns, width)
@@ -78,8 +79,7 @@ def _prototype_sum_kernel(
 def _configuration(x: Tensor) -> dict[str, int]:
     if x.dtype.itemsize >= 4:  # computed without tensor cores; larger tiles spill registers
         return {"ROWS": 32, "COLUMNS": 32, "BLOCK": 16, "VALUES": 128, "num_warps": 8, "num_stages": 1}
-    rows, warps = (128, 8) if common.capability(x.device)[0] in (9, 10) else (64, 8)
-    return {"ROWS": rows, "COLUMNS": 64, "BLOCK": 64, "VALUES": 256, "num_warps": warps, "num_stages": 2}
+    return {"ROWS": 64, "COLUMNS": 64, "BLOCK": 64, "VALUES": 256, "num_warps": 8, "num_stages": 2}
 
 
 def prototype_sum(

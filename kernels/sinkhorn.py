@@ -38,7 +38,8 @@ def product_tile(
     return acc
 
 
-@triton.jit
+# The numbers of samples change from step to step.
+@triton.jit(do_not_specialize=["rows", "columns", "columns_of_part"])
 def _sinkhorn_lse_kernel(
     x_ptr,  # (rows, width)
     y_ptr,  # (columns, width)
@@ -91,7 +92,7 @@ def split_columns(programs: int, columns: int, block: int, device: torch.device)
 def _configuration(dtype: torch.dtype) -> dict[str, int]:
     if dtype.itemsize >= 4:  # computed without tensor cores; larger tiles spill registers
         return {"ROWS": 64, "COLUMNS": 64, "BLOCK": 16, "num_warps": 8, "num_stages": 1}
-    return {"ROWS": 128, "COLUMNS": 128, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
+    return {"ROWS": 128, "COLUMNS": 64, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
 
 
 def sinkhorn_lse(x: Tensor, y: Tensor, offset: Tensor | None, scale: float) -> Tensor:

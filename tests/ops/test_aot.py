@@ -266,7 +266,7 @@ CASES = {
     "linear_e4m3": Case(_linear_e4m3, FEATURES, MORE_FEATURES, (torch.bfloat16,), architectures=FP8_ARCHITECTURES),
     # class tokens of 64 images with 10 crops, and masked patches; the widths of the reference's bottlenecks
     "sinkhorn": Case(_sinkhorn, PROTOTYPES, MORE_PROTOTYPES, alike=FP16_AND_64),
-    "prototype_loss": Case(_prototype_loss, PROTOTYPES, MORE_PROTOTYPES, alike=FP16_AND_64),
+    "prototype_loss": Case(_prototype_loss, PROTOTYPES, MORE_PROTOTYPES, alike=FP16_AND_64, max_spill=32),
     "patches": Case(_patches, ((224, 592),), ((518, 588), (224, 640), (14, 592), (14, 592, 1)), alike=FP16_AND_64),
 }
 
