@@ -22,8 +22,8 @@ from dinov2_fast.ops import _attention_cuda, _attention_peers, _backends, _regis
 from dinov2_fast.ops._fp8 import E4M3
 from dinov2_fast.ops.activation import into_e4m3
 from dinov2_fast.ops.dispatch import Op, refuse_gradient
-from dinov2_fast.ops.implementation import Implementation, records_gradient
-from dinov2_fast.torch_private import is_traced, softmax_backward
+from dinov2_fast.ops.implementation import Implementation
+from dinov2_fast.torch_private import softmax_backward
 
 HEAD_DIMS = (32, 64, 128)  # of the Triton kernels
 
@@ -78,10 +78,6 @@ def attention_probabilities(qkv: Tensor, rows: slice = slice(None), *, backend: 
 
 
 def attention_torch(qkv: Tensor, seq_lens: None, dropout_p: float, scale: float | None) -> Tensor:
-    if not is_traced() and qkv.device.type == "cpu" and qkv.dtype in _backends.HALF and records_gradient([qkv]):
-        # In half precision torch's gradient takes 4 to 12 times as long at 50 and 10 tokens, and 1.4 times at 257
-        # (torch 2.11, an Intel Xeon with AMX).
-        return attention_torch(qkv.float(), seq_lens, dropout_p, scale).to(qkv.dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (batch, heads, seq_len, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2).contiguous()
     return into_e4m3(out, scale)
