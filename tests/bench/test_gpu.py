@@ -232,7 +232,7 @@ def test_steps_that_start_together_and_a_required_step_that_fails(tmp_path: Path
 
 
 def test_the_archive_is_written_even_if_the_call_is_interrupted(tmp_path: Path) -> None:
-    plan = "gpu.PLAN[:] = [gpu_plan.Step('sleeps', 1.0, '', 'code_of_a_step \\'import time; time.sleep(60)\\'')]"
+    plan = "gpu_plan.PLAN[:] = [gpu_plan.Step('sleeps', 1.0, '', 'code_of_a_step \\'import time; time.sleep(60)\\'')]"
     call = f"gpu.main(['--tiny', '--results', {str(tmp_path)!r}, '--commit', {COMMIT!r}])"
     program = f"from bench import gpu, gpu_plan; {plan}; {call}"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ)
