@@ -225,22 +225,6 @@ assert dist.is_initialized()
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_processes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch\n"
-        "from dinov2_fast.pretraining.parallel import start_processes\n"
-        "with start_processes('cpu') as world:\n"
-        "    total = world.sum(torch.tensor([1 + world.rank]))\n"
-        "    print(f'rank {world.rank} of {world.size}: {total.item()}\\n', end='')\n",
-        encoding="utf-8",
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert sorted(said.split("\n")) == ["", "rank 0 of 2: 3", "rank 1 of 2: 3"]
-
-
 @pytest.mark.parametrize(("number", "gpus"), [("2", 2), (None, 0)])
 def test_a_process_without_a_gpu_of_its_own_is_told_so(
     number: str | None, gpus: int, monkeypatch: pytest.MonkeyPatch
