@@ -75,8 +75,8 @@ PRETRAIN = "bench.pretraining {record} {reference} --seconds 10 --crops 224+8x98
 PRETRAINING = [
     PLAN[0],
     Step("pretraining-B", 1.6, "is our step faster, does it take less memory", f"{PRETRAIN} --models B --batches 64"),
-    Step("pretraining-L", 2.2, "the same for L", f"{PRETRAIN} --models L --batches 64 --measures speed,memory"),
-    Step("pretraining-S", 1.4, "the same for S", f"{PRETRAIN} --models S --batches 128 --measures speed,memory"),
+    Step("pretraining-L", 2.2, "the same for L", f"{PRETRAIN} --models L --batches 64 --measures steps"),
+    Step("pretraining-S", 1.4, "the same for S", f"{PRETRAIN} --models S --batches 128 --measures steps"),
 ]
 PLANS = {"all": PLAN, "pretraining": PRETRAINING}
 

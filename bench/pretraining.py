@@ -56,7 +56,7 @@ from dinov2_fast.pretraining.start import make_networks
 from dinov2_fast.pretraining.trainer import Trainer
 
 OURS, REFERENCE, PLAIN = "dinov2_fast", "reference", "plain-timm"
-MEASURES = ("speed", "memory", "loader")
+MEASURES = ("steps", "loader")
 CHECKED = ("dino_global", "dino_local", "ibot", "koleo")  # and all norms of gradients
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 CPU_MODEL = replace(BACKBONES["dinov2_vits14"], name="192x6", embed_dim=192, depth=6, num_heads=3)
@@ -154,18 +154,20 @@ def check(found: dict[str, float], expected: dict[str, float], allowed: float) -
     return {"outputs_max_error": differences[worst]}
 
 
-def measure_scenario(rows: dict[Variant, Row], entrants: Entrants, options: Namespace) -> None:
-    """Adds what is measured to the rows: first the memory of each alone, then the speed of all in turn."""
+def measure_memory(rows: dict[Variant, Row], entrants: Entrants) -> None:
+    """Adds to the rows how much memory each implementation takes alone."""
+    device = entrants.batch.device
+    for variant, row in rows.items():
+        if not records.reason(row):
+            try:
+                row["versions"] |= {"peak_mib": peak(partial(entrants.build, variant), device) / MIB}
+            except Exception as exception:  # the failure of one must not stop the others
+                records.record_failure(row, exception, device)
+
+
+def measure_speed(rows: dict[Variant, Row], entrants: Entrants, seconds: float) -> None:
+    """Adds to the rows how fast the implementations are. They run in turn for about `seconds` in all."""
     device, config = entrants.batch.device, entrants.config
-    if "memory" in options.measures:
-        for variant, row in rows.items():
-            if not records.reason(row):
-                try:
-                    row["versions"] |= {"peak_mib": peak(partial(entrants.build, variant), device) / MIB}
-                except Exception as exception:  # the failure of one must not stop the others
-                    records.record_failure(row, exception, device)
-    if "speed" not in options.measures:
-        return
     last: dict[Variant, dict[str, float]] = {}
 
     def make_run(variant: Variant) -> Run:
@@ -177,7 +179,7 @@ def measure_scenario(rows: dict[Variant, Row], entrants: Entrants, options: Name
 
         return run
 
-    for variant, times in harness.time_implementations(rows, make_run, device, options.seconds).items():
+    for variant, times in harness.time_implementations(rows, make_run, device, seconds).items():
         if not all(map(math.isfinite, last[variant].values())):
             rows[variant] |= records.not_measured("refused: after the steps a loss is not finite")
             continue
@@ -249,14 +251,16 @@ def main(arguments: list[str] | None = None) -> int:
         recorder.stop_when_lost(),
     ):
         images = cache(partial(extraction.make_images, Path(folder)))
-        for scenario in scenarios(options):
+        for scenario in scenarios(options) if "steps" in options.measures else ():
             rows = scenario_rows(scenario, options, why)
             if is_known(recorder, rows):
                 continue
             config = pretraining_config(scenario)
             batch = make_batch(config, images(scenario.batch), world.device)
             rows = {variant: row for variant, row in rows.items() if not recorder.lost_in(**identity(row))}
-            measure_scenario(rows, Entrants(config, batch, world, reference), options)
+            entrants = Entrants(config, batch, world, reference)
+            measure_memory(rows, entrants)
+            measure_speed(rows, entrants, options.seconds)
             keep(recorder, title(scenario), list(rows.values()))
         is_measured = recorder.has(model="loader", resolution=options.crops)
         if "loader" in options.measures and not is_measured:

@@ -115,9 +115,9 @@ class Batch:
 
     def copy(self) -> Batch:
         """The same with crops of its own."""
-        own = {"global_crops": self.crops.global_crops.clone(), "local_crops": self.crops.local_crops.clone()}
-        finished = {"global_crops": self.global_crops.clone(), "local_crops": self.local_crops.clone()}
-        return replace(self, crops=replace(self.crops, **own), **finished)
+        own, crops = [each.clone() for each in (self.global_crops, self.local_crops)], self.crops
+        crops = replace(crops, global_crops=crops.global_crops.clone(), local_crops=crops.local_crops.clone())
+        return replace(self, crops=crops, global_crops=own[0], local_crops=own[1])
 
 
 def make_loader(config: PretrainingConfig, files: Sequence[str]) -> CropLoader:

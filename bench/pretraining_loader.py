@@ -39,10 +39,10 @@ def measure_loaders(
         config: with batches of as many images as there are files.
         reference: its module `dinov2.train.train`; without it `why` says why there is none.
     """
-    runs = {
+    runs: dict[tuple[str, str], Callable[[], Any] | None] = {
         ("dinov2_fast", "crops"): our_run(config, files, colours=False),
         ("dinov2_fast", "crops+colours"): our_run(config, files, colours=True),
-        ("reference", "crops+colours"): reference and reference_run(reference, config, files),
+        ("reference", "crops+colours"): reference_run(reference, config, files) if reference else None,
     }
     keys = {"model": "loader", "resolution": crops_text(config.crops), "batch": len(files), "mode": "eager"}
     rows = {run: keys | {"implementation": run[0], "output": run[1]} for run in runs}

@@ -28,7 +28,7 @@ class PlainNetwork(nn.Module):
 
     def __init__(self, config: PretrainingConfig, drop_path: float) -> None:
         super().__init__()
-        from timm.layers import DropPath
+        from timm.layers.drop import DropPath
         from timm.models.vision_transformer import VisionTransformer
 
         model = config.model
@@ -51,7 +51,7 @@ class PlainNetwork(nn.Module):
 
     def forward(self, crops: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Class tokens and patch tokens of crops (crops, images, 3, size, size), before the heads."""
-        vit = self.backbone
+        vit: Any = self.backbone
         x = vit.patch_embed(crops.flatten(0, 1))  # (n, rows, columns, hidden)
         if masks is not None:
             x = torch.where(masks.view(*x.shape[:3], 1), vit.mask_token.to(x.dtype), x)

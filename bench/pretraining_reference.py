@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch import Tensor, nn
 
 from bench.pretraining_batch import Batch

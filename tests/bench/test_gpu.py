@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_plan, gpu_steps, harness, modes, records, warm
-from bench.gpu_plan import PLAN, ROOT, GpuRun, Step
+from bench.gpu_plan import PLAN, PLANS, PRETRAINING, ROOT, GpuRun, Step
 from bench.peers import OURS, load_ours
 from dinov2_fast.ops.dispatch import use_backend
 from tests.helpers.aot import compiling
@@ -48,7 +49,7 @@ def test_the_headlines_are_in_the_first_call(tmp_path: Path, capsys: pytest.Capt
 @on_cpu_and_gpu
 def test_the_command_of_every_step_is_valid(tiny: bool, tmp_path: Path) -> None:
     gpu_run = GpuRun(tmp_path / "device", COMMIT, tiny=tiny)
-    for step in PLAN:
+    for step in itertools.chain(*PLANS.values()):
         module, *arguments = gpu_run.command(step, PLAN)
         if module.startswith("bench.") and module not in ("bench.gpu", "bench.warm"):
             options = import_module(module)._parse(arguments)
@@ -61,6 +62,17 @@ def test_the_command_of_every_step_is_valid(tiny: bool, tmp_path: Path) -> None:
         elif module == "pytest":
             assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("tests/"))
             assert ("--collect-only" in arguments) == tiny
+
+
+def test_pretraining_runs_when_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "--commit", COMMIT, "--results", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    assert "bench.pretraining" not in capsys.readouterr().out
+    assert gpu.main([*arguments, "--task", "pretraining", "--reference-path", "a b"]) == 0
+    listed, _, left_out = capsys.readouterr().out.partition("\nleft out: ")
+    assert re.findall(r"^(\S+) +[\d.]+ +[\d.]+ ", listed, re.MULTILINE) == [step.name for step in PRETRAINING]
+    assert left_out == "nothing\n", "it fits into one call"
+    assert listed.count("--reference-path 'a b'") == len(PRETRAINING) - 1
 
 
 def test_the_first_gpu_tests_cover_races_graphs_and_large_products() -> None:

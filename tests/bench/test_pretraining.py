@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ BACKBONE = dataclasses.replace(BACKBONES["dinov2_vits14"], name="test", embed_di
 SCENARIO = Scenario("pretraining", BACKBONE, "42+2x28", 4, "test", "fp32")
 SHARED = Recipe(RECIPES["test"].dino_head, None, "centering", 0.3)
 CPU = torch.device("cpu")
-BOTH = {(OURS, "eager"), (PLAIN, "eager")}
+BOTH = ((OURS, "eager"), (PLAIN, "eager"))
 
 pytestmark = pytest.mark.skipif(pretraining_plain.MISSING is not None, reason=str(pretraining_plain.MISSING))
 
@@ -59,12 +58,14 @@ def entrants(batch: Batch, world: World) -> Entrants:
     return Entrants(pretraining_config(SCENARIO), batch, world, None)
 
 
-def measure(entrants: Entrants, *measures: str) -> dict[str, dict[str, Any]]:
+def rows_of_both() -> dict[pretraining.Variant, dict[str, Any]]:
+    return {variant: dict(zip(("implementation", "mode"), variant, strict=True)) | {"versions": {}} for variant in BOTH}
+
+
+def speeds(entrants: Entrants) -> dict[str, dict[str, Any]]:
     """The rows of ours and of plain-timm, by name."""
-    rows: dict[pretraining.Variant, dict[str, Any]] = {
-        (name, mode): {"implementation": name, "mode": mode, "versions": {}} for name, mode in sorted(BOTH)
-    }
-    pretraining.measure_scenario(rows, entrants, Namespace(measures=measures, seconds=0.0))
+    rows = rows_of_both()
+    pretraining.measure_speed(rows, entrants, 0.0)
     return {name: row for (name, _), row in rows.items()}
 
 
@@ -110,7 +111,7 @@ def test_a_wrong_step_is_found(name: str, entrants: Entrants, monkeypatch: pytes
 
 def test_a_wrong_step_is_refused_and_the_others_are_timed(entrants: Entrants, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining_plain, "koleo", lambda cls: cls.sum())
-    rows = measure(entrants, "speed")
+    rows = speeds(entrants)
     assert (records.reason(rows[PLAIN]) or "").startswith("refused: koleo is ")
     assert rows[OURS]["value"] > 0
     assert rows[OURS]["versions"]["colours_ms"] > 0
@@ -124,19 +125,21 @@ def test_a_run_that_diverges_is_refused(entrants: Entrants, monkeypatch: pytest.
         return right(cls) * (1.0 if len(calls) <= 2 else float("inf"))  # two crops in the step that is checked
 
     monkeypatch.setattr(pretraining_plain, "koleo", later)
-    assert records.reason(measure(entrants, "speed")[PLAIN]) == "refused: after the steps a loss is not finite"
+    assert records.reason(speeds(entrants)[PLAIN]) == "refused: after the steps a loss is not finite"
 
 
 def test_peak_memory_holds_weights_gradients_and_moments(entrants: Entrants) -> None:
     weights = sum(p.nbytes for p in entrants.build((OURS, "eager")).student.parameters()) / 2**20
-    for row in measure(entrants, "memory").values():
+    rows = rows_of_both()
+    pretraining.measure_memory(rows, entrants)
+    for row in rows.values():
         assert "value" not in row
         # student, teacher, gradients, two moments
         assert 5 * weights < row["versions"]["peak_mib"] < 5 * weights + 20
 
 
 def test_stochastic_depth_is_off_in_the_check_alone(entrants: Entrants) -> None:
-    for variant in sorted(BOTH):
+    for variant in BOTH:
         step, _ = entrants.checked(variant)
         assert step.student.training
         found = [entrants.build(variant) for _ in range(2)]
@@ -215,7 +218,7 @@ def test_the_command_writes_rows_resumes_and_its_rows_are_shown(
     assert "Unit: peak MiB (less is better)\n\n| model | pixels |" in readme
     assert "| test | 56+2x28 | fp32 | test | 2 | 7.00 | 7.00 | 1.00 | – |" in readme
     assert "loader" not in readme
-    monkeypatch.setattr(pretraining, "measure_scenario", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(pretraining, "measure_speed", lambda *arguments: pytest.fail("measured again"))
     monkeypatch.setattr(pretraining, "measure_loaders", lambda *arguments: pytest.fail("measured again"))
     assert pretraining.main(arguments) == 0
 
