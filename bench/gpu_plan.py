@@ -82,7 +82,7 @@ PLANS = {"all": PLAN, "pretraining": PRETRAINING}
 
 # The values of options with --tiny, so that the same steps run on a CPU.
 TINY_OPTIONS = {"models": "tiny", "precisions": "fp32", "batches": "2", "seconds": "0.1"}
-TINY_OPTIONS |= {"crops": "28+2x14", "recipes": "test"}
+TINY_OPTIONS |= {"crops": "42+2x28", "recipes": "test"}
 TINY_SIZES = {"224": "28", "518": "56", "1036": "84"}  # pixels
 
 

@@ -146,7 +146,7 @@ def without_stochastic_depth(step: Any) -> dict[str, float]:
 def check(found: dict[str, float], expected: dict[str, float], allowed: float) -> Row:
     """The largest relative difference from what is expected, as keys of a row. AssertionError if it is too large."""
     names = [name for name in expected if name in CHECKED or name.startswith("gradient_norm/")]
-    differences = {name: abs(found[name] / expected[name] - 1) for name in names}
+    differences = {name: abs(found[name] - expected[name]) / (abs(expected[name]) or 1.0) for name in names}
     worst = max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]))
     if not differences[worst] <= allowed:
         values = f"{found[worst]:.6g}, ours is {expected[worst]:.6g}"

@@ -130,6 +130,10 @@ def test_a_run_that_diverges_is_refused(entrants: Entrants, monkeypatch: pytest.
 
 def test_peak_memory_holds_weights_gradients_and_moments(entrants: Entrants) -> None:
     weights = sum(p.nbytes for p in entrants.build((OURS, "eager")).student.parameters()) / 2**20
+    own, shared = entrants.batch.copy(), entrants.batch
+    for one, other in ((own, shared), (own.crops, shared.crops)):
+        for name in ("global_crops", "local_crops"):
+            assert getattr(one, name).data_ptr() != getattr(other, name).data_ptr()
     rows = rows_of_both()
     pretraining.measure_memory(rows, entrants)
     for row in rows.values():
