@@ -21,6 +21,7 @@ from bench.records import EXIT_RETRY
 
 GRACE_SECONDS = 8.0  # between asking a step to stop and killing it
 HANG_FACTOR = 1.5  # a step that takes this many times its minutes hangs
+TINY_FACTOR = 3.0  # the minutes are those of a machine with a GPU; with --tiny the CPU may have two slow cores
 LOG_BYTES = 1 << 19  # that are kept of a log: of a longer one, its ends
 STATES = {0: "done", None: "cut off", EXIT_RETRY: "cut off"}  # by exit status; all others mean failed
 
@@ -76,6 +77,7 @@ def _run_group(group: list[Step], gpu_run: GpuRun, coming: list[Step], left: flo
 def run_step(step: Step, gpu_run: GpuRun, coming: list[Step], left: float, running: Processes) -> Outcome:
     """Runs a step. After `left` seconds it is cut off; if it reaches its own limit before, it has failed."""
     begin, limit, log = time.monotonic(), HANG_FACTOR * 60 * step.minutes, gpu_run.log(step)
+    limit *= TINY_FACTOR if gpu_run.tiny else 1
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *gpu_run.command(step, coming)]
     status: int | None = EXIT_RETRY
