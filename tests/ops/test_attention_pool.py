@@ -217,7 +217,8 @@ def test_cls_attention_is_as_near_as_attention(backend: str, dtype: torch.dtype)
     out = _cls_attention(block, x, backend)
     block = block.double()
     exact = ops.attention(block.attn.project_qkv(block.norm1(x.double())), backend="torch")[:, 0].flatten(1)
-    reference.assert_obeys_rule(out, exact, plain)
+    # torch's worst of 128 elements depends on the CPU's products
+    reference.assert_obeys_rule(out, exact, plain, largest_error=4)
 
 
 # Refusals

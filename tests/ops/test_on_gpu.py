@@ -16,6 +16,7 @@ from dinov2_fast import ops
 from dinov2_fast.ops import dispatch
 from dinov2_fast.ops.dispatch import use_backend
 from dinov2_fast.ops.implementation import tensors_of
+from dinov2_fast.ops.prototype_loss import Targets
 from tests import reference
 from tests.helpers.devices import on_gpu, runs_cuda
 
@@ -68,6 +69,14 @@ def _add_on_subset(residual: Tensor, branch: Tensor, gamma: Tensor, index: Tenso
     return ops.add_residual(residual, branch, gamma, index=index, scale=8 / 3)
 
 
+def _prototype_loss(student: Tensor, prototypes: Tensor) -> Tensor:
+    """The targets are those of the first two crops."""
+    z, w = student[:2].detach(), prototypes.detach()
+    a, b = ops.sinkhorn(z.flatten(0, 1), w, 0.07)
+    targets = Targets(z, w, a, b.view(z.shape[:2]), 0.07)
+    return ops.prototype_loss(student, prototypes, targets, torch.ones(len(student), 2, device="cuda"))
+
+
 # Function and arguments, by name. If the op has a backward, it is differentiated for every floating-point argument.
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
     "layer_norm.plain": (ops.layer_norm, lambda: [_x(8, 257, 768), _x(768), _x(768), EPS]),
@@ -112,6 +121,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]] = {
         ops.attention_pool,
         lambda: [_x(8, 257, 768), _x(8, 12, 768), _x(768), _x(768), EPS],
     ),
+    "sinkhorn": (partial(ops.sinkhorn, temperature=0.07), lambda: [_x(128, 256) / 16, _x(4096, 256) / 16]),
+    "prototype_loss": (_prototype_loss, lambda: [_x(10, 64, 256) / 16, _x(4096, 256) / 16]),
     "patches": (
         lambda images: ops.patches(images, 14, padded_to=592, dtype=BF16),
         lambda: [_x(8, 3, 224, 224)],
@@ -146,6 +157,7 @@ TRAINABLE = [
         "attention",
         "attention varlen",
         "attention_probabilities",
+        "prototype_loss",
     ),
 ]
 
