@@ -211,14 +211,13 @@ def test_a_block_of_one_row_is_the_first_row_of_the_block(backend: str) -> None:
 @each_backend
 def test_cls_attention_is_as_near_as_attention(backend: str, dtype: torch.dtype) -> None:
     block = _block(2, 64)
-    x = random(2, 261, 64, dtype=dtype)
+    x = random(16, 261, 64, dtype=dtype)  # so many that the largest error is hardly a matter of chance
     block = block.to(dtype)
     plain = ops.attention(block.attn.project_qkv(block.norm1(x)), backend="torch")[:, 0].flatten(1)
     out = _cls_attention(block, x, backend)
     block = block.double()
     exact = ops.attention(block.attn.project_qkv(block.norm1(x.double())), backend="torch")[:, 0].flatten(1)
-    # torch's worst of 128 elements depends on the CPU's products
-    reference.assert_obeys_rule(out, exact, plain, largest_error=4)
+    reference.assert_obeys_rule(out, exact, plain)
 
 
 # Refusals
