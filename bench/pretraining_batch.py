@@ -23,7 +23,7 @@ from dinov2_fast.pretraining.config import (
     PretrainingConfig,
     RunConfig,
 )
-from dinov2_fast.pretraining.masks import batch_masks
+from dinov2_fast.pretraining.masks import batch_masks, masked_patches
 from dinov2_fast.pretraining.schedules import Rates, rates_at
 from dinov2_fast.pretraining.sources import ImageTable
 
@@ -132,13 +132,13 @@ def make_batch(config: PretrainingConfig, files: Sequence[str], device: torch.de
         crops = next(loader)
     crops = replace(crops, global_crops=crops.global_crops.to(device), local_crops=crops.local_crops.to(device))
     masks = torch.from_numpy(batch_masks(config, run.seed, 0, batch_size=run.batch_size, first=0, count=run.batch_size))
-    weights = (1 / masks.sum(dim=-1).clamp(min=1)).unsqueeze(-1).expand_as(masks)[masks]
+    masked, weights = masked_patches(masks)
     return Batch(
         crops,
         apply_colours(crops.global_crops, crops.global_colours, torch.float32),
         apply_colours(crops.local_crops, crops.local_colours, torch.float32),
         masks.to(device),
-        masks.flatten().nonzero().flatten().to(device),
+        masked.to(device),
         weights.to(device),
         rates_at(config, 0),
     )

@@ -38,15 +38,22 @@ XFORMERS_REPLACED = (
 
 
 @contextmanager
-def imported(path: Path | None, device: torch.device) -> Iterator[ModuleType]:
+def imported(
+    path: Path | None, device: torch.device, modules: dict[str, ModuleType] | None = None
+) -> Iterator[ModuleType]:
     """The reference's module `dinov2.train.train`. There must be a process group.
 
     Afterwards `sys.modules` is as before, but for torchvision, which the reference imports.
+
+    Args:
+        path: the checkout.
+        device: on a CPU `Tensor.cuda` does nothing.
+        modules: take the place of others, by default `replacements(device)`.
     """
     if path is None or not (path / "dinov2" / "train" / "ssl_meta_arch.py").is_file():
         raise FileNotFoundError(f"There is no dinov2/train/ssl_meta_arch.py in {path}; give a checkout of dinov2.")
     tf32 = torch.backends.cuda.matmul.allow_tf32  # the reference sets it when it is imported
-    modules = replacements(device)
+    modules = replacements(device) if modules is None else modules
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _root(name) in _roots(modules)}
     sys.modules.update(modules)
     sys.path.insert(0, str(path))
@@ -73,12 +80,7 @@ def _roots(modules: dict[str, ModuleType]) -> set[str]:
 
 def replacements(device: torch.device) -> dict[str, ModuleType]:
     """Modules with the names that the reference takes from them."""
-    contents: dict[str, dict[str, Any]] = {
-        "fvcore": {},
-        "fvcore.common": {},
-        "fvcore.common.checkpoint": {"Checkpointer": object, "PeriodicCheckpointer": object},
-        "omegaconf": {"OmegaConf": SimpleNamespace(load=load_settings)},
-    }
+    contents: dict[str, dict[str, Any]] = {}
     if not has_xformers(device):
         contents["xformers"] = {}
         contents["xformers.ops"] = {
@@ -88,6 +90,17 @@ def replacements(device: torch.device) -> dict[str, ModuleType]:
             "index_select_cat": index_select_cat,
             "scaled_index_add": scaled_index_add,
         }
+    return make_modules(contents)
+
+
+def make_modules(contents: dict[str, dict[str, Any]]) -> dict[str, ModuleType]:
+    """Modules with these contents by name, and the few names of fvcore and omegaconf that the reference uses."""
+    contents = contents | {
+        "fvcore": {},
+        "fvcore.common": {},
+        "fvcore.common.checkpoint": {"Checkpointer": object, "PeriodicCheckpointer": object},
+        "omegaconf": {"OmegaConf": SimpleNamespace(load=load_settings)},
+    }
     modules = {name: ModuleType(name) for name in contents}
     for name, values in contents.items():
         vars(modules[name]).update(values)

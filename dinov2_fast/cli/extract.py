@@ -14,7 +14,7 @@ from dinov2_fast.cli.options import (
     add_size,
     add_stride,
     at_least,
-    keywords,
+    given,
     names,
 )
 from dinov2_fast.cli.process import OK, SOME_FAILED, ignored_output_errors
@@ -148,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
         environment.use_passive_openmp_threads()
     from dinov2_fast.extraction.extract import extract
 
-    # Each option has the name of an argument of `extract`, whose default it takes if it is not given.
-    settings = {name: value for name, value in keywords(args).items() if value is not None}
+    settings = given(args)  # each option has the name of an argument of `extract`
     report = ProgressReport()
     try:
         end = extract(**settings, announce=announce, progress=report)

@@ -18,6 +18,11 @@ def keywords(args: argparse.Namespace, without: Collection[str] = ()) -> dict[st
     return {name: value for name, value in vars(args).items() if name not in ("run", *without)}
 
 
+def given(args: argparse.Namespace, without: Collection[str] = ()) -> dict[str, Any]:
+    """`keywords` without the options that are None: for them the function has its own defaults."""
+    return {name: value for name, value in keywords(args, without).items() if value is not None}
+
+
 def add_model(parser: Any, *, required: bool = False) -> None:
     """Adds --model, --weights and --position-interpolation."""
     parser.add_argument("--model", required=required, help="dinov2_vit{s,b,l,g}14[_reg], or a file, folder or hub id")
@@ -66,12 +71,13 @@ def add_batches(parser: Any, batch_size: int = 32) -> None:
     parser.add_argument(
         "--batch-size", type=at_least(1), default=batch_size, metavar="N", help="(default: %(default)s)"
     )
+    add_workers(parser, "processes that decode images, 0 for none")
+
+
+def add_workers(parser: Any, help: str) -> None:
+    """Adds --workers."""
     parser.add_argument(
-        "--workers",
-        type=at_least(0),
-        default=default_workers(),
-        metavar="N",
-        help="processes that decode images, 0 for none (default: %(default)s)",
+        "--workers", type=at_least(0), default=default_workers(), metavar="N", help=f"{help} (default: %(default)s)"
     )
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dinov2_fast import environment
-from dinov2_fast.cli.options import add_device, at_least, default_workers, keywords
+from dinov2_fast.cli.options import add_device, add_workers, at_least, given
 from dinov2_fast.cli.process import OK, SOME_FAILED, STOPPED, ignored_output_errors, noted_stop
 from dinov2_fast.cli.progress import ProgressLine, duration
 
@@ -82,13 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how it runs")
     add_device(how)
-    how.add_argument(
-        "--workers",
-        type=at_least(0),
-        default=default_workers(),
-        metavar="N",
-        help="processes that decode images, for each that trains; 0 for none (default: %(default)s)",
-    )
+    add_workers(how, "processes that decode images, for each that trains; 0 for none")
     how.add_argument("--max-pixels", type=at_least(1), metavar="N", help="skip larger images (default: 50000000)")
     how.add_argument(
         "--max-seconds",
@@ -103,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers:
         environment.use_passive_openmp_threads()
     overrides = [*args.overrides, *([f"run.steps={args.steps}"] if args.steps else [])]
-    # Each other option has the name of an argument of `pretrain`, whose default it takes if it is not given.
-    settings = keywords(args, without=("steps", "overrides"))
-    settings = {name: value for name, value in settings.items() if value is not None}
+    # Each other option has the name of an argument of `pretrain`.
+    settings = given(args, without=("steps", "overrides"))
     report = ProgressReport()
     with noted_stop() as stop:
         from dinov2_fast.pretraining.run import pretrain

@@ -15,6 +15,7 @@ from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.order import mix
@@ -51,6 +52,20 @@ def batch_masks(
             ratio = low + (high - low) * (stratum + rng.random()) / masked_crops
             masks[crop, image - first] = block_mask(int(patches * ratio), config.grid, config.grid, rng)
     return masks.reshape(2, count, patches)
+
+
+def masked_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The masked patches of crops.
+
+    Args:
+        masks: (crops, images, patches) bool, on the CPU: a GPU would have to be awaited.
+
+    Returns:
+        (masked,) int64, their indices in the flattened masks; and (masked,) fp32, 1 / the number of masked patches of
+        the crop of each.
+    """
+    weights = 1 / masks.sum(dim=-1, keepdim=True).clamp(min=1)
+    return masks.flatten().nonzero().flatten(), weights.expand_as(masks)[masks]
 
 
 def block_mask(n_masked: int, rows: int, columns: int, rng: Random) -> NDArray[np.bool_]:

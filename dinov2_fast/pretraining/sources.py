@@ -24,14 +24,16 @@ class ImageTable:
     def __init__(self, images: Iterable[ImageSource]) -> None:
         digest, remaining = hashlib.sha256(), iter(images)
         self._batches: list[pa.RecordBatch] = []
+        self._count = 0
         while rows := [to_row(image) for image in islice(remaining, ROWS)]:
             for row in rows:
                 digest.update(repr(row).encode())
             self._batches.append(record_batch(rows))
+            self._count += len(rows)
         self.sha256 = digest.hexdigest()
 
     def __len__(self) -> int:
-        return sum(batch.num_rows for batch in self._batches)
+        return self._count  # asked for at each position of a run
 
     def __getitem__(self, number: int) -> ImageSource:
         batch, row = divmod(number, ROWS)

@@ -31,7 +31,7 @@ def make_networks(config: PretrainingConfig, start_from: str | os.PathLike[str] 
         _load_backbone(student.backbone, load(Path(start_from), dtype=torch.float32), start_from)
         _load_heads(student, read_heads(Path(start_from)), start_from)
     teacher.load_state_dict(student.state_dict())
-    return student, teacher.requires_grad_(False)
+    return student, teacher
 
 
 def _load_backbone(backbone: DinoVisionTransformer, source: DinoVisionTransformer, name: object) -> None:
@@ -40,12 +40,11 @@ def _load_backbone(backbone: DinoVisionTransformer, source: DinoVisionTransforme
     height, width = backbone.patch_embed.img_size
     if source.patch_size == backbone.patch_size:
         state["pos_embed"] = source.interpolate_pos_encoding(torch.empty(0), height, width).detach()
-    misfits = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
-    if misfits:
-        key = min(misfits)
+    misfit = _misfit(state, own)
+    if misfit:
         raise InvalidValueError(
-            f"The backbone of {str(name)!r} has another architecture: {key} is {_shape(state, key)}, and the "
-            f"configuration asks for {_shape(own, key)}. Set the group model as in the run that made it."
+            f"The backbone of {str(name)!r} has another architecture: {misfit}. Set the group model as in the run that "
+            "made it."
         )
     backbone.load_state_dict(state)
 
@@ -55,15 +54,19 @@ def _load_heads(network: Network, heads: dict[str, Tensor], name: object) -> Non
     if not heads:
         return
     own = {key: value for key, value in network.state_dict().items() if not key.startswith("backbone.")}
-    misfits = [key for key in own.keys() | heads.keys() if _shape(own, key) != _shape(heads, key)]
-    if misfits:
-        key = min(misfits)
+    misfit = _misfit(heads, own)
+    if misfit:
         raise InvalidValueError(
-            f"The heads of {str(name)!r} have other sizes: {key} is {_shape(heads, key)}, and the configuration asks "
-            f"for {_shape(own, key)}. Set the groups dino_head and ibot_head as in the run that made them."
+            f"The heads of {str(name)!r} have other sizes: {misfit}. Set the groups dino_head and ibot_head as in the "
+            "run that made them."
         )
     network.load_state_dict(heads, strict=False)
 
 
-def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
-    return tuple(state[key].shape) if key in state else None
+def _misfit(found: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
+    """The first tensor whose shape is not the one that the configuration asks for."""
+    theirs, ours = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (found, own))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            return f"{key} is {theirs.get(key)}, and the configuration asks for {ours.get(key)}"
+    return None

@@ -7,7 +7,6 @@ the bits of one that was not, and the number of processes changes nothing but th
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dinov2_fast.errors import Dinov2FastError
+from dinov2_fast.inference.plan import PRECISIONS
 from dinov2_fast.pretraining import checkpoint
 from dinov2_fast.pretraining.batches import CropBatch
 from dinov2_fast.pretraining.colours import apply_colours
 from dinov2_fast.pretraining.config import PretrainingConfig
-from dinov2_fast.pretraining.masks import batch_masks
+from dinov2_fast.pretraining.masks import batch_masks, masked_patches
 from dinov2_fast.pretraining.networks import Pretraining, StepTargets, Views
 from dinov2_fast.pretraining.optimizer import clip_gradients, make_optimizer, set_rates
 from dinov2_fast.pretraining.order import mix
@@ -116,12 +116,12 @@ class Trainer:
                 "checkpoint is good: continue from it with a lower optimizer.learning_rate in a new folder "
                 "(start_from), or with run.precision=fp32."
             )
-        return metrics | asdict(rates)
+        return metrics | rates.to_dict()
 
     def _views(self, batch: CropBatch) -> list[Views]:
         """What is seen of the images, in parts of `micro_batch` images."""
         run, device = self.config.run, self.world.device
-        dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+        dtype = PRECISIONS[run.precision]
         global_crops = apply_colours(batch.global_crops.to(device, non_blocking=True), batch.global_colours, dtype)
         local_crops = apply_colours(batch.local_crops.to(device, non_blocking=True), batch.local_colours, dtype)
         count = global_crops.shape[1]
@@ -133,9 +133,7 @@ class Trainer:
         for start in range(0, count, run.micro_batch):
             part = slice(start, start + run.micro_batch)
             own = masks[:, part]
-            weights = (1 / own.sum(dim=-1).clamp(min=1)).unsqueeze(-1).expand_as(own)[own]
-            masked = own.flatten().nonzero().flatten()
-            on_device = [each.to(device, non_blocking=True) for each in (own, masked, weights)]
+            on_device = [each.to(device, non_blocking=True) for each in (own, *masked_patches(own))]
             views.append(Views(global_crops[:, part], local_crops[:, part], *on_device))
         return views
 

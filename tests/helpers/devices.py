@@ -15,8 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_fast import extension
 from dinov2_fast.ops.implementation import tensors_of
+from dinov2_fast.torch_private import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Inside, `elements` is the number of elements of the largest tensor that an operation has returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors_of([result]))])
+        return result
 
 
 def interpreting() -> bool:

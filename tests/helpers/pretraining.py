@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinov2_fast.pretraining.config import PretrainingConfig
+from dinov2_fast.pretraining.log import read_metrics
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "layer_scale": 0.1, "drop_path": 0.3},
@@ -45,6 +46,12 @@ def make_images(folder: Path, count: int = 10, size: int = 48) -> Path:
         pixels = generator.integers(0, 60, (size, size, 3)) + generator.integers(0, 190, 3)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"image-{number:02}.png")
     return folder
+
+
+def computed_metrics(run: Path) -> list[dict[str, float]]:
+    """The reports of a run without what depends on the clock."""
+    measured = ("images_per_second", "data_wait")
+    return [{name: value for name, value in line.items() if name not in measured} for line in read_metrics(run)]
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

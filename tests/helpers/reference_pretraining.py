@@ -19,7 +19,6 @@ import argparse
 import importlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,10 +29,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench import pretraining_reference
+from bench.pretraining_reference import make_modules
 from tests.helpers import golden_pretraining as golden
 
 COMMIT = "b8931f7"
@@ -155,66 +155,22 @@ def forward_backward(
 
 @contextmanager
 def imported(path: Path) -> Iterator[ModuleType]:
-    """The reference's module `dinov2.train.ssl_meta_arch`, in a process group of one.
-
-    Afterwards `sys.modules` is as before, but for torchvision, which the reference imports.
-    """
-    if not (path / "dinov2" / "train" / "ssl_meta_arch.py").is_file():
-        raise FileNotFoundError(f"There is no dinov2/train/ssl_meta_arch.py in {path}; give a checkout of dinov2.")
-    tf32 = torch.backends.cuda.matmul.allow_tf32  # the reference sets it when it is imported
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if is_replaced(name)}
-    sys.modules.update(replacements())
-    sys.path.insert(0, str(path))
+    """The reference's module `dinov2.train.ssl_meta_arch`, in a process group of one."""
+    modules = make_modules({"xformers": {}, "xformers.ops": {"fmha": SimpleNamespace(BlockDiagonalMask=Packed)}})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
-        reference = importlib.import_module("dinov2.train.ssl_meta_arch")
-        block: Any = importlib.import_module("dinov2.layers.block")
-        vits: Any = importlib.import_module("dinov2.models.vision_transformer")
-        block.XFORMERS_AVAILABLE = True
-        block.NestedTensorBlock.forward_nested = lambda self, batches: [self(batch) for batch in batches]
-        block_with_attention = partial(vits.Block, attn_class=vits.MemEffAttention)
-        vits.vit_golden = partial(vits.DinoVisionTransformer, block_fn=block_with_attention, **BACKBONE)
-        vars(reference)["get_fsdp_modules"] = lambda network: [SimpleNamespace(params=list(network.parameters()))]
-        with mock.patch.object(Tensor, "cuda", lambda self, **_: self):
+        with pretraining_reference.imported(path, torch.device("cpu"), modules):
+            reference = importlib.import_module("dinov2.train.ssl_meta_arch")
+            block: Any = importlib.import_module("dinov2.layers.block")
+            vits: Any = importlib.import_module("dinov2.models.vision_transformer")
+            block.XFORMERS_AVAILABLE = True
+            block.NestedTensorBlock.forward_nested = lambda self, batches: [self(batch) for batch in batches]
+            block_with_attention = partial(vits.Block, attn_class=vits.MemEffAttention)
+            vits.vit_golden = partial(vits.DinoVisionTransformer, block_fn=block_with_attention, **BACKBONE)
+            vars(reference)["get_fsdp_modules"] = lambda network: [SimpleNamespace(params=list(network.parameters()))]
             yield reference
     finally:
         dist.destroy_process_group()
-        sys.path.remove(str(path))
-        for name in [name for name in sys.modules if is_replaced(name)]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-
-
-def is_replaced(module: str) -> bool:
-    return module.partition(".")[0] in ("dinov2", "fvcore", "omegaconf", "xformers")
-
-
-def replacements() -> dict[str, ModuleType]:
-    """Modules with the names that the reference takes from them when it is imported."""
-    contents: dict[str, dict[str, Any]] = {
-        "fvcore": {},
-        "fvcore.common": {},
-        "fvcore.common.checkpoint": {"Checkpointer": object, "PeriodicCheckpointer": object},
-        "omegaconf": {"OmegaConf": SimpleNamespace(load=load_settings)},
-        "xformers": {},
-        "xformers.ops": {"fmha": SimpleNamespace(BlockDiagonalMask=Packed)},
-    }
-    modules = {name: ModuleType(name) for name in contents}
-    for name, values in contents.items():
-        vars(modules[name]).update(values)
-    return modules
-
-
-class Settings(dict[str, Any]):
-    """Settings whose items are attributes too."""
-
-    __getattr__ = dict.__getitem__
-    __setattr__ = dict.__setitem__
-
-
-def load_settings(file: Path) -> Settings:
-    return json.loads(json.dumps(yaml.safe_load(file.read_text())), object_hook=Settings)
 
 
 class Packed:

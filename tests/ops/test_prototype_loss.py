@@ -12,9 +12,8 @@ from torch.nn.functional import normalize
 from dinov2_fast import ops
 from dinov2_fast.ops import _prototypes
 from dinov2_fast.ops.prototype_loss import Targets
-from dinov2_fast.torch_private import TorchDispatchMode
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, poisoned_memory, random
+from tests.helpers.devices import BACKENDS, DEVICE, LargestTensor, poisoned_memory, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +96,7 @@ def test_equals_the_loss_from_whole_matrices(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dtype: torch.dtype) -> None:
-    student, v, targets, pairing = _arguments(dtype)
+    student, v, targets, pairing = _arguments(dtype, n=40, width=64)
     student[0] /= 1000
     student[2] *= 8
     targets = _targets(targets.z * 8, targets.prototypes)
@@ -106,8 +105,7 @@ def test_sharp_softmaxes_and_rows_of_other_sizes_obey_the_rule(backend: str, dty
     ref, plain = _with_gradients(_dense, *_doubled(arguments)), _with_gradients(_dense, *arguments)
     for crop in range(4):
         for y, expected, usual in zip(found[:2], ref, plain, strict=False):
-            # a crop has 9 tokens, so torch's worst may be small by chance
-            reference.assert_obeys_rule(y[crop], expected[crop], usual[crop], largest_error=4)
+            reference.assert_obeys_rule(y[crop], expected[crop], usual[crop])
     reference.assert_obeys_rule(found[2], ref[2], plain[2])
 
 
@@ -163,21 +161,10 @@ def test_teachers_get_no_gradient(backend: str) -> None:
     assert all(tensor.grad is None for tensor in targets[:4])
 
 
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
-
-
 def test_stores_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _arguments(torch.float32, crops=4, n=16, prototypes=650, width=8)
     monkeypatch.setattr(_prototypes, "CHUNK_BYTES", 4 * 64 * 100)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         _with_gradients(ops.prototype_loss, *arguments, backend="torch")
     assert largest.elements == 64 * 100  # of 64 x 650
 

@@ -11,9 +11,8 @@ from torch.nn.functional import normalize
 
 from dinov2_fast import ops
 from dinov2_fast.ops import _prototypes
-from dinov2_fast.torch_private import TorchDispatchMode
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, poisoned_memory, random
+from tests.helpers.devices import BACKENDS, DEVICE, LargestTensor, poisoned_memory, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,21 +172,10 @@ def test_a_given_a_is_used_as_it_is(backend: str) -> None:
     torch.testing.assert_close(_targets(z, w, 0.05, a, b), (z @ w.T / 0.05 - a).softmax(1))
 
 
-class _LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
-
-
 def test_stores_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_prototypes, "CHUNK_BYTES", 4 * 64 * 100)
     z, w = _inputs(64, 650, 8, torch.float32)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         ops.sinkhorn(z, w, 0.05, backend="torch")
     assert largest.elements == 64 * 100  # of 64 x 650
 

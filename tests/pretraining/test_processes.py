@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.pretraining import trainer
 from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.log import read_metrics
 from dinov2_fast.pretraining.optimizer import clip_gradients
+from dinov2_fast.pretraining.parallel import World
 from dinov2_fast.pretraining.run import check_batch, pretrain
 from tests.helpers.pretraining import make_images, small_config, stored_tensors
+from tests.helpers.processes import run_processes
 
 LOSSES = ("loss", "dino_global", "dino_local", "ibot", "koleo", "dino_entropy", "ibot_mean_entropy")
 RUN = {"batch_size": 24, "micro_batch": 2, "steps": 3, "save_every": 3}
@@ -30,18 +30,13 @@ def config(**run: Any) -> PretrainingConfig:
     )
 
 
-def one_process(rank: int, size: int, store: str, images: str, out: str, settings: PretrainingConfig) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+def one_process(world: World, out: Path, images: Path, settings: PretrainingConfig) -> None:
     pretrain(images, out=out, config=settings, device="cpu")
-    dist.destroy_process_group()
 
 
 def run(size: int, images: Path, out: Path, settings: PretrainingConfig) -> None:
     out.mkdir(exist_ok=True)
-    store = out.with_name(f"{out.name}-store-{size}")
-    store.unlink(missing_ok=True)
-    mp.spawn(one_process, (size, str(store), str(images), str(out), settings), size)
+    run_processes(size, out, one_process, images, settings)
 
 
 def result(out: Path) -> dict[str, torch.Tensor]:

@@ -16,18 +16,12 @@ from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.log import StepReport, read_metrics
 from dinov2_fast.pretraining.run import End, pretrain
 from dinov2_fast.pretraining.trainer import DivergedError
-from tests.helpers.pretraining import make_images, small_config, stored_tensors
-
-MEASURED = ("images_per_second", "data_wait")  # metrics that depend on the clock
+from tests.helpers.pretraining import computed_metrics, make_images, small_config, stored_tensors
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"))
-
-
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in read_metrics(folder)]
 
 
 def stop_after(steps: int) -> Any:
@@ -54,7 +48,7 @@ def test_a_run_that_stops_and_continues_has_the_bits_of_one_that_does_not(
     expected, found = stored_tensors(whole.checkpoint), stored_tensors(end.checkpoint)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert metrics_of(tmp_path) == metrics_of(whole.folder)
+    assert computed_metrics(tmp_path) == computed_metrics(whole.folder)
 
 
 def test_a_step_changes_student_teacher_and_moments(whole: End) -> None:
