@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ from tests.helpers.devices import (
     runs_triton,
 )
 
+torch_attention = partial(ops.attention, backend="torch")
+
 # One key; tails of each width, with and without whole tiles; no tail; one to three tiles of queries of either size.
 SEQ_LENS = [1, 16, 17, 63, 64, 65, 127, 128, 129, 257, 261]
 
@@ -59,7 +62,7 @@ def test_other_head_dims_obey_the_rule(backend: str, dtype: torch.dtype, seq_len
         out = ops.attention(qkv, backend=backend)
         ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
     reference.assert_obeys_rule(out, reference.attention(qkv), plain_attention(qkv))
-    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
+    plain, exact = gradients(torch_attention, [qkv])[0], exact_gradient(reference.attention, qkv)
     assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
@@ -84,7 +87,7 @@ def test_gradients_obey_the_rule(backend: str, dtype: torch.dtype, seq_len: int)
     with poisoned_memory():
         ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
     assert ours.is_contiguous() or backend == "torch"
-    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
+    plain, exact = gradients(torch_attention, [qkv])[0], exact_gradient(reference.attention, qkv)
     assert_gradient_obeys_the_rule(ours, exact, plain)
 
 
@@ -144,7 +147,7 @@ def test_scores_far_from_zero_obey_the_rule(backend: str, seq_len: int, sign: in
     qkv[:, :, 1] += 6
     reference.assert_obeys_rule(ops.attention(qkv, backend=backend), reference.attention(qkv), plain_attention(qkv))
     ours = gradients(lambda x: ops.attention(x, backend=backend), [qkv])[0]
-    plain, exact = gradients(ops.attention, [qkv])[0], exact_gradient(reference.attention, qkv)
+    plain, exact = gradients(torch_attention, [qkv])[0], exact_gradient(reference.attention, qkv)
     reference.assert_obeys_rule(ours, exact, plain)
 
 
@@ -315,3 +318,19 @@ def test_autocast_gives_the_dtype_torch_gives(backend: str, dtype: torch.dtype) 
         assert out.dtype == packed.dtype == F.scaled_dot_product_attention(*qkv.unbind(2)).dtype == torch.bfloat16
         assert p.dtype == ops.attention_probabilities(qkv, backend="torch").dtype
     assert torch.autograd.grad(out.sum() + packed.sum() + p.square().sum(), qkv)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("seq_lens", [None, (30, 30, 7)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_of_half_precision_is_computed_in_fp32_on_a_cpu(
+    dtype: torch.dtype, seq_lens: tuple[int, ...] | None, autocast: bool
+) -> None:
+    qkv = torch.randn((2, 67, 3, 2, 64) if seq_lens is None else (67, 3, 2, 64)).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found = ops.attention(qkv, seq_lens=seq_lens)
+    expected = ops.attention(qkv.float(), seq_lens=seq_lens, backend="torch").to(dtype)
+    assert torch.equal(found, expected)
+    dout = torch.randn_like(found)
+    assert torch.equal(*(torch.autograd.grad(out, qkv, dout)[0] for out in (found, expected)))
+    assert not torch.equal(found, ops.attention(qkv, seq_lens=seq_lens, backend="torch"))
