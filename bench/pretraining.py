@@ -41,7 +41,7 @@ from torch import Tensor
 from bench import extraction, harness, modes, records
 from bench.harness import Run
 from bench.memory import MIB, AllocationMeter
-from bench.pretraining_batch import RECIPES, Batch, make_batch, parse_crops, pretraining_config
+from bench.pretraining_batch import RECIPES, Batch, make_batch, parse_crops, pretraining_config, with_own_crops
 from bench.pretraining_loader import IMAGES as LOADER_IMAGES
 from bench.pretraining_loader import measure_loaders, of_images
 from bench.pretraining_plain import MISSING, PlainStep
@@ -49,6 +49,7 @@ from bench.pretraining_reference import REPLACED, XFORMERS_REPLACED, ReferenceSt
 from bench.records import Recorder, Row
 from bench.tasks import Scenario, print_rows
 from dinov2_fast.configs import BACKBONES
+from dinov2_fast.pretraining.batches import CropBatch
 from dinov2_fast.pretraining.colours import apply_colours
 from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.parallel import World, start_processes
@@ -85,15 +86,15 @@ Variant = tuple[str, str]  # an implementation and its mode
 class OurStep:
     """Steps of ours on a batch. A call does one and returns its metrics."""
 
-    def __init__(self, config: PretrainingConfig, batch: Batch, world: World, mode: str) -> None:
+    def __init__(self, config: PretrainingConfig, crops: CropBatch, world: World, mode: str) -> None:
         with tempfile.TemporaryDirectory() as folder:  # there is no checkpoint in it
             self._trainer = Trainer(Path(folder), None, config, world)
-        self._batch, self._context, self.student = batch, modes.backend_context(mode), self._trainer.method.student
+        self._crops, self._context, self.student = crops, modes.backend_context(mode), self._trainer.method.student
 
     def __call__(self) -> dict[str, float]:
         self._trainer.step = 0  # the same masks and rates in every call
         with self._context():
-            return self._trainer.do_step(self._batch.crops)
+            return self._trainer.do_step(self._crops)
 
 
 class Entrants:
@@ -109,9 +110,9 @@ class Entrants:
     def build(self, variant: Variant) -> Any:
         """A new step with crops of its own, so that they count as its memory."""
         name, mode = variant
-        batch = self.batch.copy()
         if name == OURS:
-            return OurStep(self.config, batch, self._world, mode)
+            return OurStep(self.config, with_own_crops(self.batch.crops), self._world, mode)
+        batch = with_own_crops(self.batch)
         weights = make_networks(self.config, None)[0].state_dict()
         if name == PLAIN:
             return PlainStep(self.config, weights, batch)
@@ -128,7 +129,7 @@ class Entrants:
         """What our step on plain PyTorch computes."""
         if position_interpolation not in self._expected:
             model = replace(self.config.model, position_interpolation=position_interpolation)
-            step = OurStep(replace(self.config, model=model), self.batch, self._world, "torch")
+            step = OurStep(replace(self.config, model=model), self.batch.crops, self._world, "torch")
             self._expected[position_interpolation] = without_stochastic_depth(step)
         return self._expected[position_interpolation]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,11 +113,13 @@ class Batch:
     def device(self) -> torch.device:
         return self.masks.device
 
-    def copy(self) -> Batch:
-        """The same with crops of its own."""
-        own, crops = [each.clone() for each in (self.global_crops, self.local_crops)], self.crops
-        crops = replace(crops, global_crops=crops.global_crops.clone(), local_crops=crops.local_crops.clone())
-        return replace(self, crops=crops, global_crops=own[0], local_crops=own[1])
+
+Crops = TypeVar("Crops", Batch, CropBatch)
+
+
+def with_own_crops(crops: Crops) -> Crops:
+    """The same with crops of its own: the fp32 ones of a `Batch`, or the uint8 ones of a `CropBatch`."""
+    return replace(crops, global_crops=crops.global_crops.clone(), local_crops=crops.local_crops.clone())
 
 
 def make_loader(config: PretrainingConfig, files: Sequence[str]) -> CropLoader:

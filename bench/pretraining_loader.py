@@ -5,7 +5,8 @@ of its CPU, so other load matters little.
 
 - dinov2_fast, crops: what our loader does, uint8 crops; a GPU adds the colours;
 - dinov2_fast, crops+colours: with the colours on the CPU too, by batches: finished fp32 crops;
-- reference: its `DataAugmentationDINO` (torchvision on PIL images) and its collate function: finished fp16 crops.
+- reference: its `DataAugmentationDINO` (torchvision on PIL images) and its collate function: finished fp16 crops, and
+  the masks, which we draw in the step.
 """
 
 from __future__ import annotations

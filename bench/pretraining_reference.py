@@ -190,11 +190,11 @@ class ReferenceStep:
     def __init__(
         self, reference: ModuleType, config: PretrainingConfig, weights: dict[str, Tensor], batch: Batch
     ) -> None:
-        self.reference, self.config, self.batch = reference, config, batch
+        self.reference, self.config, self.rates = reference, config, batch.rates
         settings = reference_settings(config)
         in_bf16 = config.run.precision == "bf16"
-        self.masters = self._build(settings, weights)
-        self.arch = self._build(settings, weights).to(torch.bfloat16) if in_bf16 else self.masters
+        self.masters = self._build(settings, weights, batch.device)
+        self.arch = self._build(settings, weights, batch.device).to(torch.bfloat16) if in_bf16 else self.masters
         of_network = {}
         for name in self.masters.student:
             for kind in ("student", "teacher"):
@@ -215,16 +215,16 @@ class ReferenceStep:
             "n_masked_patches": torch.tensor([len(batch.masked)], device=batch.device),
         }
 
-    def _build(self, settings: Settings, weights: dict[str, Tensor]) -> Any:
+    def _build(self, settings: Settings, weights: dict[str, Tensor], device: torch.device) -> Any:
         arch = self.reference.SSLMetaArch(settings)
         for network in (arch.student, arch.teacher):
             network.load_state_dict(weights)
         arch.need_to_synchronize_fsdp_streams = False
-        arch.to(self.batch.device).train()
+        arch.to(device).train()
         return arch
 
     def __call__(self) -> dict[str, Any]:
-        arch, masters, rates = self.arch, self.masters, self.batch.rates
+        arch, masters, rates = self.arch, self.masters, self.rates
         self.reference.apply_optim_scheduler(
             self.optimizer, rates.learning_rate, rates.weight_decay, rates.last_layer_learning_rate
         )

@@ -85,7 +85,7 @@ def _configuration(x: Tensor) -> dict[str, int]:
 def prototype_sum(
     x: Tensor, y: Tensor, v: Tensor, row_offset: Tensor | None, column_offset: Tensor | None, scale: float
 ) -> Tensor:
-    """out (rows, value_width), in fp32 or fp64, for `x` and `y` of one dtype. `v` may have a narrower one."""
+    """out (rows, value_width), in fp32 or fp64, for `x`, `y` and `v` of one dtype."""
     x, y, v = (common.with_contiguous_rows(tensor) for tensor in (x, y, v))
     (rows, width), (columns, value_width) = x.shape, v.shape
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -83,7 +83,10 @@ def _sinkhorn_lse_kernel(
 
 
 def split_columns(programs: int, columns: int, block: int, device: torch.device) -> int:
-    """How many columns a program takes, a multiple of `block`, so that twice `programs` or more occupy the device."""
+    """How many columns a program takes, a multiple of `block`.
+
+    Without parts there would be `programs` of them; with parts there are about two for each multiprocessor.
+    """
     blocks = triton.cdiv(columns, block)
     parts = min(max(2 * common.multiprocessors(device) // programs, 1), blocks)
     return triton.cdiv(blocks, parts) * block

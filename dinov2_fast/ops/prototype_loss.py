@@ -84,7 +84,9 @@ def prototype_loss(
 
 
 def _check_shapes(student: Tensor, prototypes: Tensor, targets: Targets, pairing: Tensor) -> None:
-    crops, n, _ = student.shape if student.ndim == 3 else (0, 0, 0)
+    if student.ndim != 3:
+        raise InvalidValueError(f"prototype_loss takes student (crops, n, D), got {tuple(student.shape)}.")
+    crops, n, _ = student.shape
     target_crops, rows = len(targets.b), len(targets.a)
     expected = {
         "student": (student, (crops, n, prototypes.shape[-1])),
@@ -119,13 +121,14 @@ def _backward_torch(
     """sum_k p_ck v_k (crops * n, D), and sum_c p_ck p_values_c - sum_j t_jk t_values_j (K, D)."""
     s, v = as_operands(s, v)
     p_values, t_values = p_values.to(v.dtype), t_values.to(v.dtype)
-    expected, dv = s.new_zeros(()), []
+    expected, dv, first = s.new_zeros(()), torch.empty_like(v, dtype=lse.dtype), 0
     for v_chunk, target_chunk in _chunks(s, v, targets):
         p = _probabilities(s, v_chunk, None, lse, temperature)
         expected = expected + product(p, v_chunk)
         t = _probabilities(*target_chunk)
-        dv.append(product(p.T, p_values).sub_(product(t.T, t_values)))
-    return expected, torch.cat(dv)
+        part = slice(first, first := first + len(v_chunk))
+        torch.sub(product(p.T, p_values), product(t.T, t_values), out=dv[part])
+    return expected, dv
 
 
 def _chunks(s: Tensor, v: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Targets]]:
@@ -148,7 +151,7 @@ def _probabilities(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor, temperatur
 
 def _forward_triton(s: Tensor, v: Tensor, targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
     s, v, z, w = _pairs(s, v, targets)
-    m = _weighted_sum(z, w, v, targets.b, targets.a, 1 / targets.temperature)
+    m = _weighted_sum(z, w, v.to(z.dtype), targets.b, targets.a, 1 / targets.temperature)
     return log_sum_exp(s, v, None, 1 / temperature), m
 
 
@@ -156,7 +159,7 @@ def _backward_triton(
     s: Tensor, v: Tensor, targets: Targets, temperature: float, lse: Tensor, p_values: Tensor, t_values: Tensor
 ) -> tuple[Tensor, Tensor]:
     s, v, z, w = _pairs(s, v, targets)
-    p_values, t_values = p_values.to(v.dtype), t_values.to(v.dtype)
+    p_values, t_values = p_values.to(v.dtype), t_values.to(w.dtype)
     expected = _weighted_sum(s, v, v, lse, None, 1 / temperature)
     dv = _weighted_sum(v, s, p_values, None, lse, 1 / temperature)
     dv -= _weighted_sum(w, z, t_values, targets.a, targets.b, 1 / targets.temperature)
@@ -164,8 +167,8 @@ def _backward_triton(
 
 
 def _pairs(s: Tensor, v: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s and v in one dtype, z and w in one dtype."""
-    student, teacher = _backends.promoted(s, v), _backends.promoted(targets.z, targets.prototypes)
+    """s and v in one dtype, z and w in one that is no narrower."""
+    student, teacher = _backends.promoted(s, v), _backends.promoted(targets.z, targets.prototypes, v)
     return s.to(student), v.to(student), targets.z.to(teacher), targets.prototypes.to(teacher)
 
 

@@ -87,6 +87,12 @@ def test_bytes_operations_and_floor_equal_those_counted_by_hand(monkeypatch) -> 
         ("attention.varlen", "forward"): (4 * 4 * 2 * 55 * 64, 4 * 2 * (5 * 5 + 50 * 50) * 64),
         ("attention.probabilities", "forward"): (stream + 4 * 2 * 5, 0),  # the keys, and one query's weights
         ("linear.residual", "forward"): (3 * stream + 4 * 64 * 64, 2 * 10 * 64 * 64),
+        # the class tokens of two global crops of two images; of eight local crops too
+        ("sinkhorn", "forward"): (4 * (4 * 256 + 65536 * 256 + 65536 + 4), 2 * 4 * 65536 * 256),
+        ("prototype_loss", "forward"): (
+            4 * (20 * 256 + 4 * 256 + 2 * 65536 * 256 + 65536 + 4 + 20 + 20),
+            2 * (20 + 4 + 4) * 65536 * 256,
+        ),
     }
     assert {key: ops.Case(_workload(key[0]), SHAPE, key[1]).work() for key in expected} == expected
     plain, e4m3 = (ops.Case(_workload(name), SHAPE, "forward") for name in ("linear.residual", "linear.residual e4m3"))

@@ -18,7 +18,6 @@ from bench.pretraining_reference import Packed, attention, index_select_cat, sca
 from bench.report import Device, device_readme, updated_readme
 from bench.tasks import Scenario
 from dinov2_fast.configs import BACKBONES
-from dinov2_fast.pretraining.config import PretrainingConfig
 from dinov2_fast.pretraining.parallel import World, start_processes
 
 BACKBONE = dataclasses.replace(BACKBONES["dinov2_vits14"], name="test", embed_dim=32, depth=2, num_heads=2)
@@ -128,18 +127,16 @@ def test_a_run_that_diverges_is_refused(entrants: Entrants, monkeypatch: pytest.
     assert records.reason(speeds(entrants)[PLAIN]) == "refused: after the steps a loss is not finite"
 
 
-def test_peak_memory_holds_weights_gradients_and_moments(entrants: Entrants) -> None:
+def test_peak_memory_holds_weights_gradients_and_moments(batch: Batch, world: World) -> None:
+    backbone = dataclasses.replace(SCENARIO.config, embed_dim=384, depth=4, num_heads=6)  # larger than its activations
+    entrants = Entrants(pretraining_config(dataclasses.replace(SCENARIO, config=backbone)), batch, world, None)
     weights = sum(p.nbytes for p in entrants.build((OURS, "eager")).student.parameters()) / 2**20
-    own, shared = entrants.batch.copy(), entrants.batch
-    for one, other in ((own, shared), (own.crops, shared.crops)):
-        for name in ("global_crops", "local_crops"):
-            assert getattr(one, name).data_ptr() != getattr(other, name).data_ptr()
     rows = rows_of_both()
     pretraining.measure_memory(rows, entrants)
     for row in rows.values():
         assert "value" not in row
         # student, teacher, gradients, two moments
-        assert 5 * weights < row["versions"]["peak_mib"] < 5 * weights + 20
+        assert 5 * weights < row["versions"]["peak_mib"] < 6 * weights
 
 
 def test_stochastic_depth_is_off_in_the_check_alone(entrants: Entrants) -> None:
@@ -229,6 +226,5 @@ def test_the_command_writes_rows_resumes_and_its_rows_are_shown(
 
 def test_another_configuration_of_the_scenario_is_what_runs() -> None:
     config = pretraining_config(dataclasses.replace(SCENARIO, output="vitl14", precision="bf16"))
-    assert isinstance(config, PretrainingConfig)
     assert (config.dino_head.prototypes, config.dino_head.bottleneck_size) == (131072, 384)
     assert (config.run.precision, config.run.micro_batch, config.koleo_group) == ("bf16", 4, 4)

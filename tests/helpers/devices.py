@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,6 +19,14 @@ from dinov2_fast.ops.implementation import tensors_of
 from dinov2_fast.torch_private import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Other layouts of a matrix
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "columns": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "rows": lambda x: x.repeat_interleave(2, -2)[..., ::2, :],
+    "misaligned": lambda x: F.pad(x, (1, 1))[..., 1:-1],
+}
 
 
 class LargestTensor(TorchDispatchMode):

@@ -13,7 +13,16 @@ from dinov2_fast import ops
 from dinov2_fast.ops import _prototypes
 from dinov2_fast.ops.prototype_loss import Targets
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, LargestTensor, poisoned_memory, random
+from tests.helpers.devices import (
+    BACKENDS,
+    DEVICE,
+    STRIDES,
+    LargestTensor,
+    opcheck,
+    poisoned_memory,
+    random,
+    runs_triton,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,11 +49,14 @@ def _targets(z: Tensor, w: Tensor) -> Targets:
 
 
 def _dense(student: Tensor, v: Tensor, targets: Targets, pairing: Tensor, temperature: float = 0.1) -> Tensor:
-    """The loss by plain PyTorch from the whole matrices, with products in the dtype of the operands."""
+    """The loss by plain PyTorch from the whole matrices.
+
+    Logits are in fp32 (or fp64), and targets are rounded to the student's dtype, as operands of a product are.
+    """
     wide = torch.promote_types(student.dtype, torch.float32)
-    log_p = ((student @ v.T).to(wide) / temperature).log_softmax(-1)  # (crops, n, K)
-    y = (targets.z @ targets.prototypes.T).to(wide) / targets.temperature
-    t = (y - targets.a - targets.b[..., None]).exp()  # (target_crops, n, K)
+    log_p = (student.to(wide) @ v.to(wide).T / temperature).log_softmax(-1)  # (crops, n, K)
+    y = targets.z.to(wide) @ targets.prototypes.to(wide).T / targets.temperature
+    t = (y - targets.a - targets.b[..., None]).exp().to(student.dtype).to(wide)  # (target_crops, n, K)
     return -torch.einsum("cj,jnk,cnk->cn", pairing.to(wide), t, log_p)
 
 
@@ -76,7 +88,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param).partition(" ")[0]
 
 
-SIZES = {"small": (4, 9, 50, 24), "one": (1, 1, 5, 16), "odd": (3, 23, 131, 40)}
+SIZES = {"small": (4, 9, 50, 24), "odd": (3, 23, 131, 40)}  # crops, n, prototypes, width
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -88,8 +100,9 @@ def test_loss_and_gradients_obey_the_rule(backend: str, dtype: torch.dtype, size
     _assert_obeys_rule(found, arguments)
 
 
-def test_equals_the_loss_from_whole_matrices(backend: str) -> None:
-    arguments = _arguments()
+@pytest.mark.parametrize("size", [*SIZES.values(), (1, 1, 5, 16), (2, 3, 7, 1)], ids=str)
+def test_equals_the_loss_from_whole_matrices(backend: str, size: tuple[int, int, int, int]) -> None:
+    arguments = _arguments(torch.float64, *size)
     found = _with_gradients(ops.prototype_loss, *arguments, temperature=0.2, backend=backend)
     torch.testing.assert_close(found, _with_gradients(_dense, *arguments, temperature=0.2), rtol=1e-10, atol=1e-10)
 
@@ -114,7 +127,8 @@ def test_gradient_is_zero_where_the_student_equals_the_target(backend: str) -> N
     student, v, _, _ = _arguments(torch.float32, crops=2)
     lse = (student @ v.T / 0.1).logsumexp(-1)
     targets = Targets(student, v, v.new_zeros(50), lse, 0.1)
-    _, *gradients = _with_gradients(ops.prototype_loss, student, v, targets, torch.eye(2, device=DEVICE))
+    pairing = torch.eye(2, device=DEVICE)
+    _, *gradients = _with_gradients(ops.prototype_loss, student, v, targets, pairing, backend=backend)
     for gradient in gradients:
         assert gradient.abs().max() < 1e-5
 
@@ -135,14 +149,48 @@ def test_a_pairing_of_zero_leaves_a_target_out(backend: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_teachers_may_have_another_width_and_dtype(backend: str) -> None:
-    student, v, _, pairing = _arguments(torch.float32)
-    z, w = random(2, 9, 40, dtype=torch.bfloat16), random(50, 40, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("dtype", "teachers"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_teachers_may_have_another_width_and_dtype(backend: str, dtype: torch.dtype, teachers: torch.dtype) -> None:
+    student, v, _, pairing = _arguments(dtype)
+    z, w = random(2, 9, 40, dtype=torch.bfloat16), random(50, 40, dtype=teachers)
     arguments = student, v, _targets(z * 0.1, w), pairing
     found = _with_gradients(ops.prototype_loss, *arguments, backend=backend)
-    assert [x.dtype for x in found] == [torch.float32] * 3
+    assert [x.dtype for x in found] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
     expected = _with_gradients(_dense, *_doubled(arguments))
-    torch.testing.assert_close([x.double() for x in found], expected, rtol=1e-4, atol=1e-4)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close([x.double() for x in found], expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("layout", STRIDES)
+def test_strided_inputs_give_what_copies_give(backend: str, layout: str) -> None:
+    contiguous, make = _arguments(torch.float32), STRIDES[layout]
+    student, v, (z, w, a, b, temperature), pairing = contiguous
+    targets = Targets(make(z), make(w), a.repeat_interleave(2)[::2], b.T.contiguous().T, temperature)
+    found = []
+    for s, own, *rest in ((make(student), make(v), targets, pairing.T.contiguous().T), contiguous):
+        leaves = [x.detach().requires_grad_() for x in (s, own)]  # a clone could be contiguous
+        loss = ops.prototype_loss(*leaves, *rest, backend=backend)
+        found.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+    torch.testing.assert_close(*found)
+
+
+@runs_triton
+@pytest.mark.parametrize("rows", [9, 0])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_registered_op_passes_opcheck(strided: bool, rows: int) -> None:
+    x = random(24, rows).mT if strided else random(rows, 24)
+    y, v = random(130, 24), random(130, 40)
+    for row, column in ((random(rows), random(130)), (random(rows), None), (None, random(130))):
+        opcheck(torch.ops.dinov2_fast.prototype_sum.default, (x, y, v, row, column, 0.1))
 
 
 def test_no_token_gives_no_loss_and_no_gradient(backend: str) -> None:
@@ -169,16 +217,18 @@ def test_stores_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert largest.elements == 64 * 100  # of 64 x 650
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_changes_nothing(backend: str) -> None:
     arguments = _arguments(torch.float32)
+    expected = _with_gradients(ops.prototype_loss, *arguments, backend=backend)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = _with_gradients(ops.prototype_loss, *arguments)
-    for y, expected in zip(found, _with_gradients(ops.prototype_loss, *arguments), strict=True):
-        torch.testing.assert_close(y, expected)
+        found = _with_gradients(ops.prototype_loss, *arguments, backend=backend)
+    torch.testing.assert_close(found, expected)
 
 
 def test_arguments_that_do_not_fit_are_an_error() -> None:
     student, v, targets, pairing = _arguments()
+    with pytest.raises(ValueError, match=r"takes student \(crops, n, D\), got \(9, 24\)"):
+        ops.prototype_loss(student[0], v, targets, pairing)
     with pytest.raises(ValueError, match=r"takes student of shape \(4, 9, 24\) here, got \(4, 9, 23\)"):
         ops.prototype_loss(student[..., 1:], v, targets, pairing)
     with pytest.raises(ValueError, match=r"takes prototypes of shape \(50, 24\) here, got \(49, 24\)"):

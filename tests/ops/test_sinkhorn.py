@@ -12,7 +12,16 @@ from torch.nn.functional import normalize
 from dinov2_fast import ops
 from dinov2_fast.ops import _prototypes
 from tests import reference
-from tests.helpers.devices import BACKENDS, DEVICE, LargestTensor, poisoned_memory, random
+from tests.helpers.devices import (
+    BACKENDS,
+    DEVICE,
+    STRIDES,
+    LargestTensor,
+    opcheck,
+    poisoned_memory,
+    random,
+    runs_triton,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,8 +107,6 @@ def test_is_finite_in_fp32_where_the_matrix_form_overflows(backend: str) -> None
     expected, plain = _log_form(z, w, temperature), _log_form(z, w, temperature, torch.float32)
     for each in zip((a, b), expected, plain, strict=True):
         reference.assert_obeys_rule(*each)
-    targets = _targets(z, w, temperature, *expected)
-    torch.testing.assert_close(_targets(z, w, temperature, a, b), targets, rtol=1e-3, atol=1e-5)
 
 
 def test_prototypes_without_samples_near_them_obey_the_rule(backend: str) -> None:
@@ -113,9 +120,7 @@ def test_prototypes_without_samples_near_them_obey_the_rule(backend: str) -> Non
     expected, plain = _log_form(z, w, 0.02), _log_form(z, w, 0.02, torch.float32)
     for each in zip((a, b), expected, plain, strict=True):
         reference.assert_obeys_rule(*each)
-    used = _targets(z, w, 0.02, *expected).sum(0)
-    assert used[40:].min() > 0.1  # a far prototype is used too
-    torch.testing.assert_close(_targets(z, w, 0.02, a, b).sum(0), used, rtol=1e-3, atol=0)
+    assert _targets(z, w, 0.02, a, b).sum(0)[40:].min() > 0.1  # a far prototype is used too
 
 
 def test_one_sample_gives_the_uniform_target(backend: str) -> None:
@@ -180,11 +185,28 @@ def test_stores_no_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert largest.elements == 64 * 100  # of 64 x 650
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("layout", STRIDES)
+def test_strided_inputs_give_what_copies_give(backend: str, layout: str) -> None:
+    z, w = _inputs(33, 70, dtype=torch.float32)
+    found = ops.sinkhorn(STRIDES[layout](z), STRIDES[layout](w), 0.05, backend=backend)
+    torch.testing.assert_close(found, ops.sinkhorn(z, w, 0.05, backend=backend))
+
+
+@runs_triton
+@pytest.mark.parametrize("rows", [9, 0])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_registered_op_passes_opcheck(strided: bool, rows: int) -> None:
+    """Several programs share the 130 columns."""
+    x = random(24, rows).mT if strided else random(rows, 24)
+    for offset in (random(130), None):
+        opcheck(torch.ops.dinov2_fast.sinkhorn_lse.default, (x, random(130, 24), offset, 0.1))
+
+
+def test_autocast_changes_nothing(backend: str) -> None:
     z, w = _inputs(20, 30, dtype=torch.float32)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = ops.sinkhorn(z, w, 0.05)
-    assert all(map(torch.equal, found, ops.sinkhorn(z, w, 0.05)))
+        found = ops.sinkhorn(z, w, 0.05, backend=backend)
+    assert all(map(torch.equal, found, ops.sinkhorn(z, w, 0.05, backend=backend)))
 
 
 def test_records_no_gradient() -> None:

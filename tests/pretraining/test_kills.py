@@ -5,33 +5,29 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
-import time
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
+from dinov2_fast.pretraining import checkpoint
+from dinov2_fast.pretraining.log import read_metrics
 from dinov2_fast.pretraining.run import pretrain
 from tests.helpers.pretraining import computed_metrics, make_images, small_config, stored_tensors
 
 KILLS = 20
-STEPS = 40
+STEPS = 80
 CONFIG = small_config(run={"steps": STEPS, "save_every": 1})  # so that a save is always near
 
 
 def train(images: Path, out: Path, seconds: float | None) -> None:
-    """Runs in a process of its own, which kills itself so many seconds after the beginning."""
+    """Runs in a process of its own, which kills itself so many seconds after its first report."""
     torch.set_num_threads(1)
-    if seconds is not None:
-        threading.Thread(target=kill_after, args=(seconds,), daemon=True).start()
-    pretrain(images, out=out, config=CONFIG, device="cpu")
-
-
-def kill_after(seconds: float) -> None:
-    time.sleep(seconds)
-    os.kill(os.getpid(), signal.SIGKILL)
+    timers = [] if seconds is None else [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))]
+    pretrain(images, out=out, config=CONFIG, device="cpu", progress=lambda _: timers and timers.pop().start())
 
 
 @pytest.mark.slow
@@ -39,7 +35,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images")
     context = multiprocessing.get_context("forkserver")  # so that each process need not import torch
     context.set_forkserver_preload([__name__, "dinov2_fast.pretraining.run"])
-    rng, killed = Random(0), 0
+    rng, reached = Random(0), []
 
     def live(out: str, seconds: float | None) -> int | None:
         process = context.Process(target=train, args=(images, tmp_path / out, seconds))
@@ -47,13 +43,13 @@ def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
         process.join()
         return process.exitcode
 
-    begin = time.perf_counter()
     assert live("whole", None) == 0
-    longest = (time.perf_counter() - begin) / 8
-    while killed < KILLS:
-        code = live("killed", rng.uniform(0, longest))
+    speed = statistics.median(line["images_per_second"] for line in read_metrics(tmp_path / "whole"))
+    for _ in range(KILLS):
+        code = live("killed", rng.uniform(0, 2 * CONFIG.run.batch_size / speed))  # within some two steps
         assert code == -signal.SIGKILL  # 0: the run was complete before it could be killed so often
-        killed += 1
+        reached.append(checkpoint.newest(tmp_path / "killed"))
+    assert len(set(reached)) > KILLS / 2, "they are killed while they train"
     assert live("killed", None) == 0
     last = f"checkpoint-{STEPS:08}"
     expected, found = stored_tensors(tmp_path / "whole" / last), stored_tensors(tmp_path / "killed" / last)
