@@ -36,6 +36,11 @@ def local_rank() -> int | None:
     return None if setting is None else int(setting)
 
 
+def local_world_size() -> int:
+    """``LOCAL_WORLD_SIZE``, the number of torchrun's processes on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def use_passive_openmp_threads() -> None:
     """Makes torch's threads sleep while they wait for work, unless the user has set ``OMP_WAIT_POLICY``.
 

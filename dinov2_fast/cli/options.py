@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
+from dinov2_fast import environment
 from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 
 POSITION_INTERPOLATIONS = ("offset", "size", "antialias")
@@ -154,5 +155,5 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def default_workers() -> int:
-    """Half the cores, since the model uses them as well; never more than 8."""
-    return min(8, max(1, (os.cpu_count() or 1) // 2))
+    """Half the cores, since the model uses them as well, shared among torchrun's processes; never more than 8."""
+    return min(8, max(1, (os.cpu_count() or 1) // 2 // environment.local_world_size()))

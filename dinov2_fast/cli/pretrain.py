@@ -50,7 +50,7 @@ Several GPUs, one process each:
 Exit codes: 0 all good, 1 aborted, 2 wrong usage, 3 finished but some images
 were skipped (0 with several processes, since torchrun takes 3 for a failure),
 130 interrupted (Ctrl-C: at once, and the last checkpoint is kept), 143 stopped
-(SIGTERM or SIGUSR1: after the step, and a checkpoint is saved)."""
+(SIGTERM or SIGUSR1: after the step, when a checkpoint is saved)."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             print(summary_text(end))
     if end.step < end.steps:
         return STOPPED
-    return SOME_FAILED if end.failures and end.processes == 1 else OK
+    return SOME_FAILED if end.skipped and end.processes == 1 else OK
 
 
 def summary_text(end: End) -> str:
@@ -124,7 +124,7 @@ def summary_text(end: End) -> str:
     speed = f"{done * end.batch_size / end.seconds:.1f} images/s" if done else "nothing to do"
     return (
         f"{end.step}/{end.steps} steps of {end.batch_size} images{resumed}, {end.images} images, "
-        f"{len(end.failures)} skipped, {duration(end.seconds)}, {speed}\n"
+        f"{end.skipped} skipped, {duration(end.seconds)}, {speed}\n"
         f"Checkpoint: {end.checkpoint}\n"
         f"Load it:    import dinov2_fast; model = dinov2_fast.load({str(end.folder)!r})"
     )
@@ -133,23 +133,23 @@ def summary_text(end: End) -> str:
 class ProgressReport(ProgressLine):
     """Prints the progress at each report, with the last k-NN accuracy. What matters most comes first: lines are cut."""
 
-    _accuracy = ""
+    _speed = _accuracy = _parts = ""
 
     def __call__(self, report: StepReport) -> None:
-        found = report.metrics
-        accuracies = {name: value for name, value in found.items() if name.startswith("knn/")}
-        if accuracies:
-            best = max(accuracies, key=lambda name: accuracies[name])
-            self._accuracy = f", k-NN {accuracies[best]:.1%} (k = {best[4:]}, step {report.step})"
-        text = (
-            f"{report.step}/{report.steps} steps, {duration(report.seconds_left)} left, "
-            f"{found['images_per_second']:.1f} images/s, data wait {found['data_wait']:.0%}, loss {found['loss']:.4f}"
-            f"{self._accuracy}, DINO {found['dino_global']:.4f} + {found['dino_local']:.4f}, iBOT {found['ibot']:.4f}, "
-            f"KoLeo {found['koleo']:.4f}"
-        )
-        if "dino_entropy" in found:
-            text += f", entropies {found['dino_entropy']:.2f} and {found['ibot_entropy']:.2f}"
-        self.show(text, last=report.step == report.steps)
+        found, steps = report.metrics, f"{report.step}/{report.steps} steps, {duration(report.seconds_left)} left"
+        if "loss" not in found:
+            best = max(found, key=lambda name: found[name])
+            self._accuracy = f", k-NN {found[best]:.1%} (k = {best[4:]}, step {report.step})"
+        else:
+            self._parts = (
+                f", DINO {found['dino_global']:.4f} + {found['dino_local']:.4f}, iBOT {found['ibot']:.4f}, "
+                f"KoLeo {found['koleo']:.4f}, entropies {found['dino_entropy']:.2f} and {found['ibot_entropy']:.2f}"
+            )
+            self._speed = (
+                f", {found['images_per_second']:.1f} images/s, data wait {found['data_wait']:.0%}, "
+                f"loss {found['loss']:.4f}"
+            )
+        self.show(steps + self._speed + self._accuracy + self._parts, last=report.step == report.steps)
 
 
 def _assignment(text: str) -> str:

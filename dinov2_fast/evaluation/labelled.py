@@ -82,8 +82,7 @@ def read_labelled(
     if not options.model:
         raise InvalidValueError("--model is missing: these folders hold no features, and images need a model.")
     check_precision(options.precision, device)
-    found = [_find_labelled(source) for source in sources]
-    number_classes([(source, [_class_of(image.path) for image in images]) for source, images in found])
+    found = check_labelled(sources)
     processor = processor_for(options.model, options.size)
     engine = load_model(
         options.model,
@@ -96,6 +95,18 @@ def read_labelled(
     names = feature_names(engine.n_blocks, min(blocks, engine.n_blocks))
     outputs = Outputs(engine, processor, names, "fp32")
     return [_run_model(source, images, outputs, options, progress) for source, images in found]
+
+
+def check_labelled(sources: Sequence[str]) -> list[tuple[str, list[ImageSource]]]:
+    """Each source with its images, the training source first.
+
+    Raises:
+        OSError: a source is missing or cannot be read.
+        ValueError: images outside of class folders, or classes that do not fit.
+    """
+    found = [_find_labelled(source) for source in sources]
+    number_classes([(source, [_class_of(image.path) for image in images]) for source, images in found])
+    return found
 
 
 def number_classes(classes: Sequence[tuple[str, Sequence[str]]]) -> list[NDArray[np.int64]]:

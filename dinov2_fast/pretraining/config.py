@@ -84,7 +84,7 @@ class LossesConfig:
     dino: Factor = 1.0  # weight
     ibot: Factor = 1.0  # weight
     koleo: Factor = 0.1  # weight
-    koleo_group: Number = 0  # images that KoLeo compares; 0 means the micro-batch, and at most 64
+    koleo_group: Number = 0  # images that KoLeo compares; 0 means the largest divisor of the micro-batch up to 64
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"
     center_momentum: Share = 0.9  # of the centre, with "centering"
     student_temperature: Positive = 0.1
@@ -169,7 +169,8 @@ class PretrainingConfig:
     @property
     def koleo_group(self) -> int:
         """Images that KoLeo compares with each other."""
-        return self.losses.koleo_group or min(self.run.micro_batch, 64)
+        micro_batch = self.run.micro_batch
+        return self.losses.koleo_group or max(n for n in range(1, min(micro_batch, 64) + 1) if micro_batch % n == 0)
 
     @property
     def grid(self) -> int:
@@ -223,7 +224,7 @@ def difference(there: PretrainingConfig, here: PretrainingConfig) -> str | None:
     return None
 
 
-def warnings(config: PretrainingConfig, n_images: int) -> list[str]:
+def find_problems(config: PretrainingConfig, n_images: int) -> list[str]:
     """A sentence for each thing that will not work, or not as its user may think, on a set of `n_images` images."""
     losses, teacher, optimizer, run = config.losses, config.teacher, config.optimizer, config.run
     found = []
@@ -250,7 +251,7 @@ def warnings(config: PretrainingConfig, n_images: int) -> list[str]:
     for name, (steps, consequence) in lengths.items():
         if steps >= run.steps:
             found.append(
-                f"{name} ({steps}) is not shorter than the run ({run.steps} steps), so {consequence}: lower it."
+                f"{name} ({steps}) is not shorter than the run ({run.steps} steps), so {consequence}. Lower {name}."
             )
     if losses.ibot:
         crops = int(2 * run.batch_size * config.masks.probability)

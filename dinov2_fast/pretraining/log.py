@@ -24,8 +24,9 @@ STAY = 100  # steps after the warm-up that a collapse must last to be named
 LONG_STAY = 5000  # steps after which it is named in the warm-up too, which may take 100,000 steps
 SMALL = 0.01  # of ln K: an entropy below it is that of one prototype
 UNIFORM = (
-    "The loss is ln K = {:.4f}: the outputs are uniform, so nothing is learnt. Lower teacher.temperature, lengthen "
-    "optimizer.warmup_steps or enlarge run.batch_size, and see that the images are what you expect."
+    "The loss is ln K: the outputs are uniform (DINO's loss is {:.4f}), so nothing is learnt. Lower "
+    "teacher.temperature, lengthen optimizer.warmup_steps or enlarge run.batch_size, and see that the images are what "
+    "you expect."
 )
 SAME = (
     "All targets are the same prototype, so nothing is learnt. Raise teacher.start_temperature and "
@@ -35,18 +36,18 @@ SAME = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """How far a run is, made by the main process every ``run.log_every`` steps and at the last step.
+    """What the main process reports every ``run.log_every`` steps, at the last step, and after an evaluation.
 
     Attributes:
         step: steps that are done.
         steps: of the whole run.
-        metrics: "loss"; its parts without their weights, "dino_global", "dino_local", "ibot" and "koleo";
-            "dino_entropy" and "ibot_entropy", the mean entropy of a target, and "dino_mean_entropy" and
-            "ibot_mean_entropy", the entropy of the mean target, in nats; "gradient_norm/backbone", …, before clipping;
-            "learning_rate", "last_layer_learning_rate", "weight_decay", "momentum", "temperature";
-            since the last report "images_per_second", "data_wait" (the share of time, 0 to 1), "skipped_images" and
-            "skipped_steps"; and where it was evaluated "knn/10", …, the accuracy of k-NN with k = 10, 0 to 1. There are
-            no entropies where a report is made for an evaluation alone.
+        metrics: after an evaluation "knn/10", …, the accuracy of k-NN with k = 10, 0 to 1. Else "loss"; its parts
+            without their weights, "dino_global", "dino_local", "ibot" and "koleo"; "dino_entropy" and "ibot_entropy",
+            the mean entropy of a target, and "dino_mean_entropy" and "ibot_mean_entropy", the entropy of the mean
+            target, in nats; "gradient_norm/backbone", …, before clipping; "learning_rate",
+            "last_layer_learning_rate", "weight_decay", "momentum", "temperature"; and since the last report
+            "images_per_second", "data_wait" (the share of time, 0 to 1), "skipped_images" and "skipped_steps". Saves
+            and evaluations do not count as time.
         seconds_left: an estimate.
     """
 
@@ -93,6 +94,11 @@ class MetricsFile:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def is_evaluation(metrics: Mapping[str, float]) -> bool:
+    """Whether a report is that of an evaluation."""
+    return any(name.startswith("knn/") for name in metrics)
 
 
 def holds_metrics(folder: Path) -> bool:
@@ -163,9 +169,10 @@ class CollapseWatch:
 
     def message(self, report: StepReport) -> str | None:
         """What is wrong and what to do, if this report completes the evidence."""
-        found = {UNIFORM.format(self._log_prototypes): self._is_uniform(report.metrics)}
-        if "dino_mean_entropy" in report.metrics:
-            found[SAME] = report.metrics["dino_mean_entropy"] < SMALL * self._log_prototypes
+        found = {
+            UNIFORM.format(sum(self._uniform.values())): self._is_uniform(report.metrics),
+            SAME: report.metrics["dino_mean_entropy"] < SMALL * self._log_prototypes,
+        }
         for message, is_found in found.items():
             if not is_found:
                 self._since.pop(message, None)

@@ -27,7 +27,8 @@ def dino_losses(cls: Tensor, prototypes: Tensor, targets: Targets, temperature: 
         temperature: of the student.
 
     Returns:
-        Two scalars in fp32, means over the images. At uniform outputs their sum is ln K.
+        Two scalars in fp32, means over the images. At uniform outputs their sum is ln K, or two thirds of it if there
+        are no local crops.
     """
     pairing = torch.ones(cls.shape[0], 2, device=cls.device)
     pairing[:2].fill_diagonal_(0)  # A learns from B, and B from A

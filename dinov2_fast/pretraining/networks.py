@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dinov2_fast.ops.prototype_loss import Targets
@@ -32,7 +33,7 @@ from dinov2_fast.pretraining.targets import centered_targets, sinkhorn_targets, 
 
 @dataclass(frozen=True)
 class Views:
-    """What is seen of some images. Crops are fp32 and normalised.
+    """What is seen of some images. Crops are normalised, in the precision of the run.
 
     Attributes:
         global_crops: (2, images, 3, size, size).
@@ -170,4 +171,4 @@ def _split(targets: Targets, sizes: list[int]) -> list[Targets]:
 
 def _own_parts(network: Network) -> list[Tensor]:
     """The parameters, or of sharded ones the part of this process."""
-    return [p.to_local() if hasattr(p, "to_local") else p for p in network.parameters()]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]

@@ -93,7 +93,7 @@ def clip_gradients(network: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """
     norms = {}
     for name, child in network.named_children():
-        parameters = [parameter for parameter in child.parameters() if parameter.grad is not None]
+        parameters = list(child.parameters())
         norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if max_norm:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from dinov2_fast.errors import InvalidStateError
 from dinov2_fast.inference.loading import find_device
 from dinov2_fast.pretraining.config import PretrainingConfig
 
+PATIENCE = timedelta(days=7)  # NCCL gives up after ten minutes, and an evaluation may take longer
+
 
 @dataclass(frozen=True)
 class World:
@@ -33,12 +36,14 @@ class World:
         size: the number of processes.
         device: of this process.
         mesh: all processes, in one dimension.
+        patient: all processes, for waits of any length.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    patient: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -65,9 +70,14 @@ class World:
         """Whether the flag is set in any process. Returns when all processes have called it."""
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
 
-    def barrier(self) -> None:
-        """Returns when all processes have called it."""
-        self.agree(False)
+    def is_same(self, number: int) -> bool:
+        """Whether all processes give the same number. All get the same answer."""
+        of_main = self.sum(torch.tensor(number if self.is_main else 0, device=self.device))
+        return not self.agree(int(of_main) != number)
+
+    def wait(self) -> None:
+        """Returns when all processes have called it, after hours too."""
+        dist.barrier(self.patient)
 
 
 @contextmanager
@@ -99,7 +109,8 @@ def start_processes(device: str | None = None) -> Iterator[World]:
             dist.init_process_group(backend)  # it reads torchrun's variables itself
     size = dist.get_world_size()
     try:
-        yield World(dist.get_rank(), size, own_device, init_device_mesh(own_device.type, (size,)))
+        mesh, patient = init_device_mesh(own_device.type, (size,)), dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(dist.get_rank(), size, own_device, mesh, patient)
     except BaseException:
         # To leave a group waits for the others, who may wait for this process. With its exit, torchrun ends them.
         if is_ours and size == 1:

@@ -75,7 +75,7 @@ _IGNORED = (
     "train.dataset_path",  # pretrain(images)
     "train.output_dir",  # pretrain(out=…)
     "train.num_workers",  # pretrain(workers=…)
-    "train.cache_dataset",  # lists of files are made once, by the main process
+    "train.cache_dataset",  # each process lists the files once
     "train.saveckp_freq",  # the reference does not read it either
     "student.block_chunks",  # how blocks are grouped for FSDP; each is sharded by itself here
     "optim.lr",  # computed of base_lr

@@ -14,25 +14,33 @@ from pathlib import Path
 import torch
 
 from dinov2_fast.data.batches import Failures
+from dinov2_fast.data.image_processor import Dinov2ImageProcessor
 from dinov2_fast.data.images import MAX_PIXELS
 from dinov2_fast.data.sources import Images, require_images
 from dinov2_fast.data.workers import MAX_SECONDS
 from dinov2_fast.errors import InvalidValueError
 from dinov2_fast.evaluation.evaluate import evaluate_knn
-from dinov2_fast.evaluation.labelled import ModelOptions
+from dinov2_fast.evaluation.labelled import ModelOptions, check_labelled
 from dinov2_fast.features.lock import lock
 from dinov2_fast.features.whole_files import whole_file
 from dinov2_fast.pretraining import checkpoint
 from dinov2_fast.pretraining.batches import CropLoader
-from dinov2_fast.pretraining.config import PretrainingConfig, difference, warnings
-from dinov2_fast.pretraining.log import MANIFEST, CollapseWatch, MetricsFile, StepReport
+from dinov2_fast.pretraining.config import PretrainingConfig, difference, find_problems
+from dinov2_fast.pretraining.log import (
+    MANIFEST,
+    CollapseWatch,
+    MetricsFile,
+    StepReport,
+    is_evaluation,
+    read_metrics,
+)
 from dinov2_fast.pretraining.parallel import start_processes
 from dinov2_fast.pretraining.presets import read_config
 from dinov2_fast.pretraining.sources import ImageTable
 from dinov2_fast.pretraining.trainer import Trainer
 
 logger = logging.getLogger("dinov2_fast")
-FREE = ("save_every", "log_every", "evaluate_every")  # settings of `run` that may change when it continues
+CHANGEABLE = ("save_every", "log_every", "evaluate_every")  # settings of `run` that may change when it continues
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,10 @@ class End:
         images: from which the run draws.
         batch_size: images in a step.
         failures: the images that this process could not read; others took their place.
-        seconds: of the steps of this call.
-        processes: that made the run; `is_main` in the one of them that reports.
+        skipped: the number of such images in all processes.
+        seconds: of the steps of this call, without saves and evaluations.
+        processes: that made the run.
+        is_main: whether this process is the one that reports.
     """
 
     folder: Path
@@ -59,6 +69,7 @@ class End:
     images: int
     batch_size: int
     failures: Failures
+    skipped: int
     seconds: float
     processes: int
     is_main: bool
@@ -98,7 +109,7 @@ def pretrain(
         workers: processes that decode and crop images, for each process of the run; 0 for none.
         max_pixels, max_seconds: limits of an image, as for :func:`dinov2_fast.extract`.
         progress: called by the main process every ``run.log_every`` steps.
-        stop: asked after each step. When it is true in any process, all save a checkpoint and return.
+        stop: asked in each step. When it is true in any process, all save a checkpoint after the step and return.
 
     Raises:
         InvalidValueError: a setting that does not exist or cannot work; no images; `out` holds a run with other
@@ -112,17 +123,25 @@ def pretrain(
         settings = read_config(config, overrides, n_processes=world.size)
         check_batch(settings, world.size)
         table = ImageTable(require_images(images))
+        if not world.is_same(int(table.sha256[:12], 16)):
+            raise InvalidValueError(
+                "The processes of the run found different images. Give them the same files, which must not change "
+                "while they are listed."
+            )
+        if evaluate is not None:
+            check_labelled(evaluate)
+            Dinov2ImageProcessor.for_size(settings.crops.global_size)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder, (1, 1)))
-            for sentence in warnings(settings, len(table)):
+            for sentence in find_problems(settings, len(table)):
                 logger.warning(sentence)
-            for labelled in evaluate or ():
-                require_images(labelled)
         newest = checkpoint.agree_on_newest(folder, world)
         if world.is_main:
             _claim(folder, newest, settings, table, start_from)
-        stack.enter_context(_forked_generators(world.device))
+        if start_from is not None and newest is None:  # the run that is there may go on while this one begins
+            start_from = checkpoint.agree_on_newest(Path(start_from), world) or start_from
+        stack.enter_context(torch.random.fork_rng([world.device] if world.device.type == "cuda" else []))
         trainer = Trainer(folder, newest, settings, world, start_from)
         loader = CropLoader(
             table,
@@ -135,7 +154,8 @@ def pretrain(
             max_seconds=max_seconds,
         )
         stack.enter_context(closing(loader))
-        return _train(trainer, newest, loader, len(table), evaluate, progress, stop)
+        evaluation = None if evaluate is None else _Evaluation(evaluate, trainer, workers)
+        return _train(trainer, newest, loader, len(table), evaluation, progress, stop)
 
 
 def _train(
@@ -143,14 +163,16 @@ def _train(
     newest: Path | None,
     batches: CropLoader,
     n_images: int,
-    evaluate: tuple[str, str] | None,
+    evaluation: _Evaluation | None,
     progress: Callable[[StepReport], None] | None,
     stop: Callable[[], bool] | None,
 ) -> End:
-    """Does the steps that are left."""
+    """Does the steps that are left, and an evaluation that an earlier call was too short for."""
     run, world, first_step = trainer.config.run, trainer.world, trainer.step
     failures, begin = Failures(), time.perf_counter()
     with _Reporter(trainer, progress) as reporter:
+        if newest is not None and evaluation is not None and evaluation.is_missing():
+            reporter.evaluate(evaluation, newest)
         while trainer.step < run.steps:
             waits = time.perf_counter()
             batch = next(batches)
@@ -159,19 +181,20 @@ def _train(
                 failures.add(path, reason)
             is_last = trainer.step + 1 == run.steps
             is_logged = is_last or (trainer.step + 1) % run.log_every == 0
-            metrics = trainer.do_step(batch, with_entropies=is_logged, stop=stop is not None and stop())
+            metrics = trainer.do_step(batch, with_entropies=is_logged, stop=stop)
             reporter.add(metrics, waited)
-            is_evaluated = evaluate is not None and (is_last or trainer.step % run.evaluate_every == 0)
-            if is_last or is_evaluated or metrics["stop"] or trainer.step % run.save_every == 0:
-                newest = trainer.save()
-            if evaluate is not None and is_evaluated:
-                metrics |= _evaluate(newest, evaluate, trainer)
-            if is_logged or is_evaluated:
+            if is_logged:  # before the checkpoint, so that none is without the reports of its steps
                 reporter.report(metrics)
+            is_evaluated = evaluation is not None and evaluation.is_due()
+            if is_last or is_evaluated or metrics["stop"] or trainer.step % run.save_every == 0:
+                with reporter.pause():
+                    newest = trainer.save()
             if metrics["stop"]:
                 break
+            if is_evaluated and evaluation is not None and newest is not None:
+                reporter.evaluate(evaluation, newest)
+        seconds = time.perf_counter() - begin - reporter.paused
     assert newest is not None  # a run has one step at least, and its last is saved
-    seconds = time.perf_counter() - begin
     return End(
         folder=trainer.folder,
         checkpoint=newest,
@@ -181,26 +204,57 @@ def _train(
         images=n_images,
         batch_size=run.batch_size,
         failures=failures,
+        skipped=reporter.skipped_images,
         seconds=seconds,
         processes=world.size,
         is_main=world.is_main,
     )
 
 
-def _evaluate(folder: Path | None, sets: tuple[str, str], trainer: Trainer) -> dict[str, float]:
-    """The accuracy of k-NN on the teacher of a checkpoint, in the main process; the others wait."""
-    found, world = {}, trainer.world
-    if world.is_main:
-        size = trainer.config.crops.global_size
-        options = ModelOptions(model=str(folder), size=size, device=str(world.device))
-        _, accuracies = evaluate_knn(*sets, options=options)
-        found = {f"knn/{k}": accuracy.top1 for k, accuracy in accuracies[None].items()}
-    world.barrier()
-    return found
+class _Evaluation:
+    """k-NN on the teacher of a checkpoint, in the main process; the others wait.
+
+    Args:
+        sets: images in class folders, train and val.
+        trainer: of the run.
+        workers: processes that decode images.
+    """
+
+    def __init__(self, sets: tuple[str, str], trainer: Trainer, workers: int) -> None:
+        self._sets, self._trainer, self._workers = sets, trainer, workers
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint of the steps that are done is to be evaluated."""
+        step, run = self._trainer.step, self._trainer.config.run
+        return step == run.steps or (step > 0 and step % run.evaluate_every == 0)
+
+    def is_missing(self) -> bool:
+        """Whether the checkpoint that the run goes on from should have been evaluated, and was not."""
+        world, is_missing = self._trainer.world, self.is_due()
+        if world.is_main and is_missing:
+            lines = read_metrics(self._trainer.folder)
+            is_missing = not any(line["step"] == self._trainer.step and is_evaluation(line) for line in lines)
+        return not world.agree(not is_missing)
+
+    def measure(self, folder: Path) -> dict[str, float]:
+        """The accuracies, "knn/10", …; nothing in other processes than the main one."""
+        found, world = {}, self._trainer.world
+        if world.is_main:
+            size = self._trainer.config.crops.global_size
+            options = ModelOptions(model=str(folder), size=size, device=str(world.device), workers=self._workers)
+            _, accuracies = evaluate_knn(*self._sets, options=options)
+            found = {f"knn/{k}": accuracy.top1 for k, accuracy in accuracies[None].items()}
+        world.wait()
+        return found
 
 
 class _Reporter:
-    """Adds up what happens between two reports. The main process writes the reports and passes them on."""
+    """Adds up what happens between two reports. The main process writes the reports and passes them on.
+
+    Attributes:
+        paused: seconds of saves and evaluations.
+        skipped_images: of all steps.
+    """
 
     COUNTS = ("skipped_images", "skipped_steps")
 
@@ -208,6 +262,7 @@ class _Reporter:
         self._trainer, self._progress = trainer, progress
         self._file = MetricsFile(trainer.folder, trainer.step) if trainer.world.is_main else None
         self._watch = CollapseWatch(trainer.config)
+        self.paused, self.skipped_images, self._seconds_left = 0.0, 0, 0.0
         self._start()
 
     def _start(self) -> None:
@@ -221,9 +276,19 @@ class _Reporter:
         if self._file is not None:
             self._file.close()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what is done inside out of the speed."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self.paused += seconds
+        self._begin += seconds
+
     def add(self, metrics: dict[str, float], waited: float) -> None:
         """Counts a step that waited so many seconds for its images."""
         self._waited += waited
+        self.skipped_images += int(metrics["skipped_images"])
         for name in self.COUNTS:
             self._counts[name] += metrics[name]
 
@@ -233,15 +298,25 @@ class _Reporter:
         per_step = seconds / (step - self._first_step)
         speed = {"images_per_second": run.batch_size / per_step, "data_wait": self._waited / seconds}
         metrics = {name: value for name, value in metrics.items() if name != "stop"} | self._counts | speed
+        self._seconds_left = (run.steps - step) * per_step
         self._start()
-        if self._file is None:
-            return
-        report = StepReport(step, run.steps, metrics, (run.steps - step) * per_step)
-        self._file.write(report)
-        if message := self._watch.message(report):
+        report = self._write(metrics)
+        if report is not None and (message := self._watch.message(report)):
             logger.warning(message)
+
+    def evaluate(self, evaluation: _Evaluation, checkpoint: Path) -> None:
+        """Reports the accuracies of the last step, in a report of their own."""
+        with self.pause():
+            self._write(evaluation.measure(checkpoint))
+
+    def _write(self, metrics: dict[str, float]) -> StepReport | None:
+        if self._file is None:
+            return None
+        report = StepReport(self._trainer.step, self._trainer.config.run.steps, metrics, self._seconds_left)
+        self._file.write(report)
         if self._progress:
             self._progress(report)
+        return report
 
 
 def check_batch(config: PretrainingConfig, processes: int) -> None:
@@ -275,7 +350,7 @@ def _claim(
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         other = PretrainingConfig.from_dict(there["config"])
-        other = replace(other, run=replace(other.run, **{name: getattr(config.run, name) for name in FREE}))
+        other = replace(other, run=replace(other.run, **{name: getattr(config.run, name) for name in CHANGEABLE}))
         differing = difference(other, config)
         names = [name for name in ("images", "start_from") if there[name] != own[name]]
     except (ValueError, KeyError, TypeError) as error:
@@ -287,10 +362,3 @@ def _claim(
             f"{str(folder)!r} holds a run with other settings ({differing}). Continue it with its own, or choose "
             "another folder."
         )
-
-
-@contextmanager
-def _forked_generators(device: torch.device) -> Iterator[None]:
-    """Leaves torch's random generators as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

@@ -37,6 +37,11 @@ def make_networks(config: PretrainingConfig, start_from: str | os.PathLike[str] 
 def _load_backbone(backbone: DinoVisionTransformer, source: DinoVisionTransformer, name: object) -> None:
     """Copies the weights; the table of positions is resampled to the size of the crops, in the source's own way."""
     state, own = source.state_dict(), backbone.state_dict()
+    if source.num_heads != backbone.num_heads:  # shapes do not show it
+        raise InvalidValueError(
+            f"The backbone of {str(name)!r} has {source.num_heads} heads, and model.num_heads is {backbone.num_heads}. "
+            "Set it as in the run that made it."
+        )
     height, width = backbone.patch_embed.img_size
     if source.patch_size == backbone.patch_size:
         state["pos_embed"] = source.interpolate_pos_encoding(torch.empty(0), height, width).detach()

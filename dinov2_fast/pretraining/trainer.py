@@ -7,6 +7,7 @@ the bits of one that was not, and the number of processes changes nothing but th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dinov2_fast.pretraining.schedules import rates_at
 from dinov2_fast.pretraining.start import make_networks
 from dinov2_fast.pretraining.targets import target_entropies
 
-MOST_SKIPPED = 2  # steps in a row
+SKIPPED_TO_STOP = 3  # steps in a row
 
 
 class DivergedError(Dinov2FastError, RuntimeError):
@@ -73,7 +74,9 @@ class Trainer:
             self.folder, self.step, method.student, method.teacher, self.optimizer, centers, self.config, self.world
         )
 
-    def do_step(self, batch: CropBatch, *, with_entropies: bool = False, stop: bool = False) -> dict[str, float]:
+    def do_step(
+        self, batch: CropBatch, *, with_entropies: bool = False, stop: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
         """Does one step on this process's part of the batch.
 
         A step whose loss or gradient is not finite in any process is skipped by all: student, teacher, moments and
@@ -81,7 +84,7 @@ class Trainer:
 
         Args:
             with_entropies: add the entropies of the targets, which cost a product of all tokens and prototypes.
-            stop: a wish of this process.
+            stop: asked when the gradients are there; whether this process wishes to stop.
 
         Returns:
             The same in all processes: the mean losses, the norms of the gradients before clipping, the rates, and the
@@ -99,7 +102,7 @@ class Trainer:
         entropies = self._entropies(targets) if with_entropies else {}
         losses = self._backward(views, targets)
         norms = clip_gradients(method.student, config.optimizer.clip_norm)
-        counts = {"stop": int(stop), "skipped_images": len(batch.failures)}
+        counts = {"stop": int(stop is not None and stop()), "skipped_images": len(batch.failures)}
         metrics = self._agree(losses, counts, norms, entropies)
         if metrics["skipped_steps"]:
             self.skipped += 1
@@ -110,11 +113,11 @@ class Trainer:
             method.centers = centers
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.skipped > MOST_SKIPPED:
+        if self.skipped == SKIPPED_TO_STOP:
             raise DivergedError(
-                f"The loss or a gradient was not finite in steps {self.step - MOST_SKIPPED} to {self.step}. The last "
-                "checkpoint is good: continue from it with a lower optimizer.learning_rate in a new folder "
-                "(start_from), or with run.precision=fp32."
+                f"The loss or a gradient was not finite in steps {self.step - SKIPPED_TO_STOP + 1} to {self.step}. "
+                "Begin a new run with a lower optimizer.learning_rate or with run.precision=fp32. If this one has a "
+                "checkpoint, it is good: start_from takes its weights."
             )
         return metrics | rates.to_dict()
 

@@ -28,5 +28,5 @@ def _run_one(rank: int, size: int, store: str, function: Callable[..., None], ar
     dist.init_process_group("gloo", store=dist.FileStore(store, size), **group)
     with start_processes("cpu") as world:
         function(world, *args)
-        world.barrier()
+        world.wait()
     dist.destroy_process_group()

@@ -110,7 +110,7 @@ def fail_in_one_process(world: World, out: Path, state: TrainingState) -> None:
             with pytest.raises(OSError if world.rank == failing_rank else InvalidStateError, match="was not written"):
                 save(out, 6, state, world)
             os.fsync = real
-            world.barrier()
+            world.wait()
             assert names(out) == ["checkpoint-00000005"]
 
 

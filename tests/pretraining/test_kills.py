@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import statistics
 import threading
+import time
 from pathlib import Path
 from random import Random
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from dinov2_fast.pretraining import checkpoint
-from dinov2_fast.pretraining.log import read_metrics
 from dinov2_fast.pretraining.run import pretrain
 from tests.helpers.pretraining import computed_metrics, make_images, small_config, stored_tensors
 
@@ -23,11 +22,17 @@ STEPS = 80
 CONFIG = small_config(run={"steps": STEPS, "save_every": 1})  # so that a save is always near
 
 
-def train(images: Path, out: Path, seconds: float | None) -> None:
-    """Runs in a process of its own, which kills itself so many seconds after its first report."""
+def train(images: Path, out: Path, steps: float | None) -> None:
+    """Runs in a process of its own, which kills itself after two steps and as long as `steps` more take."""
     torch.set_num_threads(1)
-    timers = [] if seconds is None else [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))]
-    pretrain(images, out=out, config=CONFIG, device="cpu", progress=lambda _: timers and timers.pop().start())
+    times: list[float] = []
+
+    def progress(_: object) -> None:
+        times.append(time.perf_counter())
+        if steps is not None and len(times) == 2:
+            threading.Timer(steps * (times[1] - times[0]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    pretrain(images, out=out, config=CONFIG, device="cpu", progress=progress)
 
 
 @pytest.mark.slow
@@ -37,16 +42,15 @@ def test_twenty_kills_change_no_bit(tmp_path: Path) -> None:
     context.set_forkserver_preload([__name__, "dinov2_fast.pretraining.run"])
     rng, reached = Random(0), []
 
-    def live(out: str, seconds: float | None) -> int | None:
-        process = context.Process(target=train, args=(images, tmp_path / out, seconds))
+    def live(out: str, steps: float | None) -> int | None:
+        process = context.Process(target=train, args=(images, tmp_path / out, steps))
         process.start()
         process.join()
         return process.exitcode
 
     assert live("whole", None) == 0
-    speed = statistics.median(line["images_per_second"] for line in read_metrics(tmp_path / "whole"))
     for _ in range(KILLS):
-        code = live("killed", rng.uniform(0, 2 * CONFIG.run.batch_size / speed))  # within some two steps
+        code = live("killed", rng.uniform(0, 2))
         assert code == -signal.SIGKILL  # 0: the run was complete before it could be killed so often
         reached.append(checkpoint.newest(tmp_path / "killed"))
     assert len(set(reached)) > KILLS / 2, "they are killed while they train"

@@ -165,6 +165,7 @@ def in_several(world: World, folder: Path) -> None:
     results["sum"] = world.sum(torch.tensor([[1.0], [world.rank]]))
     assert world.sum(torch.tensor([2**40])).tolist() == [world.size * 2**40]
     assert [world.agree(False), world.agree(True), world.agree(world.rank == world.size - 1)] == [False, True, True]
+    assert [world.is_same(2**40), world.is_same(world.rank)] == [True, False]
     if world.is_main:
         save_file(results, folder / "results.safetensors")
 

@@ -11,9 +11,9 @@ import torch
 
 import dinov2_fast
 from dinov2_fast.errors import InvalidValueError
-from dinov2_fast.pretraining import trainer
+from dinov2_fast.pretraining import run, trainer
 from dinov2_fast.pretraining.config import PretrainingConfig
-from dinov2_fast.pretraining.log import StepReport, read_metrics
+from dinov2_fast.pretraining.log import StepReport, is_evaluation, read_metrics
 from dinov2_fast.pretraining.run import End, pretrain
 from dinov2_fast.pretraining.trainer import DivergedError
 from tests.helpers.pretraining import computed_metrics, make_images, small_config, stored_tensors
@@ -104,6 +104,47 @@ def test_how_often_a_run_logs_and_saves_may_change(images: Path, tmp_path: Path)
     assert pretrain(images, out=tmp_path, config=config, device="cpu").step == 6
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Ends the run as Ctrl-C does, after so many calls of a function."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def mortal(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(owner, name, mortal)
+
+
+def test_an_interrupted_step_or_evaluation_leaves_no_report_out(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for labelled in ("train/a", "train/b", "val/a", "val/b"):
+        make_images(tmp_path / labelled, 4)
+    sets = str(tmp_path / "train"), str(tmp_path / "val")
+    settings: dict[str, Any] = {"config": small_config(run={"evaluate_every": 2}), "evaluate": sets, "device": "cpu"}
+    pretrain(images, out=tmp_path / "whole", **settings)
+    expected = computed_metrics(tmp_path / "whole")
+    assert [line["step"] for line in expected if is_evaluation(line)] == [2, 4, 6]
+    for owner, name, call in ((trainer.Trainer, "save", 2), (run, "evaluate_knn", 1), (run, "evaluate_knn", 3)):
+        out = tmp_path / f"{name}-{call}"
+        with monkeypatch.context() as patch:
+            interrupt(patch, owner, name, call)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(images, out=out, **settings)
+        pretrain(images, out=out, **settings)
+        assert computed_metrics(out) == expected
+
+
+def test_labelled_images_that_cannot_be_evaluated_are_refused_before_the_first_step(
+    images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidValueError, match="lies in no class folder"):
+        pretrain(images, out=tmp_path / "run", config=small_config(), evaluate=(str(images), str(images)), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def plant_nan(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The loss of the student is NaN in these steps."""
     real = trainer.Pretraining.losses
@@ -122,7 +163,8 @@ def test_a_step_that_is_not_finite_is_skipped(images: Path, tmp_path: Path, monk
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def keep(report: StepReport) -> None:
-        kept[report.step] = stored_tensors(tmp_path / f"checkpoint-{report.step:08}")
+        if report.step > 1:
+            kept[report.step - 1] = stored_tensors(tmp_path / f"checkpoint-{report.step - 1:08}")
 
     end = pretrain(images, out=tmp_path, config=config, device="cpu", progress=keep)
     assert end.step == 6
@@ -154,8 +196,8 @@ def test_the_high_resolution_phase_begins_with_the_weights_of_the_first(
 
 
 def test_the_architecture_of_the_start_must_be_the_configurations(images: Path, whole: End, tmp_path: Path) -> None:
-    for changes in ({"model": {"depth": 1}}, {"dino_head": {"prototypes": 7}}):
-        with pytest.raises(InvalidValueError, match=r"other sizes|another architecture"):
+    for changes in ({"model": {"depth": 1}}, {"model": {"num_heads": 4}}, {"dino_head": {"prototypes": 7}}):
+        with pytest.raises(InvalidValueError, match=r"other sizes|another architecture|has 2 heads"):
             pretrain(images, out=tmp_path / "x", config=small_config(**changes), start_from=whole.folder, device="cpu")
 
 
