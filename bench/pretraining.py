@@ -59,7 +59,8 @@ from dinov2_fast.pretraining.trainer import Trainer
 OURS, REFERENCE, PLAIN = "dinov2_fast", "reference", "plain-timm"
 MEASURES = ("steps", "loader")
 CHECKED = ("dino_global", "dino_local", "ibot", "koleo")  # and all norms of gradients
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+# KoLeo differs most in bf16: at the beginning images are alike, and it is the logarithm of small distances.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 CPU_MODEL = replace(BACKBONES["dinov2_vits14"], name="192x6", embed_dim=192, depth=6, num_heads=3)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {

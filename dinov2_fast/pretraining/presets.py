@@ -27,26 +27,41 @@ def _backbone(name: str) -> dict[str, Any]:
     return {"hidden_size": backbone.embed_dim, "depth": backbone.depth, "num_heads": backbone.num_heads}
 
 
-# A model that two CPU cores train within an hour. What makes so small a model leave uniform outputs is LayerScale 0.1,
-# small heads, a low temperature and a teacher that follows fast.
+# A model that two CPU cores train within an hour. So few steps learn most from small images and few blocks, since a
+# step is then cheap; from large crops without blur, which show the student much of what the teacher sees; and with
+# LayerScale 1, few prototypes, a low temperature and a teacher that follows fast, which leave uniform outputs soon. The
+# trials are in bench/results/NOTES.md.
 _TINY = PretrainingConfig().updated(
     {
-        "model": {"hidden_size": 192, "depth": 6, "num_heads": 3, "layer_scale": 0.1, "drop_path": 0.0},
-        "crops": {"global_size": 98, "local_size": 42, "n_local": 4},
-        "dino_head": {"prototypes": 512, "hidden_size": 512, "bottleneck_size": 128},
-        "ibot_head": {"prototypes": 512, "hidden_size": 512, "bottleneck_size": 128},
+        "model": {"hidden_size": 192, "depth": 4, "num_heads": 3, "layer_scale": 1.0, "drop_path": 0.0},
+        "crops": {
+            "global_size": 70,
+            "local_size": 28,
+            "n_local": 4,
+            "global_scale": (0.5, 1.0),
+            "local_scale": (0.15, 0.5),
+            "blur": (0.0, 0.0, 0.0),  # a kernel of 9 pixels would leave little of so small a crop
+            "solarize": 0.0,
+        },
+        "dino_head": {"prototypes": 256, "hidden_size": 512, "bottleneck_size": 128},
+        "ibot_head": {"prototypes": 256, "hidden_size": 512, "bottleneck_size": 128},
         "losses": {"centering": "sinkhorn_knopp"},
-        "teacher": {"momentum": 0.98, "temperature": 0.06, "temperature_warmup_steps": 1800},
+        "teacher": {
+            "momentum": 0.98,
+            "start_temperature": 0.02,
+            "temperature": 0.04,
+            "temperature_warmup_steps": 2000,
+        },
         "optimizer": {
             "learning_rate": 0.004,  # 0.001 at this batch
-            "warmup_steps": 600,
+            "warmup_steps": 200,
             "final_weight_decay": 0.2,
             "freeze_last_layer_steps": 60,
             "layer_decay": 1.0,
             "patch_embed_multiplier": 1.0,
         },
         "run": {
-            "steps": 6000,
+            "steps": 5000,
             "batch_size": 64,
             "micro_batch": 64,
             "precision": "fp32",
