@@ -103,7 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """
     q, k, v = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (q, k, v))
     shaped_as_packed = q.unsqueeze(2).expand(-1, -1, 3, -1, -1)
-    if ATTENTION.choose("batch", (shaped_as_packed, None, 0.0, None)).backend != "torch":
+    if ATTENTION.choose("batch", (shaped_as_packed, None, 0.0, None)).backend not in ("torch", "cpu"):
         return ops.attention(torch.stack((q, k, v), dim=2)).flatten(-2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(-2)
