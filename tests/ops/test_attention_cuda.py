@@ -94,7 +94,7 @@ def test_large_batches_and_long_sequences_obey_the_rule(dtype: torch.dtype, size
 
 @runs_cuda
 @runs_triton
-@pytest.mark.parametrize("tokens", [1, 50, 97])
+@pytest.mark.parametrize("tokens", [2, 50, 97])
 @each_dtype
 def test_gradients_come_from_the_lse_that_it_keeps(dtype: torch.dtype, tokens: int) -> None:
     qkv = random_qkv(2, tokens, heads=1, dtype=dtype)
@@ -102,6 +102,18 @@ def test_gradients_come_from_the_lse_that_it_keeps(dtype: torch.dtype, tokens: i
         ours = gradients(_cuda, [qkv])[0]
     plain = gradients(lambda x: attention(x, backend="torch"), [qkv])[0]
     assert_gradient_obeys_the_rule(ours, exact_gradient(reference.attention, qkv), plain)
+
+
+@runs_cuda
+@runs_triton
+@each_dtype
+def test_one_token_passes_its_gradient_to_its_value(dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, 1, dtype=dtype)
+    dq, dk, dv = gradients(_cuda, [qkv])[0].unbind(2)
+    exact = exact_gradient(reference.attention, qkv)[:, :, 2]
+    torch.testing.assert_close(dv.double(), exact, atol=0, rtol=torch.finfo(dtype).eps)
+    # 0 except for the rounding of two sums of 64 products, which cancel
+    assert max(dq.abs().max(), dk.abs().max()) <= 64 * torch.finfo(torch.float32).eps * qkv.abs().max() ** 2
 
 
 @runs_cuda
