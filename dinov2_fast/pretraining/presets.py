@@ -61,7 +61,7 @@ _TINY = PretrainingConfig().updated(
             "patch_embed_multiplier": 1.0,
         },
         "run": {
-            "steps": 5000,
+            "steps": 4000,
             "batch_size": 64,
             "micro_batch": 64,
             "precision": "fp32",
