@@ -230,11 +230,11 @@ class _Evaluation:
 
     def is_missing(self) -> bool:
         """Whether the checkpoint that the run goes on from should have been evaluated, and was not."""
-        world, is_missing = self._trainer.world, self.is_due()
-        if world.is_main and is_missing:
+        step, world, is_missing = self._trainer.step, self._trainer.world, False
+        if world.is_main and self.is_due():
             lines = read_metrics(self._trainer.folder)
-            is_missing = not any(line["step"] == self._trainer.step and is_evaluation(line) for line in lines)
-        return not world.agree(not is_missing)
+            is_missing = not any(line["step"] == step and is_evaluation(line) for line in lines)
+        return world.agree(is_missing)
 
     def measure(self, folder: Path) -> dict[str, float]:
         """The accuracies, "knn/10", …; nothing in other processes than the main one."""

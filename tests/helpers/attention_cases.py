@@ -52,6 +52,15 @@ def exact_gradient(function: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
     return gradients(function, [qkv.double()])[0]
 
 
+def assert_one_token_passes_its_gradient_to_its_value(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, 1, dtype=dtype)
+    dq, dk, dv = gradients(function, [qkv])[0].unbind(2)
+    exact = exact_gradient(reference.attention, qkv)[:, :, 2]
+    torch.testing.assert_close(dv.double(), exact, atol=0, rtol=torch.finfo(dtype).eps)
+    # 0 except for the rounding of two sums of 64 products, which cancel
+    assert max(dq.abs().max(), dk.abs().max()) <= 64 * torch.finfo(torch.float32).eps * qkv.abs().max() ** 2
+
+
 STRIDES = {
     "transposed": lambda x: x[:, :9].transpose(0, 1).contiguous().transpose(0, 1),
     "strided": lambda x: x[:, ::2],

@@ -23,6 +23,7 @@ from tests.helpers.attention_cases import (
     STRIDES,
     assert_gradient_obeys_the_rule,
     assert_one_step,
+    assert_one_token_passes_its_gradient_to_its_value,
     exact_gradient,
     plain_attention,
     plain_scores,
@@ -108,12 +109,7 @@ def test_gradients_come_from_the_lse_that_it_keeps(dtype: torch.dtype, tokens: i
 @runs_triton
 @each_dtype
 def test_one_token_passes_its_gradient_to_its_value(dtype: torch.dtype) -> None:
-    qkv = random_qkv(2, 1, dtype=dtype)
-    dq, dk, dv = gradients(_cuda, [qkv])[0].unbind(2)
-    exact = exact_gradient(reference.attention, qkv)[:, :, 2]
-    torch.testing.assert_close(dv.double(), exact, atol=0, rtol=torch.finfo(dtype).eps)
-    # 0 except for the rounding of two sums of 64 products, which cancel
-    assert max(dq.abs().max(), dk.abs().max()) <= 64 * torch.finfo(torch.float32).eps * qkv.abs().max() ** 2
+    assert_one_token_passes_its_gradient_to_its_value(_cuda, dtype)
 
 
 @runs_cuda
