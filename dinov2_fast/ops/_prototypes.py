@@ -19,9 +19,10 @@ def as_operands(*tensors: Tensor) -> list[Tensor]:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y for operands of :func:`as_operands`; `x` may be wider than `y`. The result is in fp32 or fp64."""
-    x = x.to(y.dtype)
-    return torch.mm(x, y, out_dtype=torch.float32) if y.dtype in HALF else torch.mm(x, y)
+    """x @ y of operands in one dtype, in fp32 or fp64. On a CPU that of half-precision operands was rounded to theirs."""
+    if y.dtype not in HALF:
+        return torch.mm(x, y)
+    return torch.mm(x, y, out_dtype=torch.float32) if y.device.type == "cuda" else torch.mm(x, y).float()
 
 
 def chunk_size(samples: int, dtype: torch.dtype) -> int:

@@ -21,7 +21,6 @@ Sources: Caron et al., arXiv:2104.14294 (DINO); Zhou et al., arXiv:2111.07832 (i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,74 +101,117 @@ def _check_shapes(student: Tensor, prototypes: Tensor, targets: Targets, pairing
             raise InvalidValueError(f"prototype_loss takes {name} of shape {shape} here, got {tuple(tensor.shape)}.")
 
 
-# Plain PyTorch. Samples are flat: s (crops * n, D), and in targets z (target_crops * n, D) and b (target_crops * n,)
+# Plain PyTorch. The gradient of the logits y_cik = s_ci . v_k / temperature is g_ci d_cik, with
+#     d_cik = P_c p_cik - sum_j pairing_cj t_jik
 
 
-def _forward_torch(s: Tensor, v: Tensor, targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
-    """lse (crops * n,) and m (target_crops * n, D)."""
-    s, v = as_operands(s, v)
-    lse, m = [], s.new_zeros(())
-    for v_chunk, target_chunk in _chunks(s, v, targets):
-        lse.append(log_sum_exp_(product(s, v_chunk.T).mul_(1 / temperature), 1))
-        m = m + product(_probabilities(*target_chunk), v_chunk)
-    return torch.stack(lse).logsumexp(0), m
+class _InChunks(torch.autograd.Function):
+    """All logits of a chunk of prototypes at once. If there is one chunk alone, d is kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, prototypes: Tensor, z: Tensor, w: Tensor, a: Tensor, b: Tensor,
+        teacher_temperature: float, pairing: Tensor, temperature: float,
+    ) -> Tensor:  # fmt: skip
+        chunks = _chunks(student, prototypes, Targets(z, w, a, b, teacher_temperature))
+        lse, cross = [], student.new_zeros(())
+        for v, targets in chunks:
+            y, paired = _logits_and_targets(student, v, targets, pairing, temperature)
+            cross = cross + torch.einsum("cik,cik->ci", paired, y)
+            lse.append(log_sum_exp_(y, 2))
+        total, weight, kept = torch.stack(lse).logsumexp(0), pairing.sum(1, keepdim=True).to(y.dtype), None
+        if len(chunks) == 1 and any(ctx.needs_input_grad):  # y is now a multiple of p
+            kept = y.mul_((weight / y.sum(2))[..., None]).sub_(paired)
+        ctx.save_for_backward(student, prototypes, z, w, a, b, pairing, total, kept)
+        ctx.temperatures = teacher_temperature, temperature
+        return weight * total - cross
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        student, prototypes, z, w, a, b, pairing, lse, kept = ctx.saved_tensors
+        teacher_temperature, temperature = ctx.temperatures
+        dloss = dloss[..., None] / temperature
+        dtype = _backends.promoted(student, prototypes)
+        s, weight = (dloss * student).flatten(0, 1).to(dtype), pairing.sum(1, keepdim=True).to(lse.dtype)
+        sums, dprototypes = dloss.new_zeros(()), []
+        with torch.autocast(student.device.type, enabled=False):
+            for v, targets in _chunks(student, prototypes, Targets(z, w, a, b, teacher_temperature)):
+                d = kept
+                if d is None:
+                    y, paired = _logits_and_targets(student, v, targets, pairing, temperature)
+                    d = y.sub_(lse[..., None]).exp_().mul_(weight[..., None]).sub_(paired)
+                d = d.flatten(0, 1).to(dtype)
+                sums = sums + product(d, v.to(dtype))
+                dprototypes.append(product(d.T, s))
+        dstudent = dloss * sums.view(student.shape)
+        return dstudent.to(student.dtype), torch.cat(dprototypes).to(prototypes.dtype), *[None] * 7
 
 
-def _backward_torch(
-    s: Tensor, v: Tensor, targets: Targets, temperature: float, lse: Tensor, p_values: Tensor, t_values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """sum_k p_ck v_k (crops * n, D), and sum_c p_ck p_values_c - sum_j t_jk t_values_j (K, D)."""
-    s, v = as_operands(s, v)
-    p_values, t_values = p_values.to(v.dtype), t_values.to(v.dtype)
-    expected, dv, first = s.new_zeros(()), torch.empty_like(v, dtype=lse.dtype), 0
-    for v_chunk, target_chunk in _chunks(s, v, targets):
-        p = _probabilities(s, v_chunk, None, lse, temperature)
-        expected = expected + product(p, v_chunk)
-        t = _probabilities(*target_chunk)
-        part = slice(first, first := first + len(v_chunk))
-        torch.sub(product(p.T, p_values), product(t.T, t_values), out=dv[part])
-    return expected, dv
-
-
-def _chunks(s: Tensor, v: Tensor, targets: Targets) -> Iterator[tuple[Tensor, Targets]]:
+def _chunks(student: Tensor, prototypes: Tensor, targets: Targets) -> list[tuple[Tensor, Targets]]:
     """Prototypes of the student, and targets of the same prototypes, one chunk after the other."""
-    z, w = as_operands(targets.z, targets.prototypes)
-    size = chunk_size(max(len(s), len(z)), s.dtype)
-    for v_chunk, w_chunk, a_chunk in zip(v.split(size), w.split(size), targets.a.split(size), strict=True):
-        yield v_chunk, Targets(z, w_chunk, a_chunk, targets.b, targets.temperature)
+    size = chunk_size(max(student.shape[:2].numel(), targets.b.numel()), _backends.promoted(student, prototypes))
+    parts = zip(*[x.split(size) for x in (prototypes, targets.prototypes, targets.a)], strict=True)
+    return [(v, targets._replace(prototypes=w, a=a)) for v, w, a in parts]
 
 
-def _probabilities(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor, temperature: float) -> Tensor:
-    """exp(x_i . y_k / temperature - a_k - b_i), in the dtype of the operands. Without `a` it is 0."""
-    logits = product(x, y.T)
-    logits = torch.add(-b[:, None], logits, alpha=1 / temperature, out=logits)
-    return (logits if a is None else logits.sub_(a)).exp_().to(y.dtype)
-
-
-# The kernels
-
-
-def _forward_triton(s: Tensor, v: Tensor, targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
-    s, v, z, w = _pairs(s, v, targets)
-    m = _weighted_sum(z, w, v.to(z.dtype), targets.b, targets.a, 1 / targets.temperature)
-    return log_sum_exp(s, v, None, 1 / temperature), m
-
-
-def _backward_triton(
-    s: Tensor, v: Tensor, targets: Targets, temperature: float, lse: Tensor, p_values: Tensor, t_values: Tensor
+def _logits_and_targets(
+    student: Tensor, v: Tensor, targets: Targets, pairing: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    s, v, z, w = _pairs(s, v, targets)
-    p_values, t_values = p_values.to(v.dtype), t_values.to(w.dtype)
-    expected = _weighted_sum(s, v, v, lse, None, 1 / temperature)
-    dv = _weighted_sum(v, s, p_values, None, lse, 1 / temperature)
-    dv -= _weighted_sum(w, z, t_values, targets.a, targets.b, 1 / targets.temperature)
-    return expected, dv
+    """y and sum_j pairing_cj t_jik (crops, n, prototypes), in fp32 or fp64."""
+    y, t = _logits(student, v, temperature), _logits(targets.z, targets.prototypes, targets.temperature)
+    t = t.sub_(targets.a).sub_(targets.b[..., None]).exp_()
+    return y, torch.einsum("cj,jik->cik", pairing.to(t.dtype), t).to(y.dtype)
 
 
-def _pairs(s: Tensor, v: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logits(x: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    flat, prototypes = as_operands(x.flatten(0, 1), prototypes)
+    return product(flat, prototypes.T).mul_(1 / temperature).view(*x.shape[:2], len(prototypes))
+
+
+# The kernels. Samples are flat: s (crops * n, D), z (target_crops * n, D)
+
+
+class _InKernels(torch.autograd.Function):
+    """The sums over prototypes m_ji, sum_k p_cik v_k and dv run in one kernel, and lse in that of Sinkhorn-Knopp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, prototypes: Tensor, z: Tensor, w: Tensor, a: Tensor, b: Tensor,
+        teacher_temperature: float, pairing: Tensor, temperature: float,
+    ) -> Tensor:  # fmt: skip
+        s, v, flat_z, flat_w = _pairs(student, prototypes, z, w)
+        lse = log_sum_exp(s, v, None, 1 / temperature)
+        m = _weighted_sum(flat_z, flat_w, v.to(flat_z.dtype), b.flatten(), a, 1 / teacher_temperature)
+        pairing = pairing.to(lse.dtype)
+        paired = torch.einsum("cj,jnd->cnd", pairing, m.to(lse.dtype).unflatten(0, b.shape))
+        ctx.save_for_backward(student, prototypes, z, w, a, b, pairing, lse, paired)
+        ctx.temperatures = teacher_temperature, temperature
+        lse = lse.view(student.shape[:2])
+        return pairing.sum(1, keepdim=True) * lse - (student * paired).sum(2) / temperature
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        student, prototypes, z, w, a, b, pairing, lse, paired = ctx.saved_tensors
+        teacher_temperature, temperature = ctx.temperatures
+        dloss = dloss[..., None] / temperature
+        weight = pairing.sum(1)[:, None, None]
+        with torch.autocast(student.device.type, enabled=False):
+            s, v, flat_z, flat_w = _pairs(student, prototypes, z, w)
+            p_values = (weight * dloss * student).flatten(0, 1).to(v.dtype)
+            t_values = torch.einsum("cj,cnd->jnd", pairing, dloss * student).flatten(0, 1).to(flat_w.dtype)
+            expected = _weighted_sum(s, v, v, lse, None, 1 / temperature)
+            dprototypes = _weighted_sum(v, s, p_values, None, lse, 1 / temperature)
+            dprototypes -= _weighted_sum(flat_w, flat_z, t_values, a, b.flatten(), 1 / teacher_temperature)
+        dstudent = dloss * (weight * expected.view(student.shape) - paired)
+        return dstudent.to(student.dtype), dprototypes.to(prototypes.dtype), *[None] * 7
+
+
+def _pairs(student: Tensor, v: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s and v in one dtype, z and w in one that is no narrower."""
-    student, teacher = _backends.promoted(s, v), _backends.promoted(targets.z, targets.prototypes, v)
-    return s.to(student), v.to(student), targets.z.to(teacher), targets.prototypes.to(teacher)
+    own, teachers = _backends.promoted(student, v), _backends.promoted(z, w, v)
+    return student.flatten(0, 1).to(own), v.to(own), z.flatten(0, 1).to(teachers), w.to(teachers)
 
 
 # sum_j exp(x_i . y_j * scale - row_offset_i - column_offset_j) v_j: (rows, D), in fp32 or fp64
@@ -182,56 +224,13 @@ _weighted_sum = _registry.register(
 )
 
 
-# The gradient
-
-
-class _Compute(NamedTuple):
-    """What of the op runs over all prototypes."""
-
-    forward: Callable[[Tensor, Tensor, Targets, float], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Targets, float, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class _PrototypeLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, compute: _Compute, student: Tensor, prototypes: Tensor, z: Tensor, w: Tensor, a: Tensor, b: Tensor,
-        teacher_temperature: float, pairing: Tensor, temperature: float,
-    ) -> Tensor:  # fmt: skip
-        targets = Targets(z.flatten(0, 1), w, a, b.flatten(), teacher_temperature)
-        lse, m = compute.forward(student.flatten(0, 1), prototypes, targets, temperature)
-        pairing = pairing.to(lse.dtype)
-        paired = torch.einsum("cj,jnd->cnd", pairing, m.to(lse.dtype).unflatten(0, b.shape))
-        ctx.save_for_backward(student, prototypes, *targets[:4], pairing, lse, paired)
-        ctx.compute, ctx.temperatures = compute, (teacher_temperature, temperature)
-        lse = lse.view(student.shape[:2])
-        return pairing.sum(1, keepdim=True) * lse - (student * paired).sum(2) / temperature
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        student, prototypes, z, w, a, b, pairing, lse, paired = ctx.saved_tensors
-        teacher_temperature, temperature = ctx.temperatures
-        targets = Targets(z, w, a, b, teacher_temperature)
-        dloss = dloss[..., None] / temperature
-        weight = pairing.sum(1)[:, None, None]
-        with torch.autocast(student.device.type, enabled=False):
-            p_values = (weight * dloss * student).flatten(0, 1)
-            t_values = torch.einsum("cj,cnd->jnd", pairing, dloss * student).flatten(0, 1)
-            expected, dprototypes = ctx.compute.backward(
-                student.flatten(0, 1), prototypes, targets, temperature, lse, p_values, t_values
-            )
-        dstudent = dloss * (weight * expected.view(student.shape) - paired)
-        return None, dstudent.to(student.dtype), dprototypes.to(prototypes.dtype), *[None] * 7
-
-
 def prototype_loss_torch(*args: Any) -> Tensor:
-    loss: Tensor = _PrototypeLoss.apply(_Compute(_forward_torch, _backward_torch), *args)
+    loss: Tensor = _InChunks.apply(*args)
     return loss
 
 
 def prototype_loss_triton(*args: Any) -> Tensor:
-    loss: Tensor = _PrototypeLoss.apply(_Compute(_forward_triton, _backward_triton), *args)
+    loss: Tensor = _InKernels.apply(*args)
     return loss
 
 
