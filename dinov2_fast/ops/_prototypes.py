@@ -19,7 +19,7 @@ def as_operands(*tensors: Tensor) -> list[Tensor]:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y of operands in one dtype, in fp32 or fp64. On a CPU that of half-precision operands was rounded to theirs."""
+    """x @ y of operands in one dtype, in fp32 or fp64. On a CPU that of half precision was rounded to it before."""
     if y.dtype not in HALF:
         return torch.mm(x, y)
     return torch.mm(x, y, out_dtype=torch.float32) if y.device.type == "cuda" else torch.mm(x, y).float()
