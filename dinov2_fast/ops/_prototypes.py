@@ -31,7 +31,7 @@ def chunk_size(samples: int, dtype: torch.dtype) -> int:
 
 
 def log_sum_exp_(logits: Tensor, dim: int) -> Tensor:
-    """log(sum(exp(logits))) over `dim`, -inf over no elements. Overwrites `logits`, which saves time and memory."""
+    """log(sum(exp(logits))) over `dim`, -inf over no elements. Leaves exp(logits - their largest) in `logits`."""
     if logits.shape[dim] == 0:
         return logits.logsumexp(dim)
     largest = logits.amax(dim, keepdim=True)

@@ -10,12 +10,13 @@ c are the student's crops, j those of the teacher, i the images (or masked patch
     lse_ci = log sum_k exp(s_ci . v_k / temperature),    P_c = sum_j pairing_cj
     M_ci = sum_j pairing_cj m_ji,    m_ji = sum_k t_jik v_k           the expected prototype of a target
 
-so that the targets are needed once for all crops. With g the gradient of the loss:
+so that the kernels need each target once for all crops. With g the gradient of the loss:
 
     ds_ci = g_ci (P_c sum_k p_cik v_k - M_ci) / temperature
     dv_k  = sum_ci p_cik P_c g_ci s_ci / temperature - sum_ji t_jik sum_c pairing_cj g_ci s_ci / temperature
 
-p and t are computed again for the gradient. Nothing larger than a chunk of them is stored.
+For the gradient the kernels compute p and t again, and store neither. Plain PyTorch computes them again too, unless all
+prototypes are one chunk: then it stores the gradient of their logits.
 Sources: Caron et al., arXiv:2104.14294 (DINO); Zhou et al., arXiv:2111.07832 (iBOT).
 """
 
